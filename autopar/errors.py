@@ -1,0 +1,35 @@
+"""The exceptions a user of autopar can meet. Each message says what, where, the numbers and the remedy."""
+
+
+class AutoparError(Exception):
+    """Base of every error that autopar raises on purpose."""
+
+
+class CaptureError(AutoparError):
+    """The model could not be captured as one graph."""
+
+
+class PlanError(AutoparError, ValueError):
+    """A plan is malformed, or was made for another model, mesh or version."""
+
+
+class MeshError(AutoparError, ValueError):
+    """The mesh does not fit the world, the batch or the cluster description."""
+
+
+class InfeasibleError(AutoparError, ValueError):
+    """No plan fits the memory budget.
+
+    Attributes:
+        budget_bytes: what was allowed per device.
+        smallest_bytes: the smallest budget with which a plan exists.
+    """
+
+    def __init__(self, message: str, *, budget_bytes: float, smallest_bytes: float) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.smallest_bytes = smallest_bytes
+
+
+class EngineError(AutoparError, RuntimeError):
+    """The engine was used in a way it cannot serve, or another rank failed."""

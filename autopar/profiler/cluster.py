@@ -1,0 +1,264 @@
+"""`ClusterInfo`: what the plan is made for: mesh shape, device model, links.
+
+A new device is one row of `DEVICES`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autopar.errors import MeshError
+
+GiB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one device can do.
+
+    Args:
+        name: as printed in reports.
+        kind: torch device type, `"cuda"` or `"cpu"`.
+        peak_flops: achievable FLOP/s by dtype name (`"float32"`, `"bfloat16"`, ...).
+        memory_bytes: device memory.
+        bandwidth: device memory bandwidth, bytes/s.
+        launch_us: overhead of one operator, microseconds.
+    """
+
+    name: str
+    kind: str
+    peak_flops: Mapping[str, float]
+    memory_bytes: float
+    bandwidth: float
+    launch_us: float
+
+    def flops_per_s(self, dtype: str) -> float:
+        """Peak for a dtype; one that is not listed runs at the float32 rate."""
+        return self.peak_flops.get(dtype, self.peak_flops["float32"])
+
+
+def _gpu(name: str, gib: float, bandwidth: float, fp32: float, tf: float, fp64: float) -> Device:
+    """Vendor peaks, derated to 70%: what large matrix products reach in practice."""
+    peak = {"float64": fp64, "float32": fp32, "bfloat16": tf, "float16": tf}
+    return Device(
+        name, "cuda", {k: 0.7e12 * v for k, v in peak.items()}, gib * GiB, 0.8 * bandwidth, 4.0
+    )
+
+
+# Public data sheets, dense: memory GiB, bandwidth B/s, TFLOP/s in fp32 (TF32 off), bf16, fp64.
+DEVICES: dict[str, Device] = {
+    d.name.lower(): d
+    for d in (
+        _gpu("A100-40G", 40, 1.555e12, 19.5, 312, 19.5),
+        _gpu("A100-80G", 80, 2.039e12, 19.5, 312, 19.5),
+        _gpu("H100", 80, 3.35e12, 67, 989, 67),
+        _gpu("H200", 141, 4.8e12, 67, 989, 67),
+        _gpu("B200", 180, 8.0e12, 80, 2250, 40),
+        _gpu("L4", 24, 0.3e12, 30.3, 121, 0.47),
+        _gpu("4090", 24, 1.008e12, 82.6, 165, 1.29),
+        # One core of a server CPU, as a Gloo rank with one thread sees it.
+        Device("cpu", "cpu", {"float32": 5e10, "float64": 2.5e10}, 6 * GiB, 8e9, 5.0),
+    )
+}
+
+
+def device(name: str) -> Device:
+    """Look a device up in the table.
+
+    Raises:
+        ValueError: no such device; the message names the nearest.
+    """
+    found = DEVICES.get(name.lower())
+    if found is None:
+        near = get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.3)
+        hint = f"; did you mean {DEVICES[near[0]].name}?" if near else ""
+        known = ", ".join(d.name for d in DEVICES.values())
+        raise ValueError(f"unknown device {name!r}{hint} Known: {known}")
+    return found
+
+
+@dataclass(frozen=True)
+class Link:
+    """Alpha-beta model of one mesh axis: a message of n bytes takes alpha + beta * n seconds."""
+
+    alpha: float
+    beta: float
+
+
+# Inside a node (NVLink), between nodes (one 400 Gb/s port per GPU), and Gloo over loopback.
+NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
+INFINIBAND = Link(alpha=15e-6, beta=1 / 40e9)
+PCIE = Link(alpha=12e-6, beta=1 / 20e9)
+LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
+
+NODE_SIZE = 8
+
+
+def parse_mesh(text: str) -> tuple[int, ...]:
+    """`"2x4"` to `(2, 4)`.
+
+    Raises:
+        MeshError: not a mesh.
+    """
+    if not re.fullmatch(r"\d+([x,]\d+)*", text.strip()):
+        raise MeshError(f"cannot read mesh {text!r}; write sizes joined by x, such as '8' or '2x4'")
+    shape = tuple(int(part) for part in re.split("[x,]", text.strip()))
+    if 0 in shape:
+        raise MeshError(f"mesh {text!r} has an axis of size 0; every axis needs at least one device")
+    return shape
+
+
+_UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_UNITS |= {f"{k}B": v for k, v in _UNITS.items() if k not in ("", "B")}
+_UNITS |= {f"{k}iB": 1024**i for i, k in enumerate("KMGT", start=1)}
+
+
+def parse_bytes(value: str | float, *, of: float | None = None) -> float:
+    """`"40GiB"`, `"512 MB"`, a number of bytes, or a share such as `0.5` of `of`.
+
+    Raises:
+        ValueError: not a size, or not positive.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([A-Za-z]*)\s*", value)
+        units = {k.lower(): v for k, v in _UNITS.items()}
+        if match is None or match[2].lower() not in units:
+            raise ValueError(f"cannot read memory size {value!r}; write '40GiB', '512MB' or '0.5'")
+        value = float(match[1]) * units[match[2].lower()]
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"memory size must be positive and finite, got {value}")
+    return value * of if of is not None and value <= 1 else float(value)
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """The devices a plan is made for.
+
+    Args:
+        mesh: size of each mesh axis, outermost (slowest link) first.
+        device: the device model, alike on every rank.
+        links: one `Link` per mesh axis.
+        memory_bytes: budget per device; the device's memory where None.
+    """
+
+    mesh: tuple[int, ...]
+    device: Device
+    links: tuple[Link, ...]
+    memory_bytes: float | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if len(self.links) != len(self.mesh):
+            raise MeshError(
+                f"mesh {self.mesh} has {len(self.mesh)} axes but {len(self.links)} links are given; "
+                "give one link per axis"
+            )
+        numbers = {f"links[{i}].{k}": v for i, x in enumerate(self.links) for k, v in vars(x).items()}
+        numbers |= {f"device.peak_flops[{k}]": v for k, v in self.device.peak_flops.items()}
+        numbers |= {"device.bandwidth": self.device.bandwidth, "budget": self.budget_bytes}
+        for key, number in numbers.items():
+            if not math.isfinite(number) or number <= 0:
+                raise ValueError(f"ClusterInfo: {key} must be positive and finite, got {number}")
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.mesh)
+
+    @property
+    def budget_bytes(self) -> float:
+        return self.device.memory_bytes if self.memory_bytes is None else self.memory_bytes
+
+    def coords(self, rank: int) -> tuple[int, ...]:
+        """Mesh coordinates of a rank (row-major, as `init_device_mesh` lays ranks out)."""
+        coords = []
+        for size in reversed(self.mesh):
+            rank, index = divmod(rank, size)
+            coords.append(index)
+        return tuple(reversed(coords))
+
+    def with_memory(self, memory: str | float | None) -> ClusterInfo:
+        """The same cluster with another budget per device (`"40GiB"`, bytes, or a share <= 1)."""
+        if memory is None:
+            return self
+        return replace(self, memory_bytes=parse_bytes(memory, of=self.device.memory_bytes))
+
+    @staticmethod
+    def of(mesh: str | Sequence[int], device_name: str | Device = "cpu") -> ClusterInfo:
+        """A cluster of a table device with customary links: the innermost axes that fit into one
+        node of 8 are NVLink (PCIe for L4 and 4090, loopback for CPUs), the outer ones InfiniBand."""
+        shape = parse_mesh(mesh) if isinstance(mesh, str) else tuple(mesh)
+        dev = device(device_name) if isinstance(device_name, str) else device_name
+        links: list[Link] = []
+        span = 1
+        for size in reversed(shape):
+            span *= size
+            if dev.kind == "cpu":
+                links.append(LOOPBACK)
+            elif span > NODE_SIZE:
+                links.append(INFINIBAND)
+            else:
+                links.append(PCIE if dev.name in ("L4", "4090") else NVLINK)
+        return ClusterInfo(shape, dev, tuple(reversed(links)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "mesh": list(self.mesh),
+            "device": asdict(self.device) | {"peak_flops": dict(self.device.peak_flops)},
+            "links": [asdict(link) for link in self.links],
+            "memory_bytes": self.memory_bytes,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> ClusterInfo:
+        """Inverse of `to_dict`; `device` may also be the name of a table entry.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        known = {f.name for f in fields(ClusterInfo)}
+        unknown = set(data) - known
+        if unknown or not {"mesh", "device"} <= set(data):
+            raise ValueError(
+                f"ClusterInfo: unknown keys {sorted(unknown)}, "
+                f"missing {sorted({'mesh', 'device'} - set(data))}; it takes {sorted(known)}"
+            )
+        mesh = data["mesh"]
+        shape = parse_mesh(mesh) if isinstance(mesh, str) else tuple(int(n) for n in mesh)
+        dev = data["device"]
+        dev = device(dev) if isinstance(dev, str) else Device(**dev)
+        links = data.get("links")
+        default = ClusterInfo.of(shape, dev)
+        memory = data.get("memory_bytes")
+        return ClusterInfo(
+            shape,
+            dev,
+            tuple(Link(**link) for link in links) if links else default.links,
+            None if memory is None else parse_bytes(memory),
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> ClusterInfo:
+        """Read a YAML file as `to_dict` writes it."""
+        data = yaml.safe_load(Path(path).read_text())
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{path}: expected a mapping with mesh, device and links")
+        return ClusterInfo.from_dict(data)
+
+
+def as_cluster(cluster: ClusterInfo | str | Path, *, device_name: str = "cpu") -> ClusterInfo:
+    """What `auto_engine` accepts: a `ClusterInfo`, the path of its YAML, or a mesh string."""
+    if isinstance(cluster, ClusterInfo):
+        return cluster
+    text = str(cluster)
+    if text.endswith((".yaml", ".yml")):
+        if not Path(text).exists():
+            raise MeshError(f"cluster file {text} does not exist; run in its folder or give a mesh")
+        return ClusterInfo.load(text)
+    return ClusterInfo.of(text, device_name)

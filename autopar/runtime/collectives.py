@@ -1,0 +1,247 @@
+"""Collectives of sharded graphs: four operators, and the differentiable steps made of them.
+
+The operators (`torch.ops.autopar.*`) are opaque to autograd and appear as single nodes in lowered
+graphs. The steps are what `apply_sharding` writes into the forward graph; each is a linear map and
+its backward is the transpose (the table in `autopar.sharding.conversion`).
+
+Uneven dims follow `torch.chunk`'s rule: parts are padded to the largest, and as only the last parts
+are short, gathered parts concatenate to the dim followed by padding alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from autopar.runtime.groups import find_group
+from autopar.sharding.spec import chunk
+
+
+def _pad(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    missing = size - x.shape[dim]
+    if not missing:
+        return x
+    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, missing])
+
+
+def _stack_parts(x: torch.Tensor, dim: int, parts: int) -> torch.Tensor:
+    """[.., n, ..] to [parts, ceil(n / parts), ...]: dim split into padded parts, moved in front."""
+    step = -(-x.shape[dim] // parts)
+    return _pad(x, dim, step * parts).movedim(dim, 0).unflatten(0, (parts, step))
+
+
+def _join_parts(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """[parts, ceil, ...] to [.., size, ..]: the inverse."""
+    return x.flatten(0, 1)[:size].movedim(0, dim).contiguous()
+
+
+@torch.library.custom_op("autopar::all_gather", mutates_args=())
+def all_gather(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
+    """Concatenate the shards of `dim`, whose whole extent is `size`."""
+    g = find_group(group)
+    step = -(-size // g.size)
+    shard = _pad(x, dim, step).movedim(dim, 0).contiguous()
+    return _join_parts(g.all_gather(shard), dim, size)
+
+
+@all_gather.register_fake
+def _(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
+    return x.new_empty([size if d == dim else n for d, n in enumerate(x.shape)])
+
+
+@torch.library.custom_op("autopar::reduce_scatter", mutates_args=())
+def reduce_scatter(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
+    """Sum over the group, each rank keeping its part of `dim`."""
+    g = find_group(group)
+    _, length = chunk(x.shape[dim], g.size, g.index)
+    mine = g.reduce_scatter(_stack_parts(x, dim, g.size).contiguous())
+    return mine[:length].movedim(0, dim).contiguous()
+
+
+@reduce_scatter.register_fake
+def _(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
+    g = find_group(group)
+    _, length = chunk(x.shape[dim], g.size, g.index)
+    return x.new_empty([length if d == dim else n for d, n in enumerate(x.shape)])
+
+
+@torch.library.custom_op("autopar::all_reduce", mutates_args=())
+def all_reduce(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
+    """Elementwise `op` ("sum" or "max") over the group."""
+    return find_group(group).all_reduce(x, op)
+
+
+@all_reduce.register_fake
+def _(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("autopar::all_to_all", mutates_args=())
+def all_to_all(
+    x: torch.Tensor, gather_dim: int, gather_size: int, split_dim: int, group: str
+) -> torch.Tensor:
+    """Move a split from `gather_dim` (whole extent `gather_size`) to `split_dim`."""
+    g = find_group(group)
+    _, length = chunk(x.shape[split_dim], g.size, g.index)
+    step = -(-gather_size // g.size)
+    parts = _stack_parts(_pad(x, gather_dim, step), split_dim, g.size)
+    # [parts, split, ...]: bring the gathered dim next to the parts, then concatenate over both
+    inner = gather_dim if gather_dim > split_dim else gather_dim + 1
+    got = g.all_to_all(parts.contiguous()).movedim(inner + 1, 1)
+    joined = got.flatten(0, 1)[:gather_size]
+    # now [gathered, split, rest...]
+    joined = joined[:, :length]
+    if gather_dim < split_dim:
+        joined = joined.movedim(1, split_dim)
+        return joined.movedim(0, gather_dim).contiguous()
+    return joined.movedim(1, split_dim + 1).movedim(0, gather_dim).contiguous()
+
+
+@all_to_all.register_fake
+def _(
+    x: torch.Tensor, gather_dim: int, gather_size: int, split_dim: int, group: str
+) -> torch.Tensor:
+    g = find_group(group)
+    shape = list(x.shape)
+    shape[gather_dim] = gather_size
+    shape[split_dim] = chunk(x.shape[split_dim], g.size, g.index)[1]
+    return x.new_empty(shape)
+
+
+def _narrow(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
+    g = find_group(group)
+    return x.narrow(dim, *chunk(x.shape[dim], g.size, g.index))
+
+
+# -- differentiable steps -----------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
+        ctx.args = dim, group
+        return all_gather(x, dim, size, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        dim, group = ctx.args
+        return _narrow(grad, dim, group).contiguous(), None, None, None
+
+
+class _GatherVary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
+        ctx.args = dim, group
+        return all_gather(x, dim, size, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return reduce_scatter(grad, *ctx.args), None, None, None
+
+
+class _Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
+        ctx.args = dim, x.shape[dim], group
+        return _narrow(x, dim, group).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return all_gather(grad, *ctx.args), None, None
+
+
+class _Vary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return all_reduce(grad, "sum", ctx.group), None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
+        return all_reduce(x, "sum", group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return grad, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
+        ctx.args = dim, x.shape[dim], group
+        return reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return all_gather(grad, *ctx.args), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, dim: int, size: int, to_dim: int, group: str
+    ) -> torch.Tensor:
+        ctx.args = to_dim, x.shape[to_dim], dim, group
+        return all_to_all(x, dim, size, to_dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return all_to_all(grad, *ctx.args), None, None, None, None
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
+        return x.clone() if find_group(group).index == 0 else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return grad, None
+
+
+def gather(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
+    """S(dim) -> R; `size` is the extent of the dim on this rank when gathered."""
+    return _Gather.apply(x, dim, size, group)
+
+
+def gather_vary(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
+    """S(dim) -> V: all-gather whose backward is reduce-scatter."""
+    return _GatherVary.apply(x, dim, size, group)
+
+
+def slice_(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
+    """R -> S(dim)."""
+    return _Slice.apply(x, dim, group)
+
+
+def vary(x: torch.Tensor, group: str) -> torch.Tensor:
+    """R -> V: identity whose backward is all-reduce (Megatron's f)."""
+    return _Vary.apply(x, group) if x.requires_grad else x
+
+
+def reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+    """P -> R: all-reduce whose backward is the identity (Megatron's g)."""
+    return _AllReduce.apply(x, group)
+
+
+def scatter_sum(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
+    """P -> S(dim)."""
+    return _ReduceScatter.apply(x, dim, group)
+
+
+def exchange(x: torch.Tensor, dim: int, size: int, to_dim: int, group: str) -> torch.Tensor:
+    """S(dim) -> S(to_dim); `size` is the extent of `dim` when gathered."""
+    return _AllToAll.apply(x, dim, size, to_dim, group)
+
+
+def inject(x: torch.Tensor, group: str) -> torch.Tensor:
+    """R -> P: the first rank keeps the value, the others hold zero."""
+    return _Inject.apply(x, group)

@@ -1,0 +1,174 @@
+"""Communicators: one `Group` per mesh axis and rank, found by name from inside graphs.
+
+A graph names the group of each collective as a string, so that the same program runs on a process
+group (`ProcessGroup`), on threads that stand in for ranks (`thread_groups`), or only in shapes
+(a bare `Group`, for planning without any communication).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from itertools import product
+
+import torch
+import torch.distributed as dist
+
+_REGISTRY: dict[str, Group] = {}
+
+
+class Group:
+    """Ranks along one mesh axis. The base class knows shapes only and cannot communicate.
+
+    Args:
+        name: key in the registry, used in graphs.
+        size: number of ranks.
+        index: this rank's position.
+    """
+
+    def __init__(self, name: str, size: int, index: int) -> None:
+        self.name, self.size, self.index = name, size, index
+        _REGISTRY[name] = self
+
+    def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
+        """Elementwise `op` ("sum" or "max") over the group; a new tensor."""
+        raise NotImplementedError(f"group {self.name} was made for planning and cannot communicate")
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[...] on each rank to [size, ...] on all."""
+        raise NotImplementedError(f"group {self.name} was made for planning and cannot communicate")
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """[size, ...] on each rank to the sum of the slices [index], [...]."""
+        raise NotImplementedError(f"group {self.name} was made for planning and cannot communicate")
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """[size, ...]: slice i goes to rank i; slice j of the result came from rank j."""
+        raise NotImplementedError(f"group {self.name} was made for planning and cannot communicate")
+
+
+def find_group(name: str) -> Group:
+    """The registered group of that name."""
+    try:
+        return _REGISTRY[name]
+    except KeyError:
+        raise KeyError(f"no communicator named {name!r}; registered: {sorted(_REGISTRY)}") from None
+
+
+class ProcessGroup(Group):
+    """A `torch.distributed` process group (NCCL, Gloo)."""
+
+    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
+        super().__init__(name, group.size(), group.rank())
+        self.group = group
+
+    def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(
+            out, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group
+        )
+        return out
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty((self.size, *x.shape))
+        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+        return out
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(x.shape[1:])
+        dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+        return out
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out.view(-1), x.contiguous().view(-1), group=self.group)
+        return out
+
+
+class _Exchange:
+    """Rendezvous of the threads of one group: every call deposits a tensor and takes all."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.slots: list[torch.Tensor | None] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=timeout)
+
+    def __call__(self, index: int, x: torch.Tensor) -> list[torch.Tensor]:
+        self.slots[index] = x
+        self.barrier.wait()
+        taken = [t for t in self.slots if t is not None]
+        self.barrier.wait()
+        return taken
+
+
+class ThreadGroup(Group):
+    """Ranks as threads of one process, for simulating a mesh without processes."""
+
+    def __init__(self, name: str, index: int, exchange: _Exchange) -> None:
+        super().__init__(name, len(exchange.slots), index)
+        self._exchange = exchange
+
+    def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
+        stacked = torch.stack(self._exchange(self.index, x.detach()))
+        return stacked.sum(0).to(x.dtype) if op == "sum" else stacked.amax(0)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchange(self.index, x.detach()))
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [t[self.index] for t in self._exchange(self.index, x.detach())]
+        return torch.stack(parts).sum(0)
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([t[self.index] for t in self._exchange(self.index, x.detach())])
+
+
+def axis_groups(
+    prefix: str, mesh: Sequence[int], coords: Sequence[int], make: Callable[[str, int], Group]
+) -> tuple[str, ...]:
+    """Register one group per mesh axis for the rank at `coords`; returns their names."""
+    return tuple(
+        make(f"{prefix}/axis{axis}", axis).name for axis in range(len(mesh))
+    )
+
+
+def planning_groups(
+    mesh: Sequence[int], coords: Sequence[int], prefix: str = "plan"
+) -> tuple[str, ...]:
+    """Groups that know only sizes and positions."""
+    where = ",".join(map(str, coords))
+    return axis_groups(
+        f"{prefix}/{where}", mesh, coords, lambda name, a: Group(name, mesh[a], coords[a])
+    )
+
+
+def thread_groups(
+    mesh: Sequence[int], prefix: str = "threads", timeout: float = 120.0
+) -> dict[tuple[int, ...], tuple[str, ...]]:
+    """Groups for all ranks of a mesh simulated by threads: coordinates to names per axis."""
+    exchanges: dict[tuple[int, tuple[int, ...]], _Exchange] = {}
+    found = {}
+    for coords in product(*(range(size) for size in mesh)):
+
+        def make(name: str, axis: int, coords: tuple[int, ...] = coords) -> Group:
+            key = (axis, coords[:axis] + coords[axis + 1 :])
+            if key not in exchanges:
+                exchanges[key] = _Exchange(mesh[axis], timeout)
+            return ThreadGroup(name, coords[axis], exchanges[key])
+
+        where = ",".join(map(str, coords))
+        found[coords] = axis_groups(f"{prefix}/{where}", mesh, coords, make)
+    return found
+
+
+def process_groups(
+    mesh: dist.device_mesh.DeviceMesh, coords: Sequence[int], prefix: str = "mesh"
+) -> tuple[str, ...]:
+    """Groups on the process groups of a `DeviceMesh`."""
+    shape = tuple(mesh.shape)
+    return axis_groups(
+        prefix, shape, coords, lambda name, axis: ProcessGroup(name, mesh.get_group(axis))
+    )
+
+
+DEFAULT_TIMEOUT = timedelta(minutes=5)

@@ -1,0 +1,275 @@
+"""How an operator may be split: factor notation, and the strategies that follow from it.
+
+A row names the factors of an op's operands and results, as einsum does:
+
+    aten.mm         "m k, k n -> m n"
+    aten.addmm      "+n, m k, k n -> m n"         +   the operand is a term added to the result
+    aten.layer_norm "*b [h], [h], [h] -> *b [h]"  *b  any number of leading dims; [h] never split
+    aten.embedding  "v! e, *b -> *b e"            !   splitting it needs the row's lowering
+    cross_entropy   "*b v=, *b -> "               =   so does this, and it leaves no pending sum
+
+Given an assignment of mesh axes to factors, every layout follows. Along an axis given to factor f:
+operands and results that have f are split there; a result without f is a pending sum (P); an
+operand without f is used differently on every rank, so it enters varying (V) and its gradient is
+summed; a term (`+`) of a pending sum enters as P itself, to be counted once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from autopar.sharding.spec import ShardingSpec, fills_every_rank
+
+Shape = tuple[int, ...]
+Dims = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An iteration dim of an op.
+
+    Args:
+        size: its extent.
+        even: the number of parts must divide `size` (dims that are merged or regrouped).
+        lowered: splitting it needs the rule's lowering.
+        complete: that lowering also reduces over it: results without the factor are complete.
+    """
+
+    size: int
+    even: bool = False
+    lowered: bool = False
+    complete: bool = False
+
+    def allows(self, axes: Sequence[int], mesh: Sequence[int]) -> bool:
+        parts = math.prod(mesh[axis] for axis in axes)
+        if parts > 1 and self.even:
+            return self.size % parts == 0
+        return fills_every_rank(self.size, axes, mesh)
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """A row bound to the shapes of one node.
+
+    Args:
+        inputs: per tensor operand its factors per dim (None: never split), or None if absent.
+        outputs: the same per tensor result.
+        factors: the factors that may be split.
+        terms: operands that are added to the result.
+        linear: sets of operands in which, jointly, the op is linear: a pending sum passes through.
+        lowering: local implementation where a lowered factor is split (or always, if `always`).
+        always: the lowering replaces the op on every strategy (random ops).
+    """
+
+    inputs: tuple[Dims | None, ...]
+    outputs: tuple[Dims, ...]
+    factors: Mapping[str, Factor]
+    terms: frozenset[int] = frozenset()
+    linear: tuple[frozenset[int], ...] = ()
+    lowering: Callable[..., Any] | None = None
+    always: bool = False
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to run one op on the mesh.
+
+    Args:
+        name: per mesh axis the factor it splits, `-` for none, `~i` for linear in operand set i.
+        inputs: required layout of every tensor operand (None: absent).
+        outputs: layout of every tensor result.
+        splits: factor name to the mesh axes that split it.
+        lowered: whether the rule's lowering replaces the op.
+    """
+
+    name: str
+    inputs: tuple[ShardingSpec | None, ...]
+    outputs: tuple[ShardingSpec, ...]
+    splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    lowered: bool = False
+
+    def share(self, mesh: Sequence[int]) -> float:
+        """Fraction of the op's work that each device does."""
+        return 1.0 / math.prod(mesh[axis] for axes in self.splits.values() for axis in axes)
+
+
+# -- rows ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the rule table: the notation and what it cannot say.
+
+    Args:
+        notation: see the module's docstring.
+        linear: as in `OpRule`, e.g. `((0,), (1,))` for a product.
+        lowering: as in `OpRule`.
+        always: as in `OpRule`.
+        when: the row holds only for calls for which this is true (of bound arguments by name).
+    """
+
+    notation: str
+    linear: tuple[tuple[int, ...], ...] = ()
+    lowering: Callable[..., Any] | None = None
+    always: bool = False
+    when: Callable[[Mapping[str, Any]], bool] | None = None
+
+    def bind(self, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -> OpRule:
+        """The rule for operands and results of these shapes.
+
+        Raises:
+            ValueError: the shapes do not fit the notation.
+        """
+        left, right = self.notation.split("->")
+        patterns = [p.split() for p in left.split(",")]
+        results = [p.split() for p in right.split(",")]
+        terms = frozenset(i for i, p in enumerate(patterns) if p and p[0].startswith("+"))
+        sizes: dict[str, set[int]] = {}
+        lowered: dict[str, str] = {}
+        bound_in = []
+        for i, shape in enumerate(inputs):
+            if shape is None:
+                bound_in.append(None)
+            else:
+                pattern = patterns[i] if i < len(patterns) else []
+                bound_in.append(_match(pattern, shape, sizes, lowered))
+        bound_out = [
+            _match(p, s, sizes, lowered) for p, s in zip(results, outputs, strict=True)
+        ]
+        factors = {
+            name: Factor(
+                math.gcd(*extents),
+                even=len(extents) > 1,
+                lowered=name in lowered,
+                complete=lowered.get(name) == "=",
+            )
+            for name, extents in sizes.items()
+            if math.gcd(*extents) > 1
+        }
+        drop = lambda dims: tuple(d if d in factors else None for d in dims)  # noqa: E731
+        return OpRule(
+            tuple(None if d is None else drop(d) for d in bound_in),
+            tuple(drop(d) for d in bound_out),
+            factors,
+            terms,
+            tuple(frozenset(group) | terms for group in self.linear),
+            self.lowering,
+            self.always,
+        )
+
+
+_TOKEN = re.compile(r"\+?(\*?)(\[?)([a-z_]\w*)(\]?)([!=]?)|\.\.\.")
+
+
+def _match(
+    pattern: Sequence[str], shape: Shape, sizes: dict[str, set[int]], lowered: dict[str, str]
+) -> Dims:
+    """Factor names for the dims of one tensor; extents seen are added to `sizes`."""
+    pattern = [token for token in pattern if token != "+"]
+    open_ended = [t for t in pattern if t.startswith(("*", "+*")) or t == "..."]
+    spare = len(shape) - (len(pattern) - len(open_ended))
+    if spare < 0 or (spare and not open_ended) or len(open_ended) > 1:
+        raise ValueError(f"a tensor of shape {shape} does not fit the pattern {' '.join(pattern)!r}")
+    dims: list[str | None] = []
+    for token in pattern:
+        match = _TOKEN.fullmatch(token)
+        if match is None:
+            raise ValueError(f"cannot read {token!r} in the rule pattern {' '.join(pattern)!r}")
+        star, bracket, name, _, mark = match.groups()
+        if token == "...":
+            dims += [None] * spare
+            continue
+        # numbered from the right, so that leading broadcast dims align
+        names = [f"{name}{spare - i}" for i in range(spare)] if star else [name]
+        dims += [None] * len(names) if bracket else names
+        if mark:
+            lowered |= dict.fromkeys(names, mark)
+    for i, name in enumerate(dims):
+        if name is not None and shape[i] != 1:
+            sizes.setdefault(name, set()).add(shape[i])
+    return tuple(None if shape[i] == 1 else name for i, name in enumerate(dims))
+
+
+# -- strategies ---------------------------------------------------------------------------------
+
+
+def strategies(
+    rule: OpRule, mesh: Sequence[int], differentiable: Sequence[bool] | None = None
+) -> list[Strategy]:
+    """Every legal strategy of a bound rule on a mesh, full replication first.
+
+    Args:
+        differentiable: per result, whether it is a float tensor; a pending sum must be.
+    """
+    floating = all(differentiable) if differentiable is not None else True
+    options: list[str] = ["-", *rule.factors]
+    if floating:
+        options += [f"~{i}" for i in range(len(rule.linear))]
+    choices = [options if size > 1 else ["-"] for size in mesh]
+    found = []
+    for assignment in product(*choices):
+        strategy = _strategy(rule, mesh, assignment, floating)
+        if strategy is not None:
+            found.append(strategy)
+    return found
+
+
+def _strategy(
+    rule: OpRule, mesh: Sequence[int], assignment: Sequence[str], floating: bool
+) -> Strategy | None:
+    splits: dict[str, tuple[int, ...]] = {}
+    linear: dict[int, frozenset[int]] = {}
+    for axis, choice in enumerate(assignment):
+        if choice.startswith("~"):
+            linear[axis] = rule.linear[int(choice[1:])]
+        elif choice != "-":
+            splits[choice] = (*splits.get(choice, ()), axis)
+    if not all(rule.factors[name].allows(axes, mesh) for name, axes in splits.items()):
+        return None
+
+    complete = {a for name, axes in splits.items() if rule.factors[name].complete for a in axes}
+
+    def layout(dims: Dims, other: str, is_term: bool = False) -> ShardingSpec:
+        """`other`: the state along axes whose factor this tensor lacks."""
+        split = tuple(splits.get(d, ()) if d is not None else () for d in dims)
+        have = {axis for axes in split for axis in axes}
+        lacking = tuple(a for axes in splits.values() for a in axes if a not in have)
+        if other == "P":
+            return ShardingSpec(split, tuple(sorted(set(lacking) - complete)))
+        pending = tuple(a for a in lacking if is_term and a in reduced)
+        return ShardingSpec(split, pending, tuple(sorted(set(lacking) - set(pending))))
+
+    outputs = [layout(dims, "P") for dims in rule.outputs]
+    reduced = {axis for spec in outputs for axis in spec.partial}
+    if reduced and not floating:
+        return None
+    inputs = [
+        None if dims is None else layout(dims, "V", i in rule.terms)
+        for i, dims in enumerate(rule.inputs)
+    ]
+    for axis, group in linear.items():
+        outputs = [
+            ShardingSpec(s.dims, tuple(sorted((*s.partial, axis))), s.varying) for s in outputs
+        ]
+        for i, spec in enumerate(inputs):
+            if spec is None:
+                continue
+            if i in group:
+                partial = tuple(sorted((*spec.partial, axis)))
+                inputs[i] = ShardingSpec(spec.dims, partial, spec.varying)
+            else:
+                varying = tuple(sorted((*spec.varying, axis)))
+                inputs[i] = ShardingSpec(spec.dims, spec.partial, varying)
+    needs_lowering = any(rule.factors[name].lowered for name in splits)
+    return Strategy(
+        " ".join(assignment),
+        tuple(inputs),
+        tuple(outputs),
+        splits,
+        lowered=rule.lowering is not None and (needs_lowering or rule.always),
+    )

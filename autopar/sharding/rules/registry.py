@@ -1,0 +1,78 @@
+"""Finds the rule of a node: rows by name, pointwise ops by torch's tag, views from their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from autopar.sharding.rule import OpRule, Row, Shape
+from autopar.sharding.rules import contraction, embedding_loss, normalization, reduction, view
+from autopar.sharding.rules.pointwise import bind_pointwise
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call, by shapes: all that a rule may depend on.
+
+    Args:
+        op: the operator.
+        arguments: its arguments by schema name; tensors stand as their shapes.
+        inputs: shapes of the tensor operands in schema order (None: absent).
+        outputs: shapes of the tensor results.
+    """
+
+    op: torch._ops.OpOverload
+    arguments: Mapping[str, Any]
+    inputs: tuple[Shape | None, ...]
+    outputs: tuple[Shape, ...]
+
+
+ROWS: dict[str, Row | tuple[Row, ...]] = {
+    **contraction.ROWS,
+    **normalization.ROWS,
+    **reduction.ROWS,
+    **embedding_loss.ROWS,
+}
+
+# Rules that follow from the shapes of the call rather than from a row.
+DERIVED: dict[str, Callable[[Call], OpRule | None]] = {**view.DERIVED, **reduction.DERIVED}
+
+
+@lru_cache(maxsize=None)
+def _is_pointwise(op: torch._ops.OpOverload) -> bool:
+    return torch.Tag.pointwise in op.tags
+
+
+def has_rule(op: torch._ops.OpOverload) -> bool:
+    """Whether the table covers the operator (it may still not cover a particular call)."""
+    return str(op) in ROWS or str(op) in DERIVED or _is_pointwise(op)
+
+
+def bind(call: Call) -> OpRule | None:
+    """The rule of a call, or None where there is none: the op then runs replicated."""
+    name = str(call.op)
+    derived = DERIVED.get(name)
+    if derived is not None:
+        return derived(call)
+    rows = ROWS.get(name)
+    if rows is not None:
+        for row in rows if isinstance(rows, tuple) else (rows,):
+            if row.when is None or row.when(call.arguments):
+                return row.bind(call.inputs, call.outputs)
+        return None
+    if _is_pointwise(call.op):
+        return bind_pointwise(name, call.inputs, call.outputs)
+    return None
+
+
+def describe_missing(call: Call, where: str) -> str:
+    """Message for an op without a rule."""
+    shapes = ", ".join("-" if s is None else str(list(s)) for s in call.inputs)
+    return (
+        f"{call.op} on ({shapes}) has no sharding rule and runs replicated; at {where}. "
+        "Add a row in autopar/sharding/rules (docs/architecture.md, 'a new op')."
+    )

@@ -1,0 +1,204 @@
+"""Views and other pure data movement: rules derived from the shapes of the call.
+
+A dim that is regrouped keeps its leading factor: merging [b, s] to [b*s] or splitting it again
+moves whole contiguous blocks as long as the number of parts divides b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from autopar.sharding.rule import Dims, Factor, OpRule, Shape
+
+if TYPE_CHECKING:
+    from autopar.sharding.rules.registry import Call
+
+
+def _rule(
+    inputs: Sequence[Dims | None], outputs: Sequence[Dims], factors: dict[str, Factor]
+) -> OpRule:
+    present = frozenset(i for i, dims in enumerate(inputs) if dims is not None)
+    return OpRule(tuple(inputs), tuple(outputs), factors, linear=(present,))
+
+
+def _named(source: Shape, names: Sequence[int | None], target: Shape) -> tuple[Dims, Dims, dict]:
+    """`names[j]` is the input dim that output dim j carries whole, or None."""
+    kept = {i for j, i in enumerate(names) if i is not None and source[i] == target[j] != 1}
+    factors = {f"d{i}": Factor(source[i]) for i in sorted(kept)}
+    dims = tuple(f"d{i}" if i in kept else None for i in range(len(source)))
+    out = tuple(
+        f"d{i}" if i is not None and i in kept and source[i] == target[j] else None
+        for j, i in enumerate(names)
+    )
+    return dims, out, factors
+
+
+def _groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
+    """Split both shapes into minimal runs of equal products, ignoring dims of size 1."""
+    left = [i for i, n in enumerate(source) if n != 1]
+    right = [j for j, n in enumerate(target) if n != 1]
+    found = []
+    i = j = 0
+    while i < len(left) and j < len(right):
+        a, b = [left[i]], [right[j]]
+        p, q = source[left[i]], target[right[j]]
+        i, j = i + 1, j + 1
+        while p != q:
+            if p < q:
+                p *= source[left[i]]
+                a.append(left[i])
+                i += 1
+            else:
+                q *= target[right[j]]
+                b.append(right[j])
+                j += 1
+        found.append((a, b))
+    return found
+
+
+def _reshape(call: Call) -> OpRule | None:
+    source, target = call.inputs[0], call.outputs[0]
+    assert source is not None
+    if math.prod(source) == 0:
+        return None
+    dims: list[str | None] = [None] * len(source)
+    out: list[str | None] = [None] * len(target)
+    factors = {}
+    for a, b in _groups(source, target):
+        name = f"d{a[0]}"
+        dims[a[0]] = out[b[0]] = name
+        size = math.gcd(source[a[0]], target[b[0]])
+        if size == 1:
+            dims[a[0]] = out[b[0]] = None
+            continue
+        factors[name] = Factor(size, even=len(a) + len(b) > 2)
+    return _rule([tuple(dims)], [tuple(out)], factors)
+
+
+def _permuted(call: Call, order: Sequence[int]) -> OpRule:
+    source = call.inputs[0]
+    assert source is not None
+    dims, out, factors = _named(source, list(order), call.outputs[0])
+    return _rule([dims], [out], factors)
+
+
+def _transpose(call: Call) -> OpRule:
+    source = call.inputs[0]
+    assert source is not None
+    order = list(range(len(source)))
+    a, b = call.arguments["dim0"] % len(source), call.arguments["dim1"] % len(source)
+    order[a], order[b] = order[b], order[a]
+    return _permuted(call, order)
+
+
+def _t(call: Call) -> OpRule:
+    source = call.inputs[0]
+    assert source is not None
+    return _permuted(call, list(range(len(source)))[::-1])
+
+
+def _permute(call: Call) -> OpRule:
+    source = call.inputs[0]
+    assert source is not None
+    return _permuted(call, [d % len(source) for d in call.arguments["dims"]])
+
+
+def _aligned(call: Call) -> OpRule:
+    """Same rank; dims whose size does not change are carried (slice, split, copies, ...)."""
+    source = call.inputs[0]
+    assert source is not None
+    lead = len(call.outputs[0]) - len(source)
+    names = [None] * lead + list(range(len(source)))
+    changed = {
+        d for target in call.outputs for d in range(len(source)) if target[lead + d] != source[d]
+    }
+    names = [None if n in changed else n for n in names]
+    bound = [_named(source, names, target) for target in call.outputs]
+    return _rule([bound[0][0]], [b[1] for b in bound], bound[0][2])
+
+
+def _pad(call: Call) -> OpRule:
+    rule = _aligned(call)
+    if not call.arguments.get("value"):
+        return rule
+    return OpRule(rule.inputs, rule.outputs, rule.factors)  # a pending sum would pad k times
+
+
+def _expand(call: Call) -> OpRule:
+    """Repeated dims may be split too: the operand lacks them, so its gradient is summed."""
+    source, target = call.inputs[0], call.outputs[0]
+    assert source is not None
+    lead = len(target) - len(source)
+    carried = [j >= lead and source[j - lead] == target[j] for j in range(len(target))]
+    out = tuple(f"d{j}" if n > 1 else None for j, n in enumerate(target))
+    dims = tuple(out[lead + d] if carried[lead + d] else None for d in range(len(source)))
+    return _rule([dims], [out], {f"d{j}": Factor(n) for j, n in enumerate(target) if n > 1})
+
+
+def _cut(call: Call) -> OpRule:
+    """Like `_aligned`, but dim `dim` is never split, even if a slice of it is the whole."""
+    rule = _aligned(call)
+    source = call.inputs[0]
+    assert source is not None
+    name = f"d{call.arguments.get('dim', 0) % len(source)}"
+    drop = lambda dims: tuple(None if d == name else d for d in dims)  # noqa: E731
+    factors = {k: f for k, f in rule.factors.items() if k != name}
+    return _rule([drop(rule.inputs[0] or ())], [drop(o) for o in rule.outputs], factors)
+
+
+def _select(call: Call) -> OpRule:
+    source = call.inputs[0]
+    assert source is not None
+    dim = call.arguments["dim"] % len(source)
+    names = [d for d in range(len(source)) if d != dim]
+    dims, out, factors = _named(source, names, call.outputs[0])
+    return _rule([dims], [out], factors)
+
+
+def _cat(call: Call) -> OpRule:
+    out_shape = call.outputs[0]
+    dim = call.arguments.get("dim", 0) % len(out_shape)
+    names: Dims = tuple(
+        None if d == dim or n == 1 else f"d{d}" for d, n in enumerate(out_shape)
+    )
+    factors = {f"d{d}": Factor(n) for d, n in enumerate(out_shape) if names[d] is not None}
+    return _rule([names] * len(call.inputs), [names], factors)
+
+
+
+
+DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
+    **dict.fromkeys(
+        (
+            "aten.view.default",
+            "aten._unsafe_view.default",
+            "aten.reshape.default",
+            "aten.flatten.using_ints",
+            "aten.unflatten.int",
+            "aten.unsqueeze.default",
+            "aten.squeeze.dim",
+            "aten.squeeze.dims",
+            "aten.squeeze.default",
+        ),
+        _reshape,
+    ),
+    "aten.transpose.int": _transpose,
+    "aten.t.default": _t,
+    "aten.permute.default": _permute,
+    "aten.expand.default": _expand,
+    "aten.pad.default": _pad,
+    "aten.constant_pad_nd.default": _pad,
+    "aten.contiguous.default": _aligned,
+    "aten.clone.default": _aligned,
+    "aten.alias.default": _aligned,
+    "aten.detach.default": _aligned,
+    "aten._to_copy.default": _aligned,
+    "aten.slice.Tensor": _cut,
+    "aten.split.Tensor": _cut,
+    "aten.split_with_sizes.default": _cut,
+    "aten.chunk.default": _cut,
+    "aten.select.int": _select,
+    "aten.cat.default": _cat,
+}

@@ -1,0 +1,175 @@
+"""`solve(problem) -> solution`: reductions, then elimination, then an ILP on what is left.
+
+Without the memory bound, elimination is exact. With it, time + price * memory is minimized by the
+same elimination for rising prices (Lagrangian relaxation): every price gives a lower bound, every
+assignment that fits an upper one, and every choice whose min-marginal exceeds the best upper bound
+can go. The ILP closes the rest and certifies the gap.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from autopar.errors import InfeasibleError
+from autopar.solver.elimination import Elimination, TooWide
+from autopar.solver.ilp import available_backend, solve_ilp
+from autopar.solver.problem import Problem, Solution
+from autopar.solver.reductions import drop_dominated, keep_choices
+
+PRICE_STEPS = 24
+TARGET_GAP = 1e-4
+
+
+def _units(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024 or unit == "GiB":
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+def solve(
+    problem: Problem,
+    *,
+    time_limit: float = 60.0,
+    progress: Callable[[str], None] | None = None,
+) -> Solution:
+    """The fastest assignment within the budget, with a certified gap.
+
+    Args:
+        time_limit: seconds; afterwards the best found is returned with its gap.
+        progress: called with a line for each phase.
+
+    Raises:
+        InfeasibleError: no assignment fits; it names the smallest feasible budget.
+    """
+    say = progress or (lambda line: None)
+    start = time.monotonic()
+    small, inverse = drop_dominated(problem)
+    say(
+        f"{len(problem.time_us)} nodes, {sum(map(len, problem.time_us))} choices; "
+        f"{sum(map(len, small.time_us))} after dominance"
+    )
+
+    def finish(choices: tuple[int, ...], bound: float, method: str) -> Solution:
+        original = inverse(choices)
+        time_us, memory = problem.evaluate(original)
+        return Solution(original, time_us, memory, min(bound, time_us), method)
+
+    def remaining() -> float:
+        return max(1.0, time_limit - (time.monotonic() - start))
+
+    try:
+        free = Elimination(*small.weighted(0.0))
+    except TooWide:
+        say("too wide for elimination: integer program")
+        return _by_ilp(small, finish, remaining())
+    choices = free.argmin()
+    if not math.isfinite(free.minimum):
+        raise InfeasibleError(
+            "no assignment satisfies the constraints on layouts, whatever the memory",
+            budget_bytes=problem.budget_bytes,
+            smallest_bytes=math.inf,
+        )
+    if small.evaluate(choices)[1] <= problem.budget_bytes:
+        return finish(choices, free.minimum, "elimination")
+    best, bound, price = _price_search(small, free.minimum, choices)
+    say(f"memory binds: {best[0]:.0f} us found, bound {bound:.0f} us")
+    if best[0] - bound <= TARGET_GAP * best[0]:
+        return finish(best[1], bound, "elimination with priced memory")
+    lagrangian = Elimination(*small.weighted(price))
+    slack = best[0] + price * small.budget_bytes + 1e-9
+    kept = [np.flatnonzero(m <= slack) for m in lagrangian.min_marginals()]
+    core, expand = keep_choices(small, kept)
+    say(f"integer program over {sum(map(len, kept))} choices")
+    found, ilp_bound = solve_ilp(core, time_limit=remaining(), gap=TARGET_GAP / 2)
+    if found is not None:
+        candidate = expand(found)
+        time_us, memory = small.evaluate(candidate)
+        if memory <= small.budget_bytes * (1 + 1e-9) and time_us < best[0]:
+            best = (time_us, candidate)
+    return finish(best[1], max(bound, min(ilp_bound, best[0])), f"ilp ({available_backend()})")
+
+
+def _by_ilp(
+    small: Problem, finish: Callable[[tuple[int, ...], float, str], Solution], limit: float
+) -> Solution:
+    try:
+        choices, bound = solve_ilp(small, time_limit=limit, gap=TARGET_GAP)
+    except ValueError as error:
+        raise InfeasibleError(
+            f"{error}: {_units(small.budget_bytes)}",
+            budget_bytes=small.budget_bytes,
+            smallest_bytes=math.nan,
+        ) from None
+    if choices is None:
+        raise InfeasibleError(
+            f"no plan was found within the time limit of {limit:.0f} s; raise the limit",
+            budget_bytes=small.budget_bytes,
+            smallest_bytes=math.nan,
+        )
+    return finish(choices, bound, f"ilp ({available_backend()})")
+
+
+def _price_search(
+    problem: Problem, minimum: float, fastest: tuple[int, ...]
+) -> tuple[tuple[float, tuple[int, ...]], float, float]:
+    """Best feasible (time, choices), best lower bound, and the price that gave it."""
+    budget = problem.budget_bytes
+    time_only, _ = problem.weighted(0.0)
+    leanest_cost = [np.where(np.isfinite(t), m, np.inf) for t, m in
+                    zip(time_only, problem.memory_bytes, strict=True)]
+    leanest = Elimination(
+        leanest_cost,
+        [
+            (
+                e.source,
+                e.target,
+                np.where(
+                    np.isfinite(e.time_us),
+                    0.0 if e.memory_bytes is None else e.memory_bytes,
+                    np.inf,
+                ),
+            )
+            for e in problem.edges
+        ],
+    )
+    choices = leanest.argmin()
+    time_us, memory = problem.evaluate(choices)
+    if memory > budget:
+        raise InfeasibleError(
+            f"no plan fits {_units(budget)} per device: the smallest budget with a plan is "
+            f"{_units(memory)} ({memory:.0f} bytes). Raise the budget, use more devices, or make "
+            "the model or batch smaller.",
+            budget_bytes=budget,
+            smallest_bytes=memory,
+        )
+    best = (time_us, choices)
+    fast_time, fast_memory = problem.evaluate(fastest)
+    bound, bound_price = minimum, 0.0
+    # lines of the dual: cutting-plane search for the maximum of a concave function of one price
+    low, high = (fast_time, fast_memory), (time_us, memory)
+    for _ in range(PRICE_STEPS):
+        if low[1] - high[1] <= 0:
+            break
+        price = (high[0] - low[0]) / (low[1] - high[1])
+        found = Elimination(*problem.weighted(price))
+        dual = found.minimum - price * budget
+        if dual > bound:
+            bound, bound_price = dual, price
+        choices = found.argmin()
+        time_us, memory = problem.evaluate(choices)
+        on_line = found.minimum >= low[0] + price * low[1] - 1e-9 * max(1.0, abs(low[0]))
+        if memory <= budget:
+            if time_us < best[0]:
+                best = (time_us, choices)
+            high = (time_us, memory)
+        else:
+            low = (time_us, memory)
+        if on_line:
+            break
+    return best, bound, bound_price

@@ -1,0 +1,146 @@
+"""`ModelGraph`: the captured model, a functional ATen graph with global shapes."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """Where a node came from: `module` is the qualified name, `source` is `file:line`."""
+
+    module: str
+    source: str
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """One training graph of a model, as the author wrote it (linear, layer_norm, ...).
+
+    Placeholders come in the order parameters, buffers, inputs; outputs in the order mutated
+    buffers, results. Node `meta["val"]` holds fake tensors of global shape.
+
+    Args:
+        gm: the graph.
+        parameters: placeholder name to the parameter's qualified name (each tied weight once).
+        buffers: placeholder name to the buffer's qualified name.
+        inputs: placeholder names of the flattened inputs, in order; None where an input is not a
+            tensor and was specialized.
+        mutations: per mutated buffer the qualified name, in output order.
+        in_spec: pytree of (args, kwargs).
+        out_spec: pytree of the results.
+        constants: tensors that the model holds but that are neither parameter nor buffer.
+        aliases: qualified names of tied parameters to the name that stands for them.
+    """
+
+    gm: fx.GraphModule
+    parameters: Mapping[str, str]
+    buffers: Mapping[str, str]
+    inputs: tuple[str | None, ...]
+    mutations: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return tuple(self.gm.graph.nodes)
+
+    @cached_property
+    def output(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @cached_property
+    def placeholders(self) -> dict[str, fx.Node]:
+        return {str(n.target): n for n in self.nodes if n.op == "placeholder"}
+
+    def compute_nodes(self) -> Iterator[fx.Node]:
+        """Operator calls, without the `getitem`s that take multi-output ops apart."""
+        for node in self.nodes:
+            if node.op == "call_function" and node.target is not operator.getitem:
+                yield node
+
+    def info(self, node: fx.Node) -> NodeInfo:
+        return node.meta["autopar"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of operators, wiring and shapes: equal graphs take each other's plans."""
+        digest = hashlib.sha256()
+        number = {node: i for i, node in enumerate(self.nodes)}
+        for node in self.nodes:
+            value = node.meta.get("val")
+            shapes = pytree.tree_map_only(
+                torch.Tensor, lambda t: (tuple(t.shape), str(t.dtype)), value
+            )
+            args = pytree.tree_map_only(fx.Node, number.__getitem__, (node.args, node.kwargs))
+            # a placeholder's name may depend on how the batch was passed, its role does not
+            what = "in" if node.op == "placeholder" else str(node.target)
+            digest.update(repr((node.op, what, shapes, args)).encode())
+        return digest.hexdigest()[:16]
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Shape of a node's tensor value as plain integers."""
+    return tuple(int(n) for n in value.shape)
+
+
+def operands(node: fx.Node) -> list[fx.Node | None]:
+    """Tensor operands of an operator call in schema order; lists flattened, None where absent."""
+    return [value for _, value in _tensor_arguments(node)]
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments by schema name, as given (defaults left out)."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return dict(node.kwargs)
+    names = [a.name for a in node.target._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _tensor_arguments(node: fx.Node) -> list[tuple[str, fx.Node | None]]:
+    assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
+    given = bound_arguments(node)
+    found: list[tuple[str, fx.Node | None]] = []
+    for argument in node.target._schema.arguments:
+        if "Tensor" not in str(argument.type):
+            continue
+        value = given.get(argument.name)
+        items = value if isinstance(value, list | tuple) else [value]
+        for item in items:
+            if isinstance(item, fx.Node):
+                found.append((argument.name, item))
+            elif item is None:
+                found.append((argument.name, None))
+    return found
+
+
+def map_operands(node: fx.Node, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's args and kwargs with its tensor operands replaced, in the order of `operands`."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    order = [a.name for a in node.target._schema.arguments]
+    given = bound_arguments(node)
+    queue = iter(values)
+    replaced: dict[str, Any] = {}
+    for argument in node.target._schema.arguments:
+        value = given.get(argument.name)
+        if "Tensor" not in str(argument.type):
+            continue
+        if isinstance(value, list | tuple):
+            items = [next(queue) if i is None or isinstance(i, fx.Node) else i for i in value]
+            replaced[argument.name] = items
+        elif value is None or isinstance(value, fx.Node):
+            replaced[argument.name] = next(queue)
+    args = tuple(replaced.get(n, v) for n, v in zip(order, node.args, strict=False))
+    kwargs = {n: replaced.get(n, v) for n, v in node.kwargs.items()}
+    return args, kwargs
