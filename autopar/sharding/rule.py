@@ -219,6 +219,22 @@ def strategies(
     return found
 
 
+def named_strategy(rule: OpRule, mesh: Sequence[int], name: str, floating: bool) -> Strategy:
+    """The strategy that `Strategy.name` stands for.
+
+    Raises:
+        ValueError: the rule has no such strategy on this mesh.
+    """
+    assignment = name.split()
+    known = {"-", *rule.factors, *(f"~{i}" for i in range(len(rule.linear) if floating else 0))}
+    found = None
+    if len(assignment) == len(mesh) and set(assignment) <= known:
+        found = _strategy(rule, mesh, assignment, floating)
+    if found is None:
+        raise ValueError(f"no strategy {name!r} on mesh {tuple(mesh)}; factors: {sorted(known)}")
+    return found
+
+
 def _strategy(
     rule: OpRule, mesh: Sequence[int], assignment: Sequence[str], floating: bool
 ) -> Strategy | None:

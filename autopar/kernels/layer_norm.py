@@ -1,0 +1,270 @@
+"""LayerNorm over the last dim as one Triton kernel per direction.
+
+With x̂ = (x - mean) · rstd, y = x̂ · w + b, and g = dy · w, all means taken over a row:
+
+    dx = rstd · (g - mean(g) - x̂ · mean(g · x̂))      dw = Σ_rows dy · x̂      db = Σ_rows dy
+
+A program holds one row at a time in registers and loops over its rows. In the backward it also
+keeps its share of dw and db there and writes them once; a sum over the programs finishes them.
+There are no atomics, so the same inputs give the same bits.
+
+Arithmetic and statistics are in float32, or float64 for float64 inputs, as in ATen on GPUs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A row must fit the registers of one program: for wider ones ptxas (sm_90) spills.
+MAX_WIDTH = 8192
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    width,
+    EPS: tl.constexpr,  # as an argument it would be rounded to float32
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK)
+    inside = cols < width
+    row_stride = tl.cast(width, tl.int64)  # row * width may pass 2**31
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(ACC)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        offsets = row * row_stride + cols
+        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(ACC)
+        mean = tl.sum(x, axis=0) / width
+        centered = tl.where(inside, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / width + EPS)
+        out = centered * rstd
+        if weight_ptr is not None:
+            out = out * weight
+        if bias_ptr is not None:
+            out = out + bias
+        tl.store(out_ptr + offsets, out, mask=inside)
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    dx_ptr,
+    partial_dw_ptr,  # [programs, width], as the next; None when not wanted
+    partial_db_ptr,
+    rows,
+    width,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK)
+    inside = cols < width
+    row_stride = tl.cast(width, tl.int64)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(ACC)
+    if partial_dw_ptr is not None:
+        dw = tl.zeros([BLOCK], dtype=ACC)
+    if partial_db_ptr is not None:
+        db = tl.zeros([BLOCK], dtype=ACC)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        offsets = row * row_stride + cols
+        grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(ACC)
+        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(ACC)
+        mean = tl.load(mean_ptr + row).to(ACC)
+        rstd = tl.load(rstd_ptr + row).to(ACC)
+        # Beyond the width x_hat is not zero, but grad is, and only their products are summed.
+        x_hat = (x - mean) * rstd
+        if partial_dw_ptr is not None:
+            dw += grad * x_hat
+        if partial_db_ptr is not None:
+            db += grad
+        if dx_ptr is not None:
+            if weight_ptr is not None:
+                grad = grad * weight
+            mean_grad = tl.sum(grad, axis=0) / width
+            mean_grad_x_hat = tl.sum(grad * x_hat, axis=0) / width
+            dx = rstd * (grad - mean_grad - x_hat * mean_grad_x_hat)
+            tl.store(dx_ptr + offsets, dx, mask=inside)
+    partial = tl.program_id(0) * row_stride + cols
+    if partial_dw_ptr is not None:
+        tl.store(partial_dw_ptr + partial, dw, mask=inside)
+    if partial_db_ptr is not None:
+        tl.store(partial_db_ptr + partial, db, mask=inside)
+
+
+@torch.library.custom_op("autopar::layer_norm_fwd", mutates_args=())
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`aten.native_layer_norm` over the last dim: the output, and each row's mean and rstd."""
+    out, mean, rstd = _forward_outputs(x)
+    rows, width = _rows_and_width(x)
+    if rows and width:
+        block, warps = tile(width)
+        with torch.cuda.device_of(x):
+            forward_kernel[(_programs(x, rows, warps),)](
+                x.contiguous(),
+                _contiguous(weight),
+                _contiguous(bias),
+                out,
+                mean,
+                rstd,
+                rows,
+                width,
+                EPS=eps,
+                ACC=_triton_dtype(mean.dtype),
+                BLOCK=block,
+                num_warps=warps,
+            )
+    return out, mean, rstd
+
+
+@torch.library.custom_op("autopar::layer_norm_bwd", mutates_args=())
+def layer_norm_bwd(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`aten.native_layer_norm_backward` over the last dim: the gradients of x, weight and bias.
+
+    A custom op cannot return None: a gradient not asked for by the mask is an empty tensor.
+    """
+    dx, dw, db = _backward_outputs(x, weight, bias, output_mask)
+    rows, width = _rows_and_width(x)
+    if not rows or not width:
+        return dx, dw.zero_(), db.zero_()
+    block, warps = tile(width)
+    programs = _programs(x, rows, warps)
+    acc = acc_dtype(x.dtype)
+    partial_dw, partial_db = (
+        x.new_empty(programs, width, dtype=acc) if total.numel() else None for total in (dw, db)
+    )
+    with torch.cuda.device_of(x):
+        backward_kernel[(programs,)](
+            grad.contiguous(),
+            x.contiguous(),
+            mean.contiguous(),
+            rstd.contiguous(),
+            _contiguous(weight),
+            dx if dx.numel() else None,
+            partial_dw,
+            partial_db,
+            rows,
+            width,
+            ACC=_triton_dtype(acc),
+            BLOCK=block,
+            num_warps=warps,
+        )
+    for total, partial in ((dw, partial_dw), (db, partial_db)):
+        if partial is not None:
+            total.copy_(partial.sum(dim=0))
+    return dx, dw, db
+
+
+def _forward_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    stats = (*x.shape[:-1], 1)
+    acc = acc_dtype(x.dtype)
+    return x.new_empty(x.shape), x.new_empty(stats, dtype=acc), x.new_empty(stats, dtype=acc)
+
+
+def _backward_outputs(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dw, db = (
+        like.new_empty(like.shape) if wanted and like is not None else x.new_empty(0)
+        for like, wanted in zip((x, weight, bias), output_mask, strict=True)
+    )
+    return dx, dw, db
+
+
+@layer_norm_fwd.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_outputs(x)
+
+
+@layer_norm_bwd.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_outputs(x, weight, bias, output_mask)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, mean, rstd, weight, bias)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, grad, _grad_mean, _grad_rstd):
+    x, mean, rstd, weight, bias = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = layer_norm_bwd(grad, x, mean, rstd, weight, bias, wanted)
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+
+
+layer_norm_fwd.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that arithmetic on this dtype is done in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tile(width: int) -> tuple[int, int]:
+    """The padded width of a row, a power of two, and the warps that share it."""
+    if width > MAX_WIDTH:
+        raise ValueError(
+            f"autopar::layer_norm: rows of {width} elements are wider than the {MAX_WIDTH} that "
+            "fit the registers of one program; use aten.native_layer_norm"
+        )
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // 256, 1), 16)
+
+
+def _programs(x: Tensor, rows: int, warps: int) -> int:
+    """As many programs as keep the device busy, at 32 warps for each multiprocessor."""
+    if x.device.type != "cuda":
+        return min(rows, 4)  # the interpreter: some, so that rows are looped and partials summed
+    processors: int = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return min(rows, processors * (32 // warps))
+
+
+def _rows_and_width(x: Tensor) -> tuple[int, int]:
+    width = x.shape[-1]
+    return (x.numel() // width if width else 0), width
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32

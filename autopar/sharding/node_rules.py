@@ -1,0 +1,76 @@
+"""From graph nodes to rules: which operands a node has, how it may be split, what it produces."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+from autopar.sharding.rule import OpRule, Strategy, named_strategy, strategies
+from autopar.sharding.rules import Call, bind
+from autopar.tracer.graph import bound_arguments, operands, shape_of
+
+
+def results(node: fx.Node) -> list[torch.Tensor]:
+    """The fake tensors a node produces."""
+    return [t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor)]
+
+
+def producer(node: fx.Node) -> tuple[fx.Node, int]:
+    """The operator call or placeholder behind a value, and which of its results it is."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(index, int)
+        return source, index
+    return node, 0
+
+
+def call_of(node: fx.Node) -> Call:
+    """The node's call by shapes."""
+
+    def described(value: Any) -> Any:
+        return pytree.tree_map_only(fx.Node, lambda n: shape_of(n.meta["val"]), value)
+
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = {k: described(v) for k, v in bound_arguments(node).items()}
+    inputs = tuple(None if n is None else shape_of(n.meta["val"]) for n in operands(node))
+    return Call(node.target, arguments, inputs, tuple(shape_of(t) for t in results(node)))
+
+
+def replicated_rule(node: fx.Node) -> OpRule:
+    """No factor may be split: always right."""
+    inputs = tuple(None if n is None else (None,) * n.meta["val"].ndim for n in operands(node))
+    return OpRule(inputs, tuple((None,) * t.ndim for t in results(node)), {})
+
+
+def rule_of(node: fx.Node) -> tuple[OpRule, bool]:
+    """The node's rule, and whether the table had one (else it is full replication)."""
+    rule = bind(call_of(node))
+    if rule is None:
+        return replicated_rule(node), False
+    return rule, True
+
+
+def _floating(node: fx.Node) -> list[bool]:
+    found = [t.dtype.is_floating_point for t in results(node)]
+    # a mask beside a result (dropout) carries no sum of its own
+    return found[:1] if str(node.target) == "aten.native_dropout.default" else found
+
+
+def strategies_of(node: fx.Node, mesh: Sequence[int]) -> list[Strategy]:
+    """Every legal strategy of a node on a mesh."""
+    return strategies(rule_of(node)[0], mesh, _floating(node))
+
+
+def strategy_by_name(node: fx.Node, mesh: Sequence[int], name: str) -> Strategy:
+    """The strategy whose name a plan holds.
+
+    Raises:
+        ValueError: the node has no such strategy.
+    """
+    return named_strategy(rule_of(node)[0], mesh, name, all(_floating(node)))
