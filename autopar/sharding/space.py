@@ -11,12 +11,11 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 import torch.fx as fx
 
 from autopar.profiler.cluster import ClusterInfo
@@ -137,6 +136,7 @@ class SearchSpace:
         self.profile = profile_graph(graph, set(workload.trainable))
         self.grads = requires_grad_map(graph, set(workload.trainable))
         self._bytes = lru_cache(maxsize=None)(self._local_bytes)
+        self.link_costs = lru_cache(maxsize=None)(self._link_costs)
         self.unruled = [n for n in graph.compute_nodes() if not rule_of(n)[1]]
         self._saved = _Saved(graph, self.profile)
         self.sites: list[Site] = []
@@ -165,7 +165,7 @@ class SearchSpace:
         ]
         return problem, classes
 
-    def link_costs(self, link: Link) -> tuple[np.ndarray, np.ndarray | None]:
+    def _link_costs(self, link: Link) -> tuple[np.ndarray, np.ndarray | None]:
         """Time [source candidate, target candidate] and memory of the conversions on a link."""
         source, target = self.sites[link.source], self.sites[link.target]
         outs = [c.outputs[link.result] for c in source.candidates]
@@ -202,6 +202,24 @@ class SearchSpace:
         rows = [index[s] for s in sources]
         columns = [index[t if t is not None else sources[0]] for t in targets]
         return table[np.ix_(rows, columns)]
+
+    def conversion_costs(self, link: Link, choices: Sequence[int]) -> tuple[float, float]:
+        """Time and memory of the conversion on a link under a full choice."""
+        time, memory = self.link_costs(link)
+        pair = choices[link.source], choices[link.target]
+        return float(time[pair]), 0.0 if memory is None else float(memory[pair])
+
+    def working_bytes(self, site: Site, candidate: Candidate) -> float:
+        """Local bytes of the gradients of an operator's differentiable operands and results."""
+        specs = (*candidate.inputs, *candidate.outputs)
+        values = [n.meta["val"] if n is not None else None for n in operands(site.node)]
+        return float(
+            sum(
+                self._bytes(shape_of(t), t.element_size(), spec)
+                for t, spec in zip((*values, *results(site.node)), specs, strict=True)
+                if t is not None and spec is not None and t.dtype.is_floating_point
+            )
+        )
 
     def random_choices(self, rng: np.random.Generator) -> tuple[int, ...]:
         """A uniformly drawn candidate per site, redrawn where no conversion exists."""
@@ -572,27 +590,3 @@ def _pattern(name: str) -> str:
 
 def _has_index(name: str) -> bool:
     return _pattern(name) != name
-
-
-def replace_candidates(site: Site, kept: Sequence[int]) -> Site:
-    """The site with only some of its candidates."""
-    index = np.array(kept, dtype=np.int64)
-    return replace(
-        site,
-        candidates=tuple(site.candidates[i] for i in kept),
-        time_us=site.time_us[index],
-        memory_bytes=site.memory_bytes[index],
-        parts={k: v[index] for k, v in site.parts.items()},
-    )
-
-
-__all__ = [
-    "Candidate",
-    "Link",
-    "Pins",
-    "SearchSpace",
-    "Site",
-    "Workload",
-    "replace_candidates",
-    "torch",
-]

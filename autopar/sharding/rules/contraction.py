@@ -13,7 +13,7 @@ def _has_dropout(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("dropout_p"))
 
 
-_SDPA = "*b h q [d], *b h k_ [d], *b h k_ e, ... -> *b h q e"
+_SDPA = "*b [q] [d], *b [k] [d], *b [k] [e], *b [q] [k] -> *b [q] [e]"
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.mm.default": Row("m k, k n -> m n", linear=((0,), (1,))),
@@ -22,9 +22,10 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.baddbmm.default": Row("+b m n, b m k, b k n -> b m n", linear=((1,), (2,))),
     "aten.linear.default": Row("*b k, n k, +n -> *b n", linear=((0,), (1,))),
     "aten.scaled_dot_product_attention.default": (
-        Row("*b [q] [d], *b [k] [d], *b [k] [e], *b [q] [k] -> *b [q] [e]",
-            lowering=lowerings.attention_with_dropout, always=True, when=_has_dropout),
-        Row("*b q d, *b k d, *b k e, *b q k -> *b q e"),
+        Row(_SDPA, lowering=lowerings.attention_with_dropout, always=True, when=_has_dropout),
+        Row(_SDPA, when=lambda a: bool(a.get("is_causal"))),
+        # without a causal offset, queries are independent of each other
+        Row(_SDPA.replace("[q]", "q")),
     ),
     "aten.conv2d.default": (
         Row("n c [h] [w], o c [x] [y], +o -> n o [i] [j]", linear=((0,), (1,)),

@@ -1,0 +1,184 @@
+"""The planner, a line per stage: trace, profile, lay out the space, solve, write the plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autopar.errors import InfeasibleError
+from autopar.estimate import estimate_memory, estimate_time, estimate_transient
+from autopar.plan import ShardingPlan, SolverRecord
+from autopar.profiler.cluster import ClusterInfo, as_cluster
+from autopar.sharding.space import Pins, SearchSpace, Workload
+from autopar.solver import Solution, solve
+from autopar.solver.reductions import share
+from autopar.tracer import ColoTracer, ModelGraph
+
+ADAM_STATE = 2.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with what it was made from."""
+
+    plan: ShardingPlan
+    graph: ModelGraph
+    space: SearchSpace
+    choices: tuple[int, ...]
+
+
+class _Clock:
+    """Seconds per named stage."""
+
+    def __init__(self, progress: Callable[[str], None] | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._say = progress or (lambda line: None)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Any:
+        self._say(f"{stage} ...")
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+
+def trainable_inputs(graph: ModelGraph, model: torch.nn.Module) -> frozenset[str]:
+    """Placeholder names of the parameters that require grad."""
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    return frozenset(k for k, name in graph.parameters.items() if name in wanted)
+
+
+def autoplan(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    cluster: ClusterInfo | str,
+    memory: str | float | None = None,
+    optimizer_state: float = ADAM_STATE,
+    pins: Callable[[ModelGraph], Pins] | None = None,
+    time_limit: float = 60.0,
+    progress: Callable[[str], None] | None = None,
+) -> Planned:
+    """Find the fastest plan for one training step of `model(*args, **kwargs)` that fits the memory.
+
+    Needs no GPU, no process group and no weights: the model may live on the meta device.
+
+    Args:
+        memory: budget per device ("40GiB", bytes, or a share of the device).
+        optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
+        pins: layouts decided from outside, given the captured graph.
+        time_limit: seconds for the solver.
+        progress: called with a line per stage.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        InfeasibleError: nothing fits the budget.
+    """
+    cluster = as_cluster(cluster).with_memory(memory)
+    clock = _Clock(progress)
+    with clock("trace"):
+        graph = ColoTracer(cluster.device.kind if torch.cuda.is_available() else "cpu").trace(
+            model, args, kwargs
+        )
+    with clock("profile and strategies"):
+        workload = Workload(trainable_inputs(graph, model), optimizer_state)
+        space = SearchSpace(graph, cluster, workload, pins(graph) if pins else None)
+    with clock("conversion costs"):
+        problem, classes = space.problem(cluster.budget_bytes)
+    with clock("solve"):
+        solution, choices = _solve_with_transient(
+            space, problem, classes, time_limit=time_limit, progress=progress
+        )
+    plan = make_plan(space, choices, type(model).__name__, solution, clock.seconds)
+    return Planned(plan, graph, space, choices)
+
+
+def _solve_with_transient(
+    space: SearchSpace,
+    problem: Any,
+    classes: Sequence[int],
+    *,
+    time_limit: float,
+    progress: Callable[[str], None] | None,
+) -> tuple[Solution, tuple[int, ...]]:
+    """Solve within the budget less the transient peak, which depends on the plan itself.
+
+    The reserve only grows, so the loop ends; three rounds suffice in practice.
+    """
+    budget, reserve = space.cluster.budget_bytes, 0.0
+    for _ in range(6):
+        shared, inverse = share(_with_budget(problem, budget - reserve), classes)
+        try:
+            solution = solve(shared, time_limit=time_limit, progress=progress)
+        except InfeasibleError as error:
+            smallest = error.smallest_bytes + reserve
+            raise InfeasibleError(
+                f"no plan fits {budget / 2**20:.1f} MiB per device on mesh "
+                f"{'x'.join(map(str, space.mesh))}: parameters, gradients, optimizer state, saved "
+                f"activations and a transient peak need at least {smallest / 2**20:.1f} MiB. "
+                f"Use memory=\"{smallest / 2**20:.0f}MiB\" or more, more devices, or a smaller batch.",
+                budget_bytes=budget,
+                smallest_bytes=smallest,
+            ) from None
+        choices = inverse(solution.choices)
+        transient = estimate_transient(space, choices)
+        if solution.memory_bytes + transient <= budget * (1 + 1e-9):
+            break
+        reserve = max(reserve * 1.05, transient)
+    return solution, choices
+
+
+def _with_budget(problem: Any, budget: float) -> Any:
+    from dataclasses import replace
+
+    return replace(problem, budget_bytes=max(budget, 1.0))
+
+
+def make_plan(
+    space: SearchSpace,
+    choices: Sequence[int],
+    model: str,
+    solution: Solution | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> ShardingPlan:
+    """The plan that a full choice of candidates stands for."""
+    chosen = [(s, s.candidates[c]) for s, c in zip(space.sites, choices, strict=True)]
+    names = {s.node.name: space.graph.parameters.get(str(s.node.target)) for s, _ in chosen}
+    parameters = {
+        str(names[s.node.name]): str(c.outputs[0]) for s, c in chosen if s.kind == "parameter"
+    }
+    estimate = estimate_time(space, choices)
+    record = SolverRecord("given", estimate.step_us, 0.0, 1.0, dict(seconds or {}))
+    if solution is not None:
+        record = SolverRecord(
+            solution.method, solution.time_us, solution.bound_us, solution.gap, dict(seconds or {})
+        )
+    unruled = {
+        f"{n.name}: {n.target} at {space.graph.info(n).source}": float(
+            next(s for s, _ in chosen if s.node is n and s.kind == "op").time_us[0]
+        )
+        for n in space.unruled
+        if space.profile[n].forward_kernels
+    }
+    return ShardingPlan(
+        model,
+        space.graph.fingerprint,
+        space.mesh,
+        space.cluster.to_dict(),
+        {s.name: c.name for s, c in chosen if s.kind != "output"},
+        parameters,
+        tuple(
+            str(names[s.node.name]) for s, c in chosen if s.kind == "parameter" and c.regather
+        ),
+        estimate,
+        estimate_memory(space, choices),
+        record,
+        space.cluster.budget_bytes,
+        unruled,
+    )

@@ -1,0 +1,1 @@
+"""Graph rewrites: from a plan to the program each rank runs."""

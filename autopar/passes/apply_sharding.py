@@ -1,0 +1,310 @@
+"""The pass that turns a plan into each rank's program: local shapes, explicit conversions.
+
+The result is an ordinary PyTorch graph. Every conversion is a differentiable step from
+`autopar.runtime.collectives`; autograd of the graph is the distributed backward.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from autopar.errors import PlanError
+from autopar.plan import ShardingPlan
+from autopar.profiler.cluster import ClusterInfo
+from autopar.profiler.profile import requires_grad_map
+from autopar.runtime import collectives
+from autopar.sharding.conversion import LayoutConverter, Step
+from autopar.sharding.node_rules import producer, results, rule_of, strategy_by_name
+from autopar.sharding.rule import OpRule, Strategy
+from autopar.sharding.spec import ShardingSpec, local_range, local_shape
+from autopar.tracer.graph import ModelGraph, bound_arguments, map_operands, operands, shape_of
+
+
+_RESHAPE = {
+    "aten.view.default": torch.ops.aten.reshape.default,
+    "aten._unsafe_view.default": torch.ops.aten.reshape.default,
+}
+
+
+@dataclass(frozen=True)
+class LocalProgram:
+    """The program of one rank.
+
+    Args:
+        gm: takes parameters, buffers and inputs (local, in the model graph's order) and, if
+            `takes_seed`, an int64 scalar; returns mutated buffers and results.
+        input_specs: layout in which each tensor input enters.
+        takes_seed: random ops draw from a seed that is the last argument.
+    """
+
+    gm: fx.GraphModule
+    input_specs: tuple[ShardingSpec, ...]
+    takes_seed: bool
+
+
+@dataclass
+class _Rank:
+    """Where this program runs."""
+
+    mesh: tuple[int, ...]
+    coords: tuple[int, ...]
+    groups: Sequence[str]
+    converter: LayoutConverter
+
+
+def apply_sharding(
+    graph: ModelGraph,
+    plan: ShardingPlan,
+    *,
+    coords: Sequence[int],
+    groups: Sequence[str],
+    input_specs: Sequence[ShardingSpec] | None = None,
+    output_specs: Sequence[ShardingSpec] | None = None,
+    trainable: frozenset[str] | None = None,
+) -> LocalProgram:
+    """The program of the rank at `coords`.
+
+    Args:
+        groups: names of this rank's communicators, one per mesh axis.
+        input_specs: layouts in which the caller holds the inputs; as the plan splits them if None.
+        output_specs: layouts in which the caller wants the results; replicated if None.
+        trainable: placeholder names that carry gradients; all parameters if None.
+
+    Raises:
+        PlanError: the plan names a site or strategy that the graph does not have.
+    """
+    converter = LayoutConverter(ClusterInfo.from_dict(plan.cluster))
+    rank = _Rank(plan.mesh, tuple(coords), groups, converter)
+    grads = requires_grad_map(
+        graph, set(graph.parameters) if trainable is None else set(trainable)
+    )
+    return _Rewriter(graph, plan, rank, grads).run(input_specs, output_specs)
+
+
+@dataclass
+class _Rewriter:
+    graph: ModelGraph
+    plan: ShardingPlan
+    rank: _Rank
+    grads: Mapping[fx.Node, bool]
+    out: fx.Graph = field(default_factory=fx.Graph)
+    # (node, result) -> layout of its value, and the value in every layout it was converted to
+    layout: dict[tuple[fx.Node, int], ShardingSpec] = field(default_factory=dict)
+    values: dict[tuple[fx.Node, int, ShardingSpec], fx.Node] = field(default_factory=dict)
+    seed: fx.Node | None = None
+    sites: int = 0
+
+    def run(
+        self,
+        input_specs: Sequence[ShardingSpec] | None,
+        output_specs: Sequence[ShardingSpec] | None,
+    ) -> LocalProgram:
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        tensor_inputs = [n for n in self.graph.inputs if n is not None]
+        held = dict(zip(tensor_inputs, input_specs, strict=True)) if input_specs else {}
+        for node in placeholders:
+            new = self.out.placeholder(node.name)
+            spec = held.get(str(node.target)) or self._placeholder_spec(node)
+            self._define(node, 0, spec, new)
+        # the seed comes last, whether or not some op turns out to draw from it
+        self.seed = self.out.placeholder("autopar_seed")
+        for node in placeholders:
+            self._share(node, 0)
+        for node in self.graph.compute_nodes():
+            self._call(node)
+        self._outputs(output_specs)
+        takes_seed = bool(self.seed.users)
+        if not takes_seed:
+            self.out.erase_node(self.seed)
+        gm = fx.GraphModule(torch.nn.Module(), self.out, "LocalProgram")
+        gm.recompile()
+        specs = tuple(
+            held.get(name) or self._placeholder_spec(self.graph.placeholders[name])
+            for name in tensor_inputs
+        )
+        return LocalProgram(gm, specs, takes_seed)
+
+    # -- plan look-ups --------------------------------------------------------------------------
+
+    def _choice(self, site: str) -> str:
+        try:
+            return self.plan.choices[site]
+        except KeyError:
+            raise PlanError(f"the plan decides nothing for {site}; plan this model again") from None
+
+    def _placeholder_spec(self, node: fx.Node) -> ShardingSpec:
+        text = self._choice(node.name).removesuffix(" regather")
+        return ShardingSpec(()) if text == "scalar" else ShardingSpec.parse(text)
+
+    def _strategy(self, node: fx.Node) -> Strategy:
+        try:
+            return strategy_by_name(node, self.rank.mesh, self._choice(node.name))
+        except ValueError as error:
+            raise PlanError(f"{node.name} ({node.target}): {error}") from error
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def _define(self, node: fx.Node, result: int, spec: ShardingSpec, value: fx.Node) -> None:
+        fake = results(node)[result]
+        value.meta["spec"] = spec
+        value.meta["local_shape"] = local_shape(
+            shape_of(fake), spec, self.rank.mesh, self.rank.coords
+        )
+        self.layout[node, result] = spec
+        self.values[node, result, spec] = value
+
+    def _share(self, node: fx.Node, result: int) -> None:
+        """Convert a value with several users once, to the layout they share."""
+        text = self.plan.choices.get(f"{node.name}#{result}")
+        if text is not None:
+            spec = ShardingSpec(()) if text == "scalar" else ShardingSpec.parse(text)
+            self._converted(node, result, spec)
+            self.layout[node, result] = spec
+
+    def _value(self, operand: fx.Node, spec: ShardingSpec) -> fx.Node:
+        node, result = producer(operand)
+        return self._converted(node, result, spec)
+
+    def _converted(self, node: fx.Node, result: int, target: ShardingSpec) -> fx.Node:
+        grad = self.grads[node]
+        source = self.layout[node, result]
+        if not grad:  # without a gradient, V and R are the same thing
+            source, target = source.data(), target.data()
+        key = (node, result, target)
+        if key in self.values:
+            return self.values[key]
+        fake = results(node)[result]
+        shape, itemsize = shape_of(fake), fake.element_size()
+        value = self.values[node, result, source]
+        try:
+            path = self.rank.converter.path(shape, itemsize, source, target, grad=grad)
+        except ValueError as error:
+            raise PlanError(f"{node.name}: {error}") from error
+        for step in path:
+            known = self.values.get((node, result, step.target))
+            if known is not None:
+                value = known
+                continue
+            value = self._step(value, step, shape)
+            value.meta["spec"] = step.target
+            value.meta["local_shape"] = local_shape(
+                shape, step.target, self.rank.mesh, self.rank.coords
+            )
+            value.meta["autopar"] = node.meta["autopar"]
+            self.values[node, result, step.target] = value
+        return value
+
+    def _step(self, value: fx.Node, step: Step, shape: Sequence[int]) -> fx.Node:
+        group = self.rank.groups[step.axis]
+
+        def extent(dim: int, spec: ShardingSpec) -> int:
+            return local_range(shape[dim], spec.dims[dim], self.rank.mesh, self.rank.coords)[1]
+
+        arguments: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+            "vary": (collectives.vary, ()),
+            "all_reduce": (collectives.reduce, ()),
+            "inject": (collectives.inject, ()),
+        }
+        if step.kind in ("gather", "gather_vary"):
+            function: Callable[..., Any] = getattr(collectives, step.kind)
+            rest: tuple[Any, ...] = (step.dim, extent(step.dim, step.target))
+        elif step.kind == "slice":
+            function, rest = collectives.slice_, (step.dim,)
+        elif step.kind == "reduce_scatter":
+            function, rest = collectives.scatter_sum, (step.dim,)
+        elif step.kind == "all_to_all":
+            function = collectives.exchange
+            rest = (step.dim, extent(step.dim, step.target), step.to_dim)
+        else:
+            function, rest = arguments[step.kind]
+        return self.out.call_function(function, (value, *rest, group))
+
+    # -- operators ------------------------------------------------------------------------------
+
+    def _call(self, node: fx.Node) -> None:
+        strategy = self._strategy(node)
+        rule, _ = rule_of(node)
+        values = [
+            None if operand is None or spec is None else self._value(operand, spec)
+            for operand, spec in zip(operands(node), strategy.inputs, strict=True)
+        ]
+        args, kwargs = map_operands(node, values)
+        target: Any = node.target
+        if strategy.lowered:
+            target = rule.lowering
+            kwargs = {**kwargs, **self._lowering_arguments(rule, strategy)}
+        else:
+            args, kwargs = self._localize_sizes(node, strategy, args, kwargs)
+            # a shard's strides may differ from the whole tensor's: let the view copy if it must
+            target = _RESHAPE.get(str(target), target)
+        new = self.out.call_function(target, args, kwargs)
+        new.meta["autopar"] = node.meta["autopar"]
+        outs = results(node)
+        if isinstance(node.meta["val"], torch.Tensor):
+            self._define(node, 0, strategy.outputs[0], new)
+        else:
+            used = {producer(u)[1] for u in node.users if u.target is operator.getitem}
+            for result in sorted(used):
+                item = self.out.call_function(operator.getitem, (new, result))
+                item.meta["autopar"] = node.meta["autopar"]
+                self._define(node, result, strategy.outputs[result], item)
+        for result in range(len(outs)):
+            if (node, result) in self.layout:
+                self._share(node, result)
+
+    def _localize_sizes(
+        self, node: fx.Node, strategy: Strategy, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Ops that are told their result's shape are told the local one."""
+        assert isinstance(node.target, torch._ops.OpOverload)
+        names = [a.name for a in node.target._schema.arguments]
+        at = next((i for i, n in enumerate(names) if n in ("size", "shape")), None)
+        if at is None or not operands(node) or not strategy.splits:
+            return args, kwargs
+        shape = local_shape(
+            shape_of(results(node)[0]), strategy.outputs[0], self.rank.mesh, self.rank.coords
+        )
+        if names[at] in kwargs:
+            return args, {**kwargs, names[at]: list(shape)}
+        target = bound_arguments(node).get(names[at])
+        if target is None or at >= len(args):
+            return args, kwargs
+        return (*args[:at], list(shape), *args[at + 1 :]), kwargs
+
+    def _lowering_arguments(self, rule: OpRule, strategy: Strategy) -> dict[str, Any]:
+        mesh, coords, groups = self.rank.mesh, self.rank.coords, self.rank.groups
+        shard = {}
+        for name, axes in strategy.splits.items():
+            size = rule.factors[name].size
+            start, length = local_range(size, axes, mesh, coords)
+            # tuples and numbers only: a graph's arguments print as Python
+            shard[name] = (start, length, size, tuple(groups[a] for a in axes))
+        found: dict[str, Any] = {"shard": shard}
+        if rule.always:
+            number = 0
+            for axes in strategy.splits.values():
+                for axis in axes:
+                    number = number * mesh[axis] + coords[axis]
+            assert self.seed is not None
+            found |= {"seed": self.seed, "site": (self.sites, number)}
+            self.sites += 1
+        return found
+
+    def _outputs(self, output_specs: Sequence[ShardingSpec] | None) -> None:
+        flat: list[Any] = []
+        buffers = len(self.graph.mutations)
+        for i, value in enumerate(self.graph.output.args[0]):  # type: ignore[union-attr, arg-type]
+            if not isinstance(value, fx.Node):
+                flat.append(value)
+                continue
+            spec = ShardingSpec.replicated(value.meta["val"].ndim)
+            if output_specs is not None and i >= buffers:
+                spec = output_specs[i - buffers]
+            flat.append(self._value(value, spec))
+        self.out.output(tuple(flat))

@@ -1,0 +1,195 @@
+"""`ShardingPlan`: what was decided, as a frozen value that is JSON in and out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import PlanError
+from autopar.sharding.spec import ShardingSpec
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Predicted step time in microseconds: what adds up, and what hides behind compute."""
+
+    compute_us: float
+    exposed_us: float
+    overlapped_us: float
+
+    @property
+    def step_us(self) -> float:
+        return self.compute_us + self.exposed_us
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Predicted bytes per device by kind."""
+
+    parameters_bytes: float
+    gradients_bytes: float
+    optimizer_bytes: float
+    activations_bytes: float
+    buffers_bytes: float
+    transient_bytes: float
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class SolverRecord:
+    """How the plan was found, and how good it is known to be."""
+
+    method: str
+    objective_us: float
+    bound_us: float
+    gap: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """One legal way to run a model on a mesh.
+
+    Args:
+        model: the model's class name, for messages.
+        fingerprint: of the graph the plan was made for.
+        mesh: size of each mesh axis.
+        cluster: the `ClusterInfo` as data.
+        choices: site name to candidate name, for every decision of the search space.
+        parameters: qualified name to storage layout.
+        regather: parameters gathered again for backward (ZeRO-3).
+        time, memory: predictions.
+        solver: provenance.
+        budget_bytes: per device.
+        unruled: operators that ran replicated for lack of a rule, with their predicted time.
+    """
+
+    model: str
+    fingerprint: str
+    mesh: tuple[int, ...]
+    cluster: Mapping[str, Any]
+    choices: Mapping[str, str]
+    parameters: Mapping[str, str]
+    regather: tuple[str, ...]
+    time: TimeEstimate
+    memory: MemoryEstimate
+    solver: SolverRecord
+    budget_bytes: float
+    unruled: Mapping[str, float] = field(default_factory=dict)
+
+    def parameter_specs(self) -> dict[str, ShardingSpec]:
+        """Storage layout of every parameter by qualified name."""
+        return {name: ShardingSpec.parse(spec) for name, spec in self.parameters.items()}
+
+    # -- JSON -----------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        body = asdict(self)
+        text = json.dumps(body, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return json.dumps({"autopar_plan": FORMAT, "sha256": digest, "plan": body}, indent=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically: the file is the whole plan or does not change."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(self.to_json())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @staticmethod
+    def from_json(text: str, *, source: str = "plan") -> ShardingPlan:
+        """Inverse of `to_json`.
+
+        Raises:
+            PlanError: not a plan, of another format version, or changed after it was written.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(
+                f"{source} is not JSON (line {error.lineno}: {error.msg}): the file is truncated "
+                "or damaged; make it again with `autopar plan ... -o`"
+            ) from error
+        if not isinstance(data, dict) or "autopar_plan" not in data:
+            raise PlanError(f"{source} is JSON but no autopar plan: it lacks the key 'autopar_plan'")
+        if data["autopar_plan"] != FORMAT:
+            raise PlanError(
+                f"{source} has plan format {data['autopar_plan']}, this autopar reads {FORMAT}; "
+                "make the plan again with this version"
+            )
+        body = data.get("plan")
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        if digest != data.get("sha256"):
+            raise PlanError(
+                f"{source} was changed after it was written (checksum {digest[:12]} instead of "
+                f"{str(data.get('sha256'))[:12]}); make the plan again"
+            )
+        known = {f.name for f in fields(ShardingPlan)}
+        if set(body) - known or known - set(body):
+            raise PlanError(f"{source}: keys {sorted(set(body) ^ known)} are missing or unknown")
+        return ShardingPlan(
+            **body
+            | {
+                "mesh": tuple(body["mesh"]),
+                "regather": tuple(body["regather"]),
+                "time": TimeEstimate(**body["time"]),
+                "memory": MemoryEstimate(**body["memory"]),
+                "solver": SolverRecord(**body["solver"]),
+            }
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> ShardingPlan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: missing or malformed.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {path}: {error}") from error
+        return ShardingPlan.from_json(text, source=str(path))
+
+    # -- use ------------------------------------------------------------------------------------
+
+    def check(self, *, fingerprint: str, mesh: tuple[int, ...], model: str) -> None:
+        """Refuse a plan that was made for something else.
+
+        Raises:
+            PlanError: naming what differs.
+        """
+        if self.mesh != mesh:
+            raise PlanError(
+                f"the plan was made for mesh {'x'.join(map(str, self.mesh))}, "
+                f"this run has {'x'.join(map(str, mesh))}; plan again with --mesh"
+            )
+        if self.fingerprint != fingerprint:
+            raise PlanError(
+                f"the plan was made for another graph: {self.model} {self.fingerprint}, this is "
+                f"{model} {fingerprint}. Layers, shapes, batch size, dtype or the train/eval mode "
+                "differ; plan again with the model and example batch of this run"
+            )
+
+    def report(self) -> str:
+        """The plan as text: per module what was chosen, time, memory, certificate."""
+        from autopar.report.text import render
+
+        return render(self)
