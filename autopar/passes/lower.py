@@ -1,0 +1,101 @@
+"""Lowering: a rank's sharded forward program becomes a compiled forward and backward.
+
+AOTAutograd traces the joint graph (autograd integration, aliasing and mutation are its job), our
+partition function decides what is saved, and the passes below run on the backward and forward
+graphs. `aot_function` and the boxed code generator are private to torch; tested with 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._functorch.aot_autograd import aot_function
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.graph import _BoxedCodeGen
+
+from autopar.kernels.substitute import substitute_kernels
+from autopar.passes.bucket import bucket_reductions
+from autopar.passes.overlap import overlap_reductions
+from autopar.passes.partition import partition
+from autopar.passes.runner import Pass, run_passes
+
+# Tracing uses process-wide state; simulated ranks are threads.
+_TRACING = threading.Lock()
+
+
+@dataclass
+class LoweredStep:
+    """A compiled program: call it with the flat local tensors.
+
+    Attributes:
+        forward, backward: the final graphs (no backward where nothing requires grad).
+    """
+
+    function: Callable[..., Any]
+    forward: fx.GraphModule | None = None
+    backward: fx.GraphModule | None = None
+
+    def __call__(self, *flat: torch.Tensor) -> Any:
+        return self.function(*flat)
+
+
+def lower(
+    gm: fx.GraphModule,
+    arguments: Sequence[torch.Tensor],
+    *,
+    regather: Sequence[int] = (),
+    device_type: str = "cpu",
+    disable: frozenset[str] = frozenset(),
+) -> LoweredStep:
+    """Compile a sharded forward program.
+
+    Args:
+        gm: takes flat local tensors, returns a flat tuple.
+        arguments: tensors of the shapes, dtypes and grad flags that it will be called with; only
+            their metadata is used, so they may be fake.
+        regather: indices of arguments whose gathered copies are not kept for backward.
+        device_type: decides which kernels are substituted.
+        disable: names of passes to leave out.
+    """
+    step = LoweredStep(lambda *flat: None)
+    kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
+
+    def compile_forward(graph: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        step.forward = run_passes(graph, [kernels], disable=disable)
+        return _boxed(step.forward)
+
+    def compile_backward(graph: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions]
+        step.backward = run_passes(graph, passes, disable=disable)
+        return _boxed(step.backward)
+
+    step.function = aot_function(
+        gm,
+        fw_compiler=compile_forward,
+        bw_compiler=compile_backward,
+        partition_fn=functools.partial(partition, regather=frozenset(regather)),
+    )
+    with _TRACING, FakeTensorMode():
+        step.function(*[_like(t) for t in arguments])  # traces, compiles, computes shapes only
+    return step
+
+
+def _like(t: torch.Tensor) -> torch.Tensor:
+    fake = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
+    return fake.requires_grad_(t.requires_grad)
+
+
+def _boxed(gm: fx.GraphModule) -> Callable[..., Any]:
+    """Call by a list that the program empties, so that saved values die at their last use."""
+    gm.graph.set_codegen(_BoxedCodeGen())
+    gm.recompile()
+    run = gm.forward
+    call = functools.partial(run)
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call

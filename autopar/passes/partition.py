@@ -1,0 +1,144 @@
+"""The partition function that AOTAutograd calls: what forward hands to backward.
+
+Kept: what eager autograd would keep. Not kept: gathered copies of the parameters that the plan
+gathers again (ZeRO-3); the gather and the views on it move into the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+_GATHERS = {torch.ops.autopar.all_gather.default}
+
+
+def partition(
+    joint: fx.GraphModule,
+    _inputs: Any,
+    *,
+    num_fwd_outputs: int,
+    regather: frozenset[int] = frozenset(),
+    static_lifetime_input_indices: Sequence[int] | None = None,
+    **_options: Any,
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Split a joint graph into forward and backward.
+
+    Args:
+        num_fwd_outputs: leading outputs that belong to the forward.
+        regather: indices of primals whose gathered copies are recomputed in the backward.
+    """
+    graph = joint.graph
+    (flat,) = graph.output_node().args
+    outputs = list(flat)  # type: ignore[arg-type]
+    descriptions = graph.output_node().meta.get("desc") or [None] * len(outputs)
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    tangents = [n for n in placeholders if "tangents" in str(n.target)]
+    primals = [n for n in placeholders if n not in set(tangents)]
+    forward = _forward_nodes(graph, outputs[:num_fwd_outputs], tangents)
+    redo = _recomputed(forward, primals, regather)
+    backward_outputs = outputs[num_fwd_outputs:]
+    body, saved = _backward_body(graph, backward_outputs, forward, redo, set(tangents))
+    saved_list = [n for n in graph.nodes if n in saved]
+    forward_gm = _extract(
+        joint, primals, forward, outputs[:num_fwd_outputs] + saved_list,
+        [*descriptions[:num_fwd_outputs], *([None] * len(saved_list))],
+    )  # fmt: skip
+    backward_gm = _extract(
+        joint, saved_list + tangents, body, backward_outputs, descriptions[num_fwd_outputs:]
+    )
+    return forward_gm, backward_gm
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _forward_nodes(
+    graph: fx.Graph, outputs: Iterable[Any], tangents: Sequence[fx.Node]
+) -> set[fx.Node]:
+    """What the forward computes: ancestors of its results, with all results of those operators."""
+    found: set[fx.Node] = set()
+    stack = [n for n in outputs if _is_node(n)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    late = set(tangents)
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if any(n in late for n in node.all_input_nodes):
+            late.add(node)
+        elif node.meta.get("partitioner_tag") == "is_forward" or (
+            str(node.target) == "<built-in function getitem>" and node.args[0] in found
+        ):
+            # sources of a forward operator come before it, so they were decided already
+            if all(n in found or n.op == "placeholder" for n in node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def _recomputed(
+    forward: set[fx.Node], primals: Sequence[fx.Node], regather: frozenset[int]
+) -> set[fx.Node]:
+    """Gathers of the chosen primals, and the views before and after them."""
+    chain = {primals[i] for i in regather}
+    found: set[fx.Node] = set()
+    for node in primals[0].graph.nodes if primals else ():
+        if node not in forward or node.op != "call_function":
+            continue
+        inputs = node.all_input_nodes
+        is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+        if len(inputs) == 1 and inputs[0] in chain and (is_view or node.target in _GATHERS):
+            chain.add(node)
+            found.add(node)
+    return found
+
+
+def _backward_body(
+    graph: fx.Graph,
+    outputs: Iterable[Any],
+    forward: set[fx.Node],
+    redo: set[fx.Node],
+    tangents: set[fx.Node],
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Nodes that the backward computes, and the forward's values that it needs for that."""
+    body: set[fx.Node] = set()
+    saved: set[fx.Node] = set()
+    stack = [n for n in outputs if _is_node(n)]
+    while stack:
+        node = stack.pop()
+        if node in body or node in saved or node in tangents:
+            continue
+        kept = node.op == "placeholder" or (node in forward and node not in redo)
+        if kept:
+            saved.add(node)
+        else:
+            body.add(node)
+            stack += node.all_input_nodes
+    return body, saved
+
+
+def _extract(
+    joint: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    body: set[fx.Node],
+    outputs: Sequence[Any],
+    descriptions: Sequence[Any],
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    for node in joint.graph.nodes:
+        if node in body and node not in env:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    result = graph.output(tuple(env[n] if _is_node(n) else n for n in outputs))
+    result.meta["desc"] = list(descriptions)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(joint, graph)

@@ -1,0 +1,63 @@
+"""`verify`: what must hold of a program between passes, and across ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.fx as fx
+
+from autopar.runtime import collectives
+
+_STEPS = {
+    collectives.gather,
+    collectives.gather_vary,
+    collectives.slice_,
+    collectives.vary,
+    collectives.reduce,
+    collectives.scatter_sum,
+    collectives.exchange,
+    collectives.inject,
+}
+
+
+class VerifyError(AssertionError):
+    """A pass produced a program that cannot be right: a bug of autopar, not of its user."""
+
+
+def verify(gm: fx.GraphModule) -> None:
+    """Check one program: SSA form, generated code, and the shapes that the plan foretold.
+
+    Raises:
+        VerifyError: naming the node.
+    """
+    gm.graph.lint()
+    gm.recompile()
+    for node in gm.graph.nodes:
+        expected, value = node.meta.get("local_shape"), node.meta.get("val")
+        if expected is None or not isinstance(value, torch.Tensor):
+            continue
+        if tuple(value.shape) != tuple(expected):
+            raise VerifyError(
+                f"{node.format_node()}: the layout {node.meta.get('spec')} gives the local shape "
+                f"{tuple(expected)}, the program computes {tuple(value.shape)}"
+            )
+
+
+def collective_signature(gm: fx.GraphModule, groups: Sequence[str]) -> str:
+    """Hash of the sequence of communications: equal on all ranks, or they deadlock.
+
+    Groups are identified by mesh axis, so that the signatures of different ranks compare.
+    """
+    axis = {name: i for i, name in enumerate(groups)}
+    digest = hashlib.sha256()
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        target = node.target
+        is_op = isinstance(target, torch._ops.OpOverload) and target.namespace == "autopar"
+        if target in _STEPS or is_op:
+            used = [axis[a] for a in node.args if isinstance(a, str) and a in axis]
+            digest.update(repr((str(getattr(target, "__name__", target)), used)).encode())
+    return digest.hexdigest()[:16]
