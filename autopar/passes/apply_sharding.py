@@ -19,7 +19,7 @@ from autopar.plan import ShardingPlan
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.profile import requires_grad_map
 from autopar.runtime import collectives
-from autopar.sharding.conversion import LayoutConverter, Step
+from autopar.sharding.conversion import LayoutConverter, Step, converter_for
 from autopar.sharding.node_rules import producer, results, rule_of, strategy_by_name
 from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.spec import ShardingSpec, local_range, local_shape
@@ -79,7 +79,7 @@ def apply_sharding(
     Raises:
         PlanError: the plan names a site or strategy that the graph does not have.
     """
-    converter = LayoutConverter(ClusterInfo.from_dict(plan.cluster))
+    converter = converter_for(ClusterInfo.from_dict(plan.cluster))
     rank = _Rank(plan.mesh, tuple(coords), groups, converter)
     grads = requires_grad_map(
         graph, set(graph.parameters) if trainable is None else set(trainable)

@@ -162,6 +162,8 @@ class LayoutConverter:
         self.mesh = cluster.mesh
         self._graph = lru_cache(maxsize=None)(self._build_graph)
         self._solve = lru_cache(maxsize=None)(self._all_pairs)
+        self._legal = lru_cache(maxsize=None)(self._legal_splits)
+        self._path = lru_cache(maxsize=None)(self._shortest_path)
 
     # -- public ---------------------------------------------------------------------------------
 
@@ -194,20 +196,30 @@ class LayoutConverter:
         target: ShardingSpec,
         *,
         grad: bool = True,
-    ) -> list[Step]:
+    ) -> tuple[Step, ...]:
         """The cheapest sequence of steps.
 
         Raises:
             ValueError: no path exists (a varying or illegal spec).
         """
-        legal = self._legal(tuple(shape))
+        return self._path(tuple(shape), itemsize, source, target, grad)
+
+    def _shortest_path(
+        self,
+        shape: tuple[int, ...],
+        itemsize: int,
+        source: ShardingSpec,
+        target: ShardingSpec,
+        grad: bool,
+    ) -> tuple[Step, ...]:
+        legal = self._legal(shape)
         graph = self._graph(legal)
         size = itemsize * int(np.prod(shape, dtype=np.int64))
         distance = self._solve(legal, size, grad)
         weight = self._weights(graph, size, grad)
         if source not in graph.index or target not in graph.index:
             raise ValueError(
-                f"{source} -> {target} is not a conversion of a tensor of shape {tuple(shape)} "
+                f"{source} -> {target} is not a conversion of a tensor of shape {shape} "
                 f"on mesh {self.mesh}: some rank would hold no element, or an axis does not exist"
             )
         goal = graph.index[target]
@@ -221,7 +233,7 @@ class LayoutConverter:
             best = out[int(np.argmin(through))]
             path.append(graph.steps[best])
             here = int(graph.target[best])
-        return path
+        return tuple(path)
 
     def step_us(
         self, shape: Sequence[int], itemsize: int, step: Step
@@ -254,8 +266,7 @@ class LayoutConverter:
 
     # -- construction ---------------------------------------------------------------------------
 
-    @lru_cache(maxsize=None)  # noqa: B019 - converters live as long as their planner
-    def _legal(self, shape: tuple[int, ...]) -> tuple[frozenset[tuple[int, ...]], ...]:
+    def _legal_splits(self, shape: tuple[int, ...]) -> tuple[frozenset[tuple[int, ...]], ...]:
         axes = [axis for axis, size in enumerate(self.mesh) if size > 1]
         tuples = [t for n in range(len(axes) + 1) for t in permutations(axes, n)]
         return tuple(
@@ -331,6 +342,17 @@ class LayoutConverter:
         for k in range(count):
             np.minimum(distance, distance[:, k, None] + distance[None, k, :], out=distance)
         return distance
+
+
+def converter_for(cluster: ClusterInfo) -> LayoutConverter:
+    """The converter of a cluster, shared by all that ask for an equal one."""
+    key = repr(cluster.to_dict())
+    if key not in _CONVERTERS:
+        _CONVERTERS[key] = LayoutConverter(cluster)
+    return _CONVERTERS[key]
+
+
+_CONVERTERS: dict[str, LayoutConverter] = {}
 
 
 def _difference(a: ShardingSpec, b: ShardingSpec) -> float:

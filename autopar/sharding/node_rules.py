@@ -15,6 +15,9 @@ from autopar.sharding.rules import Call, bind
 from autopar.tracer.graph import bound_arguments, operands, shape_of
 
 
+_RULE = "autopar_rule"
+
+
 def results(node: fx.Node) -> list[torch.Tensor]:
     """The fake tensors a node produces."""
     return [t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor)]
@@ -50,10 +53,10 @@ def replicated_rule(node: fx.Node) -> OpRule:
 
 def rule_of(node: fx.Node) -> tuple[OpRule, bool]:
     """The node's rule, and whether the table had one (else it is full replication)."""
-    rule = bind(call_of(node))
-    if rule is None:
-        return replicated_rule(node), False
-    return rule, True
+    if _RULE not in node.meta:  # every stage asks; the graph does not change once captured
+        rule = bind(call_of(node))
+        node.meta[_RULE] = (replicated_rule(node), False) if rule is None else (rule, True)
+    return node.meta[_RULE]
 
 
 def _floating(node: fx.Node) -> list[bool]:

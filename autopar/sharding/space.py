@@ -20,7 +20,7 @@ import torch.fx as fx
 
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.profile import NodeProfile, profile_graph, requires_grad_map
-from autopar.sharding.conversion import LayoutConverter
+from autopar.sharding.conversion import converter_for
 from autopar.sharding.node_rules import call_of, producer, results, rule_of, strategies_of
 from autopar.sharding.rule import Strategy
 from autopar.sharding.spec import ShardingSpec, fills_every_rank, local_shape
@@ -132,7 +132,7 @@ class SearchSpace:
         self.graph, self.cluster, self.workload = graph, cluster, workload
         self.pins = pins or Pins()
         self.mesh = cluster.mesh
-        self.converter = LayoutConverter(cluster)
+        self.converter = converter_for(cluster)
         self.profile = profile_graph(graph, set(workload.trainable))
         self.grads = requires_grad_map(graph, set(workload.trainable))
         self._bytes = lru_cache(maxsize=None)(self._local_bytes)

@@ -17,8 +17,8 @@ import numpy as np
 from autopar.errors import InfeasibleError
 from autopar.solver.elimination import Elimination, TooWide
 from autopar.solver.ilp import available_backend, solve_ilp
-from autopar.solver.problem import Problem, Solution
-from autopar.solver.reductions import drop_dominated, keep_choices
+from autopar.solver.problem import Edge, Problem, Solution
+from autopar.solver.reductions import Inverse, drop_dominated, keep_choices
 
 PRICE_STEPS = 24
 TARGET_GAP = 1e-4
@@ -64,28 +64,28 @@ def solve(
         return max(1.0, time_limit - (time.monotonic() - start))
 
     try:
-        free = Elimination(*small.weighted(0.0))
+        fastest_us, choices = _minimize(small, 0.0)
     except TooWide:
         say("too wide for elimination: integer program")
         return _by_ilp(small, finish, remaining())
-    choices = free.argmin()
-    if not math.isfinite(free.minimum):
+    if not math.isfinite(fastest_us):
         raise InfeasibleError(
             "no assignment satisfies the constraints on layouts, whatever the memory",
             budget_bytes=problem.budget_bytes,
             smallest_bytes=math.inf,
         )
     if small.evaluate(choices)[1] <= problem.budget_bytes:
-        return finish(choices, free.minimum, "elimination")
-    best, bound, price = _price_search(small, free.minimum, choices)
+        return finish(choices, fastest_us, "elimination")
+    try:
+        best, bound, price = _price_search(small, fastest_us, choices)
+    except TooWide:
+        say("too wide for elimination with priced memory: integer program")
+        return _by_ilp(small, finish, remaining())
     say(f"memory binds: {best[0]:.0f} us found, bound {bound:.0f} us")
     if best[0] - bound <= TARGET_GAP * best[0]:
         return finish(best[1], bound, "elimination with priced memory")
-    lagrangian = Elimination(*small.weighted(price))
-    slack = best[0] + price * small.budget_bytes + 1e-9
-    kept = [np.flatnonzero(m <= slack) for m in lagrangian.min_marginals()]
-    core, expand = keep_choices(small, kept)
-    say(f"integer program over {sum(map(len, kept))} choices")
+    core, expand = _drop_hopeless(small, price, best[0])
+    say(f"integer program over {sum(map(len, core.time_us))} choices")
     found, ilp_bound = solve_ilp(core, time_limit=remaining(), gap=TARGET_GAP / 2)
     if found is not None:
         candidate = expand(found)
@@ -93,6 +93,34 @@ def solve(
         if memory <= small.budget_bytes * (1 + 1e-9) and time_us < best[0]:
             best = (time_us, candidate)
     return finish(best[1], max(bound, min(ilp_bound, best[0])), f"ilp ({available_backend()})")
+
+
+def _minimize(problem: Problem, price: float) -> tuple[float, tuple[int, ...]]:
+    """Least time + price * memory, and choices that reach it. With one cost instead of two, far
+    more choices are dominated.
+
+    Raises:
+        TooWide: elimination would need too large a table.
+    """
+    unary, pairs = problem.weighted(price)
+    single = Problem(
+        tuple(unary),
+        tuple(np.zeros(len(u)) for u in unary),
+        tuple(Edge(a, b, cost) for a, b, cost in pairs),
+    )
+    core, inverse = drop_dominated(single)
+    found = Elimination(*core.weighted(0.0))
+    return found.minimum, inverse(found.argmin())
+
+
+def _drop_hopeless(problem: Problem, price: float, best_us: float) -> tuple[Problem, Inverse]:
+    """Drop choices whose every completion is provably slower than the best known assignment."""
+    try:
+        marginals = Elimination(*problem.weighted(price)).min_marginals()
+    except TooWide:
+        marginals = [np.zeros(len(t)) for t in problem.time_us]
+    slack = best_us + price * problem.budget_bytes + 1e-9
+    return keep_choices(problem, [np.flatnonzero(m <= slack) for m in marginals])
 
 
 def _by_ilp(
@@ -115,30 +143,29 @@ def _by_ilp(
     return finish(choices, bound, f"ilp ({available_backend()})")
 
 
+def _memory_only(problem: Problem) -> Problem:
+    """The same problem with bytes in the place of time; what was forbidden stays so."""
+
+    def bytes_of(time: np.ndarray, memory: np.ndarray | None) -> np.ndarray:
+        return np.where(np.isfinite(time), 0.0 if memory is None else memory, np.inf)
+
+    return Problem(
+        tuple(map(bytes_of, problem.time_us, problem.memory_bytes)),
+        problem.memory_bytes,
+        tuple(
+            Edge(e.source, e.target, bytes_of(e.time_us, e.memory_bytes)) for e in problem.edges
+        ),
+        problem.budget_bytes,
+        problem.names,
+    )
+
+
 def _price_search(
     problem: Problem, minimum: float, fastest: tuple[int, ...]
 ) -> tuple[tuple[float, tuple[int, ...]], float, float]:
     """Best feasible (time, choices), best lower bound, and the price that gave it."""
     budget = problem.budget_bytes
-    time_only, _ = problem.weighted(0.0)
-    leanest_cost = [np.where(np.isfinite(t), m, np.inf) for t, m in
-                    zip(time_only, problem.memory_bytes, strict=True)]
-    leanest = Elimination(
-        leanest_cost,
-        [
-            (
-                e.source,
-                e.target,
-                np.where(
-                    np.isfinite(e.time_us),
-                    0.0 if e.memory_bytes is None else e.memory_bytes,
-                    np.inf,
-                ),
-            )
-            for e in problem.edges
-        ],
-    )
-    choices = leanest.argmin()
+    _, choices = _minimize(_memory_only(problem), 0.0)
     time_us, memory = problem.evaluate(choices)
     if memory > budget:
         raise InfeasibleError(
@@ -157,13 +184,12 @@ def _price_search(
         if low[1] - high[1] <= 0:
             break
         price = (high[0] - low[0]) / (low[1] - high[1])
-        found = Elimination(*problem.weighted(price))
-        dual = found.minimum - price * budget
+        priced, choices = _minimize(problem, price)
+        dual = priced - price * budget
         if dual > bound:
             bound, bound_price = dual, price
-        choices = found.argmin()
         time_us, memory = problem.evaluate(choices)
-        on_line = found.minimum >= low[0] + price * low[1] - 1e-9 * max(1.0, abs(low[0]))
+        on_line = priced >= low[0] + price * low[1] - 1e-9 * max(1.0, abs(low[0]))
         if memory <= budget:
             if time_us < best[0]:
                 best = (time_us, choices)
