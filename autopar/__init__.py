@@ -3,8 +3,9 @@
 from autopar.autoplan import autoplan
 from autopar.plan import ShardingPlan
 from autopar.profiler.cluster import ClusterInfo
+from autopar.runtime.engine import auto_engine
 from autopar.tracer import ColoTracer
 
 __version__ = "0.1.0"
 
-__all__ = ["ClusterInfo", "ColoTracer", "ShardingPlan", "autoplan"]
+__all__ = ["ClusterInfo", "ColoTracer", "ShardingPlan", "auto_engine", "autoplan"]

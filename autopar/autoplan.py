@@ -59,9 +59,10 @@ def autoplan(
     kwargs: Mapping[str, Any] | None = None,
     *,
     cluster: ClusterInfo | str,
+    graph: ModelGraph | None = None,
     memory: str | float | None = None,
     optimizer_state: float = ADAM_STATE,
-    pins: Callable[[ModelGraph], Pins] | None = None,
+    pins: Pins | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
 ) -> Planned:
@@ -70,9 +71,10 @@ def autoplan(
     Needs no GPU, no process group and no weights: the model may live on the meta device.
 
     Args:
+        graph: the captured model, where it was traced already.
         memory: budget per device ("40GiB", bytes, or a share of the device).
         optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
-        pins: layouts decided from outside, given the captured graph.
+        pins: layouts decided from outside.
         time_limit: seconds for the solver.
         progress: called with a line per stage.
 
@@ -83,12 +85,11 @@ def autoplan(
     cluster = as_cluster(cluster).with_memory(memory)
     clock = _Clock(progress)
     with clock("trace"):
-        graph = ColoTracer(cluster.device.kind if torch.cuda.is_available() else "cpu").trace(
-            model, args, kwargs
-        )
+        if graph is None:
+            graph = ColoTracer().trace(model, args, kwargs)
     with clock("profile and strategies"):
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
-        space = SearchSpace(graph, cluster, workload, pins(graph) if pins else None)
+        space = SearchSpace(graph, cluster, workload, pins)
     with clock("conversion costs"):
         problem, classes = space.problem(cluster.budget_bytes)
     with clock("solve"):

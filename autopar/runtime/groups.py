@@ -8,12 +8,15 @@ group (`ProcessGroup`), on threads that stand in for ranks (`thread_groups`), or
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import product
 
 import torch
 import torch.distributed as dist
+
+from autopar.errors import EngineError
 
 _REGISTRY: dict[str, Group] = {}
 
@@ -63,26 +66,42 @@ class ProcessGroup(Group):
         super().__init__(name, group.size(), group.rank())
         self.group = group
 
+    @contextmanager
+    def _reporting(self, what: str, x: torch.Tensor) -> Iterator[None]:
+        """A failed collective nearly always means that another rank is gone: say so."""
+        try:
+            yield
+        except RuntimeError as error:
+            ranks = dist.get_process_group_ranks(self.group)
+            raise EngineError(
+                f"rank {dist.get_rank()}: {what} of shape {tuple(x.shape)} with ranks {ranks} "
+                f"failed: {str(error).splitlines()[0]}\n  Another rank has died, or runs a "
+                "different program; look for the first error among the other ranks' output."
+            ) from error
+
     def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(
-            out, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group
-        )
+        kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        with self._reporting("all-reduce", x):
+            dist.all_reduce(out, kind, group=self.group)
         return out
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+        with self._reporting("all-gather", x):
+            dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[1:])
-        dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+        with self._reporting("reduce-scatter", x):
+            dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(out.view(-1), x.contiguous().view(-1), group=self.group)
+        with self._reporting("all-to-all", x):
+            dist.all_to_all_single(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
 

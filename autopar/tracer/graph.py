@@ -84,6 +84,8 @@ class ModelGraph:
                 torch.Tensor, lambda t: (tuple(t.shape), str(t.dtype)), value
             )
             args = pytree.tree_map_only(fx.Node, number.__getitem__, (node.args, node.kwargs))
+            # planned on one device type, run on another
+            args = pytree.tree_map_only(torch.device, lambda d: None, args)
             # a placeholder's name may depend on how the batch was passed, its role does not
             what = "in" if node.op == "placeholder" else str(node.target)
             digest.update(repr((node.op, what, shapes, args)).encode())

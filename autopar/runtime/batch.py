@@ -1,0 +1,146 @@
+"""How a batch enters and leaves: the same on every rank, or each rank its own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from autopar.errors import MeshError
+from autopar.profiler.cluster import ClusterInfo
+from autopar.runtime.distribute import shard_of
+from autopar.sharding.spec import ShardingSpec, local_shape
+from autopar.tracer.graph import ModelGraph, shape_of
+
+
+class _ScaleGrad(torch.autograd.Function):
+    """Identity whose gradient is scaled: a mean over this rank's samples is a share of the mean
+    over all, as in DDP."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return grad * ctx.scale, None
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Args:
+    local: every rank passes its own samples, split over all mesh axes along dim 0.
+    cluster: the mesh.
+    shapes: of the tensor inputs as the user passes them.
+    samples: extent of dim 0 that counts as the batch (None: no input has one).
+    """
+
+    local: bool
+    cluster: ClusterInfo
+    shapes: tuple[tuple[int, ...], ...]
+    samples: int | None
+
+    @staticmethod
+    def of(batch: str, cluster: ClusterInfo, inputs: Any) -> BatchLayout:
+        """Raises:
+        MeshError: local batches of different sizes.
+        """
+        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+        shapes = tuple(tuple(x.shape) for x in tensors)
+        samples = next((s[0] for s in shapes if s), None)
+        if batch == "local" and cluster.world_size > 1:
+            everyone: list[Any] = [None] * cluster.world_size
+            dist.all_gather_object(everyone, shapes)
+            if len(set(everyone)) > 1:
+                sizes = [s[0][0] if s and s[0] else None for s in everyone]
+                raise MeshError(
+                    f"local batches must have equal shapes on all ranks, got batch sizes {sizes}; "
+                    "drop the last incomplete batch (drop_last=True) or pass global batches"
+                )
+        return BatchLayout(batch == "local", cluster, shapes, samples)
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        return tuple(a for a, n in enumerate(self.cluster.mesh) if n > 1)
+
+    def _split(self, shape: Sequence[int], samples: int | None) -> ShardingSpec:
+        """Dim 0 over all axes if it is the batch."""
+        if not shape or shape[0] != samples:
+            return ShardingSpec.replicated(len(shape))
+        return ShardingSpec((self._axes, *((),) * (len(shape) - 1)))
+
+    def whole(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Inputs of global shape to trace with."""
+        if not self.local:
+            return args, kwargs
+
+        def repeat(x: torch.Tensor) -> torch.Tensor:
+            if x.ndim and x.shape[0] == self.samples:
+                return torch.cat([x] * self.cluster.world_size)
+            return x
+
+        return pytree.tree_map_only(torch.Tensor, repeat, (args, kwargs))
+
+    def input_pins(self) -> tuple[ShardingSpec | None, ...] | None:
+        if not self.local:
+            return None
+        return tuple(self._split(shape, self.samples) for shape in self.shapes)
+
+    def output_pins(self, graph: ModelGraph) -> tuple[ShardingSpec, ...] | None:
+        """Results come back whole, or with local batches as this rank's samples."""
+        if not self.local or self.samples is None:
+            return None
+        total = self.samples * self.cluster.world_size
+        values = graph.output.args[0][len(graph.mutations) :]  # type: ignore[index]
+        return tuple(
+            self._split(shape_of(v.meta["val"]), total)  # type: ignore[union-attr]
+            for v in values  # type: ignore[union-attr]
+            if hasattr(v, "meta")
+        )
+
+    def take(
+        self, tensors: Sequence[torch.Tensor], specs: Sequence[ShardingSpec], device: torch.device
+    ) -> list[torch.Tensor]:
+        """This rank's part of every tensor input."""
+        if self.local:
+            return [x.to(device) for x in tensors]
+        coords = self.cluster.coords(dist.get_rank())
+        return [
+            shard_of(x, spec, self.cluster.mesh, coords).to(device).contiguous()
+            for x, spec in zip(tensors, specs, strict=True)
+        ]
+
+    def give(self, results: Sequence[Any]) -> list[Any]:
+        """Results to the caller; gradients of this rank's samples weigh as in the global mean."""
+        if not self.local:
+            return list(results)
+        return [
+            _ScaleGrad.apply(x, 1 / self.cluster.world_size)
+            if isinstance(x, torch.Tensor) and x.ndim and x.requires_grad
+            else x
+            for x in results
+        ]
+
+    def example_shards(
+        self,
+        graph: ModelGraph,
+        specs: Sequence[ShardingSpec],
+        coords: tuple[int, ...],
+        device: torch.device,
+    ) -> list[torch.Tensor]:
+        """Tensors shaped as `take` gives them."""
+        names = [n for n in graph.inputs if n is not None]
+        fakes = [graph.placeholders[n].meta["val"] for n in names]
+        return [
+            torch.zeros(
+                local_shape(shape_of(f), spec, self.cluster.mesh, coords),
+                dtype=f.dtype,
+                device=device,
+            )
+            for f, spec in zip(fakes, specs, strict=True)
+        ]

@@ -1,0 +1,156 @@
+"""Moves a model's parameters and an optimizer's state into shards, as DTensors, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from autopar.errors import EngineError
+from autopar.sharding.spec import ShardingSpec, local_range
+
+
+def shard_of(
+    x: torch.Tensor, spec: ShardingSpec, mesh: tuple[int, ...], coords: tuple[int, ...]
+) -> torch.Tensor:
+    """This rank's shard of a whole tensor (a view)."""
+    for dim, axes in enumerate(spec.dims):
+        if axes:
+            x = x.narrow(dim, *local_range(x.shape[dim], axes, mesh, coords))
+    return x
+
+
+def _as_dtensor(
+    whole: torch.Tensor, spec: ShardingSpec, mesh: DeviceMesh, coords: tuple[int, ...]
+) -> DTensor:
+    local = shard_of(whole, spec, tuple(mesh.shape), coords)
+    if any(spec.dims):
+        local = local.clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        local,
+        mesh,
+        spec.to_placements(mesh.ndim),
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+@torch.no_grad()
+def _agreed(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rank 0's value on every rank."""
+    value = x.detach().to(device)
+    if dist.get_world_size() > 1:
+        value = value.clone(memory_format=torch.contiguous_format) if value is x else value
+        dist.broadcast(value, src=0)
+    return value
+
+
+def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse an optimizer that trains parameters of another model.
+
+    Raises:
+        EngineError: naming the group and the shapes.
+    """
+    if optimizer is None:
+        return
+    known = {id(p) for p in model.parameters()}
+    for i, group in enumerate(optimizer.param_groups):
+        strange = [tuple(p.shape) for p in group["params"] if id(p) not in known]
+        if strange:
+            raise EngineError(
+                f"optimizer param group {i} holds {len(strange)} parameter(s) that are not the "
+                f"model's, of shapes {strange[:4]}; build the optimizer from model.parameters() of "
+                "the model given to auto_engine, after any replacement of its layers"
+            )
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Sharded parameters, by the identity of the ones they replace."""
+
+    parameters: Mapping[int, torch.nn.Parameter]
+
+
+def distribute(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    specs: Mapping[str, ShardingSpec],
+    mesh: DeviceMesh,
+    coords: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    """Replace the model's parameters by DTensors, and those in the optimizer with their state.
+
+    Everything is built first and swapped in at the end, so that a failure changes nothing.
+
+    Args:
+        specs: storage layout by qualified parameter name (parameters without one: replicated).
+    """
+    new: dict[int, torch.nn.Parameter] = {}
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise EngineError(
+                f"parameter {name} is on the meta device and has no values to distribute; "
+                "initialize the model on the CPU first, model.to_empty(device='cpu') and its "
+                "reset_parameters or load_state_dict"
+            )
+        spec = specs.get(name, ShardingSpec.replicated(p.ndim))
+        shard = _as_dtensor(_agreed(p, device), spec, mesh, coords)
+        new[id(p)] = torch.nn.Parameter(shard, requires_grad=p.requires_grad)
+    buffers = {id(b): _agreed(b, device) for b in model.buffers()}
+    state: dict[torch.Tensor, Any] = {}
+    if optimizer is not None:
+        layout = {id(p): specs.get(n) for n, p in model.named_parameters()}
+        for p, entries in optimizer.state.items():
+            spec = layout.get(id(p)) or ShardingSpec.replicated(p.ndim)
+            state[new[id(p)]] = {
+                key: _as_dtensor(_agreed(value, device), spec, mesh, coords)
+                if isinstance(value, torch.Tensor) and value.shape == p.shape and p.ndim
+                else value
+                for key, value in entries.items()
+            }
+    _swap(model, new, buffers)
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group["params"] = [new[id(p)] for p in group["params"]]
+        optimizer.state.clear()
+        optimizer.state.update(state)
+
+
+def _swap(
+    model: torch.nn.Module,
+    parameters: Mapping[int, torch.nn.Parameter],
+    buffers: Mapping[int, torch.Tensor],
+) -> None:
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = parameters[id(p)]
+        for name, b in module._buffers.items():
+            if b is not None and b.device != buffers[id(b)].device:
+                module._buffers[name] = buffers[id(b)]
+            elif b is not None:
+                b.copy_(buffers[id(b)])
+
+
+def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:
+    """Bytes of state per byte of parameter, found by stepping a copy on a small parameter."""
+    if optimizer is None or not optimizer.param_groups:
+        return 0.0
+    probe = torch.nn.Parameter(torch.zeros(8, 8))
+    probe.grad = torch.zeros_like(probe)
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    known = {k: v for k, v in options.items() if k in optimizer.defaults}
+    try:
+        twin = type(optimizer)([{"params": [probe], **known}])
+    except TypeError:  # required arguments that are not defaults, such as SGD's lr once
+        twin = type(optimizer)([{"params": [probe], **known}], **known)
+    twin.step()
+    held = [v for v in twin.state[probe].values() if isinstance(v, torch.Tensor) and v.ndim]
+    return sum(v.numel() * v.element_size() for v in held) / (64 * probe.element_size())

@@ -1,0 +1,327 @@
+"""`auto_engine`: the model and optimizer a training loop uses, planned and distributed.
+
+The engine stands in for the model. At the first batch (or from `example_inputs`) rank 0 plans, all
+ranks take its plan, parameters and optimizer state become DTensors, and the batch runs through the
+rank's program. A batch of new shapes, or a switch between train and eval, makes another program
+with the parameters' layouts kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from autopar.autoplan import Planned, autoplan, trainable_inputs
+from autopar.errors import AutoparError, EngineError, MeshError
+from autopar.passes.apply_sharding import LocalProgram, apply_sharding
+from autopar.passes.lower import lower
+from autopar.passes.verify import collective_signature
+from autopar.plan import ShardingPlan
+from autopar.profiler.cluster import ClusterInfo, as_cluster
+from autopar.runtime import environment
+from autopar.runtime.batch import BatchLayout
+from autopar.runtime.distribute import check_optimizer, distribute, optimizer_state_ratio
+from autopar.runtime.groups import process_groups
+from autopar.sharding.space import Pins
+from autopar.tracer import ColoTracer, ModelGraph
+
+log = logging.getLogger(__name__)
+
+
+def auto_engine(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    cluster_info: ClusterInfo | str | Path,
+    *,
+    example_inputs: Any = None,
+    plan: ShardingPlan | str | Path | None = None,
+    batch: str = "global",
+    memory: str | float | None = None,
+    lower: bool = True,
+    time_limit: float = 60.0,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[torch.nn.Module, Any]:
+    """Distribute a model and its optimizer over a mesh; the training loop stays as it was.
+
+    Args:
+        model: any module that `ColoTracer` captures.
+        optimizer: any `torch.optim` optimizer over the model's parameters, or None to evaluate
+            only. It is returned itself, with its parameters and state sharded once the plan is
+            known, so schedulers that hold it keep working.
+        cluster_info: a `ClusterInfo`, the path of its YAML, or a mesh string such as "2x2".
+        example_inputs: kwargs, args or (args, kwargs) to plan with now instead of at the first
+            batch.
+        plan: a plan or its file, instead of planning.
+        batch: "global": every rank passes the same batch and the engine takes its part; "local":
+            every rank passes its own samples, as with DDP and a DistributedSampler.
+        memory: budget per device ("40GiB", bytes, or a share of the device).
+        lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
+        time_limit: seconds for the solver.
+        progress: called with a line per planning stage, on rank 0.
+
+    Returns:
+        the engine (a module with the model's parameter names) and the optimizer.
+
+    Raises:
+        MeshError: the mesh does not fit the world, or a batch does not divide.
+        EngineError: the optimizer is not the model's.
+        PlanError: the plan is damaged or for something else.
+        InfeasibleError: no plan fits the memory; it names the smallest budget.
+        CaptureError: the model cannot be captured.
+    """
+    if batch not in ("global", "local"):
+        raise ValueError(f"batch must be 'global' or 'local', got {batch!r}")
+    cluster = as_cluster(cluster_info).with_memory(memory)
+    check_optimizer(model, optimizer)
+    given = ShardingPlan.load(plan) if isinstance(plan, str | Path) else plan
+    engine = Engine(
+        model, optimizer, cluster, given, batch=batch, lowered=lower,
+        time_limit=time_limit, progress=progress,
+    )  # fmt: skip
+    if example_inputs is not None:
+        args, kwargs = split_inputs(example_inputs)
+        engine.prepare(*args, **kwargs)
+    return engine, optimizer
+
+
+def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Normalize example inputs: kwargs, args, (args, kwargs) or one tensor to (args, kwargs)."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple | list):
+        if len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
+            return tuple(example[0]), dict(example[1])
+        return tuple(example), {}
+    return (example,), {}
+
+
+@dataclass(frozen=True)
+class _Specialization:
+    """The program for one shape of inputs and one mode."""
+
+    graph: ModelGraph
+    plan: ShardingPlan
+    program: LocalProgram
+    run: Callable[..., Any]
+    layout: BatchLayout
+
+
+class Engine(torch.nn.Module):
+    """Stands in for the model: same parameter names, `state_dict`, modes and attributes."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        cluster: ClusterInfo,
+        plan: ShardingPlan | None,
+        *,
+        batch: str,
+        lowered: bool,
+        time_limit: float,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        super().__init__()
+        # share the registries, so that names carry no prefix and training mode reaches submodules
+        self._modules, self._parameters = model._modules, model._parameters
+        self._buffers = model._buffers
+        self.training = model.training
+        hide = object.__setattr__
+        hide(self, "_model", model)
+        hide(self, "_optimizer", optimizer)
+        self._cluster, self._given, self._batch, self._lowered = cluster, plan, batch, lowered
+        self._time_limit, self._progress = time_limit, progress
+        self._programs: dict[Any, _Specialization] = {}
+        self._plan: ShardingPlan | None = None
+        self._steps = 0
+        self._device = environment.device_for(cluster)
+        self._mesh = environment.start(cluster, self._device)
+        self._rank = dist.get_rank()
+        self._coords = cluster.coords(self._rank)
+        self._groups = process_groups(self._mesh, self._coords)
+        self._seed = int(self._from_rank_zero(lambda: torch.initial_seed() % 2**62))
+
+    # -- as a module ----------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_model"), name)
+
+    def train(self, mode: bool = True) -> Engine:
+        self._model.train(mode)
+        self.training = mode
+        return self
+
+    @property
+    def plan(self) -> ShardingPlan:
+        """The plan in force.
+
+        Raises:
+            EngineError: no batch was seen yet.
+        """
+        if self._plan is None:
+            raise EngineError(
+                "no plan yet: it is made at the first batch, or pass example_inputs= to auto_engine"
+            )
+        return self._plan
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Plan and distribute for inputs of these shapes, without running them."""
+        self._specialization(args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        special = self._specialization(args, kwargs)
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        graph, program = special.graph, special.program
+        found = dict(self._model.named_parameters())
+        flat = [found[name].to_local() for name in graph.parameters.values()]  # type: ignore[operator]
+        buffers = dict(self._model.named_buffers())
+        flat += [buffers[name] for name in graph.buffers.values()]
+        flat += [t.to(self._device) for t in graph.constants.values()]
+        flat += special.layout.take(tensors, program.input_specs, self._device)
+        if program.takes_seed:
+            self._steps += 1
+            flat.append(torch.tensor((self._seed + self._steps) % 2**62))
+        run = special.run if torch.is_grad_enabled() else program.gm
+        results = list(run(*flat))
+        count = len(graph.mutations)
+        with torch.no_grad():
+            for name, value in zip(graph.mutations, results[:count], strict=True):
+                buffers[name].copy_(value)
+        return pytree.tree_unflatten(special.layout.give(results[count:]), graph.out_spec)
+
+    # -- planning -------------------------------------------------------------------------------
+
+    def _key(self, args: Any, kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        described = tuple(
+            (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves
+        )
+        return self.training, spec, described
+
+    def _specialization(self, args: Any, kwargs: Any) -> _Specialization:
+        key = self._key(args, kwargs)
+        if key not in self._programs:
+            self._programs[key] = self._specialize(args, kwargs)
+        return self._programs[key]
+
+    def _specialize(self, args: Any, kwargs: Any) -> _Specialization:
+        layout = BatchLayout.of(self._batch, self._cluster, (args, kwargs))
+        whole_args, whole_kwargs = layout.whole(args, kwargs)
+        tracer = ColoTracer(self._device.type)
+        graph = tracer.trace(self._model, whole_args, whole_kwargs)
+        pins = Pins(
+            parameters=self._pinned(),
+            inputs=layout.input_pins(),
+            outputs=layout.output_pins(graph),
+        )
+        plan = self._agree_on_plan(graph, pins)
+        output_specs = pins.outputs
+        trainable = trainable_inputs(graph, self._model)
+        program = apply_sharding(
+            graph, plan, coords=self._coords, groups=self._groups,
+            output_specs=output_specs, trainable=trainable,
+        )  # fmt: skip
+        self._check_agreement(collective_signature(program.gm, self._groups))
+        if self._plan is None:
+            distribute(
+                self._model, self._optimizer, plan.parameter_specs(), self._mesh, self._coords,
+                self._device,
+            )  # fmt: skip
+            self._plan = plan
+        run = self._compile(graph, plan, program, layout)
+        return _Specialization(graph, plan, program, run, layout)
+
+    def _compile(
+        self, graph: ModelGraph, plan: ShardingPlan, program: LocalProgram, layout: BatchLayout
+    ) -> Callable[..., Any]:
+        if not self._lowered:
+            return program.gm
+        found = dict(self._model.named_parameters())
+        buffers = dict(self._model.named_buffers())
+        example = [
+            found[n].to_local().detach().requires_grad_(found[n].requires_grad)  # type: ignore[operator]
+            for n in graph.parameters.values()
+        ]
+        example += [buffers[n] for n in graph.buffers.values()]
+        example += [t.to(self._device) for t in graph.constants.values()]
+        example += layout.example_shards(graph, program.input_specs, self._coords, self._device)
+        if program.takes_seed:
+            example.append(torch.zeros((), dtype=torch.int64))
+        names = list(graph.parameters.values())
+        regather = [names.index(n) for n in plan.regather if n in names]
+        return lower(program.gm, example, regather=regather, device_type=self._device.type)
+
+    def _pinned(self) -> dict[str, Any]:
+        return {} if self._plan is None else self._plan.parameter_specs()
+
+    def _agree_on_plan(self, graph: ModelGraph, pins: Pins) -> ShardingPlan:
+        """Rank 0 plans; all ranks take its plan, or raise its error."""
+        name = type(self._model).__name__
+
+        def decide() -> str:
+            if self._given is not None and self._plan is None:
+                self._given.check(
+                    fingerprint=graph.fingerprint, mesh=self._cluster.mesh, model=name
+                )
+                return self._given.to_json()
+            planned = self._plan_graph(graph, pins)
+            return planned.plan.to_json()
+
+        return ShardingPlan.from_json(self._from_rank_zero(decide))
+
+    def _plan_graph(self, graph: ModelGraph, pins: Pins) -> Planned:
+        return autoplan(
+            self._model,
+            graph=graph,
+            cluster=self._cluster,
+            optimizer_state=optimizer_state_ratio(self._optimizer),
+            pins=pins,
+            time_limit=self._time_limit,
+            progress=self._progress,
+        )
+
+    def _from_rank_zero(self, make: Callable[[], Any]) -> Any:
+        """Run on rank 0; its result, or its error, on every rank."""
+        box: list[Any] = [None, None]
+        if self._rank == 0:
+            try:
+                box[0] = make()
+            except AutoparError as error:
+                box[1] = error
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def _check_agreement(self, signature: str) -> None:
+        """Ranks whose programs communicate in different orders would deadlock."""
+        if dist.get_world_size() == 1:
+            return
+        signatures: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(signatures, signature)
+        if len(set(signatures)) > 1:
+            odd = [r for r, s in enumerate(signatures) if s != signatures[0]]
+            raise EngineError(
+                f"ranks {odd} built another sequence of collectives than rank 0; they must run the "
+                "same model, batch shapes and autopar version"
+            )
+
+
+def local_parameters(model: torch.nn.Module) -> Sequence[torch.Tensor]:
+    """This rank's shards of the parameters."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+__all__ = ["Engine", "MeshError", "auto_engine", "local_parameters", "split_inputs"]

@@ -1,0 +1,62 @@
+"""The process group and device mesh the engine runs on; started where the user has not."""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autopar.errors import MeshError
+from autopar.profiler.cluster import ClusterInfo
+from autopar.runtime.groups import DEFAULT_TIMEOUT
+
+
+def device_for(cluster: ClusterInfo) -> torch.device:
+    """This process's device."""
+    if cluster.device.kind == "cuda":
+        if not torch.cuda.is_available():
+            raise MeshError(
+                f"the cluster describes {cluster.device.name} devices but this process sees no "
+                "CUDA device; give a mesh string or a ClusterInfo of the 'cpu' device to run here"
+            )
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
+    """The mesh over the running world; starts the process group under torchrun, or for one process.
+
+    Raises:
+        MeshError: the mesh does not have as many devices as the world has processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized():
+        world = dist.get_world_size()
+    if world != cluster.world_size:
+        shape = "x".join(map(str, cluster.mesh))
+        raise MeshError(
+            f"mesh {shape} needs {cluster.world_size} processes but the world has {world}; run "
+            f"`torchrun --nproc-per-node {cluster.world_size} ...` or give a mesh of {world}"
+        )
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=DEFAULT_TIMEOUT
+            )
+        # a group that outlives the interpreter's shutdown aborts the process
+        atexit.register(_stop)
+    names = tuple(f"axis{i}" for i in range(len(cluster.mesh)))
+    return init_device_mesh(device.type, cluster.mesh, mesh_dim_names=names)
+
+
+def _stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
