@@ -186,7 +186,11 @@ class Engine(torch.nn.Module):
         found = dict(self._model.named_parameters())
         flat = [found[name].to_local() for name in graph.parameters.values()]  # type: ignore[operator]
         buffers = dict(self._model.named_buffers())
-        flat += [buffers[name] for name in graph.buffers.values()]
+        # copies: backward may keep what the step is about to overwrite
+        flat += [
+            buffers[n].clone() if n in graph.mutations else buffers[n]
+            for n in graph.buffers.values()
+        ]
         flat += [t.to(self._device) for t in graph.constants.values()]
         flat += special.layout.take(tensors, program.input_specs, self._device)
         if program.takes_seed:

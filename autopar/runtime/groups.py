@@ -20,6 +20,10 @@ from autopar.errors import EngineError
 
 _REGISTRY: dict[str, Group] = {}
 
+# torch 2.13 renames both and warns of the old names, which 2.11 has alone.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Group:
     """Ranks along one mesh axis. The base class knows shapes only and cannot communicate.
@@ -89,13 +93,13 @@ class ProcessGroup(Group):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty((self.size, *x.shape))
         with self._reporting("all-gather", x):
-            dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+            _ALL_GATHER(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[1:])
         with self._reporting("reduce-scatter", x):
-            dist.reduce_scatter_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+            _REDUCE_SCATTER(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,15 @@
+"""Clusters on which sharding pays even for tiny models, so that the solver's plan is a real one."""
+
+from dataclasses import replace
+
+from autopar import ClusterInfo
+from autopar.profiler.cluster import Link
+
+
+def eager_to_shard(mesh: str) -> ClusterInfo:
+    """Slow devices and fast links: the solver splits whatever it can."""
+    cluster = ClusterInfo.of(mesh, "cpu")
+    slow = replace(
+        cluster.device, peak_flops={"float32": 1e6, "float64": 1e6}, bandwidth=1e7, launch_us=0.01
+    )
+    return replace(cluster, device=slow, links=tuple(Link(1e-9, 1e-12) for _ in cluster.mesh))

@@ -1,0 +1,46 @@
+"""A plan that the space allows is a plan that is right: float64 equality with a single device."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from autopar import autoplan
+from autopar.autoplan import Planned, make_plan
+from tests.clusters import eager_to_shard
+from tests.dist.training import errors_of_plans
+from tests.models import CASES
+
+MESHES = ["4", "2x2", "1x4"]
+RANDOM_PLANS = 20
+TOLERANCE = 1e-9
+
+
+@functools.cache
+def planned(name: str, mesh: str) -> Planned:
+    case = CASES[name]
+    return autoplan(case.build(), (), case.batch(0), cluster=eager_to_shard(mesh))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", list(CASES))
+def test_solver_plan_equals_single_device(pool, name, mesh):
+    plan = planned(name, mesh).plan.to_json()
+    for errors in pool.run(errors_of_plans, name, mesh, [(plan, "sgd"), (plan, "adamw")], True):
+        assert max(errors) < TOLERANCE
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", list(CASES))
+def test_random_plans_equal_single_device(pool, name, mesh):
+    space = planned(name, mesh).space
+    plans = [
+        (
+            make_plan(space, space.random_choices(np.random.default_rng(seed)), name).to_json(),
+            ["sgd", "adamw"][seed % 2],
+        )
+        for seed in range(RANDOM_PLANS)
+    ]
+    errors = np.array(pool.run(errors_of_plans, name, mesh, plans))
+    wrong = {seed: e for seed, e in enumerate(errors.max(axis=0)) if not e < TOLERANCE}
+    assert not wrong, f"random plans (seed: error) {wrong}"

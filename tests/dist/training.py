@@ -1,0 +1,86 @@
+"""What the ranks run: train through `auto_engine` and beside it on a single device, and compare."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from autopar import ShardingPlan, auto_engine
+from autopar.runtime import engine as engine_module
+from autopar.tracer import ColoTracer
+from tests.clusters import eager_to_shard
+from tests.models import CASES, OPTIMIZERS
+
+
+class CachingTracer(ColoTracer):
+    """Twenty plans of one model need one trace."""
+
+    graphs: dict[Any, Any] = {}  # noqa: RUF012
+
+    def trace(self, model, args=(), kwargs=None):
+        shapes = pytree.tree_map_only(torch.Tensor, lambda t: tuple(t.shape), (args, kwargs))
+        key = (type(model).__name__, model.training, repr(shapes))
+        if key not in self.graphs:
+            self.graphs[key] = super().trace(model, args, kwargs)
+        return self.graphs[key]
+
+
+@functools.cache
+def reference(name: str, optimizer: str, steps: int) -> tuple[list, list, dict, dict]:
+    """Losses, gradients per step, final parameters and buffers on a single device."""
+    case = CASES[name]
+    model = case.build()
+    opt = OPTIMIZERS[optimizer](list(model.parameters()))
+    losses, grads = [], []
+    for step in range(steps):
+        loss = model(**case.batch(step))
+        opt.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        opt.step()
+    return losses, grads, dict(model.named_parameters()), dict(model.named_buffers())
+
+
+def largest_error(
+    name: str, mesh: str, optimizer: str, plan: str | None, lower: bool, steps: int = 3
+) -> float:
+    """Largest absolute difference from single-device training: loss, gradients, parameters and
+    buffers, over `steps` steps."""
+    case = CASES[name]
+    losses, grads, parameters, buffers = reference(name, optimizer, steps)
+    engine_module.ColoTracer = CachingTracer
+    model = case.build()
+    opt = OPTIMIZERS[optimizer](list(model.parameters()))
+    given = ShardingPlan.from_json(plan) if plan else None
+    model, opt = auto_engine(model, opt, eager_to_shard(mesh), plan=given, lower=lower)
+    worst = 0.0
+    for step in range(steps):
+        loss = model(**case.batch(step))
+        opt.zero_grad()
+        loss.backward()
+        worst = max(worst, abs(loss.item() - losses[step]))
+        for n, p in model.named_parameters():
+            worst = max(worst, (p.grad.full_tensor() - grads[step][n]).abs().max().item())
+        opt.step()
+    for n, p in model.named_parameters():
+        worst = max(worst, (p.full_tensor() - parameters[n]).abs().max().item())
+    for n, b in model.named_buffers():
+        if n in buffers:
+            worst = max(worst, (b - buffers[n]).abs().max().item())
+    return worst
+
+
+def errors_of_plans(
+    name: str, mesh: str, plans: list[tuple[str, str]], lower: bool = False
+) -> list[float]:
+    """`largest_error` for several (plan, optimizer)."""
+    return [largest_error(name, mesh, optimizer, plan, lower) for plan, optimizer in plans]
+
+
+def rank() -> int:
+    return dist.get_rank()
