@@ -14,6 +14,7 @@ from autopar.errors import InfeasibleError
 from autopar.estimate import estimate_memory, estimate_time, estimate_transient
 from autopar.plan import ShardingPlan, SolverRecord
 from autopar.profiler.cluster import ClusterInfo, as_cluster
+from autopar.report.words import describe
 from autopar.sharding.space import Pins, SearchSpace, Workload
 from autopar.solver import Solution, solve
 from autopar.solver.reductions import share
@@ -182,4 +183,6 @@ def make_plan(
         record,
         space.cluster.budget_bytes,
         unruled,
+        describe(space, choices),
+        {s.name: " ".join(str(spec) or "scalar" for spec in c.outputs) for s, c in chosen},
     )

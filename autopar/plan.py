@@ -58,6 +58,37 @@ class SolverRecord:
 
 
 @dataclass(frozen=True)
+class ModuleSummary:
+    """What the plan does in one module, or in all copies of it in repeated blocks, for reports.
+
+    Args:
+        name: qualified name; `*` and `{0,2-5}` stand for indices of copies, "" for the model.
+        words: "data parallel on axis 0; tensor parallel on axis 1, column".
+        count: number of copies.
+        parameters: elements, of all copies together; a tied parameter counts where it is owned.
+        time_us, memory_bytes: of all copies together, without modules inside of them; the sum over
+            a plan's entries is the solver's objective, and the memory without the transient peak.
+    """
+
+    name: str
+    words: str
+    count: int
+    parameters: int
+    time_us: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A plan as people write it by hand, under the same cost model, for comparison."""
+
+    name: str
+    time: TimeEstimate
+    memory: MemoryEstimate
+    fits: bool
+
+
+@dataclass(frozen=True)
 class ShardingPlan:
     """One legal way to run a model on a mesh.
 
@@ -73,6 +104,9 @@ class ShardingPlan:
         solver: provenance.
         budget_bytes: per device.
         unruled: operators that ran replicated for lack of a rule, with their predicted time.
+        modules: what was chosen, per module.
+        layouts: site name to the layouts of its results.
+        baselines: hand-written plans on the same cluster, where they were asked for.
     """
 
     model: str
@@ -87,6 +121,9 @@ class ShardingPlan:
     solver: SolverRecord
     budget_bytes: float
     unruled: Mapping[str, float] = field(default_factory=dict)
+    modules: tuple[ModuleSummary, ...] = ()
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    baselines: tuple[Baseline, ...] = ()
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""
@@ -102,16 +139,7 @@ class ShardingPlan:
 
     def save(self, path: str | Path) -> None:
         """Write atomically: the file is the whole plan or does not change."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(self.to_json())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, self.to_json())
 
     @staticmethod
     def from_json(text: str, *, source: str = "plan") -> ShardingPlan:
@@ -152,6 +180,8 @@ class ShardingPlan:
                 "time": TimeEstimate(**body["time"]),
                 "memory": MemoryEstimate(**body["memory"]),
                 "solver": SolverRecord(**body["solver"]),
+                "modules": tuple(ModuleSummary(**m) for m in body["modules"]),
+                "baselines": tuple(_baseline(b) for b in body["baselines"]),
             }
         )
 
@@ -193,3 +223,30 @@ class ShardingPlan:
         from autopar.report.text import render
 
         return render(self)
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a file so that it is whole or does not change."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp makes files for the owner alone
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _baseline(data: Mapping[str, Any]) -> Baseline:
+    return Baseline(
+        data["name"],
+        TimeEstimate(**data["time"]),
+        MemoryEstimate(**data["memory"]),
+        data["fits"],
+    )

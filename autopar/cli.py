@@ -1,0 +1,273 @@
+"""The command line: `autopar plan`, `autopar report`, `autopar devices`.
+
+torch is imported inside of the commands, so that `--help` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from autopar.model_file import Example
+    from autopar.plan import ShardingPlan
+    from autopar.profiler.cluster import ClusterInfo
+
+DEFAULT_DEVICE = "A100-80G"
+
+# Bytes of optimizer state per byte of trainable parameter.
+OPTIMIZERS = {"adamw": 2.0, "adam": 2.0, "momentum": 1.0, "sgd": 0.0}
+
+app = typer.Typer(
+    name="autopar",
+    help="Plan how to lay a single-device PyTorch model out over a device mesh.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL.py",
+            help="Python file that defines build_model() and example_inputs(); the latter returns "
+            "keyword arguments (dict), positional ones (tuple), or (args, kwargs).",
+        ),
+    ],
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES",
+            help="Device mesh, such as 8 or 2x4; the last axis has the fastest links.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Device of the built-in table, see `autopar devices`.  [default: {DEFAULT_DEVICE}]",
+        ),
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml", help="Mesh, device and links, instead of --mesh and --device."
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Budget per device: 20GiB, 512MB, or a share of the device such as 0.8.  "
+            "[default: all of it]",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help=f"Whose state to make room for: {', '.join(OPTIMIZERS)}."
+        ),
+    ] = "adamw",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="PLAN.json", help="Write the plan here, for auto_engine."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write the report here, as one HTML page."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as JSON instead of the report.")
+    ] = False,
+    baselines: Annotated[
+        bool, typer.Option(help="Cost the plans people write by hand, for comparison.")
+    ] = True,
+    time_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For each run of the solver.", min=0.1)
+    ] = 60.0,
+) -> None:
+    """Find the fastest plan that fits the memory; needs no GPU and no weights.
+
+    The report goes to stdout, progress to stderr. Exit code 1: nothing fits the memory, or the
+    model cannot be captured; 2: the input is wrong.
+    """
+    # what the model file prints is not the plan
+    with _progress() as say, contextlib.redirect_stdout(sys.stderr):
+        with _short_errors(ValueError, OSError):
+            if optimizer.lower() not in OPTIMIZERS:
+                raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+            info = _cluster(mesh, device, cluster).with_memory(memory)
+            say("load model ...")
+            from autopar.model_file import load_example
+
+            example = load_example(model)
+        with _short_errors():
+            state = OPTIMIZERS[optimizer.lower()]
+            found = _planned(example, info, state, baselines, time_limit, say)
+    with _short_errors(OSError):
+        if output is not None:
+            found.save(output)
+        if report is not None:
+            _write_html(found, report)
+        if as_json:
+            sys.stdout.write(found.to_json() + "\n")
+        else:
+            _print_report(found)
+
+
+@app.command("report")
+def report_command(
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN.json", help="File that `autopar plan -o` wrote.")
+    ],
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write the report here, as one HTML page."),
+    ] = None,
+) -> None:
+    """Show a plan again."""
+    with _short_errors(OSError):
+        from autopar.plan import ShardingPlan
+
+        found = ShardingPlan.load(plan)
+        if html is not None:
+            _write_html(found, html)
+        _print_report(found)
+
+
+@app.command()
+def devices() -> None:
+    """List the devices that plans can be made for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from autopar.profiler.cluster import DEVICES
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("device", no_wrap=True)
+    for column in ("GiB", "GB/s", "TFLOP/s float32", "bfloat16", "float64"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for d in DEVICES.values():
+        rates = (d.flops_per_s(dtype) for dtype in ("float32", "bfloat16", "float64"))
+        table.add_row(
+            d.name,
+            f"{d.memory_bytes / 2**30:.0f}",
+            f"{d.bandwidth / 1e9:.0f}",
+            *(f"{rate / 1e12:.4g}" for rate in rates),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"Rates as large kernels reach them, below the data sheet's. Default: {DEFAULT_DEVICE}."
+    )
+
+
+# -- steps --------------------------------------------------------------------------------------
+
+
+def _cluster(mesh: str | None, device: str | None, file: Path | None) -> ClusterInfo:
+    from autopar.profiler.cluster import ClusterInfo
+
+    if file is None:
+        if mesh is None:
+            raise ValueError("say what to plan for: --mesh 2x4, or --cluster cluster.yaml")
+        return ClusterInfo.of(mesh, device or DEFAULT_DEVICE)
+    if mesh is not None or device is not None:
+        raise ValueError(f"{file} says mesh and device; leave out --mesh and --device")
+    import yaml
+
+    try:
+        return ClusterInfo.load(file)
+    except (TypeError, KeyError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} does not describe a cluster: {error}") from error
+
+
+def _planned(
+    example: Example,
+    info: ClusterInfo,
+    optimizer_state: float,
+    baselines: bool,
+    time_limit: float,
+    say: Callable[[str], None],
+) -> ShardingPlan:
+    from autopar.autoplan import autoplan
+    from autopar.experts import expert_plans
+    from autopar.plan import Baseline
+
+    planned = autoplan(
+        example.model,
+        example.args,
+        example.kwargs,
+        cluster=info,
+        optimizer_state=optimizer_state,
+        time_limit=time_limit,
+        progress=say,
+    )
+    if not baselines:
+        return planned.plan
+    say("hand-written plans ...")
+    experts = expert_plans(planned.space, time_limit=time_limit)
+    return replace(
+        planned.plan,
+        baselines=tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts),
+    )
+
+
+def _write_html(found: ShardingPlan, path: Path) -> None:
+    from autopar.plan import write_atomically
+    from autopar.report.html import render_html
+
+    write_atomically(path, render_html(found))
+
+
+def _print_report(found: ShardingPlan) -> None:
+    import shutil
+
+    from autopar.report.text import WIDTH, render
+
+    terminal = sys.stdout.isatty()
+    width = max(80, shutil.get_terminal_size((WIDTH, 24)).columns) if terminal else WIDTH
+    sys.stdout.write(render(found, color=terminal, width=width))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with the current stage on a terminal, else a line per stage; on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda line: console.print(line, markup=False, soft_wrap=True)
+        return
+    with console.status("autopar ...") as status:
+        yield lambda line: status.update(line)
+
+
+@contextlib.contextmanager
+def _short_errors(*also: type[Exception]) -> Iterator[None]:
+    """Errors that a user can act upon, as a message and an exit code instead of a traceback."""
+    from autopar.errors import AutoparError, CaptureError, InfeasibleError
+
+    try:
+        yield
+    except (CaptureError, InfeasibleError) as error:
+        _fail(error, 1)
+    except (AutoparError, *also) as error:
+        _fail(error, 2)
+
+
+def _fail(error: Any, code: int) -> NoReturn:
+    print(f"autopar: {error}", file=sys.stderr)
+    raise typer.Exit(code) from error

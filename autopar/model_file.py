@@ -1,0 +1,103 @@
+"""Reads a model file: a Python file that defines `build_model()` and `example_inputs()`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+MODULE_NAME = "autopar_model_file"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model on the meta device, and one batch to call it with."""
+
+    model: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def load_example(path: Path) -> Example:
+    """Build the model, without weights and in train mode, and its example inputs.
+
+    Raises:
+        ValueError: the file is missing, lacks a function, or fails; the message has the user's line.
+    """
+    module = _import(path)
+    build, inputs = _function(module, "build_model", path), _function(module, "example_inputs", path)
+
+    def on_meta() -> Any:
+        with torch.device("meta"):
+            return build()
+
+    model = _call(on_meta, f"build_model() of {path}", path)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"build_model() of {path} returned {type(model).__name__}, not a torch.nn.Module"
+        )
+    args, kwargs = _arguments(_call(inputs, f"example_inputs() of {path}", path), path)
+    return Example(model.train(), args, kwargs)
+
+
+def _import(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"model file {path} does not exist; give the path of a Python file")
+    spec = importlib.util.spec_from_file_location(MODULE_NAME, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"model file {path} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    # as `python model.py` would: its folder is on the path, and pickling finds the module
+    sys.modules[MODULE_NAME] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    loader = spec.loader
+    try:
+        _call(lambda: loader.exec_module(module), f"importing {path}", path)
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    return module
+
+
+def _function(module: ModuleType, name: str, path: Path) -> Callable[[], Any]:
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(
+            f"{path} does not define {name}(); a model file defines build_model(), which returns "
+            "the module, and example_inputs(), which returns a batch to call it with"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _call(function: Callable[[], Any], what: str, path: Path) -> Any:
+    """Run the user's code; whatever it raises becomes a message with its line."""
+    try:
+        return function()
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        mine = [f for f in frames if Path(f.filename).resolve() == path.resolve()]
+        line = mine[-1].lineno if mine else getattr(error, "lineno", None)
+        where = f" at {path}:{line}" if line is not None else ""
+        raise ValueError(f"{what} failed{where}: {type(error).__name__}: {error}") from error
+
+
+def _arguments(value: Any, path: Path) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(value, Mapping):
+        return (), dict(value)
+    if isinstance(value, tuple | list):
+        pair = len(value) == 2 and isinstance(value[0], tuple | list)
+        if pair and isinstance(value[1], Mapping):
+            return tuple(value[0]), dict(value[1])
+        return tuple(value), {}
+    if isinstance(value, torch.Tensor):
+        return (value,), {}
+    raise ValueError(
+        f"example_inputs() of {path} returned {type(value).__name__}; return a dict of keyword "
+        "arguments, a tuple of positional ones, or (args, kwargs)"
+    )

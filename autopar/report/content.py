@@ -1,0 +1,277 @@
+"""What a report says, as tables of strings: `text` and `html` only differ in how they draw them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from autopar.plan import Baseline, MemoryEstimate, ModuleSummary, ShardingPlan, TimeEstimate
+from autopar.profiler.cluster import ClusterInfo
+
+# Modules that hold no parameters and take less than this share of the time are summed up.
+SMALL = 0.01
+
+MEMORY_KINDS = {
+    "parameters": "parameters_bytes",
+    "gradients": "gradients_bytes",
+    "optimizer state": "optimizer_bytes",
+    "saved activations": "activations_bytes",
+    "buffers": "buffers_bytes",
+    "transient peak": "transient_bytes",
+}
+TIME_KINDS = {
+    "compute": "compute_us",
+    "exposed communication": "exposed_us",
+    "overlapped communication": "overlapped_us",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table.
+
+    Args:
+        title: heading.
+        columns: headings; those that end in `>` are right-aligned numbers.
+        rows: cells.
+        note: a sentence below.
+        total: index of the row that sums those above it, -1 if none does.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    total: int = -1
+
+
+# -- units --------------------------------------------------------------------------------------
+
+
+def time_text(us: float) -> str:
+    """`15.9 ms`, three digits."""
+    for unit, scale in (("us", 1.0), ("ms", 1e3)):
+        if us < 999.5 * scale:
+            return f"{_three_digits(us / scale)} {unit}"
+    return f"{_three_digits(us / 1e6)} s"
+
+
+def bytes_text(nbytes: float) -> str:
+    """`1.26 GiB`, three digits."""
+    for unit, scale in (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20)):
+        if nbytes < 999.5 * scale:
+            return f"{_three_digits(nbytes / scale)} {unit}"
+    return f"{_three_digits(nbytes / 2**30)} GiB"
+
+
+def count_text(count: float) -> str:
+    """`38.6 M`, three digits."""
+    for unit, scale in (("", 1.0), (" K", 1e3), (" M", 1e6)):
+        if count < 999.5 * scale:
+            return f"{_three_digits(count / scale)}{unit}"
+    return f"{_three_digits(count / 1e9)} B"
+
+
+def _three_digits(x: float) -> str:
+    if x == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(x)) + 1e-9))
+    return f"{x:.{min(digits, 2)}f}" if x != round(x) else f"{x:.0f}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole > 0 else "-"
+
+
+# -- content ------------------------------------------------------------------------------------
+
+
+def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
+    """What the plan is for, and what it promises."""
+    cluster = ClusterInfo.from_dict(plan.cluster)
+    links = ", ".join(
+        f"axis {axis} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
+        for axis, link in enumerate(cluster.links)
+    )
+    shape = "x".join(map(str, plan.mesh))
+    return [
+        ("model", f"{plan.model} (graph {plan.fingerprint})"),
+        ("mesh", f"{shape}: {cluster.world_size} x {cluster.device.name}"),
+        ("links", links),
+        ("step", time_text(plan.time.step_us)),
+        (
+            "memory",
+            f"{bytes_text(plan.memory.total_bytes)} of {bytes_text(plan.budget_bytes)} per device",
+        ),
+    ]
+
+
+def modules_table(plan: ShardingPlan, *, fold: bool) -> Table:
+    """Per module what was chosen. With `fold`, small ones are summed up."""
+    whole = sum(m.time_us for m in plan.modules)
+    # a module without time holds others, and says what they do together
+    small = [m for m in plan.modules if 0 < m.time_us < SMALL * whole and not m.parameters]
+    if not fold or len(small) < 2:
+        small = []
+    rows = [_module_row(m, whole) for m in plan.modules if m not in small]
+    if small:
+        rest = ModuleSummary(
+            f"({len(small)} small ones)",
+            "",
+            sum(m.count for m in small),
+            0,
+            sum(m.time_us for m in small),
+            sum(m.memory_bytes for m in small),
+        )
+        rows.append(_module_row(rest, whole))
+    columns = ("module", "copies>", "parameters>", "choice", "time>", "share>", "memory>")
+    return Table(
+        "Modules",
+        columns,
+        tuple(rows),
+        "Of all copies together: parameters of the whole model; time with all communication, "
+        "overlapped or not; memory per device without the transient peak.",
+    )
+
+
+def _module_row(m: ModuleSummary, whole: float) -> tuple[str, ...]:
+    own = m.time_us > 0 or m.memory_bytes > 0 or m.parameters > 0
+    return (
+        m.name or "(model)",
+        str(m.count) if m.count > 1 else "",
+        count_text(m.parameters) if m.parameters else "",
+        m.words,
+        time_text(m.time_us) if own else "",
+        _percent(m.time_us, whole) if own else "",
+        bytes_text(m.memory_bytes) if own and m.memory_bytes else "",
+    )
+
+
+def time_table(time: TimeEstimate) -> Table:
+    """The predicted step time by what it is spent on."""
+    rows = [
+        (kind, time_text(getattr(time, key)), _percent(getattr(time, key), time.step_us))
+        for kind, key in TIME_KINDS.items()
+    ]
+    rows.insert(-1, ("step", time_text(time.step_us), "100.0%"))
+    return Table(
+        "Step time",
+        ("", "time>", "of the step>"),
+        tuple(rows),
+        "Predicted. Overlapped communication hides behind compute and adds nothing to the step.",
+        total=len(rows) - 2,
+    )
+
+
+def memory_table(memory: MemoryEstimate, budget_bytes: float) -> Table:
+    """The predicted memory by kind."""
+    total = memory.total_bytes
+    rows = [
+        (kind, bytes_text(getattr(memory, key)), _percent(getattr(memory, key), budget_bytes))
+        for kind, key in MEMORY_KINDS.items()
+    ]
+    rows.append(("total", bytes_text(total), _percent(total, budget_bytes)))
+    return Table(
+        "Memory per device",
+        ("", "memory>", "of the budget>"),
+        tuple(rows),
+        f"Predicted, on the fullest device; the budget is {bytes_text(budget_bytes)}.",
+        total=len(rows) - 1,
+    )
+
+
+def plans(plan: ShardingPlan) -> list[Baseline]:
+    """The plan and its baselines in one list, the plan first."""
+    fits = plan.memory.total_bytes <= plan.budget_bytes * (1 + 1e-9)
+    return [Baseline("autopar", plan.time, plan.memory, fits), *plan.baselines]
+
+
+def baselines_table(plan: ShardingPlan) -> Table | None:
+    """The plan beside the hand-written ones, if they were asked for."""
+    if not plan.baselines:
+        return None
+    rows = tuple(
+        (
+            b.name,
+            time_text(b.time.step_us),
+            f"{b.time.step_us / plan.time.step_us:.2f}x" if plan.time.step_us else "-",
+            *(time_text(getattr(b.time, key)) for key in TIME_KINDS.values()),
+            bytes_text(b.memory.total_bytes),
+            "yes" if b.fits else "NO",
+        )
+        for b in plans(plan)
+    )
+    columns = (
+        "plan", "step>", "to autopar>", "compute>", "exposed>", "overlapped>", "memory>", "fits>",
+    )  # fmt: skip
+    return Table(
+        "Hand-written plans",
+        columns,
+        rows,
+        "The same cost model; what an expert leaves open is solved for, without a memory limit.",
+    )
+
+
+def solver_table(plan: ShardingPlan) -> Table:
+    """How the plan was found, how good it is known to be, and how long that took."""
+    solver = plan.solver
+    rows = [
+        ("method", solver.method),
+        ("objective", f"{time_text(solver.objective_us)}, all communication counted in full"),
+        ("bound", f"no plan in the space is below {time_text(solver.bound_us)}"),
+        ("gap", f"{solver.gap:.3%}"),
+        *((stage, f"{seconds:.2f} s") for stage, seconds in solver.seconds.items()),
+    ]
+    return Table("Solver", ("", "value"), tuple(rows))
+
+
+def unruled_table(plan: ShardingPlan) -> Table | None:
+    """Operators that run replicated, if any."""
+    if not plan.unruled:
+        return None
+    calls: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for call, us in plan.unruled.items():
+        operator, _, where = call.partition(": ")[2].partition(" at ")
+        calls[operator].append((us, where))
+    totals = {operator: sum(us for us, _ in found) for operator, found in calls.items()}
+    rows = tuple(
+        (
+            operator,
+            str(len(calls[operator])),
+            "/".join(max(calls[operator])[1].split("/")[-2:]),
+            time_text(us),
+            _percent(us, plan.time.step_us),
+        )
+        for operator, us in sorted(totals.items(), key=lambda item: -item[1])
+    )
+    return Table(
+        "Operators without a sharding rule",
+        ("operator", "calls>", "for example at", "time>", "of the step>"),
+        rows,
+        "They run replicated, which is always right. A row in autopar/sharding/rules splits them.",
+    )
+
+
+def sites_table(plan: ShardingPlan) -> Table:
+    """Every decision of the plan."""
+    rows = tuple((name, c, plan.layouts.get(name, "")) for name, c in plan.choices.items())
+    return Table(
+        "Decisions",
+        ("site", "choice", "layout"),
+        rows,
+        "Parameters and inputs choose a layout; operators choose a factor per mesh axis.",
+    )
+
+
+def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
+    """All but the site-level table, in the order of a report."""
+    found = [
+        modules_table(plan, fold=fold),
+        time_table(plan.time),
+        memory_table(plan.memory, plan.budget_bytes),
+        baselines_table(plan),
+        solver_table(plan),
+        unruled_table(plan),
+    ]
+    return [table for table in found if table is not None]
