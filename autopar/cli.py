@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -55,7 +55,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"Device of the built-in table, see `autopar devices`.  [default: {DEFAULT_DEVICE}]",
+            help=f"One of those that `autopar devices` lists.  [default: {DEFAULT_DEVICE}]",
         ),
     ] = None,
     cluster: Annotated[
@@ -260,14 +260,15 @@ def _short_errors(*also: type[Exception]) -> Iterator[None]:
     """Errors that a user can act upon, as a message and an exit code instead of a traceback."""
     from autopar.errors import AutoparError, CaptureError, InfeasibleError
 
+    refused: tuple[type[Exception], ...] = (AutoparError, *also)
     try:
         yield
     except (CaptureError, InfeasibleError) as error:
         _fail(error, 1)
-    except (AutoparError, *also) as error:
+    except refused as error:
         _fail(error, 2)
 
 
-def _fail(error: Any, code: int) -> NoReturn:
+def _fail(error: Exception, code: int) -> NoReturn:
     print(f"autopar: {error}", file=sys.stderr)
     raise typer.Exit(code) from error

@@ -162,7 +162,8 @@ def _site_objections(expert: _Expert, site: Site, weights: Sequence[int]) -> np.
         if tensor is not None and site.kind == "op" and _is_norm(site):
             # the residual stream is whole along the tensor axis
             count[i] += sum(
-                spec is not None and spec.state(tensor) != "R" for spec in (c.inputs[0], c.outputs[0])
+                spec is not None and spec.state(tensor) != "R"
+                for spec in (c.inputs[0], c.outputs[0])
             )
     return count
 
@@ -189,7 +190,9 @@ def _to_batch_split(expert: _Expert, site: Site) -> np.ndarray:
     """To all but dim 0, the batch, split over as many data axes as can be."""
     specs = [c.outputs[0] for c in site.candidates]
     parts = [
-        len(spec.dims[0]) if not any(spec.dims[1:]) and {*spec.dims[0]} <= {*expert.data} else -1
+        len(spec.dims[0])
+        if not any(spec.dims[1:]) and {*spec.dims[0]} <= {*expert.data}
+        else -1
         if spec.dims
         else 0
         for spec in specs

@@ -29,10 +29,13 @@ def load_example(path: Path) -> Example:
     """Build the model, without weights and in train mode, and its example inputs.
 
     Raises:
-        ValueError: the file is missing, lacks a function, or fails; the message has the user's line.
+        ValueError: the file is missing, lacks a function, or fails; the message has its line.
     """
     module = _import(path)
-    build, inputs = _function(module, "build_model", path), _function(module, "example_inputs", path)
+    build, inputs = (
+        _function(module, "build_model", path),
+        _function(module, "example_inputs", path),
+    )
 
     def on_meta() -> Any:
         with torch.device("meta"):
@@ -72,7 +75,7 @@ def _function(module: ModuleType, name: str, path: Path) -> Callable[[], Any]:
             f"{path} does not define {name}(); a model file defines build_model(), which returns "
             "the module, and example_inputs(), which returns a batch to call it with"
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _call(function: Callable[[], Any], what: str, path: Path) -> Any:

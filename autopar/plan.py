@@ -162,7 +162,7 @@ class ShardingPlan:
                 f"{source} has plan format {data['autopar_plan']}, this autopar reads {FORMAT}; "
                 "make the plan again with this version"
             )
-        body = data.get("plan")
+        body = data.get("plan") or {}
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         if digest != data.get("sha256"):
             raise PlanError(

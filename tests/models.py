@@ -32,7 +32,7 @@ class MLP(nn.Module):
 class LanguageModel(nn.Module):
     """Hugging Face GPT-2 with its loss in the model's precision (the library's is float32)."""
 
-    def __init__(self, layers: int = 2, dropout: float = 0.0, vocabulary: int = 101) -> None:
+    def __init__(self, layers: int = 1, dropout: float = 0.0, vocabulary: int = 101) -> None:
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -96,7 +96,7 @@ class ViT(nn.Module):
             ViTConfig(
                 image_size=16,
                 patch_size=8,
-                num_hidden_layers=2,
+                num_hidden_layers=1,
                 hidden_size=16,
                 num_attention_heads=4,
                 intermediate_size=24,

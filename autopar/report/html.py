@@ -68,7 +68,8 @@ def render_html(plan: ShardingPlan) -> str:
             "<h2>Predicted memory per device</h2>",
             _chart(_memory_figure(plans(plan), plan.budget_bytes)),
             *(f"<h2>{escape(table.title)}</h2>{_table(table)}" for table in shown),
-            f"<details><summary>{sites.title} ({len(sites.rows)})</summary>{_table(sites)}</details>",
+            f"<details><summary>{sites.title} ({len(sites.rows)})</summary>",
+            f"{_table(sites)}</details>",
             "</body></html>",
         )
     )

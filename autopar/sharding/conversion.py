@@ -13,6 +13,8 @@ computed once per (shape class, bytes) with Floyd-Warshall and kept.
     reduce_scatter  P -> S(d)  red.-scatter all-gather
     all_to_all      S(i)-> S(j) all-to-all  all-to-all
     inject          R -> P     first rank keeps, others zero; backward identity
+
+A sum is never made pending only to be reduced again on the way: `inject` steps come last.
 """
 
 from __future__ import annotations
@@ -125,6 +127,7 @@ class _Graph:
     steps: tuple[Step, ...]
     source: np.ndarray
     target: np.ndarray
+    inject: np.ndarray  # which steps are injections
     # forward and backward microseconds: constant part, and part per byte of the global tensor
     forward: np.ndarray  # [step, 2]
     backward: np.ndarray  # [step, 2]
@@ -228,7 +231,8 @@ class LayoutConverter:
             raise ValueError(f"no sequence of collectives converts {source} to {target}")
         path = []
         while here != goal:
-            out = np.flatnonzero(graph.source == here)
+            final = graph.specs[here].dims == target.dims
+            out = np.flatnonzero((graph.source == here) & (final | ~graph.inject))
             through = weight[out] + distance[graph.target[out], goal]
             best = out[int(np.argmin(through))]
             path.append(graph.steps[best])
@@ -290,6 +294,7 @@ class LayoutConverter:
             steps,
             np.array([index[s.source] for s in steps], dtype=np.int64),
             np.array([index[s.target] for s in steps], dtype=np.int64),
+            np.array([s.kind == "inject" for s in steps], dtype=bool),
             np.array([c[0] for c in costs], dtype=np.float64).reshape(-1, 2),
             np.array([c[1] for c in costs], dtype=np.float64).reshape(-1, 2),
         )
@@ -337,10 +342,14 @@ class LayoutConverter:
         graph = self._graph(legal)
         count = len(graph.specs)
         distance = np.full((count, count), np.inf)
-        np.minimum.at(distance, (graph.source, graph.target), self._weights(graph, size, grad))
+        weight, last = self._weights(graph, size, grad), graph.inject
+        np.minimum.at(distance, (graph.source[~last], graph.target[~last]), weight[~last])
         np.fill_diagonal(distance, 0.0)
         for k in range(count):
             np.minimum(distance, distance[:, k, None] + distance[None, k, :], out=distance)
+        for _ in self.mesh:  # up to one injection per axis, after everything else
+            through = distance[:, graph.source[last]] + weight[last]
+            np.minimum.at(distance, (slice(None), graph.target[last]), through)
         return distance
 
 

@@ -12,7 +12,7 @@ from tests.dist.training import errors_of_plans
 from tests.models import CASES
 
 MESHES = ["4", "2x2", "1x4"]
-RANDOM_PLANS = 4
+RANDOM_PLANS = 20
 TOLERANCE = 1e-9
 
 

@@ -1,0 +1,1 @@
+"""Measurements of autopar, one module each: `python -m benchmarks.NAME [--quick] [--json FILE]`."""

@@ -1,0 +1,212 @@
+"""The command line: what it prints, writes and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from autopar.cli import app
+from autopar.plan import ShardingPlan
+
+MLP = str(Path(__file__).parents[2] / "examples" / "mlp.py")
+
+TINY = """
+import torch
+print("noise from the model file")
+def build_model():
+    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+def example_inputs():
+    return {inputs}
+"""
+
+
+def run(*arguments: str, code: int = 0):
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY.format(inputs="(torch.zeros(8, 64),)"))
+    return path
+
+
+# -- plan ---------------------------------------------------------------------------------------
+
+
+def test_plan_prints_a_report_and_writes_files(tmp_path):
+    plan, page = tmp_path / "out" / "plan.json", tmp_path / "plan.html"
+    result = run("plan", MLP, "--mesh", "2x2", "-o", str(plan), "--report", str(page))
+    found = ShardingPlan.load(plan)
+    assert found.mesh == (2, 2)
+    assert found.cluster["device"]["name"] == "A100-80G"
+    assert [b.name for b in found.baselines][:2] == ["DDP", "FSDP (ZeRO-3)"]
+    assert result.stdout == found.report()
+    assert "blocks.*.up" in page.read_text()
+    assert "solve ..." in result.stderr
+    again = tmp_path / "again.html"
+    assert run("report", str(plan), "--html", str(again)).stdout == found.report()
+    assert len(again.read_text()) == len(page.read_text())
+
+
+def test_json_is_all_that_goes_to_stdout(tiny):
+    result = run("plan", str(tiny), "--mesh", "2", "--json", "--no-baselines", "--device", "h100")
+    found = ShardingPlan.from_json(result.stdout)
+    assert json.loads(result.stdout)["plan"]["model"] == "Sequential"
+    assert found.baselines == ()
+    assert found.cluster["device"]["name"] == "H100"
+    assert "noise from the model file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "dict(input=torch.zeros(8, 64))",
+        "((torch.zeros(8, 64),), {})",
+        "((), dict(input=torch.zeros(8, 64)))",
+        "[torch.zeros(8, 64)]",
+        "torch.zeros(8, 64)",
+    ],
+)
+def test_forms_of_example_inputs(tmp_path, inputs):
+    path = tmp_path / "model.py"
+    path.write_text(TINY.format(inputs=inputs))
+    run("plan", str(path), "--mesh", "2", "--no-baselines", "--json")
+
+
+def test_optimizer_decides_the_state(tiny):
+    def state(name: str) -> float:
+        found = run("plan", str(tiny), "--mesh", "1", "--optimizer", name, "--json").stdout
+        memory = ShardingPlan.from_json(found).memory
+        return memory.optimizer_bytes / memory.gradients_bytes
+
+    assert [state(n) for n in ("adamw", "Adam", "momentum", "sgd")] == [2, 2, 1, 0]
+
+
+def test_cluster_file_and_memory(tmp_path, tiny):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("mesh: 2x2\ndevice: L4\n")
+    arguments = ("plan", str(tiny), "--cluster", str(path), "--memory", "0.5", "--json")
+    found = ShardingPlan.from_json(run(*arguments).stdout)
+    assert found.mesh == (2, 2)
+    assert found.budget_bytes == 12 * 2**30
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+
+def refused(*arguments: str, code: int = 2) -> str:
+    result = run(*arguments, code=code)
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--mesh 2x4, or --cluster"),
+        (("--mesh", "2xx"), "cannot read mesh '2xx'"),
+        (("--mesh", "2", "--device", "A100"), "unknown device 'A100'"),
+        (("--mesh", "2", "--memory", "12 parsecs"), "cannot read memory size"),
+        (("--mesh", "2", "--optimizer", "lion"), "unknown optimizer 'lion'; known: adamw"),
+        (("--cluster", "missing.yaml"), "missing.yaml"),
+        (("--mesh", "2", "--cluster", "c.yaml"), "leave out --mesh"),
+    ],
+)
+def test_bad_options(tiny, arguments, message):
+    assert message in refused("plan", str(tiny), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mesh: 2\ndevice: {name: x}\n", "does not describe a cluster"),
+        ("mesh: [2\n", "does not describe a cluster"),
+        ("mesh: 2\n", "missing ['device']"),
+        ("4", "expected a mapping"),
+    ],
+)
+def test_bad_cluster_files(tmp_path, tiny, text, message):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    assert message in refused("plan", str(tiny), "--cluster", str(path))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "does not define build_model()"),
+        ("def build_model(): pass", "does not define example_inputs()"),
+        ("import no_such_module_here", "model.py:1: ModuleNotFoundError: No module named"),
+        ("def f(:\n", "model.py:1: SyntaxError"),
+        (
+            "def build_model(): pass\ndef example_inputs(): pass",
+            "returned NoneType, not a torch.nn.Module",
+        ),
+        (
+            "def build_model():\n    return 1 / 0\ndef example_inputs(): pass",
+            "build_model() of {path} failed at {path}:2: ZeroDivisionError",
+        ),
+        (
+            "import torch\ndef build_model(): return torch.nn.Linear(2, 2)\n"
+            "def example_inputs(): return 3",
+            "example_inputs() of {path} returned int; return a dict",
+        ),
+    ],
+)
+def test_bad_model_files(tmp_path, source, message):
+    path = tmp_path / "model.py"
+    path.write_text(source)
+    assert message.format(path=path) in refused("plan", str(path), "--mesh", "2")
+
+
+def test_missing_model_file():
+    assert "nowhere.py does not exist" in refused("plan", "nowhere.py", "--mesh", "2")
+
+
+def test_too_little_memory_says_how_much_is_needed(tiny):
+    message = refused("plan", str(tiny), "--mesh", "2", "--memory", "1KiB", code=1)
+    assert "no plan fits" in message
+    assert 'memory="' in message
+
+
+def test_a_model_that_cannot_be_captured(tmp_path):
+    path = tmp_path / "model.py"
+    path.write_text(
+        "import torch\n"
+        "class M(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x if x.sum() > 0 else -x\n"
+        "def build_model(): return M()\n"
+        "def example_inputs(): return (torch.ones(3),)\n"
+    )
+    assert "model.py:4" in refused("plan", str(path), "--mesh", "2", code=1)
+
+
+def test_damaged_plans_are_refused(tmp_path, tiny):
+    assert "cannot read the plan" in refused("report", str(tmp_path / "missing.json"))
+    path = tmp_path / "plan.json"
+    run("plan", str(tiny), "--mesh", "2", "-o", str(path), "--no-baselines")
+    path.write_text(path.read_text().replace("Sequential", "Consequential"))
+    assert "was changed after it was written" in refused("report", str(path))
+    path.write_text("{")
+    assert "is not JSON" in refused("report", str(path))
+
+
+# -- the rest -----------------------------------------------------------------------------------
+
+
+def test_devices_are_listed():
+    shown = run("devices").stdout
+    for name in ("A100-80G", "H200", "cpu"):
+        assert name in shown
+
+
+def test_help_names_the_commands():
+    shown = run("--help").stdout
+    assert all(command in shown for command in ("plan", "report", "devices"))
+    assert "--mesh" in run("plan", "--help").stdout

@@ -1,0 +1,204 @@
+"""Reports: the words fit the plan, and text and page carry its numbers."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from autopar.autoplan import Planned, autoplan, make_plan
+from autopar.experts import expert_plans
+from autopar.plan import Baseline, ShardingPlan
+from autopar.profiler.cluster import ClusterInfo
+from autopar.report import words
+from autopar.report.content import bytes_text, count_text, time_text
+from autopar.report.html import render_html
+from autopar.report.text import render
+from tests.unit.test_experts import Classifier, by_name
+
+
+@pytest.fixture(scope="module")
+def found() -> Planned:
+    with torch.device("meta"):
+        model = Classifier(512, blocks=3)
+    inputs = {"x": torch.zeros(256, 512), "y": torch.zeros(256, dtype=torch.long)}
+    return autoplan(model, (), inputs, cluster=ClusterInfo.of("2x2", "A100-40G"), memory="1GiB")
+
+
+@pytest.fixture(scope="module")
+def plan(found) -> ShardingPlan:
+    experts = expert_plans(found.space)
+    baselines = tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts)
+    return replace(found.plan, baselines=baselines)
+
+
+def said(found: Planned, prefix: str) -> dict[str, str]:
+    expert = by_name(expert_plans(found.space), prefix)
+    return {m.name: m.words for m in words.describe(found.space, expert.choices)}
+
+
+# -- words --------------------------------------------------------------------------------------
+
+
+def test_words_of_data_parallelism(found):
+    assert said(found, "DDP")["blocks.*.up"] == "data parallel on axes 0 and 1"
+    assert said(found, "FSDP")["blocks.*.down"] == (
+        "data parallel on axes 0 and 1, ZeRO-3 (gathered again for backward)"
+    )
+
+
+def test_words_of_tensor_parallelism(found):
+    plain, sharded = said(found, "Megatron TP, data"), said(found, "Megatron TP, FSDP")
+    assert "tensor parallel on axis 1, column then row" in plain["blocks.*"]
+    assert plain["blocks.*.up"] == "data parallel on axis 0; tensor parallel on axis 1, column"
+    assert plain["blocks.*.down"] == "data parallel on axis 0; tensor parallel on axis 1, row"
+    assert plain["blocks.*.norm"] == "data parallel on axis 0"
+    assert sharded["blocks.*.down"].startswith(
+        "data parallel on axis 0, ZeRO-3 (gathered again for backward); tensor parallel on axis 1, "
+    )
+
+
+def test_words_of_a_language_model():
+    from tests.models import LanguageModel
+
+    with torch.device("meta"):
+        model = LanguageModel(layers=2)
+    ids = torch.zeros(8, 16, dtype=torch.long)
+    cluster = ClusterInfo.of("2x2", "A100-40G")
+    lm = autoplan(model, (), {"input_ids": ids, "labels": ids}, cluster=cluster)
+    modules = said(lm, "DDP")
+    assert modules["gpt2.transformer.h.*.attn"] == "data parallel on axes 0 and 1"
+    assert modules["gpt2.transformer.wte"] == "data parallel on axes 0 and 1"
+
+    def split(module: str, strategy: str) -> str:
+        """What is said when the module's operators take this strategy where they have it."""
+        choices = []
+        for site in lm.space.sites:
+            names = [c.name for c in site.candidates]
+            mine = site.kind == "op" and lm.graph.info(site.node).module == module
+            choices.append(names.index(strategy) if mine and strategy in names else 0)
+        return {m.name: m.words for m in words.describe(lm.space, choices)}[module]
+
+    assert split("gpt2.transformer.wte", "v e") == (
+        "vocabulary split over axis 0; features split over axis 1"
+    )
+    assert split("gpt2.transformer.wpe", "- v") == "positions split over axis 1"
+    assert split("gpt2.transformer.h.0.attn", "- b1") == "heads split over axis 1"
+    assert split("gpt2.transformer.ln_f", "b2 b1") == (
+        "data parallel on axis 0; sequence split over axis 1"
+    )
+    assert split("gpt2.transformer.ln_f", "- -") == "replicated"
+
+
+def test_modules_add_up_for_any_plan(found):
+    for seed in range(5):
+        choices = found.space.random_choices(np.random.default_rng(seed))
+        any_plan = make_plan(found.space, choices, "Classifier")
+        problem, _ = found.space.problem(np.inf)
+        time_us, nbytes = problem.evaluate(choices)
+        assert sum(m.time_us for m in any_plan.modules) == pytest.approx(time_us)
+        assert sum(m.memory_bytes for m in any_plan.modules) == pytest.approx(nbytes)
+        parameters = sum(m.parameters for m in any_plan.modules)
+        assert parameters == 3 * (2 * 512 + 8 * 512**2 + 5 * 512) + 1000 * 513
+        assert ShardingPlan.from_json(any_plan.to_json()) == any_plan
+        render(any_plan)
+
+
+@pytest.mark.parametrize(
+    ("points", "boxes"),
+    [
+        ([(0,), (1,), (3,)], [({0, 1, 3},)]),
+        ([(0, 0), (0, 1), (1, 0), (1, 1)], [({0, 1}, {0, 1})]),
+        ([(0, 0), (0, 1), (1, 0)], [({0}, {0, 1}), ({1}, {0})]),
+        ([()], [()]),
+    ],
+)
+def test_copies_are_named_exactly(points, boxes):
+    assert words._boxes(points) == [tuple(map(frozenset, box)) for box in boxes]
+
+
+def test_indices_read_as_ranges():
+    assert words._indexed({3}, every=False) == "3"
+    assert words._indexed({0, 2, 3, 4}, every=False) == "{0,2-4}"
+    assert words._indexed({0, 1}, every=True) == "*"
+
+
+# -- text and page ------------------------------------------------------------------------------
+
+
+def test_plan_with_modules_and_baselines_survives_json(plan):
+    assert plan.modules
+    assert len(plan.baselines) == 4
+    assert ShardingPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("draw", [render, render_html])
+def test_the_numbers_are_shown(plan, draw):
+    shown = draw(plan)
+    assert "2x2: 4 x A100-40G" in shown
+    assert plan.fingerprint in shown
+    for us in (plan.time.step_us, plan.time.compute_us, plan.time.exposed_us):
+        assert time_text(us) in shown
+    for nbytes in (plan.memory.total_bytes, plan.memory.optimizer_bytes, plan.budget_bytes):
+        assert bytes_text(nbytes) in shown
+    for b in plan.baselines:
+        assert b.name in shown
+        assert f"{b.time.step_us / plan.time.step_us:.2f}x" in shown
+    assert plan.solver.method in shown
+    assert f"{plan.solver.gap:.3%}" in shown
+    assert all(stage in shown for stage in plan.solver.seconds)
+    assert "blocks.*.up" in shown
+
+
+def test_text_has_colour_only_where_asked(plan):
+    assert "\x1b" not in render(plan)
+    assert plan.report() == render(plan)
+    assert "\x1b[" in render(plan, color=True)
+    assert max(map(len, render(plan, width=100).splitlines())) <= 100
+
+
+def test_operators_without_a_rule_are_named(found):
+    unruled = {f"sort_{i}: aten.sort.default at /a/b/c.py:{i}": 10.0 * i for i in (1, 2)}
+    plan = replace(found.plan, unruled=unruled)
+    line = next(line for line in render(plan).splitlines() if "aten.sort" in line)
+    assert "b/c.py:2" in line
+    assert time_text(30.0) in line
+    assert "aten.sort" not in render(found.plan)
+
+
+def test_page_is_self_contained(plan):
+    page = render_html(plan)
+    scripts = re.compile(r"<script\b.*?</script>", re.S)
+    markup = scripts.sub("", page)
+    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", markup)
+    assert not re.search(r"@import|url\(", markup)
+    for tag in re.findall(r"<script\b[^>]*>", page):
+        assert "src" not in tag
+    inlined = [script for script in scripts.findall(page) if len(script) > 1e6]
+    assert len(inlined) == 1
+
+
+def test_page_has_every_decision_and_escapes_names(plan):
+    page = render_html(replace(plan, model="<b>Odd & even"))
+    assert "<b>Odd" not in page
+    assert "&lt;b&gt;Odd &amp; even" in page
+    for name in plan.choices:
+        assert f"<td>{name}</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (time_text(0.0), "0 us"),
+        (time_text(12.345), "12.3 us"),
+        (time_text(999.7), "1.00 ms"),
+        (time_text(3.2e6), "3.20 s"),
+        (bytes_text(2**20), "1 MiB"),
+        (bytes_text(1.5 * 2**30), "1.50 GiB"),
+        (count_text(38_597_376), "38.6 M"),
+        (count_text(12), "12"),
+    ],
+)
+def test_units(text, expected):
+    assert text == expected
