@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from autopar.errors import InfeasibleError
-from autopar.estimate import estimate_memory, estimate_time, estimate_transient
+from autopar.estimate import estimate_memory, estimate_time
 from autopar.plan import ShardingPlan, SolverRecord
 from autopar.profiler.cluster import ClusterInfo, as_cluster
 from autopar.report.words import describe
+from autopar.search import search
 from autopar.sharding.space import Pins, SearchSpace, Workload
-from autopar.solver import Solution, solve
-from autopar.solver.reductions import share
 from autopar.tracer import ColoTracer, ModelGraph
 
 ADAM_STATE = 2.0
@@ -92,62 +90,18 @@ def autoplan(
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
         space = SearchSpace(graph, cluster, workload, pins)
     with clock("conversion costs"):
-        problem, classes = space.problem(cluster.budget_bytes)
+        space.cost_links()
     with clock("solve"):
-        solution, choices = _solve_with_transient(
-            space, problem, classes, time_limit=time_limit, progress=progress
-        )
-    plan = make_plan(space, choices, type(model).__name__, solution, clock.seconds)
-    return Planned(plan, graph, space, choices)
-
-
-def _solve_with_transient(
-    space: SearchSpace,
-    problem: Any,
-    classes: Sequence[int],
-    *,
-    time_limit: float,
-    progress: Callable[[str], None] | None,
-) -> tuple[Solution, tuple[int, ...]]:
-    """Solve within the budget less the transient peak, which depends on the plan itself.
-
-    The reserve only grows, so the loop ends; three rounds suffice in practice.
-    """
-    budget, reserve = space.cluster.budget_bytes, 0.0
-    for _ in range(6):
-        shared, inverse = share(_with_budget(problem, budget - reserve), classes)
-        try:
-            solution = solve(shared, time_limit=time_limit, progress=progress)
-        except InfeasibleError as error:
-            smallest = error.smallest_bytes + reserve
-            raise InfeasibleError(
-                f"no plan fits {budget / 2**20:.1f} MiB per device on mesh "
-                f"{'x'.join(map(str, space.mesh))}: parameters, gradients, optimizer state, saved "
-                f"activations and a transient peak need at least {smallest / 2**20:.1f} MiB. "
-                f"Use memory=\"{smallest / 2**20:.0f}MiB\" or more, more devices, or a smaller batch.",
-                budget_bytes=budget,
-                smallest_bytes=smallest,
-            ) from None
-        choices = inverse(solution.choices)
-        transient = estimate_transient(space, choices)
-        if solution.memory_bytes + transient <= budget * (1 + 1e-9):
-            break
-        reserve = max(reserve * 1.05, transient)
-    return solution, choices
-
-
-def _with_budget(problem: Any, budget: float) -> Any:
-    from dataclasses import replace
-
-    return replace(problem, budget_bytes=max(budget, 1.0))
+        found = search(space, time_limit=time_limit, progress=progress)
+    plan = make_plan(space, found.choices, type(model).__name__, found.record(clock.seconds))
+    return Planned(plan, graph, space, found.choices)
 
 
 def make_plan(
     space: SearchSpace,
     choices: Sequence[int],
     model: str,
-    solution: Solution | None = None,
-    seconds: Mapping[str, float] | None = None,
+    record: SolverRecord | None = None,
 ) -> ShardingPlan:
     """The plan that a full choice of candidates stands for."""
     chosen = [(s, s.candidates[c]) for s, c in zip(space.sites, choices, strict=True)]
@@ -156,11 +110,8 @@ def make_plan(
         str(names[s.node.name]): str(c.outputs[0]) for s, c in chosen if s.kind == "parameter"
     }
     estimate = estimate_time(space, choices)
-    record = SolverRecord("given", estimate.step_us, 0.0, 1.0, dict(seconds or {}))
-    if solution is not None:
-        record = SolverRecord(
-            solution.method, solution.time_us, solution.bound_us, solution.gap, dict(seconds or {})
-        )
+    if record is None:
+        record = SolverRecord("given", estimate.step_us, 0.0, 1.0)
     unruled = {
         f"{n.name}: {n.target} at {space.graph.info(n).source}": float(
             next(s for s, _ in chosen if s.node is n and s.kind == "op").time_us[0]
@@ -175,9 +126,7 @@ def make_plan(
         space.cluster.to_dict(),
         {s.name: c.name for s, c in chosen if s.kind != "output"},
         parameters,
-        tuple(
-            str(names[s.node.name]) for s, c in chosen if s.kind == "parameter" and c.regather
-        ),
+        tuple(str(names[s.node.name]) for s, c in chosen if s.kind == "parameter" and c.regather),
         estimate,
         estimate_memory(space, choices),
         record,

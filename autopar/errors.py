@@ -1,4 +1,6 @@
-"""The exceptions a user of autopar can meet. Each message says what, where, the numbers and the remedy."""
+"""The exceptions a user of autopar can meet. Messages say what, where, the numbers, the remedy."""
+
+from typing import Any
 
 
 class AutoparError(Exception):
@@ -29,6 +31,13 @@ class InfeasibleError(AutoparError, ValueError):
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.smallest_bytes = smallest_bytes
+
+    def __reduce__(self) -> Any:  # rank 0 sends its errors to the others
+        return _infeasible, (str(self), self.budget_bytes, self.smallest_bytes)
+
+
+def _infeasible(message: str, budget_bytes: float, smallest_bytes: float) -> InfeasibleError:
+    return InfeasibleError(message, budget_bytes=budget_bytes, smallest_bytes=smallest_bytes)
 
 
 class EngineError(AutoparError, RuntimeError):

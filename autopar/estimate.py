@@ -29,13 +29,14 @@ def estimate_time(space: SearchSpace, choices: Sequence[int]) -> TimeEstimate:
             weights += time
         else:
             exposed += time
-    hidden = min(weights, HIDING_SHARE * compute) if _overlaps(space) else 0.0
-    return TimeEstimate(compute, exposed + weights - hidden, hidden)
+    hidden = min(weights, hiding_share(space) * compute)
+    return TimeEstimate(compute, exposed + weights - hidden, hidden, weights)
 
 
-def _overlaps(space: SearchSpace) -> bool:
-    """Gloo's threads compete with compute for the same cores; GPUs communicate beside it."""
-    return space.cluster.device.kind != "cpu"
+def hiding_share(space: SearchSpace) -> float:
+    """Share of compute that hides weight communication. Gloo's threads compete with compute for the
+    same cores; GPUs communicate beside it."""
+    return 0.0 if space.cluster.device.kind == "cpu" else HIDING_SHARE
 
 
 def estimate_memory(space: SearchSpace, choices: Sequence[int]) -> MemoryEstimate:
@@ -69,4 +70,3 @@ def estimate_transient(space: SearchSpace, choices: Sequence[int]) -> float:
         if site.kind == "op" and space.profile[site.node].differentiable:
             peak = max(peak, space.working_bytes(site, site.candidates[c]))
     return peak
-

@@ -19,11 +19,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Predicted step time in microseconds: what adds up, and what hides behind compute."""
+    """Predicted step time in microseconds: what adds up, and what hides behind compute.
+
+    `weights_us` is the communication of weights and their gradients, exposed or overlapped.
+    """
 
     compute_us: float
     exposed_us: float
     overlapped_us: float
+    weights_us: float = 0.0
 
     @property
     def step_us(self) -> float:
@@ -156,7 +160,9 @@ class ShardingPlan:
                 "or damaged; make it again with `autopar plan ... -o`"
             ) from error
         if not isinstance(data, dict) or "autopar_plan" not in data:
-            raise PlanError(f"{source} is JSON but no autopar plan: it lacks the key 'autopar_plan'")
+            raise PlanError(
+                f"{source} is JSON but no autopar plan: it lacks the key 'autopar_plan'"
+            )
         if data["autopar_plan"] != FORMAT:
             raise PlanError(
                 f"{source} has plan format {data['autopar_plan']}, this autopar reads {FORMAT}; "

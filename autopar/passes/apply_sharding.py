@@ -25,7 +25,6 @@ from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.spec import ShardingSpec, local_range, local_shape
 from autopar.tracer.graph import ModelGraph, bound_arguments, map_operands, operands, shape_of
 
-
 _RESHAPE = {
     "aten.view.default": torch.ops.aten.reshape.default,
     "aten._unsafe_view.default": torch.ops.aten.reshape.default,
@@ -81,9 +80,7 @@ def apply_sharding(
     """
     converter = converter_for(ClusterInfo.from_dict(plan.cluster))
     rank = _Rank(plan.mesh, tuple(coords), groups, converter)
-    grads = requires_grad_map(
-        graph, set(graph.parameters) if trainable is None else set(trainable)
-    )
+    grads = requires_grad_map(graph, set(graph.parameters) if trainable is None else set(trainable))
     return _Rewriter(graph, plan, rank, grads).run(input_specs, output_specs)
 
 
@@ -299,7 +296,7 @@ class _Rewriter:
     def _outputs(self, output_specs: Sequence[ShardingSpec] | None) -> None:
         flat: list[Any] = []
         buffers = len(self.graph.mutations)
-        for i, value in enumerate(self.graph.output.args[0]):  # type: ignore[union-attr, arg-type]
+        for i, value in enumerate(self.graph.output.args[0]):  # type: ignore[arg-type]
             if not isinstance(value, fx.Node):
                 flat.append(value)
                 continue

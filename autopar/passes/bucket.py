@@ -58,9 +58,7 @@ def _merge(graph: fx.Graph, members: list[fx.Node], group: str) -> None:
         ]
     anchor.args = (flat,)
     with graph.inserting_after(anchor):
-        reduced = graph.call_function(
-            torch.ops.autopar.all_reduce.default, (anchor, "sum", group)
-        )
+        reduced = graph.call_function(torch.ops.autopar.all_reduce.default, (anchor, "sum", group))
     total = members[0].meta["val"].new_empty([sum(sizes)])
     anchor.meta["val"] = reduced.meta["val"] = total
     with graph.inserting_after(reduced):

@@ -66,13 +66,13 @@ def lower(
     step = LoweredStep(lambda *flat: None)
     kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
 
-    def compile_forward(graph: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
-        step.forward = run_passes(graph, [kernels], disable=disable)
+    def compile_forward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        step.forward = run_passes(gm, [kernels], disable=disable)
         return _boxed(step.forward)
 
-    def compile_backward(graph: fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+    def compile_backward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions]
-        step.backward = run_passes(graph, passes, disable=disable)
+        step.backward = run_passes(gm, passes, disable=disable)
         return _boxed(step.backward)
 
     step.function = aot_function(

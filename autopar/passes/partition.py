@@ -6,6 +6,7 @@ gathers again (ZeRO-3); the gather and the views on it move into the backward.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,12 +74,13 @@ def _forward_nodes(
             continue
         if any(n in late for n in node.all_input_nodes):
             late.add(node)
-        elif node.meta.get("partitioner_tag") == "is_forward" or (
-            str(node.target) == "<built-in function getitem>" and node.args[0] in found
-        ):
-            # sources of a forward operator come before it, so they were decided already
-            if all(n in found or n.op == "placeholder" for n in node.all_input_nodes):
-                found.add(node)
+            continue
+        is_result = node.target is operator.getitem and node.args[0] in found
+        tagged = node.meta.get("partitioner_tag") == "is_forward"
+        # sources of a forward operator come before it, so they were decided already
+        ready = all(n in found or n.op == "placeholder" for n in node.all_input_nodes)
+        if ready and (is_result or tagged):
+            found.add(node)
     return found
 
 

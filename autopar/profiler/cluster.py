@@ -112,7 +112,9 @@ def parse_mesh(text: str) -> tuple[int, ...]:
         raise MeshError(f"cannot read mesh {text!r}; write sizes joined by x, such as '8' or '2x4'")
     shape = tuple(int(part) for part in re.split("[x,]", text.strip()))
     if 0 in shape:
-        raise MeshError(f"mesh {text!r} has an axis of size 0; every axis needs at least one device")
+        raise MeshError(
+            f"mesh {text!r} has an axis of size 0; every axis needs at least one device"
+        )
     return shape
 
 
@@ -157,10 +159,12 @@ class ClusterInfo:
     def __post_init__(self) -> None:
         if len(self.links) != len(self.mesh):
             raise MeshError(
-                f"mesh {self.mesh} has {len(self.mesh)} axes but {len(self.links)} links are given; "
+                f"mesh {self.mesh} has {len(self.mesh)} axes but {len(self.links)} links; "
                 "give one link per axis"
             )
-        numbers = {f"links[{i}].{k}": v for i, x in enumerate(self.links) for k, v in vars(x).items()}
+        numbers = {
+            f"links[{i}].{k}": v for i, x in enumerate(self.links) for k, v in vars(x).items()
+        }
         numbers |= {f"device.peak_flops[{k}]": v for k, v in self.device.peak_flops.items()}
         numbers |= {"device.bandwidth": self.device.bandwidth, "budget": self.budget_bytes}
         for key, number in numbers.items():
@@ -192,7 +196,7 @@ class ClusterInfo:
     @staticmethod
     def of(mesh: str | Sequence[int], device_name: str | Device = "cpu") -> ClusterInfo:
         """A cluster of a table device with customary links: the innermost axes that fit into one
-        node of 8 are NVLink (PCIe for L4 and 4090, loopback for CPUs), the outer ones InfiniBand."""
+        node of 8 are NVLink (PCIe for L4 and 4090, loopback for CPUs), the others InfiniBand."""
         shape = parse_mesh(mesh) if isinstance(mesh, str) else tuple(mesh)
         dev = device(device_name) if isinstance(device_name, str) else device_name
         links: list[Link] = []

@@ -81,9 +81,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.flops = self.bytes = self.kernels = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func.overloadpacket
@@ -221,4 +219,3 @@ def _profile_node(node: fx.Node, grads: Sequence[bool]) -> NodeProfile:
 def value_bytes(node: fx.Node) -> int:
     """Bytes of a node's tensors at global shape."""
     return _nbytes(node.meta["val"])
-

@@ -125,7 +125,7 @@ class _Gather(torch.autograd.Function):
         return all_gather(x, dim, size, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         dim, group = ctx.args
         return _narrow(grad, dim, group).contiguous(), None, None, None
 
@@ -137,7 +137,7 @@ class _GatherVary(torch.autograd.Function):
         return all_gather(x, dim, size, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return reduce_scatter(grad, *ctx.args), None, None, None
 
 
@@ -148,7 +148,7 @@ class _Slice(torch.autograd.Function):
         return _narrow(x, dim, group).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return all_gather(grad, *ctx.args), None, None
 
 
@@ -159,7 +159,7 @@ class _Vary(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return all_reduce(grad, "sum", ctx.group), None
 
 
@@ -169,7 +169,7 @@ class _AllReduce(torch.autograd.Function):
         return all_reduce(x, "sum", group)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad, None
 
 
@@ -180,7 +180,7 @@ class _ReduceScatter(torch.autograd.Function):
         return reduce_scatter(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return all_gather(grad, *ctx.args), None, None
 
 
@@ -193,7 +193,7 @@ class _AllToAll(torch.autograd.Function):
         return all_to_all(x, dim, size, to_dim, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return all_to_all(grad, *ctx.args), None, None, None, None
 
 
@@ -203,7 +203,7 @@ class _Inject(torch.autograd.Function):
         return x.clone() if find_group(group).index == 0 else torch.zeros_like(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad, None
 
 

@@ -107,11 +107,11 @@ def distribute(
     state: dict[torch.Tensor, Any] = {}
     if optimizer is not None:
         layout = {id(p): specs.get(n) for n, p in model.named_parameters()}
-        for p, entries in optimizer.state.items():
-            spec = layout.get(id(p)) or ShardingSpec.replicated(p.ndim)
-            state[new[id(p)]] = {
+        for old, entries in optimizer.state.items():
+            spec = layout.get(id(old)) or ShardingSpec.replicated(old.ndim)
+            state[new[id(old)]] = {
                 key: _as_dtensor(_agreed(value, device), spec, mesh, coords)
-                if isinstance(value, torch.Tensor) and value.shape == p.shape and p.ndim
+                if isinstance(value, torch.Tensor) and value.shape == old.shape and old.ndim
                 else value
                 for key, value in entries.items()
             }
@@ -132,11 +132,13 @@ def _swap(
         for name, p in module._parameters.items():
             if p is not None:
                 module._parameters[name] = parameters[id(p)]
-        for name, b in module._buffers.items():
-            if b is not None and b.device != buffers[id(b)].device:
-                module._buffers[name] = buffers[id(b)]
-            elif b is not None:
-                b.copy_(buffers[id(b)])
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if buffer.device != buffers[id(buffer)].device:
+                module._buffers[name] = buffers[id(buffer)]
+            else:
+                buffer.copy_(buffers[id(buffer)])
 
 
 def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:
@@ -147,10 +149,8 @@ def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:
     probe.grad = torch.zeros_like(probe)
     options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     known = {k: v for k, v in options.items() if k in optimizer.defaults}
-    try:
-        twin = type(optimizer)([{"params": [probe], **known}])
-    except TypeError:  # required arguments that are not defaults, such as SGD's lr once
-        twin = type(optimizer)([{"params": [probe], **known}], **known)
+    make: Any = type(optimizer)
+    twin = make([{"params": [probe], **known}])
     twin.step()
     held = [v for v in twin.state[probe].values() if isinstance(v, torch.Tensor) and v.ndim]
     return sum(v.numel() * v.element_size() for v in held) / (64 * probe.element_size())

@@ -184,7 +184,7 @@ class Engine(torch.nn.Module):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         graph, program = special.graph, special.program
         found = dict(self._model.named_parameters())
-        flat = [found[name].to_local() for name in graph.parameters.values()]  # type: ignore[operator]
+        flat = [found[name].to_local() for name in graph.parameters.values()]
         buffers = dict(self._model.named_buffers())
         # copies: backward may keep what the step is about to overwrite
         flat += [
@@ -254,7 +254,7 @@ class Engine(torch.nn.Module):
         found = dict(self._model.named_parameters())
         buffers = dict(self._model.named_buffers())
         example = [
-            found[n].to_local().detach().requires_grad_(found[n].requires_grad)  # type: ignore[operator]
+            found[n].to_local().detach().requires_grad_(found[n].requires_grad)
             for n in graph.parameters.values()
         ]
         example += [buffers[n] for n in graph.buffers.values()]

@@ -49,7 +49,11 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
             dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
         else:
             dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=DEFAULT_TIMEOUT
+                backend,
+                store=torch._C._distributed_c10d.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=DEFAULT_TIMEOUT,
             )
         # a group that outlives the interpreter's shutdown aborts the process
         atexit.register(_stop)

@@ -150,9 +150,7 @@ def axis_groups(
     prefix: str, mesh: Sequence[int], coords: Sequence[int], make: Callable[[str, int], Group]
 ) -> tuple[str, ...]:
     """Register one group per mesh axis for the rank at `coords`; returns their names."""
-    return tuple(
-        make(f"{prefix}/axis{axis}", axis).name for axis in range(len(mesh))
-    )
+    return tuple(make(f"{prefix}/axis{axis}", axis).name for axis in range(len(mesh)))
 
 
 def planning_groups(

@@ -84,9 +84,7 @@ def _replace(
             return axes
         return tuple(sorted((*axes, axis))) if add else tuple(a for a in axes if a != axis)
 
-    return ShardingSpec(
-        tuple(dims), toggled(spec.partial, partial), toggled(spec.varying, varying)
-    )
+    return ShardingSpec(tuple(dims), toggled(spec.partial, partial), toggled(spec.varying, varying))
 
 
 def steps_from(spec: ShardingSpec, n_axes: int) -> list[Step]:
@@ -239,9 +237,7 @@ class LayoutConverter:
             here = int(graph.target[best])
         return tuple(path)
 
-    def step_us(
-        self, shape: Sequence[int], itemsize: int, step: Step
-    ) -> tuple[float, float]:
+    def step_us(self, shape: Sequence[int], itemsize: int, step: Step) -> tuple[float, float]:
         """Forward and backward microseconds of one step."""
         size = itemsize * int(np.prod(shape, dtype=np.int64))
         forward, backward = self._step_cost(step)
@@ -349,7 +345,7 @@ class LayoutConverter:
             np.minimum(distance, distance[:, k, None] + distance[None, k, :], out=distance)
         for _ in self.mesh:  # up to one injection per axis, after everything else
             through = distance[:, graph.source[last]] + weight[last]
-            np.minimum.at(distance, (slice(None), graph.target[last]), through)
+            np.minimum.at(distance.T, graph.target[last], through.T)
         return distance
 
 

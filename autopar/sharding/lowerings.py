@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +142,15 @@ def mean(
     scale = math.prod(length / size for n, (_, length, size, _) in shard.items() if n[0] == "r")
     dims = list(range(x.ndim)) if dim is None else list(dim)
     return torch.ops.aten.mean.dim(x, dims, keepdim, dtype=dtype) * scale
+
+
+def mse_loss(
+    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, *, shard: Shard
+) -> torch.Tensor:
+    """Mean squared error with dims split: each rank's share of the mean, a pending sum."""
+    assert reduction == 1
+    scale = math.prod(length / size for _, length, size, _ in shard.values())
+    return F.mse_loss(x, target) * scale
 
 
 def dropout(

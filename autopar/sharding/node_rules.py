@@ -14,7 +14,6 @@ from autopar.sharding.rule import OpRule, Strategy, named_strategy, strategies
 from autopar.sharding.rules import Call, bind
 from autopar.tracer.graph import bound_arguments, operands, shape_of
 
-
 _RULE = "autopar_rule"
 
 

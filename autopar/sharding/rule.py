@@ -131,16 +131,14 @@ class Row:
         terms = frozenset(i for i, p in enumerate(patterns) if p and p[0].startswith("+"))
         sizes: dict[str, set[int]] = {}
         lowered: dict[str, str] = {}
-        bound_in = []
+        bound_in: list[Dims | None] = []
         for i, shape in enumerate(inputs):
             if shape is None:
                 bound_in.append(None)
             else:
                 pattern = patterns[i] if i < len(patterns) else []
                 bound_in.append(_match(pattern, shape, sizes, lowered))
-        bound_out = [
-            _match(p, s, sizes, lowered) for p, s in zip(results, outputs, strict=True)
-        ]
+        bound_out = [_match(p, s, sizes, lowered) for p, s in zip(results, outputs, strict=True)]
         factors = {
             name: Factor(
                 math.gcd(*extents),
@@ -174,7 +172,9 @@ def _match(
     open_ended = [t for t in pattern if t.startswith(("*", "+*")) or t == "..."]
     spare = len(shape) - (len(pattern) - len(open_ended))
     if spare < 0 or (spare and not open_ended) or len(open_ended) > 1:
-        raise ValueError(f"a tensor of shape {shape} does not fit the pattern {' '.join(pattern)!r}")
+        raise ValueError(
+            f"a tensor of shape {shape} does not fit the pattern {' '.join(pattern)!r}"
+        )
     dims: list[str | None] = []
     for token in pattern:
         match = _TOKEN.fullmatch(token)

@@ -146,15 +146,33 @@ class SearchSpace:
 
     # -- public ---------------------------------------------------------------------------------
 
-    def problem(self, budget_bytes: float) -> tuple[Problem, list[int]]:
-        """The SPMD problem and, per site, the class of the copies it shares its choice with."""
-        edges = tuple(
-            Edge(link.source, link.target, *self.link_costs(link)) for link in self.links
-        )
+    def problem(
+        self, budget_bytes: float, *, weight_price: float = 1.0, hidden_compute: float = 0.0
+    ) -> tuple[Problem, list[int]]:
+        """The SPMD problem and, per site, the class of the copies it shares its choice with.
+
+        Args:
+            weight_price: factor on the conversions of weights, which may overlap with compute.
+            hidden_compute: share of compute to deduct for what hides behind it.
+        """
+
+        def priced(link: Link) -> np.ndarray:
+            time = self.link_costs(link)[0]
+            if not link.weight or weight_price == 1.0:
+                return time
+            allowed = np.isfinite(time)  # 0 * inf is not 0
+            return np.where(allowed, weight_price * np.where(allowed, time, 0.0), np.inf)
+
         problem = Problem(
-            tuple(s.time_us for s in self.sites),
+            tuple(
+                s.time_us - hidden_compute * s.parts["compute_us"] if s.kind == "op" else s.time_us
+                for s in self.sites
+            ),
             tuple(s.memory_bytes for s in self.sites),
-            edges,
+            tuple(
+                Edge(link.source, link.target, priced(link), self.link_costs(link)[1])
+                for link in self.links
+            ),
             budget_bytes,
             tuple(s.name for s in self.sites),
         )
@@ -164,6 +182,11 @@ class SearchSpace:
             for i, s in enumerate(self.sites)
         ]
         return problem, classes
+
+    def cost_links(self) -> None:
+        """Compute all conversion costs now (they are memoized)."""
+        for link in self.links:
+            self.link_costs(link)
 
     def _link_costs(self, link: Link) -> tuple[np.ndarray, np.ndarray | None]:
         """Time [source candidate, target candidate] and memory of the conversions on a link."""
@@ -350,9 +373,9 @@ class SearchSpace:
             "gradients_bytes": held * trains,
             "optimizer_bytes": held * trains * self.workload.state_bytes_per_param_byte,
         }
-        repeats = ("parameter", _pattern(qualified), shape, len(candidates), trains)
-        if not _has_index(qualified):
-            repeats = None
+        repeats = None
+        if _has_index(qualified):
+            repeats = ("parameter", _pattern(qualified), shape, len(candidates), trains)
         total = sum(parts.values(), np.zeros(len(held)))
         zero = np.zeros(len(held))
         return Site("parameter", node, tuple(candidates), zero, total, parts, repeats=repeats)
@@ -571,7 +594,7 @@ def _user_links(graph: ModelGraph) -> dict[tuple[fx.Node, int], list[tuple[fx.No
         for i, operand in enumerate(operands(node)):
             if operand is not None:
                 found[producer(operand)].append((node, i))
-    for i, value in enumerate(graph.output.args[0]):  # type: ignore[union-attr, arg-type]
+    for i, value in enumerate(graph.output.args[0]):  # type: ignore[arg-type]
         if isinstance(value, fx.Node):
             found[producer(value)].append((graph.output, i))
     return found

@@ -133,7 +133,9 @@ class ShardingSpec:
         placements: list[Any] = [Replicate() for _ in range(mesh_ndim)]
         for dim, axes in enumerate(self.dims):
             if list(axes) != sorted(axes):
-                raise ValueError(f"{self} splits dim {dim} out of axis order; DTensor cannot say so")
+                raise ValueError(
+                    f"{self} splits dim {dim} out of axis order; DTensor cannot say so"
+                )
             for axis in axes:
                 placements[axis] = Shard(dim)
         for axis in self.partial:

@@ -26,7 +26,7 @@ class _Bucket:
     parent: int = -1
 
 
-class TooWide(Exception):  # noqa: N818 - a condition, not a failure
+class TooWide(Exception):
     """Elimination would need a table larger than `MAX_ENTRIES`."""
 
 
@@ -104,8 +104,10 @@ class Elimination:
         """A minimizing assignment, by going back over the tables."""
         choice: dict[int, int] = {}
         for bucket in reversed(self.buckets):
-            at = tuple(choice[w] for w in bucket.scope)
-            choice[bucket.node] = int(np.argmin(bucket.table[(slice(None), *at)]))
+            column = bucket.table
+            for w in reversed(bucket.scope):
+                column = column[..., choice[w]]
+            choice[bucket.node] = int(np.argmin(column))
         return tuple(choice[v] for v in range(len(self._size)))
 
     def min_marginals(self) -> list[np.ndarray]:

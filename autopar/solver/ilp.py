@@ -1,8 +1,8 @@
 """The SPMD problem as an integer linear program (PuLP; HiGHS, or CBC where HiGHS is missing).
 
-    x[v, i] in {0, 1}    node v takes choice i                  (one_choice)
-    y[e, i, j] >= 0      edge e sees the pair (i, j)            (marginals: sums to x on both ends)
-    sum m x + sum m y <= budget                                 (memory)
+x[v, i] in {0, 1}    node v takes choice i                  (one_choice)
+y[e, i, j] >= 0      edge e sees the pair (i, j)            (marginals: sums to x on both ends)
+sum m x + sum m y <= budget                                 (memory)
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ class Problem:
         for v, (time, memory) in enumerate(zip(self.time_us, self.memory_bytes, strict=True)):
             name = self.names[v] if self.names else f"node {v}"
             if time.shape != memory.shape or time.ndim != 1 or not len(time):
-                raise ValueError(f"{name}: time {time.shape} and memory {memory.shape} do not match")
+                raise ValueError(
+                    f"{name}: time {time.shape} and memory {memory.shape} do not match"
+                )
             if np.isnan(time).any() or np.isnan(memory).any() or (memory < 0).any():
                 raise ValueError(f"{name}: costs must be numbers, memory not negative")
             if not np.isfinite(time).any():
@@ -60,7 +62,9 @@ class Problem:
         for edge in self.edges:
             shape = (len(self.time_us[edge.source]), len(self.time_us[edge.target]))
             if edge.time_us.shape != shape or edge.source == edge.target:
-                raise ValueError(f"edge {edge.source}-{edge.target}: {edge.time_us.shape} != {shape}")
+                raise ValueError(
+                    f"edge {edge.source}-{edge.target}: {edge.time_us.shape} != {shape}"
+                )
 
     def evaluate(self, choices: Sequence[int]) -> tuple[float, float]:
         """Time in microseconds and memory in bytes of a full assignment."""

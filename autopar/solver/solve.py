@@ -152,9 +152,7 @@ def _memory_only(problem: Problem) -> Problem:
     return Problem(
         tuple(map(bytes_of, problem.time_us, problem.memory_bytes)),
         problem.memory_bytes,
-        tuple(
-            Edge(e.source, e.target, bytes_of(e.time_us, e.memory_bytes)) for e in problem.edges
-        ),
+        tuple(Edge(e.source, e.target, bytes_of(e.time_us, e.memory_bytes)) for e in problem.edges),
         problem.budget_bytes,
         problem.names,
     )

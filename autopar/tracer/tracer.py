@@ -53,12 +53,11 @@ class ColoTracer:
         Raises:
             CaptureError: a construct cannot be captured; the message has the user's source line.
         """
-        mode = FakeTensorMode(
-            shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=True
-        )
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=True)
         clone = self._fake_clone(model, mode)
         fake = self._faker(mode)
         args, kwargs = pytree.tree_map_only(torch.Tensor, fake, (tuple(args), dict(kwargs or {})))
+        assert isinstance(args, tuple)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -71,9 +70,7 @@ class ColoTracer:
     def _faker(self, mode: FakeTensorMode) -> Any:
         def fake(t: torch.Tensor) -> torch.Tensor:
             with mode:
-                return torch.empty_strided(
-                    t.size(), t.stride(), dtype=t.dtype, device=self.device
-                )
+                return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self.device)
 
         return fake
 
@@ -163,7 +160,7 @@ def _model_graph(
 
 
 def _merge_tied(graph: fx.Graph, parameters: dict[str, str]) -> None:
-    """A tied weight may be lifted once per name; keep the first, so that its gradient is one sum."""
+    """A tied weight may be lifted once per name; keep the first: its gradient is one sum."""
     first: dict[str, fx.Node] = {}
     for node in list(graph.find_nodes(op="placeholder")):
         name = parameters.get(str(node.target))

@@ -100,11 +100,7 @@ def test_every_conversion_gives_the_right_shards_and_gradients(shape):
     mesh = (2, 2)
     converter = LayoutConverter(ClusterInfo.of("2x2"))
     specs = all_specs(converter._legal(shape), mesh)
-    pairs = [
-        (a, b)
-        for a, b in itertools.product(specs, repeat=2)
-        if not a.varying or a == b
-    ]
+    pairs = [(a, b) for a, b in itertools.product(specs, repeat=2) if not a.varying or a == b]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64, generator=generator)
     weight = torch.randn(shape, dtype=torch.float64, generator=generator)

@@ -54,9 +54,7 @@ def test_words_of_tensor_parallelism(found):
     assert plain["blocks.*.up"] == "data parallel on axis 0; tensor parallel on axis 1, column"
     assert plain["blocks.*.down"] == "data parallel on axis 0; tensor parallel on axis 1, row"
     assert plain["blocks.*.norm"] == "data parallel on axis 0"
-    assert sharded["blocks.*.down"].startswith(
-        "data parallel on axis 0, ZeRO-3 (gathered again for backward); tensor parallel on axis 1, "
-    )
+    assert "ZeRO-3 (gathered again for backward)" in sharded["blocks.*.down"]
 
 
 def test_words_of_a_language_model():

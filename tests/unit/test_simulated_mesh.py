@@ -26,9 +26,7 @@ TOLERANCE = 1e-9
 @functools.cache
 def planned(name: str) -> Planned:
     case = CASES[name]
-    return autoplan(
-        case.build(), (), case.batch(0), cluster=eager_to_shard("2x2x2"), time_limit=20
-    )
+    return autoplan(case.build(), (), case.batch(0), cluster=eager_to_shard("2x2x2"), time_limit=20)
 
 
 class Rank:

@@ -28,9 +28,7 @@ def random_problem(seed: int, *, nodes: int = 5, budget: float = np.inf) -> Prob
 
 def brute_force(problem: Problem) -> tuple[float, float]:
     """Least time within the budget, and least memory."""
-    every = [
-        problem.evaluate(c) for c in product(*(range(len(t)) for t in problem.time_us))
-    ]
+    every = [problem.evaluate(c) for c in product(*(range(len(t)) for t in problem.time_us))]
     fits = [t for t, m in every if m <= problem.budget_bytes]
     return min(fits, default=np.inf), min(m for _, m in every)
 

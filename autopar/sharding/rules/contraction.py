@@ -28,13 +28,19 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row(_SDPA.replace("[q]", "q")),
     ),
     "aten.conv2d.default": (
-        Row("n c [h] [w], o c [x] [y], +o -> n o [i] [j]", linear=((0,), (1,)),
-            when=lambda a: a.get("groups", 1) == 1),
+        Row(
+            "n c [h] [w], o c [x] [y], +o -> n o [i] [j]",
+            linear=((0,), (1,)),
+            when=lambda a: a.get("groups", 1) == 1,
+        ),
         Row("n [c] [h] [w], [o] [g] [x] [y], [o] -> n [p] [i] [j]"),
     ),
     "aten.conv1d.default": (
-        Row("n c [w], o c [x], +o -> n o [j]", linear=((0,), (1,)),
-            when=lambda a: a.get("groups", 1) == 1),
+        Row(
+            "n c [w], o c [x], +o -> n o [j]",
+            linear=((0,), (1,)),
+            when=lambda a: a.get("groups", 1) == 1,
+        ),
         Row("n [c] [w], [o] [g] [x], [o] -> n [p] [j]"),
     ),
 }

@@ -25,9 +25,7 @@ LINEAR: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
-def bind_pointwise(
-    name: str, inputs: Sequence[Shape | None], outputs: Sequence[Shape]
-) -> OpRule:
+def bind_pointwise(name: str, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -> OpRule:
     operands = sum(shape is not None for shape in inputs)
     linear = LINEAR.get(name, ())
     # x + 1 is not linear in x: a set that names an absent operand does not apply

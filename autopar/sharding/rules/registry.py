@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {**view.DERIVED, **reduction.DERIVED}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_pointwise(op: torch._ops.OpOverload) -> bool:
     return torch.Tag.pointwise in op.tags
 

@@ -148,6 +148,16 @@ def _cut(call: Call) -> OpRule:
     return _rule([drop(rule.inputs[0] or ())], [drop(o) for o in rule.outputs], factors)
 
 
+def _broadcast_tensors(call: Call) -> OpRule | None:
+    """Only where nothing is broadcast: every operand and result is split alike."""
+    shape = call.outputs[0]
+    if any(s != shape for s in call.inputs):
+        return None
+    names = tuple(f"d{d}" if n > 1 else None for d, n in enumerate(shape))
+    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    return _rule([names] * len(call.inputs), [names] * len(call.outputs), factors)
+
+
 def _select(call: Call) -> OpRule:
     source = call.inputs[0]
     assert source is not None
@@ -160,13 +170,9 @@ def _select(call: Call) -> OpRule:
 def _cat(call: Call) -> OpRule:
     out_shape = call.outputs[0]
     dim = call.arguments.get("dim", 0) % len(out_shape)
-    names: Dims = tuple(
-        None if d == dim or n == 1 else f"d{d}" for d, n in enumerate(out_shape)
-    )
+    names: Dims = tuple(None if d == dim or n == 1 else f"d{d}" for d, n in enumerate(out_shape))
     factors = {f"d{d}": Factor(n) for d, n in enumerate(out_shape) if names[d] is not None}
     return _rule([names] * len(call.inputs), [names], factors)
-
-
 
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
@@ -199,6 +205,7 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.split.Tensor": _cut,
     "aten.split_with_sizes.default": _cut,
     "aten.chunk.default": _cut,
+    "aten.broadcast_tensors.default": _broadcast_tensors,
     "aten.select.int": _select,
     "aten.cat.default": _cat,
 }

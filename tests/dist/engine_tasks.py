@@ -1,0 +1,186 @@
+"""What the ranks run to try the engine as users do; every function returns plain data."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from autopar import ShardingPlan, auto_engine
+from autopar.errors import AutoparError
+from autopar.runtime.memory import LiveBytes, training_state_bytes
+from tests.clusters import eager_to_shard
+from tests.models import MLP, LanguageModel
+
+
+def batch(step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(size, 12, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 8, (size,), generator=generator)
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP().double()
+
+
+def difference(engine: nn.Module, alone: nn.Module) -> float:
+    pairs = zip(engine.parameters(), alone.parameters(), strict=True)
+    return max((p.full_tensor() - q).abs().max().item() for p, q in pairs)
+
+
+def train(mesh: str, kind: str, how: str = "global") -> float:
+    """Train four steps in one of the ways people do; the difference from a single device."""
+    alone = mlp()
+    model = copy.deepcopy(alone)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    beside = torch.optim.AdamW(alone.parameters(), lr=1e-2, eps=1e-3)
+    if kind == "resumed":  # both optimizers carry state from before
+        for m, o in ((model, optimizer), (alone, beside)):
+            x, y = batch(99)
+            m(x, y).backward()
+            o.step()
+            o.zero_grad()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model, optimizer = auto_engine(model, optimizer, eager_to_shard(mesh), batch=how)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    other = torch.optim.lr_scheduler.StepLR(beside, 2, 0.5)
+    repeats = 2 if kind == "accumulated" else 1
+    for step in range(4):
+        for part in range(repeats):
+            # the last step has a batch of another shape
+            x, y = batch(10 * step + part, 16 if kind == "reshaped" and step == 3 else 8)
+            mine = (x.chunk(world)[rank], y.chunk(world)[rank]) if how == "local" else (x, y)
+            outside = kind == "outside"
+            loss = F.cross_entropy(model(mine[0]), mine[1]) if outside else model(*mine)
+            (loss / repeats).backward()
+            (alone(x, y) / repeats).backward()
+        for m, o, s in ((model, optimizer, scheduler), (alone, beside, other)):
+            if kind == "clipped":
+                torch.nn.utils.clip_grad_norm_(m.parameters(), 0.05)
+            o.step()
+            s.step()
+            o.zero_grad()
+        if kind == "evaluated":
+            model.eval()
+            with torch.no_grad():
+                gap = (model(mine[0]) - alone(mine[0])).abs().max().item()
+            assert gap < 1e-9, gap
+            model.train()
+    assert all(isinstance(v, DTensor) for v in model.state_dict().values())
+    assert list(model.state_dict()) == list(alone.state_dict())
+    return difference(model, alone)
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        return F.dropout(x * self.scale, 0.5, self.training)
+
+
+def dropout(mesh: str) -> dict[str, Any]:
+    """Two draws of a dropped-out ones matrix, and its gradient."""
+    model = Dropped()
+    model, _ = auto_engine(model, None, eager_to_shard(mesh))
+    first, second = model(torch.ones(64, 64)), model(torch.ones(64, 64))
+    second.sum().backward()
+    assert isinstance(model.scale.grad, DTensor)
+    model.eval()
+    with torch.no_grad():
+        same = model(torch.ones(64, 64))
+    return {
+        "first": first.detach().numpy(),
+        "second": second.detach().numpy(),
+        "grad": model.scale.grad.full_tensor().numpy(),
+        "eval": same.numpy(),
+        "choices": dict(model.plan.choices),
+    }
+
+
+def language_model_dropout(mesh: str) -> list[float]:
+    """Losses of GPT-2 with dropout everywhere; the ranks must agree on them."""
+    torch.manual_seed(0)
+    model = LanguageModel(layers=1, dropout=0.2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = auto_engine(model, optimizer, eager_to_shard(mesh))
+    ids = torch.randint(0, 101, (8, 12), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def refused(kind: str, plan: str | None = None) -> dict[str, Any]:
+    """Bad input: the message, and whether the model and optimizer stayed as they were."""
+    model = mlp()
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters())
+    mesh, options = "2x2", {}
+    if kind == "optimizer":
+        optimizer = torch.optim.AdamW(mlp().parameters())
+    elif kind == "mesh":
+        mesh = "2x4"
+    elif kind == "budget":
+        options["memory"] = "4KiB"
+    elif kind in ("plan", "plan mesh"):
+        assert plan is not None
+        options["plan"] = ShardingPlan.from_json(plan)
+    before = [(n, id(p), p.detach().clone()) for n, p in model.named_parameters()]
+    groups = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    message = ""
+    try:
+        engine, _ = auto_engine(model, optimizer, eager_to_shard(mesh), **options)
+        rank = torch.distributed.get_rank()
+        size = 8 + rank if kind == "local sizes" else 8
+        engine(*batch(0, size))
+    except AutoparError as error:
+        message = f"{type(error).__name__}: {error}"
+    after = [(n, id(p), p.detach().clone()) for n, p in model.named_parameters()]
+    same = all(a[:2] == b[:2] and a[2].equal(b[2]) for a, b in zip(before, after, strict=True))
+    same = same and groups == [id(p) for g in optimizer.param_groups for p in g["params"]]
+    return {"message": message, "untouched": same}
+
+
+def local_sizes() -> str:
+    """Local batches of different sizes on different ranks."""
+    model, _ = auto_engine(mlp(), None, eager_to_shard("4"), batch="local")
+    try:
+        model(*batch(0, 2 + torch.distributed.get_rank() % 2))
+    except AutoparError as error:
+        return str(error)
+    return ""
+
+
+def memory(mesh: str, budget: str | None) -> dict[str, float]:
+    """Predicted and measured bytes of a GPT-2 step."""
+    torch.manual_seed(0)
+    model: nn.Module = LanguageModel(layers=2, vocabulary=1001)
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    cluster = eager_to_shard(mesh)
+    model, optimizer = auto_engine(model, optimizer, cluster, memory=budget)
+    ids = torch.randint(0, 101, (16, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        held = training_state_bytes(model, optimizer)
+        with LiveBytes() as live, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(input_ids=ids, labels=ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    m = model.plan.memory
+    return {
+        "predicted": m.total_bytes,
+        "measured": sum(held.values()) + live.peak,
+        "parameters": held["parameters"] / m.parameters_bytes,
+        "optimizer": held["optimizer"] / m.optimizer_bytes,
+    }

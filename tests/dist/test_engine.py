@@ -1,0 +1,134 @@
+"""The engine as users meet it: ways of training, dropout, bad input, a rank that dies."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from autopar import autoplan
+from tests.clusters import eager_to_shard
+from tests.dist import engine_tasks as tasks
+from tests.models import CASES
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kind", "how"),
+    [
+        ("2x2", "plain", "global"),
+        ("2x2", "outside", "global"),
+        ("4", "accumulated", "global"),
+        ("2x2", "evaluated", "global"),
+        ("2x2", "resumed", "global"),
+        ("4", "clipped", "global"),
+        ("2x2", "reshaped", "global"),
+        ("2x2", "plain", "local"),
+        ("4", "outside", "local"),
+    ],
+)
+def test_training_equals_a_single_device(pool, mesh, kind, how):
+    assert max(pool.run(tasks.train, mesh, kind, how)) < 1e-9
+
+
+@pytest.mark.parametrize("mesh", ["4", "2x2"])
+def test_dropout_is_alike_on_replicas_and_differs_between_shards(pool, mesh):
+    ranks = pool.run(tasks.dropout, mesh)
+    first, second = ranks[0]["first"], ranks[0]["second"]
+    assert any("d" in name for name in ranks[0]["choices"]["native_dropout"].split())
+    for other in ranks[1:]:
+        assert np.array_equal(first, other["first"])
+        assert np.array_equal(second, other["second"])
+    assert set(np.unique(first)) == {0.0, 2.0}
+    assert abs(first.mean() - 1) < 0.1
+    assert not np.array_equal(first, second)
+    halves = [*np.split(first, 2, axis=0), *np.split(first, 2, axis=1)]
+    assert not np.array_equal(halves[0], halves[1])
+    assert not np.array_equal(halves[2], halves[3])
+    # the gradient saw the same mask as the result
+    assert np.allclose(ranks[0]["grad"], second.sum(axis=0))
+    assert np.array_equal(ranks[0]["eval"], np.ones((64, 64)))
+
+
+def test_dropout_in_a_language_model(pool):
+    losses = pool.run(tasks.language_model_dropout, "2x2")
+    assert all(np.allclose(losses[0], other, rtol=1e-12) for other in losses[1:])
+    assert len(set(losses[0])) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("optimizer", ["EngineError", "not the model's", "model.parameters()"]),
+        ("mesh", ["MeshError", "2x4", "8 processes", "has 4", "torchrun"]),
+        ("budget", ["InfeasibleError", "at least", "MiB", "more devices"]),
+    ],
+)
+def test_bad_input_is_explained_and_changes_nothing(pool, kind, words):
+    for answer in pool.run(tasks.refused, kind):
+        assert all(word in answer["message"] for word in words), answer["message"]
+        assert answer["untouched"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "case", "mesh", "words"),
+    [
+        ("plan", "vit", "2x2", ["PlanError", "another graph", "plan again"]),
+        ("plan mesh", "mlp", "4", ["PlanError", "mesh 4", "2x2"]),
+    ],
+)
+def test_a_plan_for_something_else_is_refused(pool, kind, case, mesh, words):
+    example = CASES[case]
+    plan = autoplan(example.build(), (), example.batch(0), cluster=eager_to_shard(mesh)).plan
+    for answer in pool.run(tasks.refused, kind, plan.to_json()):
+        assert all(word in answer["message"] for word in words), answer["message"]
+        assert answer["untouched"]
+
+
+def test_local_batches_must_agree(pool):
+    for message in pool.run(tasks.local_sizes):
+        assert "equal shapes on all ranks" in message
+        assert "drop_last" in message
+
+
+@pytest.mark.parametrize("budget", [None, "500KiB"])
+def test_predicted_memory_is_near_the_measured(pool, budget):
+    for answer in pool.run(tasks.memory, "2x2", budget):
+        assert answer["parameters"] == pytest.approx(1, rel=0.05)
+        assert answer["optimizer"] == pytest.approx(1, rel=0.05)
+        # gradients and activations are summed though the ones replace the others
+        assert 0.9 < answer["predicted"] / answer["measured"] < 1.35
+
+
+def test_a_rank_that_dies_stops_the_others(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, sys, torch
+            from autopar import auto_engine
+            from tests.clusters import eager_to_shard
+            from tests.dist.engine_tasks import batch, mlp
+
+            torch.set_num_threads(1)
+            rank = int(os.environ["RANK"])
+            model = mlp()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model, optimizer = auto_engine(model, optimizer, eager_to_shard("2"))
+            for step in range(3):
+                if step == 1 and rank == 1:
+                    os._exit(7)
+                model(*batch(step)).backward()
+                optimizer.step()
+            """
+        )
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--monitor-interval", "5", str(script)],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**__import__("os").environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "EngineError" in run.stderr
+    assert "Another rank has died" in run.stderr
