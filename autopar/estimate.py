@@ -65,8 +65,11 @@ def estimate_transient(space: SearchSpace, choices: Sequence[int]) -> float:
     At the end of the forward all saved activations are alive; the gradients that then flow through
     the operator with the largest tensors come on top.
     """
-    peak = 0.0
-    for site, c in zip(space.sites, choices, strict=True):
-        if site.kind == "op" and space.profile[site.node].differentiable:
-            peak = max(peak, space.working_bytes(site, site.candidates[c]))
-    return peak
+    return max(
+        (
+            float(space.working(site)[c])
+            for site, c in zip(space.sites, choices, strict=True)
+            if site.kind == "op"
+        ),
+        default=0.0,
+    )

@@ -22,9 +22,11 @@ from autopar.plan import SolverRecord
 from autopar.sharding.space import SearchSpace
 from autopar.solver import solve
 from autopar.solver.reductions import share
+from autopar.units import format_bytes
 
 PRICES = 6
-RESERVES = 4
+CAPS = 8
+CAP_STEP = 0.6
 GAP = 1e-3
 
 
@@ -51,31 +53,42 @@ def search(
 ) -> Found:
     """The fastest plan whose memory, transient peak included, is within the budget.
 
-    The transient peak depends on the plan, so a reserve for it is raised until it suffices.
+    The transient peak depends on the plan: it is capped, candidates above the cap are left out, and
+    the rest of the memory gets the budget less the cap. Lower caps follow while nothing fits.
 
     Raises:
         InfeasibleError: naming the smallest feasible budget.
     """
-    budget, reserve = space.cluster.budget_bytes, 0.0
-    best: Found | None = None
-    for _ in range(RESERVES):
+    budget = space.cluster.budget_bytes
+    found = _at_price(space, 1.0, math.inf, math.inf, time_limit, None)
+    if _fits(space, found, budget):
+        return _over_prices(space, found, budget, math.inf, time_limit, progress)
+    smallest = math.inf
+    for cap in _caps(space, estimate_transient(space, found.choices)):
         try:
-            found = _at_price(space, 1.0, budget - reserve, time_limit, progress)
-            if _fits(space, found, budget):
-                found = _over_prices(space, found, budget - reserve, time_limit, progress)
+            found = _at_price(space, 1.0, budget - cap, cap, time_limit, progress)
         except InfeasibleError as error:
-            if best is not None:
-                break
-            raise _explained(space, error, reserve) from None
-        if _fits(space, found, budget):
-            return found
-        best = found
-        reserve = max(1.05 * reserve, estimate_transient(space, found.choices))
-    raise _explained(
-        space,
-        InfeasibleError("", budget_bytes=budget, smallest_bytes=best.memory_bytes if best else 0.0),
-        reserve,
+            smallest = min(smallest, error.smallest_bytes + cap)
+            continue
+        return _over_prices(space, found, budget - cap, cap, time_limit, progress)
+    mesh = "x".join(map(str, space.mesh))
+    raise InfeasibleError(
+        f"no plan fits {format_bytes(budget)} per device on mesh {mesh}: parameters, gradients, "
+        "optimizer state, saved activations and the transient peak need at least "
+        f"{format_bytes(smallest)} ({smallest:.0f} bytes). Set the memory to that or more, use "
+        "more devices, or make the batch smaller.",
+        budget_bytes=budget,
+        smallest_bytes=smallest,
     )
+
+
+def _caps(space: SearchSpace, first: float) -> list[float]:
+    """Bounds on the transient peak to try, from the fastest plan's down to the least there is."""
+    least = space.least_working_bytes()
+    caps = [first]
+    while caps[-1] * CAP_STEP > least and len(caps) < CAPS:
+        caps.append(caps[-1] * CAP_STEP)
+    return [*caps, least] if least < caps[-1] else caps
 
 
 def _fits(space: SearchSpace, found: Found, budget: float) -> bool:
@@ -87,11 +100,15 @@ def _at_price(
     space: SearchSpace,
     price: float,
     budget: float,
+    cap: float,
     time_limit: float,
     progress: Callable[[str], None] | None,
 ) -> Found:
     problem, classes = space.problem(
-        max(budget, 1.0), weight_price=price, hidden_compute=price * hiding_share(space)
+        max(budget, 1.0),
+        weight_price=price,
+        hidden_compute=price * hiding_share(space),
+        working_cap=cap,
     )
     shared, inverse = share(problem, classes)
     solution = solve(shared, time_limit=time_limit, progress=progress)
@@ -104,14 +121,16 @@ def _over_prices(
     space: SearchSpace,
     full: Found,
     budget: float,
+    cap: float,
     time_limit: float,
     progress: Callable[[str], None] | None,
 ) -> Found:
     """The best plan over all prices, starting from the one at full price."""
     if hiding_share(space) == 0.0:
         return full
-    free = _at_price(space, 0.0, budget, time_limit, progress)
-    best = min((full, free), key=lambda f: f.step_us)
+    free = _at_price(space, 0.0, budget, cap, time_limit, progress)
+    whole = space.cluster.budget_bytes  # a looser cap than the plan's own peak may not suffice
+    best = min((full, free) if _fits(space, free, whole) else (full,), key=lambda f: f.step_us)
     bound = max(full.bound_us, free.bound_us)
     low, high = _line(space, free.choices), _line(space, full.choices)
     for _ in range(PRICES - 2):
@@ -119,10 +138,10 @@ def _over_prices(
         if best.step_us - bound <= GAP * best.step_us or low[1] <= 0 or high[1] >= 0 or slope <= 0:
             break
         price = (high[0] - low[0]) / slope
-        found = _at_price(space, price, budget, time_limit, progress)
+        found = _at_price(space, price, budget, cap, time_limit, progress)
         bound = max(bound, found.bound_us)
         line = _line(space, found.choices)
-        if found.step_us < best.step_us:
+        if found.step_us < best.step_us and _fits(space, found, whole):
             best = found
         if line in (low, high):
             break
@@ -138,16 +157,3 @@ def _line(space: SearchSpace, choices: Sequence[int]) -> tuple[float, float]:
     weights = time.weights_us
     share_us = hiding_share(space) * time.compute_us
     return time.step_us - max(0.0, weights - share_us), weights - share_us
-
-
-def _explained(space: SearchSpace, error: InfeasibleError, reserve: float) -> InfeasibleError:
-    budget, smallest = space.cluster.budget_bytes, error.smallest_bytes + reserve
-    mesh = "x".join(map(str, space.mesh))
-    return InfeasibleError(
-        f"no plan fits {budget / 2**20:.1f} MiB per device on mesh {mesh}: parameters, gradients, "
-        "optimizer state, saved activations and the transient peak need at least "
-        f"{smallest / 2**20:.1f} MiB. Set the memory to {math.ceil(smallest / 2**20)}MiB or more, "
-        "use more devices, or make the batch smaller.",
-        budget_bytes=budget,
-        smallest_bytes=smallest,
-    )

@@ -139,6 +139,7 @@ class SearchSpace:
         self.link_costs = lru_cache(maxsize=None)(self._link_costs)
         self.unruled = [n for n in graph.compute_nodes() if not rule_of(n)[1]]
         self._saved = _Saved(graph, self.profile)
+        self._working: dict[fx.Node, np.ndarray] = {}
         self.sites: list[Site] = []
         self.links: list[Link] = []
         self._site_of: dict[tuple[fx.Node, int], int] = {}
@@ -147,14 +148,26 @@ class SearchSpace:
     # -- public ---------------------------------------------------------------------------------
 
     def problem(
-        self, budget_bytes: float, *, weight_price: float = 1.0, hidden_compute: float = 0.0
+        self,
+        budget_bytes: float,
+        *,
+        weight_price: float = 1.0,
+        hidden_compute: float = 0.0,
+        working_cap: float = np.inf,
     ) -> tuple[Problem, list[int]]:
         """The SPMD problem and, per site, the class of the copies it shares its choice with.
 
         Args:
             weight_price: factor on the conversions of weights, which may overlap with compute.
             hidden_compute: share of compute to deduct for what hides behind it.
+            working_cap: leave out candidates whose gradients take more bytes (see `working_bytes`).
         """
+
+        def timed(site: Site) -> np.ndarray:
+            if site.kind != "op":
+                return site.time_us
+            time = site.time_us - hidden_compute * site.parts["compute_us"]
+            return np.where(self.working(site) <= working_cap, time, np.inf)
 
         def priced(link: Link) -> np.ndarray:
             time = self.link_costs(link)[0]
@@ -164,10 +177,7 @@ class SearchSpace:
             return np.where(allowed, weight_price * np.where(allowed, time, 0.0), np.inf)
 
         problem = Problem(
-            tuple(
-                s.time_us - hidden_compute * s.parts["compute_us"] if s.kind == "op" else s.time_us
-                for s in self.sites
-            ),
+            tuple(timed(s) for s in self.sites),
             tuple(s.memory_bytes for s in self.sites),
             tuple(
                 Edge(link.source, link.target, priced(link), self.link_costs(link)[1])
@@ -232,17 +242,29 @@ class SearchSpace:
         pair = choices[link.source], choices[link.target]
         return float(time[pair]), 0.0 if memory is None else float(memory[pair])
 
-    def working_bytes(self, site: Site, candidate: Candidate) -> float:
-        """Local bytes of the gradients of an operator's differentiable operands and results."""
-        specs = (*candidate.inputs, *candidate.outputs)
-        values = [n.meta["val"] if n is not None else None for n in operands(site.node)]
-        return float(
-            sum(
-                self._bytes(shape_of(t), t.element_size(), spec)
-                for t, spec in zip((*values, *results(site.node)), specs, strict=True)
-                if t is not None and spec is not None and t.dtype.is_floating_point
+    def working(self, site: Site) -> np.ndarray:
+        """Per candidate, local bytes of the gradients of an operator's operands and results."""
+        if site.node not in self._working:
+            values = [n.meta["val"] if n is not None else None for n in operands(site.node)]
+            floats = [
+                (i, shape_of(t), t.element_size())
+                for i, t in enumerate((*values, *results(site.node)))
+                if t is not None and t.dtype.is_floating_point
+            ]
+            live = self.profile[site.node].differentiable
+            self._working[site.node] = np.array(
+                [
+                    live * sum(self._bytes(shape, size, specs[i]) for i, shape, size in floats)
+                    for specs in ((*c.inputs, *c.outputs) for c in site.candidates)
+                ],
+                dtype=np.float64,
             )
-        )
+        return self._working[site.node]
+
+    def least_working_bytes(self) -> float:
+        """The smallest `working_cap` under which every operator has a candidate."""
+        ops = (site for site in self.sites if site.kind == "op")
+        return max((float(self.working(site).min()) for site in ops), default=0.0)
 
     def random_choices(self, rng: np.random.Generator) -> tuple[int, ...]:
         """A uniformly drawn candidate per site, redrawn where no conversion exists."""

@@ -19,17 +19,10 @@ from autopar.solver.elimination import Elimination, TooWide
 from autopar.solver.ilp import available_backend, solve_ilp
 from autopar.solver.problem import Edge, Problem, Solution
 from autopar.solver.reductions import Inverse, drop_dominated, keep_choices
+from autopar.units import format_bytes
 
 PRICE_STEPS = 24
 TARGET_GAP = 1e-4
-
-
-def _units(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024 or unit == "GiB":
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    raise AssertionError
 
 
 def solve(
@@ -130,7 +123,7 @@ def _by_ilp(
         choices, bound = solve_ilp(small, time_limit=limit, gap=TARGET_GAP)
     except ValueError as error:
         raise InfeasibleError(
-            f"{error}: {_units(small.budget_bytes)}",
+            f"{error}: {format_bytes(small.budget_bytes)}",
             budget_bytes=small.budget_bytes,
             smallest_bytes=math.nan,
         ) from None
@@ -167,9 +160,9 @@ def _price_search(
     time_us, memory = problem.evaluate(choices)
     if memory > budget:
         raise InfeasibleError(
-            f"no plan fits {_units(budget)} per device: the smallest budget with a plan is "
-            f"{_units(memory)} ({memory:.0f} bytes). Raise the budget, use more devices, or make "
-            "the model or batch smaller.",
+            f"no plan fits {format_bytes(budget)} per device: the smallest budget with a plan is "
+            f"{format_bytes(memory)} ({memory:.0f} bytes). Raise the budget, use more devices, or "
+            "make the model or batch smaller.",
             budget_bytes=budget,
             smallest_bytes=memory,
         )

@@ -61,7 +61,7 @@ def test_dropout_in_a_language_model(pool):
     [
         ("optimizer", ["EngineError", "not the model's", "model.parameters()"]),
         ("mesh", ["MeshError", "2x4", "8 processes", "has 4", "torchrun"]),
-        ("budget", ["InfeasibleError", "at least", "MiB", "more devices"]),
+        ("budget", ["InfeasibleError", "at least", "4 KiB", "more devices"]),
     ],
 )
 def test_bad_input_is_explained_and_changes_nothing(pool, kind, words):
@@ -91,7 +91,7 @@ def test_local_batches_must_agree(pool):
         assert "drop_last" in message
 
 
-@pytest.mark.parametrize("budget", [None, "500KiB"])
+@pytest.mark.parametrize("budget", [None, "640KiB"])
 def test_predicted_memory_is_near_the_measured(pool, budget):
     for answer in pool.run(tasks.memory, "2x2", budget):
         assert answer["parameters"] == pytest.approx(1, rel=0.05)

@@ -1,0 +1,134 @@
+"""From module to plan: real sizes, memory limits, plan files."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autopar import ClusterInfo, ShardingPlan, autoplan
+from autopar.errors import InfeasibleError, PlanError
+from tests.models import CASES
+
+
+def gpt2(layers: int = 2, vocabulary: int = 50257) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=layers, vocab_size=vocabulary, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return GPT2LMHeadModel(config).train()
+
+
+IDS = {"input_ids": torch.zeros(16, 128, dtype=torch.long)}
+IDS["labels"] = IDS["input_ids"]
+
+
+def test_an_uneven_vocabulary_is_split_when_memory_forbids_replicating_it():
+    """50257 is prime to 2 and 4; the embedding and its state take 617 MB whole."""
+    planned = autoplan(gpt2(), (), IDS, cluster=ClusterInfo.of("2x4", "A100-40G"), memory="500MB")
+    plan = planned.plan
+    layout = plan.parameter_specs()["transformer.wte.weight"]
+    assert layout.parts((2, 4)) >= 4
+    assert plan.memory.total_bytes <= 500e6
+    assert plan.solver.gap < 0.1
+    held = {s.name: c for s, c in zip(planned.space.sites, planned.choices, strict=True)}
+    site = next(s for s in planned.space.sites if s.node.name == "embedding" and s.kind == "op")
+    used = site.candidates[held["embedding"]].inputs[0]
+    assert used.parts((2, 4)) > 1, "the lookup gathers the whole table"
+
+
+def test_less_memory_never_costs_less_time_and_too_little_is_refused():
+    """A tighter budget excludes plans, so the step cannot get faster."""
+    cluster = ClusterInfo.of("4", "A100-40G")
+    steps = [
+        autoplan(gpt2(1), (), IDS, cluster=cluster, memory=m).plan.time.step_us
+        for m in (None, "800MB", "600MB")
+    ]
+    slack = 1.1  # up to the certified gap
+    assert steps[0] <= steps[1] * slack
+    assert steps[1] <= steps[2] * slack
+    with pytest.raises(InfeasibleError, match="at least") as error:
+        autoplan(gpt2(1), (), IDS, cluster=cluster, memory="50MB")
+    smallest = error.value.smallest_bytes
+    assert smallest > 50e6
+    autoplan(gpt2(1), (), IDS, cluster=cluster, memory=1.3 * smallest)
+
+
+class Wide(nn.Module):
+    """Weights far larger than activations: tensor parallelism; and the reverse."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x))).square().mean()
+
+
+@pytest.mark.parametrize(("width", "batch", "split"), [(8192, 8, True), (64, 65536, False)])
+def test_the_solver_lands_on_the_known_plans(width, batch, split):
+    """Small batch and wide layers: Megatron's column then row. Large batch: data parallel."""
+    with torch.device("meta"):
+        model = Wide(width)
+    planned = autoplan(model, (torch.zeros(batch, width),), cluster=ClusterInfo.of("8", "A100-80G"))
+    chosen = {s.name: c for s, c in zip(planned.space.sites, planned.choices, strict=True)}
+    names = {
+        s.name: s.candidates[chosen[s.name]].name for s in planned.space.sites if s.kind == "op"
+    }
+    assert names["linear"] == ("n" if split else "b1")
+    assert names["linear_1"] == ("k" if split else "b1")
+    assert (planned.plan.parameters["up.weight"] == "S0R") == split
+
+
+def test_repeated_blocks_share_their_choices():
+    planned = autoplan(gpt2(4, 1024), (), IDS, cluster=ClusterInfo.of("2x2", "A100-40G"))
+    layouts = planned.plan.parameters
+    for name in ("attn.c_attn.weight", "mlp.c_fc.weight", "mlp.c_proj.weight", "ln_1.weight"):
+        assert len({layouts[f"transformer.h.{i}.{name}"] for i in range(4)}) == 1
+
+
+@pytest.fixture(scope="module")
+def plan():
+    case = CASES["mlp"]
+    return autoplan(case.build(), (), case.batch(0), cluster=ClusterInfo.of("2x2")).plan
+
+
+def test_plan_files_round_trip(plan, tmp_path):
+    path = tmp_path / "deep" / "plan.json"
+    plan.save(path)
+    again = ShardingPlan.load(path)
+    assert again == plan
+    assert again.to_json() == path.read_text()
+    assert [p.name for p in path.parent.iterdir()] == ["plan.json"]
+
+
+def test_damaged_plan_files_are_refused(plan, tmp_path):
+    text = plan.to_json()
+    changed = json.loads(text)
+    changed["plan"]["mesh"] = [4, 1]
+    older = json.loads(text) | {"autopar_plan": 0}
+    for content, message in [
+        (text[: len(text) // 2], "truncated"),
+        ("{}", "no autopar plan"),
+        (json.dumps(changed), "was changed"),
+        (json.dumps(older), "format 0"),
+    ]:
+        path = tmp_path / "plan.json"
+        path.write_text(content)
+        with pytest.raises(PlanError, match=message):
+            ShardingPlan.load(path)
+    with pytest.raises(PlanError, match="cannot read"):
+        ShardingPlan.load(tmp_path / "missing.json")
+
+
+def test_plans_check_what_they_are_used_for(plan):
+    plan.check(fingerprint=plan.fingerprint, mesh=(2, 2), model="MLP")
+    with pytest.raises(PlanError, match="mesh 2x2"):
+        plan.check(fingerprint=plan.fingerprint, mesh=(4,), model="MLP")
+    with pytest.raises(PlanError, match="another graph"):
+        plan.check(fingerprint="0" * 16, mesh=(2, 2), model="MLP")
