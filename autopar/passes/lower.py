@@ -17,13 +17,13 @@ import torch
 import torch.fx as fx
 from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.graph import _BoxedCodeGen
 
 from autopar.kernels.substitute import substitute_kernels
 from autopar.passes.bucket import bucket_reductions
 from autopar.passes.overlap import overlap_reductions
 from autopar.passes.partition import partition
 from autopar.passes.runner import Pass, run_passes
+from autopar.passes.verify import propagate_shapes, verify
 
 # Tracing uses process-wide state; simulated ranks are threads.
 _TRACING = threading.Lock()
@@ -82,6 +82,7 @@ def lower(
         partition_fn=functools.partial(partition, regather=frozenset(regather)),
     )
     with _TRACING, FakeTensorMode():
+        verify(propagate_shapes(gm, [_like(t) for t in arguments]))
         step.function(*[_like(t) for t in arguments])  # traces, compiles, computes shapes only
     return step
 
@@ -93,9 +94,11 @@ def _like(t: torch.Tensor) -> torch.Tensor:
 
 def _boxed(gm: fx.GraphModule) -> Callable[..., Any]:
     """Call by a list that the program empties, so that saved values die at their last use."""
-    gm.graph.set_codegen(_BoxedCodeGen())
-    gm.recompile()
-    run = gm.forward
-    call = functools.partial(run)
+    if hasattr(fx.graph, "_BoxedCodeGen"):
+        gm.graph.set_codegen(fx.graph._BoxedCodeGen())
+        gm.recompile()
+        call = functools.partial(gm.forward)
+    else:  # slower, node by node
+        call = functools.partial(fx.Interpreter(gm).boxed_run)
     call._boxed_call = True  # type: ignore[attr-defined]
     return call

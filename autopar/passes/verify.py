@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -43,6 +44,20 @@ def verify(gm: fx.GraphModule) -> None:
                 f"{node.format_node()}: the layout {node.meta.get('spec')} gives the local shape "
                 f"{tuple(expected)}, the program computes {tuple(value.shape)}"
             )
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a program and notes what every node gives."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        n.meta["val"] = super().run_node(n)
+        return n.meta["val"]
+
+
+def propagate_shapes(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """Set `meta["val"]` of every node by running the program on fake tensors."""
+    _Shapes(gm).run(*arguments)
+    return gm
 
 
 def collective_signature(gm: fx.GraphModule, groups: Sequence[str]) -> str:
