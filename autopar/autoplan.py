@@ -15,7 +15,8 @@ from autopar.plan import ShardingPlan, SolverRecord
 from autopar.profiler.cluster import ClusterInfo, as_cluster
 from autopar.report.words import describe
 from autopar.search import search
-from autopar.sharding.space import Pins, SearchSpace, Workload
+from autopar.sharding.sites import Pins, Workload
+from autopar.sharding.space import SearchSpace
 from autopar.tracer import ColoTracer, ModelGraph
 
 ADAM_STATE = 2.0

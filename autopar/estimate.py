@@ -67,7 +67,7 @@ def estimate_transient(space: SearchSpace, choices: Sequence[int]) -> float:
     """
     return max(
         (
-            float(space.working(site)[c])
+            float(site.parts["working"][c])
             for site, c in zip(space.sites, choices, strict=True)
             if site.kind == "op"
         ),

@@ -26,7 +26,8 @@ import numpy as np
 
 from autopar.estimate import estimate_memory, estimate_time, hiding_share
 from autopar.plan import MemoryEstimate, TimeEstimate
-from autopar.sharding.space import Link, SearchSpace, Site
+from autopar.sharding.sites import Link, Site
+from autopar.sharding.space import SearchSpace
 from autopar.sharding.spec import ShardingSpec
 from autopar.solver import Problem, solve
 from autopar.solver.reductions import share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,3 +153,20 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-3),
 }
+
+
+@functools.cache
+def reference(name: str, optimizer: str, steps: int) -> tuple[list, list, dict, dict]:
+    """Losses, gradients per step, final parameters and buffers on a single device."""
+    case = CASES[name]
+    model = case.build()
+    opt = OPTIMIZERS[optimizer](list(model.parameters()))
+    losses, grads = [], []
+    for step in range(steps):
+        loss = model(**case.batch(step))
+        opt.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        opt.step()
+    return losses, grads, dict(model.named_parameters()), dict(model.named_buffers())

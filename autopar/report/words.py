@@ -25,7 +25,8 @@ import torch.fx as fx
 from autopar.plan import ModuleSummary
 from autopar.sharding.node_rules import rule_of
 from autopar.sharding.rule import OpRule
-from autopar.sharding.space import Candidate, SearchSpace, Site
+from autopar.sharding.sites import Candidate, Site
+from autopar.sharding.space import SearchSpace
 from autopar.tracer.graph import operands, shape_of
 
 _PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "aten.conv")

@@ -30,7 +30,7 @@ from autopar.runtime import environment
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.distribute import check_optimizer, distribute, optimizer_state_ratio
 from autopar.runtime.groups import process_groups
-from autopar.sharding.space import Pins
+from autopar.sharding.sites import Pins
 from autopar.tracer import ColoTracer, ModelGraph
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,9 @@ from tests.clusters import eager_to_shard
 from tests.dist.training import errors_of_plans
 from tests.models import CASES
 
+# one xdist worker runs all tests with processes, so that there is one pool
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]
+
 MESHES = ["4", "2x2", "1x4"]
 RANDOM_PLANS = 20
 TOLERANCE = 1e-9

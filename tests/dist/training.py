@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from autopar.runtime.distribute import shard_of
 from autopar.sharding.spec import ShardingSpec
 from autopar.tracer import ColoTracer
 from tests.clusters import eager_to_shard
-from tests.models import CASES, OPTIMIZERS
+from tests.models import CASES, OPTIMIZERS, reference
 
 
 class CachingTracer(ColoTracer):
@@ -29,23 +28,6 @@ class CachingTracer(ColoTracer):
         if key not in self.graphs:
             self.graphs[key] = super().trace(model, args, kwargs)
         return self.graphs[key]
-
-
-@functools.cache
-def reference(name: str, optimizer: str, steps: int) -> tuple[list, list, dict, dict]:
-    """Losses, gradients per step, final parameters and buffers on a single device."""
-    case = CASES[name]
-    model = case.build()
-    opt = OPTIMIZERS[optimizer](list(model.parameters()))
-    losses, grads = [], []
-    for step in range(steps):
-        loss = model(**case.batch(step))
-        opt.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        opt.step()
-    return losses, grads, dict(model.named_parameters()), dict(model.named_buffers())
 
 
 def _shard_error(sharded: DTensor, whole: torch.Tensor) -> float:

@@ -42,7 +42,8 @@ def test_saved_bytes_equal_what_autograd_saves(name):
         model(**batch)
     measured = sum(s.nbytes() for k, s in saved.items() if k not in held)
     from autopar.estimate import estimate_memory
-    from autopar.sharding.space import SearchSpace, Workload
+    from autopar.sharding.sites import Workload
+    from autopar.sharding.space import SearchSpace
 
     space = SearchSpace(graph, ClusterInfo.of("1"), Workload(frozenset(graph.parameters)))
     predicted = estimate_memory(space, [0] * len(space.sites)).activations_bytes

@@ -15,7 +15,7 @@ from autopar.plan import ShardingPlan
 from autopar.runtime.distribute import shard_of
 from autopar.runtime.groups import thread_groups
 from tests.clusters import eager_to_shard
-from tests.models import CASES, OPTIMIZERS
+from tests.models import CASES, OPTIMIZERS, reference
 
 MESH = (2, 2, 2)
 STEPS = 3
@@ -95,24 +95,8 @@ def train_all(ranks: list[Rank]) -> None:
     assert not any(t.is_alive() for t in threads), "ranks wait for each other"
 
 
-@functools.cache
-def reference(name: str, optimizer: str):
-    case = CASES[name]
-    model = case.build()
-    opt = OPTIMIZERS[optimizer](list(model.parameters()))
-    losses, grads = [], []
-    for step in range(STEPS):
-        loss = model(**case.batch(step))
-        opt.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        opt.step()
-    return losses, grads, dict(model.named_parameters()), dict(model.named_buffers())
-
-
 def largest_error(name: str, plan: ShardingPlan, optimizer: str, *, lowered: bool = False) -> float:
-    losses, grads, parameters, buffers = reference(name, optimizer)
+    losses, grads, parameters, buffers = reference(name, optimizer, STEPS)
     groups = thread_groups(MESH, timeout=60)
     ranks = [Rank(name, plan, c, g, optimizer, lowered) for c, g in groups.items()]
     train_all(ranks)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from autopar.sharding import lowerings
 from autopar.sharding.rule import OpRule, Row
-
-if TYPE_CHECKING:
-    from autopar.sharding.rules.registry import Call
+from autopar.sharding.rules.call import Call
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     name: Row("*b [h] [w] -> *b [i] [j]")

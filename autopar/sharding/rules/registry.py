@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 
-from autopar.sharding.rule import OpRule, Row, Shape
+from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules import contraction, embedding_loss, normalization, reduction, view
+from autopar.sharding.rules.call import Call
 from autopar.sharding.rules.pointwise import bind_pointwise
-
-
-@dataclass(frozen=True)
-class Call:
-    """One operator call, by shapes: all that a rule may depend on.
-
-    Args:
-        op: the operator.
-        arguments: its arguments by schema name; tensors stand as their shapes.
-        inputs: shapes of the tensor operands in schema order (None: absent).
-        outputs: shapes of the tensor results.
-    """
-
-    op: torch._ops.OpOverload
-    arguments: Mapping[str, Any]
-    inputs: tuple[Shape | None, ...]
-    outputs: tuple[Shape, ...]
-
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     **contraction.ROWS,

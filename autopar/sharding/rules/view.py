@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from autopar.sharding.rule import Dims, Factor, OpRule, Shape
-
-if TYPE_CHECKING:
-    from autopar.sharding.rules.registry import Call
+from autopar.sharding.rules.call import Call
 
 
 def _rule(
