@@ -42,8 +42,9 @@ demo: venv ## Train a small GPT-2 on four local processes
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 4 examples/train_gpt2.py
 
 bench: venv ## Say how to run the benchmarks
-	@echo "Run one with $(BIN)/python; --help says what it measures:"
-	@ls benchmarks/*.py 2>/dev/null || echo "(benchmarks/ is empty)"
+	@echo "Run one of these; --help says what it measures:"
+	@for f in benchmarks/*.py; do n=$$(basename $$f .py); case $$n in __init__|common) ;; \
+		*) echo "  $(BIN)/python -m benchmarks.$$n" ;; esac; done
 
 clean: ## Remove .venv, caches and build products
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,11 +1,30 @@
 """autopar: turns a single-device PyTorch model into the fastest distributed one that fits."""
 
-from autopar.autoplan import autoplan
-from autopar.plan import ShardingPlan
-from autopar.profiler.cluster import ClusterInfo
-from autopar.runtime.engine import auto_engine
-from autopar.tracer import ColoTracer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autopar.plan import ShardingPlan
+    from autopar.planner import autoplan
+    from autopar.profiler.cluster import ClusterInfo
+    from autopar.runtime.engine import auto_engine
+    from autopar.tracer import ColoTracer
 
 __version__ = "0.1.0"
 
 __all__ = ["ClusterInfo", "ColoTracer", "ShardingPlan", "auto_engine", "autoplan"]
+
+# Imported at first use: `autopar --help` should not wait for torch.
+_HOMES = {
+    "ClusterInfo": "autopar.profiler.cluster",
+    "ColoTracer": "autopar.tracer",
+    "ShardingPlan": "autopar.plan",
+    "auto_engine": "autopar.runtime.engine",
+    "autoplan": "autopar.planner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autopar' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

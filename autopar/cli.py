@@ -202,9 +202,9 @@ def _planned(
     time_limit: float,
     say: Callable[[str], None],
 ) -> ShardingPlan:
-    from autopar.autoplan import autoplan
     from autopar.experts import expert_plans
     from autopar.plan import Baseline
+    from autopar.planner import autoplan
 
     planned = autoplan(
         example.model,

@@ -16,6 +16,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from autopar.errors import InfeasibleError
 from autopar.estimate import estimate_time, estimate_transient, hiding_share
 from autopar.plan import SolverRecord
@@ -25,8 +27,8 @@ from autopar.solver.reductions import share
 from autopar.units import format_bytes
 
 PRICES = 6
-CAPS = 8
-CAP_STEP = 0.6
+CAPS = 12
+CAP_STEP = 0.75
 GAP = 1e-3
 
 
@@ -83,11 +85,16 @@ def search(
 
 
 def _caps(space: SearchSpace, first: float) -> list[float]:
-    """Bounds on the transient peak to try, from the fastest plan's down to the least there is."""
-    least = space.least_working_bytes()
-    caps = [first]
-    while caps[-1] * CAP_STEP > least and len(caps) < CAPS:
-        caps.append(caps[-1] * CAP_STEP)
+    """Bounds on the transient peak to try, from the fastest plan's down to the least there is.
+
+    Only working sets that some candidate has are worth a try.
+    """
+    least, distinct = space.least_working_bytes(), space.distinct_working_bytes()
+    caps, target = [first], first
+    while len(caps) < CAPS and (target := target * CAP_STEP) > least:
+        cap = float(distinct[np.searchsorted(distinct, target)])
+        if cap < caps[-1]:
+            caps.append(cap)
     return [*caps, least] if least < caps[-1] else caps
 
 

@@ -149,5 +149,5 @@ def finish(title: str, rows: Sequence[Row], headline: str, json_file: Path | Non
     console.print(table)
     if json_file is not None:
         write_rows(json_file, rows)
-    console.print(headline, markup=False)
+    console.print(headline, markup=False, soft_wrap=True)
     return 1 if any(row.ok is False for row in rows) else 0

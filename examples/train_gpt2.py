@@ -21,6 +21,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from autopar import auto_engine
+from autopar.plan import write_atomically
+from autopar.report.html import render_html
+from autopar.report.text import render
 from autopar.runtime.memory import LiveBytes, training_state_bytes
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -86,7 +89,7 @@ def main() -> None:
                 measured = measure_memory(model, optimizer, ids)
             loss = train_step(model, optimizer, ids)
             if step == 0:
-                console.print(model.plan.report())
+                console.out(render(model.plan, width=console.width))
             if rank == 0:
                 reference = train_step(alone, alone_optimizer, ids)
                 difference = abs(loss - reference) / abs(reference)
@@ -122,11 +125,8 @@ def finish(console, plan, everyone, worst, options) -> None:
             f"({plan.memory.optimizer_bytes / mib:.2f}), "
             f"peak {measured['total'] / mib:6.2f} ({predicted / mib:.2f})"
         )
-    from autopar.report.html import write_html
-
-    options.out.mkdir(parents=True, exist_ok=True)
     plan.save(options.out / "plan.json")
-    write_html(plan, options.out / "report.html")
+    write_atomically(options.out / "report.html", render_html(plan))
     console.print(f"\nplan:   {options.out / 'plan.json'}\nreport: {options.out / 'report.html'}")
     agree = worst < TOLERANCE
     console.print(

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from autopar.autoplan import Planned, autoplan, trainable_inputs
 from autopar.errors import AutoparError, EngineError, MeshError
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.lower import lower
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
+from autopar.planner import Planned, autoplan, trainable_inputs
 from autopar.profiler.cluster import ClusterInfo, as_cluster
 from autopar.runtime import environment
 from autopar.runtime.batch import BatchLayout

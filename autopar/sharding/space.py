@@ -8,6 +8,7 @@ and random plans are both read off the space.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,11 +23,14 @@ from autopar.profiler.profile import profile_graph, requires_grad_map
 from autopar.sharding.conversion import converter_for
 from autopar.sharding.costs import OpCosts
 from autopar.sharding.node_rules import call_of, producer, results, rule_of, strategies_of
+from autopar.sharding.rules import describe_missing
 from autopar.sharding.saved import SavedValues
 from autopar.sharding.sites import Candidate, Link, Pins, Site, Workload
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
 from autopar.solver import Edge, Problem
 from autopar.tracer.graph import ModelGraph, operands, shape_of
+
+log = logging.getLogger(__name__)
 
 
 class SearchSpace:
@@ -43,6 +47,8 @@ class SearchSpace:
         self.grads = requires_grad_map(graph, set(workload.trainable))
         self.link_costs = lru_cache(maxsize=None)(self._link_costs)
         self.unruled = [n for n in graph.compute_nodes() if not rule_of(n)[1]]
+        for node in self.unruled:
+            log.info("%s", describe_missing(call_of(node), graph.info(node).source))
         self._saved = SavedValues(graph, self.profile)
         self._costs = OpCosts(cluster, self.profile, self._saved)
         self.sites: list[Site] = []
@@ -154,6 +160,11 @@ class SearchSpace:
         """The smallest `working_cap` under which every operator has a candidate."""
         ops = (site for site in self.sites if site.kind == "op")
         return max((float(site.parts["working"].min()) for site in ops), default=0.0)
+
+    def distinct_working_bytes(self) -> np.ndarray:
+        """Every working set that some candidate has, ascending."""
+        ops = [site.parts["working"] for site in self.sites if site.kind == "op"]
+        return np.unique(np.concatenate(ops)) if ops else np.zeros(1)
 
     def random_choices(self, rng: np.random.Generator) -> tuple[int, ...]:
         """A uniformly drawn candidate per site, redrawn where no conversion exists."""

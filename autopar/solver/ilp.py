@@ -8,6 +8,8 @@ sum m x + sum m y <= budget                                 (memory)
 from __future__ import annotations
 
 import math
+import warnings
+from importlib.util import find_spec
 
 import numpy as np
 import pulp
@@ -17,7 +19,7 @@ from autopar.solver.problem import Problem
 
 def available_backend() -> str:
     """`"HiGHS"` where highspy is installed, else `"CBC"`."""
-    return "HiGHS" if pulp.HiGHS(msg=False).available() else "CBC"
+    return "HiGHS" if find_spec("highspy") is not None else "CBC"
 
 
 def _solver(backend: str, time_limit: float, gap: float) -> pulp.LpSolver:
@@ -33,7 +35,14 @@ def solve_ilp(
     Raises:
         ValueError: the problem is infeasible.
     """
-    backend = backend or available_backend()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3 announces PuLP 4
+        return _solve(problem, time_limit, gap, backend or available_backend())
+
+
+def _solve(
+    problem: Problem, time_limit: float, gap: float, backend: str
+) -> tuple[tuple[int, ...] | None, float]:
     program = pulp.LpProblem("spmd", pulp.LpMinimize)
     x: list[dict[int, pulp.LpVariable]] = []
     cost: list[tuple[pulp.LpVariable, float]] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -121,11 +122,15 @@ def _by_ilp(
 ) -> Solution:
     try:
         choices, bound = solve_ilp(small, time_limit=limit, gap=TARGET_GAP)
-    except ValueError as error:
+    except ValueError:
+        unbounded = replace(_memory_only(small), budget_bytes=math.inf)
+        leanest, _ = solve_ilp(unbounded, time_limit=limit, gap=TARGET_GAP)
+        smallest = small.evaluate(leanest)[1] if leanest is not None else math.nan
         raise InfeasibleError(
-            f"{error}: {format_bytes(small.budget_bytes)}",
+            f"no plan fits {format_bytes(small.budget_bytes)} per device: the smallest budget with "
+            f"a plan is {format_bytes(smallest)} ({smallest:.0f} bytes)",
             budget_bytes=small.budget_bytes,
-            smallest_bytes=math.nan,
+            smallest_bytes=smallest,
         ) from None
     if choices is None:
         raise InfeasibleError(

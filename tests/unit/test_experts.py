@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autopar.autoplan import Planned, autoplan
 from autopar.experts import ExpertPlan, expert_plans
+from autopar.planner import Planned, autoplan
 from autopar.profiler.cluster import ClusterInfo
 from autopar.sharding.spec import ShardingSpec
 

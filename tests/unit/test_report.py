@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from autopar.autoplan import Planned, autoplan, make_plan
 from autopar.experts import expert_plans
 from autopar.plan import Baseline, ShardingPlan
+from autopar.planner import Planned, autoplan, make_plan
 from autopar.profiler.cluster import ClusterInfo
 from autopar.report import words
 from autopar.report.content import bytes_text, count_text, time_text

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from autopar import autoplan
-from autopar.autoplan import Planned, make_plan
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.passes.lower import lower
 from autopar.plan import ShardingPlan
+from autopar.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
 from autopar.runtime.groups import thread_groups
 from tests.clusters import eager_to_shard
