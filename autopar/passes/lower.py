@@ -83,7 +83,12 @@ def lower(
     )
     with _TRACING, FakeTensorMode():
         verify(propagate_shapes(gm, [_like(t) for t in arguments]))
-        step.function(*[_like(t) for t in arguments])  # traces, compiles, computes shapes only
+        # on fake tensors a call traces and compiles but computes shapes only; the backward's
+        # compilation may be put off to its first call, so that follows at once
+        results = step.function(*[_like(t) for t in arguments])
+        roots = [t for t in results if isinstance(t, torch.Tensor) and t.requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [torch.empty_like(t) for t in roots])
     return step
 
 

@@ -1,0 +1,121 @@
+"""The passes on lowered programs: what is saved, gathered again, bucketed; verify finds faults."""
+
+import pytest
+import torch
+
+from autopar import ClusterInfo, ShardingPlan, autoplan
+from autopar.experts import expert_plans
+from autopar.passes.apply_sharding import LocalProgram, apply_sharding
+from autopar.passes.lower import LoweredStep, lower
+from autopar.passes.verify import VerifyError, collective_signature, propagate_shapes, verify
+from autopar.planner import Planned, make_plan
+from autopar.runtime.distribute import shard_of
+from autopar.runtime.groups import planning_groups
+from tests.models import CASES
+
+MESH = (4,)
+ops = torch.ops.autopar
+
+
+@pytest.fixture(scope="module")
+def planned() -> Planned:
+    case = CASES["mlp"]
+    return autoplan(case.build(), (), case.batch(0), cluster=ClusterInfo.of("4", "A100-40G"))
+
+
+def by_expert(planned: Planned, name: str) -> ShardingPlan:
+    expert = next(e for e in expert_plans(planned.space) if e.name.startswith(name))
+    return make_plan(planned.space, expert.choices, name)
+
+
+def program(planned: Planned, plan: ShardingPlan, coords=(0,)) -> LocalProgram:
+    groups = planning_groups(MESH, coords)
+    return apply_sharding(planned.graph, plan, coords=coords, groups=groups)
+
+
+def arguments(planned: Planned, plan: ShardingPlan, local: LocalProgram) -> list[torch.Tensor]:
+    case = CASES["mlp"]
+    whole, specs = dict(case.build().named_parameters()), plan.parameter_specs()
+    shards = [
+        shard_of(whole[n].detach(), specs[n], MESH, (0,)).clone().requires_grad_()
+        for n in planned.graph.parameters.values()
+    ]
+    batch = zip(case.batch(0).values(), local.input_specs, strict=True)
+    return shards + [shard_of(x, spec, MESH, (0,)).contiguous() for x, spec in batch]
+
+
+def lowered(planned: Planned, plan: ShardingPlan, **options) -> LoweredStep:
+    local = program(planned, plan)
+    names = list(planned.graph.parameters.values())
+    regather = [names.index(n) for n in plan.regather]
+    return lower(local.gm, arguments(planned, plan, local), regather=regather, **options)
+
+
+def count(gm, target) -> int:
+    return len(gm.graph.find_nodes(op="call_function", target=target))
+
+
+def test_gradient_reductions_are_bucketed(planned):
+    plan = by_expert(planned, "DDP")
+    step = lowered(planned, plan)
+    apart = lowered(planned, plan, disable=frozenset({"bucket_reductions"}))
+    # one reduction per parameter becomes one for all
+    assert count(apart.backward, ops.all_reduce.default) == len(planned.graph.parameters)
+    assert count(step.backward, ops.all_reduce.default) == 1
+
+
+def test_zero3_gathers_again_and_keeps_no_gathered_weight(planned):
+    plan = by_expert(planned, "FSDP")
+    assert plan.regather
+    again = lowered(planned, plan)
+    names = list(planned.graph.parameters.values())
+    local = program(planned, plan)
+    kept = lower(local.gm, arguments(planned, plan, local), regather=[])
+    assert count(kept.backward, ops.all_gather.default) == 0
+    assert count(again.backward, ops.all_gather.default) > 0
+    assert count(again.forward, ops.all_gather.default) == count(
+        kept.forward, ops.all_gather.default
+    )
+
+    def saved_bytes(step: LoweredStep) -> int:
+        values = step.backward.graph.find_nodes(op="placeholder")
+        tensors = [n.meta["val"] for n in values if "tangents" not in n.name]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    assert saved_bytes(again) < saved_bytes(kept)
+    assert len(names) == len(planned.graph.parameters)
+
+
+def test_ranks_build_the_same_sequence_of_collectives(planned):
+    for name in ("DDP", "FSDP", "Megatron"):
+        plan = by_expert(planned, name)
+        signatures = set()
+        for rank in range(4):
+            groups = planning_groups(MESH, (rank,))
+            local = apply_sharding(planned.graph, plan, coords=(rank,), groups=groups)
+            signatures.add(collective_signature(local.gm, groups))
+        assert len(signatures) == 1
+    other = program(planned, by_expert(planned, "DDP"))
+    assert collective_signature(other.gm, planning_groups(MESH, (0,))) not in signatures
+
+
+def test_verify_finds_a_shape_that_the_plan_did_not_foretell(planned):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    plan = by_expert(planned, "Megatron")
+    local = program(planned, plan)
+    real = arguments(planned, plan, local)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(t.detach()) for t in real]
+        verify(propagate_shapes(local.gm, fakes))
+    node = next(n for n in local.gm.graph.nodes if n.op == "call_function" and n.meta.get("spec"))
+    node.meta["local_shape"] = (1, 2, 3)
+    with pytest.raises(VerifyError, match=r"gives the local shape \(1, 2, 3\)"):
+        verify(local.gm)
+
+
+def test_planning_groups_do_not_communicate(planned):
+    plan = by_expert(planned, "DDP")
+    local = program(planned, plan)
+    with pytest.raises(NotImplementedError, match="cannot communicate"):
+        local.gm(*arguments(planned, plan, local))[0].backward()
