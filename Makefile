@@ -31,12 +31,13 @@ venv: .venv/stamp ## Create .venv with the pinned dependencies (again when they 
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-# One thread per process: the tests start several processes on what may be few cores.
+# One thread per process. tests/dist runs four processes of its own, so it comes after the rest.
 test: venv ## Lint, check types, run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy autopar
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests --ignore tests/dist
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/dist
 
 demo: venv ## Train a small GPT-2 on four local processes
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 4 examples/train_gpt2.py

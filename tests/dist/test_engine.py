@@ -12,8 +12,7 @@ from tests.clusters import eager_to_shard
 from tests.dist import engine_tasks as tasks
 from tests.models import CASES
 
-# one xdist worker runs all tests with processes, so that there is one pool
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]
+pytestmark = pytest.mark.dist
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from tests.clusters import eager_to_shard
 from tests.dist.training import errors_of_plans
 from tests.models import CASES
 
-# one xdist worker runs all tests with processes, so that there is one pool
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("dist")]
+pytestmark = pytest.mark.dist
 
 MESHES = ["4", "2x2", "1x4"]
 RANDOM_PLANS = 20
