@@ -68,7 +68,6 @@ def test_zero3_gathers_again_and_keeps_no_gathered_weight(planned):
     plan = by_expert(planned, "FSDP")
     assert plan.regather
     again = lowered(planned, plan)
-    names = list(planned.graph.parameters.values())
     local = program(planned, plan)
     kept = lower(local.gm, arguments(planned, plan, local), regather=[])
     assert count(kept.backward, ops.all_gather.default) == 0
@@ -83,7 +82,6 @@ def test_zero3_gathers_again_and_keeps_no_gathered_weight(planned):
         return sum(t.numel() * t.element_size() for t in tensors)
 
     assert saved_bytes(again) < saved_bytes(kept)
-    assert len(names) == len(planned.graph.parameters)
 
 
 def test_ranks_build_the_same_sequence_of_collectives(planned):
