@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,8 +58,15 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
             )
         # a group that outlives the interpreter's shutdown aborts the process
         atexit.register(_stop)
-    names = tuple(f"axis{i}" for i in range(len(cluster.mesh)))
-    return init_device_mesh(device.type, cluster.mesh, mesh_dim_names=names)
+    # process groups are threads and sockets: engines on the same mesh share them
+    key = (dist.group.WORLD, device.type, cluster.mesh)
+    if key not in _MESHES:
+        names = tuple(f"axis{i}" for i in range(len(cluster.mesh)))
+        _MESHES[key] = init_device_mesh(device.type, cluster.mesh, mesh_dim_names=names)
+    return _MESHES[key]
+
+
+_MESHES: dict[Any, DeviceMesh] = {}
 
 
 def _stop() -> None:

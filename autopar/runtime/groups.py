@@ -182,11 +182,10 @@ def thread_groups(
     return found
 
 
-def process_groups(
-    mesh: dist.device_mesh.DeviceMesh, coords: Sequence[int], prefix: str = "mesh"
-) -> tuple[str, ...]:
-    """Groups on the process groups of a `DeviceMesh`."""
+def process_groups(mesh: dist.device_mesh.DeviceMesh, coords: Sequence[int]) -> tuple[str, ...]:
+    """Groups on the process groups of a `DeviceMesh`, named after its shape."""
     shape = tuple(mesh.shape)
+    prefix = f"{mesh.device_type}:{'x'.join(map(str, shape))}"
     return axis_groups(
         prefix, shape, coords, lambda name, axis: ProcessGroup(name, mesh.get_group(axis))
     )
