@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -72,6 +72,29 @@ class ModelGraph:
 
     def info(self, node: fx.Node) -> NodeInfo:
         return node.meta["autopar"]
+
+    def bind(self, model: torch.nn.Module) -> Callable[..., Any]:
+        """The captured program with a model's own tensors in it: called as the model is.
+
+        Parameters and buffers are those of `model` at each call; mutated buffers are updated.
+        """
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+            buffers = dict(model.named_buffers(remove_duplicate=False))
+            tensors |= buffers
+            # copies: backward may keep what is about to be overwritten
+            tensors |= {name: tensors[name].clone() for name in self.mutations}
+            state = [tensors[n] for n in (*self.parameters.values(), *self.buffers.values())]
+            state += self.constants.values()
+            leaves = pytree.tree_leaves((args, kwargs))
+            results = self.gm(*state, *leaves)
+            with torch.no_grad():
+                for name, value in zip(self.mutations, results, strict=False):
+                    buffers[name].copy_(value)
+            return pytree.tree_unflatten(results[len(self.mutations) :], self.out_spec)
+
+        return run
 
     @cached_property
     def fingerprint(self) -> str:
