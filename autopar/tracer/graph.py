@@ -13,6 +13,8 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from autopar.tracer.guards import Guard
+
 
 @dataclass(frozen=True)
 class NodeInfo:
@@ -40,6 +42,7 @@ class ModelGraph:
         out_spec: pytree of the results.
         constants: tensors that the model holds but that are neither parameter nor buffer.
         aliases: qualified names of tied parameters to the name that stands for them.
+        guards: what was taken for granted about values.
     """
 
     gm: fx.GraphModule
@@ -51,6 +54,7 @@ class ModelGraph:
     out_spec: pytree.TreeSpec
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:

@@ -4,31 +4,36 @@ The module is cloned with its parameters and buffers replaced by fake tensors, s
 the user's is read, moved or modified, and a model on the meta device traces as one on the target
 device. `torch.export` (non-strict) captures the clone; functionalizing it with an empty
 decomposition table keeps linear, layer_norm, attention and losses whole and turns in-place buffer
-updates into outputs.
+updates into outputs. What Python asks about values on the way is answered in `branches.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
+import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.fx as fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export.graph_signature import InputKind, OutputKind
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.tracer.graph import ModelGraph, NodeInfo, shape_of
+from autopar.tracer import fakes
+from autopar.tracer.branches import BranchResolver
+from autopar.tracer.functions import opaque_functions
+from autopar.tracer.graph import ModelGraph
+from autopar.tracer.normalize import detach_no_grad_regions, model_graph
+from autopar.tracer.randomness import HostFunction, Restart, host_randomness
+from autopar.tracer.settings import apply_settings
+from autopar.tracer.source import failing_site
 
-# Nodes that state what tracing already guarantees.
-_ASSERTIONS = {"aten._assert_tensor_metadata.default", "aten._assert_async.msg"}
-_OWN_FRAMES = ("/torch/", "<string>", "<eval_with_key>")
+fakes.register()
+
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -37,10 +42,13 @@ class ColoTracer:
 
     Args:
         device: device type the program is captured for; ops may branch on it.
+        assume: what tensors that Python asks for the value of are taken to be, where nothing else
+            decides it: by `file.py:line` or a piece of that line's text.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", *, assume: Mapping[str, Any] | None = None) -> None:
         self.device = device
+        self.assume = dict(assume or {})
 
     def trace(
         self,
@@ -50,22 +58,44 @@ class ColoTracer:
     ) -> ModelGraph:
         """Capture `model(*args, **kwargs)` in the model's current train/eval mode.
 
+        Nothing of the model is run or changed. The values of the inputs are looked at only where
+        the model's Python branches on them; the graph's `guards` say where.
+
         Raises:
             CaptureError: a construct cannot be captured; the message has the user's source line.
         """
+        given = (tuple(args), dict(kwargs or {}))
+        _check_inputs(model, given)
+        lifted: set[HostFunction] = set()
+        while True:
+            try:
+                return self._capture(model, given, lifted)
+            except Restart as restart:
+                lifted.add(restart.function)
+            except CaptureError:
+                raise
+            except Exception as error:
+                raise CaptureError(_explain(model, error)) from error
+
+    def _capture(self, model: torch.nn.Module, given: Any, lifted: set[HostFunction]) -> ModelGraph:
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=True)
         clone = self._fake_clone(model, mode)
-        fake = self._faker(mode)
-        args, kwargs = pytree.tree_map_only(torch.Tensor, fake, (tuple(args), dict(kwargs or {})))
-        assert isinstance(args, tuple)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                program = torch.export.export(clone, args, kwargs, strict=False)
-                program = program.run_decompositions({})
-        except Exception as error:
-            raise CaptureError(_explain(model, error)) from error
-        return _model_graph(model, program, (args, kwargs))
+        settings = apply_settings(clone)
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._faker(mode), given)
+        resolver = BranchResolver(_examples(model, given), self.assume)
+        _watch(clone, resolver)
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            opaque_functions(),
+            host_randomness(resolver, lifted),
+        ):
+            warnings.simplefilter("ignore")
+            program = torch.export.export(clone, args, kwargs, strict=False)
+            detach_no_grad_regions(program.graph_module)
+            program = program.run_decompositions({})
+        guards = (*settings, *resolver.guards)
+        return model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
 
     def _faker(self, mode: FakeTensorMode) -> Any:
         def fake(t: torch.Tensor) -> torch.Tensor:
@@ -92,17 +122,89 @@ class ColoTracer:
             ) from error
 
 
+def _check_inputs(model: torch.nn.Module, given: Any) -> None:
+    """Refuse what cannot be an input, by name."""
+    for path, value in pytree.tree_flatten_with_path(given)[0]:
+        if value is None or isinstance(value, torch.Tensor | bool | int | float | str):
+            continue
+        if isinstance(value, torch.dtype | torch.device | torch.layout | complex):
+            continue
+        where = pytree.keystr(path[1:])
+        raise CaptureError(
+            f"input {where} of {type(model).__name__} is a {type(value).__name__}; inputs are "
+            "tensors, numbers, strings, None, and lists, tuples and dicts of them. Convert it "
+            "(torch.as_tensor for arrays), or register its type with torch.utils._pytree."
+        )
+
+
+def _has_values(t: torch.Tensor) -> bool:
+    return not t.is_meta and not isinstance(t, FakeTensor)
+
+
+def _examples(model: torch.nn.Module, given: Any) -> dict[tuple[str, Any], torch.Tensor | None]:
+    """Values by role; None for tensors that have none."""
+    found: dict[tuple[str, Any], torch.Tensor | None] = {}
+    for i, value in enumerate(pytree.tree_leaves(given)):
+        if isinstance(value, torch.Tensor):
+            found["input", i] = value.detach() if _has_values(value) else None
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        found["buffer", name] = buffer.detach() if _has_values(buffer) else None
+    return found
+
+
+def _watch(clone: torch.nn.Module, resolver: BranchResolver) -> None:
+    """Run the clone's forward under the resolver."""
+    forward = clone.forward
+
+    @functools.wraps(forward)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        roles: dict[tuple[str, Any], Any] = {
+            ("input", i): value for i, value in enumerate(pytree.tree_leaves((args, kwargs)))
+        }
+        for name, p in clone.named_parameters(remove_duplicate=False):
+            roles["parameter", name] = p
+        for name, b in clone.named_buffers(remove_duplicate=False):
+            roles["buffer", name] = b
+        resolver.begin(roles)
+        with resolver:
+            results = _plain_results(forward(*args, **kwargs))
+        # results as well, so that the draws stay in the program
+        return results, resolver.draws
+
+    clone.forward = watched
+
+
+def _plain_results(results: Any) -> Any:
+    """Results as trees of tensors and numbers: data classes are registered as nodes, and what is
+    neither (a key-value cache, a statistics object) is left out."""
+    _register_dataclasses(results)
+
+    def keep(value: Any) -> Any:
+        plain = value is None or isinstance(value, torch.Tensor | bool | int | float | str)
+        return value if plain else None
+
+    return pytree.tree_map(keep, results)
+
+
+def _register_dataclasses(value: Any) -> None:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if type(value) not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(value))
+        for field in dataclasses.fields(value):
+            _register_dataclasses(getattr(value, field.name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _register_dataclasses(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _register_dataclasses(item)
+
+
 def _explain(model: torch.nn.Module, error: Exception) -> str:
     """What failed, at which line of the user's code."""
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if not any(part in name for part in (*_OWN_FRAMES, "/autopar/")):
-            frames.append(f"{name}:{trace.tb_lineno}")
-        trace = trace.tb_next
     recorded = [f"{f}:{n}" for f, n in _FRAME.findall(str(error)) if "/torch/" not in f]
-    where = (frames or recorded or ["unknown line"])[-1]
+    site = failing_site(error)
+    where = f"{site}: `{site.text}`" if site else (recorded or ["unknown line"])[-1]
     first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     return (
         f"cannot capture {type(model).__name__} as one graph: {type(error).__name__}: {first}\n"
@@ -111,103 +213,3 @@ def _explain(model: torch.nn.Module, error: Exception) -> str:
         "implementation, cannot be captured: compute the decision from shapes or arguments, or "
         "register a fake implementation with torch.library.register_fake."
     )
-
-
-def _model_graph(
-    model: torch.nn.Module, program: torch.export.ExportedProgram, example: Any
-) -> ModelGraph:
-    gm = program.graph_module
-    parameters, buffers, constants = {}, {}, {}
-    inputs: list[str | None] = []
-    for spec in program.graph_signature.input_specs:
-        name = spec.arg.name
-        if spec.kind is InputKind.PARAMETER:
-            parameters[name] = str(spec.target)
-        elif spec.kind is InputKind.BUFFER:
-            buffers[name] = str(spec.target)
-        elif spec.kind is InputKind.USER_INPUT:
-            inputs.append(name)
-        elif spec.kind is InputKind.CONSTANT_TENSOR:
-            constants[name] = program.constants[str(spec.target)]
-        else:
-            raise CaptureError(
-                f"{type(model).__name__} holds {spec.target} of kind {spec.kind.name}, which is "
-                "neither tensor, parameter nor buffer; pass it as an argument instead"
-            )
-    mutations = tuple(
-        str(spec.target)
-        for spec in program.graph_signature.output_specs
-        if spec.kind is OutputKind.BUFFER_MUTATION
-    )
-    canonical = {id(p): n for n, p in model.named_parameters()}
-    aliases = {
-        n: canonical[id(p)]
-        for n, p in model.named_parameters(remove_duplicate=False)
-        if canonical[id(p)] != n
-    }
-    parameters = {k: aliases.get(v, v) for k, v in parameters.items()}
-    _merge_tied(gm.graph, parameters)
-    flat, in_spec = pytree.tree_flatten(example)
-    inputs = [
-        name if isinstance(value, torch.Tensor) else None
-        for name, value in zip(inputs, flat, strict=True)
-    ]
-    _clean(gm)
-    return ModelGraph(
-        gm, parameters, buffers, tuple(inputs), mutations, in_spec,
-        program.call_spec.out_spec, constants, aliases,
-    )  # fmt: skip
-
-
-def _merge_tied(graph: fx.Graph, parameters: dict[str, str]) -> None:
-    """A tied weight may be lifted once per name; keep the first: its gradient is one sum."""
-    first: dict[str, fx.Node] = {}
-    for node in list(graph.find_nodes(op="placeholder")):
-        name = parameters.get(str(node.target))
-        if name is None:
-            continue
-        if name in first:
-            node.replace_all_uses_with(first[name])
-            graph.erase_node(node)
-            del parameters[str(node.target)]
-        else:
-            first[name] = node
-
-
-def _clean(gm: fx.GraphModule) -> None:
-    """Drop assertions and dead code, annotate where every node came from, check what is left."""
-    graph = gm.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and str(node.target) in _ASSERTIONS:
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    for node in graph.nodes:
-        node.meta["autopar"] = NodeInfo(_module_of(node), _source_of(node))
-        if node.op == "call_function" and node.target is not operator.getitem:
-            if not isinstance(node.target, torch._ops.OpOverload):
-                raise CaptureError(
-                    f"{node.target} at {_source_of(node)} is not an operator (a higher-order op or "
-                    "a symbolic size); autopar plans graphs of ATen and custom operators"
-                )
-        elif node.op == "get_attr":
-            raise CaptureError(
-                f"the model uses the constant {node.target} at {_source_of(node)}; "
-                "register it as a buffer"
-            )
-    gm.recompile()
-
-
-def _module_of(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return next((path for path, _ in reversed(list(stack.values()))), "")
-
-
-def _source_of(node: fx.Node) -> str:
-    """Innermost frame outside of torch, as file:line."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not any(part in f[0] for part in _OWN_FRAMES)]
-    chosen = own or frames
-    return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else "unknown source"
-
-
-__all__ = ["ColoTracer", "shape_of"]

@@ -1,0 +1,375 @@
+"""Resolves Python's questions about tensor values while a module is being captured.
+
+`if tensor:`, `int(tensor)`, `tensor.tolist()`, `x[mask]` need a value, and a captured tensor has
+none. `BranchResolver` answers, in this order,
+
+1. from value ranges, where only one answer is possible (a uniform draw is never below 0), and by
+   the likelier side where a random draw decides (layer drop);
+2. from the example batch, where inputs and buffers alone decide: the answer becomes a guard;
+3. as passing, where a check on activations only raises or only mends infinities;
+4. from `assume`, keyed by `file.py:line` or by a piece of the line's text;
+
+and raises `CaptureError` otherwise. Every answer but those of value ranges is recorded as a
+`Guard`.
+
+It is a torch-function mode, on while the module's forward runs under `make_fx(pre_dispatch=True)`.
+The graph being built is reached through torch.fx.experimental.proxy_tensor (private; tested with
+torch 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode, get_proxy_slot
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
+
+from autopar.errors import CaptureError
+from autopar.tracer.guards import Guard, Slice, apart, as_python, same_value
+from autopar.tracer.ranges import bounds
+from autopar.tracer.source import current_site, harmless_side, user_frame
+
+# A draw that goes one way at least this often is taken to be a rare event (layer drop).
+_RARE = 0.3
+_TRIALS = 400
+
+Role = tuple[str, Any]
+
+
+class BranchResolver(TorchFunctionMode):
+    """Answers questions about values; see the module's text.
+
+    Args:
+        examples: values on the example batch by role, ("input", position) or ("buffer", name);
+            None where there are none.
+        assume: answers by `file.py:line` or by a piece of the line's text.
+
+    Attributes:
+        guards: what was taken for granted, in order.
+        draws: captured values that were decided by a random draw.
+        active: the forward is running.
+    """
+
+    def __init__(
+        self, examples: Mapping[Role, torch.Tensor | None], assume: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self._examples = examples
+        self._assume = assume
+        self._roles: dict[fx.Node, Role] = {}
+        self._known: dict[fx.Node, Any] = {}
+        self.guards: list[Guard] = []
+        self.draws: list[torch.Tensor] = []
+        self.active = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(getattr(func, "__name__", ""))
+        if handler is None or not args:
+            return func(*args, **kwargs)
+        return handler(self, func, args, kwargs)
+
+    def begin(self, tensors: Mapping[Role, Any]) -> None:
+        """Say which captured tensors are parameters, buffers and inputs; before the forward."""
+        tracer = _tracer()
+        for role, t in tensors.items():
+            slot = _slot(t, tracer)
+            if slot is not None:
+                self._roles[slot.proxy.node] = role
+
+    def __enter__(self) -> BranchResolver:
+        self.active = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.active = False
+        super().__exit__(*error)
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def value(self, t: torch.Tensor) -> Any:
+        """What a tensor evaluates to: a number where it has one element and no dims, else itself.
+
+        Raises:
+            CaptureError: nothing decides it.
+        """
+        tracer = _tracer()
+        slot = _slot(t, tracer)
+        constant = (
+            t if not isinstance(t, FakeTensor) else t.constant if slot is None else slot.constant
+        )
+        if constant is not None:
+            return apart(lambda: as_python(constant.detach().clone()))
+        if slot is None:
+            raise CaptureError(
+                f"{current_site()}: `{current_site().text}` asks for the value of a tensor that "
+                "is not part of the capture; it was kept from an earlier call of the model"
+            )
+        node = slot.proxy.node
+        if node not in self._known:
+            self._known[node] = self._resolve(node, t, tracer)
+        return self._known[node]
+
+    def is_random(self, t: torch.Tensor) -> bool:
+        """Whether only random draws decide a tensor's value."""
+        slot = _slot(t, _tracer())
+        if slot is None or slot.constant is not None:
+            return False
+        part = Slice(slot.proxy.node, self._roles)
+        return part.random and not part.sources
+
+    def _resolve(self, node: fx.Node, t: torch.Tensor, tracer: Any) -> Any:
+        scalar = t.ndim == 0
+        site = current_site()
+        part = Slice(node, self._roles)
+        if part.random and scalar:
+            self.draws.append(t)
+        if scalar and (only := bounds(node).value) is not None:
+            return _cast(only, t.dtype)
+        if part.random and not part.sources:
+            rare = self._rare(part, tracer) if t.dtype == torch.bool and scalar else None
+            if rare is not None:
+                value, share = rare
+                return self._record(
+                    "random", value, f"drawn anew at each step otherwise, {not value} in about "
+                    f"{share:.0%} of them; the captured model never takes that side",
+                )  # fmt: skip
+        elif not part.random and part.kinds <= {"input", "buffer"}:
+            found = [self._examples.get(role) for role in part.sources.values()]
+            values = [v for v in found if v is not None]
+            if len(values) == len(found):
+                program = part.program(tracer.root)
+                value = apart(lambda: as_python(program(*(v.clone() for v in values))))
+                return self._record(
+                    "input", value, "checked on every batch; one that differs is captured anew",
+                    tuple(part.sources.values()), program,
+                )  # fmt: skip
+        if scalar and t.dtype == torch.bool:
+            side = harmless_side(user_frame())
+            if side is not None:
+                return self._record("check", side, "a check that only raises; not made")
+            mended = bounds(node, finite=True).value
+            if mended is not None:
+                return self._record("check", bool(mended), "activations are taken to be finite")
+        for key, value in self._assume.items():
+            if str(site).endswith(key) or key in site.text:
+                return self._record("assumed", value, f"by assume[{key!r}]")
+        raise CaptureError(self._unresolved(part))
+
+    def _rare(self, part: Slice, tracer: Any) -> tuple[bool, float] | None:
+        """The usual outcome of a draw, and how often the other one comes, if that is seldom."""
+
+        def count() -> int:
+            program = part.program(tracer.root)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return sum(bool(program()) for _ in range(_TRIALS))
+
+        share = apart(count) / _TRIALS
+        usual = share > 0.5
+        rare = 1 - share if usual else share
+        return (usual, rare) if rare <= _RARE else None
+
+    def _record(
+        self, kind: Any, value: Any, note: str, sources: Any = (), program: Any = None
+    ) -> Any:
+        site = current_site()
+        guard = Guard(kind, str(site), site.text, value, note, sources, program)
+        repeated = program is None and any(
+            g.kind == kind and g.source == guard.source and same_value(g.value, value)
+            for g in self.guards
+        )
+        if not repeated:
+            self.guards.append(guard)
+        return value
+
+    def _unresolved(self, part: Slice) -> str:
+        site = current_site()
+        kinds = part.kinds
+        if part.random:
+            why = "it depends on a random draw that goes either way"
+        elif "parameter" in kinds:
+            why = "it depends on activations"
+        elif "unknown" in kinds:
+            why = "it depends on values that are not inputs"
+        else:
+            why = (
+                "it depends on the batch alone, but the example batch or a buffer has no values "
+                "(meta or fake tensors); trace with a real batch"
+            )
+        name = site.file.rsplit("/", 1)[-1]
+        return (
+            f"Python asks for the value of a tensor at {site}: `{site.text}`; {why}.\n"
+            "  A graph has one side of a branch only. Compute the decision from shapes or "
+            f'arguments, or state it: ColoTracer(assume={{"{name}:{site.line}": ...}}).\n'
+            "  (A loop over the experts of a mixture captures with the library's grouped or "
+            "batched implementation.)"
+        )  # fmt: skip
+
+    # -- the operators that ask -----------------------------------------------------------------
+
+    def _number(self, func: Any, args: Any, kwargs: Any) -> Any:
+        t = args[0]
+        if func.__name__ == "item" and self.is_random(t):
+            return t  # so that a comparison with it is still seen to be random
+        if t.numel() != 1:
+            return func(*args, **kwargs)
+        if isinstance(t, FakeTensor) and t.dtype.is_floating_point and func.__name__ == "item":
+            try:
+                value = self.value(t.reshape(()) if t.ndim else t)
+            except CaptureError:
+                return func(*args, **kwargs)  # as a symbolic number, which may do
+        else:
+            value = self.value(t.reshape(()) if t.ndim else t)
+        cast = _CASTS.get(func.__name__)
+        return value if cast is None else cast(value)
+
+    def _list(self, func: Any, args: Any, kwargs: Any) -> Any:
+        value = self.value(args[0])
+        return apart(value.tolist) if isinstance(value, torch.Tensor) else value
+
+    def _nonzero(self, func: Any, args: Any, kwargs: Any) -> Any:
+        mask, rest = args[0], (*args[1:], *kwargs.values())
+        if func.__name__ == "where" and (rest or len(args) > 1):
+            return func(*args, **kwargs)
+        found = self._indices(mask)
+        if func.__name__ == "where" or True in rest:
+            return found.unbind(1)
+        return found
+
+    def _indices(self, mask: torch.Tensor) -> torch.Tensor:
+        """`mask.nonzero()`, with a number of rows that the example batch decides."""
+        count = int(self.value((mask != 0).sum()))
+        return torch.ops.aten.nonzero_static(mask, size=count)
+
+    def _select(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Indexing: masks by their indices, tensors as slice ends by their values."""
+        source, index = args
+        items = list(index) if isinstance(index, tuple) else [index]
+        plain: list[Any] = []
+        for item in items:
+            if isinstance(item, slice):
+                ends = (item.start, item.stop, item.step)
+                plain.append(slice(*(self._whole(e) for e in ends)))
+            elif _is_mask(item):
+                plain += self._indices(item).unbind(1)
+            else:
+                plain.append(item)
+        if not any(map(_is_mask, items)) and not any(isinstance(i, slice) for i in items):
+            return func(*args, **kwargs)
+        return func(
+            source, tuple(plain) if isinstance(index, tuple) or len(plain) > 1 else plain[0]
+        )
+
+    def _whole(self, end: Any) -> Any:
+        return int(self.value(end)) if isinstance(end, torch.Tensor) else end
+
+    def _masked_select(self, func: Any, args: Any, kwargs: Any) -> Any:
+        source, mask = torch.broadcast_tensors(*args)
+        return source[tuple(self._indices(mask).unbind(1))]
+
+    def _equal(self, func: Any, args: Any, kwargs: Any) -> Any:
+        a, b = args
+        return a.shape == b.shape and bool(self.value((a == b).all()))
+
+    def _contains(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return bool(self.value((args[0] == args[1]).any()))
+
+    def _sizes(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Operators that take numbers: tensors of no dims by their values."""
+
+        def number(value: Any) -> Any:
+            if not isinstance(value, FakeTensor) or value.ndim:
+                return value
+            try:
+                return self.value(value)
+            except CaptureError:
+                return value  # the operator may take it as it is
+
+        # what a method is called on, and what torch.tensor copies, stays
+        keep = int(isinstance(args[0], torch.Tensor) and func.__name__ not in _RANGES)
+        rest, kwargs = pytree.tree_map(number, (tuple(args[keep:]), kwargs))
+        return func(*args[:keep], *rest, **kwargs)
+
+    def _whole_result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Operators whose result's shape depends on values: the result on the example batch."""
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
+        if not tensors or (
+            func.__name__ == "repeat_interleave" and _has_plain_repeats(args, kwargs)
+        ):
+            return func(*args, **kwargs)
+        values = iter([self.value(t) for t in tensors])
+
+        def real(x: Any) -> Any:
+            return torch.as_tensor(next(values)) if isinstance(x, FakeTensor) else x
+
+        return _constant(
+            lambda: func(*pytree.tree_map(real, args), **pytree.tree_map(real, kwargs))
+        )
+
+
+def _constant(make: Callable[[], Any]) -> Any:
+    """Values that were computed, as constants of the graph."""
+    found = apart(make)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.tensor(t.tolist(), dtype=t.dtype, device=t.device), found
+    )
+
+
+def _has_plain_repeats(args: Any, kwargs: Any) -> bool:
+    repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
+    return isinstance(repeats, int) or kwargs.get("output_size") is not None
+
+
+def _is_mask(item: Any) -> bool:
+    return isinstance(item, FakeTensor) and item.dtype in (torch.bool, torch.uint8)
+
+
+def _cast(value: float, dtype: torch.dtype) -> Any:
+    return bool(value) if dtype == torch.bool else value if dtype.is_floating_point else int(value)
+
+
+def _tracer() -> Any:
+    """The tracer of the graph being built."""
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, PreDispatchTorchFunctionMode):
+            return mode.tracer
+    return None
+
+
+def _slot(t: Any, tracer: Any) -> Any:
+    """What the tracer knows of a tensor: its node and constant value; None if it is not its own."""
+    if tracer is None or not isinstance(t, FakeTensor):
+        return None
+    return get_proxy_slot(t, tracer, None)
+
+
+_CASTS: dict[str, Callable[[Any], Any]] = {
+    "__bool__": bool, "is_nonzero": bool, "__float__": float, "__int__": int, "__index__": int,
+}  # fmt: skip
+_RANGES = ("arange", "linspace", "zeros", "ones", "full", "empty")
+_R = BranchResolver
+_HANDLERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(
+        ("__bool__", "is_nonzero", "__int__", "__index__", "__float__", "item"), _R._number
+    ),
+    "tolist": _R._list,
+    **dict.fromkeys(("nonzero", "argwhere", "where"), _R._nonzero),
+    "__getitem__": _R._select,
+    "masked_select": _R._masked_select,
+    "equal": _R._equal,
+    "__contains__": _R._contains,
+    **dict.fromkeys(
+        (*_RANGES, "tensor", "narrow", "split", "view", "reshape", "expand", "repeat", "pad",
+         "new_zeros", "new_ones", "new_full", "new_empty", "interpolate"),
+        _R._sizes,
+    ),
+    **dict.fromkeys(
+        ("unique", "unique_consecutive", "bincount", "repeat_interleave"), _R._whole_result
+    ),
+}  # fmt: skip

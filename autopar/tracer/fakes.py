@@ -1,0 +1,46 @@
+"""Fake implementations that torch lacks.
+
+`torch._subclasses.fake_impls.register_op_impl` is private (tested with torch 2.13); the public
+`torch.library.register_fake` comes after its refusal of operators with data-dependent shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_impls import op_implementations_dict, register_op_impl
+
+aten = torch.ops.aten
+
+
+def _ctc_loss(
+    mode: Any, func: Any, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: Any,
+    *_: Any, **__: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Loss per sample, and alpha of (N, T, 2 S + 1): S is the longest target, known only where
+    lengths are numbers or targets are padded; of concatenated ones it is bounded."""
+    time, samples = log_probs.shape[0], (log_probs.shape[1] if log_probs.ndim == 3 else 1)
+    if isinstance(lengths, Sequence):
+        longest = max(lengths)
+    else:
+        longest = targets.shape[-1]
+    loss = log_probs.new_empty((samples,) if log_probs.ndim == 3 else ())
+    return loss, log_probs.new_empty((samples, time, 2 * longest + 1))
+
+
+def _ctc_loss_backward(
+    mode: Any, func: Any, grad: torch.Tensor, log_probs: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    return torch.empty_like(log_probs)
+
+
+def register() -> None:
+    """Make them known; once is enough."""
+    for op in (aten._ctc_loss.default, aten._ctc_loss.Tensor):
+        if op not in op_implementations_dict:
+            register_op_impl(op)(_ctc_loss)
+    for op in (aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor):
+        if op not in op_implementations_dict:
+            register_op_impl(op)(_ctc_loss_backward)

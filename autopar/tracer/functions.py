@@ -1,0 +1,174 @@
+"""Python functions as single nodes of the graph, with their own derivative or their own draws.
+
+A custom `autograd.Function` has a backward that its forward does not tell (a clipped gradient, a
+straight-through estimator); inlining the forward loses it silently. While a model is captured, each
+call becomes a call of an operator made for it, which is opaque in the `ModelGraph` and runs
+`Function.apply` everywhere else: profiled and lowered, it is what the user wrote.
+
+The operators live in the namespace `autopar_functions` and are made once per function and constant
+arguments. `torch.autograd.function._SingleLevelFunction`, the base that `Function.apply` goes
+through, is private (tested with torch 2.13).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.autograd.function import _SingleLevelFunction
+
+from autopar.errors import CaptureError
+from autopar.tracer.guards import apart
+from autopar.tracer.source import current_site
+
+_LIBRARY = torch.library.Library("autopar_functions", "FRAGMENT")
+_OPERATORS: dict[str, Any] = {}
+_COUNTER = itertools.count()
+_STATE = threading.local()
+
+_Results = tuple[torch.Tensor, ...]
+
+
+@contextmanager
+def opaque_functions() -> Iterator[None]:
+    """While on (for this thread), custom autograd functions are captured as single nodes."""
+    before = getattr(_STATE, "capturing", False)
+    _STATE.capturing = True
+    patched = "apply" not in vars(_SingleLevelFunction)
+    if patched:
+        setattr(_SingleLevelFunction, "apply", classmethod(_apply))  # noqa: B010
+    try:
+        yield
+    finally:
+        _STATE.capturing = before
+        if patched:
+            delattr(_SingleLevelFunction, "apply")
+
+
+def capturing() -> bool:
+    """Whether this thread is capturing a model."""
+    return getattr(_STATE, "capturing", False)
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    inner = super(_SingleLevelFunction, cls).apply
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if not capturing() or not tensors or kwargs:
+        return inner(*args, **kwargs)
+    context = _Context([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
+    example = apart(lambda: _forward(cls, context, args))
+    if context.dirty:
+        raise CaptureError(
+            f"{current_site()}: {cls.__name__}.forward changes its input in place (mark_dirty); "
+            "let it return a new tensor"
+        )
+
+    def run(*given: torch.Tensor) -> _Results:
+        found = cls.apply(*_fill(args, given))
+        return tuple(t for t in _as_tuple(found) if isinstance(t, torch.Tensor))
+
+    def fake(*given: torch.Tensor) -> _Results:
+        found = _forward(cls, _Context([False] * len(args)), _fill(args, given))
+        return tuple(t for t in _as_tuple(found) if isinstance(t, torch.Tensor))
+
+    outputs = _as_tuple(example)
+    count = sum(isinstance(t, torch.Tensor) for t in outputs)
+    constants = [a for a in args if not isinstance(a, torch.Tensor)]
+    op = operator_for(cls, constants, len(tensors), count, run, fake)
+    results = iter(op(*tensors))
+    filled = [next(results) if isinstance(t, torch.Tensor) else t for t in outputs]
+    return tuple(filled) if isinstance(example, tuple | list) else filled[0]
+
+
+def operator_for(
+    function: Any,
+    constants: Sequence[Any],
+    inputs: int,
+    outputs: int,
+    run: Callable[..., _Results],
+    fake: Callable[..., _Results],
+    *,
+    random: bool = False,
+) -> Any:
+    """The operator that stands for a function with some constant arguments.
+
+    Args:
+        run: tensors in, tensors out; autograd goes through it.
+        fake: the same for fake tensors.
+        random: it draws random numbers.
+    """
+    name = re.sub(r"\W", "_", getattr(function, "__qualname__", "function"))
+    plain = all(isinstance(c, bool | int | float | str | tuple | None) for c in constants)
+    what = (function.__module__, name, repr(list(constants)) if plain else next(_COUNTER), inputs)
+    key = f"{name}_{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
+    if key in _OPERATORS:
+        return _OPERATORS[key]
+    parameters = ", ".join(f"Tensor a{i}" for i in range(inputs))
+    results = ", ".join(["Tensor"] * outputs)
+    tags = (torch.Tag.nondeterministic_seeded,) if random else ()
+    _LIBRARY.define(f"{key}({parameters}) -> ({results})", tags=tags)
+    op = getattr(torch.ops.autopar_functions, key).default
+
+    def unpacked(found: _Results) -> Any:
+        return found[0] if outputs == 1 else found
+
+    def with_autograd(*given: torch.Tensor) -> Any:
+        if capturing():
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*given)
+        return unpacked(run(*given))
+
+    _LIBRARY.impl(key, lambda *given: unpacked(run(*given)), "CompositeExplicitAutograd")
+    _LIBRARY.impl(key, with_autograd, "Autograd")
+    torch.library.register_fake(
+        f"autopar_functions::{key}", lambda *given: unpacked(fake(*given)), lib=_LIBRARY
+    )
+    _OPERATORS[key] = (lambda *given: (op(*given),)) if outputs == 1 else op
+    return _OPERATORS[key]
+
+
+class _Context(SimpleNamespace):
+    """Stands in for the `ctx` of a forward that is run for its results only."""
+
+    def __init__(self, needs_input_grad: list[bool]) -> None:
+        super().__init__()
+        self.needs_input_grad = tuple(needs_input_grad)
+        self.saved_tensors: tuple[Any, ...] = ()
+        self.dirty: tuple[Any, ...] = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    save_for_forward = save_for_backward
+
+    def mark_dirty(self, *tensors: Any) -> None:
+        self.dirty = tensors
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def _forward(cls: Any, context: _Context, args: Sequence[Any]) -> Any:
+    with torch.no_grad():
+        if cls.setup_context is not torch.autograd.Function.setup_context:
+            return cls.forward(*args)
+        return cls.forward(context, *args)
+
+
+def _fill(template: Sequence[Any], tensors: Sequence[torch.Tensor]) -> list[Any]:
+    queue = iter(tensors)
+    return [next(queue) if isinstance(a, torch.Tensor) else a for a in template]
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)

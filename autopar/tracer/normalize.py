@@ -1,0 +1,225 @@
+"""From an exported program to a `ModelGraph`: one order of placeholders, one way of writing things.
+
+* placeholders: parameters, buffers, constants, inputs; tied weights once;
+* `view` is `reshape`: strides on fake tensors can differ from a kernel's, and a `contiguous` that
+  was left out as needless may be needed;
+* `copy` is a conversion and an expansion: it has no derivative;
+* what `no_grad` regions compute is detached;
+* assertions and dead code are dropped, draws of random numbers are kept, so that a generator is in
+  the same state after the graph as after the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import re
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from autopar.errors import CaptureError
+from autopar.tracer.graph import ModelGraph, NodeInfo
+from autopar.tracer.guards import Guard
+from autopar.tracer.source import is_users
+
+aten = torch.ops.aten
+
+# Nodes that state what tracing already guarantees.
+_ASSERTIONS = {"aten._assert_tensor_metadata.default", "aten._assert_async.msg"}
+_SAME_AS = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def model_graph(
+    model: torch.nn.Module,
+    program: torch.export.ExportedProgram,
+    example: Any,
+    guards: tuple[Guard, ...],
+    draws: int,
+) -> ModelGraph:
+    """The graph of an exported and functionalized program.
+
+    Args:
+        example: the fake (args, kwargs) it was exported with.
+        draws: the program returns (results, a list of so many values that only show a draw).
+    """
+    gm = program.graph_module
+    parameters, buffers, constants = {}, {}, {}
+    inputs: list[str | None] = []
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.PARAMETER:
+            parameters[name] = str(spec.target)
+        elif spec.kind is InputKind.BUFFER:
+            buffers[name] = str(spec.target)
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs.append(name)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[name] = program.constants[str(spec.target)]
+        else:
+            raise CaptureError(
+                f"{type(model).__name__} holds {spec.target} of kind {spec.kind.name}, which is "
+                "neither tensor, parameter nor buffer; pass it as an argument instead"
+            )
+    mutations = tuple(
+        str(spec.target)
+        for spec in program.graph_signature.output_specs
+        if spec.kind is OutputKind.BUFFER_MUTATION
+    )
+    canonical = {id(p): n for n, p in model.named_parameters()}
+    aliases = {
+        n: canonical[id(p)]
+        for n, p in model.named_parameters(remove_duplicate=False)
+        if canonical[id(p)] != n
+    }
+    parameters = {k: aliases.get(v, v) for k, v in parameters.items()}
+    _merge_tied(gm.graph, parameters)
+    _order_placeholders(gm.graph, [parameters, buffers, constants])
+    flat, in_spec = pytree.tree_flatten(example)
+    inputs = [
+        name if isinstance(value, torch.Tensor) else None
+        for name, value in zip(inputs, flat, strict=True)
+    ]
+    _drop_results(gm.graph, draws)
+    _clean(gm)
+    out_spec, _ = program.call_spec.out_spec.children()
+    return ModelGraph(
+        gm, parameters, buffers, tuple(inputs), mutations, in_spec,
+        out_spec, constants, aliases, guards,
+    )  # fmt: skip
+
+
+def _merge_tied(graph: fx.Graph, parameters: dict[str, str]) -> None:
+    """A tied weight may be lifted once per name; keep the first: its gradient is one sum."""
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.find_nodes(op="placeholder")):
+        name = parameters.get(str(node.target))
+        if name is None:
+            continue
+        if name in first:
+            node.replace_all_uses_with(first[name])
+            graph.erase_node(node)
+            del parameters[str(node.target)]
+        else:
+            first[name] = node
+
+
+def _order_placeholders(graph: fx.Graph, kinds: list[Any]) -> None:
+    """Parameters, buffers, constants, then inputs; export mixes constants with buffers."""
+
+    def rank(node: fx.Node) -> int:
+        return next((i for i, k in enumerate(kinds) if node.target in k), len(kinds))
+
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    for before, node in itertools.pairwise(sorted(placeholders, key=rank)):
+        before.append(node)
+
+
+def _drop_results(graph: fx.Graph, count: int) -> None:
+    output = graph.output_node()
+    results = output.args[0]
+    assert isinstance(results, tuple | list)
+    output.args = (tuple(results[: len(results) - count]),)
+
+
+def _rewrite(graph: fx.Graph) -> None:
+    """One operator for what several express."""
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        source = node.args[1]
+        value = node.meta["val"]
+        with graph.inserting_before(node):
+            if source.meta["val"].dtype != value.dtype:
+                made = graph.call_function(aten._to_copy.default, (source,), {"dtype": value.dtype})
+                made.meta = dict(node.meta)
+                made.meta["val"] = source.meta["val"].to(value.dtype)
+                source = made
+            if source.meta["val"].shape != value.shape:
+                sizes = list(value.shape)
+                made = graph.call_function(aten.expand.default, (source, sizes))
+                made.meta = dict(node.meta)
+                made.meta["val"] = source.meta["val"].expand(sizes)
+                source = made
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _SAME_AS.get(node.target, node.target)
+
+
+def _draws(node: fx.Node) -> bool:
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
+
+
+def _clean(gm: fx.GraphModule) -> None:
+    """Drop assertions and dead code, annotate where every node came from, check what is left."""
+    graph = gm.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and str(node.target) in _ASSERTIONS:
+            graph.erase_node(node)
+    _rewrite(graph)
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _draws(n))
+    for node in graph.nodes:
+        node.meta["autopar"] = NodeInfo(_module_of(node), _source_of(node))
+        if node.op == "call_function" and node.target is not operator.getitem:
+            if not isinstance(node.target, torch._ops.OpOverload):
+                raise CaptureError(
+                    f"{node.target} at {_source_of(node)} is not an operator (a higher-order op or "
+                    "a symbolic size); autopar plans graphs of ATen and custom operators"
+                )
+        elif node.op == "get_attr":
+            raise CaptureError(
+                f"the model uses the constant {node.target} at {_source_of(node)}; "
+                "register it as a buffer"
+            )
+    gm.recompile()
+
+
+def _module_of(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((path for path, _ in reversed(list(stack.values()))), "")
+
+
+def _source_of(node: fx.Node) -> str:
+    """Innermost frame outside of torch, as file:line."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if is_users(f[0])]
+    chosen = own or frames
+    return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else "unknown source"
+
+
+def detach_no_grad_regions(gm: fx.GraphModule) -> None:
+    """Make what `torch.no_grad()` does to gradients explicit: inlining such a region drops it."""
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or str(node.target) != "wrap_with_set_grad_enabled":
+            continue
+        body = getattr(gm, node.args[1].target)
+        detach_no_grad_regions(body)
+        if node.args[0]:
+            continue
+        output = body.graph.output_node()
+        detached: dict[fx.Node, fx.Node] = {}
+
+        def detach(
+            value: fx.Node, body: Any = body, output: Any = output, made: Any = detached
+        ) -> fx.Node:
+            t = value.meta.get("val")
+            if not isinstance(t, torch.Tensor) or not t.dtype.is_floating_point:
+                return value
+            if value not in made:
+                with body.graph.inserting_before(output):
+                    made[value] = body.graph.call_function(torch.ops.aten.detach.default, (value,))
+                made[value].meta = dict(value.meta)
+            return made[value]
+
+        output.args = fx.map_arg(output.args, detach)
+        body.recompile()

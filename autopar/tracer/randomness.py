@@ -1,0 +1,189 @@
+"""Python's and NumPy's random numbers in a forward: lifted into the graph, or refused.
+
+Drawn while a model is captured, they would be constants of every later step. While one is captured,
+
+* a single uniform draw becomes a draw of the captured program (`torch.rand`), so that a branch on
+  it is seen to be random;
+* a function of the user's module level that draws, called with numbers and tensors, and that
+  returns an array, becomes one operator of the graph which calls it anew on each step (Hugging
+  Face's SpecAugment masks). The capture starts over with it wrapped: `Restart`;
+* any other draw is an error with its source line.
+
+What draws after a `seed()` of its own is not random and stays.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from autopar.errors import CaptureError
+from autopar.tracer.branches import BranchResolver
+from autopar.tracer.functions import operator_for
+from autopar.tracer.guards import apart
+from autopar.tracer.source import current_site, user_frame
+
+_NUMPY = (
+    "rand", "randn", "random", "random_sample", "uniform", "normal", "standard_normal", "randint",
+    "choice", "permutation", "shuffle", "beta", "binomial", "exponential", "gamma", "geometric",
+    "laplace", "lognormal", "multinomial", "poisson",
+)  # fmt: skip
+_PYTHON = (
+    "random", "uniform", "randint", "randrange", "choice", "choices", "sample", "shuffle", "gauss",
+    "normalvariate", "getrandbits", "betavariate", "expovariate", "triangular",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HostFunction:
+    """A module-level function that draws host random numbers."""
+
+    namespace: dict[str, Any]
+    name: str
+
+    def __hash__(self) -> int:
+        return hash((id(self.namespace), self.name))
+
+    def __eq__(self, other: object) -> bool:
+        return hash(self) == hash(other)
+
+
+class Restart(Exception):
+    """The capture has to start over with this function as an operator."""
+
+    def __init__(self, function: HostFunction) -> None:
+        super().__init__(function.name)
+        self.function = function
+
+
+@contextmanager
+def host_randomness(resolver: BranchResolver, lifted: set[HostFunction]) -> Iterator[None]:
+    """While on, host randomness is lifted or refused; host generators keep their state."""
+    seeded = {"numpy": False, "python": False}
+    active = [True]
+
+    def watch(library: str, module: Any, name: str) -> Callable[..., Any]:
+        draw = getattr(module, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if not active[0] or not resolver.active or seeded[library]:
+                return draw(*args, **kwargs)
+            frame = user_frame()
+            if frame is None:
+                return draw(*args, **kwargs)
+            if name in ("random", "uniform", "rand") and len(args) in (0, 2) and not kwargs:
+                low, high = (float(a) for a in args or (0.0, 1.0))
+                if library == "python" or name != "rand" or not args:
+                    return torch.rand((), dtype=torch.float64) * (high - low) + low
+            raise _lift(frame, f"{library}'s {name}", lifted)
+
+        return watched
+
+    def seed(library: str, module: Any) -> Callable[..., Any]:
+        plant = module.seed
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seeded[library] = resolver.active and bool(args or kwargs)
+            return plant(*args, **kwargs)
+
+        return watched
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        for library, module, names in (
+            ("numpy", np.random, _NUMPY), ("python", random, _PYTHON),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(module, "seed", seed(library, module)))
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, watch(library, module, name)))
+        for function in lifted:
+            original = function.namespace[function.name]
+            wrapped = _operator(original, resolver, active)
+            stack.enter_context(mock.patch.dict(function.namespace, {function.name: wrapped}))
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _lift(frame: FrameType, what: str, lifted: set[HostFunction]) -> Exception:
+    """Start over with the outermost module-level function around a draw, or refuse the draw."""
+    found: HostFunction | None = None
+    current: FrameType | None = frame
+    while current is not None:
+        name = current.f_code.co_name
+        function = current.f_globals.get(name)
+        if getattr(function, "__code__", None) is not current.f_code:
+            break
+        found = HostFunction(current.f_globals, name)
+        current = current.f_back
+    if found is not None and found not in lifted:
+        return Restart(found)
+    site = current_site()
+    return CaptureError(
+        f"{site}: `{site.text}` draws from {what}; captured, the numbers would be the same at "
+        "every step. Draw them with torch (torch.rand, torch.randint), pass them as an input, or "
+        "draw them in a function of the module level that returns an array: it is called anew at "
+        "each step."
+    )
+
+
+def _operator(
+    original: Callable[..., Any], resolver: BranchResolver, active: list[bool]
+) -> Callable[..., Any]:
+    """`original`, as an operator of the graph while a model is captured."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not resolver.active:
+            return original(*args, **kwargs)
+        leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        constants = [x for x in leaves if not isinstance(x, torch.Tensor)]
+
+        def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            queue = iter(given)
+            filled = [next(queue) if isinstance(x, torch.Tensor) else x for x in leaves]
+            a, k = torch.utils._pytree.tree_unflatten(filled, spec)
+            return (_drawn(original, a, k),)
+
+        values = [resolver.value(t) for t in tensors]
+
+        def example() -> torch.Tensor:
+            active[0] = False
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    return run(*(torch.as_tensor(v) for v in values))[0]
+            finally:
+                active[0] = True
+
+        found = apart(example)
+
+        def fake(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (torch.empty(found.shape, dtype=found.dtype),)
+
+        op = operator_for(original, constants, len(tensors), 1, run, fake, random=True)
+        return op(*tensors)[0]
+
+    return call
+
+
+def _drawn(function: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor:
+    """Call with host generators seeded from torch's: replayed and agreed upon as its draws are."""
+    seed = int(torch.randint(2**31, ()))
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        return torch.as_tensor(np.asarray(function(*args, **kwargs)))
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
