@@ -79,12 +79,15 @@ class BatchLayout:
         if not self.local:
             return args, kwargs
 
-        def repeat(x: torch.Tensor) -> torch.Tensor:
-            if x.ndim and x.shape[0] == self.samples:
-                return torch.cat([x] * self.cluster.world_size)
-            return x
+        return pytree.tree_map_only(torch.Tensor, self.gather, (args, kwargs))
 
-        return pytree.tree_map_only(torch.Tensor, repeat, (args, kwargs))
+    def gather(self, x: Any) -> Any:
+        """The whole of an input that every rank passes a part of."""
+        if not self.local or not x.ndim or x.shape[0] != self.samples:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.cluster.world_size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
 
     def input_pins(self) -> tuple[ShardingSpec | None, ...] | None:
         if not self.local:

@@ -9,7 +9,8 @@ with the parameters' layouts kept.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ from autopar.runtime.batch import BatchLayout
 from autopar.runtime.distribute import check_optimizer, distribute, optimizer_state_ratio
 from autopar.runtime.groups import process_groups
 from autopar.sharding.sites import Pins
-from autopar.tracer import ColoTracer, ModelGraph
+from autopar.tracer import ColoTracer, Guard, ModelGraph
 
 log = logging.getLogger(__name__)
+
+# numbers of captures for the same shapes at which the engine says so
+_WORTH_SAYING = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def auto_engine(
@@ -105,7 +109,7 @@ def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Specialization:
-    """The program for one shape of inputs and one mode."""
+    """The program for one shape of inputs, one mode, and the values that its guards allow."""
 
     graph: ModelGraph
     plan: ShardingPlan
@@ -139,9 +143,10 @@ class Engine(torch.nn.Module):
         hide(self, "_optimizer", optimizer)
         self._cluster, self._given, self._batch, self._lowered = cluster, plan, batch, lowered
         self._time_limit, self._progress = time_limit, progress
-        self._programs: dict[Any, _Specialization] = {}
+        self._programs: dict[Any, list[_Specialization]] = {}
         self._plan: ShardingPlan | None = None
         self._steps = 0
+        self._draws = 0
         self._device = environment.device_for(cluster)
         self._mesh = environment.start(cluster, self._device)
         self._rank = dist.get_rank()
@@ -197,12 +202,25 @@ class Engine(torch.nn.Module):
             self._steps += 1
             flat.append(torch.tensor((self._seed + self._steps) % 2**62))
         run = special.run if torch.is_grad_enabled() else program.gm
-        results = list(run(*flat))
+        with self._common_draws(graph):
+            results = list(run(*flat))
         count = len(graph.mutations)
         with torch.no_grad():
             for name, value in zip(graph.mutations, results[:count], strict=True):
                 buffers[name].copy_(value)
         return pytree.tree_unflatten(special.layout.give(results[count:]), graph.out_spec)
+
+    @contextmanager
+    def _common_draws(self, graph: ModelGraph) -> Iterator[None]:
+        """Random operators that run replicated draw the same on every rank, anew at each step."""
+        if not graph.random:
+            yield
+            return
+        self._draws += 1
+        cuda = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed((self._seed + self._draws) % 2**62)
+            yield
 
     # -- planning -------------------------------------------------------------------------------
 
@@ -214,10 +232,32 @@ class Engine(torch.nn.Module):
         return self.training, spec, described
 
     def _specialization(self, args: Any, kwargs: Any) -> _Specialization:
-        key = self._key(args, kwargs)
-        if key not in self._programs:
-            self._programs[key] = self._specialize(args, kwargs)
-        return self._programs[key]
+        """The program for inputs of these shapes, and of values that its guards allow."""
+        programs = self._programs.setdefault(self._key(args, kwargs), [])
+        failed = None
+        for special in programs:
+            failed = self._failed_guard(special, args, kwargs)
+            if failed is None:
+                return special
+        if failed is not None and len(programs) in _WORTH_SAYING:
+            log.warning(
+                "capturing the model again: this batch takes another branch than %d before it.\n"
+                "%s\nMove the decision out of the model, or make the batches alike in it.",
+                len(programs), failed,
+            )  # fmt: skip
+        programs.append(self._specialize(args, kwargs))
+        return programs[-1]
+
+    def _failed_guard(self, special: _Specialization, args: Any, kwargs: Any) -> Guard | None:
+        """The first guard of a program that a batch violates; the same on every rank."""
+        guards = [g for g in special.graph.guards if g.program is not None]
+        if not guards:
+            return None
+        leaves = pytree.tree_leaves((args, kwargs))
+        used = {k for g in guards for what, k in g.sources if what == "input"}
+        whole = {k: special.layout.gather(leaves[k]) for k in used}
+        buffers = dict(self._model.named_buffers(remove_duplicate=False))
+        return next((g for g in guards if not g.holds(whole, buffers)), None)
 
     def _specialize(self, args: Any, kwargs: Any) -> _Specialization:
         layout = BatchLayout.of(self._batch, self._cluster, (args, kwargs))

@@ -270,8 +270,9 @@ class BranchResolver(TorchFunctionMode):
         return int(self.value(end)) if isinstance(end, torch.Tensor) else end
 
     def _masked_select(self, func: Any, args: Any, kwargs: Any) -> Any:
-        source, mask = torch.broadcast_tensors(*args)
-        return source[tuple(self._indices(mask).unbind(1))]
+        source, mask = args
+        shape = torch.broadcast_shapes(source.shape, mask.shape)
+        return source.expand(shape)[tuple(self._indices(mask.expand(shape)).unbind(1))]
 
     def _equal(self, func: Any, args: Any, kwargs: Any) -> Any:
         a, b = args

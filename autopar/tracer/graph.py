@@ -74,6 +74,11 @@ class ModelGraph:
             if node.op == "call_function" and node.target is not operator.getitem:
                 yield node
 
+    @cached_property
+    def random(self) -> bool:
+        """Whether some operator draws random numbers."""
+        return any(draws(node) for node in self.nodes)
+
     def info(self, node: fx.Node) -> NodeInfo:
         return node.meta["autopar"]
 
@@ -117,6 +122,14 @@ class ModelGraph:
             what = "in" if node.op == "placeholder" else str(node.target)
             digest.update(repr((node.op, what, shapes, args)).encode())
         return digest.hexdigest()[:16]
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

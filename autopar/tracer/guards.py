@@ -49,7 +49,9 @@ class Guard:
     sources: tuple[tuple[str, Any], ...] = ()
     program: fx.GraphModule | None = field(default=None, repr=False, compare=False)
 
-    def holds(self, leaves: Sequence[Any], buffers: Mapping[str, torch.Tensor]) -> bool:
+    def holds(
+        self, leaves: Sequence[Any] | Mapping[int, Any], buffers: Mapping[str, torch.Tensor]
+    ) -> bool:
         """Whether these inputs (flattened args and kwargs) take the captured branch too."""
         if self.program is None:
             return True

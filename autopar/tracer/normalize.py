@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.tracer.graph import ModelGraph, NodeInfo
+from autopar.tracer.graph import ModelGraph, NodeInfo, draws
 from autopar.tracer.guards import Guard
 from autopar.tracer.source import is_users
 
@@ -42,13 +42,13 @@ def model_graph(
     program: torch.export.ExportedProgram,
     example: Any,
     guards: tuple[Guard, ...],
-    draws: int,
+    extra: int,
 ) -> ModelGraph:
     """The graph of an exported and functionalized program.
 
     Args:
         example: the fake (args, kwargs) it was exported with.
-        draws: the program returns (results, a list of so many values that only show a draw).
+        extra: the program returns (results, a list of so many values that only keep draws alive).
     """
     gm = program.graph_module
     parameters, buffers, constants = {}, {}, {}
@@ -87,7 +87,7 @@ def model_graph(
         name if isinstance(value, torch.Tensor) else None
         for name, value in zip(inputs, flat, strict=True)
     ]
-    _drop_results(gm.graph, draws)
+    _drop_results(gm.graph, extra)
     _clean(gm)
     out_spec, _ = program.call_spec.out_spec.children()
     return ModelGraph(
@@ -153,13 +153,6 @@ def _rewrite(graph: fx.Graph) -> None:
             node.target = _SAME_AS.get(node.target, node.target)
 
 
-def _draws(node: fx.Node) -> bool:
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
-
-
 def _clean(gm: fx.GraphModule) -> None:
     """Drop assertions and dead code, annotate where every node came from, check what is left."""
     graph = gm.graph
@@ -167,7 +160,7 @@ def _clean(gm: fx.GraphModule) -> None:
         if node.op == "call_function" and str(node.target) in _ASSERTIONS:
             graph.erase_node(node)
     _rewrite(graph)
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _draws(n))
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or draws(n))
     for node in graph.nodes:
         node.meta["autopar"] = NodeInfo(_module_of(node), _source_of(node))
         if node.op == "call_function" and node.target is not operator.getitem:

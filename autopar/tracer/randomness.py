@@ -9,21 +9,26 @@ Drawn while a model is captured, they would be constants of every later step. Wh
   Face's SpecAugment masks). The capture starts over with it wrapped: `Restart`;
 * any other draw is an error with its source line.
 
+Functions of other libraries that models call on arrays (a table, `_HOST`) become operators too.
+
 What draws after a `seed()` of its own is not random and stays.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.tracer.branches import BranchResolver
@@ -108,11 +113,65 @@ def host_randomness(resolver: BranchResolver, lifted: set[HostFunction]) -> Iter
             original = function.namespace[function.name]
             wrapped = _operator(original, resolver, active)
             stack.enter_context(mock.patch.dict(function.namespace, {function.name: wrapped}))
+        for namespace, name in _host_functions():
+            wrapped = _host_operator(namespace[name], _HOST[name], resolver)
+            stack.enter_context(mock.patch.dict(namespace, {name: wrapped}))
         try:
             yield
+            changed = random.getstate() != python_state and not seeded["python"]
+            changed |= _differ(np.random.get_state(), numpy_state) and not seeded["numpy"]
+            if changed:
+                raise CaptureError(
+                    "the model draws from Python's or NumPy's generator through a function that "
+                    "it took hold of before the capture (from random import random, say); the "
+                    "numbers would be the same at every step. Call it as an attribute of its "
+                    "module (random.random()), or draw with torch."
+                )
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _assignment(cost: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+    """Row and column indices of `scipy.optimize.linear_sum_assignment`."""
+    size = min(cost.shape)
+    return tuple(torch.empty(size, dtype=torch.int64) for _ in range(2))
+
+
+# Functions of other libraries that models call on arrays, by name, with the results' shapes.
+_HOST = {"linear_sum_assignment": _assignment}
+
+
+def _host_functions() -> list[tuple[dict[str, Any], str]]:
+    """Where loaded modules hold a function of the table."""
+    spaces = [vars(m) for m in list(sys.modules.values()) if isinstance(m, ModuleType)]
+    return [(s, name) for s in spaces for name in _HOST if callable(s.get(name))]
+
+
+def _host_operator(
+    original: Callable[..., Any], fake: Callable[..., Any], resolver: BranchResolver
+) -> Callable[..., Any]:
+    """A function on arrays as an operator of the graph, where it is called on a captured tensor."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not resolver.active or not args or not isinstance(args[0], FakeTensor):
+            return original(*args, **kwargs)
+
+        def run(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if isinstance(value, FakeTensor):
+                return tuple(fake(value))
+            found = original(value.detach().cpu().numpy(), *args[1:], **kwargs)
+            return tuple(torch.as_tensor(np.asarray(x)) for x in found)
+
+        count = len(fake(args[0]))
+        constants = (*args[1:], *kwargs.items())
+        return operator_for(original, constants, 1, count, run, fake)(args[0])
+
+    return call
 
 
 def _lift(frame: FrameType, what: str, lifted: set[HostFunction]) -> Exception:
@@ -145,14 +204,14 @@ def _operator(
     def call(*args: Any, **kwargs: Any) -> Any:
         if not resolver.active:
             return original(*args, **kwargs)
-        leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         constants = [x for x in leaves if not isinstance(x, torch.Tensor)]
 
         def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
             queue = iter(given)
             filled = [next(queue) if isinstance(x, torch.Tensor) else x for x in leaves]
-            a, k = torch.utils._pytree.tree_unflatten(filled, spec)
+            a, k = pytree.tree_unflatten(filled, spec)
             return (_drawn(original, a, k),)
 
         values = [resolver.value(t) for t in tensors]

@@ -180,11 +180,15 @@ def test_a_model_that_cannot_be_captured(tmp_path):
         "import torch\n"
         "class M(torch.nn.Module):\n"
         "    def forward(self, x):\n"
-        "        return x if x.sum() > 0 else -x\n"
+        "        h = x.exp() * self.w\n"
+        "        return h if h.sum() > 0 else -h\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.w = torch.nn.Parameter(torch.ones(3))\n"
         "def build_model(): return M()\n"
         "def example_inputs(): return (torch.ones(3),)\n"
     )
-    assert "model.py:4" in refused("plan", str(path), "--mesh", "2", code=1)
+    assert "model.py:5" in refused("plan", str(path), "--mesh", "2", code=1)
 
 
 def test_damaged_plans_are_refused(tmp_path, tiny):
