@@ -136,7 +136,7 @@ def test_questions_about_inputs_are_guarded(function):
 
 
 def test_a_guard_on_a_buffer_looks_at_its_present_value():
-    model, graph = captured(lambda m, x: m.linear(x) * (2 if m.limit > 3 else 1), X)
+    _, graph = captured(lambda m, x: m.linear(x) * (2 if m.limit > 3 else 1), X)
     (guard,) = graph.guards
     assert guard.sources == (("buffer", "limit"),)
     assert guard.holds([X], {"limit": torch.tensor(4.0)})
@@ -176,7 +176,7 @@ def test_layer_drop_is_captured_off_and_said():
             h = m.linear(h)
         return h
 
-    model, graph = captured(dropped, X)
+    _, graph = captured(dropped, X)
     (guard,) = graph.guards  # three layers, one line
     assert guard.kind == "random" and guard.value is False
     assert "10%" in guard.note or "11%" in guard.note or "9%" in guard.note
@@ -194,7 +194,7 @@ DRAWS = {
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 def test_every_kind_of_draw_is_seen_to_be_random(draw):
-    model, graph = captured(lambda m, x: m.linear(x) * (0 if draw() < 0.05 else 1), X)
+    _, graph = captured(lambda m, x: m.linear(x) * (0 if draw() < 0.05 else 1), X)
     assert [g.kind for g in graph.guards] == ["random"]
 
 
