@@ -69,10 +69,31 @@ class ModelGraph:
         return {str(n.target): n for n in self.nodes if n.op == "placeholder"}
 
     def compute_nodes(self) -> Iterator[fx.Node]:
-        """Operator calls, without the `getitem`s that take multi-output ops apart."""
+        """Operator calls, without the `getitem`s that take multi-output ops apart and the
+        arithmetic on symbolic sizes."""
         for node in self.nodes:
-            if node.op == "call_function" and node.target is not operator.getitem:
+            if node.op != "call_function" or node.target is operator.getitem:
+                continue
+            if any(map(torch.is_tensor, pytree.tree_leaves(node.meta["val"]))):
                 yield node
+
+    @cached_property
+    def symbols(self) -> dict[str, str]:
+        """What the symbolic sizes of inputs are: "batch" for dim 0, "sequence" for dim 1, and
+        `<input>_<dim>` for those whose size differs from the first such dim's."""
+        found: dict[str, str] = {}
+        first: dict[str, int] = {}
+        for name in self.inputs:
+            if name is None:
+                continue
+            value = self.placeholders[name].meta["val"]
+            for role, size in zip(("batch", "sequence"), value.shape, strict=False):
+                if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
+                    hint = size.node.hint
+                    alike = first.setdefault(role, hint) == hint
+                    dim = ("batch", "sequence").index(role)
+                    found[str(size.node.expr)] = role if alike else f"{name}_{dim}"
+        return found
 
     @cached_property
     def random(self) -> bool:

@@ -30,6 +30,7 @@ aten = torch.ops.aten
 
 # Nodes that state what tracing already guarantees.
 _ASSERTIONS = {"aten._assert_tensor_metadata.default", "aten._assert_async.msg"}
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _SAME_AS = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
@@ -164,10 +165,11 @@ def _clean(gm: fx.GraphModule) -> None:
     for node in graph.nodes:
         node.meta["autopar"] = NodeInfo(_module_of(node), _source_of(node))
         if node.op == "call_function" and node.target is not operator.getitem:
-            if not isinstance(node.target, torch._ops.OpOverload):
+            number = isinstance(node.meta.get("val"), _NUMBERS)
+            if not isinstance(node.target, torch._ops.OpOverload) and not number:
                 raise CaptureError(
-                    f"{node.target} at {_source_of(node)} is not an operator (a higher-order op or "
-                    "a symbolic size); autopar plans graphs of ATen and custom operators"
+                    f"{node.target} at {_source_of(node)} is not an operator (a higher-order op); "
+                    "autopar plans graphs of ATen and custom operators"
                 )
         elif node.op == "get_attr":
             raise CaptureError(

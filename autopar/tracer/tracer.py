@@ -44,11 +44,21 @@ class ColoTracer:
         device: device type the program is captured for; ops may branch on it.
         assume: what tensors that Python asks for the value of are taken to be, where nothing else
             decides it: by `file.py:line` or a piece of that line's text.
+        dynamic: keep the first two dims of every input symbolic where the model allows it; the
+            graph's `symbols` says which are batch and sequence. Such a graph can be profiled for
+            any size, not planned.
     """
 
-    def __init__(self, device: str = "cpu", *, assume: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        assume: Mapping[str, Any] | None = None,
+        dynamic: bool = False,
+    ) -> None:
         self.device = device
         self.assume = dict(assume or {})
+        self.dynamic = dynamic
 
     def trace(
         self,
@@ -78,7 +88,9 @@ class ColoTracer:
                 raise CaptureError(_explain(model, error)) from error
 
     def _capture(self, model: torch.nn.Module, given: Any, lifted: set[HostFunction]) -> ModelGraph:
-        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=True)
+        mode = FakeTensorMode(
+            shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=not self.dynamic
+        )
         clone = self._fake_clone(model, mode)
         settings = apply_settings(clone)
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._faker(mode), given)
@@ -91,11 +103,33 @@ class ColoTracer:
             host_randomness(resolver, lifted),
         ):
             warnings.simplefilter("ignore")
-            program = torch.export.export(clone, args, kwargs, strict=False)
+            program = torch.export.export(
+                clone, args, kwargs, dynamic_shapes=self._dynamic_shapes(given), strict=False
+            )
             detach_no_grad_regions(program.graph_module)
             program = program.run_decompositions({})
         guards = (*settings, *resolver.guards)
         return model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
+
+    def _dynamic_shapes(self, given: Any) -> Any:
+        """For every input, which dims are symbolic; None if none is."""
+        if not self.dynamic:
+            return None
+
+        def dims(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return None
+            if value.ndim and value.shape[0] < 2:
+                raise CaptureError(
+                    f"dynamic=True needs an example batch of at least 2, got an input of shape "
+                    f"{tuple(value.shape)}: sizes 0 and 1 behave unlike the others"
+                )
+            return dict.fromkeys(range(min(2, value.ndim)), torch.export.Dim.AUTO)
+
+        args, kwargs = pytree.tree_map(dims, given)
+        if args and kwargs:
+            raise CaptureError("dynamic=True takes either positional inputs or keyword ones")
+        return kwargs or args
 
     def _faker(self, mode: FakeTensorMode) -> Any:
         def fake(t: torch.Tensor) -> torch.Tensor:

@@ -184,3 +184,76 @@ def memory(mesh: str, budget: str | None) -> dict[str, float]:
         "parameters": held["parameters"] / m.parameters_bytes,
         "optimizer": held["optimizer"] / m.optimizer_bytes,
     }
+
+
+class Branching(nn.Module):
+    """Branches on labels, picks the rows that count, and reverses a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 16)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x, y):
+        h = torch.tanh(self.up(x))
+        if y.max() > 6:  # another head for batches with rare classes
+            h = Halved.apply(h)
+        logits = self.head(h)
+        chosen = y > 1
+        return F.cross_entropy(logits[chosen], y[chosen])
+
+
+class Halved(torch.autograd.Function):
+    """Identity with half of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+def branches(mesh: str, how: str) -> dict[str, Any]:
+    """Train on batches that take different branches; difference from one device, captures."""
+    torch.manual_seed(0)
+    alone = Branching().double()
+    model = copy.deepcopy(alone)
+    engine, _ = auto_engine(model, None, eager_to_shard(mesh), batch=how)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    worst, seen = 0.0, []
+    for step in (0, 1, 2, 0, 1):
+        x, y = batch(step)
+        y = torch.arange(8) if step == 1 else y.clamp(max=6 - step)
+        mine = (x.chunk(world)[rank], y.chunk(world)[rank]) if how == "local" else (x, y)
+        engine.zero_grad()
+        alone.zero_grad()
+        loss, expected = engine(*mine), alone(x, y)
+        loss.backward()
+        expected.backward()
+        worst = max(worst, abs(loss.item() - expected.item()))
+        for p, q in zip(engine.parameters(), alone.parameters(), strict=True):
+            worst = max(worst, (p.grad.full_tensor() - q.grad).abs().max().item())
+        seen.append(sum(map(len, engine._programs.values())))
+    return {"error": worst, "captures": seen}
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        return x * self.weight + torch.randn_like(x) + torch.rand(16)
+
+
+def draws(mesh: str) -> list[Any]:
+    """Two results of a model that draws, on ranks whose own generators differ."""
+    torch.manual_seed(7)
+    engine, _ = auto_engine(Noisy(), None, eager_to_shard(mesh))
+    torch.manual_seed(torch.distributed.get_rank())
+    before = torch.get_rng_state()
+    results = [engine(torch.zeros(8, 16)).detach().numpy() for _ in range(2)]
+    assert torch.get_rng_state().equal(before)
+    return results

@@ -134,3 +134,17 @@ def test_a_rank_that_dies_stops_the_others(tmp_path):
     assert run.returncode != 0
     assert "EngineError" in run.stderr
     assert "Another rank has died" in run.stderr
+
+
+@pytest.mark.parametrize(("mesh", "how"), [("2x2", "global"), ("4", "local")])
+def test_batches_that_take_another_branch_are_captured_anew(pool, mesh, how):
+    for rank in pool.run(tasks.branches, mesh, how):
+        assert rank["error"] < 1e-9
+        assert rank["captures"][-1] == rank["captures"][2] >= 2  # and those seen again are known
+
+
+def test_replicated_draws_are_alike_on_all_ranks(pool):
+    ranks = pool.run(tasks.draws, "2x2")
+    assert not np.array_equal(*ranks[0])
+    for other in ranks[1:]:
+        assert np.array_equal(ranks[0], other)
