@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import CaptureError
 from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
+from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
 from autopar.tracer.graph import ModelGraph
 from autopar.tracer.normalize import detach_no_grad_regions, model_graph
@@ -107,7 +108,8 @@ class ColoTracer:
                 clone, args, kwargs, dynamic_shapes=self._dynamic_shapes(given), strict=False
             )
             detach_no_grad_regions(program.graph_module)
-            program = program.run_decompositions({})
+            if self.dynamic or not make_functional(program.graph_module):
+                program = program.run_decompositions({})
         guards = (*settings, *resolver.guards)
         return model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
 
