@@ -9,8 +9,7 @@ and random plans are both read off the space.
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,6 +22,7 @@ from autopar.profiler.profile import profile_graph, requires_grad_map
 from autopar.sharding.conversion import converter_for
 from autopar.sharding.costs import OpCosts
 from autopar.sharding.node_rules import call_of, producer, results, rule_of, strategies_of
+from autopar.sharding.repeats import has_index, pattern, places
 from autopar.sharding.rules import describe_missing
 from autopar.sharding.saved import SavedValues
 from autopar.sharding.sites import Candidate, Link, Pins, Site, Workload
@@ -215,13 +215,16 @@ class SearchSpace:
 
     def _build(self) -> None:
         input_names = [name for name in self.graph.inputs if name is not None]
-        ordinals: Counter[str] = Counter()
+        calls = [n for n in self.graph.nodes if n in self.profile]
+        signatures = [(str(c.op), c.inputs, c.outputs) for c in map(call_of, calls)]
+        modules = [self.graph.info(n).module for n in calls]
+        place = dict(zip(calls, places(zip(modules, signatures, strict=True)), strict=True))
         users = _user_links(self.graph)
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 self._add(self._placeholder(node, input_names), 0)
             elif node in self.profile:
-                site = self._operator(node, ordinals)
+                site = self._operator(node, place[node])
                 index = self._add(site, *range(len(results(node))))
                 for i, operand in enumerate(operands(node)):
                     if operand is not None:
@@ -293,28 +296,25 @@ class SearchSpace:
             "optimizer_bytes": held * trains * self.workload.state_bytes_per_param_byte,
         }
         repeats = None
-        if _has_index(qualified):
-            repeats = ("parameter", _pattern(qualified), shape, len(candidates), trains)
+        if has_index(qualified):
+            repeats = ("parameter", pattern(qualified), shape, len(candidates), trains)
         total = sum(parts.values(), np.zeros(len(held)))
         zero = np.zeros(len(held))
         return Site("parameter", node, tuple(candidates), zero, total, parts, repeats=repeats)
 
-    def _operator(self, node: fx.Node, ordinals: Counter[str]) -> Site:
+    def _operator(self, node: fx.Node, place: Any) -> Site:
         found = strategies_of(node, self.mesh)
         candidates = tuple(Candidate(s.name, s.outputs, s.inputs, s) for s in found)
         compute = self._costs.compute_us(node, found)
         communicate = self._costs.lowering_us(node, found)
         saved = self._costs.saved_bytes(node, found)
         working = self._costs.working_bytes(node, found)
-        module = self.graph.info(node).module
-        ordinal = ordinals[module]
-        ordinals[module] += 1
         repeats = None
-        if _has_index(module):
+        if place is not None:
             call = call_of(node)
             repeats = (
-                "op", _pattern(module), ordinal, str(call.op), call.inputs, call.outputs,
-                len(candidates), self._saved.key(node),
+                "op", place, str(call.op), call.inputs, call.outputs, len(candidates),
+                self._saved.key(node),
             )  # fmt: skip
         return Site(
             "op", node, candidates, compute + communicate, saved,
@@ -390,12 +390,3 @@ def _unique(items: Iterable[Any]) -> tuple[list[Any], list[int]]:
     seen: dict[Any, int] = {}
     position = [seen.setdefault(item, len(seen)) for item in items]
     return list(seen), position
-
-
-def _pattern(name: str) -> str:
-    """`h.3.attn` to `h.*.attn`: the same place in every copy of a block."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
-
-
-def _has_index(name: str) -> bool:
-    return _pattern(name) != name

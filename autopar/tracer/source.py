@@ -5,16 +5,20 @@ from __future__ import annotations
 import ast
 import linecache
 import sys
+import sysconfig
 import traceback
 from dataclasses import dataclass
 from itertools import islice
 from types import CodeType, FrameType
 
 _OWN_FRAMES = ("/torch/", "/autopar/", "<string>", "<eval_with_key>", "<frozen", "/numpy/")
+_PYTHON = sysconfig.get_paths()["stdlib"]
 
 
 def is_users(filename: str) -> bool:
-    """Whether a frame of this file is neither torch's, numpy's nor ours."""
+    """Whether a frame of this file is neither Python's, torch's, numpy's nor ours."""
+    if filename.startswith(_PYTHON) and "-packages" not in filename:
+        return False
     return not any(part in filename for part in _OWN_FRAMES)
 
 

@@ -18,8 +18,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
@@ -86,7 +92,7 @@ class ColoTracer:
             except CaptureError:
                 raise
             except Exception as error:
-                raise CaptureError(_explain(model, error)) from error
+                raise CaptureError(_explain(model, error, given)) from error
 
     def _capture(self, model: torch.nn.Module, given: Any, lifted: set[HostFunction]) -> ModelGraph:
         mode = FakeTensorMode(
@@ -236,16 +242,45 @@ def _register_dataclasses(value: Any) -> None:
             _register_dataclasses(item)
 
 
-def _explain(model: torch.nn.Module, error: Exception) -> str:
-    """What failed, at which line of the user's code."""
+# Errors that a graph cannot be made, whatever the inputs; others the model itself may raise.
+_UNCAPTURABLE = (
+    GuardOnDataDependentSymNode,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+
+def _explain(model: torch.nn.Module, error: Exception, given: Any) -> str:
+    """What failed, at which line of the user's code, and what to do."""
     recorded = [f"{f}:{n}" for f, n in _FRAME.findall(str(error)) if "/torch/" not in f]
     site = failing_site(error)
     where = f"{site}: `{site.text}`" if site else (recorded or ["unknown line"])[-1]
     first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    if isinstance(error, _UNCAPTURABLE):
+        remedy = (
+            "Control flow that depends on tensor values, and operators without a fake "
+            "implementation, cannot be captured: compute the decision from shapes or arguments, "
+            "or register a fake implementation with torch.library.register_fake."
+        )
+    else:
+        remedy = (
+            f"The inputs were {_described(given)}. If the model fails on them without autopar "
+            "too, mend the inputs (shapes, dtypes, names) or the model."
+        )
     return (
         f"cannot capture {type(model).__name__} as one graph: {type(error).__name__}: {first}\n"
-        f"  at {where}\n"
-        "  Control flow that depends on tensor values, and operators without a fake "
-        "implementation, cannot be captured: compute the decision from shapes or arguments, or "
-        "register a fake implementation with torch.library.register_fake."
+        f"  at {where}\n  {remedy}"
     )
+
+
+def _described(given: Any) -> str:
+    parts = []
+    for path, value in pytree.tree_flatten_with_path(given)[0]:
+        what = (
+            f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else repr(value)
+        )
+        parts.append(f"{pytree.keystr(path[1:]).strip('[]').strip(chr(39))}: {what}")
+    return ", ".join(parts) or "none"

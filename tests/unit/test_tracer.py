@@ -1,10 +1,16 @@
 """Capture: what the graph holds, and that nothing of the user's changes."""
 
+import dataclasses
+import random
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from autopar import ColoTracer
+from autopar.errors import CaptureError
 from tests.models import CASES, LanguageModel
 
 
@@ -73,3 +79,139 @@ def test_nothing_of_the_users_changes():
     assert model.training
     assert len(model.head._forward_hooks) == 1
     assert all(type(t) in (nn.Parameter, torch.Tensor) for t in after.values())
+
+
+class Counter(nn.Module):
+    """Everything a capture could touch: buffers, hooks, a tied weight, a module in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.down = nn.Linear(4, 4)
+        self.down.weight = self.up.weight
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.frozen = nn.Dropout(0.5).eval()
+        self.log = []
+
+    def forward(self, x, scale=None, *, options=None):
+        self.calls += 1
+        self.log.append(x.shape)
+        h = self.down(torch.nn.functional.dropout(self.norm(self.up(x)), 0.1))
+        return {"h": h if scale is None else h * scale, "frozen": self.frozen(h), "n": 3}
+
+
+def test_the_users_module_and_generators_are_left_alone():
+    model = Counter()
+    model.up.register_forward_hook(lambda *a: None)
+    model.register_full_backward_hook(lambda *a: None)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    hooks = [(len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()]
+    modes = [m.training for m in model.modules()]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    state = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    graph = ColoTracer().trace(model, (torch.ones(3, 4),))
+    assert {"calls", "norm.running_mean"} <= set(graph.mutations)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert hooks == [(len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()]
+    assert modes == [m.training for m in model.modules()]
+    assert state[0] == random.getstate()
+    assert np.array_equal(state[1], np.random.get_state()[1])
+    assert torch.equal(state[2], torch.get_rng_state())
+    assert model.log == [] and "forward" not in vars(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_inputs_and_results_of_many_kinds():
+    @dataclasses.dataclass
+    class Output:
+        loss: torch.Tensor
+        parts: tuple
+        note: str = "kept"
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, pair, mask=None, *, table, flag=True):
+            a, b = pair
+            h = self.linear(a) + (b if mask is None else b * mask)
+            h = h * table["scale"] if flag else h
+            return Output(h.sum(), (h, [h * 2, None]))
+
+    model = Model().double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    kwargs = {"table": {"scale": torch.tensor(2.0)}, "flag": True}
+    graph = ColoTracer().trace(model, ((x, x + 1), None), kwargs)
+    ours, theirs = graph.bind(model)((x, x + 1), None, **kwargs), model((x, x + 1), None, **kwargs)
+    assert type(ours) is Output and ours.note == "kept" and ours.parts[1][1] is None
+    assert torch.equal(ours.loss, theirs.loss)
+    assert torch.equal(ours.parts[1][0], theirs.parts[1][0])
+
+
+def test_recurrent_networks_and_ctc():
+    class Speech(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(4, 6, num_layers=2, batch_first=True, bidirectional=True)
+            self.head = nn.Linear(12, 5)
+
+        def forward(self, x, targets, lengths):
+            logits = self.head(self.lstm(x)[0]).log_softmax(-1).transpose(0, 1)
+            full = torch.full((x.shape[0],), x.shape[1])
+            return torch.nn.functional.ctc_loss(logits, targets, full, lengths)
+
+    model = Speech().double()
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    batch = (x, torch.tensor([[1, 2, 3], [4, 1, 0]]), torch.tensor([3, 2]))
+    graph = ColoTracer().trace(model, batch)
+    ours, theirs = graph.bind(model)(*batch), model(*batch)
+    assert abs(ours.item() - theirs.item()) < 1e-12
+    weights = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(ours, weights), torch.autograd.grad(theirs, weights),
+                    strict=True):  # fmt: skip
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert any("ctc_loss" in str(n.target) for n in graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((np.ones((3, 4)),), "is a ndarray.*torch.as_tensor"),
+        ((torch.ones(3, 5),), r"float32\[3, 5\].*mend the inputs"),
+        ((torch.ones(3, 4), torch.ones(7)), r"1: float32\[7\]"),
+        ((), "missing a required argument: 'x'"),
+    ],
+)
+def test_wrong_inputs_say_what_to_change(inputs, message):
+    with pytest.raises(CaptureError, match=re.compile(message, re.DOTALL)):
+        ColoTracer().trace(Counter(), inputs)
+
+
+def test_dynamic_shapes_stay_symbolic():
+    batch = CASES["gpt2"].batch(0)
+    graph = ColoTracer(dynamic=True).trace(LanguageModel(), (), batch)
+    assert set(graph.symbols.values()) == {"batch", "sequence"}
+    logits = next(n for n in graph.nodes if "lm_head" in graph.info(n).module)
+    assert any(isinstance(s, torch.SymInt) for s in logits.meta["val"].shape)
+    short = {k: v[:5, :7] for k, v in batch.items()}
+    model = LanguageModel()
+    assert torch.equal(graph.bind(model)(**short), model(**short))
+    with pytest.raises(CaptureError, match="at least 2"):
+        ColoTracer(dynamic=True).trace(LanguageModel(), (), {k: v[:1] for k, v in batch.items()})
+
+
+@pytest.mark.parametrize("make", [lambda: LanguageModel(layers=2), CASES["vit"].build])
+def test_the_quick_way_computes_what_the_long_one_does(monkeypatch, make):
+    name = "gpt2" if "LanguageModel" in str(type(make())) else "vit"
+    torch.manual_seed(0)
+    model = make().double()
+    batch = CASES[name].batch(0)
+    quick = ColoTracer().trace(model, (), batch)
+    monkeypatch.setattr("autopar.tracer.tracer.make_functional", lambda gm: False)
+    long = ColoTracer().trace(model, (), batch)
+    assert torch.equal(quick.bind(model)(**batch), long.bind(model)(**batch))
+    kinds = [{str(n.target) for n in g.compute_nodes()} - {"aten.clone.default"}
+             for g in (quick, long)]  # fmt: skip
+    assert kinds[0] == kinds[1]

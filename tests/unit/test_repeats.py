@@ -1,0 +1,34 @@
+"""Copies of operators: blocks by name, loops by their bodies."""
+
+from autopar.sharding.repeats import fold_loops, pattern, places
+
+
+def folded(text):
+    return [place for place, _ in fold_loops(text)]
+
+
+def test_blocks_are_named_alike():
+    assert pattern("h.3.attn.0") == "h.*.attn.*"
+    assert pattern("layer3.attn") == "layer3.attn"
+
+
+def test_turns_of_a_loop_share_their_places():
+    assert folded("xy" + "abcd" * 3 + "z") == [0, 1, *[2, 3, 4, 5] * 3, 14]
+    # a loop that ends in the middle of its body
+    assert folded("abcde" * 4 + "ab") == [0, 1, 2, 3, 4] * 4 + [0, 1]
+
+
+def test_what_is_no_loop_stays_apart():
+    assert folded("abcdabcd") == list(range(8))  # two turns
+    assert folded("aaaa") == [0, 1, 2, 3]
+    assert folded("abab") == [0, 1, 2, 3]
+    assert folded("") == []
+
+
+def test_loops_of_different_blocks_are_one():
+    sequence = [(f"layers.{i}.mixer", op) for i in range(2) for op in "p" + "abcd" * 3]
+    found = places([*sequence, ("head", "p")])
+    assert found[-1] is None
+    assert found[:13] == found[13:26]
+    assert found[1] == found[5] == found[9] != found[2]
+    assert places([("loop", op) for op in "abcd" * 3])[0] is not None
