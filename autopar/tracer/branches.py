@@ -274,6 +274,10 @@ class BranchResolver(TorchFunctionMode):
         shape = torch.broadcast_shapes(source.shape, mask.shape)
         return source.expand(shape)[tuple(self._indices(mask.expand(shape)).unbind(1))]
 
+    def _property(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`x.data` leaves the capture; `x.detach()` is the same and does not."""
+        return args[0].detach() if func == torch.Tensor.data.__get__ else func(*args, **kwargs)
+
     def _equal(self, func: Any, args: Any, kwargs: Any) -> Any:
         a, b = args
         return a.shape == b.shape and bool(self.value((a == b).all()))
@@ -365,6 +369,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "masked_select": _R._masked_select,
     "equal": _R._equal,
     "__contains__": _R._contains,
+    "__get__": _R._property,
     **dict.fromkeys(
         (*_RANGES, "tensor", "narrow", "split", "view", "reshape", "expand", "repeat", "pad",
          "new_zeros", "new_ones", "new_full", "new_empty", "interpolate"),

@@ -19,6 +19,8 @@ import torch
 import torch.fx as fx
 from torch._decomp import _should_decompose_because_unsafe_op
 
+from autopar.tracer.guards import storage_of
+
 aten = torch.ops.aten
 
 # What stands for a node: another operator with its arguments, or the value itself.
@@ -145,14 +147,15 @@ def _out_of_place(gm: fx.GraphModule) -> None:
     order = {n: i for i, n in enumerate(nodes)}
     sharing: dict[int, list[fx.Node]] = {}
     for n in nodes:
-        if isinstance(n.meta.get("val"), torch.Tensor):
-            sharing.setdefault(n.meta["val"].untyped_storage()._cdata, []).append(n)
+        storage = storage_of(n)
+        if storage is not None:
+            sharing.setdefault(storage, []).append(n)
     for node in nodes:
         functional = _functional_variant(node)
         if functional is None:
             continue
         target = _operand(node)
-        alike = sharing[target.meta["val"].untyped_storage()._cdata]
+        alike = sharing.get(storage_of(target) or -1, [target, gm.graph.output_node()])
         others = [n for n in alike if n not in (target, node) and order[n] < order[node]]
         seen_later = any(order[u] > order[node] for n in others for u in n.users)
         outside = any(n.op != "call_function" for n in alike)
@@ -186,6 +189,8 @@ def _known(gm: fx.GraphModule, node: fx.Node) -> bool:
     if str(op) == _GRAD_REGION:
         body = getattr(gm, str(node.args[1].target))  # type: ignore[union-attr]
         return all(_known(body, n) for n in body.graph.nodes)
+    if isinstance(node.meta.get("val"), torch.Tensor) and storage_of(node) is None:
+        return False
     if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
         return str(op).startswith(_ASSERTING)
     if op in _REWRITES or not op._can_decompose():

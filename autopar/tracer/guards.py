@@ -134,9 +134,17 @@ def _closure(node: fx.Node) -> list[fx.Node]:
             return [n for n in before if n in needed]
 
 
-def _storages(node: fx.Node) -> set[int]:
+def storage_of(node: fx.Node) -> int | None:
+    """What identifies the storage behind a node's value; None without one (as under vmap)."""
     value = node.meta.get("val")
-    return {value.untyped_storage()._cdata} if isinstance(value, torch.Tensor) else set()
+    if not isinstance(value, torch.Tensor) or not torch._C._has_storage(value):
+        return None
+    return value.untyped_storage()._cdata
+
+
+def _storages(node: fx.Node) -> set[int]:
+    storage = storage_of(node)
+    return set() if storage is None else {storage}
 
 
 def _writes(node: fx.Node) -> set[int]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -64,6 +65,14 @@ def model_graph(
             inputs.append(name)
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             constants[name] = program.constants[str(spec.target)]
+            if isinstance(constants[name], FakeTensor):
+                users = gm.graph.find_nodes(op="placeholder", target=name)[0].users
+                where = next(map(_source_of, users), "unknown source")
+                raise CaptureError(
+                    f"a value computed in {type(model).__name__} leaves the capture and comes back "
+                    f"as a constant at {where}; compute with the tensor itself (not through NumPy, "
+                    "a pickle or a C++ object)"
+                )
         else:
             raise CaptureError(
                 f"{type(model).__name__} holds {spec.target} of kind {spec.kind.name}, which is "

@@ -378,3 +378,13 @@ def test_constants_and_buffers_reach_their_places():
     model, graph = captured(function, X)
     check(model, graph, X)
     assert len(graph.constants) == 2
+
+
+def test_data_stays_in_the_capture():
+    def function(m, x):
+        h = m.linear(x)
+        return h * h.data.max() * h.detach().min()
+
+    model, graph = captured(function, X)
+    check(model, graph, X)
+    assert not graph.constants
