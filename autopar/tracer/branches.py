@@ -39,6 +39,7 @@ _RARE = 0.3
 _TRIALS = 400
 
 Role = tuple[str, Any]
+_DATA: Any = vars(torch._C.TensorBase)["data"].__get__
 
 
 class BranchResolver(TorchFunctionMode):
@@ -276,7 +277,7 @@ class BranchResolver(TorchFunctionMode):
 
     def _property(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`x.data` leaves the capture; `x.detach()` is the same and does not."""
-        return args[0].detach() if func == torch.Tensor.data.__get__ else func(*args, **kwargs)
+        return args[0].detach() if func == _DATA else func(*args, **kwargs)
 
     def _equal(self, func: Any, args: Any, kwargs: Any) -> Any:
         a, b = args
