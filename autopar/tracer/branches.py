@@ -181,8 +181,9 @@ class BranchResolver(TorchFunctionMode):
     ) -> Any:
         site = current_site()
         guard = Guard(kind, str(site), site.text, value, note, sources, program)
-        repeated = program is None and any(
-            g.kind == kind and g.source == guard.source and same_value(g.value, value)
+        repeated = any(
+            (g.kind, g.source, g.sources, g.code) == (kind, guard.source, sources, guard.code)
+            and same_value(g.value, value)
             for g in self.guards
         )
         if not repeated:

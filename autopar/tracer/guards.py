@@ -49,6 +49,11 @@ class Guard:
     sources: tuple[tuple[str, Any], ...] = ()
     program: fx.GraphModule | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def code(self) -> str:
+        """The program's text."""
+        return "" if self.program is None else self.program.code
+
     def holds(
         self, leaves: Sequence[Any] | Mapping[int, Any], buffers: Mapping[str, torch.Tensor]
     ) -> bool:
@@ -109,8 +114,10 @@ class Slice:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for n in self._nodes:
-            copies[n] = graph.node_copy(n, copies.__getitem__)
-            copies[n].meta = {}
+            args, kwargs = fx.map_arg((n.args, n.kwargs), copies.__getitem__)
+            # named anew, so that equal slices have equal texts
+            target = f"source_{len(copies)}" if n.op == "placeholder" else n.target
+            copies[n] = graph.create_node(n.op, target, args, kwargs)
         graph.output(copies[self.node])
         return fx.GraphModule(root, graph)
 

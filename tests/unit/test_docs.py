@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
     "docs/architecture.md",
+    "docs/capture.md",
     "docs/rules.md",
     "docs/solver.md",
     "benchmarks/README.md",
