@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from autopar.tracer.draws import draws
 from autopar.tracer.guards import Guard
 
 
@@ -143,14 +144,6 @@ class ModelGraph:
             what = "in" if node.op == "placeholder" else str(node.target)
             digest.update(repr((node.op, what, shapes, args)).encode())
         return digest.hexdigest()[:16]
-
-
-def draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers."""
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

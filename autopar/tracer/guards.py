@@ -22,6 +22,8 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.fx as fx
 
+from autopar.tracer.draws import draws
+
 Kind = Literal["input", "random", "check", "assumed", "setting"]
 T = TypeVar("T")
 
@@ -103,11 +105,7 @@ class Slice:
     @property
     def random(self) -> bool:
         """Whether it draws random numbers."""
-        return any(
-            torch.Tag.nondeterministic_seeded in n.target.tags
-            for n in self._nodes
-            if isinstance(n.target, torch._ops.OpOverload)
-        )
+        return any(map(draws, self._nodes))
 
     def program(self, root: torch.nn.Module) -> fx.GraphModule:
         """It, as a function of its sources (in order); `root` holds the graph's constants."""

@@ -23,7 +23,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.tracer.graph import ModelGraph, NodeInfo, draws
+from autopar.tracer.draws import draws
+from autopar.tracer.graph import ModelGraph, NodeInfo
 from autopar.tracer.guards import Guard
 from autopar.tracer.source import is_users
 

@@ -388,3 +388,14 @@ def test_data_stays_in_the_capture():
     model, graph = captured(function, X)
     check(model, graph, X)
     assert not graph.constants
+
+
+def test_a_dropout_that_is_off_draws_nothing():
+    def function(m, x):
+        h = F.dropout(m.linear(x), 0.0)
+        if h.sum() > 0:
+            return h
+        return -h
+
+    with pytest.raises(CaptureError, match="depends on activations"):
+        captured(function, X)
