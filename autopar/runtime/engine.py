@@ -189,6 +189,10 @@ class Engine(torch.nn.Module):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         graph, program = special.graph, special.program
         found = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, update in graph.updates.items():
+                shard = found[name].to_local()
+                shard.copy_(update(shard))
         flat = [found[name].to_local() for name in graph.parameters.values()]
         buffers = dict(self._model.named_buffers())
         # copies: backward may keep what the step is about to overwrite

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.tracer.guards import apart
@@ -64,6 +65,12 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     own = cls.__module__.startswith("torch.")
     if own or not capturing() or not tensors or kwargs:
         return inner(*args, **kwargs)
+    if any(isinstance(x, torch.nn.Module) for x in pytree.tree_leaves([args, kwargs])):
+        raise CaptureError(
+            f"{current_site()}: {cls.__name__} takes modules (reversible layers, checkpointing of "
+            "its own); its backward reaches parameters that the graph cannot see. Call the modules "
+            "outside of the function"
+        )
     context = _Context([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
     example = apart(lambda: _forward(cls, context, args))
     if context.dirty:

@@ -44,6 +44,8 @@ class ModelGraph:
         constants: tensors that the model holds but that are neither parameter nor buffer.
         aliases: qualified names of tied parameters to the name that stands for them.
         guards: what was taken for granted about values.
+        updates: changes of parameters, by qualified name, that the forward makes before it uses
+            them (clamped weights): element by element, to be made in place before each run.
     """
 
     gm: fx.GraphModule
@@ -56,6 +58,7 @@ class ModelGraph:
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
+    updates: Mapping[str, fx.GraphModule] = field(default_factory=dict)
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -114,6 +117,9 @@ class ModelGraph:
             tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
             buffers = dict(model.named_buffers(remove_duplicate=False))
             tensors |= buffers
+            with torch.no_grad():
+                for name, update in self.updates.items():
+                    tensors[name].copy_(update(tensors[name]))
             # copies: backward may keep what is about to be overwritten
             tensors |= {name: tensors[name].clone() for name in self.mutations}
             state = [tensors[n] for n in (*self.parameters.values(), *self.buffers.values())]

@@ -112,9 +112,10 @@ class Slice:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for n in self._nodes:
-            args, kwargs = fx.map_arg((n.args, n.kwargs), copies.__getitem__)
-            # named anew, so that equal slices have equal texts
-            target = f"source_{len(copies)}" if n.op == "placeholder" else n.target
+            target, args, kwargs = _without_shape_operands(n)
+            args, kwargs = fx.map_arg((args, kwargs), copies.__getitem__)
+            if n.op == "placeholder":  # named anew, so that equal slices have equal texts
+                target = f"source_{len(copies)}"
             copies[n] = graph.create_node(n.op, target, args, kwargs)
         graph.output(copies[self.node])
         return fx.GraphModule(root, graph)
@@ -134,9 +135,32 @@ def _closure(node: fx.Node) -> list[fx.Node]:
         for n in reversed(before):
             if n in needed or (_writes(n) & storages):
                 needed.add(n)
-                needed.update(n.all_input_nodes)
+                _, *given = _without_shape_operands(n)
+                fx.map_arg(given, needed.add)
         if len(needed) == size:
             return [n for n in before if n in needed]
+
+
+def _without_shape_operands(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Target, args and kwargs of a node that takes a tensor for its shape alone, with the shape."""
+    name = str(node.target).removeprefix("aten.").partition(".")[0]
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not all(type(n) is int for n in value.shape):
+        return node.target, node.args, node.kwargs
+    shape = list(value.shape)
+    kinds = {"dtype": value.dtype, "device": value.device}
+    if name == "expand_as":
+        return torch.ops.aten.expand.default, (node.args[0], shape), {}
+    if name in ("view_as", "reshape_as"):
+        return torch.ops.aten.reshape.default, (node.args[0], shape), {}
+    if name in ("zeros_like", "new_zeros"):
+        return torch.ops.aten.zeros.default, (shape,), kinds
+    if name in ("ones_like", "new_ones"):
+        return torch.ops.aten.ones.default, (shape,), kinds
+    if name in ("full_like", "new_full"):
+        fill = node.args[1 if name == "full_like" else 2]
+        return torch.ops.aten.full.default, (shape, fill), kinds
+    return node.target, node.args, node.kwargs
 
 
 def storage_of(node: fx.Node) -> int | None:

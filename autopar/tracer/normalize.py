@@ -27,6 +27,7 @@ from autopar.tracer.draws import draws
 from autopar.tracer.graph import ModelGraph, NodeInfo
 from autopar.tracer.guards import Guard
 from autopar.tracer.source import is_users
+from autopar.tracer.writes import take_out_writes
 
 aten = torch.ops.aten
 
@@ -98,12 +99,18 @@ def model_graph(
         name if isinstance(value, torch.Tensor) else None
         for name, value in zip(inputs, flat, strict=True)
     ]
+    placeholders = {n.target: n for n in gm.graph.find_nodes(op="placeholder")}
+    updates, dropped = take_out_writes(
+        gm,
+        program.graph_signature.output_specs,
+        {name: placeholders[target] for target, name in parameters.items()},
+    )
     _drop_results(gm.graph, extra)
     _clean(gm)
     out_spec, _ = program.call_spec.out_spec.children()
     return ModelGraph(
         gm, parameters, buffers, tuple(inputs), mutations, in_spec,
-        out_spec, constants, aliases, guards,
+        out_spec, constants, aliases, (*guards, *dropped), updates,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Python that asks for values: resolved, guarded, or refused; never silently wrong."""
 
+import copy
 import inspect
 import random
 import re
@@ -106,6 +107,12 @@ def in_place(m, x, labels):
     return m.linear(x) * (2 if count.sum() > 4 else 3)
 
 
+def shape_of_activations(m, x, labels):
+    h = m.linear(x)
+    mask = (labels > 1).unsqueeze(-1).expand_as(h) & torch.ones_like(h).bool()
+    return h[mask]
+
+
 def any_and_raise(m, x, labels):
     if labels is not None and (labels < 0).any():
         raise ValueError("negative label")
@@ -114,7 +121,7 @@ def any_and_raise(m, x, labels):
 
 QUESTIONS = [
     branch, number, mask, mask_and_column, nonzero, where, masked_select, lengths, slices, ranges,
-    unique, equality, in_place, any_and_raise,
+    unique, equality, in_place, any_and_raise, shape_of_activations,
 ]  # fmt: skip
 
 
@@ -399,3 +406,57 @@ def test_a_dropout_that_is_off_draws_nothing():
 
     with pytest.raises(CaptureError, match="depends on activations"):
         captured(function, X)
+
+
+def test_a_parameter_that_is_clamped_in_the_forward_keeps_its_gradient():
+    def function(m, x):
+        m.linear.weight.data.clamp_(-0.1, 0.1)
+        return m.linear(x)
+
+    model, graph = captured(function, X)
+    assert list(graph.updates) == ["linear.weight"]
+    alone = copy.deepcopy(model)
+    ours, theirs = graph.bind(model)(X), alone(X)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(model.linear.weight, alone.linear.weight)
+    weights = [list(m.parameters()) for m in (model, alone)]
+    for a, b in zip(torch.autograd.grad(ours.sum(), weights[0]),
+                    torch.autograd.grad(theirs.sum(), weights[1]), strict=True):  # fmt: skip
+        assert torch.equal(a, b) and a.abs().max() > 0
+
+
+def test_a_parameter_that_is_written_after_its_use_is_refused():
+    def function(m, x):
+        h = m.linear(x)
+        m.linear.weight.data.mul_(0.5)
+        return m.linear(h)
+
+    with pytest.raises(CaptureError, match="and then writes into it"):
+        captured(function, X)
+
+
+def test_the_callers_inputs_stay_as_they_are():
+    def function(m, x, labels):
+        labels.clamp_(0, 3)
+        return m.linear(x) * labels.unsqueeze(1)
+
+    model, graph = captured(function, X, LABELS.clone())
+    labels = LABELS.clone()
+    ours = graph.bind(model)(X, labels)
+    assert torch.equal(labels, LABELS)
+    assert torch.equal(ours, model(X, labels))
+    assert graph.guards[0].text == "write into an input"
+
+
+def test_functions_over_modules_are_refused():
+    class Reversible(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, layer):
+            return layer(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, None
+
+    with pytest.raises(CaptureError, match="takes modules"):
+        captured(lambda m, x: Reversible.apply(x.requires_grad_(), m.linear), X.clone())
