@@ -1,99 +1,108 @@
 """Per-node costs, forward and backward, without running anything.
 
-Each node's own ATen program is dispatched on fake tensors, once as is and once through autograd,
-under a mode that counts; what autograd saves is seen by its saved-tensor hooks. Identical calls are
-profiled once, so a deep model costs one layer.
+Each node's own ATen program is dispatched on fake tensors, then its derivative through the autograd
+engine, under a mode that counts and records storages. Gradients arrive in the layout that their
+consumers emit, since backward copies what is laid out wrongly. Identical calls are profiled once,
+so a deep model costs one layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from autopar.tracer.graph import ModelGraph, map_operands, operands
+from autopar.profiler.call import Call, origin_of
+from autopar.profiler.counting import Work, tensors_of
+from autopar.profiler.tape import OPERAND, Count, Strides, Tape
+from autopar.tracer.graph import ModelGraph, operands
+
+# a result of an operator call or a placeholder: the node, and which of its results
+Value = tuple[fx.Node, int]
 
 
 @dataclass(frozen=True)
 class NodeProfile:
-    """Costs of one node at global shapes.
+    """Costs of one node at global shapes; numbers, or expressions if the shapes are symbolic.
 
     Args:
-        forward_flops, backward_flops: multiply and add count as two.
-        forward_bytes, backward_bytes: bytes read and written by the kernels.
-        forward_kernels, backward_kernels: operators launched.
-        saves_inputs: operand indices whose storage autograd keeps for backward.
-        saves_outputs: result indices likewise.
-        saved_internal_bytes: kept storage that is neither.
-        differentiable: some operand requires grad and the results carry a gradient.
-        aliases_input: the first result shares its storage with an operand (a view).
+        forward, backward: work of the kernels; no backward where no gradient arrives.
+        tape: what the call makes, saves, emits and frees.
+        carries: per result, whether it carries a gradient.
     """
 
-    forward_flops: int = 0
-    backward_flops: int = 0
-    forward_bytes: int = 0
-    backward_bytes: int = 0
-    forward_kernels: int = 0
-    backward_kernels: int = 0
-    saves_inputs: tuple[int, ...] = ()
-    saves_outputs: tuple[int, ...] = ()
-    saved_internal_bytes: int = 0
-    differentiable: bool = False
-    aliases_input: bool = False
+    forward: Work = field(default_factory=Work)
+    backward: Work = field(default_factory=Work)
+    tape: Tape = field(default_factory=Tape)
+    carries: tuple[bool, ...] = ()
 
+    @property
+    def forward_flops(self) -> Count:
+        return self.forward.flops
 
-def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    @property
+    def backward_flops(self) -> Count:
+        return self.backward.flops
 
+    @property
+    def forward_bytes(self) -> Count:
+        """Bytes read and written."""
+        return self.forward.read_bytes + self.forward.written_bytes
 
-def _cpu_attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    @property
+    def backward_bytes(self) -> Count:
+        """Bytes read and written."""
+        return self.backward.read_bytes + self.backward.written_bytes
 
+    @property
+    def forward_kernels(self) -> int:
+        return self.forward.kernels
 
-# torch's table lacks attention on the CPU.
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        _cpu_attention_backward_flops
-    ),
-}
+    @property
+    def backward_kernels(self) -> int:
+        return self.backward.kernels
 
+    @property
+    def saves_inputs(self) -> tuple[int, ...]:
+        """Operands whose storage autograd keeps for backward."""
+        return self.tape.saved_operands
 
-def _nbytes(value: Any) -> int:
-    return sum(
-        t.numel() * t.element_size()
-        for t in pytree.tree_leaves(value)
-        if isinstance(t, torch.Tensor)
-    )
+    @property
+    def saves_outputs(self) -> tuple[int, ...]:
+        """Results whose storage autograd keeps for backward."""
+        return self.tape.saved_results
 
+    @property
+    def saved_internal_bytes(self) -> Count:
+        """Kept storage that is neither operand nor result."""
+        return self.tape.saved_own_bytes
 
-class _Counter(TorchDispatchMode):
-    """Sums FLOPs, bytes and kernels over everything dispatched inside."""
+    @cached_property
+    def forward_transient_bytes(self) -> Count:
+        """Peak of what forward makes, above what is left of it."""
+        return self.tape.transient_bytes(self.tape.forward)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.bytes = self.kernels = 0
+    @cached_property
+    def backward_transient_bytes(self) -> Count:
+        """Peak of what backward makes, above the gradients it emits."""
+        return self.tape.transient_bytes(self.tape.backward)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        packet = func.overloadpacket
-        if packet in _CPU_ATTENTION:
-            shapes = pytree.tree_map_only(torch.Tensor, lambda t: t.shape, args)
-            self.flops += _CPU_ATTENTION[packet](*shapes)
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
-        if not func.is_view and func.namespace in ("aten", "autopar"):
-            self.bytes += _nbytes((args, kwargs)) + _nbytes(out)
-            self.kernels += 1
-        return out
+    @property
+    def differentiable(self) -> bool:
+        """Some result carries a gradient."""
+        return any(self.carries)
+
+    @property
+    def aliases_input(self) -> bool:
+        """The first result shares its storage with an operand (a view)."""
+        return bool(self.tape.results) and self.tape.results[0].owner == OPERAND
 
 
 def requires_grad_map(graph: ModelGraph, trainable: set[str]) -> dict[fx.Node, bool]:
@@ -107,7 +116,7 @@ def requires_grad_map(graph: ModelGraph, trainable: set[str]) -> dict[fx.Node, b
         if node.op == "placeholder":
             found[node] = node.target in trainable
         elif node.op == "call_function":
-            values = [v for v in pytree.tree_leaves(node.meta["val"]) if torch.is_tensor(v)]
+            values = tensors_of(node.meta["val"])
             floating = any(v.dtype.is_floating_point or v.dtype.is_complex for v in values)
             detached = str(node.target) == "aten.detach.default"
             reached = any(found[n] for n in node.all_input_nodes)
@@ -115,107 +124,122 @@ def requires_grad_map(graph: ModelGraph, trainable: set[str]) -> dict[fx.Node, b
     return found
 
 
-def _signature(node: fx.Node, grads: Sequence[bool]) -> Any:
+def value_of(node: fx.Node) -> Value:
+    """The result or placeholder that a node stands for."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(index, int)
+        return source, index
+    return node, 0
+
+
+def gradient_roots(graph: ModelGraph, carries: Callable[[Value], bool]) -> list[Value]:
+    """Where backward starts: the first scalar output that carries a gradient (the loss), or else
+    every output that does."""
+    outputs = [n for n in pytree.tree_leaves(graph.output.args) if isinstance(n, fx.Node)]
+    values = [value_of(n) for n in outputs if carries(value_of(n))]
+    scalars = [value_of(n) for n in outputs if carries(value_of(n)) and not n.meta["val"].ndim]
+    return scalars[:1] or list(dict.fromkeys(values))
+
+
+def profile_graph(
+    graph: ModelGraph, trainable: Iterable[str], *, eager: bool = False
+) -> dict[fx.Node, NodeProfile]:
+    """Costs of every operator call of the graph, in one training step.
+
+    Args:
+        trainable: placeholder names of the parameters that require grad.
+        eager: profile the module as eager PyTorch runs it rather than as it was captured: operators
+            in place where the author wrote them so, dropout and batch norm as eager runs them.
+    """
+    return _Profiler(graph, frozenset(trainable), eager).run()
+
+
+class _Profiler:
+    """One forward walk over the graph for what is saved, one backward walk for the gradients."""
+
+    def __init__(self, graph: ModelGraph, trainable: frozenset[str], eager: bool) -> None:
+        self.graph, self.eager = graph, eager
+        self.mode = _fake_mode(graph)
+        self.nodes = list(graph.compute_nodes())
+        self.carries: dict[Value, bool] = {
+            (n, 0): n.target in trainable for n in graph.placeholders.values()
+        }
+        self.keys: dict[fx.Node, Any] = {}
+        self.calls: dict[Any, Call] = {}
+        self.found: dict[Any, NodeProfile] = {}
+
+    def run(self) -> dict[fx.Node, NodeProfile]:
+        for node in self.nodes:
+            self.forward(node)
+        layouts: dict[Value, Strides] = {}
+        for node, k in gradient_roots(self.graph, self.carries.__getitem__):
+            layouts[node, k] = tensors_of(node.meta["val"])[k].stride()
+        profiles = {node: self.backward(node, layouts) for node in reversed(self.nodes)}
+        return {node: profiles[node] for node in self.nodes}
+
+    def forward(self, node: fx.Node) -> None:
+        """Which results carry a gradient."""
+        wanted = [n is not None and self.carries[value_of(n)] for n in operands(node)]
+        key = _signature(node, wanted, self.eager)
+        self.keys[node] = key, wanted
+        if key not in self.calls:
+            self.calls[key] = Call(node, wanted, self.mode, self.eager)
+        self.carries |= {(node, k): c for k, c in enumerate(self.calls[key].carries)}
+
+    def backward(self, node: fx.Node, layouts: dict[Value, Strides]) -> NodeProfile:
+        """Profile the node for the gradients that arrive, and add those it emits to `layouts`."""
+        (signature, wanted), call = self.keys[node], self.calls[self.keys[node][0]]
+        arriving = tuple(layouts.pop((node, k), None) for k in range(len(call.carries)))
+        key = signature, repr(arriving)
+        if key not in self.found:
+            if call.spent:
+                call = self.calls[signature] = Call(node, wanted, self.mode, self.eager)
+            backward, tape = call.finish(arriving)
+            self.found[key] = NodeProfile(call.work, backward, tape, call.carries)
+        given = operands(node)
+        for emission in self.found[key].tape.emitted:
+            operand = given[emission.operand]
+            assert operand is not None
+            value = value_of(operand)
+            old, new = layouts.get(value), emission.strides
+            layouts[value] = new if old is None else summed_strides(operand.meta["val"], old, new)
+        return self.found[key]
+
+
+def summed_strides(like: torch.Tensor, old: Strides, new: Strides) -> Strides:
+    """Strides of the sum of two gradients of a value."""
+    assert isinstance(like, FakeTensor)
+    repeats = any(isinstance(s, int) and s == 0 for s in old)
+    if repr(old) == repr(new) and not repeats:
+        return old
+    with like.fake_mode:
+        parts = [torch.empty_strided(like.shape, s, dtype=like.dtype) for s in (old, new)]
+        return torch.add(*parts).stride()
+
+
+def _fake_mode(graph: ModelGraph) -> FakeTensorMode:
+    """The mode that the graph was captured in, which knows its symbols."""
+    for node in graph.nodes:
+        for t in tensors_of(node.meta.get("val")):
+            if isinstance(t, FakeTensor):
+                return t.fake_mode
+    return FakeTensorMode()
+
+
+def _signature(node: fx.Node, wanted: Sequence[bool], eager: bool) -> str:
     def describe(n: fx.Node) -> Any:
         value = n.meta["val"]
+        if not isinstance(value, torch.Tensor | list | tuple):
+            return str(value)
         return pytree.tree_map_only(
             torch.Tensor, lambda t: (tuple(t.shape), t.stride(), str(t.dtype)), value
         )
 
-    args = pytree.tree_map_only(fx.Node, describe, (node.args, node.kwargs))
-    return str(node.target), repr(args), tuple(grads)
-
-
-def profile_graph(graph: ModelGraph, trainable: set[str]) -> dict[fx.Node, NodeProfile]:
-    """Costs of every operator call of the graph.
-
-    Args:
-        trainable: placeholder names of the parameters that require grad.
-    """
-    needs_grad = requires_grad_map(graph, trainable)
-    cache: dict[Any, NodeProfile] = {}
-    found = {}
-    for node in graph.compute_nodes():
-        grads = [n is not None and needs_grad[n] for n in operands(node)]
-        key = _signature(node, grads)
-        if key not in cache:
-            cache[key] = _profile_node(node, grads)
-        found[node] = cache[key]
-    return found
-
-
-def _storage(t: torch.Tensor) -> int:
-    return t.untyped_storage()._cdata
-
-
-def _profile_node(node: fx.Node, grads: Sequence[bool]) -> NodeProfile:
-    device = next(
-        (v.device for v in pytree.tree_leaves(node.meta["val"]) if torch.is_tensor(v)),
-        torch.device("cpu"),
-    )
-    with FakeTensorMode() as mode, torch.enable_grad():
-
-        def fresh(t: torch.Tensor, grad: bool) -> torch.Tensor:
-            made = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device)
-            # a value that was computed, not a leaf, as it will be in the graph
-            return made.requires_grad_(grad and made.dtype.is_floating_point)
-
-        wanted = iter(grads)
-        inputs: list[torch.Tensor | None] = []
-        made: dict[int, torch.Tensor] = {}
-        for n in operands(node):
-            grad = next(wanted)
-            if n is None:
-                inputs.append(None)
-                continue
-            if id(n) not in made:
-                made[id(n)] = fresh(n.meta["val"], grad)
-            inputs.append(made[id(n)])
-        args, kwargs = map_operands(node, list(inputs))
-        saved: list[torch.Tensor] = []
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            saved.append(t)
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), _Counter() as forward:
-            out = node.target(*args, **kwargs)  # type: ignore[operator]
-        outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        roots = [t for t in outputs if t.requires_grad]
-        backward = _Counter()
-        if roots:
-            seeds = [torch.empty_like(t) for t in roots]
-            leaves = list({id(t): t for t in inputs if t is not None and t.requires_grad}.values())
-            with backward:
-                torch.autograd.grad(roots, leaves, seeds, allow_unused=True)
-        in_storage = {_storage(t): i for i, t in reversed(list(enumerate(inputs))) if t is not None}
-        out_storage = {_storage(t): i for i, t in reversed(list(enumerate(outputs)))}
-        aliases = bool(outputs) and _storage(outputs[0]) in in_storage
-        saved_in, saved_out, internal = set(), set(), {}
-        for t in saved:
-            key = _storage(t)
-            if key in in_storage:
-                saved_in.add(in_storage[key])
-            elif key in out_storage:
-                saved_out.add(out_storage[key])
-            else:
-                internal[key] = t.untyped_storage().nbytes()
-        del mode
-    return NodeProfile(
-        forward.flops,
-        backward.flops,
-        forward.bytes,
-        backward.bytes,
-        forward.kernels,
-        backward.kernels,
-        tuple(sorted(saved_in)),
-        tuple(sorted(saved_out)),
-        sum(internal.values()),
-        bool(roots),
-        aliases,
-    )
-
-
-def value_bytes(node: fx.Node) -> int:
-    """Bytes of a node's tensors at global shape."""
-    return _nbytes(node.meta["val"])
+    # two operands that are one value get one gradient
+    given = operands(node)
+    same = [given.index(n) for n in given]
+    args = fx.node.map_arg((node.args, node.kwargs), describe)
+    written = origin_of(node) if eager else ""
+    return repr((str(node.target), written, args, wanted, same))

@@ -1,0 +1,205 @@
+"""Counts what is dispatched: FLOPs, bytes, kernels, and every storage made and freed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from autopar.profiler.tape import GRADIENT, OWN, Count, Event, Storage
+
+
+@dataclass(frozen=True)
+class Work:
+    """What kernels do, at global shapes; numbers, or expressions in the symbols of a dynamic graph.
+
+    Args:
+        flops: multiply and add count as two.
+        read_bytes, written_bytes: of the kernels' operands and results. Elements that a broadcast
+            repeats count once; views cost nothing.
+        kernels: operators launched.
+    """
+
+    flops: Count = 0
+    read_bytes: Count = 0
+    written_bytes: Count = 0
+    kernels: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops,
+            self.read_bytes + other.read_bytes,
+            self.written_bytes + other.written_bytes,
+            self.kernels + other.kernels,
+        )
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _grouped_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Rows of one operand (or the summed dim of both) are divided among the groups."""
+    groups = a[0] if len(a) == len(b) == 3 else 1
+    return 2 * groups * a[-2] * a[-1] * b[-1]
+
+
+def _grouped_product_backward(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * _grouped_product(a, b)
+
+
+# Formulas from shapes that torch's table lacks: attention on the CPU, by the convention of the
+# other attention kernels (the causal half is not discounted), and the grouped products of mixtures
+# of experts. For operators of your own, `torch.utils.flop_counter.register_flop_formula` will do.
+_MISSING: dict[str, Callable[..., int]] = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "aten::_grouped_mm": _grouped_product,
+    "transformers::grouped_mm_fallback": _grouped_product,
+    "transformers::grouped_mm_fallback_backward": _grouped_product_backward,
+}
+
+
+def missing_flops() -> dict[Any, Callable[..., int]]:
+    """What torch's table of FLOPs lacks, as `FlopCounterMode(custom_mapping=...)` wants it."""
+    found: dict[Any, Callable[..., int]] = {}
+    for name, formula in _MISSING.items():
+        namespace, _, operator = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), operator, None)
+        if packet is not None:
+            found[packet] = formula
+    return found
+
+
+def count(value: Any) -> Count:
+    """A number as an int, a symbolic size as a sympy expression."""
+    return value.node.expr if isinstance(value, torch.SymInt) else int(value)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested arguments or results."""
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    if func.overloadpacket in flop_registry:
+        return flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+    formula = _MISSING.get(func._schema.name)
+    if formula is None:
+        return 0
+    return formula(*pytree.tree_map_only(torch.Tensor, lambda t: t.shape, args))
+
+
+def _elements_bytes(values: Iterable[torch.Tensor]) -> Any:
+    """Bytes of distinct elements: a dim of stride 0 repeats the same ones."""
+    total: Any = 0
+    for t in values:
+        n: Any = t.element_size()
+        for size, stride in zip(t.shape, t.stride(), strict=True):
+            if not (isinstance(stride, int) and stride == 0):
+                n = n * size
+        total = total + n
+    return total
+
+
+class Recorder(TorchDispatchMode):
+    """Adds up the work of everything dispatched inside, and records storages as they come and go.
+
+    Storages that are named beforehand (operands, incoming gradients) keep their names; all others
+    are numbered as they are made. It keeps nothing alive.
+
+    Attributes:
+        sizes: bytes of the numbered storages.
+        events: since the last `take`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[Count] = []
+        self.events: list[Event] = []
+        self.open = True
+        self._names: dict[int, Storage] = {}
+        self._watched: dict[Any, int] = {}
+        self._flops: Any = 0
+        self._read: Any = 0
+        self._written: Any = 0
+        self._kernels = 0
+
+    def take(self) -> tuple[Work, tuple[Event, ...]]:
+        """Work and events since the last call."""
+        found = Work(count(self._flops), count(self._read), count(self._written), self._kernels)
+        events = tuple(self.events)
+        self._flops = self._read = self._written = self._kernels = 0
+        self.events = []
+        return found, events
+
+    def name(self, t: torch.Tensor, name: Storage) -> None:
+        """Call the tensor's storage by this name from now on, and record its end."""
+        storage = t.untyped_storage()
+        self._names[storage._cdata] = name
+        self._watched[weakref.ref(storage, self._freed)] = storage._cdata
+
+    def storage(self, t: torch.Tensor) -> Storage:
+        """The storage's name; a new number if it has none (made where no operator is seen)."""
+        storage = t.untyped_storage()
+        if storage._cdata not in self._names:
+            self.name(t, Storage(OWN, len(self.sizes)))
+            self.events.append(Event("make", len(self.sizes)))
+            self.sizes.append(count(storage.nbytes()))
+        return self._names[storage._cdata]
+
+    def _freed(self, reference: Any) -> None:
+        name = self._names.pop(self._watched.pop(reference))
+        if self.open and name.owner == OWN:
+            self.events.append(Event("free", name.number))
+        elif self.open and name.owner == GRADIENT:
+            self.events.append(Event("spend", name.number))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:  # fake tensors ask for it all the time
+            return out
+        before = {t.untyped_storage()._cdata for t in tensors_of((args, kwargs))}
+        results = tensors_of(out)
+        self._flops = self._flops + _flops(func, args, kwargs, out)
+        for t in results:
+            self.storage(t)
+        if func._schema.is_mutable:
+            self._move(*_traffic_of_mutation(func, args, kwargs))
+        elif any(t.untyped_storage()._cdata not in before for t in results):
+            self._move(tensors_of((args, kwargs)), results)
+        return out
+
+    def _move(self, read: list[torch.Tensor], written: list[torch.Tensor]) -> None:
+        self._read = self._read + _elements_bytes(read)
+        self._written = self._written + _elements_bytes(written)
+        self._kernels += 1
+
+
+def _traffic_of_mutation(
+    func: Any, args: Any, kwargs: Any
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """An in-place operator reads and writes its target; one with `out=` writes it only."""
+    read: list[torch.Tensor] = []
+    written: list[torch.Tensor] = []
+    names = [a.name for a in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    for argument in func._schema.arguments:
+        found = tensors_of(given.get(argument.name))
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes:
+            written += found
+        if not (writes and argument.kwarg_only):
+            read += found
+    return read, written

@@ -1,0 +1,156 @@
+"""What one operator call does to memory, as a value: storages made, saved, passed on and freed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import sympy  # type: ignore[import-untyped]
+
+# a number, or an expression in the symbols of a dynamic graph
+Count: TypeAlias = Any
+
+Strides: TypeAlias = tuple[Any, ...]
+
+OWN = "own"
+OPERAND = "operand"
+GRADIENT = "gradient"
+
+
+class Storage(NamedTuple):
+    """A storage as one operator call sees it.
+
+    Args:
+        owner: "own" if the call makes it, "operand" or "gradient" (of a result) if it is given.
+        number: of the call's own storages, its operands or its results.
+    """
+
+    owner: str
+    number: int
+
+
+class Event(NamedTuple):
+    """One change.
+
+    Args:
+        what: an own storage is made or freed; a saved tensor is released; the gradient of a result
+            is spent (freed); the gradient of an operand is emitted.
+        number: of `Tape.sizes`, `Tape.saved`, the results, or `Tape.emitted`.
+    """
+
+    what: Literal["make", "free", "release", "spend", "emit"]
+    number: int
+
+
+class Emission(NamedTuple):
+    """The gradient of an operand.
+
+    Args:
+        operand: whose.
+        storage: where it lies.
+        tensor: equal for two operands that get the very same tensor; `~k` is the gradient of
+            result k, passed on as it came.
+        view: the gradient is a view; it then keeps the tensor that it views.
+        strides: of the gradient.
+    """
+
+    operand: int
+    storage: Storage
+    tensor: int
+    view: bool
+    strides: Strides
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The storages of one operator call, forward and backward.
+
+    Args:
+        sizes: bytes of its own storages.
+        forward: events.
+        results: the storage of every result.
+        saved: the storage of every tensor that autograd keeps for backward.
+        backward: events; none where no gradient arrives.
+        emitted: gradients of operands, in the order of their events.
+    """
+
+    sizes: tuple[Count, ...] = ()
+    forward: tuple[Event, ...] = ()
+    results: tuple[Storage, ...] = ()
+    saved: tuple[Storage, ...] = ()
+    backward: tuple[Event, ...] = ()
+    emitted: tuple[Emission, ...] = ()
+
+    @cached_property
+    def saved_operands(self) -> tuple[int, ...]:
+        """Operands whose storage is kept."""
+        return tuple(sorted({s.number for s in self.saved if s.owner == OPERAND}))
+
+    @cached_property
+    def saved_results(self) -> tuple[int, ...]:
+        """Results whose storage is kept and is no operand's; each storage once."""
+        first = {s: k for k, s in reversed(list(enumerate(self.results)))}
+        return tuple(sorted({first[s] for s in self.saved if s.owner == OWN and s in first}))
+
+    @cached_property
+    def saved_own_bytes(self) -> Count:
+        """Bytes of kept storages that are neither operands nor results."""
+        kept = {s.number for s in self.saved if s.owner == OWN and s not in self.results}
+        return sum(self.sizes[i] for i in sorted(kept))
+
+    def transient_bytes(self, events: tuple[Event, ...]) -> Count:
+        """How far the own bytes alive rise in `forward` or `backward` above where they end."""
+        steps = [0, *(self._delta(e) for e in events)]
+        levels = list(accumulate(steps))
+        return maximum(levels) - levels[-1]
+
+    def _delta(self, event: Event) -> Count:
+        sign = {"make": 1, "free": -1}.get(event.what, 0)
+        return sign * self.sizes[event.number] if sign else 0
+
+    def in_place(self) -> Tape:
+        """The same call written over its first operand, where eager PyTorch could do so.
+
+        If backward needs the operand as it was, eager PyTorch keeps a copy, which is what the call
+        out of place amounts to.
+        """
+        old, new = self.results[0], Storage(OPERAND, 0)
+        if old.owner != OWN or new in self.saved:
+            return self
+
+        def moved(s: Storage) -> Storage:
+            return new if s == old else s
+
+        return replace(
+            self,
+            forward=tuple(e for e in self.forward if e != Event("make", old.number)),
+            results=tuple(map(moved, self.results)),
+            saved=tuple(map(moved, self.saved)),
+            emitted=tuple(e._replace(storage=moved(e.storage)) for e in self.emitted),
+        )
+
+
+def maximum(values: Sequence[Count]) -> Count:
+    """The largest. Of expressions, those that none of the others exceeds whatever the sizes."""
+    if not any(isinstance(v, sympy.Expr) for v in values):
+        return max(values)
+    kept: dict[sympy.Expr, Mapping[sympy.Expr, Any]] = {}
+    for value in dict.fromkeys(map(sympy.expand, values)):
+        terms = _above_one(value)
+        if not any(_never_less(other, terms) for other in kept.values()):
+            kept = {v: t for v, t in kept.items() if not _never_less(terms, t)} | {value: terms}
+    return sympy.Max(*kept, evaluate=False) if len(kept) > 1 else next(iter(kept))
+
+
+def _above_one(value: sympy.Expr) -> Mapping[sympy.Expr, Any]:
+    """Coefficients of a formula in terms of how far the sizes are above 1."""
+    shifted = value.xreplace({s: s + 1 for s in value.free_symbols})
+    return sympy.expand(shifted).as_coefficients_dict()
+
+
+def _never_less(a: Mapping[sympy.Expr, Any], b: Mapping[sympy.Expr, Any]) -> bool:
+    """No coefficient is smaller, so a >= b for all sizes."""
+    return all(a.get(term, 0) >= b.get(term, 0) for term in {*a, *b})

@@ -1,0 +1,179 @@
+"""Whether a captured program is the model: loss, results, gradients and buffers, side by side."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tests.zoo.family import seed_everything
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward.
+
+    Args:
+        structure: what the model returned, tensors replaced by their shape and type.
+        results: the tensors in it, by the way to them.
+        loss: by which was differentiated.
+        gradients: by parameter; None where the loss does not depend on it.
+        buffers: after the step, but for those that it gave another shape: caches, filled by the
+            first call.
+    """
+
+    structure: Any
+    results: dict[str, torch.Tensor]
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+
+
+def step(
+    run: Callable[..., Any], model: nn.Module, batch: Mapping[str, Any], seed: int = 0
+) -> Step:
+    """Call `run` on the batch and differentiate, every draw starting from the seed."""
+    model.zero_grad(set_to_none=True)
+    shapes = {n: b.shape for n, b in model.named_buffers()}
+    seed_everything(seed)
+    returned = run(**batch)
+    leaves = dict(tensors(returned))
+    loss = loss_of(returned)
+    loss.backward()
+    return Step(
+        structure=structure(returned),
+        results={name: t.detach().clone() for name, t in leaves.items()},
+        loss=loss.detach(),
+        gradients={n: p.grad for n, p in model.named_parameters()},
+        buffers={n: b.clone() for n, b in model.named_buffers() if b.shape == shapes.get(n)},
+    )
+
+
+def loss_of(returned: Any) -> torch.Tensor:
+    """The model's loss; without one, what depends on every result."""
+    if isinstance(returned, torch.Tensor) and returned.numel() == 1:
+        return returned
+    loss = returned.get("loss") if isinstance(returned, Mapping) else None
+    if isinstance(loss, torch.Tensor):
+        return loss.sum()
+    floating = [t for _, t in tensors(returned) if t.is_floating_point() and t.requires_grad]
+    return torch.stack([t.square().mean() for t in floating]).sum()
+
+
+def children(value: Any) -> Iterator[tuple[str, Any]]:
+    """Parts of a result: of mappings and sequences.
+
+    Caches of keys and values are for generating, not for training; a graph may leave them out.
+    """
+    if isinstance(value, Mapping):
+        parts = [(str(name), part) for name, part in value.items()]
+    elif isinstance(value, list | tuple):
+        parts = [(str(i), part) for i, part in enumerate(value)]
+    else:
+        parts = []
+    yield from (
+        (n, p) for n, p in parts if p is not None and not type(p).__name__.endswith("Cache")
+    )
+
+
+def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a result with the way to them."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    else:
+        for name, part in children(value):
+            yield from tensors(part, f"{path}.{name}" if path else name)
+
+
+def structure(value: Any) -> Any:
+    """A result without its numbers."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.dtype, value.requires_grad)
+    parts = {name: structure(part) for name, part in children(value)}
+    return (type(value).__name__, parts) if parts else type(value).__name__
+
+
+def differences(found: Step, expected: Step) -> Iterator[tuple[str, float]]:
+    """Error of each number, relative to the larger of 1 and its size; inf where one is missing."""
+    if found.structure != expected.structure:
+        yield f"structure: {_first_difference(found.structure, expected.structure)}", math.inf
+    yield "loss", error(found.loss, expected.loss)
+    for what in ("results", "gradients", "buffers"):
+        ours, theirs = getattr(found, what), getattr(expected, what)
+        names = ours.keys() & theirs.keys() if what == "buffers" else ours.keys() | theirs.keys()
+        for name in names:
+            yield f"{what}: {name}", error(ours.get(name), theirs.get(name))
+
+
+def error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    """The largest deviation; a gradient that is absent is equal to one of zeros."""
+    present = [t for t in (found, expected) if t is not None]
+    if not present:
+        return 0.0
+    if len(present) == 1:
+        return 0.0 if not present[0].any() else math.inf
+    assert found is not None and expected is not None
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return math.inf
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(found, expected) else math.inf
+    if not expected.numel():
+        return 0.0
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    scale = max(1.0, _finite_max(expected))
+    gap = torch.where(same, 0.0, (found - expected).abs() / scale)
+    return math.inf if gap.isnan().any() else float(gap.max())
+
+
+def _finite_max(value: torch.Tensor) -> float:
+    finite = value[value.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _first_difference(found: Any, expected: Any, path: str = "") -> str:
+    both = isinstance(found, tuple) and isinstance(expected, tuple)
+    if both and isinstance(found[-1], dict) and isinstance(expected[-1], dict):
+        for name in [*expected[1], *(n for n in found[1] if n not in expected[1])]:
+            ours, theirs = found[1].get(name), expected[1].get(name)
+            if ours != theirs:
+                return _first_difference(ours, theirs, f"{path}.{name}")
+    return f"{path} is {found}, not {expected}"
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that tracing must leave as it is, as values that compare."""
+    state = {n: (id(t), t.clone()) for n, t in model.state_dict(keep_vars=True).items()}
+    hooks = [
+        n for n, m in model.named_modules() for _ in (*m._forward_hooks, *m._forward_pre_hooks)
+    ]
+    attributes = {n: sorted(vars(m)) for n, m in model.named_modules()}
+    return {
+        "tensors": {n: i for n, (i, _) in state.items()},
+        "values": {n: t.detach() for n, (_, t) in state.items()},
+        "gradients": [n for n, p in model.named_parameters() if p.grad is not None],
+        "hooks": hooks,
+        "attributes": attributes,
+        "training": {n: m.training for n, m in model.named_modules()},
+        "torch": torch.get_rng_state(),
+        "numpy": repr(np.random.get_state()),
+        "python": random.getstate(),
+    }
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Which parts of two snapshots differ."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        return a == b
+
+    return [name for name in before if not same(before[name], after[name])]

@@ -1,0 +1,163 @@
+"""One family from its configuration to its gradients: built, captured, run, compared."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from tests.zoo import check
+from tests.zoo.family import Batch, Family
+
+Status = Literal[
+    "equal", "close", "unequal", "wrong later", "does not run",
+    "not captured", "not built", "timed out", "crashed",
+]  # fmt: skip
+GOOD: tuple[Status, ...] = ("equal", "close")
+CAPTURED: tuple[Status, ...] = (*GOOD, "unequal", "wrong later", "does not run")
+# relative to max(1, |reference|)
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
+_AT = re.compile(r"\bat (/\S+?):(\d+)")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a family.
+
+    Args:
+        name, library, kind: of the family.
+        required: whether autopar promises it.
+        status: "close" is equal to the rounding of float32, in which a float64 model computes some
+            of its steps; sums of gradients may be in another order. "wrong later" is equal on the
+            batch it was captured with, but not on the next, and no guard said so.
+        nodes: operators of the graph.
+        capture_s: how long tracing took.
+        error: largest of loss, results, gradients and buffers, on the batch it was captured with.
+        worst: where.
+        guards: what the graph takes for granted about values.
+        refused: the guard that says that the graph is not for the next batch.
+        reason: of what is wrong, a line.
+        source: of the user's statement that is to blame, `file:line`.
+        snippet: that line.
+    """
+
+    name: str
+    library: str
+    kind: str = ""
+    required: bool = False
+    status: Status = "not built"
+    nodes: int = 0
+    capture_s: float = 0.0
+    error: float = 0.0
+    worst: str = ""
+    guards: int = 0
+    refused: str = ""
+    reason: str = ""
+    source: str = ""
+    snippet: str = ""
+
+
+def examine(family: Family, *, dropout: bool = False) -> Outcome:
+    """Trace on one batch, compare on it and on the next with the eager model."""
+    from autopar import ColoTracer
+    from autopar.errors import CaptureError
+
+    outcome = Outcome(family.name, family.library, family.kind)
+    try:
+        alone, model = family.build(dropout=dropout), family.build(dropout=dropout)
+        batches = [family.batch(model, seed) for seed in (0, 1)]
+        expected = check.step(alone, alone, batches[0])
+    except Exception as error:
+        return replace(outcome, reason=first_line(error), **_blame(error))
+    start = time.perf_counter()
+    try:
+        graph = ColoTracer().trace(model, (), batches[0])
+    except CaptureError as error:
+        return replace(outcome, status="not captured", reason=_cause(error), **_blame(error))
+    except Exception as error:
+        reason = f"not a CaptureError: {first_line(error)}"
+        return replace(outcome, status="not captured", reason=reason, **_blame(error))
+    guards = getattr(graph, "guards", ())
+    outcome = replace(
+        outcome,
+        capture_s=time.perf_counter() - start,
+        nodes=sum(1 for _ in graph.compute_nodes()),
+        guards=len(guards),
+    )
+    try:
+        found = check.step(graph.bind(model), model, batches[0])
+    except Exception as error:
+        return replace(outcome, status="does not run", reason=first_line(error), **_blame(error))
+    worst, size = max(check.differences(found, expected), key=lambda pair: pair[1])
+    status = _verdict(size, family, graph)
+    outcome = replace(outcome, error=size, worst=worst, status=status)
+    if status not in GOOD:
+        return replace(outcome, reason=f"{worst[:100]}: {size:.1e}")
+    return _next_batch(outcome, family, graph, model, alone, batches[1])
+
+
+def _verdict(size: float, family: Family, graph: Any) -> Status:
+    if size <= TOLERANCE[family.dtype]:
+        return "equal"
+    values = (node.meta.get("val") for node in graph.compute_nodes())
+    single = any(isinstance(v, torch.Tensor) and v.dtype is torch.float32 for v in values)
+    return "close" if single and size <= TOLERANCE[torch.float32] else "unequal"
+
+
+def _next_batch(
+    outcome: Outcome, family: Family, graph: Any, model: nn.Module, alone: nn.Module, batch: Batch
+) -> Outcome:
+    """Whether a batch of other values gives its own numbers, or a guard refuses it."""
+    leaves = pytree.tree_leaves(((), batch))
+    broken = [
+        guard
+        for guard in getattr(graph, "guards", ())
+        if not guard.holds(leaves, dict(model.named_buffers()))
+    ]
+    if broken:
+        return replace(outcome, refused=broken[0].source)
+    expected = check.step(alone, alone, batch)
+    try:
+        found = check.step(graph.bind(model), model, batch)
+    except Exception as error:
+        return replace(outcome, status="wrong later", reason=first_line(error), **_blame(error))
+    worst, size = max(check.differences(found, expected), key=lambda pair: pair[1])
+    if _verdict(size, family, graph) not in GOOD:
+        return replace(outcome, status="wrong later", reason=f"{worst[:100]}: {size:.1e}")
+    return outcome
+
+
+def first_line(error: BaseException) -> str:
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _cause(error: BaseException) -> str:
+    """A capture error without the model's name, so that equal causes group."""
+    return re.sub(r"^CaptureError: cannot capture \w+ as one graph: ", "", first_line(error))
+
+
+def _blame(error: BaseException) -> Mapping[str, Any]:
+    """The statement a capture error names, or the last one outside of torch and autopar."""
+    named = _AT.search(str(error))
+    if named is not None:
+        file, line = named[1], int(named[2])
+    else:
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if not any(part in f.filename for part in ("/torch/", "/autopar/", "/zoo/", "<"))
+        ]
+        if not frames:
+            return {}
+        file, line = frames[-1].filename, frames[-1].lineno or 0
+    short = file.rpartition("/site-packages/")[2]
+    return {"source": f"{short}:{line}", "snippet": linecache.getline(file, line).strip()}
