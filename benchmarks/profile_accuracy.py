@@ -11,19 +11,16 @@ Per model, on one training step (forward, backward, gradients made) with real te
   it. What the CPU's allocator sees without a mode (torch.profiler; sums in place) is shown beside:
   it includes the kernels' scratch space, which no profile of operators knows.
 
-Models of Hugging Face build an attention mask while they are exported that they skip while they
-run; they are measured with the mask, and once more as they are. The last rows show what a counter
+The last rows show what a counter
 of the kind that hooks modules (thop, ptflops) finds of the forward FLOPs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -115,31 +112,12 @@ def saved_bytes(model: nn.Module, run: Run) -> int:
     return sum(nbytes for key, nbytes in found.items() if key not in parameters)
 
 
-@contextlib.contextmanager
-def masks_as_exported() -> Iterator[None]:
-    """Let Hugging Face's models build the masks that they build while they are captured."""
-    where = "transformers.masking_utils"
-    with (
-        mock.patch(f"{where}.is_tracing", lambda *_: True),
-        mock.patch(f"{where}.is_torchdynamo_exporting", lambda: True),
-    ):
-        yield
-
-
 def off(predicted: float, measured: float) -> float:
     """Percent."""
     return 100 * abs(predicted - measured) / measured if measured else float(predicted != measured)
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A model's rows, and whether the mask makes no difference to it."""
-
-    rows: list[Row]
-    as_is: bool
-
-
-def compare(family: Family) -> Compared:
+def compare(family: Family) -> list[Row]:
     """Capture, profile and measure one model.
 
     Raises:
@@ -156,27 +134,19 @@ def compare(family: Family) -> Compared:
     def run() -> Any:
         return model(**batch)
 
-    as_is = real = measure(model, run)
-    if family.library == "hf":
-        with masks_as_exported():
-            real = measure(model, run)
+    real = measure(model, run)
 
     def row(metric: str, predicted: int, measured: int, target: float | None = None) -> Row:
         known = (family.name, metric) in KNOWN
         difference = off(predicted, measured)
         return Row(family.name, metric, difference, "%", None if known else target)
 
-    rows = [
+    return [
         row("FLOPs off by", mine.flops, real.flops, 0.0),
         row("saved bytes", mine.saved_bytes, real.saved_bytes, SAVED_TARGET),
         row("peak", mine.peak_bytes, real.peak_bytes, PEAK_TARGET),
         row("allocator's peak", in_place.peak_bytes, real.allocated_bytes),
     ]
-    as_it_is = as_is.saved_bytes == real.saved_bytes
-    if not as_it_is:
-        rows.append(row("saved, as it is", mine.saved_bytes, as_is.saved_bytes))
-        rows.append(row("peak, as it is", mine.peak_bytes, as_is.peak_bytes))
-    return Compared(rows, as_it_is)
 
 
 def hooked_flops(model: nn.Module, run: Run) -> int:
@@ -216,16 +186,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.only or (QUICK if options.quick else [f.name for f in FAMILIES])
     families = [f for f in FAMILIES if f.name in wanted]
     console.print(common.machine(), markup=False)
-    found: dict[str, Compared] = {}
+    found: dict[str, list[Row]] = {}
     for family in families:
         try:
             found[family.name] = compare(family)
         except CaptureError as error:
             console.print(f"{family.name}: not captured: {str(error)[:150]}", markup=False)
             continue
-        figures = ", ".join(f"{r.metric} {r.value:.3f}%" for r in found[family.name].rows)
+        figures = ", ".join(f"{r.metric} {r.value:.3f}%" for r in found[family.name])
         console.print(f"{family.name}: {figures}", markup=False, soft_wrap=True)
-    rows = [row for compared in found.values() for row in compared.rows]
+    rows = [row for compared in found.values() for row in compared]
     known = {key: why for key, why in KNOWN.items() if key[0] in found}
     for (name, metric), why in known.items():
         console.print(f"{name}, {metric}: {why}", markup=False)
@@ -240,8 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     headline = (
         f"FLOPs exact on {sum(r.value == 0 for r in flops)}/{len(flops)}, saved within "
         f"{worst['saved bytes']:.2f}%, peak within {worst['peak']:.2f}% "
-        f"({len(families) - len(found)} not captured, {len(known)} figures known to differ, "
-        f"{sum(not c.as_is for c in found.values())} measured with the mask they are captured with)"
+        f"({len(families) - len(found)} not captured, {len(known)} figures known to differ)"
     )
     return common.finish("Profile against the real eager run", rows, headline, options.json)
 

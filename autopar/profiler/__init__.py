@@ -1,6 +1,7 @@
 """Static costs: what every node computes, moves and saves, and the cluster it runs on."""
 
 from autopar.profiler.cluster import DEVICES, ClusterInfo, Device, Link, as_cluster, parse_bytes
+from autopar.profiler.model import ModelProfile, largest, profile_model, substitute
 from autopar.profiler.profile import NodeProfile, profile_graph
 
 __all__ = [
@@ -8,8 +9,12 @@ __all__ = [
     "ClusterInfo",
     "Device",
     "Link",
+    "ModelProfile",
     "NodeProfile",
     "as_cluster",
+    "largest",
     "parse_bytes",
     "profile_graph",
+    "profile_model",
+    "substitute",
 ]

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 
 # a number, or an expression in the symbols of a dynamic graph
 Count: TypeAlias = Any

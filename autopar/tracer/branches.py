@@ -146,6 +146,8 @@ class BranchResolver(TorchFunctionMode):
             if len(values) == len(found):
                 program = part.program(tracer.root)
                 value = apart(lambda: as_python(program(*(v.clone() for v in values))))
+                if not part.sources:  # made of shapes and constants alone
+                    return value
                 return self._record(
                     "input", value, "checked on every batch; one that differs is captured anew",
                     tuple(part.sources.values()), program,

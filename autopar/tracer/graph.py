@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 
 from autopar.tracer.draws import draws
 from autopar.tracer.guards import Guard
+
+if TYPE_CHECKING:
+    from autopar.profiler.model import ModelProfile
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,18 @@ class ModelGraph:
             return pytree.tree_unflatten(results[len(self.mutations) :], self.out_spec)
 
         return run
+
+    def profile(self, *, symbolic: bool = False) -> ModelProfile:
+        """What one training step computes, moves and holds, without running it; all parameters
+        are taken to be trained.
+
+        Args:
+            symbolic: formulas in the dynamic sizes ("batch", "sequence") instead of numbers; needs
+                a graph captured with `ColoTracer(dynamic=True)`.
+        """
+        from autopar.profiler.model import profile_model
+
+        return profile_model(self, self.parameters, symbolic=symbolic)
 
     @cached_property
     def fingerprint(self) -> str:

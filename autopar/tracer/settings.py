@@ -1,13 +1,18 @@
 """Settings of model libraries that decide whether a model captures, changed on the traced copy.
 
-Each changes how the library computes, not what: Hugging Face's mixtures loop over their experts in
-Python by default in some families (`grouped_mm` is the same product without the loop), and models
-in training mode carry a key-value cache that nothing reads.
+Each changes how the library computes, not what. In Hugging Face's models, mixtures loop over their
+experts in Python in some families (`grouped_mm` is the same product without the loop), training
+carries a key-value cache that nothing reads, and attention masks that a run skips are built while
+a model is exported.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -35,6 +40,27 @@ def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:
             guards.append(_guard(where, "use_cache", False))
     unique = {(g.source, g.text): g for g in guards}
     return tuple(unique.values())
+
+
+# Modules that ask whether they are traced, and build masks for every case then.
+_MASKS = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
+_ASKED = ("is_tracing", "is_torchdynamo_exporting", "is_torchdynamo_compiling")
+
+
+def masks_can_be_skipped() -> bool:
+    """Whether a library is loaded that decides about masks by what it is told of tracing."""
+    return any(name in sys.modules for name in _MASKS)
+
+
+@contextmanager
+def masks_as_run() -> Iterator[None]:
+    """While on, masks are built or skipped as in a run: what that depends on becomes a guard."""
+    with ExitStack() as stack:
+        for module in filter(None, map(sys.modules.get, _MASKS)):
+            for name in _ASKED:
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, lambda *_: False))
+        yield
 
 
 def _guard(where: str, name: str, value: object) -> Guard:

@@ -36,7 +36,7 @@ from autopar.tracer.functions import opaque_functions
 from autopar.tracer.graph import ModelGraph
 from autopar.tracer.normalize import detach_no_grad_regions, model_graph
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
-from autopar.tracer.settings import apply_settings
+from autopar.tracer.settings import apply_settings, masks_as_run, masks_can_be_skipped
 from autopar.tracer.source import failing_site
 
 fakes.register()
@@ -83,16 +83,27 @@ class ColoTracer:
         """
         given = (tuple(args), dict(kwargs or {}))
         _check_inputs(model, given)
+        try:
+            if masks_can_be_skipped():
+                try:
+                    with masks_as_run():
+                        return self._lifting(model, given)
+                except CaptureError:
+                    pass  # what decides about masks has no value here: build them for every case
+            return self._lifting(model, given)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(_explain(model, error, given)) from error
+
+    def _lifting(self, model: torch.nn.Module, given: Any) -> ModelGraph:
+        """Capture, starting over with functions that draw host random numbers as operators."""
         lifted: set[HostFunction] = set()
         while True:
             try:
                 return self._capture(model, given, lifted)
             except Restart as restart:
                 lifted.add(restart.function)
-            except CaptureError:
-                raise
-            except Exception as error:
-                raise CaptureError(_explain(model, error, given)) from error
 
     def _capture(self, model: torch.nn.Module, given: Any, lifted: set[HostFunction]) -> ModelGraph:
         mode = FakeTensorMode(

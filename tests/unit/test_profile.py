@@ -17,7 +17,7 @@ from autopar.profiler.memory import memory_timeline
 from autopar.profiler.model import largest, profile_model, substitute
 from autopar.profiler.profile import profile_graph
 from autopar.profiler.tape import maximum
-from benchmarks.profile_accuracy import masks_as_exported, measure
+from benchmarks.profile_accuracy import measure
 from tests.models import CASES, LanguageModel
 
 
@@ -29,8 +29,7 @@ def profiled(model, *args, sums_in_place=False, **kwargs):
 def assert_exact(model, *args, **kwargs):
     """FLOPs, saved bytes and peak equal those of the real run."""
     mine = profiled(model, *args, **kwargs)
-    with masks_as_exported():
-        real = measure(model, lambda: model(*args, **kwargs))
+    real = measure(model, lambda: model(*args, **kwargs))
     assert mine.flops == real.flops
     assert mine.saved_bytes == real.saved_bytes
     assert mine.peak_bytes == real.peak_bytes
@@ -66,8 +65,7 @@ def test_language_models_are_exact(dropout):
     # attention with dropout is another kernel; Python keeps the logits until the loss returns
     model, batch = LanguageModel(2, dropout).train(), CASES["gpt2"].batch(0)
     mine = profiled(model, **batch)
-    with masks_as_exported():
-        real = measure(model, lambda: model(**batch))
+    real = measure(model, lambda: model(**batch))
     assert (mine.flops, mine.saved_bytes) == (real.flops, real.saved_bytes)
     assert mine.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
 
