@@ -37,6 +37,7 @@ PAGES = (
     "README.md",
     "docs/architecture.md",
     "docs/capture.md",
+    "docs/profile.md",
     "docs/rules.md",
     "docs/solver.md",
     "benchmarks/README.md",
