@@ -127,7 +127,7 @@ def make_functional(gm: fx.GraphModule) -> bool:
         if not isinstance(made, fx.Node):
             target, args, kwargs = made
             with gm.graph.inserting_before(node):
-                made = gm.graph.call_function(target, args, kwargs)
+                made = gm.graph.create_node("call_function", target, args, kwargs, target._opname)
                 made.meta = dict(node.meta)
                 if target is aten.native_dropout.default:
                     value = node.meta["val"]

@@ -154,13 +154,17 @@ def _rewrite(graph: fx.Graph) -> None:
         value = node.meta["val"]
         with graph.inserting_before(node):
             if source.meta["val"].dtype != value.dtype:
-                made = graph.call_function(aten._to_copy.default, (source,), {"dtype": value.dtype})
+                made = graph.create_node(
+                    "call_function", aten._to_copy.default, (source,), {"dtype": value.dtype}, "to"
+                )
                 made.meta = dict(node.meta)
                 made.meta["val"] = source.meta["val"].to(value.dtype)
                 source = made
             if source.meta["val"].shape != value.shape:
                 sizes = list(value.shape)
-                made = graph.call_function(aten.expand.default, (source, sizes))
+                made = graph.create_node(
+                    "call_function", aten.expand.default, (source, sizes), name="expand"
+                )
                 made.meta = dict(node.meta)
                 made.meta["val"] = source.meta["val"].expand(sizes)
                 source = made
@@ -219,19 +223,14 @@ def detach_no_grad_regions(gm: fx.GraphModule) -> None:
         if node.args[0]:
             continue
         output = body.graph.output_node()
-        detached: dict[fx.Node, fx.Node] = {}
-
-        def detach(
-            value: fx.Node, body: Any = body, output: Any = output, made: Any = detached
-        ) -> fx.Node:
+        for value in output.all_input_nodes:
             t = value.meta.get("val")
             if not isinstance(t, torch.Tensor) or not t.dtype.is_floating_point:
-                return value
-            if value not in made:
-                with body.graph.inserting_before(output):
-                    made[value] = body.graph.call_function(torch.ops.aten.detach.default, (value,))
-                made[value].meta = dict(value.meta)
-            return made[value]
-
-        output.args = fx.map_arg(output.args, detach)
+                continue
+            with body.graph.inserting_before(output):
+                detached = body.graph.create_node(
+                    "call_function", aten.detach.default, (value,), name="detach"
+                )
+            detached.meta = dict(value.meta)
+            output.replace_input_with(value, detached)
         body.recompile()
