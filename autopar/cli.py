@@ -1,4 +1,4 @@
-"""The command line: `autopar plan`, `autopar report`, `autopar devices`.
+"""The command line: `autopar plan`, `report`, `profile`, `cluster` and `devices`.
 
 torch is imported inside of the commands, so that `--help` does not wait for it.
 """
@@ -106,15 +106,13 @@ def plan(
     # what the model file prints is not the plan
     with _progress() as say, contextlib.redirect_stdout(sys.stderr):
         with _short_errors(ValueError, OSError):
-            if optimizer.lower() not in OPTIMIZERS:
-                raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+            state = _optimizer_state(optimizer)
             info = _cluster(mesh, device, cluster).with_memory(memory)
             say("load model ...")
             from autopar.model_file import load_example
 
             example = load_example(model)
         with _short_errors():
-            state = OPTIMIZERS[optimizer.lower()]
             found = _planned(example, info, state, baselines, time_limit, say)
     with _short_errors(OSError):
         if output is not None:
@@ -147,6 +145,107 @@ def report_command(
         _print_report(found)
 
 
+@app.command("profile")
+def profile_command(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL.py", help="Defines build_model() and example_inputs()."),
+    ],
+    depth: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Modules down to this depth.  [default: all]"),
+    ] = None,
+    formulas: Annotated[
+        bool, typer.Option("--formulas", help="Also as formulas in batch and sequence.")
+    ] = False,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Batch to profile at.")
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Sequence length to profile at.")
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="How large a batch fits into this memory, as 40GiB."),
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}.")
+    ] = "adamw",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON instead of the table.")
+    ] = False,
+) -> None:
+    """Say what one training step computes, moves and holds, by module; nothing is run.
+
+    On one device, without sharding and recomputation. Sizes other than the example's, formulas and
+    --fit need a model whose batch and sequence can stay symbolic.
+    """
+    with (
+        _progress() as say,
+        contextlib.redirect_stdout(sys.stderr),
+        _short_errors(ValueError, OSError),
+    ):
+        state = _optimizer_state(optimizer)
+        from autopar.model_file import load_example
+        from autopar.profiler.cluster import parse_bytes
+
+        budget = None if fit is None else parse_bytes(fit)
+        sizes = {"batch": batch, "sequence": sequence}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        say("load model ...")
+        example = load_example(model)
+        from autopar.cli_profile import profiled, show
+
+        say("trace and profile ...")
+        dynamic = bool(formulas or given or budget is not None)
+        found = profiled(example, dynamic=dynamic, optimizer_state=state)
+        text = show(found, depth, formulas, given, budget, as_json)
+    sys.stdout.write(text)
+
+
+@app.command("cluster")
+def cluster_command(
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES",
+            help="Device mesh to measure the links of, such as 8 or 2x4.  "
+            "[default: this device alone, or all of torchrun's processes]",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE.yaml", help="Write it here, for plan --cluster."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="cpu or cuda.  [default: cuda where there is one]"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer sizes and repetitions; seconds, not minutes.")
+    ] = False,
+) -> None:
+    """Measure this machine: arithmetic, memory, launches, and the links of a mesh.
+
+    On a mesh of CPUs it starts the processes itself, on GPUs of one host too; on several hosts run
+    it under torchrun on each: torchrun ... --no-python autopar cluster --mesh 2x8 -o cluster.yaml.
+    """
+    with _progress() as say, contextlib.redirect_stdout(sys.stderr), _short_errors(ValueError):
+        from autopar.cli_cluster import measured
+
+        found = measured(mesh, device, quick, say)
+    if found is None:  # rank 0 tells
+        return
+    with _short_errors(OSError):
+        from autopar.cli_cluster import print_measured, write_measured
+
+        if output is not None:
+            write_measured(found, output)
+        print_measured(found, output)
+
+
 @app.command()
 def devices() -> None:
     """List the devices that plans can be made for."""
@@ -175,6 +274,12 @@ def devices() -> None:
 
 
 # -- steps --------------------------------------------------------------------------------------
+
+
+def _optimizer_state(optimizer: str) -> float:
+    if optimizer.lower() not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[optimizer.lower()]
 
 
 def _cluster(mesh: str | None, device: str | None, file: Path | None) -> ClusterInfo:

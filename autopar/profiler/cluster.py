@@ -16,13 +16,21 @@ from typing import Any
 import yaml
 
 from autopar.errors import MeshError
+from autopar.profiler.curve import Curve
 
 GiB = 2**30
+
+# Arithmetic that libraries do, and what else can take longer than moving the bytes.
+LIBRARIES = ("matmul", "convolution", "depthwise", "attention")
+EXTRAS = ("function", "random", "reduction", "variance", "index", "strided", "scalar")
 
 
 @dataclass(frozen=True)
 class Device:
     """What one device can do.
+
+    The last three are measured by `autopar cluster`; where they are missing, arithmetic runs at
+    `peak_flops` and bytes move at `bandwidth`, whatever the size.
 
     Args:
         name: as printed in reports.
@@ -31,6 +39,13 @@ class Device:
         memory_bytes: device memory.
         bandwidth: device memory bandwidth, bytes/s.
         launch_us: overhead of one operator, microseconds.
+        flops_by_size: FLOP/s of one kernel by its FLOPs; keys are a library and a dtype, such as
+            `"matmul.float32"` or `"convolution.float32"`.
+        bytes_by_size: bytes/s of one kernel by its bytes; keys are `"read"` and `"write"`.
+        extra_ns: nanoseconds that an element costs beyond being read and written, by what is done
+            to it: an elementary `function`, a `random` draw, a `reduction` along the way, the
+            `variance` across rows, a look-up by `index`, a `strided` read, or a `scalar`
+            instruction of its own (a comparison).
     """
 
     name: str
@@ -39,10 +54,67 @@ class Device:
     memory_bytes: float
     bandwidth: float
     launch_us: float
+    flops_by_size: Mapping[str, Curve] = field(default_factory=dict)
+    bytes_by_size: Mapping[str, Curve] = field(default_factory=dict)
+    extra_ns: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        libraries = {key.split(".")[0] for key in self.flops_by_size}
+        for what, given, known in (
+            ("flops_by_size", libraries, LIBRARIES),
+            ("bytes_by_size", self.bytes_by_size, ("read", "write")),
+            ("extra_ns", self.extra_ns, EXTRAS),
+        ):
+            if not set(given) <= set(known):
+                raise ValueError(
+                    f"device {self.name}: {what} has {sorted(set(given) - set(known))}; "
+                    f"it takes {', '.join(known)}"
+                )
+        for key, ns in self.extra_ns.items():
+            if not math.isfinite(ns) or ns < 0:
+                raise ValueError(f"device {self.name}: extra_ns[{key}] is {ns}; it must be >= 0")
 
     def flops_per_s(self, dtype: str) -> float:
         """Peak for a dtype; one that is not listed runs at the float32 rate."""
         return self.peak_flops.get(dtype, self.peak_flops["float32"])
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything is known beyond the peaks."""
+        return bool(self.flops_by_size or self.bytes_by_size or self.extra_ns)
+
+    def flops_curve(self, library: str, dtype: str) -> Curve:
+        """FLOP/s by FLOPs of a kernel; matrix products stand in for what was not measured."""
+        found = self.flops_by_size.get(f"{library}.{dtype}")
+        found = found or self.flops_by_size.get(f"matmul.{dtype}")
+        return found or Curve.constant(self.flops_per_s(dtype))
+
+    def bytes_curve(self, direction: str) -> Curve:
+        """Bytes/s by bytes that a kernel moves in a direction, `"read"` or `"write"`."""
+        return self.bytes_by_size.get(direction) or Curve.constant(self.bandwidth)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; what was not measured is left out."""
+        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["peak_flops"], data["extra_ns"] = dict(self.peak_flops), dict(self.extra_ns)
+        for key in ("flops_by_size", "bytes_by_size"):
+            data[key] = {name: curve.to_list() for name, curve in data[key].items()}
+        optional = ("flops_by_size", "bytes_by_size", "extra_ns")
+        return {key: value for key, value in data.items() if value or key not in optional}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Device:
+        """Inverse of `to_dict`.
+
+        Raises:
+            TypeError: a key is missing or unknown.
+            ValueError: a curve is not one.
+        """
+        given = dict(data)
+        for key in ("flops_by_size", "bytes_by_size"):
+            if key in given:
+                given[key] = {name: Curve.of(points) for name, points in given[key].items()}
+        return Device(**given)
 
 
 def _gpu(name: str, gib: float, bandwidth: float, fp32: float, tf: float, fp64: float) -> Device:
@@ -149,12 +221,16 @@ class ClusterInfo:
         device: the device model, alike on every rank.
         links: one `Link` per mesh axis.
         memory_bytes: budget per device; the device's memory where None.
+        host_link: copies between device and host, where they have different memory.
+        host_memory_bytes: host memory per device, for what is offloaded.
     """
 
     mesh: tuple[int, ...]
     device: Device
     links: tuple[Link, ...]
     memory_bytes: float | None = field(default=None)
+    host_link: Link | None = None
+    host_memory_bytes: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.links) != len(self.mesh):
@@ -162,9 +238,12 @@ class ClusterInfo:
                 f"mesh {self.mesh} has {len(self.mesh)} axes but {len(self.links)} links; "
                 "give one link per axis"
             )
-        numbers = {
-            f"links[{i}].{k}": v for i, x in enumerate(self.links) for k, v in vars(x).items()
-        }
+        links = {f"links[{i}]": link for i, link in enumerate(self.links)}
+        if self.host_link is not None:
+            links["host_link"] = self.host_link
+        numbers = {f"{name}.{k}": v for name, link in links.items() for k, v in vars(link).items()}
+        if self.host_memory_bytes is not None:
+            numbers["host_memory_bytes"] = self.host_memory_bytes
         numbers |= {f"device.peak_flops[{k}]": v for k, v in self.device.peak_flops.items()}
         numbers |= {"device.bandwidth": self.device.bandwidth, "budget": self.budget_bytes}
         for key, number in numbers.items():
@@ -212,11 +291,17 @@ class ClusterInfo:
         return ClusterInfo(shape, dev, tuple(reversed(links)))
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data; a host that was not measured is left out."""
+        host = {
+            "host_link": None if self.host_link is None else asdict(self.host_link),
+            "host_memory_bytes": self.host_memory_bytes,
+        }
         return {
             "mesh": list(self.mesh),
-            "device": asdict(self.device) | {"peak_flops": dict(self.device.peak_flops)},
+            "device": self.device.to_dict(),
             "links": [asdict(link) for link in self.links],
             "memory_bytes": self.memory_bytes,
+            **{key: value for key, value in host.items() if value is not None},
         }
 
     @staticmethod
@@ -236,15 +321,18 @@ class ClusterInfo:
         mesh = data["mesh"]
         shape = parse_mesh(mesh) if isinstance(mesh, str) else tuple(int(n) for n in mesh)
         dev = data["device"]
-        dev = device(dev) if isinstance(dev, str) else Device(**dev)
+        dev = device(dev) if isinstance(dev, str) else Device.from_dict(dev)
         links = data.get("links")
         default = ClusterInfo.of(shape, dev)
-        memory = data.get("memory_bytes")
+        memory, host_memory = data.get("memory_bytes"), data.get("host_memory_bytes")
+        host = data.get("host_link")
         return ClusterInfo(
             shape,
             dev,
             tuple(Link(**link) for link in links) if links else default.links,
             None if memory is None else parse_bytes(memory),
+            None if host is None else Link(**host),
+            None if host_memory is None else parse_bytes(host_memory),
         )
 
     @staticmethod
@@ -254,6 +342,10 @@ class ClusterInfo:
         if not isinstance(data, Mapping):
             raise ValueError(f"{path}: expected a mapping with mesh, device and links")
         return ClusterInfo.from_dict(data)
+
+    def to_yaml(self) -> str:
+        """The text that `load` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
 
 
 def as_cluster(cluster: ClusterInfo | str | Path, *, device_name: str = "cpu") -> ClusterInfo:

@@ -1,4 +1,4 @@
-"""What a strategy of an operator costs one device: time by a roofline, bytes by its layouts."""
+"""What a strategy of an operator costs one device: time by the time model, bytes by its layouts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.profile import NodeProfile
+from autopar.profiler.time_model import Kernel, kernels_of, node_us
 from autopar.sharding.node_rules import results, rule_of
 from autopar.sharding.rule import Strategy
 from autopar.sharding.saved import SavedValues
@@ -31,6 +32,7 @@ class OpCosts:
     ) -> None:
         self.cluster, self.profile, self.saved = cluster, profile, saved
         self.mesh = cluster.mesh
+        self._kernels_by_profile: dict[int, tuple[tuple[Kernel, ...], tuple[Kernel, ...]]] = {}
         self.local_bytes = lru_cache(maxsize=None)(self._local_bytes)
 
     def _local_bytes(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> int:
@@ -39,8 +41,7 @@ class OpCosts:
         return itemsize * int(np.prod(local_shape(shape, spec, self.mesh, first), dtype=np.int64))
 
     def compute_us(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
-        """Roofline: the larger of arithmetic and memory traffic, plus launches."""
-        profile, device = self.profile[node], self.cluster.device
+        """By `profiler.time_model`: the larger of arithmetic and memory traffic, plus launches."""
         fakes = [n.meta["val"] if n is not None else None for n in operands(node)]
         outs = results(node)
         whole = sum(t.numel() * t.element_size() for t in (*fakes, *outs) if t is not None) or 1
@@ -55,18 +56,16 @@ class OpCosts:
                 for s in found
             ]
         )
-        dtype = str(outs[0].dtype).removeprefix("torch.") if outs else "float32"
-        peak = device.flops_per_s(dtype)
+        forward, backward = self._kernels(node)
+        return node_us((*forward, *backward), self.cluster.device, share, local / whole)
 
-        def roofline(flops: int, nbytes: int, kernels: int) -> np.ndarray:
-            arithmetic = 1e6 * flops * share / peak
-            traffic = 1e6 * nbytes * (local / whole) / device.bandwidth
-            return np.maximum(arithmetic, traffic) + device.launch_us * kernels
-
-        p = profile
-        return roofline(p.forward_flops, p.forward_bytes, p.forward_kernels) + roofline(
-            p.backward_flops, p.backward_bytes, p.backward_kernels
-        )
+    def _kernels(self, node: fx.Node) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
+        """Forward and backward; calls that are alike share a profile."""
+        profile = self.profile[node]
+        key = id(profile)
+        if key not in self._kernels_by_profile:
+            self._kernels_by_profile[key] = kernels_of(node, profile, self.cluster.device)
+        return self._kernels_by_profile[key]
 
     def lowering_us(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
         """Collectives inside of lowerings: per axis, three small all-reduces forward and two

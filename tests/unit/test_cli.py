@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,37 @@ def test_damaged_plans_are_refused(tmp_path, tiny):
     assert "was changed after it was written" in refused("report", str(path))
     path.write_text("{")
     assert "is not JSON" in refused("report", str(path))
+
+
+# -- profile ------------------------------------------------------------------------------------
+
+
+def test_profile_prints_a_table_by_module():
+    out = run("profile", MLP, "--depth", "1").stdout
+    assert "283 GFLOP" in out and "blocks" in out and "blocks.*" not in out
+    assert "peak" in out
+
+
+def test_profile_gives_formulas_and_the_batch_that_fits():
+    out = run("profile", MLP, "--formulas", "--fit", "1GiB").stdout
+    assert "forward FLOPs   69156864*batch" in out
+    fits = int(re.search(r"fits\s+batch (\d+) in 1 GiB", out)[1])
+    for batch, inside in ((fits, True), (fits + 1, False)):
+        found = json.loads(run("profile", MLP, "--batch", str(batch), "--json").stdout)
+        inputs = batch * (1024 * 4 + 8)
+        assert (found["peak_bytes"] + found["state_bytes"] + inputs <= 2**30) is inside
+
+
+def test_profile_at_another_size_is_that_of_the_size():
+    found = json.loads(run("profile", MLP, "--batch", "64", "--json").stdout)
+    assert found["sizes"] == {"batch": 64}
+    assert found["flops"] == (69156864 + 138313728) * 64
+    assert found["modules"][0]["parameters"] == 34_608_104
+
+
+def test_profile_refuses_sizes_that_the_model_has_not(tiny):
+    assert "sequence is not a dynamic size" in refused("profile", MLP, "--sequence", "8")
+    assert "cannot read memory size" in refused("profile", str(tiny), "--fit", "much")
 
 
 # -- the rest -----------------------------------------------------------------------------------

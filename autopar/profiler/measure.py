@@ -1,0 +1,368 @@
+"""Measures the device that a process runs on: arithmetic, memory, launches, the host link.
+
+Every time is the best of several, since what else the machine does only ever adds to it. Results
+are allocated anew as operators do it, so the cost of fresh pages is in the rates.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from autopar.profiler.cluster import Device, Link
+from autopar.profiler.curve import Curve
+
+Progress = Callable[[str], None]
+KiB, MiB = 2**10, 2**20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How thoroughly to measure.
+
+    Args:
+        bytes: sizes of memory traffic.
+        sides: of square matrix products.
+        channels: of convolutions.
+        lengths: of attention.
+        messages: bytes of collectives.
+        seconds: for each figure.
+        rounds: through all arithmetic; a disturbance that outlasts one figure is over in the next.
+    """
+
+    bytes: tuple[int, ...]
+    sides: tuple[int, ...]
+    channels: tuple[int, ...]
+    lengths: tuple[int, ...]
+    messages: tuple[int, ...]
+    seconds: float
+    rounds: int = 1
+
+
+# The C library hands blocks beyond 32 MiB back to the system, and new pages are slow: both sides
+# of that size are measured.
+QUICK = Effort(
+    (16 * KiB, 256 * KiB, 4 * MiB, 30 * MiB, 34 * MiB, 64 * MiB),
+    (64, 256, 768),
+    (16, 64, 256),
+    (64, 256),
+    (KiB, 32 * KiB, MiB),
+    0.02,
+)
+FULL = Effort(
+    (16 * KiB, 128 * KiB, MiB, 4 * MiB, 16 * MiB, 30 * MiB, 34 * MiB, 64 * MiB, 256 * MiB),
+    (32, 64, 128, 256, 512, 1024, 2048),
+    (8, 16, 32, 64, 128, 256, 512),
+    (32, 64, 128, 256, 512, 1024),
+    (KiB, 4 * KiB, 16 * KiB, 64 * KiB, 256 * KiB, MiB, 4 * MiB, 16 * MiB),
+    0.1,
+    3,
+)
+
+
+def effort_for(kind: str, quick: bool) -> Effort:
+    """What to measure on a device type, `"cpu"` or `"cuda"`."""
+    effort = QUICK if quick else FULL
+    if kind == "cpu":
+        return effort
+    # an accelerator is far from its peak at what keeps a CPU busy
+    return replace(
+        effort,
+        bytes=(*effort.bytes, 1024 * MiB),
+        sides=(*effort.sides, 4096, 8192),
+        channels=(*effort.channels, 1024),
+        lengths=(*effort.lengths, 2048, 4096),
+    )
+
+
+# -- time ---------------------------------------------------------------------------------------
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, budget: float = 0.1) -> float:
+    """Seconds of one call: the best of at least three batches of calls.
+
+    Args:
+        budget: seconds to spend, after one call to warm up.
+    """
+    once = _batch_seconds(call, device, 1)
+    once = min(once, _batch_seconds(call, device, 1))
+    # a batch is long against the clock's resolution
+    count = max(1, min(100, int(2e-4 / max(once, 1e-7))))
+    batches = max(3, min(30, int(budget / max(count * once, 1e-6))))
+    return min(_batch_seconds(call, device, count) for _ in range(batches))
+
+
+def _batch_seconds(call: Callable[[], Any], device: torch.device, count: int) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / count
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) / count
+
+
+# -- the device ---------------------------------------------------------------------------------
+
+
+def measure_device(
+    device: torch.device, effort: Effort, *, processes: int = 1, say: Progress = lambda line: None
+) -> Device:
+    """The device model of where this process runs, with as many threads as torch uses.
+
+    Args:
+        processes: on this host; they share its memory if the device is the CPU.
+        say: told what is measured now.
+    """
+    say("launch overhead ...")
+    training, launch = _launch_seconds(device)
+    say("memory bandwidth ...")
+    moved = _memory_curves(device, effort, launch)
+    say("what elements cost beyond moving them ...")
+    extra = _extra_ns(device, effort, launch)
+    best: dict[str, dict[float, float]] = {}
+    for number in range(effort.rounds):
+        for library, dtype, jobs in _arithmetic(device, effort):
+            say(f"{library} in {dtype}, round {number + 1} of {effort.rounds} ...")
+            times = best.setdefault(f"{library}.{dtype}", {})
+            for job in jobs:
+                took = seconds_of(job.call, device, effort.seconds) / job.kernels
+                times[job.flops] = min(took, times.get(job.flops, took))
+    flops = {key: _curve(list(times.items()), launch) for key, times in best.items()}
+    peaks = {
+        key.removeprefix("matmul."): max(curve.rates)
+        for key, curve in flops.items()
+        if key.startswith("matmul.")
+    }
+    largest = min(max(effort.bytes), 16 * MiB) if device.type == "cpu" else max(effort.bytes)
+    both = 1e-6 * float(moved["read"].us(largest) + moved["write"].us(largest))
+    return Device(
+        name=device_name(device),
+        kind=device.type,
+        peak_flops=peaks,
+        memory_bytes=device_memory(device) / (processes if device.type == "cpu" else 1),
+        bandwidth=_short(2 * largest / both),
+        launch_us=_short(1e6 * training),
+        flops_by_size=flops,
+        bytes_by_size=moved,
+        extra_ns=extra,
+    )
+
+
+def _short(value: float) -> float:
+    """Four digits."""
+    return float(f"{value:.4g}")
+
+
+def _curve(times: Sequence[tuple[float, float]], launch: float) -> Curve:
+    """From (work, seconds); the launch is accounted for apart, but no work is free."""
+    return Curve.fit([n for n, _ in times], [max(t - launch, 0.1 * t) for _, t in times])
+
+
+def _launch_seconds(device: torch.device) -> tuple[float, float]:
+    """Per operator on tensors of no size to speak of: in a training step, forward or backward, and
+    called alone as everything else is timed here."""
+    count = 64
+    x = torch.ones(16, device=device, requires_grad=True)
+    factor = torch.ones(16, device=device)
+
+    def step() -> None:
+        y = x
+        for _ in range(count):
+            y = y * factor
+        torch.autograd.grad(y, x, factor)
+
+    return seconds_of(step, device, 0.1) / (2 * count), seconds_of(factor.clone, device, 0.02)
+
+
+def _memory_curves(device: torch.device, effort: Effort, launch: float) -> dict[str, Curve]:
+    """A sum reads, a copy reads and writes."""
+    reads, writes = [], []
+    for nbytes in effort.bytes:
+        x = torch.ones(nbytes // 4, device=device)
+        read = seconds_of(x.sum, device, effort.seconds)
+        copy = seconds_of(x.clone, device, effort.seconds)
+        reads.append((float(nbytes), read))
+        writes.append((float(nbytes), max(copy - max(read - launch, 0.0), 0.1 * copy)))
+    return {"read": _curve(reads, launch), "write": _curve(writes, launch)}
+
+
+def _extra_ns(device: torch.device, effort: Effort, launch: float) -> dict[str, float]:
+    """Nanoseconds per element of what `time_model` counts, beyond what copying takes.
+
+    Several kernels stand for a kind; their geometric mean is taken, as they differ by factors.
+    """
+    side = 768
+    x = torch.randn(side, side, device=device)
+    images = x.flatten()[: 64 * 96 * 96].view(8, 8, 96, 96)
+    weight = torch.ones(8, device=device)
+    where = torch.randint(side * side, (side * side,), device=device)
+
+    def normalize() -> Any:
+        return torch.native_batch_norm(images, weight, weight, None, None, True, 0.1, 1e-5)
+
+    # per kind: what is run, elements it is dear for, elements that it moves as a copy does
+    jobs: dict[str, list[tuple[Callable[[], Any], float, float]]] = {
+        "function": [
+            (lambda: F.gelu(x), x.numel(), x.numel()),
+            (lambda: F.gelu(x, approximate="tanh"), x.numel(), x.numel()),
+            (x.exp, x.numel(), x.numel()),
+            (x.tanh, x.numel(), x.numel()),
+        ],
+        "reduction": [
+            (lambda: F.layer_norm(x, (side,)), 2 * x.numel(), x.numel()),
+            (lambda: torch._softmax_backward_data(x, x, -1, x.dtype), x.numel(), 1.5 * x.numel()),
+        ],
+        "random": [(lambda: torch.native_dropout(x, 0.1, True), x.numel(), 1.25 * x.numel())],
+        "variance": [(normalize, images.numel(), images.numel())],
+        "index": [(lambda: x.flatten()[where], x.numel(), 2 * x.numel())],
+        "strided": [(lambda: x.t().contiguous(), x.numel(), x.numel())],
+        "scalar": [(lambda: x == x, x.numel(), 0.625 * x.numel())],
+    }
+    plain = seconds_of(x.clone, device, effort.seconds) - launch
+    found = {}
+    for kind, kernels in jobs.items():
+        beyond = [
+            (seconds_of(call, device, effort.seconds) - launch - plain * moved / x.numel()) / dear
+            for call, dear, moved in kernels
+        ]
+        # noise may make a cheap one come out below a copy
+        found[kind] = _short(statistics.geometric_mean(max(1e9 * t, 0.01) for t in beyond))
+    return found
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Kernels to time together, as training runs them: forward and backward.
+
+    Args:
+        flops: of one kernel, on average.
+        kernels: how many.
+        call: runs them.
+    """
+
+    flops: float
+    kernels: int
+    call: Callable[[], Any]
+
+
+def _arithmetic(device: torch.device, effort: Effort) -> Iterator[tuple[str, str, list[_Job]]]:
+    """Library, dtype and what to time; the tensors are made one group at a time."""
+    dtypes = ["float32", "float64", "bfloat16"] + ["float16"] * (device.type == "cuda")
+    for dtype in dtypes:
+        yield "matmul", dtype, [_matmul(n, dtype, device) for n in effort.sides]
+    for dtype in ("float32",) if device.type == "cpu" else ("float32", "bfloat16"):
+        yield "convolution", dtype, [_convolution(n, dtype, device) for n in effort.channels]
+        yield "depthwise", dtype, [_depthwise(n, dtype, device) for n in effort.channels]
+        yield "attention", dtype, [_attention(n, dtype, device) for n in effort.lengths]
+
+
+def _random(dtype: str, device: torch.device, *shape: int) -> torch.Tensor:
+    made = torch.randn(*shape, device=device).to(getattr(torch, dtype))
+    return made.requires_grad_()
+
+
+def _matmul(n: int, dtype: str, device: torch.device) -> _Job:
+    a, b = (_random(dtype, device, n, n).detach() for _ in range(2))
+    return _Job(2.0 * n**3, 3, lambda: (a @ b, a @ b.t(), a.t() @ b))
+
+
+def _trained(forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
+    gradient = torch.randn_like(forward())
+    return lambda: torch.autograd.grad(forward(), inputs, gradient)
+
+
+def _convolution(n: int, dtype: str, device: torch.device) -> _Job:
+    batch, side = (4, 28) if device.type == "cpu" else (32, 56)
+    x, weight = _random(dtype, device, batch, n, side, side), _random(dtype, device, n, n, 3, 3)
+    once = 18.0 * batch * side * side * n * n
+    # backward is two more in one kernel
+    return _Job(1.5 * once, 2, _trained(lambda: F.conv2d(x, weight, padding=1), (x, weight)))
+
+
+def _depthwise(n: int, dtype: str, device: torch.device) -> _Job:
+    batch, side = (4, 28) if device.type == "cpu" else (32, 56)
+    x, weight = _random(dtype, device, batch, n, side, side), _random(dtype, device, n, 1, 5, 5)
+    once = 50.0 * batch * side * side * n
+    call = _trained(lambda: F.conv2d(x, weight, padding=2, groups=n), (x, weight))
+    return _Job(1.5 * once, 2, call)
+
+
+def _attention(n: int, dtype: str, device: torch.device) -> _Job:
+    batch, heads, dim = 4, 12, 64
+    q, k, v = (_random(dtype, device, batch, heads, n, dim) for _ in range(3))
+    once = 4.0 * batch * heads * n * n * dim
+    # backward is 2.5 more: it forms the scores again
+    run = _trained(lambda: F.scaled_dot_product_attention(q, k, v), (q, k, v))
+    return _Job(1.75 * once, 2, run)
+
+
+# -- the host -----------------------------------------------------------------------------------
+
+
+def measure_host_link(device: torch.device, effort: Effort) -> Link | None:
+    """Copies between pinned host memory and the device; both directions, fitted together. None for
+    the CPU, whose memory is the host's."""
+    if device.type != "cuda":
+        return None
+    from autopar.profiler.measure_links import fit_link
+
+    rows, seconds = [], []
+    for nbytes in effort.messages:
+        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        for target, source in ((there, host), (host, there)):
+            call = _copying(target, source)
+            rows.append((1.0, float(nbytes)))
+            seconds.append(seconds_of(call, device, effort.seconds))
+    return fit_link(rows, seconds)[0]
+
+
+def _copying(target: torch.Tensor, source: torch.Tensor) -> Callable[[], Any]:
+    return lambda: target.copy_(source, non_blocking=True)
+
+
+def host_memory() -> float:
+    """Bytes of memory that this host, or the container on it, has."""
+    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(float(Path(path).read_text()))
+        except (OSError, ValueError):  # no such limit
+            continue
+    return min(found)
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes of memory that the device has."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return host_memory()
+
+
+def device_name(device: torch.device) -> str:
+    """As the system calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    plural = "s" if threads > 1 else ""
+    return f"{names[0] if names else 'cpu'}, {threads} thread{plural}"

@@ -1,0 +1,309 @@
+"""Measures the collectives of every mesh axis and fits the alpha-beta model the planner uses.
+
+A collective over k ranks on a local buffer of n bytes is taken to last
+
+    passes * ((k - 1) alpha + n (k - 1) / k beta)
+
+(`sharding/conversion.py`), an all-reduce being two passes. All groups of an axis communicate at the
+same time, as they do in a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+from autopar.errors import EngineError, MeshError
+from autopar.profiler.cluster import ClusterInfo, Device, Link
+from autopar.profiler.measure import (
+    Effort,
+    Progress,
+    effort_for,
+    host_memory,
+    measure_device,
+    measure_host_link,
+)
+from autopar.runtime import environment, groups
+from autopar.runtime.environment import start
+from autopar.runtime.groups import DEFAULT_TIMEOUT, Group, find_group, process_groups
+
+PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
+
+
+def fit_link(
+    rows: Sequence[tuple[float, float]], seconds: Sequence[float]
+) -> tuple[Link, np.ndarray]:
+    """The alpha and beta that explain the times best by their relative errors.
+
+    Args:
+        rows: how often alpha and beta occur in each time.
+        seconds: measured.
+
+    Returns:
+        The link, and per time (predicted - measured) / measured.
+    """
+    times = np.asarray(seconds, float)
+    scaled = np.asarray(rows, float) / times[:, None]
+    found = np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]
+    if (found <= 0).any():
+        # the other alone explains the times best if one would have to be negative
+        keep = int(found[1] > found[0])
+        column = scaled[:, keep]
+        found = np.zeros(2)
+        found[keep] = column.sum() / (column @ column)
+    alpha, beta = (float(f"{x:.4g}") for x in np.maximum(found, (1e-9, 1e-15)))
+    return Link(alpha, beta), scaled @ (alpha, beta) - 1
+
+
+@dataclass(frozen=True)
+class LinkFit:
+    """What was measured of one mesh axis.
+
+    Args:
+        link: the fit.
+        samples: (collective, bytes of the local buffer, measured seconds, predicted seconds).
+    """
+
+    link: Link
+    samples: tuple[tuple[str, int, float, float], ...]
+
+    @property
+    def median_error(self) -> float:
+        """Of the relative errors, without their signs."""
+        return float(np.median([abs(p / s - 1) for _, _, s, p in self.samples]))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A cluster and how well its links are described; None for axes of one rank."""
+
+    cluster: ClusterInfo
+    fits: tuple[LinkFit | None, ...]
+
+    def to_json(self) -> str:
+        fits = [fit and [vars(fit.link), fit.samples] for fit in self.fits]
+        return json.dumps([self.cluster.to_dict(), fits])
+
+    @staticmethod
+    def from_json(text: str) -> Measurement:
+        data, fits = json.loads(text)
+        read = (f and LinkFit(Link(**f[0]), tuple(map(tuple, f[1]))) for f in fits)
+        return Measurement(ClusterInfo.from_dict(data), tuple(read))
+
+
+def measure_cluster(
+    mesh: Sequence[int], kind: str, *, quick: bool = False, say: Progress = lambda line: None
+) -> Measurement | None:
+    """Measure the machine for a mesh: in the processes that torchrun started, or else in as many
+    local ones as the mesh needs.
+
+    Args:
+        mesh: sizes of the axes.
+        kind: "cpu" or "cuda".
+        quick: fewer sizes and repetitions.
+        say: told what is measured now.
+
+    Returns:
+        On rank 0 what was measured, None elsewhere.
+
+    Raises:
+        MeshError: the mesh does not fit the processes or devices there are.
+        EngineError: a process died.
+    """
+    size = int(np.prod(mesh))
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MeshError("this process sees no CUDA device; measure with --device cpu")
+    if "WORLD_SIZE" in os.environ:
+        started = not dist.is_initialized()
+        try:
+            return _measure_rank(tuple(mesh), kind, quick, say)
+        finally:
+            if started and dist.is_initialized():
+                _stop()
+    if size == 1:
+        device = torch.device(kind)
+        found = _device_on(device, effort_for(kind, quick), 1, say)
+        links = _links(mesh, found.device)
+        return Measurement(replace(found, mesh=tuple(mesh), links=links), (None,) * len(mesh))
+    if kind == "cuda" and torch.cuda.device_count() < size:
+        raise MeshError(
+            f"mesh {'x'.join(map(str, mesh))} needs {size} CUDA devices but this host has "
+            f"{torch.cuda.device_count()}; run on every host: "
+            "torchrun --nnodes ... --nproc-per-node ... --no-python autopar cluster --mesh ..."
+        )
+    say(f"start {size} processes ...")
+    with tempfile.TemporaryDirectory() as folder:
+        run_local(_measure_local, size, (folder, tuple(mesh), kind, quick))
+        return Measurement.from_json((Path(folder) / "measured.json").read_text())
+
+
+def run_local(function: Callable[..., None], size: int, args: tuple[Any, ...]) -> None:
+    """`function(rank, size, *args)` in processes of their own; one that fails ends them all.
+
+    Raises:
+        EngineError: one failed; the message names it.
+    """
+    try:
+        spawn(function, (size, *args), nprocs=size)
+    except ProcessExitedException as error:
+        raise EngineError(
+            f"process {error.error_index} of {size} died ({error}); the others were stopped. "
+            "If it was killed for its memory, measure fewer processes: a smaller --mesh."
+        ) from error
+    except ProcessRaisedException as error:
+        last = str(error).strip().splitlines()[-1]
+        raise EngineError(
+            f"process {error.error_index} of {size} failed, the others were stopped: {last}"
+        ) from error
+
+
+def _measure_local(
+    rank: int, size: int, folder: str, mesh: tuple[int, ...], kind: str, quick: bool
+) -> None:
+    """One of the processes that `measure_cluster` starts."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size)
+    )
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=DEFAULT_TIMEOUT,
+    )
+    try:
+        found = _measure_rank(
+            mesh, kind, quick, lambda line: print(line, file=sys.stderr, flush=True)
+        )
+        if found is not None:
+            (Path(folder) / "measured.json").write_text(found.to_json())
+    finally:
+        _stop()
+
+
+def _stop() -> None:
+    """End the process group and let go of it: one that lives when the process ends aborts it."""
+    environment._MESHES.clear()
+    groups._REGISTRY.clear()
+    dist.destroy_process_group()
+
+
+def _measure_rank(
+    mesh: tuple[int, ...], kind: str, quick: bool, say: Progress
+) -> Measurement | None:
+    """Measure as one rank of a world; rank 0 answers."""
+    device = torch.device("cpu")
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    effort = effort_for(kind, quick)
+    shape = ClusterInfo.of(mesh, Device("measured", kind, {"float32": 1.0}, 1.0, 1.0, 1.0))
+    device_mesh = start(shape, device)
+    say = say if dist.get_rank() == 0 else _quiet
+    # all ranks at once, as in training: they share memory bandwidth, and perhaps cores
+    _barrier(device)
+    found = _device_on(device, effort, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), say)
+    _barrier(device)
+    names = process_groups(device_mesh, tuple(device_mesh.get_coordinate() or ()))
+    fits: list[LinkFit | None] = []
+    for axis, name in enumerate(names):
+        if mesh[axis] == 1:
+            fits.append(None)
+            continue
+        say(f"collectives of mesh axis {axis} ({mesh[axis]} ranks) ...")
+        fits.append(measure_axis(find_group(name), device, effort, found.device.launch_us))
+    if dist.get_rank() != 0:
+        return None
+    links = [fit.link if fit else None for fit in fits]
+    default = _links(mesh, found.device)
+    chosen = tuple(link or d for link, d in zip(links, default, strict=True))
+    return Measurement(replace(found, mesh=mesh, links=chosen), tuple(fits))
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def _barrier(device: torch.device) -> None:
+    """All ranks have come here, and what they launched is done."""
+    dist.barrier(device_ids=[device.index] if device.index is not None else None)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _links(mesh: Sequence[int], device: Device) -> tuple[Link, ...]:
+    """For axes of one rank, which nothing is sent along: the table's."""
+    return ClusterInfo.of(tuple(mesh), device).links
+
+
+def _device_on(device: torch.device, effort: Effort, processes: int, say: Progress) -> ClusterInfo:
+    """A cluster of this device alone."""
+    model = measure_device(device, effort, processes=processes, say=say)
+    if device.type == "cuda":
+        say("host link ...")
+    link = measure_host_link(device, effort)
+    memory = None if link is None else host_memory() / processes
+    return ClusterInfo((1,), model, _links((1,), model), None, link, memory)
+
+
+def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: float) -> LinkFit:
+    """Time the collectives of one group by message size, and fit its link.
+
+    Args:
+        group: of the axis; every rank of the world calls this at the same time.
+        launch_us: of an operator; the model counts it apart.
+    """
+    calls: dict[str, Callable[[torch.Tensor], Any]] = {
+        "all_gather": lambda x: group.all_gather(x.view(group.size, -1)[0]),
+        "reduce_scatter": lambda x: group.reduce_scatter(x.view(group.size, -1)),
+        "all_reduce": lambda x: group.all_reduce(x, "sum"),
+        "all_to_all": lambda x: group.all_to_all(x.view(group.size, -1)),
+    }
+    samples: list[tuple[str, int, float]] = []
+    for nbytes in effort.messages:
+        x = torch.ones(-(-nbytes // (4 * group.size)) * group.size, device=device)
+        for name, call in calls.items():
+            taken = _collective_seconds(partial(call, x), device, effort.seconds)
+            samples.append((name, 4 * x.numel(), taken))
+    k = group.size
+    rows = [
+        (PASSES[name] * (k - 1.0), PASSES[name] * nbytes * (k - 1.0) / k)
+        for name, nbytes, _ in samples
+    ]
+    times = [max(t - 1e-6 * launch_us, 0.1 * t) for _, _, t in samples]
+    link, _ = fit_link(rows, times)
+    predicted = (np.asarray(rows) @ (link.alpha, link.beta) + 1e-6 * launch_us).tolist()
+    return LinkFit(link, tuple((*s, p) for s, p in zip(samples, predicted, strict=True)))
+
+
+def _collective_seconds(call: Callable[[], Any], device: torch.device, budget: float) -> float:
+    """The best time of the slowest rank; all ranks repeat equally often."""
+    call()
+    times: list[float] = []
+    spent = 0.0
+    while len(times) < 5 or (spent < budget and len(times) < 50):
+        _barrier(device)
+        begin = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        slowest = torch.tensor(time.perf_counter() - begin, dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        times.append(float(slowest))
+        spent += times[-1]
+    return min(times)

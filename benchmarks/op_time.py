@@ -1,0 +1,279 @@
+"""How well the time model ranks and predicts operators on this CPU.
+
+The device is measured as `autopar cluster` does. Then GPT-2 (width 768, 4 sequences of 128 tokens),
+ResNet-50 and ViT-B/16 (8 images of 224 pixels) are captured for training, the transformers with one
+layer as all are alike, and every distinct operator call is run alone, forward and backward, on the
+values it gets in the model. Calls that launch no kernel (views) are left out. The time of a call is
+the median of its best times over rounds through the whole model, so that a disturbance hits one
+round and not one operator. Spearman's rank correlation of predicted and measured times is the
+figure that counts: a planner compares.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx as fx
+from rich.table import Table
+from torch.utils import _pytree as pytree
+
+from autopar.profiler.cluster import Device
+from autopar.profiler.counting import tensors_of
+from autopar.profiler.measure import effort_for, measure_device, seconds_of
+from autopar.profiler.profile import NodeProfile, profile_graph
+from autopar.profiler.time_model import kernels_of, node_us
+from autopar.tracer import ColoTracer
+from autopar.tracer.graph import ModelGraph, operands
+from benchmarks import common
+from benchmarks.common import Row, console
+
+TARGET = 0.95
+CPU = torch.device("cpu")
+Built = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Sample:
+    """One distinct operator call.
+
+    Args:
+        name: of its node.
+        operator: ATen's name.
+        count: how often the graph has it.
+        predicted_us: forward, backward.
+        measured_us: per round forward, backward.
+    """
+
+    name: str
+    operator: str
+    count: int
+    predicted_us: tuple[float, float]
+    measured_us: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def predicted(self) -> float:
+        return sum(self.predicted_us)
+
+    @property
+    def measured(self) -> float:
+        return sum(self.each_way)
+
+    @property
+    def each_way(self) -> tuple[float, float]:
+        """Medians over the rounds, forward and backward."""
+        forward, backward = zip(*self.measured_us, strict=True)
+        return statistics.median(forward), statistics.median(backward)
+
+
+def gpt2(quick: bool) -> Built:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = GPT2Config(
+        n_layer=1, vocab_size=1009 if quick else 50257, use_cache=False, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    ids = torch.randint(0, config.vocab_size, (1 if quick else 4, 128))
+    return GPT2LMHeadModel(config), (), {"input_ids": ids, "labels": ids}
+
+
+def resnet50(quick: bool) -> Built:
+    import timm
+
+    images = torch.randn((2, 3, 64, 64) if quick else (8, 3, 224, 224))
+    return timm.create_model("resnet50"), (images,), {}
+
+
+def vit(quick: bool) -> Built:
+    import timm
+
+    images = torch.randn(1 if quick else 8, 3, 224, 224)
+    return timm.create_model("vit_base_patch16_224", depth=1), (images,), {}
+
+
+MODELS: dict[str, Callable[[bool], Built]] = {"GPT-2": gpt2, "ResNet-50": resnet50, "ViT": vit}
+
+
+# -- measuring ----------------------------------------------------------------------------------
+
+
+class _Timed(fx.Interpreter):
+    """Runs the graph on real tensors, and every call that `samples` names several times.
+
+    Args:
+        samples: by the first node of each distinct call.
+        profiles: of all calls.
+        budget_s: seconds for each, forward and backward.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        samples: dict[fx.Node, Sample],
+        profiles: dict[fx.Node, NodeProfile],
+        budget_s: float,
+    ) -> None:
+        super().__init__(graph.gm)
+        self.samples, self.profiles, self.budget_s = samples, profiles, budget_s
+        x, one = torch.zeros(1, requires_grad=True), torch.ones(1)
+        with torch.enable_grad():
+            y = x.view_as(x)
+        # entering the autograd engine, which a training step does once
+        self.entry_s = seconds_of(lambda: torch.autograd.grad(y, x, one, retain_graph=True), CPU)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.samples:
+            self.samples[n].measured_us.append(self.timed(n))
+        return super().run_node(n)
+
+    def timed(self, node: fx.Node) -> tuple[float, float]:
+        """Microseconds forward and backward."""
+        profile = self.profiles[node]
+        wanted = {operands(node)[e.operand] for e in profile.tape.emitted}
+        made = {}
+        for n in node.all_input_nodes:
+            made[n] = self.env[n]
+            if isinstance(made[n], torch.Tensor):
+                made[n] = made[n].detach().requires_grad_(n in wanted)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
+
+        def forward() -> Any:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        with torch.enable_grad():
+            took = seconds_of(forward, CPU, self.budget_s)
+            if not profile.backward.kernels:
+                return 1e6 * took, 0.0
+            result = next(t for t in tensors_of(forward()) if t.requires_grad)
+            leaves = [made[n] for n in made if n in wanted]
+            seed = torch.randn_like(result)
+
+            def backward() -> Any:
+                return torch.autograd.grad(
+                    result, leaves, seed, retain_graph=True, allow_unused=True
+                )
+
+            back = seconds_of(backward, CPU, self.budget_s) - self.entry_s
+        return 1e6 * took, 1e6 * max(back, 0.1 * (back + self.entry_s))
+
+
+def sampled(built: Built, device: Device, rounds: int, budget_s: float) -> list[Sample]:
+    """Capture a model, and predict and measure its distinct operator calls."""
+    model, args, kwargs = built
+    model.train()
+    graph = ColoTracer().trace(model, args, kwargs)
+    profiles = profile_graph(graph, set(graph.parameters))
+    found: dict[fx.Node, Sample] = {}
+    first: dict[int, Sample] = {}
+    for node, profile in profiles.items():
+        if id(profile) in first:
+            first[id(profile)].count += 1
+        elif profile.forward.kernels:
+            forward, backward = kernels_of(node, profile, device)
+            us = float(node_us(forward, device)), float(node_us(backward, device))
+            found[node] = first[id(profile)] = Sample(node.name, str(node.target), 1, us)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    names = (*graph.parameters.values(), *graph.buffers.values())
+    inputs = [tensors[n].detach().clone() for n in names] + list(graph.constants.values())
+    inputs += pytree.tree_leaves((args, kwargs))
+    for _ in range(rounds):
+        with torch.no_grad():
+            _Timed(graph, found, profiles, budget_s).run(*inputs)
+    return list(found.values())
+
+
+# -- judging ------------------------------------------------------------------------------------
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """From 1 up; equal values share the mean of their ranks."""
+    _, which, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson's correlation of the ranks."""
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def rows_of(case: str, samples: Sequence[Sample], target: float | None) -> Iterator[Row]:
+    """Rank correlation and errors; a target on the correlation is one on what it lacks of 1."""
+    predicted, measured = [s.predicted for s in samples], [s.measured for s in samples]
+    errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
+    rho = spearman(predicted, measured)
+    yield Row(case, "distinct operator calls", len(samples), "")
+    yield Row(case, "Spearman", rho, "")
+    bound = None if target is None else round(1 - target, 6)
+    yield Row(case, "1 - Spearman", 1 - rho, "", bound)
+    for k, way in enumerate(("forward", "backward")):
+        pairs = [(s.predicted_us[k], s.each_way[k]) for s in samples if s.each_way[k]]
+        if len(pairs) > 1:
+            yield Row(case, f"Spearman {way}", spearman(*zip(*pairs, strict=True)), "")
+    yield Row(case, "median relative error", 100 * statistics.median(errors), "%")
+    total = sum(s.count * s.measured for s in samples)
+    step = sum(s.count * s.predicted for s in samples)
+    yield Row(case, "all calls, predicted / measured", step / total, "")
+
+
+def print_worst(case: str, samples: Sequence[Sample], count: int) -> None:
+    """The calls whose times are off by the largest factors."""
+    table = Table(title=f"{case}: furthest off", title_justify="left", box=None, pad_edge=False)
+    for column in ("node", "operator"):
+        table.add_column(column, no_wrap=True)
+    for column in ("measured us", "predicted us", "forward", "backward"):
+        table.add_column(column, justify="right", no_wrap=True)
+    by_factor = sorted(samples, key=lambda s: -abs(np.log(s.predicted / s.measured)))
+    for s in by_factor[:count]:
+        ways = (
+            f"{p / m:.2f} x" if m else "" for p, m in zip(s.predicted_us, s.each_way, strict=True)
+        )
+        table.add_row(s.name, s.operator, f"{s.measured:.0f}", f"{s.predicted:.0f}", *ways)
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit code."""
+    parser = common.parser(__doc__ or "")
+    parser.add_argument("--worst", type=int, default=8, help="calls to list per model")
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="through each model; 3 if not given"
+    )
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    console.print(common.machine(), markup=False)
+    rounds = options.rounds or (1 if options.quick else 3)
+    start = time.perf_counter()
+    device = measure_device(CPU, effort_for("cpu", quick=options.quick))
+    console.print(
+        f"measured {device.name} in {time.perf_counter() - start:.0f} s; {rounds} round(s) through "
+        "each model; calls that launch no kernel are left out",
+        markup=False,
+    )
+    rows: list[Row] = []
+    everything: list[Sample] = []
+    target = None if options.quick else TARGET
+    for case, build in MODELS.items():
+        start = time.perf_counter()
+        samples = sampled(build(options.quick), device, rounds, 0.02 if options.quick else 0.15)
+        console.print(f"{case}: {len(samples)} calls, {time.perf_counter() - start:.0f} s")
+        print_worst(case, samples, options.worst)
+        rows += rows_of(case, samples, target)
+        everything += samples
+    rows += rows_of("all", everything, target)
+    headline = "Spearman of predicted and measured operator times: " + ", ".join(
+        f"{row.case} {row.value:.3f}" for row in rows if row.metric == "Spearman"
+    )
+    return common.finish("Operator times", rows, headline, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
