@@ -36,8 +36,7 @@ from autopar.profiler.measure import (
     measure_device,
     measure_host_link,
 )
-from autopar.runtime import environment, groups
-from autopar.runtime.environment import start
+from autopar.runtime.environment import start, stop
 from autopar.runtime.groups import DEFAULT_TIMEOUT, Group, find_group, process_groups
 
 PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
@@ -132,7 +131,7 @@ def measure_cluster(
             return _measure_rank(tuple(mesh), kind, quick, say)
         finally:
             if started and dist.is_initialized():
-                _stop()
+                stop()
     if size == 1:
         device = torch.device(kind)
         found = _device_on(device, effort_for(kind, quick), 1, say)
@@ -194,14 +193,7 @@ def _measure_local(
         if found is not None:
             (Path(folder) / "measured.json").write_text(found.to_json())
     finally:
-        _stop()
-
-
-def _stop() -> None:
-    """End the process group and let go of it: one that lives when the process ends aborts it."""
-    environment._MESHES.clear()
-    groups._REGISTRY.clear()
-    dist.destroy_process_group()
+        stop()
 
 
 def _measure_rank(

@@ -23,7 +23,7 @@ from autopar.profiler.cluster import Device
 from autopar.profiler.counting import Recorder, Work, tensors_of
 from autopar.profiler.dear import dear_elements, indices_of
 from autopar.profiler.profile import NodeProfile
-from autopar.tracer.graph import operands
+from autopar.tracer.graph import bound_arguments, operands
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,26 @@ def kernels_of(
         device: what it is to be timed on.
     """
     if device.measured:
-        return _dispatched(node, profile)
-    values = tensors_of(node.meta["val"])
-    dtype = _name(values[0].dtype) if values else "float32"
-    return (Kernel(profile.forward, dtype),), (Kernel(profile.backward, dtype),)
+        forward, backward = _dispatched(node, profile)
+    else:
+        values = tensors_of(node.meta["val"])
+        dtype = _name(values[0].dtype) if values else "float32"
+        forward, backward = (Kernel(profile.forward, dtype),), (Kernel(profile.backward, dtype),)
+    return forward, _grouped(node, forward, backward)
+
+
+def _grouped(
+    node: fx.Node, forward: tuple[Kernel, ...], backward: tuple[Kernel, ...]
+) -> tuple[Kernel, ...]:
+    """Backward of a convolution in groups with the FLOPs that it has: torch's count, which the
+    profile follows, forgets the groups. Each of the two gradients costs what forward does."""
+    if bound_arguments(node).get("groups", 1) == 1:
+        return backward
+    most = 2 * sum(kernel.work.flops for kernel in forward)
+    return tuple(
+        replace(kernel, work=replace(kernel.work, flops=min(kernel.work.flops, most)))
+        for kernel in backward
+    )
 
 
 def _dispatched(

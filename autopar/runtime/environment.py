@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import MeshError
 from autopar.profiler.cluster import ClusterInfo
+from autopar.runtime import groups
 from autopar.runtime.groups import DEFAULT_TIMEOUT
 
 
@@ -56,8 +57,7 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
                 world_size=1,
                 timeout=DEFAULT_TIMEOUT,
             )
-        # a group that outlives the interpreter's shutdown aborts the process
-        atexit.register(_stop)
+        atexit.register(stop)
     # process groups are threads and sockets: engines on the same mesh share them
     key = (dist.group.WORLD, device.type, cluster.mesh)
     if key not in _MESHES:
@@ -69,6 +69,10 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
 _MESHES: dict[Any, DeviceMesh] = {}
 
 
-def _stop() -> None:
+def stop() -> None:
+    """End the process group, and let go of all that holds it: one that lives on aborts the process
+    when the interpreter shuts down."""
+    _MESHES.clear()
+    groups.forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -55,6 +55,11 @@ class Group:
         raise NotImplementedError(f"group {self.name} was made for planning and cannot communicate")
 
 
+def forget_groups() -> None:
+    """Let go of all communicators."""
+    _REGISTRY.clear()
+
+
 def find_group(name: str) -> Group:
     """The registered group of that name."""
     try:

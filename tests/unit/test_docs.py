@@ -38,6 +38,7 @@ PAGES = (
     "docs/architecture.md",
     "docs/capture.md",
     "docs/profile.md",
+    "docs/cluster.md",
     "docs/rules.md",
     "docs/solver.md",
     "benchmarks/README.md",

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from autopar.cli import app
 from autopar.errors import EngineError, MeshError
 from autopar.plan import ShardingPlan
-from autopar.profiler.cluster import ClusterInfo, Device, Link
+from autopar.profiler.cluster import ClusterInfo, Device, Link, device
 from autopar.profiler.curve import Curve
 from autopar.profiler.measure import QUICK, measure_device
 from autopar.profiler.measure_links import Measurement, fit_link, measure_cluster, run_local
@@ -292,3 +292,12 @@ def test_bad_options(arguments, message):
 def test_no_cuda_device():
     with pytest.raises(MeshError, match="sees no CUDA device"):
         measure_cluster((1,), "cuda")
+
+
+def test_the_backward_of_a_grouped_convolution_costs_two_forwards():
+    model = torch.nn.Conv2d(64, 64, 3, padding=1, groups=64)
+    graph = ColoTracer().trace(model, (torch.zeros(2, 64, 16, 16),))
+    profile = graph.profile().nodes
+    (node,) = profile
+    forward, backward = kernels_of(node, profile[node], device("A100-80G"))
+    assert sum(k.work.flops for k in backward) <= 2 * sum(k.work.flops for k in forward)
