@@ -241,10 +241,14 @@ class BranchResolver(TorchFunctionMode):
         mask, rest = args[0], (*args[1:], *kwargs.values())
         if func.__name__ == "where" and (rest or len(args) > 1):
             return func(*args, **kwargs)
-        found = self._indices(mask)
-        if func.__name__ == "where" or True in rest:
-            return found.unbind(1)
-        return found
+        as_tuple = func.__name__ == "where" or True in rest
+        try:
+            found = self._indices(mask)
+        except CaptureError as error:
+            if as_tuple:  # good for writing at these places, which needs no count
+                return _Places(mask != 0, error)
+            raise
+        return found.unbind(1) if as_tuple else found
 
     def _indices(self, mask: torch.Tensor) -> torch.Tensor:
         """`mask.nonzero()`, with a number of rows that the example batch decides."""
@@ -269,6 +273,11 @@ class BranchResolver(TorchFunctionMode):
         return func(
             source, tuple(plain) if isinstance(index, tuple) or len(plain) > 1 else plain[0]
         )
+
+    def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`x[torch.where(mask)] = value` is `x[mask] = value`."""
+        target, index, value = args
+        return func(target, index.mask if isinstance(index, _Places) else index, value)
 
     def _whole(self, end: Any) -> Any:
         return int(self.value(end)) if isinstance(end, torch.Tensor) else end
@@ -322,6 +331,27 @@ class BranchResolver(TorchFunctionMode):
         )
 
 
+class _Places(tuple[Any, ...]):
+    """Indices of a mask on activations: nobody knows how many, and whoever asks is told so."""
+
+    mask: torch.Tensor
+    error: CaptureError
+
+    def __new__(cls, mask: torch.Tensor, error: CaptureError) -> _Places:
+        made = super().__new__(cls)
+        made.mask, made.error = mask, error
+        return made
+
+    def __iter__(self) -> Any:
+        raise self.error
+
+    def __getitem__(self, key: Any) -> Any:
+        raise self.error
+
+    def __len__(self) -> int:
+        return self.mask.ndim
+
+
 def _constant(make: Callable[[], Any]) -> Any:
     """Values that were computed, as constants of the graph."""
     found = apart(make)
@@ -370,6 +400,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "tolist": _R._list,
     **dict.fromkeys(("nonzero", "argwhere", "where"), _R._nonzero),
     "__getitem__": _R._select,
+    "__setitem__": _R._write,
     "masked_select": _R._masked_select,
     "equal": _R._equal,
     "__contains__": _R._contains,

@@ -460,3 +460,23 @@ def test_functions_over_modules_are_refused():
 
     with pytest.raises(CaptureError, match="takes modules"):
         captured(lambda m, x: Reversible.apply(x.requires_grad_(), m.linear), X.clone())
+
+
+def test_writing_where_activations_say_needs_no_count():
+    def function(m, x):
+        h = m.linear(x)
+        h[torch.where(h > 0)] = 2.0
+        h[(h < -0.5).nonzero(as_tuple=True)] = -1.0
+        return h
+
+    model, graph = captured(function, X)
+    check(model, graph, X)
+    check(model, graph, X.flip(0))
+    assert not graph.guards
+
+
+def test_reading_where_activations_say_is_refused():
+    with pytest.raises(CaptureError, match="depends on activations"):
+        captured(lambda m, x: x[torch.where(m.linear(x).sum(1) > 0)], X)
+    with pytest.raises(CaptureError, match="depends on activations"):
+        captured(lambda m, x: x[m.linear(x).sum(1) > 0], X)
