@@ -8,16 +8,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-
-if TYPE_CHECKING:
-    from autopar.model_file import Example
-    from autopar.plan import ShardingPlan
-    from autopar.profiler.cluster import ClusterInfo
 
 DEFAULT_DEVICE = "A100-80G"
 
@@ -107,22 +101,24 @@ def plan(
     with _progress() as say, contextlib.redirect_stdout(sys.stderr):
         with _short_errors(ValueError, OSError):
             state = _optimizer_state(optimizer)
-            info = _cluster(mesh, device, cluster).with_memory(memory)
-            say("load model ...")
+            from autopar.cli_plan import cluster_of, planned, print_report, write_html
             from autopar.model_file import load_example
 
+            info = cluster_of(mesh, device or DEFAULT_DEVICE, cluster, device is not None)
+            info = info.with_memory(memory)
+            say("load model ...")
             example = load_example(model)
         with _short_errors():
-            found = _planned(example, info, state, baselines, time_limit, say)
+            found = planned(example, info, state, baselines, time_limit, say)
     with _short_errors(OSError):
         if output is not None:
             found.save(output)
         if report is not None:
-            _write_html(found, report)
+            write_html(found, report)
         if as_json:
             sys.stdout.write(found.to_json() + "\n")
         else:
-            _print_report(found)
+            print_report(found)
 
 
 @app.command("report")
@@ -140,9 +136,11 @@ def report_command(
         from autopar.plan import ShardingPlan
 
         found = ShardingPlan.load(plan)
+        from autopar.cli_plan import print_report, write_html
+
         if html is not None:
-            _write_html(found, html)
-        _print_report(found)
+            write_html(found, html)
+        print_report(found)
 
 
 @app.command("profile")
@@ -280,71 +278,6 @@ def _optimizer_state(optimizer: str) -> float:
     if optimizer.lower() not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[optimizer.lower()]
-
-
-def _cluster(mesh: str | None, device: str | None, file: Path | None) -> ClusterInfo:
-    from autopar.profiler.cluster import ClusterInfo
-
-    if file is None:
-        if mesh is None:
-            raise ValueError("say what to plan for: --mesh 2x4, or --cluster cluster.yaml")
-        return ClusterInfo.of(mesh, device or DEFAULT_DEVICE)
-    if mesh is not None or device is not None:
-        raise ValueError(f"{file} says mesh and device; leave out --mesh and --device")
-    import yaml
-
-    try:
-        return ClusterInfo.load(file)
-    except (TypeError, KeyError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} does not describe a cluster: {error}") from error
-
-
-def _planned(
-    example: Example,
-    info: ClusterInfo,
-    optimizer_state: float,
-    baselines: bool,
-    time_limit: float,
-    say: Callable[[str], None],
-) -> ShardingPlan:
-    from autopar.experts import expert_plans
-    from autopar.plan import Baseline
-    from autopar.planner import autoplan
-
-    planned = autoplan(
-        example.model,
-        example.args,
-        example.kwargs,
-        cluster=info,
-        optimizer_state=optimizer_state,
-        time_limit=time_limit,
-        progress=say,
-    )
-    if not baselines:
-        return planned.plan
-    say("hand-written plans ...")
-    experts = expert_plans(planned.space, time_limit=time_limit)
-    return replace(
-        planned.plan,
-        baselines=tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts),
-    )
-
-
-def _write_html(found: ShardingPlan, path: Path) -> None:
-    from autopar.plan import write_atomically
-    from autopar.report.html import render_html
-
-    write_atomically(path, render_html(found))
-
-
-def _print_report(found: ShardingPlan) -> None:
-    import shutil
-
-    from autopar.report.text import WIDTH, render
-
-    terminal = sys.stdout.isatty()
-    width = max(80, shutil.get_terminal_size((WIDTH, 24)).columns) if terminal else WIDTH
-    sys.stdout.write(render(found, color=terminal, width=width))
 
 
 @contextlib.contextmanager
