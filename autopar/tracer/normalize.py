@@ -213,6 +213,18 @@ def _source_of(node: fx.Node) -> str:
     return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else "unknown source"
 
 
+def mend_users(gm: fx.GraphModule) -> None:
+    """Rebuild a graph whose nodes are not all among the users of their inputs: export leaves such
+    graphs behind where it cuts regions out (seen with torch 2.13), and erasing fails on them."""
+    if all(node in source.users for node in gm.graph.nodes for source in node.all_input_nodes):
+        return
+    sound = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copies[node] = sound.node_copy(node, copies.__getitem__)
+    gm.graph = sound
+
+
 def detach_no_grad_regions(gm: fx.GraphModule) -> None:
     """Make what `torch.no_grad()` does to gradients explicit: inlining such a region drops it."""
     for node in list(gm.graph.nodes):

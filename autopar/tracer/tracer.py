@@ -34,7 +34,7 @@ from autopar.tracer.branches import BranchResolver
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
 from autopar.tracer.graph import ModelGraph
-from autopar.tracer.normalize import detach_no_grad_regions, model_graph
+from autopar.tracer.normalize import detach_no_grad_regions, mend_users, model_graph
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
 from autopar.tracer.settings import apply_settings, masks_as_run, masks_can_be_skipped
 from autopar.tracer.source import failing_site
@@ -124,6 +124,7 @@ class ColoTracer:
             program = torch.export.export(
                 clone, args, kwargs, dynamic_shapes=self._dynamic_shapes(given), strict=False
             )
+            mend_users(program.graph_module)
             detach_no_grad_regions(program.graph_module)
             if self.dynamic or not make_functional(program.graph_module):
                 program = program.run_decompositions({})
