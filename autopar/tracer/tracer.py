@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ from autopar.tracer.normalize import detach_no_grad_regions, mend_users, model_g
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
 from autopar.tracer.settings import apply_settings, masks_as_run, masks_can_be_skipped
 from autopar.tracer.source import failing_site
+
+log = logging.getLogger(__name__)
 
 fakes.register()
 
@@ -129,6 +132,9 @@ class ColoTracer:
             if self.dynamic or not make_functional(program.graph_module):
                 program = program.run_decompositions({})
         guards = (*settings, *resolver.guards)
+        for guard in guards:
+            # a layer that is never dropped trains differently: that must not pass unseen
+            log.log(logging.WARNING if guard.kind == "random" else logging.INFO, "%s", guard)
         return model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
 
     def _dynamic_shapes(self, given: Any) -> Any:

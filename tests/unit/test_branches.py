@@ -174,7 +174,7 @@ def test_impossible_sides_need_no_guard():
     check(model, graph, X)
 
 
-def test_layer_drop_is_captured_off_and_said():
+def test_layer_drop_is_captured_off_and_said(caplog):
     def dropped(m, x):
         h = m.linear(x)
         for _ in range(3):
@@ -185,6 +185,7 @@ def test_layer_drop_is_captured_off_and_said():
 
     _, graph = captured(dropped, X)
     (guard,) = graph.guards  # three layers, one line
+    assert str(guard) in caplog.text
     assert guard.kind == "random" and guard.value is False
     assert "10%" in guard.note or "11%" in guard.note or "9%" in guard.note
     assert sum(str(n.target) == "aten.linear.default" for n in graph.nodes) == 4
