@@ -148,7 +148,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.mark.parametrize("page", PAGES)
 def test_python_runs(page: str, workplace: Path) -> None:
     count = run_python(page_text(page), page)
-    assert count or page in ("docs/architecture.md", "benchmarks/README.md")
+    without = ("docs/architecture.md", "docs/cluster.md", "benchmarks/README.md")
+    assert count or page in without
 
 
 @pytest.mark.parametrize("page", PAGES)
