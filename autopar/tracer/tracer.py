@@ -35,6 +35,7 @@ from autopar.tracer.branches import BranchResolver
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
 from autopar.tracer.graph import ModelGraph
+from autopar.tracer.guards import Guard
 from autopar.tracer.normalize import detach_no_grad_regions, mend_users, model_graph
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
 from autopar.tracer.settings import apply_settings, masks_as_run, masks_can_be_skipped
@@ -223,11 +224,18 @@ def _watch(clone: torch.nn.Module, resolver: BranchResolver) -> None:
         }
         for name, p in clone.named_parameters(remove_duplicate=False):
             roles["parameter", name] = p
+        shapes = {}
         for name, b in clone.named_buffers(remove_duplicate=False):
             roles["buffer", name] = b
+            shapes[name] = b.shape
         resolver.begin(roles)
         with resolver:
             results = _plain_results(forward(*args, **kwargs))
+        for name, b in clone.named_buffers(remove_duplicate=False):
+            if shapes.get(name, b.shape) != b.shape:
+                note = "the module keeps its own; the program makes the new one at each step"
+                what = "buffer replaced by one of another shape"
+                resolver.guards.append(Guard("setting", name, what, tuple(b.shape), note))
         # results as well, so that the draws stay in the program
         return results, resolver.draws
 

@@ -481,3 +481,27 @@ def test_reading_where_activations_say_is_refused():
         captured(lambda m, x: x[torch.where(m.linear(x).sum(1) > 0)], X)
     with pytest.raises(CaptureError, match="depends on activations"):
         captured(lambda m, x: x[m.linear(x).sum(1) > 0], X)
+
+
+class Caching(nn.Module):
+    """Keeps what it computed from the shape of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        if self.cache.shape[0] != x.shape[1]:
+            self.cache = torch.arange(x.shape[1], dtype=x.dtype)
+        return x * self.cache
+
+
+def test_a_buffer_that_is_replaced_by_a_larger_one_is_said():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Caching())).double()
+    graph = ColoTracer().trace(model, (X,))
+    assert [(g.source, g.value) for g in graph.guards] == [("1.0.cache", (4,))]
+    run = graph.bind(model)
+    first = run(X)
+    assert torch.equal(first, run(X))
+    assert model[1][0].cache.shape == (1,)
+    assert torch.equal(first, model(X))
