@@ -18,10 +18,10 @@ from tests.zoo import check
 from tests.zoo.family import Batch, Family
 
 Status = Literal[
-    "equal", "close", "unequal", "wrong later", "does not run",
+    "equal", "close", "own draws", "unequal", "wrong later", "does not run",
     "not captured", "not built", "timed out", "crashed",
 ]  # fmt: skip
-GOOD: tuple[Status, ...] = ("equal", "close")
+GOOD: tuple[Status, ...] = ("equal", "close", "own draws")
 CAPTURED: tuple[Status, ...] = (*GOOD, "unequal", "wrong later", "does not run")
 # relative to max(1, |reference|)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
@@ -36,8 +36,9 @@ class Outcome:
         name, library, kind: of the family.
         required: whether autopar promises it.
         status: "close" is equal to the rounding of float32, in which a float64 model computes some
-            of its steps; sums of gradients may be in another order. "wrong later" is equal on the
-            batch it was captured with, but not on the next, and no guard said so.
+            of its steps; sums of gradients may be in another order. "own draws" runs, but its
+            dropout is not the model's (`Family.not_replayed`). "wrong later" is equal on the batch
+            it was captured with, but not on the next, and no guard said so.
         nodes: operators of the graph.
         capture_s: how long tracing took.
         error: largest of loss, results, gradients and buffers, on the batch it was captured with.
@@ -96,6 +97,8 @@ def examine(family: Family, *, dropout: bool = False) -> Outcome:
         found = check.step(graph.bind(model), model, batches[0])
     except Exception as error:
         return replace(outcome, status="does not run", reason=first_line(error), **_blame(error))
+    if dropout and family.not_replayed is not None:
+        return replace(outcome, status="own draws", reason=family.not_replayed)
     worst, size = max(check.differences(found, expected), key=lambda pair: pair[1])
     status = _verdict(size, family, graph)
     outcome = replace(outcome, error=size, worst=worst, status=status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -68,8 +69,9 @@ def transcribed_features(model: Any, generator: torch.Generator) -> Batch:
 
 
 def waveform(model: Any, generator: torch.Generator) -> Batch:
-    """Raw audio into text by CTC; one label sequence shorter than the other."""
-    values = torch.randn(BATCH, 1600, generator=generator, dtype=torch.float64)
+    """Raw audio, 20 frames of it, into text by CTC; one label sequence shorter than the other."""
+    samples = 20 * math.prod(getattr(model.config, "conv_stride", (80,)))
+    values = torch.randn(BATCH, samples, generator=generator, dtype=torch.float64)
     labels = torch.randint(4, model.config.vocab_size, (BATCH, 3), generator=generator)
     labels[-1, -1] = _IGNORED
     return {"input_values": values, "labels": labels}
