@@ -20,10 +20,17 @@ from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.profile import requires_grad_map
 from autopar.runtime import collectives
 from autopar.sharding.conversion import LayoutConverter, Step, converter_for
-from autopar.sharding.node_rules import producer, results, rule_of, strategy_by_name
+from autopar.sharding.node_rules import results, rule_of, strategy_by_name
 from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.spec import ShardingSpec, local_range, local_shape
-from autopar.tracer.graph import ModelGraph, bound_arguments, map_operands, operands, shape_of
+from autopar.tracer.graph import (
+    ModelGraph,
+    bound_arguments,
+    map_operands,
+    operands,
+    producer,
+    shape_of,
+)
 
 _RESHAPE = {
     "aten.view.default": torch.ops.aten.reshape.default,

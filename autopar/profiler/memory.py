@@ -25,7 +25,6 @@ from autopar.profiler.profile import (
     Value,
     gradient_roots,
     summed_strides,
-    value_of,
 )
 from autopar.profiler.tape import (
     GRADIENT,
@@ -38,7 +37,7 @@ from autopar.profiler.tape import (
     Strides,
 )
 from autopar.profiler.timeline import Change, MemoryTimeline, Phase
-from autopar.tracer.graph import ModelGraph, operands
+from autopar.tracer.graph import ModelGraph, operands, producer
 
 
 def memory_timeline(
@@ -124,7 +123,7 @@ class _Step:
         self.shares: Counter[Any] = Counter()  # places that hold a gradient tensor
         self.sums = 0
         self.awaited: Counter[Value] = Counter(
-            value_of(operand)
+            producer(operand)
             for node in self.nodes
             for e in profiles[node].tape.emitted
             if (operand := operands(node)[e.operand]) is not None
@@ -147,9 +146,9 @@ class _Step:
     def _last_uses(self) -> dict[fx.Node, list[Value]]:
         """The values that nothing needs after a node; results are needed to the end."""
         found: dict[fx.Node, list[Value]] = {n: [] for n in self.nodes}
-        seen = {value_of(n) for n in self.graph.output.all_input_nodes}
+        seen = {producer(n) for n in self.graph.output.all_input_nodes}
         for node in reversed(self.nodes):
-            for value in dict.fromkeys(value_of(n) for n in node.all_input_nodes):
+            for value in dict.fromkeys(producer(n) for n in node.all_input_nodes):
                 if value not in seen and value[0] in found:
                     seen.add(value)
                     found[node].append(value)
@@ -214,7 +213,7 @@ class _Step:
         if storage.owner == OPERAND:
             operand = operands(node)[storage.number]
             assert operand is not None
-            return self.storage[value_of(operand)]
+            return self.storage[producer(operand)]
         return node, storage.number
 
     def _is_parameter(self, key: Any) -> bool:
@@ -303,7 +302,7 @@ class _Step:
             self._let_go(holder)
         operand = operands(node)[emission.operand]
         assert operand is not None
-        self._arrive(value_of(operand), gradient)
+        self._arrive(producer(operand), gradient)
 
     def _arrive(self, value: Value, new: _Gradient) -> None:
         old = self.gradients.pop(value, None)

@@ -8,7 +8,6 @@ so a deep model costs one layer.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +21,7 @@ from torch.utils import _pytree as pytree
 from autopar.profiler.call import Call, origin_of
 from autopar.profiler.counting import Work, tensors_of
 from autopar.profiler.tape import OPERAND, Count, Strides, Tape
-from autopar.tracer.graph import ModelGraph, operands
+from autopar.tracer.graph import ModelGraph, operands, producer
 
 # a result of an operator call or a placeholder: the node, and which of its results
 Value = tuple[fx.Node, int]
@@ -124,22 +123,12 @@ def requires_grad_map(graph: ModelGraph, trainable: set[str]) -> dict[fx.Node, b
     return found
 
 
-def value_of(node: fx.Node) -> Value:
-    """The result or placeholder that a node stands for."""
-    if node.op == "call_function" and node.target is operator.getitem:
-        source, index = node.args
-        assert isinstance(source, fx.Node)
-        assert isinstance(index, int)
-        return source, index
-    return node, 0
-
-
 def gradient_roots(graph: ModelGraph, carries: Callable[[Value], bool]) -> list[Value]:
     """Where backward starts: the first scalar output that carries a gradient (the loss), or else
     every output that does."""
     outputs = [n for n in pytree.tree_leaves(graph.output.args) if isinstance(n, fx.Node)]
-    values = [value_of(n) for n in outputs if carries(value_of(n))]
-    scalars = [value_of(n) for n in outputs if carries(value_of(n)) and not n.meta["val"].ndim]
+    values = [producer(n) for n in outputs if carries(producer(n))]
+    scalars = [producer(n) for n in outputs if carries(producer(n)) and not n.meta["val"].ndim]
     return scalars[:1] or list(dict.fromkeys(values))
 
 
@@ -181,7 +170,7 @@ class _Profiler:
 
     def forward(self, node: fx.Node) -> None:
         """Which results carry a gradient."""
-        wanted = [n is not None and self.carries[value_of(n)] for n in operands(node)]
+        wanted = [n is not None and self.carries[producer(n)] for n in operands(node)]
         key = _signature(node, wanted, self.eager)
         self.keys[node] = key, wanted
         if key not in self.calls:
@@ -202,7 +191,7 @@ class _Profiler:
         for emission in self.found[key].tape.emitted:
             operand = given[emission.operand]
             assert operand is not None
-            value = value_of(operand)
+            value = producer(operand)
             old, new = layouts.get(value), emission.strides
             layouts[value] = new if old is None else summed_strides(operand.meta["val"], old, new)
         return self.found[key]

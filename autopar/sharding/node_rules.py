@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,16 +19,6 @@ _RULE = "autopar_rule"
 def results(node: fx.Node) -> list[torch.Tensor]:
     """The fake tensors a node produces."""
     return [t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor)]
-
-
-def producer(node: fx.Node) -> tuple[fx.Node, int]:
-    """The operator call or placeholder behind a value, and which of its results it is."""
-    if node.op == "call_function" and node.target is operator.getitem:
-        source, index = node.args
-        assert isinstance(source, fx.Node)
-        assert isinstance(index, int)
-        return source, index
-    return node, 0
 
 
 def call_of(node: fx.Node) -> Call:

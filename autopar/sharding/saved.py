@@ -8,8 +8,8 @@ from typing import Any
 import torch.fx as fx
 
 from autopar.profiler.profile import NodeProfile
-from autopar.sharding.node_rules import producer, results
-from autopar.tracer.graph import ModelGraph, operands
+from autopar.sharding.node_rules import results
+from autopar.tracer.graph import ModelGraph, operands, producer
 
 
 class SavedValues:

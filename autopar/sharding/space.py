@@ -21,14 +21,14 @@ from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.profile import profile_graph, requires_grad_map
 from autopar.sharding.conversion import converter_for
 from autopar.sharding.costs import OpCosts
-from autopar.sharding.node_rules import call_of, producer, results, rule_of, strategies_of
+from autopar.sharding.node_rules import call_of, results, rule_of, strategies_of
 from autopar.sharding.repeats import has_index, pattern, places
 from autopar.sharding.rules import describe_missing
 from autopar.sharding.saved import SavedValues
 from autopar.sharding.sites import Candidate, Link, Pins, Site, Workload
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
 from autopar.solver import Edge, Problem
-from autopar.tracer.graph import ModelGraph, operands, shape_of
+from autopar.tracer.graph import ModelGraph, operands, producer, shape_of
 
 log = logging.getLogger(__name__)
 

@@ -167,6 +167,16 @@ class ModelGraph:
         return digest.hexdigest()[:16]
 
 
+def producer(node: fx.Node) -> tuple[fx.Node, int]:
+    """The operator call or placeholder behind a value, and which of its results it is."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(index, int)
+        return source, index
+    return node, 0
+
+
 def shape_of(value: Any) -> tuple[int, ...]:
     """Shape of a node's tensor value as plain integers."""
     return tuple(int(n) for n in value.shape)
