@@ -48,9 +48,7 @@ def rule_of(node: fx.Node) -> tuple[OpRule, bool]:
 
 
 def _floating(node: fx.Node) -> list[bool]:
-    found = [t.dtype.is_floating_point for t in results(node)]
-    # a mask beside a result (dropout) carries no sum of its own
-    return found[:1] if str(node.target) == "aten.native_dropout.default" else found
+    return [t.dtype.is_floating_point for t in results(node)]
 
 
 def strategies_of(node: fx.Node, mesh: Sequence[int]) -> list[Strategy]:
@@ -64,4 +62,4 @@ def strategy_by_name(node: fx.Node, mesh: Sequence[int], name: str) -> Strategy:
     Raises:
         ValueError: the node has no such strategy.
     """
-    return named_strategy(rule_of(node)[0], mesh, name, all(_floating(node)))
+    return named_strategy(rule_of(node)[0], mesh, name, _floating(node))

@@ -7,6 +7,7 @@ A row names the factors of an op's operands and results, as einsum does:
     aten.layer_norm "*b [h], [h], [h] -> *b [h]"  *b  any number of leading dims; [h] never split
     aten.embedding  "v! e, *b -> *b e"            !   splitting it needs the row's lowering
     cross_entropy   "*b v=, *b -> "               =   so does this, and it leaves no pending sum
+    aten.conv2d     "n c h~ [w], ... -> n o h~ [w]"   ~   as !, and extents may differ
 
 Given an assignment of mesh axes to factors, every layout follows. Along an axis given to factor f:
 operands and results that have f are split there; a result without f is a pending sum (P); an
@@ -18,9 +19,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import permutations, product
 from typing import Any
 
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
@@ -37,19 +38,23 @@ class Factor:
         size: its extent.
         even: the number of parts must divide `size` (dims that are merged or regrouped).
         lowered: splitting it needs the rule's lowering.
-        complete: that lowering also reduces over it: results without the factor are complete.
+        complete: results without the factor are complete: the lowering reduces over it, or the
+            op does not read its values.
+        other: further extents that tensors have in this dim, where the lowering fits them together
+            (a convolution's result is narrower than its input); each must fill every rank.
     """
 
     size: int
     even: bool = False
     lowered: bool = False
     complete: bool = False
+    other: tuple[int, ...] = ()
 
     def allows(self, axes: Sequence[int], mesh: Sequence[int]) -> bool:
         parts = math.prod(mesh[axis] for axis in axes)
         if parts > 1 and self.even:
             return self.size % parts == 0
-        return fills_every_rank(self.size, axes, mesh)
+        return all(fills_every_rank(size, axes, mesh) for size in (self.size, *self.other))
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Strategy:
 
     Args:
         name: per mesh axis the factor it splits, `-` for none, `~i` for linear in operand set i.
+            Where several axes split a factor and not in ascending order, `b:1 b:0` says which
+            comes first (outermost).
         inputs: required layout of every tensor operand (None: absent).
         outputs: layout of every tensor result.
         splits: factor name to the mesh axes that split it.
@@ -129,7 +136,7 @@ class Row:
         patterns = [p.split() for p in left.split(",")]
         results = [p.split() for p in right.split(",")]
         terms = frozenset(i for i, p in enumerate(patterns) if p and p[0].startswith("+"))
-        sizes: dict[str, set[int]] = {}
+        sizes: dict[str, dict[int, None]] = {}
         lowered: dict[str, str] = {}
         bound_in: list[Dims | None] = []
         for i, shape in enumerate(inputs):
@@ -140,14 +147,9 @@ class Row:
                 bound_in.append(_match(pattern, shape, sizes, lowered))
         bound_out = [_match(p, s, sizes, lowered) for p, s in zip(results, outputs, strict=True)]
         factors = {
-            name: Factor(
-                math.gcd(*extents),
-                even=len(extents) > 1,
-                lowered=name in lowered,
-                complete=lowered.get(name) == "=",
-            )
+            name: _factor(tuple(extents), lowered.get(name, ""))
             for name, extents in sizes.items()
-            if math.gcd(*extents) > 1
+            if (min(extents) if lowered.get(name) == "~" else math.gcd(*extents)) > 1
         }
         drop = lambda dims: tuple(d if d in factors else None for d in dims)  # noqa: E731
         return OpRule(
@@ -161,11 +163,22 @@ class Row:
         )
 
 
-_TOKEN = re.compile(r"\+?(\*?)(\[?)([a-z_]\w*)(\]?)([!=]?)|\.\.\.")
+def _factor(extents: tuple[int, ...], mark: str) -> Factor:
+    if mark == "~":
+        return Factor(extents[0], lowered=True, other=extents[1:])
+    return Factor(
+        math.gcd(*extents), even=len(extents) > 1, lowered=bool(mark), complete=mark == "="
+    )
+
+
+_TOKEN = re.compile(r"\+?(\*?)(\[?)([a-z_]\w*)(\]?)([!=~]?)|\.\.\.")
 
 
 def _match(
-    pattern: Sequence[str], shape: Shape, sizes: dict[str, set[int]], lowered: dict[str, str]
+    pattern: Sequence[str],
+    shape: Shape,
+    sizes: dict[str, dict[int, None]],
+    lowered: dict[str, str],
 ) -> Dims:
     """Factor names for the dims of one tensor; extents seen are added to `sizes`."""
     pattern = [token for token in pattern if token != "+"]
@@ -190,8 +203,8 @@ def _match(
         if mark:
             lowered |= dict.fromkeys(names, mark)
     for i, name in enumerate(dims):
-        if name is not None and shape[i] != 1:
-            sizes.setdefault(name, set()).add(shape[i])
+        if name is not None and (shape[i] != 1 or lowered.get(name) == "~"):
+            sizes.setdefault(name, {})[shape[i]] = None
     return tuple(None if shape[i] == 1 else name for i, name in enumerate(dims))
 
 
@@ -204,47 +217,79 @@ def strategies(
     """Every legal strategy of a bound rule on a mesh, full replication first.
 
     Args:
-        differentiable: per result, whether it is a float tensor; a pending sum must be.
+        differentiable: per result, whether it is a float tensor; a pending sum must be. All are
+            if None.
     """
-    floating = all(differentiable) if differentiable is not None else True
+    floating = [True] * len(rule.outputs) if differentiable is None else differentiable
     options: list[str] = ["-", *rule.factors]
-    if floating:
+    if all(floating):
         options += [f"~{i}" for i in range(len(rule.linear))]
     choices = [options if size > 1 else ["-"] for size in mesh]
     found = []
     for assignment in product(*choices):
-        strategy = _strategy(rule, mesh, assignment, floating)
-        if strategy is not None:
-            found.append(strategy)
+        for splits in _orders(assignment):
+            strategy = _strategy(rule, mesh, assignment, splits, floating)
+            if strategy is not None:
+                found.append(strategy)
     return found
 
 
-def named_strategy(rule: OpRule, mesh: Sequence[int], name: str, floating: bool) -> Strategy:
+def _orders(assignment: Sequence[str]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Axes per factor, ascending first, then in every other order."""
+    axes: dict[str, list[int]] = {}
+    for axis, choice in enumerate(assignment):
+        if choice != "-" and not choice.startswith("~"):
+            axes.setdefault(choice, []).append(axis)
+    for orders in product(*(permutations(a) for a in axes.values())):
+        yield dict(zip(axes, orders, strict=True))
+
+
+def named_strategy(
+    rule: OpRule, mesh: Sequence[int], name: str, differentiable: Sequence[bool]
+) -> Strategy:
     """The strategy that `Strategy.name` stands for.
 
     Raises:
         ValueError: the rule has no such strategy on this mesh.
     """
-    assignment = name.split()
-    known = {"-", *rule.factors, *(f"~{i}" for i in range(len(rule.linear) if floating else 0))}
+    tokens = [token.partition(":") for token in name.split()]
+    assignment = [token[0] for token in tokens]
+    linear = len(rule.linear) if all(differentiable) else 0
+    known = {"-", *rule.factors, *(f"~{i}" for i in range(linear))}
     found = None
     if len(assignment) == len(mesh) and set(assignment) <= known:
-        found = _strategy(rule, mesh, assignment, floating)
+        place = {axis: int(token[2] or axis) for axis, token in enumerate(tokens)}
+        splits = {
+            factor: tuple(sorted(axes, key=place.__getitem__))
+            for factor, axes in next(_orders(assignment)).items()
+        }
+        found = _strategy(rule, mesh, assignment, splits, differentiable)
     if found is None:
         raise ValueError(f"no strategy {name!r} on mesh {tuple(mesh)}; factors: {sorted(known)}")
     return found
 
 
+def _named(assignment: Sequence[str], splits: Mapping[str, tuple[int, ...]]) -> str:
+    names = list(assignment)
+    for factor, axes in splits.items():
+        if list(axes) != sorted(axes):
+            for place, axis in enumerate(axes):
+                names[axis] = f"{factor}:{place}"
+    return " ".join(names)
+
+
 def _strategy(
-    rule: OpRule, mesh: Sequence[int], assignment: Sequence[str], floating: bool
+    rule: OpRule,
+    mesh: Sequence[int],
+    assignment: Sequence[str],
+    splits: Mapping[str, tuple[int, ...]],
+    floating: Sequence[bool],
 ) -> Strategy | None:
-    splits: dict[str, tuple[int, ...]] = {}
-    linear: dict[int, frozenset[int]] = {}
-    for axis, choice in enumerate(assignment):
-        if choice.startswith("~"):
-            linear[axis] = rule.linear[int(choice[1:])]
-        elif choice != "-":
-            splits[choice] = (*splits.get(choice, ()), axis)
+    linear = {
+        axis: rule.linear[int(choice[1:])]
+        for axis, choice in enumerate(assignment)
+        if choice.startswith("~")
+    }
     if not all(rule.factors[name].allows(axes, mesh) for name, axes in splits.items()):
         return None
 
@@ -254,16 +299,16 @@ def _strategy(
         """`other`: the state along axes whose factor this tensor lacks."""
         split = tuple(splits.get(d, ()) if d is not None else () for d in dims)
         have = {axis for axes in split for axis in axes}
-        lacking = tuple(a for axes in splits.values() for a in axes if a not in have)
+        lacking = sorted(a for axes in splits.values() for a in axes if a not in have)
         if other == "P":
-            return ShardingSpec(split, tuple(sorted(set(lacking) - complete)))
+            return ShardingSpec(split, tuple(a for a in lacking if a not in complete))
         pending = tuple(a for a in lacking if is_term and a in reduced)
-        return ShardingSpec(split, pending, tuple(sorted(set(lacking) - set(pending))))
+        return ShardingSpec(split, pending, tuple(a for a in lacking if a not in pending))
 
     outputs = [layout(dims, "P") for dims in rule.outputs]
-    reduced = {axis for spec in outputs for axis in spec.partial}
-    if reduced and not floating:
+    if any(spec.partial and not f for spec, f in zip(outputs, floating, strict=True)):
         return None
+    reduced = {axis for spec in outputs for axis in spec.partial}
     inputs = [
         None if dims is None else layout(dims, "V", i in rule.terms)
         for i, dims in enumerate(rule.inputs)
@@ -283,7 +328,7 @@ def _strategy(
                 inputs[i] = ShardingSpec(spec.dims, spec.partial, varying)
     needs_lowering = any(rule.factors[name].lowered for name in splits)
     return Strategy(
-        " ".join(assignment),
+        _named(assignment, splits),
         tuple(inputs),
         tuple(outputs),
         splits,

@@ -191,15 +191,16 @@ class SearchSpace:
     # -- construction ---------------------------------------------------------------------------
 
     def _splits(self, shape: tuple[int, ...]) -> list[ShardingSpec]:
-        """Every placement of a stored tensor: each axis splits one dim or none."""
+        """Every placement of a stored tensor: each axis splits one dim or none, in any order."""
         found = [ShardingSpec.replicated(len(shape))]
         for axis, size in enumerate(self.mesh):
             if size == 1:
                 continue
             found += [
-                ShardingSpec(tuple((*a, axis) if e == d else a for e, a in enumerate(s.dims)))
+                ShardingSpec((*s.dims[:d], (*axes[:at], axis, *axes[at:]), *s.dims[d + 1 :]))
                 for s in found
-                for d in range(len(shape))
+                for d, axes in enumerate(s.dims)
+                for at in reversed(range(len(axes) + 1))
             ]
         return [
             s
