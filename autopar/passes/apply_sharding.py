@@ -22,6 +22,7 @@ from autopar.runtime import collectives
 from autopar.sharding.conversion import LayoutConverter, Step, converter_for
 from autopar.sharding.node_rules import results, rule_of, strategy_by_name
 from autopar.sharding.rule import OpRule, Strategy
+from autopar.sharding.rules.view import RESHAPES
 from autopar.sharding.spec import ShardingSpec, local_range, local_shape
 from autopar.tracer.graph import (
     ModelGraph,
@@ -31,11 +32,6 @@ from autopar.tracer.graph import (
     producer,
     shape_of,
 )
-
-_RESHAPE = {
-    "aten.view.default": torch.ops.aten.reshape.default,
-    "aten._unsafe_view.default": torch.ops.aten.reshape.default,
-}
 
 
 @dataclass(frozen=True)
@@ -243,10 +239,14 @@ class _Rewriter:
         if strategy.lowered:
             target = rule.lowering
             kwargs = {**kwargs, **self._lowering_arguments(rule, strategy)}
+        elif str(target) in RESHAPES:
+            # a shard's strides may differ from the whole tensor's: let the view copy if it must
+            shape = local_shape(
+                shape_of(results(node)[0]), strategy.outputs[0], self.rank.mesh, self.rank.coords
+            )
+            target, args, kwargs = torch.ops.aten.reshape.default, (values[0], list(shape)), {}
         else:
             args, kwargs = self._localize_sizes(node, strategy, args, kwargs)
-            # a shard's strides may differ from the whole tensor's: let the view copy if it must
-            target = _RESHAPE.get(str(target), target)
         new = self.out.call_function(target, args, kwargs)
         new.meta["autopar"] = node.meta["autopar"]
         outs = results(node)

@@ -1,8 +1,8 @@
 """Layout conversion: the cheapest path of one-step collectives from one spec to another.
 
 All specs of a tensor form a graph whose edges are one-step transforms, each with a cost under the
-cluster's alpha-beta model, forward and backward together. Shortest paths between all pairs are
-computed once per (shape class, bytes) with Floyd-Warshall and kept.
+cluster's alpha-beta model, forward and backward together. Paths are exact minima, found per target
+when first asked for (`conversion_search.py`) and kept.
 
     step            forward                 backward (the transpose)
     gather          S(d) -> R  all-gather   slice
@@ -14,7 +14,9 @@ computed once per (shape class, bytes) with Floyd-Warshall and kept.
     all_to_all      S(i)-> S(j) all-to-all  all-to-all
     inject          R -> P     first rank keeps, others zero; backward identity
 
-A sum is never made pending only to be reduced again on the way: `inject` steps come last.
+A sum is never made pending only to be reduced again on the way: `inject` steps come last. Nothing
+leaves V. The order of axes inside a dim (S01 to S10) changes by these steps too: a permutation of
+whole shards would have to cross two axes at once, and communicators exist along one axis each.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations, product
+from itertools import permutations
+from math import prod
 
 import numpy as np
 
 from autopar.profiler.cluster import ClusterInfo
+from autopar.sharding.conversion_baselines import axis_by_axis, greedy
+from autopar.sharding.conversion_graph import KINDS, Edges, SpecGraph, spec_graph
+from autopar.sharding.conversion_search import LegalSteps, Search
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
 
 # (collective, share of the *global* bytes it works on) in units of ring traffic: an all-reduce is
@@ -47,6 +53,7 @@ _BACKWARD = {
     "reduce_scatter": "all_gather",
     "all_to_all": "all_to_all",
 }
+Orders = tuple[frozenset[tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -64,94 +71,6 @@ class Step:
         return f"{self.kind}@{self.axis}: {self.source} -> {self.target}"
 
 
-def _replace(
-    spec: ShardingSpec,
-    axis: int,
-    *,
-    pop: int = -1,
-    push: int = -1,
-    partial: bool | None = None,
-    varying: bool | None = None,
-) -> ShardingSpec:
-    dims = list(spec.dims)
-    if pop >= 0:
-        dims[pop] = dims[pop][:-1]
-    if push >= 0:
-        dims[push] = (*dims[push], axis)
-
-    def toggled(axes: tuple[int, ...], add: bool | None) -> tuple[int, ...]:
-        if add is None:
-            return axes
-        return tuple(sorted((*axes, axis))) if add else tuple(a for a in axes if a != axis)
-
-    return ShardingSpec(tuple(dims), toggled(spec.partial, partial), toggled(spec.varying, varying))
-
-
-def steps_from(spec: ShardingSpec, n_axes: int) -> list[Step]:
-    """Every one-step transform out of `spec`. Only the innermost axis of a dim can be undone."""
-    found = []
-
-    def add(kind: str, axis: int, target: ShardingSpec, dim: int = -1, to_dim: int = -1) -> None:
-        found.append(Step(kind, axis, spec, target, dim, to_dim))
-
-    for dim, axes in enumerate(spec.dims):
-        if not axes:
-            continue
-        axis = axes[-1]
-        add("gather", axis, _replace(spec, axis, pop=dim), dim)
-        add("gather_vary", axis, _replace(spec, axis, pop=dim, varying=True), dim)
-        for to in range(spec.ndim):
-            if to != dim:
-                add("all_to_all", axis, _replace(spec, axis, pop=dim, push=to), dim, to)
-    for axis in spec.partial:
-        add("all_reduce", axis, _replace(spec, axis, partial=False))
-        for dim in range(spec.ndim):
-            add("reduce_scatter", axis, _replace(spec, axis, push=dim, partial=False), dim)
-    for axis in range(n_axes):
-        if spec.state(axis) == "R":
-            for dim in range(spec.ndim):
-                add("slice", axis, _replace(spec, axis, push=dim), dim)
-            add("vary", axis, _replace(spec, axis, varying=True))
-            add("inject", axis, _replace(spec, axis, partial=True))
-    return found
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """All legal specs of a shape class and the steps among them; costs are alpha + bytes * beta."""
-
-    specs: tuple[ShardingSpec, ...]
-    index: dict[ShardingSpec, int]
-    steps: tuple[Step, ...]
-    source: np.ndarray
-    target: np.ndarray
-    inject: np.ndarray  # which steps are injections
-    # forward and backward microseconds: constant part, and part per byte of the global tensor
-    forward: np.ndarray  # [step, 2]
-    backward: np.ndarray  # [step, 2]
-
-
-def all_specs(
-    legal: Sequence[frozenset[tuple[int, ...]]], mesh: Sequence[int]
-) -> list[ShardingSpec]:
-    """Every spec whose dims are split by a legal axis tuple; `legal[d]` holds those of dim d."""
-    axes = [axis for axis, size in enumerate(mesh) if size > 1]
-    found = []
-    for states in product(["R", "P", "V", *range(len(legal))], repeat=len(axes)):
-        by_dim: list[list[int]] = [[] for _ in legal]
-        for axis, state in zip(axes, states, strict=True):
-            if isinstance(state, int):
-                by_dim[state].append(axis)
-        partial = tuple(a for a, s in zip(axes, states, strict=True) if s == "P")
-        varying = tuple(a for a, s in zip(axes, states, strict=True) if s == "V")
-        orders = (
-            [o for o in permutations(split) if o in ok]
-            for split, ok in zip(by_dim, legal, strict=True)
-        )
-        found += [ShardingSpec(dims, partial, varying) for dims in product(*orders)]
-    return found
-
-
 class LayoutConverter:
     """Costs and paths of layout conversions on one cluster, memoized.
 
@@ -161,10 +80,12 @@ class LayoutConverter:
     def __init__(self, cluster: ClusterInfo) -> None:
         self.cluster = cluster
         self.mesh = cluster.mesh
-        self._graph = lru_cache(maxsize=None)(self._build_graph)
-        self._solve = lru_cache(maxsize=None)(self._all_pairs)
-        self._legal = lru_cache(maxsize=None)(self._legal_splits)
-        self._path = lru_cache(maxsize=None)(self._shortest_path)
+        self.axes = tuple(axis for axis, size in enumerate(self.mesh) if size > 1)
+        self._prices = self._price_table()
+        self._legal = lru_cache(maxsize=None)(self._legal_orders)
+        self._steps = lru_cache(maxsize=None)(self._legal_steps)
+        self._search = lru_cache(maxsize=None)(self._priced)
+        self._path = lru_cache(maxsize=None)(self._cheapest_path)
 
     # -- public ---------------------------------------------------------------------------------
 
@@ -178,16 +99,30 @@ class LayoutConverter:
         grad: bool = True,
     ) -> float:
         """Microseconds of the cheapest conversion, forward plus (with `grad`) backward."""
-        table, index = self.table(shape, itemsize, grad=grad)
-        return float(table[index[source], index[target]])
+        search = self._search_of(shape, itemsize, grad)
+        end = self._index(search.steps, shape, target)
+        return float(search.distances((end,))[0][self._index(search.steps, shape, source)])
 
-    def table(
-        self, shape: Sequence[int], itemsize: int, *, grad: bool = True
-    ) -> tuple[np.ndarray, dict[ShardingSpec, int]]:
-        """Cost matrix in microseconds over all legal specs of a tensor, and the specs' indices."""
-        legal = self._legal(tuple(shape))
-        size = itemsize * int(np.prod(shape, dtype=np.int64))
-        return self._solve(legal, size, grad), self._graph(legal).index
+    def costs_us(
+        self,
+        shape: Sequence[int],
+        itemsize: int,
+        sources: Sequence[ShardingSpec],
+        targets: Sequence[ShardingSpec],
+        *,
+        grad: bool = True,
+    ) -> np.ndarray:
+        """`cost_us` as a matrix [source, target]; infinite where no path exists.
+
+        Raises:
+            ValueError: a spec is illegal for the shape.
+        """
+        search = self._search_of(shape, itemsize, grad)
+        starts, ends = (
+            [self._index(search.steps, shape, spec) for spec in specs]
+            for specs in (sources, targets)
+        )
+        return np.stack(search.distances(ends), axis=1)[starts]
 
     def path(
         self,
@@ -205,7 +140,68 @@ class LayoutConverter:
         """
         return self._path(tuple(shape), itemsize, source, target, grad)
 
-    def _shortest_path(
+    def specs(self, shape: Sequence[int]) -> list[ShardingSpec]:
+        """All specs under which every rank holds an element."""
+        steps = self._steps(self._legal(tuple(shape)))
+        return [steps.graph.spec(int(i)) for i in np.flatnonzero(steps.legal)]
+
+    def steps_from(self, shape: Sequence[int], spec: ShardingSpec) -> list[Step]:
+        """Every one-step transform out of a spec, injections last."""
+        steps = self._steps(self._legal(tuple(shape)))
+        here = self._index(steps, shape, spec)
+        return [
+            _read(steps.graph, edges, int(i))
+            for edges in (steps.moves, steps.injections)
+            for i in np.flatnonzero(edges.source == here)
+        ]
+
+    def step_us(self, shape: Sequence[int], itemsize: int, step: Step) -> tuple[float, float]:
+        """Forward and backward microseconds of one step."""
+        size = itemsize * prod(shape)
+        parts = min(step.source.parts(self.mesh), step.target.parts(self.mesh))
+        if step.kind == "all_to_all":
+            parts //= self.mesh[step.axis]
+        forward, backward = self._step_cost(step.kind, step.axis, parts)
+        return forward[0] + forward[1] * size, backward[0] + backward[1] * size
+
+    # -- for comparison -------------------------------------------------------------------------
+
+    def heuristic(
+        self, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
+    ) -> list[Step]:
+        """The greedy search of the literature: one step at a time, to the spec nearest the target.
+
+        Raises:
+            ValueError: it went round in circles.
+        """
+        return greedy(lambda spec: self.steps_from(shape, spec), source, target)
+
+    def axis_by_axis(
+        self, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
+    ) -> list[Step]:
+        """What DTensor does: every mesh axis by itself, with no search.
+
+        Raises:
+            ValueError: the source is varying where the target is not.
+        """
+        return axis_by_axis(lambda spec: self.steps_from(shape, spec), source, target)
+
+    # -- search ---------------------------------------------------------------------------------
+
+    def _search_of(self, shape: Sequence[int], itemsize: int, grad: bool) -> Search:
+        size = itemsize * prod(shape)
+        return self._search(self._legal(tuple(shape)), size, grad)
+
+    def _index(self, steps: LegalSteps, shape: Sequence[int], spec: ShardingSpec) -> int:
+        index = steps.graph.index(spec)
+        if index < 0 or not steps.legal[index]:
+            raise ValueError(
+                f"{spec} is not a layout of a tensor of shape {tuple(shape)} on mesh {self.mesh}: "
+                "some rank would hold no element, or an axis does not exist"
+            )
+        return index
+
+    def _cheapest_path(
         self,
         shape: tuple[int, ...],
         itemsize: int,
@@ -213,98 +209,67 @@ class LayoutConverter:
         target: ShardingSpec,
         grad: bool,
     ) -> tuple[Step, ...]:
-        legal = self._legal(shape)
-        graph = self._graph(legal)
-        size = itemsize * int(np.prod(shape, dtype=np.int64))
-        distance = self._solve(legal, size, grad)
-        weight = self._weights(graph, size, grad)
-        if source not in graph.index or target not in graph.index:
-            raise ValueError(
-                f"{source} -> {target} is not a conversion of a tensor of shape {shape} "
-                f"on mesh {self.mesh}: some rank would hold no element, or an axis does not exist"
-            )
-        goal = graph.index[target]
-        here = graph.index[source]
-        if not np.isfinite(distance[here, goal]):
+        search = self._search_of(shape, itemsize, grad)
+        steps = search.steps
+        start, end = (self._index(steps, shape, spec) for spec in (source, target))
+        if not np.isfinite(search.distances((end,))[0][start]):
             raise ValueError(f"no sequence of collectives converts {source} to {target}")
-        path = []
-        while here != goal:
-            final = graph.specs[here].dims == target.dims
-            out = np.flatnonzero((graph.source == here) & (final | ~graph.inject))
-            through = weight[out] + distance[graph.target[out], goal]
-            best = out[int(np.argmin(through))]
-            path.append(graph.steps[best])
-            here = int(graph.target[best])
-        return tuple(path)
-
-    def step_us(self, shape: Sequence[int], itemsize: int, step: Step) -> tuple[float, float]:
-        """Forward and backward microseconds of one step."""
-        size = itemsize * int(np.prod(shape, dtype=np.int64))
-        forward, backward = self._step_cost(step)
-        return forward[0] + forward[1] * size, backward[0] + backward[1] * size
-
-    def heuristic(self, source: ShardingSpec, target: ShardingSpec) -> list[Step]:
-        """The greedy search of the literature: one step at a time, to the spec nearest the target.
-
-        Nearness is the per-dim difference table of Colossal-Auto (arXiv:2302.02599); it knows
-        neither bytes nor links, and is kept for comparison only.
-
-        Raises:
-            ValueError: it went round in circles.
-        """
-        path: list[Step] = []
-        here, seen = source, {source}
-        while here != target:
-            moves = [s for s in steps_from(here, len(self.mesh)) if s.target not in seen]
-            if not moves:
-                raise ValueError(f"greedy search is stuck at {here} on the way to {target}")
-            best = min(moves, key=lambda s: _difference(s.target, target))
-            path.append(best)
-            here = best.target
-            seen.add(here)
-        return path
-
-    # -- construction ---------------------------------------------------------------------------
-
-    def _legal_splits(self, shape: tuple[int, ...]) -> tuple[frozenset[tuple[int, ...]], ...]:
-        axes = [axis for axis, size in enumerate(self.mesh) if size > 1]
-        tuples = [t for n in range(len(axes) + 1) for t in permutations(axes, n)]
-        return tuple(
-            frozenset(t for t in tuples if fills_every_rank(size, t, self.mesh)) for size in shape
+        moves, injections = search.path(start, end)
+        return (
+            *(_read(steps.graph, steps.moves, i) for i in moves),
+            *(_read(steps.graph, steps.injections, i) for i in injections),
         )
 
-    def _build_graph(self, legal: tuple[frozenset[tuple[int, ...]], ...]) -> _Graph:
-        specs = tuple(all_specs(legal, self.mesh))
-        index = {spec: i for i, spec in enumerate(specs)}
-        real = [axis for axis, size in enumerate(self.mesh) if size > 1]
-        steps = tuple(
-            step
-            for spec in specs
-            for step in steps_from(spec, len(self.mesh))
-            if step.target in index and step.axis in real
-        )
-        costs = [self._step_cost(step) for step in steps]
-        return _Graph(
-            specs,
-            index,
-            steps,
-            np.array([index[s.source] for s in steps], dtype=np.int64),
-            np.array([index[s.target] for s in steps], dtype=np.int64),
-            np.array([s.kind == "inject" for s in steps], dtype=bool),
-            np.array([c[0] for c in costs], dtype=np.float64).reshape(-1, 2),
-            np.array([c[1] for c in costs], dtype=np.float64).reshape(-1, 2),
-        )
+    def _legal_orders(self, shape: tuple[int, ...]) -> Orders:
+        """Per dim, the orders of axes that may split it."""
+        orders = [o for n in range(len(self.axes) + 1) for o in permutations(self.axes, n)]
+        per_size = {
+            size: frozenset(o for o in orders if fills_every_rank(size, o, self.mesh))
+            for size in set(shape)
+        }
+        return tuple(per_size[size] for size in shape)
 
-    def _step_cost(self, step: Step) -> tuple[tuple[float, float], tuple[float, float]]:
-        """(constant us, us per global byte), forward and backward.
+    def _legal_steps(self, orders: Orders) -> LegalSteps:
+        graph = spec_graph(len(orders), self.axes)
+        legal = np.ones(len(graph), dtype=bool)
+        for allowed, chosen in zip(orders, graph.order, strict=True):
+            legal &= np.array([o in allowed for o in graph.axis_orders])[chosen]
+        return LegalSteps(graph, legal)
+
+    def _priced(self, orders: Orders, size: int, grad: bool) -> Search:
+        steps = self._steps(orders)
+        table = self._prices[..., 0] + self._prices[..., 1] * size
+        price = table[0] + table[1] if grad else table[0]
+        move_us, inject_us = (
+            price[edges.kind, edges.axis, edges.outer] for edges in (steps.moves, steps.injections)
+        )
+        return Search(steps, move_us, inject_us)
+
+    # -- prices ---------------------------------------------------------------------------------
+
+    def _price_table(self) -> np.ndarray:
+        """[forward or backward, kind, axis, mask of the other axes that split, constant or slope]."""
+        count = len(self.axes)
+        table = np.full((2, len(KINDS), count, 1 << count, 2), np.nan)
+        for mask in range(1 << count):
+            parts = prod(self.mesh[axis] for a, axis in enumerate(self.axes) if mask >> a & 1)
+            for a, axis in enumerate(self.axes):
+                if not mask >> a & 1:
+                    for number, kind in enumerate(KINDS):
+                        table[:, number, a, mask] = self._step_cost(kind, axis, parts)
+        return table
+
+    def _step_cost(
+        self, kind: str, axis: int, parts: int
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(constant us, us per global byte), forward and backward; the other axes make `parts`.
 
         A collective over k ranks on a local buffer of n bytes (the unsplit side) takes, by the
         ring algorithm, (k-1) alpha + n (k-1)/k beta per pass; local copies go at memory speed.
         """
-        link, size = self.cluster.links[step.axis], self.mesh[step.axis]
+        link, size = self.cluster.links[axis], self.mesh[axis]
         # bytes of the local buffer on the side where the axis does not split it
-        outer = min(step.source.parts(self.mesh), step.target.parts(self.mesh))
-        share = 1.0 / outer / (size if step.kind == "all_to_all" else 1)
+        share = 1.0 / parts / (size * size if kind == "all_to_all" else 1)
         device = self.cluster.device
         local = (device.launch_us, 2e6 * share / size / device.bandwidth)
 
@@ -317,36 +282,25 @@ class LayoutConverter:
                 1e6 * passes * share * (size - 1) / size * link.beta,
             )
 
-        forward = collective(_FORWARD.get(step.kind))
-        backward = collective(_BACKWARD.get(step.kind))
-        if step.kind in ("slice", "inject"):
+        forward = collective(_FORWARD.get(kind))
+        backward = collective(_BACKWARD.get(kind))
+        if kind in ("slice", "inject"):
             forward = local
-        if step.kind == "gather":
+        if kind == "gather":
             backward = local
         return forward, backward
 
-    @staticmethod
-    def _weights(graph: _Graph, size: int, grad: bool) -> np.ndarray:
-        weight = graph.forward[:, 0] + graph.forward[:, 1] * size
-        if grad:
-            weight = weight + graph.backward[:, 0] + graph.backward[:, 1] * size
-        return weight
 
-    def _all_pairs(
-        self, legal: tuple[frozenset[tuple[int, ...]], ...], size: int, grad: bool
-    ) -> np.ndarray:
-        graph = self._graph(legal)
-        count = len(graph.specs)
-        distance = np.full((count, count), np.inf)
-        weight, last = self._weights(graph, size, grad), graph.inject
-        np.minimum.at(distance, (graph.source[~last], graph.target[~last]), weight[~last])
-        np.fill_diagonal(distance, 0.0)
-        for k in range(count):
-            np.minimum(distance, distance[:, k, None] + distance[None, k, :], out=distance)
-        for _ in self.mesh:  # up to one injection per axis, after everything else
-            through = distance[:, graph.source[last]] + weight[last]
-            np.minimum.at(distance.T, graph.target[last], through.T)
-        return distance
+def _read(graph: SpecGraph, edges: Edges, i: int) -> Step:
+    """A step of the graph, in the words of the mesh."""
+    return Step(
+        KINDS[edges.kind[i]],
+        graph.axes[edges.axis[i]],
+        graph.spec(int(edges.source[i])),
+        graph.spec(int(edges.target[i])),
+        int(edges.dim[i]),
+        int(edges.to_dim[i]),
+    )
 
 
 def converter_for(cluster: ClusterInfo) -> LayoutConverter:
@@ -358,18 +312,3 @@ def converter_for(cluster: ClusterInfo) -> LayoutConverter:
 
 
 _CONVERTERS: dict[str, LayoutConverter] = {}
-
-
-def _difference(a: ShardingSpec, b: ShardingSpec) -> float:
-    gather, shard, penalty = 20, 5, 6
-
-    def dim(x: tuple[int, ...], y: tuple[int, ...]) -> float:
-        common = 0
-        while common < min(len(x), len(y)) and x[common] == y[common]:
-            common += 1
-        gathers, shards = len(x) - common, len(y) - common
-        return gather * gathers + shard * shards + penalty * max(0, gathers + shards - 1)
-
-    dims = sum(dim(x, y) for x, y in zip(a.dims, b.dims, strict=True))
-    pending = set(a.partial) ^ set(b.partial) | set(a.varying) ^ set(b.varying)
-    return dims + gather * len(pending)

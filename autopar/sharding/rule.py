@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 from typing import Any
 
@@ -78,6 +78,19 @@ class OpRule:
     linear: tuple[frozenset[int], ...] = ()
     lowering: Callable[..., Any] | None = None
     always: bool = False
+
+    def without(self, *names: str) -> OpRule:
+        """The same, with these factors never split."""
+
+        def kept(dims: Dims) -> Dims:
+            return tuple(None if name in names else name for name in dims)
+
+        return replace(
+            self,
+            inputs=tuple(None if dims is None else kept(dims) for dims in self.inputs),
+            outputs=tuple(kept(dims) for dims in self.outputs),
+            factors={n: f for n, f in self.factors.items() if n not in names},
+        )
 
 
 @dataclass(frozen=True)

@@ -145,10 +145,8 @@ class SearchSpace:
     ) -> np.ndarray:
         """Cost matrix of converting the link's value."""
         grad = link.grad and not forward_only
-        table, index = self.converter.table(link.shape, link.itemsize, grad=grad)
-        rows = [index[s] for s in sources]
-        columns = [index[t if t is not None else sources[0]] for t in targets]
-        return table[np.ix_(rows, columns)]
+        wanted = [t if t is not None else sources[0] for t in targets]
+        return self.converter.costs_us(link.shape, link.itemsize, sources, wanted, grad=grad)
 
     def conversion_costs(self, link: Link, choices: Sequence[int]) -> tuple[float, float]:
         """Time and memory of the conversion on a link under a full choice."""
@@ -191,16 +189,18 @@ class SearchSpace:
     # -- construction ---------------------------------------------------------------------------
 
     def _splits(self, shape: tuple[int, ...]) -> list[ShardingSpec]:
-        """Every placement of a stored tensor: each axis splits one dim or none, in any order."""
+        """Every placement of a stored tensor: each axis splits one dim or none.
+
+        Axes of one dim in ascending order only: DTensor's placements cannot say another.
+        """
         found = [ShardingSpec.replicated(len(shape))]
         for axis, size in enumerate(self.mesh):
             if size == 1:
                 continue
             found += [
-                ShardingSpec((*s.dims[:d], (*axes[:at], axis, *axes[at:]), *s.dims[d + 1 :]))
+                ShardingSpec(tuple((*a, axis) if e == d else a for e, a in enumerate(s.dims)))
                 for s in found
-                for d, axes in enumerate(s.dims)
-                for at in reversed(range(len(axes) + 1))
+                for d in range(len(shape))
             ]
         return [
             s

@@ -1,19 +1,15 @@
-"""Matrix products, attention and convolution."""
+"""Matrix products: rows where the op's dims are fixed, derived where an argument names them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
-from autopar.sharding import lowerings
-from autopar.sharding.rule import Row
+from autopar.sharding.lowerings import experts
+from autopar.sharding.rule import OpRule, Row
+from autopar.sharding.rules.call import Call
 
-
-def _has_dropout(arguments: Mapping[str, Any]) -> bool:
-    return bool(arguments.get("dropout_p"))
-
-
-_SDPA = "*b [q] [d], *b [k] [d], *b [k] [e], *b [q] [k] -> *b [q] [e]"
+# input [tokens sorted by expert, k], weight [experts, k, n], end of each expert's tokens [experts]
+_GROUPED = Row("s! k, e! k n, [x] -> s n", linear=((0,), (1,)), lowering=experts.grouped_mm)
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.mm.default": Row("m k, k n -> m n", linear=((0,), (1,))),
@@ -21,26 +17,44 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.addmm.default": Row("+n, m k, k n -> m n", linear=((1,), (2,))),
     "aten.baddbmm.default": Row("+b m n, b m k, b k n -> b m n", linear=((1,), (2,))),
     "aten.linear.default": Row("*b k, n k, +n -> *b n", linear=((0,), (1,))),
-    "aten.scaled_dot_product_attention.default": (
-        Row(_SDPA, lowering=lowerings.attention_with_dropout, always=True, when=_has_dropout),
-        Row(_SDPA, when=lambda a: bool(a.get("is_causal"))),
-        # without a causal offset, queries are independent of each other
-        Row(_SDPA.replace("[q]", "q")),
-    ),
-    "aten.conv2d.default": (
-        Row(
-            "n c [h] [w], o c [x] [y], +o -> n o [i] [j]",
-            linear=((0,), (1,)),
-            when=lambda a: a.get("groups", 1) == 1,
-        ),
-        Row("n [c] [h] [w], [o] [g] [x] [y], [o] -> n [p] [i] [j]"),
-    ),
-    "aten.conv1d.default": (
-        Row(
-            "n c [w], o c [x], +o -> n o [j]",
-            linear=((0,), (1,)),
-            when=lambda a: a.get("groups", 1) == 1,
-        ),
-        Row("n [c] [w], [o] [g] [x], [o] -> n [p] [j]"),
-    ),
+    "aten.outer.default": Row("m, n -> m n", linear=((0,), (1,))),
+    "aten.dot.default": Row("k, k -> ", linear=((0,), (1,))),
+    "aten.mv.default": Row("m k, k -> m", linear=((0,), (1,))),
+    "aten.cdist.default": Row("*b m [k], *b n [k] -> *b m n"),
+    "transformers.grouped_mm_fallback.default": _GROUPED,
+}
+
+
+def _matmul(call: Call) -> OpRule:
+    """Batch dims broadcast; a vector has only the summed dim."""
+    left, right = call.inputs
+    assert left is not None
+    assert right is not None
+    a = "k" if len(left) == 1 else "*b m k"
+    b = "k" if len(right) == 1 else "*b k n"
+    out = " ".join(
+        ["*b" if max(len(left), len(right)) > 2 else ""]
+        + (["m"] if len(left) > 1 else [])
+        + (["n"] if len(right) > 1 else [])
+    )
+    return Row(f"{a}, {b} -> {out}", linear=((0,), (1,))).bind(call.inputs, call.outputs)
+
+
+def _einsum(call: Call) -> OpRule | None:
+    """The equation is the rule; not where one operand has a letter twice (a diagonal)."""
+    equation = str(call.arguments["equation"]).replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow or "." in equation or any(len(set(t)) < len(t) for t in (*terms, right)):
+        return None
+    # einsum tells upper from lower case, a factor's name starts in lower case
+    spelled = [" ".join(c if c.islower() else f"u{c.lower()}" for c in t) for t in (*terms, right)]
+    linear = tuple((i,) for i in range(len(terms)))
+    row = Row(f"{', '.join(spelled[:-1])} -> {spelled[-1]}", linear=linear)
+    return row.bind(call.inputs, call.outputs)
+
+
+DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
+    "aten.matmul.default": _matmul,
+    "aten.einsum.default": _einsum,
 }

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from autopar.sharding import lowerings
-from autopar.sharding.rule import Row
+from autopar.sharding.lowerings import losses
+from autopar.sharding.rule import OpRule, Row
+from autopar.sharding.rules.call import Call
+
+_MEAN = 1  # torch.nn.functional's reduction enum: none, mean, sum
 
 
-def _plain_targets(arguments: Mapping[str, Any]) -> bool:
-    """Class indices [b] for logits [b, v], without weights or smoothing."""
+def _reduction(arguments: Mapping[str, Any]) -> int:
+    return arguments.get("reduction", _MEAN)
+
+
+def _elementwise_loss(lowering: Callable[..., Any]) -> tuple[Row, ...]:
+    """A loss per element, or its sum, or its mean (of which each rank makes its share)."""
     return (
-        len(arguments["self"]) == 2
-        and len(arguments["target"]) == 1
-        and arguments.get("weight") is None
-        and not arguments.get("label_smoothing")
+        Row("*d, *d, *d, *d -> *d", when=lambda a: _reduction(a) == 0),
+        Row("*d, *d, *d, *d -> ", when=lambda a: _reduction(a) == 2),
+        # weights may broadcast, but a mean over what is broadcast is the same share
+        Row("*d!, *d!, *d!, *d! -> ", lowering=lowering, when=lambda a: _reduction(a) == _MEAN),
     )
+
+
+def _by_class(call: Call, lowering: Callable[..., Any], vocabulary: str) -> OpRule | None:
+    """Logits [b, v, space], classes [b, space], weights [v]."""
+    logits, target = call.inputs[:2]
+    assert logits is not None
+    assert target is not None
+    if len(logits) < 2 or len(target) != len(logits) - 1:
+        return None  # one row, or probabilities for targets
+    mark = {0: "", 2: "", _MEAN: "!"}[_reduction(call.arguments)]
+    space = [f"s{i}" for i in range(len(logits) - 2)]
+    marked = " ".join(s + mark for s in space)
+    out = " ".join(["b", *space]) if _reduction(call.arguments) == 0 else ""
+    notation = f"b{mark} {vocabulary} {marked}, b{mark} {marked}, {vocabulary.strip('=')} -> {out}"
+    return Row(notation, lowering=lowering).bind(call.inputs, call.outputs)
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
@@ -24,19 +46,25 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row(
             "[v] e, *b -> *b e", when=lambda a: bool(a.get("scale_grad_by_freq") or a.get("sparse"))
         ),
-        Row("v! e, *b -> *b e", lowering=lowerings.embedding, linear=((0,),)),
+        Row("v! e, *b -> *b e", lowering=losses.embedding, linear=((0,),)),
     ),
-    "aten.cross_entropy_loss.default": (
-        Row(
-            "b v=, b -> b",
-            lowering=lowerings.cross_entropy,
-            when=lambda a: _plain_targets(a) and a.get("reduction", 1) == 0,
-        ),
-        Row("b! v=, b -> ", lowering=lowerings.cross_entropy, when=_plain_targets),
+    "aten.one_hot.default": Row("*b -> *b [v]"),
+    "aten.mse_loss.default": _elementwise_loss(losses.mse_loss),
+    "aten.l1_loss.default": _elementwise_loss(losses.l1_loss),
+    "aten.smooth_l1_loss.default": _elementwise_loss(losses.smooth_l1_loss),
+    "aten.huber_loss.default": _elementwise_loss(losses.huber_loss),
+    "aten.binary_cross_entropy.default": _elementwise_loss(losses.binary_cross_entropy),
+    "aten.binary_cross_entropy_with_logits.default": _elementwise_loss(
+        losses.binary_cross_entropy_with_logits
     ),
-    "aten.mse_loss.default": (
-        Row("*d, *d -> *d", when=lambda a: a.get("reduction", 1) == 0),
-        Row("*d, *d -> ", when=lambda a: a.get("reduction", 1) == 2),
-        Row("*d!, *d! -> ", lowering=lowerings.mse_loss),
-    ),
+    "aten.kl_div.default": _elementwise_loss(losses.kl_div),
+    # log probabilities [time, b, class], targets, and a length of each per sequence
+    "aten.ctc_loss.Tensor": Row("[t] [b] [c], ..., [b], [b] -> ..."),
+}
+
+DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
+    "aten.cross_entropy_loss.default": lambda call: _by_class(call, losses.cross_entropy, "v="),
+    "aten.nll_loss_nd.default": lambda call: _by_class(call, losses.nll_loss, "[v]"),
+    "aten.nll_loss.default": lambda call: _by_class(call, losses.nll_loss, "[v]"),
+    "aten.nll_loss2d.default": lambda call: _by_class(call, losses.nll_loss, "[v]"),
 }

@@ -1,35 +1,88 @@
-"""Normalizations, softmax and dropout."""
+"""Normalizations and softmax: over what they do not normalize, and over what they do."""
 
 from __future__ import annotations
 
-from autopar.sharding import lowerings
-from autopar.sharding.rule import Row
+from collections.abc import Callable
+from dataclasses import replace
 
-_DROPOUT = Row("*d -> *d, *d", lowering=lowerings.dropout, always=True)
+from autopar.sharding.lowerings import norms
+from autopar.sharding.rule import OpRule, Row
+from autopar.sharding.rules.call import Call
+
+# (result, mean, rstd, running mean, running variance) of the whole batch
+_BATCH_NORM = "n= c *s=, c, c, c, c -> n c *s, c, c, c, c"
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
-    "aten.layer_norm.default": (
-        Row("*b [h], [h], [h] -> *b [h]", when=lambda a: len(a["normalized_shape"]) == 1),
-    ),
-    "aten.rms_norm.default": (
-        Row("*b [h], [h] -> *b [h]", when=lambda a: len(a["normalized_shape"]) == 1),
-    ),
-    "aten.group_norm.default": Row("n [c] *[s], [c], [c] -> n [c] *[s]"),
-    # training: (out, mean, rstd, running mean, running var); the last four are whole-batch
     "aten._native_batch_norm_legit_functional.default": (
-        Row(
-            "n= c *[s], c, c, c, c -> n c *[s], c, c, c, c",
-            lowering=lowerings.batch_norm,
-            when=lambda a: a["training"],
-        ),
-        Row("n= c *[s], c, c, c, c -> n c *[s], [y], [z], c, c", lowering=lowerings.batch_norm),
+        Row(_BATCH_NORM, lowering=norms.batch_norm, when=lambda a: a["training"]),
+        # with the running statistics there is nothing to reduce, and mean and rstd are empty
+        Row(_BATCH_NORM.replace("*s, c, c,", "*s, [y], [z],"), lowering=norms.batch_norm),
     ),
-    "aten.batch_norm.default": Row(  # as captured in eval mode
-        "n c *s, c, c, c, c -> n c *s"
+    "aten._native_batch_norm_legit.no_stats": Row(
+        "n= c *s=, c, c -> n c *s, c, c", lowering=norms.batch_norm_without_running
+    ),
+    # as captured in eval mode
+    "aten.batch_norm.default": (
+        Row("n c *s, c, c, c, c -> n c *s", when=lambda a: not a["training"]),
+        Row("[n] c *[s], c, c, c, c -> [n] c *[s]"),
     ),
     "aten._native_batch_norm_legit_no_training.default": Row(
-        "n= c *[s], c, c, c, c -> n c *[s], [y], [z]"
+        "n= c *s=, c, c, c, c -> n c *s, [y], [z]"
     ),
-    "aten.softmax.int": (Row("*b [s] -> *b [s]", when=lambda a: a["dim"] == -1),),
-    "aten.native_dropout.default": _DROPOUT,
+}
+
+
+def _layer_norm(call: Call) -> OpRule:
+    h = " ".join(f"h{i}!" for i in range(len(call.arguments["normalized_shape"])))
+    row = Row(f"*b {h}, {h}, {h} -> *b {h}", lowering=norms.layer_norm)
+    return row.bind(call.inputs, call.outputs)
+
+
+def _rms_norm(call: Call) -> OpRule:
+    h = " ".join(f"h{i}!" for i in range(len(call.arguments["normalized_shape"])))
+    row = Row(f"*b {h}, {h} -> *b {h}", lowering=norms.rms_norm)
+    return row.bind(call.inputs, call.outputs)
+
+
+def _group_norm(call: Call) -> OpRule:
+    """Whole groups of channels, or the space."""
+    shape = call.inputs[0]
+    assert shape is not None
+    s = " ".join(f"s{i}!" for i in range(len(shape) - 2))
+    rule = Row(f"n c! {s}, c!, c! -> n c! {s}", lowering=norms.group_norm).bind(
+        call.inputs, call.outputs
+    )
+    groups = call.arguments["num_groups"]
+    if groups == 1 or "c" not in rule.factors:
+        return rule.without("c")
+    factor = replace(rule.factors["c"], size=groups, even=True)
+    return replace(rule, factors={**rule.factors, "c": factor})
+
+
+def _over_dim(lowering: Callable) -> Callable[[Call], OpRule]:
+    """Same shape in and out, normalized over one dim."""
+
+    def bind(call: Call) -> OpRule:
+        ndim = len(call.outputs[0])
+        dim = call.arguments["dim"] % max(ndim, 1)
+        names = " ".join("s!" if d == dim else f"d{d}" for d in range(ndim))
+        return Row(f"{names} -> {names}", lowering=lowering).bind(call.inputs, call.outputs)
+
+    return bind
+
+
+def _weight_norm(call: Call) -> OpRule:
+    """v is normalized over every dim but one; g holds the norms along that one."""
+    ndim, dim = len(call.outputs[0]), call.arguments.get("dim", 0)
+    v = " ".join("k" if d == dim % ndim else f"[d{d}]" for d in range(ndim))
+    return Row(f"{v}, {v} -> {v}", linear=((1,),)).bind(call.inputs, call.outputs)
+
+
+DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
+    "aten.layer_norm.default": _layer_norm,
+    "aten.rms_norm.default": _rms_norm,
+    "aten.group_norm.default": _group_norm,
+    "aten.softmax.int": _over_dim(norms.softmax),
+    "aten.log_softmax.int": _over_dim(norms.log_softmax),
+    "aten._weight_norm.default": _weight_norm,
 }

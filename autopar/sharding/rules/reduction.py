@@ -1,22 +1,12 @@
-"""Reductions over dims, and pooling."""
+"""Reductions over dims."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from autopar.sharding import lowerings
+from autopar.sharding.lowerings import norms
 from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
-
-ROWS: dict[str, Row | tuple[Row, ...]] = {
-    name: Row("*b [h] [w] -> *b [i] [j]")
-    for name in (
-        "aten.max_pool2d.default",
-        "aten.avg_pool2d.default",
-        "aten.adaptive_avg_pool2d.default",
-        "aten._adaptive_avg_pool2d.default",
-    )
-}
 
 
 def _reduced_dims(call: Call) -> set[int]:
@@ -39,12 +29,12 @@ def _notation(call: Call, mark: str) -> str:
         for d in range(len(shape))
     ]
     keep = call.arguments.get("keepdim", False)
-    out = [
+    out = " ".join(
         f"[k{d}]" if d in reduced else f"d{d}"
         for d in range(len(shape))
         if keep or d not in reduced
-    ]
-    return " ".join(names) + " -> " + " ".join(out)
+    )
+    return " ".join(names) + " -> " + ", ".join([out] * len(call.outputs))
 
 
 def _sum(call: Call) -> OpRule:
@@ -52,7 +42,19 @@ def _sum(call: Call) -> OpRule:
 
 
 def _mean(call: Call) -> OpRule:
-    row = Row(_notation(call, "!"), linear=((0,),), lowering=lowerings.mean)
+    row = Row(_notation(call, "!"), linear=((0,),), lowering=norms.mean)
+    return row.bind(call.inputs, call.outputs)
+
+
+def _mean_of_all(call: Call) -> OpRule:
+    row = Row(_notation(call, "!"), linear=((0,),), lowering=norms.mean_of_all)
+    return row.bind(call.inputs, call.outputs)
+
+
+def _vector_norm(call: Call) -> OpRule:
+    if call.arguments.get("ord", 2) != 2:
+        return _unsplit(call)
+    row = Row(_notation(call, "="), lowering=norms.vector_norm)
     return row.bind(call.inputs, call.outputs)
 
 
@@ -63,8 +65,16 @@ def _unsplit(call: Call) -> OpRule:
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.sum.default": _sum,
     "aten.sum.dim_IntList": _sum,
+    "aten.mean.default": _mean_of_all,
     "aten.mean.dim": _mean,
-    "aten.amax.default": _unsplit,
-    "aten.amin.default": _unsplit,
-    "aten.var.correction": _unsplit,
+    "aten.linalg_vector_norm.default": _vector_norm,
+    **{
+        f"aten.{name}": _unsplit
+        for name in (
+            "amax.default amin.default var.correction var.dim std.correction std.dim "
+            "var_mean.correction max.default min.default max.dim min.dim any.default any.dim "
+            "any.dims all.default all.dim all.dims argmax.default argmin.default logsumexp.default "
+            "prod.default prod.dim_int median.dim linalg_norm.default norm.ScalarOpt_dim"
+        ).split()
+    },
 }

@@ -1,36 +1,52 @@
-"""Finds the rule of a node: rows by name, pointwise ops by torch's tag, views from their shapes."""
+"""Finds the rule of a node: rows by name, pointwise ops by torch's tag, the rest from shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from autopar.sharding.rule import OpRule, Row
-from autopar.sharding.rules import contraction, embedding_loss, normalization, reduction, view
+from autopar.sharding.rules import (
+    attention,
+    contraction,
+    convolution,
+    creation,
+    embedding_loss,
+    indexing,
+    normalization,
+    order,
+    pointwise,
+    reduction,
+    view,
+)
 from autopar.sharding.rules.call import Call
-from autopar.sharding.rules.pointwise import bind_pointwise
 
-ROWS: dict[str, Row | tuple[Row, ...]] = {
-    **contraction.ROWS,
-    **normalization.ROWS,
-    **reduction.ROWS,
-    **embedding_loss.ROWS,
-}
-
-# Rules that follow from the shapes of the call rather than from a row.
-DERIVED: dict[str, Callable[[Call], OpRule | None]] = {**view.DERIVED, **reduction.DERIVED}
+_FAMILIES = (
+    contraction, attention, convolution, normalization, pointwise, view, reduction, indexing,
+    order, embedding_loss, creation,
+)  # fmt: skip
 
 
-@cache
-def _is_pointwise(op: torch._ops.OpOverload) -> bool:
-    return torch.Tag.pointwise in op.tags
+def _merged(tables: Iterator[Mapping]) -> dict:
+    found: dict = {}
+    for table in tables:
+        assert not found.keys() & table.keys(), found.keys() & table.keys()
+        found |= table
+    return found
+
+
+ROWS: dict[str, Row | tuple[Row, ...]] = _merged(getattr(f, "ROWS", {}) for f in _FAMILIES)
+
+# Rules that follow from the arguments and shapes of the call rather than from a row.
+DERIVED: dict[str, Callable[[Call], OpRule | None]] = _merged(
+    getattr(f, "DERIVED", {}) for f in _FAMILIES
+)
 
 
 def has_rule(op: torch._ops.OpOverload) -> bool:
     """Whether the table covers the operator (it may still not cover a particular call)."""
-    return str(op) in ROWS or str(op) in DERIVED or _is_pointwise(op)
+    return str(op) in ROWS or str(op) in DERIVED or pointwise.is_pointwise(op)
 
 
 def bind(call: Call) -> OpRule | None:
@@ -45,8 +61,8 @@ def bind(call: Call) -> OpRule | None:
             if row.when is None or row.when(call.arguments):
                 return row.bind(call.inputs, call.outputs)
         return None
-    if _is_pointwise(call.op):
-        return bind_pointwise(name, call.inputs, call.outputs)
+    if pointwise.is_pointwise(call.op):
+        return pointwise.bind_pointwise(call)
     return None
 
 
@@ -55,5 +71,5 @@ def describe_missing(call: Call, where: str) -> str:
     shapes = ", ".join("-" if s is None else str(list(s)) for s in call.inputs)
     return (
         f"{call.op} on ({shapes}) has no sharding rule and runs replicated; at {where}. "
-        "Add a row in autopar/sharding/rules (docs/architecture.md, 'a new op')."
+        "Add a row in autopar/sharding/rules (docs/rules.md)."
     )

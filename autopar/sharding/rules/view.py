@@ -172,21 +172,98 @@ def _cat(call: Call) -> OpRule:
     return _rule([names] * len(call.inputs), [names], factors)
 
 
+def _stack(call: Call) -> OpRule:
+    """A new dim, of the operands."""
+    shape = call.inputs[0]
+    assert shape is not None
+    dim = call.arguments.get("dim", 0) % (len(shape) + 1)
+    names: Dims = tuple(None if n == 1 else f"d{d}" for d, n in enumerate(shape))
+    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    return _rule([names] * len(call.inputs), [(*names[:dim], None, *names[dim:])], factors)
+
+
+def _unbind(call: Call) -> OpRule:
+    source = call.inputs[0]
+    assert source is not None
+    dim = call.arguments.get("dim", 0) % len(source)
+    bound = _named(source, [d for d in range(len(source)) if d != dim], call.outputs[0])
+    return _rule([bound[0]], [bound[1]] * len(call.outputs), bound[2])
+
+
+def _whole(dims: Callable[[Call, int], set[int]]) -> Callable[[Call], OpRule]:
+    """Same rank; the dims that `dims` (call, rank) names stay whole, and so do resized ones."""
+
+    def bind(call: Call) -> OpRule:
+        rule = _aligned(call)
+        source = call.inputs[0]
+        assert source is not None
+        return rule.without(*(f"d{d}" for d in dims(call, len(source))))
+
+    return bind
+
+
+def _listed(call: Call, rank: int) -> set[int]:
+    dims = call.arguments.get("dims", call.arguments.get("dim"))
+    if dims is None or dims == []:
+        return set(range(rank))
+    return {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
+
+
+def _repeat(call: Call) -> OpRule:
+    """Dims that are repeated once are carried; of a repeated dim of one element, the copies."""
+    source, target = call.inputs[0], call.outputs[0]
+    assert source is not None
+    lead = len(target) - len(source)
+    names = [d - lead if d >= lead and source[d - lead] == n else None
+             for d, n in enumerate(target)]  # fmt: skip
+    dims, out, factors = _named(source, names, target)
+    return _rule([dims], [out], factors)
+
+
+def _unfold(call: Call) -> OpRule:
+    """Windows along one dim, which stays whole; they become the last dim."""
+    source = call.inputs[0]
+    assert source is not None
+    dim = call.arguments["dimension"] % len(source)
+    names = [None if d == dim else d for d in range(len(source))]
+    dims, out, factors = _named(source, [*names, None], call.outputs[0])
+    return _rule([dims], [out], factors)
+
+
+def _diagonal(call: Call) -> OpRule:
+    """Nothing of a matrix is split along its diagonal."""
+    inputs = tuple(None if s is None else (None,) * len(s) for s in call.inputs)
+    return OpRule(inputs, tuple((None,) * len(s) for s in call.outputs), {})
+
+
+def _meshgrid(call: Call) -> OpRule:
+    """Dim d of every result is operand d."""
+    if call.arguments.get("indexing") == "xy":
+        return _diagonal(call)
+    shape = call.outputs[0]
+    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    names: Dims = tuple(f"d{d}" if n > 1 else None for d, n in enumerate(shape))
+    inputs = [(names[d],) if s else () for d, s in enumerate(call.inputs)]
+    return OpRule(tuple(inputs), (names,) * len(call.outputs), factors)
+
+
+# Run as a reshape to the local shape: what they are told (a size, a dim to drop) is global.
+RESHAPES = frozenset(
+    {
+        "aten.view.default",
+        "aten._unsafe_view.default",
+        "aten.reshape.default",
+        "aten.flatten.using_ints",
+        "aten.unflatten.int",
+        "aten.unsqueeze.default",
+        "aten.squeeze.dim",
+        "aten.squeeze.dims",
+        "aten.squeeze.default",
+    }
+)
+
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
-    **dict.fromkeys(
-        (
-            "aten.view.default",
-            "aten._unsafe_view.default",
-            "aten.reshape.default",
-            "aten.flatten.using_ints",
-            "aten.unflatten.int",
-            "aten.unsqueeze.default",
-            "aten.squeeze.dim",
-            "aten.squeeze.dims",
-            "aten.squeeze.default",
-        ),
-        _reshape,
-    ),
+    **dict.fromkeys(RESHAPES, _reshape),
     "aten.transpose.int": _transpose,
     "aten.t.default": _t,
     "aten.permute.default": _permute,
@@ -203,6 +280,23 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.split_with_sizes.default": _cut,
     "aten.chunk.default": _cut,
     "aten.broadcast_tensors.default": _broadcast_tensors,
+    "aten.concat.default": _cat,
+    "aten.concatenate.default": _cat,
+    "aten.stack.default": _stack,
+    "aten.unbind.int": _unbind,
+    "aten.flip.default": _whole(_listed),
+    "aten.roll.default": _whole(_listed),
+    "aten.fft_fftn.default": _whole(_listed),
+    "aten.tril.default": _whole(lambda call, rank: {rank - 1, rank - 2}),
+    "aten.triu.default": _whole(lambda call, rank: {rank - 1, rank - 2}),
+    "aten.repeat_interleave.self_int": _whole(_listed),
+    "aten.repeat.default": _repeat,
+    "aten.tile.default": _repeat,
+    "aten.unfold.default": _unfold,
+    "aten.diag.default": _diagonal,
+    "aten.meshgrid.indexing": _meshgrid,
+    "aten.unsafe_split.Tensor": _cut,
+    "aten.narrow.default": _cut,
     "aten.select.int": _select,
     "aten.cat.default": _cat,
 }

@@ -1,0 +1,183 @@
+"""Vocabulary-split lookup and losses (Megatron-LM, arXiv:1909.08053, section 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from autopar.sharding.lowerings.shard import Shard, counted, groups_of, largest, share_of, total
+
+
+def embedding(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Vocabulary-split lookup: rows held elsewhere contribute zero to a pending sum."""
+    start, length, _, _ = shard["v"]
+    local = indices - start
+    here = (local >= 0) & (local < length)
+    padding = padding_idx - start if start <= padding_idx < start + length else -1
+    found = torch.ops.aten.embedding.default(weight, local.where(here, 0), padding)
+    return found.masked_fill(~here.unsqueeze(-1), 0)
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Cross-entropy of logits [b, v, ...] and classes [b, ...] with any dims split.
+
+    Over split rows (all factors but v) the result is a pending sum; over a split vocabulary it is
+    complete. Neither the full vocabulary nor its probabilities are ever gathered.
+    """
+    if "v" not in shard:
+        losses = F.cross_entropy(
+            logits, target, weight, None, ignore_index, None, "none", label_smoothing
+        )
+        scales = _scales(target, weight, ignore_index).to(losses.dtype)
+    else:
+        losses, scales = _split_vocabulary(
+            logits, target, weight, ignore_index, label_smoothing, shard
+        )
+    if reduction == 0:
+        return losses
+    if reduction == 2:
+        return losses.sum()
+    rows = groups_of(shard, *(name for name in shard if name != "v"))
+    return losses.sum() / counted(scales.sum(), rows)
+
+
+def _scales(target: torch.Tensor, weight: torch.Tensor | None, ignored: int) -> torch.Tensor:
+    """What each row counts in the mean."""
+    valid = target != ignored
+    return valid if weight is None else weight[target.where(valid, 0)].where(valid, 0)
+
+
+def _split_vocabulary(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    shard: Shard,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each row, and what it counts in the mean."""
+    start, length, size, vocabulary = shard["v"]
+    valid = target != ignore_index
+    local = target - start
+    here = (local >= 0) & (local < length) & valid
+    index = local.where(here, 0)
+    peak = largest(logits.amax(1), vocabulary)
+    shifted = logits - peak.unsqueeze(1)
+    normalizer = total(shifted.exp().sum(1), vocabulary).log()
+    # what the target adds, from the rank that holds its class
+    picked = shifted.gather(1, index.unsqueeze(1)).squeeze(1)
+    scale = here.to(logits.dtype) if weight is None else weight[index].where(here, 0)
+    scales = counted(scale, vocabulary)
+    losses = scales * normalizer - total(picked.where(here, 0) * scale, vocabulary)
+    if label_smoothing:
+        every = shifted if weight is None else shifted * _per_class(weight, logits.ndim)
+        summed = total(every.sum(1), vocabulary)
+        weights = float(size) if weight is None else counted(weight.sum(), vocabulary)
+        smooth = (normalizer * weights - summed).where(valid, 0)
+        losses = (1 - label_smoothing) * losses + label_smoothing / size * smooth
+    return losses, scales
+
+
+def _per_class(weight: torch.Tensor, ndim: int) -> torch.Tensor:
+    return weight.view([-1] + [1] * (ndim - 2))
+
+
+def nll_loss(
+    log_probabilities: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Negative log likelihood [b, v, ...], [b, ...] with rows split: a pending sum."""
+    losses = F.nll_loss(
+        log_probabilities, target, weight, reduction="sum", ignore_index=ignore_index
+    )
+    count = _scales(target, weight, ignore_index).sum()
+    return losses / counted(count, groups_of(shard, *shard))
+
+
+def mse_loss(
+    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, *, shard: Shard
+) -> torch.Tensor:
+    """Mean squared error with dims split: each rank's share of the mean, a pending sum."""
+    return F.mse_loss(x, target) * share_of(shard, shard)
+
+
+def l1_loss(
+    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, *, shard: Shard
+) -> torch.Tensor:
+    """Mean absolute error with dims split: each rank's share of the mean, a pending sum."""
+    return F.l1_loss(x, target) * share_of(shard, shard)
+
+
+def smooth_l1_loss(
+    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, beta: float = 1.0, *, shard: Shard
+) -> torch.Tensor:
+    """Smooth L1 loss with dims split: each rank's share of the mean, a pending sum."""
+    return F.smooth_l1_loss(x, target, beta=beta) * share_of(shard, shard)
+
+
+def huber_loss(
+    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, delta: float = 1.0, *, shard: Shard
+) -> torch.Tensor:
+    """Huber loss with dims split: each rank's share of the mean, a pending sum."""
+    return F.huber_loss(x, target, delta=delta) * share_of(shard, shard)
+
+
+def binary_cross_entropy(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Cross-entropy of probabilities with dims split: each rank's share, a pending sum."""
+    return F.binary_cross_entropy(x, target, weight) * share_of(shard, shard)
+
+
+def binary_cross_entropy_with_logits(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    pos_weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Cross-entropy of logits with dims split: each rank's share of the mean, a pending sum."""
+    loss = F.binary_cross_entropy_with_logits(x, target, weight, pos_weight=pos_weight)
+    return loss * share_of(shard, shard)
+
+
+def kl_div(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    reduction: int = 1,
+    *,
+    log_target: bool = False,
+    shard: Shard,
+) -> torch.Tensor:
+    """Kullback-Leibler divergence with dims split: each rank's share, a pending sum."""
+    loss = F.kl_div(x, target, reduction="sum", log_target=log_target)
+    return loss / (x.numel() / share_of(shard, shard))

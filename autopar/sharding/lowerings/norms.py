@@ -1,0 +1,221 @@
+"""Normalizations and softmax whose normalized dims are split: statistics of the whole on each rank.
+
+Each rank sums over its part, the sums are reduced, and what comes back varies: every rank uses it
+for a part of its own, so that gradients of the statistics are summed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from autopar.sharding.lowerings.shard import Shard, groups_of, largest, share_of, shared, total
+
+
+def _moments(
+    x: torch.Tensor, dims: list[int], shard: Shard, factors: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, x minus its mean, and (biased) variance over `dims` as a whole; dims are kept."""
+    groups = groups_of(shard, *factors)
+    count = math.prod(x.shape[d] for d in dims) / share_of(shard, factors)
+    mean = shared(x.sum(dims, keepdim=True), groups) / count
+    centered = x - mean
+    return mean, centered, shared(centered.square().sum(dims, keepdim=True), groups) / count
+
+
+def _affine(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if weight is not None:
+        x = x * weight
+    return x if bias is None else x + bias
+
+
+def _normalized(shape: Sequence[int]) -> list[str]:
+    return [f"h{i}" for i in range(len(shape))]
+
+
+def layer_norm(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Layer normalization; the normalized dims are the factors h0, h1, ..."""
+    dims = list(range(-len(normalized_shape), 0))
+    _, centered, variance = _moments(x, dims, shard, _normalized(normalized_shape))
+    return _affine(centered * (variance + eps).rsqrt(), weight, bias)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Root-mean-square normalization; the normalized dims are the factors h0, h1, ..."""
+    dims = list(range(-len(normalized_shape), 0))
+    factors = _normalized(normalized_shape)
+    count = math.prod(x.shape[d] for d in dims) / share_of(shard, factors)
+    mean = shared(x.square().sum(dims, keepdim=True), groups_of(shard, *factors)) / count
+    return _affine(
+        x * (mean + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt(), weight, None
+    )
+
+
+def group_norm(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Group normalization with whole groups of channels (c) or the space (s0, s1, ...) split."""
+    local = round(num_groups * share_of(shard, ["c"]))
+    space = [name for name in shard if name.startswith("s")]
+    if not space:
+        return F.group_norm(x, local, weight, bias, eps)
+    grouped = x.unflatten(1, (local, -1))
+    _, centered, variance = _moments(grouped, list(range(2, grouped.ndim)), shard, space)
+    shape = [-1] + [1] * (x.ndim - 2)
+    out = (centered * (variance + eps).rsqrt()).flatten(1, 2)
+    return _affine(
+        out,
+        None if weight is None else weight.view(shape),
+        None if bias is None else bias.view(shape),
+    )
+
+
+def batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    shard: Shard,
+) -> tuple[torch.Tensor, ...]:
+    """Batch normalization with batch (n) and space (s0, ...) split: statistics of the whole batch
+    on every rank; returns (result, mean, rstd, new running mean, new running variance)."""
+    if not training or not _batch_factors(shard):
+        return torch.ops.aten._native_batch_norm_legit_functional.default(
+            x, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+    out, mean, var, count = _batch_norm(x, weight, bias, eps, shard)
+    unbiased = var * (count / max(count - 1, 1))
+    new_mean = running_mean.lerp(mean.to(running_mean.dtype), momentum)
+    new_var = running_var.lerp(unbiased.to(running_var.dtype), momentum)
+    return out, mean, (var + eps).rsqrt(), new_mean, new_var
+
+
+def batch_norm_without_running(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    shard: Shard,
+) -> tuple[torch.Tensor, ...]:
+    """As `batch_norm`, where no running statistics are kept; returns (result, mean, rstd)."""
+    out, mean, var, _ = _batch_norm(x, weight, bias, eps, shard)
+    return out, mean, (var + eps).rsqrt()
+
+
+def _batch_factors(shard: Shard) -> list[str]:
+    return [name for name in shard if name != "c"]
+
+
+def _batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    shard: Shard,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Result, mean and variance (without gradients), and the number of values per channel."""
+    dims = [0, *range(2, x.ndim)]
+    factors = _batch_factors(shard)
+    mean, centered, variance = _moments(x, dims, shard, factors)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    out = _affine(
+        centered * (variance + eps).rsqrt(),
+        None if weight is None else weight.view(shape),
+        None if bias is None else bias.view(shape),
+    )
+    count = round(math.prod(x.shape[d] for d in dims) / share_of(shard, factors))
+    return out, mean.detach().flatten(), variance.detach().flatten(), count
+
+
+def softmax(
+    x: torch.Tensor, dim: int, dtype: torch.dtype | None = None, *, shard: Shard
+) -> torch.Tensor:
+    """Softmax over the split dim s."""
+    return log_softmax(x, dim, dtype, shard=shard).exp()
+
+
+def log_softmax(
+    x: torch.Tensor, dim: int, dtype: torch.dtype | None = None, *, shard: Shard
+) -> torch.Tensor:
+    """Logarithm of softmax over the split dim s."""
+    groups = groups_of(shard, "s")
+    x = x if dtype is None else x.to(dtype)
+    peak = largest(x.amax(dim, keepdim=True), groups)
+    shifted = x - peak
+    return shifted - shared(shifted.exp().sum(dim, keepdim=True), groups).log()
+
+
+def mean(
+    x: torch.Tensor,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Mean with reduced dims (r0, r1, ...) split: each rank's share of it, a pending sum."""
+    share = share_of(shard, [name for name in shard if name[0] == "r"])
+    dims = list(range(x.ndim)) if not dim else list(dim)
+    return torch.ops.aten.mean.dim(x, dims, keepdim, dtype=dtype) * share
+
+
+def mean_of_all(x: torch.Tensor, dtype: torch.dtype | None = None, *, shard: Shard) -> torch.Tensor:
+    """Mean of all values: each rank's share of it, a pending sum."""
+    return mean(x, None, False, dtype, shard=shard)
+
+
+def pool_to_one(x: torch.Tensor, output_size: Sequence[int], *, shard: Shard) -> torch.Tensor:
+    """Adaptive average pooling to one value per channel: a mean over the space."""
+    return mean(x, list(range(-len(output_size), 0)), True, shard=shard)
+
+
+def vector_norm(
+    x: torch.Tensor,
+    ord: float = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    shard: Shard,
+) -> torch.Tensor:
+    """Euclidean norm with reduced dims (r0, ...) split; complete on every rank."""
+    dims = list(range(x.ndim)) if not dim else list(dim)
+    x = x if dtype is None else x.to(dtype)
+    groups = groups_of(shard, *(name for name in shard if name[0] == "r"))
+    return total(x.square().sum(dims, keepdim=keepdim), groups).sqrt()

@@ -1,0 +1,196 @@
+"""Sliding windows over split space: each rank fetches the rows its windows reach into (the halo).
+
+A rank that makes the results [first, first + count) reads the inputs from first * stride - padding
+on. What lies on other ranks comes by an all-gather of the shards' edges; where a shard is narrower
+than what its neighbours need of it, whole shards are gathered instead. Every rank can compute every
+rank's needs, so all take the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+
+from autopar.runtime import collectives
+from autopar.runtime.groups import find_group
+from autopar.sharding.lowerings.shard import Shard, share_of
+from autopar.sharding.spec import local_range
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Extent, step and borders of a sliding window along one dim."""
+
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+    def results(self, size: int) -> int:
+        reach = self.dilation * (self.kernel - 1) + 1
+        return (size + 2 * self.padding - reach) // self.stride + 1
+
+    def reads(self, first: int, count: int) -> tuple[int, int]:
+        """Inputs [low, high) of results [first, first + count); may lie outside of the tensor."""
+        low = first * self.stride - self.padding
+        reach = self.dilation * (self.kernel - 1) + 1
+        return low, low + (count - 1) * self.stride + reach
+
+
+def _fetch(
+    x: torch.Tensor, dim: int, size: int, groups: Sequence[str], window: _Window, fill: float
+) -> torch.Tensor:
+    """The inputs of this rank's results along a split dim of extent `size`, borders filled."""
+    members = [find_group(g) for g in groups]
+    mesh = [g.size for g in members]
+    axes = range(len(mesh))
+    ranks = list(product(*(range(n) for n in mesh)))
+    me = ranks.index(tuple(g.index for g in members))
+    held = [local_range(size, axes, mesh, r) for r in ranks]
+    made = [local_range(window.results(size), axes, mesh, r) for r in ranks]
+    wanted = [window.reads(*m) for m in made]
+    before = max(0, *(s - max(low, 0) for (s, _), (low, _) in zip(held, wanted, strict=True)))
+    after = max(
+        0, *(min(high, size) - s - n for (s, n), (_, high) in zip(held, wanted, strict=True))
+    )
+    start = held[me][0]
+    if min(n for _, n in held) >= max(before, after):
+        x, start = _with_edges(x, dim, groups, me, len(ranks), before, after, start)
+    else:
+        for depth in reversed(axes):
+            outer = local_range(size, axes[:depth], mesh, ranks[me])[1]
+            x = collectives.gather_vary(x, dim, outer, groups[depth])
+        start = 0
+    low, high = wanted[me]
+    inner_low, inner_high = max(low, 0), min(high, size)
+    x = x.narrow(dim, inner_low - start, inner_high - inner_low)
+    return _border(x, dim, inner_low - low, high - inner_high, fill)
+
+
+def _with_edges(
+    x: torch.Tensor,
+    dim: int,
+    groups: Sequence[str],
+    me: int,
+    count: int,
+    before: int,
+    after: int,
+    start: int,
+) -> tuple[torch.Tensor, int]:
+    """This shard with the last `before` rows of the one before it and the first `after` rows of
+    the one after it, and where that starts."""
+    width = before + after
+    if not width:
+        return x, start
+    length = x.shape[dim]
+    edges = torch.cat([x.narrow(dim, 0, after), x.narrow(dim, length - before, before)], dim)
+    extent = width
+    for group in reversed(groups):
+        extent *= find_group(group).size
+        edges = collectives.gather_vary(edges, dim, extent, group)
+    parts = [x]
+    if me > 0:
+        parts.insert(0, edges.narrow(dim, (me - 1) * width + after, before))
+        start -= before
+    if me < count - 1:
+        parts.append(edges.narrow(dim, (me + 1) * width, after))
+    return torch.cat(parts, dim), start
+
+
+def _border(x: torch.Tensor, dim: int, low: int, high: int, fill: float) -> torch.Tensor:
+    if not low and not high:
+        return x
+    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [low, high], value=fill)
+
+
+def _spread(value: int | Sequence[int], count: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * count if len(values) == 1 else values
+
+
+def _windowed(
+    x: torch.Tensor,
+    shard: Shard,
+    windows: Sequence[_Window],
+    fill: float,
+) -> tuple[torch.Tensor, list[int]]:
+    """Fetch along every split spatial dim (s0, s1, ...); returns the padding that is left to do."""
+    left = [w.padding for w in windows]
+    for i, window in enumerate(windows):
+        if f"s{i}" in shard:
+            _, _, size, groups = shard[f"s{i}"]
+            x = _fetch(x, x.ndim - len(windows) + i, size, groups, window, fill)
+            left[i] = 0
+    return x, left
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Convolution with space (s0, ...) or whole groups of channels (g) split."""
+    rank = weight.ndim - 2
+    strides, dilations = _spread(stride, rank), _spread(dilation, rank)
+    if isinstance(padding, str):
+        reach = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+        paddings = [r // 2 if padding == "same" else 0 for r in reach]
+    else:
+        paddings = _spread(padding, rank)
+    windows = [
+        _Window(*w) for w in zip(weight.shape[2:], strides, paddings, dilations, strict=True)
+    ]
+    x, paddings = _windowed(x, shard, windows, 0.0)
+    local = round(groups * share_of(shard, ["g"]))
+    run = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    return run(x, weight, bias, strides, paddings, dilations, local)
+
+
+def max_pool(
+    x: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = (),
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Max pooling of [n, c, s0, s1] with space split."""
+    kernels = _spread(kernel_size, 2)
+    strides = _spread(stride, 2) if stride != () and stride != [] else kernels
+    dilations = _spread(dilation, 2)
+    windows = [
+        _Window(*w) for w in zip(kernels, strides, _spread(padding, 2), dilations, strict=True)
+    ]
+    x, paddings = _windowed(x, shard, windows, float("-inf"))
+    return F.max_pool2d(x, kernels, strides, paddings, dilations)
+
+
+def avg_pool(
+    x: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = (),
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Average pooling of [n, c, s0, s1] with space split; padding counts as zeros."""
+    kernels = _spread(kernel_size, 2)
+    strides = _spread(stride, 2) if stride != () and stride != [] else kernels
+    windows = [_Window(*w, 1) for w in zip(kernels, strides, _spread(padding, 2), strict=True)]
+    x, paddings = _windowed(x, shard, windows, 0.0)
+    return F.avg_pool2d(x, kernels, strides, paddings, divisor_override=divisor_override)

@@ -1,0 +1,58 @@
+"""Sorting, searching and scans along one dim: over all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from autopar.sharding.rule import OpRule, Row
+from autopar.sharding.rules.call import Call
+
+
+def _along(call: Call) -> OpRule:
+    """One dim whole; results keep the others (their extent along it may differ)."""
+    return Row(_notation(call, -1)).bind(call.inputs, call.outputs)
+
+
+def _scan(call: Call) -> OpRule:
+    """As `_along`, of an op that is linear."""
+    return Row(_notation(call, 0), linear=((0,),)).bind(call.inputs, call.outputs)
+
+
+def _notation(call: Call, default: int) -> str:
+    shape = call.inputs[0]
+    assert shape is not None
+    dim = call.arguments.get("dim", call.arguments.get("axis", default))
+    whole = dim % max(len(shape), 1)
+    names = [f"d{d}" for d in range(len(shape))]
+
+    def spelled(name: str) -> str:
+        return " ".join(f"[{name}]" if d == whole else n for d, n in enumerate(names))
+
+    return f"{spelled('x')} -> " + ", ".join([spelled("y")] * len(call.outputs))
+
+
+ROWS: dict[str, Row | tuple[Row, ...]] = {
+    "aten.bucketize.Tensor": Row("*d, [x] -> *d"),
+    "aten.searchsorted.Tensor": (
+        Row("[x], *d -> *d", when=lambda a: len(a["sorted_sequence"]) == 1),
+        Row("*d [x], *d [y] -> *d [y]"),
+    ),
+    "aten.histc.default": Row("... -> [b]"),
+    "aten.nonzero_static.default": Row("... -> [n] [d]"),
+}
+
+DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
+    **{
+        f"aten.{name}": _along
+        for name in (
+            "topk.default sort.default sort.stable argsort.default argsort.stable cummax.default "
+            "cummin.default cumprod.default logcumsumexp.default kthvalue.default glu.default"
+        ).split()
+    },
+    "aten.cumsum.default": _scan,
+    "aten.diff.default": lambda call: (
+        Row(_notation(call, -1), linear=((0,),)).bind(call.inputs, call.outputs)
+        if sum(s is not None for s in call.inputs) == 1
+        else None
+    ),
+}

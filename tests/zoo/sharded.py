@@ -1,0 +1,224 @@
+"""A captured family on all ranks of a simulated mesh: the solver's plan and random ones, compared
+number by number with the model itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from autopar import ColoTracer
+from autopar.passes.apply_sharding import LocalProgram, apply_sharding
+from autopar.plan import ShardingPlan
+from autopar.planner import autoplan, make_plan, trainable_inputs
+from autopar.runtime.distribute import shard_of
+from autopar.runtime.groups import forget_groups, thread_groups
+from autopar.tracer.graph import ModelGraph
+from tests.clusters import eager_to_shard
+from tests.zoo import check
+from tests.zoo.family import Batch, Family
+
+# the ranks of one simulated step meet at every collective
+RANK_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A family, traced, with what it gives on one device."""
+
+    family: Family
+    model: nn.Module
+    batch: Batch
+    graph: ModelGraph
+    expected: check.Step
+
+
+def capture(family: Family) -> Captured:
+    """Without dropout, on the family's first batch.
+
+    Libraries compute norms and losses in float32 whatever the model's type, and then no two orders
+    of summation agree to more than seven digits. The proof is of the sharding, so both sides run
+    the captured program with those steps in float64 (that the program is the model's is shown by
+    `tests.zoo.examine`).
+    """
+    alone, model = family.build(), family.build()
+    batch = family.batch(model, 0)
+    graph = _in_double(ColoTracer().trace(model, (), batch))
+    return Captured(family, model, batch, graph, check.step(graph.bind(alone), alone, batch))
+
+
+def _in_double(graph: ModelGraph) -> ModelGraph:
+    """The same program with float64 for float32 throughout."""
+
+    def wider(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype is torch.float32:
+            return value.to(torch.float64)
+        return torch.float64 if value is torch.float32 else value
+
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(wider, node.meta["val"])
+        node.args = pytree.tree_map(wider, node.args)
+        node.kwargs = pytree.tree_map(wider, node.kwargs)
+    graph.gm.recompile()
+    constants = {name: wider(value) for name, value in graph.constants.items()}
+    return replace(graph, constants=constants)
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A family's plans on one mesh.
+
+    Args:
+        plans: the solver's, then random legal ones.
+        unruled_share: of the predicted compute time on one device, what operators without a rule
+            take.
+        split: whether the solver splits any operator.
+    """
+
+    plans: tuple[ShardingPlan, ...]
+    unruled_share: float
+    split: bool
+
+
+def plans_of(captured: Captured, mesh: str, *, random: int, time_limit: float = 20.0) -> Sharded:
+    """The solver's plan on fast links, which splits whatever it can, and random ones."""
+    planned = autoplan(
+        captured.model,
+        (),
+        captured.batch,
+        cluster=eager_to_shard(mesh),
+        graph=captured.graph,
+        time_limit=time_limit,
+    )
+    space = planned.space
+    name = type(captured.model).__name__
+    plans = [planned.plan]
+    for seed in range(random):
+        choices = space.random_choices(np.random.default_rng(seed))
+        plans.append(make_plan(space, choices, name))
+    ops = [site for site in space.sites if site.kind == "op"]
+    # the first strategy of every operator is full replication
+    whole = {site.node: float(site.parts["compute_us"][0]) for site in ops}
+    unruled = sum(whole[node] for node in space.unruled)
+    split = any(
+        site.candidates[choice].strategy.splits
+        for site, choice in zip(space.sites, planned.choices, strict=True)
+        if site.kind == "op" and site.candidates[choice].strategy is not None
+    )
+    return Sharded(tuple(plans), unruled / max(sum(whole.values()), 1e-30), split)
+
+
+def worst_difference(captured: Captured, plan: ShardingPlan) -> tuple[str, float]:
+    """Where any rank's loss, results, buffers or gradient shards differ most from one device's."""
+    mesh = plan.mesh
+    groups = thread_groups(mesh, timeout=RANK_TIMEOUT_S)
+    try:
+        ranks = [_Rank(captured, plan, coords, names) for coords, names in groups.items()]
+        steps = on_threads([rank.step for rank in ranks])
+    finally:
+        forget_groups()
+    found = [
+        difference
+        for rank, step in zip(ranks, steps, strict=True)
+        for difference in check.differences(step, rank.expected())
+    ]
+    return max(found, key=lambda pair: pair[1])
+
+
+def on_threads(work: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run all at once; the first error is raised."""
+    results: list[Any] = [None] * len(work)
+    errors: list[BaseException] = []
+
+    def run(i: int) -> None:
+        try:
+            results[i] = work[i]()
+        except threading.BrokenBarrierError as error:
+            errors.append(error)
+        except BaseException as error:
+            errors.insert(0, error)
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(RANK_TIMEOUT_S)
+    if errors:
+        raise errors[0]
+    assert not any(t.is_alive() for t in threads), "ranks wait for each other"
+    return results
+
+
+class _Rank:
+    """One rank: shards of the weights, the program of its place on the mesh."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        plan: ShardingPlan,
+        coords: tuple[int, ...],
+        groups: tuple[str, ...],
+    ) -> None:
+        self.captured, self.coords, self.mesh = captured, coords, plan.mesh
+        graph = captured.graph
+        self.specs = plan.parameter_specs()
+        trainable = trainable_inputs(graph, captured.model)
+        self.program: LocalProgram = apply_sharding(
+            graph, plan, coords=coords, groups=groups, trainable=trainable
+        )
+        whole = dict(captured.model.named_parameters(remove_duplicate=False))
+        self.shards = {}
+        for name in graph.parameters.values():
+            shard = self._part(whole[name].detach(), name).clone()
+            update = graph.updates.get(name)
+            shard = shard if update is None else update(shard)
+            self.shards[name] = shard.requires_grad_(whole[name].requires_grad)
+        self.buffers = {
+            n: b.clone() for n, b in captured.model.named_buffers(remove_duplicate=False)
+        }
+
+    def _part(self, whole: torch.Tensor, name: str) -> torch.Tensor:
+        return shard_of(whole, self.specs[name], self.mesh, self.coords)
+
+    def step(self) -> check.Step:
+        graph, leaves = self.captured.graph, pytree.tree_leaves(((), self.captured.batch))
+        flat: list[Any] = [self.shards[n] for n in graph.parameters.values()]
+        flat += [self.buffers[n].clone() for n in graph.buffers.values()]
+        flat += graph.constants.values()
+        tensors = [x for x, name in zip(leaves, graph.inputs, strict=True) if name is not None]
+        flat += [
+            shard_of(x, spec, self.mesh, self.coords).contiguous()
+            for x, spec in zip(tensors, self.program.input_specs, strict=True)
+        ]
+        if self.program.takes_seed:
+            flat.append(torch.tensor(0))
+        results = list(self.program.gm(*flat))
+        count = len(graph.mutations)
+        for name, value in zip(graph.mutations, results[:count], strict=True):
+            self.buffers[name] = value.detach()
+        returned = pytree.tree_unflatten(results[count:], graph.out_spec)
+        loss = check.loss_of(returned)
+        loss.backward()
+        return check.Step(
+            structure=check.structure(returned),
+            results={n: t.detach() for n, t in check.tensors(returned)},
+            loss=loss.detach(),
+            gradients={n: s.grad for n, s in self.shards.items()},
+            buffers=self.buffers,
+        )
+
+    def expected(self) -> check.Step:
+        """What one device has, in this rank's shards."""
+        whole = self.captured.expected
+        names: Mapping[str, torch.Tensor | None] = {
+            n: whole.gradients.get(n) for n in self.captured.graph.parameters.values()
+        }
+        gradients = {n: None if g is None else self._part(g, n) for n, g in names.items()}
+        return check.Step(whole.structure, whole.results, whole.loss, gradients, whole.buffers)
