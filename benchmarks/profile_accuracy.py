@@ -43,11 +43,6 @@ from tests.zoo.family import Family
 FAMILIES = (*hf.FAMILIES, *timm_rows.FAMILIES)
 SAVED_TARGET, PEAK_TARGET = 1.0, 3.0  # percent
 QUICK = ("gpt2", "llama", "bert", "vit", "resnet50")
-# Where eager PyTorch does what no captured graph shows: these figures are printed without a target.
-KNOWN = {
-    ("wav2vec2", "FLOPs off by"): "the model makes its input require grad, for which nobody asks",
-    ("swinv2", "peak"): "ReLU in place on a view: autograd copies the gradient twice (CopySlices)",
-}
 HOOKED = ("gpt2", "llama", "vit", "swin", "resnet50", "mixer")
 
 Run = Callable[[], Any]
@@ -137,9 +132,7 @@ def compare(family: Family) -> list[Row]:
     real = measure(model, run)
 
     def row(metric: str, predicted: int, measured: int, target: float | None = None) -> Row:
-        known = (family.name, metric) in KNOWN
-        difference = off(predicted, measured)
-        return Row(family.name, metric, difference, "%", None if known else target)
+        return Row(family.name, metric, off(predicted, measured), "%", target)
 
     return [
         row("FLOPs off by", mine.flops, real.flops, 0.0),
@@ -196,21 +189,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures = ", ".join(f"{r.metric} {r.value:.3f}%" for r in found[family.name])
         console.print(f"{family.name}: {figures}", markup=False, soft_wrap=True)
     rows = [row for compared in found.values() for row in compared]
-    known = {key: why for key, why in KNOWN.items() if key[0] in found}
-    for (name, metric), why in known.items():
-        console.print(f"{name}, {metric}: {why}", markup=False)
     flops = [r for r in rows if r.metric == "FLOPs off by"]
     worst = {
-        metric: max(
-            (r.value for r in rows if r.metric == metric and r.target is not None), default=0
-        )
+        metric: max((r.value for r in rows if r.metric == metric), default=0)
         for metric in ("saved bytes", "peak")
     }
     rows += [hooked_row(f) for f in families if f.name in HOOKED]
     headline = (
         f"FLOPs exact on {sum(r.value == 0 for r in flops)}/{len(flops)}, saved within "
         f"{worst['saved bytes']:.2f}%, peak within {worst['peak']:.2f}% "
-        f"({len(families) - len(found)} not captured, {len(known)} figures known to differ)"
+        f"({len(families) - len(found)} not captured)"
     )
     return common.finish("Profile against the real eager run", rows, headline, options.json)
 

@@ -35,18 +35,27 @@ class Call:
 
     Args:
         wanted: per operand, whether it requires grad.
+        on_view: it overwrites a view. Autograd then differentiates the base by a node of its own
+            (`CopySlices`), which copies the gradient; so the call is made as the author wrote it.
     """
 
     def __init__(
-        self, node: fx.Node, wanted: Sequence[bool], mode: FakeTensorMode, eager: bool
+        self,
+        node: fx.Node,
+        wanted: Sequence[bool],
+        mode: FakeTensorMode,
+        eager: bool,
+        on_view: bool = False,
     ) -> None:
         self.mode, self.recorder, self.spent = mode, Recorder(), False
         self.saved: list[Storage] = []
         self._tokens: list[Any] = []
-        program = _program(node, eager)
-        self._in_place = eager and _written_in_place(node)
+        program = in_place_variant(node) if on_view else _program(node, eager)
+        self._in_place = eager and not on_view and _written_in_place(node)
         with mode, torch.enable_grad():
             self._operands(node, wanted)
+            if on_view:
+                self._view_first(node)
             args, kwargs = fx.node.map_arg(
                 (node.args, node.kwargs), lambda n: self.given.get(n, n.meta["val"])
             )
@@ -54,6 +63,7 @@ class Call:
                 out = program(*args, **kwargs)
         self.results = tensors_of(out)
         self.carries = tuple(t.requires_grad for t in self.results)
+        self.views = tuple(map(_views_all_of_its_base, self.results))
         self.storages = tuple(map(self.recorder.storage, self.results))
         self.work, self.events = self.recorder.take()
 
@@ -71,6 +81,14 @@ class Call:
             self.recorder.name(made, Storage(OPERAND, i))
             if grad:
                 self.leaves.append((i, made))
+
+    def _view_first(self, node: fx.Node) -> None:
+        """Give a view of the first operand: of a copy under its name, as leaves are not written."""
+        first = operands(node)[0]
+        assert first is not None
+        base = self.given[first].clone()
+        self.recorder.name(base, Storage(OPERAND, 0))
+        self.given[first] = base.view_as(base)
 
     def _hooks(self) -> AbstractContextManager[Any]:
         def pack(t: torch.Tensor) -> _Saved:
@@ -162,6 +180,19 @@ def _written_in_place(node: fx.Node) -> bool:
     assert isinstance(node.target, torch._ops.OpOverload)
     base, written = node.target._schema.name.removeprefix("aten::"), origin_of(node)
     return written.endswith("_") and (base == written[:-1] or base.endswith("_scatter"))
+
+
+def in_place_variant(node: fx.Node) -> Any:
+    """The operator that overwrites the first operand, if that is how the author wrote it."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    name = node.target._opname + "_"
+    if not _written_in_place(node) or origin_of(node) != name:
+        return None
+    return getattr(getattr(aten, name, None), node.target._overloadname, None)
+
+
+def _views_all_of_its_base(t: torch.Tensor) -> bool:
+    return t._is_view() and t._base is not None and t.numel() == t._base.numel()
 
 
 def _program(node: fx.Node, eager: bool) -> Any:

@@ -185,6 +185,8 @@ class _Step:
         for k, storage in enumerate(tape.results):
             self.storage[node, k] = self._key(node, storage)
             self.live.hold(self.storage[node, k])
+            if self._is_leaf((node, k)) and self.awaited[node, k]:
+                self.live.hold(self.storage[node, k])  # by its `AccumulateGrad`, to the end
         for storage in tape.saved:
             key = self._key(node, storage)
             self.live.hold(key)
@@ -248,6 +250,11 @@ class _Step:
             return node.target in self.trainable
         return node in self.profiles and self.profiles[node].carries[k]
 
+    def _is_leaf(self, value: Value) -> bool:
+        """Its gradient goes no further, and stays."""
+        node, k = value
+        return node.op == "placeholder" or k in self.profiles[node].leaves
+
     def backward(self, node: fx.Node) -> None:
         tape = self.profiles[node].tape
         if not tape.backward:
@@ -307,10 +314,10 @@ class _Step:
     def _arrive(self, value: Value, new: _Gradient) -> None:
         old = self.gradients.pop(value, None)
         self.gradients[value] = new if old is None else self._sum(value, old, new)
-        if value[0].op == "placeholder":
+        if self._is_leaf(value):
             self.awaited[value] -= 1
             if not self.awaited[value]:
-                self._accumulate(value[0], self.gradients.pop(value))
+                self._accumulate(value, self.gradients.pop(value))
 
     def _sum(self, value: Value, old: _Gradient, new: _Gradient) -> _Gradient:
         """As `InputBuffer` of autograd's engine does."""
@@ -327,16 +334,16 @@ class _Step:
         self._let_go(new)
         return _Gradient(key, key, summed_strides(like, old.strides, new.strides))
 
-    def _accumulate(self, parameter: fx.Node, gradient: _Gradient) -> None:
+    def _accumulate(self, leaf: Value, gradient: _Gradient) -> None:
         """As `AccumulateGrad` does: the gradient itself becomes `.grad` if nobody else has it and
-        it is laid out like the parameter, else a copy."""
-        like = parameter.meta["val"]
+        it is laid out like the leaf, else a copy."""
+        like = tensors_of(leaf[0].meta["val"])[leaf[1]]
         fits = all(
             (g == s) if size != 1 else (not isinstance(g, int) or g != 0)
             for g, s, size in zip(gradient.strides, like.stride(), like.shape, strict=True)
         )
         if not (fits and self.shares[gradient.tensor] == 1):
-            self.live.make((parameter, "grad"), _bytes_of(like))
+            self.live.make((leaf, "grad"), _bytes_of(like))
             self._let_go(gradient)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from autopar.profiler.call import Call, origin_of
+from autopar.profiler.call import Call, in_place_variant, origin_of
 from autopar.profiler.counting import Work, tensors_of
 from autopar.profiler.tape import OPERAND, Count, Strides, Tape
 from autopar.tracer.graph import ModelGraph, operands, producer
@@ -35,12 +35,15 @@ class NodeProfile:
         forward, backward: work of the kernels; no backward where no gradient arrives.
         tape: what the call makes, saves, emits and frees.
         carries: per result, whether it carries a gradient.
+        leaves: results that carry one only because the author made them leaves: the gradient goes
+            no further.
     """
 
     forward: Work = field(default_factory=Work)
     backward: Work = field(default_factory=Work)
     tape: Tape = field(default_factory=Tape)
     carries: tuple[bool, ...] = ()
+    leaves: tuple[int, ...] = ()
 
     @property
     def forward_flops(self) -> Count:
@@ -140,7 +143,8 @@ def profile_graph(
     Args:
         trainable: placeholder names of the parameters that require grad.
         eager: profile the module as eager PyTorch runs it rather than as it was captured: operators
-            in place where the author wrote them so, dropout and batch norm as eager runs them.
+            in place where the author wrote them so, dropout and batch norm as eager runs them,
+            gradients of values that the forward sets `requires_grad` on.
     """
     return _Profiler(graph, frozenset(trainable), eager).run()
 
@@ -152,12 +156,15 @@ class _Profiler:
         self.graph, self.eager = graph, eager
         self.mode = _fake_mode(graph)
         self.nodes = list(graph.compute_nodes())
+        self.marked = {producer(n) for n in graph.nodes if eager and graph.info(n).leaf}
         self.carries: dict[Value, bool] = {
-            (n, 0): n.target in trainable for n in graph.placeholders.values()
+            (n, 0): n.target in trainable or (n, 0) in self.marked
+            for n in graph.placeholders.values()
         }
         self.keys: dict[fx.Node, Any] = {}
         self.calls: dict[Any, Call] = {}
         self.found: dict[Any, NodeProfile] = {}
+        self.views: set[Value] = set()
 
     def run(self) -> dict[fx.Node, NodeProfile]:
         for node in self.nodes:
@@ -171,22 +178,31 @@ class _Profiler:
     def forward(self, node: fx.Node) -> None:
         """Which results carry a gradient."""
         wanted = [n is not None and self.carries[producer(n)] for n in operands(node)]
-        key = _signature(node, wanted, self.eager)
-        self.keys[node] = key, wanted
+        first = next(iter(operands(node)), None)
+        viewed = first is not None and producer(first) in self.views
+        on_view = self.eager and viewed and in_place_variant(node) is not None
+        key = _signature(node, wanted, self.eager, on_view)
+        make = partial(Call, node, wanted, self.mode, self.eager, on_view)
+        self.keys[node] = key, make
         if key not in self.calls:
-            self.calls[key] = Call(node, wanted, self.mode, self.eager)
-        self.carries |= {(node, k): c for k, c in enumerate(self.calls[key].carries)}
+            self.calls[key] = make()
+        natural = self.calls[key].carries
+        self.views |= {(node, k) for k, view in enumerate(self.calls[key].views) if view}
+        self.carries |= {(node, k): c or (node, k) in self.marked for k, c in enumerate(natural)}
 
     def backward(self, node: fx.Node, layouts: dict[Value, Strides]) -> NodeProfile:
         """Profile the node for the gradients that arrive, and add those it emits to `layouts`."""
-        (signature, wanted), call = self.keys[node], self.calls[self.keys[node][0]]
-        arriving = tuple(layouts.pop((node, k), None) for k in range(len(call.carries)))
-        key = signature, repr(arriving)
+        (signature, make), call = self.keys[node], self.calls[self.keys[node][0]]
+        carries = tuple(self.carries[node, k] for k in range(len(call.carries)))
+        leaves = tuple(k for k, c in enumerate(carries) if c and not call.carries[k])
+        reached = [layouts.pop((node, k), None) for k in range(len(carries))]
+        arriving = tuple(None if k in leaves else strides for k, strides in enumerate(reached))
+        key = signature, repr(arriving), leaves
         if key not in self.found:
             if call.spent:
-                call = self.calls[signature] = Call(node, wanted, self.mode, self.eager)
+                call = self.calls[signature] = make()
             backward, tape = call.finish(arriving)
-            self.found[key] = NodeProfile(call.work, backward, tape, call.carries)
+            self.found[key] = NodeProfile(call.work, backward, tape, carries, leaves)
         given = operands(node)
         for emission in self.found[key].tape.emitted:
             operand = given[emission.operand]
@@ -217,7 +233,7 @@ def _fake_mode(graph: ModelGraph) -> FakeTensorMode:
     return FakeTensorMode()
 
 
-def _signature(node: fx.Node, wanted: Sequence[bool], eager: bool) -> str:
+def _signature(node: fx.Node, wanted: Sequence[bool], eager: bool, on_view: bool) -> str:
     def describe(n: fx.Node) -> Any:
         value = n.meta["val"]
         if not isinstance(value, torch.Tensor | list | tuple):
@@ -231,4 +247,4 @@ def _signature(node: fx.Node, wanted: Sequence[bool], eager: bool) -> str:
     same = [given.index(n) for n in given]
     args = fx.node.map_arg((node.args, node.kwargs), describe)
     written = origin_of(node) if eager else ""
-    return repr((str(node.target), written, args, wanted, same))
+    return repr((str(node.target), written, args, wanted, same, on_view))

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
+from autopar.tracer.graph import mark_leaf
 from autopar.tracer.guards import Guard, Slice, apart, as_python, same_value
 from autopar.tracer.ranges import bounds
 from autopar.tracer.source import current_site, harmless_side, user_frame
@@ -40,6 +41,7 @@ _TRIALS = 400
 
 Role = tuple[str, Any]
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__
+_REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__set__
 
 
 class BranchResolver(TorchFunctionMode):
@@ -291,6 +293,15 @@ class BranchResolver(TorchFunctionMode):
         """`x.data` leaves the capture; `x.detach()` is the same and does not."""
         return args[0].detach() if func == _DATA else func(*args, **kwargs)
 
+    def _leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`x.requires_grad = True` asks for nothing, but what eager computes depends on it."""
+        t, rest = args[0], [*args[1:], *kwargs.values()]
+        slot = _slot(t, _tracer())
+        setter = func == _REQUIRES_GRAD or func.__name__ == "requires_grad_"
+        if setter and rest in ([], [True]) and slot is not None and not t.requires_grad:
+            mark_leaf(slot.proxy.node)
+        return func(*args, **kwargs)
+
     def _equal(self, func: Any, args: Any, kwargs: Any) -> Any:
         a, b = args
         return a.shape == b.shape and bool(self.value((a == b).all()))
@@ -405,6 +416,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "equal": _R._equal,
     "__contains__": _R._contains,
     "__get__": _R._property,
+    **dict.fromkeys(("__set__", "requires_grad_"), _R._leaf),
     **dict.fromkeys(
         (*_RANGES, "tensor", "narrow", "split", "view", "reshape", "expand", "repeat", "pad",
          "new_zeros", "new_ones", "new_full", "new_empty", "interpolate"),

@@ -1,9 +1,13 @@
-"""Which operator calls draw random numbers."""
+"""Which operator calls draw random numbers, and how those that nobody uses are kept."""
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.fx as fx
+
+_ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
 
 def draws(node: fx.Node) -> bool:
@@ -20,3 +24,24 @@ def draws(node: fx.Node) -> bool:
         off = given.get("dropout_p", given.get("p")) == 0
         return not off and given.get("train", given.get("training", True)) is not False
     return True
+
+
+def keep_draws(gm: fx.GraphModule) -> None:
+    """Keep draws that no result depends on, which exporting would drop as dead code: all draws
+    after them would differ from eager PyTorch's. An assertion, of nothing, uses each."""
+    for module in gm.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        used: set[fx.Node] = set()
+        for node in reversed(module.graph.nodes):
+            if node.op == "output" or node in used:
+                used |= {*node.all_input_nodes}
+            elif draws(node):
+                used |= {*node.all_input_nodes}
+                drawn = node
+                if not isinstance(node.meta["val"], torch.Tensor):
+                    with module.graph.inserting_after(node):
+                        drawn = module.graph.call_function(operator.getitem, (node, 0))
+                with module.graph.inserting_after(drawn):
+                    module.graph.call_function(_ASSERT, (drawn, None, None, None))
+        module.recompile()

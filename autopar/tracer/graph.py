@@ -22,10 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """Where a node came from: `module` is the qualified name, `source` is `file:line`."""
+    """Where a node came from.
+
+    Args:
+        module: qualified name.
+        source: `file:line`.
+        leaf: the forward sets `requires_grad` on this value, so that eager PyTorch computes a
+            gradient for it; nothing in the graph does.
+    """
 
     module: str
     source: str
+    leaf: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,26 @@ class ModelGraph:
             what = "in" if node.op == "placeholder" else str(node.target)
             digest.update(repr((node.op, what, shapes, args)).encode())
         return digest.hexdigest()[:16]
+
+
+_LEAF = "autopar_leaf"
+
+
+def mark_leaf(node: fx.Node) -> None:
+    """Mark a node of a graph being captured as one whose value was made to require grad.
+
+    "custom" metadata is what export carries over to the nodes that come to stand for this one.
+    """
+    node.meta.setdefault("custom", {})[_LEAF] = node.name
+
+
+def is_marked_leaf(node: fx.Node) -> bool:
+    """Whether it is the marked value: the last, where several nodes stand for the marked one."""
+
+    def mark(n: fx.Node) -> Any:
+        return n.meta.get("custom", {}).get(_LEAF)
+
+    return mark(node) is not None and all(mark(user) != mark(node) for user in node.users)
 
 
 def producer(node: fx.Node) -> tuple[fx.Node, int]:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.tracer.draws import draws
-from autopar.tracer.graph import ModelGraph, NodeInfo
+from autopar.tracer.graph import ModelGraph, NodeInfo, is_marked_leaf
 from autopar.tracer.guards import Guard
 from autopar.tracer.source import is_users
 from autopar.tracer.writes import take_out_writes
@@ -184,7 +184,7 @@ def _clean(gm: fx.GraphModule) -> None:
     _rewrite(graph)
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or draws(n))
     for node in graph.nodes:
-        node.meta["autopar"] = NodeInfo(_module_of(node), _source_of(node))
+        node.meta["autopar"] = NodeInfo(_module_of(node), _source_of(node), is_marked_leaf(node))
         if node.op == "call_function" and node.target is not operator.getitem:
             number = isinstance(node.meta.get("val"), _NUMBERS)
             if not isinstance(node.target, torch._ops.OpOverload) and not number:

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import CaptureError
 from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
+from autopar.tracer.draws import keep_draws
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
 from autopar.tracer.graph import ModelGraph
@@ -131,6 +132,7 @@ class ColoTracer:
             mend_users(program.graph_module)
             detach_no_grad_regions(program.graph_module)
             if self.dynamic or not make_functional(program.graph_module):
+                keep_draws(program.graph_module)
                 program = program.run_decompositions({})
         guards = (*settings, *resolver.guards)
         for guard in guards:

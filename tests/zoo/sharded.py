@@ -50,24 +50,28 @@ def capture(family: Family) -> Captured:
     alone, model = family.build(), family.build()
     batch = family.batch(model, 0)
     graph = _in_double(ColoTracer().trace(model, (), batch))
+    alone, model, batch = alone.double(), model.double(), pytree.tree_map(_wider, batch)
     return Captured(family, model, batch, graph, check.step(graph.bind(alone), alone, batch))
+
+
+def _wider(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype is torch.float32:
+        return value.to(torch.float64)
+    return torch.float64 if value is torch.float32 else value
 
 
 def _in_double(graph: ModelGraph) -> ModelGraph:
     """The same program with float64 for float32 throughout."""
-
-    def wider(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dtype is torch.float32:
-            return value.to(torch.float64)
-        return torch.float64 if value is torch.float32 else value
-
     for node in graph.nodes:
         if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map(wider, node.meta["val"])
-        node.args = pytree.tree_map(wider, node.args)
-        node.kwargs = pytree.tree_map(wider, node.kwargs)
+            node.meta["val"] = pytree.tree_map(_wider, node.meta["val"])
+        node.args = pytree.tree_map(_wider, node.args)
+        node.kwargs = pytree.tree_map(_wider, node.kwargs)
+        made = node.op == "call_function" and not node.all_input_nodes
+        if made and getattr(node.meta["val"], "dtype", None) is torch.float64:
+            node.kwargs = {**node.kwargs, "dtype": torch.float64}  # not the default type
     graph.gm.recompile()
-    constants = {name: wider(value) for name, value in graph.constants.items()}
+    constants = {name: _wider(value) for name, value in graph.constants.items()}
     return replace(graph, constants=constants)
 
 

@@ -76,7 +76,7 @@ ROWS = (
     Row("resnet50", "resnet50", 32, {
         **_RATES, "layers": (1, 1, 2, 1), "channels": (8, 16, 16, 32),
     }),
-    Row("efficientnet_b0", "efficientnet_b0", 32, _RATES),
+    Row("efficientnet_b0", "efficientnet_b0", 64, _RATES),
     Row("mobilenetv3", "mobilenetv3_small_050", 32, {"drop_rate": 0.1}),
     Row("regnety", "regnety_002", 32, _RATES),
     Row("vit_small", "vit_small_patch16_224", 32, {**_TRANSFORMER, "patch_size": 8}, sized=True),
