@@ -105,7 +105,8 @@ class _Rewriter:
         input_specs: Sequence[ShardingSpec] | None,
         output_specs: Sequence[ShardingSpec] | None,
     ) -> LocalProgram:
-        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        # not the flags among the inputs, which are specialized
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder" and results(n)]
         tensor_inputs = [n for n in self.graph.inputs if n is not None]
         held = dict(zip(tensor_inputs, input_specs, strict=True)) if input_specs else {}
         for node in placeholders:
@@ -234,6 +235,8 @@ class _Rewriter:
             None if operand is None or spec is None else self._value(operand, spec)
             for operand, spec in zip(operands(node), strategy.inputs, strict=True)
         ]
+        if node.target is torch.ops.aten.as_strided.default:
+            values[0] = self._laid_out(operands(node)[0], values[0])
         args, kwargs = map_operands(node, values)
         target: Any = node.target
         if strategy.lowered:
@@ -261,6 +264,16 @@ class _Rewriter:
         for result in range(len(outs)):
             if (node, result) in self.layout:
                 self._share(node, result)
+
+    def _laid_out(self, operand: fx.Node | None, value: fx.Node | None) -> fx.Node | None:
+        """The value with the strides it was captured with: conversions make their own."""
+        assert operand is not None
+        strides = operand.meta["val"].stride()
+        order = sorted(range(len(strides)), key=lambda d: -strides[d])
+        ordered = self.out.call_function(torch.ops.aten.permute.default, (value, order))
+        dense = self.out.call_function(torch.ops.aten.contiguous.default, (ordered,))
+        back = [order.index(d) for d in range(len(order))]
+        return self.out.call_function(torch.ops.aten.permute.default, (dense, back))
 
     def _localize_sizes(
         self, node: fx.Node, strategy: Strategy, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def call_of(node: fx.Node) -> Call:
     assert isinstance(node.target, torch._ops.OpOverload)
     arguments = {k: described(v) for k, v in bound_arguments(node).items()}
     inputs = tuple(None if n is None else shape_of(n.meta["val"]) for n in operands(node))
-    return Call(node.target, arguments, inputs, tuple(shape_of(t) for t in results(node)))
+    masks = tuple(n is not None and n.meta["val"].dtype is torch.bool for n in operands(node))
+    return Call(node.target, arguments, inputs, tuple(shape_of(t) for t in results(node)), masks)
 
 
 def replicated_rule(node: fx.Node) -> OpRule:
@@ -43,8 +45,21 @@ def rule_of(node: fx.Node) -> tuple[OpRule, bool]:
     """The node's rule, and whether the table had one (else it is full replication)."""
     if _RULE not in node.meta:  # every stage asks; the graph does not change once captured
         rule = bind(call_of(node))
-        node.meta[_RULE] = (replicated_rule(node), False) if rule is None else (rule, True)
+        if rule is None:
+            node.meta[_RULE] = replicated_rule(node), False
+        else:
+            node.meta[_RULE] = replace(rule, linear=_summable(node, rule)), True
     return node.meta[_RULE]
+
+
+def _summable(node: fx.Node, rule: OpRule) -> tuple[frozenset[int], ...]:
+    """The linear sets whose operands can be pending sums: a mask cannot."""
+    given = operands(node)
+    return tuple(
+        group
+        for group in rule.linear
+        if all((n := given[i]) is None or n.meta["val"].dtype.is_floating_point for i in group)
+    )
 
 
 def _floating(node: fx.Node) -> list[bool]:

@@ -307,6 +307,9 @@ def _strategy(
         return None
 
     complete = {a for name, axes in splits.items() if rule.factors[name].complete for a in axes}
+    # complete and in no result: every rank computes the same, and so are its gradients
+    resulting = {d for dims in rule.outputs for d in dims}
+    alike = {a for name, axes in splits.items() if name not in resulting for a in axes} & complete
 
     def layout(dims: Dims, other: str, is_term: bool = False) -> ShardingSpec:
         """`other`: the state along axes whose factor this tensor lacks."""
@@ -316,7 +319,8 @@ def _strategy(
         if other == "P":
             return ShardingSpec(split, tuple(a for a in lacking if a not in complete))
         pending = tuple(a for a in lacking if is_term and a in reduced)
-        return ShardingSpec(split, pending, tuple(a for a in lacking if a not in pending))
+        varying = tuple(a for a in lacking if a not in pending and a not in alike)
+        return ShardingSpec(split, pending, varying)
 
     outputs = [layout(dims, "P") for dims in rule.outputs]
     if any(spec.partial and not f for spec, f in zip(outputs, floating, strict=True)):

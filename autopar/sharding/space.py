@@ -223,6 +223,8 @@ class SearchSpace:
         users = _user_links(self.graph)
         for node in self.graph.nodes:
             if node.op == "placeholder":
+                if not results(node):  # a flag, specialized
+                    continue
                 self._add(self._placeholder(node, input_names), 0)
             elif node in self.profile:
                 site = self._operator(node, place[node])

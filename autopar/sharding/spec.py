@@ -190,4 +190,4 @@ def local_shape(
 def fills_every_rank(size: int, axes: Sequence[int], mesh: Sequence[int]) -> bool:
     """Whether every rank gets at least one element of a dim split over `axes`."""
     last = [mesh[axis] - 1 for axis in range(len(mesh))]
-    return local_range(size, axes, mesh, last)[1] > 0
+    return not axes or local_range(size, axes, mesh, last)[1] > 0

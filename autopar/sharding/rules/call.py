@@ -20,9 +20,11 @@ class Call:
         arguments: its arguments by schema name; tensors stand as their shapes.
         inputs: shapes of the tensor operands in schema order (None: absent).
         outputs: shapes of the tensor results.
+        masks: which operands are boolean.
     """
 
     op: torch._ops.OpOverload
     arguments: Mapping[str, Any]
     inputs: tuple[Shape | None, ...]
     outputs: tuple[Shape, ...]
+    masks: tuple[bool, ...] = ()

@@ -24,7 +24,7 @@ def _index_names(call: Call) -> tuple[list[str], list[str], list[str]] | None:
     indices = call.arguments["indices"]
     given = [d for d, index in enumerate(indices) if index is not None]
     shapes = [indices[d] for d in given]
-    if not given:
+    if not given or any(call.masks[1 : 1 + len(indices)]):
         return None
     rank = _broadcast(shapes)
     adjacent = given == list(range(given[0], given[-1] + 1))
@@ -32,9 +32,6 @@ def _index_names(call: Call) -> tuple[list[str], list[str], list[str]] | None:
     wanted = [f"i{k}" for k in range(rank)]
     rest = [f"d{d}" for d in range(len(source)) if d not in given]
     before = given[0] if adjacent else 0
-    expected = len(rest) + rank
-    if expected != len(call.outputs[0]) and str(call.op) == "aten.index.Tensor":
-        return None
     result = [*rest[:before], *wanted, *rest[before:]]
     # broadcasting aligns from the right
     spelled = [" ".join(wanted[rank - len(s) :]) for s in shapes]

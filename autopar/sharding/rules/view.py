@@ -117,7 +117,10 @@ def _aligned(call: Call) -> OpRule:
 
 
 def _pad(call: Call) -> OpRule:
-    rule = _aligned(call)
+    """Padded dims stay whole, also where what is cut off at the other end makes up for it."""
+    pad, rank = call.arguments["pad"], len(call.outputs[0])
+    padded = {rank - 1 - i // 2 for i, amount in enumerate(pad) if amount}
+    rule = _aligned(call).without(*(f"d{d}" for d in padded))
     if not call.arguments.get("value"):
         return rule
     return OpRule(rule.inputs, rule.outputs, rule.factors)  # a pending sum would pad k times
