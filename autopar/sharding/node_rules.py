@@ -66,9 +66,11 @@ def _floating(node: fx.Node) -> list[bool]:
     return [t.dtype.is_floating_point for t in results(node)]
 
 
-def strategies_of(node: fx.Node, mesh: Sequence[int]) -> list[Strategy]:
-    """Every legal strategy of a node on a mesh."""
-    return strategies(rule_of(node)[0], mesh, _floating(node))
+def strategies_of(
+    node: fx.Node, mesh: Sequence[int], *, any_order: bool = True
+) -> list[Strategy]:
+    """Every legal strategy of a node on a mesh, see `rule.strategies`."""
+    return strategies(rule_of(node)[0], mesh, _floating(node), any_order=any_order)
 
 
 def strategy_by_name(node: fx.Node, mesh: Sequence[int], name: str) -> Strategy:

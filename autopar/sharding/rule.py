@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import permutations, product
+from itertools import islice, permutations, product
 from typing import Any
 
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
@@ -225,13 +225,18 @@ def _match(
 
 
 def strategies(
-    rule: OpRule, mesh: Sequence[int], differentiable: Sequence[bool] | None = None
+    rule: OpRule,
+    mesh: Sequence[int],
+    differentiable: Sequence[bool] | None = None,
+    *,
+    any_order: bool = True,
 ) -> list[Strategy]:
     """Every legal strategy of a bound rule on a mesh, full replication first.
 
     Args:
         differentiable: per result, whether it is a float tensor; a pending sum must be. All are
             if None.
+        any_order: also where the axes that split a factor are not in ascending order.
     """
     floating = [True] * len(rule.outputs) if differentiable is None else differentiable
     options: list[str] = ["-", *rule.factors]
@@ -240,7 +245,7 @@ def strategies(
     choices = [options if size > 1 else ["-"] for size in mesh]
     found = []
     for assignment in product(*choices):
-        for splits in _orders(assignment):
+        for splits in islice(_orders(assignment), None if any_order else 1):
             strategy = _strategy(rule, mesh, assignment, splits, floating)
             if strategy is not None:
                 found.append(strategy)

@@ -34,11 +34,24 @@ log = logging.getLogger(__name__)
 
 
 class SearchSpace:
-    """All legal plans of a graph on a cluster."""
+    """All legal plans of a graph on a cluster.
+
+    Args:
+        any_order: offer dims that several axes split in every order of the axes, not the ascending
+            one alone. Operators cost the same in every order and parameters are stored in one, so
+            that little can be won; on three axes planning takes several times as long.
+    """
 
     def __init__(
-        self, graph: ModelGraph, cluster: ClusterInfo, workload: Workload, pins: Pins | None = None
+        self,
+        graph: ModelGraph,
+        cluster: ClusterInfo,
+        workload: Workload,
+        pins: Pins | None = None,
+        *,
+        any_order: bool = False,
     ) -> None:
+        self.any_order = any_order
         self.graph, self.cluster, self.workload = graph, cluster, workload
         self.pins = pins or Pins()
         self.mesh = cluster.mesh
@@ -306,7 +319,7 @@ class SearchSpace:
         return Site("parameter", node, tuple(candidates), zero, total, parts, repeats=repeats)
 
     def _operator(self, node: fx.Node, place: Any) -> Site:
-        found = strategies_of(node, self.mesh)
+        found = strategies_of(node, self.mesh, any_order=self.any_order)
         candidates = tuple(Candidate(s.name, s.outputs, s.inputs, s) for s in found)
         compute = self._costs.compute_us(node, found)
         communicate = self._costs.lowering_us(node, found)
@@ -332,7 +345,7 @@ class SearchSpace:
         specs = dict.fromkeys(c.outputs[result] for c in self.sites[source].candidates)
         for user, operand in users:
             if user.op != "output":
-                for s in strategies_of(user, self.mesh):
+                for s in strategies_of(user, self.mesh, any_order=self.any_order):
                     spec = s.inputs[operand]
                     assert spec is not None
                     specs.setdefault(spec)

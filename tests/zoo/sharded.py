@@ -19,6 +19,7 @@ from autopar.plan import ShardingPlan
 from autopar.planner import autoplan, make_plan, trainable_inputs
 from autopar.runtime.distribute import shard_of
 from autopar.runtime.groups import forget_groups, thread_groups
+from autopar.sharding.space import SearchSpace
 from autopar.tracer.graph import ModelGraph
 from tests.clusters import eager_to_shard
 from tests.zoo import check
@@ -104,9 +105,10 @@ def plans_of(captured: Captured, mesh: str, *, random: int, time_limit: float = 
     space = planned.space
     name = type(captured.model).__name__
     plans = [planned.plan]
+    every = SearchSpace(captured.graph, space.cluster, space.workload, any_order=True)
     for seed in range(random):
-        choices = space.random_choices(np.random.default_rng(seed))
-        plans.append(make_plan(space, choices, name))
+        choices = every.random_choices(np.random.default_rng(seed))
+        plans.append(make_plan(every, choices, name))
     ops = [site for site in space.sites if site.kind == "op"]
     # the first strategy of every operator is full replication
     whole = {site.node: float(site.parts["compute_us"][0]) for site in ops}
