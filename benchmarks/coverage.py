@@ -5,6 +5,10 @@ and the captured graph runs with the same weights: loss, results, buffers and ev
 compared, on the batch it was traced with and on another of the same shapes. Workers take the
 families one after the other; a crash or a hang costs the one family.
 
+With `--mesh` every captured family is also planned for that mesh, and the solver's plan and some
+random legal ones run on ranks simulated by threads: loss, results, buffers and every gradient shard
+against one device, in float64.
+
 What does not run in eager mode with its tiny configuration is "not built" and does not count.
 """
 
@@ -62,7 +66,22 @@ def _python(name: str) -> str:
     return name.replace("-", "_")
 
 
-def attempt(task: Task, dropout: bool) -> Outcome:
+@dataclass(frozen=True)
+class How:
+    """What is done with each family.
+
+    Args:
+        dropout: with the libraries' own.
+        mesh: to plan for; none if empty.
+        random: plans to run besides the solver's.
+    """
+
+    dropout: bool = False
+    mesh: str = ""
+    random: int = 0
+
+
+def attempt(task: Task, how: How) -> Outcome:
     """Try one, in this process."""
     from tests.zoo import auto, auto_timm, hf, timm_rows
 
@@ -73,7 +92,12 @@ def attempt(task: Task, dropout: bool) -> Outcome:
         else:
             find = auto.hf_family if task.library == "hf" else auto_timm.family
             family = find(task.name)
-        return replace(examine(family, dropout=dropout), required=task.required)
+        outcome = replace(examine(family, dropout=how.dropout), required=task.required)
+        if how.mesh and outcome.status in GOOD:
+            from tests.zoo.sharded import examine_plans
+
+            outcome = examine_plans(outcome, family, how.mesh, how.random)
+        return outcome
     except auto.NotBuilt as error:
         return Outcome(task.name, task.library, reason=str(error))
     except Exception as error:
@@ -81,21 +105,22 @@ def attempt(task: Task, dropout: bool) -> Outcome:
         return Outcome(task.name, task.library, "", task.required, "crashed", reason=reason)
 
 
-def work(dropout: bool) -> None:
+def work(how: How) -> None:
     """Answer tasks from standard input, a line of JSON for each, until it ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
     os.dup2(1, 2)
     for line in sys.stdin:
-        outcome = attempt(Task(**json.loads(line)), dropout)
+        outcome = attempt(Task(**json.loads(line)), how)
         print(json.dumps(asdict(outcome)), file=answers, flush=True)
 
 
 class Worker:
     """A process that tries one family after another."""
 
-    def __init__(self, dropout: bool) -> None:
-        command = [sys.executable, "-m", "benchmarks.coverage", "--worker", json.dumps(dropout)]
+    def __init__(self, how: How) -> None:
+        told = json.dumps(asdict(how))
+        command = [sys.executable, "-m", "benchmarks.coverage", "--worker", told]
         self.done = 0
         self._process = subprocess.Popen(
             command, cwd=common.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -125,14 +150,14 @@ class Worker:
         self._process.wait()
 
 
-def run(todo: Sequence[Task], *, jobs: int, dropout: bool, timeout_s: float) -> Iterator[Outcome]:
+def run(todo: Sequence[Task], *, jobs: int, how: How, timeout_s: float) -> Iterator[Outcome]:
     """Outcomes as they come."""
     waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
     for task in todo:
         waiting.put(task)
     finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
     threads = [
-        threading.Thread(target=_serve, args=(waiting, finished, dropout, timeout_s), daemon=True)
+        threading.Thread(target=_serve, args=(waiting, finished, how, timeout_s), daemon=True)
         for _ in range(min(jobs, len(todo)))
     ]
     for thread in threads:
@@ -144,7 +169,7 @@ def run(todo: Sequence[Task], *, jobs: int, dropout: bool, timeout_s: float) -> 
 def _serve(
     waiting: queue.SimpleQueue[Task],
     finished: queue.SimpleQueue[Outcome],
-    dropout: bool,
+    how: How,
     timeout_s: float,
 ) -> None:
     worker = None
@@ -154,7 +179,7 @@ def _serve(
         except queue.Empty:
             break
         if worker is None:
-            worker = Worker(dropout)
+            worker = Worker(how)
         failed = Outcome(task.name, task.library, required=task.required)
         try:
             outcome = worker.ask(task, timeout_s)
@@ -175,6 +200,9 @@ def line_of(outcome: Outcome) -> str:
     o = outcome
     if o.status in CAPTURED:
         said = f"{o.nodes} nodes, {o.capture_s:.1f} s, error {o.error:.1e}"
+        if o.plans or o.plan_reason:
+            said += f"; {o.plans_equal} of {o.plans} plans equal, planned in {o.plan_s:.1f} s, "
+            said += f"{o.unruled:.2%} without a rule {o.plan_reason[:200]}"
     else:
         said = o.reason[:140]
     return f"{o.library} {o.name}: {o.status}, {said}"
@@ -185,7 +213,10 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
     table = Table(title="Coverage", title_justify="left", box=None, pad_edge=False)
     table.add_column("family", no_wrap=True)
     table.add_column("kind", no_wrap=True)
-    for column in ("nodes", "capture s", "max error", "guards"):
+    sharded = any(o.plans or o.plan_reason for o in outcomes)
+    columns = ["nodes", "capture s", "max error", "guards"]
+    columns += ["plan s", "plans run", "equal", "no rule"] if sharded else []
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     for o in outcomes:
@@ -199,15 +230,24 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
             f"{o.capture_s:.1f}" if o.status in CAPTURED else "",
             f"{o.error:.1e}" if ran else "",
             str(o.guards) if o.status in CAPTURED else "",
+            *(_sharded_cells(o) if sharded else ()),
             o.status + (" (refuses the next batch)" if o.refused else ""),
         )
     return table
+
+
+def _sharded_cells(o: Outcome) -> tuple[str, ...]:
+    if not o.plan_s:
+        return ("",) * 4
+    return f"{o.plan_s:.1f}", str(o.plans), str(o.plans_equal), f"{o.unruled:.2%}"
 
 
 def failures_of(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """What went wrong, the most frequent reasons first, each with its families and lines."""
     groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     for o in outcomes:
+        if o.plan_reason:
+            yield f"{o.library} {o.name}{' *' if o.required else ''}: {o.plan_reason}"
         if o.status not in GOOD:
             groups[o.status, re.sub(r"\d[\d.e+-]*|0x\w+|'[^']*'", "N", o.reason)[:90]].append(o)
     for (status, _), group in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1]))):
@@ -235,7 +275,15 @@ def headline_of(outcomes: Sequence[Outcome]) -> str:
         }.items()
         if chosen
     ]
-    return f"captured {counted(outcomes)}; {'; '.join(parts)}"
+    headline = f"captured {counted(outcomes)}; {'; '.join(parts)}"
+    planned = [o for o in outcomes if o.plan_s]
+    if planned:
+        right = sum(o.plans_equal == o.plans > 0 for o in planned)
+        ruled = sum(o.unruled < 0.01 for o in planned)
+        split = sum(o.split for o in planned)
+        headline += f"; planned {len(planned)}, all plans equal {right}, split {split}"
+        headline += f", below 1% without a rule {ruled}"
+    return headline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,12 +293,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--library", choices=("hf", "timm"), help="of one library")
     parser.add_argument("--jobs", type=int, default=1, help="workers at a time")
     parser.add_argument("--dropout", action="store_true", help="with the libraries' dropout")
+    parser.add_argument("--mesh", default="", help="also plan for this mesh, and run the plans")
+    parser.add_argument("--plans", type=int, default=5, help="random plans to run with --mesh")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="per family, in seconds")
     options = parser.parse_args(arguments)
     console.print(common.machine(), markup=False)
     todo = tasks(options.library, options.only, options.quick)
     outcomes: list[Outcome] = []
-    for outcome in run(todo, jobs=options.jobs, dropout=options.dropout, timeout_s=options.timeout):
+    how = How(options.dropout, options.mesh, options.plans)
+    for outcome in run(todo, jobs=options.jobs, how=how, timeout_s=options.timeout):
         outcomes.append(outcome)
         console.print(
             f"{len(outcomes)}/{len(todo)} {line_of(outcome)}", markup=False, soft_wrap=True
@@ -275,6 +326,6 @@ def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(json.loads(sys.argv[2]))
+        work(How(**json.loads(sys.argv[2])))
     else:
         sys.exit(main())

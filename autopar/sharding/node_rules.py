@@ -31,8 +31,15 @@ def call_of(node: fx.Node) -> Call:
     assert isinstance(node.target, torch._ops.OpOverload)
     arguments = {k: described(v) for k, v in bound_arguments(node).items()}
     inputs = tuple(None if n is None else shape_of(n.meta["val"]) for n in operands(node))
-    masks = tuple(n is not None and n.meta["val"].dtype is torch.bool for n in operands(node))
-    return Call(node.target, arguments, inputs, tuple(shape_of(t) for t in results(node)), masks)
+    given = [None if n is None else n.meta["val"] for n in operands(node)]
+    return Call(
+        node.target,
+        arguments,
+        inputs,
+        tuple(shape_of(t) for t in results(node)),
+        masks=tuple(t is not None and t.dtype is torch.bool for t in given),
+        dense=tuple(t is not None and t.is_contiguous() for t in given),
+    )
 
 
 def replicated_rule(node: fx.Node) -> OpRule:
@@ -66,9 +73,7 @@ def _floating(node: fx.Node) -> list[bool]:
     return [t.dtype.is_floating_point for t in results(node)]
 
 
-def strategies_of(
-    node: fx.Node, mesh: Sequence[int], *, any_order: bool = True
-) -> list[Strategy]:
+def strategies_of(node: fx.Node, mesh: Sequence[int], *, any_order: bool = True) -> list[Strategy]:
     """Every legal strategy of a node on a mesh, see `rule.strategies`."""
     return strategies(rule_of(node)[0], mesh, _floating(node), any_order=any_order)
 

@@ -45,6 +45,12 @@ class Outcome:
         worst: where.
         guards: what the graph takes for granted about values.
         refused: the guard that says that the graph is not for the next batch.
+        plans: how many were run on a simulated mesh, the solver's first; 0 where none was made.
+        plans_equal: how many of these gave one device's numbers to 1e-9.
+        split: whether the solver's plan splits any operator.
+        unruled: share of the predicted compute time of operators without a sharding rule.
+        plan_s: how long planning took.
+        plan_reason: of what is wrong with a plan, a line.
         reason: of what is wrong, a line.
         source: of the user's statement that is to blame, `file:line`.
         snippet: that line.
@@ -61,6 +67,12 @@ class Outcome:
     worst: str = ""
     guards: int = 0
     refused: str = ""
+    plans: int = 0
+    plans_equal: int = 0
+    split: bool = False
+    unruled: float = 0.0
+    plan_s: float = 0.0
+    plan_reason: str = ""
     reason: str = ""
     source: str = ""
     snippet: str = ""

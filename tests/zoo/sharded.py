@@ -3,7 +3,9 @@ number by number with the model itself."""
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +25,11 @@ from autopar.sharding.space import SearchSpace
 from autopar.tracer.graph import ModelGraph
 from tests.clusters import eager_to_shard
 from tests.zoo import check
+from tests.zoo.examine import Outcome, first_line
 from tests.zoo.family import Batch, Family
 
+# relative to max(1, |reference|)
+TOLERANCE = 1e-9
 # the ranks of one simulated step meet at every collective
 RANK_TIMEOUT_S = 120.0
 
@@ -92,7 +97,7 @@ class Sharded:
     split: bool
 
 
-def plans_of(captured: Captured, mesh: str, *, random: int, time_limit: float = 20.0) -> Sharded:
+def plans_of(captured: Captured, mesh: str, *, random: int, time_limit: float = 3.0) -> Sharded:
     """The solver's plan on fast links, which splits whatever it can, and random ones."""
     planned = autoplan(
         captured.model,
@@ -119,6 +124,35 @@ def plans_of(captured: Captured, mesh: str, *, random: int, time_limit: float = 
         if site.kind == "op" and site.candidates[choice].strategy is not None
     )
     return Sharded(tuple(plans), unruled / max(sum(whole.values()), 1e-30), split)
+
+
+def examine_plans(outcome: Outcome, family: Family, mesh: str, random: int) -> Outcome:
+    """Plan a captured family for the mesh and run the plans; adds what became of them."""
+    try:
+        captured = capture(family)
+        start = time.perf_counter()
+        sharded = plans_of(captured, mesh, random=random)
+    except Exception as error:
+        return replace(outcome, plan_reason=f"not planned: {first_line(error)}")
+    outcome = replace(
+        outcome,
+        plans=len(sharded.plans),
+        split=sharded.split,
+        unruled=sharded.unruled_share,
+        plan_s=time.perf_counter() - start,
+    )
+    if captured.graph.random:
+        return replace(outcome, plans=0, plan_reason="draws random numbers: not compared")
+    for number, plan in enumerate(sharded.plans):
+        try:
+            worst, size = worst_difference(captured, plan)
+        except Exception as error:
+            worst, size = first_line(error), math.inf
+        if size <= TOLERANCE:
+            outcome = replace(outcome, plans_equal=outcome.plans_equal + 1)
+        elif not outcome.plan_reason:
+            outcome = replace(outcome, plan_reason=f"plan {number}: {worst[:160]}: {size:.1e}")
+    return outcome
 
 
 def worst_difference(captured: Captured, plan: ShardingPlan) -> tuple[str, float]:

@@ -13,6 +13,7 @@ from autopar.sharding.rules import (
     convolution,
     creation,
     embedding_loss,
+    functions,
     indexing,
     normalization,
     order,
@@ -61,6 +62,8 @@ def bind(call: Call) -> OpRule | None:
             if row.when is None or row.when(call.arguments):
                 return row.bind(call.inputs, call.outputs)
         return None
+    if call.op.namespace == functions.NAMESPACE:
+        return functions.bind_function(call)
     if pointwise.is_pointwise(call.op):
         return pointwise.bind_pointwise(call)
     return None

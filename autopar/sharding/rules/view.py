@@ -233,6 +233,20 @@ def _unfold(call: Call) -> OpRule:
     return _rule([dims], [out], factors)
 
 
+def _as_strided(call: Call) -> OpRule | None:
+    """Rows of a contiguous tensor that are read one by one, within each in whatever way."""
+    source, target = call.inputs[0], call.outputs[0]
+    stride = call.arguments["stride"]
+    row = math.prod(source[1:]) if source else 0
+    reach = sum((n - 1) * s for n, s in zip(target[1:], stride[1:], strict=True))
+    by_row = source and target and source[0] == target[0] and stride[0] == row > reach
+    if not by_row or not all(call.dense) or call.arguments.get("storage_offset"):
+        return None
+    assert source is not None
+    dims, out, factors = _named(source, [0, *[None] * (len(target) - 1)], target)
+    return _rule([dims], [out], factors).without(*(f"d{d}" for d in range(1, len(source))))
+
+
 def _diagonal(call: Call) -> OpRule:
     """Nothing of a matrix is split along its diagonal."""
     inputs = tuple(None if s is None else (None,) * len(s) for s in call.inputs)
@@ -296,6 +310,7 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.repeat.default": _repeat,
     "aten.tile.default": _repeat,
     "aten.unfold.default": _unfold,
+    "aten.as_strided.default": _as_strided,
     "aten.diag.default": _diagonal,
     "aten.meshgrid.indexing": _meshgrid,
     "aten.unsafe_split.Tensor": _cut,
