@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from autopar.sharding.rule import OpRule, Row, Shape
@@ -56,8 +57,9 @@ def _index(call: Call) -> OpRule | None:
 
 def _index_put(call: Call) -> OpRule | None:
     """Indices and written values whole; the other dims of the tensor split."""
-    names = _index_names(call)
-    values = call.inputs[-1]
+    names, values = _index_names(call), call.inputs[-1]
+    if names is None and values is not None:
+        return _fill(call, values)
     if names is None or values is None:
         return None
     read, spelled, result = names
@@ -72,6 +74,17 @@ def _index_put(call: Call) -> OpRule | None:
         f"{', '.join([' '.join(read), *unsplit, ' '.join(written)])} -> {' '.join(read)}",
         linear=joint,
     )
+    return row.bind(call.inputs, call.outputs)
+
+
+def _fill(call: Call, values: Shape) -> OpRule | None:
+    """One value wherever a mask over the leading dims says so: element by element."""
+    mask = call.inputs[1]
+    if math.prod(values) != 1 or mask is None or not call.masks[1] or len(call.inputs) != 3:
+        return None
+    dims = [f"d{d}" for d in range(len(call.outputs[0]))]
+    ones = " ".join(f"[v{d}]" for d in range(len(values)))
+    row = Row(f"{' '.join(dims)}, {' '.join(dims[: len(mask)])}, {ones} -> {' '.join(dims)}")
     return row.bind(call.inputs, call.outputs)
 
 
