@@ -1,4 +1,4 @@
-"""The command line: `autopar plan`, `report`, `profile`, `cluster` and `devices`.
+"""The command line: `autopar plan`, `report`, `profile`, `cluster`, `devices` and `rules`.
 
 torch is imported inside of the commands, so that `--help` does not wait for it.
 """
@@ -26,6 +26,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+rules = typer.Typer(
+    name="rules",
+    help="The table of how operators may be split, and its proof.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(rules)
 
 
 @app.command()
@@ -269,6 +277,61 @@ def devices() -> None:
     console.print(
         f"Rates as large kernels reach them, below the data sheet's. Default: {DEFAULT_DEVICE}."
     )
+
+
+@rules.command("check")
+def rules_check(
+    op: Annotated[
+        str | None, typer.Option(metavar="NAME", help="An op, or a part of its name.  [all]")
+    ] = None,
+    cases: Annotated[int, typer.Option(metavar="N", min=1, help="Cases in all.")] = 10_000,
+    seed: Annotated[int, typer.Option(metavar="S", help="The same cases for the same seed.")] = 0,
+    jobs: Annotated[int, typer.Option(metavar="J", min=1, help="Processes.")] = 1,
+    discover: Annotated[
+        bool, typer.Option("--discover", help="Look for right strategies that rules leave out.")
+    ] = False,
+    keep: Annotated[
+        bool, typer.Option("--record", help="Enter what holds into the package's record.")
+    ] = False,
+) -> None:
+    """Prove rules: ops on random shards, rank by rank, forward and gradient, against the op itself.
+
+    Exit code 1: some rule is wrong.
+    """
+    with _progress() as say, contextlib.redirect_stdout(sys.stderr), _short_errors(ValueError):
+        if discover:
+            from autopar.cli_rules import discovered
+
+            text = discovered(op, seed, jobs, say)
+        else:
+            from autopar.cli_rules import checked
+
+            reports = checked(op, cases, seed, jobs, say)
+    if discover:
+        sys.stdout.write(text)
+        return
+    from autopar.cli_rules import print_checked
+    from autopar.sharding.proof.record import save
+
+    print_checked(reports)
+    if keep:
+        with _short_errors(OSError):
+            save(reports)
+    if any(report.failed for report in reports):
+        raise typer.Exit(1)
+
+
+@rules.command("list")
+def rules_list(
+    op: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="An op, or a part of its name.  [all]")
+    ] = None,
+) -> None:
+    """Print the table: how each operator may be split, and whether that is proved."""
+    with _short_errors(ValueError):
+        from autopar.cli_rules import print_rules
+
+        print_rules(op)
 
 
 # -- steps --------------------------------------------------------------------------------------

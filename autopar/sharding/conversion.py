@@ -14,9 +14,9 @@ when first asked for (`conversion_search.py`) and kept.
     all_to_all      S(i)-> S(j) all-to-all  all-to-all
     inject          R -> P     first rank keeps, others zero; backward identity
 
-A sum is never made pending only to be reduced again on the way: `inject` steps come last. Nothing
-leaves V. The order of axes inside a dim (S01 to S10) changes by these steps too: a permutation of
-whole shards would have to cross two axes at once, and communicators exist along one axis each.
+Nothing leaves V. The order of axes inside a dim (S01 to S10) changes by these steps too: a
+permutation of whole shards would have to cross two axes at once, and communicators exist along one
+axis each.
 """
 
 from __future__ import annotations
@@ -146,14 +146,10 @@ class LayoutConverter:
         return [steps.graph.spec(int(i)) for i in np.flatnonzero(steps.legal)]
 
     def steps_from(self, shape: Sequence[int], spec: ShardingSpec) -> list[Step]:
-        """Every one-step transform out of a spec, injections last."""
+        """Every one-step transform out of a spec."""
         steps = self._steps(self._legal(tuple(shape)))
         here = self._index(steps, shape, spec)
-        return [
-            _read(steps.graph, edges, int(i))
-            for edges in (steps.moves, steps.injections)
-            for i in np.flatnonzero(edges.source == here)
-        ]
+        return [_read(steps.graph, steps.edges, i) for i in range(*steps.first[here : here + 2])]
 
     def step_us(self, shape: Sequence[int], itemsize: int, step: Step) -> tuple[float, float]:
         """Forward and backward microseconds of one step."""
@@ -214,11 +210,7 @@ class LayoutConverter:
         start, end = (self._index(steps, shape, spec) for spec in (source, target))
         if not np.isfinite(search.distances((end,))[0][start]):
             raise ValueError(f"no sequence of collectives converts {source} to {target}")
-        moves, injections = search.path(start, end)
-        return (
-            *(_read(steps.graph, steps.moves, i) for i in moves),
-            *(_read(steps.graph, steps.injections, i) for i in injections),
-        )
+        return tuple(_read(steps.graph, steps.edges, i) for i in search.path(start, end))
 
     def _legal_orders(self, shape: tuple[int, ...]) -> Orders:
         """Per dim, the orders of axes that may split it."""
@@ -240,15 +232,13 @@ class LayoutConverter:
         steps = self._steps(orders)
         table = self._prices[..., 0] + self._prices[..., 1] * size
         price = table[0] + table[1] if grad else table[0]
-        move_us, inject_us = (
-            price[edges.kind, edges.axis, edges.outer] for edges in (steps.moves, steps.injections)
-        )
-        return Search(steps, move_us, inject_us)
+        edges = steps.edges
+        return Search(steps, price[edges.kind, edges.axis, edges.outer])
 
     # -- prices ---------------------------------------------------------------------------------
 
     def _price_table(self) -> np.ndarray:
-        """[forward or backward, kind, axis, mask of the other axes that split, constant or slope]."""
+        """[forward or backward, kind, axis, mask of other axes that split, constant or slope]."""
         count = len(self.axes)
         table = np.full((2, len(KINDS), count, 1 << count, 2), np.nan)
         for mask in range(1 << count):
@@ -264,14 +254,16 @@ class LayoutConverter:
     ) -> tuple[tuple[float, float], tuple[float, float]]:
         """(constant us, us per global byte), forward and backward; the other axes make `parts`.
 
-        A collective over k ranks on a local buffer of n bytes (the unsplit side) takes, by the
-        ring algorithm, (k-1) alpha + n (k-1)/k beta per pass; local copies go at memory speed.
+        A collective over k ranks on a local buffer of n bytes (on the unsplit side; an all-to-all
+        has the axis split on both) takes, by the ring algorithm, (k-1) alpha + n (k-1)/k beta per
+        pass; local copies go at memory speed.
         """
         link, size = self.cluster.links[axis], self.mesh[axis]
-        # bytes of the local buffer on the side where the axis does not split it
-        share = 1.0 / parts / (size * size if kind == "all_to_all" else 1)
+        # n, as a share of the global bytes
+        share = 1.0 / parts / (size if kind == "all_to_all" else 1)
         device = self.cluster.device
-        local = (device.launch_us, 2e6 * share / size / device.bandwidth)
+        copied = (device.launch_us, 2e6 * share / device.bandwidth)
+        sliced = (device.launch_us, 2e6 * share / size / device.bandwidth)
 
         def collective(name: str | None) -> tuple[float, float]:
             if name is None:
@@ -284,10 +276,12 @@ class LayoutConverter:
 
         forward = collective(_FORWARD.get(kind))
         backward = collective(_BACKWARD.get(kind))
-        if kind in ("slice", "inject"):
-            forward = local
+        if kind == "inject":
+            forward = copied  # dearer than a slice: no way to anything but a pending sum
+        if kind == "slice":
+            forward = sliced
         if kind == "gather":
-            backward = local
+            backward = sliced
         return forward, backward
 
 

@@ -26,12 +26,7 @@ def greedy(steps_from: StepsFrom, source: ShardingSpec, target: ShardingSpec) ->
     path: list[Step] = []
     here, seen = source, {source}
     while here != target:
-        moves = [
-            s
-            for s in steps_from(here)
-            # sums are made pending last, as on exact paths
-            if s.target not in seen and (s.kind != "inject" or here.dims == target.dims)
-        ]
+        moves = [s for s in steps_from(here) if s.target not in seen]
         if not moves:
             raise ValueError(f"greedy search is stuck at {here} on the way to {target}")
         best = min(moves, key=lambda s: _difference(s.target, target))
@@ -94,19 +89,14 @@ def axis_by_axis(steps_from: StepsFrom, source: ShardingSpec, target: ShardingSp
     split = {axis for order in source.dims for axis in order}
     axes = split | {axis for order in target.dims for axis in order}
     axes |= {*source.partial, *source.varying, *target.partial, *target.varying}
-    pending = set(target.partial) - set(source.partial)  # last, as on exact paths
-    todo = axes - pending | split if split else set()
+    todo = set(axes) if split else set()
     while todo:
         covered = {a for order in here.dims for a in order[:-1]}
         axis = max(a for a in todo if a not in covered or not wrong(a))
         todo.remove(axis)
-        if axis in pending:
-            turn(axis, "R")
-        elif wrong(axis) and (nests(axis) or here.state(axis) != "R"):
+        if wrong(axis) and (nests(axis) or here.state(axis) != "R"):
             turn(axis, target.state(axis) if nests(axis) else "R")
-    while todo := {a for a in axes - pending if wrong(a)}:
+    while todo := {a for a in axes if wrong(a)}:
         axis = min(a for a in todo if nests(a))
         turn(axis, target.state(axis))
-    for axis in sorted(pending):
-        turn(axis, "P")
     return path

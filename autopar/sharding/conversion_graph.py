@@ -27,7 +27,6 @@ KINDS = (
     "vary",
     "inject",
 )
-INJECT = KINDS.index("inject")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,6 @@ The distances to a target are the greatest fixpoint of
 and are found by applying the right-hand side until nothing changes (Bellman-Ford), to all specs and
 many targets in one NumPy expression. It takes as many rounds as the cheapest paths have steps, and
 a path is a handful of collectives.
-
-A sum is never made pending only to be reduced again on the way: `inject` steps come last. So the
-iteration starts from the target and from the specs that injections alone lead from to it.
 """
 
 from __future__ import annotations
@@ -18,14 +15,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from autopar.sharding.conversion_graph import INJECT, SpecGraph
+from autopar.sharding.conversion_graph import SpecGraph
 
 # Targets solved for at once: bounds the memory where a mesh has many axes.
 _AT_ONCE = 256
 
 
 class LegalSteps:
-    """The steps of a graph between specs that are legal for a shape; injections apart.
+    """The steps of a graph between specs that are legal for a shape.
 
     Args:
         graph: of all specs.
@@ -35,22 +32,19 @@ class LegalSteps:
     def __init__(self, graph: SpecGraph, legal: np.ndarray) -> None:
         self.graph, self.legal = graph, legal
         edges = graph.edges
-        allowed = legal[edges.source] & legal[edges.target]
-        inject = edges.kind == INJECT
-        self.moves = edges.where(allowed & ~inject)
-        self.injections = edges.where(allowed & inject)
-        # moves first[s] : first[s + 1] leave spec s
-        self.first = np.searchsorted(self.moves.source, np.arange(len(graph) + 1))
+        self.edges = edges.where(legal[edges.source] & legal[edges.target])
+        # steps first[s] : first[s + 1] leave spec s
+        self.first = np.searchsorted(self.edges.source, np.arange(len(graph) + 1))
         count = np.diff(self.first)
-        # Specs by falling number of moves, so that those with a k-th move stand in front: `slots`
-        # has, for each k, where the k-th moves of these lead, and which moves they are.
+        # Specs by falling number of steps, so that those with a k-th step stand in front: `slots`
+        # has, for each k, where the k-th steps of these lead, and which steps they are.
         self.by_count = np.argsort(-count, kind="stable")
         place = np.empty_like(self.by_count)
         place[self.by_count] = np.arange(len(graph))
         self.slots: list[tuple[np.ndarray, np.ndarray]] = []
         for k in range(int(count.max(initial=0))):
-            moves = self.first[self.by_count[: int((count > k).sum())]] + k
-            self.slots.append((place[self.moves.target[moves]], moves))
+            steps = self.first[self.by_count[: int((count > k).sum())]] + k
+            self.slots.append((place[self.edges.target[steps]], steps))
 
 
 class Search:
@@ -58,12 +52,11 @@ class Search:
 
     Args:
         steps: that may be taken.
-        move_us: price of each of `steps.moves`.
-        inject_us: price of each of `steps.injections`.
+        price_us: of each of `steps.edges`.
     """
 
-    def __init__(self, steps: LegalSteps, move_us: np.ndarray, inject_us: np.ndarray) -> None:
-        self.steps, self.move_us, self.inject_us = steps, move_us, inject_us
+    def __init__(self, steps: LegalSteps, price_us: np.ndarray) -> None:
+        self.steps, self.price_us = steps, price_us
         self._to: dict[int, np.ndarray] = {}
 
     def distances(self, targets: Iterable[int]) -> list[np.ndarray]:
@@ -80,14 +73,8 @@ class Search:
         steps, graph = self.steps, self.steps.graph
         distance = np.full((len(graph), len(targets)), np.inf)
         distance[targets, np.arange(len(targets))] = 0.0
-        for axis in range(len(graph.axes)):
-            some = np.flatnonzero(steps.injections.axis == axis)
-            source, target = steps.injections.source[some], steps.injections.target[some]
-            through = distance[target] + self.inject_us[some, None]
-            distance[source] = np.minimum(distance[source], through)
-
         distance = distance[steps.by_count]
-        slots = [(to, self.move_us[moves, None]) for to, moves in steps.slots]
+        slots = [(to, self.price_us[which, None]) for to, which in steps.slots]
         work = np.empty_like(distance)
         while True:
             before = distance.copy()
@@ -102,27 +89,15 @@ class Search:
         found[:, steps.by_count] = distance.T
         return found
 
-    def path(self, source: int, target: int) -> tuple[list[int], list[int]]:
-        """Positions in `steps.moves`, then in `steps.injections`, of the steps to take.
-
-        The distance must be finite.
-        """
+    def path(self, source: int, target: int) -> list[int]:
+        """Positions in `steps.edges` of the steps to take; the distance must be finite."""
         (distance,) = self.distances([target])
-        moves, injections = self.steps.moves, self.steps.injections
-        here, taken, injected = source, [], []
+        targets = self.steps.edges.target
+        here, taken = source, []
         while here != target:
             start, end = self.steps.first[here : here + 2]
-            through = self.move_us[start:end] + distance[moves.target[start:end]]
-            if start == end or through.min() > distance[here]:
-                break  # only injections remain
+            through = self.price_us[start:end] + distance[targets[start:end]]
             # of equally cheap steps the first, whatever rounding says
-            best = start + int(np.argmax(through <= distance[here] * (1 + 1e-12)))
-            taken.append(best)
-            here = int(moves.target[best])
-        while here != target:
-            out = np.flatnonzero(injections.source == here)
-            missing = self.steps.graph.partial[target] & ~self.steps.graph.partial[here]
-            best = int(out[np.argmax(missing >> injections.axis[out] & 1)])
-            injected.append(best)
-            here = int(injections.target[best])
-        return taken, injected
+            taken.append(int(start + np.argmax(through <= distance[here] * (1 + 1e-12))))
+            here = int(targets[taken[-1]])
+        return taken

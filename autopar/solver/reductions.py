@@ -111,7 +111,11 @@ def drop_dominated(problem: Problem) -> tuple[Problem, Inverse]:
         np.fill_diagonal(replaces, False)
         mutual = replaces & replaces.T
         replaces &= ~mutual | (np.arange(len(mine))[:, None] < np.arange(len(mine))[None, :])
-        kept[v] = mine[~replaces.any(axis=0)]
+        # rounding makes near ties that go round in circles: what stands for others stays
+        alive = np.ones(len(mine), dtype=bool)
+        for j in np.flatnonzero(replaces.any(axis=0)):
+            alive[j] = not (replaces[:, j] & alive).any()
+        kept[v] = mine[alive]
     return keep_choices(problem, kept)
 
 

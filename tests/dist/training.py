@@ -76,3 +76,28 @@ def errors_of_plans(
     """`largest_error` for several (plan, optimizer)."""
     return [largest_error(name, mesh, optimizer, plan, lower) for plan, optimizer in plans]
 
+
+
+def family_error(name: str, mesh: str) -> tuple[float, float]:
+    """Largest error of one step of a family of the zoo, relative to max(1, |reference|), and what
+    is allowed: float32's rounding for models that compute in it whatever their type."""
+    from tests.zoo import check, hf, timm_rows
+
+    family = next(f for f in (*hf.FAMILIES, *timm_rows.FAMILIES) if f.name == name)
+    alone, model = family.build(), family.build()
+    batch = family.batch(model, 0)
+    expected = check.step(alone, alone, batch)
+    graph = ColoTracer().trace(model, (), batch)
+    single = any(
+        isinstance(v := node.meta.get("val"), torch.Tensor) and v.dtype is torch.float32
+        for node in graph.nodes
+    )
+    engine, _ = auto_engine(model, None, eager_to_shard(mesh), time_limit=2.0)
+    loss = check.loss_of(engine(**batch))
+    loss.backward()
+    worst = check.error(loss.detach(), expected.loss)
+    for n, p in engine.named_parameters():
+        whole = expected.gradients[n]
+        if p.grad is not None and whole is not None:
+            worst = max(worst, _shard_error(p.grad, whole) / max(1.0, whole.abs().max().item()))
+    return worst, 1e-6 if single else 1e-9

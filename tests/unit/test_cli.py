@@ -246,3 +246,38 @@ def test_help_names_the_commands():
     shown = run("--help").stdout
     assert all(command in shown for command in ("plan", "report", "devices"))
     assert "--mesh" in run("plan", "--help").stdout
+
+
+# -- rules --------------------------------------------------------------------------------------
+
+
+def test_rules_check_prints_a_table():
+    result = run("rules", "check", "--op", "aten.mm.default", "--cases", "8")
+    assert "aten.mm.default" in result.stdout
+    assert "8 cases of 1 ops, 0 wrong" in result.stdout
+    assert "1 of 1 ops, 8 cases, 0 wrong" in result.stderr
+
+
+def test_rules_check_fails_with_a_reproduction(monkeypatch):
+    from autopar.sharding.rule import Row
+    from autopar.sharding.rules import registry
+
+    row = Row("m k, k n -> m n", linear=((0, 1),))
+    monkeypatch.setitem(registry.ROWS, "aten.mm.default", row)
+    result = run("rules", "check", "--op", "aten.mm.default", "--cases", "30", code=1)
+    assert "aten.mm.default(float64[" in result.stdout
+    assert "strategy '~0" in result.stdout
+
+
+def test_rules_list_prints_notation_and_status():
+    shown = run("rules", "list", "--op", "aten.mm.default").stdout
+    assert "m k, k n -> m n" in shown
+    assert "{0} {1}" in shown
+    assert re.search(r"(not proved|proved \(\d+ cases|changed since proof)", shown)
+    assert "from shapes" in run("rules", "list", "--op", "aten.permute.default").stdout
+
+
+def test_rules_refuse_unknown_ops():
+    assert "no op of the rule table is called 'nothing'" in run(
+        "rules", "list", "--op", "nothing", code=2
+    ).stderr  # fmt: skip

@@ -1,20 +1,39 @@
-"""Layout conversion: the known greedy example, exactness against brute force, real shards."""
+"""Layout conversion: every step on every spec, minima against brute force, and what compares.
+
+Any path is right if each of its steps is and they chain: so all steps out of all specs are run, the
+paths of all pairs are followed, and only a sample of whole paths is run besides.
+"""
 
 import heapq
 import itertools
-import threading
+import random
+from dataclasses import replace
+from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
+import torch.fx as fx
 
 from autopar import ClusterInfo
 from autopar.passes.apply_sharding import _Rank, _Rewriter
+from autopar.profiler.cluster import Link
 from autopar.runtime.distribute import shard_of
-from autopar.runtime.groups import thread_groups
-from autopar.sharding.conversion import LayoutConverter, all_specs, steps_from
-from autopar.sharding.spec import ShardingSpec, chunk, local_shape
+from autopar.sharding.conversion import LayoutConverter, Step
+from autopar.sharding.conversion_graph import KINDS
+from autopar.sharding.spec import ShardingSpec, chunk, fills_every_rank, local_shape
+from tests.unit.lockstep import Lockstep
 
 parse = ShardingSpec.parse
+
+
+@cache
+def converter_of(mesh: str, device: str = "H100", unequal: bool = False) -> LayoutConverter:
+    cluster = ClusterInfo.of(mesh, device)
+    if unequal:
+        links = (Link(1e-4, 1e-9), Link(1e-6, 1 / 300e9), Link(2e-5, 1 / 20e9))
+        cluster = replace(cluster, links=links[: len(cluster.mesh)])
+    return LayoutConverter(cluster)
 
 
 def test_specs_print_and_parse():
@@ -40,111 +59,358 @@ def test_chunk_is_torch_chunk(size, parts):
     assert [n for n in ours if n] == lengths
 
 
-def test_greedy_reproduces_the_known_example():
-    converter = LayoutConverter(ClusterInfo.of("2x4"))
-    path = converter.heuristic(parse("S01RR"), parse("RS01R"))
-    assert [str(s.target) for s in path] == ["S0RR", "RS0R", "RS01R"]
+# -- the graph ----------------------------------------------------------------------------------
 
 
-def _dijkstra(converter, shape, source, target):
-    """Reference search over the same steps, written independently of the tables."""
-    legal = set(all_specs(converter._legal(shape), converter.mesh))
+def _all_specs(shape, mesh):
+    """Every legal spec, from the definition."""
+    axes = [axis for axis, size in enumerate(mesh) if size > 1]
+    for states in itertools.product(["R", "P", "V", *range(len(shape))], repeat=len(axes)):
+        at = {s: tuple(a for a, t in zip(axes, states, strict=True) if t == s) for s in states}
+        orders = [itertools.permutations(at.get(d, ())) for d in range(len(shape))]
+        for dims in itertools.product(*orders):
+            if all(fills_every_rank(n, o, mesh) for n, o in zip(shape, dims, strict=True)):
+                yield ShardingSpec(dims, at.get("P", ()), at.get("V", ()))
+
+
+def _is_step(step: Step) -> bool:
+    """Whether source and target differ as the table in `conversion.py` says."""
+    a, b, axis = step.source, step.target, step.axis
+    before, after = {
+        "gather": (f"S{step.dim}", "R"),
+        "gather_vary": (f"S{step.dim}", "V"),
+        "all_to_all": (f"S{step.dim}", f"S{step.to_dim}"),
+        "all_reduce": ("P", "R"),
+        "reduce_scatter": ("P", f"S{step.dim}"),
+        "slice": ("R", f"S{step.dim}"),
+        "vary": ("R", "V"),
+        "inject": ("R", "P"),
+    }[step.kind]
+    states = (a.state(axis), b.state(axis)) == (before, after)
+
+    def others(spec):
+        # the axis is innermost where it splits
+        assert all(o.index(axis) == len(o) - 1 for o in spec.dims if axis in o)
+        return [tuple(x for x in o if x != axis) for o in (*spec.dims, spec.partial, spec.varying)]
+
+    return states and others(a) == others(b)
+
+
+GRAPHS = [
+    ("2x2", ()), ("8", (5,)), ("8", (16, 3)), ("1", (4, 4)), ("2x3", (5, 7)), ("2x1x4", (8, 6, 3)),
+    ("2x2x2", (5,)), ("2x2x2", (6, 8)), ("2x3x2", (7, 5, 12)), ("2x2x2", (8, 9, 10, 11)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "shape"), GRAPHS)
+def test_the_graph_is_complete(mesh, shape):
+    """All specs and, between two of them, the one step there can be."""
+    converter = converter_of(mesh)
+    specs = list(_all_specs(shape, converter.mesh))
+    assert set(converter.specs(shape)) == set(specs)
+    assert len(converter.specs(shape)) == len(specs)
+    steps = [step for spec in specs for step in converter.steps_from(shape, spec)]
+    assert len({(s.source, s.target) for s in steps}) == len(steps)
+    assert all(_is_step(step) for step in steps)
+    # counted from the definition: how many ways lead on from each axis that may be moved
+    legal, count = set(specs), 0
+    for spec in specs:
+        tops = [(d, o[-1]) for d, o in enumerate(spec.dims) if o]
+        lifted = [
+            (spec.dims, a, s) for a in range(len(converter.mesh)) if (s := spec.state(a)) in "RP"
+        ]
+        for dims, axis, state in lifted:
+            if converter.mesh[axis] == 1:
+                continue
+            count += 2 if state == "R" else 1  # vary and inject, or all-reduce
+            for to in range(len(shape)):
+                new = tuple((*o, axis) if d == to else o for d, o in enumerate(dims))
+                partial = tuple(a for a in spec.partial if a != axis)
+                count += ShardingSpec(new, partial, spec.varying) in legal
+        for dim, axis in tops:
+            count += 2
+            for to in set(range(len(shape))) - {dim}:
+                new = [o[:-1] if d == dim else o for d, o in enumerate(spec.dims)]
+                new[to] = (*new[to], axis)
+                count += ShardingSpec(tuple(new), spec.partial, spec.varying) in legal
+    assert len(steps) == count
+
+
+# -- the minimum --------------------------------------------------------------------------------
+
+
+def _price(converter, shape, path, grad=True):
+    steps = [converter.step_us(shape, 4, step) for step in path]
+    return sum(forward + (backward if grad else 0.0) for forward, backward in steps)
+
+
+def _dijkstra(converter, shape, source, grad):
+    """Reference search, independent of the tables: to all specs."""
     best, queue, tie = {source: 0.0}, [(0.0, 0, source)], itertools.count(1)
     while queue:
         cost, _, here = heapq.heappop(queue)
-        if here == target:
-            return cost
-        if cost > best[here]:
-            continue
-        for step in steps_from(here, len(converter.mesh)):
-            if step.target not in legal or (step.kind == "inject" and here.dims != target.dims):
-                continue
-            total = cost + sum(converter.step_us(shape, 4, step))
+        for step in converter.steps_from(shape, here):
+            total = cost + _price(converter, shape, [step], grad)
             if total < best.get(step.target, float("inf")):
                 best[step.target] = total
                 heapq.heappush(queue, (total, next(tie), step.target))
-    return float("inf")
+    return best
 
 
-@pytest.mark.parametrize("shape", [(8, 12), (7, 4)])
-def test_paths_are_the_exact_minimum_and_never_above_greedy(shape):
-    converter = LayoutConverter(ClusterInfo.of("2x2", "H100"))
-    specs = all_specs(converter._legal(shape), (2, 2))
-    for source, target in itertools.product(specs, repeat=2):
-        if source.varying:
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("mesh", "shape", "unequal"),
+    [
+        ("2x2", (8, 12), False),
+        ("2x2", (7, 4), True),
+        ("2x2x2", (64,), True),
+        ("4x1x2", (9, 5), False),
+    ],
+)
+def test_the_cost_is_the_minimum(mesh, shape, unequal, grad):
+    """All pairs, against Dijkstra's algorithm from each source."""
+    converter = converter_of(mesh, unequal=unequal)
+    specs = converter.specs(shape)
+    costs = converter.costs_us(shape, 4, specs, specs, grad=grad)
+    nearest = [_dijkstra(converter, shape, source, grad) for source in specs]
+    for (i, source), (j, target) in itertools.product(enumerate(specs), repeat=2):
+        if set(source.varying) - set(target.varying):
+            assert costs[i, j] == float("inf")
+            with pytest.raises(ValueError, match="no sequence of collectives"):
+                converter.path(shape, 4, source, target, grad=grad)
             continue
+        assert costs[i, j] == pytest.approx(nearest[i][target])
+        assert costs[i, j] == converter.cost_us(shape, 4, source, target, grad=grad)
+        path = converter.path(shape, 4, source, target, grad=grad)
+        assert _price(converter, shape, path, grad) == pytest.approx(costs[i, j])
+
+
+def test_no_simple_path_costs_less():
+    """Of all sequences of steps that visit no spec twice, listed."""
+    converter, shape = converter_of("2x2"), (6,)
+    specs = converter.specs(shape)
+    costs = converter.costs_us(shape, 4, specs, specs)
+    prices, seen = cache(_price), 0
+
+    def walk(path, visited, spent):
+        nonlocal seen
+        seen += 1
+        start, here = visited[0], visited[-1]
+        assert costs[specs.index(start), specs.index(here)] <= spent * (1 + 1e-12)
+        for step in converter.steps_from(shape, here):
+            if step.target not in visited:
+                price = prices(converter, shape, (step,))
+                walk([*path, step], [*visited, step.target], spent + price)
+
+    for spec in specs:
+        walk([], [spec], 0.0)
+    assert seen > 10000
+
+
+def test_sums_are_made_pending_where_it_is_cheapest():
+    """Where the tensor is still split, and not at the end."""
+    path = converter_of("2x4").path((4096, 64), 4, parse("S0R"), parse("RRP1(sum)"))
+    assert [str(s.target) for s in path] == ["S0RP1(sum)", "RRP1(sum)"]
+
+
+def _reachable(specs, count, seed):
+    """Seeded pairs between which a path exists; all if `count` is None."""
+    pairs = [
+        p for p in itertools.product(specs, repeat=2) if set(p[0].varying) <= set(p[1].varying)
+    ]
+    return pairs if count is None else random.Random(seed).sample(pairs, count)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shape", "count"),
+    [("2x4", (8, 12), None), ("2x3", (5, 7), None), ("2x2x2", (16, 128, 768), 400),
+     ("2x2x2", (8, 9, 10, 11), 400), ("4x8x8", (64, 12, 128, 64), 400)],
+)  # fmt: skip
+def test_never_above_greedy_or_axis_by_axis(mesh, shape, count):
+    converter = converter_of(mesh)
+    for source, target in _reachable(converter.specs(shape), count, 0):
         cost = converter.cost_us(shape, 4, source, target)
-        assert cost == pytest.approx(_dijkstra(converter, shape, source, target))
-        path = converter.path(shape, 4, source, target)
-        total = sum(sum(converter.step_us(shape, 4, s)) for s in path)
-        assert total == pytest.approx(cost)
-        assert all(a.target == b.source for a, b in itertools.pairwise(path))
-        if not (source.partial or target.partial or target.varying):
-            greedy = converter.heuristic(source, target)
-            if all(s.target in specs for s in greedy):
-                price = sum(sum(converter.step_us(shape, 4, s)) for s in greedy)
-                assert cost <= price * (1 + 1e-9)
+        for other in (converter.heuristic, converter.axis_by_axis):
+            path = other(shape, source, target)
+            assert _ends(path, source, target)
+            assert cost <= _price(converter, shape, path) * (1 + 1e-12)
 
 
-def _hold(x: torch.Tensor, spec: ShardingSpec, mesh, coords) -> torch.Tensor:
-    """A rank's value in a layout: its shard, and its term of pending sums (2 terms: 3x, -2x)."""
-    local = shard_of(x, spec, mesh, coords).clone()
-    for axis in spec.partial:
-        local = local * (3.0 if coords[axis] == 0 else -2.0 / (mesh[axis] - 1))
-    return local
+def test_greedy_reproduces_the_known_example():
+    path = converter_of("2x4").heuristic((8, 8, 8), parse("S01RR"), parse("RS01R"))
+    assert [str(s.target) for s in path] == ["S0RR", "RS0R", "RS01R"]
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (5, 7)])
-def test_every_conversion_gives_the_right_shards_and_gradients(shape):
-    """Value and gradient of all pairs of specs on 2x2, on threads for ranks."""
-    mesh = (2, 2)
-    converter = LayoutConverter(ClusterInfo.of("2x2"))
-    specs = all_specs(converter._legal(shape), mesh)
-    pairs = [(a, b) for a, b in itertools.product(specs, repeat=2) if not a.varying or a == b]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, dtype=torch.float64, generator=generator)
-    weight = torch.randn(shape, dtype=torch.float64, generator=generator)
-    groups = thread_groups(mesh, prefix="conversion", timeout=60)
-    errors: list[BaseException] = []
+@pytest.mark.parametrize(
+    ("source", "target", "through"),
+    [
+        # DTensor's own example of shards that do not nest: axis 1 is gathered first
+        ("S01R", "S1R", ["S0R", "RR", "S1R"]),
+        ("S01R", "RS01", ["S0R", "RS0", "RS01"]),
+        ("RRP1(sum)", "S1R", ["S1R"]),
+        ("S0S1", "S1S0", ["S0R", "RS0", "S1S0"]),
+        ("S01R", "S10R", ["S0R", "RR", "S1R", "S10R"]),
+    ],
+)
+def test_axis_by_axis_is_what_dtensor_does(source, target, through):
+    path = converter_of("2x4").axis_by_axis((16, 16), parse(source), parse(target))
+    assert [str(s.target) for s in path] == through
 
-    def work(coords, names):
-        try:
-            rank = _Rank(mesh, coords, names, converter)
-            for source, target in pairs:
-                _check(rank, source, target)
-        except BaseException as error:
-            errors.append(error)
 
-    def _check(rank, source, target):
-        import torch.fx as fx
+def test_an_illegal_spec_is_named():
+    converter = converter_of("2x4")
+    with pytest.raises(
+        ValueError, match=r"S01R is not a layout of .* shape \(4, 8\) on mesh \(2, 4"
+    ):
+        converter.path((4, 8), 4, parse("RR"), parse("S01R"))
+    with pytest.raises(ValueError, match="an axis does not exist"):
+        converter.cost_us((4, 8), 4, parse("RS2"), parse("RR"))
+    with pytest.raises(ValueError, match="RRR is not a layout"):
+        converter.costs_us((4, 8), 4, [parse("RRR")], [parse("RR")])
 
-        rewriter = _Rewriter(None, None, rank, {})  # type: ignore[arg-type]
-        value = rewriter.out.placeholder("x")
-        for step in converter.path(shape, 8, source, target):
-            value = rewriter._step(value, step, shape)
-        rewriter.out.output(value)
-        run = fx.GraphModule(torch.nn.Module(), rewriter.out)
-        local = _hold(x, source, mesh, rank.coords).requires_grad_()
-        out = run(local)
-        assert tuple(out.shape) == local_shape(shape, target, mesh, rank.coords)
-        if not target.partial:
-            expected = shard_of(x, target, mesh, rank.coords)
-            assert torch.allclose(out, expected, atol=1e-12), (str(source), str(target))
-        # the loss sum(weight * x) has the gradient `weight`, held as the target's transpose is
-        grad = shard_of(weight, target, mesh, rank.coords).clone()
-        for axis in target.varying:
-            grad = grad * (3.0 if rank.coords[axis] == 0 else -2.0)
-        if target.varying and source == target:
-            return
-        out.backward(grad)
-        expected = shard_of(weight, source, mesh, rank.coords)
-        assert torch.allclose(local.grad, expected, atol=1e-12), (str(source), str(target))
 
-    threads = [threading.Thread(target=work, args=item, daemon=True) for item in groups.items()]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(120)
-    if errors:
-        raise errors[0]
-    assert len(pairs) > 200
+def test_the_order_of_axes_changes():
+    """S01 to S10: ranks swap whole shards, which takes the axes one after the other."""
+    converter = converter_of("2x2x2")
+    for shape in [(64,), (64, 64), (64, 64, 64)]:
+        rest = "R" * (len(shape) - 1)
+        path = converter.path(shape, 4, parse("S01" + rest), parse("S10" + rest))
+        assert _ends(path, parse("S01" + rest), parse("S10" + rest))
+
+
+# -- right values -------------------------------------------------------------------------------
+
+
+class _Mesh:
+    """All ranks of a mesh; value and gradient are integers, so that sums are exact."""
+
+    def __init__(self, mesh, shape):
+        self.converter, self.shape = converter_of(mesh, "cpu"), shape
+        self.mesh = self.converter.mesh
+        self.world = Lockstep(self.mesh, f"conversion{mesh}")
+        self.rewriters = [
+            _Rewriter(None, None, _Rank(self.mesh, c, self.world.names[c], self.converter), {})  # type: ignore[arg-type]
+            for c in self.world.ranks
+        ]
+        generator = torch.Generator().manual_seed(0)
+        self.x, self.weight = (
+            torch.randint(-99, 99, shape, generator=generator).double() for _ in range(2)
+        )
+        self.shards = cache(self._shards)
+
+    def _shards(self, which, dims, pending):
+        """What each rank holds; of sums over `pending` axes, terms 3 x, -2 x and 0."""
+        found = []
+        for coords in self.world.ranks:
+            shard = shard_of(getattr(self, which), ShardingSpec(dims), self.mesh, coords)
+            for axis in pending:
+                shard = shard * (3, -2, *[0] * self.mesh[axis])[coords[axis]]
+            found.append(shard.contiguous())
+        return found
+
+    def check(self, path, source, target):
+        """Run the steps on all ranks, and the backward of sum(weight * value).
+
+        Returns the bytes that a rank sends, forward and backward.
+        """
+        held = [t.clone().requires_grad_() for t in self.shards("x", source.dims, source.partial)]
+        pairs = [(held, held)]
+        for step in path:
+            leaves = [t.detach().requires_grad_() for t in pairs[-1][1]]
+            pairs.append((leaves, self.world.run(list(self._calls(step, leaves)))))
+        for out, coords in zip(pairs[-1][1], self.world.ranks, strict=True):
+            assert tuple(out.shape) == local_shape(self.shape, target, self.mesh, coords)
+        self._compare("x", [t.detach() for t in pairs[-1][1]], target.dims, target.partial)
+        grads = self.shards("weight", target.dims, target.varying)
+        forward = self.world.sent
+        for leaves, outs in reversed(pairs[1:]):
+            back = partial(torch.autograd.grad, outs, leaves, grads, retain_graph=True)
+            grads = self.world.run([back])[0]  # one call is all ranks' backward
+        self._compare("weight", grads, source.dims, source.varying)
+        spent, self.world.sent = self.world.sent, 0.0
+        return forward / len(self.world.ranks), (spent - forward) / len(self.world.ranks)
+
+    def _calls(self, step, values):
+        """The program's own call of the step, per rank."""
+        for rewriter, x in zip(self.rewriters, values, strict=True):
+            node = rewriter._step(rewriter.out.placeholder("x"), step, self.shape)
+            function, (_, *rest) = node.target, node.args
+            rewriter.out = fx.Graph()
+            yield lambda f=function, x=x, rest=rest: f(x, *rest)
+
+    def _compare(self, which, got, dims, pending):
+        total: dict[tuple[int, ...], torch.Tensor] = {}
+        key = [tuple(-1 if a in pending else c for a, c in enumerate(r)) for r in self.world.ranks]
+        for k, t in zip(key, got, strict=True):
+            total[k] = total[k] + t if k in total else t
+        for k, right in zip(key, self.shards(which, dims, ()), strict=True):
+            assert torch.equal(total[k], right)
+
+
+STEPS = [
+    ("2x2", ()), ("3", (7,)), ("2x2", (4, 6)), ("2x3", (5, 7)), ("4x2", (9, 4)), ("2x2x2", (5,)),
+    ("2x2x2", (8, 5)), ("2x3x2", (5, 7)),
+    pytest.param("2x2x2", (8, 9, 8, 9), marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "shape"), STEPS)
+def test_every_step_gives_the_right_shards_and_gradients(mesh, shape):
+    """All steps out of all specs; sizes that do not divide among them."""
+    simulated = _Mesh(mesh, shape)
+    count = 0
+    for spec in simulated.converter.specs(shape):
+        for step in simulated.converter.steps_from(shape, spec):
+            simulated.check([step], step.source, step.target)
+            count += 1
+    assert count > 3
+
+
+@pytest.mark.parametrize(("mesh", "shape"), [("2x4", (8, 16)), ("2x3x2", (12, 24)), ("8", (8, 8))])
+def test_every_step_is_charged_for_the_bytes_it_sends(mesh, shape):
+    """Prices of a microsecond per byte sent and nothing else; sizes that divide."""
+    simulated = _Mesh(mesh, shape)
+    cluster = ClusterInfo.of(mesh, "cpu")
+    device = replace(cluster.device, launch_us=0.0, bandwidth=1e99)
+    links = (Link(1e-99, 1e-6),) * len(cluster.mesh)
+    converter = LayoutConverter(replace(cluster, device=device, links=links))
+    seen = set()
+    for spec in converter.specs(shape):
+        for step in converter.steps_from(shape, spec):
+            sent = simulated.check([step], step.source, step.target)
+            assert converter.step_us(shape, 8, step) == pytest.approx(sent), str(step)
+            seen.add(step.kind)
+    assert seen == set(KINDS)
+
+
+def _ends(path, source, target):
+    """Whether the steps lead from source to target."""
+    places = [source, *(s.target for s in path)]
+    return places[-1] == target and [s.source for s in path] == places[:-1]
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (7, 4), (6, 3, 16), (8, 9, 10, 11)])
+def test_the_steps_of_every_path_chain(shape):
+    """All pairs on three axes. With the test of every step, all conversions are right."""
+    converter = converter_of("2x2x2")
+    specs = converter.specs(shape)
+    costs = converter.costs_us(shape, 4, specs, specs)
+    known = {(s.source, s.target): s for x in specs for s in converter.steps_from(shape, x)}
+    for (i, source), (j, target) in itertools.product(enumerate(specs), repeat=2):
+        if np.isfinite(costs[i, j]):
+            path = converter.path(shape, 4, source, target)
+            assert _ends(path, source, target)
+            assert all(known[step.source, step.target] == step for step in path)
+        else:
+            assert set(source.varying) - set(target.varying)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shape", "count"),
+    [("2x2", (4, 6), None), ("2x2", (5, 7), None), ("2x2x2", (6, 8, 5), 100),
+     ("2x3x2", (5, 7, 12), 40), ("2x2x2", (2, 3, 4, 5), 150)],
+)  # fmt: skip
+def test_whole_paths_give_the_right_shards_and_gradients(mesh, shape, count):
+    simulated = _Mesh(mesh, shape)
+    for source, target in _reachable(simulated.converter.specs(shape), count, 1):
+        simulated.check(simulated.converter.path(shape, 8, source, target), source, target)

@@ -1,0 +1,104 @@
+"""Ops that draw random numbers: what they must give for the draw that the ranks made.
+
+A rule with `always` replaces torch's generator by one of its own, so results cannot be compared
+with torch's number by number. The draw is read off the ranks' joined results; with it the op is an
+ordinary function, and what every rank holds is compared with that function's value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Results = Sequence[torch.Tensor]
+
+
+def _scale(p: float) -> float:
+    return 0.0 if p == 1 else 1 / (1 - p)
+
+
+def _native_dropout(results: Results, a: Mapping[str, Any]) -> Results:
+    if not a.get("train", True):
+        return [a["input"].clone(), torch.ones_like(a["input"], dtype=torch.bool)]
+    return [a["input"] * results[1] * _scale(a["p"]), results[1]]
+
+
+def _dropout(results: Results, a: Mapping[str, Any]) -> Results:
+    """Samplers draw no zeros, so zeros are what was dropped."""
+    if not a["train"]:
+        return [a["input"].clone()]
+    return [a["input"] * (results[0] != 0) * _scale(a["p"])]
+
+
+def _attention(results: Results, a: Mapping[str, Any]) -> Results:
+    """Samplers take an identity for the values, so the result is the dropped probabilities."""
+    query, key = a["query"], a["key"]
+    if a.get("enable_gqa"):
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    value = a["value"]
+    if a.get("enable_gqa"):
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scale = a.get("scale")
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if a.get("is_causal"):
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
+    mask = a.get("attn_mask")
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return [(scores.softmax(-1) * (results[0] != 0) * _scale(a["dropout_p"])) @ value]
+
+
+def _draw_alone(results: Results, a: Mapping[str, Any]) -> Results:
+    """The result is the draw: replicas agree, and there is no gradient."""
+    return list(results)
+
+
+RANDOM: dict[str, Callable[[Results, Mapping[str, Any]], Results]] = {
+    "aten.native_dropout.default": _native_dropout,
+    "aten.dropout.default": _dropout,
+    "aten.scaled_dot_product_attention.default": _attention,
+    "aten.bernoulli.p": _draw_alone,
+}
+
+
+def kept(name: str, results: Results, a: Mapping[str, Any]) -> tuple[torch.Tensor, float] | None:
+    """The draw as booleans, and the share that should be True; None where nothing is drawn."""
+    if name == "aten.bernoulli.p":
+        return results[0] != 0, a["p"]
+    if name == "aten.native_dropout.default" and a.get("train", True):
+        return results[1], 1 - a["p"]
+    if name == "aten.dropout.default" and a["train"]:
+        return results[0] != 0, 1 - a["p"]
+    return None
+
+
+# Results whose elements mean nothing: only shapes and dtypes are compared.
+UNDEFINED = frozenset(
+    {"aten.empty_like.default", "aten.new_empty.default", "aten.empty.memory_format"}
+)
+
+# Random ops that run as they are on every rank, from torch's own generator, which the trainer seeds
+# alike on every rank: so does the proof.
+SEEDED = frozenset(
+    {
+        "aten.rand.default",
+        "aten.randn.default",
+        "aten.randint.default",
+        "aten.randint.low",
+        "aten.randperm.default",
+        "aten.rand_like.default",
+        "aten.randn_like.default",
+    }
+)
+_SEED = 4321
+
+
+def seed_torch(name: str) -> None:
+    """Before a `SEEDED` op runs, on whole tensors or on a rank."""
+    if name in SEEDED:
+        torch.manual_seed(_SEED)

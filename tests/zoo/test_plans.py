@@ -1,0 +1,24 @@
+"""Every family that autopar promises, sharded: the solver's plan and a random legal one on 2x2.
+
+`python -m benchmarks.coverage --mesh ...` runs more plans on more meshes.
+"""
+
+import pytest
+
+from tests.zoo.family import Family
+from tests.zoo.sharded import TOLERANCE, capture, plans_of, worst_difference
+from tests.zoo.test_capture import FAMILIES
+
+MESH = "2x2"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plans_equal_a_single_device(family: Family) -> None:
+    """Loss, results, buffers and every gradient shard on every rank, in float64."""
+    captured = capture(family)
+    sharded = plans_of(captured, MESH, random=1, time_limit=2.0)
+    assert sharded.split, "the solver found nothing better than full replication"
+    assert sharded.unruled_share < 0.01
+    for number, plan in enumerate(sharded.plans):
+        worst, size = worst_difference(captured, plan)
+        assert size <= TOLERANCE, f"plan {number}: {worst}: {size:.1e}"
