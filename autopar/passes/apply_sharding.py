@@ -290,7 +290,7 @@ class _Rewriter:
         if names[at] in kwargs:
             return args, {**kwargs, names[at]: list(shape)}
         target = bound_arguments(node).get(names[at])
-        if target is None or at >= len(args):
+        if not isinstance(target, list | tuple) or at >= len(args):
             return args, kwargs
         return (*args[:at], list(shape), *args[at + 1 :]), kwargs
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 _TOKEN = re.compile(r"R|S(\d+)|P(\d+)\(sum\)|V(\d+)")
@@ -189,5 +189,13 @@ def local_shape(
 
 def fills_every_rank(size: int, axes: Sequence[int], mesh: Sequence[int]) -> bool:
     """Whether every rank gets at least one element of a dim split over `axes`."""
-    last = [mesh[axis] - 1 for axis in range(len(mesh))]
-    return not axes or local_range(size, axes, mesh, last)[1] > 0
+    return not axes or _least_part(size, tuple(mesh[axis] for axis in axes)) > 0
+
+
+@cache
+def _least_part(size: int, parts: tuple[int, ...]) -> int:
+    """Elements on the emptiest rank; with two axes that need not be the last one."""
+    if not parts:
+        return size
+    lengths = {chunk(size, parts[0], i)[1] for i in range(parts[0])}
+    return min(_least_part(n, parts[1:]) for n in lengths)

@@ -66,9 +66,10 @@ def _fetch(
             x = collectives.gather_vary(x, dim, outer, groups[depth])
         start = 0
     low, high = wanted[me]
-    inner_low, inner_high = max(low, 0), min(high, size)
-    x = x.narrow(dim, inner_low - start, inner_high - inner_low)
-    return _border(x, dim, inner_low - low, high - inner_high, fill)
+    length = min(high, size) - max(low, 0)
+    # a window may lie in the border altogether
+    x = x.narrow(dim, max(low, 0) - start, length) if length > 0 else x.narrow(dim, 0, 0)
+    return _border(x, dim, max(0, min(0, high) - low), max(0, high - max(size, low)), fill)
 
 
 def _with_edges(
@@ -141,7 +142,11 @@ def convolution(
 ) -> torch.Tensor:
     """Convolution with space (s0, ...) or whole groups of channels (g) split."""
     rank = weight.ndim - 2
+    run = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    local = round(groups * share_of(shard, ["g"]))
     strides, dilations = _spread(stride, rank), _spread(dilation, rank)
+    if isinstance(padding, str) and not any(f"s{i}" in shard for i in range(rank)):
+        return run(x, weight, bias, strides, padding, dilations, local)
     if isinstance(padding, str):
         reach = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
         paddings = [r // 2 if padding == "same" else 0 for r in reach]
@@ -151,8 +156,6 @@ def convolution(
         _Window(*w) for w in zip(weight.shape[2:], strides, paddings, dilations, strict=True)
     ]
     x, paddings = _windowed(x, shard, windows, 0.0)
-    local = round(groups * share_of(shard, ["g"]))
-    run = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     return run(x, weight, bias, strides, paddings, dilations, local)
 
 

@@ -83,18 +83,23 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row("*b s0~ s1~ -> *b s0~ s1~", lowering=windows.max_pool, when=_no_ceil),
         _UNSPLIT[2],
     ),
-    "aten.avg_pool1d.default": _UNSPLIT[1],
+    "aten.avg_pool1d.default": replace(_UNSPLIT[1], linear=((0,),)),
     "aten.avg_pool2d.default": (
-        Row("*b s0~ s1~ -> *b s0~ s1~", lowering=windows.avg_pool, when=_plain_average),
-        _UNSPLIT[2],
+        Row(
+            "*b s0~ s1~ -> *b s0~ s1~",
+            linear=((0,),),
+            lowering=windows.avg_pool,
+            when=_plain_average,
+        ),
+        replace(_UNSPLIT[2], linear=((0,),)),
     ),
     "aten.adaptive_avg_pool1d.default": (
         Row("*b r0! -> *b [i]", linear=((0,),), lowering=norms.pool_to_one, when=_to_one),
-        _UNSPLIT[1],
+        replace(_UNSPLIT[1], linear=((0,),)),
     ),
     "aten.adaptive_avg_pool2d.default": (
         Row("*b r0! r1! -> *b [i] [j]", linear=((0,),), lowering=norms.pool_to_one, when=_to_one),
-        _UNSPLIT[2],
+        replace(_UNSPLIT[2], linear=((0,),)),
     ),
     "aten._adaptive_avg_pool2d.default": _UNSPLIT[2],
     "aten.adaptive_max_pool2d.default": Row("*b [h] [w] -> *b [i] [j], *b [i] [j]"),

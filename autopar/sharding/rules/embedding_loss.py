@@ -44,7 +44,8 @@ def _by_class(call: Call, lowering: Callable[..., Any], vocabulary: str) -> OpRu
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.embedding.default": (
         Row(
-            "[v] e, *b -> *b e", when=lambda a: bool(a.get("scale_grad_by_freq") or a.get("sparse"))
+            "[v] e, *[b] -> *[b] e",
+            when=lambda a: bool(a.get("scale_grad_by_freq") or a.get("sparse")),
         ),
         Row("v! e, *b -> *b e", lowering=losses.embedding, linear=((0,),)),
     ),

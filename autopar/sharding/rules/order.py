@@ -46,7 +46,7 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
         f"aten.{name}": _along
         for name in (
             "topk.default sort.default sort.stable argsort.default argsort.stable cummax.default "
-            "cummin.default cumprod.default logcumsumexp.default kthvalue.default glu.default"
+            "cummin.default cumprod.default logcumsumexp.default glu.default"
         ).split()
     },
     "aten.cumsum.default": _scan,

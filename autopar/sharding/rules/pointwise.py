@@ -18,6 +18,12 @@ from autopar.sharding.rules.call import Call
 LINEAR: dict[str, tuple[tuple[int, ...], ...]] = {
     "aten.add.Tensor": ((0, 1),),
     "aten.sub.Tensor": ((0, 1),),
+    "aten.subtract.Tensor": ((0, 1),),
+    "aten.divide.Tensor": ((0,),),
+    "aten.true_divide.Tensor": ((0,),),
+    "aten.multiply.Scalar": ((0,),),
+    "aten.lerp.Scalar": ((0, 1),),
+    "aten.lerp.Tensor": ((0, 1),),
     "aten.mul.Tensor": ((0,), (1,)),
     "aten.multiply.Tensor": ((0,), (1,)),
     "aten.div.Tensor": ((0,),),
@@ -57,8 +63,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.isin.Tensor_Tensor": Row("*d, ... -> *d"),
     "aten.prelu.default": (
         Row("*d, [w] -> *d", when=lambda a: a["weight"] == (1,)),
-        Row("n c *d, c -> n c *d", when=lambda a: len(a["self"]) > 1),
-        Row("[d], [w] -> [d]"),
+        Row("n c *d, c -> n c *d"),
     ),
     "aten.view_as_real.default": Row("*d -> *d [two]", linear=((0,),)),
     "aten.view_as_complex.default": Row("*d [two] -> *d", linear=((0,),)),

@@ -212,6 +212,11 @@ def _listed(call: Call, rank: int) -> set[int]:
     return {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
 
 
+def _repeat_interleave(call: Call) -> OpRule:
+    """Without a dim the result is flat."""
+    return _diagonal(call) if call.arguments.get("dim") is None else _whole(_listed)(call)
+
+
 def _repeat(call: Call) -> OpRule:
     """Dims that are repeated once are carried; of a repeated dim of one element, the copies."""
     source, target = call.inputs[0], call.outputs[0]
@@ -248,7 +253,7 @@ def _as_strided(call: Call) -> OpRule | None:
 
 
 def _diagonal(call: Call) -> OpRule:
-    """Nothing of a matrix is split along its diagonal."""
+    """Nothing is split, as of a matrix along its diagonal."""
     inputs = tuple(None if s is None else (None,) * len(s) for s in call.inputs)
     return OpRule(inputs, tuple((None,) * len(s) for s in call.outputs), {})
 
@@ -306,7 +311,7 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.fft_fftn.default": _whole(_listed),
     "aten.tril.default": _whole(lambda call, rank: {rank - 1, rank - 2}),
     "aten.triu.default": _whole(lambda call, rank: {rank - 1, rank - 2}),
-    "aten.repeat_interleave.self_int": _whole(_listed),
+    "aten.repeat_interleave.self_int": _repeat_interleave,
     "aten.repeat.default": _repeat,
     "aten.tile.default": _repeat,
     "aten.unfold.default": _unfold,
