@@ -38,7 +38,7 @@ def call_of(node: fx.Node) -> Call:
         inputs,
         tuple(shape_of(t) for t in results(node)),
         masks=tuple(t is not None and t.dtype is torch.bool for t in given),
-        dense=tuple(t is not None and t.is_contiguous() for t in given),
+        strides=tuple(None if t is None else tuple(int(n) for n in t.stride()) for t in given),
     )
 
 

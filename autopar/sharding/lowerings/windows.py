@@ -197,3 +197,21 @@ def avg_pool(
     windows = [_Window(*w, 1) for w in zip(kernels, strides, _spread(padding, 2), strict=True)]
     x, paddings = _windowed(x, shard, windows, 0.0)
     return F.avg_pool2d(x, kernels, strides, paddings, divisor_override=divisor_override)
+
+
+def as_strided(
+    x: torch.Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """A strided reading with one dim split (d0, or d1, ...): steps over that dim are shorter."""
+    ((name, (_, length, whole, _)),) = shard.items()
+    dim = int(name[1:])
+    turn = stride[dim] * whole
+    steps = [s // whole * length if s >= turn else s for s in stride]
+    steps[dim] = stride[dim]
+    extents = [length if d == dim else n for d, n in enumerate(size)]
+    return torch.as_strided(x, extents, steps)

@@ -285,8 +285,12 @@ def _unfold(draw: Draw) -> Arguments:
 
 @sampler("aten.as_strided.default")
 def _as_strided(draw: Draw) -> Arguments:
+    """Overlapping windows within each row, or the transpose."""
     rows, columns = draw.size(), draw.size()
-    return (draw.normal(rows, columns), [columns, rows], [1, columns]), {}
+    if draw.choice([True, False]):
+        return (draw.normal(rows, columns), [columns, rows], [1, columns]), {}
+    width = draw.integer(1, columns)
+    return (draw.normal(rows, columns), [rows, columns - width + 1, width], [columns, 1, 1]), {}
 
 
 @sampler("aten.diag.default", "aten.diagonal.default", "aten.diag_embed.default")

@@ -21,7 +21,7 @@ class Call:
         inputs: shapes of the tensor operands in schema order (None: absent).
         outputs: shapes of the tensor results.
         masks: which operands are boolean.
-        dense: which operands are contiguous.
+        strides: of the operands.
     """
 
     op: torch._ops.OpOverload
@@ -29,4 +29,4 @@ class Call:
     inputs: tuple[Shape | None, ...]
     outputs: tuple[Shape, ...]
     masks: tuple[bool, ...] = ()
-    dense: tuple[bool, ...] = ()
+    strides: tuple[Shape | None, ...] = ()

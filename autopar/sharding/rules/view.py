@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from autopar.sharding.rule import Dims, Factor, OpRule, Shape
+from autopar.sharding.lowerings import windows
+from autopar.sharding.rule import Dims, Factor, OpRule, Row, Shape
 from autopar.sharding.rules.call import Call
 
 
@@ -239,17 +240,32 @@ def _unfold(call: Call) -> OpRule:
 
 
 def _as_strided(call: Call) -> OpRule | None:
-    """Rows of a contiguous tensor that are read one by one, within each in whatever way."""
-    source, target = call.inputs[0], call.outputs[0]
-    stride = call.arguments["stride"]
-    row = math.prod(source[1:]) if source else 0
-    reach = sum((n - 1) * s for n, s in zip(target[1:], stride[1:], strict=True))
-    by_row = source and target and source[0] == target[0] and stride[0] == row > reach
-    if not by_row or not all(call.dense) or call.arguments.get("storage_offset"):
-        return None
+    """The first dim that is read whole and in place: the others step over it, or stay within."""
+    source, target, stride = call.inputs[0], call.outputs[0], call.arguments["stride"]
     assert source is not None
-    dims, out, factors = _named(source, [0, *[None] * (len(target) - 1)], target)
-    return _rule([dims], [out], factors).without(*(f"d{d}" for d in range(1, len(source))))
+    held = call.strides[0]
+    if not source or call.arguments.get("storage_offset") or held is None:
+        return None
+    order = sorted(range(len(source)), key=lambda d: -held[d])
+    dense = all(
+        held[d] == math.prod(source[e] for e in order[i + 1 :]) for i, d in enumerate(order)
+    )
+    for d in range(min(len(source), len(target))):
+        step, turn = held[d], held[d] * source[d]
+        others = [(n, s) for e, (n, s) in enumerate(zip(target, stride, strict=True)) if e != d]
+        within = sum((n - 1) * s for n, s in others if s < step)
+        steps_over = all(s % turn == 0 for _, s in others if s >= step)
+        same = source[d] == target[d] and stride[d] == step
+        if dense and same and source[d] > 1 and within < step and steps_over:
+            names = [f"d{d}!" if e == d else f"[x{e}]" for e in range(len(source))]
+            out = [f"d{d}" if e == d else f"[y{e}]" for e in range(len(target))]
+            row = Row(
+                f"{' '.join(names)} -> {' '.join(out)}",
+                linear=((0,),),
+                lowering=windows.as_strided,
+            )
+            return row.bind(call.inputs, call.outputs)
+    return None
 
 
 def _diagonal(call: Call) -> OpRule:
