@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from autopar.sharding.proof import check, record
 from autopar.sharding.proof.case import check_case
-from autopar.sharding.proof.discover import from_calls, missing
 from autopar.sharding.proof.draw import Draw, Sample
+from autopar.sharding.proof.missing import from_calls, missing
 from autopar.sharding.proof.one_op import one_op
 from autopar.sharding.proof.propose import propose
 from autopar.sharding.proof.samples import draw_sample, find_op, has_sampler, table_ops

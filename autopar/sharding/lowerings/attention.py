@@ -11,6 +11,12 @@ from autopar.runtime.random import keep_mask
 from autopar.sharding.lowerings.shard import Shard
 
 
+def _causal(start: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """[queries, keys]: which of the keys come no later than each query, the first being `start`."""
+    rows = torch.arange(start, start + queries, device=device)
+    return torch.arange(keys, device=device) <= rows.unsqueeze(-1)
+
+
 def causal_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -26,8 +32,7 @@ def causal_attention(
     """Causal attention of this rank's queries (q) to the keys before them; keys are whole."""
     start, length, _, _ = shard["q"]
     seen = min(start + length, key.shape[-2])  # nobody here looks any further
-    rows = torch.arange(start, start + length, device=query.device)
-    allowed = torch.arange(seen, device=query.device) <= rows.unsqueeze(-1)
+    allowed = _causal(start, length, seen, query.device)
     return F.scaled_dot_product_attention(
         query,
         key.narrow(-2, 0, seen),
@@ -60,8 +65,7 @@ def attention_with_dropout(
     scores = (query * factor) @ key.transpose(-2, -1)
     if is_causal:
         start = shard["q"][0] if "q" in shard else 0
-        rows = torch.arange(start, start + scores.shape[-2], device=query.device)
-        allowed = torch.arange(scores.shape[-1], device=query.device) <= rows.unsqueeze(-1)
+        allowed = _causal(start, scores.shape[-2], scores.shape[-1], query.device)
         scores = scores.masked_fill(~allowed, float("-inf"))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, float("-inf"))

@@ -34,8 +34,9 @@ def _affine(
     return x if bias is None else x + bias
 
 
-def _normalized(shape: Sequence[int]) -> list[str]:
-    return [f"h{i}" for i in range(len(shape))]
+def _normalized(shape: Sequence[int]) -> tuple[list[int], list[str]]:
+    """The normalized dims, counted from the end, and their factors."""
+    return list(range(-len(shape), 0)), [f"h{i}" for i in range(len(shape))]
 
 
 def layer_norm(
@@ -49,8 +50,8 @@ def layer_norm(
     shard: Shard,
 ) -> torch.Tensor:
     """Layer normalization; the normalized dims are the factors h0, h1, ..."""
-    dims = list(range(-len(normalized_shape), 0))
-    _, centered, variance = _moments(x, dims, shard, _normalized(normalized_shape))
+    dims, factors = _normalized(normalized_shape)
+    _, centered, variance = _moments(x, dims, shard, factors)
     return _affine(centered * (variance + eps).rsqrt(), weight, bias)
 
 
@@ -63,8 +64,7 @@ def rms_norm(
     shard: Shard,
 ) -> torch.Tensor:
     """Root-mean-square normalization; the normalized dims are the factors h0, h1, ..."""
-    dims = list(range(-len(normalized_shape), 0))
-    factors = _normalized(normalized_shape)
+    dims, factors = _normalized(normalized_shape)
     count = math.prod(x.shape[d] for d in dims) / share_of(shard, factors)
     mean = shared(x.square().sum(dims, keepdim=True), groups_of(shard, *factors)) / count
     return _affine(

@@ -8,26 +8,22 @@ one that is found.
 from __future__ import annotations
 
 import itertools
-import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from autopar.sharding.proof.draw import Draw, Sample
-from autopar.sharding.proof.one_op import OneOp, call, flat_tensors, grad, one_op
-from autopar.sharding.proof.samples import draw_sample, find_op
+from autopar.sharding.proof.draw import Draw
+from autopar.sharding.proof.one_op import OneOp, call, flat_tensors, grad
 from autopar.sharding.proof.shards import largest_error, ranks, split, tolerance_of
 from autopar.sharding.rules.view import RESHAPES
 from autopar.sharding.spec import ShardingSpec, fills_every_rank, local_shape
 from autopar.tracer.graph import bound_arguments
 
 PARTS = (2, 3)
-_SIZE = 6  # of dims: enough for uneven parts
 _MOST = 4000  # ways to split a call that are tried
-_ABSENT = ""
+ABSENT = ""
 
 # Per operand and per result: "R", "S<dim>", "P", and for results also "max" and "min".
 States = tuple[str, ...]
@@ -50,26 +46,13 @@ class Way:
         return not {"max", "min"}.isdisjoint(self.outputs)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A way that held in `held` of `tried` calls whose tensors have as many dims."""
-
-    way: Way
-    held: int
-    tried: int
-    example: str
-
-
-# -- one call -----------------------------------------------------------------------------------
-
-
 def ways(one: OneOp, parts: int, draw: Draw, *, careful: bool = False) -> set[Way]:
     """All ways that are right for the call, with its dims in so many parts.
 
     Args:
         careful: split dims of equal extents together only: torch does not check some ops' sizes.
     """
-    options = [list(_options(x, trained, parts)) for x, trained in zip(one.inputs, one.trained)]  # noqa: B905
+    options = [list(options_of(x, trained, parts)) for x, trained in zip(one.inputs, one.trained)]  # noqa: B905
     count = 1
     for choices in options:
         count *= len(choices)
@@ -79,7 +62,7 @@ def ways(one: OneOp, parts: int, draw: Draw, *, careful: bool = False) -> set[Wa
         combinations = (c for i, c in enumerate(itertools.product(*options)) if i in chosen)
     found = set()
     for states in combinations:
-        if all(s in ("R", _ABSENT) for s in states) or not _compatible(one, states, parts):
+        if all(s in ("R", ABSENT) for s in states) or not compatible(one, states, parts):
             continue
         if careful and not _alike(one, states):
             continue
@@ -90,9 +73,9 @@ def ways(one: OneOp, parts: int, draw: Draw, *, careful: bool = False) -> set[Wa
     return found
 
 
-def _options(x: torch.Tensor | None, trained: bool, parts: int) -> Iterator[str]:
+def options_of(x: torch.Tensor | None, trained: bool, parts: int) -> Iterator[str]:
     if x is None:
-        yield _ABSENT
+        yield ABSENT
         return
     yield "R"
     for dim, size in enumerate(x.shape):
@@ -102,7 +85,7 @@ def _options(x: torch.Tensor | None, trained: bool, parts: int) -> Iterator[str]
         yield "P"
 
 
-def _compatible(one: OneOp, states: States, parts: int) -> bool:
+def compatible(one: OneOp, states: States, parts: int) -> bool:
     """Dims split together are equal, or are split evenly."""
     extents = {
         x.shape[int(s[1:])] for x, s in zip(one.inputs, states, strict=True)
@@ -259,170 +242,10 @@ def _gradients_hold(
     return True
 
 
-# -- several calls ------------------------------------------------------------------------------
-
-
-def stated(one: OneOp, parts: int) -> set[Way]:
-    """The ways that the table's rule has."""
-    found = set()
-    for strategy in one.strategies((parts,)):
-        sides = [
-            tuple(_ABSENT if s is None else s.state(0).replace("V", "R") for s in specs)
-            for specs in (strategy.inputs, strategy.outputs)
-        ]
-        found.add(Way(sides[0], sides[1]))
-    return found
-
-
-def discover(
-    name: str, seed: int, calls: int = 12, *, careful: bool = False
-) -> tuple[dict[tuple[int, ...], list[Found]], dict[tuple[int, ...], list[int]]]:
-    """What holds for an op's random calls, by the numbers of dims of its operands; and of results.
-
-    Raises:
-        KeyError: the op does not exist, or nothing is known about its arguments.
-    """
-    op = find_op(name)
-    if op is None:
-        raise KeyError(f"this torch has no op {name}")
-    ones = []
-    for turn in range(4 * calls):
-        draw = Draw(random.Random(f"{seed} {name} {turn}"), _SIZE)
-        sample = draw_sample(op, draw)
-        try:
-            ones.append(one_op(sample, draw))
-        except (RuntimeError, IndexError, NotImplementedError, ValueError):
-            continue
-        if len(ones) == calls:
-            break
-    results = {dims_of(one): [t.ndim for t in one.outputs] for one in ones}
-    return from_calls(ones, Draw(random.Random(seed)), careful=careful), results
-
-
-def dims_of(one: OneOp) -> tuple[int, ...]:
-    """Numbers of dims of the operands, -1 where absent."""
-    return tuple(-1 if x is None else x.ndim for x in one.inputs)
-
-
-def from_calls(
-    ones: Sequence[OneOp], draw: Draw, *, careful: bool = False
-) -> dict[tuple[int, ...], list[Found]]:
-    """As `discover`, of given calls."""
-    held: dict[tuple[int, ...], dict[Way, list[OneOp]]] = defaultdict(lambda: defaultdict(list))
-    for one in ones:
-        again = _shuffled(one, draw)
-        for parts in PARTS:
-            for way in ways(one, parts, draw, careful=careful):
-                if again is None or way in _recheck(again, way, parts, draw):
-                    held[dims_of(one)][way].append(one)
-    return {
-        key: sorted(
-            (
-                Found(way, len(calls), _eligible(way, key, ones), str(calls[0].sample))
-                for way, calls in found.items()
-            ),
-            key=lambda f: f.way,
-        )
-        for key, found in held.items()
-    }
-
-
-def _eligible(way: Way, key: tuple[int, ...], ones: Sequence[OneOp]) -> int:
-    """In how many (call, parts) the way could be tried at all."""
-    count = 0
-    for one in ones:
-        if dims_of(one) != key:
-            continue
-        for parts in PARTS:
-            possible = all(
-                s in _options(x, t, parts)
-                for x, s, t in zip(one.inputs, way.inputs, one.trained, strict=True)
-            )
-            count += possible and _compatible(one, way.inputs, parts)
-    return count
-
-
-def _shuffled(one: OneOp, draw: Draw) -> OneOp | None:
-    """The call with the elements of its float operands in another order."""
-
-    def other(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return [other(i) for i in x] if isinstance(x, list | tuple) else x
-        if not x.dtype.is_floating_point:
-            return x
-        return x.flatten()[torch.randperm(x.numel(), generator=draw.generator)].view(x.shape)
-
-    sample = one.sample
-    kwargs = {k: other(v) for k, v in sample.kwargs.items()}
-    try:
-        return one_op(
-            Sample(sample.op, tuple(other(a) for a in sample.args), kwargs, sample.fixed), draw
-        )
-    except (RuntimeError, ValueError):
-        return None
-
-
-def _recheck(one: OneOp, way: Way, parts: int, draw: Draw) -> set[Way]:
+def recheck(one: OneOp, way: Way, parts: int, draw: Draw) -> set[Way]:
     found = set()
     for dim in _told_sizes(one):
         outputs = _tried(one, way.inputs, parts, dim, draw)
         if outputs is not None:
             found.add(Way(way.inputs, outputs))
     return found
-
-
-def missing(name: str, seed: int, calls: int = 24, *, careful: bool = False) -> list[Found]:
-    """Ways that are right and that the table's rule leaves out, with how often they are.
-
-    Told are those that hold wherever they can be tried, and those that hold at times, by a split,
-    which a condition on the arguments might tell apart.
-    """
-    op = find_op(name)
-    assert op is not None
-    gone: dict[tuple[tuple[int, ...], Way], list[OneOp]] = defaultdict(list)
-    listed: dict[tuple[tuple[int, ...], Way], int] = defaultdict(int)
-    ones = []
-    draw = Draw(random.Random(seed))
-    for turn in range(calls):
-        fresh = Draw(random.Random(f"{seed} {name} {turn}"), _SIZE)
-        try:
-            one = one_op(draw_sample(op, fresh), fresh)
-            known = one.rule[1]
-        except (RuntimeError, IndexError, NotImplementedError, ValueError):
-            continue
-        if not known or _proves_little(one) or (careful and _ambiguous(one)):
-            continue
-        ones.append(one)
-        again = _shuffled(one, draw)
-        for parts in PARTS:
-            table = stated(one, parts)
-            inputs = {w.inputs for w in table}
-            for way in ways(one, parts, draw, careful=careful):
-                key = dims_of(one), way
-                if way in table or way.inputs in inputs:
-                    listed[key] += 1
-                elif again is None or way in _recheck(again, way, parts, draw):
-                    gone[key].append(one)
-    found = []
-    for (dims, way), having in sorted(gone.items(), key=lambda item: item[0]):
-        held = len(having) + listed[dims, way]
-        tried = _eligible(way, dims, ones)
-        reads = any(s != "R" for s in way.outputs)
-        at_times = 3 * held >= tried and held >= 4 and "P" not in way.inputs
-        if reads and len(having) > 1 and (held == tried or at_times):
-            found.append(Found(way, held, tried, str(min(having, key=_weight).sample)))
-    return found
-
-
-def _proves_little(one: OneOp) -> bool:
-    """Few elements: much holds by chance."""
-    return max((x.numel() for x in one.inputs if x is not None), default=0) < 6
-
-
-def _ambiguous(one: OneOp) -> bool:
-    """Dims that cannot be told apart by their extents."""
-    return any(len(set(x.shape)) < x.ndim for x in one.inputs if x is not None)
-
-
-def _weight(one: OneOp) -> int:
-    return sum(x.numel() for x in one.inputs if x is not None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autopar.sharding.proof.discover import Found, Way
+from autopar.sharding.proof.discover import Way
+from autopar.sharding.proof.missing import Found
 
 _LETTERS = "abcdefghijklmnopqrstuvw"
 

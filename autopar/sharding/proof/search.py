@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from autopar.sharding.proof.discover import Found, discover, missing
+from autopar.sharding.proof.missing import Found, discover, missing
 from autopar.sharding.proof.propose import propose
 from autopar.sharding.proof.samples import find_op
 from autopar.sharding.rules.registry import has_rule
