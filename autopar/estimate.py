@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from autopar.plan import MemoryEstimate, TimeEstimate
+from autopar.sharding.moments import Moments
 from autopar.sharding.space import SearchSpace
 
-# Of the backward's compute, the share behind which gradient reductions can run: the last layers'
-# gradients are known at its beginning, the first ones' only at its end.
-HIDING_SHARE = 0.5
 
-
-def estimate_time(space: SearchSpace, choices: Sequence[int]) -> TimeEstimate:
+def estimate_time(
+    space: SearchSpace, choices: Sequence[int], moments: Moments | None = None
+) -> TimeEstimate:
     """Compute, and communication split into what is exposed and what hides behind compute.
 
     Conversions of weights (gathers before use, gradient reductions after) do not wait for the
-    activations beside them, so they overlap with compute as far as it lasts.
+    activations beside them; on devices that communicate beside compute they take time only where
+    they are late.
     """
     compute = exposed = weights = 0.0
     for site, c in zip(space.sites, choices, strict=True):
-        compute += float(site.parts["compute_us"][c]) if "compute_us" in site.parts else 0.0
+        for part in ("compute_us", "step_us"):
+            compute += float(site.parts[part][c]) if part in site.parts else 0.0
         if "communication_us" in site.parts:
             exposed += float(site.parts["communication_us"][c])
     for link in space.links:
@@ -29,47 +32,24 @@ def estimate_time(space: SearchSpace, choices: Sequence[int]) -> TimeEstimate:
             weights += time
         else:
             exposed += time
-    hidden = min(weights, hiding_share(space) * compute)
-    return TimeEstimate(compute, exposed + weights - hidden, hidden, weights)
+    if not space.weights_hide:
+        return TimeEstimate(compute, exposed + weights, 0.0, weights)
+    late = (moments or Moments(space, np.inf)).late_us(choices)
+    return TimeEstimate(compute, exposed + late, max(0.0, weights - late), weights)
 
 
-def hiding_share(space: SearchSpace) -> float:
-    """Share of compute that hides weight communication. Gloo's threads compete with compute for the
-    same cores; GPUs communicate beside it."""
-    return 0.0 if space.cluster.device.kind == "cpu" else HIDING_SHARE
-
-
-def estimate_memory(space: SearchSpace, choices: Sequence[int]) -> MemoryEstimate:
-    """Bytes per device by kind, on the fullest rank."""
-    total: dict[str, float] = {}
-    for site, c in zip(space.sites, choices, strict=True):
-        for kind, values in site.parts.items():
-            if kind.endswith("_bytes"):
-                total[kind] = total.get(kind, 0.0) + float(values[c])
-    for link in space.links:
-        _, memory = space.conversion_costs(link, choices)
-        total["activations_bytes"] = total.get("activations_bytes", 0.0) + memory
+def estimate_memory(
+    space: SearchSpace, choices: Sequence[int], moments: Moments | None = None
+) -> MemoryEstimate:
+    """Bytes per device by kind at the moment of the peak, on the fullest rank."""
+    series = (moments or Moments(space, np.inf)).memory
+    moment = int(np.argmax(series.values(space, choices)))
+    kinds = series.kinds(space, choices, moment)
     return MemoryEstimate(
-        total.get("parameters_bytes", 0.0),
-        total.get("gradients_bytes", 0.0),
-        total.get("optimizer_bytes", 0.0),
-        total.get("activations_bytes", 0.0),
-        total.get("buffers_bytes", 0.0),
-        estimate_transient(space, choices),
-    )
-
-
-def estimate_transient(space: SearchSpace, choices: Sequence[int]) -> float:
-    """Largest working set of one operator's backward: gradients of its results and operands.
-
-    At the end of the forward all saved activations are alive; the gradients that then flow through
-    the operator with the largest tensors come on top.
-    """
-    return max(
-        (
-            float(site.parts["working"][c])
-            for site, c in zip(space.sites, choices, strict=True)
-            if site.kind == "op"
-        ),
-        default=0.0,
+        kinds.get("parameters", 0.0),
+        kinds.get("gradients", 0.0),
+        kinds.get("optimizer", 0.0),
+        kinds.get("activations", 0.0),
+        kinds.get("buffers", 0.0),
+        kinds.get("transient", 0.0),
     )

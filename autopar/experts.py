@@ -24,13 +24,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autopar.estimate import estimate_memory, estimate_time, hiding_share
+from autopar.estimate import estimate_memory, estimate_time
 from autopar.plan import MemoryEstimate, TimeEstimate
+from autopar.sharding.moments import Moments
 from autopar.sharding.sites import Link, Site
 from autopar.sharding.space import SearchSpace
 from autopar.sharding.spec import ShardingSpec
-from autopar.solver import Problem, solve
-from autopar.solver.reductions import share
+from autopar.solver import Problem, Row, solve
+from autopar.solver.reductions import Shared
 
 # Above any step time that could be saved by overruling an expert, below where doubles get coarse.
 OBJECTION_US = 1e8
@@ -81,21 +82,23 @@ def expert_plans(space: SearchSpace, *, time_limit: float = 60.0) -> list[Expert
     """
     found = []
     for expert in _experts(space.mesh):
-        # the step time is convex in what overlaps: its two ends give each expert a fair chance
-        plans = [_completed(space, expert, price, time_limit) for price in (1.0, 0.0)]
-        found.append(min(plans, key=lambda plan: plan.time.step_us))
+        found.append(_completed(space, expert, time_limit))
     return found
 
 
-def _completed(space: SearchSpace, expert: _Expert, price: float, limit: float) -> ExpertPlan:
-    problem, classes = space.problem(
-        np.inf, weight_price=price, hidden_compute=price * hiding_share(space)
-    )
-    shared, inverse = share(_with_objections(space, expert, problem), classes)
-    choices = inverse(solve(shared, time_limit=limit).choices)
-    memory = estimate_memory(space, choices)
+def _completed(space: SearchSpace, expert: _Expert, limit: float) -> ExpertPlan:
+    problem, classes = space.problem()
+    shared = Shared(_with_objections(space, expert, problem), classes)
+    moments = Moments(space, np.inf)
+
+    def separate(choices: tuple[int, ...]) -> list[Row]:
+        return [shared.row(row) for row in moments.separate(shared.expand(choices))]
+
+    solution = solve(shared.problem, separate=separate, time_limit=limit)
+    choices = shared.expand(solution.choices)
+    memory = estimate_memory(space, choices, moments)
     fits = memory.total_bytes <= space.cluster.budget_bytes
-    return ExpertPlan(expert.name, choices, estimate_time(space, choices), memory, fits)
+    return ExpertPlan(expert.name, choices, estimate_time(space, choices, moments), memory, fits)
 
 
 def _experts(mesh: Sequence[int]) -> list[_Expert]:

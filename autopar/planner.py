@@ -15,6 +15,7 @@ from autopar.plan import ShardingPlan, SolverRecord
 from autopar.profiler.cluster import ClusterInfo, as_cluster
 from autopar.report.words import describe
 from autopar.search import search
+from autopar.sharding.moments import Moments
 from autopar.sharding.sites import Pins, Workload
 from autopar.sharding.space import SearchSpace
 from autopar.tracer import ColoTracer, ModelGraph
@@ -110,7 +111,8 @@ def make_plan(
     parameters = {
         str(names[s.node.name]): str(c.outputs[0]) for s, c in chosen if s.kind == "parameter"
     }
-    estimate = estimate_time(space, choices)
+    moments = Moments(space, space.cluster.budget_bytes)
+    estimate = estimate_time(space, choices, moments)
     if record is None:
         record = SolverRecord("given", estimate.step_us, 0.0, 1.0)
     unruled = {
@@ -129,7 +131,7 @@ def make_plan(
         parameters,
         tuple(str(names[s.node.name]) for s, c in chosen if s.kind == "parameter" and c.regather),
         estimate,
-        estimate_memory(space, choices),
+        estimate_memory(space, choices, moments),
         record,
         space.cluster.budget_bytes,
         unruled,

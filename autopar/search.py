@@ -1,35 +1,29 @@
-"""The search around the solver: what overlaps with what, and how much memory the peak needs.
+"""The search: the solver over the space, first with repeated blocks alike, then less so.
 
-The step time of a plan with compute C, exposed communication E and weight communication W, of which
-at most h C hides behind compute, is
-
-    T  =  max(C + E,  C + E + W - h C)  =  max over 0 <= q <= 1 of  C + E + q (W - h C).
-
-For a fixed price q of weight communication the solver minimizes the right side; every q gives a
-lower bound on T, and T of every plan found is an upper one. The best q is where the lines of two
-plans cross.
+Copies in repeated blocks share one decision, so that depth costs nothing. That is a restriction:
+the first and the last block, whose neighbours are others, are then let free. The plan with all
+alike is where this begins, and its time bounds what is worth looking at.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from autopar.errors import InfeasibleError
-from autopar.estimate import estimate_time, estimate_transient, hiding_share
 from autopar.plan import SolverRecord
+from autopar.sharding.moments import Moments
 from autopar.sharding.space import SearchSpace
-from autopar.solver import solve
-from autopar.solver.reductions import share
+from autopar.solver import Edge, Problem, Row, Solution, solve
+from autopar.solver.problem import Choices
+from autopar.solver.reductions import Shared
 from autopar.units import format_bytes
 
-PRICES = 6
-CAPS = 12
-CAP_STEP = 0.75
-GAP = 1e-3
+# Blocks that differ have to win at least this share of a step.
+SIMPLER = 1e-4
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,6 @@ class Found:
     choices: tuple[int, ...]
     step_us: float
     bound_us: float
-    memory_bytes: float
     method: str
 
     def record(self, seconds: dict[str, float]) -> SolverRecord:
@@ -53,114 +46,119 @@ def search(
     time_limit: float,
     progress: Callable[[str], None] | None = None,
 ) -> Found:
-    """The fastest plan whose memory, transient peak included, is within the budget.
-
-    The transient peak depends on the plan: it is capped, candidates above the cap are left out, and
-    the rest of the memory gets the budget less the cap. Lower caps follow while nothing fits.
+    """The fastest plan that is within the budget at every moment of the step.
 
     Raises:
         InfeasibleError: naming the smallest feasible budget.
     """
+    start = time.monotonic()
     budget = space.cluster.budget_bytes
-    found = _at_price(space, 1.0, math.inf, math.inf, time_limit, None)
-    if _fits(space, found, budget):
-        return _over_prices(space, found, budget, math.inf, time_limit, progress)
-    smallest = math.inf
-    for cap in _caps(space, estimate_transient(space, found.choices)):
-        try:
-            found = _at_price(space, 1.0, budget - cap, cap, time_limit, progress)
-        except InfeasibleError as error:
-            smallest = min(smallest, error.smallest_bytes + cap)
-            continue
-        return _over_prices(space, found, budget - cap, cap, time_limit, progress)
-    mesh = "x".join(map(str, space.mesh))
-    raise InfeasibleError(
-        f"no plan fits {format_bytes(budget)} per device on mesh {mesh}: parameters, gradients, "
-        "optimizer state, saved activations and the transient peak need at least "
-        f"{format_bytes(smallest)} ({smallest:.0f} bytes). Set the memory to that or more, use "
-        "more devices, or make the batch smaller.",
-        budget_bytes=budget,
-        smallest_bytes=smallest,
-    )
+    moments = Moments(space, budget)
+    problem, classes = space.problem()
+    alike, freer = Shared(problem, classes), ends_apart(classes)
+    try:
+        found = _solve(alike, moments, None, time_limit, progress, branch=freer == classes)
+    except InfeasibleError as error:
+        if not math.isfinite(error.smallest_bytes):
+            raise
+        mesh = "x".join(map(str, space.mesh))
+        raise InfeasibleError(
+            f"no plan fits {format_bytes(budget)} per device on mesh {mesh}: parameters, "
+            "gradients, optimizer state, saved activations and what is alive besides at the peak "
+            f"need at least {format_bytes(error.smallest_bytes)} ({error.smallest_bytes:.0f} "
+            "bytes). Set the memory to that or more, use more devices, or make the batch smaller.",
+            budget_bytes=budget,
+            smallest_bytes=error.smallest_bytes,
+        ) from None
+    choices = alike.expand(found.choices)
+    left = time_limit - (time.monotonic() - start)
+    if freer != classes and left > 0:
+        apart = Shared(problem, freer)
+        free = _solve(apart, moments, found, left, progress, apart.contract(choices))
+        if free.time_us < found.time_us * (1 - SIMPLER):
+            found = free
+            choices = _alike_where_equal(problem, moments, classes, apart.expand(free.choices))
+        else:  # all blocks alike reads better
+            found = replace(found, bound_us=min(free.bound_us, found.time_us))
+    return Found(choices, found.time_us, found.bound_us, found.method)
 
 
-def _caps(space: SearchSpace, first: float) -> list[float]:
-    """Bounds on the transient peak to try, from the fastest plan's down to the least there is.
-
-    Only working sets that some candidate has are worth a try.
-    """
-    least, distinct = space.least_working_bytes(), space.distinct_working_bytes()
-    caps, target = [first], first
-    while len(caps) < CAPS and (target := target * CAP_STEP) > least:
-        cap = float(distinct[np.searchsorted(distinct, target)])
-        if cap < caps[-1]:
-            caps.append(cap)
-    return [*caps, least] if least < caps[-1] else caps
-
-
-def _fits(space: SearchSpace, found: Found, budget: float) -> bool:
-    transient = estimate_transient(space, found.choices)
-    return found.memory_bytes + transient <= budget * (1 + 1e-9)
-
-
-def _at_price(
-    space: SearchSpace,
-    price: float,
-    budget: float,
-    cap: float,
+def _solve(
+    shared: Shared,
+    moments: Moments,
+    before: Solution | None,
     time_limit: float,
     progress: Callable[[str], None] | None,
-) -> Found:
-    problem, classes = space.problem(
-        max(budget, 1.0),
-        weight_price=price,
-        hidden_compute=price * hiding_share(space),
-        working_cap=cap,
-    )
-    shared, inverse = share(problem, classes)
-    solution = solve(shared, time_limit=time_limit, progress=progress)
-    choices = inverse(solution.choices)
-    step = estimate_time(space, choices).step_us
-    return Found(choices, step, solution.bound_us, solution.memory_bytes, solution.method)
+    start: tuple[int, ...] | None = None,
+    *,
+    branch: bool = True,
+) -> Solution:
+    """Solve, from the choices and the prices of a more restricted problem, if there was one."""
 
+    def separate(choices: tuple[int, ...]) -> list[Row]:
+        return [shared.row(row) for row in moments.separate(shared.expand(choices))]
 
-def _over_prices(
-    space: SearchSpace,
-    full: Found,
-    budget: float,
-    cap: float,
-    time_limit: float,
-    progress: Callable[[str], None] | None,
-) -> Found:
-    """The best plan over all prices, starting from the one at full price."""
-    if hiding_share(space) == 0.0:
-        return full
-    free = _at_price(space, 0.0, budget, cap, time_limit, progress)
-    whole = space.cluster.budget_bytes  # a looser cap than the plan's own peak may not suffice
-    best = min((full, free) if _fits(space, free, whole) else (full,), key=lambda f: f.step_us)
-    bound = max(full.bound_us, free.bound_us)
-    low, high = _line(space, free.choices), _line(space, full.choices)
-    for _ in range(PRICES - 2):
-        slope = low[1] - high[1]
-        if best.step_us - bound <= GAP * best.step_us or low[1] <= 0 or high[1] >= 0 or slope <= 0:
-            break
-        price = (high[0] - low[0]) / slope
-        found = _at_price(space, price, budget, cap, time_limit, progress)
-        bound = max(bound, found.bound_us)
-        line = _line(space, found.choices)
-        if found.step_us < best.step_us and _fits(space, found, whole):
-            best = found
-        if line in (low, high):
-            break
-        low, high = (line, high) if line[1] > 0 else (low, line)
-    return Found(
-        best.choices, best.step_us, min(bound, best.step_us), best.memory_bytes, best.method
+    prices = before.prices if before is not None else {}
+    problem = replace(shared.problem, rows=tuple(shared.row(moments.row(n)) for n in prices))
+    return solve(
+        problem,
+        separate=separate,
+        start=start,
+        prices=prices,
+        time_limit=time_limit,
+        branch=branch,
+        progress=progress,
     )
 
 
-def _line(space: SearchSpace, choices: Sequence[int]) -> tuple[float, float]:
-    """(C + E, W - h C) of a plan."""
-    time = estimate_time(space, choices)
-    weights = time.weights_us
-    share_us = hiding_share(space) * time.compute_us
-    return time.step_us - max(0.0, weights - share_us), weights - share_us
+def _alike_where_equal(
+    problem: Problem, moments: Moments, classes: Sequence[int], choices: Choices
+) -> Choices:
+    """Where a copy's choice costs nothing more than its own, the choice of the copies in the
+    middle: plans that differ for no reason are hard to read."""
+    copies: dict[int, list[int]] = defaultdict(list)
+    for v, c in enumerate(classes):
+        copies[c].append(v)
+    touching: dict[int, list[Edge]] = defaultdict(list)
+    for edge in problem.edges:
+        touching[edge.source].append(edge)
+        touching[edge.target].append(edge)
+    now = list(choices)
+
+    def local_us(v: int) -> float:
+        around = sum(float(e.time_us[now[e.source], now[e.target]]) for e in touching[v])
+        return float(problem.time_us[v][now[v]]) + around
+
+    def rest() -> tuple[float, float]:
+        excess = moments.memory.values(moments.space, now).max() - moments.memory.limit
+        return moments.late_us(now), max(0.0, float(excess))
+
+    late, excess = rest()
+    for same in copies.values():
+        usual = now[same[len(same) // 2]]
+        for v in same:
+            before, kept = local_us(v), now[v]
+            if kept == usual:
+                continue
+            now[v] = usual
+            if local_us(v) > before + 1e-9 * max(1.0, abs(before)):
+                now[v] = kept
+                continue
+            then = rest()
+            if then[0] > late + 1e-9 * max(1.0, late) or then[1] > excess:
+                now[v] = kept
+    return tuple(now)
+
+
+def ends_apart(classes: Sequence[int]) -> list[int]:
+    """The classes, with the first and the last copy each in one of their own."""
+    count = Counter(classes)
+    seen: Counter[int] = Counter()
+    free = max(classes, default=0) + 1
+    found = []
+    for c in classes:
+        seen[c] += 1
+        end = count[c] > 2 and seen[c] in (1, count[c])
+        found.append(free if end else c)
+        free += end
+    return found

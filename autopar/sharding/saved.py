@@ -68,6 +68,12 @@ class SavedValues:
     def output_counted(self, node: fx.Node, result: int) -> bool:
         return (node, result) in self._output_first
 
+    def counted(self, node: fx.Node) -> tuple[int, ...]:
+        """What of the node's values is counted at the node: operands, and results as ~index."""
+        ins = (i for i, n in enumerate(operands(node)) if n is not None)
+        outs = (~i for i in range(len(results(node))) if self.output_counted(node, i))
+        return (*(i for i in ins if self.counted_here(node, i)), *outs)
+
     def key(self, node: fx.Node) -> tuple[Any, ...]:
         """Distinguishes copies of a block that save different things."""
         return tuple(sorted(i for n, i in self._first.values() if n is node))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,9 +24,10 @@ from autopar.sharding.conversion import converter_for
 from autopar.sharding.costs import OpCosts
 from autopar.sharding.node_rules import call_of, results, rule_of, strategies_of
 from autopar.sharding.repeats import has_index, pattern, places
+from autopar.sharding.rule import Strategy
 from autopar.sharding.rules import describe_missing
 from autopar.sharding.saved import SavedValues
-from autopar.sharding.sites import Candidate, Link, Pins, Site, Workload
+from autopar.sharding.sites import Candidate, Link, LinkCosts, Pins, Site, Workload
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
 from autopar.solver import Edge, Problem
 from autopar.tracer.graph import ModelGraph, operands, producer, shape_of
@@ -59,6 +61,11 @@ class SearchSpace:
         self.profile = profile_graph(graph, set(workload.trainable))
         self.grads = requires_grad_map(graph, set(workload.trainable))
         self.link_costs = lru_cache(maxsize=None)(self._link_costs)
+        # what calls that are alike share
+        self._known_links: dict[Hashable, LinkCosts] = {}
+        self._known_strategies: dict[Hashable, list[Strategy]] = {}
+        self._known_operators: dict[Hashable, Site] = {}
+        self._known_fans: dict[Hashable, tuple[Candidate, ...]] = {}
         self.unruled = [n for n in graph.compute_nodes() if not rule_of(n)[1]]
         for node in self.unruled:
             log.info("%s", describe_missing(call_of(node), graph.info(node).source))
@@ -71,43 +78,19 @@ class SearchSpace:
 
     # -- public ---------------------------------------------------------------------------------
 
-    def problem(
-        self,
-        budget_bytes: float,
-        *,
-        weight_price: float = 1.0,
-        hidden_compute: float = 0.0,
-        working_cap: float = np.inf,
-    ) -> tuple[Problem, list[int]]:
-        """The SPMD problem and, per site, the class of the copies it shares its choice with.
+    @property
+    def weights_hide(self) -> bool:
+        """Whether conversions of weights run beside compute. Gloo's threads compete with compute
+        for the same cores; GPUs communicate beside it."""
+        return self.cluster.device.kind != "cpu"
 
-        Args:
-            weight_price: factor on the conversions of weights, which may overlap with compute.
-            hidden_compute: share of compute to deduct for what hides behind it.
-            working_cap: leave out candidates with more `OpCosts.working_bytes` than this.
-        """
-
-        def timed(site: Site) -> np.ndarray:
-            if site.kind != "op":
-                return site.time_us
-            time = site.time_us - hidden_compute * site.parts["compute_us"]
-            return np.where(site.parts["working"] <= working_cap, time, np.inf)
-
-        def priced(link: Link) -> np.ndarray:
-            time = self.link_costs(link)[0]
-            if not link.weight or weight_price == 1.0:
-                return time
-            allowed = np.isfinite(time)  # 0 * inf is not 0
-            return np.where(allowed, weight_price * np.where(allowed, time, 0.0), np.inf)
-
+    def problem(self) -> tuple[Problem, list[int]]:
+        """The SPMD problem without rows (`moments.Moments` makes them) and, per site, the class of
+        the copies it shares its choice with. Weights that hide are not in its times."""
         problem = Problem(
-            tuple(timed(s) for s in self.sites),
-            tuple(s.memory_bytes for s in self.sites),
-            tuple(
-                Edge(link.source, link.target, priced(link), self.link_costs(link)[1])
-                for link in self.links
-            ),
-            budget_bytes,
+            tuple(s.time_us for s in self.sites),
+            tuple(Edge(k.source, k.target, self._exposed_us(k)) for k in self.links),
+            (),
             tuple(s.name for s in self.sites),
         )
         keys: dict[Any, int] = {}
@@ -117,36 +100,56 @@ class SearchSpace:
         ]
         return problem, classes
 
+    def _exposed_us(self, link: Link) -> np.ndarray:
+        time = self.link_costs(link).time_us
+        return (
+            np.where(np.isfinite(time), 0.0, np.inf) if link.weight and self.weights_hide else time
+        )
+
     def cost_links(self) -> None:
         """Compute all conversion costs now (they are memoized)."""
         for link in self.links:
             self.link_costs(link)
 
-    def _link_costs(self, link: Link) -> tuple[np.ndarray, np.ndarray | None]:
-        """Time [source candidate, target candidate] and memory of the conversions on a link."""
+    def _link_costs(self, link: Link) -> LinkCosts:
         source, target = self.sites[link.source], self.sites[link.target]
+        output = target.kind == "output"
+        key = (
+            id(source.candidates), link.result, id(target.candidates), link.operand,
+            link.shape, link.itemsize, link.grad, link.saved, output,
+        )  # fmt: skip
+        if key in self._known_links:
+            return self._known_links[key]
         outs = [c.outputs[link.result] for c in source.candidates]
         ins = [c.inputs[link.operand] for c in target.candidates]
         rows, row_of = _unique(outs)
         columns, column_of = _unique(ins)
-        time = self.conversion_us(link, rows, columns)[np.ix_(row_of, column_of)]
-        if not link.saved:
-            memory = None
-        else:
+        regathers = np.array([c.regather for c in source.candidates])
+        every = np.ix_(row_of, column_of)
+        forward = self.conversion_us(link, rows, columns, forward_only=True)[every]
+        backward = np.zeros_like(forward)
+        if link.grad:
+            both = self.conversion_us(link, rows, columns)[every]
+            backward = np.where(
+                np.isfinite(both), both - np.where(np.isfinite(both), forward, 0.0), np.inf
+            )
+        again = np.where(
+            np.isfinite(forward),
+            regathers[:, None] * np.where(np.isfinite(forward), forward, 0.0),
+            np.inf,
+        )
+        memory = None
+        if link.saved or output:
             held = [
                 0 if s is None else self._costs.local_bytes(link.shape, link.itemsize, s)
                 for s in columns
             ]
             moved = np.array([[a.dims != b.dims for b in columns] for a in rows])
             copies = np.where(moved, np.array(held)[None, :], 0.0)
-            memory = copies[np.ix_(row_of, column_of)]
-        regather = np.array([c.regather for c in source.candidates])
-        if regather.any():
-            again = self.conversion_us(link, rows, columns, forward_only=True)
-            time = time + regather[:, None] * again[np.ix_(row_of, column_of)]
-            if memory is not None:
-                memory = np.where(regather[:, None], 0.0, memory)
-        return time, memory
+            # gathered for forward and dropped, the copy is not kept; results stay with the caller
+            memory = np.where(regathers[:, None] & (not output), 0.0, copies[every])
+        found = self._known_links[key] = LinkCosts(forward, backward, again, memory)
+        return found
 
     def conversion_us(
         self,
@@ -163,23 +166,14 @@ class SearchSpace:
 
     def conversion_costs(self, link: Link, choices: Sequence[int]) -> tuple[float, float]:
         """Time and memory of the conversion on a link under a full choice."""
-        time, memory = self.link_costs(link)
+        costs = self.link_costs(link)
         pair = choices[link.source], choices[link.target]
-        return float(time[pair]), 0.0 if memory is None else float(memory[pair])
-
-    def least_working_bytes(self) -> float:
-        """The smallest `working_cap` under which every operator has a candidate."""
-        ops = (site for site in self.sites if site.kind == "op")
-        return max((float(site.parts["working"].min()) for site in ops), default=0.0)
-
-    def distinct_working_bytes(self) -> np.ndarray:
-        """Every working set that some candidate has, ascending."""
-        ops = [site.parts["working"] for site in self.sites if site.kind == "op"]
-        return np.unique(np.concatenate(ops)) if ops else np.zeros(1)
+        memory = costs.memory_bytes
+        return float(costs.time_us[pair]), 0.0 if memory is None else float(memory[pair])
 
     def random_choices(self, rng: np.random.Generator) -> tuple[int, ...]:
         """A uniformly drawn candidate per site, redrawn where no conversion exists."""
-        costs = [(link, self.link_costs(link)[0]) for link in self.links]
+        costs = [(link, self.link_costs(link).time_us) for link in self.links]
         touching: dict[int, list[tuple[Link, np.ndarray]]] = defaultdict(list)
         for link, cost in costs:
             touching[link.source].append((link, cost))
@@ -230,7 +224,8 @@ class SearchSpace:
     def _build(self) -> None:
         input_names = [name for name in self.graph.inputs if name is not None]
         calls = [n for n in self.graph.nodes if n in self.profile]
-        signatures = [(str(c.op), c.inputs, c.outputs) for c in map(call_of, calls)]
+        self._calls = {n: call_of(n) for n in calls}
+        signatures = [(str(c.op), c.inputs, c.outputs) for c in self._calls.values()]
         modules = [self.graph.info(n).module for n in calls]
         place = dict(zip(calls, places(zip(modules, signatures, strict=True)), strict=True))
         users = _user_links(self.graph)
@@ -311,33 +306,77 @@ class SearchSpace:
             "gradients_bytes": held * trains,
             "optimizer_bytes": held * trains * self.workload.state_bytes_per_param_byte,
         }
+        kept = sum(parts.values(), np.zeros(len(held)))
+        step = self._costs.step_us(held * trains, self.workload.state_bytes_per_param_byte)
+        parts |= {
+            "step_us": step * trains,
+            "step_bytes": held * trains * self._costs.step_copies(self.workload),
+        }
         repeats = None
         if has_index(qualified):
             repeats = ("parameter", pattern(qualified), shape, len(candidates), trains)
-        total = sum(parts.values(), np.zeros(len(held)))
-        zero = np.zeros(len(held))
-        return Site("parameter", node, tuple(candidates), zero, total, parts, repeats=repeats)
+        time = parts["step_us"]
+        return Site("parameter", node, tuple(candidates), time, kept, parts, repeats=repeats)
 
     def _operator(self, node: fx.Node, place: Any) -> Site:
-        found = strategies_of(node, self.mesh, any_order=self.any_order)
+        repeats = None
+        if place is not None:
+            call = self._calls[node]
+            count = len(self._strategies(node))
+            repeats = (
+                "op", place, str(call.op), call.inputs, call.outputs, count, self._saved.key(node),
+            )  # fmt: skip
+        key = (self._alike(node), id(self.profile[node]), self._saved.counted(node))
+        if key in self._known_operators:
+            return replace(self._known_operators[key], node=node, repeats=repeats)
+        found = self._strategies(node)
         candidates = tuple(Candidate(s.name, s.outputs, s.inputs, s) for s in found)
-        compute = self._costs.compute_us(node, found)
+        forward, backward = self._costs.compute_us(node, found)
         communicate = self._costs.lowering_us(node, found)
         saved = self._costs.saved_bytes(node, found)
         working = self._costs.working_bytes(node, found)
-        repeats = None
-        if place is not None:
-            call = call_of(node)
-            repeats = (
-                "op", place, str(call.op), call.inputs, call.outputs, len(candidates),
-                self._saved.key(node),
-            )  # fmt: skip
-        return Site(
-            "op", node, candidates, compute + communicate, saved,
-            {"compute_us": compute, "communication_us": communicate, "activations_bytes": saved,
-             "working": working},
-            repeats=repeats,
+        parts = {
+            "compute_us": forward + backward,
+            "forward_us": forward,
+            "backward_us": backward,
+            "communication_us": communicate,
+            "activations_bytes": saved,
+            "working": working,
+        }
+        if len(results(node)) == 1 and self.grads[node]:
+            parts["gradient"] = self._gradient_bytes(node, 0, candidates)
+        time = parts["compute_us"] + communicate
+        site = Site("op", node, candidates, time, saved, parts, repeats=repeats)
+        self._known_operators[key] = site
+        return site
+
+    def _alike(self, node: fx.Node) -> Hashable:
+        """Equal for calls that have the same strategies at the same costs."""
+        call = self._calls[node]
+        kinds = tuple(str(t.dtype) for t in results(node))
+        given = tuple(None if n is None else str(n.meta["val"].dtype) for n in operands(node))
+        return (
+            call.op, repr(call.arguments), call.inputs, call.outputs, call.masks, call.strides,
+            kinds, given,
         )  # fmt: skip
+
+    def _strategies(self, node: fx.Node) -> list[Strategy]:
+        key = self._alike(node)
+        if key not in self._known_strategies:
+            found = strategies_of(node, self.mesh, any_order=self.any_order)
+            self._known_strategies[key] = found
+        return self._known_strategies[key]
+
+    def _gradient_bytes(
+        self, node: fx.Node, result: int, candidates: Sequence[Candidate]
+    ) -> np.ndarray:
+        """Of the gradient of a site's value, while it waits for the operator that made it."""
+        fake = results(node)[result]
+        shape, itemsize = shape_of(fake), fake.element_size()
+        index = result if len(candidates[0].outputs) > 1 else 0
+        return np.array(
+            [float(self._costs.local_bytes(shape, itemsize, c.outputs[index])) for c in candidates]
+        )
 
     def _add_fan(self, node: fx.Node, result: int, users: Sequence[tuple[fx.Node, int]]) -> None:
         """A shared layout for a value with several users; its candidates are what any side has."""
@@ -345,14 +384,15 @@ class SearchSpace:
         specs = dict.fromkeys(c.outputs[result] for c in self.sites[source].candidates)
         for user, operand in users:
             if user.op != "output":
-                for s in strategies_of(user, self.mesh, any_order=self.any_order):
+                for s in self._strategies(user):
                     spec = s.inputs[operand]
                     assert spec is not None
                     specs.setdefault(spec)
         grad = self.grads[node]
         if not grad:
             specs = dict.fromkeys(s.data() for s in specs)
-        candidates = tuple(Candidate(str(s) or "scalar", (s,), (s,)) for s in specs)
+        named = tuple(Candidate(str(s) or "scalar", (s,), (s,)) for s in specs)
+        candidates = self._known_fans.setdefault(tuple(specs), named)
         zero = np.zeros(len(candidates))
         copies = self.sites[source].repeats
         repeats = None
@@ -362,7 +402,10 @@ class SearchSpace:
         value = node
         root = self._saved.root(value) if len(results(node)) == 1 else node
         parameter = root.op == "placeholder" and root.target in self.graph.parameters
-        site = Site("fan", node, candidates, zero, zero, {}, result, repeats)
+        parts = {}
+        if grad and not parameter:
+            parts["gradient"] = self._gradient_bytes(node, result, candidates)
+        site = Site("fan", node, candidates, zero, zero, parts, result, repeats)
         index = len(self.sites)
         self.links.append(
             Link(

@@ -13,17 +13,16 @@ import numpy as np
 
 Pairs = Sequence[tuple[int, int, np.ndarray]]
 
-MAX_ENTRIES = 30_000_000
+MAX_ENTRIES = 4_000_000
 
 
 @dataclass
 class _Bucket:
-    """One eliminated node: its table over (node, *scope), and where the minimum over it went."""
+    """One eliminated node and its table over (node, *scope)."""
 
     node: int
     scope: tuple[int, ...]
     table: np.ndarray
-    parent: int = -1
 
 
 class TooWide(Exception):
@@ -53,11 +52,11 @@ class Elimination:
     def __init__(self, unary: Sequence[np.ndarray], pairs: Pairs) -> None:
         count = len(unary)
         size = [len(u) for u in unary]
-        factors: list[tuple[tuple[int, ...], np.ndarray, int]] = [
-            ((v,), u, -1) for v, u in enumerate(unary)
-        ] + [((a, b), m, -1) for a, b, m in pairs]
+        factors: list[tuple[tuple[int, ...], np.ndarray]] = [
+            ((v,), u) for v, u in enumerate(unary)
+        ] + [((a, b), m) for a, b, m in pairs]
         touching: list[set[int]] = [set() for _ in range(count)]
-        for i, (scope, _, _) in enumerate(factors):
+        for i, (scope, _) in enumerate(factors):
             for v in scope:
                 touching[v].add(i)
         self.buckets: list[_Bucket] = []
@@ -77,17 +76,15 @@ class Elimination:
                 raise TooWide(f"a table over {len(scope)} nodes needs {shape} entries")
             table = np.zeros(shape)
             for i in touching[v]:
-                over, values, child = factors[i]
+                over, values = factors[i]
                 table += _expand(values, over, scope)
-                if child >= 0:
-                    self.buckets[child].parent = len(self.buckets)
             for i in list(touching[v]):
                 for w in factors[i][0]:
                     touching[w].discard(i)
             self.buckets.append(_Bucket(v, scope[1:], table))
             message = table.min(axis=0)
             if scope[1:]:
-                factors.append((scope[1:], message, len(self.buckets) - 1))
+                factors.append((scope[1:], message))
                 for w in scope[1:]:
                     touching[w].add(len(factors) - 1)
             else:
@@ -109,24 +106,3 @@ class Elimination:
                 column = column[..., choice[w]]
             choice[bucket.node] = int(np.argmin(column))
         return tuple(choice[v] for v in range(len(self._size)))
-
-    def min_marginals(self) -> list[np.ndarray]:
-        """Per node and choice, the minimum over all assignments that make that choice."""
-        outside: list[np.ndarray] = [np.zeros(())] * len(self.buckets)
-        found: list[np.ndarray] = [np.zeros(0)] * len(self._size)
-        for k in reversed(range(len(self.buckets))):
-            bucket = self.buckets[k]
-            belief = bucket.table + outside[k][None]
-            axes = tuple(range(1, belief.ndim))
-            rest = self.constant - float(belief.min())
-            found[bucket.node] = belief.min(axis=axes) + rest
-            scope = (bucket.node, *bucket.scope)
-            for c, child in enumerate(self.buckets[:k]):
-                if child.parent == k:
-                    message = _expand(child.table.min(axis=0), child.scope, scope)
-                    away = tuple(i for i, w in enumerate(scope) if w not in child.scope)
-                    with np.errstate(invalid="ignore"):
-                        context = np.where(np.isinf(belief), np.inf, belief - message)
-                    kept = [w for w in scope if w in child.scope]
-                    outside[c] = _expand(context.min(axis=away), kept, child.scope)
-        return found

@@ -2,19 +2,20 @@
 
 x[v, i] in {0, 1}    node v takes choice i                  (one_choice)
 y[e, i, j] >= 0      edge e sees the pair (i, j)            (marginals: sums to x on both ends)
-sum m x + sum m y <= budget                                 (memory)
+sum a x + sum a y <= limit + slack                          (within)
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import numpy as np
 import pulp
 
-from autopar.solver.problem import Problem
+from autopar.solver.problem import Choices, Problem, Row
 
 
 def available_backend() -> str:
@@ -22,50 +23,67 @@ def available_backend() -> str:
     return "HiGHS" if find_spec("highspy") is not None else "CBC"
 
 
-def _solver(backend: str, time_limit: float, gap: float) -> pulp.LpSolver:
-    make = pulp.HiGHS if backend == "HiGHS" else pulp.PULP_CBC_CMD
+def solver_of(*, time_limit: float, gap: float, backend: str | None = None) -> pulp.LpSolver:
+    """PuLP's solver object, silent."""
+    make = pulp.HiGHS if (backend or available_backend()) == "HiGHS" else pulp.PULP_CBC_CMD
     return make(msg=False, timeLimit=time_limit, gapRel=gap)
 
 
+def size_of(problem: Problem) -> int:
+    """How many variables the program would have."""
+    pairs = sum(int(np.isfinite(e.time_us).sum()) for e in problem.edges)
+    return pairs + sum(int(np.isfinite(t).sum()) for t in problem.time_us)
+
+
 def solve_ilp(
-    problem: Problem, *, time_limit: float, gap: float = 1e-6, backend: str | None = None
-) -> tuple[tuple[int, ...] | None, float]:
+    problem: Problem,
+    rows: Sequence[Row] = (),
+    *,
+    time_limit: float,
+    gap: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Choices | None, float]:
     """Choices (None if none was found in time) and a lower bound on the time in microseconds.
+
+    Args:
+        rows: beside the problem's own.
 
     Raises:
         ValueError: the problem is infeasible.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3 announces PuLP 4
-        return _solve(problem, time_limit, gap, backend or available_backend())
+        program = _Program(problem, (*problem.rows, *rows))
+        return program.solve(solver_of(time_limit=time_limit, gap=gap, backend=backend), gap)
 
 
-def _solve(
-    problem: Problem, time_limit: float, gap: float, backend: str
-) -> tuple[tuple[int, ...] | None, float]:
-    program = pulp.LpProblem("spmd", pulp.LpMinimize)
-    x: list[dict[int, pulp.LpVariable]] = []
-    cost: list[tuple[pulp.LpVariable, float]] = []
-    memory: list[tuple[pulp.LpVariable, float]] = []
-    unit = max(1.0, problem.budget_bytes if math.isfinite(problem.budget_bytes) else 1.0)
+class _Program:
+    def __init__(self, problem: Problem, rows: Sequence[Row]) -> None:
+        self._problem = problem
+        self._program = pulp.LpProblem("spmd", pulp.LpMinimize)
+        self._cost: list[tuple[pulp.LpVariable, float]] = []
+        self._x = [self.one_choice(v) for v in range(len(problem.time_us))]
+        self._y = [self.marginals(e) for e in range(len(problem.edges))]
+        slacks = {row.slack for row in rows if row.slack}
+        self._slack = {name: pulp.LpVariable(f"slack_{i}", 0) for i, name in enumerate(slacks)}
+        self._cost += [(variable, 1.0) for variable in self._slack.values()]
+        for row in rows:
+            self.within(row)
+        self._program.setObjective(pulp.LpAffineExpression(self._cost))
 
-    def charge(variable: pulp.LpVariable, time_us: float, memory_bytes: float) -> None:
-        if time_us:
-            cost.append((variable, time_us))
-        if memory_bytes:
-            memory.append((variable, memory_bytes / unit))
-
-    def one_choice(v: int) -> dict[int, pulp.LpVariable]:
-        allowed = np.flatnonzero(np.isfinite(problem.time_us[v]))
-        variables = {int(i): pulp.LpVariable(f"x_{v}_{i}", cat="Binary") for i in allowed}
-        program.addConstraint(pulp.lpSum(variables.values()) == 1)
-        for i, variable in variables.items():
-            charge(variable, float(problem.time_us[v][i]), float(problem.memory_bytes[v][i]))
+    def one_choice(self, v: int) -> dict[int, pulp.LpVariable]:
+        time = self._problem.time_us[v]
+        variables = {
+            int(i): pulp.LpVariable(f"x_{v}_{i}", cat="Binary")
+            for i in np.flatnonzero(np.isfinite(time))
+        }
+        self._program.addConstraint(pulp.lpSum(variables.values()) == 1)
+        self._cost += [(x, float(time[i])) for i, x in variables.items() if time[i]]
         return variables
 
-    def marginals(e: int) -> None:
-        edge = problem.edges[e]
-        rows, columns = x[edge.source], x[edge.target]
+    def marginals(self, e: int) -> dict[tuple[int, int], pulp.LpVariable]:
+        edge = self._problem.edges[e]
+        rows, columns = self._x[edge.source], self._x[edge.target]
         y = {
             (i, j): pulp.LpVariable(f"y_{e}_{i}_{j}", 0, 1)
             for i in rows
@@ -74,28 +92,41 @@ def _solve(
         }
         for i, variable in rows.items():
             terms = [y[i, j] for j in columns if (i, j) in y]
-            program.addConstraint(pulp.lpSum(terms) == variable)
+            self._program.addConstraint(pulp.lpSum(terms) == variable)
         for j, variable in columns.items():
             terms = [y[i, j] for i in rows if (i, j) in y]
-            program.addConstraint(pulp.lpSum(terms) == variable)
-        for (i, j), variable in y.items():
-            bytes_ = 0.0 if edge.memory_bytes is None else float(edge.memory_bytes[i, j])
-            charge(variable, float(edge.time_us[i, j]), bytes_)
+            self._program.addConstraint(pulp.lpSum(terms) == variable)
+        self._cost += [(v, float(edge.time_us[p])) for p, v in y.items() if edge.time_us[p]]
+        return y
 
-    x = [one_choice(v) for v in range(len(problem.time_us))]
-    for e in range(len(problem.edges)):
-        marginals(e)
-    if math.isfinite(problem.budget_bytes):
-        program.addConstraint(
-            pulp.LpAffineExpression(memory) <= problem.budget_bytes / unit, "memory"
-        )
-    program.setObjective(pulp.LpAffineExpression(cost))
-    status = program.solve(_solver(backend, time_limit, gap))
-    if status == pulp.LpStatusInfeasible:
-        raise ValueError("the SPMD problem is infeasible within the memory budget")
-    if any(v.value() is None for variables in x for v in variables.values()):
-        return None, -math.inf
-    choices = tuple(max(c, key=lambda i: c[i].value()) for c in x)
-    objective = pulp.value(program.objective)
-    proven = status == pulp.LpStatusOptimal and program.sol_status == pulp.LpSolutionOptimal
-    return choices, objective * (1 - gap) if proven else -math.inf
+    def within(self, row: Row) -> None:
+        # bytes run to 1e11: in units of the limit, or of the largest term
+        largest = max((float(np.abs(t).max()) for t in row.nodes.values()), default=1.0)
+        unit = 1.0 if row.slack else max(1.0, abs(row.limit), largest)
+        terms = [
+            (x, float(row.nodes[v][i]) / unit)
+            for v in row.nodes
+            for i, x in self._x[v].items()
+            if row.nodes[v][i]
+        ]
+        terms += [
+            (y, float(row.edges[e][pair]) / unit)
+            for e in row.edges
+            for pair, y in self._y[e].items()
+            if row.edges[e][pair]
+        ]
+        if row.slack:
+            terms.append((self._slack[row.slack], -1.0))
+        self._program.addConstraint(pulp.LpAffineExpression(terms) <= row.limit / unit)
+
+    def solve(self, solver: pulp.LpSolver, gap: float) -> tuple[Choices | None, float]:
+        status = self._program.solve(solver)
+        if status == pulp.LpStatusInfeasible:
+            raise ValueError("the SPMD problem is infeasible within its rows")
+        if any(v.value() is None for variables in self._x for v in variables.values()):
+            return None, -math.inf
+        choices = tuple(max(c, key=lambda i: c[i].value()) for c in self._x)
+        objective = pulp.value(self._program.objective)
+        optimal = self._program.sol_status == pulp.LpSolutionOptimal
+        proven = status == pulp.LpStatusOptimal and optimal
+        return choices, objective - gap * abs(objective) if proven else -math.inf

@@ -1,94 +1,140 @@
 """The SPMD problem as a value.
 
-    minimize    sum_v t_v[x_v] + sum_(u,v) t_uv[x_u, x_v]                    (time, microseconds)
-    subject to  sum_v m_v[x_v] + sum_(u,v) m_uv[x_u, x_v]  <=  budget        (bytes per device)
+    minimize    sum_v t_v[x_v] + sum_(u,v) t_uv[x_u, x_v] + sum_s slack_s       (microseconds)
+    subject to  sum_v a_v[x_v] + sum_e a_e[x_u, x_v]  <=  limit                 for each hard row
+                sum_v a_v[x_v] + sum_e a_e[x_u, x_v]  <=  limit + slack_s       for each soft row
 
-x_v is the strategy chosen for node v. Infinite time forbids a choice.
+x_v is the choice made for node v; infinite time forbids a choice. Hard rows bound the memory at one
+moment of the step. Soft rows are communication that hides behind compute as far as it lasts: rows
+of one slack are different moments at which it may be late, and the latest counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+
+Choices = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Edge:
-    """Costs that depend on the choices of two nodes.
+    """Time that depends on the choices of two nodes.
 
     Args:
         source, target: node indices, different from each other.
         time_us: [choices of source, choices of target].
-        memory_bytes: the same shape, or None for no memory.
     """
 
     source: int
     target: int
     time_us: np.ndarray
-    memory_bytes: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A linear expression in the choices, and its limit.
+
+    Args:
+        name: for messages.
+        limit: bound on the expression, in its own unit (bytes; microseconds for soft rows).
+        nodes: per node that takes part, its terms [choices].
+        edges: per edge (an index into `Problem.edges`), its terms [source, target], finite.
+        slack: empty for a hard row; else the slack that takes what exceeds the limit, at one
+            microsecond per unit.
+    """
+
+    name: str
+    limit: float
+    nodes: Mapping[int, np.ndarray]
+    edges: Mapping[int, np.ndarray] = field(default_factory=dict)
+    slack: str = ""
+
+
+# The rows that choices violate most, of each kind; rows need not be listed beforehand.
+Separate = Callable[[Choices], Sequence[Row]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One strategy per node, minimal time, bounded memory.
+    """One choice per node, minimal time, within the rows.
 
     Args:
         time_us: per node the time of each choice.
-        memory_bytes: per node the bytes of each choice.
-        edges: pairwise costs; several edges between the same nodes add up.
-        budget_bytes: bound on the sum of bytes.
+        edges: pairwise times; several edges between the same nodes add up.
+        rows: limits.
         names: per node, for messages.
     """
 
     time_us: tuple[np.ndarray, ...]
-    memory_bytes: tuple[np.ndarray, ...]
-    edges: tuple[Edge, ...]
-    budget_bytes: float = np.inf
+    edges: tuple[Edge, ...] = ()
+    rows: tuple[Row, ...] = ()
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for v, (time, memory) in enumerate(zip(self.time_us, self.memory_bytes, strict=True)):
-            name = self.names[v] if self.names else f"node {v}"
-            if time.shape != memory.shape or time.ndim != 1 or not len(time):
-                raise ValueError(
-                    f"{name}: time {time.shape} and memory {memory.shape} do not match"
-                )
-            if np.isnan(time).any() or np.isnan(memory).any() or (memory < 0).any():
-                raise ValueError(f"{name}: costs must be numbers, memory not negative")
+        for v, time in enumerate(self.time_us):
+            if time.ndim != 1 or not len(time):
+                raise ValueError(f"{self.name(v)}: time of shape {time.shape}, not [choices]")
+            if np.isnan(time).any():
+                raise ValueError(f"{self.name(v)}: costs must be numbers")
             if not np.isfinite(time).any():
-                raise ValueError(f"{name}: every choice is forbidden")
-        for edge in self.edges:
-            shape = (len(self.time_us[edge.source]), len(self.time_us[edge.target]))
+                raise ValueError(f"{self.name(v)}: every choice is forbidden")
+        for e, edge in enumerate(self.edges):
+            shape = self._shape(e)
             if edge.time_us.shape != shape or edge.source == edge.target:
                 raise ValueError(
                     f"edge {edge.source}-{edge.target}: {edge.time_us.shape} != {shape}"
                 )
+        for row in self.rows:
+            self.check(row)
 
-    def evaluate(self, choices: Sequence[int]) -> tuple[float, float]:
-        """Time in microseconds and memory in bytes of a full assignment."""
+    def check(self, row: Row) -> None:
+        """Raises ValueError where a row does not fit the problem."""
+        for v, terms in row.nodes.items():
+            if terms.shape != self.time_us[v].shape or not np.isfinite(terms).all():
+                raise ValueError(f"{row.name}: terms of {self.name(v)} do not match its choices")
+        for e, terms in row.edges.items():
+            if terms.shape != self._shape(e) or not np.isfinite(terms).all():
+                raise ValueError(f"{row.name}: terms of edge {e} do not match its choices")
+
+    def name(self, v: int) -> str:
+        return self.names[v] if self.names else f"node {v}"
+
+    def _shape(self, e: int) -> tuple[int, int]:
+        return len(self.time_us[self.edges[e].source]), len(self.time_us[self.edges[e].target])
+
+    def usage(self, row: Row, choices: Sequence[int]) -> float:
+        """The row's expression less its limit."""
+        total = sum(float(terms[choices[v]]) for v, terms in row.nodes.items())
+        for e, terms in row.edges.items():
+            total += float(terms[choices[self.edges[e].source], choices[self.edges[e].target]])
+        return total - row.limit
+
+    def busy_us(self, choices: Sequence[int]) -> float:
+        """Time of a full assignment without slacks."""
         time = sum(float(t[c]) for t, c in zip(self.time_us, choices, strict=True))
-        memory = sum(float(m[c]) for m, c in zip(self.memory_bytes, choices, strict=True))
-        for edge in self.edges:
-            pair = choices[edge.source], choices[edge.target]
-            time += float(edge.time_us[pair])
-            if edge.memory_bytes is not None:
-                memory += float(edge.memory_bytes[pair])
-        return time, memory
+        return time + sum(
+            float(e.time_us[choices[e.source], choices[e.target]]) for e in self.edges
+        )
 
-    def weighted(self, price: float) -> tuple[list[np.ndarray], list[tuple[int, int, np.ndarray]]]:
-        """Unary and pairwise costs of time + price * memory (microseconds per byte)."""
-        unary = [t + price * m for t, m in zip(self.time_us, self.memory_bytes, strict=True)]
-        pairs = [
-            (
-                e.source,
-                e.target,
-                e.time_us if e.memory_bytes is None else e.time_us + price * e.memory_bytes,
-            )
-            for e in self.edges
-        ]
-        return unary, pairs
+    def evaluate(self, choices: Sequence[int], more: Sequence[Row] = ()) -> tuple[float, float]:
+        """Time in microseconds with slacks, and by how much hard rows are exceeded at most.
+
+        Args:
+            more: rows beside the problem's own.
+        """
+        slacks: dict[str, float] = {}
+        excess = -math.inf
+        for row in (*self.rows, *more):
+            usage = self.usage(row, choices)
+            if row.slack:
+                slacks[row.slack] = max(slacks.get(row.slack, 0.0), usage)
+            else:
+                excess = max(excess, usage)
+        return self.busy_us(choices) + sum(slacks.values()), excess
 
 
 @dataclass(frozen=True)
@@ -97,16 +143,17 @@ class Solution:
 
     Args:
         choices: per node.
-        time_us, memory_bytes: of the choices.
-        bound_us: no assignment within the budget is faster than this.
-        method: what certified it ("elimination", "ilp (HiGHS)", ...).
+        time_us: of the choices, slacks included.
+        bound_us: no assignment within the rows is faster than this.
+        method: what certified it ("elimination", "prices", "ilp (HiGHS)").
+        prices: what a unit of each row is worth, by the row's name.
     """
 
-    choices: tuple[int, ...]
+    choices: Choices
     time_us: float
-    memory_bytes: float
     bound_us: float
     method: str
+    prices: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gap(self) -> float:

@@ -1,114 +1,150 @@
-"""Exact reductions: each turns a problem into a smaller one and says how to read its solution back.
-
-`reduce(problem) -> (smaller, inverse)`, where `inverse(choices)` gives choices of the original.
-"""
+"""Exact reductions: each turns a problem into a smaller one and reads its solution back."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from autopar.solver.problem import Edge, Problem
-
-Inverse = Callable[[Sequence[int]], tuple[int, ...]]
+from autopar.solver.problem import Choices, Edge, Problem, Row
 
 
-def share(problem: Problem, classes: Sequence[int]) -> tuple[Problem, Inverse]:
+class Shared:
     """Nodes of one class take the same choice (repeated blocks): their costs add up.
 
     Exact for the restricted problem in which classes agree. Nodes of a class must have equally many
     choices.
+
+    Args:
+        problem: over all nodes.
+        classes: per node.
+
+    Attributes:
+        problem: over the classes, in the order in which they first occur.
     """
-    order = {c: i for i, c in enumerate(dict.fromkeys(classes))}
-    index = [order[c] for c in classes]
-    count = len(order)
-    time: list[np.ndarray | None] = [None] * count
-    memory: list[np.ndarray | None] = [None] * count
-    names = [""] * count
 
-    def plus(total: np.ndarray | None, more: np.ndarray) -> np.ndarray:
-        return more.astype(np.float64) if total is None else total + more
+    def __init__(self, problem: Problem, classes: Sequence[Hashable]) -> None:
+        order = {c: i for i, c in enumerate(dict.fromkeys(classes))}
+        self._whole = problem
+        self._index = [order[c] for c in classes]
+        # per edge: the class edge (None within a class), and whether it is turned around
+        self._edge_of: list[tuple[int | None, bool]] = []
+        ends: dict[tuple[int, int], int] = {}
+        for edge in problem.edges:
+            a, b = self._index[edge.source], self._index[edge.target]
+            key = (min(a, b), max(a, b))
+            self._edge_of.append((None if a == b else ends.setdefault(key, len(ends)), a > b))
+        nodes, edges = self._sum(
+            dict(enumerate(problem.time_us)), {e: x.time_us for e, x in enumerate(problem.edges)}
+        )
+        names = dict(zip(self._index[::-1], problem.names[::-1], strict=False))
+        self.problem = Problem(
+            tuple(nodes[i] for i in range(len(order))),
+            tuple(Edge(a, b, edges[e]) for (a, b), e in ends.items()),
+            tuple(map(self.row, problem.rows)),
+            tuple(names[i] for i in range(len(order))) if problem.names else (),
+        )
 
-    for v, i in enumerate(index):
-        time[i] = plus(time[i], problem.time_us[v])
-        memory[i] = plus(memory[i], problem.memory_bytes[v])
-        names[i] = names[i] or (problem.names[v] if problem.names else "")
-    edge_time: dict[tuple[int, int], np.ndarray | None] = defaultdict(lambda: None)
-    edge_memory: dict[tuple[int, int], np.ndarray | None] = defaultdict(lambda: None)
-    for edge in problem.edges:
-        a, b = index[edge.source], index[edge.target]
-        t, m = edge.time_us, edge.memory_bytes
-        if a == b:  # the same choice on both ends: a node cost
-            time[a] = plus(time[a], np.diagonal(t))
-            if m is not None:
-                memory[a] = plus(memory[a], np.diagonal(m))
-            continue
-        if a > b:
-            a, b, t, m = b, a, t.T, None if m is None else m.T
-        edge_time[a, b] = plus(edge_time[a, b], t)
-        if m is not None:
-            edge_memory[a, b] = plus(edge_memory[a, b], m)
-    edges = tuple(
-        Edge(a, b, t, edge_memory[a, b]) for (a, b), t in edge_time.items() if t is not None
-    )
-    smaller = Problem(
-        tuple(t for t in time if t is not None),
-        tuple(m for m in memory if m is not None),
-        edges,
-        problem.budget_bytes,
-        tuple(names),
-    )
-    return smaller, lambda choices: tuple(choices[i] for i in index)
+    def _sum(
+        self, nodes: Mapping[int, np.ndarray], edges: Mapping[int, np.ndarray]
+    ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        summed: dict[int, np.ndarray] = {}
+        pairs: dict[int, np.ndarray] = {}
+        for v, terms in nodes.items():
+            _accumulate(summed, self._index[v], terms)
+        for e, terms in edges.items():
+            target, turned = self._edge_of[e]
+            if target is None:  # the same choice on both ends: a node cost
+                _accumulate(summed, self._index[self._whole.edges[e].source], np.diagonal(terms))
+            else:
+                _accumulate(pairs, target, terms.T if turned else terms)
+        return summed, pairs
 
+    def row(self, row: Row) -> Row:
+        """The row over the classes."""
+        nodes, edges = self._sum(row.nodes, row.edges)
+        return replace(row, nodes=nodes, edges=edges)
 
-def keep_choices(problem: Problem, kept: Sequence[np.ndarray]) -> tuple[Problem, Inverse]:
-    """Only the choices `kept[v]` (indices) of each node remain."""
-    smaller = Problem(
-        tuple(t[k] for t, k in zip(problem.time_us, kept, strict=True)),
-        tuple(m[k] for m, k in zip(problem.memory_bytes, kept, strict=True)),
-        tuple(
-            Edge(
-                e.source,
-                e.target,
-                e.time_us[np.ix_(kept[e.source], kept[e.target])],
-                None
-                if e.memory_bytes is None
-                else e.memory_bytes[np.ix_(kept[e.source], kept[e.target])],
-            )
-            for e in problem.edges
-        ),
-        problem.budget_bytes,
-        problem.names,
-    )
-    return smaller, lambda choices: tuple(int(kept[v][c]) for v, c in enumerate(choices))
+    def expand(self, choices: Sequence[int]) -> Choices:
+        """The choice of every node, from that of every class."""
+        return tuple(choices[i] for i in self._index)
+
+    def contract(self, choices: Sequence[int]) -> Choices:
+        """The choice of every class, from those of nodes that agree."""
+        found = dict(zip(self._index[::-1], choices[::-1], strict=True))
+        return tuple(found[i] for i in range(len(found)))
 
 
-def drop_dominated(problem: Problem) -> tuple[Problem, Inverse]:
-    """Drop choice j of a node where some choice i is never worse, whatever the neighbours do:
+def _accumulate(total: dict[int, np.ndarray], key: int, terms: np.ndarray) -> None:
+    total[key] = total[key] + terms if key in total else terms.astype(np.float64)
+
+
+class Kept:
+    """Only the choices `kept[v]` (indices) of each node remain.
+
+    Attributes:
+        problem: over the choices kept.
+    """
+
+    def __init__(self, problem: Problem, kept: Sequence[np.ndarray]) -> None:
+        self._ends = [(e.source, e.target) for e in problem.edges]
+        self._kept = kept
+        self.problem = Problem(
+            tuple(t[k] for t, k in zip(problem.time_us, kept, strict=True)),
+            tuple(
+                replace(e, time_us=e.time_us[np.ix_(kept[e.source], kept[e.target])])
+                for e in problem.edges
+            ),
+            tuple(map(self.row, problem.rows)),
+            problem.names,
+        )
+
+    def row(self, row: Row) -> Row:
+        """The row over the choices kept."""
+        nodes = {v: terms[self._kept[v]] for v, terms in row.nodes.items()}
+        edges = {}
+        for e, terms in row.edges.items():
+            a, b = self._ends[e]
+            edges[e] = terms[np.ix_(self._kept[a], self._kept[b])]
+        return replace(row, nodes=nodes, edges=edges)
+
+    def expand(self, choices: Sequence[int]) -> Choices:
+        """Indices among all choices, from those among the kept."""
+        return tuple(int(self._kept[v][c]) for v, c in enumerate(choices))
+
+
+def undominated(problem: Problem) -> list[np.ndarray]:
+    """Per node the choices that are left when j goes wherever some choice i of the node is never
+    worse, whatever the neighbours do:
 
         c_v[i] - c_v[j] + sum_e max_k (c_e[i, k] - c_e[j, k])  <=  0
 
-    for time and for memory alike. Each pass works on what the previous nodes kept.
+    for time and for every row alike. Each node works on what the ones before it kept.
     """
     kept = [np.flatnonzero(np.isfinite(t)) for t in problem.time_us]
-    touching: list[list[tuple[np.ndarray, np.ndarray | None, int]]] = [[] for _ in kept]
-    for e in problem.edges:
-        m = e.memory_bytes
-        touching[e.source].append((e.time_us, m, e.target))
-        touching[e.target].append((e.time_us.T, None if m is None else m.T, e.source))
+    touching: list[list[tuple[int, bool]]] = [[] for _ in kept]
+    for e, edge in enumerate(problem.edges):
+        touching[edge.source].append((e, False))
+        touching[edge.target].append((e, True))
+    costs = [
+        (dict(enumerate(problem.time_us)), {e: x.time_us for e, x in enumerate(problem.edges)})
+    ]
+    costs += [(dict(row.nodes), dict(row.edges)) for row in problem.rows]
     for v in range(len(kept)):
         mine = kept[v]
-        worse = [_worse(problem.time_us[v][mine]), _worse(problem.memory_bytes[v][mine])]
-        for time, memory, other in touching[v]:
-            block = np.ix_(mine, kept[other])
-            worse[0] += _worst_difference(time[block])
-            if memory is not None:
-                worse[1] += _worst_difference(memory[block])
-        # replaces[i, j]: i can stand for j; among equals the first one stays
-        replaces = (worse[0] <= 1e-12) & (worse[1] <= 1e-6)
-        np.fill_diagonal(replaces, False)
+        replaces = ~np.eye(len(mine), dtype=bool)
+        for nodes, edges in costs:
+            worse = _worse(nodes[v][mine]) if v in nodes else np.zeros(replaces.shape)
+            scale = np.abs(worse).max(initial=0.0)
+            for e, turned in touching[v]:
+                if e in edges:
+                    table = edges[e].T if turned else edges[e]
+                    edge = problem.edges[e]
+                    other = edge.source if turned else edge.target
+                    worse = worse + _worst_difference(table[np.ix_(mine, kept[other])])
+            replaces &= worse <= 1e-12 * max(1.0, float(scale))
+        # i can stand for j; among equals the first one stays
         mutual = replaces & replaces.T
         replaces &= ~mutual | (np.arange(len(mine))[:, None] < np.arange(len(mine))[None, :])
         # rounding makes near ties that go round in circles: what stands for others stays
@@ -116,7 +152,7 @@ def drop_dominated(problem: Problem) -> tuple[Problem, Inverse]:
         for j in np.flatnonzero(replaces.any(axis=0)):
             alive[j] = not (replaces[:, j] & alive).any()
         kept[v] = mine[alive]
-    return keep_choices(problem, kept)
+    return kept
 
 
 def _worse(cost: np.ndarray) -> np.ndarray:

@@ -1,197 +1,231 @@
-"""`solve(problem) -> solution`: reductions, then elimination, then an ILP on what is left.
+"""`solve(problem) -> solution`: prices for a bound, fixing by it, and branching on what is left.
 
-Without the memory bound, elimination is exact. With it, time + price * memory is minimized by the
-same elimination for rising prices (Lagrangian relaxation): every price gives a lower bound, every
-assignment that fits an upper one, and every choice whose min-marginal exceeds the best upper bound
-can go. The ILP closes the rest and certifies the gap.
+`dual` finds the best lower bound that prices on rows can give, and meets good assignments on the
+way. Every choice whose min-marginal under these prices exceeds the best assignment goes. While
+bound and best assignment differ, the region with the lowest bound is solved as an integer program,
+if it has become small, or else divided in two.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autopar.errors import InfeasibleError
-from autopar.solver.elimination import Elimination, TooWide
-from autopar.solver.ilp import available_backend, solve_ilp
-from autopar.solver.problem import Edge, Problem, Solution
-from autopar.solver.reductions import Inverse, drop_dominated, keep_choices
-from autopar.units import format_bytes
+from autopar.solver.dual import Pool, Region
+from autopar.solver.ilp import available_backend, size_of, solve_ilp
+from autopar.solver.merging import Merged
+from autopar.solver.problem import Choices, Problem, Row, Separate, Solution
+from autopar.solver.reductions import Kept
 
-PRICE_STEPS = 24
-TARGET_GAP = 1e-4
+TARGET_GAP = 9e-4
+# evaluations of the dual: at first, and in a half of a region
+PRICE_STEPS, BRANCH_STEPS = 60, 8
+# A region is narrowed while bound and best assignment are this close, to this share of its choices.
+NARROW_GAP, NARROWED = 0.2, 0.7
+# variables of an integer program that is solved rather than divided
+SMALL_PROGRAM = 4000
 
 
 def solve(
     problem: Problem,
     *,
+    separate: Separate | None = None,
+    start: Choices | None = None,
+    prices: Mapping[str, float] | None = None,
     time_limit: float = 60.0,
+    gap: float = TARGET_GAP,
+    enough_us: float = -math.inf,
+    branch: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Solution:
-    """The fastest assignment within the budget, with a certified gap.
+    """The fastest assignment within the rows, with a certified gap.
 
     Args:
+        separate: rows are made when needed: for choices, those they violate most, of each kind.
+        start: an assignment to begin from.
+        prices: of rows, by name, to begin from.
         time_limit: seconds; afterwards the best found is returned with its gap.
+        gap: good enough.
+        enough_us: stop at an assignment as fast as this.
+        branch: close the gap that prices leave.
         progress: called with a line for each phase.
 
     Raises:
-        InfeasibleError: no assignment fits; it names the smallest feasible budget.
+        InfeasibleError: no assignment is within the hard rows; says how far the best is outside.
     """
-    say = progress or (lambda line: None)
-    start = time.monotonic()
-    small, inverse = drop_dominated(problem)
-    say(
-        f"{len(problem.time_us)} nodes, {sum(map(len, problem.time_us))} choices; "
-        f"{sum(map(len, small.time_us))} after dominance"
+    search = _Search(
+        problem,
+        separate,
+        time.monotonic() + time_limit,
+        gap,
+        enough_us,
+        branch,
+        progress or (lambda line: None),
+        Pool(problem, separate),
     )
+    return search.run(start, prices or {})
 
-    def finish(choices: tuple[int, ...], bound: float, method: str) -> Solution:
-        original = inverse(choices)
-        time_us, memory = problem.evaluate(original)
-        return Solution(original, time_us, memory, min(bound, time_us), method)
 
-    def remaining() -> float:
-        return max(1.0, time_limit - (time.monotonic() - start))
+@dataclass
+class _Search:
+    problem: Problem
+    separate: Separate | None
+    end: float
+    gap: float
+    enough_us: float
+    branch: bool
+    say: Callable[[str], None]
+    pool: Pool
+    bound: float = -math.inf
 
-    try:
-        fastest_us, choices = _minimize(small, 0.0)
-    except TooWide:
-        say("too wide for elimination: integer program")
-        return _by_ilp(small, finish, remaining())
-    if not math.isfinite(fastest_us):
-        raise InfeasibleError(
-            "no assignment satisfies the constraints on layouts, whatever the memory",
-            budget_bytes=problem.budget_bytes,
-            smallest_bytes=math.inf,
+    def run(self, start: Choices | None, prices: Mapping[str, float]) -> Solution:
+        pool, problem = self.pool, self.problem
+        if start is not None:
+            pool.note(start)
+        whole = Region(pool, [np.flatnonzero(np.isfinite(t)) for t in problem.time_us])
+        known = {row.name for row in pool.rows}
+        whole.prices = {name: price for name, price in prices.items() if name in known}
+        if whole.evaluate(whole.prices).choices is None:
+            raise InfeasibleError(
+                "no assignment satisfies the constraints on layouts, whatever the memory",
+                budget_bytes=math.inf,
+                smallest_bytes=math.inf,
+            )
+        self.say(
+            f"{len(problem.time_us)} nodes, {whole.sizes()} choices: at least {whole.bound:.0f} us"
         )
-    if small.evaluate(choices)[1] <= problem.budget_bytes:
-        return finish(choices, fastest_us, "elimination")
-    try:
-        best, bound, price = _price_search(small, fastest_us, choices)
-    except TooWide:
-        say("too wide for elimination with priced memory: integer program")
-        return _by_ilp(small, finish, remaining())
-    say(f"memory binds: {best[0]:.0f} us found, bound {bound:.0f} us")
-    if best[0] - bound <= TARGET_GAP * best[0]:
-        return finish(best[1], bound, "elimination with priced memory")
-    core, expand = _drop_hopeless(small, price, best[0])
-    say(f"integer program over {sum(map(len, core.time_us))} choices")
-    found, ilp_bound = solve_ilp(core, time_limit=remaining(), gap=TARGET_GAP / 2)
-    if found is not None:
-        candidate = expand(found)
-        time_us, memory = small.evaluate(candidate)
-        if memory <= small.budget_bytes * (1 + 1e-9) and time_us < best[0]:
-            best = (time_us, candidate)
-    return finish(best[1], max(bound, min(ilp_bound, best[0])), f"ilp ({available_backend()})")
+        if pool.choices is None:
+            pool.note(self._within(pool.rows))
+        region = self._raise(whole, PRICE_STEPS)
+        self.bound = region.bound
+        if self._done() or not self.branch:
+            return self._solution(region, "prices" if region.prices else "elimination")
+        self.say(f"{pool.time_us:.0f} us found, bound {self.bound:.0f} us")
+        return self._branch_and_bound(region)
 
+    def _done(self) -> bool:
+        best = self.pool.time_us
+        closed = best - self.bound <= self.gap * abs(best) or best <= self.enough_us
+        return closed or time.monotonic() > self.end
 
-def _minimize(problem: Problem, price: float) -> tuple[float, tuple[int, ...]]:
-    """Least time + price * memory, and choices that reach it. With one cost instead of two, far
-    more choices are dominated.
+    def _solution(self, region: Region, method: str) -> Solution:
+        pool = self.pool
+        assert pool.choices is not None
+        bound = min(self.bound, pool.time_us)
+        return Solution(pool.choices, pool.time_us, bound, method, region.prices)
 
-    Raises:
-        TooWide: elimination would need too large a table.
-    """
-    unary, pairs = problem.weighted(price)
-    single = Problem(
-        tuple(unary),
-        tuple(np.zeros(len(u)) for u in unary),
-        tuple(Edge(a, b, cost) for a, b, cost in pairs),
-    )
-    core, inverse = drop_dominated(single)
-    found = Elimination(*core.weighted(0.0))
-    return found.minimum, inverse(found.argmin())
+    def _raise(self, region: Region, steps: int) -> Region:
+        """Raise a region's bound, and narrow it whenever that has become possible."""
+        tried = math.inf
+        while steps > 0 and not self._done():
+            if self.pool.choices is not None:
+                apart = (self.pool.time_us - region.bound) / max(abs(self.pool.time_us), 1e-9)
+                if apart <= NARROW_GAP and apart < NARROWED * tried:
+                    tried, region = apart, region.fixed()
+            before = region.bound, len(self.pool.lines)
+            region.maximize(gap=self.gap, steps=3, done=self._done)
+            steps -= 3
+            if (region.bound, len(self.pool.lines)) == before:
+                break
+        return region
 
+    def _branch_and_bound(self, root: Region) -> Solution:
+        """Best bound first."""
+        order = itertools.count()
+        heap = [(root.bound, next(order), root)]
+        programs = 0
+        while heap and not self._done():
+            _, _, region = heapq.heappop(heap)
+            if region is not root:
+                region = self._raise(region, BRANCH_STEPS)
+            elif self.pool.choices is not None:
+                region = region.fixed()
+            if self._worthwhile(region):
+                small = self._small(region)
+                if small is not None:
+                    programs += 1
+                    region.bound = max(region.bound, self._by_program(region, *small))
+                    if self._worthwhile(region):  # rows were missing
+                        heapq.heappush(heap, (region.bound, next(order), region))
+                else:
+                    for half in region.branches():
+                        heapq.heappush(heap, (half.bound, next(order), half))
+            lowest = heap[0][0] if heap else math.inf
+            self.bound = max(self.bound, min(lowest, self.pool.time_us))
+            if next(order) % 16 == 0:
+                self.say(
+                    f"{self.pool.time_us:.0f} us found, bound {self.bound:.0f} us, "
+                    f"{len(heap)} regions"
+                )
+        method = f"ilp ({available_backend()})" if programs else "branch and bound"
+        return self._solution(root, method)
 
-def _drop_hopeless(problem: Problem, price: float, best_us: float) -> tuple[Problem, Inverse]:
-    """Drop choices whose every completion is provably slower than the best known assignment."""
-    try:
-        marginals = Elimination(*problem.weighted(price)).min_marginals()
-    except TooWide:
-        marginals = [np.zeros(len(t)) for t in problem.time_us]
-    slack = best_us + price * problem.budget_bytes + 1e-9
-    return keep_choices(problem, [np.flatnonzero(m <= slack) for m in marginals])
+    def _worthwhile(self, region: Region) -> bool:
+        best = self.pool.time_us
+        return best - region.bound > self.gap / 2 * abs(best)
 
+    def _small(self, region: Region) -> tuple[Kept, Merged] | None:
+        """The region's integer program, if it is small."""
+        if region.sizes() > SMALL_PROGRAM // 3:
+            return None
+        kept = Kept(replace(self.problem, rows=tuple(self.pool.rows)), region.kept)
+        merged = Merged(kept.problem)
+        return (kept, merged) if size_of(merged.problem) <= SMALL_PROGRAM else None
 
-def _by_ilp(
-    small: Problem, finish: Callable[[tuple[int, ...], float, str], Solution], limit: float
-) -> Solution:
-    try:
-        choices, bound = solve_ilp(small, time_limit=limit, gap=TARGET_GAP)
-    except ValueError:
-        unbounded = replace(_memory_only(small), budget_bytes=math.inf)
-        leanest, _ = solve_ilp(unbounded, time_limit=limit, gap=TARGET_GAP)
-        smallest = small.evaluate(leanest)[1] if leanest is not None else math.nan
-        raise InfeasibleError(
-            f"no plan fits {format_bytes(small.budget_bytes)} per device: the smallest budget with "
-            f"a plan is {format_bytes(smallest)} ({smallest:.0f} bytes)",
-            budget_bytes=small.budget_bytes,
-            smallest_bytes=smallest,
-        ) from None
-    if choices is None:
-        raise InfeasibleError(
-            f"no plan was found within the time limit of {limit:.0f} s; raise the limit",
-            budget_bytes=small.budget_bytes,
-            smallest_bytes=math.nan,
+    def _by_program(self, region: Region, kept: Kept, merged: Merged) -> float:
+        """A lower bound on the region, under the rows known when it was made."""
+        limit = max(1.0, self.end - time.monotonic())
+        try:
+            found, bound = solve_ilp(merged.problem, time_limit=limit, gap=self.gap / 4)
+        except ValueError:  # nothing within the rows
+            return math.inf
+        if found is not None:
+            self.pool.note(kept.expand(merged.expand(found)))
+        return bound
+
+    def _within(self, rows: Sequence[Row]) -> Choices:
+        """An assignment within the hard rows: least is by how much the largest exceeds its limit.
+
+        Raises:
+            InfeasibleError: that excess is positive.
+        """
+        # slacks are not negative, but what is left of a limit may be: counted from its other end
+        offset = max(abs(row.limit) for row in rows if not row.slack)
+
+        def soft(row: Row) -> Row:
+            return replace(row, slack="needed", limit=row.limit - offset)
+
+        def free(costs: np.ndarray) -> np.ndarray:
+            return np.where(np.isfinite(costs), 0.0, np.inf)
+
+        def violated(choices: Choices) -> list[Row]:
+            found = self.separate(choices) if self.separate is not None else ()
+            return [soft(row) for row in found if not row.slack]
+
+        loose = Problem(
+            tuple(map(free, self.problem.time_us)),
+            tuple(replace(e, time_us=free(e.time_us)) for e in self.problem.edges),
+            tuple(soft(row) for row in rows if not row.slack),
+            self.problem.names,
         )
-    return finish(choices, bound, f"ilp ({available_backend()})")
-
-
-def _memory_only(problem: Problem) -> Problem:
-    """The same problem with bytes in the place of time; what was forbidden stays so."""
-
-    def bytes_of(time: np.ndarray, memory: np.ndarray | None) -> np.ndarray:
-        return np.where(np.isfinite(time), 0.0 if memory is None else memory, np.inf)
-
-    return Problem(
-        tuple(map(bytes_of, problem.time_us, problem.memory_bytes)),
-        problem.memory_bytes,
-        tuple(Edge(e.source, e.target, bytes_of(e.time_us, e.memory_bytes)) for e in problem.edges),
-        problem.budget_bytes,
-        problem.names,
-    )
-
-
-def _price_search(
-    problem: Problem, minimum: float, fastest: tuple[int, ...]
-) -> tuple[tuple[float, tuple[int, ...]], float, float]:
-    """Best feasible (time, choices), best lower bound, and the price that gave it."""
-    budget = problem.budget_bytes
-    _, choices = _minimize(_memory_only(problem), 0.0)
-    time_us, memory = problem.evaluate(choices)
-    if memory > budget:
-        raise InfeasibleError(
-            f"no plan fits {format_bytes(budget)} per device: the smallest budget with a plan is "
-            f"{format_bytes(memory)} ({memory:.0f} bytes). Raise the budget, use more devices, or "
-            "make the model or batch smaller.",
-            budget_bytes=budget,
-            smallest_bytes=memory,
+        found = solve(
+            loose,
+            separate=violated,
+            time_limit=max(1.0, self.end - time.monotonic()),
+            enough_us=offset,
         )
-    best = (time_us, choices)
-    fast_time, fast_memory = problem.evaluate(fastest)
-    bound, bound_price = minimum, 0.0
-    # lines of the dual: cutting-plane search for the maximum of a concave function of one price
-    low, high = (fast_time, fast_memory), (time_us, memory)
-    for _ in range(PRICE_STEPS):
-        if low[1] - high[1] <= 0:
-            break
-        price = (high[0] - low[0]) / (low[1] - high[1])
-        priced, choices = _minimize(problem, price)
-        dual = priced - price * budget
-        if dual > bound:
-            bound, bound_price = dual, price
-        time_us, memory = problem.evaluate(choices)
-        on_line = priced >= low[0] + price * low[1] - 1e-9 * max(1.0, abs(low[0]))
-        if memory <= budget:
-            if time_us < best[0]:
-                best = (time_us, choices)
-            high = (time_us, memory)
-        else:
-            low = (time_us, memory)
-        if on_line:
-            break
-    return best, bound, bound_price
+        if found.time_us > offset * (1 + 1e-9):
+            raise InfeasibleError(
+                f"no assignment is within the limits: the largest needs {found.time_us:.6g}, and "
+                f"has {offset:.6g}",
+                budget_bytes=offset,
+                smallest_bytes=found.time_us,
+            )
+        return found.choices

@@ -93,8 +93,10 @@ def test_modules_add_up_for_any_plan(found):
     for seed in range(5):
         choices = found.space.random_choices(np.random.default_rng(seed))
         any_plan = make_plan(found.space, choices, "Classifier")
-        problem, _ = found.space.problem(np.inf)
-        time_us, nbytes = problem.evaluate(choices)
+        sites = list(zip(found.space.sites, choices, strict=True))
+        moved = [found.space.conversion_costs(link, choices) for link in found.space.links]
+        time_us = sum(s.time_us[c] for s, c in sites) + sum(us for us, _ in moved)
+        nbytes = sum(s.memory_bytes[c] for s, c in sites) + sum(b for _, b in moved)
         assert sum(m.time_us for m in any_plan.modules) == pytest.approx(time_us)
         assert sum(m.memory_bytes for m in any_plan.modules) == pytest.approx(nbytes)
         parameters = sum(m.parameters for m in any_plan.modules)
@@ -146,7 +148,7 @@ def test_the_numbers_are_shown(plan, draw):
     assert plan.solver.method in shown
     assert f"{plan.solver.gap:.3%}" in shown
     assert all(stage in shown for stage in plan.solver.seconds)
-    assert "blocks.*.up" in shown
+    assert "blocks." in shown
 
 
 def test_text_has_colour_only_where_asked(plan):

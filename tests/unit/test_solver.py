@@ -1,116 +1,193 @@
-"""The solver against brute force: optimal, feasible, and honest about its bound."""
+"""The solver against brute force: optimal, within the rows, and honest about its bound."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
 from autopar.errors import InfeasibleError
-from autopar.solver import Edge, Problem, solve
-from autopar.solver.elimination import Elimination
+from autopar.solver import Edge, Problem, Row, solve
+from autopar.solver.contraction import Contraction
 from autopar.solver.ilp import solve_ilp
-from autopar.solver.reductions import drop_dominated, share
+from autopar.solver.reductions import Kept, Shared, undominated
 
 
-def random_problem(seed: int, *, nodes: int = 5, budget: float = np.inf) -> Problem:
+def budget_row(memory, edge_memory, budget):
+    return Row("memory", budget, dict(enumerate(memory)), edge_memory)
+
+
+def random_problem(seed: int, *, nodes: int = 5, budget: float = np.inf, late: int = 0) -> Problem:
+    """Memory as one hard row where a budget is given, and `late` soft rows of one slack."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 5, nodes)
     time = tuple(rng.integers(0, 50, n).astype(float) for n in sizes)
     memory = tuple(rng.integers(0, 50, n).astype(float) for n in sizes)
-    edges = []
+    edges, edge_memory = [], {}
     for a, b in product(range(nodes), repeat=2):
         if a < b and rng.random() < 0.5:
             cost = rng.integers(0, 50, (sizes[a], sizes[b])).astype(float)
-            extra = rng.integers(0, 20, cost.shape).astype(float) if rng.random() < 0.5 else None
-            edges.append(Edge(a, b, cost, extra))
-    return Problem(time, memory, tuple(edges), budget)
+            if rng.random() < 0.5:
+                edge_memory[len(edges)] = rng.integers(0, 20, cost.shape).astype(float)
+            edges.append(Edge(a, b, cost))
+    rows = [
+        Row(
+            f"late {i}",
+            float(rng.integers(0, 60)),
+            {v: rng.integers(-30, 50, n).astype(float) for v, n in enumerate(sizes)},
+            slack="late",
+        )
+        for i in range(late)
+    ]
+    if np.isfinite(budget):
+        rows.append(budget_row(memory, edge_memory, budget))
+    return Problem(time, tuple(edges), tuple(rows))
 
 
-def brute_force(problem: Problem) -> tuple[float, float]:
-    """Least time within the budget, and least memory."""
-    every = [problem.evaluate(c) for c in product(*(range(len(t)) for t in problem.time_us))]
-    fits = [t for t, m in every if m <= problem.budget_bytes]
-    return min(fits, default=np.inf), min(m for _, m in every)
+def every(problem: Problem) -> list[tuple[float, float]]:
+    """Time and excess of all assignments."""
+    return [problem.evaluate(c) for c in product(*(range(len(t)) for t in problem.time_us))]
+
+
+def brute_force(problem: Problem) -> float:
+    """Least time within the rows."""
+    return min((t for t, excess in every(problem) if excess <= 0), default=np.inf)
+
+
+def budgets(seed: int, late: int = 0) -> tuple[float, float]:
+    """The least memory of any assignment, and of the fastest."""
+    priced = random_problem(seed, budget=0.0, late=late)
+    found = every(priced)
+    return min(m for _, m in found), min(found)[1]
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_equals_brute_force_without_a_budget(seed):
     problem = random_problem(seed)
     solution = solve(problem)
-    assert solution.time_us == pytest.approx(brute_force(problem)[0])
+    assert solution.time_us == pytest.approx(brute_force(problem))
     assert solution.gap == pytest.approx(0.0)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("late", [0, 3])
 @pytest.mark.parametrize("tightness", [0.2, 0.5, 0.8])
-def test_equals_brute_force_within_a_budget(seed, tightness):
-    loose = random_problem(seed)
-    leanest = brute_force(loose)[1]
-    fastest = solve(loose).memory_bytes
-    budget = leanest + tightness * max(0.0, fastest - leanest)
-    problem = Problem(loose.time_us, loose.memory_bytes, loose.edges, budget)
-    solution = solve(problem)
-    assert solution.memory_bytes <= budget
-    assert solution.time_us == pytest.approx(brute_force(problem)[0])
+def test_equals_brute_force_within_rows(seed, late, tightness):
+    leanest, fastest = budgets(seed, late)
+    problem = random_problem(seed, budget=leanest + tightness * (fastest - leanest), late=late)
+    solution = solve(problem, gap=1e-6)
+    time_us, excess = problem.evaluate(solution.choices)
+    assert excess <= 0
+    assert solution.time_us == pytest.approx(time_us)
+    assert solution.time_us == pytest.approx(brute_force(problem))
     assert solution.bound_us <= solution.time_us * (1 + 1e-9)
+    assert solution.gap <= 1e-6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_made_when_needed_are_as_good_as_rows_listed(seed):
+    leanest, fastest = budgets(seed, 3)
+    listed = random_problem(seed, budget=(leanest + fastest) / 2, late=3)
+
+    def separate(choices):
+        kinds = {}
+        for row in listed.rows:
+            used = listed.usage(row, choices)
+            if used > max(0.0, kinds.get(row.slack, (0.0,))[0]):
+                kinds[row.slack] = (used, row)
+        return [row for _, row in kinds.values()]
+
+    solution = solve(replace(listed, rows=()), separate=separate, gap=1e-6)
+    assert solution.time_us == pytest.approx(brute_force(listed))
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_too_small_a_budget_names_the_smallest(seed):
-    loose = random_problem(seed)
-    leanest = brute_force(loose)[1]
-    problem = Problem(loose.time_us, loose.memory_bytes, loose.edges, leanest - 1)
-    with pytest.raises(InfeasibleError, match="smallest budget") as error:
-        solve(problem)
-    assert error.value.smallest_bytes == leanest
+    leanest, _ = budgets(seed)
+    with pytest.raises(InfeasibleError, match="within the limits") as error:
+        solve(random_problem(seed, budget=leanest - 1))
+    assert error.value.smallest_bytes == pytest.approx(leanest)
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("nodes", [5, 7])
+def test_contraction_equals_brute_force(seed, nodes):
+    problem = random_problem(seed, nodes=nodes)
+    pairs = [(e.source, e.target, e.time_us) for e in problem.edges]
+    found = Contraction(problem.time_us, pairs)
+    assert found.exact
+    assert found.cost == pytest.approx(brute_force(problem))
+    assert problem.busy_us(found.choices) == pytest.approx(found.cost)
+    times = {c: problem.busy_us(c) for c in product(*(range(len(t)) for t in problem.time_us))}
+    for v, marginals in enumerate(found.min_marginals()):
+        for i, marginal in enumerate(marginals):
+            best = min(time for c, time in times.items() if c[v] == i)
+            assert marginal <= best + 1e-9
+            if not found.core_size:
+                assert marginal == pytest.approx(best)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_min_marginals_equal_brute_force(seed):
-    problem = random_problem(seed)
-    marginals = Elimination(*problem.weighted(0.3)).min_marginals()
-    for v, i in ((v, i) for v, t in enumerate(problem.time_us) for i in range(len(t))):
-        best = min(
-            sum(np.array(problem.evaluate(c)) * (1, 0.3))
-            for c in product(*(range(len(t)) for t in problem.time_us))
-            if c[v] == i
-        )
-        assert marginals[v][i] == pytest.approx(best)
+def test_wide_cores_are_bounded_and_mostly_solved(seed):
+    """Every node beside every other: nothing can be eliminated."""
+    rng = np.random.default_rng(seed)
+    unary = [rng.random(5) for _ in range(6)]
+    pairs = [(a, b, rng.random((5, 5))) for a in range(6) for b in range(a)]
+    for a, b, table in pairs[::3]:
+        table[rng.random((5, 5)) < 0.2] = np.inf
+    found = Contraction(unary, pairs)
+    best = min(
+        sum(u[i] for u, i in zip(unary, c, strict=True)) + sum(t[c[a], c[b]] for a, b, t in pairs)
+        for c in product(range(5), repeat=6)
+    )
+    assert found.bound <= best + 1e-9
+    assert found.cost == pytest.approx(best)
+    assert found.exact
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_dominance_keeps_the_optimum(seed):
-    problem = random_problem(seed)
-    small, inverse = drop_dominated(problem)
-    assert brute_force(small)[0] == brute_force(problem)[0]
-    choices = tuple(0 for _ in small.time_us)
-    assert small.evaluate(choices) == problem.evaluate(inverse(choices))
+    leanest, fastest = budgets(seed, 2)
+    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
+    kept = Kept(problem, undominated(problem))
+    assert brute_force(kept.problem) == brute_force(problem)
+    choices = tuple(0 for _ in kept.problem.time_us)
+    assert kept.problem.evaluate(choices) == problem.evaluate(kept.expand(choices))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_sharing_equals_the_restricted_problem(seed):
     rng = np.random.default_rng(seed)
     sizes = [3, 3, 2, 3]
+
+    def tables(edges):
+        return [rng.integers(0, 50, (sizes[a], sizes[b])).astype(float) for a, b in edges]
+
+    ends = [(0, 1), (1, 2), (2, 3), (3, 0), (1, 3)]
+    row = Row(
+        "memory", 200.0, {v: rng.integers(0, 50, n).astype(float) for v, n in enumerate(sizes)},
+        dict(enumerate(tables(ends))),
+    )  # fmt: skip
     problem = Problem(
         tuple(rng.integers(0, 50, n).astype(float) for n in sizes),
-        tuple(np.zeros(n) for n in sizes),
-        tuple(
-            Edge(a, b, rng.integers(0, 50, (sizes[a], sizes[b])).astype(float))
-            for a, b in [(0, 1), (1, 2), (2, 3), (0, 3), (1, 3)]
-        ),
+        tuple(Edge(a, b, t) for (a, b), t in zip(ends, tables(ends), strict=True)),
+        (row,),
     )
-    small, inverse = share(problem, [7, 7, 8, 7])
+    shared = Shared(problem, [7, 7, 8, 7])
     agreeing = [c for c in product(*map(range, sizes)) if c[0] == c[1] == c[3]]
-    assert solve(small).time_us == min(problem.evaluate(c)[0] for c in agreeing)
-    choices = inverse(solve(small).choices)
-    assert problem.evaluate(choices)[0] == solve(small).time_us
+    for c in agreeing:
+        assert shared.expand(shared.contract(c)) == c
+        assert shared.problem.evaluate(shared.contract(c)) == pytest.approx(problem.evaluate(c))
+    within = [t for t, excess in map(problem.evaluate, agreeing) if excess <= 0]
+    if within:
+        assert solve(shared.problem).time_us == pytest.approx(min(within))
 
 
 @pytest.mark.parametrize("backend", ["HiGHS", "CBC"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(8))
 def test_backends_agree(seed, backend):
-    problem = random_problem(seed, budget=120.0)
-    expected = brute_force(problem)[0]
+    problem = random_problem(seed, budget=110.0, late=2)
+    expected = brute_force(problem)
     if not np.isfinite(expected):
         with pytest.raises(ValueError, match="infeasible"):
             solve_ilp(problem, time_limit=30, backend=backend)
@@ -122,6 +199,8 @@ def test_backends_agree(seed, backend):
 
 def test_bad_costs_are_refused():
     with pytest.raises(ValueError, match="numbers"):
-        Problem((np.array([np.nan]),), (np.zeros(1),), ())
+        Problem((np.array([np.nan]),))
     with pytest.raises(ValueError, match="forbidden"):
-        Problem((np.array([np.inf]),), (np.zeros(1),), ())
+        Problem((np.array([np.inf]),))
+    with pytest.raises(ValueError, match="do not match"):
+        Problem((np.zeros(2),), rows=(Row("memory", 1.0, {0: np.zeros(3)}),))

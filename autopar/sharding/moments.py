@@ -1,0 +1,244 @@
+"""What is alive, and how late communication is, at every moment of a step.
+
+A step runs the operators forward, then backward in reverse. Each cost of the search space counts
+during an interval of operators, so that the memory at one moment, or the lateness of weights at
+one, is a linear expression in the choices: a row of the solver's problem. There are as many moments
+as operators, and few matter: rows are made when choices violate them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.sharding.space import SearchSpace
+from autopar.solver import Row
+
+# below this a millionth of the whole, a row is not violated but rounded
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Item:
+    """One cost and when it counts.
+
+    Args:
+        first, last: moments, both included.
+        index: of a site, or of a link.
+        is_link: which of the two.
+        values: [candidates], or [source candidates, target candidates].
+        kind: "parameters", "activations", ...
+    """
+
+    first: int
+    last: int
+    index: int
+    is_link: bool
+    values: np.ndarray
+    kind: str
+
+
+class Series:
+    """The same expression at every moment.
+
+    Args:
+        name: of the rows, with the moment behind it.
+        slack: of the rows.
+        limit: of the rows.
+        items: what counts when.
+        count: of moments.
+    """
+
+    def __init__(
+        self, name: str, slack: str, limit: float, items: Sequence[Item], count: int
+    ) -> None:
+        self.name, self.slack, self.limit, self.count = name, slack, limit, count
+        self.items = [item for item in items if item.first <= item.last and item.values.any()]
+
+    def values(self, space: SearchSpace, choices: Sequence[int]) -> np.ndarray:
+        """The expression at every moment, [moments]."""
+        steps = np.zeros(self.count + 1)
+        for item, value in self._chosen(space, choices):
+            steps[item.first] += value
+            steps[item.last + 1] -= value
+        return np.cumsum(steps)[:-1]
+
+    def kinds(self, space: SearchSpace, choices: Sequence[int], moment: int) -> dict[str, float]:
+        """What the expression is made of at one moment."""
+        found: dict[str, float] = defaultdict(float)
+        for item, value in self._chosen(space, choices):
+            if item.first <= moment <= item.last:
+                found[item.kind] += value
+        return found
+
+    def _chosen(self, space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[Item, float]]:
+        for item in self.items:
+            if item.is_link:
+                link = space.links[item.index]
+                yield item, float(item.values[choices[link.source], choices[link.target]])
+            else:
+                yield item, float(item.values[choices[item.index]])
+
+    def row(self, moment: int) -> Row:
+        """The limit at one moment."""
+        nodes: dict[int, np.ndarray] = {}
+        edges: dict[int, np.ndarray] = {}
+        for item in self.items:
+            if item.first <= moment <= item.last:
+                total = edges if item.is_link else nodes
+                known = total.get(item.index)
+                total[item.index] = item.values if known is None else known + item.values
+        return Row(f"{self.name} {moment}", self.limit, nodes, edges, self.slack)
+
+
+class Moments:
+    """All rows of a search space.
+
+    Args:
+        space: the decisions.
+        budget_bytes: of one device.
+
+    Attributes:
+        memory: bytes alive; the last moment is the optimizer's step.
+        late: lateness of weights, microseconds; empty where nothing hides behind compute.
+    """
+
+    def __init__(self, space: SearchSpace, budget_bytes: float) -> None:
+        self.space = space
+        sites = space.sites
+        ops = [i for i, site in enumerate(sites) if site.kind == "op"]
+        self.count = len(ops)
+        self._position = {site: k for k, site in enumerate(ops)}
+        self._users: dict[int, list[int]] = defaultdict(list)
+        for link in reversed(space.links):  # a fan's own users come before the fan
+            target = link.target
+            at = self._users[target] if sites[target].kind == "fan" else [self._moment(target)]
+            self._users[link.source] += at
+        self.memory = Series("memory", "", budget_bytes, self._alive(), self.count + 1)
+        self.late = self._lateness() if space.weights_hide else []
+
+    def separate(self, choices: Sequence[int]) -> list[Row]:
+        """The row of each series that is violated most."""
+        found = []
+        for series in (self.memory, *self.late):
+            values = series.values(self.space, choices)
+            moment = int(np.argmax(values))
+            if values[moment] > series.limit + _TOLERANCE * max(1.0, abs(series.limit)):
+                found.append(series.row(moment))
+        return found
+
+    def row(self, name: str) -> Row:
+        """The row of this name."""
+        series, _, moment = name.rpartition(" ")
+        return next(s for s in (self.memory, *self.late) if s.name == series).row(int(moment))
+
+    def late_us(self, choices: Sequence[int]) -> float:
+        """How long compute waits for weights, and the step for the last gradients."""
+        slacks: dict[str, float] = defaultdict(float)
+        for series in self.late:
+            latest = float(series.values(self.space, choices).max(initial=0.0))
+            slacks[series.slack] = max(slacks[series.slack], latest)
+        return sum(slacks.values())
+
+    def _moment(self, site: int) -> int:
+        """When a site runs; the output comes after all operators."""
+        return self._position.get(site, self.count)
+
+    def _alive(self) -> list[Item]:
+        end, found = self.count, []
+        sites = self.space.sites
+        # the shared layout of several users speaks for the value behind it
+        fanned = {k.source for k in self.space.links if sites[k.target].kind == "fan"}
+
+        def add(first: int, last: int, index: int, values: np.ndarray, kind: str) -> None:
+            found.append(Item(first, last, index, False, values, kind))
+
+        for i, site in enumerate(sites):
+            users = self._users[i]
+            parts = site.parts
+            if site.kind == "op":
+                at = self._position[i]
+                add(at, end - 1, i, parts["activations_bytes"], "activations")
+                add(at, at, i, parts["working"], "transient")
+            elif site.kind == "parameter":
+                add(0, end, i, parts["parameters_bytes"], "parameters")
+                add(0, end, i, parts["optimizer_bytes"], "optimizer")
+                add(0, max(users, default=end), i, parts["gradients_bytes"], "gradients")
+                add(end, end, i, parts["gradients_bytes"], "gradients")
+                add(end, end, i, parts["step_bytes"], "transient")
+            elif "buffers_bytes" in parts:
+                add(0, end, i, parts["buffers_bytes"], "buffers")
+            if "gradient" in parts and users and i not in fanned:
+                # between the operators that pass it on and the one that takes it
+                first = self._produced(i)
+                last = min(max(users), end) - 1
+                add(first + 1, last, i, parts["gradient"], "transient")
+        for e, link in enumerate(self.space.links):
+            costs = self.space.link_costs(link)
+            if costs.memory_bytes is None:
+                continue
+            output = self.space.sites[link.target].kind == "output"
+            at = 0 if output else min(self._users[link.target], default=0)
+            if self.space.sites[link.target].kind == "op":
+                at = self._position[link.target]
+            found.append(Item(at, end - 1, e, True, costs.memory_bytes, "activations"))
+        return found
+
+    def _produced(self, site: int) -> int:
+        """The moment of the operator whose value a site is."""
+        while self.space.sites[site].kind == "fan":
+            site = next(k.source for k in self.space.links if k.target == site)
+        return self._position.get(site, -1)
+
+    def _lateness(self) -> list[Series]:
+        """Three queues, each served while compute runs:
+
+        forward     weights gathered before an operator needs them
+        release     gradients reduced once backward has passed an operator, and gathers again
+        deadline    weights gathered again before backward comes to an operator
+        """
+        end = self.count
+        forward, release, deadline = [], [], []
+        for i, k in self._position.items():
+            parts = self.space.sites[i].parts
+            before, after = -parts["forward_us"], -parts["backward_us"]
+            forward.append(Item(k + 1, end - 1, i, False, before, "compute"))
+            release.append(Item(k + 1, end - 1, i, False, after, "compute"))
+            deadline.append(Item(0, k - 1, i, False, after, "compute"))
+        for e, link in enumerate(self.space.links):
+            if not link.weight:
+                continue
+            costs = self.space.link_costs(link)
+            target = self.space.sites[link.target]
+            users = self._users[link.target] if target.kind == "fan" else [link.target]
+            at = [self._position.get(u, u) for u in users] if target.kind != "fan" else users
+            first, last = min(at, default=0), max(at, default=0)
+            first, last = min(first, end - 1), min(last, end - 1)
+            again = costs.again_us
+            forward.append(Item(first, end - 1, e, True, costs.forward_us, "weights"))
+            release.append(Item(first, end - 1, e, True, costs.backward_us + again, "weights"))
+            deadline.append(Item(0, last, e, True, again, "weights"))
+            deadline.append(Item(0, first - 1, e, True, costs.backward_us, "weights"))
+        return [
+            Series("forward", "forward", 0.0, _finite(forward), end),
+            Series("release", "backward", 0.0, _finite(release), end),
+            Series("deadline", "backward", 0.0, _finite(deadline), end),
+        ]
+
+
+def _finite(items: Sequence[Item]) -> list[Item]:
+    """Forbidden pairs are forbidden by their time; in rows they are nothing."""
+    return [
+        Item(
+            i.first,
+            i.last,
+            i.index,
+            i.is_link,
+            np.where(np.isfinite(i.values), i.values, 0.0),
+            i.kind,
+        )
+        for i in items
+    ]

@@ -1,0 +1,169 @@
+"""The least of a pairwise cost, of any width: contraction, then message passing on what is left.
+
+Nodes with one or two neighbours are eliminated exactly (min-plus products; Bertele & Brioschi,
+1972); in models these are nearly all. The few that remain, with their summed tables, are the core:
+`messages.minimize_core` bounds it from below and nearly always finds its optimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.solver.messages import Core, minimize_core
+
+Pair = tuple[int, int, np.ndarray]
+
+
+@dataclass
+class _Step:
+    """An eliminated node, its cost when it went, and its tables [node, neighbour]."""
+
+    node: int
+    cost: np.ndarray
+    neighbours: tuple[int, ...]
+    tables: tuple[np.ndarray, ...]
+    message: np.ndarray
+
+
+class Contraction:
+    """Minimizes sum of unary and pairwise costs once; answers what follows from it.
+
+    Args:
+        unary: per node its cost vector; infinite where forbidden.
+        pairs: (u, v, matrix) terms.
+
+    Attributes:
+        bound: a lower bound on the minimum, equal to it where `exact`.
+        choices: an assignment, of cost `cost`; None if none of finite cost was found.
+    """
+
+    def __init__(self, unary: Sequence[np.ndarray], pairs: Sequence[Pair]) -> None:
+        self._unary = list(unary)
+        self._tables: list[dict[int, np.ndarray]] = [{} for _ in unary]
+        self._steps: list[_Step] = []
+        for a, b, table in pairs:
+            self._add(a, b, table)
+        constant = self._eliminate()
+        self._left = [v for v in range(len(unary)) if v not in {s.node for s in self._steps}]
+        index = {v: i for i, v in enumerate(self._left)}
+        self._core: Core = minimize_core(
+            [self._unary[v] for v in self._left],
+            [
+                (index[a], index[b], table)
+                for a in self._left
+                for b, table in self._tables[a].items()
+                if a < b
+            ],
+        )
+        self.bound = constant + self._core.bound
+        self.cost = constant + self._core.cost
+        self.choices = self._read_back()
+
+    @property
+    def core_size(self) -> int:
+        """How many nodes could not be eliminated."""
+        return len(self._left)
+
+    @property
+    def exact(self) -> bool:
+        return self.cost <= self.bound + 1e-9 * max(1.0, abs(self.bound))
+
+    def _add(self, a: int, b: int, table: np.ndarray) -> None:
+        known = self._tables[a].get(b)
+        total = table if known is None else known + table
+        self._tables[a][b], self._tables[b][a] = total, total.T
+
+    def _eliminate(self) -> float:
+        """Eliminate while a node has at most two neighbours; the constant that this gives."""
+        constant = 0.0
+        left = {v for v, tables in enumerate(self._tables) if len(tables) <= 2}
+        while left:
+            v = min(left, key=self._work)
+            left.discard(v)
+            cost, around = self._unary[v], tuple(self._tables[v])
+            tables = tuple(self._tables[v][w] for w in around)
+            if not around:
+                message = np.asarray(cost.min())
+                constant += float(message)
+            elif len(around) == 1:
+                message = (cost[:, None] + tables[0]).min(axis=0)
+                self._unary[around[0]] = self._unary[around[0]] + message
+            else:
+                message = _product(cost, *tables)
+                self._add(around[0], around[1], message)
+            for w in around:
+                del self._tables[w][v]
+                if len(self._tables[w]) <= 2:
+                    left.add(w)
+            self._tables[v] = {}
+            self._steps.append(_Step(v, cost, around, tables, message))
+        return constant
+
+    def _work(self, v: int) -> tuple[float, int]:
+        size = float(len(self._unary[v]))
+        for w in self._tables[v]:
+            size *= len(self._unary[w])
+        return size, v
+
+    def _read_back(self) -> tuple[int, ...] | None:
+        if self._core.choices is None or not np.isfinite(self.cost):
+            return None
+        choice = dict(zip(self._left, self._core.choices, strict=True))
+        for step in reversed(self._steps):
+            column = step.cost
+            for w, table in zip(step.neighbours, step.tables, strict=True):
+                column = column + table[:, choice[w]]
+            choice[step.node] = int(np.argmin(column))
+        return tuple(choice[v] for v in range(len(self._unary)))
+
+    def min_marginals(self) -> list[np.ndarray]:
+        """Per node and choice, a lower bound on every assignment that makes that choice (the least
+        cost of any, if the core was solved exactly)."""
+        constant = self.bound - self._core.bound
+        found: dict[int, np.ndarray] = {}
+        pair: dict[tuple[int, int], np.ndarray] = {}
+        for v, marginal in zip(self._left, self._core.marginals, strict=True):
+            found[v] = marginal + constant
+        for (i, j), table in self._core.pair_marginals.items():
+            pair[self._left[i], self._left[j]] = table + constant
+
+        def pair_of(a: int, b: int) -> np.ndarray:
+            return pair[a, b] if (a, b) in pair else pair[b, a].T
+
+        for step in reversed(self._steps):
+            if not step.neighbours:
+                found[step.node] = step.cost + (self.bound - float(step.message))
+                continue
+            if len(step.neighbours) == 1:
+                (a,) = step.neighbours
+                with np.errstate(invalid="ignore"):
+                    rest_a = np.where(np.isinf(found[a]), np.inf, found[a] - step.message)
+                both = step.cost[:, None] + step.tables[0] + rest_a[None, :]
+                found[step.node] = both.min(axis=1)
+                pair[step.node, a] = both
+                continue
+            a, b = step.neighbours
+            whole = pair_of(a, b)
+            with np.errstate(invalid="ignore"):
+                rest = np.where(np.isinf(whole), np.inf, whole - step.message)
+            to_a, to_b = np.empty_like(step.tables[0]), np.empty_like(step.tables[1])
+            for i, cost in enumerate(step.cost):
+                all_three = rest + (cost + step.tables[0][i])[:, None] + step.tables[1][i][None, :]
+                to_a[i], to_b[i] = all_three.min(axis=1), all_three.min(axis=0)
+            found[step.node] = to_a.min(axis=1)
+            pair[step.node, a], pair[step.node, b] = to_a, to_b
+        return [found[v] for v in range(len(self._unary))]
+
+
+def _product(cost: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """[i, j]: min over k of cost[k] + first[k, i] + second[k, j]. One k at a time, so that all of
+    it stays in the cache."""
+    found = np.full((first.shape[1], second.shape[1]), np.inf)
+    work = np.empty_like(found)
+    for k in np.flatnonzero(np.isfinite(cost)):
+        np.add((cost[k] + first[k])[:, None], second[k][None, :], out=work)
+        np.minimum(found, work, out=found)
+    return found

@@ -1,0 +1,169 @@
+"""Lower and upper bounds on a pairwise cost by dual block-coordinate ascent.
+
+Costs are moved between nodes and pairs without changing the cost of any assignment, so that the sum
+of the parts' minima, a lower bound, never falls (the "handshake" of MPLP++: Tourani, Shekhovtsov,
+Rother, Savchynskyy, ECCV 2018). Choices whose bound exceeds a known assignment go; what is left is
+mostly small enough to be solved exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.solver.elimination import Elimination, TooWide
+
+Pair = tuple[int, int, np.ndarray]
+
+SWEEPS = 160
+# Assignments are looked for among so many of the best choices of each node.
+_TRIED = (24, 12, 6, 3, 1)
+
+
+@dataclass(frozen=True)
+class Core:
+    """What is known of the least cost.
+
+    Args:
+        bound: no assignment costs less.
+        cost, choices: of the best assignment found; infinite and None if there was none.
+        marginals: per node and choice, a lower bound on assignments that make it.
+        pair_marginals: the same per pair of choices, for every pair with a table.
+    """
+
+    bound: float
+    cost: float
+    choices: tuple[int, ...] | None
+    marginals: tuple[np.ndarray, ...]
+    pair_marginals: Mapping[tuple[int, int], np.ndarray]
+
+
+def minimize_core(unary: Sequence[np.ndarray], pairs: Sequence[Pair]) -> Core:
+    """Bounds on min over x of sum_v unary_v[x_v] + sum_(u,v) pair[x_u, x_v].
+
+    Args:
+        unary: per node its costs, infinite where forbidden.
+        pairs: (u, v, [choices of u, choices of v]), at most one per pair of nodes.
+    """
+    if not unary:
+        return Core(0.0, 0.0, (), (), {})
+    # no assignment of finite cost reaches the value that stands for "forbidden"
+    spread = sum(_spread(c) for c in (*unary, *(p for _, _, p in pairs)))
+    forbidden = 4.0 * spread + 1.0
+    nodes = [_without_infinity(u, forbidden) for u in unary]
+    tables = [[a, b, _without_infinity(p, forbidden)] for a, b, p in pairs]
+    best_cost, best = np.inf, None
+    bound = -np.inf
+    for sweep in range(1, SWEEPS + 1):
+        _sweep(nodes, tables if sweep % 2 else tables[::-1])
+        if sweep not in (1, 2, 4, 8) and sweep % 16:
+            continue
+        before, bound = bound, _bound(nodes, tables)
+        cost, choices = _among_best(unary, pairs, nodes)
+        if cost < best_cost:
+            best_cost, best = cost, choices
+        tolerance = 1e-9 * max(1.0, abs(bound))
+        if best_cost - bound <= tolerance:
+            break
+        solved = _exactly(unary, pairs, _marginals(nodes, tables, bound)[0], best_cost)
+        if solved is not None:
+            if solved[0] < best_cost:
+                best_cost, best = solved
+            # every assignment that costs less than `best_cost` was among those looked at
+            bound = max(bound, min(best_cost, solved[0]))
+            break
+        if sweep > 32 and bound - before <= 1e-6 * max(1.0, abs(bound)):
+            break
+    sum_of_minima = _bound(nodes, tables)
+    marginals, pair_marginals = _marginals(nodes, tables, sum_of_minima)
+    return Core(min(bound, best_cost), float(best_cost), best, marginals, pair_marginals)
+
+
+def _spread(costs: np.ndarray) -> float:
+    finite = costs[np.isfinite(costs)]
+    return float(finite.max() - finite.min()) + abs(float(finite.min())) if finite.size else 0.0
+
+
+def _without_infinity(costs: np.ndarray, forbidden: float) -> np.ndarray:
+    return np.where(np.isfinite(costs), costs, forbidden)
+
+
+def _sweep(nodes: list[np.ndarray], tables: Sequence[list]) -> None:
+    """One handshake per pair: all cost to the pair, half of it back to one node, then all that can
+    go to the other, then the rest to the first."""
+    for entry in tables:
+        a, b, table = entry
+        table = table + nodes[a][:, None] + nodes[b][None, :]
+        to_a = 0.5 * table.min(axis=1)
+        table -= to_a[:, None]
+        to_b = table.min(axis=0)
+        table -= to_b[None, :]
+        rest = table.min(axis=1)
+        table -= rest[:, None]
+        nodes[a], nodes[b], entry[2] = to_a + rest, to_b, table
+
+
+def _bound(nodes: Sequence[np.ndarray], tables: Sequence[list]) -> float:
+    return float(sum(n.min() for n in nodes) + sum(t.min() for _, _, t in tables))
+
+
+def _marginals(
+    nodes: Sequence[np.ndarray], tables: Sequence[list], bound: float
+) -> tuple[tuple[np.ndarray, ...], dict[tuple[int, int], np.ndarray]]:
+    over = [n - n.min() for n in nodes]
+    found = [bound + o for o in over]
+    pairs = {}
+    for a, b, table in tables:
+        above = table - table.min()
+        found[a] = found[a] + above.min(axis=1)
+        found[b] = found[b] + above.min(axis=0)
+        pairs[a, b] = bound + above + over[a][:, None] + over[b][None, :]
+    return tuple(found), pairs
+
+
+def _among_best(
+    unary: Sequence[np.ndarray], pairs: Sequence[Pair], nodes: Sequence[np.ndarray]
+) -> tuple[float, tuple[int, ...] | None]:
+    """The best assignment among the choices that the nodes' own costs favour."""
+    ranked = [np.argsort(n, kind="stable") for n in nodes]
+    for count in _TRIED:
+        kept = [np.sort(r[:count]) for r in ranked]
+        try:
+            found = _restricted(unary, pairs, kept)
+        except TooWide:
+            continue
+        if np.isfinite(found[0]):
+            return found
+    return np.inf, None
+
+
+def _exactly(
+    unary: Sequence[np.ndarray],
+    pairs: Sequence[Pair],
+    marginals: Sequence[np.ndarray],
+    best_cost: float,
+) -> tuple[float, tuple[int, ...] | None] | None:
+    """The optimum among all choices that can be part of a better assignment; None if too wide."""
+    if not np.isfinite(best_cost):
+        return None
+    kept = [np.flatnonzero(m <= best_cost + 1e-9 * max(1.0, abs(best_cost))) for m in marginals]
+    if any(not len(k) for k in kept):
+        return best_cost, None
+    try:
+        return _restricted(unary, pairs, kept)
+    except TooWide:
+        return None
+
+
+def _restricted(
+    unary: Sequence[np.ndarray], pairs: Sequence[Pair], kept: Sequence[np.ndarray]
+) -> tuple[float, tuple[int, ...] | None]:
+    found = Elimination(
+        [u[k] for u, k in zip(unary, kept, strict=True)],
+        [(a, b, p[np.ix_(kept[a], kept[b])]) for a, b, p in pairs],
+    )
+    if not np.isfinite(found.minimum):
+        return np.inf, None
+    return found.minimum, tuple(int(k[c]) for k, c in zip(kept, found.argmin(), strict=True))
