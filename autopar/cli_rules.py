@@ -12,7 +12,7 @@ from rich.table import Table
 from autopar.sharding.proof import record
 from autopar.sharding.proof.check import OpReport, matching, prove
 from autopar.sharding.proof.samples import has_sampler, table_ops
-from autopar.sharding.proof.search import look_at_all
+from autopar.sharding.proof.search import OpFindings, look_at_all
 from autopar.sharding.rule import Row
 from autopar.sharding.rules.pointwise import LINEAR
 from autopar.sharding.rules.registry import DERIVED, ROWS
@@ -79,7 +79,7 @@ def print_checked(reports: Sequence[OpReport]) -> None:
 
 
 def discovered(pattern: str | None, seed: int, jobs: int, say: Callable[[str], None]) -> str:
-    """Right strategies that rules leave out; a row for an op that has none.
+    """Right strategies that rules leave out, and why; a row for an op that has none.
 
     Raises:
         ValueError: the pattern names no op that calls can be drawn of.
@@ -88,14 +88,41 @@ def discovered(pattern: str | None, seed: int, jobs: int, say: Callable[[str], N
         names = [pattern]
     else:
         names = matching(pattern)
-    lines: list[str] = []
 
-    def done(name: str, found: list[str]) -> None:
-        lines.extend([name, *(f"  {line}" for line in found)] if found else [])
-        say(f"{name}: {len(found)}")
+    def done(f: OpFindings) -> None:
+        say(f"{f.name}: {f.ways} ways, {len(f.missing)} missing, {len(f.explained)} explained")
 
-    look_at_all(names, seed, jobs, done)
-    return "\n".join([*lines, ""]) if lines else "no rule leaves out anything that was tried\n"
+    found = look_at_all(names, seed, jobs, done)
+    return "\n".join([*_explained(found), *_missing(found), _total(found), ""])
+
+
+def _explained(found: Sequence[OpFindings]) -> list[str]:
+    """What is left out on purpose: the reason, then the ways of each op that it holds for."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for f in found:
+        for way, reason in f.explained:
+            by_reason.setdefault(reason, {}).setdefault(f.name, []).append(way)
+    lines = []
+    for reason, ops in by_reason.items():
+        lines += [f"left out: {reason}"]
+        lines += [f"  {name}: {'; '.join(ways)}" for name, ways in ops.items()] + [""]
+    return lines
+
+
+def _missing(found: Sequence[OpFindings]) -> list[str]:
+    lines = ["missing:", ""]
+    for f in found:
+        if f.missing:
+            lines += [f.name, *(f"  {line}" for line in f.missing), ""]
+    return lines if len(lines) > 2 else []
+
+
+def _total(found: Sequence[OpFindings]) -> str:
+    ways, missing, explained = (
+        sum(counts)
+        for counts in zip(*((f.ways, len(f.missing), len(f.explained)) for f in found), strict=True)
+    )
+    return f"{len(found)} ops, {ways} ways found, {missing} missing, {explained} explained"
 
 
 def print_rules(pattern: str | None) -> None:

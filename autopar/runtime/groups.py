@@ -89,6 +89,8 @@ class ProcessGroup(Group):
             ) from error
 
     def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
+        if x.dtype is torch.bool:  # backends do not add truth values
+            return self.all_reduce(x.to(torch.uint8), op).to(torch.bool)
         out = x.clone(memory_format=torch.contiguous_format)
         kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
         with self._reporting("all-reduce", x):
@@ -102,6 +104,8 @@ class ProcessGroup(Group):
         return out
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype is torch.bool:
+            return self.reduce_scatter(x.to(torch.uint8)).to(torch.bool)
         out = x.new_empty(x.shape[1:])
         with self._reporting("reduce-scatter", x):
             _REDUCE_SCATTER(out.view(-1), x.contiguous().view(-1), group=self.group)
@@ -145,7 +149,7 @@ class ThreadGroup(Group):
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
         parts = [t[self.index] for t in self._exchange(self.index, x.detach())]
-        return torch.stack(parts).sum(0)
+        return torch.stack(parts).sum(0).to(x.dtype)
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([t[self.index] for t in self._exchange(self.index, x.detach())])

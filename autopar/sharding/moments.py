@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autopar.sharding.repeats import pattern
 from autopar.sharding.space import SearchSpace
 from autopar.solver import Row
 
@@ -72,6 +73,21 @@ class Series:
         for item, value in self._chosen(space, choices):
             if item.first <= moment <= item.last:
                 found[item.kind] += value
+        return found
+
+    def where(self, space: SearchSpace, choices: Sequence[int], moment: int) -> dict[str, float]:
+        """The expression by place at one moment: modules, copies in repeated blocks together, or
+        the results that the caller gets."""
+        found: dict[str, float] = defaultdict(float)
+        for item, value in self._chosen(space, choices):
+            if item.first <= moment <= item.last:
+                site = space.sites[space.links[item.index].target if item.is_link else item.index]
+                module = "the results for the caller"
+                if site.kind != "output":
+                    node = site.node
+                    parameter = space.graph.parameters.get(str(node.target), "")
+                    module = pattern(parameter or space.graph.info(node).module) or node.name
+                found[module] += value
         return found
 
     def _chosen(self, space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[Item, float]]:

@@ -65,12 +65,16 @@ def _summable(node: fx.Node, rule: OpRule) -> tuple[frozenset[int], ...]:
     return tuple(
         group
         for group in rule.linear
-        if all((n := given[i]) is None or n.meta["val"].dtype.is_floating_point for i in group)
+        if all((n := given[i]) is None or _is_floating(n.meta["val"]) for i in group)
     )
 
 
+def _is_floating(t: torch.Tensor) -> bool:
+    return t.dtype.is_floating_point or t.dtype.is_complex
+
+
 def _floating(node: fx.Node) -> list[bool]:
-    return [t.dtype.is_floating_point for t in results(node)]
+    return [_is_floating(t) for t in results(node)]
 
 
 def strategies_of(node: fx.Node, mesh: Sequence[int], *, any_order: bool = True) -> list[Strategy]:

@@ -42,6 +42,7 @@ class Factor:
             op does not read its values.
         other: further extents that tensors have in this dim, where the lowering fits them together
             (a convolution's result is narrower than its input); each must fill every rank.
+        half: splitting it divides half of the op's work only; the other half every rank repeats.
     """
 
     size: int
@@ -49,6 +50,7 @@ class Factor:
     lowered: bool = False
     complete: bool = False
     other: tuple[int, ...] = ()
+    half: bool = False
 
     def allows(self, axes: Sequence[int], mesh: Sequence[int]) -> bool:
         parts = math.prod(mesh[axis] for axis in axes)
@@ -105,6 +107,7 @@ class Strategy:
         outputs: layout of every tensor result.
         splits: factor name to the mesh axes that split it.
         lowered: whether the rule's lowering replaces the op.
+        half: the split factors that divide half of the work only.
     """
 
     name: str
@@ -112,10 +115,15 @@ class Strategy:
     outputs: tuple[ShardingSpec, ...]
     splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     lowered: bool = False
+    half: frozenset[str] = frozenset()
 
     def share(self, mesh: Sequence[int]) -> float:
         """Fraction of the op's work that each device does."""
-        return 1.0 / math.prod(mesh[axis] for axes in self.splits.values() for axis in axes)
+        share = 1.0
+        for name, axes in self.splits.items():
+            part = 1.0 / math.prod(mesh[axis] for axis in axes)
+            share *= (1 + part) / 2 if name in self.half else part
+        return share
 
 
 # -- rows ---------------------------------------------------------------------------------------
@@ -130,6 +138,7 @@ class Row:
         linear: as in `OpRule`, e.g. `((0,), (1,))` for a product.
         lowering: as in `OpRule`.
         always: as in `OpRule`.
+        half: names of factors that are so, as in `Factor`.
         when: the row holds only for calls for which this is true (of bound arguments by name).
     """
 
@@ -137,6 +146,7 @@ class Row:
     linear: tuple[tuple[int, ...], ...] = ()
     lowering: Callable[..., Any] | None = None
     always: bool = False
+    half: tuple[str, ...] = ()
     when: Callable[[Mapping[str, Any]], bool] | None = None
 
     def bind(self, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -> OpRule:
@@ -160,7 +170,7 @@ class Row:
                 bound_in.append(_match(pattern, shape, sizes, lowered))
         bound_out = [_match(p, s, sizes, lowered) for p, s in zip(results, outputs, strict=True)]
         factors = {
-            name: _factor(tuple(extents), lowered.get(name, ""))
+            name: _factor(tuple(extents), lowered.get(name, ""), name in self.half)
             for name, extents in sizes.items()
             if (min(extents) if lowered.get(name) == "~" else math.gcd(*extents)) > 1
         }
@@ -176,11 +186,15 @@ class Row:
         )
 
 
-def _factor(extents: tuple[int, ...], mark: str) -> Factor:
+def _factor(extents: tuple[int, ...], mark: str, half: bool) -> Factor:
     if mark == "~":
-        return Factor(extents[0], lowered=True, other=extents[1:])
+        return Factor(extents[0], lowered=True, other=extents[1:], half=half)
     return Factor(
-        math.gcd(*extents), even=len(extents) > 1, lowered=bool(mark), complete=mark == "="
+        math.gcd(*extents),
+        even=len(extents) > 1,
+        lowered=bool(mark),
+        complete=mark == "=",
+        half=half,
     )
 
 
@@ -355,4 +369,5 @@ def _strategy(
         tuple(outputs),
         splits,
         lowered=rule.lowering is not None and (needs_lowering or rule.always),
+        half=frozenset(name for name in splits if rule.factors[name].half),
     )

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from autopar.sharding.proof import check, record
 from autopar.sharding.proof.case import check_case
 from autopar.sharding.proof.draw import Draw, Sample
-from autopar.sharding.proof.missing import from_calls, missing
+from autopar.sharding.proof.missing import from_calls, look_at
 from autopar.sharding.proof.one_op import one_op
 from autopar.sharding.proof.propose import propose
 from autopar.sharding.proof.samples import draw_sample, find_op, has_sampler, table_ops
-from autopar.sharding.rule import Row
+from autopar.sharding.rule import OpRule, Row, strategies
 from autopar.sharding.rules import registry
 
 CASES, CHUNKS, SEED = 1000, 8, 0
@@ -199,9 +199,48 @@ def test_rows_are_found_again(make, notation, linear):
 
 def test_what_a_timid_row_leaves_out_is_told(monkeypatch):
     name = "aten.mm.default"
-    assert missing(name, 0) == []
+    assert look_at(name, 0).left_out == ()
     monkeypatch.setitem(registry.ROWS, name, Row("m [k], [k] n -> m n", linear=((0,), (1,))))
-    assert [str(f.way) for f in missing(name, 0)] == ["S1, S0 -> P"]
+    assert [str(f.way) for f in look_at(name, 0).missing] == ["S1, S0 -> P"]
+
+
+# `autopar rules check --discover` looks at all ops
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aten.addcmul.default", "aten.amax.default", "aten.cat.default", "aten.embedding.default",
+        "aten.index_put.default", "aten.layer_norm.default", "aten.linear.default",
+        "aten.max_pool1d.default", "aten.pixel_shuffle.default",
+        "aten.repeat_interleave.self_int", "aten.reshape.default", "aten.scatter_add.default",
+        "aten.slice.Tensor", "aten.sum.dim_IntList", "aten.unfold.default",
+        "aten.view_as_complex.default",
+    ],
+)  # fmt: skip
+def test_rows_leave_nothing_out(name):
+    looked = look_at(name, SEED, calls=16)
+    assert looked.ways and not looked.missing, [str(f.way) for f in looked.missing]
+
+
+def test_what_is_left_out_on_purpose_has_a_reason(monkeypatch):
+    (found,) = look_at("aten.rms_norm.default", 0).left_out
+    assert str(found.way) == "R, P -> P" and found.reason.startswith("weight and bias are param")
+    monkeypatch.setitem(
+        registry.DERIVED, "aten.rms_norm.default", lambda call: replicated_like(call)
+    )
+    assert "S0, R -> S0" in [str(f.way) for f in look_at("aten.rms_norm.default", 0).missing]
+
+
+def replicated_like(call):
+    inputs = [None if s is None else (None,) * len(s) for s in call.inputs]
+    return OpRule(tuple(inputs), ((None,) * len(call.outputs[0]),), {})
+
+
+def test_attention_with_split_values_repeats_the_scores():
+    shape = (2, 4, 8, 6)
+    row = registry.ROWS["aten.scaled_dot_product_attention.default"][-1]
+    rule = row.bind([shape, shape, shape, None], [shape])
+    share = {s.name: s.share((2,)) for s in strategies(rule, (2,))}
+    assert share == {"-": 1.0, "b2": 0.5, "b1": 0.5, "q": 0.5, "e": 0.75, "~0": 1.0}
 
 
 # -- the record ---------------------------------------------------------------------------------

@@ -181,3 +181,21 @@ def kl_div(
     """Kullback-Leibler divergence with dims split: each rank's share, a pending sum."""
     loss = F.kl_div(x, target, reduction="sum", log_target=log_target)
     return loss / (x.numel() / share_of(shard, shard))
+
+
+def ctc_loss(
+    log_probabilities: torch.Tensor,
+    targets: torch.Tensor,
+    input_lengths: torch.Tensor,
+    target_lengths: torch.Tensor,
+    blank: int = 0,
+    reduction: int = 1,
+    zero_infinity: bool = False,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Mean of the sequences' alignment losses with the batch split: each rank's share."""
+    loss = torch.ops.aten.ctc_loss.Tensor(
+        log_probabilities, targets, input_lengths, target_lengths, blank, reduction, zero_infinity
+    )
+    return loss * share_of(shard, shard)

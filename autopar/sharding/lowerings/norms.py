@@ -218,4 +218,6 @@ def vector_norm(
     dims = list(range(x.ndim)) if not dim else list(dim)
     x = x if dtype is None else x.to(dtype)
     groups = groups_of(shard, *(name for name in shard if name[0] == "r"))
-    return total(x.square().sum(dims, keepdim=keepdim), groups).sqrt()
+    squares = total(x.square().sum(dims, keepdim=keepdim), groups)
+    none = squares == 0  # where the root has no slope, and the norm takes 0 for it
+    return squares.masked_fill(none, 1).sqrt().masked_fill(none, 0)

@@ -8,8 +8,9 @@ rank's needs, so all take the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -27,16 +28,17 @@ class _Window:
 
     kernel: int
     stride: int
-    padding: int
     dilation: int
+    before: int
+    after: int
 
     def results(self, size: int) -> int:
         reach = self.dilation * (self.kernel - 1) + 1
-        return (size + 2 * self.padding - reach) // self.stride + 1
+        return (size + self.before + self.after - reach) // self.stride + 1
 
     def reads(self, first: int, count: int) -> tuple[int, int]:
         """Inputs [low, high) of results [first, first + count); may lie outside of the tensor."""
-        low = first * self.stride - self.padding
+        low = first * self.stride - self.before
         reach = self.dilation * (self.kernel - 1) + 1
         return low, low + (count - 1) * self.stride + reach
 
@@ -108,7 +110,7 @@ def _border(x: torch.Tensor, dim: int, low: int, high: int, fill: float) -> torc
     return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [low, high], value=fill)
 
 
-def _spread(value: int | Sequence[int], count: int) -> list[int]:
+def spread(value: int | Sequence[int], count: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * count if len(values) == 1 else values
 
@@ -120,11 +122,15 @@ def _windowed(
     fill: float,
 ) -> tuple[torch.Tensor, list[int]]:
     """Fetch along every split spatial dim (s0, s1, ...); returns the padding that is left to do."""
-    left = [w.padding for w in windows]
+    left = [w.before for w in windows]
     for i, window in enumerate(windows):
+        dim = x.ndim - len(windows) + i
         if f"s{i}" in shard:
             _, _, size, groups = shard[f"s{i}"]
-            x = _fetch(x, x.ndim - len(windows) + i, size, groups, window, fill)
+            x = _fetch(x, dim, size, groups, window, fill)
+            left[i] = 0
+        elif window.before != window.after:
+            x = _border(x, dim, window.before, window.after, fill)
             left[i] = 0
     return x, left
 
@@ -144,47 +150,86 @@ def convolution(
     rank = weight.ndim - 2
     run = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     local = round(groups * share_of(shard, ["g"]))
-    strides, dilations = _spread(stride, rank), _spread(dilation, rank)
+    strides, dilations = spread(stride, rank), spread(dilation, rank)
     if isinstance(padding, str) and not any(f"s{i}" in shard for i in range(rank)):
         return run(x, weight, bias, strides, padding, dilations, local)
-    if isinstance(padding, str):
-        reach = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
-        paddings = [r // 2 if padding == "same" else 0 for r in reach]
+    if isinstance(padding, str):  # "same" pads even windows by one more behind
+        sums = [
+            d * (k - 1) if padding == "same" else 0
+            for d, k in zip(dilations, weight.shape[2:], strict=True)
+        ]
+        paddings = [(n // 2, n - n // 2) for n in sums]
     else:
-        paddings = _spread(padding, rank)
+        paddings = [(n, n) for n in spread(padding, rank)]
     windows = [
-        _Window(*w) for w in zip(weight.shape[2:], strides, paddings, dilations, strict=True)
+        _Window(k, s, d, *border)
+        for k, s, d, border in zip(weight.shape[2:], strides, dilations, paddings, strict=True)
     ]
-    x, paddings = _windowed(x, shard, windows, 0.0)
-    return run(x, weight, bias, strides, paddings, dilations, local)
+    x, left = _windowed(x, shard, windows, 0.0)
+    return run(x, weight, bias, strides, left, dilations, local)
 
 
-def max_pool(
+Extent = int | Sequence[int]
+
+
+def _pooled(
+    run: Callable[..., torch.Tensor],
+    rank: int,
+    fill: float,
     x: torch.Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = (),
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Extent,
+    stride: Extent,
+    padding: Extent,
+    dilation: Extent,
+    shard: Shard,
+) -> torch.Tensor:
+    """`run` (of x, kernel, stride, padding) with its windows fetched."""
+    kernels = spread(kernel_size, rank)
+    strides = spread(stride, rank) if stride != () and stride != [] else kernels
+    paddings = spread(padding, rank)
+    dilations = spread(dilation, rank)
+    windows = [
+        _Window(*w) for w in zip(kernels, strides, dilations, paddings, paddings, strict=True)
+    ]
+    x, left = _windowed(x, shard, windows, fill)
+    return run(x, kernels, strides, left)
+
+
+def max_pool2d(
+    x: torch.Tensor,
+    kernel_size: Extent,
+    stride: Extent = (),
+    padding: Extent = 0,
+    dilation: Extent = 1,
     ceil_mode: bool = False,
     *,
     shard: Shard,
 ) -> torch.Tensor:
     """Max pooling of [n, c, s0, s1] with space split."""
-    kernels = _spread(kernel_size, 2)
-    strides = _spread(stride, 2) if stride != () and stride != [] else kernels
-    dilations = _spread(dilation, 2)
-    windows = [
-        _Window(*w) for w in zip(kernels, strides, _spread(padding, 2), dilations, strict=True)
-    ]
-    x, paddings = _windowed(x, shard, windows, float("-inf"))
-    return F.max_pool2d(x, kernels, strides, paddings, dilations)
+    run = partial(F.max_pool2d, dilation=dilation)
+    return _pooled(run, 2, float("-inf"), x, kernel_size, stride, padding, dilation, shard)
 
 
-def avg_pool(
+def max_pool1d(
     x: torch.Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = (),
-    padding: int | Sequence[int] = 0,
+    kernel_size: Extent,
+    stride: Extent = (),
+    padding: Extent = 0,
+    dilation: Extent = 1,
+    ceil_mode: bool = False,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Max pooling of [n, c, s0] with space split."""
+    run = partial(F.max_pool1d, dilation=dilation)
+    return _pooled(run, 1, float("-inf"), x, kernel_size, stride, padding, dilation, shard)
+
+
+def avg_pool2d(
+    x: torch.Tensor,
+    kernel_size: Extent,
+    stride: Extent = (),
+    padding: Extent = 0,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
@@ -192,11 +237,22 @@ def avg_pool(
     shard: Shard,
 ) -> torch.Tensor:
     """Average pooling of [n, c, s0, s1] with space split; padding counts as zeros."""
-    kernels = _spread(kernel_size, 2)
-    strides = _spread(stride, 2) if stride != () and stride != [] else kernels
-    windows = [_Window(*w, 1) for w in zip(kernels, strides, _spread(padding, 2), strict=True)]
-    x, paddings = _windowed(x, shard, windows, 0.0)
-    return F.avg_pool2d(x, kernels, strides, paddings, divisor_override=divisor_override)
+    run = partial(F.avg_pool2d, divisor_override=divisor_override)
+    return _pooled(run, 2, 0.0, x, kernel_size, stride, padding, 1, shard)
+
+
+def avg_pool1d(
+    x: torch.Tensor,
+    kernel_size: Extent,
+    stride: Extent = (),
+    padding: Extent = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """Average pooling of [n, c, s0] with space split; padding counts as zeros."""
+    return _pooled(F.avg_pool1d, 1, 0.0, x, kernel_size, stride, padding, 1, shard)
 
 
 def as_strided(

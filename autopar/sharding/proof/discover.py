@@ -68,7 +68,7 @@ def ways(one: OneOp, parts: int, draw: Draw, *, careful: bool = False) -> set[Wa
             continue
         for dim in _told_sizes(one):
             outputs = _tried(one, states, parts, dim, draw)
-            if outputs is not None:
+            if outputs is not None and compatible(one, (*states, *outputs), parts):
                 found.add(Way(states, outputs))
     return found
 
@@ -86,19 +86,23 @@ def options_of(x: torch.Tensor | None, trained: bool, parts: int) -> Iterator[st
 
 
 def compatible(one: OneOp, states: States, parts: int) -> bool:
-    """Dims split together are equal, or are split evenly."""
+    """Dims split together, of operands and (if states are given) results, are equal, or are split
+    evenly: uneven parts of different dims fit each other by chance at most."""
     extents = {
-        x.shape[int(s[1:])] for x, s in zip(one.inputs, states, strict=True)
-        if x is not None and s.startswith("S")
-    }  # fmt: skip
+        x.shape[int(s[1:])]
+        for x, s in zip((*one.inputs, *one.outputs), states, strict=False)
+        if x is not None and s.startswith("S") and int(s[1:]) < x.ndim
+    }
     return len(extents) < 2 or all(n % parts == 0 for n in extents)
 
 
 def _alike(one: OneOp, states: States) -> bool:
-    """Every operand that has a dim of an extent that is split is split there."""
+    """One extent is split, in every operand that has it."""
     pairs = [(x, s) for x, s in zip(one.inputs, states, strict=True) if x is not None]
     extents = {x.shape[int(s[1:])] for x, s in pairs if s.startswith("S")}
-    return all(s.startswith("S") or extents.isdisjoint(x.shape) for x, s in pairs)
+    return len(extents) < 2 and all(
+        s.startswith("S") or extents.isdisjoint(x.shape) for x, s in pairs
+    )
 
 
 def _told_sizes(one: OneOp) -> list[int | None]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,20 +20,38 @@ from autopar.sharding.proof.discover import (
     ways,
 )
 from autopar.sharding.proof.draw import Draw, Sample
+from autopar.sharding.proof.explained import why_left_out
 from autopar.sharding.proof.one_op import OneOp, one_op
+from autopar.sharding.proof.random_ops import UNDEFINED
 from autopar.sharding.proof.samples import draw_sample, find_op
+
+_Kind = tuple[tuple[int, ...], Way]
 
 _SIZE = 6  # of dims: enough for uneven parts
 
 
 @dataclass(frozen=True)
 class Found:
-    """A way that held in `held` of `tried` calls whose tensors have as many dims."""
+    """A way that held in `held` of `tried` calls, and why the table may leave it out."""
 
     way: Way
     held: int
     tried: int
     example: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Looked:
+    """How many ways are right for an op, and those of them that its rule leaves out."""
+
+    ways: int
+    left_out: tuple[Found, ...]
+
+    @property
+    def missing(self) -> list[Found]:
+        """Those for which there is no reason."""
+        return [f for f in self.left_out if f.reason is None]
 
 
 def stated(one: OneOp, parts: int) -> set[Way]:
@@ -92,7 +110,12 @@ def from_calls(
     return {
         key: sorted(
             (
-                Found(way, len(calls), _eligible(way, key, ones), str(calls[0].sample))
+                Found(
+                    way,
+                    len(calls),
+                    _eligible(way, [one for one in ones if dims_of(one) == key]),
+                    str(calls[0].sample),
+                )
                 for way, calls in found.items()
             ),
             key=lambda f: f.way,
@@ -101,18 +124,16 @@ def from_calls(
     }
 
 
-def _eligible(way: Way, key: tuple[int, ...], ones: Sequence[OneOp]) -> int:
+def _eligible(way: Way, ones: Sequence[OneOp]) -> int:
     """In how many (call, parts) the way could be tried at all."""
     count = 0
     for one in ones:
-        if dims_of(one) != key:
-            continue
         for parts in PARTS:
             possible = all(
                 s in options_of(x, t, parts)
                 for x, s, t in zip(one.inputs, way.inputs, one.trained, strict=True)
             )
-            count += possible and compatible(one, way.inputs, parts)
+            count += possible and compatible(one, (*way.inputs, *way.outputs), parts)
     return count
 
 
@@ -136,16 +157,18 @@ def _shuffled(one: OneOp, draw: Draw) -> OneOp | None:
         return None
 
 
-def missing(name: str, seed: int, calls: int = 24, *, careful: bool = False) -> list[Found]:
-    """Ways that are right and that the table's rule leaves out, with how often they are.
+def look_at(name: str, seed: int, calls: int = 24, *, careful: bool = False) -> Looked:
+    """Ways that are right for an op, and which of them its rule leaves out.
 
     Told are those that hold wherever they can be tried, and those that hold at times, by a split,
     which a condition on the arguments might tell apart.
     """
+    if name in UNDEFINED:
+        return Looked(0, ())
     op = find_op(name)
     assert op is not None
-    gone: dict[tuple[tuple[int, ...], Way], list[OneOp]] = defaultdict(list)
-    listed: dict[tuple[tuple[int, ...], Way], int] = defaultdict(int)
+    offered: Counter[_Kind] = Counter()
+    left: dict[_Kind, list[OneOp]] = defaultdict(list)
     ones = []
     draw = Draw(random.Random(seed))
     for turn in range(calls):
@@ -161,22 +184,39 @@ def missing(name: str, seed: int, calls: int = 24, *, careful: bool = False) -> 
         again = _shuffled(one, draw)
         for parts in PARTS:
             table = stated(one, parts)
-            inputs = {w.inputs for w in table}
             for way in ways(one, parts, draw, careful=careful):
-                key = dims_of(one), way
-                if way in table or way.inputs in inputs:
-                    listed[key] += 1
+                kind = _calls_like(one, way), way
+                if _offers(table, way):
+                    offered[kind] += 1
                 elif again is None or way in recheck(again, way, parts, draw):
-                    gone[key].append(one)
-    found = []
-    for (dims, way), having in sorted(gone.items(), key=lambda item: item[0]):
-        held = len(having) + listed[dims, way]
-        tried = _eligible(way, dims, ones)
+                    left[kind].append(one)
+    found: dict[Way, Found] = {}
+    for (like, way), having in sorted(left.items(), key=lambda item: item[0]):
+        held = len(having) + offered[like, way]
+        tried = _eligible(way, [one for one in ones if _calls_like(one, way) == like])
         reads = any(s != "R" for s in way.outputs)
         at_times = 3 * held >= tried and held >= 4 and "P" not in way.inputs
-        if reads and len(having) > 1 and (held == tried or at_times):
-            found.append(Found(way, held, tried, str(min(having, key=_weight).sample)))
-    return found
+        if reads and len({id(one) for one in having}) > 1 and (held == tried or at_times):
+            before = found.get(way, Found(way, 0, 0, str(min(having, key=_weight).sample)))
+            found[way] = replace(before, held=before.held + held, tried=before.tried + tried)
+    told = tuple(replace(f, reason=why_left_out(name, f.way)) for f in found.values())
+    return Looked(len({way for _, way in offered} | found.keys()), told)
+
+
+def _calls_like(one: OneOp, way: Way) -> tuple[int, ...]:
+    """What calls must share for a way to be the same: dims where it splits them, else operands."""
+    splits = any(s.startswith("S") for s in (*way.inputs, *way.outputs))
+    return dims_of(one) if splits else tuple(min(n, 0) for n in dims_of(one))
+
+
+def _offers(table: set[Way], way: Way) -> bool:
+    """Whether the rule has it, or the same but for sums: what is whole can be given as one."""
+    for t in table:
+        pairs = zip(t.inputs, way.inputs, strict=True)
+        weaker = all(a == b or (a, b) == ("P", "R") for a, b in pairs)
+        if t.inputs == way.inputs or (weaker and t.outputs == way.outputs):
+            return True
+    return False
 
 
 def _proves_little(one: OneOp) -> bool:

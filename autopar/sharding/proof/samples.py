@@ -8,7 +8,9 @@ from functools import cache
 import torch
 
 from autopar.sharding.proof import (  # noqa: F401  (they register samplers)
+    samples_creation,
     samples_index,
+    samples_loss,
     samples_product,
     samples_reduction,
     samples_view,

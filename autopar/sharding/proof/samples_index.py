@@ -1,4 +1,4 @@
-"""Calls of lookups, gathers, scatters, losses and creations."""
+"""Calls of lookups, gathers and scatters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autopar.sharding.proof.draw import Arguments, Draw, sampler
 
 @sampler("aten.embedding.default")
 def _embedding(draw: Draw) -> Arguments:
-    rows, width = draw.size(), draw.size()
+    rows, width = draw.size(2), draw.size()
     args: list[Any] = [draw.normal(rows, width), draw.integers(draw.shape(0, 3), 0, rows)]
     if draw.chance(30):
         args.append(draw.integer(0, rows - 1))
@@ -173,187 +173,10 @@ def _searchsorted(draw: Draw) -> Arguments:
 
 @sampler("aten.histc.default")
 def _histc(draw: Draw) -> Arguments:
-    return (draw.uniform(draw.shape(0, 3)), draw.integer(1, 5), 0, 1), {}
+    bounds = [] if draw.chance(30) else [0, 1]
+    return (draw.uniform(draw.shape(0, 3)), draw.integer(2, 5), *bounds), {}
 
 
 @sampler("aten.nonzero_static.default")
 def _nonzero(draw: Draw) -> Arguments:
     return (draw.booleans(draw.shape(1, 3)),), {"size": draw.integer(1, 5)}
-
-
-# -- losses -------------------------------------------------------------------------------------
-
-
-def _classes(draw: Draw, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [b, v, space] and classes [b, space], some of them ignored but not all."""
-    batch, classes, space = draw.size(), draw.size(2), draw.shape(0, 2)
-    if draw.chance(50):
-        space = []
-    target = draw.integers([batch, *space], 0, classes)
-    target = target.masked_fill(draw.booleans(target.shape, 0.2), ignored)
-    target.view(-1)[0] = 0
-    return draw.normal(batch, classes, *space), target
-
-
-def _class_arguments(draw: Draw) -> tuple[list[Any], dict[str, Any]]:
-    reduction = draw.integer(0, 2)
-    ignored = draw.choice([-100, -100, 1])
-    logits, target = _classes(draw, ignored)
-    weight = draw.uniform([logits.shape[1]]) if draw.chance(30) else None
-    if reduction == 1 and ignored == -100 and weight is None and draw.chance():
-        return [logits, target], {}
-    return [logits, target, weight, reduction, ignored], {}
-
-
-@sampler("aten.cross_entropy_loss.default", fixed=("weight",))
-def _cross_entropy(draw: Draw) -> Arguments:
-    args, kwargs = _class_arguments(draw)
-    if draw.chance(10):  # probabilities for targets
-        return (args[0], draw.normal(*args[0].shape).softmax(1)), {}
-    if len(args) > 2 and draw.chance(30):
-        kwargs["label_smoothing"] = 0.1
-    return tuple(args), kwargs
-
-
-@sampler("aten.nll_loss_nd.default", fixed=("weight",))
-def _nll(draw: Draw) -> Arguments:
-    args, kwargs = _class_arguments(draw)
-    return (args[0].log_softmax(1), *args[1:]), kwargs
-
-
-@sampler("aten.nll_loss.default", fixed=("weight",))
-def _nll_rows(draw: Draw) -> Arguments:
-    classes = draw.size(2)
-    target = draw.integers([draw.size()], 0, classes)
-    return (draw.normal(len(target), classes), target, None, draw.integer(0, 2)), {}
-
-
-@sampler("aten.nll_loss2d.default", fixed=("weight",))
-def _nll_images(draw: Draw) -> Arguments:
-    classes, target = draw.size(2), draw.integers(draw.shape(3, 3), 0, 3)
-    classes = max(classes, 3)
-    shape = [target.shape[0], classes, *target.shape[1:]]
-    return (draw.normal(*shape), target, None, draw.integer(0, 2)), {}
-
-
-def _pair(draw: Draw) -> list[Any]:
-    shape = draw.shape(0, 4)
-    rest: list[Any] = [] if draw.chance() else [draw.integer(0, 2)]
-    return [draw.normal(*shape), draw.normal(*shape), *rest]
-
-
-@sampler("aten.mse_loss.default", "aten.l1_loss.default")
-def _elementwise_loss(draw: Draw) -> Arguments:
-    return tuple(_pair(draw)), {}
-
-
-@sampler("aten.smooth_l1_loss.default", "aten.huber_loss.default")
-def _smooth_loss(draw: Draw) -> Arguments:
-    args = _pair(draw)
-    return tuple(args), {}
-
-
-@sampler("aten.kl_div.default")
-def _kl_div(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 3)
-    a, b = draw.normal(*shape).log_softmax(-1), draw.normal(*shape).softmax(-1)
-    if draw.chance():
-        return (a, b.log(), draw.integer(0, 2)), {"log_target": True}
-    return (a, b, draw.integer(0, 2)), {}
-
-
-@sampler("aten.binary_cross_entropy.default", fixed=("target", "weight"))
-def _bce(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 3)
-    weight = draw.uniform(shape) if draw.chance(30) else None
-    return (draw.uniform(shape), draw.uniform(shape), weight, draw.integer(0, 2)), {}
-
-
-@sampler("aten.binary_cross_entropy_with_logits.default", fixed=("target", "weight", "pos_weight"))
-def _bce_logits(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 3)
-    weight = draw.uniform(draw.broadcast(shape)) if draw.chance(30) else None
-    pos = draw.uniform(shape[-1:]) if draw.chance(30) and shape else None
-    return (draw.normal(*shape), draw.uniform(shape), weight, pos, draw.integer(0, 2)), {}
-
-
-@sampler("aten.ctc_loss.Tensor")
-def _ctc(draw: Draw) -> Arguments:
-    batch, classes = draw.size(), draw.size(3)
-    probabilities = draw.normal(8, batch, classes).log_softmax(-1)
-    targets = draw.integers([batch, 3], 1, classes)
-    lengths = torch.full([batch], 8), torch.full([batch], 3)
-    return (probabilities, targets, *lengths, 0, draw.integer(0, 2)), {}
-
-
-# -- creation -----------------------------------------------------------------------------------
-
-
-@sampler("aten.new_zeros.default", "aten.new_ones.default", "aten.new_empty.default")
-def _new(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 3)
-    size = shape if draw.chance() else draw.shape(0, 3)
-    return (draw.any_kind(shape), size), draw.choice([{}, {"dtype": torch.int64}])
-
-
-@sampler("aten.new_full.default")
-def _new_full(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 3)), draw.shape(0, 3), 1.5), {}
-
-
-@sampler(
-    *(f"aten.{n}.default" for n in ("zeros", "ones", "rand", "randn")), "aten.empty.memory_format"
-)
-def _sized(draw: Draw) -> Arguments:
-    return (draw.shape(0, 3),), {"dtype": torch.float64}
-
-
-@sampler("aten.full.default")
-def _full(draw: Draw) -> Arguments:
-    return (draw.shape(0, 3), draw.choice([2, -1.5])), {"dtype": torch.float64}
-
-
-@sampler("aten.arange.default", "aten.randperm.default", "aten.eye.default")
-def _counted(draw: Draw) -> Arguments:
-    return (draw.size(),), {}
-
-
-@sampler("aten.eye.m")
-def _eye(draw: Draw) -> Arguments:
-    return (draw.size(), draw.size()), {}
-
-
-@sampler("aten.tril_indices.default", "aten.triu_indices.default")
-def _triangle(draw: Draw) -> Arguments:
-    return (draw.size(), draw.size()), {}
-
-
-@sampler("aten.arange.start", "aten.arange.start_step")
-def _arange(draw: Draw) -> Arguments:
-    start = draw.integer(0, 3)
-    return (start, start + draw.size()), {}
-
-
-@sampler("aten.linspace.default")
-def _linspace(draw: Draw) -> Arguments:
-    return (0.0, 1.0, draw.size()), {"dtype": torch.float64}
-
-
-@sampler("aten.scalar_tensor.default")
-def _scalar(draw: Draw) -> Arguments:
-    return (draw.choice([1.5, 2.0]),), {"dtype": torch.float64}
-
-
-@sampler("aten.hann_window.default")
-def _hann(draw: Draw) -> Arguments:
-    return (draw.size(),), {"dtype": torch.float64}
-
-
-@sampler("aten.randint.default")
-def _randint(draw: Draw) -> Arguments:
-    return (9, draw.shape(0, 3)), {}
-
-
-@sampler("aten.randint.low")
-def _randint_low(draw: Draw) -> Arguments:
-    return (2, 9, draw.shape(0, 3)), {}

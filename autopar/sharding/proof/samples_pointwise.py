@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ _STRINGS: dict[str, list[str | None]] = {
     "rounding_mode": [None, "floor", "trunc"],
 }
 _INTS = {"decimals": 2, "n": 1, "p": 2}
+_STRANGE = [math.nan, math.inf, -math.inf]
 _POWERS = [2, 3, 0.5, -1]
 # Their second operand may be a number (x + 1 is captured as add.Tensor).
 _NUMBER_TOO = frozenset("add sub mul div".split())
@@ -96,6 +98,12 @@ def _tensor(
         return draw.uniform(shape, 0.3, 2.0) * sign if index else draw.normal(*shape)
     if op in ("add", "mul", "sub") and index and draw.chance(10):
         return draw.integers(shape, -3, 4)
+    if op in _COMPARISON:  # with ties
+        return draw.integers(shape, -3, 4).double()
+    if "polynomial" in op and index:  # their degree
+        return draw.integers(shape, 0, 5).double()
+    if op == "nan_to_num":
+        return draw.normal(*shape).masked_fill(draw.booleans(shape, 0.3), draw.choice(_STRANGE))
     if op in _TOTAL:
         return draw.normal(*shape)
     return draw.uniform(shape) + _SHIFT.get(op, 0.0)
@@ -114,6 +122,8 @@ def _number(op: str, name: str, draw: Draw, integer: bool, booleans: bool) -> An
         return -0.5 if name == "min" else 0.6
     if op == "special_zeta":
         return 1.7
+    if "polynomial" in op and name == "n":
+        return draw.choice([0, 2, 3])
     if op == "masked_fill":
         return draw.choice([0, -1.5, float("-inf")])
     if op == "where":

@@ -128,7 +128,7 @@ def _conv_transpose(draw: Draw, rank: int) -> Arguments:
     lead = [draw.integer(1, 5)]
     x, weight = draw.normal(*lead, channels, *space), draw.normal(channels, out, *window)
     bias = draw.normal(out * groups) if draw.chance() else None
-    stride = [draw.integer(1, 2) for _ in range(rank)]
+    stride = window if draw.chance(40) else [draw.integer(1, 2) for _ in range(rank)]
     return (x, weight, bias, stride, [0] * rank, [0] * rank, groups), {}
 
 
@@ -200,14 +200,14 @@ sampler(
 
 @sampler("aten.pixel_shuffle.default")
 def _pixel_shuffle(draw: Draw) -> Arguments:
-    r = draw.integer(1, 2)
+    r = draw.integer(2, 3)
     shape = [*draw.shape(0, 2), draw.integer(1, 4) * r * r, draw.size(), draw.size()]
     return (draw.normal(*shape), r), {}
 
 
 @sampler("aten.pixel_unshuffle.default")
 def _pixel_unshuffle(draw: Draw) -> Arguments:
-    r = draw.integer(1, 2)
+    r = draw.integer(2, 3)
     shape = [*draw.shape(0, 2), draw.size(), draw.integer(1, 4) * r, draw.integer(1, 4) * r]
     return (draw.normal(*shape), r), {}
 

@@ -280,6 +280,10 @@ def _repeat(draw: Draw) -> Arguments:
 def _unfold(draw: Draw) -> Arguments:
     shape = draw.shape(1, 3)
     dim = draw.dim(len(shape))
+    if draw.chance(30):  # windows side by side
+        size = draw.integer(1, 3)
+        shape[dim] *= size
+        return (draw.any_kind(shape), dim, size, size), {}
     return (draw.any_kind(shape), dim, draw.integer(1, shape[dim]), draw.integer(1, 2)), {}
 
 

@@ -7,11 +7,12 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
 
-from autopar.sharding.proof.missing import Found, discover, missing
+from autopar.sharding.proof.missing import Found, discover, look_at
 from autopar.sharding.proof.propose import propose
 from autopar.sharding.proof.samples import find_op
 from autopar.sharding.rules.registry import has_rule
@@ -19,36 +20,52 @@ from autopar.sharding.rules.registry import has_rule
 _TIMEOUT_S = 240.0
 
 
+@dataclass(frozen=True)
+class OpFindings:
+    """What was found of one op: how many right ways, and which of them its rule leaves out.
+
+    Args:
+        name: the op.
+        ways: how many are right.
+        missing: a line for each that is left out without a reason; or for what could not be looked
+            at; or, for an op without a rule, the row that it could have.
+        explained: each that is left out for a reason, and the reason.
+    """
+
+    name: str
+    ways: int = 0
+    missing: tuple[str, ...] = ()
+    explained: tuple[tuple[str, str], ...] = ()
+
+
 def _look(name: str, seed: int, careful: bool, to: Connection) -> None:
     torch.set_num_threads(1)
     op = find_op(name)
     if op is not None and has_rule(op):
-        to.send(_timid(name, seed, careful))
+        looked = look_at(name, seed, careful=careful)
+        missing = tuple(_line(f) for f in looked.missing)
+        explained = tuple((str(f.way), f.reason) for f in looked.left_out if f.reason)
+        to.send(OpFindings(name, looked.ways, missing, explained))
     else:
         to.send(_proposed(name, seed, careful))
 
 
-def _timid(name: str, seed: int, careful: bool) -> list[str]:
-    return [_line(f) for f in missing(name, seed, careful=careful)]
-
-
 def _line(found: Found) -> str:
-    where = f"in {found.held} of {found.tried} tries, such as {found.example}"
-    why = "; over max or min, for which there is no layout" if found.way.special else ""
-    return f"{found.way}: {where}{why}"
+    return f"{found.way}: in {found.held} of {found.tried} tries, such as {found.example}"
 
 
-def _proposed(name: str, seed: int, careful: bool) -> list[str]:
+def _proposed(name: str, seed: int, careful: bool) -> OpFindings:
     found, results = discover(name, seed, careful=careful)
-    lines = []
-    for dims, ways in sorted(found.items()):
-        row = propose(ways, dims, results[dims])
-        lines.append(f"{row}, for calls such as {ways[0].example}")
-    return lines or ["nothing can be split"]
+    lines = tuple(
+        f"{propose(ways, dims, results[dims])}, for calls such as {ways[0].example}"
+        for dims, ways in sorted(found.items())
+    )
+    ways = {f.way for each in found.values() for f in each}
+    return OpFindings(name, len(ways), lines or ("nothing can be split",))
 
 
-def look(name: str, seed: int) -> list[str]:
-    """A line per strategy that the op's rule leaves out, or per row for an op without a rule."""
+def look(name: str, seed: int) -> OpFindings:
+    """The ways of one op; where torch crashes, only splits of operands that fit each other."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     for careful in (False, True):
@@ -58,7 +75,7 @@ def look(name: str, seed: int) -> list[str]:
         sender.close()
         try:
             if receiver.poll(_TIMEOUT_S):
-                found: list[str] = receiver.recv()
+                found: OpFindings = receiver.recv()
                 process.join()
                 return found
         except EOFError:
@@ -66,16 +83,19 @@ def look(name: str, seed: int) -> list[str]:
             continue  # it crashed
         process.kill()
         process.join()
-        return [f"not looked at: took longer than {_TIMEOUT_S:.0f} s"]
-    return [f"not looked at: torch crashed (exit code {process.exitcode})"]
+        return OpFindings(name, missing=(f"not looked at: took over {_TIMEOUT_S:.0f} s",))
+    crashed = f"not looked at: torch crashed (exit code {process.exitcode})"
+    return OpFindings(name, missing=(crashed,))
 
 
 def look_at_all(
-    names: Sequence[str], seed: int, jobs: int, done: Callable[[str, list[str]], None]
-) -> None:
+    names: Sequence[str], seed: int, jobs: int, done: Callable[[OpFindings], None]
+) -> list[OpFindings]:
     """`look` at every op, `jobs` at a time; `done` is told of each."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    found = []
     with ThreadPoolExecutor(jobs) as pool:
-        results = pool.map(lambda name: look(name, seed), names)
-        for name, lines in zip(names, results, strict=True):
-            done(name, lines)
+        for findings in pool.map(lambda name: look(name, seed), names):
+            found.append(findings)
+            done(findings)
+    return found

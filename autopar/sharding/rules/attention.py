@@ -1,4 +1,4 @@
-"""Attention: split over batch, heads (grouped-query heads with their keys) and queries."""
+"""Attention: split over batch, heads (grouped-query heads with their keys), queries and values."""
 
 from __future__ import annotations
 
@@ -14,16 +14,25 @@ def _has_dropout(arguments: Mapping[str, Any]) -> bool:
 
 
 # keys and values are whole where queries are split: they are gathered
-_SDPA = "*b q [d], *b [k] [d], *b [k] [e], *b q [k] -> *b q [e]"
+_SDPA = "*b q [d], *b [k] [d], *b [k] e, *b q [k] -> *b q e"
+_VALUES: tuple[tuple[int, ...], ...] = ((2,),)
+_SCORES_WHOLE = ("e",)
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.scaled_dot_product_attention.default": (
-        Row(_SDPA, lowering=attention.attention_with_dropout, always=True, when=_has_dropout),
+        Row(
+            _SDPA.replace(" e", " [e]"),  # one mask for all of the values
+            lowering=attention.attention_with_dropout,
+            always=True,
+            when=_has_dropout,
+        ),
         Row(
             _SDPA.replace(" q ", " q! "),
+            linear=_VALUES,
             lowering=attention.causal_attention,
+            half=_SCORES_WHOLE,
             when=lambda a: bool(a.get("is_causal")),
         ),
-        Row(_SDPA),
+        Row(_SDPA, linear=_VALUES, half=_SCORES_WHOLE),
     ),
 }

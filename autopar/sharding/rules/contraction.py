@@ -20,7 +20,10 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.outer.default": Row("m, n -> m n", linear=((0,), (1,))),
     "aten.dot.default": Row("k, k -> ", linear=((0,), (1,))),
     "aten.mv.default": Row("m k, k -> m", linear=((0,), (1,))),
-    "aten.cdist.default": Row("*b m [k], *b n [k] -> *b m n"),
+    "aten.cdist.default": (
+        Row("*b m k, *b n k -> *b m n", when=lambda a: a.get("p", 2) == 1),
+        Row("*b m [k], *b n [k] -> *b m n"),
+    ),
     "transformers.grouped_mm_fallback.default": _GROUPED,
 }
 

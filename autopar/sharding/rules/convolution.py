@@ -25,16 +25,13 @@ def _conv(call: Call) -> OpRule:
     lead = len(call.outputs[0]) - rank - 1  # a single image has no batch
     n = "n" if lead else ""
     window = _space("x", rank, "[]")
-    # "same" pads unevenly for even windows: leave that to torch
-    uneven = call.arguments.get("padding") == "same" and any(k % 2 == 0 for k in weight[2:])
-    s = _space("s", rank, "[]") if uneven else _space("s", rank, "~")
-    t = _space("t", rank, "[]") if uneven else s
+    s = _space("s", rank, "~")
     if groups == 1:
-        notation = f"{n} c {s}, o c {window}, +o -> {n} o {t}"
+        notation = f"{n} c {s}, o c {window}, +o -> {n} o {s}"
         row = Row(notation, linear=((0,), (1,)), lowering=windows.convolution)
         return row.bind(call.inputs, call.outputs)
-    notation = f"{n} g! {s}, g! [i] {window}, g! -> {n} g! {t}"
-    row = Row(notation, lowering=windows.convolution)
+    notation = f"{n} g! {s}, g! [i] {window}, +g! -> {n} g! {s}"
+    row = Row(notation, linear=((0,),), lowering=windows.convolution)
     return _by_groups(row.bind(call.inputs, call.outputs), "g", groups)
 
 
@@ -49,16 +46,25 @@ def _by_groups(rule: OpRule, name: str, groups: int) -> OpRule:
 
 
 def _conv_transpose(call: Call) -> OpRule:
-    """[n, c, space], [c, o / groups, window], [o]."""
+    """[n, c, space], [c, o / groups, window], [o]; space is split where windows do not overlap."""
     weight = call.inputs[1]
     assert weight is not None
     rank = len(weight) - 2
     n = "n" if len(call.outputs[0]) == rank + 2 else ""
-    s, x, t = (_space(name, rank, "[]") for name in "sxt")
+    x = _space("x", rank, "[]")
+    assert call.inputs[0] is not None
+    extents = zip(call.inputs[0][-rank:], weight[2:], call.outputs[0][-rank:], strict=True)
+    # as many results as inputs times the window, and that wherever the first one lies: side by side
+    stride = windows.spread(call.arguments.get("stride", 1), rank)
+    apart = [
+        s == k and n > 1 and out == n * k for (n, k, out), s in zip(extents, stride, strict=True)
+    ]
+    s = " ".join(f"s{i}" if alone else f"[s{i}]" for i, alone in enumerate(apart))
     if call.arguments.get("groups", 1) == 1:
-        notation = f"{n} c {s}, c o {x}, +o -> {n} o {t}"
-        return Row(notation, linear=((0,), (1,))).bind(call.inputs, call.outputs)
-    return Row(f"{n} [c] {s}, [c] [o] {x}, [p] -> {n} [p] {t}").bind(call.inputs, call.outputs)
+        row = Row(f"{n} c {s}, c o {x}, +o -> {n} o {s}", linear=((0,), (1,)))
+    else:
+        row = Row(f"{n} [c] {s}, [c] [o] {x}, +[p] -> {n} [p] {s}", linear=((0,),))
+    return row.bind(call.inputs, call.outputs)
 
 
 def _no_ceil(arguments: Mapping[str, Any]) -> bool:
@@ -75,24 +81,24 @@ def _to_one(arguments: Mapping[str, Any]) -> bool:
     return math.prod(arguments["output_size"]) == 1
 
 
+_SPACE = {1: "*b s0~ -> *b s0~", 2: "*b s0~ s1~ -> *b s0~ s1~"}
 _UNSPLIT = {1: Row("*b [h] -> *b [i]"), 2: Row("*b [h] [w] -> *b [i] [j]")}
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
-    "aten.max_pool1d.default": _UNSPLIT[1],
-    "aten.max_pool2d.default": (
-        Row("*b s0~ s1~ -> *b s0~ s1~", lowering=windows.max_pool, when=_no_ceil),
-        _UNSPLIT[2],
-    ),
-    "aten.avg_pool1d.default": replace(_UNSPLIT[1], linear=((0,),)),
-    "aten.avg_pool2d.default": (
-        Row(
-            "*b s0~ s1~ -> *b s0~ s1~",
-            linear=((0,),),
-            lowering=windows.avg_pool,
-            when=_plain_average,
-        ),
-        replace(_UNSPLIT[2], linear=((0,),)),
-    ),
+    **{
+        f"aten.max_pool{rank}d.default": (
+            Row(_SPACE[rank], lowering=lowering, when=_no_ceil),
+            _UNSPLIT[rank],
+        )
+        for rank, lowering in ((1, windows.max_pool1d), (2, windows.max_pool2d))
+    },
+    **{
+        f"aten.avg_pool{rank}d.default": (
+            Row(_SPACE[rank], linear=((0,),), lowering=lowering, when=_plain_average),
+            replace(_UNSPLIT[rank], linear=((0,),)),
+        )
+        for rank, lowering in ((1, windows.avg_pool1d), (2, windows.avg_pool2d))
+    },
     "aten.adaptive_avg_pool1d.default": (
         Row("*b r0! -> *b [i]", linear=((0,),), lowering=norms.pool_to_one, when=_to_one),
         replace(_UNSPLIT[1], linear=((0,),)),
@@ -101,7 +107,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row("*b r0! r1! -> *b [i] [j]", linear=((0,),), lowering=norms.pool_to_one, when=_to_one),
         replace(_UNSPLIT[2], linear=((0,),)),
     ),
-    "aten._adaptive_avg_pool2d.default": _UNSPLIT[2],
+    "aten._adaptive_avg_pool2d.default": replace(_UNSPLIT[2], linear=((0,),)),
     "aten.adaptive_max_pool2d.default": Row("*b [h] [w] -> *b [i] [j], *b [i] [j]"),
     "aten.max_pool2d_with_indices.default": Row("*b [h] [w] -> *b [i] [j], *b [i] [j]"),
     **dict.fromkeys(
@@ -115,12 +121,9 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
             "aten.upsample_bicubic2d.vec",
             "aten._upsample_bilinear2d_aa.vec",
             "aten._upsample_bicubic2d_aa.vec",
-            "aten.pixel_shuffle.default",
         ),
         Row("n c [h] [w] -> n c [i] [j]", linear=((0,),)),
     ),
-    "aten.pixel_shuffle.default": Row("*b [c] [h] [w] -> *b [d] [i] [j]", linear=((0,),)),
-    "aten.pixel_unshuffle.default": Row("*b [c] [h] [w] -> *b [d] [i] [j]", linear=((0,),)),
     "aten.grid_sampler.default": Row("n c [h] [w], n i j [x] -> n c i j", linear=((0,),)),
     # channels are the leading part of the columns
     "aten.im2col.default": Row("n c [h] [w] -> n c [l]", linear=((0,),)),

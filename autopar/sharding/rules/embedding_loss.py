@@ -26,7 +26,12 @@ def _elementwise_loss(lowering: Callable[..., Any]) -> tuple[Row, ...]:
     )
 
 
-def _by_class(call: Call, lowering: Callable[..., Any], vocabulary: str) -> OpRule | None:
+def _by_class(
+    call: Call,
+    lowering: Callable[..., Any],
+    vocabulary: str,
+    linear: tuple[tuple[int, ...], ...] = (),
+) -> OpRule | None:
     """Logits [b, v, space], classes [b, space], weights [v]."""
     logits, target = call.inputs[:2]
     assert logits is not None
@@ -38,13 +43,23 @@ def _by_class(call: Call, lowering: Callable[..., Any], vocabulary: str) -> OpRu
     marked = " ".join(s + mark for s in space)
     out = " ".join(["b", *space]) if _reduction(call.arguments) == 0 else ""
     notation = f"b{mark} {vocabulary} {marked}, b{mark} {marked}, {vocabulary.strip('=')} -> {out}"
-    return Row(notation, lowering=lowering).bind(call.inputs, call.outputs)
+    return Row(notation, linear=linear, lowering=lowering).bind(call.inputs, call.outputs)
+
+
+def _nll(call: Call) -> OpRule | None:
+    return _by_class(call, losses.nll_loss, "[v]", linear=((0,),))
+
+
+def _ctc(out: str, mark: str = "") -> str:
+    """Log probabilities [time, batch, class], targets, and a length of each per sequence."""
+    return f"[t] b{mark} [c], b{mark} [s], b{mark}, b{mark} -> {out}"
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.embedding.default": (
         Row(
             "[v] e, *[b] -> *[b] e",
+            linear=((0,),),
             when=lambda a: bool(a.get("scale_grad_by_freq") or a.get("sparse")),
         ),
         Row("v! e, *b -> *b e", lowering=losses.embedding, linear=((0,),)),
@@ -59,13 +74,18 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         losses.binary_cross_entropy_with_logits
     ),
     "aten.kl_div.default": _elementwise_loss(losses.kl_div),
-    # log probabilities [time, b, class], targets, and a length of each per sequence
-    "aten.ctc_loss.Tensor": Row("[t] [b] [c], ..., [b], [b] -> ..."),
+    "aten.ctc_loss.Tensor": (
+        # targets one after the other, without padding, lie anywhere
+        Row("[t] *[b] [c], [s], *[b], *[b] -> ...", when=lambda a: len(a["targets"]) == 1),
+        Row(_ctc("b"), when=lambda a: _reduction(a) == 0),
+        Row(_ctc(""), when=lambda a: _reduction(a) == 2),
+        Row(_ctc("", "!"), lowering=losses.ctc_loss),
+    ),
 }
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.cross_entropy_loss.default": lambda call: _by_class(call, losses.cross_entropy, "v="),
-    "aten.nll_loss_nd.default": lambda call: _by_class(call, losses.nll_loss, "[v]"),
-    "aten.nll_loss.default": lambda call: _by_class(call, losses.nll_loss, "[v]"),
-    "aten.nll_loss2d.default": lambda call: _by_class(call, losses.nll_loss, "[v]"),
+    "aten.nll_loss_nd.default": _nll,
+    "aten.nll_loss.default": _nll,
+    "aten.nll_loss2d.default": _nll,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from autopar.sharding.rule import OpRule, Row, Shape
@@ -56,24 +57,24 @@ def _index(call: Call) -> OpRule | None:
 
 
 def _index_put(call: Call) -> OpRule | None:
-    """Indices and written values whole; the other dims of the tensor split."""
+    """What is added may be split over the indices, not what is written: the last one stays."""
     names, values = _index_names(call), call.inputs[-1]
     if names is None and values is not None:
         return _fill(call, values)
     if names is None or values is None:
         return None
     read, spelled, result = names
-    unsplit = [" ".join(f"[{n}]" for n in pattern.split()) for pattern in _operands(call, spelled)]
-    # values broadcast to the shape that reading would give
-    written = [f"[{n}]" if n.startswith("i") else n for n in result]
-    written = written[len(written) - len(values) :] if len(values) <= len(written) else []
-    if len(written) != len(values):
+    if len(values) > len(result):
         return None
-    joint = () if any(n == 1 for n in values) else ((0, len(call.inputs) - 1),)
-    row = Row(
-        f"{', '.join([' '.join(read), *unsplit, ' '.join(written)])} -> {' '.join(read)}",
-        linear=joint,
-    )
+    # values broadcast to the shape that reading would give
+    written = " ".join(result[len(result) - len(values) :])
+    base = " ".join(read)
+    if call.arguments.get("accumulate"):
+        notation = f"+ {', '.join([base, *_operands(call, spelled), written])} -> {base}"
+    else:
+        whole = [re.sub(r"\bi\d+", "[\\g<0>]", p) for p in (*_operands(call, spelled), written)]
+        notation = f"{', '.join([base, *whole])} -> {base}"
+    row = Row(notation, linear=((0, len(call.inputs) - 1),))
     return row.bind(call.inputs, call.outputs)
 
 
@@ -84,7 +85,8 @@ def _fill(call: Call, values: Shape) -> OpRule | None:
         return None
     dims = [f"d{d}" for d in range(len(call.outputs[0]))]
     ones = " ".join(f"[v{d}]" for d in range(len(values)))
-    row = Row(f"{' '.join(dims)}, {' '.join(dims[: len(mask)])}, {ones} -> {' '.join(dims)}")
+    filled = " ".join(dims)
+    row = Row(f"{filled}, {' '.join(dims[: len(mask)])}, {ones} -> {filled}", linear=((0, 2),))
     return row.bind(call.inputs, call.outputs)
 
 
@@ -119,7 +121,8 @@ def _gather(call: Call) -> OpRule:
 
 
 def _scatter(call: Call) -> OpRule:
-    """Index and source of equal shapes, as large as the tensor but along `dim`."""
+    """Index and source, split as the tensor where they are as large; what is added, also along
+    `dim`."""
     dim = _dim(call)
     source = call.inputs[0]
     assert source is not None
@@ -129,9 +132,16 @@ def _scatter(call: Call) -> OpRule:
         for d in range(len(source))
     ]
     left = " ".join(f"d{d}" if ok else f"[x{d}]" for d, ok in enumerate(same))
-    right = " ".join(f"d{d}" if ok else f"[y{d}]" for d, ok in enumerate(same))
+    how = call.arguments.get("reduce", "add" if "scatter_add" in str(call.op) else "")
+    adds = how in ("add", "sum") and call.arguments.get("include_self", True)
+    along = "i" if adds and len({s[dim] for s in others if s}) == 1 else "[i]"
+    right = " ".join(
+        f"d{d}" if ok else along if d == dim else f"[y{d}]" for d, ok in enumerate(same)
+    )
     patterns = [left, *(right if len(s) == len(source) else "" for s in others)]
-    return Row(f"{', '.join(patterns)} -> {left}").bind(call.inputs, call.outputs)
+    linear = ((0, 2),) if len(others) == 2 and how in ("", "add", "sum") else ()
+    row = Row(f"{'+ ' if adds else ''}{', '.join(patterns)} -> {left}", linear=linear)
+    return row.bind(call.inputs, call.outputs)
 
 
 def _write(call: Call) -> OpRule:
@@ -150,14 +160,14 @@ def _write(call: Call) -> OpRule:
 def _index_add(call: Call) -> OpRule:
     """Rows of the second tensor are added where the index says."""
     names, dim = _dim_names(call)
-    added = [*names[:dim], "[i]", *names[dim + 1 :]]
-    row = Row(f"{' '.join(names)}, [i], {' '.join(added)} -> {' '.join(names)}", linear=((0, 2),))
+    added = [*names[:dim], "i", *names[dim + 1 :]]
+    row = Row(f"+ {' '.join(names)}, i, {' '.join(added)} -> {' '.join(names)}", linear=((0, 2),))
     return row.bind(call.inputs, call.outputs)
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     # the values are taken one after the other, across all dims
-    "aten.masked_scatter.default": Row("..., ..., ... -> ..."),
+    "aten.masked_scatter.default": Row("..., ..., ... -> ...", linear=((0, 2),)),
 }
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {

@@ -35,9 +35,12 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.bucketize.Tensor": Row("*d, [x] -> *d"),
     "aten.searchsorted.Tensor": (
         Row("[x], *d -> *d", when=lambda a: len(a["sorted_sequence"]) == 1),
-        Row("*d [x], *d [y] -> *d [y]"),
+        Row("*d [x], *d y -> *d y"),
     ),
-    "aten.histc.default": Row("... -> [b]"),
+    "aten.histc.default": (
+        Row("*d -> [b]", when=lambda a: a.get("min", 0) != a.get("max", 0)),
+        Row("... -> [b]"),  # from the least to the greatest of all values
+    ),
     "aten.nonzero_static.default": Row("... -> [n] [d]"),
 }
 

@@ -5,6 +5,7 @@ Which operands they are linear in is the only thing to know per op.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -35,7 +36,18 @@ LINEAR: dict[str, tuple[tuple[int, ...], ...]] = {
     "aten.detach.default": ((0,),),
     "aten.where.self": ((1, 2),),
     "aten.type_as.default": ((0,),),
-    "aten.view_as_real.default": ((0,),),
+    "aten.addcmul.default": ((0, 1), (0, 2)),
+    "aten.addcdiv.default": ((0, 1),),
+    "aten.fill.Tensor": ((0, 1),),
+    "aten.masked_fill.Tensor": ((0, 2),),
+    **{
+        f"aten.{name}": ((0,),)
+        for name in (
+            "positive.default conj_physical.default deg2rad.default rad2deg.default ldexp.Tensor "
+            "gelu_backward.default sigmoid_backward.default tanh_backward.default "
+            "threshold_backward.default native_dropout_backward.default"
+        ).split()
+    },
 }
 
 # Pointwise, though torch does not tag them so.
@@ -68,7 +80,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.view_as_real.default": Row("*d -> *d [two]", linear=((0,),)),
     "aten.view_as_complex.default": Row("*d [two] -> *d", linear=((0,),)),
     "aten.native_dropout.default": Row("*d -> *d, *d", lowering=random.native_dropout, always=True),
-    "aten.dropout.default": Row("*d -> *d", lowering=random.dropout, always=True),
+    "aten.dropout.default": Row("*d -> *d", linear=((0,),), lowering=random.dropout, always=True),
     "aten.bernoulli.p": Row("*d -> *d", lowering=random.bernoulli, always=True),
 }
 
@@ -94,9 +106,11 @@ def bind_pointwise(call: Call) -> OpRule:
 
 
 def _linear(name: str, arguments: Mapping[str, object]) -> Sequence[tuple[int, ...]]:
-    if name == "aten.masked_fill.Scalar":  # filling a pending sum would add up the fillings
-        return ((0,),) if arguments["value"] == 0 else ()
+    if name == "aten.masked_fill.Scalar":  # filling a pending sum adds up the fillings
+        return ((0,),) if arguments["value"] in (0, math.inf, -math.inf) else ()
     if name in ("aten.where.ScalarOther", "aten.where.ScalarSelf"):
         scalar = arguments["other" if name.endswith("Other") else "self"]
         return ((1,),) if scalar == 0 else ()
+    if name in ("aten.div.Tensor_mode", "aten.div.Scalar_mode"):
+        return ((0,),) if arguments["rounding_mode"] is None else ()
     return LINEAR.get(name, ())

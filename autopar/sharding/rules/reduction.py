@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autopar.sharding.lowerings import norms
+from autopar.sharding.lowerings import extremes, norms
 from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
 
@@ -51,11 +51,22 @@ def _mean_of_all(call: Call) -> OpRule:
     return row.bind(call.inputs, call.outputs)
 
 
-def _vector_norm(call: Call) -> OpRule:
-    if call.arguments.get("ord", 2) != 2:
+def _norm(call: Call) -> OpRule:
+    """Of absolute values, a sum; of squares, the root of one."""
+    order = call.arguments.get("ord", call.arguments.get("p", 2))
+    if order not in (1, 2, None):
         return _unsplit(call)
-    row = Row(_notation(call, "="), lowering=norms.vector_norm)
+    row = Row(_notation(call, "" if order == 1 else "="), lowering=norms.vector_norm)
     return row.bind(call.inputs, call.outputs)
+
+
+def _over_ranks(lowering: Callable) -> Callable[[Call], OpRule]:
+    """The ranks' results are reduced by the op itself."""
+
+    def bind(call: Call) -> OpRule:
+        return Row(_notation(call, "="), lowering=lowering).bind(call.inputs, call.outputs)
+
+    return bind
 
 
 def _unsplit(call: Call) -> OpRule:
@@ -67,14 +78,20 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.sum.dim_IntList": _sum,
     "aten.mean.default": _mean_of_all,
     "aten.mean.dim": _mean,
-    "aten.linalg_vector_norm.default": _vector_norm,
+    "aten.linalg_vector_norm.default": _norm,
+    "aten.norm.ScalarOpt_dim": _norm,
+    "aten.amax.default": _over_ranks(extremes.amax),
+    "aten.amin.default": _over_ranks(extremes.amin),
+    "aten.max.default": _over_ranks(extremes.amax),
+    "aten.min.default": _over_ranks(extremes.amin),
+    **{f"aten.any.{o}": _over_ranks(extremes.any_of) for o in ("default", "dim", "dims")},
+    **{f"aten.all.{o}": _over_ranks(extremes.all_of) for o in ("default", "dim", "dims")},
     **{
         f"aten.{name}": _unsplit
         for name in (
-            "amax.default amin.default var.correction var.dim std.correction std.dim "
-            "var_mean.correction max.default min.default max.dim min.dim any.default any.dim "
-            "any.dims all.default all.dim all.dims argmax.default argmin.default logsumexp.default "
-            "prod.default prod.dim_int median.dim linalg_norm.default norm.ScalarOpt_dim"
+            "var.correction var.dim std.correction std.dim var_mean.correction max.dim min.dim "
+            "argmax.default argmin.default logsumexp.default prod.default prod.dim_int median.dim "
+            "linalg_norm.default"
         ).split()
     },
 }

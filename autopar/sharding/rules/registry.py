@@ -15,6 +15,7 @@ from autopar.sharding.rules import (
     embedding_loss,
     functions,
     indexing,
+    movement,
     normalization,
     order,
     pointwise,
@@ -24,8 +25,8 @@ from autopar.sharding.rules import (
 from autopar.sharding.rules.call import Call
 
 _FAMILIES = (
-    contraction, attention, convolution, normalization, pointwise, view, reduction, indexing,
-    order, embedding_loss, creation,
+    contraction, attention, convolution, normalization, pointwise, view, movement, reduction,
+    indexing, order, embedding_loss, creation,
 )  # fmt: skip
 
 

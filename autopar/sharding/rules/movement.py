@@ -1,0 +1,133 @@
+"""Data movement that makes new tensors: joining, repeating, padding, rolling, regrouping pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from autopar.sharding.rule import Dims, Factor, OpRule, Row
+from autopar.sharding.rules.call import Call
+from autopar.sharding.rules.view import aligned, linear_rule, named
+
+
+def _pad(call: Call) -> OpRule:
+    """Padded dims stay whole, also where what is cut off at the other end makes up for it."""
+    pad, rank = call.arguments["pad"], len(call.outputs[0])
+    padded = {rank - 1 - i // 2 for i, amount in enumerate(pad) if amount}
+    rule = aligned(call).without(*(f"d{d}" for d in padded))
+    if not call.arguments.get("value") or not padded:
+        return rule
+    return OpRule(rule.inputs, rule.outputs, rule.factors)  # a pending sum would pad k times
+
+
+def _cat(call: Call) -> OpRule:
+    """The dim along which tensors are joined stays whole, unless there is but one."""
+    out_shape = call.outputs[0]
+    dim = call.arguments.get("dim", 0) % len(out_shape)
+    whole = dim if len(call.inputs) > 1 else None
+    names: Dims = tuple(None if d == whole or n == 1 else f"d{d}" for d, n in enumerate(out_shape))
+    factors = {f"d{d}": Factor(n) for d, n in enumerate(out_shape) if names[d] is not None}
+    return linear_rule([names] * len(call.inputs), [names], factors)
+
+
+def _stack(call: Call) -> OpRule:
+    """A new dim, of the operands."""
+    shape = call.inputs[0]
+    assert shape is not None
+    dim = call.arguments.get("dim", 0) % (len(shape) + 1)
+    names: Dims = tuple(None if n == 1 else f"d{d}" for d, n in enumerate(shape))
+    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    return linear_rule([names] * len(call.inputs), [(*names[:dim], None, *names[dim:])], factors)
+
+
+def _whole(dims: Callable[[Call, int], set[int]]) -> Callable[[Call], OpRule]:
+    """Same rank; the dims that `dims` (call, rank) names stay whole, and so do resized ones."""
+
+    def bind(call: Call) -> OpRule:
+        rule = aligned(call)
+        source = call.inputs[0]
+        assert source is not None
+        return rule.without(*(f"d{d}" for d in dims(call, len(source))))
+
+    return bind
+
+
+def _listed(call: Call, rank: int) -> set[int]:
+    dims = call.arguments.get("dims", call.arguments.get("dim"))
+    if dims is None or dims == []:
+        return set(range(rank))
+    return {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
+
+
+def _in_blocks(call: Call) -> OpRule:
+    """Every element along a dim becomes a block there, or every block an element."""
+    source, target = call.inputs[0], call.outputs[0]
+    assert source is not None
+    names = " ".join(
+        f"d{d}" if min(pair) > 1 else f"[d{d}]"
+        for d, pair in enumerate(zip(source, target, strict=True))
+    )
+    return Row(f"{names} -> {names}", linear=((0,),)).bind(call.inputs, call.outputs)
+
+
+def _repeat_interleave(call: Call) -> OpRule:
+    """Without a dim the result is flat: the first dim comes in blocks."""
+    source = call.inputs[0]
+    assert source is not None
+    if call.arguments.get("dim") is not None:
+        return _in_blocks(call)
+    first = next((d for d, n in enumerate(source) if n > 1), None)
+    names = " ".join("b" if d == first else f"[d{d}]" for d in range(len(source)))
+    out = "[b]" if first is None else "b"
+    return Row(f"{names} -> {out}", linear=((0,),)).bind(call.inputs, call.outputs)
+
+
+def _repeat(call: Call) -> OpRule:
+    """Dims that are repeated once are carried; of a repeated dim of one element, the copies."""
+    source, target = call.inputs[0], call.outputs[0]
+    assert source is not None
+    lead = len(target) - len(source)
+    names = [d - lead if d >= lead and source[d - lead] == n else None
+             for d, n in enumerate(target)]  # fmt: skip
+    dims, out, factors = named(source, names, target)
+    return linear_rule([dims], [out], factors)
+
+
+def _unsplit(call: Call) -> OpRule:
+    """As of a matrix along its diagonal."""
+    inputs = [None if s is None else (None,) * len(s) for s in call.inputs]
+    return linear_rule(inputs, [(None,) * len(s) for s in call.outputs], {})
+
+
+def _meshgrid(call: Call) -> OpRule:
+    """Dim d of every result is operand d; the first two change places in "xy"."""
+    shape, places = call.outputs[0], list(range(len(call.inputs)))
+    if call.arguments.get("indexing") == "xy":
+        places[:2] = places[:2][::-1]
+    names: Dims = tuple(f"d{d}" if n > 1 else None for d, n in enumerate(shape))
+    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    inputs: list[Dims] = [
+        (names[d],) if s else () for d, s in zip(places, call.inputs, strict=True)
+    ]
+    return linear_rule(inputs, [names] * len(call.outputs), factors)
+
+
+DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
+    "aten.pad.default": _pad,
+    "aten.constant_pad_nd.default": _pad,
+    "aten.concat.default": _cat,
+    "aten.concatenate.default": _cat,
+    "aten.stack.default": _stack,
+    "aten.flip.default": _whole(_listed),
+    "aten.roll.default": _whole(_listed),
+    "aten.fft_fftn.default": _whole(_listed),
+    "aten.tril.default": _whole(lambda call, rank: {rank - 1, rank - 2}),
+    "aten.triu.default": _whole(lambda call, rank: {rank - 1, rank - 2}),
+    "aten.repeat_interleave.self_int": _repeat_interleave,
+    "aten.repeat.default": _repeat,
+    "aten.tile.default": _repeat,
+    "aten.diag.default": _unsplit,
+    "aten.meshgrid.indexing": _meshgrid,
+    "aten.cat.default": _cat,
+    "aten.pixel_shuffle.default": _in_blocks,
+    "aten.pixel_unshuffle.default": _in_blocks,
+}
