@@ -25,12 +25,21 @@ class InfeasibleError(AutoparError, ValueError):
     Attributes:
         budget_bytes: what was allowed per device.
         smallest_bytes: the smallest budget with which a plan exists.
+        choices: of the plan that needs so much, where the solver says so.
     """
 
-    def __init__(self, message: str, *, budget_bytes: float, smallest_bytes: float) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_bytes: float,
+        smallest_bytes: float,
+        choices: tuple[int, ...] = (),
+    ) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.smallest_bytes = smallest_bytes
+        self.choices = choices
 
     def __reduce__(self) -> Any:  # rank 0 sends its errors to the others
         return _infeasible, (str(self), self.budget_bytes, self.smallest_bytes)

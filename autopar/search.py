@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from autopar.errors import InfeasibleError
 from autopar.plan import SolverRecord
 from autopar.sharding.moments import Moments
@@ -63,10 +65,10 @@ def search(
             raise
         mesh = "x".join(map(str, space.mesh))
         raise InfeasibleError(
-            f"no plan fits {format_bytes(budget)} per device on mesh {mesh}: parameters, "
-            "gradients, optimizer state, saved activations and what is alive besides at the peak "
-            f"need at least {format_bytes(error.smallest_bytes)} ({error.smallest_bytes:.0f} "
-            "bytes). Set the memory to that or more, use more devices, or make the batch smaller.",
+            f"no plan fits {format_bytes(budget)} per device on mesh {mesh}: the smallest budget "
+            f"with a plan is {format_bytes(error.smallest_bytes)} ({error.smallest_bytes:.0f} "
+            f"bytes), {_dominating(moments, alike.expand(error.choices))}. Set the memory to at "
+            "least that, use more devices, or make the batch smaller.",
             budget_bytes=budget,
             smallest_bytes=error.smallest_bytes,
         ) from None
@@ -81,6 +83,18 @@ def search(
         else:  # all blocks alike reads better
             found = replace(found, bound_us=min(free.bound_us, found.time_us))
     return Found(choices, found.time_us, found.bound_us, found.method)
+
+
+def _dominating(moments: Moments, choices: Choices) -> str:
+    """What the memory of a plan is made of at its peak: kinds, and where most of it is."""
+    space, series = moments.space, moments.memory
+    moment = int(np.argmax(series.values(space, choices)))
+    kinds, where = series.kinds(space, choices, moment), series.where(space, choices, moment)
+    parts = sorted(kinds.items(), key=lambda kind: -kind[1])
+    most = sorted(where.items(), key=lambda place: -place[1])[:3]
+    made = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in parts if n)
+    held = ", ".join(f"{format_bytes(n)} in {place}" for place, n in most)
+    return f"of which {made}; most of it {held}"
 
 
 def _solve(

@@ -1,9 +1,8 @@
-"""How long planning takes: GPT-2 at full size, from the module to the plan, stage by stage.
+"""How long planning takes: from a module on the meta device to the plan, stage by stage.
 
-Hugging Face GPT-2 (12 layers, vocabulary 50257, no dropout) on the meta device with a batch of 16
-sequences of 128 tokens, planned for A100-80G on the meshes 8 and 2x4, and once more with so little
-memory that it binds. Every repetition is a process of its own, so that no trace, profile or
-conversion table is found ready; imports are measured apart. Medians are shown.
+GPT-2, Llama 3, Mixtral and vision models at their published dimensions, planned for A100-80G. Every
+repetition is a process of its own, so that no trace, profile or conversion table is found ready;
+imports are measured apart. Medians are shown.
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Row, console
 
-TARGET_S = 10.0
-REPETITIONS = 5
+REPETITIONS = 3
+# of every case: the gap in percent, and the memory of planning
+GAP, RSS_MIB = 0.1, 2048
 DEVICE = "A100-80G"
 
 
@@ -29,29 +29,106 @@ class Case:
     """One planning problem.
 
     Args:
+        model: a key of `MODELS`.
         mesh: such as "2x4".
-        memory: budget per device; all of the device if None.
-        layers, vocabulary: of the model.
         target_s: bound on the time from module to plan; None for none.
+        layers: of the model; its own number if None.
+        memory: budget per device; all of the device if None.
+        verbose: print the planner's progress.
     """
 
+    model: str
     mesh: str
+    target_s: float | None = None
+    layers: int | None = None
     memory: str | None = None
-    layers: int = 12
-    vocabulary: int = 50257
-    target_s: float | None = TARGET_S
+    verbose: bool = False
 
     @property
     def name(self) -> str:
+        layers = f", {self.layers} layers" if self.layers else ""
         budget = f", {self.memory}" if self.memory else ""
-        return f"GPT-2, {self.layers} layers, mesh {self.mesh}{budget}"
+        return f"{self.model}{layers}, mesh {self.mesh}{budget}"
 
 
-CASES = (Case("8"), Case("2x4"), Case("2x4", memory="700MiB", target_s=None))
-QUICK = (
-    Case("8", layers=2, vocabulary=1001, target_s=None),
-    Case("2x4", layers=2, vocabulary=1001, target_s=None),
+CASES = (
+    Case("GPT-2", "8", 3.0),
+    Case("GPT-2", "2x4", 5.0),
+    Case("GPT-2", "2x2x2", 8.0),
+    Case("GPT-2", "2x4", memory="700MiB"),
+    Case("Llama-3-8B", "8x8", 8.0),
+    Case("Llama-3-8B", "4x8x8", 15.0),
+    Case("Llama-3-405B", "8x16x8", layers=12),
+    Case("Llama-3-405B", "8x16x8", 30.0),
+    Case("ViT-L/16", "2x4", 8.0),
+    Case("Swin-B", "2x4", 8.0),
+    Case("ResNet-152", "2x4", 8.0),
+    Case("ConvNeXt-L", "2x4", 8.0),
+    Case("Mixtral-8x7B", "4x8", 15.0),
 )
+QUICK = (Case("GPT-2", "8", layers=2), Case("GPT-2", "2x4", layers=2))
+
+
+def _gpt2(layers: int | None) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=layers or 12, vocab_size=50257, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def _llama(hidden: int, inner: int, heads: int, blocks: int) -> Callable[[int | None], Any]:
+    def build(layers: int | None) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
+            num_key_value_heads=8, num_hidden_layers=layers or blocks, vocab_size=128256,
+            max_position_embeddings=8192, use_cache=False,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+    return build
+
+
+def _mixtral(layers: int | None) -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(num_hidden_layers=layers or 32, use_cache=False))
+
+
+def _timm(name: str) -> Callable[[int | None], Any]:
+    def build(layers: int | None) -> Any:
+        import timm
+
+        return timm.create_model(name)
+
+    return build
+
+
+@dataclass(frozen=True)
+class Model:
+    """How to build a model, and its batch: [samples, tokens], or images if there are no tokens."""
+
+    build: Callable[[int | None], Any]
+    samples: int
+    tokens: int = 0
+    dtype: str = "bfloat16"
+    pixels: int = 224
+
+
+MODELS = {
+    "GPT-2": Model(_gpt2, 16, 128, dtype="float32"),
+    "Llama-3-8B": Model(_llama(4096, 14336, 32, 32), 64, 4096),
+    "Llama-3-405B": Model(_llama(16384, 53248, 128, 126), 64, 4096),
+    "Mixtral-8x7B": Model(_mixtral, 64, 4096),
+    "ViT-L/16": Model(_timm("vit_large_patch16_224"), 256),
+    "Swin-B": Model(_timm("swin_base_patch4_window7_224"), 256),
+    "ResNet-152": Model(_timm("resnet152"), 256),
+    "ConvNeXt-L": Model(_timm("convnext_large"), 256),
+}
 
 
 def work(case: Case) -> dict[str, Any]:
@@ -60,26 +137,28 @@ def work(case: Case) -> dict[str, Any]:
     import torch
 
     from autopar import ClusterInfo, autoplan
+    from benchmarks.losses import Classifier, LossOnly
 
     imports = time.perf_counter() - start
 
     import logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        n_layer=case.layers, vocab_size=case.vocabulary, use_cache=False,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+    model = MODELS[case.model]
     with torch.device("meta"):
-        model = GPT2LMHeadModel(config).train()
-    ids = torch.zeros(16, 128, dtype=torch.long, device="meta")
+        module = model.build(case.layers).to(getattr(torch, model.dtype)).train()
+        if model.tokens:
+            ids = torch.zeros(model.samples, model.tokens, dtype=torch.long)
+            module, batch = LossOnly(module), {"input_ids": ids, "labels": ids}
+        else:
+            shape = (model.samples, 3, model.pixels, model.pixels)
+            images = torch.zeros(shape, dtype=getattr(torch, model.dtype))
+            labels = torch.zeros(model.samples, dtype=torch.long)
+            module, batch = Classifier(module), {"images": images, "labels": labels}
     cluster = ClusterInfo.of(case.mesh, DEVICE)
+    say = (lambda line: print(line, file=sys.stderr)) if case.verbose else None
     start = time.perf_counter()
-    plan = autoplan(
-        model, (), {"input_ids": ids, "labels": ids}, cluster=cluster, memory=case.memory
-    ).plan
+    plan = autoplan(module, (), batch, cluster=cluster, memory=case.memory, progress=say).plan
     total = time.perf_counter() - start
     return {
         "imports_s": imports,
@@ -108,10 +187,10 @@ def rows_of(case: Case, runs: Sequence[dict[str, Any]]) -> list[Row]:
         *(Row(case.name, stage, seconds, "s") for stage, seconds in stages.items()),
         Row(case.name, "the plan's text and estimates", statistics.median(rest), "s"),
         Row(case.name, "imports (torch, autopar), apart", median("imports_s"), "s"),
-        Row(case.name, "gap to the bound", 100 * max(r["gap"] for r in runs), "%"),
+        Row(case.name, "gap to the bound", 100 * max(r["gap"] for r in runs), "%", GAP),
         Row(case.name, "predicted step", median("step_ms"), "ms"),
         Row(case.name, "predicted memory", median("memory_mib"), "MiB"),
-        Row(case.name, "peak resident memory", max(r["rss_mib"] for r in runs), "MiB"),
+        Row(case.name, "peak resident memory", max(r["rss_mib"] for r in runs), "MiB", RSS_MIB),
     ]
 
 
@@ -121,8 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--repetitions", type=int, default=None, help=f"of each case; {REPETITIONS} if not given"
     )
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--verbose", action="store_true", help="show the planner's progress")
     options = parser.parse_args(arguments)
-    cases = QUICK if options.quick else CASES
+    cases = [c for c in (QUICK if options.quick else CASES) if options.only in c.name]
+    cases = [replace(c, verbose=options.verbose) for c in cases]
     repetitions = options.repetitions or (1 if options.quick else REPETITIONS)
     console.print(common.machine(), markup=False)
     rows: list[Row] = []

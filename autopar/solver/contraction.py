@@ -139,16 +139,14 @@ class Contraction:
                 continue
             if len(step.neighbours) == 1:
                 (a,) = step.neighbours
-                with np.errstate(invalid="ignore"):
-                    rest_a = np.where(np.isinf(found[a]), np.inf, found[a] - step.message)
+                rest_a = _without(found[a], step.message)
                 both = step.cost[:, None] + step.tables[0] + rest_a[None, :]
                 found[step.node] = both.min(axis=1)
                 pair[step.node, a] = both
                 continue
             a, b = step.neighbours
             whole = pair_of(a, b)
-            with np.errstate(invalid="ignore"):
-                rest = np.where(np.isinf(whole), np.inf, whole - step.message)
+            rest = _without(whole, step.message)
             to_a, to_b = np.empty_like(step.tables[0]), np.empty_like(step.tables[1])
             for i, cost in enumerate(step.cost):
                 all_three = rest + (cost + step.tables[0][i])[:, None] + step.tables[1][i][None, :]
@@ -156,6 +154,12 @@ class Contraction:
             found[step.node] = to_a.min(axis=1)
             pair[step.node, a], pair[step.node, b] = to_a, to_b
         return [found[v] for v in range(len(self._unary))]
+
+
+def _without(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """The difference, infinite where either is: a bound may be finite where nothing is allowed."""
+    allowed = np.isfinite(whole) & np.isfinite(part)
+    return np.where(allowed, whole - np.where(allowed, part, 0.0), np.inf)
 
 
 def _product(cost: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -106,6 +106,7 @@ class Region:
     ) -> None:
         self.pool, self.kept, self.bound = pool, list(kept), bound
         self.prices: dict[str, float] = dict(prices or {})
+        self._tightest: tuple[Contraction, float] | None = None  # at `prices`
         self._inside = [set(map(int, k)) for k in kept]
         edges = pool.problem.edges
         self._times = [t[k] for t, k in zip(pool.problem.time_us, kept, strict=True)]
@@ -158,8 +159,9 @@ class Region:
     def evaluate(self, prices: Mapping[str, float]) -> Contraction:
         """D at the prices; notes bound, line and incumbent."""
         found, constant = self.weighted(prices)
-        if found.bound - constant > self.bound:
-            self.bound, self.prices = found.bound - constant, dict(prices)
+        if found.bound - constant > self.bound or self._tightest is None:
+            self.bound = max(self.bound, found.bound - constant)
+            self.prices, self._tightest = dict(prices), (found, constant)
         if found.choices is not None:
             choices = zip(self.kept, found.choices, strict=True)
             self.pool.note(tuple(int(k[c]) for k, c in choices))
@@ -233,7 +235,7 @@ class Region:
 
     def fixed(self) -> Region:
         """Without the choices that cannot be part of anything better than the best known."""
-        found, constant = self.weighted(self.prices)
+        found, constant = self._tightest or self.weighted(self.prices)
         limit = self.pool.time_us + constant
         limit += 1e-9 * max(1.0, abs(limit))
         marginals = found.min_marginals()
@@ -242,6 +244,19 @@ class Region:
             self.bound = max(self.bound, self.pool.time_us)
             return self
         return Region(self.pool, kept, self.bound, self.prices)
+
+    def used(self) -> list[np.ndarray]:
+        """Per node the choices in the assignments met whose priced time is below the best known,
+        and in that."""
+        prices = [self.prices.get(row.name, 0.0) for row in self.pool.rows]
+        mixed = [
+            line.choices
+            for line in self._lines()
+            if line.busy_us + float(np.dot(prices, line.usage)) <= self.pool.time_us
+        ]
+        if self.pool.choices is not None:
+            mixed.append(self.pool.choices)
+        return [np.array(sorted(set(column))) for column in zip(*mixed, strict=True)]
 
     def branches(self) -> list[Region]:
         """Two halves: of the node over which the assignments that reach the bound differ most, its
@@ -253,8 +268,8 @@ class Region:
         for v, kept in enumerate(self.kept):
             if len(kept) < 2:
                 continue
-            here = np.array([parts[v] for parts in impact])
-            spread = float(shares @ np.abs(here - shares @ here))
+            here = np.array([parts[v] for parts in impact] or [0.0])
+            spread = float(shares @ np.abs(here - shares @ here)) if lines else 0.0
             if spread > best:
                 best, node = spread, v
         if node < 0:
@@ -276,6 +291,8 @@ class Region:
     def _mixture(self, lines: Sequence[Line]) -> np.ndarray:
         """Shares of the assignments, summing to one, in the cheapest mixture within the rows."""
         rows = self.pool.rows
+        if not lines:
+            return np.zeros(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             program = pulp.LpProblem("mixture", pulp.LpMinimize)
@@ -294,7 +311,7 @@ class Region:
                 program.addConstraint(pulp.LpAffineExpression([*terms, beyond]) <= 0)
             program.solve(solver_of(time_limit=10.0, gap=0.0))
         found = np.array([max(0.0, s.value() or 0.0) for s in share])
-        return found / found.sum() if found.sum() else np.full(len(lines), 1 / len(lines))
+        return found / max(found.sum(), 1e-12)
 
     def _impact(self, line: Line) -> list[float]:
         """Per node what it adds to the priced rows and the time, with half of its edges."""

@@ -6,6 +6,7 @@ over its choices. Transformers and ResNets are series-parallel, so tables stay t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class _Bucket:
 
 
 class TooWide(Exception):
-    """Elimination would need a table larger than `MAX_ENTRIES`."""
+    """Elimination would need a table larger than it may be."""
 
 
 def _expand(table: np.ndarray, over: Sequence[int], scope: Sequence[int]) -> np.ndarray:
@@ -44,12 +45,15 @@ class Elimination:
     Args:
         unary: per node its cost vector.
         pairs: (u, v, matrix) terms.
+        largest: entries of a table.
 
     Raises:
-        TooWide: some table would exceed `MAX_ENTRIES`.
+        TooWide: some table would be larger.
     """
 
-    def __init__(self, unary: Sequence[np.ndarray], pairs: Pairs) -> None:
+    def __init__(
+        self, unary: Sequence[np.ndarray], pairs: Pairs, *, largest: float = MAX_ENTRIES
+    ) -> None:
         count = len(unary)
         size = [len(u) for u in unary]
         factors: list[tuple[tuple[int, ...], np.ndarray]] = [
@@ -69,10 +73,10 @@ class Elimination:
 
         scopes = {v: scope_of(v) for v in left}
         while left:
-            v = min(left, key=lambda n: (np.prod([float(size[w]) for w in scopes[n]]), n))
+            v = min(left, key=lambda n: (math.prod(size[w] for w in scopes[n]), n))
             scope = (v, *sorted(scopes[v]))
             shape = [size[w] for w in scope]
-            if np.prod(shape, dtype=np.float64) > MAX_ENTRIES:
+            if math.prod(shape) > largest:
                 raise TooWide(f"a table over {len(scope)} nodes needs {shape} entries")
             table = np.zeros(shape)
             for i in touching[v]:

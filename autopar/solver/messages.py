@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.solver.elimination import Elimination, TooWide
+from autopar.solver.elimination import MAX_ENTRIES, Elimination, TooWide
 
 Pair = tuple[int, int, np.ndarray]
 
 SWEEPS = 160
-# Assignments are looked for among so many of the best choices of each node.
-_TRIED = (24, 12, 6, 3, 1)
+# Assignments are looked for among so many of the best choices of each node, in tables of so many
+# entries.
+_TRIED, _TRIED_ENTRIES = (12, 6, 3, 1), 50_000
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _among_best(
     for count in _TRIED:
         kept = [np.sort(r[:count]) for r in ranked]
         try:
-            found = _restricted(unary, pairs, kept)
+            found = _restricted(unary, pairs, kept, _TRIED_ENTRIES)
         except TooWide:
             continue
         if np.isfinite(found[0]):
@@ -152,17 +153,21 @@ def _exactly(
     if any(not len(k) for k in kept):
         return best_cost, None
     try:
-        return _restricted(unary, pairs, kept)
+        return _restricted(unary, pairs, kept, MAX_ENTRIES)
     except TooWide:
         return None
 
 
 def _restricted(
-    unary: Sequence[np.ndarray], pairs: Sequence[Pair], kept: Sequence[np.ndarray]
+    unary: Sequence[np.ndarray],
+    pairs: Sequence[Pair],
+    kept: Sequence[np.ndarray],
+    largest: float,
 ) -> tuple[float, tuple[int, ...] | None]:
     found = Elimination(
         [u[k] for u, k in zip(unary, kept, strict=True)],
         [(a, b, p[np.ix_(kept[a], kept[b])]) for a, b, p in pairs],
+        largest=largest,
     )
     if not np.isfinite(found.minimum):
         return np.inf, None

@@ -31,6 +31,8 @@ PRICE_STEPS, BRANCH_STEPS = 60, 8
 NARROW_GAP, NARROWED = 0.2, 0.7
 # variables of an integer program that is solved rather than divided
 SMALL_PROGRAM = 4000
+# of the program that recombines what was met: rounds, as rows turn up, variables and seconds
+RECOMBINATIONS, MAX_PROGRAM, RECOMBINE_S = 6, 4000, 4.0
 
 
 def solve(
@@ -105,9 +107,12 @@ class _Search:
             pool.note(self._within(pool.rows))
         region = self._raise(whole, PRICE_STEPS)
         self.bound = region.bound
-        if self._done() or not self.branch:
+        if self._done():
             return self._solution(region, "prices" if region.prices else "elimination")
         self.say(f"{pool.time_us:.0f} us found, bound {self.bound:.0f} us")
+        self._recombine(region)
+        if self._done() or not self.branch:
+            return self._solution(region, "prices")
         return self._branch_and_bound(region)
 
     def _done(self) -> bool:
@@ -136,6 +141,22 @@ class _Search:
                 break
         return region
 
+    def _recombine(self, region: Region) -> None:
+        """The best assignment made of choices that occur together in the mixture that reaches the
+        bound, and in the best known one: an integer program of a few choices per node."""
+        used = region.used()
+        for _ in range(RECOMBINATIONS):
+            rows = len(self.pool.rows)
+            kept = Kept(replace(self.problem, rows=tuple(self.pool.rows)), used)
+            merged = Merged(kept.problem)
+            self.say(f"integer program of {size_of(merged.problem)} variables")
+            if size_of(merged.problem) > MAX_PROGRAM:
+                return
+            self._by_program(kept, merged, RECOMBINE_S)
+            self.say(f"{self.pool.time_us:.0f} us found, bound {self.bound:.0f} us")
+            if self._done() or len(self.pool.rows) == rows:
+                return
+
     def _branch_and_bound(self, root: Region) -> Solution:
         """Best bound first."""
         order = itertools.count()
@@ -151,7 +172,7 @@ class _Search:
                 small = self._small(region)
                 if small is not None:
                     programs += 1
-                    region.bound = max(region.bound, self._by_program(region, *small))
+                    region.bound = max(region.bound, self._by_program(*small))
                     if self._worthwhile(region):  # rows were missing
                         heapq.heappush(heap, (region.bound, next(order), region))
                 else:
@@ -179,9 +200,9 @@ class _Search:
         merged = Merged(kept.problem)
         return (kept, merged) if size_of(merged.problem) <= SMALL_PROGRAM else None
 
-    def _by_program(self, region: Region, kept: Kept, merged: Merged) -> float:
-        """A lower bound on the region, under the rows known when it was made."""
-        limit = max(1.0, self.end - time.monotonic())
+    def _by_program(self, kept: Kept, merged: Merged, limit: float = math.inf) -> float:
+        """A lower bound on what was kept, under the rows known when it was made."""
+        limit = min(limit, max(1.0, self.end - time.monotonic()))
         try:
             found, bound = solve_ilp(merged.problem, time_limit=limit, gap=self.gap / 4)
         except ValueError:  # nothing within the rows
@@ -227,5 +248,6 @@ class _Search:
                 f"has {offset:.6g}",
                 budget_bytes=offset,
                 smallest_bytes=found.time_us,
+                choices=found.choices,
             )
         return found.choices
