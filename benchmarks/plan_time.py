@@ -123,7 +123,7 @@ MODELS = {
     "GPT-2": Model(_gpt2, 16, 128, dtype="float32"),
     "Llama-3-8B": Model(_llama(4096, 14336, 32, 32), 64, 4096),
     "Llama-3-405B": Model(_llama(16384, 53248, 128, 126), 64, 4096),
-    "Mixtral-8x7B": Model(_mixtral, 64, 4096),
+    "Mixtral-8x7B": Model(_mixtral, 32, 4096),
     "ViT-L/16": Model(_timm("vit_large_patch16_224"), 256),
     "Swin-B": Model(_timm("swin_base_patch4_window7_224"), 256),
     "ResNet-152": Model(_timm("resnet152"), 256),

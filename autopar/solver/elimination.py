@@ -39,6 +39,35 @@ def _expand(table: np.ndarray, over: Sequence[int], scope: Sequence[int]) -> np.
     return table.transpose(order).reshape(shape)
 
 
+def _order(
+    size: Sequence[int], pairs: Sequence[tuple[int, int]], largest: float
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Nodes, smallest table next, each with the neighbours that it has when it goes.
+
+    Raises:
+        TooWide: before any table is made.
+    """
+    around: list[set[int]] = [set() for _ in size]
+    for a, b in pairs:
+        around[a].add(b)
+        around[b].add(a)
+    entries = [math.prod(size[w] for w in near) for near in around]
+    left, order = set(range(len(size))), []
+    while left:
+        v = min(left, key=lambda n: (entries[n], n))
+        if entries[v] * size[v] > largest:
+            raise TooWide(f"{len(around[v])} nodes beside one need {entries[v] * size[v]} entries")
+        near = around[v]
+        order.append((v, tuple(sorted(near))))
+        left.remove(v)
+        for w in near:
+            around[w] |= near
+            around[w] -= {v, w}
+        for w in near:
+            entries[w] = math.prod(size[u] for u in around[w])
+    return order
+
+
 class Elimination:
     """Eliminates all nodes of a pairwise problem once; answers what follows from it.
 
@@ -54,48 +83,29 @@ class Elimination:
     def __init__(
         self, unary: Sequence[np.ndarray], pairs: Pairs, *, largest: float = MAX_ENTRIES
     ) -> None:
-        count = len(unary)
         size = [len(u) for u in unary]
-        factors: list[tuple[tuple[int, ...], np.ndarray]] = [
-            ((v,), u) for v, u in enumerate(unary)
-        ] + [((a, b), m) for a, b, m in pairs]
-        touching: list[set[int]] = [set() for _ in range(count)]
-        for i, (scope, _) in enumerate(factors):
-            for v in scope:
-                touching[v].add(i)
+        order = _order(size, [(a, b) for a, b, _ in pairs], largest)
+        rank = {v: k for k, (v, _) in enumerate(order)}
+        # a factor waits for the first of its nodes to be eliminated
+        waiting: list[list[tuple[tuple[int, ...], np.ndarray]]] = [
+            [((v,), u)] for v, u in enumerate(unary)
+        ]
+        for a, b, table in pairs:
+            waiting[min(a, b, key=rank.__getitem__)].append(((a, b), table))
         self.buckets: list[_Bucket] = []
         self.constant = 0.0
         self._size = size
-        left = set(range(count))
-
-        def scope_of(v: int) -> set[int]:
-            return {w for i in touching[v] for w in factors[i][0]} - {v}
-
-        scopes = {v: scope_of(v) for v in left}
-        while left:
-            v = min(left, key=lambda n: (math.prod(size[w] for w in scopes[n]), n))
-            scope = (v, *sorted(scopes[v]))
-            shape = [size[w] for w in scope]
-            if math.prod(shape) > largest:
-                raise TooWide(f"a table over {len(scope)} nodes needs {shape} entries")
-            table = np.zeros(shape)
-            for i in touching[v]:
-                over, values = factors[i]
-                table += _expand(values, over, scope)
-            for i in list(touching[v]):
-                for w in factors[i][0]:
-                    touching[w].discard(i)
-            self.buckets.append(_Bucket(v, scope[1:], table))
-            message = table.min(axis=0)
-            if scope[1:]:
-                factors.append((scope[1:], message))
-                for w in scope[1:]:
-                    touching[w].add(len(factors) - 1)
+        for v, around in order:
+            scope = (v, *around)
+            total = np.zeros([size[w] for w in scope])
+            for over, values in waiting[v]:
+                total += _expand(values, over, scope)
+            self.buckets.append(_Bucket(v, around, total))
+            message = total.min(axis=0)
+            if around:
+                waiting[min(around, key=rank.__getitem__)].append((around, message))
             else:
                 self.constant += float(message)
-            left.remove(v)
-            for w in scope[1:]:
-                scopes[w] = scope_of(w)
 
     @property
     def minimum(self) -> float:

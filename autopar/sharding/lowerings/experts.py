@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from autopar.sharding.lowerings.shard import Shard
 
 
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 def grouped_mm(
     x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, *, shard: Shard
+) -> torch.Tensor:
+    """Of any dtype, expert by expert."""
+    return _grouped(torch.ops.transformers.grouped_mm_fallback, x, weight, offs, shard)
+
+
+def grouped_mm_kernel(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor,
+    bias: None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """By one kernel, for types of 4 bytes and less."""
+    return _grouped(torch.ops.aten._grouped_mm.default, x, weight, offs, shard)
+
+
+def _grouped(
+    product: Product, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, shard: Shard
 ) -> torch.Tensor:
     """Rows of x [s, k] are sorted by expert; expert e owns those before offs[e].
 
@@ -16,7 +41,6 @@ def grouped_mm(
     it. With experts (e) split, the rows of this rank's experts are rolled to the front, so that the
     product reads no others, and the result is a pending sum with zeros for all other rows.
     """
-    product = torch.ops.transformers.grouped_mm_fallback
     first = offs.new_zeros(())
     if "e" in shard:
         start, length, _, _ = shard["e"]

@@ -10,6 +10,13 @@ from autopar.sharding.rules.call import Call
 
 # input [tokens sorted by expert, k], weight [experts, k, n], end of each expert's tokens [experts]
 _GROUPED = Row("s! k, e! k n, [x] -> s n", linear=((0,), (1,)), lowering=experts.grouped_mm)
+# the same for types of 4 bytes and less, by a kernel
+_GROUPED_KERNEL = Row(
+    "s! k, e! k n, [x], +n -> s n",
+    linear=((0,), (1,)),
+    lowering=experts.grouped_mm_kernel,
+    when=lambda a: a.get("bias") is None,
+)
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.mm.default": Row("m k, k n -> m n", linear=((0,), (1,))),
@@ -25,6 +32,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row("*b m [k], *b n [k] -> *b m n"),
     ),
     "transformers.grouped_mm_fallback.default": _GROUPED,
+    "aten._grouped_mm.default": _GROUPED_KERNEL,
 }
 
 
