@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.profile import NodeProfile
+from autopar.profiler.tape import OWN, Event, Tape
 from autopar.profiler.time_model import Kernel, kernels_of, node_us
 from autopar.sharding.node_rules import results, rule_of
 from autopar.sharding.rule import Strategy
@@ -135,19 +136,39 @@ class OpCosts:
         return total
 
     def working_bytes(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
-        """Gradients of an operator's operands and results, alive together in its backward."""
-        if not self.profile[node].differentiable:
-            return np.zeros(len(found))
-        values = [n.meta["val"] if n is not None else None for n in operands(node)]
-        floats = [
-            (i, shape_of(t), t.element_size())
-            for i, t in enumerate((*values, *results(node)))
-            if t is not None and t.dtype.is_floating_point
-        ]
-        layouts = [(*s.inputs, *s.outputs) for s in found]
-        return np.array(
-            [
-                float(sum(self.local_bytes(shape, size, specs[i]) for i, shape, size in floats))
-                for specs in layouts
-            ]
-        )
+        """What an operator has alive while it runs, beside what is saved: in backward the gradients
+        of its results, those it makes for its operands, and its own temporaries; in forward the
+        latter."""
+        profile = self.profile[node]
+        tape = profile.tape
+        ins, outs = operands(node), results(node)
+        made = {e.storage: e.operand for e in tape.emitted if e.storage.owner == OWN}
+        own = _highest(tape, tape.backward) - sum(tape.sizes[s.number] for s in made)
+        forward = profile.forward_transient_bytes
+        arriving = [i for i, carries in enumerate(profile.carries) if carries]
+        total = np.zeros(len(found))
+        for k, strategy in enumerate(found):
+            share = strategy.share(self.mesh)
+            nbytes = max(0.0, float(own)) * share
+            for operand in made.values():
+                value, spec = ins[operand], strategy.inputs[operand]
+                assert value is not None
+                assert spec is not None
+                fake = value.meta["val"]
+                nbytes += self.local_bytes(shape_of(fake), fake.element_size(), spec)
+            for i in arriving:
+                spec = strategy.outputs[i]
+                nbytes += self.local_bytes(shape_of(outs[i]), outs[i].element_size(), spec)
+            total[k] = max(nbytes, float(forward) * share)
+        return total
+
+
+def _highest(tape: Tape, events: Sequence[Event]) -> float:
+    """The most bytes of its own storages that an operator has alive at once."""
+    alive = highest = 0.0
+    for event in events:
+        sign = {"make": 1, "free": -1}.get(event.what, 0)
+        if sign:
+            alive += sign * float(tape.sizes[event.number])
+            highest = max(highest, alive)
+    return highest

@@ -182,7 +182,8 @@ class Moments:
             elif site.kind == "parameter":
                 add(0, end, i, parts["parameters_bytes"], "parameters")
                 add(0, end, i, parts["optimizer_bytes"], "optimizer")
-                add(0, max(users, default=end), i, parts["gradients_bytes"], "gradients")
+                # while its last user's backward makes it, the operator has it
+                add(0, max(users, default=end) - 1, i, parts["gradients_bytes"], "gradients")
                 add(end, end, i, parts["gradients_bytes"], "gradients")
                 add(end, end, i, parts["step_bytes"], "transient")
             elif "buffers_bytes" in parts:

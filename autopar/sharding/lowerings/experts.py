@@ -8,7 +8,6 @@ import torch
 
 from autopar.sharding.lowerings.shard import Shard
 
-
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
