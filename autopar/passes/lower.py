@@ -19,11 +19,14 @@ from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.kernels.substitute import substitute_kernels
+from autopar.memory.program import Program, Schedule
 from autopar.passes.bucket import bucket_reductions
 from autopar.passes.overlap import overlap_reductions
-from autopar.passes.partition import partition
+from autopar.passes.overwrite import overwrite
+from autopar.passes.partition import partition, partition_within
 from autopar.passes.runner import Pass, run_passes
 from autopar.passes.verify import propagate_shapes, verify
+from autopar.profiler.cluster import DEVICES, Device
 
 # Tracing uses process-wide state; simulated ranks are threads.
 _TRACING = threading.Lock()
@@ -51,6 +54,8 @@ def lower(
     *,
     regather: Sequence[int] = (),
     device_type: str = "cpu",
+    choose: Callable[[Program], Schedule] | None = None,
+    device: Device = DEVICES["cpu"],
     disable: frozenset[str] = frozenset(),
 ) -> LoweredStep:
     """Compile a sharded forward program.
@@ -61,25 +66,34 @@ def lower(
             their metadata is used, so they may be fake.
         regather: indices of arguments whose gathered copies are not kept for backward.
         device_type: decides which kernels are substituted.
+        choose: what is kept and what is computed again (`autopar.memory`); as eager autograd does
+            if None. With it, results are also written over operands that die.
+        device: what the choice predicts times for.
         disable: names of passes to leave out.
     """
     step = LoweredStep(lambda *flat: None)
+    last: list[Pass] = [] if choose is None else [overwrite]
+    split = (
+        functools.partial(partition, regather=frozenset(regather))
+        if choose is None
+        else functools.partial(partition_within, choose=choose, device=device)
+    )
     kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
 
     def compile_forward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        step.forward = run_passes(gm, [kernels], disable=disable)
-        return _boxed(step.forward)
+        step.forward = run_passes(gm, [kernels, *last], disable=disable)
+        return boxed(step.forward)
 
     def compile_backward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions]
+        passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions, *last]
         step.backward = run_passes(gm, passes, disable=disable)
-        return _boxed(step.backward)
+        return boxed(step.backward)
 
     step.function = aot_function(
         gm,
         fw_compiler=compile_forward,
         bw_compiler=compile_backward,
-        partition_fn=functools.partial(partition, regather=frozenset(regather)),
+        partition_fn=split,
     )
     with _TRACING, FakeTensorMode():
         verify(propagate_shapes(gm, [_like(t) for t in arguments]))
@@ -97,7 +111,7 @@ def _like(t: torch.Tensor) -> torch.Tensor:
     return fake.requires_grad_(t.requires_grad)
 
 
-def _boxed(gm: fx.GraphModule) -> Callable[..., Any]:
+def boxed(gm: fx.GraphModule) -> Callable[..., Any]:
     """Call by a list that the program empties, so that saved values die at their last use."""
     if hasattr(fx.graph, "_BoxedCodeGen"):
         gm.graph.set_codegen(fx.graph._BoxedCodeGen())

@@ -1,17 +1,28 @@
-"""The partition function that AOTAutograd calls: what forward hands to backward.
+"""The partition functions that AOTAutograd calls: what forward hands to backward.
 
-Kept: what eager autograd would keep. Not kept: gathered copies of the parameters that the plan
-gathers again (ZeRO-3); the gather and the views on it move into the backward.
+`partition` keeps what eager autograd would keep, except gathered copies of the parameters that the
+plan gathers again (ZeRO-3): the gather and the views on it move into the backward.
+`partition_within` keeps and computes again what fits a budget (`autopar/memory`).
 """
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
+
+from autopar.memory.joint import read_joint
+from autopar.memory.program import Program, Schedule
+from autopar.memory.realize import realize
+from autopar.memory.simulate import check
+from autopar.profiler.cluster import Device
+from autopar.runtime import collectives  # noqa: F401  (defines the operators)
+
+log = logging.getLogger(__name__)
 
 _GATHERS = {torch.ops.autopar.all_gather.default}
 
@@ -51,6 +62,42 @@ def partition(
         joint, saved_list + tangents, body, backward_outputs, descriptions[num_fwd_outputs:]
     )
     return forward_gm, backward_gm
+
+
+def partition_within(
+    joint: fx.GraphModule,
+    _inputs: Any,
+    *,
+    num_fwd_outputs: int,
+    choose: Callable[[Program], Schedule],
+    device: Device,
+    **_options: Any,
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Split a joint graph by a schedule of its operators.
+
+    Args:
+        choose: the schedule of a program.
+        device: what times are predicted for.
+    """
+    read = read_joint(
+        joint,
+        forward_nodes(joint, num_fwd_outputs),
+        num_fwd_outputs=num_fwd_outputs,
+        device=device,
+    ).reordered()
+    if read.kept_random:
+        log.info("kept, as they draw and cannot be run again: %s", ", ".join(read.kept_random))
+    schedule = choose(read.program)
+    check(read.program, schedule)
+    return realize(joint, read, schedule, num_fwd_outputs=num_fwd_outputs)
+
+
+def forward_nodes(joint: fx.GraphModule, num_fwd_outputs: int) -> set[fx.Node]:
+    """What the forward computes."""
+    graph = joint.graph
+    (flat,) = graph.output_node().args
+    tangents = [n for n in graph.nodes if n.op == "placeholder" and "tangents" in str(n.target)]
+    return _forward_nodes(graph, list(flat)[:num_fwd_outputs], tangents)  # type: ignore[arg-type]
 
 
 def _is_node(value: Any) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from autopar.constraints import refuse_outputs
 from autopar.errors import AutoparError, EngineError, MeshError
+from autopar.memory.plan import StepBudget
+from autopar.memory.program import Program, Schedule
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.lower import lower
 from autopar.passes.verify import collective_signature
@@ -36,6 +39,8 @@ from autopar.tracer import ColoTracer, Guard, ModelGraph
 
 log = logging.getLogger(__name__)
 
+_UNBOUNDED = 2.0**60  # bytes
+
 # numbers of captures for the same shapes at which the engine says so
 _WORTH_SAYING = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -50,6 +55,7 @@ def auto_engine(
     batch: str = "global",
     memory: str | float | None = None,
     lower: bool = True,
+    constraints: Mapping[str, str] | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[torch.nn.Module, Any]:
@@ -66,8 +72,10 @@ def auto_engine(
         plan: a plan or its file, instead of planning.
         batch: "global": every rank passes the same batch and the engine takes its part; "local":
             every rank passes its own samples, as with DDP and a DistributedSampler.
-        memory: budget per device ("40GiB", bytes, or a share of the device).
+        memory: budget per device ("40GiB", bytes, or a share of the device). On a single device, a
+            step that does not fit computes again what it cannot keep (docs/memory.md).
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
+        constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
         time_limit: seconds for the solver.
         progress: called with a line per planning stage, on rank 0.
 
@@ -83,12 +91,13 @@ def auto_engine(
     """
     if batch not in ("global", "local"):
         raise ValueError(f"batch must be 'global' or 'local', got {batch!r}")
+    refuse_outputs(constraints)
     cluster = as_cluster(cluster_info).with_memory(memory)
     check_optimizer(model, optimizer)
     given = ShardingPlan.load(plan) if isinstance(plan, str | Path) else plan
     engine = Engine(
         model, optimizer, cluster, given, batch=batch, lowered=lower,
-        time_limit=time_limit, progress=progress,
+        constraints=constraints, time_limit=time_limit, progress=progress,
     )  # fmt: skip
     if example_inputs is not None:
         args, kwargs = split_inputs(example_inputs)
@@ -130,6 +139,7 @@ class Engine(torch.nn.Module):
         *,
         batch: str,
         lowered: bool,
+        constraints: Mapping[str, str] | None,
         time_limit: float,
         progress: Callable[[str], None] | None,
     ) -> None:
@@ -142,7 +152,7 @@ class Engine(torch.nn.Module):
         hide(self, "_model", model)
         hide(self, "_optimizer", optimizer)
         self._cluster, self._given, self._batch, self._lowered = cluster, plan, batch, lowered
-        self._time_limit, self._progress = time_limit, progress
+        self._constraints, self._time_limit, self._progress = constraints, time_limit, progress
         self._programs: dict[Any, list[_Specialization]] = {}
         self._plan: ShardingPlan | None = None
         self._steps = 0
@@ -308,7 +318,22 @@ class Engine(torch.nn.Module):
             example.append(torch.zeros((), dtype=torch.int64))
         names = list(graph.parameters.values())
         regather = [names.index(n) for n in plan.regather if n in names]
-        return lower(program.gm, example, regather=regather, device_type=self._device.type)
+        return lower(
+            program.gm, example, regather=regather, device_type=self._device.type,
+            choose=self._scheduler(example), device=self._cluster.device,
+        )  # fmt: skip
+
+    def _scheduler(self, example: Sequence[torch.Tensor]) -> Callable[[Program], Schedule] | None:
+        """What chooses between keeping and computing again, where one device has a budget."""
+        if not self._alone_with_budget:
+            return None
+        return StepBudget.of(
+            example, self._cluster.budget_bytes, optimizer_state_ratio(self._optimizer)
+        ).choose
+
+    @property
+    def _alone_with_budget(self) -> bool:
+        return self._cluster.world_size == 1 and self._cluster.memory_bytes is not None
 
     def _pinned(self) -> dict[str, Any]:
         return {} if self._plan is None else self._plan.parameter_specs()
@@ -329,12 +354,16 @@ class Engine(torch.nn.Module):
         return ShardingPlan.from_json(self._from_rank_zero(decide))
 
     def _plan_graph(self, graph: ModelGraph, pins: Pins) -> Planned:
+        cluster = self._cluster
+        if self._alone_with_budget:  # nothing to shard: the memory scheduler keeps to the budget
+            cluster = replace(cluster, memory_bytes=_UNBOUNDED)
         return autoplan(
             self._model,
             graph=graph,
-            cluster=self._cluster,
+            cluster=cluster,
             optimizer_state=optimizer_state_ratio(self._optimizer),
             pins=pins,
+            constraints=self._constraints,
             time_limit=self._time_limit,
             progress=self._progress,
         )

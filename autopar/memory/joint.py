@@ -1,0 +1,269 @@
+"""From the joint graph of AOTAutograd to a `Program`, and from a schedule back to two graphs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autopar.memory.order import ordered_backward, reorder
+from autopar.memory.program import GIVEN, Op, Program
+from autopar.passes.overwrite import overwritable
+from autopar.profiler.cluster import Device
+from autopar.profiler.counting import Recorder, tensors_of
+from autopar.profiler.time_model import Kernel
+from autopar.tracer.draws import draws
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A joint graph, read.
+
+    Args:
+        program: its operators and storages.
+        calls: the node of every operator.
+        base: the storage of every node that holds one tensor.
+        owner: the node that stands for a storage: the tensor that was made with it.
+        kept_random: operators that draw random numbers and cannot be run again.
+    """
+
+    program: Program
+    calls: tuple[fx.Node, ...]
+    base: Mapping[fx.Node, int]
+    owner: Mapping[int, fx.Node]
+    kept_random: tuple[str, ...] = ()
+
+    def reordered(self) -> Joint:
+        """The same with its backward in an order in which less is alive."""
+        program, old = reorder(self.program, ordered_backward(self.program))
+        return replace(self, program=program, calls=tuple(self.calls[i] for i in old))
+
+
+def read_joint(
+    joint: fx.GraphModule, forward: set[fx.Node], *, num_fwd_outputs: int, device: Device
+) -> Joint:
+    """Run the joint graph on fake tensors and take down its storages and its work.
+
+    Args:
+        forward: nodes that the forward computes.
+        num_fwd_outputs: leading outputs that belong to the forward.
+        device: what time is predicted for.
+    """
+    (flat,) = joint.graph.output_node().args
+    outputs: list[Any] = list(flat)  # type: ignore[arg-type]
+    reader = _Reader(joint, device, forward, _carrying(joint.graph, outputs[num_fwd_outputs:]))
+    reader.run(_reachable([n for n in outputs if isinstance(n, fx.Node)]))
+    program = _program(reader, outputs, num_fwd_outputs)
+    return Joint(program, tuple(reader.calls), reader.base, reader.owner, tuple(reader.random))
+
+
+@dataclass
+class _Reader:
+    """Runs the nodes in order, on fake tensors that all stay alive: storages keep their address."""
+
+    joint: fx.GraphModule
+    device: Device
+    forward: set[fx.Node]
+    carrying: set[fx.Node]
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+    base: dict[fx.Node, int] = field(default_factory=dict)
+    owner: dict[int, fx.Node] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    numbers: dict[int, int] = field(default_factory=dict)  # of a storage, by its address
+    parts: dict[fx.Node, list[int]] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+    calls: list[fx.Node] = field(default_factory=list)
+    of_forward: list[int] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
+
+    def run(self, wanted: set[fx.Node]) -> None:
+        """Read all nodes.
+
+        Args:
+            wanted: those that something returned depends on.
+        """
+        with FakeTensorMode(allow_non_fake_inputs=True), Recorder() as recorder:
+            for node in self.joint.graph.nodes:
+                if node.op in ("placeholder", "get_attr"):
+                    self._given(node)
+                elif node.op == "call_function" and (node in wanted or node.is_impure()):
+                    self._call(node, recorder)
+
+    def _storage(self, t: torch.Tensor) -> tuple[int, bool]:
+        """The number of a tensor's storage, and whether it is new."""
+        key = t.untyped_storage()._cdata
+        if key in self.numbers:
+            return self.numbers[key], False
+        self.numbers[key] = len(self.sizes)
+        self.sizes.append(int(t.untyped_storage().nbytes()))
+        return self.numbers[key], True
+
+    def _given(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            value = _like(node.meta["val"])
+        else:
+            value = getattr(self.joint, str(node.target))
+        self.env[node] = value
+        if isinstance(value, torch.Tensor):
+            self.base[node], _ = self._storage(value)
+            self.owner.setdefault(self.base[node], node)
+
+    def _call(self, node: fx.Node, recorder: Recorder) -> None:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        value = self.env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        work, _ = recorder.take()
+        results = tensors_of(value)
+        made: list[int] = []
+        for t in results:
+            number, new = self._storage(t)
+            self.parts.setdefault(node, []).append(number)
+            if new:
+                made.append(number)
+                self.owner[number] = node  # a getitem of it takes over
+        if isinstance(value, torch.Tensor):
+            self.base[node] = self.parts[node][0]
+        if node.target is operator.getitem:
+            if self.owner.get(self.base.get(node, GIVEN)) is node.args[0]:
+                self.owner[self.base[node]] = node
+            return
+        if not made and not node.is_impure():
+            return  # a view
+        if draws(node):
+            self.random.append(node.name)
+        if node in self.forward:
+            self.of_forward.append(len(self.ops))
+        elements = max((t.numel() for t in (*tensors_of((args, kwargs)), *results)), default=0)
+        dtype = str(results[0].dtype).removeprefix("torch.") if results else "float32"
+        reads = self._reads(node)
+        self.calls.append(node)
+        self.ops.append(
+            Op(
+                name=node.name,
+                kind=_kind(node),
+                reads=reads,
+                makes=tuple(made),
+                flops=float(work.flops or elements),
+                us=float(Kernel(work, dtype).us(self.device)),
+                replays=_may_replay(node),
+                overwrites=self._overwrites(node, made),
+                carries=node in self.carrying,
+                module=_module(node),
+            )
+        )
+
+    def _reads(self, node: fx.Node) -> tuple[int, ...]:
+        found: dict[int, None] = {}
+        for n in node.all_input_nodes:  # of a tuple, all its tensors
+            numbers = [self.base[n]] if n in self.base else self.parts.get(n, [])
+            found |= dict.fromkeys(numbers)
+        return tuple(found)
+
+    def _overwrites(self, node: fx.Node, made: Sequence[int]) -> tuple[int, ...]:
+        if len(made) != 1 or not isinstance(node.meta.get("val"), torch.Tensor):
+            return ()
+        found = []
+        for operand in overwritable(node):
+            number = self.base[operand]
+            same = [n for n in node.all_input_nodes if self.base.get(n) == number]
+            if len(same) == 1 and self.sizes[number] == self.sizes[made[0]]:
+                found.append(number)
+        return tuple(dict.fromkeys(found))
+
+
+def _like(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _reachable(outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _carrying(graph: fx.Graph, gradients: Sequence[Any]) -> set[fx.Node]:
+    """Nodes that depend on an input with a gradient."""
+    primals = [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
+    found = {p for p, g in zip(primals, gradients, strict=False) if isinstance(g, fx.Node)}
+    for node in graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _may_replay(node: fx.Node) -> bool:
+    """Not what writes or draws; a mask drawn from the step's seed is a function of it."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    communicates = target.namespace in ("autopar", "_c10d_functional") and "group" in {
+        a.name for a in target._schema.arguments
+    }
+    return not (target._schema.is_mutable or draws(node) or communicates)
+
+
+def _kind(node: fx.Node) -> str:
+    def described(n: fx.Node) -> Any:
+        values = tensors_of(n.meta.get("val"))
+        return tuple((tuple(t.shape), t.stride(), t.dtype) for t in values)
+
+    return f"{node.target} {fx.node.map_arg((node.args, node.kwargs), described)}"
+
+
+def _module(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def _program(reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int) -> Program:
+    def bases(nodes: Sequence[Any]) -> frozenset[int]:
+        return frozenset(reader.base[n] for n in nodes if isinstance(n, fx.Node))
+
+    ops, forward = reader.ops, reader.of_forward
+    gradients = bases(outputs[num_fwd_outputs:])
+    sizes = [0] * len(reader.sizes)
+    for op in ops:
+        for s in op.makes:
+            sizes[s] = reader.sizes[s]
+    for s in _terms(ops, forward, gradients, sizes):
+        sizes[s] = 0
+    results = bases(outputs[:num_fwd_outputs])
+    tangents = frozenset(
+        s for n, s in reader.base.items() if n.op == "placeholder" and "tangents" in str(n.target)
+    )
+    return Program(tuple(ops), tuple(forward), tuple(sizes), results, gradients, tangents)
+
+
+def _terms(
+    ops: Sequence[Op], forward: Sequence[int], gradients: frozenset[int], sizes: Sequence[int]
+) -> set[int]:
+    """Gradients of parameters, and the terms of those that are sums (of shared parameters)."""
+    first = set(forward)
+    maker = {s: i for i, op in enumerate(ops) for s in op.makes}
+    readers: dict[int, int] = {}
+    for op in ops:
+        for s in op.reads:
+            readers[s] = readers.get(s, 0) + 1
+    found = {s for s in gradients if maker.get(s, GIVEN) not in (GIVEN, *first)}
+    stack = list(found)
+    while stack:
+        op = ops[maker[stack.pop()]]
+        if not op.kind.startswith("aten.add.Tensor "):
+            continue
+        for s in op.reads:
+            own = maker.get(s, GIVEN) not in (GIVEN, *first) and readers[s] == 1
+            if own and s not in found and sizes[s] == sizes[op.makes[0]]:
+                found.add(s)
+                stack.append(s)
+    return found

@@ -1,0 +1,167 @@
+"""From a joint graph and a budget to the schedule that runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autopar.errors import InfeasibleError
+from autopar.memory.front import Front
+from autopar.memory.program import Program, Schedule, eager_schedule
+from autopar.memory.simulate import Timeline, timeline
+from autopar.units import format_bytes
+
+log = logging.getLogger(__name__)
+
+_RUNGS = 8  # budgets from keeping everything down to the one asked for
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a step keeps and computes again.
+
+    Args:
+        schedule: what runs, in order.
+        timeline: its live bytes, predicted.
+        eager_bytes: the peak if everything were kept.
+        added_flops, step_flops: computed again, and of the step without that.
+        added_us: predicted time of what is computed again.
+    """
+
+    schedule: Schedule
+    timeline: Timeline
+    eager_bytes: int
+    added_flops: float
+    step_flops: float
+    added_us: float
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.timeline.peak_bytes
+
+    def __str__(self) -> str:
+        share = 100 * self.added_flops / max(1.0, self.step_flops)
+        return (
+            f"peak {format_bytes(self.peak_bytes)} (everything kept: "
+            f"{format_bytes(self.eager_bytes)}), {share:.1f}% more FLOPs"
+        )
+
+
+@dataclass(frozen=True)
+class StepBudget:
+    """A device's memory, and what the step cannot decide about. Bytes.
+
+    Args:
+        memory_bytes: of the device, for this model.
+        parameters_bytes, gradients_bytes, optimizer_bytes: of the parameters.
+        other_bytes: inputs, buffers and constants; buffers that the step updates are copied.
+    """
+
+    memory_bytes: float
+    parameters_bytes: float
+    gradients_bytes: float
+    optimizer_bytes: float
+    other_bytes: float
+
+    @staticmethod
+    def of(
+        arguments: Sequence[torch.Tensor], memory_bytes: float, optimizer_state: float
+    ) -> StepBudget:
+        """Of the program that takes these arguments.
+
+        Args:
+            optimizer_state: bytes per byte of a trainable parameter.
+        """
+        trained = sum(t.nbytes for t in arguments if t.requires_grad)
+        other = sum(t.nbytes for t in arguments if not t.requires_grad)
+        return StepBudget(memory_bytes, trained, trained, optimizer_state * trained, 2.0 * other)
+
+    @property
+    def activations_bytes(self) -> float:
+        """What is left for the step."""
+        fixed = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
+        return self.memory_bytes - fixed - self.other_bytes
+
+    def choose(self, program: Program) -> Schedule:
+        """The schedule that runs.
+
+        Raises:
+            InfeasibleError: no schedule fits the memory; it names the smallest that does.
+        """
+        try:
+            return plan_memory(program, self.activations_bytes).schedule
+        except InfeasibleError as error:
+            smallest = self.memory_bytes - self.activations_bytes + error.smallest_bytes
+            raise InfeasibleError(
+                f"{error}. Of {format_bytes(self.memory_bytes)}, parameters take "
+                f"{format_bytes(self.parameters_bytes)}, gradients "
+                f"{format_bytes(self.gradients_bytes)}, the optimizer "
+                f"{format_bytes(self.optimizer_bytes)}, inputs and buffers "
+                f"{format_bytes(self.other_bytes)}. Give {format_bytes(smallest)} "
+                f"({smallest:.0f} bytes), or a smaller batch",
+                budget_bytes=self.memory_bytes,
+                smallest_bytes=smallest,
+            ) from error
+
+
+def describe(program: Program, schedule: Schedule) -> MemoryPlan:
+    """A schedule with its figures."""
+    times = {i: op.us for i, op in enumerate(program.ops)}
+    eager = eager_schedule(program)
+    return MemoryPlan(
+        schedule,
+        timeline(program, schedule),
+        timeline(program, eager).peak_bytes,
+        schedule.added(program),
+        program.flops(range(len(program.ops))),
+        schedule.added(program, times),
+    )
+
+
+def plan_memory(
+    program: Program, budget_bytes: float, *, cost: Mapping[int, float] | None = None
+) -> MemoryPlan:
+    """The cheapest schedule found whose peak is within the budget.
+
+    Args:
+        budget_bytes: for all that the step makes, without gradients of parameters.
+        cost: of running each operator again; its predicted time if None.
+
+    Raises:
+        InfeasibleError: no schedule was found; it names the smallest budget with one.
+    """
+    eager = eager_schedule(program)
+    whole = timeline(program, eager)
+    if whole.peak_bytes <= budget_bytes:
+        return describe(program, eager)
+    front = Front(program, cost)
+    step = (max(1.0, budget_bytes) / whole.peak_bytes) ** (1 / _RUNGS)
+    ladder = [whole.peak_bytes * step**k for k in range(1, _RUNGS)]
+    found = front.solve([*ladder, budget_bytes])[-1]
+    if found is None:
+        smallest = front.smallest()
+        if smallest.peak_bytes > budget_bytes:
+            raise _infeasible(program, smallest.schedule, budget_bytes)
+        found = smallest
+    plan = describe(program, found.schedule)
+    log.info("memory: %s", plan)
+    return plan
+
+
+def _infeasible(program: Program, smallest: Schedule, budget_bytes: float) -> InfeasibleError:
+    found = timeline(program, smallest)
+    op = program.ops[(smallest.forward + smallest.backward)[found.peak_at]]
+    read = sum(program.nbytes[s] for s in op.reads)
+    made = sum(program.nbytes[s] for s in op.makes)
+    where = f" of {op.module}" if op.module else ""
+    return InfeasibleError(
+        f"the step needs {format_bytes(found.peak_bytes)} for what it makes, and there is "
+        f"{format_bytes(max(0.0, budget_bytes))}. That is the smallest found, whatever is computed "
+        f"again; it is reached at {op.name}{where}, which alone reads {format_bytes(read)} and "
+        f"makes {format_bytes(made)}",
+        budget_bytes=budget_bytes,
+        smallest_bytes=found.peak_bytes,
+    )

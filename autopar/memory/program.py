@@ -1,0 +1,161 @@
+"""The joint graph as plain numbers: operators, the storages they read and make, what they cost.
+
+A view makes no storage, so it is no operator here: whoever reads a view reads its base. All that
+schedules (`simulate.py`, `search.py`, ...) works on a `Program` and knows no torch;
+`realize.py` turns the schedule found back into graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+GIVEN = -1  # the maker of a storage that was there before the step
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator call that makes storages.
+
+    Args:
+        name: of its node.
+        kind: equal for calls that differ in their operands' values only.
+        reads: storages, each once.
+        makes: storages.
+        flops: as torch counts them; of an operator without a formula, its largest operand's or
+            result's elements.
+        us: time on the device, microseconds.
+        replays: run again on the same operands it gives the same results, and does nothing else.
+        overwrites: storages it reads in whose place its one result may be written.
+        carries: a gradient flows through it.
+        module: path of the module that called it.
+    """
+
+    name: str
+    kind: str
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    flops: float
+    us: float
+    replays: bool = True
+    overwrites: tuple[int, ...] = ()
+    carries: bool = True
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A training step.
+
+    Args:
+        ops: in the order in which the joint graph has them.
+        forward: the operators of the forward, in order; all others are the backward's.
+        nbytes: of every storage; 0 for those that do not count (given ones, gradients of
+            parameters).
+        results: storages that the forward returns.
+        gradients: storages that the backward returns.
+        tangents: gradients of results, with which the backward starts.
+    """
+
+    ops: tuple[Op, ...]
+    forward: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    results: frozenset[int]
+    gradients: frozenset[int]
+    tangents: frozenset[int] = frozenset()
+
+    @cached_property
+    def maker(self) -> tuple[int, ...]:
+        """The operator that makes each storage; `GIVEN` for those that were there."""
+        found = [GIVEN] * len(self.nbytes)
+        for i, op in enumerate(self.ops):
+            for s in op.makes:
+                found[s] = i
+        return tuple(found)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """`nbytes` as an array."""
+        return np.array(self.nbytes, dtype=np.float64)
+
+    @cached_property
+    def backward(self) -> tuple[int, ...]:
+        """The operators of the backward, in order."""
+        mine = set(self.forward)
+        return tuple(i for i in range(len(self.ops)) if i not in mine)
+
+    @cached_property
+    def flows(self) -> frozenset[int]:
+        """Operators of the backward through which a gradient flows; the others compute something
+        from the forward's values alone."""
+        carried = set(self.tangents)
+        found: set[int] = set()
+        for i in self.backward:
+            if any(s in carried for s in self.ops[i].reads):
+                found.add(i)
+                carried.update(self.ops[i].makes)
+        return frozenset(found)
+
+    @cached_property
+    def forward_made(self) -> frozenset[int]:
+        """Storages that the forward makes."""
+        return frozenset(s for i in self.forward for s in self.ops[i].makes)
+
+    @cached_property
+    def needed(self) -> frozenset[int]:
+        """Storages of the forward that operators of the backward read: what may be kept."""
+        return frozenset(
+            s for i in self.backward for s in self.ops[i].reads if s in self.forward_made
+        )
+
+    def flops(self, sequence: Sequence[int]) -> float:
+        """FLOPs of a sequence of operators."""
+        return sum(self.ops[i].flops for i in sequence)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What runs, in order. An operator may occur more than once: every operator reads what was made
+    last before it, so that what is computed again need not be kept until then. What the backward
+    reads and does not make before is kept from the forward.
+
+    Args:
+        forward, backward: operators of a `Program`.
+    """
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+
+    def kept(self, program: Program) -> tuple[int, ...]:
+        """Storages handed from the forward to the backward, in the order of their making."""
+        made: set[int] = set()
+        found: set[int] = set()
+        for i in self.backward:
+            op = program.ops[i]
+            found.update(s for s in op.reads if s not in made and s in program.forward_made)
+            made.update(op.makes)
+        found |= {s for s in program.gradients if s not in made and s in program.forward_made}
+        return tuple(s for i in self.forward for s in program.ops[i].makes if s in found)
+
+    def again(self, program: Program) -> tuple[int, ...]:
+        """Operators of the backward that ran before, as often as they do."""
+        seen = set(self.forward)
+        found = []
+        for i in self.backward:
+            if i in seen:
+                found.append(i)
+            seen.add(i)
+        return tuple(found)
+
+    def added(self, program: Program, cost: Mapping[int, float] | None = None) -> float:
+        """FLOPs (or `cost`) of what is computed again."""
+        again = self.again(program)
+        return program.flops(again) if cost is None else sum(cost[i] for i in again)
+
+
+def eager_schedule(program: Program) -> Schedule:
+    """Everything is kept that the backward needs."""
+    return Schedule(program.forward, program.backward)

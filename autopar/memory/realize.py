@@ -1,0 +1,116 @@
+"""A schedule as the two graphs that AOTAutograd compiles.
+
+Every occurrence of an operator becomes a node of its own, in the schedule's order; views of a
+value are made next to whoever reads them. The copies are nodes, not calls that a later pass could
+recognize as the same: nothing after this eliminates common subexpressions.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch.fx as fx
+
+from autopar.memory.joint import Joint
+from autopar.memory.program import GIVEN, Program, Schedule
+
+
+class _Writer:
+    """One of the two graphs, while it is written."""
+
+    def __init__(self, joint: Joint, inputs: Sequence[fx.Node]) -> None:
+        self.joint = joint
+        self.graph = fx.Graph()
+        # the latest node for every value; views are dropped when their base is made again
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.views: dict[int, list[fx.Node]] = {}
+        for node in inputs:
+            new = self.env[node] = self.graph.placeholder(node.name)
+            new.meta = dict(node.meta)
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """The node for a value, with the views that lead to it."""
+        if node in self.env:
+            return self.env[node]
+        new = self._copy(node)
+        self.env[node] = new
+        if "storage" in new.meta:
+            self.views.setdefault(new.meta["storage"], []).append(node)
+        return new
+
+    def _copy(self, node: fx.Node, makes: tuple[int, ...] = ()) -> fx.Node:
+        new = self.graph.node_copy(node, self.value)
+        numbers = [self.joint.base[n] for n in (node, *node.users) if n in self.joint.base]
+        is_part = node.target is operator.getitem
+        if node in self.joint.base or not is_part:
+            new.meta["storage"] = self.joint.base.get(node, numbers[0] if numbers else -1)
+        new.meta["makes"] = makes
+        return new
+
+    def call(self, index: int) -> fx.Node:
+        """Write an operator; what it makes replaces what was there under its names."""
+        op, node = self.joint.program.ops[index], self.joint.calls[index]
+        new = self._copy(node, op.makes)
+        for s in op.makes:
+            for view in self.views.pop(s, []):
+                self.env.pop(view, None)
+        self.env[node] = new
+        for user in node.users:
+            if user.target is operator.getitem and self.joint.base.get(user) in op.makes:
+                self.env[user] = self._copy(user)
+        return new
+
+    def output(self, values: Sequence[Any], descriptions: Sequence[Any]) -> None:
+        flat = tuple(self.value(v) if isinstance(v, fx.Node) else v for v in values)
+        self.graph.output(flat).meta["desc"] = list(descriptions)
+
+
+def realize(
+    module: fx.GraphModule,
+    joint: Joint,
+    schedule: Schedule,
+    *,
+    num_fwd_outputs: int,
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The forward and the backward graph.
+
+    Args:
+        module: the joint graph's.
+    """
+    program = joint.program
+    (flat,) = module.graph.output_node().args
+    outputs = list(flat)  # type: ignore[arg-type]
+    described = module.graph.output_node().meta.get("desc") or [None] * len(outputs)
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    tangents = [n for n in placeholders if "tangents" in str(n.target)]
+    primals = [n for n in placeholders if "tangents" not in str(n.target)]
+    saved = [joint.owner[s] for s in schedule.kept(program)]
+    given = _given(program, joint, schedule, primals)
+    forward = _Writer(joint, primals)
+    for i in schedule.forward:
+        forward.call(i)
+    handed = [*given, *saved]
+    forward.output(
+        outputs[:num_fwd_outputs] + handed, [*described[:num_fwd_outputs], *([None] * len(handed))]
+    )
+    backward = _Writer(joint, [*handed, *tangents])
+    for i in schedule.backward:
+        backward.call(i)
+    backward.output(outputs[num_fwd_outputs:], described[num_fwd_outputs:])
+    made = []
+    for writer in (forward, backward):
+        writer.graph.eliminate_dead_code()
+        made.append(fx.GraphModule(module, writer.graph))
+    return made[0], made[1]
+
+
+def _given(
+    program: Program, joint: Joint, schedule: Schedule, primals: Sequence[fx.Node]
+) -> list[fx.Node]:
+    """Inputs that the backward reads."""
+    read = {s for i in schedule.backward for s in program.ops[i].reads} | program.gradients
+    needed = {s for s in read if program.maker[s] == GIVEN}
+    owners = {joint.owner[s] for s in needed}
+    return [n for n in primals if n in owners]

@@ -1,0 +1,179 @@
+"""Makes a schedule fit a budget, and spends what the budget leaves, an operator at a time.
+
+`shrink` takes a value that is alive at the peak and not used there, and computes it again before
+its next use. `grow` leaves out what is computed again where the room to keep it is there. Both look
+at the simulated peak, so what the models before them round or leave out is repaired here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from autopar.memory.program import GIVEN, Program, Schedule
+from autopar.memory.simulate import Lives, lives, occupancy
+
+_CONE = 64  # a value that takes more operators to compute again is not tried
+_TRIED = 4  # candidates per step, by bytes for their cost
+
+
+class Refiner:
+    """Refines schedules of one program.
+
+    Args:
+        cost: of running each operator.
+    """
+
+    def __init__(self, program: Program, cost: Mapping[int, float]) -> None:
+        self.program, self.cost = program, cost
+        self._free = 1e-6 * sum(cost.values()) / max(1, len(cost))
+
+    def shrink(
+        self, schedule: Schedule, budget: float, *, most: float = np.inf, steps: int = 60
+    ) -> Schedule | None:
+        """Compute more again until the peak is within the budget.
+
+        Args:
+            most: give up when what is added costs more.
+
+        Returns:
+            None if that does not succeed.
+        """
+        found = lives(self.program, schedule)
+        live = occupancy(self.program, schedule, found)
+        spent = 0.0
+        for _ in range(steps):
+            excess = np.maximum(live - budget, 0)
+            if not excess.any():
+                return schedule
+            best: tuple[float, float, Schedule, Lives, np.ndarray] | None = None
+            for added, candidate in self._dropped(schedule, found, int(excess.argmax())):
+                if spent + added > most:
+                    continue
+                new = lives(self.program, candidate)
+                trace = occupancy(self.program, candidate, new)
+                left = np.maximum(trace - budget, 0)
+                gain = float(excess.max() - left.max())
+                # of a plateau: fewer places at the top
+                gain += float(excess.sum() - left.sum()) / len(live)
+                if gain > 0 and (best is None or gain / added > best[0]):
+                    best = gain / added, added, candidate, new, trace
+            if best is None:
+                return None
+            _, added, schedule, found, live = best
+            spent += added
+        return None
+
+    def _dropped(self, schedule: Schedule, found: Lives, at: int) -> list[tuple[float, Schedule]]:
+        """Schedules in which a value is not alive at a position, and what they cost more."""
+        program, forward = self.program, len(schedule.forward)
+        sequence = schedule.forward + schedule.backward
+        ranked = []
+        for life, (s, start, end) in enumerate(zip(*found[:3], strict=True)):
+            if not start < at < end or not program.nbytes[s] or s in program.results:
+                continue
+            maker = program.maker[s]
+            if not program.ops[maker].replays or s in program.ops[sequence[at]].reads:
+                continue
+            use = next(p for p in range(at, end + 1) if s in program.ops[sequence[p]].reads)
+            if use < forward:
+                continue
+            cone = self._cone(found, maker, use, life)
+            if cone is not None:
+                added = sum(self.cost[i] for i in cone) + self._free
+                ranked.append((program.nbytes[s] / added, added, use, cone))
+        ranked.sort(key=lambda r: -r[0])
+        return [
+            (added, Schedule(schedule.forward, (*sequence[forward:use], *cone, *sequence[use:])))
+            for _, added, use, cone in ranked[:_TRIED]
+        ]
+
+    def _cone(self, found: Lives, maker: int, use: int, dropped: int) -> list[int] | None:
+        """Operators to run before a position for one operator's results to be there."""
+        alive = {
+            s
+            for life, (s, start, end) in enumerate(zip(*found[:3], strict=True))
+            if start < use <= end and life != dropped
+        }
+        program, cone = self.program, dict[int, None]()
+
+        def need(i: int) -> bool:
+            if i in cone:
+                return True
+            if len(cone) > _CONE:
+                return False
+            for s in program.ops[i].reads:
+                source = program.maker[s]
+                if source == GIVEN or s in alive or not program.ops[source].replays:
+                    continue
+                if not need(source):
+                    return False
+            cone[i] = None
+            return True
+
+        return list(cone) if need(maker) else None
+
+    def grow(self, schedule: Schedule, budget: float) -> Schedule:
+        """Keep what is computed again, the dearest first, as far as the budget allows."""
+        rejected: set[tuple[int, int]] = set()
+        while True:
+            grown = self._grown(schedule, budget, rejected)
+            if grown is None:
+                return schedule
+            schedule = grown
+
+    def _grown(
+        self, schedule: Schedule, budget: float, rejected: set[tuple[int, int]]
+    ) -> Schedule | None:
+        """One operator less.
+
+        Args:
+            rejected: operators, with the position from the end, that were tried in vain; added to.
+        """
+        program, forward = self.program, len(schedule.forward)
+        found = lives(program, schedule)
+        live = occupancy(program, schedule, found)
+        before: dict[int, int] = {}
+        gaps: dict[int, list[tuple[int, int, int]]] = {}
+        for life, (s, start, end) in enumerate(zip(*found[:3], strict=True)):
+            if s in before and end > start:
+                gaps.setdefault(start, []).append((found.end[before[s]], start, program.nbytes[s]))
+            before[s] = life
+        seen = set(schedule.forward)
+        again = []
+        for k, i in enumerate(schedule.backward):
+            if i in seen:
+                again.append((self.cost[i], k))
+            seen.add(i)
+        for _, k in sorted(again, reverse=True):
+            i, at = schedule.backward[k], forward + k
+            key = (i, len(schedule.backward) - k)
+            if key in rejected:
+                continue
+            rejected.add(key)
+            need = np.zeros(len(live))
+            for end, start, nbytes in gaps.get(at, ()):
+                need[end + 1 : start] += nbytes
+            if (live + need)[:at].max(initial=0) > budget:
+                continue
+            backward = (*schedule.backward[:k], *schedule.backward[k + 1 :])
+            candidate = self.without_unread(Schedule(schedule.forward, backward))
+            if occupancy(program, candidate, lives(program, candidate)).max() <= budget:
+                return candidate
+        return None
+
+    def without_unread(self, schedule: Schedule) -> Schedule:
+        """Leave out what is computed again and read by nobody."""
+        program = self.program
+        wanted = set(program.gradients)
+        own = set(program.backward)
+        kept: list[int] = []
+        for i in reversed(schedule.backward):
+            op = program.ops[i]
+            if i not in own and wanted.isdisjoint(op.makes):
+                continue
+            kept.append(i)
+            wanted.difference_update(op.makes)
+            wanted.update(op.reads)
+        return Schedule(schedule.forward, tuple(reversed(kept)))

@@ -1,0 +1,160 @@
+"""Live bytes of a schedule, operator by operator, as the compiled step runs it.
+
+While an operator runs, its operands and results are alive; what nobody reads any more is freed
+after it. A pointwise operator may write its result over an operand that dies with it. Counted are
+storages that the step makes, without gradients of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from autopar.memory.program import GIVEN, Program, Schedule
+
+
+class Lives(NamedTuple):
+    """Every making of a storage, to its last use; parallel lists.
+
+    Args:
+        storage: of the program.
+        start, end: positions in the sequence: forward, then backward.
+        over: the life that it overwrites, -1 for memory of its own.
+    """
+
+    storage: list[int]
+    start: list[int]
+    end: list[int]
+    over: list[int]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Live bytes of a step.
+
+    Args:
+        names: the operator at every position.
+        during_bytes: alive while it runs.
+        forward: how many positions are the forward's.
+    """
+
+    names: tuple[str, ...]
+    during_bytes: tuple[int, ...]
+    forward: int
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        return max(self.during_bytes, default=0)
+
+    @property
+    def peak_at(self) -> int:
+        """The first position at which the peak is reached."""
+        return self.during_bytes.index(self.peak_bytes) if self.during_bytes else 0
+
+    def __str__(self) -> str:
+        at = self.peak_at
+        phase = "forward" if at < self.forward else "backward"
+        return f"{self.peak_bytes} bytes at {self.names[at]} ({phase})"
+
+
+def lives(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Lives:
+    """Every storage that the schedule makes, as often as it makes it.
+
+    Args:
+        overwrite: results are written over operands where that is possible.
+    """
+    ops, nbytes = program.ops, program.nbytes
+    forward = len(schedule.forward)
+    current: dict[int, int] = {}
+    storage: list[int] = []
+    start: list[int] = []
+    end: list[int] = []
+    writers: list[tuple[int, int, tuple[int, ...]]] = []  # life, position, lives to write over
+    for at, i in enumerate(schedule.forward + schedule.backward):
+        op = ops[i]
+        for s in op.reads:
+            life = current.get(s)
+            if life is not None:
+                end[life] = at
+        if op.overwrites and overwrite:
+            over = tuple(current[s] for s in op.overwrites if s in current)
+            writers.append((len(storage), at, over))
+        for s in op.makes:
+            current[s] = len(storage)
+            storage.append(s)
+            start.append(at)
+            end.append(at)
+        if at == forward - 1:
+            for s in program.results & current.keys():
+                end[current[s]] = at
+    held = program.results | program.gradients
+    found = [-1] * len(storage)
+    for life, at, candidates in writers:
+        for other in candidates:
+            s = storage[other]
+            same_part = (start[other] >= forward) == (at >= forward)
+            if end[other] == at and same_part and nbytes[s] and s not in held:
+                found[life] = other
+                break
+    return Lives(storage, start, end, found)
+
+
+def occupancy(program: Program, schedule: Schedule, found: Lives) -> np.ndarray:
+    """Bytes alive at every position.
+
+    Args:
+        found: of the schedule, as `lives` finds them.
+    """
+    count = len(schedule.forward) + len(schedule.backward)
+    start, end = np.array(found.start), np.array(found.end)
+    nbytes = program.sizes[found.storage]
+    # what is written over an operand takes its place as that is freed
+    start = start + (np.array(found.over) >= 0)
+    change = np.bincount(start, nbytes, count + 2) - np.bincount(end + 1, nbytes, count + 2)
+    return np.cumsum(change[:count])
+
+
+def live_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) -> np.ndarray:
+    """Bytes alive at every position."""
+    return occupancy(program, schedule, lives(program, schedule, overwrite=overwrite))
+
+
+def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Timeline:
+    """Simulate a schedule."""
+    sequence = schedule.forward + schedule.backward
+    return Timeline(
+        tuple(program.ops[i].name for i in sequence),
+        tuple(map(int, live_bytes(program, schedule, overwrite=overwrite))),
+        len(schedule.forward),
+    )
+
+
+def peak_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) -> int:
+    """The most that is alive at a time."""
+    return int(live_bytes(program, schedule, overwrite=overwrite).max(initial=0))
+
+
+def check(program: Program, schedule: Schedule) -> None:
+    """Every operator finds what it reads, and everything that the step returns is made.
+
+    Raises:
+        AssertionError: the schedule cannot run.
+    """
+    made: set[int] = set()
+    for i in (*schedule.forward, *schedule.backward):
+        op = program.ops[i]
+        missing = [s for s in op.reads if program.maker[s] != GIVEN and s not in made]
+        assert not missing, f"{op.name} reads storages {missing} before they are made"
+        made.update(op.makes)
+    lost = {s for s in program.results | program.gradients if program.maker[s] != GIVEN} - made
+    assert not lost, f"storages {sorted(lost)} are returned and never made"
+    _check_once(program, schedule.forward)
+
+
+def _check_once(program: Program, forward: Sequence[int]) -> None:
+    assert len(set(forward)) == len(forward), "the forward runs an operator twice"
+    assert set(program.forward) <= set(forward), "the forward leaves an operator out"

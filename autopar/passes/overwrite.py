@@ -1,0 +1,147 @@
+"""Writes results over operands that die: a pointwise operator needs no memory of its own then.
+
+Numbers stay the same to the bit, as the kernels read an element before they write it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+aten = torch.ops.aten
+
+# Not pointwise, but row by row: a row is read to its end before it is written, and the second pass
+# over it reads an element before it writes that (ATen/native/cpu/SoftMaxKernel.cpp).
+_BY_ROWS = {
+    aten._log_softmax.default,
+    aten._log_softmax_backward_data.default,
+    aten._softmax.default,
+    aten._softmax_backward_data.default,
+}
+# In-place variants without a kernel of their own that are truly in place.
+_COMPOSITE = {"aten::add_.Scalar", "aten::sub_.Scalar", "aten::mul_.Scalar", "aten::div_.Scalar"}
+
+
+@functools.cache
+def variant(target: Any, operand: int, device_type: str) -> tuple[Any, str | None] | None:
+    """How an operator writes over an operand: the overload, and the name of its result argument
+    (None where the operand is the first, which is overwritten as such).
+
+    Args:
+        operand: position among the arguments.
+    """
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    if len(target._schema.returns) != 1 or target._schema.is_mutable:
+        return None
+    by_rows = target in _BY_ROWS and device_type == "cpu"
+    if not by_rows and torch.Tag.pointwise not in target.tags:
+        return None
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
+    if operand == 0 and not by_rows:
+        packet = getattr(aten, f"{target._opname}_", None)
+        found = getattr(packet, target._overloadname, None) if packet is not None else None
+        if found is not None and _has_kernel(found, device_type):
+            return found, None
+    packet = target.overloadpacket
+    for name in packet.overloads():
+        other = getattr(packet, name)
+        rest = [a for a in other._schema.arguments if not a.is_out]
+        outs = [a for a in other._schema.arguments if a.is_out]
+        same = [(a.name, str(a.type)) for a in rest] == wanted
+        if same and len(outs) == 1 and _has_kernel(other, device_type):
+            return other, outs[0].name
+    return None
+
+
+def _has_kernel(op: torch._ops.OpOverload, device_type: str) -> bool:
+    """Of its own: those that are generated from the functional one make a copy."""
+    name = op.name()
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None:
+        return False
+    return name in _COMPOSITE or torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def overwritable(node: fx.Node) -> list[fx.Node]:
+    """Operands in whose place the result of a node fits: of its dtype, shape and strides, and
+    filling their storage."""
+    out = node.meta.get("val")
+    if not isinstance(out, torch.Tensor):
+        return []
+    found = []
+    for k, argument in enumerate(node.args):
+        if not isinstance(argument, fx.Node):
+            continue
+        value = argument.meta.get("val")
+        if (
+            isinstance(value, torch.Tensor)
+            and value.dtype == out.dtype
+            and value.shape == out.shape
+            and value.stride() == out.stride()
+            and value.numel() > 1
+            and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            and variant(node.target, k, out.device.type) is not None
+        ):
+            found.append(argument)
+    return found
+
+
+def overwrite(gm: fx.GraphModule) -> fx.GraphModule:
+    """Write results over operands that die with them.
+
+    Nodes carry in `meta["storage"]` which storage of the joint graph they lie in; where that is not
+    known (nodes of other passes), nothing they touch is overwritten. Neither are inputs, which the
+    caller may still hold, nor what is returned.
+    """
+    graph = gm.graph
+    root: dict[fx.Node, fx.Node] = {}
+    last: dict[fx.Node, fx.Node] = {}
+    held: set[fx.Node] = set()
+    for node in graph.nodes:
+        root[node] = _root(node, root)
+        sources = {root[n] for n in node.all_input_nodes}
+        last |= dict.fromkeys(sources, node)
+        if "storage" not in node.meta:  # the output, and what other passes wrote
+            held |= sources
+    for node in list(graph.nodes):
+        if "storage" not in node.meta or root[node] is not node or node.op != "call_function":
+            continue
+        for operand in overwritable(node):
+            source = root[operand]
+            shared = [n for n in node.all_input_nodes if root[n] is source]
+            if last[source] is node and len(shared) == 1 and _is_own(source, held):
+                _write_over(node, operand)
+                break
+    graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _root(node: fx.Node, root: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The node that made the storage in which a node lies."""
+    storage = node.meta.get("storage")
+    if node.op != "call_function" or storage is None or storage in node.meta.get("makes", ()):
+        return node
+    for n in node.all_input_nodes:
+        if node.target is operator.getitem and storage in n.meta.get("makes", ()):
+            return node
+        if n.meta.get("storage") == storage:
+            return root[n]
+    return node
+
+
+def _is_own(source: fx.Node, held: set[fx.Node]) -> bool:
+    return source.op == "call_function" and "storage" in source.meta and source not in held
+
+
+def _write_over(node: fx.Node, operand: fx.Node) -> None:
+    found = variant(node.target, node.args.index(operand), node.meta["val"].device.type)
+    assert found is not None
+    node.target, result = found
+    if result is not None:
+        node.kwargs = {**node.kwargs, result: operand}

@@ -1,0 +1,56 @@
+"""One device with a budget: `auto_engine(model, optimizer, "1", memory=...)`."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from autopar import auto_engine
+from autopar.errors import InfeasibleError
+from autopar.memory.measure import LiveTrace
+from autopar.runtime import environment
+from tests.models import CASES, OPTIMIZERS, LanguageModel
+
+STEPS = 2
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    environment.stop()
+
+
+def train(name: str, memory: float, dropout: float = 0.0) -> tuple[list, dict, int]:
+    """Gradients of every step, buffers, and the peak of the last."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = LanguageModel(layers=2, dropout=dropout) if name == "gpt2" else case.make()
+    model = model.double().train()
+    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+    torch.manual_seed(7)
+    engine, optimizer = auto_engine(model, optimizer, "1", memory=memory)
+    grads, peak = [], 0
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        with LiveTrace() as live:
+            loss = engine(**case.batch(step))
+            live.start_backward()
+            loss.backward()
+        peak = live.peak_bytes([p.to_local() for p in model.parameters()])
+        grads.append([p.grad.to_local().clone() for p in model.parameters()])
+        optimizer.step()
+    return grads, {n: b.clone() for n, b in model.named_buffers()}, peak
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("gpt2", 0.3), ("resnet", 0.0)])
+def test_the_smallest_budget_trains_alike(name, dropout):
+    expected, buffers, whole = train(name, 2**30, dropout)
+    with pytest.raises(InfeasibleError, match=r"parameters take .* Give ") as error:
+        train(name, 1000, dropout)
+    smallest = error.value.smallest_bytes
+    grads, updated, peak = train(name, smallest, dropout)
+    assert peak < whole
+    for mine, theirs in zip(grads, expected, strict=True):
+        for found, wanted in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    assert all(torch.equal(updated[n], buffers[n]) for n in buffers)

@@ -1,0 +1,222 @@
+"""Memory schedules: prediction against measurement, exact gradients, and the front."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from autopar import ClusterInfo, autoplan
+from autopar.errors import InfeasibleError
+from autopar.memory.build import schedule_of
+from autopar.memory.front import Front
+from autopar.memory.measure import LiveTrace
+from autopar.memory.order import ordered_backward, reorder
+from autopar.memory.plan import plan_memory
+from autopar.memory.program import Op, Program, Schedule, eager_schedule
+from autopar.memory.simulate import check, lives, peak_bytes, timeline
+from autopar.memory.stages import linearize
+from autopar.passes.apply_sharding import apply_sharding
+from autopar.passes.lower import LoweredStep, lower
+from autopar.runtime.groups import planning_groups
+from tests.models import CASES, LanguageModel
+
+SEED = 1234
+
+
+class Step:
+    """A model's local program on one device, to be lowered with schedules."""
+
+    def __init__(self, name: str, dropout: float = 0.0) -> None:
+        case = CASES[name]
+        model = case.build()
+        if name == "gpt2":
+            torch.manual_seed(0)
+            model = LanguageModel(layers=2, dropout=dropout).double().train()
+        batch = case.batch(0)
+        planned = autoplan(model, (), batch, cluster=ClusterInfo.of("1"))
+        groups = planning_groups((1,), (0,))
+        program = apply_sharding(planned.graph, planned.plan, coords=(0,), groups=groups)
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        self.gm, self.mutated = program.gm, len(planned.graph.mutations)
+        self.arguments = [
+            *(parameters[n] for n in planned.graph.parameters.values()),
+            *(buffers[n] for n in planned.graph.buffers.values()),
+            *planned.graph.constants.values(),
+            *batch.values(),
+            *([torch.tensor(SEED)] if program.takes_seed else []),
+        ]
+        self.trained = [t for t in self.arguments if t.requires_grad]
+
+    @functools.cached_property
+    def program(self) -> Program:
+        found: list[Program] = []
+
+        def keep(program: Program) -> Schedule:
+            found.append(program)
+            return eager_schedule(program)
+
+        lower(self.gm, self.arguments, choose=keep)
+        return found[0]
+
+    @functools.cached_property
+    def front(self) -> Front:
+        return Front(self.program)
+
+    def lowered(self, schedule: Schedule) -> LoweredStep:
+        return lower(self.gm, self.arguments, choose=lambda program: schedule)
+
+    def run(self, step: LoweredStep) -> tuple[int, list[torch.Tensor], list[torch.Tensor]]:
+        """Peak, gradients, and updated buffers."""
+        for p in self.trained:
+            p.grad = None
+        with LiveTrace() as live:
+            results = step(*self.arguments)
+            loss = results[self.mutated]
+            updated = [t.clone() for t in results[: self.mutated]]
+            del results
+            live.start_backward()
+            loss.backward()
+        grads = [p.grad.clone() for p in self.trained if p.grad is not None]
+        return live.peak_bytes(self.trained), grads, updated
+
+
+@functools.cache
+def step_of(name: str, dropout: float = 0.0) -> Step:
+    return Step(name, dropout)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2", "resnet", "vit"])
+def test_measured_as_predicted_and_exact_to_the_bit(name):
+    step = step_of(name)
+    program, front = step.program, step.front
+    _, expected, buffers = step.run(lower(step.gm, step.arguments))
+    budgets = np.linspace(front.smallest().peak_bytes, front.eager_bytes, 4)
+    for budget, point in zip(budgets, front.solve(budgets), strict=True):
+        assert point is not None
+        check(program, point.schedule)
+        peak, grads, updated = step.run(step.lowered(point.schedule))
+        assert point.peak_bytes <= budget
+        assert peak == pytest.approx(point.peak_bytes, rel=0.03, abs=2048)
+        for found, wanted in zip(grads, expected, strict=True):
+            assert torch.equal(found, wanted)
+        for found, wanted in zip(updated, buffers, strict=True):  # statistics updated once
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5])
+def test_dropout_is_replayed(dropout):
+    step = step_of("gpt2", dropout)
+    _, expected, _ = step.run(lower(step.gm, step.arguments))
+    nothing_kept = schedule_of(step.program, ())
+    names = [step.program.ops[i].name for i in nothing_kept.again(step.program)]
+    assert any("keep_mask" in n for n in names)
+    _, grads, _ = step.run(step.lowered(nothing_kept))
+    for found, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+
+def test_what_is_computed_again_is_in_the_backward_graph():
+    step = step_of("gpt2")
+    program = step.program
+    smallest = schedule_of(program, ())
+    lowered = step.lowered(smallest)
+    calls = [n for n in lowered.backward.graph.nodes if n.op == "call_function"]
+    attention = [n for n in calls if "attention_for_cpu.default" in str(n.target)]
+    again = [i for i in smallest.again(program) if "attention" in program.ops[i].name]
+    assert len(attention) == len(again) > 0
+
+
+def test_the_front_is_never_worse_than_what_users_do():
+    front = step_of("gpt2").front
+    for point in [c for c in front.candidates if c.name == "by hand"]:
+        (best,) = front.solve([point.peak_bytes])
+        assert best is not None and best.cost <= point.cost
+
+
+def test_writing_over_operands_saves_memory_and_changes_nothing():
+    step = step_of("gpt2")
+    schedule = eager_schedule(step.program)
+    over = step.lowered(schedule)
+    apart = lower(
+        step.gm, step.arguments, choose=lambda p: schedule, disable=frozenset({"overwrite"})
+    )
+    peak_over, grads_over, _ = step.run(over)
+    peak_apart, grads_apart, _ = step.run(apart)
+    assert peak_over < peak_apart
+    assert peak_apart == pytest.approx(
+        peak_bytes(step.program, schedule, overwrite=False), rel=0.03
+    )
+    assert all(map(torch.equal, grads_over, grads_apart))
+
+
+def test_a_budget_too_small_is_refused_with_the_smallest():
+    program = step_of("resnet").program
+    with pytest.raises(InfeasibleError, match="smallest found, whatever") as error:
+        plan_memory(program, 1000.0)
+    plan = plan_memory(program, error.value.smallest_bytes)
+    assert plan.peak_bytes <= error.value.smallest_bytes
+    assert plan.added_flops > 0
+
+
+def test_blocks_are_one_kind_and_the_backward_is_divided_among_them():
+    program = step_of("gpt2").program
+    stages = linearize(program)
+    kinds = [s.kind for s in stages]
+    assert max(map(kinds.count, kinds)) >= 2
+    assert [i for s in stages for i in s.forward] == list(program.forward)
+    assert sorted(i for s in stages for i in s.backward) == sorted(program.backward)
+
+
+def chain(sizes: list[int]) -> Program:
+    """x -> a -> b -> loss and back: the backward of an operator reads its input and a gradient.
+
+    Storages: 0 is given, then one per forward operator, the tangent, one per backward operator.
+    """
+    n = len(sizes)
+    forward = [Op(f"f{k}", "f", (k,), (k + 1,), 10.0, 1.0) for k in range(n)]
+    tangent = n + 1
+    backward = []
+    for m, k in enumerate(reversed(range(n))):
+        gradient = tangent if m == 0 else tangent + m
+        backward.append(Op(f"b{k}", "b", (gradient, k), (tangent + m + 1,), 20.0, 2.0))
+    nbytes = [0, *sizes, 0, *reversed(sizes)]
+    nbytes[tangent + n] = 0
+    return Program(
+        (*forward, *backward), tuple(range(n)), tuple(nbytes), frozenset({n}),
+        frozenset({tangent + n}), frozenset({tangent}),
+    )  # fmt: skip
+
+
+def test_live_bytes_by_hand():
+    program = chain([4, 2, 1])
+    schedule = eager_schedule(program)
+    # f0: a; f1: a b; f2: a b c; b2 (reads b, makes 1): a b c' ; b1 (reads a): a + 1 + 2; b0: 2 + 0
+    assert timeline(program, schedule).during_bytes == (4, 6, 7, 7, 7, 2)
+    assert schedule.kept(program) == (1, 2)
+    again = Schedule((0, 1, 2), (3, 0, 4, 5))
+    assert again.again(program) == (0,)
+    assert again.kept(program) == (2,)
+    check(program, again)
+    assert again.added(program) == 10.0
+    with pytest.raises(AssertionError, match="before they are made"):
+        check(program, Schedule((0, 1, 2), (4, 3, 5)))
+
+
+def test_an_order_in_which_less_is_alive():
+    # two readers of the same gradient: the one that ends the life of a large value goes first
+    ops = (
+        Op("f0", "f", (0,), (1,), 1.0, 1.0),
+        Op("f1", "f", (1,), (2,), 1.0, 1.0),
+        Op("pass_on", "b", (3, 0), (4,), 1.0, 1.0),
+        Op("weight", "b", (3, 1), (5,), 1.0, 1.0),
+        Op("end", "b", (4,), (6,), 1.0, 1.0),
+    )
+    program = Program(
+        ops, (0, 1), (0, 100, 1, 0, 50, 0, 0), frozenset({2}), frozenset({5, 6}), frozenset({3})
+    )
+    assert ordered_backward(program) == (3, 2, 4)
+    better, old = reorder(program, ordered_backward(program))
+    assert [program.ops[i].name for i in old] == [op.name for op in better.ops]
+    assert peak_bytes(better, eager_schedule(better)) < peak_bytes(program, eager_schedule(program))
+    assert len(lives(better, eager_schedule(better)).storage) == 5
