@@ -25,11 +25,16 @@ def _einsum(draw: Draw) -> Arguments:
             "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "bnd,de->bne", "ij,jk->ik", "bi,bj->bij",
             "bclhn,bcshn->bclsh", "ij,ij->", "bij->bi", "nctkv,kvw->nctw", "i,j->ij",
             "bqd, bkd -> bqk", "bhlt,bhtD->bhlD", "ab,bc,cd->ad", "bij,bij->bi", "ij->ji",
+            "...qhd,...khd->...hqk", "...hqk,...khd->...qhd", "...ij,jk->...ik",
         ]
     )  # fmt: skip
     left = equation.replace(" ", "").split("->")[0].split(",")
-    sizes = {c: draw.size() for c in sorted(set("".join(left)))}
-    return (equation, [draw.normal(*(sizes[c] for c in term)) for term in left]), {}
+    sizes = {c: draw.size() for c in sorted({*"".join(left)} - {"."})}
+    dots = draw.shape(0, 2) if "..." in equation else ()
+    shapes = [
+        (*dots * ("..." in term), *(sizes[c] for c in term.removeprefix("..."))) for term in left
+    ]
+    return (equation, [draw.normal(*shape) for shape in shapes]), {}
 
 
 @sampler("transformers.grouped_mm_fallback.default")

@@ -266,7 +266,9 @@ def _repeat_interleave(draw: Draw) -> Arguments:
     shape = draw.shape(1, 4)
     if draw.chance(15):
         return (draw.any_kind(shape), draw.integer(1, 3)), {}
-    return (draw.any_kind(shape), draw.integer(1, 3), draw.dim(len(shape))), {}
+    repeats, dim = draw.integer(1, 3), draw.dim(len(shape))
+    size = {"output_size": shape[dim] * repeats} if draw.chance(40) else {}
+    return (draw.any_kind(shape), repeats, dim), size
 
 
 @sampler("aten.repeat.default", "aten.tile.default")

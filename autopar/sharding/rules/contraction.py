@@ -55,12 +55,19 @@ def _einsum(call: Call) -> OpRule | None:
     """The equation is the rule; not where one operand has a letter twice (a diagonal)."""
     equation = str(call.arguments["equation"]).replace(" ", "")
     left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    if not arrow or "." in equation or any(len(set(t)) < len(t) for t in (*terms, right)):
+    terms = [*left.split(","), right]
+    letters = [t.removeprefix("...") for t in terms]
+    if not arrow or any("." in t or len(set(t)) < len(t) for t in letters):
         return None
-    # einsum tells upper from lower case, a factor's name starts in lower case
-    spelled = [" ".join(c if c.islower() else f"u{c.lower()}" for c in t) for t in (*terms, right)]
-    linear = tuple((i,) for i in range(len(terms)))
+    # einsum tells upper from lower case, a factor's name starts in lower case; what the dots stand
+    # for leads, as batch dims do
+    spelled = [
+        " ".join(
+            ["*dots"] * t.startswith("...") + [c if c.islower() else f"u{c.lower()}" for c in rest]
+        )
+        for t, rest in zip(terms, letters, strict=True)
+    ]
+    linear = tuple((i,) for i in range(len(terms) - 1))
     row = Row(f"{', '.join(spelled[:-1])} -> {spelled[-1]}", linear=linear)
     return row.bind(call.inputs, call.outputs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from autopar.sharding.lowerings import repeat
 from autopar.sharding.rule import Dims, Factor, OpRule, Row
 from autopar.sharding.rules.call import Call
 from autopar.sharding.rules.view import aligned, linear_rule, named
@@ -70,11 +71,19 @@ def _in_blocks(call: Call) -> OpRule:
 
 
 def _repeat_interleave(call: Call) -> OpRule:
-    """Without a dim the result is flat: the first dim comes in blocks."""
+    """Without a dim the result is flat: the first dim comes in blocks. A size that is given is of
+    the whole result; a shard's is what it comes to."""
     source = call.inputs[0]
     assert source is not None
     if call.arguments.get("dim") is not None:
-        return _in_blocks(call)
+        if call.arguments.get("output_size") is None:
+            return _in_blocks(call)
+        whole = call.arguments["dim"] % len(source)
+        names = " ".join(
+            f"d{d}{'!' if d == whole else ''}" if n > 1 else f"[d{d}]" for d, n in enumerate(source)
+        )
+        row = Row(f"{names} -> {names}", linear=((0,),), lowering=repeat.interleave)
+        return row.bind(call.inputs, call.outputs)
     first = next((d for d, n in enumerate(source) if n > 1), None)
     names = " ".join("b" if d == first else f"[d{d}]" for d in range(len(source)))
     out = "[b]" if first is None else "b"
