@@ -1,4 +1,5 @@
-"""The command line: `autopar plan`, `report`, `profile`, `cluster`, `devices` and `rules`.
+"""The command line: `autopar plan`, `report`, `explain`, `diff`, `profile`, `cluster`, `devices`
+and `rules`.
 
 torch is imported inside of the commands, so that `--help` does not wait for it.
 """
@@ -50,7 +51,17 @@ def plan(
         str | None,
         typer.Option(
             metavar="SIZES",
-            help="Device mesh, such as 8 or 2x4; the last axis has the fastest links.",
+            help="Device mesh, such as 8 or 2x4; the last axis has the fastest links. "
+            "With auto, the mesh is searched for: all of --devices in up to three axes.",
+        ),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many, for --mesh auto.")
+    ] = None,
+    per_node: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Devices that fast links join, for --mesh auto.  [default: 8]"
         ),
     ] = None,
     device: Annotated[
@@ -80,6 +91,14 @@ def plan(
             metavar="NAME", help=f"Whose state to make room for: {', '.join(OPTIMIZERS)}."
         ),
     ] = "adamw",
+    constraints: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Layouts to keep to, a line each, such as 'blocks.*.up.weight: S0R', "
+            "'inputs.x: S0R' or 'outputs.0: RR'.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -96,8 +115,20 @@ def plan(
     baselines: Annotated[
         bool, typer.Option(help="Cost the plans people write by hand, for comparison.")
     ] = True,
+    front: Annotated[
+        bool,
+        typer.Option(
+            "--front",
+            help="Also the fastest plans within 12 budgets, from none to the smallest feasible.",
+        ),
+    ] = False,
     time_limit: Annotated[
-        float, typer.Option(metavar="SECONDS", help="For each run of the solver.", min=0.1)
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="For each run of the solver; the best plan so far is taken, with its gap.",
+            min=0.1,
+        ),
     ] = 60.0,
 ) -> None:
     """Find the fastest plan that fits the memory; needs no GPU and no weights.
@@ -109,15 +140,17 @@ def plan(
     with _progress() as say, contextlib.redirect_stdout(sys.stderr):
         with _short_errors(ValueError, OSError):
             state = _optimizer_state(optimizer)
-            from autopar.cli_plan import cluster_of, planned, print_report, write_html
+            from autopar.cli_plan import Asked, planned, print_report, target_of, write_html
+            from autopar.constraints import load_constraints
             from autopar.model_file import load_example
 
-            info = cluster_of(mesh, device or DEFAULT_DEVICE, cluster, device is not None)
-            info = info.with_memory(memory)
+            where = target_of(mesh, devices, per_node, device, cluster, memory, DEFAULT_DEVICE)
+            wanted = {} if constraints is None else load_constraints(constraints)
             say("load model ...")
             example = load_example(model)
         with _short_errors():
-            found = planned(example, info, state, baselines, time_limit, say)
+            asked = Asked(state, wanted, baselines, front, time_limit, str(model))
+            found = planned(example, where, asked, say)
     with _short_errors(OSError):
         if output is not None:
             found.save(output)
@@ -149,6 +182,73 @@ def report_command(
         if html is not None:
             write_html(found, html)
         print_report(found)
+
+
+@app.command("explain")
+def explain_command(
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN.json", help="File that `autopar plan -o` wrote.")
+    ],
+    node: Annotated[
+        str,
+        typer.Argument(
+            metavar="NODE",
+            help="A parameter, a module, an operator as plans name it, or inputs.NAME; "
+            "blocks.*.up stands for copies that do alike.",
+        ),
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL.py", help="The model.  [default: the file it was planned from]"
+        ),
+    ] = None,
+    alternatives: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Solve for so many, the most promising; the others get a bound.",
+        ),
+    ] = 8,
+    time_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For each alternative.", min=0.1)
+    ] = 60.0,
+) -> None:
+    """Say why a plan chose this strategy and not that one: what each alternative would cost.
+
+    Per alternative the best plan in which it is forced, and what else changes then.
+    """
+    with (
+        _progress() as say,
+        contextlib.redirect_stdout(sys.stderr),
+        _short_errors(ValueError, OSError),
+    ):
+        from autopar.cli_inspect import explained
+        from autopar.plan import ShardingPlan
+
+        given = ShardingPlan.load(plan)
+        found = explained(given, plan, node, model, alternatives, time_limit, say)
+    from autopar.cli_inspect import print_explanation
+
+    print_explanation(found)
+
+
+@app.command("diff")
+def diff_command(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="A plan.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
+    every: Annotated[
+        bool, typer.Option("--all", help="Also every operator, input and shared value.")
+    ] = False,
+) -> None:
+    """Say what differs between two plans: purpose, time, memory, modules, parameters."""
+    with _short_errors(OSError):
+        from autopar.cli_inspect import print_difference
+        from autopar.diff import diff
+        from autopar.plan import ShardingPlan
+
+        print_difference(diff(ShardingPlan.load(first), ShardingPlan.load(second)), every)
 
 
 @app.command("profile")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from autopar.experts import expert_plans
+from autopar.front import front
+from autopar.mesh_search import search_meshes
 from autopar.model_file import Example
-from autopar.plan import Baseline, ShardingPlan, write_atomically
-from autopar.planner import autoplan
-from autopar.profiler.cluster import ClusterInfo
+from autopar.plan import Baseline, FrontPoint, ShardingPlan, write_atomically
+from autopar.planner import Planned, autoplan
+from autopar.profiler.cluster import NODE_SIZE, ClusterInfo, parse_bytes
+from autopar.profiler.cluster import device as device_of
 from autopar.report.html import render_html
 from autopar.report.text import WIDTH, render
 
@@ -30,7 +33,9 @@ def cluster_of(mesh: str | None, device: str, file: Path | None, named: bool) ->
     """
     if file is None:
         if mesh is None:
-            raise ValueError("say what to plan for: --mesh 2x4, or --cluster cluster.yaml")
+            raise ValueError(
+                "say what to plan for: --mesh 2x4, or --cluster cluster.yaml, or --devices 8"
+            )
         return ClusterInfo.of(mesh, device)
     if mesh is not None or named:
         raise ValueError(f"{file} says mesh and device; leave out --mesh and --device")
@@ -40,32 +45,101 @@ def cluster_of(mesh: str | None, device: str, file: Path | None, named: bool) ->
         raise ValueError(f"{file} does not describe a cluster: {error}") from error
 
 
+@dataclass(frozen=True)
+class AnyMesh:
+    """All meshes of so many devices, instead of one."""
+
+    devices: int
+    device: str
+    per_node: int
+    memory: str | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted of a plan besides where it runs.
+
+    Args:
+        optimizer_state: bytes per byte of parameter.
+        constraints: layouts by name.
+        baselines: also what people write by hand.
+        front: also the fastest plans by budget.
+        time_limit: seconds for each run of the solver.
+        source: the model file.
+    """
+
+    optimizer_state: float
+    constraints: Mapping[str, str]
+    baselines: bool
+    front: bool
+    time_limit: float
+    source: str
+
+
+def target_of(
+    mesh: str | None,
+    devices: int | None,
+    per_node: int | None,
+    device: str | None,
+    file: Path | None,
+    memory: str | None,
+    default: str,
+) -> ClusterInfo | AnyMesh:
+    """What to plan for, from the options.
+
+    Raises:
+        ValueError: they contradict each other, or say too little.
+    """
+    auto = mesh == "auto" or (mesh is None and devices is not None)
+    if auto and file is not None:
+        raise ValueError(
+            f"{file} has the links of one mesh; a search over meshes takes --devices and --device"
+        )
+    if auto and devices is None:
+        raise ValueError("--mesh auto needs the number of devices: --devices 64")
+    if not auto and (devices is not None or per_node is not None):
+        raise ValueError(f"--devices and --per-node go with --mesh auto, not with {mesh or file}")
+    if not auto:
+        return cluster_of(mesh, device or default, file, device is not None).with_memory(memory)
+    assert devices is not None
+    name = device_of(device or default).name
+    if memory is not None:
+        parse_bytes(memory)
+    return AnyMesh(devices, name, per_node or NODE_SIZE, memory)
+
+
 def planned(
-    example: Example,
-    info: ClusterInfo,
-    optimizer_state: float,
-    baselines: bool,
-    time_limit: float,
-    say: Callable[[str], None],
+    example: Example, where: ClusterInfo | AnyMesh, asked: Asked, say: Callable[[str], None]
 ) -> ShardingPlan:
-    """The plan, with what people write by hand beside it."""
-    found = autoplan(
-        example.model,
-        example.args,
-        example.kwargs,
-        cluster=info,
-        optimizer_state=optimizer_state,
-        time_limit=time_limit,
-        progress=say,
-    )
-    if not baselines:
-        return found.plan
-    say("hand-written plans ...")
-    experts = expert_plans(found.space, time_limit=time_limit)
-    return replace(
-        found.plan,
-        baselines=tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts),
-    )
+    """The plan, with what was asked for beside it."""
+    found = _found(example, where, asked, say)
+    baselines: tuple[Baseline, ...] = ()
+    points: tuple[FrontPoint, ...] = ()
+    if asked.baselines:
+        say("hand-written plans ...")
+        experts = expert_plans(found.space, time_limit=asked.time_limit)
+        baselines = tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts)
+    if asked.front:
+        points = front(
+            found.space, time_limit=asked.time_limit, progress=say, only=found.only
+        ).points
+    return replace(found.plan, baselines=baselines, front=points, source=asked.source)
+
+
+def _found(
+    example: Example, where: ClusterInfo | AnyMesh, asked: Asked, say: Callable[[str], None]
+) -> Planned:
+    model, args, kwargs = example.model, example.args, example.kwargs
+    if isinstance(where, ClusterInfo):
+        return autoplan(
+            model, args, kwargs, cluster=where, optimizer_state=asked.optimizer_state,
+            constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
+        )  # fmt: skip
+    return search_meshes(
+        model, args, kwargs, devices=where.devices, device=where.device, per_node=where.per_node,
+        memory=where.memory, optimizer_state=asked.optimizer_state,
+        constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
+    ).planned  # fmt: skip
 
 
 def write_html(found: ShardingPlan, path: Path) -> None:

@@ -111,14 +111,15 @@ def allowed(space: SearchSpace, constraints: Constraints) -> dict[int, np.ndarra
         ConstraintError: a name that nothing has, or a layout that it cannot have.
         ConflictError: two constraints leave a decision nothing.
     """
+    if not constraints:
+        return {}
     names = Names(space)
     found: dict[int, np.ndarray] = {}
     by: dict[int, list[str]] = {}
     for name, text in constraints.items():
         if name.startswith(_OUTPUTS):  # decided by pins
             continue
-        for place, site in _found(names, space, name).items():
-            mask = _mask(space, site, name, place, text)
+        for place, (site, mask) in _masks(space, name, _found(names, space, name), text).items():
             found[site] = found[site] & mask if site in found else mask
             by.setdefault(site, []).append(f"{name}: {text}")
             if not found[site].any():
@@ -140,14 +141,25 @@ def _found(names: Names, space: SearchSpace, name: str) -> dict[str, int]:
         raise ConstraintError(f"constraint {name!r}: {error}") from None
 
 
-def _mask(space: SearchSpace, index: int, name: str, place: str, text: str) -> np.ndarray:
-    site = space.sites[index]
+def _masks(
+    space: SearchSpace, name: str, found: Mapping[str, int], text: str
+) -> dict[str, tuple[int, np.ndarray]]:
+    """Per place that a constraint names, the site and which of its candidates have one of the
+    layouts. Every place has to have one of them, and each of them some place."""
     layouts = _layouts(text)
-    mask = np.array([any(k.allows(c) for k in layouts) for c in site.candidates])
-    wrong = [k for k in layouts if not any(k.allows(c) for c in site.candidates)]
-    if wrong:
-        raise ConstraintError(_refusal(space, site, name, place, wrong[0]))
-    return mask
+    masks: dict[str, tuple[int, np.ndarray]] = {}
+    unused = dict(enumerate(layouts))
+    for place, i in found.items():
+        site = space.sites[i]
+        each = np.array([[k.allows(c) for c in site.candidates] for k in layouts])
+        if not each.any():
+            raise ConstraintError(_refusal(space, site, name, place, layouts[0]))
+        masks[place] = i, np.asarray(each.any(axis=0))
+        unused = {k: layout for k, layout in unused.items() if not each[k].any()}
+    for layout in unused.values():
+        place, i = next(iter(found.items()))
+        raise ConstraintError(_refusal(space, space.sites[i], name, place, layout))
+    return masks
 
 
 def _refusal(space: SearchSpace, site: Site, name: str, place: str, layout: _Layout) -> str:

@@ -51,3 +51,17 @@ def _infeasible(message: str, budget_bytes: float, smallest_bytes: float) -> Inf
 
 class EngineError(AutoparError, RuntimeError):
     """The engine was used in a way it cannot serve, or another rank failed."""
+
+
+class ConstraintError(AutoparError, ValueError):
+    """A constraint names nothing, or asks for what does not exist."""
+
+
+class ConflictError(InfeasibleError):
+    """Constraints that no plan satisfies together.
+
+    Attributes:
+        conflicting: the smallest set of them that was found, as "name: layout".
+    """
+
+    conflicting: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autopar.constraints import Allowed, restricted
 from autopar.estimate import estimate_memory, estimate_time
 from autopar.plan import MemoryEstimate, TimeEstimate
 from autopar.sharding.moments import Moments
@@ -74,20 +75,23 @@ class _Expert:
     sharded: bool
 
 
-def expert_plans(space: SearchSpace, *, time_limit: float = 60.0) -> list[ExpertPlan]:
+def expert_plans(
+    space: SearchSpace, *, time_limit: float = 60.0, only: Allowed | None = None
+) -> list[ExpertPlan]:
     """Every hand-written plan that exists on the mesh, solved without a memory limit.
 
     Args:
         time_limit: seconds for the solver, per expert.
+        only: candidates per site, where the experts may not use all of them.
     """
     found = []
     for expert in _experts(space.mesh):
-        found.append(_completed(space, expert, time_limit))
+        found.append(_completed(space, expert, time_limit, only or {}))
     return found
 
 
-def _completed(space: SearchSpace, expert: _Expert, limit: float) -> ExpertPlan:
-    problem, classes = space.problem()
+def _completed(space: SearchSpace, expert: _Expert, limit: float, only: Allowed) -> ExpertPlan:
+    problem, classes = restricted(*space.problem(), only)
     shared = Shared(_with_objections(space, expert, problem), classes)
     moments = Moments(space, np.inf)
 

@@ -14,7 +14,7 @@ from typing import Any
 from autopar.errors import PlanError
 from autopar.sharding.spec import ShardingSpec
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,43 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class FrontPoint:
+    """The fastest plan found within a budget.
+
+    Args:
+        budget_bytes: per device; infinite for the plan without a limit.
+        step_us, memory_bytes: predictions.
+        bound_us: no plan within the budget is faster.
+        words: what it does, in short.
+    """
+
+    budget_bytes: float
+    step_us: float
+    memory_bytes: float
+    bound_us: float
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class TriedMesh:
+    """One logical mesh of a search over them.
+
+    Args:
+        mesh: size of each axis.
+        step_us: of its fastest plan; infinite where none fits or none was looked for.
+        bound_us: no plan on it is faster.
+        memory_bytes: of that plan.
+        note: why there is no plan.
+    """
+
+    mesh: tuple[int, ...]
+    step_us: float
+    bound_us: float
+    memory_bytes: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class ShardingPlan:
     """One legal way to run a model on a mesh.
 
@@ -111,6 +148,11 @@ class ShardingPlan:
         modules: what was chosen, per module.
         layouts: site name to the layouts of its results.
         baselines: hand-written plans on the same cluster, where they were asked for.
+        optimizer_state: bytes of it per byte of trainable parameter.
+        constraints: what the plan was asked to keep to.
+        source: the model file, where it was planned from one.
+        front: fastest plans by budget, where they were asked for.
+        meshes: the logical meshes that were compared, where the mesh was searched for.
     """
 
     model: str
@@ -128,6 +170,11 @@ class ShardingPlan:
     modules: tuple[ModuleSummary, ...] = ()
     layouts: Mapping[str, str] = field(default_factory=dict)
     baselines: tuple[Baseline, ...] = ()
+    optimizer_state: float = 2.0
+    constraints: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+    front: tuple[FrontPoint, ...] = ()
+    meshes: tuple[TriedMesh, ...] = ()
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""
@@ -188,6 +235,10 @@ class ShardingPlan:
                 "solver": SolverRecord(**body["solver"]),
                 "modules": tuple(ModuleSummary(**m) for m in body["modules"]),
                 "baselines": tuple(_baseline(b) for b in body["baselines"]),
+                "front": tuple(FrontPoint(**p) for p in body["front"]),
+                "meshes": tuple(
+                    TriedMesh(**m | {"mesh": tuple(m["mesh"])}) for m in body["meshes"]
+                ),
             }
         )
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from autopar.constraints import Allowed, Constraints, allowed, conflict, output_pins
+from autopar.errors import InfeasibleError, PlanError
 from autopar.estimate import estimate_memory, estimate_time
+from autopar.experts import expert_plans
 from autopar.plan import ShardingPlan, SolverRecord
 from autopar.profiler.cluster import ClusterInfo, as_cluster
 from autopar.report.words import describe
-from autopar.search import search
+from autopar.search import Found, search
 from autopar.sharding.moments import Moments
 from autopar.sharding.sites import Pins, Workload
 from autopar.sharding.space import SearchSpace
@@ -25,12 +28,18 @@ ADAM_STATE = 2.0
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with what it was made from."""
+    """A plan with what it was made from.
+
+    Args:
+        choices: candidate per site of the space.
+        only: candidates per site, where constraints left not all of them.
+    """
 
     plan: ShardingPlan
     graph: ModelGraph
     space: SearchSpace
     choices: tuple[int, ...]
+    only: Allowed = field(default_factory=dict)
 
 
 class _Clock:
@@ -64,6 +73,7 @@ def autoplan(
     memory: str | float | None = None,
     optimizer_state: float = ADAM_STATE,
     pins: Pins | None = None,
+    constraints: Constraints | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
 ) -> Planned:
@@ -76,27 +86,83 @@ def autoplan(
         memory: budget per device ("40GiB", bytes, or a share of the device).
         optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
         pins: layouts decided from outside.
-        time_limit: seconds for the solver.
+        constraints: layouts by the names of parameters, inputs, outputs, modules and operators
+            (`autopar.names`): `{"transformer.h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`.
+        time_limit: seconds for the solver. Where they end before any plan that fits was found, a
+            hand-written plan takes its place, and the record says so.
         progress: called with a line per stage.
 
     Raises:
         CaptureError: the model cannot be captured.
-        InfeasibleError: nothing fits the budget.
+        ConstraintError: a constraint names nothing, or a layout that cannot be.
+        InfeasibleError: nothing fits the budget; a `ConflictError` where constraints are why.
     """
     cluster = as_cluster(cluster).with_memory(memory)
+    constraints = dict(constraints or {})
     clock = _Clock(progress)
     with clock("trace"):
         if graph is None:
             graph = ColoTracer().trace(model, args, kwargs)
     with clock("profile and strategies"):
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
-        space = SearchSpace(graph, cluster, workload, pins)
+        space, only = lay_out(graph, cluster, workload, constraints, pins)
     with clock("conversion costs"):
         space.cost_links()
     with clock("solve"):
-        found = search(space, time_limit=time_limit, progress=progress)
+        found = decide(space, only, constraints, time_limit, progress)
     plan = make_plan(space, found.choices, type(model).__name__, found.record(clock.seconds))
-    return Planned(plan, graph, space, found.choices)
+    return Planned(replace(plan, constraints=constraints), graph, space, found.choices, only)
+
+
+def lay_out(
+    graph: ModelGraph,
+    cluster: ClusterInfo,
+    workload: Workload,
+    constraints: Constraints,
+    pins: Pins | None = None,
+) -> tuple[SearchSpace, Allowed]:
+    """The search space, and what constraints leave of it."""
+    pins = output_pins(graph, cluster.mesh, constraints, pins)
+    space = SearchSpace(graph, cluster, workload, pins)
+    return space, allowed(space, constraints)
+
+
+def decide(
+    space: SearchSpace,
+    only: Allowed,
+    constraints: Constraints,
+    time_limit: float,
+    progress: Callable[[str], None] | None,
+) -> Found:
+    """What the search finds; or a hand-written plan, if it ran out of time. Raises what is why."""
+    start = time.monotonic()
+    try:
+        return search(space, time_limit=time_limit, progress=progress, only=only)
+    except InfeasibleError as error:
+        if time.monotonic() - start >= time_limit:
+            expert = _expert(space, only, time_limit, progress)
+            if expert is not None:
+                return expert
+        raise conflict(
+            space, constraints, error, time_limit=time_limit, progress=progress
+        ) from None
+
+
+def _expert(
+    space: SearchSpace,
+    only: Allowed,
+    time_limit: float,
+    progress: Callable[[str], None] | None,
+) -> Found | None:
+    """The fastest hand-written plan that fits, named in the method."""
+    fitting = [e for e in expert_plans(space, time_limit=time_limit, only=only) if e.fits]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda e: e.time.step_us)
+    method = f"{best.name}, written by hand: {time_limit:g} s were too short to find a plan"
+    if progress is not None:
+        progress(method)
+    return Found(best.choices, best.time.step_us, 0.0, method)
 
 
 def make_plan(
@@ -137,4 +203,24 @@ def make_plan(
         unruled,
         describe(space, choices),
         {s.name: " ".join(str(spec) or "scalar" for spec in c.outputs) for s, c in chosen},
+        optimizer_state=space.workload.state_bytes_per_param_byte,
     )
+
+
+def choices_of(space: SearchSpace, plan: ShardingPlan) -> tuple[int, ...]:
+    """The candidate per site that a plan names.
+
+    Raises:
+        PlanError: the plan was made for another space.
+    """
+    found = []
+    for site in space.sites:
+        names = [c.name for c in site.candidates]
+        wanted = plan.choices.get(site.name, names[0] if site.kind == "output" else None)
+        if wanted not in names:
+            raise PlanError(
+                f"the plan chooses {wanted!r} for {site.name}, which can be {', '.join(names)}; "
+                "plan again with this version of autopar"
+            )
+        found.append(names.index(wanted))
+    return tuple(found)

@@ -222,7 +222,8 @@ def _kind(node: fx.Node) -> str:
 
 
 def _module(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
+    # of the backward, the module whose forward it belongs to
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""
 
 

@@ -11,7 +11,8 @@ import torch
 from autopar.errors import InfeasibleError
 from autopar.memory.front import Front
 from autopar.memory.program import Program, Schedule, eager_schedule
-from autopar.memory.simulate import Timeline, timeline
+from autopar.memory.simulate import timeline
+from autopar.memory.timeline import Timeline
 from autopar.units import format_bytes
 
 log = logging.getLogger(__name__)

@@ -8,13 +8,12 @@ storages that the step makes, without gradients of parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from autopar.memory.program import GIVEN, Program, Schedule
+from autopar.memory.timeline import Moment, Timeline
 
 
 class Lives(NamedTuple):
@@ -30,35 +29,6 @@ class Lives(NamedTuple):
     start: list[int]
     end: list[int]
     over: list[int]
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """Live bytes of a step.
-
-    Args:
-        names: the operator at every position.
-        during_bytes: alive while it runs.
-        forward: how many positions are the forward's.
-    """
-
-    names: tuple[str, ...]
-    during_bytes: tuple[int, ...]
-    forward: int
-
-    @cached_property
-    def peak_bytes(self) -> int:
-        return max(self.during_bytes, default=0)
-
-    @property
-    def peak_at(self) -> int:
-        """The first position at which the peak is reached."""
-        return self.during_bytes.index(self.peak_bytes) if self.during_bytes else 0
-
-    def __str__(self) -> str:
-        at = self.peak_at
-        phase = "forward" if at < self.forward else "backward"
-        return f"{self.peak_bytes} bytes at {self.names[at]} ({phase})"
 
 
 def lives(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Lives:
@@ -109,9 +79,13 @@ def occupancy(program: Program, schedule: Schedule, found: Lives) -> np.ndarray:
     Args:
         found: of the schedule, as `lives` finds them.
     """
+    return _alive(schedule, found, program.sizes[found.storage])
+
+
+def _alive(schedule: Schedule, found: Lives, nbytes: np.ndarray) -> np.ndarray:
+    """The sum over the lives at every position."""
     count = len(schedule.forward) + len(schedule.backward)
     start, end = np.array(found.start), np.array(found.end)
-    nbytes = program.sizes[found.storage]
     # what is written over an operand takes its place as that is freed
     start = start + (np.array(found.over) >= 0)
     change = np.bincount(start, nbytes, count + 2) - np.bincount(end + 1, nbytes, count + 2)
@@ -125,12 +99,39 @@ def live_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) 
 
 def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Timeline:
     """Simulate a schedule."""
-    sequence = schedule.forward + schedule.backward
-    return Timeline(
-        tuple(program.ops[i].name for i in sequence),
-        tuple(map(int, live_bytes(program, schedule, overwrite=overwrite))),
-        len(schedule.forward),
+    found = lives(program, schedule, overwrite=overwrite)
+    first = len(schedule.forward)
+    start, end = np.array(found.start), np.array(found.end)
+    nbytes = program.sizes[found.storage]
+    # a result that nobody reads but the caller ends with the forward
+    kept = (start < first) & (end >= first)
+    remade = (start >= first) & np.isin(found.storage, list(program.forward_made))
+    kept_bytes, again_bytes, other_bytes = (
+        _alive(schedule, found, nbytes * mask).round().astype(int).tolist()
+        for mask in (kept, remade, ~(kept | remade))
     )
+    handed = np.bincount(start[kept], nbytes[kept], first + 1)
+    moments, at_us = list[Moment](), 0.0
+    seen: set[int] = set()
+    for at, i in enumerate(schedule.forward + schedule.backward):
+        op = program.ops[i]
+        moments.append(
+            Moment(
+                op.name,
+                op.module,
+                at_us,
+                op.us,
+                kept_bytes[at],
+                again_bytes[at],
+                other_bytes[at],
+                again=i in seen,
+                keeps_bytes=int(handed[at]) if at < first else 0,
+                flops=op.flops,
+            )
+        )
+        at_us += op.us
+        seen.add(i)
+    return Timeline(tuple(moments), first)
 
 
 def peak_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.fx.traceback
 from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -90,7 +91,7 @@ def lower(
         return boxed(step.backward)
 
     step.function = aot_function(
-        gm,
+        gm if choose is None else _with_modules(gm),
         fw_compiler=compile_forward,
         bw_compiler=compile_backward,
         partition_fn=split,
@@ -104,6 +105,20 @@ def lower(
         if roots:
             torch.autograd.backward(roots, [torch.empty_like(t) for t in roots])
     return step
+
+
+def _with_modules(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The program, run so that nodes traced from its nodes name their module as those do."""
+    for node in gm.graph.nodes:
+        if "autopar" in node.meta:
+            path = node.meta["autopar"].module
+            node.meta["nn_module_stack"] = {path: (path, "")}
+
+    def run(*flat: Any) -> Any:
+        with torch.fx.traceback.preserve_node_meta():
+            return fx.Interpreter(gm).run(*flat)
+
+    return run
 
 
 def _like(t: torch.Tensor) -> torch.Tensor:

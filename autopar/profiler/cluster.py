@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,23 @@ GiB = 2**30
 # Arithmetic that libraries do, and what else can take longer than moving the bytes.
 LIBRARIES = ("matmul", "convolution", "depthwise", "attention")
 EXTRAS = ("function", "random", "reduction", "variance", "index", "strided", "scalar")
+
+
+def check_number(key: str, value: Any, *, zero: bool = False) -> None:
+    """Raises ValueError, with the key, where a cost is no number that a cost can be."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        hint = "; YAML reads 6e-6 as text, write 6.0e-6" if isinstance(value, str) else ""
+        raise ValueError(f"{key} must be a number, got {value!r}{hint}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        wanted = "zero or positive" if zero else "positive"
+        raise ValueError(f"{key} must be {wanted} and finite, got {value}")
+
+
+def _curve(key: str, points: Any) -> Curve:
+    try:
+        return Curve.of(points)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -59,20 +77,27 @@ class Device:
     extra_ns: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        what = f"device {self.name}: "
+        for key, rate in self.peak_flops.items():
+            check_number(f"{what}peak_flops[{key}]", rate)
+        if "float32" not in self.peak_flops:
+            raise ValueError(f"{what}peak_flops lacks float32, the rate of what is not listed")
+        check_number(f"{what}memory_bytes", self.memory_bytes)
+        check_number(f"{what}bandwidth", self.bandwidth)
+        check_number(f"{what}launch_us", self.launch_us, zero=True)
+        for key, ns in self.extra_ns.items():
+            check_number(f"{what}extra_ns[{key}]", ns, zero=True)
         libraries = {key.split(".")[0] for key in self.flops_by_size}
-        for what, given, known in (
+        for which, given, known in (
             ("flops_by_size", libraries, LIBRARIES),
             ("bytes_by_size", self.bytes_by_size, ("read", "write")),
             ("extra_ns", self.extra_ns, EXTRAS),
         ):
             if not set(given) <= set(known):
                 raise ValueError(
-                    f"device {self.name}: {what} has {sorted(set(given) - set(known))}; "
+                    f"{what}{which} has {sorted(set(given) - set(known))}; "
                     f"it takes {', '.join(known)}"
                 )
-        for key, ns in self.extra_ns.items():
-            if not math.isfinite(ns) or ns < 0:
-                raise ValueError(f"device {self.name}: extra_ns[{key}] is {ns}; it must be >= 0")
 
     def flops_per_s(self, dtype: str) -> float:
         """Peak for a dtype; one that is not listed runs at the float32 rate."""
@@ -113,7 +138,10 @@ class Device:
         given = dict(data)
         for key in ("flops_by_size", "bytes_by_size"):
             if key in given:
-                given[key] = {name: Curve.of(points) for name, points in given[key].items()}
+                given[key] = {
+                    name: _curve(f"device {given.get('name')}: {key}[{name}]", points)
+                    for name, points in given[key].items()
+                }
         return Device(**given)
 
 
@@ -163,6 +191,13 @@ class Link:
 
     alpha: float
     beta: float
+
+
+def _link(key: str, data: Any) -> Link:
+    """From a mapping."""
+    if not isinstance(data, Mapping) or set(data) != {"alpha", "beta"}:
+        raise ValueError(f"ClusterInfo: {key} must have alpha and beta, got {data!r}")
+    return Link(**data)
 
 
 # Inside a node (NVLink), between nodes (one 400 Gb/s port per GPU), and Gloo over loopback.
@@ -238,17 +273,21 @@ class ClusterInfo:
                 f"mesh {self.mesh} has {len(self.mesh)} axes but {len(self.links)} links; "
                 "give one link per axis"
             )
+        for axis, size in enumerate(self.mesh):
+            if not isinstance(size, int) or size < 1:
+                raise MeshError(
+                    f"ClusterInfo: mesh[{axis}] must be a number of devices, got {size!r}"
+                )
         links = {f"links[{i}]": link for i, link in enumerate(self.links)}
         if self.host_link is not None:
             links["host_link"] = self.host_link
-        numbers = {f"{name}.{k}": v for name, link in links.items() for k, v in vars(link).items()}
+        for name, link in links.items():
+            check_number(f"ClusterInfo: {name}.alpha", link.alpha, zero=True)
+            check_number(f"ClusterInfo: {name}.beta", link.beta)
         if self.host_memory_bytes is not None:
-            numbers["host_memory_bytes"] = self.host_memory_bytes
-        numbers |= {f"device.peak_flops[{k}]": v for k, v in self.device.peak_flops.items()}
-        numbers |= {"device.bandwidth": self.device.bandwidth, "budget": self.budget_bytes}
-        for key, number in numbers.items():
-            if not math.isfinite(number) or number <= 0:
-                raise ValueError(f"ClusterInfo: {key} must be positive and finite, got {number}")
+            check_number("ClusterInfo: host_memory_bytes", self.host_memory_bytes)
+        if self.memory_bytes is not None:
+            check_number("ClusterInfo: memory_bytes", self.memory_bytes)
 
     @property
     def world_size(self) -> int:
@@ -273,9 +312,14 @@ class ClusterInfo:
         return replace(self, memory_bytes=parse_bytes(memory, of=self.device.memory_bytes))
 
     @staticmethod
-    def of(mesh: str | Sequence[int], device_name: str | Device = "cpu") -> ClusterInfo:
+    def of(
+        mesh: str | Sequence[int],
+        device_name: str | Device = "cpu",
+        *,
+        node_size: int = NODE_SIZE,
+    ) -> ClusterInfo:
         """A cluster of a table device with customary links: the innermost axes that fit into one
-        node of 8 are NVLink (PCIe for L4 and 4090, loopback for CPUs), the others InfiniBand."""
+        node are NVLink (PCIe for L4 and 4090, loopback for CPUs), the others InfiniBand."""
         shape = parse_mesh(mesh) if isinstance(mesh, str) else tuple(mesh)
         dev = device(device_name) if isinstance(device_name, str) else device_name
         links: list[Link] = []
@@ -284,7 +328,7 @@ class ClusterInfo:
             span *= size
             if dev.kind == "cpu":
                 links.append(LOOPBACK)
-            elif span > NODE_SIZE:
+            elif span > node_size:
                 links.append(INFINIBAND)
             else:
                 links.append(PCIE if dev.name in ("L4", "4090") else NVLINK)
@@ -318,7 +362,7 @@ class ClusterInfo:
                 f"ClusterInfo: unknown keys {sorted(unknown)}, "
                 f"missing {sorted({'mesh', 'device'} - set(data))}; it takes {sorted(known)}"
             )
-        mesh = data["mesh"]
+        mesh = str(data["mesh"]) if isinstance(data["mesh"], int) else data["mesh"]
         shape = parse_mesh(mesh) if isinstance(mesh, str) else tuple(int(n) for n in mesh)
         dev = data["device"]
         dev = device(dev) if isinstance(dev, str) else Device.from_dict(dev)
@@ -329,9 +373,11 @@ class ClusterInfo:
         return ClusterInfo(
             shape,
             dev,
-            tuple(Link(**link) for link in links) if links else default.links,
+            tuple(_link(f"links[{i}]", link) for i, link in enumerate(links))
+            if links
+            else default.links,
             None if memory is None else parse_bytes(memory),
-            None if host is None else Link(**host),
+            None if host is None else _link("host_link", host),
             None if host_memory is None else parse_bytes(host_memory),
         )
 

@@ -213,6 +213,51 @@ def baselines_table(plan: ShardingPlan) -> Table | None:
     )
 
 
+def front_table(plan: ShardingPlan) -> Table | None:
+    """Fastest plans by budget, if they were asked for."""
+    if not plan.front:
+        return None
+    fastest = plan.front[0].step_us
+    before = ["", *(p.words for p in plan.front)]
+    rows = tuple(
+        (
+            "none" if math.isinf(p.budget_bytes) else bytes_text(p.budget_bytes),
+            bytes_text(p.memory_bytes),
+            time_text(p.step_us),
+            f"{p.step_us / fastest:.3f}x" if fastest else "-",
+            _percent(p.step_us - p.bound_us, p.step_us),
+            "yes" if p.memory_bytes <= plan.budget_bytes * (1 + 1e-9) else "NO",
+            p.words if p.words != said else "",
+        )
+        for p, said in zip(plan.front, before, strict=False)
+    )
+    columns = ("budget>", "memory>", "step>", "to the first>", "gap>", "fits>", "most parameters")
+    return Table(
+        "Time and memory",
+        columns,
+        rows,
+        f"The fastest plan found within each budget; fits: the {bytes_text(plan.budget_bytes)} "
+        "that were planned for.",
+    )
+
+
+def meshes_table(plan: ShardingPlan) -> Table | None:
+    """The meshes that were compared, fastest first, if the mesh was searched for."""
+    if not plan.meshes:
+        return None
+    rows = tuple(
+        (
+            "x".join(map(str, m.mesh)),
+            time_text(m.step_us) if math.isfinite(m.step_us) else "-",
+            time_text(m.bound_us) if math.isfinite(m.bound_us) else "-",
+            bytes_text(m.memory_bytes) if math.isfinite(m.memory_bytes) else "",
+            "chosen" if m.mesh == plan.mesh else m.note,
+        )
+        for m in sorted(plan.meshes, key=lambda m: (m.step_us, m.bound_us))
+    )
+    return Table("Meshes", ("mesh", "step>", "bound>", "memory>", ""), rows)
+
+
 def solver_table(plan: ShardingPlan) -> Table:
     """How the plan was found, how good it is known to be, and how long that took."""
     solver = plan.solver
@@ -253,6 +298,13 @@ def unruled_table(plan: ShardingPlan) -> Table | None:
     )
 
 
+def constraints_table(plan: ShardingPlan) -> Table | None:
+    """What the plan was asked to keep to, if anything."""
+    if not plan.constraints:
+        return None
+    return Table("Constraints", ("name", "layout"), tuple(plan.constraints.items()))
+
+
 def sites_table(plan: ShardingPlan) -> Table:
     """Every decision of the plan."""
     rows = tuple((name, c, plan.layouts.get(name, "")) for name, c in plan.choices.items())
@@ -271,6 +323,9 @@ def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
         time_table(plan.time),
         memory_table(plan.memory, plan.budget_bytes),
         baselines_table(plan),
+        front_table(plan),
+        meshes_table(plan),
+        constraints_table(plan),
         solver_table(plan),
         unruled_table(plan),
     ]

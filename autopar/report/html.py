@@ -67,6 +67,7 @@ def render_html(plan: ShardingPlan) -> str:
             _chart(_time_figure(plans(plan))),
             "<h2>Predicted memory per device</h2>",
             _chart(_memory_figure(plans(plan), plan.budget_bytes)),
+            *_front(plan),
             *(f"<h2>{escape(table.title)}</h2>{_table(table)}" for table in shown),
             f"<details><summary>{sites.title} ({len(sites.rows)})</summary>",
             f"{_table(sites)}</details>",
@@ -112,6 +113,40 @@ def _memory_figure(shown: Sequence[Baseline], budget_bytes: float) -> go.Figure:
             x=budget_bytes / 2**30, line={"color": "#b3261e", "dash": "dash", "width": 1.5}
         )
     return figure
+
+
+def _front(plan: ShardingPlan) -> list[str]:
+    """Time against memory of the fastest plans by budget, if they were asked for."""
+    if not plan.front:
+        return []
+    points = plan.front
+    figure = go.Figure(
+        go.Scatter(
+            x=[p.memory_bytes / 2**30 for p in points],
+            y=[p.step_us * 1e-3 for p in points],
+            mode="lines+markers",
+            # between two plans there is none: less memory than a plan needs takes the slower one
+            line={"shape": "vh", "color": _TIME_COLORS[0]},
+            marker={"size": 8},
+            customdata=[
+                (bytes_text(p.memory_bytes), time_text(p.step_us), p.words) for p in points
+            ],
+            hovertemplate="%{customdata[1]} in %{customdata[0]}<br>%{customdata[2]}<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        template="plotly_white",
+        height=320,
+        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+        xaxis={"title": "GiB per device", "rangemode": "tozero", "automargin": True},
+        yaxis={"title": "ms per step", "rangemode": "tozero", "automargin": True},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": "#24292f"},
+    )
+    if plan.budget_bytes < 2 * points[0].memory_bytes:
+        figure.add_vline(
+            x=plan.budget_bytes / 2**30, line={"color": "#b3261e", "dash": "dash", "width": 1.5}
+        )
+    return ["<h2>Time against memory</h2>", _chart(figure)]
 
 
 def _bars(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -16,6 +17,22 @@ WIDTH = 120
 
 def render(plan: ShardingPlan, *, color: bool = False, width: int = WIDTH) -> str:
     """The report as text, with terminal colours only where asked for."""
+    head = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0))
+    head.add_column(style="dim")
+    head.add_column()
+    for key, value in headline(plan):
+        head.add_row(key, value)
+    return draw(tables(plan, fold=True), head, color=color, width=width)
+
+
+def draw(
+    shown: Sequence[Table],
+    head: RichTable | None = None,
+    *,
+    color: bool = False,
+    width: int = WIDTH,
+) -> str:
+    """Tables as text, below each other."""
     buffer = io.StringIO()
     console = Console(
         file=buffer,
@@ -24,13 +41,9 @@ def render(plan: ShardingPlan, *, color: bool = False, width: int = WIDTH) -> st
         color_system="auto" if color else None,
         highlight=False,
     )
-    head = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0))
-    head.add_column(style="dim")
-    head.add_column()
-    for key, value in headline(plan):
-        head.add_row(key, value)
-    console.print(head)
-    for table in tables(plan, fold=True):
+    if head is not None:
+        console.print(head)
+    for table in shown:
         console.print()
         console.print(_drawn(table))
         if table.note:

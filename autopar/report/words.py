@@ -15,6 +15,7 @@ and a parameter that is stored split but consumed whole is ZeRO's.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -278,6 +279,25 @@ def _grouped(entries: Mapping[str, tuple[str, _Module]]) -> Iterable[ModuleSumma
             )
 
 
+def grouped_names(names: Sequence[str], every: Sequence[str]) -> list[tuple[str, int]]:
+    """Names as patterns, each with how many it stands for.
+
+    Args:
+        every: all names there are, so that `*` can stand for all copies.
+    """
+    alike: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    for name in names:
+        alike[_INDEX.sub("*", name)].append(_indices(name))
+    copies: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    for name in every:
+        copies[_INDEX.sub("*", name)].append(_indices(name))
+    return [
+        (_named(pattern, box, copies[pattern]), math.prod(map(len, box)))
+        for pattern, points in alike.items()
+        for box in _boxes(points)
+    ]
+
+
 def _indices(name: str) -> tuple[int, ...]:
     return tuple(int(i) for i in _INDEX.findall(name))
 
@@ -306,13 +326,13 @@ def _named(pattern: str, box: Box, copies: Sequence[tuple[int, ...]]) -> str:
             for point in copies
             if all(point[p] in v for p, v in enumerate(box) if p != place)
         }
-        name += _indexed(values, len(values) > 1 and values == others) + part
+        every = len(values) > 1 and values == others
+        name += ("*" if every else indexed(values)) + part
     return name
 
 
-def _indexed(values: Iterable[int], every: bool) -> str:
-    if every:
-        return "*"
+def indexed(values: Iterable[int]) -> str:
+    """Indices of copies: `3`, or `{0,2-5}`."""
     runs: list[list[int]] = []
     for value in sorted(values):
         if runs and value == runs[-1][-1] + 1:

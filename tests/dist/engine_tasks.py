@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError
@@ -47,7 +47,10 @@ def train(mesh: str, kind: str, how: str = "global") -> float:
             o.step()
             o.zero_grad()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model, optimizer = auto_engine(model, optimizer, eager_to_shard(mesh), batch=how)
+    wanted = {"up.weight": "S1R", "inputs.x": "RS0", "down": "S1R"} if kind == "constrained" else {}
+    model, optimizer = auto_engine(
+        model, optimizer, eager_to_shard(mesh), batch=how, constraints=wanted
+    )
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     other = torch.optim.lr_scheduler.StepLR(beside, 2, 0.5)
     repeats = 2 if kind == "accumulated" else 1
@@ -73,6 +76,9 @@ def train(mesh: str, kind: str, how: str = "global") -> float:
             assert gap < 1e-9, gap
             model.train()
     assert all(isinstance(v, DTensor) for v in model.state_dict().values())
+    if wanted:
+        assert model.plan.constraints == wanted
+        assert model.get_parameter("up.weight").placements == (Replicate(), Shard(0))
     assert list(model.state_dict()) == list(alone.state_dict())
     return difference(model, alone)
 

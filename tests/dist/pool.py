@@ -52,7 +52,9 @@ class Pool:
             self._pipes.append(mine)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_S) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_S
+    ) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((function, args))
         results = []

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.dist
         ("2x2", "resumed", "global"),
         ("4", "clipped", "global"),
         ("2x2", "reshaped", "global"),
+        ("2x2", "constrained", "global"),
         ("2x2", "plain", "local"),
         ("4", "outside", "local"),
     ],

@@ -77,7 +77,6 @@ def errors_of_plans(
     return [largest_error(name, mesh, optimizer, plan, lower) for plan, optimizer in plans]
 
 
-
 def family_error(name: str, mesh: str) -> tuple[float, float]:
     """Largest error of one step of a family of the zoo, relative to max(1, |reference|), and what
     is allowed: float32's rounding for models that compute in it whatever their type."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_optimizer_decides_the_state(tiny):
     def state(name: str) -> float:
         found = run("plan", str(tiny), "--mesh", "1", "--optimizer", name, "--json").stdout
         memory = ShardingPlan.from_json(found).memory
-        return memory.optimizer_bytes / memory.gradients_bytes
+        return memory.optimizer_bytes / memory.parameters_bytes
 
     assert [state(n) for n in ("adamw", "Adam", "momentum", "sgd")] == [2, 2, 1, 0]
 
@@ -94,6 +95,79 @@ def test_cluster_file_and_memory(tmp_path, tiny):
     found = ShardingPlan.from_json(run(*arguments).stdout)
     assert found.mesh == (2, 2)
     assert found.budget_bytes == 12 * 2**30
+
+
+def test_constraints_are_kept_and_shown(tmp_path, tiny):
+    path = tmp_path / "c.yaml"
+    path.write_text("0.weight: RS0\ninputs.input: S0R\n")
+    plan = tmp_path / "plan.json"
+    arguments = ("plan", str(tiny), "--mesh", "2", "--constraints", str(path), "-o", str(plan))
+    shown = run(*arguments).stdout
+    found = ShardingPlan.load(plan)
+    assert found.parameters["0.weight"] == "RS0"
+    assert found.choices["input"] == "S0R"
+    assert re.search(r"Constraints\n.*\n 0.weight +RS0", shown.replace("─", ""), re.DOTALL)
+
+
+def test_front_and_mesh_search(tmp_path, tiny):
+    page, plan = tmp_path / "r.html", tmp_path / "plan.json"
+    result = run(
+        "plan", str(tiny), "--mesh", "auto", "--devices", "4", "--per-node", "2", "--front",
+        "--report", str(page), "-o", str(plan),
+    )  # fmt: skip
+    found = ShardingPlan.load(plan)
+    assert {m.mesh for m in found.meshes} == {(4,), (2, 2)}
+    assert found.mesh in {(4,), (2, 2)}
+    assert len(found.front) > 2
+    assert result.stdout == found.report()
+    assert "Time and memory" in result.stdout and "Meshes" in result.stdout
+    assert "Time against memory" in page.read_text()
+    for line in ("mesh 4 (1 of 2) ...", "mesh 2x2 (2 of 2) ...", "without limit (1 of 12) ..."):
+        assert line in result.stderr
+
+
+# -- explain and diff ---------------------------------------------------------------------------
+
+
+def test_explain_and_diff(tmp_path, tiny):
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    run("plan", str(tiny), "--mesh", "2", "-o", str(first), "--no-baselines")
+    shown = run("explain", str(first), "1.weight", "--alternatives", "2").stdout
+    found = ShardingPlan.load(first)
+    head, planned = shown.splitlines()[:2]
+    assert re.fullmatch(r"parameter (1|\*)\.weight(, in 2 copies alike)?", head)
+    assert planned == f"planned: {found.choices['p_1_weight']}"
+    assert "the plan" in shown and ">= " in shown
+    other = next(s for s in ("RR", "S0R") if s != found.parameters["1.weight"])
+    path = tmp_path / "c.yaml"
+    path.write_text(f"1.weight: {other}\ninputs.input: RS0\n")
+    run(
+        "plan", str(tiny), "--mesh", "2", "-o", str(second), "--no-baselines",
+        "--constraints", str(path),
+    )  # fmt: skip
+    shown = run("diff", str(first), str(second)).stdout
+    assert re.search(rf"1\.weight +{found.parameters['1.weight']} +{other}", shown)
+    assert f"1.weight: {other}" in shown  # under "Made for"
+    assert "Decisions" in run("diff", str(first), str(second), "--all").stdout
+    assert run("diff", str(first), str(first)).stdout == "the plans do not differ\n"
+
+
+def test_explain_refuses_what_it_cannot_explain(tmp_path, tiny):
+    plan = tmp_path / "sub" / "plan.json"
+    run("plan", str(tiny), "--mesh", "2", "-o", str(plan), "--no-baselines")
+    message = refused("explain", str(plan), "0.wieght")
+    assert "nothing is called '0.wieght'; did you mean '0.weight'" in message
+    other = tmp_path / "other.py"
+    other.write_text(TINY.format(inputs="(torch.zeros(4, 64),)"))
+    assert "another graph" in refused("explain", str(plan), "0", "--model", str(other))
+    moved = tmp_path / "sub" / "tiny.py"
+    tiny.rename(moved)  # beside the plan it is found
+    run("explain", str(plan), "0.weight", "--alternatives", "0")
+    moved.unlink()
+    assert "tiny.py, which is not there; give it with --model" in refused("explain", str(plan), "0")
+    bare = ShardingPlan.load(plan)
+    replace(bare, source="").save(plan)
+    assert "not planned from a model file" in refused("explain", str(plan), "0")
 
 
 # -- refusals -----------------------------------------------------------------------------------
@@ -116,6 +190,13 @@ def refused(*arguments: str, code: int = 2) -> str:
         (("--mesh", "2", "--optimizer", "lion"), "unknown optimizer 'lion'; known: adamw"),
         (("--cluster", "missing.yaml"), "missing.yaml"),
         (("--mesh", "2", "--cluster", "c.yaml"), "leave out --mesh"),
+        (("--mesh", "auto"), "needs the number of devices: --devices 64"),
+        (("--mesh", "4", "--devices", "4"), "go with --mesh auto, not with 4"),
+        (("--mesh", "4", "--per-node", "4"), "go with --mesh auto, not with 4"),
+        (("--devices", "4", "--cluster", "c.yaml"), "has the links of one mesh"),
+        (("--devices", "4", "--memory", "much"), "cannot read memory size"),
+        (("--devices", "4", "--device", "A1"), "unknown device 'A1'"),
+        (("--mesh", "2", "--constraints", "missing.yaml"), "missing.yaml"),
     ],
 )
 def test_bad_options(tiny, arguments, message):
@@ -128,6 +209,8 @@ def test_bad_options(tiny, arguments, message):
         ("mesh: 2\ndevice: {name: x}\n", "does not describe a cluster"),
         ("mesh: [2\n", "does not describe a cluster"),
         ("mesh: 2\n", "missing ['device']"),
+        ("mesh: 2\ndevice: L4\nlinks: [{alpha: 6e-6, beta: 1.0e-9}]", "links[0].alpha must be a"),
+        ("mesh: 2\ndevice: L4\nlinks: [{alpha: .nan, beta: 1.0e-9}]", "links[0].alpha must be z"),
         ("4", "expected a mapping"),
     ],
 )
@@ -173,6 +256,22 @@ def test_too_little_memory_says_how_much_is_needed(tiny):
     message = refused("plan", str(tiny), "--mesh", "2", "--memory", "1KiB", code=1)
     assert "no plan fits" in message
     assert "Set the memory to" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "code"),
+    [
+        ("0.wieght: RR", "did you mean '0.weight'", 2),
+        ("0.weight: S5R", "splits over axis 5, and mesh 2 has axes 0 to 0", 2),
+        ("*.weight: RR", "names that begin with * or { need quotes", 2),
+        ("'*.weight': RR\n0.weight: S0R", "leave no layout for 0.weight", 1),
+    ],
+)
+def test_bad_constraints(tmp_path, tiny, text, message, code):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    arguments = ("plan", str(tiny), "--mesh", "2", "--constraints", str(path))
+    assert message in refused(*arguments, code=code)
 
 
 def test_a_model_that_cannot_be_captured(tmp_path):

@@ -42,6 +42,7 @@ PAGES = (
     "docs/conversion.md",
     "docs/rules.md",
     "docs/solver.md",
+    "docs/control.md",
     "docs/memory.md",
     "benchmarks/README.md",
 )

@@ -122,7 +122,7 @@ def test_files_without_the_new_fields():
     ("key", "value", "message"),
     [
         ("extra_ns", {"magic": 1.0}, "extra_ns has .'magic'.; it takes function"),
-        ("extra_ns", {"random": -1.0}, "must be >= 0"),
+        ("extra_ns", {"random": -1.0}, r"extra_ns\[random\] must be zero or positive"),
         ("bytes_by_size", {"up": [[1, 1]]}, "it takes read, write"),
         ("flops_by_size", {"fft.float32": [[1, 1]]}, "it takes matmul"),
         ("flops_by_size", {"matmul.float32": [[1, -1]]}, "must be positive"),

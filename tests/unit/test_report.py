@@ -119,9 +119,14 @@ def test_copies_are_named_exactly(points, boxes):
 
 
 def test_indices_read_as_ranges():
-    assert words._indexed({3}, every=False) == "3"
-    assert words._indexed({0, 2, 3, 4}, every=False) == "{0,2-4}"
-    assert words._indexed({0, 1}, every=True) == "*"
+    assert words.indexed({3}) == "3"
+    assert words.indexed({0, 2, 3, 4}) == "{0,2-4}"
+
+
+def test_names_are_grouped_over_copies():
+    every = ["h.0.w", "h.1.w", "h.2.w", "h.0.b", "h.1.b", "h.2.b", "x"]
+    grouped = words.grouped_names(["h.0.w", "h.1.w", "h.2.w", "h.1.b", "h.2.b", "x"], every)
+    assert grouped == [("h.*.w", 3), ("h.{1-2}.b", 2), ("x", 1)]
 
 
 # -- text and page ------------------------------------------------------------------------------

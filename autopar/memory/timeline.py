@@ -1,0 +1,157 @@
+"""The predicted step as a value: what runs when, and what is alive meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from autopar.plan import write_atomically
+
+_PROCESS = {"pid": 0, "tid": 0}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """An operator that runs.
+
+    Args:
+        name: of its node.
+        module: path of the module that it belongs to; "" where that is not known.
+        start_us, us: when it starts, and how long it takes.
+        kept_bytes: alive meanwhile, handed from forward to backward.
+        again_bytes: alive meanwhile, computed again.
+        other_bytes: alive meanwhile, all else: gradients, and what does not leave the forward.
+        again: it ran before.
+        keeps_bytes: that it makes and the forward hands to the backward.
+        flops: of its own.
+    """
+
+    name: str
+    module: str
+    start_us: float
+    us: float
+    kept_bytes: int
+    again_bytes: int
+    other_bytes: int
+    again: bool = False
+    keeps_bytes: int = 0
+    flops: float = 0.0
+
+    @property
+    def live_bytes(self) -> int:
+        return self.kept_bytes + self.again_bytes + self.other_bytes
+
+
+@dataclass(frozen=True)
+class ModuleMemory:
+    """What a module keeps and computes again.
+
+    Args:
+        kept_bytes: that its forward hands to the backward.
+        again_us, again_flops: of its operators that run again.
+    """
+
+    module: str
+    kept_bytes: int
+    again_us: float
+    again_flops: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A step.
+
+    Args:
+        moments: its operators, as they run.
+        forward: how many of them are the forward's.
+    """
+
+    moments: tuple[Moment, ...]
+    forward: int
+
+    @cached_property
+    def during_bytes(self) -> tuple[int, ...]:
+        """Alive at every moment."""
+        return tuple(m.live_bytes for m in self.moments)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        return max(self.during_bytes, default=0)
+
+    @property
+    def peak_at(self) -> int:
+        """The first position at which the peak is reached."""
+        return self.during_bytes.index(self.peak_bytes) if self.moments else 0
+
+    @property
+    def us(self) -> float:
+        """Of the whole step."""
+        return self.moments[-1].start_us + self.moments[-1].us if self.moments else 0.0
+
+    def __str__(self) -> str:
+        if not self.moments:
+            return "an empty step"
+        at = self.peak_at
+        phase = "forward" if at < self.forward else "backward"
+        return f"{self.peak_bytes} bytes at {self.moments[at].name} ({phase})"
+
+    def by_module(self) -> tuple[ModuleMemory, ...]:
+        """What is kept and computed again, per block, in the order of the forward."""
+        found: dict[str, list[float]] = {}
+        for moment in self.moments:
+            if moment.keeps_bytes or moment.again:
+                row = found.setdefault(block_of(moment.module), [0, 0, 0])
+                row[0] += moment.keeps_bytes
+                row[1] += moment.us if moment.again else 0
+                row[2] += moment.flops if moment.again else 0
+        order = dict.fromkeys(block_of(m.module) for m in self.moments[: self.forward])
+        return tuple(
+            ModuleMemory(block, int(found[block][0]), found[block][1], found[block][2])
+            for block in order
+            if block in found
+        )
+
+    def to_trace(self) -> dict[str, Any]:
+        """As a Chrome trace, which Perfetto reads too: a row of operators, and counters of the
+        bytes alive. Operators that run again have a category of their own."""
+        return {"traceEvents": [*_names(), *self._events()], "displayTimeUnit": "ms"}
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write `to_trace` to a file; it opens in https://ui.perfetto.dev."""
+        write_atomically(path, json.dumps(self.to_trace()) + "\n")
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        for at, moment in enumerate(self.moments):
+            phase = "forward" if at < self.forward else "backward"
+            yield _PROCESS | {
+                "ph": "X",
+                "name": moment.name,
+                "cat": "again" if moment.again else phase,
+                "ts": moment.start_us,
+                "dur": moment.us,
+                "args": {"module": moment.module, "live bytes": moment.live_bytes},
+            }
+            yield _counter("live bytes", moment.start_us, {"bytes": moment.live_bytes})
+            parts = {"kept": moment.kept_bytes, "computed again": moment.again_bytes}
+            yield _counter("live by origin", moment.start_us, parts | {"other": moment.other_bytes})
+        yield _counter("live bytes", self.us, {"bytes": 0})
+
+
+def block_of(module: str) -> str:
+    """The path up to its first number: modules of a block are one, blocks are apart."""
+    parts = module.split(".")
+    numbers = [k for k, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else module
+
+
+def _names() -> Iterable[dict[str, Any]]:
+    yield _PROCESS | {"ph": "M", "name": "process_name", "args": {"name": "predicted step"}}
+    yield _PROCESS | {"ph": "M", "name": "thread_name", "args": {"name": "compute"}}
+
+
+def _counter(name: str, at_us: float, values: dict[str, int]) -> dict[str, Any]:
+    return {"ph": "C", "name": name, "pid": 0, "ts": at_us, "args": values}

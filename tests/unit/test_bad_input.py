@@ -1,0 +1,176 @@
+"""Numbers that no cluster has are refused by their key; a search out of time falls back."""
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import autopar.planner
+from autopar import ClusterInfo, ShardingPlan, autoplan
+from autopar.errors import InfeasibleError, MeshError
+from autopar.estimate import estimate_memory, estimate_time
+from autopar.experts import expert_plans
+from autopar.profiler.cluster import DEVICES
+from tests.clusters import eager_to_shard
+from tests.unit.test_constraints import BATCH, Net
+
+GOOD = {
+    "mesh": [2, 2],
+    "device": DEVICES["l4"].to_dict(),
+    "links": [{"alpha": 1e-5, "beta": 1e-10}, {"alpha": 1e-5, "beta": 1e-10}],
+    "host_link": {"alpha": 1e-5, "beta": 1e-10},
+    "memory_bytes": 1e9,
+    "host_memory_bytes": 1e9,
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf, "6e-6", None, True])
+@pytest.mark.parametrize(
+    ("key", "make"),
+    [
+        ("links[1].alpha", lambda v: {"links": [GOOD["links"][0], {"alpha": v, "beta": 1e-10}]}),
+        ("links[0].beta", lambda v: {"links": [{"alpha": 1e-5, "beta": v}, GOOD["links"][1]]}),
+        ("host_link.beta", lambda v: {"host_link": {"alpha": 1e-5, "beta": v}}),
+        ("bandwidth", lambda v: {"device": GOOD["device"] | {"bandwidth": v}}),
+        ("launch_us", lambda v: {"device": GOOD["device"] | {"launch_us": v}}),
+        ("memory_bytes", lambda v: {"device": GOOD["device"] | {"memory_bytes": v}}),
+        (
+            "peak_flops[bfloat16]",
+            lambda v: {"device": GOOD["device"] | {"peak_flops": {"float32": 1e12, "bfloat16": v}}},
+        ),
+        ("extra_ns[random]", lambda v: {"device": GOOD["device"] | {"extra_ns": {"random": v}}}),
+    ],
+)
+def test_costs_that_are_none_are_refused_by_their_key(key, make, value):
+    with pytest.raises(ValueError) as error:
+        ClusterInfo.from_dict(GOOD | make(value))
+    assert key in str(error.value)
+    assert ("must be a number" in str(error.value)) == (not isinstance(value, float))
+    assert ("write 6.0e-6" in str(error.value)) == isinstance(value, str)
+
+
+def test_a_good_cluster_is_taken():
+    found = ClusterInfo.from_dict(GOOD)
+    assert ClusterInfo.from_dict(found.to_dict()) == found
+    free = GOOD["links"][0] | {"alpha": 0.0}
+    assert ClusterInfo.from_dict(GOOD | {"links": [free, free]}).links[0].alpha == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"links": [{"alpha": 1.0}, {"alpha": 1.0}]}, r"links\[0\] must have alpha and beta"),
+        ({"links": [GOOD["links"][0]]}, "2 axes but 1 links"),
+        ({"memory_bytes": math.nan}, "memory size must be positive"),
+        ({"device": GOOD["device"] | {"peak_flops": {"bfloat16": 1e12}}}, "lacks float32"),
+        (
+            {"device": GOOD["device"] | {"flops_by_size": {"matmul.float32": [[1, math.nan]]}}},
+            r"flops_by_size\[matmul.float32\]: .* must be positive",
+        ),
+        (
+            {"device": GOOD["device"] | {"bytes_by_size": {"read": 3}}},
+            r"bytes_by_size\[read\]: a curve is a list",
+        ),
+    ],
+)
+def test_other_bad_clusters(change, message):
+    with pytest.raises(ValueError, match=message):
+        ClusterInfo.from_dict(GOOD | change)
+
+
+def test_mesh_sizes_are_numbers_of_devices():
+    cluster = ClusterInfo.of("2x2")
+    for size in (0, -2, 1.5):
+        with pytest.raises(MeshError, match=r"mesh\[1\] must be a number of devices"):
+            replace(cluster, mesh=(2, size))
+
+
+# -- out of time --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_search(monkeypatch):
+    """A search that has found nothing when its time is up, as a search in a large space."""
+
+    def search(space, *, time_limit, progress=None, only=None):
+        time.sleep(time_limit)
+        raise InfeasibleError("out of time", budget_bytes=1.0, smallest_bytes=2.0)
+
+    monkeypatch.setattr(autopar.planner, "search", search)
+
+
+def big() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
+
+
+X = (torch.zeros(64, 512),)
+
+
+def test_out_of_time_an_expert_plan_stands_in_and_says_so(slow_search):
+    lines: list[str] = []
+    cluster = ClusterInfo.of("4", "H100")
+    found = autoplan(
+        big(), X, cluster=cluster, memory="30MiB", time_limit=0.01, progress=lines.append
+    )
+    experts = expert_plans(found.space)
+    fits = [e for e in experts if e.fits]
+    assert 0 < len(fits) < len(experts)
+    best = min(fits, key=lambda e: e.time.step_us)
+    method = f"{best.name}, written by hand: 0.01 s were too short to find a plan"
+    assert found.plan.solver.method == method
+    assert method in lines
+    assert method in " ".join(found.plan.report().split())
+    assert found.plan.time == estimate_time(found.space, found.choices)
+    assert found.plan.memory.total_bytes <= 30 * 2**20
+    assert found.plan.memory == estimate_memory(found.space, found.choices)
+    assert found.plan.solver.gap == 1.0
+
+
+def test_the_expert_keeps_to_constraints(slow_search):
+    cluster = ClusterInfo.of("4", "H100")
+    found = autoplan(big(), X, cluster=cluster, time_limit=0.01, constraints={"0.weight": "RS0"})
+    assert "written by hand" in found.plan.solver.method
+    assert found.plan.parameters["0.weight"] == "RS0"
+
+
+def test_no_expert_fits_either(slow_search):
+    with pytest.raises(InfeasibleError, match="out of time"):
+        autoplan(big(), X, cluster=ClusterInfo.of("4", "H100"), memory="1KiB", time_limit=0.01)
+
+
+def test_in_time_nothing_stands_in(monkeypatch):
+    """A budget that is too small is an error, not a matter of time."""
+    with pytest.raises(InfeasibleError, match="no plan fits"):
+        autoplan(big(), X, cluster=ClusterInfo.of("4", "H100"), memory="1KiB")
+
+
+# -- plan files ---------------------------------------------------------------------------------
+
+
+def test_saved_plans_reload_bit_identically(tmp_path):
+    """With everything in them that a plan can hold, awkward numbers included."""
+    found = autoplan(
+        Net(), (), BATCH, cluster=eager_to_shard("2x2"), memory=1e6 / 3,
+        constraints={"blocks.*.up.weight": "RS1 | S0R regather"},
+    )  # fmt: skip
+    from autopar.plan import Baseline, FrontPoint, TriedMesh
+
+    plan = replace(
+        found.plan,
+        baselines=tuple(
+            Baseline(e.name, e.time, e.memory, e.fits) for e in expert_plans(found.space)
+        ),
+        front=(FrontPoint(math.inf, 0.1 + 0.2, 1 / 3, 1e-300), FrontPoint(5e-324, 1.0, 2.0, 0.0)),
+        meshes=(TriedMesh((4,), math.inf, 0.1, 7.0, "no plan fits"),),
+        source="models/net.py",
+    )
+    plan.save(tmp_path / "a.json")
+    again = ShardingPlan.load(tmp_path / "a.json")
+    assert again == plan
+    again.save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert again.report() == plan.report()

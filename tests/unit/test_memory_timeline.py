@@ -1,0 +1,95 @@
+"""The predicted timeline: its parts, its trace, its charts."""
+
+import itertools
+import json
+
+import pytest
+
+from autopar.memory.build import schedule_of
+from autopar.memory.chart import live_figure, modules_figure, timeline_html
+from autopar.memory.program import eager_schedule
+from autopar.memory.simulate import live_bytes, timeline
+from autopar.memory.timeline import Timeline, block_of
+from tests.unit.test_memory_schedule import chain, step_of
+
+
+@pytest.fixture(scope="module")
+def checkpointed() -> tuple:
+    """GPT-2 of two layers with half of its values kept."""
+    program = step_of("gpt2").program
+    needed = sorted(program.needed)
+    schedule = schedule_of(program, needed[::2])
+    return program, schedule, timeline(program, schedule)
+
+
+def test_parts_add_up_to_what_is_alive(checkpointed):
+    program, schedule, found = checkpointed
+    assert found.during_bytes == tuple(live_bytes(program, schedule))
+    assert all(m.again_bytes == 0 for m in found.moments[: found.forward])
+    names = [m.name for m in found.moments if m.again]
+    assert names == [program.ops[i].name for i in schedule.again(program)]
+    kept = sum(program.nbytes[s] for s in schedule.kept(program))
+    assert found.moments[found.forward - 1].kept_bytes <= kept
+    assert found.moments[found.forward].kept_bytes == kept
+    assert found.us == pytest.approx(sum(m.us for m in found.moments))
+    assert found.moments[found.peak_at].name in str(found)
+
+
+def test_modules_share_out_what_is_kept_and_computed_again(checkpointed):
+    program, schedule, found = checkpointed
+    rows = found.by_module()
+    modules = [r.module for r in rows]
+    assert [m for m in modules if m.endswith((".h.0", ".h.1"))] == [
+        "gpt2.transformer.h.0", "gpt2.transformer.h.1",
+    ]  # fmt: skip
+    assert sum(r.kept_bytes for r in rows) == sum(program.nbytes[s] for s in schedule.kept(program))
+    assert sum(r.again_flops for r in rows) == schedule.added(program)
+
+
+def test_blocks():
+    assert block_of("gpt2.transformer.h.3.attn.c_proj") == "gpt2.transformer.h.3"
+    assert block_of("layer1.0.conv2") == "layer1.0"
+    assert block_of("head") == "head"
+
+
+def test_a_trace_is_a_row_and_counters(checkpointed, tmp_path):
+    *_, found = checkpointed
+    found.save_trace(tmp_path / "step.json")
+    trace = json.loads((tmp_path / "step.json").read_text())
+    events = trace["traceEvents"]
+    calls = [e for e in events if e["ph"] == "X"]
+    assert [e["name"] for e in calls] == [m.name for m in found.moments]
+    for before, after in itertools.pairwise(calls):  # one stream: nothing overlaps
+        assert before["ts"] + before["dur"] == pytest.approx(after["ts"])
+    assert {e["cat"] for e in calls} == {"forward", "backward", "again"}
+    live = [e for e in events if e["ph"] == "C" and e["name"] == "live bytes"]
+    assert max(e["args"]["bytes"] for e in live) == found.peak_bytes
+    assert live[-1]["args"]["bytes"] == 0
+    parts = [e for e in events if e["name"] == "live by origin"]
+    assert [sum(e["args"].values()) for e in parts] == list(found.during_bytes)
+    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"predicted step", "compute"}
+
+
+def test_charts_show_the_numbers(checkpointed):
+    *_, found = checkpointed
+    figure = live_figure(found)
+    stacked = [sum(ys) for ys in zip(*(trace.y for trace in figure.data), strict=True)]
+    assert max(stacked) * 2**20 == pytest.approx(found.peak_bytes)
+    bars = modules_figure(found)
+    assert [t.name for t in bars.data] == ["kept, MiB", "computed again, ms"]
+    assert sum(bars.data[0].x) * 2**20 == pytest.approx(
+        sum(r.kept_bytes for r in found.by_module())
+    )
+    page = timeline_html(found)
+    assert "The peak of" in page and found.moments[found.peak_at].name in page
+    assert page.count("Plotly.newPlot") == 2
+    assert "<html" not in page and "cdn" not in page
+
+
+def test_an_eager_step_computes_nothing_again():
+    program = chain([4, 2, 1])
+    found = timeline(program, eager_schedule(program))
+    assert [m.kept_bytes for m in found.moments] == [4, 6, 6, 6, 4, 0]
+    assert not any(m.again or m.again_bytes for m in found.moments)
+    assert str(Timeline((), 0)) == "an empty step"
+    assert timeline_html(Timeline((), 0))

@@ -1,0 +1,115 @@
+"""The search over meshes equals planning on each of them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from autopar import ClusterInfo, ShardingPlan, autoplan
+from autopar.errors import ConstraintError, InfeasibleError, MeshError
+from autopar.mesh_search import meshes, search_meshes
+from autopar.profiler.cluster import INFINIBAND, NVLINK
+
+
+def model() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
+
+
+BATCH = (torch.zeros(64, 512),)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 7, 12, 30, 64])
+def test_meshes_are_all_factorizations_in_order(devices):
+    divisors = [d for d in range(2, devices + 1) if devices % d == 0]
+    wanted = {
+        shape
+        for axes in (1, 2, 3)
+        for shape in itertools.product(divisors, repeat=axes)
+        if math.prod(shape) == devices
+    } or {(1,)}
+    found = list(meshes(devices))
+    assert len(found) == len(set(found))
+    assert set(found) == wanted
+    assert [len(m) for m in found] == sorted(len(m) for m in found)
+    assert all(len(m) <= 2 for m in meshes(devices, 2))
+
+
+@pytest.mark.parametrize("memory", [None, "5.1MiB"])
+@pytest.mark.parametrize("per_node", [8, 2])
+def test_the_best_mesh_equals_exhaustive_enumeration(per_node, memory):
+    found = search_meshes(
+        model(), BATCH, devices=8, device="H100", per_node=per_node, memory=memory
+    )
+    steps = {}
+    for shape in meshes(8):
+        cluster = ClusterInfo.of(shape, "H100", node_size=per_node)
+        try:
+            plan = autoplan(model(), BATCH, cluster=cluster, memory=memory).plan
+        except InfeasibleError:
+            steps[shape] = math.inf
+        else:
+            steps[shape] = plan.time.step_us
+    plan = found.planned.plan
+    assert plan.time.step_us == min(steps.values())
+    assert steps[plan.mesh] == plan.time.step_us
+    assert {t.mesh for t in found.tried} == set(steps)
+    for t in found.tried:
+        assert t.bound_us <= steps[t.mesh] * (1 + 1e-9)
+        if math.isinf(t.step_us):  # passed over, rightly
+            assert t.bound_us >= plan.time.step_us
+        else:
+            assert t.step_us == steps[t.mesh]
+    assert plan.meshes == found.tried
+    assert plan.model == "Sequential"
+    assert ShardingPlan.from_json(plan.to_json()) == plan
+
+
+def test_bounds_pass_meshes_over():
+    """Where nothing hides behind compute, the bound is nearly the step."""
+    lines: list[str] = []
+    layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    batch = (torch.zeros(4096, 64, device="meta"),)
+    found = search_meshes(layers, batch, devices=16, progress=lines.append)
+    assert sum("mesh" in line and "..." in line for line in lines) == len(found.tried) == 7
+    passed = [t for t in found.tried if t.note]
+    assert passed
+    for t in passed:
+        assert t.note == "its bound is above the best"
+        assert t.bound_us >= found.planned.plan.time.step_us
+        step = autoplan(layers, batch, cluster=ClusterInfo.of(t.mesh)).plan.time.step_us
+        assert step >= found.planned.plan.time.step_us
+
+
+def test_nodes_decide_the_links():
+    assert ClusterInfo.of("4x4", "H100", node_size=4).links == (INFINIBAND, NVLINK)
+    assert ClusterInfo.of("4x4", "H100", node_size=16).links == (NVLINK, NVLINK)
+    assert ClusterInfo.of("4x4", "H100").links == (INFINIBAND, NVLINK)
+
+
+def test_nothing_fits_anywhere():
+    with pytest.raises(InfeasibleError, match="no plan fits") as error:
+        search_meshes(model(), BATCH, devices=4, memory="1KiB")
+    each = []
+    for shape in meshes(4):
+        with pytest.raises(InfeasibleError) as one:
+            autoplan(model(), BATCH, cluster=ClusterInfo.of(shape), memory="1KiB")
+        each.append(one.value.smallest_bytes)
+    assert error.value.smallest_bytes == min(each)
+
+
+def test_constraints_that_name_an_axis_need_a_mesh_with_it():
+    found = search_meshes(model(), BATCH, devices=4, device="H100", constraints={"0.weight": "S1R"})
+    assert found.planned.plan.mesh == (2, 2)
+    assert found.planned.plan.parameters["0.weight"] == "S1R"
+    assert [t.note for t in found.tried if t.mesh == (4,)] == ["lacks an axis"]
+    with pytest.raises(ConstraintError, match="nothing is called 'x'"):
+        search_meshes(model(), BATCH, devices=2, constraints={"x": "R"})
+
+
+def test_bad_numbers():
+    for options in ({"devices": 0}, {"devices": 4, "per_node": 0}):
+        with pytest.raises(MeshError, match="at least one of each"):
+            search_meshes(model(), BATCH, **options)
