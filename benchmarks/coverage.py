@@ -290,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Try them; the exit code is 1 if a required family is not equal."""
     parser = common.parser(__doc__ or "")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these families")
+    parser.add_argument("--required", action="store_true", help="the families of tests/zoo alone")
     parser.add_argument("--library", choices=("hf", "timm"), help="of one library")
     parser.add_argument("--jobs", type=int, default=1, help="workers at a time")
     parser.add_argument("--dropout", action="store_true", help="with the libraries' dropout")
@@ -299,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console.print(common.machine(), markup=False)
     todo = tasks(options.library, options.only, options.quick)
+    todo = [t for t in todo if t.required or not options.required]
     outcomes: list[Outcome] = []
     how = How(options.dropout, options.mesh, options.plans)
     for outcome in run(todo, jobs=options.jobs, how=how, timeout_s=options.timeout):

@@ -133,7 +133,7 @@ def test_wide_cores_are_bounded_and_mostly_solved(seed):
     rng = np.random.default_rng(seed)
     unary = [rng.random(5) for _ in range(6)]
     pairs = [(a, b, rng.random((5, 5))) for a in range(6) for b in range(a)]
-    for a, b, table in pairs[::3]:
+    for _a, _b, table in pairs[::3]:
         table[rng.random((5, 5)) < 0.2] = np.inf
     found = Contraction(unary, pairs)
     best = min(
