@@ -176,7 +176,7 @@ def memory_table(memory: MemoryEstimate, budget_bytes: float) -> Table:
         "Memory per device",
         ("", "memory>", "of the budget>"),
         tuple(rows),
-        f"Predicted, on the fullest device; the budget is {bytes_text(budget_bytes)}.",
+        f"Predicted, at the moment of the peak, on the fullest device; the budget is {bytes_text(budget_bytes)}.",
         total=len(rows) - 1,
     )
 

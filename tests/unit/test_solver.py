@@ -9,7 +9,9 @@ import pytest
 from autopar.errors import InfeasibleError
 from autopar.solver import Edge, Problem, Row, solve
 from autopar.solver.contraction import Contraction
+from autopar.solver.dual import Pool, Region
 from autopar.solver.ilp import solve_ilp
+from autopar.solver.merging import Merged
 from autopar.solver.reductions import Kept, Shared, undominated
 
 
@@ -153,6 +155,42 @@ def test_dominance_keeps_the_optimum(seed):
     assert brute_force(kept.problem) == brute_force(problem)
     choices = tuple(0 for _ in kept.problem.time_us)
     assert kept.problem.evaluate(choices) == problem.evaluate(kept.expand(choices))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_merging_keeps_the_optimum(seed):
+    leanest, fastest = budgets(seed, 2)
+    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
+    merged = Merged(problem)
+    assert len(merged.problem.time_us) <= len(problem.time_us)
+    assert brute_force(merged.problem) == pytest.approx(brute_force(problem))
+    for c in product(*(range(len(t)) for t in merged.problem.time_us)):
+        assert merged.problem.evaluate(c) == pytest.approx(problem.evaluate(merged.expand(c)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fixing_keeps_what_is_better(seed):
+    """Every assignment that is faster than the best known is still there."""
+    leanest, fastest = budgets(seed, 2)
+    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
+    pool = Pool(problem, None)
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        pool.note(tuple(int(rng.integers(len(t))) for t in problem.time_us))
+    if pool.choices is None:
+        return
+    region = Region(pool, [np.arange(len(t)) for t in problem.time_us])
+    region.maximize(gap=1e-6, steps=20, done=lambda: False)
+    better = [
+        c
+        for c in product(*(range(len(t)) for t in problem.time_us))
+        if problem.evaluate(c)[1] <= 0 and problem.evaluate(c)[0] < pool.time_us - 1e-6
+    ]
+    fixed = region.fixed()
+    assert all(fixed.contains(c) for c in better)
+    assert region.bound <= brute_force(problem) + 1e-6
+    for half in fixed.branches():
+        assert half.bound <= brute_force(problem) + 1e-6
 
 
 @pytest.mark.parametrize("seed", range(20))
