@@ -176,7 +176,8 @@ def memory_table(memory: MemoryEstimate, budget_bytes: float) -> Table:
         "Memory per device",
         ("", "memory>", "of the budget>"),
         tuple(rows),
-        f"Predicted, at the moment of the peak, on the fullest device; the budget is {bytes_text(budget_bytes)}.",
+        "Predicted, on the fullest device at the moment of its peak; the budget is "
+        f"{bytes_text(budget_bytes)}.",
         total=len(rows) - 1,
     )
 

@@ -133,7 +133,7 @@ class Moments:
             target = link.target
             at = self._users[target] if sites[target].kind == "fan" else [self._moment(target)]
             self._users[link.source] += at
-        self.memory = Series("memory", "", budget_bytes, self._alive(), self.count + 1)
+        self.memory = Series("memory", "", budget_bytes, self._alive(), self.count + 2)
         self.late = self._lateness() if space.weights_hide else []
 
     def separate(self, choices: Sequence[int]) -> list[Row]:
@@ -164,7 +164,10 @@ class Moments:
         return self._position.get(site, self.count)
 
     def _alive(self) -> list[Item]:
-        end, found = self.count, []
+        """Backward of operator k at moment k; then the handing over of the results, with all of the
+        forward behind it, and the optimizer's step."""
+        handed, step = self.count, self.count + 1
+        found = []
         sites = self.space.sites
         # the shared layout of several users speaks for the value behind it
         fanned = {k.source for k in self.space.links if sites[k.target].kind == "fan"}
@@ -177,31 +180,35 @@ class Moments:
             parts = site.parts
             if site.kind == "op":
                 at = self._position[i]
-                add(at, end - 1, i, parts["activations_bytes"], "activations")
+                add(at, handed, i, parts["activations_bytes"], "activations")
                 add(at, at, i, parts["working"], "transient")
             elif site.kind == "parameter":
-                add(0, end, i, parts["parameters_bytes"], "parameters")
-                add(0, end, i, parts["optimizer_bytes"], "optimizer")
+                add(0, step, i, parts["parameters_bytes"], "parameters")
+                add(0, step, i, parts["optimizer_bytes"], "optimizer")
                 # while its last user's backward makes it, the operator has it
-                add(0, max(users, default=end) - 1, i, parts["gradients_bytes"], "gradients")
-                add(end, end, i, parts["gradients_bytes"], "gradients")
-                add(end, end, i, parts["step_bytes"], "transient")
+                add(0, max(users, default=handed) - 1, i, parts["gradients_bytes"], "gradients")
+                add(step, step, i, parts["gradients_bytes"], "gradients")
+                add(step, step, i, parts["step_bytes"], "transient")
             elif "buffers_bytes" in parts:
-                add(0, end, i, parts["buffers_bytes"], "buffers")
+                add(0, step, i, parts["buffers_bytes"], "buffers")
             if "gradient" in parts and users and i not in fanned:
                 # between the operators that pass it on and the one that takes it
                 first = self._produced(i)
-                last = min(max(users), end) - 1
+                last = min(max(users), handed) - 1
                 add(first + 1, last, i, parts["gradient"], "transient")
         for e, link in enumerate(self.space.links):
-            costs = self.space.link_costs(link)
-            if costs.memory_bytes is None:
+            copies = self.space.link_costs(link).memory_bytes
+            if copies is None:
                 continue
-            output = self.space.sites[link.target].kind == "output"
-            at = 0 if output else min(self._users[link.target], default=0)
-            if self.space.sites[link.target].kind == "op":
+            kind = sites[link.target].kind
+            at = min(self._users[link.target], default=0)
+            if kind == "op":
                 at = self._position[link.target]
-            found.append(Item(at, end - 1, e, True, costs.memory_bytes, "activations"))
+            if kind == "output":
+                at = 0  # the caller has them during backward
+                # as they were gathered, before they are put in order
+                found.append(Item(handed, handed, e, True, copies, "transient"))
+            found.append(Item(at, handed, e, True, copies, "activations"))
         return found
 
     def _produced(self, site: int) -> int:
