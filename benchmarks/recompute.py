@@ -24,8 +24,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
+import plotly.subplots
 import torch
 import torch.nn.functional as F
 from rich.table import Table
@@ -51,6 +54,7 @@ from benchmarks.common import Row, console
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1)
 TORCH_BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
 SOLVE_S = 10.0
+_COLORS = ("#3b6ea5", "#d9822b", "#b0aba3", "#b3261e")
 _SAVED = ("mm", "addmm", "bmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu")
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -371,20 +375,53 @@ def show(case: Case, lines: Sequence[Line]) -> None:
     console.print(table)
 
 
+def plot(found: Sequence[tuple[Case, Sequence[Line]]]) -> go.Figure:
+    """A chart per model: peak memory across, added FLOPs up; autopar's measured points joined."""
+    figure = plotly.subplots.make_subplots(
+        rows=len(found), cols=1, subplot_titles=[case.name for case, _ in found]
+    )
+    for row, (case, lines) in enumerate(found, start=1):
+        mine = sorted((x for x in lines if x.method.startswith("autopar")), key=lambda x: x.peak)
+        families: dict[str, list[Line]] = {
+            "autopar": mine,
+            "torch's partitioner": [x for x in lines if x.method.startswith("torch")],
+            "by hand": [x for x in lines if not x.method.startswith(("autopar", "torch"))],
+            "earlier study": [Line("earlier study", *point) for point in case.known],
+        }
+        for (name, points), color in zip(families.items(), _COLORS, strict=True):
+            figure.add_scatter(
+                row=row, col=1, name=name, legendgroup=name, showlegend=row == 1,
+                x=[p.peak for p in points], y=[p.added for p in points],
+                mode="lines+markers" if name == "autopar" else "markers",
+                marker={"size": 8, "color": color}, line={"color": color},
+                text=[p.method for p in points],
+                hovertemplate="%{text}<br>peak %{x:.3f}, +%{y:.2f}%<extra></extra>",
+            )  # fmt: skip
+    figure.update_xaxes(title="peak / eager's", rangemode="tozero")
+    figure.update_yaxes(title="added FLOPs, %", rangemode="tozero")
+    figure.update_layout(template="plotly_white", height=420 * len(found))
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; returns the exit code."""
     parser = common.parser(__doc__ or "")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="models whose name has this")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a chart (HTML) here")
     options = parser.parse_args(arguments)
     cases = QUICK if options.quick else CASES
     if options.only:
         cases = tuple(c for c in cases if any(name in c.name for name in options.only))
     console.print(common.machine(), markup=False)
     rows: list[Row] = []
+    charts: list[tuple[Case, Sequence[Line]]] = []
     for case in cases:
         lines, found = compare(case, TORCH_BUDGETS[2:3] if options.quick else TORCH_BUDGETS)
         show(case, lines)
         rows += found
+        charts.append((case, lines))
+    if options.plot is not None:
+        plot(charts).write_html(options.plot)
     bars = [r for r in rows if r.unit == "% added"]
     headline = (
         f"at the peak of every other method autopar adds no more FLOPs in "

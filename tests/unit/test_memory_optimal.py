@@ -125,7 +125,7 @@ def _optimum(program: Program, budget: float) -> float:
             fixed = during[t] if i is None else before[t]
             problem += pulp.lpSum(terms) <= 1 - fixed / budget
     _forward(program, problem, hold[0], budget)
-    solver = pulp.HiGHS(msg=False, timeLimit=120, gapRel=1e-4)
+    solver = pulp.HiGHS(msg=False, timeLimit=600, gapRel=1e-4)
     problem.solve(solver)
     if problem.sol_status == pulp.LpSolutionInfeasible:
         return np.inf
@@ -165,6 +165,7 @@ def _gradients(program: Program) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_within_one_percent_of_the_optimum(blocks, share):
+    pytest.importorskip("highspy")
     front = Front(blocks)
     eager, smallest = front.eager_bytes, front.smallest().peak_bytes
     budget = smallest + share * (eager - smallest)
