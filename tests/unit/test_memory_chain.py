@@ -1,6 +1,5 @@
-"""The rotor dynamic program against brute force over explicit schedules, and its speed."""
+"""The rotor dynamic program against brute force over explicit schedules."""
 
-import time
 from functools import cache
 
 import numpy as np
@@ -126,11 +125,7 @@ def test_slots_err_on_the_safe_side():
         fine.plan(0)
 
 
-def test_a_long_chain_is_solved_in_two_seconds():
-    stages = random_chain(np.random.default_rng(1), 128, options=8)
-    start = time.perf_counter()
-    table = ChainTable(stages, 600, slots=500)
-    seconds = time.perf_counter() - start
+def test_a_long_chain_is_solved():
+    table = ChainTable(random_chain(np.random.default_rng(1), 128, options=8), 600, slots=500)
     assert np.isfinite(table.cost(600))
-    assert seconds < 8  # 2 on an idle core; tests share theirs
-    print(f"{seconds:.2f} s")
+    assert table.cost(600) <= table.cost(300)
