@@ -23,7 +23,7 @@ from autopar.sharding.moments import Moments
 from autopar.sharding.sites import Candidate, Pins, Site
 from autopar.sharding.space import SearchSpace
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
-from autopar.solver import Problem, Row, solve
+from autopar.solver import Problem, solve
 from autopar.solver.reductions import Shared
 from autopar.tracer.graph import ModelGraph, shape_of
 from autopar.units import format_bytes
@@ -312,15 +312,10 @@ def _feasible(space: SearchSpace, only: Allowed, time_limit: float) -> bool:
     """Whether some plan is within the budget, however slow."""
     problem, classes = restricted(*space.problem(), only)
     shared, moments = Shared(problem, classes), Moments(space, space.cluster.budget_bytes)
-
-    def separate(choices: tuple[int, ...]) -> list[Row]:
-        found = moments.separate(shared.expand(choices))
-        return [shared.row(row) for row in found if not row.slack]
-
     try:
         solve(
             shared.problem,
-            separate=separate,
+            separate=moments.over(shared),
             time_limit=time_limit,
             enough_us=sys.float_info.max,
             branch=False,

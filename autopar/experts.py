@@ -31,7 +31,7 @@ from autopar.sharding.moments import Moments
 from autopar.sharding.sites import Link, Site
 from autopar.sharding.space import SearchSpace
 from autopar.sharding.spec import ShardingSpec
-from autopar.solver import Problem, Row, solve
+from autopar.solver import Problem, solve
 from autopar.solver.reductions import Shared
 
 # Above any step time that could be saved by overruling an expert, below where doubles get coarse.
@@ -84,21 +84,14 @@ def expert_plans(
         time_limit: seconds for the solver, per expert.
         only: candidates per site, where the experts may not use all of them.
     """
-    found = []
-    for expert in _experts(space.mesh):
-        found.append(_completed(space, expert, time_limit, only or {}))
-    return found
+    return [_completed(space, expert, time_limit, only or {}) for expert in _experts(space.mesh)]
 
 
 def _completed(space: SearchSpace, expert: _Expert, limit: float, only: Allowed) -> ExpertPlan:
     problem, classes = restricted(*space.problem(), only)
     shared = Shared(_with_objections(space, expert, problem), classes)
     moments = Moments(space, np.inf)
-
-    def separate(choices: tuple[int, ...]) -> list[Row]:
-        return [shared.row(row) for row in moments.separate(shared.expand(choices))]
-
-    solution = solve(shared.problem, separate=separate, time_limit=limit)
+    solution = solve(shared.problem, separate=moments.over(shared), time_limit=limit)
     choices = shared.expand(solution.choices)
     memory = estimate_memory(space, choices, moments)
     fits = memory.total_bytes <= space.cluster.budget_bytes

@@ -176,8 +176,8 @@ def _bounds(space: SearchSpace, site: int, copies: list[int], only: Allowed) -> 
     apart = [(c, v in mine) for v, c in enumerate(classes)]
     shared = Shared(problem, apart)
     index = list(dict.fromkeys(apart)).index((classes[site], True))
-    pairs = [(e.source, e.target, e.time_us) for e in shared.problem.edges]
-    return Contraction(shared.problem.time_us, pairs).min_marginals()[index]
+    relaxed = Contraction(shared.problem.time_us, shared.problem.pairs())
+    return relaxed.min_marginals()[index]
 
 
 def _own(planned: Planned, site: int) -> Alternative:

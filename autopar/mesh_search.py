@@ -161,8 +161,7 @@ def lower_bound_us(space: SearchSpace, only: Allowed | None = None) -> float:
     """Below what the search finds: one elimination, without memory and late weights."""
     problem, classes = restricted(*space.problem(), only or {})
     shared = Shared(problem, ends_apart(classes)).problem
-    pairs = [(e.source, e.target, e.time_us) for e in shared.edges]
-    return Contraction(shared.time_us, pairs).bound
+    return Contraction(shared.time_us, shared.pairs()).bound
 
 
 def _closest(errors: Sequence[AutoparError]) -> AutoparError:

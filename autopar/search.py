@@ -20,7 +20,7 @@ from autopar.errors import InfeasibleError
 from autopar.plan import SolverRecord
 from autopar.sharding.moments import Moments
 from autopar.sharding.space import SearchSpace
-from autopar.solver import Edge, Problem, Row, Solution, solve
+from autopar.solver import Edge, Problem, Solution, solve
 from autopar.solver.problem import Choices
 from autopar.solver.reductions import Shared
 from autopar.units import format_bytes
@@ -115,15 +115,11 @@ def _solve(
     branch: bool = True,
 ) -> Solution:
     """Solve, from the choices and the prices of a more restricted problem, if there was one."""
-
-    def separate(choices: tuple[int, ...]) -> list[Row]:
-        return [shared.row(row) for row in moments.separate(shared.expand(choices))]
-
     prices = before.prices if before is not None else {}
     problem = replace(shared.problem, rows=tuple(shared.row(moments.row(n)) for n in prices))
     return solve(
         problem,
-        separate=separate,
+        separate=moments.over(shared),
         start=start,
         prices=prices,
         time_limit=time_limit,

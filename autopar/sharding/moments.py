@@ -17,6 +17,8 @@ import numpy as np
 from autopar.sharding.repeats import pattern
 from autopar.sharding.space import SearchSpace
 from autopar.solver import Row
+from autopar.solver.problem import Separate
+from autopar.solver.reductions import Shared
 
 # below this a millionth of the whole, a row is not violated but rounded
 _TOLERANCE = 1e-9
@@ -145,6 +147,10 @@ class Moments:
             if values[moment] > series.limit + _TOLERANCE * max(1.0, abs(series.limit)):
                 found.append(series.row(moment))
         return found
+
+    def over(self, shared: Shared) -> Separate:
+        """`separate` for a problem in which copies share their choices."""
+        return lambda choices: [shared.row(row) for row in self.separate(shared.expand(choices))]
 
     def row(self, name: str) -> Row:
         """The row of this name."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,26 +83,6 @@ class Link:
     grad: bool
     weight: bool
     saved: bool
-
-
-@dataclass(frozen=True)
-class LinkCosts:
-    """Conversions on a link, all [source candidate, target candidate].
-
-    Args:
-        forward_us, backward_us: of the value and of its gradient; infinite where there is no way.
-        again_us: of the value once more, before backward.
-        memory_bytes: of the copy that the conversion makes, where one is kept.
-    """
-
-    forward_us: np.ndarray
-    backward_us: np.ndarray
-    again_us: np.ndarray
-    memory_bytes: np.ndarray | None
-
-    @cached_property
-    def time_us(self) -> np.ndarray:
-        return self.forward_us + self.backward_us + self.again_us
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,13 @@ from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.profile import profile_graph, requires_grad_map
 from autopar.sharding.conversion import converter_for
 from autopar.sharding.costs import OpCosts
+from autopar.sharding.links import LinkCosts, LinkPrices
 from autopar.sharding.node_rules import call_of, results, rule_of, strategies_of
 from autopar.sharding.repeats import has_index, pattern, places
 from autopar.sharding.rule import Strategy
 from autopar.sharding.rules import describe_missing
 from autopar.sharding.saved import SavedValues
-from autopar.sharding.sites import Candidate, Link, LinkCosts, Pins, Site, Workload
+from autopar.sharding.sites import Candidate, Link, Pins, Site, Workload
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
 from autopar.solver import Edge, Problem
 from autopar.tracer.graph import ModelGraph, operands, producer, shape_of
@@ -57,20 +57,18 @@ class SearchSpace:
         self.graph, self.cluster, self.workload = graph, cluster, workload
         self.pins = pins or Pins()
         self.mesh = cluster.mesh
-        self.converter = converter_for(cluster)
         self.profile = profile_graph(graph, set(workload.trainable))
         self.grads = requires_grad_map(graph, set(workload.trainable))
-        self.link_costs = lru_cache(maxsize=None)(self._link_costs)
-        # what calls that are alike share
-        self._known_links: dict[Hashable, LinkCosts] = {}
+        # what is alike is made once, and its costs are known by its identity
         self._known_strategies: dict[Hashable, list[Strategy]] = {}
         self._known_operators: dict[Hashable, Site] = {}
-        self._known_fans: dict[Hashable, tuple[Candidate, ...]] = {}
+        self._known_candidates: dict[Hashable, tuple[Candidate, ...]] = {}
         self.unruled = [n for n in graph.compute_nodes() if not rule_of(n)[1]]
         for node in self.unruled:
             log.info("%s", describe_missing(call_of(node), graph.info(node).source))
         self._saved = SavedValues(graph, self.profile)
         self._costs = OpCosts(cluster, self.profile, self._saved)
+        self._prices = LinkPrices(converter_for(cluster), self._costs)
         self.sites: list[Site] = []
         self.links: list[Link] = []
         self._site_of: dict[tuple[fx.Node, int], int] = {}
@@ -111,58 +109,9 @@ class SearchSpace:
         for link in self.links:
             self.link_costs(link)
 
-    def _link_costs(self, link: Link) -> LinkCosts:
-        source, target = self.sites[link.source], self.sites[link.target]
-        output = target.kind == "output"
-        key = (
-            id(source.candidates), link.result, id(target.candidates), link.operand,
-            link.shape, link.itemsize, link.grad, link.saved, output,
-        )  # fmt: skip
-        if key in self._known_links:
-            return self._known_links[key]
-        outs = [c.outputs[link.result] for c in source.candidates]
-        ins = [c.inputs[link.operand] for c in target.candidates]
-        rows, row_of = _unique(outs)
-        columns, column_of = _unique(ins)
-        regathers = np.array([c.regather for c in source.candidates])
-        every = np.ix_(row_of, column_of)
-        forward = self.conversion_us(link, rows, columns, forward_only=True)[every]
-        backward = np.zeros_like(forward)
-        if link.grad:
-            both = self.conversion_us(link, rows, columns)[every]
-            backward = np.where(
-                np.isfinite(both), both - np.where(np.isfinite(both), forward, 0.0), np.inf
-            )
-        again = np.where(
-            np.isfinite(forward),
-            regathers[:, None] * np.where(np.isfinite(forward), forward, 0.0),
-            np.inf,
-        )
-        memory = None
-        if link.saved or output:
-            held = [
-                0 if s is None else self._costs.local_bytes(link.shape, link.itemsize, s)
-                for s in columns
-            ]
-            moved = np.array([[a.dims != b.dims for b in columns] for a in rows])
-            copies = np.where(moved, np.array(held)[None, :], 0.0)
-            # gathered for forward and dropped, the copy is not kept; results stay with the caller
-            memory = np.where(regathers[:, None] & (not output), 0.0, copies[every])
-        found = self._known_links[key] = LinkCosts(forward, backward, again, memory)
-        return found
-
-    def conversion_us(
-        self,
-        link: Link,
-        sources: Sequence[ShardingSpec],
-        targets: Sequence[ShardingSpec | None],
-        *,
-        forward_only: bool = False,
-    ) -> np.ndarray:
-        """Cost matrix of converting the link's value."""
-        grad = link.grad and not forward_only
-        wanted = [t if t is not None else sources[0] for t in targets]
-        return self.converter.costs_us(link.shape, link.itemsize, sources, wanted, grad=grad)
+    def link_costs(self, link: Link) -> LinkCosts:
+        """What the conversions on a link cost, for every pair of candidates."""
+        return self._prices.of(link, self.sites[link.source], self.sites[link.target])
 
     def conversion_costs(self, link: Link, choices: Sequence[int]) -> tuple[float, float]:
         """Time and memory of the conversion on a link under a full choice."""
@@ -292,11 +241,12 @@ class SearchSpace:
         qualified = self.graph.parameters[str(node.target)]
         pinned = self.pins.parameters.get(qualified)
         specs = [pinned] if pinned is not None else self._splits(shape)
-        candidates = []
+        every = []
         for spec in specs:
-            candidates.append(Candidate(str(spec) or "scalar", (spec,)))
+            every.append(Candidate(str(spec) or "scalar", (spec,)))
             if not spec.is_replicated:
-                candidates.append(Candidate(f"{spec} regather", (spec,), regather=True))
+                every.append(Candidate(f"{spec} regather", (spec,), regather=True))
+        candidates = self._known_candidates.setdefault(("parameter", *specs), tuple(every))
         held = np.array(
             [float(self._costs.local_bytes(shape, itemsize, c.outputs[0])) for c in candidates]
         )
@@ -316,7 +266,7 @@ class SearchSpace:
         if has_index(qualified):
             repeats = ("parameter", pattern(qualified), shape, len(candidates), trains)
         time = parts["step_us"]
-        return Site("parameter", node, tuple(candidates), time, kept, parts, repeats=repeats)
+        return Site("parameter", node, candidates, time, kept, parts, repeats=repeats)
 
     def _operator(self, node: fx.Node, place: Any) -> Site:
         repeats = None
@@ -392,7 +342,7 @@ class SearchSpace:
         if not grad:
             specs = dict.fromkeys(s.data() for s in specs)
         named = tuple(Candidate(str(s) or "scalar", (s,), (s,)) for s in specs)
-        candidates = self._known_fans.setdefault(tuple(specs), named)
+        candidates = self._known_candidates.setdefault(("fan", *specs), named)
         zero = np.zeros(len(candidates))
         copies = self.sites[source].repeats
         repeats = None
@@ -443,9 +393,3 @@ def _user_links(graph: ModelGraph) -> dict[tuple[fx.Node, int], list[tuple[fx.No
         if isinstance(value, fx.Node):
             found[producer(value)].append((graph.output, i))
     return found
-
-
-def _unique(items: Iterable[Any]) -> tuple[list[Any], list[int]]:
-    seen: dict[Any, int] = {}
-    position = [seen.setdefault(item, len(seen)) for item in items]
-    return list(seen), position

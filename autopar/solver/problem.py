@@ -106,6 +106,10 @@ class Problem:
     def _shape(self, e: int) -> tuple[int, int]:
         return len(self.time_us[self.edges[e].source]), len(self.time_us[self.edges[e].target])
 
+    def pairs(self) -> list[tuple[int, int, np.ndarray]]:
+        """Edges as (source, target, times)."""
+        return [(e.source, e.target, e.time_us) for e in self.edges]
+
     def usage(self, row: Row, choices: Sequence[int]) -> float:
         """The row's expression less its limit."""
         total = sum(float(terms[choices[v]]) for v, terms in row.nodes.items())

@@ -1,4 +1,4 @@
-"""Exact reductions: each turns a problem into a smaller one and reads its solution back."""
+"""Smaller problems: each is made from one and reads its choices back."""
 
 from __future__ import annotations
 
@@ -112,59 +112,3 @@ class Kept:
     def expand(self, choices: Sequence[int]) -> Choices:
         """Indices among all choices, from those among the kept."""
         return tuple(int(self._kept[v][c]) for v, c in enumerate(choices))
-
-
-def undominated(problem: Problem) -> list[np.ndarray]:
-    """Per node the choices that are left when j goes wherever some choice i of the node is never
-    worse, whatever the neighbours do:
-
-        c_v[i] - c_v[j] + sum_e max_k (c_e[i, k] - c_e[j, k])  <=  0
-
-    for time and for every row alike. Each node works on what the ones before it kept.
-    """
-    kept = [np.flatnonzero(np.isfinite(t)) for t in problem.time_us]
-    touching: list[list[tuple[int, bool]]] = [[] for _ in kept]
-    for e, edge in enumerate(problem.edges):
-        touching[edge.source].append((e, False))
-        touching[edge.target].append((e, True))
-    costs = [
-        (dict(enumerate(problem.time_us)), {e: x.time_us for e, x in enumerate(problem.edges)})
-    ]
-    costs += [(dict(row.nodes), dict(row.edges)) for row in problem.rows]
-    for v in range(len(kept)):
-        mine = kept[v]
-        replaces = ~np.eye(len(mine), dtype=bool)
-        for nodes, edges in costs:
-            worse = _worse(nodes[v][mine]) if v in nodes else np.zeros(replaces.shape)
-            scale = np.abs(worse).max(initial=0.0)
-            for e, turned in touching[v]:
-                if e in edges:
-                    table = edges[e].T if turned else edges[e]
-                    edge = problem.edges[e]
-                    other = edge.source if turned else edge.target
-                    worse = worse + _worst_difference(table[np.ix_(mine, kept[other])])
-            replaces &= worse <= 1e-12 * max(1.0, float(scale))
-        # i can stand for j; among equals the first one stays
-        mutual = replaces & replaces.T
-        replaces &= ~mutual | (np.arange(len(mine))[:, None] < np.arange(len(mine))[None, :])
-        # rounding makes near ties that go round in circles: what stands for others stays
-        alive = np.ones(len(mine), dtype=bool)
-        for j in np.flatnonzero(replaces.any(axis=0)):
-            alive[j] = not (replaces[:, j] & alive).any()
-        kept[v] = mine[alive]
-    return kept
-
-
-def _worse(cost: np.ndarray) -> np.ndarray:
-    return cost[:, None] - cost[None, :]
-
-
-def _worst_difference(cost: np.ndarray) -> np.ndarray:
-    """[i, j]: max over k of cost[i, k] - cost[j, k], where j may be forbidden but i may not."""
-    unique, position = np.unique(cost, axis=0, return_inverse=True)
-    position = position.reshape(-1)
-    finite = np.where(np.isfinite(unique), unique, 1e30)
-    small = np.empty((len(unique), len(unique)))
-    for i in range(len(unique)):
-        small[i] = (finite[i] - finite).max(axis=1)
-    return small[np.ix_(position, position)]

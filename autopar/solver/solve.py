@@ -161,7 +161,7 @@ class _Search:
         """Best bound first."""
         order = itertools.count()
         heap = [(root.bound, next(order), root)]
-        programs = 0
+        programs, left = 0, math.inf  # the lowest bound of what was left aside as close enough
         while heap and not self._done():
             _, _, region = heapq.heappop(heap)
             if region is not root:
@@ -175,10 +175,14 @@ class _Search:
                     region.bound = max(region.bound, self._by_program(*small))
                     if self._worthwhile(region):  # rows were missing
                         heapq.heappush(heap, (region.bound, next(order), region))
+                    else:
+                        left = min(left, region.bound)
                 else:
                     for half in region.branches():
                         heapq.heappush(heap, (half.bound, next(order), half))
-            lowest = heap[0][0] if heap else math.inf
+            else:
+                left = min(left, region.bound)
+            lowest = min(left, heap[0][0] if heap else math.inf)
             self.bound = max(self.bound, min(lowest, self.pool.time_us))
             if next(order) % 16 == 0:
                 self.say(

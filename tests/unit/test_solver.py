@@ -1,5 +1,6 @@
 """The solver against brute force: optimal, within the rows, and honest about its bound."""
 
+import sys
 from dataclasses import replace
 from itertools import product
 
@@ -12,7 +13,7 @@ from autopar.solver.contraction import Contraction
 from autopar.solver.dual import Pool, Region
 from autopar.solver.ilp import solve_ilp
 from autopar.solver.merging import Merged
-from autopar.solver.reductions import Kept, Shared, undominated
+from autopar.solver.reductions import Kept, Shared
 
 
 def budget_row(memory, edge_memory, budget):
@@ -86,6 +87,26 @@ def test_equals_brute_force_within_rows(seed, late, tightness):
     assert solution.gap <= 1e-6
 
 
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("gap", [0.02, 0.2])
+@pytest.mark.parametrize("program", [0, 4000])
+def test_the_bound_is_one_however_large_a_gap_is_good_enough(seed, gap, program, monkeypatch):
+    """By branching alone, and with integer programs."""
+    module = sys.modules[solve.__module__]  # the package has the function under its name
+    monkeypatch.setattr(module, "SMALL_PROGRAM", program)
+    monkeypatch.setattr(module, "MAX_PROGRAM", program)
+    leanest, fastest = budgets(seed, 3)
+    budget = leanest + 0.4 * (fastest - leanest)
+    problem = random_problem(seed, nodes=6, budget=budget, late=3)
+    if not np.isfinite(brute_force(problem)):
+        return
+    solution = solve(problem, gap=gap)
+    best = brute_force(problem)
+    assert solution.bound_us <= best + 1e-6
+    assert best - 1e-6 <= solution.time_us
+    assert solution.gap <= gap + 1e-9
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_made_when_needed_are_as_good_as_rows_listed(seed):
     leanest, fastest = budgets(seed, 3)
@@ -115,8 +136,7 @@ def test_too_small_a_budget_names_the_smallest(seed):
 @pytest.mark.parametrize("nodes", [5, 7])
 def test_contraction_equals_brute_force(seed, nodes):
     problem = random_problem(seed, nodes=nodes)
-    pairs = [(e.source, e.target, e.time_us) for e in problem.edges]
-    found = Contraction(problem.time_us, pairs)
+    found = Contraction(problem.time_us, problem.pairs())
     assert found.exact
     assert found.cost == pytest.approx(brute_force(problem))
     assert problem.busy_us(found.choices) == pytest.approx(found.cost)
@@ -148,13 +168,14 @@ def test_wide_cores_are_bounded_and_mostly_solved(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_dominance_keeps_the_optimum(seed):
+def test_what_is_kept_costs_the_same(seed):
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
-    kept = Kept(problem, undominated(problem))
-    assert brute_force(kept.problem) == brute_force(problem)
-    choices = tuple(0 for _ in kept.problem.time_us)
-    assert kept.problem.evaluate(choices) == problem.evaluate(kept.expand(choices))
+    rng = np.random.default_rng(seed)
+    sizes = [len(t) for t in problem.time_us]
+    kept = Kept(problem, [np.sort(rng.permutation(n)[: 1 + n // 2]) for n in sizes])
+    for c in product(*(range(len(t)) for t in kept.problem.time_us)):
+        assert kept.problem.evaluate(c) == problem.evaluate(kept.expand(c))
 
 
 @pytest.mark.parametrize("seed", range(30))

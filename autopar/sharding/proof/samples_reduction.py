@@ -82,8 +82,8 @@ def _max_dim(draw: Draw) -> Arguments:
     return (draw.permutation(shape), draw.dim(len(shape)), draw.chance()), {}
 
 
-@sampler(*_named("argmax.default", "argmin.default"))
-def _argmax(draw: Draw) -> Arguments:
+@sampler(*_named("argmax.default", "argmin.default", "sort.default", "argsort.default"))
+def _along_a_dim(draw: Draw) -> Arguments:
     shape = draw.shape(1, 4)
     if draw.chance(20):
         return (draw.permutation(shape),), {}
@@ -181,14 +181,6 @@ def _kthvalue(draw: Draw) -> Arguments:
     shape = draw.shape(1, 3)
     dim = draw.dim(len(shape))
     return (draw.permutation(shape), draw.integer(1, shape[dim]), dim), {}
-
-
-@sampler(*_named("sort.default", "argsort.default"))
-def _sort(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    if draw.chance(20):
-        return (draw.permutation(shape),), {}
-    return (draw.permutation(shape), draw.dim(len(shape)), draw.chance()), {}
 
 
 @sampler(*_named("sort.stable", "argsort.stable"))
