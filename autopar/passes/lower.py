@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.kernels.substitute import substitute_kernels
 from autopar.memory.program import Program, Schedule
 from autopar.passes.bucket import bucket_reductions
+from autopar.passes.inductor import Compiled
 from autopar.passes.overlap import overlap_reductions
 from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import partition, partition_within
@@ -57,6 +58,7 @@ def lower(
     device_type: str = "cpu",
     choose: Callable[[Program], Schedule] | None = None,
     device: Device = DEVICES["cpu"],
+    compile: bool = False,
     disable: frozenset[str] = frozenset(),
 ) -> LoweredStep:
     """Compile a sharded forward program.
@@ -70,10 +72,13 @@ def lower(
         choose: what is kept and what is computed again (`autopar.memory`); as eager autograd does
             if None. With it, results are also written over operands that die.
         device: what the choice predicts times for.
+        compile: run the graphs by Inductor.
         disable: names of passes to leave out.
     """
     step = LoweredStep(lambda *flat: None)
-    last: list[Pass] = [] if choose is None else [overwrite]
+    # Inductor writes over what dies by itself
+    last: list[Pass] = [] if choose is None or compile else [overwrite]
+    compiled: list[Compiled] = []
     split = (
         functools.partial(partition, regather=frozenset(regather))
         if choose is None
@@ -83,12 +88,18 @@ def lower(
 
     def compile_forward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         step.forward = run_passes(gm, [kernels, *last], disable=disable)
-        return boxed(step.forward)
+        return finish(step.forward, backward=False)
 
     def compile_backward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions, *last]
         step.backward = run_passes(gm, passes, disable=disable)
-        return boxed(step.backward)
+        return finish(step.backward, backward=True)
+
+    def finish(gm: fx.GraphModule, *, backward: bool) -> Callable[..., Any]:
+        if not compile:
+            return boxed(gm)
+        compiled.append(Compiled(gm, boxed(gm), backward=backward))
+        return compiled[-1]
 
     step.function = aot_function(
         gm if choose is None else _with_modules(gm),
@@ -104,6 +115,8 @@ def lower(
         roots = [t for t in results if isinstance(t, torch.Tensor) and t.requires_grad]
         if roots:
             torch.autograd.backward(roots, [torch.empty_like(t) for t in roots])
+    for graph in compiled:
+        graph.compile()
     return step
 
 

@@ -55,6 +55,7 @@ def auto_engine(
     batch: str = "global",
     memory: str | float | None = None,
     lower: bool = True,
+    compile: bool = False,
     constraints: Mapping[str, str] | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
@@ -75,6 +76,7 @@ def auto_engine(
         memory: budget per device ("40GiB", bytes, or a share of the device). On a single device, a
             step that does not fit computes again what it cannot keep (docs/memory.md).
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
+        compile: run forward and backward by Inductor; the plan stays in force.
         constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
         time_limit: seconds for the solver.
         progress: called with a line per planning stage, on rank 0.
@@ -91,12 +93,14 @@ def auto_engine(
     """
     if batch not in ("global", "local"):
         raise ValueError(f"batch must be 'global' or 'local', got {batch!r}")
+    if compile and not lower:
+        raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
     refuse_outputs(constraints)
     cluster = as_cluster(cluster_info).with_memory(memory)
     check_optimizer(model, optimizer)
     given = ShardingPlan.load(plan) if isinstance(plan, str | Path) else plan
     engine = Engine(
-        model, optimizer, cluster, given, batch=batch, lowered=lower,
+        model, optimizer, cluster, given, batch=batch, lowered=lower, compiled=compile,
         constraints=constraints, time_limit=time_limit, progress=progress,
     )  # fmt: skip
     if example_inputs is not None:
@@ -139,6 +143,7 @@ class Engine(torch.nn.Module):
         *,
         batch: str,
         lowered: bool,
+        compiled: bool,
         constraints: Mapping[str, str] | None,
         time_limit: float,
         progress: Callable[[str], None] | None,
@@ -152,6 +157,7 @@ class Engine(torch.nn.Module):
         hide(self, "_model", model)
         hide(self, "_optimizer", optimizer)
         self._cluster, self._given, self._batch, self._lowered = cluster, plan, batch, lowered
+        self._compiled = compiled
         self._constraints, self._time_limit, self._progress = constraints, time_limit, progress
         self._programs: dict[Any, list[_Specialization]] = {}
         self._plan: ShardingPlan | None = None
@@ -321,6 +327,7 @@ class Engine(torch.nn.Module):
         return lower(
             program.gm, example, regather=regather, device_type=self._device.type,
             choose=self._scheduler(example), device=self._cluster.device,
+            compile=self._compiled,
         )  # fmt: skip
 
     def _scheduler(self, example: Sequence[torch.Tensor]) -> Callable[[Program], Schedule] | None:

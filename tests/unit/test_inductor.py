@@ -1,0 +1,69 @@
+"""`auto_engine(..., compile=True)`: the same gradients, and the plan still in force."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._inductor import config
+
+from autopar import auto_engine
+from autopar.errors import InfeasibleError
+from autopar.runtime import environment
+
+
+class Blocks(nn.Module):
+    """Two blocks with dropout, of which each keeps much that can be computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(48, 16) for _ in range(2))
+
+    def forward(self, x):
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(F.dropout(torch.tanh(up(x)), 0.3, self.training))
+        return x.square().mean()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    environment.stop()
+
+
+def gradients(memory: float, **options) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = Blocks().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, _ = auto_engine(model, optimizer, "1", memory=memory, **options)
+    engine(torch.randn(64, 16, dtype=torch.float64)).backward()
+    return [p.grad.to_local().clone() for p in model.parameters()]
+
+
+def test_same_gradients_and_what_is_computed_again_runs_again():
+    with pytest.raises(InfeasibleError) as error:
+        gradients(1000)
+    smallest = error.value.smallest_bytes
+    expected = gradients(2**30)
+    graphs = []
+
+    def look(graph: torch.fx.Graph) -> None:
+        graphs.append(Counter(str(n.target) for n in graph.nodes if n.op == "call_function"))
+
+    with config.patch(post_grad_custom_post_pass=look, force_disable_caches=True):
+        found = gradients(smallest, compile=True)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    forward, backward = graphs
+    products = {"aten.mm.default", "aten.addmm.default"}
+    assert sum(forward[p] for p in products) == 4
+    # two for each of the four layers but the first, whose input needs none; the rest runs again
+    assert sum(backward[p] for p in products) > 7
+
+
+def test_compiled_means_lowered():
+    with pytest.raises(ValueError, match="leave lower=False out"):
+        auto_engine(Blocks(), None, "1", lower=False, compile=True)
