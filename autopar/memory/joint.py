@@ -12,7 +12,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.memory.order import ordered_backward, reorder
-from autopar.memory.program import GIVEN, Op, Program
+from autopar.memory.program import GIVEN, SIDE, Op, Program, Resource
 from autopar.passes.overwrite import overwritable
 from autopar.profiler.cluster import Device
 from autopar.profiler.counting import Recorder, tensors_of
@@ -153,6 +153,7 @@ class _Reader:
                 overwrites=self._overwrites(node, made),
                 carries=node in self.carrying,
                 module=_module(node),
+                resource=Resource.COMMUNICATION if _communicates(node) else Resource.COMPUTE,
             )
         )
 
@@ -207,10 +208,16 @@ def _may_replay(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    communicates = target.namespace in ("autopar", "_c10d_functional") and "group" in {
-        a.name for a in target._schema.arguments
-    }
-    return not (target._schema.is_mutable or draws(node) or communicates)
+    return not (target._schema.is_mutable or draws(node) or _communicates(node))
+
+
+def _communicates(node: fx.Node) -> bool:
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "autopar"
+        and any(a.name == "group" for a in target._schema.arguments)
+    )
 
 
 def _kind(node: fx.Node) -> str:
@@ -243,7 +250,11 @@ def _program(reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int) -> P
     tangents = frozenset(
         s for n, s in reader.base.items() if n.op == "placeholder" and "tangents" in str(n.target)
     )
-    return Program(tuple(ops), tuple(forward), tuple(sizes), results, gradients, tangents)
+    # Gloo's threads compete with compute, and the host's memory is the device's own
+    beside = SIDE if reader.device.kind != "cpu" else frozenset()
+    return Program(
+        tuple(ops), tuple(forward), tuple(sizes), results, gradients, tangents, beside=beside
+    )
 
 
 def _terms(

@@ -7,6 +7,7 @@ schedules (`simulate.py`, `search.py`, ...) works on a `Program` and knows no to
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,17 @@ from functools import cached_property
 import numpy as np
 
 GIVEN = -1  # the maker of a storage that was there before the step
+
+
+class Resource(enum.StrEnum):
+    """What an operator occupies while it runs."""
+
+    COMPUTE = "compute"
+    COMMUNICATION = "communication"
+    HOST = "host link"
+
+
+SIDE = frozenset((Resource.COMMUNICATION, Resource.HOST))
 
 
 @dataclass(frozen=True)
@@ -27,11 +39,12 @@ class Op:
         makes: storages.
         flops: as torch counts them; of an operator without a formula, its largest operand's or
             result's elements.
-        us: time on the device, microseconds.
+        us: time on its resource, microseconds.
         replays: run again on the same operands it gives the same results, and does nothing else.
         overwrites: storages it reads in whose place its one result may be written.
         carries: a gradient flows through it.
         module: path of the module that called it.
+        resource: what it occupies.
     """
 
     name: str
@@ -44,6 +57,7 @@ class Op:
     overwrites: tuple[int, ...] = ()
     carries: bool = True
     module: str = ""
+    resource: Resource = Resource.COMPUTE
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Program:
         results: storages that the forward returns.
         gradients: storages that the backward returns.
         tangents: gradients of results, with which the backward starts.
+        beside: resources that run beside compute; operators of others occupy compute as well.
     """
 
     ops: tuple[Op, ...]
@@ -66,6 +81,7 @@ class Program:
     results: frozenset[int]
     gradients: frozenset[int]
     tangents: frozenset[int] = frozenset()
+    beside: frozenset[Resource] = SIDE
 
     @cached_property
     def maker(self) -> tuple[int, ...]:

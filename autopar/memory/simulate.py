@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.memory.program import GIVEN, Program, Schedule
+from autopar.memory.streams import run_times
 from autopar.memory.timeline import Moment, Timeline
 
 
@@ -111,15 +112,17 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
         for mask in (kept, remade, ~(kept | remade))
     )
     handed = np.bincount(start[kept], nbytes[kept], first + 1)
-    moments, at_us = list[Moment](), 0.0
+    sequence = schedule.forward + schedule.backward
+    busy = run_times(program, sequence)
+    moments = list[Moment]()
     seen: set[int] = set()
-    for at, i in enumerate(schedule.forward + schedule.backward):
+    for at, (i, run) in enumerate(zip(sequence, busy.runs, strict=True)):
         op = program.ops[i]
         moments.append(
             Moment(
                 op.name,
                 op.module,
-                at_us,
+                run.start,
                 op.us,
                 kept_bytes[at],
                 again_bytes[at],
@@ -127,11 +130,13 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
                 again=i in seen,
                 keeps_bytes=int(handed[at]) if at < first else 0,
                 flops=op.flops,
+                resource=op.resource,
+                issued_us=run.issued,
             )
         )
-        at_us += op.us
         seen.add(i)
-    return Timeline(tuple(moments), first)
+    waited = tuple((resource, us) for resource, us in busy.waited.items() if us)
+    return Timeline(tuple(moments), first, waited)
 
 
 def peak_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) -> int:
