@@ -8,8 +8,9 @@ schedules (`simulate.py`, `search.py`, ...) works on a `Program` and knows no to
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -67,12 +68,16 @@ class Program:
     Args:
         ops: in the order in which the joint graph has them.
         forward: the operators of the forward, in order; all others are the backward's.
-        nbytes: of every storage; 0 for those that do not count (given ones, gradients of
-            parameters).
+        nbytes: of every storage that schedules decide about; 0 for given ones and gradients of
+            parameters.
         results: storages that the forward returns.
         gradients: storages that the backward returns.
         tangents: gradients of results, with which the backward starts.
         beside: resources that run beside compute; operators of others occupy compute as well.
+        stays: bytes by storage of what stays until the step ends, once it is made: gradients of
+            parameters.
+        terms: storages that are summed to a gradient of a parameter and nothing else.
+        order: the backward's operators as they run, if not as `ops` has them.
     """
 
     ops: tuple[Op, ...]
@@ -82,6 +87,9 @@ class Program:
     gradients: frozenset[int]
     tangents: frozenset[int] = frozenset()
     beside: frozenset[Resource] = SIDE
+    stays: Mapping[int, int] = field(default_factory=dict)
+    terms: frozenset[int] = frozenset()
+    order: tuple[int, ...] = ()
 
     @cached_property
     def maker(self) -> tuple[int, ...]:
@@ -94,14 +102,23 @@ class Program:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """`nbytes` as an array."""
-        return np.array(self.nbytes, dtype=np.float64)
+        """`nbytes` and `stays` as an array."""
+        found = np.array(self.nbytes, dtype=np.float64)
+        for s, n in self.stays.items():
+            found[s] += n
+        return found
+
+    def without_gradients(self) -> Program:
+        """The same where gradients of parameters are there before and after, and do not count, nor
+        do the terms that they are sums of."""
+        counted = (0 if s in self.terms else n for s, n in enumerate(self.nbytes))
+        return replace(self, nbytes=tuple(counted), stays={})
 
     @cached_property
     def backward(self) -> tuple[int, ...]:
         """The operators of the backward, in order."""
         mine = set(self.forward)
-        return tuple(i for i in range(len(self.ops)) if i not in mine)
+        return self.order or tuple(i for i in range(len(self.ops)) if i not in mine)
 
     @cached_property
     def flows(self) -> frozenset[int]:
@@ -126,6 +143,17 @@ class Program:
         return frozenset(
             s for i in self.backward for s in self.ops[i].reads if s in self.forward_made
         )
+
+    @cached_property
+    def signature(self) -> str:
+        """Equal for programs that one schedule fits: operators that read and make the same
+        storages, and communicate alike. Those of the ranks of a mesh differ in sizes, where dims
+        are split unevenly, and in a few operators that only the first rank computes."""
+        digest = hashlib.sha256(repr((self.forward, sorted(self.results))).encode())
+        for op in self.ops:
+            what = op.kind.split()[0] if op.resource is Resource.COMMUNICATION else ""
+            digest.update(repr((op.reads, op.makes, op.resource, op.replays, what)).encode())
+        return digest.hexdigest()[:16]
 
     def flops(self, sequence: Sequence[int]) -> float:
         """FLOPs of a sequence of operators."""

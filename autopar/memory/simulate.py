@@ -2,7 +2,7 @@
 
 While an operator runs, its operands and results are alive; what nobody reads any more is freed
 after it. A pointwise operator may write its result over an operand that dies with it. Counted are
-storages that the step makes, without gradients of parameters.
+storages that the step makes; gradients of parameters from when they are made.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def lives(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Li
             for s in program.results & current.keys():
                 end[current[s]] = at
     held = program.results | program.gradients
+    for s in program.stays.keys() & current.keys():
+        end[current[s]] = forward + len(schedule.backward) - 1
     found = [-1] * len(storage)
     for life, at, candidates in writers:
         for other in candidates:

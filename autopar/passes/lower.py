@@ -27,7 +27,7 @@ from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import partition, partition_within
 from autopar.passes.runner import Pass, run_passes
 from autopar.passes.verify import propagate_shapes, verify
-from autopar.profiler.cluster import DEVICES, Device
+from autopar.profiler.cluster import ClusterInfo
 
 # Tracing uses process-wide state; simulated ranks are threads.
 _TRACING = threading.Lock()
@@ -56,7 +56,7 @@ def lower(
     regather: Sequence[int] = (),
     device_type: str = "cpu",
     choose: Callable[[Program], Schedule] | None = None,
-    device: Device = DEVICES["cpu"],
+    cluster: ClusterInfo | None = None,
     disable: frozenset[str] = frozenset(),
 ) -> LoweredStep:
     """Compile a sharded forward program.
@@ -69,25 +69,28 @@ def lower(
         device_type: decides which kernels are substituted.
         choose: what is kept and what is computed again (`autopar.memory`); as eager autograd does
             if None. With it, results are also written over operands that die.
-        device: what the choice predicts times for.
+        cluster: what the choice predicts times for; one CPU if None.
         disable: names of passes to leave out.
     """
     step = LoweredStep(lambda *flat: None)
-    last: list[Pass] = [] if choose is None else [overwrite]
-    split = (
-        functools.partial(partition, regather=frozenset(regather))
-        if choose is None
-        else functools.partial(partition_within, choose=choose, device=device)
-    )
     kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
+    if choose is None:
+        split = functools.partial(partition, regather=frozenset(regather))
+        forward_passes: list[Pass] = [kernels]
+        backward_passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions]
+    else:
+        split = functools.partial(
+            partition_within, choose=choose, cluster=cluster or ClusterInfo.of("1"),
+            device_type=device_type, disable=disable,
+        )  # fmt: skip
+        forward_passes, backward_passes = [overwrite], [overlap_reductions, overwrite]
 
     def compile_forward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        step.forward = run_passes(gm, [kernels, *last], disable=disable)
+        step.forward = run_passes(gm, forward_passes, disable=disable)
         return boxed(step.forward)
 
     def compile_backward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions, *last]
-        step.backward = run_passes(gm, passes, disable=disable)
+        step.backward = run_passes(gm, backward_passes, disable=disable)
         return boxed(step.backward)
 
     step.function = aot_function(
