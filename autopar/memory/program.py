@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,6 +63,20 @@ class Op:
     resource: Resource = Resource.COMPUTE
 
 
+class Transfer(NamedTuple):
+    """The operators that move a storage to the host and back; schedules run all or none.
+
+    Args:
+        out: starts the copy to the host.
+        left: it is done, and the storage may go.
+        back: starts the copy back, into a storage that takes the place of the first.
+    """
+
+    out: int
+    left: int
+    back: int
+
+
 @dataclass(frozen=True)
 class Program:
     """A training step.
@@ -78,6 +94,9 @@ class Program:
             parameters.
         terms: storages that are summed to a gradient of a parameter and nothing else.
         order: the backward's operators as they run, if not as `ops` has them.
+        transfers: by storage, the operators that move it to the host; no part of forward or
+            backward unless a schedule takes them in.
+        host_bytes: of the host, for what is moved.
     """
 
     ops: tuple[Op, ...]
@@ -90,13 +109,22 @@ class Program:
     stays: Mapping[int, int] = field(default_factory=dict)
     terms: frozenset[int] = frozenset()
     order: tuple[int, ...] = ()
+    transfers: Mapping[int, Transfer] = field(default_factory=dict)
+    host_bytes: float = math.inf
+
+    @cached_property
+    def moves(self) -> Mapping[int, int]:
+        """The storage that each operator of a transfer moves."""
+        return {i: s for s, transfer in self.transfers.items() for i in transfer}
 
     @cached_property
     def maker(self) -> tuple[int, ...]:
-        """The operator that makes each storage; `GIVEN` for those that were there."""
+        """The operator that makes each storage, not the one that brings it back; `GIVEN` for those
+        that were there."""
         found = [GIVEN] * len(self.nbytes)
+        back = {transfer.back for transfer in self.transfers.values()}
         for i, op in enumerate(self.ops):
-            for s in op.makes:
+            for s in () if i in back else op.makes:
                 found[s] = i
         return tuple(found)
 
@@ -175,14 +203,19 @@ class Schedule:
 
     def kept(self, program: Program) -> tuple[int, ...]:
         """Storages handed from the forward to the backward, in the order of their making."""
+        before = {s for i in self.forward for s in program.ops[i].makes}
         made: set[int] = set()
         found: set[int] = set()
         for i in self.backward:
             op = program.ops[i]
-            found.update(s for s in op.reads if s not in made and s in program.forward_made)
+            found.update(s for s in op.reads if s not in made and s in before)
             made.update(op.makes)
-        found |= {s for s in program.gradients if s not in made and s in program.forward_made}
+        found |= {s for s in program.gradients if s not in made and s in before}
         return tuple(s for i in self.forward for s in program.ops[i].makes if s in found)
+
+    def moved(self, program: Program) -> frozenset[int]:
+        """Storages that go to the host."""
+        return frozenset(program.moves[i] for i in self.forward if i in program.moves)
 
     def again(self, program: Program) -> tuple[int, ...]:
         """Operators of the backward that ran before, as often as they do."""
