@@ -44,6 +44,7 @@ from torch.utils.checkpoint import (
 from autopar import ClusterInfo, autoplan
 from autopar.memory.front import Front, Point
 from autopar.memory.measure import LiveTrace, StepFlops
+from autopar.memory.order import in_order
 from autopar.memory.program import Program, Schedule
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.passes.lower import boxed, lower
@@ -354,6 +355,7 @@ def solve(captured: Captured, budgets: Sequence[float]) -> tuple[list[Point | No
     def choose(program: Program) -> Schedule:
         nonlocal seconds
         start = time.perf_counter()
+        program = in_order(program.without_gradients())
         front = Front(program, {i: op.flops for i, op in enumerate(program.ops)})
         found.extend(front.solve(budgets))
         seconds = time.perf_counter() - start

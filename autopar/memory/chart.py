@@ -34,7 +34,7 @@ def timeline_html(timeline: Timeline) -> str:
 def live_figure(timeline: Timeline) -> go.Figure:
     """Bytes alive over time, by origin; the backward starts at the dashed line."""
     moments = timeline.moments
-    times = [m.start_us * 1e-3 for m in moments]
+    times = [m.issued_us * 1e-3 for m in moments]
     words = [
         (f"{m.name} · {m.module}" + (" (again)" if m.again else ""), format_bytes(m.live_bytes))
         for m in moments

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from autopar.memory.build import schedule_of
 from autopar.memory.chained import chain_schedules
+from autopar.memory.offload import waited_us
 from autopar.memory.options import Model
 from autopar.memory.program import Program, Schedule, eager_schedule
 from autopar.memory.refine import Refiner
@@ -33,7 +34,8 @@ class Point:
 
     Args:
         peak_bytes: simulated.
-        cost: of what is computed again, in the unit that was asked for.
+        cost: of what is computed again, in the unit that was asked for, and of waiting for copies
+            to the host, in microseconds.
         name: of the method.
     """
 
@@ -66,7 +68,8 @@ class Front:
 
     def _point(self, name: str, schedule: Schedule) -> Point:
         peak = peak_bytes(self.program, schedule)
-        return Point(schedule, peak, schedule.added(self.program, self.cost), name)
+        cost = schedule.added(self.program, self.cost) + waited_us(self.program, schedule)
+        return Point(schedule, peak, cost, name)
 
     def _add(self, name: str, schedule: Schedule) -> None:
         self.candidates.append(self._point(name, schedule))

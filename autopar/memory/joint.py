@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.memory.order import ordered_backward, reorder
-from autopar.memory.program import GIVEN, Op, Program
+from autopar.memory.communication import communicates, communication_us
+from autopar.memory.program import GIVEN, SIDE, Op, Program, Resource
 from autopar.passes.overwrite import overwritable
-from autopar.profiler.cluster import Device
-from autopar.profiler.counting import Recorder, tensors_of
+from autopar.profiler.cluster import ClusterInfo
+from autopar.profiler.counting import Recorder, Work, tensors_of
 from autopar.profiler.time_model import Kernel
 from autopar.tracer.draws import draws
 
@@ -38,25 +38,20 @@ class Joint:
     owner: Mapping[int, fx.Node]
     kept_random: tuple[str, ...] = ()
 
-    def reordered(self) -> Joint:
-        """The same with its backward in an order in which less is alive."""
-        program, old = reorder(self.program, ordered_backward(self.program))
-        return replace(self, program=program, calls=tuple(self.calls[i] for i in old))
-
 
 def read_joint(
-    joint: fx.GraphModule, forward: set[fx.Node], *, num_fwd_outputs: int, device: Device
+    joint: fx.GraphModule, forward: set[fx.Node], *, num_fwd_outputs: int, cluster: ClusterInfo
 ) -> Joint:
     """Run the joint graph on fake tensors and take down its storages and its work.
 
     Args:
         forward: nodes that the forward computes.
         num_fwd_outputs: leading outputs that belong to the forward.
-        device: what time is predicted for.
+        cluster: what times are predicted for.
     """
     (flat,) = joint.graph.output_node().args
     outputs: list[Any] = list(flat)  # type: ignore[arg-type]
-    reader = _Reader(joint, device, forward, _carrying(joint.graph, outputs[num_fwd_outputs:]))
+    reader = _Reader(joint, cluster, forward, _carrying(joint.graph, outputs[num_fwd_outputs:]))
     reader.run(_reachable([n for n in outputs if isinstance(n, fx.Node)]))
     program = _program(reader, outputs, num_fwd_outputs)
     return Joint(program, tuple(reader.calls), reader.base, reader.owner, tuple(reader.random))
@@ -67,7 +62,7 @@ class _Reader:
     """Runs the nodes in order, on fake tensors that all stay alive: storages keep their address."""
 
     joint: fx.GraphModule
-    device: Device
+    cluster: ClusterInfo
     forward: set[fx.Node]
     carrying: set[fx.Node]
     env: dict[fx.Node, Any] = field(default_factory=dict)
@@ -137,9 +132,8 @@ class _Reader:
             self.random.append(node.name)
         if node in self.forward:
             self.of_forward.append(len(self.ops))
-        elements = max((t.numel() for t in (*tensors_of((args, kwargs)), *results)), default=0)
-        dtype = str(results[0].dtype).removeprefix("torch.") if results else "float32"
         reads = self._reads(node)
+        resource, flops, us = self._cost(node, tensors_of((args, kwargs)), results, work)
         self.calls.append(node)
         self.ops.append(
             Op(
@@ -147,14 +141,27 @@ class _Reader:
                 kind=_kind(node),
                 reads=reads,
                 makes=tuple(made),
-                flops=float(work.flops or elements),
-                us=float(Kernel(work, dtype).us(self.device)),
+                flops=flops,
+                us=us,
                 replays=_may_replay(node),
                 overwrites=self._overwrites(node, made),
                 carries=node in self.carrying,
                 module=_module(node),
+                resource=resource,
             )
         )
+
+    def _cost(
+        self, node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tensor], work: Work
+    ) -> tuple[Resource, float, float]:
+        """What an operator occupies, its FLOPs, and its time."""
+        if communicates(node):
+            us = communication_us(node, operands, results, self.cluster)
+            return Resource.COMMUNICATION, 0.0, us
+        elements = max((t.numel() for t in (*operands, *results)), default=0)
+        dtype = str(results[0].dtype).removeprefix("torch.") if results else "float32"
+        us = float(Kernel(work, dtype).us(self.cluster.device))
+        return Resource.COMPUTE, float(work.flops or elements), us
 
     def _reads(self, node: fx.Node) -> tuple[int, ...]:
         found: dict[int, None] = {}
@@ -203,14 +210,12 @@ def _carrying(graph: fx.Graph, gradients: Sequence[Any]) -> set[fx.Node]:
 
 
 def _may_replay(node: fx.Node) -> bool:
-    """Not what writes or draws; a mask drawn from the step's seed is a function of it."""
+    """Not what writes or draws; a mask drawn from the step's seed is a function of it. Collectives
+    may, as all ranks run the same schedule."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    communicates = target.namespace in ("autopar", "_c10d_functional") and "group" in {
-        a.name for a in target._schema.arguments
-    }
-    return not (target._schema.is_mutable or draws(node) or communicates)
+    return not (target._schema.is_mutable or draws(node))
 
 
 def _kind(node: fx.Node) -> str:
@@ -237,34 +242,47 @@ def _program(reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int) -> P
     for op in ops:
         for s in op.makes:
             sizes[s] = reader.sizes[s]
-    for s in _terms(ops, forward, gradients, sizes):
+    first = set(forward)
+    stays = {
+        s: sizes[s]
+        for i, op in enumerate(ops)
+        for s in op.makes
+        if i not in first and s in gradients
+    }
+    for s in stays:
         sizes[s] = 0
     results = bases(outputs[:num_fwd_outputs])
     tangents = frozenset(
         s for n, s in reader.base.items() if n.op == "placeholder" and "tangents" in str(n.target)
     )
-    return Program(tuple(ops), tuple(forward), tuple(sizes), results, gradients, tangents)
+    return Program(
+        tuple(ops), tuple(forward), tuple(sizes), results, gradients, tangents,
+        # Gloo's threads compete with compute, and the host's memory is the device's own
+        beside=SIDE if reader.cluster.device.kind != "cpu" else frozenset(),
+        stays=stays,
+        terms=_terms(ops, first, stays, sizes),
+    )  # fmt: skip
 
 
 def _terms(
-    ops: Sequence[Op], forward: Sequence[int], gradients: frozenset[int], sizes: Sequence[int]
-) -> set[int]:
-    """Gradients of parameters, and the terms of those that are sums (of shared parameters)."""
-    first = set(forward)
+    ops: Sequence[Op], forward: set[int], gradients: Mapping[int, int], sizes: Sequence[int]
+) -> frozenset[int]:
+    """What gradients of parameters are sums of (of shared parameters)."""
     maker = {s: i for i, op in enumerate(ops) for s in op.makes}
     readers: dict[int, int] = {}
     for op in ops:
         for s in op.reads:
             readers[s] = readers.get(s, 0) + 1
-    found = {s for s in gradients if maker.get(s, GIVEN) not in (GIVEN, *first)}
-    stack = list(found)
+    found: set[int] = set()
+    stack = list(gradients.items())
     while stack:
-        op = ops[maker[stack.pop()]]
+        total, nbytes = stack.pop()
+        op = ops[maker[total]]
         if not op.kind.startswith("aten.add.Tensor "):
             continue
         for s in op.reads:
-            own = maker.get(s, GIVEN) not in (GIVEN, *first) and readers[s] == 1
-            if own and s not in found and sizes[s] == sizes[op.makes[0]]:
+            own = maker.get(s, GIVEN) not in (GIVEN, *forward) and readers[s] == 1
+            if own and s not in found and sizes[s] == nbytes:
                 found.add(s)
-                stack.append(s)
-    return found
+                stack.append((s, nbytes))
+    return frozenset(found)

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.profiler.counting import Recorder, tensors_of
+from autopar.runtime import offload
 
 
 class LiveTrace(TorchDispatchMode):
@@ -58,6 +59,8 @@ class LiveTrace(TorchDispatchMode):
         leaves = pytree.tree_leaves((args, kwargs))
         before = {t.untyped_storage()._cdata for t in leaves if isinstance(t, torch.Tensor)}
         out = func(*args, **kwargs)
+        if func is offload.HOST:
+            return out
         for t in pytree.tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 storage = t.untyped_storage()

@@ -8,7 +8,6 @@ gradients first, then the gradient that is passed on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from autopar.memory.program import Program
@@ -83,12 +82,6 @@ class _Mover:
             self.at[self.order[k]] = k
 
 
-def reorder(program: Program, backward: Sequence[int]) -> tuple[Program, tuple[int, ...]]:
-    """The program with its backward in another order, and for each of its operators the old number.
-
-    Args:
-        backward: the old numbers of the backward's operators in their new order.
-    """
-    new = (*program.forward, *backward)
-    ops = tuple(program.ops[i] for i in new)
-    return replace(program, ops=ops, forward=tuple(range(len(program.forward)))), new
+def in_order(program: Program) -> Program:
+    """The program with its backward in the better order."""
+    return replace(program, order=ordered_backward(program))

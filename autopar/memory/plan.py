@@ -10,6 +10,7 @@ import torch
 
 from autopar.errors import InfeasibleError
 from autopar.memory.front import Front
+from autopar.memory.order import in_order
 from autopar.memory.program import Program, Schedule, eager_schedule
 from autopar.memory.simulate import timeline
 from autopar.memory.timeline import Timeline
@@ -58,7 +59,7 @@ class StepBudget:
     Args:
         memory_bytes: of the device, for this model.
         parameters_bytes, gradients_bytes, optimizer_bytes: of the parameters.
-        other_bytes: inputs, buffers and constants; buffers that the step updates are copied.
+        other_bytes: inputs, buffers and constants, and copies of buffers that the step updates.
     """
 
     memory_bytes: float
@@ -69,40 +70,48 @@ class StepBudget:
 
     @staticmethod
     def of(
-        arguments: Sequence[torch.Tensor], memory_bytes: float, optimizer_state: float
+        arguments: Sequence[torch.Tensor],
+        memory_bytes: float,
+        optimizer_state: float,
+        copied_bytes: float = 0.0,
     ) -> StepBudget:
         """Of the program that takes these arguments.
 
         Args:
             optimizer_state: bytes per byte of a trainable parameter.
+            copied_bytes: of arguments that are copied for the step.
         """
         trained = sum(t.nbytes for t in arguments if t.requires_grad)
-        other = sum(t.nbytes for t in arguments if not t.requires_grad)
-        return StepBudget(memory_bytes, trained, trained, optimizer_state * trained, 2.0 * other)
+        other = sum(t.nbytes for t in arguments if not t.requires_grad) + copied_bytes
+        return StepBudget(memory_bytes, trained, trained, optimizer_state * trained, other)
 
     @property
-    def activations_bytes(self) -> float:
-        """What is left for the step."""
-        fixed = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
-        return self.memory_bytes - fixed - self.other_bytes
+    def resident_bytes(self) -> float:
+        """What is there throughout the step."""
+        return self.parameters_bytes + self.optimizer_bytes + self.other_bytes
 
-    def choose(self, program: Program) -> Schedule:
+    @property
+    def step_bytes(self) -> float:
+        """What is left for all that the step makes, gradients of parameters included."""
+        return self.memory_bytes - self.resident_bytes
+
+    def choose(self, program: Program) -> MemoryPlan:
         """The schedule that runs.
 
         Raises:
             InfeasibleError: no schedule fits the memory; it names the smallest that does.
         """
         try:
-            return plan_memory(program, self.activations_bytes).schedule
+            return plan_memory(program, self.step_bytes)
         except InfeasibleError as error:
-            smallest = self.memory_bytes - self.activations_bytes + error.smallest_bytes
+            smallest = self.resident_bytes + error.smallest_bytes
             raise InfeasibleError(
                 f"{error}. Of {format_bytes(self.memory_bytes)}, parameters take "
-                f"{format_bytes(self.parameters_bytes)}, gradients "
-                f"{format_bytes(self.gradients_bytes)}, the optimizer "
+                f"{format_bytes(self.parameters_bytes)}, the optimizer "
                 f"{format_bytes(self.optimizer_bytes)}, inputs and buffers "
-                f"{format_bytes(self.other_bytes)}. Give {format_bytes(smallest)} "
-                f"({smallest:.0f} bytes), or a smaller batch",
+                f"{format_bytes(self.other_bytes)}, and gradients of parameters come to "
+                f"{format_bytes(self.gradients_bytes)} as backward proceeds. Give "
+                f"{format_bytes(smallest)} ({smallest:.0f} bytes), or a smaller batch",
                 budget_bytes=self.memory_bytes,
                 smallest_bytes=smallest,
             ) from error
@@ -128,12 +137,13 @@ def plan_memory(
     """The cheapest schedule found whose peak is within the budget.
 
     Args:
-        budget_bytes: for all that the step makes, without gradients of parameters.
+        budget_bytes: for all that the step makes.
         cost: of running each operator again; its predicted time if None.
 
     Raises:
         InfeasibleError: no schedule was found; it names the smallest budget with one.
     """
+    program = in_order(program)
     eager = eager_schedule(program)
     whole = timeline(program, eager)
     if whole.peak_bytes <= budget_bytes:

@@ -7,13 +7,28 @@ schedules (`simulate.py`, `search.py`, ...) works on a `Program` and knows no to
 
 from __future__ import annotations
 
+import enum
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 GIVEN = -1  # the maker of a storage that was there before the step
+
+
+class Resource(enum.StrEnum):
+    """What an operator occupies while it runs."""
+
+    COMPUTE = "compute"
+    COMMUNICATION = "communication"
+    HOST = "host link"
+
+
+SIDE = frozenset((Resource.COMMUNICATION, Resource.HOST))
 
 
 @dataclass(frozen=True)
@@ -27,11 +42,12 @@ class Op:
         makes: storages.
         flops: as torch counts them; of an operator without a formula, its largest operand's or
             result's elements.
-        us: time on the device, microseconds.
+        us: time on its resource, microseconds.
         replays: run again on the same operands it gives the same results, and does nothing else.
         overwrites: storages it reads in whose place its one result may be written.
         carries: a gradient flows through it.
         module: path of the module that called it.
+        resource: what it occupies.
     """
 
     name: str
@@ -44,6 +60,21 @@ class Op:
     overwrites: tuple[int, ...] = ()
     carries: bool = True
     module: str = ""
+    resource: Resource = Resource.COMPUTE
+
+
+class Transfer(NamedTuple):
+    """The operators that move a storage to the host and back; schedules run all or none.
+
+    Args:
+        out: starts the copy to the host.
+        left: it is done, and the storage may go.
+        back: starts the copy back, into a storage that takes the place of the first.
+    """
+
+    out: int
+    left: int
+    back: int
 
 
 @dataclass(frozen=True)
@@ -53,11 +84,19 @@ class Program:
     Args:
         ops: in the order in which the joint graph has them.
         forward: the operators of the forward, in order; all others are the backward's.
-        nbytes: of every storage; 0 for those that do not count (given ones, gradients of
-            parameters).
+        nbytes: of every storage that schedules decide about; 0 for given ones and gradients of
+            parameters.
         results: storages that the forward returns.
         gradients: storages that the backward returns.
         tangents: gradients of results, with which the backward starts.
+        beside: resources that run beside compute; operators of others occupy compute as well.
+        stays: bytes by storage of what stays until the step ends, once it is made: gradients of
+            parameters.
+        terms: storages that are summed to a gradient of a parameter and nothing else.
+        order: the backward's operators as they run, if not as `ops` has them.
+        transfers: by storage, the operators that move it to the host; no part of forward or
+            backward unless a schedule takes them in.
+        host_bytes: of the host, for what is moved.
     """
 
     ops: tuple[Op, ...]
@@ -66,26 +105,48 @@ class Program:
     results: frozenset[int]
     gradients: frozenset[int]
     tangents: frozenset[int] = frozenset()
+    beside: frozenset[Resource] = SIDE
+    stays: Mapping[int, int] = field(default_factory=dict)
+    terms: frozenset[int] = frozenset()
+    order: tuple[int, ...] = ()
+    transfers: Mapping[int, Transfer] = field(default_factory=dict)
+    host_bytes: float = math.inf
+
+    @cached_property
+    def moves(self) -> Mapping[int, int]:
+        """The storage that each operator of a transfer moves."""
+        return {i: s for s, transfer in self.transfers.items() for i in transfer}
 
     @cached_property
     def maker(self) -> tuple[int, ...]:
-        """The operator that makes each storage; `GIVEN` for those that were there."""
+        """The operator that makes each storage, not the one that brings it back; `GIVEN` for those
+        that were there."""
         found = [GIVEN] * len(self.nbytes)
+        back = {transfer.back for transfer in self.transfers.values()}
         for i, op in enumerate(self.ops):
-            for s in op.makes:
+            for s in () if i in back else op.makes:
                 found[s] = i
         return tuple(found)
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """`nbytes` as an array."""
-        return np.array(self.nbytes, dtype=np.float64)
+        """`nbytes` and `stays` as an array."""
+        found = np.array(self.nbytes, dtype=np.float64)
+        for s, n in self.stays.items():
+            found[s] += n
+        return found
+
+    def without_gradients(self) -> Program:
+        """The same where gradients of parameters are there before and after, and do not count, nor
+        do the terms that they are sums of."""
+        counted = (0 if s in self.terms else n for s, n in enumerate(self.nbytes))
+        return replace(self, nbytes=tuple(counted), stays={})
 
     @cached_property
     def backward(self) -> tuple[int, ...]:
         """The operators of the backward, in order."""
         mine = set(self.forward)
-        return tuple(i for i in range(len(self.ops)) if i not in mine)
+        return self.order or tuple(i for i in range(len(self.ops)) if i not in mine)
 
     @cached_property
     def flows(self) -> frozenset[int]:
@@ -111,6 +172,17 @@ class Program:
             s for i in self.backward for s in self.ops[i].reads if s in self.forward_made
         )
 
+    @cached_property
+    def signature(self) -> str:
+        """Equal for programs that one schedule fits: operators that read and make the same
+        storages, and communicate alike. Those of the ranks of a mesh differ in sizes, where dims
+        are split unevenly, and in a few operators that only the first rank computes."""
+        digest = hashlib.sha256(repr((self.forward, sorted(self.results))).encode())
+        for op in self.ops:
+            what = op.kind.split()[0] if op.resource is Resource.COMMUNICATION else ""
+            digest.update(repr((op.reads, op.makes, op.resource, op.replays, what)).encode())
+        return digest.hexdigest()[:16]
+
     def flops(self, sequence: Sequence[int]) -> float:
         """FLOPs of a sequence of operators."""
         return sum(self.ops[i].flops for i in sequence)
@@ -131,14 +203,19 @@ class Schedule:
 
     def kept(self, program: Program) -> tuple[int, ...]:
         """Storages handed from the forward to the backward, in the order of their making."""
+        before = {s for i in self.forward for s in program.ops[i].makes}
         made: set[int] = set()
         found: set[int] = set()
         for i in self.backward:
             op = program.ops[i]
-            found.update(s for s in op.reads if s not in made and s in program.forward_made)
+            found.update(s for s in op.reads if s not in made and s in before)
             made.update(op.makes)
-        found |= {s for s in program.gradients if s not in made and s in program.forward_made}
+        found |= {s for s in program.gradients if s not in made and s in before}
         return tuple(s for i in self.forward for s in program.ops[i].makes if s in found)
+
+    def moved(self, program: Program) -> frozenset[int]:
+        """Storages that go to the host."""
+        return frozenset(program.moves[i] for i in self.forward if i in program.moves)
 
     def again(self, program: Program) -> tuple[int, ...]:
         """Operators of the backward that ran before, as often as they do."""

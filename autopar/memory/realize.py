@@ -11,6 +11,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from autopar.memory.joint import Joint
@@ -26,6 +27,7 @@ class _Writer:
         # the latest node for every value; views are dropped when their base is made again
         self.env: dict[fx.Node, fx.Node] = {}
         self.views: dict[int, list[fx.Node]] = {}
+        self.coming: set[int] = set()  # storages on their way back from the host
         for node in inputs:
             new = self.env[node] = self.graph.placeholder(node.name)
             new.meta = dict(node.meta)
@@ -41,6 +43,11 @@ class _Writer:
         return new
 
     def _copy(self, node: fx.Node, makes: tuple[int, ...] = ()) -> fx.Node:
+        for s in {self.joint.base.get(n, GIVEN) for n in node.all_input_nodes} & self.coming:
+            self.coming.discard(s)
+            arrived = torch.ops.autopar.arrived.default
+            wait = self.graph.call_function(arrived, (self.env[self.joint.owner[s]],))
+            wait.meta = {"storage": -1, "makes": ()}
         new = self.graph.node_copy(node, self.value)
         numbers = [self.joint.base[n] for n in (node, *node.users) if n in self.joint.base]
         is_part = node.target is operator.getitem
@@ -57,6 +64,11 @@ class _Writer:
             for view in self.views.pop(s, []):
                 self.env.pop(view, None)
         self.env[node] = new
+        if index in self.joint.program.moves:
+            for s in op.makes:  # what came back takes the place of what left
+                self.env[self.joint.owner[s]] = new
+            self.coming.update(s for s in op.makes if self.joint.owner[s] is not node)
+            return new
         for user in node.users:
             if user.target is operator.getitem and self.joint.base.get(user) in op.makes:
                 self.env[user] = self._copy(user)

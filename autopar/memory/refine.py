@@ -1,8 +1,9 @@
 """Makes a schedule fit a budget, and spends what the budget leaves, an operator at a time.
 
 `shrink` takes a value that is alive at the peak and not used there, and computes it again before
-its next use. `grow` leaves out what is computed again where the room to keep it is there. Both look
-at the simulated peak, so what the models before them round or leave out is repaired here.
+its next use, or has it on the host until then. `grow` leaves out what is computed again or moved
+where the room to keep it is there. Both look at the simulated peak, so what the models before them
+round or leave out is repaired here.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from autopar.memory.offload import host_bytes, moved, waited_us, without
 from autopar.memory.program import GIVEN, Program, Schedule
 from autopar.memory.simulate import Lives, lives, occupancy
+from autopar.memory.streams import run_times
 
 _CONE = 64  # a value that takes more operators to compute again is not tried
 _TRIED = 4  # candidates per step, by bytes for their cost
@@ -48,7 +51,11 @@ class Refiner:
             if not excess.any():
                 return schedule
             best: tuple[float, float, Schedule, Lives, np.ndarray] | None = None
-            for added, candidate in self._dropped(schedule, found, int(excess.argmax())):
+            at = int(excess.argmax())
+            candidates = self._dropped(schedule, found, at)
+            if self.program.transfers:
+                candidates += self._moved(schedule, found, live, budget, at)
+            for added, candidate in candidates:
                 if spent + added > most:
                     continue
                 new = lives(self.program, candidate)
@@ -89,6 +96,35 @@ class Refiner:
             for _, added, use, cone in ranked[:_TRIED]
         ]
 
+    def _moved(
+        self, schedule: Schedule, found: Lives, live: np.ndarray, budget: float, at: int
+    ) -> list[tuple[float, Schedule]]:
+        """Schedules in which a value is on the host at a position, and what they wait longer."""
+        program, forward = self.program, len(schedule.forward)
+        sequence = schedule.forward + schedule.backward
+        gone, room = schedule.moved(program), program.host_bytes - host_bytes(program, schedule)
+        ranked = []
+        for s, start, end in zip(*found[:3], strict=True):
+            nbytes = program.nbytes[s]
+            if s not in program.transfers or s in gone or nbytes > room:
+                continue
+            if not start < min(at, forward) or s in program.ops[sequence[at]].reads:
+                continue
+            use = next((p for p in range(at, end + 1) if s in program.ops[sequence[p]].reads), -1)
+            if use > forward:
+                ranked.append((nbytes, s, start, use))
+        busy = run_times(program, sequence)
+        crowded, before = np.flatnonzero(live > budget), waited_us(program, schedule)
+        candidates = []
+        for _, s, made, use in sorted(ranked, reverse=True)[:_TRIED]:
+            candidate = moved(
+                program, schedule, busy.runs, s, made=made, at=at, use=use, crowded=crowded
+            )
+            if candidate is not None:
+                waits = waited_us(program, candidate) - before
+                candidates.append((max(waits, 0.0) + self._free, candidate))
+        return candidates
+
     def _cone(self, found: Lives, maker: int, use: int, dropped: int) -> list[int] | None:
         """Operators to run before a position for one operator's results to be there."""
         alive = {
@@ -115,8 +151,12 @@ class Refiner:
         return list(cone) if need(maker) else None
 
     def grow(self, schedule: Schedule, budget: float) -> Schedule:
-        """Keep what is computed again, the dearest first, as far as the budget allows."""
+        """Keep what is computed again or moved, the dearest first, as far as the budget allows."""
         rejected: set[tuple[int, int]] = set()
+        for s in sorted(schedule.moved(self.program), key=lambda s: -self.program.nbytes[s]):
+            candidate = without(self.program, schedule, s)
+            if occupancy(self.program, candidate, lives(self.program, candidate)).max() <= budget:
+                schedule = candidate
         while True:
             grown = self._grown(schedule, budget, rejected)
             if grown is None:
@@ -164,10 +204,10 @@ class Refiner:
         return None
 
     def without_unread(self, schedule: Schedule) -> Schedule:
-        """Leave out what is computed again and read by nobody."""
+        """Leave out what is computed again or comes back, and is read by nobody."""
         program = self.program
         wanted = set(program.gradients)
-        own = set(program.backward)
+        own = set(program.backward) | {t.left for t in program.transfers.values()}
         kept: list[int] = []
         for i in reversed(schedule.backward):
             op = program.ops[i]
@@ -176,4 +216,8 @@ class Refiner:
             kept.append(i)
             wanted.difference_update(op.makes)
             wanted.update(op.reads)
-        return Schedule(schedule.forward, tuple(reversed(kept)))
+        schedule = Schedule(schedule.forward, tuple(reversed(kept)))
+        for s in schedule.moved(program):
+            if program.transfers[s].back not in kept:
+                schedule = without(program, schedule, s)
+        return schedule

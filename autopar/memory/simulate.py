@@ -2,7 +2,7 @@
 
 While an operator runs, its operands and results are alive; what nobody reads any more is freed
 after it. A pointwise operator may write its result over an operand that dies with it. Counted are
-storages that the step makes, without gradients of parameters.
+storages that the step makes; gradients of parameters from when they are made.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.memory.program import GIVEN, Program, Schedule
+from autopar.memory.streams import run_times
 from autopar.memory.timeline import Moment, Timeline
 
 
@@ -62,6 +63,8 @@ def lives(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Li
             for s in program.results & current.keys():
                 end[current[s]] = at
     held = program.results | program.gradients
+    for s in program.stays.keys() & current.keys():
+        end[current[s]] = forward + len(schedule.backward) - 1
     found = [-1] * len(storage)
     for life, at, candidates in writers:
         for other in candidates:
@@ -111,15 +114,17 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
         for mask in (kept, remade, ~(kept | remade))
     )
     handed = np.bincount(start[kept], nbytes[kept], first + 1)
-    moments, at_us = list[Moment](), 0.0
+    sequence = schedule.forward + schedule.backward
+    busy = run_times(program, sequence)
+    moments = list[Moment]()
     seen: set[int] = set()
-    for at, i in enumerate(schedule.forward + schedule.backward):
+    for at, (i, run) in enumerate(zip(sequence, busy.runs, strict=True)):
         op = program.ops[i]
         moments.append(
             Moment(
                 op.name,
                 op.module,
-                at_us,
+                run.start,
                 op.us,
                 kept_bytes[at],
                 again_bytes[at],
@@ -127,11 +132,13 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
                 again=i in seen,
                 keeps_bytes=int(handed[at]) if at < first else 0,
                 flops=op.flops,
+                resource=op.resource,
+                issued_us=run.issued,
             )
         )
-        at_us += op.us
         seen.add(i)
-    return Timeline(tuple(moments), first)
+    waited = tuple((resource, us) for resource, us in busy.waited.items() if us)
+    return Timeline(tuple(moments), first, waited)
 
 
 def peak_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) -> int:

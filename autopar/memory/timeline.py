@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from autopar.memory.program import Resource
 from autopar.plan import write_atomically
 
-_PROCESS = {"pid": 0, "tid": 0}
+_ROWS = {resource: {"pid": 0, "tid": row} for row, resource in enumerate(Resource)}
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,16 @@ class Moment:
     Args:
         name: of its node.
         module: path of the module that it belongs to; "" where that is not known.
-        start_us, us: when it starts, and how long it takes.
+        start_us, us: when it starts on its resource, and how long it takes.
         kept_bytes: alive meanwhile, handed from forward to backward.
         again_bytes: alive meanwhile, computed again.
         other_bytes: alive meanwhile, all else: gradients, and what does not leave the forward.
         again: it ran before.
         keeps_bytes: that it makes and the forward hands to the backward.
         flops: of its own.
+        resource: what it occupies.
+        issued_us: when the program reaches it, and its memory is taken; before `start_us` where it
+            waits.
     """
 
     name: str
@@ -40,6 +44,12 @@ class Moment:
     again: bool = False
     keeps_bytes: int = 0
     flops: float = 0.0
+    resource: Resource = Resource.COMPUTE
+    issued_us: float = 0.0
+
+    @property
+    def end_us(self) -> float:
+        return self.start_us + self.us
 
     @property
     def live_bytes(self) -> int:
@@ -68,10 +78,12 @@ class Timeline:
     Args:
         moments: its operators, as they run.
         forward: how many of them are the forward's.
+        waited_us: by resource, how long compute waits for it.
     """
 
     moments: tuple[Moment, ...]
     forward: int
+    waited_us: tuple[tuple[Resource, float], ...] = ()
 
     @cached_property
     def during_bytes(self) -> tuple[int, ...]:
@@ -87,10 +99,18 @@ class Timeline:
         """The first position at which the peak is reached."""
         return self.during_bytes.index(self.peak_bytes) if self.moments else 0
 
-    @property
+    @cached_property
     def us(self) -> float:
-        """Of the whole step."""
-        return self.moments[-1].start_us + self.moments[-1].us if self.moments else 0.0
+        """Of the whole step, until all resources are done."""
+        return max((m.end_us for m in self.moments), default=0.0)
+
+    def busy_us(self, resource: Resource) -> float:
+        """How long a resource is occupied."""
+        return sum(m.us for m in self.moments if m.resource is resource)
+
+    def exposed_us(self, resource: Resource) -> float:
+        """How much of a resource's time compute waits for: what it does not hide."""
+        return dict(self.waited_us).get(resource, 0.0)
 
     def __str__(self) -> str:
         if not self.moments:
@@ -116,9 +136,10 @@ class Timeline:
         )
 
     def to_trace(self) -> dict[str, Any]:
-        """As a Chrome trace, which Perfetto reads too: a row of operators, and counters of the
-        bytes alive. Operators that run again have a category of their own."""
-        return {"traceEvents": [*_names(), *self._events()], "displayTimeUnit": "ms"}
+        """As a Chrome trace, which Perfetto reads too: a row of operators per resource, and
+        counters of the bytes alive. Operators that run again have a category of their own."""
+        used = {m.resource for m in self.moments} | {Resource.COMPUTE}
+        return {"traceEvents": [*_names(used), *self._events()], "displayTimeUnit": "ms"}
 
     def save_trace(self, path: str | Path) -> None:
         """Write `to_trace` to a file; it opens in https://ui.perfetto.dev."""
@@ -127,7 +148,7 @@ class Timeline:
     def _events(self) -> Iterator[dict[str, Any]]:
         for at, moment in enumerate(self.moments):
             phase = "forward" if at < self.forward else "backward"
-            yield _PROCESS | {
+            yield _ROWS[moment.resource] | {
                 "ph": "X",
                 "name": moment.name,
                 "cat": "again" if moment.again else phase,
@@ -135,9 +156,11 @@ class Timeline:
                 "dur": moment.us,
                 "args": {"module": moment.module, "live bytes": moment.live_bytes},
             }
-            yield _counter("live bytes", moment.start_us, {"bytes": moment.live_bytes})
+            yield _counter("live bytes", moment.issued_us, {"bytes": moment.live_bytes})
             parts = {"kept": moment.kept_bytes, "computed again": moment.again_bytes}
-            yield _counter("live by origin", moment.start_us, parts | {"other": moment.other_bytes})
+            yield _counter(
+                "live by origin", moment.issued_us, parts | {"other": moment.other_bytes}
+            )
         yield _counter("live bytes", self.us, {"bytes": 0})
 
 
@@ -148,9 +171,14 @@ def block_of(module: str) -> str:
     return ".".join(parts[: numbers[0] + 1]) if numbers else module
 
 
-def _names() -> Iterable[dict[str, Any]]:
-    yield _PROCESS | {"ph": "M", "name": "process_name", "args": {"name": "predicted step"}}
-    yield _PROCESS | {"ph": "M", "name": "thread_name", "args": {"name": "compute"}}
+def _names(used: Iterable[Resource]) -> Iterable[dict[str, Any]]:
+    yield _ROWS[Resource.COMPUTE] | {
+        "ph": "M", "name": "process_name", "args": {"name": "predicted step"},
+    }  # fmt: skip
+    for resource in sorted(used, key=list(Resource).index):
+        yield _ROWS[resource] | {
+            "ph": "M", "name": "thread_name", "args": {"name": str(resource)},
+        }  # fmt: skip
 
 
 def _counter(name: str, at_us: float, values: dict[str, int]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
+from collections.abc import Collection
 
 import torch
 import torch.fx as fx
@@ -12,18 +13,28 @@ import torch.fx as fx
 BUCKET_BYTES = 4 * 2**20
 
 
-def bucket_reductions(gm: fx.GraphModule, *, bucket_bytes: int = BUCKET_BYTES) -> fx.GraphModule:
+def bucket_reductions(
+    gm: fx.GraphModule,
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+    apart: Collection[fx.Node] = frozenset(),
+) -> fx.GraphModule:
     """Merge all-reduces whose results are only returned (gradients of replicated parameters).
 
     Values of one group and dtype are flattened into a buffer of at most `bucket_bytes`, reduced
     once, and taken apart again; the sum of every element is over the same ranks as before.
+
+    Args:
+        apart: nodes that stay as they are (of a joint graph, the forward's).
     """
     graph = gm.graph
     output = graph.output_node()
     buckets: dict[tuple[str, torch.dtype], list[list[fx.Node]]] = defaultdict(lambda: [[]])
     filled: dict[tuple[str, torch.dtype], int] = defaultdict(int)
     for node in graph.nodes:
-        if node.target is not torch.ops.autopar.all_reduce.default or set(node.users) != {output}:
+        if node.target is not torch.ops.autopar.all_reduce.default or node in apart:
+            continue
+        if set(node.users) != {output}:
             continue
         value = node.meta["val"]
         nbytes = value.numel() * value.element_size()

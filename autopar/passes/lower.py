@@ -28,7 +28,7 @@ from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import partition, partition_within
 from autopar.passes.runner import Pass, run_passes
 from autopar.passes.verify import propagate_shapes, verify
-from autopar.profiler.cluster import DEVICES, Device
+from autopar.profiler.cluster import ClusterInfo
 
 # Tracing uses process-wide state; simulated ranks are threads.
 _TRACING = threading.Lock()
@@ -57,7 +57,7 @@ def lower(
     regather: Sequence[int] = (),
     device_type: str = "cpu",
     choose: Callable[[Program], Schedule] | None = None,
-    device: Device = DEVICES["cpu"],
+    cluster: ClusterInfo | None = None,
     compile: bool = False,
     disable: frozenset[str] = frozenset(),
 ) -> LoweredStep:
@@ -71,28 +71,31 @@ def lower(
         device_type: decides which kernels are substituted.
         choose: what is kept and what is computed again (`autopar.memory`); as eager autograd does
             if None. With it, results are also written over operands that die.
-        device: what the choice predicts times for.
+        cluster: what the choice predicts times for; one CPU if None.
         compile: run the graphs by Inductor.
         disable: names of passes to leave out.
     """
     step = LoweredStep(lambda *flat: None)
-    # Inductor writes over what dies by itself
-    last: list[Pass] = [] if choose is None or compile else [overwrite]
     compiled: list[Compiled] = []
-    split = (
-        functools.partial(partition, regather=frozenset(regather))
-        if choose is None
-        else functools.partial(partition_within, choose=choose, device=device)
-    )
     kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
+    if choose is None:
+        split = functools.partial(partition, regather=frozenset(regather))
+        forward_passes: list[Pass] = [kernels]
+        backward_passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions]
+    else:
+        split = functools.partial(
+            partition_within, choose=choose, cluster=cluster or ClusterInfo.of("1"),
+            device_type=device_type, disable=disable,
+        )  # fmt: skip
+        last: list[Pass] = [] if compile else [overwrite]  # Inductor does that by itself
+        forward_passes, backward_passes = last, [overlap_reductions, *last]
 
     def compile_forward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        step.forward = run_passes(gm, [kernels, *last], disable=disable)
+        step.forward = run_passes(gm, forward_passes, disable=disable)
         return finish(step.forward, backward=False)
 
     def compile_backward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions, *last]
-        step.backward = run_passes(gm, passes, disable=disable)
+        step.backward = run_passes(gm, backward_passes, disable=disable)
         return finish(step.backward, backward=True)
 
     def finish(gm: fx.GraphModule, *, backward: bool) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ plan gathers again (ZeRO-3): the gather and the views on it move into the backwa
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from autopar.kernels.substitute import substitute_kernels
 from autopar.memory.joint import read_joint
 from autopar.memory.program import Program, Schedule
 from autopar.memory.realize import realize
 from autopar.memory.simulate import check
-from autopar.profiler.cluster import Device
+from autopar.memory.transfers import with_transfers
+from autopar.passes.bucket import bucket_reductions
+from autopar.passes.runner import run_passes
+from autopar.profiler.cluster import ClusterInfo
 from autopar.runtime import collectives  # noqa: F401  (defines the operators)
 
 log = logging.getLogger(__name__)
@@ -70,23 +75,28 @@ def partition_within(
     *,
     num_fwd_outputs: int,
     choose: Callable[[Program], Schedule],
-    device: Device,
+    cluster: ClusterInfo,
+    device_type: str,
+    disable: frozenset[str] = frozenset(),
     **_options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split a joint graph by a schedule of its operators.
 
     Args:
         choose: the schedule of a program.
-        device: what times are predicted for.
+        cluster: what times are predicted for.
+        device_type: decides which kernels are substituted.
+        disable: names of passes to leave out.
     """
-    read = read_joint(
-        joint,
-        forward_nodes(joint, num_fwd_outputs),
-        num_fwd_outputs=num_fwd_outputs,
-        device=device,
-    ).reordered()
+    # what these passes make has a size and a time, so they come before the schedule
+    bucket = functools.partial(bucket_reductions, apart=forward_nodes(joint, num_fwd_outputs))
+    kernels = functools.partial(substitute_kernels, device_type=device_type)
+    joint = run_passes(joint, [kernels, bucket], disable=disable)
+    forward = forward_nodes(joint, num_fwd_outputs)
+    read = read_joint(joint, forward, num_fwd_outputs=num_fwd_outputs, cluster=cluster)
     if read.kept_random:
         log.info("kept, as they draw and cannot be run again: %s", ", ".join(read.kept_random))
+    read = with_transfers(read, joint.graph, cluster)
     schedule = choose(read.program)
     check(read.program, schedule)
     return realize(joint, read, schedule, num_fwd_outputs=num_fwd_outputs)

@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 
 from autopar.runtime import collectives
+from autopar.runtime.groups import ProcessGroup, find_group
 
 _STEPS = {
     collectives.gather,
@@ -21,6 +22,9 @@ _STEPS = {
     collectives.exchange,
     collectives.inject,
 }
+
+
+_NAMESPACES = ("autopar", "_c10d_functional")
 
 
 class VerifyError(AssertionError):
@@ -66,12 +70,15 @@ def collective_signature(gm: fx.GraphModule, groups: Sequence[str]) -> str:
     Groups are identified by mesh axis, so that the signatures of different ranks compare.
     """
     axis = {name: i for i, name in enumerate(groups)}
+    for i, group in enumerate(map(find_group, groups)):
+        if isinstance(group, ProcessGroup):  # as torch's functional collectives name it
+            axis[group.group.group_name] = i
     digest = hashlib.sha256()
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         target = node.target
-        is_op = isinstance(target, torch._ops.OpOverload) and target.namespace == "autopar"
+        is_op = isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES
         if target in _STEPS or is_op:
             used = [axis[a] for a in node.args if isinstance(a, str) and a in axis]
             digest.update(repr((str(getattr(target, "__name__", target)), used)).encode())

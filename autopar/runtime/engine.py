@@ -21,9 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from autopar.constraints import refuse_outputs
-from autopar.errors import AutoparError, EngineError, MeshError
-from autopar.memory.plan import StepBudget
-from autopar.memory.program import Program, Schedule
+from autopar.errors import EngineError, MeshError
+from autopar.memory.plan import MemoryPlan, StepBudget
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.lower import lower
 from autopar.passes.verify import collective_signature
@@ -31,6 +30,7 @@ from autopar.plan import ShardingPlan
 from autopar.planner import Planned, autoplan, trainable_inputs
 from autopar.profiler.cluster import ClusterInfo, as_cluster
 from autopar.runtime import environment
+from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.distribute import check_optimizer, distribute, optimizer_state_ratio
 from autopar.runtime.groups import process_groups
@@ -73,8 +73,8 @@ def auto_engine(
         plan: a plan or its file, instead of planning.
         batch: "global": every rank passes the same batch and the engine takes its part; "local":
             every rank passes its own samples, as with DDP and a DistributedSampler.
-        memory: budget per device ("40GiB", bytes, or a share of the device). On a single device, a
-            step that does not fit computes again what it cannot keep (docs/memory.md).
+        memory: budget per device ("40GiB", bytes, or a share of the device). A step that does not
+            fit computes again, and gathers again, what it cannot keep (docs/memory.md).
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
         compile: run forward and backward by Inductor; the plan stays in force.
         constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
@@ -161,14 +161,14 @@ class Engine(torch.nn.Module):
         self._constraints, self._time_limit, self._progress = constraints, time_limit, progress
         self._programs: dict[Any, list[_Specialization]] = {}
         self._plan: ShardingPlan | None = None
+        self._memory: MemoryPlan | None = None
         self._steps = 0
         self._draws = 0
         self._device = environment.device_for(cluster)
         self._mesh = environment.start(cluster, self._device)
-        self._rank = dist.get_rank()
-        self._coords = cluster.coords(self._rank)
+        self._coords = cluster.coords(dist.get_rank())
         self._groups = process_groups(self._mesh, self._coords)
-        self._seed = int(self._from_rank_zero(lambda: torch.initial_seed() % 2**62))
+        self._seed = int(from_rank_zero(lambda: torch.initial_seed() % 2**62))
 
     # -- as a module ----------------------------------------------------------------------------
 
@@ -195,6 +195,11 @@ class Engine(torch.nn.Module):
                 "no plan yet: it is made at the first batch, or pass example_inputs= to auto_engine"
             )
         return self._plan
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """What the step that was compiled last keeps and computes again; None without a budget."""
+        return self._memory
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Plan and distribute for inputs of these shapes, without running them."""
@@ -296,21 +301,33 @@ class Engine(torch.nn.Module):
             graph, plan, coords=self._coords, groups=self._groups,
             output_specs=output_specs, trainable=trainable,
         )  # fmt: skip
-        self._check_agreement(collective_signature(program.gm, self._groups))
+        what = "sequence of collectives"
+        check_agreement(what, collective_signature(program.gm, self._groups))
         if self._plan is None:
             distribute(
                 self._model, self._optimizer, plan.parameter_specs(), self._mesh, self._coords,
                 self._device,
             )  # fmt: skip
             self._plan = plan
-        run = self._compile(graph, plan, program, layout)
-        return _Specialization(graph, plan, program, run, layout)
-
-    def _compile(
-        self, graph: ModelGraph, plan: ShardingPlan, program: LocalProgram, layout: BatchLayout
-    ) -> Callable[..., Any]:
         if not self._lowered:
-            return program.gm
+            return _Specialization(graph, plan, program, program.gm, layout)
+        example = self._example(graph, program, layout)
+        scheduler = self._scheduler(graph, example)
+        names = list(graph.parameters.values())
+        step = lower(
+            program.gm, example, regather=[names.index(n) for n in plan.regather if n in names],
+            device_type=self._device.type, choose=scheduler, cluster=self._cluster,
+            compile=self._compiled,
+        )  # fmt: skip
+        ran = [collective_signature(g, self._groups) for g in (step.forward, step.backward) if g]
+        check_agreement(what, " ".join(ran))
+        self._memory = None if scheduler is None else scheduler.found
+        return _Specialization(graph, plan, program, step, layout)
+
+    def _example(
+        self, graph: ModelGraph, program: LocalProgram, layout: BatchLayout
+    ) -> list[torch.Tensor]:
+        """Tensors as the program will be called with."""
         found = dict(self._model.named_parameters())
         buffers = dict(self._model.named_buffers())
         example = [
@@ -322,21 +339,16 @@ class Engine(torch.nn.Module):
         example += layout.example_shards(graph, program.input_specs, self._coords, self._device)
         if program.takes_seed:
             example.append(torch.zeros((), dtype=torch.int64))
-        names = list(graph.parameters.values())
-        regather = [names.index(n) for n in plan.regather if n in names]
-        return lower(
-            program.gm, example, regather=regather, device_type=self._device.type,
-            choose=self._scheduler(example), device=self._cluster.device,
-            compile=self._compiled,
-        )  # fmt: skip
+        return example
 
-    def _scheduler(self, example: Sequence[torch.Tensor]) -> Callable[[Program], Schedule] | None:
-        """What chooses between keeping and computing again, where one device has a budget."""
-        if not self._alone_with_budget:
+    def _scheduler(self, graph: ModelGraph, example: Sequence[torch.Tensor]) -> Scheduler | None:
+        """What chooses between keeping and computing again, where there is a budget."""
+        if self._cluster.memory_bytes is None:
             return None
-        return StepBudget.of(
-            example, self._cluster.budget_bytes, optimizer_state_ratio(self._optimizer)
-        ).choose
+        buffers = dict(self._model.named_buffers())
+        copied = sum(buffers[n].nbytes for n in graph.mutations)
+        state = optimizer_state_ratio(self._optimizer)
+        return Scheduler(StepBudget.of(example, self._cluster.budget_bytes, state, copied))
 
     @property
     def _alone_with_budget(self) -> bool:
@@ -358,7 +370,7 @@ class Engine(torch.nn.Module):
             planned = self._plan_graph(graph, pins)
             return planned.plan.to_json()
 
-        return ShardingPlan.from_json(self._from_rank_zero(decide))
+        return ShardingPlan.from_json(from_rank_zero(decide))
 
     def _plan_graph(self, graph: ModelGraph, pins: Pins) -> Planned:
         cluster = self._cluster
@@ -374,33 +386,6 @@ class Engine(torch.nn.Module):
             time_limit=self._time_limit,
             progress=self._progress,
         )
-
-    def _from_rank_zero(self, make: Callable[[], Any]) -> Any:
-        """Run on rank 0; its result, or its error, on every rank."""
-        box: list[Any] = [None, None]
-        if self._rank == 0:
-            try:
-                box[0] = make()
-            except AutoparError as error:
-                box[1] = error
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(box, src=0)
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
-
-    def _check_agreement(self, signature: str) -> None:
-        """Ranks whose programs communicate in different orders would deadlock."""
-        if dist.get_world_size() == 1:
-            return
-        signatures: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(signatures, signature)
-        if len(set(signatures)) > 1:
-            odd = [r for r, s in enumerate(signatures) if s != signatures[0]]
-            raise EngineError(
-                f"ranks {odd} built another sequence of collectives than rank 0; they must run the "
-                "same model, batch shapes and autopar version"
-            )
 
 
 def local_parameters(model: torch.nn.Module) -> Sequence[torch.Tensor]:

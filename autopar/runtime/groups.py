@@ -162,6 +162,11 @@ def axis_groups(
     return tuple(make(f"{prefix}/axis{axis}", axis).name for axis in range(len(mesh)))
 
 
+def axis_of(name: str) -> int:
+    """The mesh axis of a group that `axis_groups` named."""
+    return int(name.rpartition("/axis")[2])
+
+
 def planning_groups(
     mesh: Sequence[int], coords: Sequence[int], prefix: str = "plan"
 ) -> tuple[str, ...]:

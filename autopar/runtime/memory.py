@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autopar.runtime import offload
+
 
 def _local(t: torch.Tensor) -> torch.Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
@@ -63,6 +65,8 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # seen again as operations on the local shards
         before = {t.untyped_storage()._cdata for t in tensors}
         out = func(*args, **kwargs)
+        if func is offload.HOST:
+            return out
         for t in pytree.tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 self._see(t, before)

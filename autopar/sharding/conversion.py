@@ -29,7 +29,7 @@ from math import prod
 
 import numpy as np
 
-from autopar.profiler.cluster import ClusterInfo
+from autopar.profiler.cluster import ClusterInfo, Link
 from autopar.sharding.conversion_baselines import axis_by_axis, greedy
 from autopar.sharding.conversion_graph import KINDS, Edges, SpecGraph, spec_graph
 from autopar.sharding.conversion_search import LegalSteps, Search
@@ -54,6 +54,13 @@ _BACKWARD = {
     "all_to_all": "all_to_all",
 }
 Orders = tuple[frozenset[tuple[int, ...]], ...]
+
+
+def collective_us(name: str, link: Link, size: int) -> tuple[float, float]:
+    """(constant us, us per byte) of a collective over `size` ranks on a local buffer, on the side
+    that is not split: by the ring algorithm, n bytes take (k-1) alpha + n (k-1)/k beta per pass."""
+    passes = 1e6 * _TRAFFIC[name]
+    return passes * (size - 1) * link.alpha, passes * (size - 1) / size * link.beta
 
 
 @dataclass(frozen=True)
@@ -254,9 +261,7 @@ class LayoutConverter:
     ) -> tuple[tuple[float, float], tuple[float, float]]:
         """(constant us, us per global byte), forward and backward; the other axes make `parts`.
 
-        A collective over k ranks on a local buffer of n bytes (on the unsplit side; an all-to-all
-        has the axis split on both) takes, by the ring algorithm, (k-1) alpha + n (k-1)/k beta per
-        pass; local copies go at memory speed.
+        An all-to-all has the axis split on both sides. Local copies go at memory speed.
         """
         link, size = self.cluster.links[axis], self.mesh[axis]
         # n, as a share of the global bytes
@@ -268,11 +273,8 @@ class LayoutConverter:
         def collective(name: str | None) -> tuple[float, float]:
             if name is None:
                 return (0.0, 0.0)
-            passes = _TRAFFIC[name]
-            return (
-                device.launch_us + 1e6 * passes * (size - 1) * link.alpha,
-                1e6 * passes * share * (size - 1) / size * link.beta,
-            )
+            fixed, slope = collective_us(name, link, size)
+            return device.launch_us + fixed, slope * share
 
         forward = collective(_FORWARD.get(kind))
         backward = collective(_BACKWARD.get(kind))

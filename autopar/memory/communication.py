@@ -1,0 +1,44 @@
+"""Collectives in a joint graph: which nodes they are, and what they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from autopar.profiler.cluster import ClusterInfo
+from autopar.profiler.counting import tensors_of
+from autopar.runtime.groups import axis_of, find_group
+from autopar.sharding.conversion import collective_us
+
+
+def communicates(node: fx.Node) -> bool:
+    """Whether a node is one of autopar's collectives."""
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "autopar"
+        and any(a.name == "group" for a in target._schema.arguments)
+    )
+
+
+def communication_us(node: fx.Node, operands: Any, results: Any, cluster: ClusterInfo) -> float:
+    """Time of a collective on the link of its group's axis.
+
+    Args:
+        operands, results: its tensors on this rank; the larger side is the unsplit one.
+    """
+    name = next(
+        value
+        for value, argument in zip(node.args, node.target._schema.arguments, strict=False)  # type: ignore[union-attr]
+        if argument.name == "group"
+    )
+    axis = axis_of(str(name))
+    fixed, slope = collective_us(
+        node.target._opname,  # type: ignore[union-attr]
+        cluster.links[axis],
+        find_group(str(name)).size,
+    )
+    nbytes = max(t.numel() * t.element_size() for t in tensors_of((operands, results)))
+    return cluster.device.launch_us + fixed + slope * nbytes

@@ -1,0 +1,72 @@
+"""What the ranks decide alike: rank 0 decides, or all compare what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
+
+from autopar.errors import AutoparError, EngineError
+from autopar.memory.plan import MemoryPlan, StepBudget, describe
+from autopar.memory.program import Program, Schedule
+
+
+def from_rank_zero(make: Callable[[], Any]) -> Any:
+    """Run on rank 0; its result, or its error, on every rank."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except AutoparError as error:
+            box[1] = error
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def check_agreement(what: str, signature: str) -> None:
+    """Ranks whose programs communicate in different orders would deadlock.
+
+    Args:
+        what: the signature is of.
+
+    Raises:
+        EngineError: on all ranks, naming those that differ from rank 0.
+    """
+    if dist.get_world_size() == 1:
+        return
+    signatures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(signatures, signature)
+    if len(set(signatures)) > 1:
+        odd = [r for r, s in enumerate(signatures) if s != signatures[0]]
+        raise EngineError(
+            f"ranks {odd} built another {what} than rank 0; they must run the same model, batch "
+            "shapes and autopar version"
+        )
+
+
+class Scheduler:
+    """Chooses what a step keeps and computes again: rank 0, whose shards are the largest, for all.
+
+    The small integer programs behind a schedule have limits in seconds, so that ranks by themselves
+    might find different ones.
+
+    Attributes:
+        found: the schedule with this rank's figures, once it was asked for.
+    """
+
+    def __init__(self, budget: StepBudget) -> None:
+        self.budget = budget
+        self.found: MemoryPlan | None = None
+
+    def __call__(self, program: Program) -> Schedule:
+        """Called while AOTAutograd traces on fake tensors, which the ranks cannot exchange."""
+        with _disable_current_modes():
+            check_agreement("joint graph", program.signature)
+            schedule: Schedule = from_rank_zero(lambda: self.budget.choose(program).schedule)
+        self.found = describe(program, schedule)
+        return schedule

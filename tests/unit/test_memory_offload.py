@@ -1,0 +1,94 @@
+"""Moving values to the host: exact, within the budget as predicted, and hidden where it can be."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from autopar import ClusterInfo
+from autopar.memory.front import Front
+from autopar.memory.offload import host_bytes, waited_us
+from autopar.memory.order import in_order
+from autopar.memory.program import SIDE, Program, Resource, Schedule, eager_schedule
+from autopar.memory.simulate import check, peak_bytes, timeline
+from autopar.passes.lower import lower
+from autopar.profiler.cluster import Link
+from tests.unit.test_memory_schedule import step_of
+
+# copies take next to nothing, so that moving a value costs less than computing it again
+FAST = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
+
+
+@functools.cache
+def program_of(name: str, cluster: ClusterInfo = FAST) -> Program:
+    step = step_of(name)
+    found: list[Program] = []
+
+    def keep(program: Program) -> Schedule:
+        found.append(program)
+        return eager_schedule(program)
+
+    lower(step.gm, step.arguments, choose=keep, cluster=cluster)
+    return in_order(found[0].without_gradients())
+
+
+def between(program: Program, share: float) -> float:
+    """A budget between the smallest peak without the host, and everything kept."""
+    alone = Front(replace(program, transfers={}))
+    smallest = alone.smallest().peak_bytes
+    return smallest + share * (alone.eager_bytes - smallest)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "resnet"])
+def test_exact_to_the_bit_and_as_predicted(name):
+    step, program = step_of(name), program_of(name)
+    _, expected, buffers = step.run(lower(step.gm, step.arguments))
+    (point,) = Front(program).solve([between(program, 0.2)])
+    check(program, point.schedule)
+    assert point.schedule.moved(program)
+    lowered = lower(step.gm, step.arguments, choose=lambda program: point.schedule, cluster=FAST)
+    calls = [str(n.target) for n in lowered.backward.graph.nodes]
+    moved = len(point.schedule.moved(program))
+    assert calls.count("autopar.to_device.default") == moved
+    assert calls.count("autopar.arrived.default") == moved
+    peak, grads, updated = step.run(lowered)
+    assert peak == pytest.approx(point.peak_bytes, rel=0.03, abs=2048)
+    for found, wanted in zip((*grads, *updated), (*expected, *buffers), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_full_host_takes_no_more():
+    program = replace(program_of("gpt2"), host_bytes=20_000)
+    budget = between(program, 0.2)
+    (point,) = Front(program).solve([budget])
+    assert 0 < host_bytes(program, point.schedule) <= 20_000
+    assert point.peak_bytes <= budget
+
+
+def test_where_copies_run_beside_compute_they_are_hidden_or_waited_for():
+    program = replace(program_of("gpt2"), beside=SIDE)
+    budget = between(program, 0.3)
+    (point,) = Front(program).solve([budget])
+    assert point.schedule.moved(program)
+    found = timeline(program, point.schedule)
+    assert found.exposed_us(Resource.HOST) < 1e-3
+    # the same copies by a link on which one takes as long as the whole step
+    whole = found.us
+    slow = tuple(
+        replace(op, us=whole) if op.resource is Resource.HOST else op for op in program.ops
+    )
+    late = replace(program, ops=slow)
+    assert waited_us(late, point.schedule) > whole
+    # so there, values are computed again instead
+    (again,) = Front(late).solve([budget])
+    assert not again.schedule.moved(late)
+    assert again.cost < waited_us(late, point.schedule)
+    assert peak_bytes(late, again.schedule) <= budget
+
+
+def test_below_what_computing_again_can_reach():
+    """The host holds what would have to be there all the time."""
+    program = program_of("gpt2")
+    smallest = Front(replace(program, transfers={})).smallest().peak_bytes
+    assert Front(program).smallest().peak_bytes <= smallest
