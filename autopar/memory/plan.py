@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from autopar.errors import InfeasibleError
 from autopar.memory.front import Front
+from autopar.memory.offload import waited_us
 from autopar.memory.order import in_order
 from autopar.memory.program import Program, Schedule, eager_schedule
 from autopar.memory.simulate import timeline
 from autopar.memory.timeline import Timeline
+from autopar.profiler.cluster import Link
 from autopar.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ class MemoryPlan:
         timeline: its live bytes, predicted.
         eager_bytes: the peak if everything were kept.
         added_flops, step_flops: computed again, and of the step without that.
-        added_us: predicted time of what is computed again.
+        added_us: predicted time of what is computed again, and of waiting for copies to the host.
+        state_on_host: the optimizer's state is on the host but for its step.
     """
 
     schedule: Schedule
@@ -39,6 +42,7 @@ class MemoryPlan:
     added_flops: float
     step_flops: float
     added_us: float
+    state_on_host: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -46,9 +50,10 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         share = 100 * self.added_flops / max(1.0, self.step_flops)
+        state = ", the optimizer's state on the host" if self.state_on_host else ""
         return (
             f"peak {format_bytes(self.peak_bytes)} (everything kept: "
-            f"{format_bytes(self.eager_bytes)}), {share:.1f}% more FLOPs"
+            f"{format_bytes(self.eager_bytes)}), {share:.1f}% more FLOPs{state}"
         )
 
 
@@ -60,6 +65,8 @@ class StepBudget:
         memory_bytes: of the device, for this model.
         parameters_bytes, gradients_bytes, optimizer_bytes: of the parameters.
         other_bytes: inputs, buffers and constants, and copies of buffers that the step updates.
+        host: the link to the host, if there is one.
+        state_on_host: the optimizer's state is there while the model runs.
     """
 
     memory_bytes: float
@@ -67,6 +74,8 @@ class StepBudget:
     gradients_bytes: float
     optimizer_bytes: float
     other_bytes: float
+    host: Link | None = None
+    state_on_host: bool = False
 
     @staticmethod
     def of(
@@ -74,6 +83,7 @@ class StepBudget:
         memory_bytes: float,
         optimizer_state: float,
         copied_bytes: float = 0.0,
+        host: Link | None = None,
     ) -> StepBudget:
         """Of the program that takes these arguments.
 
@@ -83,12 +93,13 @@ class StepBudget:
         """
         trained = sum(t.nbytes for t in arguments if t.requires_grad)
         other = sum(t.nbytes for t in arguments if not t.requires_grad) + copied_bytes
-        return StepBudget(memory_bytes, trained, trained, optimizer_state * trained, other)
+        return StepBudget(memory_bytes, trained, trained, optimizer_state * trained, other, host)
 
     @property
     def resident_bytes(self) -> float:
-        """What is there throughout the step."""
-        return self.parameters_bytes + self.optimizer_bytes + self.other_bytes
+        """What is there while the model runs."""
+        state = 0.0 if self.state_on_host else self.optimizer_bytes
+        return self.parameters_bytes + state + self.other_bytes
 
     @property
     def step_bytes(self) -> float:
@@ -96,25 +107,57 @@ class StepBudget:
         return self.memory_bytes - self.resident_bytes
 
     def choose(self, program: Program) -> MemoryPlan:
-        """The schedule that runs.
+        """The schedule that runs, with the optimizer's state here or on the host, whichever costs
+        less.
 
         Raises:
             InfeasibleError: no schedule fits the memory; it names the smallest that does.
         """
+        away = self._away(program)
         try:
-            return plan_memory(program, self.step_bytes)
+            here = self._plan(program)
+        except InfeasibleError:
+            if away is None:
+                raise
+            return away._plan(program)
+        if away is None or here.added_us <= away._round_trip_us:
+            return here
+        return min(here, away._plan(program), key=lambda plan: plan.added_us)
+
+    def _away(self, program: Program) -> StepBudget | None:
+        """With the optimizer's state on the host; None where it cannot be."""
+        step = self.resident_bytes + self.gradients_bytes
+        fits = step <= self.memory_bytes and self.optimizer_bytes <= program.host_bytes
+        if self.host is None or not self.optimizer_bytes or not fits:
+            return None
+        return replace(self, state_on_host=True)
+
+    @property
+    def _round_trip_us(self) -> float:
+        """Of the optimizer's state, before and after its step, when nothing else runs."""
+        if self.host is None or not self.state_on_host:
+            return 0.0
+        return 2e6 * (self.host.alpha + self.host.beta * self.optimizer_bytes)
+
+    def _plan(self, program: Program) -> MemoryPlan:
+        if self.state_on_host:
+            program = replace(program, host_bytes=program.host_bytes - self.optimizer_bytes)
+        try:
+            plan = plan_memory(program, self.step_bytes)
         except InfeasibleError as error:
             smallest = self.resident_bytes + error.smallest_bytes
             raise InfeasibleError(
                 f"{error}. Of {format_bytes(self.memory_bytes)}, parameters take "
                 f"{format_bytes(self.parameters_bytes)}, the optimizer "
-                f"{format_bytes(self.optimizer_bytes)}, inputs and buffers "
-                f"{format_bytes(self.other_bytes)}, and gradients of parameters come to "
+                f"{format_bytes(0 if self.state_on_host else self.optimizer_bytes)}, inputs and "
+                f"buffers {format_bytes(self.other_bytes)}, and gradients of parameters come to "
                 f"{format_bytes(self.gradients_bytes)} as backward proceeds. Give "
                 f"{format_bytes(smallest)} ({smallest:.0f} bytes), or a smaller batch",
                 budget_bytes=self.memory_bytes,
                 smallest_bytes=smallest,
             ) from error
+        added = plan.added_us + self._round_trip_us
+        return replace(plan, state_on_host=self.state_on_host, added_us=added)
 
 
 def describe(program: Program, schedule: Schedule) -> MemoryPlan:
@@ -127,7 +170,7 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
         timeline(program, eager).peak_bytes,
         schedule.added(program),
         program.flops(range(len(program.ops))),
-        schedule.added(program, times),
+        schedule.added(program, times) + waited_us(program, schedule),
     )
 
 

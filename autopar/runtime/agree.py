@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -67,6 +68,10 @@ class Scheduler:
         """Called while AOTAutograd traces on fake tensors, which the ranks cannot exchange."""
         with _disable_current_modes():
             check_agreement("joint graph", program.signature)
-            schedule: Schedule = from_rank_zero(lambda: self.budget.choose(program).schedule)
-        self.found = describe(program, schedule)
+            schedule, away = from_rank_zero(lambda: self._choose(program))
+        self.found = replace(describe(program, schedule), state_on_host=away)
         return schedule
+
+    def _choose(self, program: Program) -> tuple[Schedule, bool]:
+        plan = self.budget.choose(program)
+        return plan.schedule, plan.state_on_host

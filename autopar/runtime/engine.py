@@ -34,6 +34,7 @@ from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.distribute import check_optimizer, distribute, optimizer_state_ratio
 from autopar.runtime.groups import process_groups
+from autopar.runtime.state_on_host import StateOnHost
 from autopar.sharding.sites import Pins
 from autopar.tracer import ColoTracer, Guard, ModelGraph
 
@@ -162,6 +163,7 @@ class Engine(torch.nn.Module):
         self._programs: dict[Any, list[_Specialization]] = {}
         self._plan: ShardingPlan | None = None
         self._memory: MemoryPlan | None = None
+        self._away: StateOnHost | None = None
         self._steps = 0
         self._draws = 0
         self._device = environment.device_for(cluster)
@@ -207,6 +209,8 @@ class Engine(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         special = self._specialization(args, kwargs)
+        if self._away is not None and torch.is_grad_enabled():
+            self._away.leave()
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         graph, program = special.graph, special.program
         found = dict(self._model.named_parameters())
@@ -322,6 +326,9 @@ class Engine(torch.nn.Module):
         ran = [collective_signature(g, self._groups) for g in (step.forward, step.backward) if g]
         check_agreement(what, " ".join(ran))
         self._memory = None if scheduler is None else scheduler.found
+        if self._memory is not None and self._memory.state_on_host and self._away is None:
+            assert self._optimizer is not None
+            self._away = StateOnHost(self._optimizer)
         return _Specialization(graph, plan, program, step, layout)
 
     def _example(
@@ -348,7 +355,9 @@ class Engine(torch.nn.Module):
         buffers = dict(self._model.named_buffers())
         copied = sum(buffers[n].nbytes for n in graph.mutations)
         state = optimizer_state_ratio(self._optimizer)
-        return Scheduler(StepBudget.of(example, self._cluster.budget_bytes, state, copied))
+        host = self._cluster.host_link
+        budget = StepBudget.of(example, self._cluster.budget_bytes, state, copied, host)
+        return Scheduler(budget)
 
     @property
     def _alone_with_budget(self) -> bool:

@@ -1,14 +1,17 @@
 """One device with a budget: `auto_engine(model, optimizer, "1", memory=...)`."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from autopar import auto_engine
+from autopar import ClusterInfo, auto_engine
 from autopar.errors import InfeasibleError
 from autopar.memory.measure import LiveTrace
+from autopar.profiler.cluster import Link
 from autopar.runtime import environment
+from autopar.runtime.memory import training_state_bytes
 from tests.models import CASES, OPTIMIZERS, LanguageModel
 
 STEPS = 2
@@ -20,7 +23,9 @@ def _no_process_group_left() -> Iterator[None]:
     environment.stop()
 
 
-def train(name: str, memory: float, dropout: float = 0.0) -> tuple[list, dict, int]:
+def train(
+    name: str, memory: float, dropout: float = 0.0, cluster: ClusterInfo | str = "1"
+) -> tuple[list, dict, int]:
     """Gradients of every step, buffers, and the peak of the last."""
     case = CASES[name]
     torch.manual_seed(0)
@@ -28,17 +33,23 @@ def train(name: str, memory: float, dropout: float = 0.0) -> tuple[list, dict, i
     model = model.double().train()
     optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
     torch.manual_seed(7)
-    engine, optimizer = auto_engine(model, optimizer, "1", memory=memory)
+    engine, optimizer = auto_engine(model, optimizer, cluster, memory=memory)
     grads, peak = [], 0
     for step in range(STEPS):
         optimizer.zero_grad()
         with LiveTrace() as live:
             loss = engine(**case.batch(step))
+            away = engine.memory_plan.state_on_host
+            if step:
+                held = training_state_bytes(engine, optimizer)["optimizer"]
+                assert (held == 0) is away
             live.start_backward()
             loss.backward()
         peak = live.peak_bytes([p.to_local() for p in model.parameters()])
         grads.append([p.grad.to_local().clone() for p in model.parameters()])
         optimizer.step()
+    saved = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert saved.to_local().abs().sum() > 0
     return grads, {n: b.clone() for n, b in model.named_buffers()}, peak
 
 
@@ -54,3 +65,18 @@ def test_the_smallest_budget_trains_alike(name, dropout):
         for found, wanted in zip(mine, theirs, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
     assert all(torch.equal(updated[n], buffers[n]) for n in buffers)
+
+
+def test_the_optimizers_state_goes_to_the_host():
+    """Where a budget is too small for it beside what the model makes."""
+    host = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
+    expected, _, _ = train("mlp", 2**30)
+    with pytest.raises(InfeasibleError) as error:
+        train("mlp", 1000)
+    budget = 0.97 * error.value.smallest_bytes
+    with pytest.raises(InfeasibleError):
+        train("mlp", budget)
+    grads, _, _ = train("mlp", budget, cluster=host)
+    for mine, theirs in zip(grads, expected, strict=True):
+        for found, wanted in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
