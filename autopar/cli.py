@@ -16,8 +16,8 @@ import typer
 
 DEFAULT_DEVICE = "A100-80G"
 
-# Bytes of optimizer state per byte of trainable parameter.
-OPTIMIZERS = {"adamw": 2.0, "adam": 2.0, "momentum": 1.0, "sgd": 0.0}
+# of `autopar.optimizers`, which takes seconds to import
+OPTIMIZERS = ("adamw", "adam", "adafactor", "momentum", "sgd")
 
 app = typer.Typer(
     name="autopar",
@@ -139,15 +139,17 @@ def plan(
     # what the model file prints is not the plan
     with _progress() as say, contextlib.redirect_stdout(sys.stderr):
         with _short_errors(ValueError, OSError):
-            state = _optimizer_state(optimizer)
+            _check_optimizer(optimizer)
             from autopar.cli_plan import Asked, planned, print_report, target_of, write_html
             from autopar.constraints import load_constraints
             from autopar.model_file import load_example
+            from autopar.optimizers import named_state_ratio
 
             where = target_of(mesh, devices, per_node, device, cluster, memory, DEFAULT_DEVICE)
             wanted = {} if constraints is None else load_constraints(constraints)
             say("load model ...")
             example = load_example(model)
+            state = named_state_ratio(optimizer.lower(), example.model)
         with _short_errors():
             asked = Asked(state, wanted, baselines, front, time_limit, str(model))
             found = planned(example, where, asked, say)
@@ -291,8 +293,9 @@ def profile_command(
         contextlib.redirect_stdout(sys.stderr),
         _short_errors(ValueError, OSError),
     ):
-        state = _optimizer_state(optimizer)
+        _check_optimizer(optimizer)
         from autopar.model_file import load_example
+        from autopar.optimizers import named_state_ratio
         from autopar.profiler.cluster import parse_bytes
 
         budget = None if fit is None else parse_bytes(fit)
@@ -304,6 +307,7 @@ def profile_command(
 
         say("trace and profile ...")
         dynamic = bool(formulas or given or budget is not None)
+        state = named_state_ratio(optimizer.lower(), example.model)
         found = profiled(example, dynamic=dynamic, optimizer_state=state)
         text = show(found, depth, formulas, given, budget, as_json)
     sys.stdout.write(text)
@@ -437,10 +441,9 @@ def rules_list(
 # -- steps --------------------------------------------------------------------------------------
 
 
-def _optimizer_state(optimizer: str) -> float:
+def _check_optimizer(optimizer: str) -> None:
     if optimizer.lower() not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[optimizer.lower()]
 
 
 @contextlib.contextmanager

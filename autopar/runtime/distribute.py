@@ -139,18 +139,3 @@ def _swap(
                 module._buffers[name] = buffers[id(buffer)]
             else:
                 buffer.copy_(buffers[id(buffer)])
-
-
-def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:
-    """Bytes of state per byte of parameter, found by stepping a copy on a small parameter."""
-    if optimizer is None or not optimizer.param_groups:
-        return 0.0
-    probe = torch.nn.Parameter(torch.zeros(8, 8))
-    probe.grad = torch.zeros_like(probe)
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-    known = {k: v for k, v in options.items() if k in optimizer.defaults}
-    make: Any = type(optimizer)
-    twin = make([{"params": [probe], **known}])
-    twin.step()
-    held = [v for v in twin.state[probe].values() if isinstance(v, torch.Tensor) and v.ndim]
-    return sum(v.numel() * v.element_size() for v in held) / (64 * probe.element_size())

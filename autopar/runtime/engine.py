@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from autopar.constraints import refuse_outputs
 from autopar.errors import EngineError, MeshError
 from autopar.memory.plan import MemoryPlan, StepBudget
+from autopar.optimizers import optimizer_state_ratio
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.lower import lower
 from autopar.passes.verify import collective_signature
@@ -32,7 +33,7 @@ from autopar.profiler.cluster import ClusterInfo, as_cluster
 from autopar.runtime import environment
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
-from autopar.runtime.distribute import check_optimizer, distribute, optimizer_state_ratio
+from autopar.runtime.distribute import check_optimizer, distribute
 from autopar.runtime.groups import process_groups
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.sharding.sites import Pins

@@ -1,0 +1,66 @@
+"""How much state torch's optimizers keep, found by stepping a copy on small parameters."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Sizes of a probe's dims, all different, so that the dims of its state can be told apart.
+_PROBE = (3, 5, 7, 11, 13, 17, 19, 23)
+
+# Those that the command line knows by name.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "adafactor": torch.optim.Adafactor,
+    "momentum": functools.partial(torch.optim.SGD, momentum=0.9),
+    "sgd": torch.optim.SGD,
+}
+
+
+def named_state_ratio(name: str, model: torch.nn.Module) -> float:
+    """`optimizer_state_ratio` of an optimizer by name, over all that a model trains."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return optimizer_state_ratio(OPTIMIZERS[name](trained, lr=1e-3)) if trained else 0.0
+
+
+def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:
+    """Bytes of state per byte of parameter, over all parameters.
+
+    State may be smaller than its parameter: Adafactor's (Shazeer and Stern, 2018) has a number per
+    row and per column. State of no dims (counters) is left out.
+    """
+    held = total = 0.0
+    for group in optimizer.param_groups if optimizer is not None else ():
+        twin = _twin_of(optimizer, group)
+        for p in group["params"]:
+            if p.requires_grad:
+                held += sum(
+                    itemsize * math.prod(p.shape[dim] for dim in dims)
+                    for dims, itemsize in twin(p.ndim, p.dtype)
+                )
+                total += p.numel() * p.element_size()
+    return held / total if total else 0.0
+
+
+def _twin_of(
+    optimizer: Any, group: dict[str, Any]
+) -> Callable[[int, torch.dtype], list[tuple[list[int], int]]]:
+    """For a number of dims and a dtype, what is kept of such a parameter: per tensor of state the
+    parameter's dims that it has, and its bytes per element."""
+    options = {k: v for k, v in group.items() if k in optimizer.defaults}
+
+    @functools.cache
+    def state(ndim: int, dtype: torch.dtype) -> list[tuple[list[int], int]]:
+        probe = torch.nn.Parameter(torch.zeros(_PROBE[:ndim], dtype=dtype))
+        probe.grad = torch.zeros_like(probe)
+        twin = type(optimizer)([{"params": [probe], **options}])
+        twin.step()
+        kept = [v for v in twin.state[probe].values() if isinstance(v, torch.Tensor) and v.ndim]
+        return [([_PROBE.index(n) for n in v.shape if n > 1], v.element_size()) for v in kept]
+
+    return state
