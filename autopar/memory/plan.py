@@ -199,7 +199,7 @@ def plan_memory(
         smallest = front.smallest()
         if smallest.peak_bytes > budget_bytes:
             raise _infeasible(program, smallest.schedule, budget_bytes)
-        found = smallest
+        found = front.grown(smallest, budget_bytes)
     plan = describe(program, found.schedule)
     log.info("memory: %s", plan)
     return plan
