@@ -109,6 +109,13 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE.html", help="Write the report here, as one HTML page."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Write the predicted step here, operator by operator, for ui.perfetto.dev.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON instead of the report.")
     ] = False,
@@ -144,15 +151,19 @@ def plan(
             from autopar.constraints import load_constraints
             from autopar.model_file import load_example
             from autopar.optimizers import named_state_ratio
+            from autopar.profiler.cluster import ClusterInfo
 
             where = target_of(mesh, devices, per_node, device, cluster, memory, DEFAULT_DEVICE)
+            if trace is not None and not isinstance(where, ClusterInfo):
+                raise ValueError("--trace shows the step on one mesh: give it with --mesh")
             wanted = {} if constraints is None else load_constraints(constraints)
             say("load model ...")
             example = load_example(model)
             state = named_state_ratio(optimizer.lower(), example.model)
         with _short_errors():
-            asked = Asked(state, wanted, baselines, front, time_limit, str(model))
-            found = planned(example, where, asked, say)
+            shown = report is not None or trace is not None
+            asked = Asked(state, wanted, baselines, front, time_limit, str(model), shown)
+            found = planned(example, where, asked, say, trace)
     with _short_errors(OSError):
         if output is not None:
             found.save(output)

@@ -14,8 +14,9 @@ from autopar.experts import expert_plans
 from autopar.front import front
 from autopar.mesh_search import search_meshes
 from autopar.model_file import Example
+from autopar.pair import Pair, plan_pair
 from autopar.plan import Baseline, FrontPoint, ShardingPlan, write_atomically
-from autopar.planner import Planned, autoplan
+from autopar.planner import prepare
 from autopar.profiler.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.profiler.cluster import device as device_of
 from autopar.report.html import render_html
@@ -66,6 +67,7 @@ class Asked:
         front: also the fastest plans by budget.
         time_limit: seconds for each run of the solver.
         source: the model file.
+        schedule: also what the step keeps, even where memory does not bind.
     """
 
     optimizer_state: float
@@ -74,6 +76,7 @@ class Asked:
     front: bool
     time_limit: float
     source: str
+    schedule: bool = False
 
 
 def target_of(
@@ -109,10 +112,21 @@ def target_of(
 
 
 def planned(
-    example: Example, where: ClusterInfo | AnyMesh, asked: Asked, say: Callable[[str], None]
+    example: Example,
+    where: ClusterInfo | AnyMesh,
+    asked: Asked,
+    say: Callable[[str], None],
+    trace: Path | None = None,
 ) -> ShardingPlan:
-    """The plan, with what was asked for beside it."""
-    found = _found(example, where, asked, say)
+    """The plan, with what was asked for beside it.
+
+    Args:
+        trace: file for the predicted step.
+    """
+    pair = _found(example, where, asked, say)
+    found = pair.planned
+    if trace is not None and pair.memory is not None:
+        pair.memory.timeline.save_trace(trace)
     baselines: tuple[Baseline, ...] = ()
     points: tuple[FrontPoint, ...] = ()
     if asked.baselines:
@@ -128,18 +142,21 @@ def planned(
 
 def _found(
     example: Example, where: ClusterInfo | AnyMesh, asked: Asked, say: Callable[[str], None]
-) -> Planned:
+) -> Pair:
     model, args, kwargs = example.model, example.args, example.kwargs
-    if isinstance(where, ClusterInfo):
-        return autoplan(
-            model, args, kwargs, cluster=where, optimizer_state=asked.optimizer_state,
+    if isinstance(where, AnyMesh):
+        return Pair(search_meshes(
+            model, args, kwargs, devices=where.devices, device=where.device,
+            per_node=where.per_node, memory=where.memory, optimizer_state=asked.optimizer_state,
             constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
-        )  # fmt: skip
-    return search_meshes(
-        model, args, kwargs, devices=where.devices, device=where.device, per_node=where.per_node,
-        memory=where.memory, optimizer_state=asked.optimizer_state,
+        ).planned)  # fmt: skip
+    laid = prepare(
+        model, args, kwargs, cluster=where, optimizer_state=asked.optimizer_state,
         constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
-    ).planned  # fmt: skip
+    )  # fmt: skip
+    if where.memory_bytes is None and not asked.schedule:
+        return Pair(laid.planned(laid.decide()))
+    return plan_pair(laid, always=asked.schedule)
 
 
 def write_html(found: ShardingPlan, path: Path) -> None:

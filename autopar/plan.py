@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from autopar.errors import PlanError
+from autopar.memory.summary import StepSummary
 from autopar.sharding.spec import ShardingSpec
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ class ShardingPlan:
         source: the model file, where it was planned from one.
         front: fastest plans by budget, where they were asked for.
         meshes: the logical meshes that were compared, where the mesh was searched for.
+        step: what the step keeps and computes again, where that was decided; `time` and `memory`
+            are then those of that.
     """
 
     model: str
@@ -175,6 +178,7 @@ class ShardingPlan:
     source: str = ""
     front: tuple[FrontPoint, ...] = ()
     meshes: tuple[TriedMesh, ...] = ()
+    step: StepSummary | None = None
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""
@@ -236,6 +240,7 @@ class ShardingPlan:
                 "modules": tuple(ModuleSummary(**m) for m in body["modules"]),
                 "baselines": tuple(_baseline(b) for b in body["baselines"]),
                 "front": tuple(FrontPoint(**p) for p in body["front"]),
+                "step": None if body["step"] is None else StepSummary.from_dict(body["step"]),
                 "meshes": tuple(
                     TriedMesh(**m | {"mesh": tuple(m["mesh"])}) for m in body["meshes"]
                 ),

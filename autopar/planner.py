@@ -47,14 +47,14 @@ class _Clock:
 
     def __init__(self, progress: Callable[[str], None] | None) -> None:
         self.seconds: dict[str, float] = {}
-        self._say = progress or (lambda line: None)
+        self.say = progress or (lambda line: None)
 
     @contextmanager
     def __call__(self, stage: str) -> Any:
-        self._say(f"{stage} ...")
+        self.say(f"{stage} ...")
         start = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def trainable_inputs(graph: ModelGraph, model: torch.nn.Module) -> frozenset[str]:
@@ -97,7 +97,63 @@ def autoplan(
         ConstraintError: a constraint names nothing, or a layout that cannot be.
         InfeasibleError: nothing fits the budget; a `ConflictError` where constraints are why.
     """
-    cluster = as_cluster(cluster).with_memory(memory)
+    laid = prepare(
+        model, args, kwargs, cluster=as_cluster(cluster).with_memory(memory), graph=graph,
+        optimizer_state=optimizer_state, pins=pins, constraints=constraints,
+        time_limit=time_limit, progress=progress,
+    )  # fmt: skip
+    return laid.planned(laid.decide())
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A model laid out for the search.
+
+    Args:
+        model: its class name.
+        space: under the budget.
+        only: candidates per site, where constraints leave not all of them.
+        constraints: layouts by name.
+        time_limit: seconds for each run of the solver.
+        clock: times the stages, and says what goes on.
+    """
+
+    model: str
+    space: SearchSpace
+    only: Allowed
+    constraints: Constraints
+    time_limit: float
+    clock: _Clock
+
+    def decide(self, space: SearchSpace | None = None) -> Found:
+        """The fastest plan, of this space or of one under another budget."""
+        with self.clock("solve"):
+            return decide(
+                space or self.space, self.only, self.constraints, self.time_limit, self.clock.say
+            )
+
+    def planned(self, found: Found) -> Planned:
+        """The plan of what was found."""
+        space = self.space
+        plan = make_plan(space, found.choices, self.model, found.record(self.clock.seconds))
+        plan = replace(plan, constraints=self.constraints)
+        return Planned(plan, space.graph, space, found.choices, self.only)
+
+
+def prepare(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    cluster: ClusterInfo,
+    graph: ModelGraph | None = None,
+    optimizer_state: float = ADAM_STATE,
+    pins: Pins | None = None,
+    constraints: Constraints | None = None,
+    time_limit: float = 60.0,
+    progress: Callable[[str], None] | None = None,
+) -> Laid:
+    """All of `autoplan` but the search."""
     constraints = dict(constraints or {})
     clock = _Clock(progress)
     with clock("trace"):
@@ -108,10 +164,7 @@ def autoplan(
         space, only = lay_out(graph, cluster, workload, constraints, pins)
     with clock("conversion costs"):
         space.cost_links()
-    with clock("solve"):
-        found = decide(space, only, constraints, time_limit, progress)
-    plan = make_plan(space, found.choices, type(model).__name__, found.record(clock.seconds))
-    return Planned(replace(plan, constraints=constraints), graph, space, found.choices, only)
+    return Laid(type(model).__name__, space, only, constraints, time_limit, clock)
 
 
 def lay_out(

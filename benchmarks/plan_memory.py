@@ -6,8 +6,9 @@ the last step: parameters, optimizer state, buffers, and every tensor that the s
 on the fullest rank. It is held against
 
 * the plan: what the search expects of its own choices, before the program exists (on the mesh);
-* the schedule that keeps everything, and one for three quarters of what that makes: the operator by
-  operator simulation of the program that runs. "step" is what the step makes, by itself.
+* the schedule that keeps everything, and one for three quarters of what that makes (or the smallest
+  there is): the operator by operator simulation of the program that runs. "step" is what the step
+  makes, by itself.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ def build(name: str) -> tuple[Any, dict[str, Any]]:
     from benchmarks.losses import Classifier, LossOnly
 
     torch.manual_seed(0)
-    images, labels = torch.randn(8, 3, 64, 64), torch.randint(0, 100, (8,))
+    images, labels = torch.randn(16, 3, 96, 96), torch.randint(0, 100, (16,))
     if name == "ResNet-50":
         return Classifier(timm.create_model("resnet50", num_classes=100)), {
             "images": images, "labels": labels,
         }  # fmt: skip
     if name == "ViT":
         vit = timm.create_model(
-            "vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4, num_classes=100
+            "vit_tiny_patch16_224", img_size=96, patch_size=8, depth=4, num_classes=100
         )
         return Classifier(vit), {"images": images, "labels": labels}
     ids = torch.randint(0, 2000, (8, 64))
@@ -94,6 +95,8 @@ def rank(name: str, mesh: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from autopar.errors import InfeasibleError
+
     found: dict[str, tuple[float, float]] = {}  # predicted, measured
 
     def note(what: str, predicted: float, measured: float) -> None:
@@ -115,7 +118,11 @@ def rank(name: str, mesh: str) -> None:
     model, held, expected = scheduled("all kept", memory=_AMPLE)
     budget = torch.tensor(held + _TIGHT * expected)
     dist.all_reduce(budget, dist.ReduceOp.MAX)
-    scheduled("3/4 of the step", memory=budget.item(), plan=model.plan)
+    memory = budget.item()
+    try:
+        scheduled("3/4 of the step", memory=memory, plan=model.plan)
+    except InfeasibleError as error:  # what cannot hold is refused; all ranks see the same
+        scheduled("the smallest", memory=error.smallest_bytes, plan=model.plan)
     if dist.get_rank() == 0:
         common.answer(found)
     dist.destroy_process_group()

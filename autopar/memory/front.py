@@ -137,9 +137,13 @@ class Front:
                 elif point.cost > _FAR_FROM_BEST * now.cost and k != order[0]:
                     break
         return [
-            None if p is None else self._point(p.name, self.refiner.grow(p.schedule, budget))
-            for p, budget in zip(best, budgets, strict=True)
+            None if point is None else self.grown(point, budget)
+            for point, budget in zip(best, budgets, strict=True)
         ]
+
+    def grown(self, point: Point, budget: float) -> Point:
+        """With what the budget leaves spent on keeping more."""
+        return self._point(point.name, self.refiner.grow(point.schedule, budget))
 
     def _starts(self) -> list[Point]:
         whole = undominated(c for c in self.candidates if c.name != "chain")

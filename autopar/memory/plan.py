@@ -14,6 +14,7 @@ from autopar.memory.offload import waited_us
 from autopar.memory.order import in_order
 from autopar.memory.program import Program, Schedule, eager_schedule
 from autopar.memory.simulate import timeline
+from autopar.memory.summary import StepSummary
 from autopar.memory.timeline import Timeline
 from autopar.profiler.cluster import Link
 from autopar.units import format_bytes
@@ -47,6 +48,31 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         return self.timeline.peak_bytes
+
+    def summary(self, resident_bytes: float) -> StepSummary:
+        """In short.
+
+        Args:
+            resident_bytes: what is there besides what the step makes.
+        """
+        found = self.timeline
+        moments = found.moments
+        at = moments[found.peak_at] if moments else None
+        return StepSummary(
+            us=found.us,
+            backward_us=moments[found.forward].issued_us if found.forward < len(moments) else 0.0,
+            added_us=self.added_us,
+            waited_us={str(resource): us for resource, us in found.waited_us},
+            peak_bytes=found.peak_bytes,
+            eager_bytes=self.eager_bytes,
+            peak_at="" if at is None else at.name + (f" of {at.module}" if at.module else ""),
+            resident_bytes=resident_bytes,
+            state_on_host=self.state_on_host,
+            live=tuple(
+                (round(m.issued_us, 2), m.kept_bytes, m.again_bytes, m.other_bytes) for m in moments
+            ),
+            modules=found.by_module(),
+        )
 
     def __str__(self) -> str:
         share = 100 * self.added_flops / max(1.0, self.step_flops)
@@ -199,7 +225,7 @@ def plan_memory(
         smallest = front.smallest()
         if smallest.peak_bytes > budget_bytes:
             raise _infeasible(program, smallest.schedule, budget_bytes)
-        found = smallest
+        found = front.grown(smallest, budget_bytes)
     plan = describe(program, found.schedule)
     log.info("memory: %s", plan)
     return plan

@@ -183,6 +183,10 @@ class Program:
             digest.update(repr((op.reads, op.makes, op.resource, op.replays, what)).encode())
         return digest.hexdigest()[:16]
 
+    def same_as(self, other: Program) -> bool:
+        """Whether the schedules of one, and what they need, are those of the other."""
+        return self.signature == other.signature and self.nbytes == other.nbytes
+
     def flops(self, sequence: Sequence[int]) -> float:
         """FLOPs of a sequence of operators."""
         return sum(self.ops[i].flops for i in sequence)

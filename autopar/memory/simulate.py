@@ -131,6 +131,7 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
                 other_bytes[at],
                 again=i in seen,
                 keeps_bytes=int(handed[at]) if at < first else 0,
+                moves_bytes=_moved(program, i),
                 flops=op.flops,
                 resource=op.resource,
                 issued_us=run.issued,
@@ -139,6 +140,12 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
         seen.add(i)
     waited = tuple((resource, us) for resource, us in busy.waited.items() if us)
     return Timeline(tuple(moments), first, waited)
+
+
+def _moved(program: Program, i: int) -> int:
+    """Bytes that an operator brings to the host."""
+    s = program.moves.get(i)
+    return program.nbytes[s] if s is not None and program.transfers[s].out == i else 0
 
 
 def peak_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) -> int:

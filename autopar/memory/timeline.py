@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autopar.memory.program import Resource
+from autopar.memory.summary import ModuleMemory
 from autopar.plan import write_atomically
 
 _ROWS = {resource: {"pid": 0, "tid": row} for row, resource in enumerate(Resource)}
@@ -28,6 +29,7 @@ class Moment:
         other_bytes: alive meanwhile, all else: gradients, and what does not leave the forward.
         again: it ran before.
         keeps_bytes: that it makes and the forward hands to the backward.
+        moves_bytes: that it brings to the host.
         flops: of its own.
         resource: what it occupies.
         issued_us: when the program reaches it, and its memory is taken; before `start_us` where it
@@ -43,6 +45,7 @@ class Moment:
     other_bytes: int
     again: bool = False
     keeps_bytes: int = 0
+    moves_bytes: int = 0
     flops: float = 0.0
     resource: Resource = Resource.COMPUTE
     issued_us: float = 0.0
@@ -54,21 +57,6 @@ class Moment:
     @property
     def live_bytes(self) -> int:
         return self.kept_bytes + self.again_bytes + self.other_bytes
-
-
-@dataclass(frozen=True)
-class ModuleMemory:
-    """What a module keeps and computes again.
-
-    Args:
-        kept_bytes: that its forward hands to the backward.
-        again_us, again_flops: of its operators that run again.
-    """
-
-    module: str
-    kept_bytes: int
-    again_us: float
-    again_flops: float
 
 
 @dataclass(frozen=True)
@@ -120,20 +108,13 @@ class Timeline:
         return f"{self.peak_bytes} bytes at {self.moments[at].name} ({phase})"
 
     def by_module(self) -> tuple[ModuleMemory, ...]:
-        """What is kept and computed again, per block, in the order of the forward."""
-        found: dict[str, list[float]] = {}
+        """What is kept, moved and computed again, per block, in the order of the forward."""
+        blocks = dict.fromkeys(block_of(m.module) for m in self.moments[: self.forward])
+        found: dict[str, list[Moment]] = {block: [] for block in blocks}
         for moment in self.moments:
-            if moment.keeps_bytes or moment.again:
-                row = found.setdefault(block_of(moment.module), [0, 0, 0])
-                row[0] += moment.keeps_bytes
-                row[1] += moment.us if moment.again else 0
-                row[2] += moment.flops if moment.again else 0
-        order = dict.fromkeys(block_of(m.module) for m in self.moments[: self.forward])
-        return tuple(
-            ModuleMemory(block, int(found[block][0]), found[block][1], found[block][2])
-            for block in order
-            if block in found
-        )
+            if moment.keeps_bytes or moment.moves_bytes or moment.again:
+                found.setdefault(block_of(moment.module), []).append(moment)
+        return tuple(_summed(block, mine) for block, mine in found.items() if mine)
 
     def to_trace(self) -> dict[str, Any]:
         """As a Chrome trace, which Perfetto reads too: a row of operators per resource, and
@@ -162,6 +143,19 @@ class Timeline:
                 "live by origin", moment.issued_us, parts | {"other": moment.other_bytes}
             )
         yield _counter("live bytes", self.us, {"bytes": 0})
+
+
+def _summed(block: str, moments: Iterable[Moment]) -> ModuleMemory:
+    again = [m for m in moments if m.again]
+    gathered = [m for m in again if m.resource is Resource.COMMUNICATION]
+    return ModuleMemory(
+        block,
+        sum(m.keeps_bytes for m in moments),
+        sum(m.moves_bytes for m in moments),
+        sum(m.us for m in again) - sum(m.us for m in gathered),
+        sum(m.flops for m in again),
+        sum(m.us for m in gathered),
+    )
 
 
 def block_of(module: str) -> str:

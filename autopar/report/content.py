@@ -182,6 +182,43 @@ def memory_table(memory: MemoryEstimate, budget_bytes: float) -> Table:
     )
 
 
+def step_table(plan: ShardingPlan) -> Table | None:
+    """What becomes of the values of every block's forward, if that was decided."""
+    step = plan.step
+    if step is None:
+        return None
+
+    def row(name: str, kept: float, moved: float, again: float, gathered: float) -> tuple[str, ...]:
+        return (
+            name,
+            *(bytes_text(n) if n else "" for n in (kept, moved)),
+            *(time_text(us) if us else "" for us in (again, gathered)),
+        )
+
+    rows = [
+        row(m.module or "(model)", m.kept_bytes, m.moved_bytes, m.again_us, m.gathered_us)
+        for m in step.modules
+    ]
+    fields = ("kept_bytes", "moved_bytes", "again_us", "gathered_us")
+    rows.append(row("total", *(sum(getattr(m, key) for m in step.modules) for key in fields)))
+    waits = ", ".join(f"{time_text(us)} for {resource}" for resource, us in step.waited_us.items())
+    notes = (
+        f"Forward and backward take {time_text(step.us)}, {time_text(step.added_us)} of that to "
+        f"fit the memory; compute waits {waits or 'for nothing'}.",
+        f"What they make peaks at {bytes_text(step.peak_bytes)} (if everything were kept, at "
+        f"{bytes_text(step.eager_bytes)}), at {step.peak_at}; {bytes_text(step.resident_bytes)} "
+        f"are there besides.",
+        "The optimizer's state is on the host but for its step." if step.state_on_host else "",
+    )
+    return Table(
+        "From forward to backward",
+        ("module", "kept>", "on the host>", "computed again>", "gathered again>"),
+        tuple(rows),
+        " ".join(filter(None, notes)),
+        total=len(rows) - 1,
+    )
+
+
 def plans(plan: ShardingPlan) -> list[Baseline]:
     """The plan and its baselines in one list, the plan first."""
     fits = plan.memory.total_bytes <= plan.budget_bytes * (1 + 1e-9)
@@ -323,6 +360,7 @@ def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
         modules_table(plan, fold=fold),
         time_table(plan.time),
         memory_table(plan.memory, plan.budget_bytes),
+        step_table(plan),
         baselines_table(plan),
         front_table(plan),
         meshes_table(plan),

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from autopar.memory.chart import step_html
 from autopar.plan import Baseline, ShardingPlan
 from autopar.report.content import (
     MEMORY_KINDS,
@@ -67,6 +68,7 @@ def render_html(plan: ShardingPlan) -> str:
             _chart(_time_figure(plans(plan))),
             "<h2>Predicted memory per device</h2>",
             _chart(_memory_figure(plans(plan), plan.budget_bytes)),
+            *_step(plan),
             *_front(plan),
             *(f"<h2>{escape(table.title)}</h2>{_table(table)}" for table in shown),
             f"<details><summary>{sites.title} ({len(sites.rows)})</summary>",
@@ -113,6 +115,13 @@ def _memory_figure(shown: Sequence[Baseline], budget_bytes: float) -> go.Figure:
             x=budget_bytes / 2**30, line={"color": "#b3261e", "dash": "dash", "width": 1.5}
         )
     return figure
+
+
+def _step(plan: ShardingPlan) -> list[str]:
+    """Bytes alive over the step, and what is kept by module, if that was decided."""
+    if plan.step is None:
+        return []
+    return ["<h2>Memory over the step</h2>", step_html(plan.step)]
 
 
 def _front(plan: ShardingPlan) -> list[str]:

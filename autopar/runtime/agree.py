@@ -56,12 +56,16 @@ class Scheduler:
     The small integer programs behind a schedule have limits in seconds, so that ranks by themselves
     might find different ones.
 
+    Args:
+        budget: of rank 0.
+        known: a program with its schedule; what is asked for is often that.
+
     Attributes:
         found: the schedule with this rank's figures, once it was asked for.
     """
 
-    def __init__(self, budget: StepBudget) -> None:
-        self.budget = budget
+    def __init__(self, budget: StepBudget, known: tuple[Program, MemoryPlan] | None = None) -> None:
+        self.budget, self.known = budget, known
         self.found: MemoryPlan | None = None
 
     def __call__(self, program: Program) -> Schedule:
@@ -73,5 +77,7 @@ class Scheduler:
         return schedule
 
     def _choose(self, program: Program) -> tuple[Schedule, bool]:
-        plan = self.budget.choose(program)
+        known, plan = self.known or (None, None)
+        if known is None or plan is None or not known.same_as(program):
+            plan = self.budget.choose(program)
         return plan.schedule, plan.state_on_host

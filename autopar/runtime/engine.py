@@ -23,12 +23,14 @@ from torch.utils import _pytree as pytree
 from autopar.constraints import refuse_outputs
 from autopar.errors import EngineError, MeshError
 from autopar.memory.plan import MemoryPlan, StepBudget
+from autopar.memory.program import Program
 from autopar.optimizers import optimizer_state_ratio
+from autopar.pair import plan_pair
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.lower import lower
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
-from autopar.planner import Planned, autoplan, trainable_inputs
+from autopar.planner import prepare, trainable_inputs
 from autopar.profiler.cluster import ClusterInfo, as_cluster
 from autopar.runtime import environment
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
@@ -164,6 +166,7 @@ class Engine(torch.nn.Module):
         self._programs: dict[Any, list[_Specialization]] = {}
         self._plan: ShardingPlan | None = None
         self._memory: MemoryPlan | None = None
+        self._scheduled: tuple[Program, MemoryPlan] | None = None  # with the plan, on rank 0
         self._away: StateOnHost | None = None
         self._steps = 0
         self._draws = 0
@@ -358,11 +361,7 @@ class Engine(torch.nn.Module):
         state = optimizer_state_ratio(self._optimizer)
         host = self._cluster.host_link
         budget = StepBudget.of(example, self._cluster.budget_bytes, state, copied, host)
-        return Scheduler(budget)
-
-    @property
-    def _alone_with_budget(self) -> bool:
-        return self._cluster.world_size == 1 and self._cluster.memory_bytes is not None
+        return Scheduler(budget, self._scheduled)
 
     def _pinned(self) -> dict[str, Any]:
         return {} if self._plan is None else self._plan.parameter_specs()
@@ -377,16 +376,16 @@ class Engine(torch.nn.Module):
                     fingerprint=graph.fingerprint, mesh=self._cluster.mesh, model=name
                 )
                 return self._given.to_json()
-            planned = self._plan_graph(graph, pins)
-            return planned.plan.to_json()
+            return self._plan_graph(graph, pins).to_json()
 
         return ShardingPlan.from_json(from_rank_zero(decide))
 
-    def _plan_graph(self, graph: ModelGraph, pins: Pins) -> Planned:
+    def _plan_graph(self, graph: ModelGraph, pins: Pins) -> ShardingPlan:
         cluster = self._cluster
-        if self._alone_with_budget:  # nothing to shard: the memory scheduler keeps to the budget
+        scheduled = cluster.memory_bytes is not None and self._lowered
+        if scheduled and cluster.world_size == 1:  # nothing to shard, and the schedule comes later
             cluster = replace(cluster, memory_bytes=_UNBOUNDED)
-        return autoplan(
+        laid = prepare(
             self._model,
             graph=graph,
             cluster=cluster,
@@ -396,6 +395,12 @@ class Engine(torch.nn.Module):
             time_limit=self._time_limit,
             progress=self._progress,
         )
+        if not scheduled:
+            return laid.planned(laid.decide()).plan
+        pair = plan_pair(laid, output_specs=pins.outputs)
+        if pair.memory is not None and pair.step is not None:
+            self._scheduled = pair.step.program, pair.memory
+        return pair.planned.plan
 
 
 def local_parameters(model: torch.nn.Module) -> Sequence[torch.Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError
 from autopar.runtime.memory import LiveBytes, training_state_bytes
 from tests.clusters import eager_to_shard
-from tests.models import MLP, LanguageModel
+from tests.models import CASES, MLP, LanguageModel
 
 
 def batch(step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,3 +265,51 @@ def draws(mesh: str) -> list[Any]:
     results = [engine(torch.zeros(8, 16)).detach().numpy() for _ in range(2)]
     assert torch.get_rng_state().equal(before)
     return results
+
+
+def _base(name: str) -> str:
+    """The name of a node without the numbers of its copies."""
+    return re.sub(r"(_\d+)+$", "", name)
+
+
+def recomputed(name: str, dropout: float, share: float, mesh: str) -> dict[str, Any]:
+    """Train two steps with everything kept, and with a share of that memory: how far gradients and
+    buffers are apart, the peaks, and what runs again."""
+    case = CASES[name]
+
+    def train(memory: float, plan: ShardingPlan | None) -> tuple[list[torch.Tensor], Any, float]:
+        torch.manual_seed(0)
+        made: nn.Module = LanguageModel(dropout=dropout) if name == "gpt2" else case.make()
+        made = made.double().train()
+        optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2, eps=1e-3)
+        cluster = eager_to_shard(mesh)
+        engine, optimizer = auto_engine(made, optimizer, cluster, memory=memory, plan=plan)
+        found = []
+        for step in range(2):
+            optimizer.zero_grad()
+            engine(**case.batch(step)).backward()
+            found += [p.grad.to_local().clone() for p in made.parameters()]
+            optimizer.step()
+        held = sum(training_state_bytes(made, optimizer).values())
+        return [*found, *(b.clone() for b in made.buffers())], engine, held
+
+    expected, whole, held = train(2**30, None)
+    most = torch.tensor(held + share * whole.memory_plan.peak_bytes)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    found, engine, _ = train(most.item(), whole.plan)
+    planned = engine.memory_plan
+    ((special,),) = engine._programs.values()
+    moments = planned.timeline.moments
+    graphs = special.run.forward, special.run.backward
+    scheduled = moments[: planned.timeline.forward], moments[planned.timeline.forward :]
+    for graph, part in zip(graphs, scheduled, strict=True):
+        calls = Counter(_base(n.name) for n in graph.graph.nodes if n.meta.get("makes"))
+        wanted = Counter(_base(m.name) for m in part if m.resource == "compute")
+        assert {k: calls[k] for k in wanted} == wanted  # the plan is in force: nothing is merged
+    return {
+        "error": max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)),
+        "peak": planned.peak_bytes,
+        "whole": whole.memory_plan.peak_bytes,
+        "again": [m.name for m in moments if m.again],
+        "gathered": sum(m.again and m.resource == "communication" for m in moments),
+    }

@@ -103,6 +103,17 @@ def test_predicted_memory_is_near_the_measured(pool, budget):
         assert 0.9 < answer["predicted"] / answer["measured"] < 1.35
 
 
+@pytest.mark.parametrize(
+    ("name", "dropout", "share"), [("gpt2", 0.1, 0.6), ("gpt2", 0.5, 0.6), ("resnet", 0.0, 0.9)]
+)
+def test_what_is_computed_again_changes_nothing(pool, name, dropout, share):
+    ranks = pool.run(tasks.recomputed, name, dropout, share, "2x2")
+    assert all(rank["error"] < 1e-9 for rank in ranks)
+    assert all(rank["peak"] < rank["whole"] for rank in ranks)
+    assert all(rank["again"] == ranks[0]["again"] for rank in ranks)
+    assert ranks[0]["again"]
+
+
 def test_a_rank_that_dies_stops_the_others(tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(

@@ -2,13 +2,16 @@
 
 import itertools
 import json
+from dataclasses import asdict
 
 import pytest
 
 from autopar.memory.build import schedule_of
-from autopar.memory.chart import live_figure, modules_figure, timeline_html
+from autopar.memory.chart import live_figure, modules_figure, step_html
+from autopar.memory.plan import describe
 from autopar.memory.program import eager_schedule
 from autopar.memory.simulate import live_bytes, timeline
+from autopar.memory.summary import StepSummary
 from autopar.memory.timeline import Timeline, block_of
 from tests.unit.test_memory_schedule import chain, step_of
 
@@ -71,17 +74,19 @@ def test_a_trace_is_a_row_and_counters(checkpointed, tmp_path):
 
 
 def test_charts_show_the_numbers(checkpointed):
-    *_, found = checkpointed
-    figure = live_figure(found)
+    program, schedule, found = checkpointed
+    plan = describe(program, schedule)
+    step = StepSummary.from_dict(json.loads(json.dumps(asdict(plan.summary(2.0**20)))))
+    assert step == plan.summary(2.0**20)
+    figure = live_figure(step)
     stacked = [sum(ys) for ys in zip(*(trace.y for trace in figure.data), strict=True)]
     assert max(stacked) * 2**20 == pytest.approx(found.peak_bytes)
-    bars = modules_figure(found)
-    assert [t.name for t in bars.data] == ["kept, MiB", "computed again, ms"]
-    assert sum(bars.data[0].x) * 2**20 == pytest.approx(
-        sum(r.kept_bytes for r in found.by_module())
-    )
-    page = timeline_html(found)
-    assert "The peak of" in page and found.moments[found.peak_at].name in page
+    bars = {t.name: sum(t.x) for t in modules_figure(step).data}
+    assert set(bars) == {"kept", "on the host", "computed again", "gathered again"}
+    assert bars["kept"] * 2**20 == pytest.approx(sum(r.kept_bytes for r in found.by_module()))
+    assert bars["computed again"] * 1e3 == pytest.approx(plan.added_us)
+    page = step_html(step)
+    assert found.moments[found.peak_at].name in page
     assert page.count("Plotly.newPlot") == 2
     assert "<html" not in page and "cdn" not in page
 
@@ -92,4 +97,3 @@ def test_an_eager_step_computes_nothing_again():
     assert [m.kept_bytes for m in found.moments] == [4, 6, 6, 6, 4, 0]
     assert not any(m.again or m.again_bytes for m in found.moments)
     assert str(Timeline((), 0)) == "an empty step"
-    assert timeline_html(Timeline((), 0))
