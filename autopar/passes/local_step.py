@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +15,7 @@ from autopar.passes.lower import lower
 from autopar.plan import ShardingPlan
 from autopar.profiler.cluster import ClusterInfo
 from autopar.runtime.groups import planning_groups
+from autopar.sharding.node_rules import results
 from autopar.sharding.spec import ShardingSpec
 from autopar.tracer.graph import ModelGraph
 
@@ -60,14 +62,14 @@ def local_step(
         graph, plan, coords=coords, groups=planning_groups(plan.mesh, coords),
         output_specs=output_specs, trainable=trainable,
     )  # fmt: skip
-    wholes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    wholes = [n for n in graph.nodes if n.op == "placeholder" and results(n)]
     arguments, copied = [], 0
     updated = {k for k, name in graph.buffers.items() if name in graph.mutations}
     with FakeTensorMode():
-        for node in local.gm.graph.find_nodes(op="placeholder"):
-            whole = wholes.get(node.name)
+        # in the order of the model's; behind them stands the seed, where there is one
+        for node, whole in zip_longest(local.gm.graph.find_nodes(op="placeholder"), wholes):
             if whole is None:
-                arguments.append(torch.zeros((), dtype=torch.int64))  # the seed
+                arguments.append(torch.zeros((), dtype=torch.int64))
                 continue
             value = whole.meta["val"]
             made = torch.empty(node.meta["local_shape"], dtype=value.dtype, device=value.device)
