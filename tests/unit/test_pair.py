@@ -45,7 +45,7 @@ def test_where_memory_does_not_bind_nothing_is_scheduled(laid):
 def test_the_pair_is_no_slower_than_sharding_first_and_fits(laid):
     free = laid.decide(with_budget(laid.space, 2.0**40))
     needed = estimate_memory(laid.space, free.choices).total_bytes
-    with pytest.raises(InfeasibleError, match="parameters take .* Give ") as error:
+    with pytest.raises(InfeasibleError, match=r"parameters take .* Give ") as error:
         plan_pair(within(laid, 1000.0))
     smallest = error.value.smallest_bytes
     assert smallest < needed
