@@ -30,6 +30,7 @@ from autopar.units import format_bytes
 
 _UNLIMITED = 2.0**60  # bytes; more than any device has
 _BETWEEN = 2  # limits between none and the budget
+_EVEN = 5e-3  # of a step: what fitting the budget may cost without other plans being looked for
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,15 @@ def plan_pair(
         return Pair(laid.planned(free))
     pairs = _Pairs(laid, output_specs)
     pairs.add(math.inf, free)
-    if pairs.best is None or (binds and pairs.best.tried.added_us > 0):
-        start = time.monotonic()
-        for limit, found in _limited(laid, needed):
-            pairs.add(limit, found)
-            if time.monotonic() - start > laid.time_limit:
-                break
+    start = time.monotonic()
+    limited = _limited(laid, needed)
+    # no plan is faster than the one without a limit
+    while pairs.best is None or (binds and pairs.best.tried.added_us > _EVEN * free.step_us):
+        late = time.monotonic() - start > laid.time_limit
+        limit, found = (math.inf, None) if late else next(limited, (math.inf, None))
+        if found is None:
+            break
+        pairs.add(limit, found)
     return pairs.chosen()
 
 

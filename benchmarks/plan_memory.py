@@ -151,6 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = json.loads(done.stdout.splitlines()[-1])
             case = f"{name}, mesh {mesh}"
             for what, (predicted, measured) in found.items():
+                console.print(
+                    f"{case}, {what}: {measured / 2**20:.1f} MiB measured, "
+                    f"{predicted / 2**20:.1f} predicted", markup=False,
+                )  # fmt: skip
                 target = PLAN_TARGET if what == "plan" else SCHEDULE_TARGET
                 off = 100 * abs(predicted / measured - 1)
                 rows.append(Row(case, f"{what}, measured", measured / 2**20, "MiB"))

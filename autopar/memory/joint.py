@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -252,6 +252,7 @@ def _program(reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int) -> P
     for s in stays:
         sizes[s] = 0
     results = bases(outputs[:num_fwd_outputs])
+    ops = _in_modules(ops)
     tangents = frozenset(
         s for n, s in reader.base.items() if n.op == "placeholder" and "tangents" in str(n.target)
     )
@@ -262,6 +263,17 @@ def _program(reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int) -> P
         stays=stays,
         terms=_terms(ops, first, stays, sizes),
     )  # fmt: skip
+
+
+def _in_modules(ops: Sequence[Op]) -> list[Op]:
+    """What no module called (gathers of parameters) belongs to that of its first reader."""
+    reader: dict[int, str] = {}
+    found = []
+    for op in reversed(ops):
+        module = op.module or next((reader[s] for s in op.makes if reader.get(s)), "")
+        found.append(replace(op, module=module))
+        reader |= dict.fromkeys(op.reads, module)
+    return found[::-1]
 
 
 def _terms(

@@ -177,8 +177,9 @@ class StepBudget:
                 f"{format_bytes(self.parameters_bytes)}, the optimizer "
                 f"{format_bytes(0 if self.state_on_host else self.optimizer_bytes)}, inputs and "
                 f"buffers {format_bytes(self.other_bytes)}, and gradients of parameters come to "
-                f"{format_bytes(self.gradients_bytes)} as backward proceeds. Give "
-                f"{format_bytes(smallest)} ({smallest:.0f} bytes), or a smaller batch",
+                f"{format_bytes(self.gradients_bytes)} as backward proceeds. Give at "
+                f"least {format_bytes(smallest)} ({smallest:.0f} bytes), more devices, or a "
+                "smaller batch",
                 budget_bytes=self.memory_bytes,
                 smallest_bytes=smallest,
             ) from error

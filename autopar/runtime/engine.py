@@ -320,7 +320,7 @@ class Engine(torch.nn.Module):
         if not self._lowered:
             return _Specialization(graph, plan, program, program.gm, layout)
         example = self._example(graph, program, layout)
-        scheduler = self._scheduler(graph, example)
+        scheduler = self._scheduler(graph, plan, example)
         names = list(graph.parameters.values())
         step = lower(
             program.gm, example, regather=[names.index(n) for n in plan.regather if n in names],
@@ -352,15 +352,21 @@ class Engine(torch.nn.Module):
             example.append(torch.zeros((), dtype=torch.int64))
         return example
 
-    def _scheduler(self, graph: ModelGraph, example: Sequence[torch.Tensor]) -> Scheduler | None:
-        """What chooses between keeping and computing again, where there is a budget."""
-        if self._cluster.memory_bytes is None:
+    def _scheduler(
+        self, graph: ModelGraph, plan: ShardingPlan, example: Sequence[torch.Tensor]
+    ) -> Scheduler | None:
+        """What chooses between keeping and computing again, where there is a budget: of this run,
+        or of the plan that was given, if its step was scheduled."""
+        memory = self._cluster.memory_bytes
+        if memory is None and plan.step is not None:
+            memory = plan.budget_bytes
+        if memory is None:
             return None
         buffers = dict(self._model.named_buffers())
         copied = sum(buffers[n].nbytes for n in graph.mutations)
         state = optimizer_state_ratio(self._optimizer)
         host = self._cluster.host_link
-        budget = StepBudget.of(example, self._cluster.budget_bytes, state, copied, host)
+        budget = StepBudget.of(example, memory, state, copied, host)
         return Scheduler(budget, self._scheduled)
 
     def _pinned(self) -> dict[str, Any]:
