@@ -69,7 +69,12 @@ class Contestant:
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    """One kernel for all parameters of a kind: DTensors and others do not go into one."""
+    kinds: dict[bool, list[nn.Parameter]] = {}
+    for p in model.parameters():
+        kinds.setdefault(isinstance(p, DTensor), []).append(p)
+    groups = [{"params": group} for group in kinds.values()]
+    return torch.optim.AdamW(groups, lr=1e-4, fused=True)
 
 
 def _samples(batch: Batch, mesh: DeviceMesh) -> Batch:
