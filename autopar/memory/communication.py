@@ -36,9 +36,11 @@ def communication_us(node: fx.Node, operands: Any, results: Any, cluster: Cluste
     )
     axis = axis_of(str(name))
     fixed, slope = collective_us(
-        node.target._opname,  # type: ignore[union-attr]
+        node.target._opname.removesuffix("_many"),  # type: ignore[union-attr]
         cluster.links[axis],
         find_group(str(name)).size,
     )
-    nbytes = max(t.numel() * t.element_size() for t in tensors_of((operands, results)))
+    nbytes = max(
+        sum(t.numel() * t.element_size() for t in tensors_of(side)) for side in (operands, results)
+    )
     return cluster.device.launch_us + fixed + slope * nbytes
