@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from autopar.profiler.link import MEMBER_BYTES
 from autopar.runtime import collectives  # noqa: F401  (defines the operators)
 
 BUCKET_BYTES = 4 * 2**20
-# Beyond it, copying into the bucket and out of it costs more than the message that it saves.
-MEMBER_BYTES = 2**20
 
 _OPS = torch.ops.autopar
 
