@@ -77,6 +77,11 @@ def print_measured(found: Measurement, path: Path | None) -> None:
             )
     if table.row_count:
         console.print(table)
+        console.print("\nms of collectives by the bytes of the buffer", style="bold")
+    for axis, link in enumerate(cluster.links):
+        for kind, curve in link.curves.items():
+            times = "  ".join(f"{_bytes(n)}: {1e-3 * float(curve.us(n)):.3g}" for n in curve.sizes)
+            console.print(f"  {f'axis {axis} {kind}':22} {times}", markup=False, soft_wrap=True)
     if cluster.host_link is not None:
         link = cluster.host_link
         console.print(

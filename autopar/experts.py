@@ -76,15 +76,24 @@ class _Expert:
 
 
 def expert_plans(
-    space: SearchSpace, *, time_limit: float = 60.0, only: Allowed | None = None
+    space: SearchSpace,
+    *,
+    time_limit: float = 60.0,
+    only: Allowed | None = None,
+    named: str = "",
 ) -> list[ExpertPlan]:
     """Every hand-written plan that exists on the mesh, solved without a memory limit.
 
     Args:
         time_limit: seconds for the solver, per expert.
         only: candidates per site, where the experts may not use all of them.
+        named: only those whose name begins so.
     """
-    return [_completed(space, expert, time_limit, only or {}) for expert in _experts(space.mesh)]
+    return [
+        _completed(space, expert, time_limit, only or {})
+        for expert in _experts(space.mesh)
+        if expert.name.startswith(named)
+    ]
 
 
 def _completed(space: SearchSpace, expert: _Expert, limit: float, only: Allowed) -> ExpertPlan:

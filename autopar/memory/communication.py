@@ -10,7 +10,6 @@ import torch.fx as fx
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.counting import tensors_of
 from autopar.runtime.groups import axis_of, find_group
-from autopar.sharding.conversion import collective_us
 
 
 def communicates(node: fx.Node) -> bool:
@@ -35,10 +34,9 @@ def communication_us(node: fx.Node, operands: Any, results: Any, cluster: Cluste
         if argument.name == "group"
     )
     axis = axis_of(str(name))
-    fixed, slope = collective_us(
-        node.target._opname,  # type: ignore[union-attr]
-        cluster.links[axis],
-        find_group(str(name)).size,
+    nbytes = max(
+        sum(t.numel() * t.element_size() for t in tensors_of(side)) for side in (operands, results)
     )
-    nbytes = max(t.numel() * t.element_size() for t in tensors_of((operands, results)))
-    return cluster.device.launch_us + fixed + slope * nbytes
+    kind = node.target._opname.removesuffix("_many")  # type: ignore[union-attr]
+    ranks = find_group(str(name)).size
+    return cluster.device.launch_us + float(cluster.links[axis].collective_us(kind, ranks, nbytes))

@@ -1,88 +1,140 @@
-"""Buckets gradient reductions: many small all-reduces of one group become one."""
+"""Buckets: many small collectives of one group, with the same need, become one."""
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.fx as fx
 
+from autopar.profiler.link import MEMBER_BYTES
+from autopar.runtime import collectives  # noqa: F401  (defines the operators)
+
 BUCKET_BYTES = 4 * 2**20
 
+_OPS = torch.ops.autopar
 
-def bucket_reductions(
+# A collective, that of a bucket, and the positions of the arguments that members have in common.
+_REDUCTIONS = (
+    (_OPS.all_reduce.default, _OPS.all_reduce_many.default, (1, 2)),
+    (_OPS.reduce_scatter.default, _OPS.reduce_scatter_many.default, (2,)),
+)
+_GATHERS = ((_OPS.all_gather.default, _OPS.all_gather_many.default, (3,)),)
+
+
+def bucket_collectives(
     gm: fx.GraphModule,
     *,
     bucket_bytes: int = BUCKET_BYTES,
     apart: Collection[fx.Node] = frozenset(),
 ) -> fx.GraphModule:
-    """Merge all-reduces whose results are only returned (gradients of replicated parameters).
+    """Merge gathers of what the program is given (weights), at the first of them; and reductions
+    whose results are only returned (gradients), at the last.
 
-    Values of one group and dtype are flattened into a buffer of at most `bucket_bytes`, reduced
-    once, and taken apart again; the sum of every element is over the same ranks as before.
+    Values of one group and dtype share a buffer of at most `bucket_bytes`; the sum of every element
+    is over the same ranks as before.
 
     Args:
-        apart: nodes that stay as they are (of a joint graph, the forward's).
+        apart: nodes that stay as they are (of a joint graph, the forward's: what is gathered
+            together could only be gathered again together).
     """
     graph = gm.graph
+    given = _given(graph)
     output = graph.output_node()
-    buckets: dict[tuple[str, torch.dtype], list[list[fx.Node]]] = defaultdict(lambda: [[]])
-    filled: dict[tuple[str, torch.dtype], int] = defaultdict(int)
-    for node in graph.nodes:
-        if node.target is not torch.ops.autopar.all_reduce.default or node in apart:
-            continue
-        if set(node.users) != {output}:
-            continue
-        value = node.meta["val"]
-        nbytes = value.numel() * value.element_size()
-        if node.args[1] != "sum" or nbytes > bucket_bytes:
-            continue
-        key = (node.args[2], value.dtype)
-        if filled[key] + nbytes > bucket_bytes:
-            buckets[key].append([])
-            filled[key] = 0
-        buckets[key][-1].append(node)
-        filled[key] += nbytes
-    for (group, _), lists in buckets.items():
-        for members in lists:
-            if len(members) > 1:
-                _merge(graph, members, group)
+
+    def at_the_start(node: fx.Node) -> bool:
+        return node.args[0] in given
+
+    def at_the_end(node: fx.Node) -> bool:
+        return set(node.users) == {output}
+
+    for kinds, may_move in ((_GATHERS, at_the_start), (_REDUCTIONS, at_the_end)):
+        for one, many, common in kinds:
+            candidates = [
+                n for n in graph.nodes if n.target is one and n not in apart and may_move(n)
+            ]
+            for members in _filled(candidates, common, bucket_bytes):
+                _merge(graph, members, many, common, early=may_move is at_the_start)
     graph.lint()
     gm.recompile()
     return gm
 
 
-def _merge(graph: fx.Graph, members: list[fx.Node], group: str) -> None:
-    """One reduction after the last member's input is known."""
-    aten = torch.ops.aten
-    shapes = [list(n.meta["val"].shape) for n in members]
-    sizes = [math.prod(shape) for shape in shapes]
-    with graph.inserting_after(members[-1]):
-        anchor = graph.call_function(aten.cat.default, ([],))
-    with graph.inserting_before(anchor):
-        flat = [
-            graph.call_function(aten.reshape.default, (n.args[0], [size]))
-            for n, size in zip(members, sizes, strict=True)
-        ]
-    anchor.args = (flat,)
-    with graph.inserting_after(anchor):
-        reduced = graph.call_function(torch.ops.autopar.all_reduce.default, (anchor, "sum", group))
-    total = members[0].meta["val"].new_empty([sum(sizes)])
-    anchor.meta["val"] = reduced.meta["val"] = total
-    with graph.inserting_after(reduced):
-        parts = graph.call_function(aten.split_with_sizes.default, (reduced, sizes))
-    point = parts
-    for i, (node, shape) in enumerate(zip(members, shapes, strict=True)):
-        with graph.inserting_after(point):
-            item = graph.call_function(operator.getitem, (parts, i))
-        with graph.inserting_after(item):
-            # copied, so that no gradient keeps the whole bucket alive or is a view of another
-            view = graph.call_function(aten.view.default, (item, shape))
-        with graph.inserting_after(view):
-            point = graph.call_function(aten.clone.default, (view,))
-        point.meta = dict(node.meta)
-        node.replace_all_uses_with(point)
+def _given(graph: fx.Graph) -> set[fx.Node]:
+    """What the program is called with, and views of it."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+        if node.op == "placeholder" or (is_view and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _filled(
+    nodes: Sequence[fx.Node], common: Sequence[int], bucket_bytes: int
+) -> Iterator[list[fx.Node]]:
+    """Buckets of two and more."""
+    open_: dict[Any, list[fx.Node]] = defaultdict(list)
+    filled: dict[Any, int] = defaultdict(int)
+    closed = []
+    for node in nodes:
+        nbytes = max(_bytes(node), _bytes(node.args[0]))
+        if nbytes > MEMBER_BYTES:
+            continue
+        key = (node.meta["val"].dtype, *(node.args[i] for i in common))
+        if filled[key] + nbytes > bucket_bytes:
+            closed.append(open_.pop(key))
+            filled[key] = 0
+        open_[key].append(node)
+        filled[key] += nbytes
+    for members in (*closed, *open_.values()):
+        if len(members) > 1:
+            yield members
+
+
+def _bytes(node: Any) -> int:
+    value = node.meta["val"]
+    return int(value.numel() * value.element_size())
+
+
+def _merge(
+    graph: fx.Graph,
+    members: Sequence[fx.Node],
+    many: Callable[..., Any],
+    common: Sequence[int],
+    *,
+    early: bool,
+) -> None:
+    """One collective in the place of the first, or the last, of its members."""
+    own = [i for i in range(1, len(members[0].args)) if i not in common]
+    lists = [[n.args[i] for n in members] for i in (0, *own)]
+    arguments = (*lists, *(members[0].args[i] for i in common))
+    place = members[0] if early else members[-1]
+    with graph.inserting_before(place):
+        if early:
+            _bring_forward(place, [n.args[0] for n in members])
+        merged = graph.call_function(many, arguments)
+        merged.meta["val"] = [n.meta["val"] for n in members]
+        for i, node in enumerate(members):
+            item = graph.call_function(operator.getitem, (merged, i))
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item)
+    for node in members:
         graph.erase_node(node)
+
+
+def _bring_forward(place: fx.Node, needed: Sequence[Any]) -> None:
+    """Views that a merged gather reads move to before it."""
+    position = {node: i for i, node in enumerate(place.graph.nodes)}
+    late: set[fx.Node] = set()
+    stack = list(needed)
+    while stack:
+        node = stack.pop()
+        if node.op != "placeholder" and position[node] > position[place] and node not in late:
+            late.add(node)
+            stack += node.all_input_nodes
+    for node in sorted(late, key=position.__getitem__):
+        place.prepend(node)

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.kernels.substitute import substitute_kernels
 from autopar.memory.program import Program, Schedule
-from autopar.passes.bucket import bucket_reductions
+from autopar.passes.bucket import bucket_collectives
 from autopar.passes.inductor import Compiled
 from autopar.passes.overlap import overlap_reductions
 from autopar.passes.overwrite import overwrite
@@ -80,8 +80,8 @@ def lower(
     kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
     if choose is None:
         split = functools.partial(partition, regather=frozenset(regather))
-        forward_passes: list[Pass] = [kernels]
-        backward_passes: list[Pass] = [kernels, bucket_reductions, overlap_reductions]
+        forward_passes: list[Pass] = [kernels, bucket_collectives]
+        backward_passes: list[Pass] = [kernels, bucket_collectives, overlap_reductions]
     else:
         split = functools.partial(
             partition_within, choose=choose, cluster=cluster or ClusterInfo.of("1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from autopar.runtime.groups import ProcessGroup, find_group
+from autopar.runtime.groups import DirectGroup, ProcessGroup, find_group
 
 
 def overlap_reductions(gm: fx.GraphModule) -> fx.GraphModule:
@@ -21,7 +21,7 @@ def overlap_reductions(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         x, op, name = node.args
         group = find_group(name)
-        if not isinstance(group, ProcessGroup):
+        if not isinstance(group, ProcessGroup) or isinstance(group, DirectGroup):
             continue
         first_use = min(node.users, key=order.__getitem__, default=None)
         if first_use is None or order[first_use] == order[node] + 1:

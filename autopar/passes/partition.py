@@ -22,7 +22,7 @@ from autopar.memory.program import Program, Schedule
 from autopar.memory.realize import realize
 from autopar.memory.simulate import check
 from autopar.memory.transfers import with_transfers
-from autopar.passes.bucket import bucket_reductions
+from autopar.passes.bucket import bucket_collectives
 from autopar.passes.runner import run_passes
 from autopar.profiler.cluster import ClusterInfo
 from autopar.runtime import collectives  # noqa: F401  (defines the operators)
@@ -89,7 +89,7 @@ def partition_within(
         disable: names of passes to leave out.
     """
     # what these passes make has a size and a time, so they come before the schedule
-    bucket = functools.partial(bucket_reductions, apart=forward_nodes(joint, num_fwd_outputs))
+    bucket = functools.partial(bucket_collectives, apart=forward_nodes(joint, num_fwd_outputs))
     kernels = functools.partial(substitute_kernels, device_type=device_type)
     joint = run_passes(joint, [kernels, bucket], disable=disable)
     forward = forward_nodes(joint, num_fwd_outputs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
@@ -18,6 +18,7 @@ import yaml
 
 from autopar.errors import MeshError
 from autopar.profiler.curve import Curve
+from autopar.profiler.link import Link as Link
 
 GiB = 2**30
 
@@ -185,21 +186,6 @@ def device(name: str) -> Device:
     return found
 
 
-@dataclass(frozen=True)
-class Link:
-    """Alpha-beta model of one mesh axis: a message of n bytes takes alpha + beta * n seconds."""
-
-    alpha: float
-    beta: float
-
-
-def _link(key: str, data: Any) -> Link:
-    """From a mapping."""
-    if not isinstance(data, Mapping) or set(data) != {"alpha", "beta"}:
-        raise ValueError(f"ClusterInfo: {key} must have alpha and beta, got {data!r}")
-    return Link(**data)
-
-
 # Inside a node (NVLink), between nodes (one 400 Gb/s port per GPU), and Gloo over loopback.
 NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
 INFINIBAND = Link(alpha=15e-6, beta=1 / 40e9)
@@ -284,6 +270,7 @@ class ClusterInfo:
         for name, link in links.items():
             check_number(f"ClusterInfo: {name}.alpha", link.alpha, zero=True)
             check_number(f"ClusterInfo: {name}.beta", link.beta)
+            check_number(f"ClusterInfo: {name}.ports", link.ports)
         if self.host_memory_bytes is not None:
             check_number("ClusterInfo: host_memory_bytes", self.host_memory_bytes)
         if self.memory_bytes is not None:
@@ -319,31 +306,35 @@ class ClusterInfo:
         node_size: int = NODE_SIZE,
     ) -> ClusterInfo:
         """A cluster of a table device with customary links: the innermost axes that fit into one
-        node are NVLink (PCIe for L4 and 4090, loopback for CPUs), the others InfiniBand."""
+        node are NVLink (PCIe for L4 and 4090, loopback for CPUs), the others InfiniBand. An axis
+        that has several ranks in each node has their ports, up to what NVLink feeds."""
         shape = parse_mesh(mesh) if isinstance(mesh, str) else tuple(mesh)
         dev = device(device_name) if isinstance(device_name, str) else device_name
         links: list[Link] = []
         span = 1
+        inside = PCIE if dev.name in ("L4", "4090") else NVLINK
         for size in reversed(shape):
+            together = min(size, max(1, node_size // span))
             span *= size
             if dev.kind == "cpu":
                 links.append(LOOPBACK)
             elif span > node_size:
-                links.append(INFINIBAND)
+                ports = max(1.0, min(float(together), INFINIBAND.beta / inside.beta))
+                links.append(replace(INFINIBAND, ports=ports))
             else:
-                links.append(PCIE if dev.name in ("L4", "4090") else NVLINK)
+                links.append(inside)
         return ClusterInfo(shape, dev, tuple(reversed(links)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; a host that was not measured is left out."""
         host = {
-            "host_link": None if self.host_link is None else asdict(self.host_link),
+            "host_link": None if self.host_link is None else self.host_link.to_dict(),
             "host_memory_bytes": self.host_memory_bytes,
         }
         return {
             "mesh": list(self.mesh),
             "device": self.device.to_dict(),
-            "links": [asdict(link) for link in self.links],
+            "links": [link.to_dict() for link in self.links],
             "memory_bytes": self.memory_bytes,
             **{key: value for key, value in host.items() if value is not None},
         }
@@ -373,11 +364,11 @@ class ClusterInfo:
         return ClusterInfo(
             shape,
             dev,
-            tuple(_link(f"links[{i}]", link) for i, link in enumerate(links))
+            tuple(Link.from_dict(f"links[{i}]", link) for i, link in enumerate(links))
             if links
             else default.links,
             None if memory is None else parse_bytes(memory),
-            None if host is None else _link("host_link", host),
+            None if host is None else Link.from_dict("host_link", host),
             None if host_memory is None else parse_bytes(host_memory),
         )
 

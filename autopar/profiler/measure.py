@@ -54,7 +54,7 @@ QUICK = Effort(
     (64, 256, 768),
     (16, 64, 256),
     (64, 256),
-    (KiB, 32 * KiB, MiB),
+    (KiB, 64 * KiB, MiB, 8 * MiB),
     0.02,
 )
 FULL = Effort(

@@ -1,11 +1,12 @@
-"""Measures the collectives of every mesh axis and fits the alpha-beta model the planner uses.
+"""Measures the collectives of every mesh axis: a curve of each, and the alpha-beta model that says
+in two figures how fast the axis is.
 
 A collective over k ranks on a local buffer of n bytes is taken to last
 
     passes * ((k - 1) alpha + n (k - 1) / k beta)
 
-(`sharding/conversion.py`), an all-reduce being two passes. All groups of an axis communicate at the
-same time, as they do in a step.
+(`profiler/link.py`), an all-reduce being two passes; the planner goes by the curves. All groups of
+an axis communicate at the same time, as they do in a step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from autopar.errors import EngineError, MeshError
-from autopar.profiler.cluster import ClusterInfo, Device, Link
+from autopar.profiler.cluster import ClusterInfo, Device
+from autopar.profiler.curve import Curve
+from autopar.profiler.link import PASSES, Link
 from autopar.profiler.measure import (
     Effort,
     Progress,
@@ -38,8 +41,6 @@ from autopar.profiler.measure import (
 )
 from autopar.runtime.environment import start, stop
 from autopar.runtime.groups import DEFAULT_TIMEOUT, Group, find_group, process_groups
-
-PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
 
 
 def fit_link(
@@ -93,13 +94,13 @@ class Measurement:
     fits: tuple[LinkFit | None, ...]
 
     def to_json(self) -> str:
-        fits = [fit and [vars(fit.link), fit.samples] for fit in self.fits]
+        fits = [fit and [fit.link.to_dict(), fit.samples] for fit in self.fits]
         return json.dumps([self.cluster.to_dict(), fits])
 
     @staticmethod
     def from_json(text: str) -> Measurement:
         data, fits = json.loads(text)
-        read = (f and LinkFit(Link(**f[0]), tuple(map(tuple, f[1]))) for f in fits)
+        read = (f and LinkFit(Link.from_dict("link", f[0]), tuple(map(tuple, f[1]))) for f in fits)
         return Measurement(ClusterInfo.from_dict(data), tuple(read))
 
 
@@ -254,7 +255,7 @@ def _device_on(device: torch.device, effort: Effort, processes: int, say: Progre
 
 
 def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: float) -> LinkFit:
-    """Time the collectives of one group by message size, and fit its link.
+    """Time the collectives of one group by message size: curves, and the fit of its link.
 
     Args:
         group: of the axis; every rank of the world calls this at the same time.
@@ -280,15 +281,29 @@ def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: 
     times = [max(t - 1e-6 * launch_us, 0.1 * t) for _, _, t in samples]
     link, _ = fit_link(rows, times)
     predicted = (np.asarray(rows) @ (link.alpha, link.beta) + 1e-6 * launch_us).tolist()
+    curves = {
+        kind: Curve.fit(
+            *zip(
+                *[(s[1], t) for s, t in zip(samples, times, strict=True) if s[0] == kind],
+                strict=True,
+            )
+        )
+        for kind in calls
+    }
+    link = replace(link, curves=curves)
     return LinkFit(link, tuple((*s, p) for s, p in zip(samples, predicted, strict=True)))
 
 
 def _collective_seconds(call: Callable[[], Any], device: torch.device, budget: float) -> float:
-    """The best time of the slowest rank; all ranks repeat equally often."""
+    """The usual time of the slowest rank; all ranks repeat equally often.
+
+    Not the best: where ranks wait for each other, as they do where there are fewer cores than
+    ranks, they do so in a step as well. The lower quartile, as a stall is no usual time.
+    """
     call()
     times: list[float] = []
     spent = 0.0
-    while len(times) < 5 or (spent < budget and len(times) < 50):
+    while len(times) < 9 or (spent < budget and len(times) < 50):
         _barrier(device)
         begin = time.perf_counter()
         call()
@@ -298,4 +313,4 @@ def _collective_seconds(call: Callable[[], Any], device: torch.device, budget: f
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         times.append(float(slowest))
         spent += times[-1]
-    return min(times)
+    return float(np.quantile(times, 0.25))

@@ -1,4 +1,4 @@
-"""Collectives of sharded graphs: four operators, and the differentiable steps made of them.
+"""Collectives of sharded graphs: operators, and the differentiable steps made of them.
 
 The operators (`torch.ops.autopar.*`) are opaque to autograd and appear as single nodes in lowered
 graphs. The steps are what `apply_sharding` writes into the forward graph; each is a linear map and
@@ -10,6 +10,7 @@ are short, gathered parts concatenate to the dim followed by padding alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,6 +109,78 @@ def _(
     shape[gather_dim] = gather_size
     shape[split_dim] = chunk(x.shape[split_dim], g.size, g.index)[1]
     return x.new_empty(shape)
+
+
+# -- several at once, in one message: what `passes/bucket.py` makes -----------------------------
+
+
+@torch.library.custom_op("autopar::all_reduce_many", mutates_args=())
+def all_reduce_many(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Tensor]:
+    """`all_reduce` of each."""
+    total = find_group(group).all_reduce(torch.cat([x.reshape(-1) for x in xs]), op)
+    parts = total.split([x.numel() for x in xs])
+    return [part.clone().view(x.shape) for part, x in zip(parts, xs, strict=True)]
+
+
+@all_reduce_many.register_fake
+def _(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+
+
+@torch.library.custom_op("autopar::all_gather_many", mutates_args=())
+def all_gather_many(
+    xs: Sequence[torch.Tensor], dims: Sequence[int], sizes: Sequence[int], group: str
+) -> list[torch.Tensor]:
+    """`all_gather` of each, along a dim of its own."""
+    g = find_group(group)
+    shards = [
+        _pad(x, dim, -(-size // g.size)).movedim(dim, 0)
+        for x, dim, size in zip(xs, dims, sizes, strict=True)
+    ]
+    every = g.all_gather(torch.cat([shard.reshape(-1) for shard in shards]))
+    parts = every.split([shard.numel() for shard in shards], 1)
+    return [
+        _join_parts(part.clone().view(g.size, *shard.shape), dim, size)
+        for part, shard, dim, size in zip(parts, shards, dims, sizes, strict=True)
+    ]
+
+
+@all_gather_many.register_fake
+def _(
+    xs: Sequence[torch.Tensor], dims: Sequence[int], sizes: Sequence[int], group: str
+) -> list[torch.Tensor]:
+    return [
+        x.new_empty([size if d == dim else n for d, n in enumerate(x.shape)])
+        for x, dim, size in zip(xs, dims, sizes, strict=True)
+    ]
+
+
+@torch.library.custom_op("autopar::reduce_scatter_many", mutates_args=())
+def reduce_scatter_many(
+    xs: Sequence[torch.Tensor], dims: Sequence[int], group: str
+) -> list[torch.Tensor]:
+    """`reduce_scatter` of each, along a dim of its own."""
+    g = find_group(group)
+    stacked = [_stack_parts(x, dim, g.size) for x, dim in zip(xs, dims, strict=True)]
+    mine = g.reduce_scatter(torch.cat([s.reshape(g.size, -1) for s in stacked], 1))
+    found = []
+    for part, s, x, dim in zip(
+        mine.split([s[0].numel() for s in stacked]), stacked, xs, dims, strict=True
+    ):
+        _, length = chunk(x.shape[dim], g.size, g.index)
+        kept = part.view(s.shape[1:])[:length].movedim(0, dim)
+        found.append(kept.clone(memory_format=torch.contiguous_format))
+    return found
+
+
+@reduce_scatter_many.register_fake
+def _(xs: Sequence[torch.Tensor], dims: Sequence[int], group: str) -> list[torch.Tensor]:
+    g = find_group(group)
+    lengths = [chunk(x.shape[dim], g.size, g.index)[1] for x, dim in zip(xs, dims, strict=True)]
+    return [
+        x.new_empty([length if d == dim else n for d, n in enumerate(x.shape)])
+        for x, dim, length in zip(xs, dims, lengths, strict=True)
+    ]
 
 
 def _narrow(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:

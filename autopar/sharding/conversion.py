@@ -29,15 +29,11 @@ from math import prod
 
 import numpy as np
 
-from autopar.profiler.cluster import ClusterInfo, Link
+from autopar.profiler.cluster import ClusterInfo
 from autopar.sharding.conversion_baselines import axis_by_axis, greedy
 from autopar.sharding.conversion_graph import KINDS, Edges, SpecGraph, spec_graph
 from autopar.sharding.conversion_search import LegalSteps, Search
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
-
-# (collective, share of the *global* bytes it works on) in units of ring traffic: an all-reduce is
-# a reduce-scatter and an all-gather.
-_TRAFFIC = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_reduce": 2.0, "all_to_all": 1.0}
 
 _FORWARD = {
     "gather": "all_gather",
@@ -54,13 +50,6 @@ _BACKWARD = {
     "all_to_all": "all_to_all",
 }
 Orders = tuple[frozenset[tuple[int, ...]], ...]
-
-
-def collective_us(name: str, link: Link, size: int) -> tuple[float, float]:
-    """(constant us, us per byte) of a collective over `size` ranks on a local buffer, on the side
-    that is not split: by the ring algorithm, n bytes take (k-1) alpha + n (k-1)/k beta per pass."""
-    passes = 1e6 * _TRAFFIC[name]
-    return passes * (size - 1) * link.alpha, passes * (size - 1) / size * link.beta
 
 
 @dataclass(frozen=True)
@@ -88,11 +77,11 @@ class LayoutConverter:
         self.cluster = cluster
         self.mesh = cluster.mesh
         self.axes = tuple(axis for axis, size in enumerate(self.mesh) if size > 1)
-        self._prices = self._price_table()
         self._legal = lru_cache(maxsize=None)(self._legal_orders)
         self._steps = lru_cache(maxsize=None)(self._legal_steps)
         self._search = lru_cache(maxsize=None)(self._priced)
         self._path = lru_cache(maxsize=None)(self._cheapest_path)
+        self._prices = lru_cache(maxsize=None)(self._price_table)
 
     # -- public ---------------------------------------------------------------------------------
 
@@ -118,13 +107,17 @@ class LayoutConverter:
         targets: Sequence[ShardingSpec],
         *,
         grad: bool = True,
+        weight: bool = False,
     ) -> np.ndarray:
         """`cost_us` as a matrix [source, target]; infinite where no path exists.
+
+        Args:
+            weight: whether messages may be shared with those of other weights.
 
         Raises:
             ValueError: a spec is illegal for the shape.
         """
-        search = self._search_of(shape, itemsize, grad)
+        search = self._search_of(shape, itemsize, grad, weight)
         starts, ends = (
             [self._index(search.steps, shape, spec) for spec in specs]
             for specs in (sources, targets)
@@ -164,8 +157,8 @@ class LayoutConverter:
         parts = min(step.source.parts(self.mesh), step.target.parts(self.mesh))
         if step.kind == "all_to_all":
             parts //= self.mesh[step.axis]
-        forward, backward = self._step_cost(step.kind, step.axis, parts)
-        return forward[0] + forward[1] * size, backward[0] + backward[1] * size
+        forward, backward = self._step_cost(step.kind, step.axis, size / parts)
+        return float(forward), float(backward)
 
     # -- for comparison -------------------------------------------------------------------------
 
@@ -191,9 +184,11 @@ class LayoutConverter:
 
     # -- search ---------------------------------------------------------------------------------
 
-    def _search_of(self, shape: Sequence[int], itemsize: int, grad: bool) -> Search:
+    def _search_of(
+        self, shape: Sequence[int], itemsize: int, grad: bool, weight: bool = False
+    ) -> Search:
         size = itemsize * prod(shape)
-        return self._search(self._legal(tuple(shape)), size, grad)
+        return self._search(self._legal(tuple(shape)), size, grad, weight)
 
     def _index(self, steps: LegalSteps, shape: Sequence[int], spec: ShardingSpec) -> int:
         index = steps.graph.index(spec)
@@ -235,55 +230,58 @@ class LayoutConverter:
             legal &= np.array([o in allowed for o in graph.axis_orders])[chosen]
         return LegalSteps(graph, legal)
 
-    def _priced(self, orders: Orders, size: int, grad: bool) -> Search:
+    def _priced(self, orders: Orders, size: int, grad: bool, weight: bool) -> Search:
         steps = self._steps(orders)
-        table = self._prices[..., 0] + self._prices[..., 1] * size
+        table = self._prices(size, weight)
         price = table[0] + table[1] if grad else table[0]
         edges = steps.edges
         return Search(steps, price[edges.kind, edges.axis, edges.outer])
 
     # -- prices ---------------------------------------------------------------------------------
 
-    def _price_table(self) -> np.ndarray:
-        """[forward or backward, kind, axis, mask of other axes that split, constant or slope]."""
+    def _price_table(self, size: int, weight: bool) -> np.ndarray:
+        """[forward or backward, kind, axis, mask of other axes that split] in us, of a value of
+        `size` global bytes."""
         count = len(self.axes)
-        table = np.full((2, len(KINDS), count, 1 << count, 2), np.nan)
-        for mask in range(1 << count):
-            parts = prod(self.mesh[axis] for a, axis in enumerate(self.axes) if mask >> a & 1)
-            for a, axis in enumerate(self.axes):
-                if not mask >> a & 1:
-                    for number, kind in enumerate(KINDS):
-                        table[:, number, a, mask] = self._step_cost(kind, axis, parts)
+        masks = np.arange(1 << count)
+        parts = np.ones(1 << count)
+        for a, axis in enumerate(self.axes):
+            parts *= np.where(masks >> a & 1, self.mesh[axis], 1)
+        table = np.empty((2, len(KINDS), count, 1 << count))
+        for a, axis in enumerate(self.axes):
+            for number, kind in enumerate(KINDS):
+                forward, backward = self._step_cost(kind, axis, size / parts, weight)
+                table[0, number, a], table[1, number, a] = forward, backward
         return table
 
     def _step_cost(
-        self, kind: str, axis: int, parts: int
-    ) -> tuple[tuple[float, float], tuple[float, float]]:
-        """(constant us, us per global byte), forward and backward; the other axes make `parts`.
+        self, kind: str, axis: int, nbytes: np.ndarray | float, weight: bool = False
+    ) -> tuple[np.ndarray | float, np.ndarray | float]:
+        """Microseconds forward and backward, of a value of which the other axes leave so many bytes
+        on a rank.
 
         An all-to-all has the axis split on both sides. Local copies go at memory speed.
         """
         link, size = self.cluster.links[axis], self.mesh[axis]
-        # n, as a share of the global bytes
-        share = 1.0 / parts / (size if kind == "all_to_all" else 1)
         device = self.cluster.device
-        copied = (device.launch_us, 2e6 * share / device.bandwidth)
-        sliced = (device.launch_us, 2e6 * share / size / device.bandwidth)
+        whole = np.divide(nbytes, size if kind == "all_to_all" else 1)
 
-        def collective(name: str | None) -> tuple[float, float]:
+        def collective(name: str | None) -> np.ndarray | float:
             if name is None:
-                return (0.0, 0.0)
-            fixed, slope = collective_us(name, link, size)
-            return device.launch_us + fixed, slope * share
+                return 0.0
+            time_us = link.bucketed_us if weight else link.collective_us
+            return device.launch_us + time_us(name, size, whole)
 
-        forward = collective(_FORWARD.get(kind))
-        backward = collective(_BACKWARD.get(kind))
+        def copied(share: float) -> np.ndarray | float:
+            return device.launch_us + 2e6 * share * whole / device.bandwidth
+
+        forward, backward = collective(_FORWARD.get(kind)), collective(_BACKWARD.get(kind))
         if kind == "inject":
-            forward = copied  # dearer than a slice: no way to anything but a pending sum
+            forward = copied(1.0)  # dearer than a slice: no way to anything but a pending sum
         if kind == "slice":
-            forward = sliced
+            forward = copied(1 / size)
         if kind == "gather":
-            backward = sliced
+            backward = copied(1 / size)
         return forward, backward
 
 

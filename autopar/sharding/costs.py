@@ -110,8 +110,7 @@ class OpCosts:
                 )
                 for axis in axes:
                     link, size = self.cluster.links[axis], self.mesh[axis]
-                    once = 2 * (size - 1) * (link.alpha + small / size * link.beta)
-                    costs[i] += 5e6 * once
+                    costs[i] += 5 * link.collective_us("all_reduce", size, small)
         return costs
 
     def saved_bytes(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:

@@ -51,7 +51,7 @@ class LinkPrices:
         repeated blocks are priced once."""
         key = (
             id(source.candidates), link.result, id(target.candidates), link.operand,
-            link.shape, link.itemsize, link.grad, link.saved, target.kind == "output",
+            link.shape, link.itemsize, link.grad, link.saved, link.weight, target.kind == "output",
         )  # fmt: skip
         if key not in self._known:
             self._known[key] = self._priced(link, source, target)
@@ -64,7 +64,9 @@ class LinkPrices:
         wanted = [rows[0] if spec is None else spec for spec in columns]
 
         def convert(grad: bool) -> np.ndarray:
-            found = self._converter.costs_us(link.shape, link.itemsize, rows, wanted, grad=grad)
+            found = self._converter.costs_us(
+                link.shape, link.itemsize, rows, wanted, grad=grad, weight=link.weight
+            )
             return found[every]
 
         forward = convert(grad=False)

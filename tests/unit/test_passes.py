@@ -58,10 +58,23 @@ def count(gm, target) -> int:
 def test_gradient_reductions_are_bucketed(planned):
     plan = by_expert(planned, "DDP")
     step = lowered(planned, plan)
-    apart = lowered(planned, plan, disable=frozenset({"bucket_reductions"}))
+    apart = lowered(planned, plan, disable=frozenset({"bucket_collectives"}))
     # one reduction per parameter becomes one for all
     assert count(apart.backward, ops.all_reduce.default) == len(planned.graph.parameters)
-    assert count(step.backward, ops.all_reduce.default) == 1
+    assert count(step.backward, ops.all_reduce.default) == 0
+    assert count(step.backward, ops.all_reduce_many.default) == 1
+
+
+def test_gathers_and_scatters_of_weights_are_bucketed(planned):
+    plan = by_expert(planned, "FSDP")
+    step = lowered(planned, plan)
+    apart = lowered(planned, plan, disable=frozenset({"bucket_collectives"}))
+    for gm, alone in ((step.forward, apart.forward), (step.backward, apart.backward)):
+        assert count(alone, ops.all_gather.default) > 1
+        assert count(gm, ops.all_gather.default) == 0
+        assert count(gm, ops.all_gather_many.default) == 1
+    assert count(apart.backward, ops.reduce_scatter.default) > 1
+    assert count(step.backward, ops.reduce_scatter_many.default) == 1
 
 
 def test_zero3_gathers_again_and_keeps_no_gathered_weight(planned):
@@ -70,11 +83,10 @@ def test_zero3_gathers_again_and_keeps_no_gathered_weight(planned):
     again = lowered(planned, plan)
     local = program(planned, plan)
     kept = lower(local.gm, arguments(planned, plan, local), regather=[])
-    assert count(kept.backward, ops.all_gather.default) == 0
-    assert count(again.backward, ops.all_gather.default) > 0
-    assert count(again.forward, ops.all_gather.default) == count(
-        kept.forward, ops.all_gather.default
-    )
+    gathers = ops.all_gather_many.default
+    assert count(kept.backward, gathers) == count(kept.backward, ops.all_gather.default) == 0
+    assert count(again.backward, gathers) == count(again.forward, gathers) == 1
+    assert count(kept.forward, gathers) == 1
 
     def saved_bytes(step: LoweredStep) -> int:
         values = step.backward.graph.find_nodes(op="placeholder")

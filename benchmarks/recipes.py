@@ -1,0 +1,166 @@
+"""autopar's plan against published recipes, on 8 to 1024 GPUs, under the cost model.
+
+Nodes have eight H100 with NVLink, and InfiniBand between them (`autopar devices`). A recipe is an
+expert's plan in the same space (`autopar/experts.py`): its degrees of data and tensor parallelism
+are the mesh, its sharding of the optimizer and the parameters the expert. Megatron's GPT-3 175B
+trains with 8-way tensor parallelism (Narayanan et al. 2021, Korthikanti et al. 2022); torchtitan's
+Llama 3 8B with FSDP alone, 70B and 405B with FSDP and 8-way tensor parallelism (Liang et al. 2024).
+
+Pipeline stages and recomputation are left out: what is compared is data and tensor parallelism.
+Transformer blocks are alike, so four stand for all, and times are those of four. autopar's
+budget is the memory that the recipe's own plan takes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks import common
+from benchmarks.common import Row, console
+
+DEVICE = "H100"
+UNLIMITED = 1e15
+# Above what the solver's gap of 0.1% may leave.
+TARGET = 1.001
+FSDP, MEGATRON, BOTH = "FSDP", "Megatron TP, data parallel", "Megatron TP, FSDP"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published way to train.
+
+    Args:
+        model: a key of `MODELS`.
+        mesh: data by tensor parallelism, or data parallelism alone.
+        expert: what its name begins with.
+        samples: of the global batch.
+        layers: how many stand for all.
+    """
+
+    model: str
+    mesh: str
+    expert: str
+    samples: int
+    layers: int = 4
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.mesh}"
+
+
+RECIPES = (
+    Recipe("Llama 3 8B", "8", FSDP, 8),
+    Recipe("Llama 3 8B", "64", FSDP, 64),
+    Recipe("Llama 3 8B", "16x8", BOTH, 128),
+    Recipe("GPT-3 175B", "8x8", MEGATRON, 16),
+    Recipe("GPT-3 175B", "128x8", MEGATRON, 256),
+    Recipe("Llama 3 70B", "32x8", BOTH, 64),
+    Recipe("Llama 3 405B", "64x8", BOTH, 64),
+    Recipe("Llama 3 405B", "128x8", BOTH, 128),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Dimensions; heads of keys and values are fewer in Llama 3."""
+
+    hidden: int
+    inner: int
+    heads: int
+    layers: int
+    tokens: int
+    vocabulary: int = 128256
+
+    def build(self, layers: int) -> Any:
+        """In bfloat16, on the meta device; the loss alone comes back."""
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+        from benchmarks.losses import LossOnly
+
+        with torch.device("meta"):
+            if self.vocabulary == 128256:
+                llama = LlamaConfig(
+                    hidden_size=self.hidden, intermediate_size=self.inner,
+                    num_attention_heads=self.heads, num_key_value_heads=8,
+                    num_hidden_layers=layers, vocab_size=self.vocabulary,
+                    max_position_embeddings=8192, use_cache=False,
+                )  # fmt: skip
+                model = LlamaForCausalLM(llama)
+            else:
+                gpt = GPT2Config(
+                    n_embd=self.hidden, n_layer=layers, n_head=self.heads,
+                    n_positions=self.tokens, vocab_size=self.vocabulary, use_cache=False,
+                    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None,
+                    eos_token_id=None,
+                )  # fmt: skip
+                model = GPT2LMHeadModel(gpt)
+        return LossOnly(model.to(torch.bfloat16))
+
+
+MODELS = {
+    "Llama 3 8B": Model(4096, 14336, 32, 32, 8192),
+    "Llama 3 70B": Model(8192, 28672, 64, 80, 8192),
+    "Llama 3 405B": Model(16384, 53248, 128, 126, 8192),
+    "GPT-3 175B": Model(12288, 49152, 96, 96, 2048, 51200),
+}
+
+
+def compare(recipe: Recipe, time_limit: float) -> Iterator[Row]:
+    """Complete the recipe in the space, and plan within the memory that it takes."""
+    import torch
+
+    from autopar import ClusterInfo, ColoTracer
+    from autopar.diff import diff
+    from autopar.experts import expert_plans
+    from autopar.planner import ADAM_STATE, decide, lay_out, make_plan, trainable_inputs
+    from autopar.sharding.sites import Workload
+
+    of = MODELS[recipe.model]
+    model = of.build(recipe.layers)
+    with torch.device("meta"):
+        ids = torch.zeros(recipe.samples, of.tokens, dtype=torch.int64)
+    graph = ColoTracer().trace(model, (), {"input_ids": ids, "labels": ids})
+    workload = Workload(trainable_inputs(graph, model), ADAM_STATE)
+    wide = ClusterInfo.of(recipe.mesh, DEVICE).with_memory(UNLIMITED)
+    space, _ = lay_out(graph, wide, workload, {})
+    space.cost_links()
+    (expert,) = expert_plans(space, time_limit=time_limit, named=recipe.expert)
+    theirs = make_plan(space, expert.choices, recipe.model)
+    within = replace(wide, memory_bytes=expert.memory.total_bytes)
+    space.cluster = within
+    found = decide(space, {}, {}, time_limit, None)
+    ours = make_plan(space, found.choices, recipe.model, found.record({}))
+    yield Row(recipe.name, "autopar", 1e-3 * ours.time.step_us, "ms")
+    yield Row(recipe.name, expert.name, 1e-3 * expert.time.step_us, "ms")
+    yield Row(recipe.name, "memory, autopar", ours.memory.total_bytes / 2**30, "GiB")
+    yield Row(recipe.name, f"memory, {expert.name}", expert.memory.total_bytes / 2**30, "GiB")
+    ratio = ours.time.step_us / expert.time.step_us
+    yield Row(recipe.name, "autopar / recipe", ratio, "x", TARGET)
+    console.print(f"{recipe.name}, from {expert.name} to autopar's:", markup=False)
+    changes = diff(theirs, ours)
+    for change in (*changes.figures, *changes.choices):
+        console.print(f"  {change}", markup=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare; returns the exit code."""
+    parser = common.parser(__doc__ or "")
+    parser.add_argument("--only", default="", help="recipes whose name has this in it")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds, per plan")
+    options = parser.parse_args(arguments)
+    console.print(common.machine(), markup=False)
+    chosen = [r for r in RECIPES if options.only in r.name]
+    rows: list[Row] = []
+    for recipe in chosen[:1] if options.quick else chosen:
+        rows += compare(recipe, options.time_limit)
+    ratios = [r.value for r in rows if r.target is not None]
+    headline = f"autopar / recipe: {min(ratios):.3f} to {max(ratios):.3f}"
+    return common.finish("Recipes", rows, headline, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

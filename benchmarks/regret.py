@@ -1,0 +1,203 @@
+"""What autopar's plan loses against the best of the plans that people write by hand.
+
+Training steps (forward, backward, optimizer) of eight models on 2 and 4 Gloo processes with one
+thread each, of autopar's plan and of DistributedDataParallel, FSDP2, tensor parallelism by
+`parallelize_module`, and on four processes FSDP2 with tensor parallelism on 2x2. The cluster is
+measured first, as `autopar cluster` does it, for every mesh of so many processes; the plan is the
+fastest predicted of any mesh.
+
+All contestants are built in the same processes from the same weights, must lose the same on the
+same global batch, and take turns, after a barrier each; what disturbs the machine disturbs all of
+them. A ratio is that of two steps of one round; medians are of ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+from benchmarks.common import Row, console
+
+MESHES = {2: ("2",), 4: ("4", "2x2")}
+ROUNDS, QUICK_ROUNDS = 25, 5
+OURS = "autopar"
+
+
+@dataclass(frozen=True)
+class Made:
+    """Plans of one case.
+
+    Args:
+        plans: by name, files of the cluster and of the plan.
+        predicted_us: step time by name of contestant.
+        words: autopar's plan.
+    """
+
+    plans: Mapping[str, tuple[str, str]]
+    predicted_us: Mapping[str, float]
+    words: str
+
+
+def clusters(world: int, folder: Path, quick: bool) -> dict[str, Path]:
+    """`ClusterInfo`s of all meshes of so many processes, measured if they are not in the folder."""
+    from autopar.cli_cluster import write_measured
+    from autopar.profiler.cluster import parse_mesh
+    from autopar.profiler.measure_links import measure_cluster
+
+    found = {}
+    for mesh in MESHES[world]:
+        found[mesh] = folder / f"cluster-{mesh}.yaml"
+        if not found[mesh].exists():
+            console.print(f"measure the machine for mesh {mesh} ...", markup=False)
+            measured = measure_cluster(parse_mesh(mesh), "cpu", quick=quick)
+            assert measured is not None
+            write_measured(measured, found[mesh])
+    return found
+
+
+def make_plans(name: str, files: Mapping[str, Path], folder: Path, *, experts: bool) -> Made:
+    """Plan one case on every mesh.
+
+    Args:
+        experts: also write the experts' plans, for autopar's runtime to race them.
+    """
+    from autopar import ClusterInfo, autoplan
+    from autopar.experts import expert_plans
+    from autopar.planner import make_plan
+    from benchmarks.regret_cases import case
+
+    of = case(name)
+    model, batch = of.build(), of.batch()
+    predicted: dict[str, float] = {}
+    plans: dict[str, tuple[str, str]] = {}
+    words, best = "", float("inf")
+    for mesh, file in files.items():
+        found = autoplan(model, (), batch, cluster=ClusterInfo.load(file))
+        step = found.plan.time.step_us
+        if step < best:
+            best, words = step, f"mesh {mesh}: {_words(found.plan)}"
+            found.plan.save(folder / "plan.json")
+            predicted[OURS] = step
+            plans[OURS] = (str(file), str(folder / "plan.json"))
+        for expert in expert_plans(found.space):
+            called = _SAME.get((mesh, expert.name))
+            if called is None:
+                continue
+            predicted[called] = expert.time.step_us
+            if experts:
+                path = folder / f"expert{len(plans)}.json"
+                make_plan(found.space, expert.choices, found.plan.model).save(path)
+                plans[f"{called} by autopar"] = (str(file), str(path))
+                predicted[f"{called} by autopar"] = expert.time.step_us
+    return Made(plans, predicted, words)
+
+
+# The expert's plan that is like a contestant.
+_SAME = {
+    (mesh, expert): name
+    for mesh in ("2", "4")
+    for expert, name in (("DDP", "DDP"), ("FSDP (ZeRO-3)", "FSDP2"), ("Megatron TP", "TP"))
+} | {("2x2", "Megatron TP, FSDP"): "FSDP2 + TP"}
+
+
+def _words(plan: Any) -> str:
+    return "; ".join(f"{m.name or 'model'} {m.words}" for m in plan.modules if m.words)
+
+
+def race(name: str, world: int, made: Made, rounds: int, folder: Path) -> dict[str, Any]:
+    """Run the contestants; what `regret_ranks.measure` found."""
+    job = folder / "job.json"
+    job.write_text(json.dumps({"case": name, "plans": dict(made.plans), "rounds": rounds}))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+        str(world), "-m", "benchmarks.regret", "--rank", str(job),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} on {world} ranks:\n{done.stderr[-6000:]}")
+    found: dict[str, Any] = json.loads((folder / "measured.json").read_text())
+    return found
+
+
+def rows_of(case: str, made: Made, found: Mapping[str, Any]) -> Iterator[Row]:
+    """Times beside predictions, and the ratio to the best other contestant."""
+    names = list(found["names"])
+    seconds = np.array(found["seconds"])
+    processor = np.array(found["processor"])
+    ours = seconds[:, names.index(OURS)]
+    for i, name in enumerate(names):
+        yield Row(case, f"{name}", 1e3 * float(np.median(seconds[:, i])), "ms")
+        if name in made.predicted_us:
+            yield Row(case, f"{name}, predicted", 1e-3 * made.predicted_us[name], "ms")
+        yield Row(case, f"{name}, processor", 1e3 * float(np.median(processor[:, i])), "ms")
+    others = [i for i, name in enumerate(names) if OURS not in name]
+    best = max(others, key=lambda i: float(np.median(ours / seconds[:, i])))
+    low, middle, high = np.quantile(ours / seconds[:, best], (0.25, 0.5, 0.75))
+    yield Row(case, f"ours / {names[best]}, quartile", float(low), "x")
+    yield Row(case, f"ours / {names[best]}, median", float(middle), "x", 1.0)
+    yield Row(case, f"ours / {names[best]}, quartile", float(high), "x")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit code."""
+    from benchmarks.regret_cases import CASES
+
+    parser = common.parser(__doc__ or "")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--ranks", type=int, choices=sorted(MESHES), help="not both of 2 and 4")
+    parser.add_argument("--rounds", type=int, help=f"{ROUNDS} if not given")
+    parser.add_argument(
+        "--clusters", type=Path, help="folder with cluster-MESH.yaml; what is missing is measured"
+    )
+    parser.add_argument(
+        "--experts", action="store_true", help="race the experts' plans by autopar's runtime too"
+    )
+    options = parser.parse_args(arguments)
+    console.print(common.machine(), markup=False)
+    chosen = [c.name for c in CASES if options.only in c.name]
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = _all(options, chosen[:1] if options.quick else chosen, Path(scratch))
+    ratios = [r for r in rows if r.target is not None]
+    worst = max(ratios, key=lambda r: r.value)
+    headline = (
+        f"ours / best of the others: geometric mean "
+        f"{np.exp(np.mean([np.log(r.value) for r in ratios])):.2f}, "
+        f"at most {worst.value:.2f} ({worst.case})"
+    )
+    return common.finish("Regret", rows, headline, options.json)
+
+
+def _all(options: argparse.Namespace, names: Sequence[str], scratch: Path) -> list[Row]:
+    kept = options.clusters or scratch
+    kept.mkdir(parents=True, exist_ok=True)
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    worlds = [options.ranks] if options.ranks else sorted(MESHES)[: 1 if options.quick else None]
+    rows: list[Row] = []
+    for world in worlds:
+        files = clusters(world, kept, options.quick)
+        for name in names:
+            made = make_plans(name, files, scratch, experts=options.experts)
+            found = race(name, world, made, rounds, scratch)
+            rows += rows_of(f"{name}, {world} ranks", made, found)
+            console.print(f"{name}, {world} ranks: {made.words}", markup=False, soft_wrap=True)
+            console.print(f"  {rows[-2].metric} {rows[-2].value:.2f}", markup=False)
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        from benchmarks.regret_ranks import run
+
+        run(sys.argv[2])
+    else:
+        sys.exit(main())
