@@ -113,6 +113,11 @@ class Program:
     host_bytes: float = math.inf
 
     @cached_property
+    def touched(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]:
+        """What each operator reads, makes and may overwrite, for the simulation's inner loop."""
+        return tuple((op.reads, op.makes, op.overwrites) for op in self.ops)
+
+    @cached_property
     def moves(self) -> Mapping[int, int]:
         """The storage that each operator of a transfer moves."""
         return {i: s for s, transfer in self.transfers.items() for i in transfer}

@@ -9,6 +9,7 @@ round or leave out is repaired here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,14 @@ from autopar.memory.streams import run_times
 
 _CONE = 64  # a value that takes more operators to compute again is not tried
 _TRIED = 4  # candidates per step, by bytes for their cost
+
+
+class _Simulated(NamedTuple):
+    """A schedule with its lives and the bytes alive at every position."""
+
+    schedule: Schedule
+    found: Lives
+    live: np.ndarray
 
 
 class Refiner:
@@ -77,16 +86,23 @@ class Refiner:
         program, forward = self.program, len(schedule.forward)
         sequence = schedule.forward + schedule.backward
         ranked = []
-        for life, (s, start, end) in enumerate(zip(*found[:3], strict=True)):
+        alive: dict[int, set[int]] = {}  # before a position
+        for s, start, end in zip(*found[:3], strict=True):
             if not start < at < end or not program.nbytes[s] or s in program.results:
                 continue
             maker = program.maker[s]
             if not program.ops[maker].replays or s in program.ops[sequence[at]].reads:
                 continue
-            use = next(p for p in range(at, end + 1) if s in program.ops[sequence[p]].reads)
+            use = at
+            while s not in program.touched[sequence[use]][0]:
+                use += 1
             if use < forward:
                 continue
-            cone = self._cone(found, maker, use, life)
+            if use not in alive:
+                alive[use] = {
+                    s for s, start, end in zip(*found[:3], strict=True) if start < use <= end
+                }
+            cone = self._cone(alive[use] - {s}, maker)
             if cone is not None:
                 added = sum(self.cost[i] for i in cone) + self._free
                 ranked.append((program.nbytes[s] / added, added, use, cone))
@@ -125,13 +141,12 @@ class Refiner:
                 candidates.append((max(waits, 0.0) + self._free, candidate))
         return candidates
 
-    def _cone(self, found: Lives, maker: int, use: int, dropped: int) -> list[int] | None:
-        """Operators to run before a position for one operator's results to be there."""
-        alive = {
-            s
-            for life, (s, start, end) in enumerate(zip(*found[:3], strict=True))
-            if start < use <= end and life != dropped
-        }
+    def _cone(self, alive: set[int], maker: int) -> list[int] | None:
+        """Operators to run for one operator's results to be there.
+
+        Args:
+            alive: storages that are.
+        """
         program, cone = self.program, dict[int, None]()
 
         def need(i: int) -> bool:
@@ -157,23 +172,25 @@ class Refiner:
             candidate = without(self.program, schedule, s)
             if occupancy(self.program, candidate, lives(self.program, candidate)).max() <= budget:
                 schedule = candidate
-        while True:
-            grown = self._grown(schedule, budget, rejected)
-            if grown is None:
-                return schedule
-            schedule = grown
+        found = lives(self.program, schedule)
+        now: _Simulated | None = _Simulated(
+            schedule, found, occupancy(self.program, schedule, found)
+        )
+        while now is not None:
+            schedule = now.schedule
+            now = self._grown(now, budget, rejected)
+        return schedule
 
     def _grown(
-        self, schedule: Schedule, budget: float, rejected: set[tuple[int, int]]
-    ) -> Schedule | None:
+        self, now: _Simulated, budget: float, rejected: set[tuple[int, int]]
+    ) -> _Simulated | None:
         """One operator less.
 
         Args:
             rejected: operators, with the position from the end, that were tried in vain; added to.
         """
-        program, forward = self.program, len(schedule.forward)
-        found = lives(program, schedule)
-        live = occupancy(program, schedule, found)
+        program, (schedule, found, live) = self.program, now
+        forward = len(schedule.forward)
         before: dict[int, int] = {}
         gaps: dict[int, list[tuple[int, int, int]]] = {}
         for life, (s, start, end) in enumerate(zip(*found[:3], strict=True)):
@@ -199,8 +216,10 @@ class Refiner:
                 continue
             backward = (*schedule.backward[:k], *schedule.backward[k + 1 :])
             candidate = self.without_unread(Schedule(schedule.forward, backward))
-            if occupancy(program, candidate, lives(program, candidate)).max() <= budget:
-                return candidate
+            new = lives(program, candidate)
+            trace = occupancy(program, candidate, new)
+            if trace.max() <= budget:
+                return _Simulated(candidate, new, trace)
         return None
 
     def without_unread(self, schedule: Schedule) -> Schedule:

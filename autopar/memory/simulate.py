@@ -38,7 +38,7 @@ def lives(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Li
     Args:
         overwrite: results are written over operands where that is possible.
     """
-    ops, nbytes = program.ops, program.nbytes
+    touched, nbytes = program.touched, program.nbytes
     forward = len(schedule.forward)
     current: dict[int, int] = {}
     storage: list[int] = []
@@ -46,15 +46,14 @@ def lives(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Li
     end: list[int] = []
     writers: list[tuple[int, int, tuple[int, ...]]] = []  # life, position, lives to write over
     for at, i in enumerate(schedule.forward + schedule.backward):
-        op = ops[i]
-        for s in op.reads:
-            life = current.get(s)
-            if life is not None:
-                end[life] = at
-        if op.overwrites and overwrite:
-            over = tuple(current[s] for s in op.overwrites if s in current)
+        reads, makes, overwrites = touched[i]
+        for s in reads:
+            if s in current:
+                end[current[s]] = at
+        if overwrites and overwrite:
+            over = tuple([current[s] for s in overwrites if s in current])
             writers.append((len(storage), at, over))
-        for s in op.makes:
+        for s in makes:
             current[s] = len(storage)
             storage.append(s)
             start.append(at)
