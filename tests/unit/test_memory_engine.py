@@ -9,6 +9,8 @@ import torch
 from autopar import ClusterInfo, auto_engine
 from autopar.errors import InfeasibleError
 from autopar.memory.measure import LiveTrace
+from autopar.pair import Pair, plan_pair
+from autopar.planner import prepare
 from autopar.profiler.cluster import Link
 from autopar.runtime import environment
 from autopar.runtime.memory import training_state_bytes
@@ -80,3 +82,21 @@ def test_the_optimizers_state_goes_to_the_host():
     for mine, theirs in zip(grads, expected, strict=True):
         for found, wanted in zip(mine, theirs, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+
+def test_a_plan_with_a_schedule_keeps_to_its_budget():
+    case = CASES["gpt2"]
+    model = case.build()
+    cluster = ClusterInfo.of("1")
+
+    def pair(budget: float) -> Pair:
+        laid = prepare(model, (), case.batch(0), cluster=cluster.with_memory(budget))
+        return plan_pair(laid)
+
+    with pytest.raises(InfeasibleError) as error:
+        pair(1000)
+    plan = pair(error.value.smallest_bytes).planned.plan
+    assert plan.step.added_us > 0
+    engine, _ = auto_engine(model, OPTIMIZERS["adamw"](list(model.parameters())), "1", plan=plan)
+    engine.prepare(**case.batch(0))
+    assert engine.memory_plan.peak_bytes == plan.step.peak_bytes < plan.step.eager_bytes
