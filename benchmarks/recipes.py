@@ -147,7 +147,11 @@ def compare(recipe: Recipe, time_limit: float) -> Iterator[Row]:
     yield Row(recipe.name, f"memory, {expert.name}", expert.memory.total_bytes / 2**30, "GiB")
     ratio = ours.time.step_us / expert.time.step_us
     yield Row(recipe.name, "autopar / recipe", ratio, "x", TARGET)
-    console.print(f"{recipe.name}, from {expert.name} to autopar's:", markup=False)
+    console.print(
+        f"{recipe.name}, from {expert.name} to autopar's ({ours.solver.method}, "
+        f"gap {ours.solver.gap:.2%}):",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
     changes = diff(theirs, ours)
     for change in (*changes.figures, *changes.choices):
         console.print(f"  {change}", markup=False, soft_wrap=True)
