@@ -303,7 +303,7 @@ def _collective_seconds(call: Callable[[], Any], device: torch.device, budget: f
     call()
     times: list[float] = []
     spent = 0.0
-    while len(times) < 9 or (spent < budget and len(times) < 50):
+    while len(times) < 15 or (spent < budget and len(times) < 50):
         _barrier(device)
         begin = time.perf_counter()
         call()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -49,6 +50,40 @@ def _agreed(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         value = value.clone(memory_format=torch.contiguous_format) if value is x else value
         dist.broadcast(value, src=0)
     return value
+
+
+class _Shards(torch.autograd.Function):
+    """DTensors to local tensors, all at once; gradients become DTensors laid out as they are.
+
+    `DTensor.to_local` works out the layout of every gradient anew, at some 0.2 ms each. The
+    constructor of DTensor from a local tensor and a spec, and `_spec`, are private to torch; tested
+    with 2.11 and 2.13.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: DTensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.parameters = parameters
+        found = tuple(p._local_tensor.detach() for p in parameters)
+        frozen = (x for x, p in zip(found, parameters, strict=True) if not p.requires_grad)
+        ctx.mark_non_differentiable(*frozen)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        made: list[DTensor | None] = []
+        for p, grad in zip(ctx.parameters, grads, strict=True):
+            if grad is not None and grad.stride() != p._local_tensor.stride():
+                grad = torch.empty_like(p._local_tensor).copy_(grad)
+            make: Any = DTensor
+            made.append(None if grad is None else make(grad, p._spec, requires_grad=False))
+        return tuple(made)
+
+
+def shards(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's shards, of which gradients flow back to the DTensors."""
+    return list(_Shards.apply(*parameters)) if parameters else []
 
 
 def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

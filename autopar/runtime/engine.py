@@ -35,7 +35,7 @@ from autopar.profiler.cluster import ClusterInfo, as_cluster
 from autopar.runtime import environment
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
-from autopar.runtime.distribute import check_optimizer, distribute
+from autopar.runtime.distribute import check_optimizer, distribute, shards
 from autopar.runtime.groups import process_groups
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.sharding.sites import Pins
@@ -222,7 +222,7 @@ class Engine(torch.nn.Module):
             for name, update in graph.updates.items():
                 shard = found[name].to_local()
                 shard.copy_(update(shard))
-        flat = [found[name].to_local() for name in graph.parameters.values()]
+        flat = shards([found[name] for name in graph.parameters.values()])
         buffers = dict(self._model.named_buffers())
         # copies: backward may keep what the step is about to overwrite
         flat += [

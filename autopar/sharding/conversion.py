@@ -1,7 +1,7 @@
 """Layout conversion: the cheapest path of one-step collectives from one spec to another.
 
 All specs of a tensor form a graph whose edges are one-step transforms, each with a cost under the
-cluster's alpha-beta model, forward and backward together. Paths are exact minima, found per target
+cluster's links, forward and backward together. Paths are exact minima, found per target
 when first asked for (`conversion_search.py`) and kept.
 
     step            forward                 backward (the transpose)

@@ -9,12 +9,15 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError
+from autopar.runtime.groups import DirectGroup, ProcessGroup
 from autopar.runtime.memory import LiveBytes, training_state_bytes
 from tests.clusters import eager_to_shard
 from tests.models import CASES, MLP, LanguageModel
@@ -313,3 +316,27 @@ def recomputed(name: str, dropout: float, share: float, mesh: str) -> dict[str, 
         "again": [m.name for m in moments if m.again],
         "gathered": sum(m.again and m.resource == "communication" for m in moments),
     }
+
+
+def largest_difference_of_collectives(shape: tuple[int, ...]) -> float:
+    """Between `DirectGroup` and Gloo: one element, uneven parts, above and below one round."""
+    mesh = init_device_mesh("cpu", shape)
+    gloo, direct = (kind(kind.__name__, mesh.get_group(0)) for kind in (ProcessGroup, DirectGroup))
+    torch.manual_seed(dist.get_rank())
+    worst = 0.0
+    for n in (1, 1000, 2**18 + 3):
+        x, parts = torch.randn(n, dtype=torch.float64), torch.randn(direct.size, n).double()
+        flags = x > 0
+        for a, b in (
+            (gloo.all_reduce(x, "sum"), direct.all_reduce(x, "sum")),
+            (gloo.all_reduce(x, "max"), direct.all_reduce(x, "max")),
+            (gloo.all_reduce(flags, "sum"), direct.all_reduce(flags, "sum")),
+            (gloo.all_gather(x), direct.all_gather(x)),
+            (gloo.reduce_scatter(parts), direct.reduce_scatter(parts)),
+        ):
+            assert a.shape == b.shape
+            worst = max(worst, (a.double() - b.double()).abs().max().item())
+        total = direct.all_reduce(x, "sum")
+        every = direct.all_gather(total)
+        assert all(torch.equal(total, other) for other in every)  # to the last bit
+    return worst
