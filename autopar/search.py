@@ -1,17 +1,20 @@
 """The search: the solver over the space, first with repeated blocks alike, then less so.
 
 Copies in repeated blocks share one decision, so that depth costs nothing. That is a restriction:
-the first and the last block, whose neighbours are others, are then let free. The plan with all
-alike is where this begins, and its time bounds what is worth looking at.
+the first and the last block, whose neighbours are others, are then let free; and where bound and
+plan are apart still, the blocks between them are divided into runs, in the shares of the
+assignments that reach the bound together. Each problem begins from the choices and the prices of the one
+before. What is won by each says what sharing decisions costs.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import numpy as np
 
@@ -19,6 +22,7 @@ from autopar.constraints import Allowed, restricted
 from autopar.errors import InfeasibleError
 from autopar.plan import SolverRecord
 from autopar.sharding.moments import Moments
+from autopar.sharding.runs import Place, ends_apart, in_runs, places
 from autopar.sharding.space import SearchSpace
 from autopar.solver import Edge, Problem, Solution, solve
 from autopar.solver.problem import Choices
@@ -27,20 +31,29 @@ from autopar.units import format_bytes
 
 # Blocks that differ have to win at least this share of a step.
 SIMPLER = 1e-4
+# Each run of blocks has decisions of its own.
+MOST_RUNS = 3
 
 
 @dataclass(frozen=True)
 class Found:
-    """Choices per site, with what is known of their quality."""
+    """Choices per site, with what is known of their quality.
+
+    Args:
+        sharing: what copies shared their decisions, and the best step found so; freer and freer.
+    """
 
     choices: tuple[int, ...]
     step_us: float
     bound_us: float
     method: str
+    sharing: tuple[tuple[str, float], ...] = ()
 
     def record(self, seconds: dict[str, float]) -> SolverRecord:
         gap = max(0.0, 1 - self.bound_us / self.step_us) if self.step_us else 0.0
-        return SolverRecord(self.method, self.step_us, self.bound_us, gap, seconds)
+        return SolverRecord(
+            self.method, self.step_us, self.bound_us, gap, seconds, dict(self.sharing)
+        )  # fmt: skip
 
 
 def search(
@@ -64,8 +77,9 @@ def search(
     moments = Moments(space, budget)
     problem, classes = restricted(*space.problem(), only or {})
     alike, freer = Shared(problem, classes), ends_apart(classes)
+    repeated = freer != classes
     try:
-        found = _solve(alike, moments, None, time_limit, progress, branch=freer == classes)
+        found = _solve(alike, moments, None, time_limit, progress, branch=not repeated)
     except InfeasibleError as error:
         if not math.isfinite(error.smallest_bytes):
             raise
@@ -78,18 +92,58 @@ def search(
             budget_bytes=budget,
             smallest_bytes=error.smallest_bytes,
         ) from None
-    choices = alike.expand(found.choices)
-    left = time_limit - (time.monotonic() - start)
-    if freer != classes and left > 0:
-        apart = Shared(problem, freer)
-        free = _solve(apart, moments, found, left, progress, apart.contract(choices))
-        say(f"all blocks alike {found.time_us:.0f} us, first and last free {free.time_us:.0f} us")
-        if free.time_us < found.time_us * (1 - SIMPLER):
-            found = free
-            choices = _alike_where_equal(problem, moments, classes, apart.expand(free.choices))
-        else:  # all blocks alike reads better
-            found = replace(found, bound_us=min(free.bound_us, found.time_us))
-    return Found(choices, found.time_us, found.bound_us, found.method)
+    best = Found(alike.expand(found.choices), found.time_us, found.bound_us, found.method)
+    steps = [("all blocks alike", found.time_us)]
+
+    def solve_freer(what: str, freer: list[int], starts: Sequence[Choices], branch: bool) -> None:
+        nonlocal found, best
+        left = time_limit - (time.monotonic() - start)
+        if left <= 0:
+            return
+        shared = Shared(problem, freer)
+        found = _solve(
+            shared, moments, found, left, progress, map(shared.contract, starts), branch=branch
+        )
+        steps.append((what, found.time_us))
+        say(", ".join(f"{name} {time_us:.0f} us" for name, time_us in steps))
+        # what is not better reads better with fewer blocks apart, and has the bound of the freer
+        better = found.time_us < best.step_us * (1 - SIMPLER)
+        choices, step_us = (
+            (shared.expand(found.choices), found.time_us)
+            if better
+            else (best.choices, best.step_us)
+        )
+        best = Found(choices, step_us, min(found.bound_us, step_us), found.method)
+
+    if repeated:
+        solve_freer("first and last apart", freer, [best.choices], False)
+        if found.mixture:
+            mixture = found.mixture[:MOST_RUNS]
+            mixed = [Shared(problem, freer).expand(choices) for _, choices in mixture]
+            total = sum(share for share, _ in mixture)
+            shares = [share / total for share, _ in mixture]
+            runs, starts = _runs(freer, places(space, freer), shares, mixed)
+            solve_freer(f"in {len(shares)} runs", runs, [best.choices, *starts], True)
+    if best.choices != alike.expand(alike.contract(best.choices)):
+        choices = _alike_where_equal(problem, moments, classes, best.choices)
+        best = replace(best, choices=choices)
+    return replace(best, sharing=tuple(steps))
+
+
+def _runs(
+    classes: Sequence[int],
+    where: Sequence[Place],
+    shares: Sequence[float],
+    mixed: Sequence[Choices],
+) -> tuple[list[int], list[Choices]]:
+    """Classes divided into runs, and assignments that give every run one of those mixed."""
+    divided, runs = in_runs(classes, where, shares)
+    first = {c: v for v, c in reversed([*enumerate(divided)])}
+    found = []
+    for order in permutations(range(len(mixed))):
+        choices = [mixed[order[run]][v] for v, run in enumerate(runs)]
+        found.append(tuple(choices[first[c]] for c in divided))
+    return divided, found
 
 
 def _dominating(moments: Moments, choices: Choices) -> str:
@@ -110,7 +164,7 @@ def _solve(
     before: Solution | None,
     time_limit: float,
     progress: Callable[[str], None] | None,
-    start: tuple[int, ...] | None = None,
+    starts: Iterable[Choices] = (),
     *,
     branch: bool = True,
 ) -> Solution:
@@ -120,7 +174,7 @@ def _solve(
     return solve(
         problem,
         separate=moments.over(shared),
-        start=start,
+        starts=tuple(starts),
         prices=prices,
         time_limit=time_limit,
         branch=branch,
@@ -165,17 +219,3 @@ def _alike_where_equal(
             if then[0] > late + 1e-9 * max(1.0, late) or then[1] > excess:
                 now[v] = kept
     return tuple(now)
-
-
-def ends_apart(classes: Sequence[int]) -> list[int]:
-    """The classes, with the first and the last copy each in one of their own."""
-    count = Counter(classes)
-    seen: Counter[int] = Counter()
-    free = max(classes, default=0) + 1
-    found = []
-    for c in classes:
-        seen[c] += 1
-        end = count[c] > 2 and seen[c] in (1, count[c])
-        found.append(free if end else c)
-        free += end
-    return found

@@ -39,7 +39,7 @@ def solve(
     problem: Problem,
     *,
     separate: Separate | None = None,
-    start: Choices | None = None,
+    starts: Sequence[Choices] = (),
     prices: Mapping[str, float] | None = None,
     time_limit: float = 60.0,
     gap: float = TARGET_GAP,
@@ -51,7 +51,7 @@ def solve(
 
     Args:
         separate: rows are made when needed: for choices, those they violate most, of each kind.
-        start: an assignment to begin from.
+        starts: assignments to begin from.
         prices: of rows, by name, to begin from.
         time_limit: seconds; afterwards the best found is returned with its gap.
         gap: good enough.
@@ -72,7 +72,7 @@ def solve(
         progress or (lambda line: None),
         Pool(problem, separate),
     )
-    return search.run(start, prices or {})
+    return search.run(starts, prices or {})
 
 
 @dataclass
@@ -87,9 +87,9 @@ class _Search:
     pool: Pool
     bound: float = -math.inf
 
-    def run(self, start: Choices | None, prices: Mapping[str, float]) -> Solution:
+    def run(self, starts: Sequence[Choices], prices: Mapping[str, float]) -> Solution:
         pool, problem = self.pool, self.problem
-        if start is not None:
+        for start in starts:
             pool.note(start)
         whole = Region(pool, [np.flatnonzero(np.isfinite(t)) for t in problem.time_us])
         known = {row.name for row in pool.rows}
@@ -110,7 +110,7 @@ class _Search:
         if self._done():
             return self._solution(region, "prices" if region.prices else "elimination")
         self.say(f"{pool.time_us:.0f} us found, bound {self.bound:.0f} us")
-        self._recombine(region)
+        self._recombine(region, RECOMBINATIONS if self.branch else 1)
         if self._done() or not self.branch:
             return self._solution(region, "prices")
         return self._branch_and_bound(region)
@@ -124,7 +124,8 @@ class _Search:
         pool = self.pool
         assert pool.choices is not None
         bound = min(self.bound, pool.time_us)
-        return Solution(pool.choices, pool.time_us, bound, method, region.prices)
+        mixture = region.mixture() if pool.time_us - bound > self.gap * abs(pool.time_us) else ()
+        return Solution(pool.choices, pool.time_us, bound, method, region.prices, mixture)
 
     def _raise(self, region: Region, steps: int) -> Region:
         """Raise a region's bound, and narrow it whenever that has become possible."""
@@ -141,11 +142,11 @@ class _Search:
                 break
         return region
 
-    def _recombine(self, region: Region) -> None:
+    def _recombine(self, region: Region, rounds: int) -> None:
         """The best assignment made of choices that occur together in the mixture that reaches the
         bound, and in the best known one: an integer program of a few choices per node."""
         used = region.used()
-        for _ in range(RECOMBINATIONS):
+        for _ in range(rounds):
             rows = len(self.pool.rows)
             kept = Kept(replace(self.problem, rows=tuple(self.pool.rows)), used)
             merged = Merged(kept.problem)

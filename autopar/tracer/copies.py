@@ -178,7 +178,7 @@ class Copies:
             self._reads = None
         if self._resolver.asked != asked or _state(block) != state:
             return result, None
-        nodes = []
+        nodes: list[fx.Node] = []
         while (node := before.next if not nodes else nodes[-1].next).op != "root":
             nodes.append(node)
         then = [_node_of(t) for t in block.tensors()]
