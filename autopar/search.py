@@ -2,16 +2,16 @@
 
 Copies in repeated blocks share one decision, so that depth costs nothing. That is a restriction:
 the first and the last block, whose neighbours are others, are then let free; and where bound and
-plan are apart still, the blocks between them are divided into runs, in the shares of the
-assignments that reach the bound together. Each problem begins from the choices and the prices of the one
-before. What is won by each says what sharing decisions costs.
+plan are apart still, the blocks are divided into runs, down to single blocks if the problem stays
+small. Each problem begins from the choices and the prices of the one before. What each wins says
+what sharing decisions costs.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -31,8 +31,12 @@ from autopar.units import format_bytes
 
 # Blocks that differ have to win at least this share of a step.
 SIMPLER = 1e-4
-# Each run of blocks has decisions of its own.
-MOST_RUNS = 3
+# Of assignments that reach the bound together, those whose order along the blocks is tried.
+MOST_MIXED = 3
+# Runs of blocks have decisions of their own: as many as make so many choices, about.
+MOST_CHOICES = 12_000
+# The last problem may take as many seconds as all before it, and these.
+CLOSING_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def search(
     alike, freer = Shared(problem, classes), ends_apart(classes)
     repeated = freer != classes
     try:
-        found = _solve(alike, moments, None, time_limit, progress, branch=not repeated)
+        effort = 2 if repeated else 6
+        found = _solve(alike, moments, None, time_limit, progress, (), effort, branch=not repeated)
     except InfeasibleError as error:
         if not math.isfinite(error.smallest_bytes):
             raise
@@ -95,15 +100,16 @@ def search(
     best = Found(alike.expand(found.choices), found.time_us, found.bound_us, found.method)
     steps = [("all blocks alike", found.time_us)]
 
-    def solve_freer(what: str, freer: list[int], starts: Sequence[Choices], branch: bool) -> None:
+    def solve_freer(what: str, freer: list[int], starts: Sequence[Choices], last: bool) -> None:
         nonlocal found, best
-        left = time_limit - (time.monotonic() - start)
+        spent = time.monotonic() - start
+        left = time_limit - spent
         if left <= 0:
             return
         shared = Shared(problem, freer)
-        found = _solve(
-            shared, moments, found, left, progress, map(shared.contract, starts), branch=branch
-        )
+        begin = map(shared.contract, starts)
+        limit, effort = (min(left, max(spent, CLOSING_S)), 6) if last else (left, 1)
+        found = _solve(shared, moments, found, limit, progress, begin, effort, branch=last)
         steps.append((what, found.time_us))
         say(", ".join(f"{name} {time_us:.0f} us" for name, time_us in steps))
         # what is not better reads better with fewer blocks apart, and has the bound of the freer
@@ -118,12 +124,10 @@ def search(
     if repeated:
         solve_freer("first and last apart", freer, [best.choices], False)
         if found.mixture:
-            mixture = found.mixture[:MOST_RUNS]
-            mixed = [Shared(problem, freer).expand(choices) for _, choices in mixture]
-            total = sum(share for share, _ in mixture)
-            shares = [share / total for share, _ in mixture]
-            runs, starts = _runs(freer, places(space, freer), shares, mixed)
-            solve_freer(f"in {len(shares)} runs", runs, [best.choices, *starts], True)
+            mixed = [(s, Shared(problem, freer).expand(c)) for s, c in found.mixture[:MOST_MIXED]]
+            count = sum(map(len, alike.problem.time_us))
+            runs, starts = _runs(freer, places(space, freer), mixed, MOST_CHOICES // count)
+            solve_freer("in runs of blocks", runs, [best.choices, *starts], True)
     if best.choices != alike.expand(alike.contract(best.choices)):
         choices = _alike_where_equal(problem, moments, classes, best.choices)
         best = replace(best, choices=choices)
@@ -133,15 +137,27 @@ def search(
 def _runs(
     classes: Sequence[int],
     where: Sequence[Place],
-    shares: Sequence[float],
-    mixed: Sequence[Choices],
+    mixed: Sequence[tuple[float, Choices]],
+    most: int,
 ) -> tuple[list[int], list[Choices]]:
-    """Classes divided into runs, and assignments that give every run one of those mixed."""
-    divided, runs = in_runs(classes, where, shares)
+    """Classes divided into runs, and assignments that give every run one of those mixed.
+
+    Args:
+        mixed: shares, and choices that agree within the classes.
+        most: runs; if there may be more than are mixed, they are of one length.
+    """
+    total = sum(share for share, _ in mixed)
+    shares = [share / total for share, _ in mixed]
+    length = max(Counter(classes).values())
+    parts, part_of = in_runs(classes, where, shares)
+    divided = parts
+    if most > len(mixed):
+        count = min(most, length)
+        divided, _ = in_runs(classes, where, [1 / count] * count)
     first = {c: v for v, c in reversed([*enumerate(divided)])}
     found = []
     for order in permutations(range(len(mixed))):
-        choices = [mixed[order[run]][v] for v, run in enumerate(runs)]
+        choices = [mixed[order[part]][1][v] for v, part in enumerate(part_of)]
         found.append(tuple(choices[first[c]] for c in divided))
     return divided, found
 
@@ -164,9 +180,10 @@ def _solve(
     before: Solution | None,
     time_limit: float,
     progress: Callable[[str], None] | None,
-    starts: Iterable[Choices] = (),
+    starts: Iterable[Choices],
+    recombinations: int,
     *,
-    branch: bool = True,
+    branch: bool,
 ) -> Solution:
     """Solve, from the choices and the prices of a more restricted problem, if there was one."""
     prices = before.prices if before is not None else {}
@@ -178,6 +195,7 @@ def _solve(
         prices=prices,
         time_limit=time_limit,
         branch=branch,
+        recombinations=recombinations,
         progress=progress,
     )
 

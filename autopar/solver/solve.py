@@ -31,8 +31,8 @@ PRICE_STEPS, BRANCH_STEPS = 60, 8
 NARROW_GAP, NARROWED = 0.2, 0.7
 # variables of an integer program that is solved rather than divided
 SMALL_PROGRAM = 4000
-# of the program that recombines what was met: rounds, as rows turn up, variables and seconds
-RECOMBINATIONS, MAX_PROGRAM, RECOMBINE_S = 6, 4000, 4.0
+# of the program that recombines what was met: variables and seconds
+MAX_PROGRAM, RECOMBINE_S = 6000, 4.0
 
 
 def solve(
@@ -45,6 +45,7 @@ def solve(
     gap: float = TARGET_GAP,
     enough_us: float = -math.inf,
     branch: bool = True,
+    recombinations: int = 6,
     progress: Callable[[str], None] | None = None,
 ) -> Solution:
     """The fastest assignment within the rows, with a certified gap.
@@ -57,6 +58,7 @@ def solve(
         gap: good enough.
         enough_us: stop at an assignment as fast as this.
         branch: close the gap that prices leave.
+        recombinations: of what was met, at most; each as rows turn up that the one before violates.
         progress: called with a line for each phase.
 
     Raises:
@@ -69,6 +71,7 @@ def solve(
         gap,
         enough_us,
         branch,
+        recombinations,
         progress or (lambda line: None),
         Pool(problem, separate),
     )
@@ -83,6 +86,7 @@ class _Search:
     gap: float
     enough_us: float
     branch: bool
+    recombinations: int
     say: Callable[[str], None]
     pool: Pool
     bound: float = -math.inf
@@ -110,7 +114,7 @@ class _Search:
         if self._done():
             return self._solution(region, "prices" if region.prices else "elimination")
         self.say(f"{pool.time_us:.0f} us found, bound {self.bound:.0f} us")
-        self._recombine(region, RECOMBINATIONS if self.branch else 1)
+        self._recombine(region)
         if self._done() or not self.branch:
             return self._solution(region, "prices")
         return self._branch_and_bound(region)
@@ -142,11 +146,11 @@ class _Search:
                 break
         return region
 
-    def _recombine(self, region: Region, rounds: int) -> None:
+    def _recombine(self, region: Region) -> None:
         """The best assignment made of choices that occur together in the mixture that reaches the
         bound, and in the best known one: an integer program of a few choices per node."""
         used = region.used()
-        for _ in range(rounds):
+        for _ in range(self.recombinations):
             rows = len(self.pool.rows)
             kept = Kept(replace(self.problem, rows=tuple(self.pool.rows)), used)
             merged = Merged(kept.problem)
