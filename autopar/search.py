@@ -36,7 +36,7 @@ MOST_MIXED = 3
 # Runs of blocks have decisions of their own: as many as make so many choices, about.
 MOST_CHOICES = 12_000
 # The last problem may take as many seconds as all before it, and these.
-CLOSING_S = 3.0
+CLOSING_S = 4.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def search(
             smallest_bytes=error.smallest_bytes,
         ) from None
     best = Found(alike.expand(found.choices), found.time_us, found.bound_us, found.method)
-    steps = [("all blocks alike", found.time_us)]
+    steps = [("all alike", found.time_us)]
 
     def solve_freer(what: str, freer: list[int], starts: Sequence[Choices], last: bool) -> None:
         nonlocal found, best
@@ -111,7 +111,7 @@ def search(
         limit, effort = (min(left, max(spent, CLOSING_S)), 6) if last else (left, 1)
         found = _solve(shared, moments, found, limit, progress, begin, effort, branch=last)
         steps.append((what, found.time_us))
-        say(", ".join(f"{name} {time_us:.0f} us" for name, time_us in steps))
+        say("blocks " + ", ".join(f"{name} {time_us:.0f} us" for name, time_us in steps))
         # what is not better reads better with fewer blocks apart, and has the bound of the freer
         better = found.time_us < best.step_us * (1 - SIMPLER)
         choices, step_us = (
@@ -127,7 +127,7 @@ def search(
             mixed = [(s, Shared(problem, freer).expand(c)) for s, c in found.mixture[:MOST_MIXED]]
             count = sum(map(len, alike.problem.time_us))
             runs, starts = _runs(freer, places(space, freer), mixed, MOST_CHOICES // count)
-            solve_freer("in runs of blocks", runs, [best.choices, *starts], True)
+            solve_freer("in runs", runs, [best.choices, *starts], True)
     if best.choices != alike.expand(alike.contract(best.choices)):
         choices = _alike_where_equal(problem, moments, classes, best.choices)
         best = replace(best, choices=choices)

@@ -7,6 +7,7 @@ Nodes with one or two neighbours are eliminated exactly (min-plus products; Bert
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,8 @@ class Contraction:
         for a, b, table in pairs:
             self._add(a, b, table)
         constant = self._eliminate()
-        self._left = [v for v in range(len(unary)) if v not in {s.node for s in self._steps}]
+        gone = {s.node for s in self._steps}
+        self._left = [v for v in range(len(unary)) if v not in gone]
         index = {v: i for i, v in enumerate(self._left)}
         self._core: Core = minimize_core(
             [self._unary[v] for v in self._left],
@@ -79,10 +81,15 @@ class Contraction:
     def _eliminate(self) -> float:
         """Eliminate while a node has at most two neighbours; the constant that this gives."""
         constant = 0.0
-        left = {v for v, tables in enumerate(self._tables) if len(tables) <= 2}
-        while left:
-            v = min(left, key=self._work)
-            left.discard(v)
+        narrow = [v for v, tables in enumerate(self._tables) if len(tables) <= 2]
+        heap = [(self._work(v), v) for v in narrow]
+        heapq.heapify(heap)
+        gone: set[int] = set()
+        while heap:
+            work, v = heapq.heappop(heap)
+            if v in gone or work != self._work(v):
+                continue
+            gone.add(v)
             cost, around = self._unary[v], tuple(self._tables[v])
             tables = tuple(self._tables[v][w] for w in around)
             if not around:
@@ -96,17 +103,18 @@ class Contraction:
                 self._add(around[0], around[1], message)
             for w in around:
                 del self._tables[w][v]
+            for w in around:
                 if len(self._tables[w]) <= 2:
-                    left.add(w)
+                    heapq.heappush(heap, (self._work(w), w))
             self._tables[v] = {}
             self._steps.append(_Step(v, cost, around, tables, message))
         return constant
 
-    def _work(self, v: int) -> tuple[float, int]:
+    def _work(self, v: int) -> float:
         size = float(len(self._unary[v]))
         for w in self._tables[v]:
             size *= len(self._unary[w])
-        return size, v
+        return size
 
     def _read_back(self) -> tuple[int, ...] | None:
         if self._core.choices is None or not np.isfinite(self.cost):
