@@ -138,6 +138,8 @@ class Contraction:
         for (i, j), table in self._core.pair_marginals.items():
             pair[self._left[i], self._left[j]] = table + constant
 
+        needed = {frozenset(s.neighbours) for s in self._steps if len(s.neighbours) == 2}
+
         def pair_of(a: int, b: int) -> np.ndarray:
             return pair[a, b] if (a, b) in pair else pair[b, a].T
 
@@ -153,14 +155,23 @@ class Contraction:
                 pair[step.node, a] = both
                 continue
             a, b = step.neighbours
-            whole = pair_of(a, b)
-            rest = _without(whole, step.message)
-            to_a, to_b = np.empty_like(step.tables[0]), np.empty_like(step.tables[1])
+            if frozenset((step.node, a)) not in needed:  # what only one pair is asked of costs less
+                a, b = b, a
+            to_a, to_b = (step.tables[step.neighbours.index(w)] for w in (a, b))
+            rest = _without(pair_of(*step.neighbours), step.message)
+            rest = rest if (a, b) == step.neighbours else np.ascontiguousarray(rest.T)
+            work, both = np.empty_like(rest), frozenset((step.node, b)) in needed
+            with_a, with_b = np.empty_like(to_a), np.empty_like(to_b)
             for i, cost in enumerate(step.cost):
-                all_three = rest + (cost + step.tables[0][i])[:, None] + step.tables[1][i][None, :]
-                to_a[i], to_b[i] = all_three.min(axis=1), all_three.min(axis=0)
-            found[step.node] = to_a.min(axis=1)
-            pair[step.node, a], pair[step.node, b] = to_a, to_b
+                np.add(rest, to_b[i], out=work)
+                with_a[i] = work.min(axis=1) + (cost + to_a[i])
+                if both:
+                    work += (cost + to_a[i])[:, None]
+                    with_b[i] = work.min(axis=0)
+            found[step.node] = with_a.min(axis=1)
+            pair[step.node, a] = with_a
+            if both:
+                pair[step.node, b] = with_b
         return [found[v] for v in range(len(self._unary))]
 
 
