@@ -108,7 +108,8 @@ def search(
             return
         shared = Shared(problem, freer)
         begin = map(shared.contract, starts)
-        limit, effort = (min(left, max(spent, CLOSING_S)), 6) if last else (left, 1)
+        effort = 6 if last else 1
+        limit = min(left, max(spent, CLOSING_S)) if len(steps) > 1 else left
         found = _solve(shared, moments, found, limit, progress, begin, effort, branch=last)
         steps.append((what, found.time_us))
         say("blocks " + ", ".join(f"{name} {time_us:.0f} us" for name, time_us in steps))
@@ -122,11 +123,11 @@ def search(
         best = Found(choices, step_us, min(found.bound_us, step_us), found.method)
 
     if repeated:
-        solve_freer("first and last apart", freer, [best.choices], False)
-        if found.mixture:
+        most = MOST_CHOICES // sum(map(len, alike.problem.time_us))
+        solve_freer("first and last apart", freer, [best.choices], most < 2)
+        if found.mixture and most > 1:
             mixed = [(s, Shared(problem, freer).expand(c)) for s, c in found.mixture[:MOST_MIXED]]
-            count = sum(map(len, alike.problem.time_us))
-            runs, starts = _runs(freer, places(space, freer), mixed, MOST_CHOICES // count)
+            runs, starts = _runs(freer, places(space, freer), mixed, most)
             solve_freer("in runs", runs, [best.choices, *starts], True)
     if best.choices != alike.expand(alike.contract(best.choices)):
         choices = _alike_where_equal(problem, moments, classes, best.choices)
