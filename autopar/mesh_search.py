@@ -21,11 +21,9 @@ from autopar.plan import TriedMesh
 from autopar.planner import ADAM_STATE, Planned, decide, lay_out, make_plan, trainable_inputs
 from autopar.profiler.cluster import NODE_SIZE, ClusterInfo, Device
 from autopar.report.content import time_text
-from autopar.search import ends_apart
 from autopar.sharding.sites import Workload
 from autopar.sharding.space import SearchSpace
 from autopar.solver.contraction import Contraction
-from autopar.solver.reductions import Shared
 from autopar.tracer import ColoTracer, ModelGraph
 
 MAX_AXES = 3
@@ -159,9 +157,8 @@ def _planned(
 
 def lower_bound_us(space: SearchSpace, only: Allowed | None = None) -> float:
     """Below what the search finds: one elimination, without memory and late weights."""
-    problem, classes = restricted(*space.problem(), only or {})
-    shared = Shared(problem, ends_apart(classes)).problem
-    return Contraction(shared.time_us, shared.pairs()).bound
+    problem, _ = restricted(*space.problem(), only or {})
+    return Contraction(problem.time_us, problem.pairs()).bound
 
 
 def _closest(errors: Sequence[AutoparError]) -> AutoparError:

@@ -53,13 +53,18 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class SolverRecord:
-    """How the plan was found, and how good it is known to be."""
+    """How the plan was found, and how good it is known to be.
+
+    Args:
+        sharing_us: the best step found, by which copies of repeated blocks shared one decision.
+    """
 
     method: str
     objective_us: float
     bound_us: float
     gap: float
     seconds: Mapping[str, float] = field(default_factory=dict)
+    sharing_us: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

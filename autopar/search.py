@@ -1,8 +1,10 @@
 """The search: the solver over the space, first with repeated blocks alike, then less so.
 
 Copies in repeated blocks share one decision, so that depth costs nothing. That is a restriction:
-the first and the last block, whose neighbours are others, are then let free. The plan with all
-alike is where this begins, and its time bounds what is worth looking at.
+the first and the last block, whose neighbours are others, are then let free; and where bound and
+plan are apart still, the blocks are divided into runs, down to single blocks if the problem stays
+small. Each problem begins from the choices and the prices of the one before. What each wins says
+what sharing decisions costs.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import numpy as np
 
@@ -19,6 +22,7 @@ from autopar.constraints import Allowed, restricted
 from autopar.errors import InfeasibleError
 from autopar.plan import SolverRecord
 from autopar.sharding.moments import Moments
+from autopar.sharding.runs import Place, ends_apart, in_runs, places
 from autopar.sharding.space import SearchSpace
 from autopar.solver import Edge, Problem, Solution, solve
 from autopar.solver.problem import Choices
@@ -27,20 +31,33 @@ from autopar.units import format_bytes
 
 # Blocks that differ have to win at least this share of a step.
 SIMPLER = 1e-4
+# Of assignments that reach the bound together, those whose order along the blocks is tried.
+MOST_MIXED = 3
+# Runs of blocks have decisions of their own: as many as make so many choices, about.
+MOST_CHOICES = 12_000
+# Of runs, the problem may take twice as long as those before, and so many seconds at least.
+CLOSING_S = 4.0
 
 
 @dataclass(frozen=True)
 class Found:
-    """Choices per site, with what is known of their quality."""
+    """Choices per site, with what is known of their quality.
+
+    Args:
+        sharing: what copies shared their decisions, and the best step found so; freer and freer.
+    """
 
     choices: tuple[int, ...]
     step_us: float
     bound_us: float
     method: str
+    sharing: tuple[tuple[str, float], ...] = ()
 
     def record(self, seconds: dict[str, float]) -> SolverRecord:
         gap = max(0.0, 1 - self.bound_us / self.step_us) if self.step_us else 0.0
-        return SolverRecord(self.method, self.step_us, self.bound_us, gap, seconds)
+        return SolverRecord(
+            self.method, self.step_us, self.bound_us, gap, seconds, dict(self.sharing)
+        )  # fmt: skip
 
 
 def search(
@@ -64,8 +81,10 @@ def search(
     moments = Moments(space, budget)
     problem, classes = restricted(*space.problem(), only or {})
     alike, freer = Shared(problem, classes), ends_apart(classes)
+    repeated = freer != classes
     try:
-        found = _solve(alike, moments, None, time_limit, progress, branch=freer == classes)
+        effort = 2 if repeated else 6
+        found = _solve(alike, moments, None, time_limit, progress, (), effort, branch=not repeated)
     except InfeasibleError as error:
         if not math.isfinite(error.smallest_bytes):
             raise
@@ -78,18 +97,70 @@ def search(
             budget_bytes=budget,
             smallest_bytes=error.smallest_bytes,
         ) from None
-    choices = alike.expand(found.choices)
-    left = time_limit - (time.monotonic() - start)
-    if freer != classes and left > 0:
-        apart = Shared(problem, freer)
-        free = _solve(apart, moments, found, left, progress, apart.contract(choices))
-        say(f"all blocks alike {found.time_us:.0f} us, first and last free {free.time_us:.0f} us")
-        if free.time_us < found.time_us * (1 - SIMPLER):
-            found = free
-            choices = _alike_where_equal(problem, moments, classes, apart.expand(free.choices))
-        else:  # all blocks alike reads better
-            found = replace(found, bound_us=min(free.bound_us, found.time_us))
-    return Found(choices, found.time_us, found.bound_us, found.method)
+    best = Found(alike.expand(found.choices), found.time_us, found.bound_us, found.method)
+    steps = [("all alike", found.time_us)]
+
+    def solve_freer(what: str, freer: list[int], starts: Sequence[Choices], last: bool) -> None:
+        nonlocal found, best
+        spent = time.monotonic() - start
+        left = time_limit - spent
+        if left <= 0:
+            return
+        shared = Shared(problem, freer)
+        begin = map(shared.contract, starts)
+        effort = 6 if last else 1
+        limit = min(left, max(2 * spent, CLOSING_S)) if len(steps) > 1 else left
+        found = _solve(shared, moments, found, limit, progress, begin, effort, branch=last)
+        steps.append((what, found.time_us))
+        say("blocks " + ", ".join(f"{name} {time_us:.0f} us" for name, time_us in steps))
+        # what is not better reads better with fewer blocks apart, and has the bound of the freer
+        better = found.time_us < best.step_us * (1 - SIMPLER)
+        choices, step_us = (
+            (shared.expand(found.choices), found.time_us)
+            if better
+            else (best.choices, best.step_us)
+        )
+        best = Found(choices, step_us, min(found.bound_us, step_us), found.method)
+
+    if repeated:
+        most = MOST_CHOICES // sum(map(len, alike.problem.time_us))
+        solve_freer("first and last apart", freer, [best.choices], most < 2)
+        if found.mixture and most > 1:
+            mixed = [(s, Shared(problem, freer).expand(c)) for s, c in found.mixture[:MOST_MIXED]]
+            runs, starts = _runs(freer, places(space, freer), mixed, most)
+            solve_freer("in runs", runs, [best.choices, *starts], True)
+    if best.choices != alike.expand(alike.contract(best.choices)):
+        choices = _alike_where_equal(problem, moments, classes, best.choices)
+        best = replace(best, choices=choices)
+    return replace(best, sharing=tuple(steps))
+
+
+def _runs(
+    classes: Sequence[int],
+    where: Sequence[Place],
+    mixed: Sequence[tuple[float, Choices]],
+    most: int,
+) -> tuple[list[int], list[Choices]]:
+    """Classes divided into runs, and assignments that give every run one of those mixed.
+
+    Args:
+        mixed: shares, and choices that agree within the classes.
+        most: runs; if there may be more than are mixed, they are of one length.
+    """
+    total = sum(share for share, _ in mixed)
+    shares = [share / total for share, _ in mixed]
+    length = max(Counter(classes).values())
+    parts, part_of = in_runs(classes, where, shares)
+    divided = parts
+    if most > len(mixed):
+        count = min(most, length)
+        divided, _ = in_runs(classes, where, [1 / count] * count)
+    first = {c: v for v, c in reversed([*enumerate(divided)])}
+    found = []
+    for order in permutations(range(len(mixed))):
+        choices = [mixed[order[part]][1][v] for v, part in enumerate(part_of)]
+        found.append(tuple(choices[first[c]] for c in divided))
+    return divided, found
 
 
 def _dominating(moments: Moments, choices: Choices) -> str:
@@ -110,9 +181,10 @@ def _solve(
     before: Solution | None,
     time_limit: float,
     progress: Callable[[str], None] | None,
-    start: tuple[int, ...] | None = None,
+    starts: Iterable[Choices],
+    recombinations: int,
     *,
-    branch: bool = True,
+    branch: bool,
 ) -> Solution:
     """Solve, from the choices and the prices of a more restricted problem, if there was one."""
     prices = before.prices if before is not None else {}
@@ -120,10 +192,11 @@ def _solve(
     return solve(
         problem,
         separate=moments.over(shared),
-        start=start,
+        starts=tuple(starts),
         prices=prices,
         time_limit=time_limit,
         branch=branch,
+        recombinations=recombinations,
         progress=progress,
     )
 
@@ -165,17 +238,3 @@ def _alike_where_equal(
             if then[0] > late + 1e-9 * max(1.0, late) or then[1] > excess:
                 now[v] = kept
     return tuple(now)
-
-
-def ends_apart(classes: Sequence[int]) -> list[int]:
-    """The classes, with the first and the last copy each in one of their own."""
-    count = Counter(classes)
-    seen: Counter[int] = Counter()
-    free = max(classes, default=0) + 1
-    found = []
-    for c in classes:
-        seen[c] += 1
-        end = count[c] > 2 and seen[c] in (1, count[c])
-        found.append(free if end else c)
-        free += end
-    return found

@@ -7,6 +7,7 @@ Nodes with one or two neighbours are eliminated exactly (min-plus products; Bert
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,8 @@ class Contraction:
         for a, b, table in pairs:
             self._add(a, b, table)
         constant = self._eliminate()
-        self._left = [v for v in range(len(unary)) if v not in {s.node for s in self._steps}]
+        gone = {s.node for s in self._steps}
+        self._left = [v for v in range(len(unary)) if v not in gone]
         index = {v: i for i, v in enumerate(self._left)}
         self._core: Core = minimize_core(
             [self._unary[v] for v in self._left],
@@ -79,10 +81,15 @@ class Contraction:
     def _eliminate(self) -> float:
         """Eliminate while a node has at most two neighbours; the constant that this gives."""
         constant = 0.0
-        left = {v for v, tables in enumerate(self._tables) if len(tables) <= 2}
-        while left:
-            v = min(left, key=self._work)
-            left.discard(v)
+        narrow = [v for v, tables in enumerate(self._tables) if len(tables) <= 2]
+        heap = [(self._work(v), v) for v in narrow]
+        heapq.heapify(heap)
+        gone: set[int] = set()
+        while heap:
+            work, v = heapq.heappop(heap)
+            if v in gone or work != self._work(v):
+                continue
+            gone.add(v)
             cost, around = self._unary[v], tuple(self._tables[v])
             tables = tuple(self._tables[v][w] for w in around)
             if not around:
@@ -96,17 +103,18 @@ class Contraction:
                 self._add(around[0], around[1], message)
             for w in around:
                 del self._tables[w][v]
+            for w in around:
                 if len(self._tables[w]) <= 2:
-                    left.add(w)
+                    heapq.heappush(heap, (self._work(w), w))
             self._tables[v] = {}
             self._steps.append(_Step(v, cost, around, tables, message))
         return constant
 
-    def _work(self, v: int) -> tuple[float, int]:
+    def _work(self, v: int) -> float:
         size = float(len(self._unary[v]))
         for w in self._tables[v]:
             size *= len(self._unary[w])
-        return size, v
+        return size
 
     def _read_back(self) -> tuple[int, ...] | None:
         if self._core.choices is None or not np.isfinite(self.cost):
@@ -130,6 +138,8 @@ class Contraction:
         for (i, j), table in self._core.pair_marginals.items():
             pair[self._left[i], self._left[j]] = table + constant
 
+        needed = {frozenset(s.neighbours) for s in self._steps if len(s.neighbours) == 2}
+
         def pair_of(a: int, b: int) -> np.ndarray:
             return pair[a, b] if (a, b) in pair else pair[b, a].T
 
@@ -145,14 +155,23 @@ class Contraction:
                 pair[step.node, a] = both
                 continue
             a, b = step.neighbours
-            whole = pair_of(a, b)
-            rest = _without(whole, step.message)
-            to_a, to_b = np.empty_like(step.tables[0]), np.empty_like(step.tables[1])
+            if frozenset((step.node, a)) not in needed:  # what only one pair is asked of costs less
+                a, b = b, a
+            to_a, to_b = (step.tables[step.neighbours.index(w)] for w in (a, b))
+            rest = _without(pair_of(*step.neighbours), step.message)
+            rest = rest if (a, b) == step.neighbours else np.ascontiguousarray(rest.T)
+            work, both = np.empty_like(rest), frozenset((step.node, b)) in needed
+            with_a, with_b = np.empty_like(to_a), np.empty_like(to_b)
             for i, cost in enumerate(step.cost):
-                all_three = rest + (cost + step.tables[0][i])[:, None] + step.tables[1][i][None, :]
-                to_a[i], to_b[i] = all_three.min(axis=1), all_three.min(axis=0)
-            found[step.node] = to_a.min(axis=1)
-            pair[step.node, a], pair[step.node, b] = to_a, to_b
+                np.add(rest, to_b[i], out=work)
+                with_a[i] = work.min(axis=1) + (cost + to_a[i])
+                if both:
+                    work += (cost + to_a[i])[:, None]
+                    with_b[i] = work.min(axis=0)
+            found[step.node] = with_a.min(axis=1)
+            pair[step.node, a] = with_a
+            if both:
+                pair[step.node, b] = with_b
         return [found[v] for v in range(len(self._unary))]
 
 

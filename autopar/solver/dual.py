@@ -283,6 +283,13 @@ class Region:
         halves = self.kept[node] == chosen
         return [self._half(node, halves), self._half(node, ~halves)]
 
+    def mixture(self) -> tuple[tuple[float, Choices], ...]:
+        """The assignments met that reach the bound together, largest share first."""
+        lines = self._lines()
+        shares = zip(self._mixture(lines), lines, strict=True)
+        found = [(float(share), line.choices) for share, line in shares if share > 1e-6]
+        return tuple(sorted(found, key=lambda part: -part[0]))
+
     def _half(self, node: int, half: np.ndarray) -> Region:
         kept = list(self.kept)
         kept[node] = kept[node][half]

@@ -8,6 +8,7 @@ integer program over what is left has few variables and a tight relaxation.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from autopar.solver.problem import Choices, Edge, Problem, Row
 LARGEST = 4
 # of a node whose pairs are formed at all
 _MOST_PAIRS = 1500
+_NOTHING = np.zeros((1, 0, 0))
 
 
 class Merged:
@@ -72,18 +74,25 @@ class Merged:
     def _merge(self) -> None:
         """Fewest pairs first; a node that stays too large is tried again when it has changed."""
         given_up: set[tuple[int, int]] = set()
-        while True:
-            pairs = [
-                (self._node[a].shape[1] * self._node[b].shape[1], len(self._edge[a]), a, b)
-                for a in self._node
-                for b in self._edge[a]
-                if len(self._edge[a]) <= 2 and (a, b) not in given_up
-            ]
-            size, _, a, b = min(pairs, default=(_MOST_PAIRS + 1, 0, 0, 0))
+        heap: list[tuple[int, int, int, int]] = []
+
+        def offer(a: int) -> None:
+            for b, stack in self._edge[a].items() if len(self._edge[a]) <= 2 else ():
+                heapq.heappush(heap, (stack[0].size, len(self._edge[a]), a, b))
+
+        for a in self._node:
+            offer(a)
+        while heap:
+            size, _, a, b = heapq.heappop(heap)
             if size > _MOST_PAIRS:
                 return
+            stale = a not in self._node or self._edge[a].get(b, _NOTHING)[0].size != size
+            if stale or len(self._edge[a]) > 2 or (a, b) in given_up:
+                continue
             if self._try(a, b):
                 given_up = {(c, d) for c, d in given_up if c not in (a, b) and d not in (a, b)}
+                for c in (b, *self._edge[b]):
+                    offer(c)
             else:
                 given_up.add((a, b))
 

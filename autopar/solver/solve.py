@@ -31,32 +31,34 @@ PRICE_STEPS, BRANCH_STEPS = 60, 8
 NARROW_GAP, NARROWED = 0.2, 0.7
 # variables of an integer program that is solved rather than divided
 SMALL_PROGRAM = 4000
-# of the program that recombines what was met: rounds, as rows turn up, variables and seconds
-RECOMBINATIONS, MAX_PROGRAM, RECOMBINE_S = 6, 4000, 4.0
+# of the program that recombines what was met: variables and seconds
+MAX_PROGRAM, RECOMBINE_S = 6000, 4.0
 
 
 def solve(
     problem: Problem,
     *,
     separate: Separate | None = None,
-    start: Choices | None = None,
+    starts: Sequence[Choices] = (),
     prices: Mapping[str, float] | None = None,
     time_limit: float = 60.0,
     gap: float = TARGET_GAP,
     enough_us: float = -math.inf,
     branch: bool = True,
+    recombinations: int = 6,
     progress: Callable[[str], None] | None = None,
 ) -> Solution:
     """The fastest assignment within the rows, with a certified gap.
 
     Args:
         separate: rows are made when needed: for choices, those they violate most, of each kind.
-        start: an assignment to begin from.
+        starts: assignments to begin from.
         prices: of rows, by name, to begin from.
         time_limit: seconds; afterwards the best found is returned with its gap.
         gap: good enough.
         enough_us: stop at an assignment as fast as this.
         branch: close the gap that prices leave.
+        recombinations: of what was met, at most; each as rows turn up that the one before violates.
         progress: called with a line for each phase.
 
     Raises:
@@ -69,10 +71,11 @@ def solve(
         gap,
         enough_us,
         branch,
+        recombinations,
         progress or (lambda line: None),
         Pool(problem, separate),
     )
-    return search.run(start, prices or {})
+    return search.run(starts, prices or {})
 
 
 @dataclass
@@ -83,13 +86,14 @@ class _Search:
     gap: float
     enough_us: float
     branch: bool
+    recombinations: int
     say: Callable[[str], None]
     pool: Pool
     bound: float = -math.inf
 
-    def run(self, start: Choices | None, prices: Mapping[str, float]) -> Solution:
+    def run(self, starts: Sequence[Choices], prices: Mapping[str, float]) -> Solution:
         pool, problem = self.pool, self.problem
-        if start is not None:
+        for start in starts:
             pool.note(start)
         whole = Region(pool, [np.flatnonzero(np.isfinite(t)) for t in problem.time_us])
         known = {row.name for row in pool.rows}
@@ -124,7 +128,8 @@ class _Search:
         pool = self.pool
         assert pool.choices is not None
         bound = min(self.bound, pool.time_us)
-        return Solution(pool.choices, pool.time_us, bound, method, region.prices)
+        mixture = region.mixture() if pool.time_us - bound > self.gap * abs(pool.time_us) else ()
+        return Solution(pool.choices, pool.time_us, bound, method, region.prices, mixture)
 
     def _raise(self, region: Region, steps: int) -> Region:
         """Raise a region's bound, and narrow it whenever that has become possible."""
@@ -145,7 +150,7 @@ class _Search:
         """The best assignment made of choices that occur together in the mixture that reaches the
         bound, and in the best known one: an integer program of a few choices per node."""
         used = region.used()
-        for _ in range(RECOMBINATIONS):
+        for _ in range(self.recombinations):
             rows = len(self.pool.rows)
             kept = Kept(replace(self.problem, rows=tuple(self.pool.rows)), used)
             merged = Merged(kept.problem)

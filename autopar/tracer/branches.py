@@ -56,6 +56,7 @@ class BranchResolver(TorchFunctionMode):
         guards: what was taken for granted, in order.
         draws: captured values that were decided by a random draw.
         active: the forward is running.
+        asked: how many questions there were so far.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class BranchResolver(TorchFunctionMode):
         self.guards: list[Guard] = []
         self.draws: list[torch.Tensor] = []
         self.active = False
+        self.asked = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,7 +81,7 @@ class BranchResolver(TorchFunctionMode):
 
     def begin(self, tensors: Mapping[Role, Any]) -> None:
         """Say which captured tensors are parameters, buffers and inputs; before the forward."""
-        tracer = _tracer()
+        tracer = current_tracer()
         for role, t in tensors.items():
             slot = _slot(t, tracer)
             if slot is not None:
@@ -101,7 +103,8 @@ class BranchResolver(TorchFunctionMode):
         Raises:
             CaptureError: nothing decides it.
         """
-        tracer = _tracer()
+        self.asked += 1
+        tracer = current_tracer()
         slot = _slot(t, tracer)
         constant = (
             t if not isinstance(t, FakeTensor) else t.constant if slot is None else slot.constant
@@ -120,7 +123,7 @@ class BranchResolver(TorchFunctionMode):
 
     def is_random(self, t: torch.Tensor) -> bool:
         """Whether only random draws decide a tensor's value."""
-        slot = _slot(t, _tracer())
+        slot = _slot(t, current_tracer())
         if slot is None or slot.constant is not None:
             return False
         part = Slice(slot.proxy.node, self._roles)
@@ -296,7 +299,7 @@ class BranchResolver(TorchFunctionMode):
     def _leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`x.requires_grad = True` asks for nothing, but what eager computes depends on it."""
         t, rest = args[0], [*args[1:], *kwargs.values()]
-        slot = _slot(t, _tracer())
+        slot = _slot(t, current_tracer())
         setter = func == _REQUIRES_GRAD or func.__name__ == "requires_grad_"
         if setter and rest in ([], [True]) and slot is not None and not t.requires_grad:
             mark_leaf(slot.proxy.node)
@@ -384,7 +387,7 @@ def _cast(value: float, dtype: torch.dtype) -> Any:
     return bool(value) if dtype == torch.bool else value if dtype.is_floating_point else int(value)
 
 
-def _tracer() -> Any:
+def current_tracer() -> Any:
     """The tracer of the graph being built."""
     for mode in _get_current_function_mode_stack():
         if isinstance(mode, PreDispatchTorchFunctionMode):

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import CaptureError
 from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
+from autopar.tracer.copies import Copies
 from autopar.tracer.draws import keep_draws
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
@@ -118,6 +119,8 @@ class ColoTracer:
         settings = apply_settings(clone)
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._faker(mode), given)
         resolver = BranchResolver(_examples(model, given), self.assume)
+        if not self.dynamic:
+            Copies(clone, resolver)
         _watch(clone, resolver)
         with (
             warnings.catch_warnings(),

@@ -1,0 +1,88 @@
+"""Blocks that decide as one: all, all but the ends, runs; what each of them costs."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autopar import ClusterInfo, autoplan
+from autopar.search import _runs
+from autopar.sharding.runs import ends_apart, in_runs, places
+from autopar.solver import Edge, Problem, Row, solve
+from autopar.solver.reductions import Shared
+
+
+def test_runs_are_neighbours_in_the_given_shares():
+    classes = [0, *[1] * 8, 2, *[3] * 7]
+    where = [None, *(("h.", k) for k in range(8)), None, *(("h.", k) for k in range(1, 8))]
+    divided, runs = in_runs(classes, where, [0.5, 0.25, 0.25])
+    assert runs == [0, *[0] * 4, 1, 1, 2, 2, 0, *[0] * 3, 1, 1, 2, 2]
+    assert len(set(divided)) == 2 + 3 + 3  # single nodes stay one class each
+    for a, b in zip(divided, classes, strict=True):
+        assert {c for d, c in zip(divided, classes, strict=True) if d == a} == {b}
+
+
+def test_places_are_the_numbers_that_differ():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.ModuleList(
+                nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+                for _ in range(1)
+            )
+
+        def forward(self, x):
+            for block in self.stages[0]:
+                x = block(x)
+            return x.sum()
+
+    space = autoplan(Model(), (torch.zeros(8, 8),), cluster=ClusterInfo.of("2")).space
+    _, classes = space.problem()
+    found = {s.name: p for s, p in zip(space.sites, places(space, classes), strict=True)}
+    assert found["linear_2"] == ("stages.0.", 2)
+    assert found["p_stages_0_3_0_weight"] == ("stages.0.", 3)
+    assert found["sum_1"] is None
+
+
+def chain(seed, copies):
+    """A chain of equal nodes, with a row that binds; the copies of each class."""
+    rng = np.random.default_rng(seed)
+    time, memory = rng.integers(0, 50, 3).astype(float), rng.integers(0, 50, 3).astype(float)
+    table = rng.integers(0, 20, (3, 3)).astype(float)
+    row = Row("memory", float(memory.mean() * copies), dict.fromkeys(range(copies), memory))
+    edges = tuple(Edge(v, v + 1, table) for v in range(copies - 1))
+    return Problem((time,) * copies, edges, (row,)), [0] * copies
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_freer_classes_are_never_slower_and_bounded(seed):
+    problem, classes = chain(seed, 7)
+    where = [("h.", k) for k in range(7)]
+    alike = solve(Shared(problem, classes).problem, gap=1e-6)
+    ends = solve(Shared(problem, ends_apart(classes)).problem, gap=1e-6)
+    runs, _ = in_runs(ends_apart(classes), where, [0.5, 0.5])
+    divided = solve(Shared(problem, runs).problem, gap=1e-6)
+    free = solve(problem, gap=1e-6)
+    steps = [s.time_us for s in (alike, ends, divided, free)]
+    assert steps == sorted(steps, reverse=True)
+    assert free.bound_us <= free.time_us
+
+
+@pytest.mark.parametrize("most", [2, 7])
+def test_what_is_mixed_begins_the_runs(most):
+    problem, classes = chain(0, 7)
+    mixed = [(0.7, (0,) * 7), (0.3, (1,) * 7)]
+    divided, starts = _runs(classes, [("h.", k) for k in range(7)], mixed, most)
+    shared = Shared(problem, divided)
+    assert len(set(divided)) == most
+    assert starts == [(0, 0, 0, 0, 0, 1, 1), (1, 1, 1, 1, 1, 0, 0)]
+    assert all(shared.expand(shared.contract(c)) == c for c in starts)
+
+
+def test_the_record_says_what_sharing_costs():
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(4)))
+    plan = autoplan(blocks, (torch.zeros(64, 64),), cluster=ClusterInfo.of("4")).plan
+    steps = plan.solver.sharing_us
+    assert list(steps)[:2] == ["all alike", "first and last apart"]
+    assert min(steps.values()) <= steps["all alike"] * (1 + 1e-9)
+    assert plan.solver.objective_us <= steps["all alike"] * (1 + 1e-9)
