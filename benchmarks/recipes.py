@@ -6,6 +6,7 @@ are the mesh, its sharding of the optimizer and the parameters the expert. Megat
 trains with 8-way tensor parallelism (Narayanan et al. 2021, Korthikanti et al. 2022); torchtitan's
 Llama 3 8B with FSDP alone, 70B and 405B with FSDP and 8-way tensor parallelism (Liang et al. 2024).
 
+GPT-3 is built as OPT-175B, which has its dimensions, and projections that heads can split.
 Pipeline stages and recomputation are left out: what is compared is data and tensor parallelism.
 Transformer blocks are alike, so four stand for all, and times are those of four. autopar's
 budget is the memory that the recipe's own plan takes.
@@ -77,7 +78,7 @@ class Model:
     def build(self, layers: int) -> Any:
         """In bfloat16, on the meta device; the loss alone comes back."""
         import torch
-        from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
         from benchmarks.losses import LossOnly
 
@@ -91,13 +92,13 @@ class Model:
                 )  # fmt: skip
                 model = LlamaForCausalLM(llama)
             else:
-                gpt = GPT2Config(
-                    n_embd=self.hidden, n_layer=layers, n_head=self.heads,
-                    n_positions=self.tokens, vocab_size=self.vocabulary, use_cache=False,
-                    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None,
-                    eos_token_id=None,
+                opt = OPTConfig(
+                    hidden_size=self.hidden, word_embed_proj_dim=self.hidden,
+                    num_hidden_layers=layers, ffn_dim=self.inner,
+                    num_attention_heads=self.heads, max_position_embeddings=self.tokens,
+                    vocab_size=self.vocabulary, use_cache=False, dropout=0.0,
                 )  # fmt: skip
-                model = GPT2LMHeadModel(gpt)
+                model = OPTForCausalLM(opt)
         return LossOnly(model.to(torch.bfloat16))
 
 
