@@ -35,7 +35,7 @@ SIMPLER = 1e-4
 MOST_MIXED = 3
 # Runs of blocks have decisions of their own: as many as make so many choices, about.
 MOST_CHOICES = 12_000
-# Of runs, the problem may take twice as long as those before, and so many seconds at least.
+# Runs may take three times as long as what came before, and so many seconds at least.
 CLOSING_S = 4.0
 
 
@@ -109,7 +109,7 @@ def search(
         shared = Shared(problem, freer)
         begin = map(shared.contract, starts)
         effort = 6 if last else 1
-        limit = min(left, max(2 * spent, CLOSING_S)) if len(steps) > 1 else left
+        limit = min(left, max(3 * spent, CLOSING_S)) if len(steps) > 1 else left
         found = _solve(shared, moments, found, limit, progress, begin, effort, branch=last)
         steps.append((what, found.time_us))
         say("blocks " + ", ".join(f"{name} {time_us:.0f} us" for name, time_us in steps))

@@ -10,7 +10,7 @@ and the same attributes, are called alike, and
 * it computed with nothing but its arguments and its own tensors, and wrote into the latter only.
 
 Everything else is run as before. The tracer's slots and its module stack are private
-(torch.fx.experimental.proxy_tensor; tested with torch 2.11 and 2.13).
+(torch.fx.experimental.proxy_tensor; tested with torch 2.13).
 """
 
 from __future__ import annotations
