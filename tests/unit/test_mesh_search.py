@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,7 +87,8 @@ def test_bounds_pass_meshes_over():
 def test_nodes_decide_the_links():
     assert ClusterInfo.of("4x4", "H100", node_size=4).links == (INFINIBAND, NVLINK)
     assert ClusterInfo.of("4x4", "H100", node_size=16).links == (NVLINK, NVLINK)
-    assert ClusterInfo.of("4x4", "H100").links == (INFINIBAND, NVLINK)
+    # two ranks of the outer axis share a node: rings along it leave by two ports
+    assert ClusterInfo.of("4x4", "H100").links == (replace(INFINIBAND, ports=2.0), NVLINK)
 
 
 def test_nothing_fits_anywhere():
