@@ -7,7 +7,9 @@ A row names the factors of an op's operands and results, as einsum does:
     aten.layer_norm "*b [h], [h], [h] -> *b [h]"  *b  any number of leading dims; [h] never split
     aten.embedding  "v! e, *b -> *b e"            !   splitting it needs the row's lowering
     cross_entropy   "*b v=, *b -> "               =   so does this, and it leaves no pending sum
-    aten.conv2d     "n c h~ [w], ... -> n o h~ [w]"   ~   as !, and extents may differ
+    aten.conv2d     "n c h~ [w], ... -> n o h~ [w]"   ~   as !, and extents may differ: the lowering
+                                                      fetches what its windows reach of other ranks
+    aten.softmax    "*b s# -> *b s#"              #   as !, and the lowering reduces statistics
 
 Given an assignment of mesh axes to factors, every layout follows. Along an axis given to factor f:
 operands and results that have f are split there; a result without f is a pending sum (P); an
@@ -43,6 +45,7 @@ class Factor:
         other: further extents that tensors have in this dim, where the lowering fits them together
             (a convolution's result is narrower than its input); each must fill every rank.
         half: splitting it divides half of the op's work only; the other half every rank repeats.
+        mark: behind its name in the row.
     """
 
     size: int
@@ -51,6 +54,7 @@ class Factor:
     complete: bool = False
     other: tuple[int, ...] = ()
     half: bool = False
+    mark: str = ""
 
     def allows(self, axes: Sequence[int], mesh: Sequence[int]) -> bool:
         parts = math.prod(mesh[axis] for axis in axes)
@@ -188,17 +192,18 @@ class Row:
 
 def _factor(extents: tuple[int, ...], mark: str, half: bool) -> Factor:
     if mark == "~":
-        return Factor(extents[0], lowered=True, other=extents[1:], half=half)
+        return Factor(extents[0], lowered=True, other=extents[1:], half=half, mark=mark)
     return Factor(
         math.gcd(*extents),
         even=len(extents) > 1,
         lowered=bool(mark),
         complete=mark == "=",
         half=half,
+        mark=mark,
     )
 
 
-_TOKEN = re.compile(r"\+?(\*?)(\[?)([a-z_]\w*)(\]?)([!=~]?)|\.\.\.")
+_TOKEN = re.compile(r"\+?(\*?)(\[?)([a-z_]\w*)(\]?)([!=~#]?)|\.\.\.")
 
 
 def _match(

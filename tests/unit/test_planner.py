@@ -133,3 +133,15 @@ def test_plans_check_what_they_are_used_for(plan):
         plan.check(fingerprint=plan.fingerprint, mesh=(4,), model="MLP")
     with pytest.raises(PlanError, match="another graph"):
         plan.check(fingerprint="0" * 16, mesh=(2, 2), model="MLP")
+
+
+def test_lowerings_pay_for_what_they_communicate_and_copy():
+    """Half of the image's rows cost a halo, half of the normalized features statistics."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.LayerNorm(32))
+    image = torch.zeros(4, 8, 32, 32, device="meta")
+    space = autoplan(model, (image,), cluster=ClusterInfo.of("2", "A100-80G")).space
+    for target, batch, inner in (("conv2d", "n", "s0"), ("layer_norm", "b2", "h0")):
+        site = next(s for s in space.sites if target in str(s.node.target) and s.kind == "op")
+        times = dict(zip([c.name for c in site.candidates], site.time_us, strict=True))
+        assert times[inner] > times[batch] + 2 * 1e6 * space.cluster.links[0].alpha

@@ -33,13 +33,13 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
 
 
 def _layer_norm(call: Call) -> OpRule:
-    h = " ".join(f"h{i}!" for i in range(len(call.arguments["normalized_shape"])))
+    h = " ".join(f"h{i}#" for i in range(len(call.arguments["normalized_shape"])))
     row = Row(f"*b {h}, {h}, {h} -> *b {h}", lowering=norms.layer_norm)
     return row.bind(call.inputs, call.outputs)
 
 
 def _rms_norm(call: Call) -> OpRule:
-    h = " ".join(f"h{i}!" for i in range(len(call.arguments["normalized_shape"])))
+    h = " ".join(f"h{i}#" for i in range(len(call.arguments["normalized_shape"])))
     row = Row(f"*b {h}, {h} -> *b {h}", lowering=norms.rms_norm)
     return row.bind(call.inputs, call.outputs)
 
@@ -48,7 +48,7 @@ def _group_norm(call: Call) -> OpRule:
     """Whole groups of channels, or the space."""
     shape = call.inputs[0]
     assert shape is not None
-    s = " ".join(f"s{i}!" for i in range(len(shape) - 2))
+    s = " ".join(f"s{i}#" for i in range(len(shape) - 2))
     rule = Row(f"n c! {s}, c!, c! -> n c! {s}", lowering=norms.group_norm).bind(
         call.inputs, call.outputs
     )
@@ -65,7 +65,7 @@ def _over_dim(lowering: Callable) -> Callable[[Call], OpRule]:
     def bind(call: Call) -> OpRule:
         ndim = len(call.outputs[0])
         dim = call.arguments["dim"] % max(ndim, 1)
-        names = " ".join("s!" if d == dim else f"d{d}" for d in range(ndim))
+        names = " ".join("s#" if d == dim else f"d{d}" for d in range(ndim))
         return Row(f"{names} -> {names}", lowering=lowering).bind(call.inputs, call.outputs)
 
     return bind
