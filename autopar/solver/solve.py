@@ -226,11 +226,18 @@ class _Search:
         Raises:
             InfeasibleError: that excess is positive.
         """
-        # slacks are not negative, but what is left of a limit may be: counted from its other end
-        offset = max(abs(row.limit) for row in rows if not row.slack)
+        # slacks are not negative, but what is left of a limit may be: counted from its other end.
+        # Bytes run to 1e11, so that they are counted in units of the largest limit.
+        offset = max(1.0, *(abs(row.limit) for row in rows if not row.slack))
 
         def soft(row: Row) -> Row:
-            return replace(row, slack="needed", limit=row.limit - offset)
+            return Row(
+                row.name,
+                row.limit / offset - 1.0,
+                {v: terms / offset for v, terms in row.nodes.items()},
+                {e: terms / offset for e, terms in row.edges.items()},
+                slack="needed",
+            )
 
         def free(costs: np.ndarray) -> np.ndarray:
             return np.where(np.isfinite(costs), 0.0, np.inf)
@@ -249,14 +256,15 @@ class _Search:
             loose,
             separate=violated,
             time_limit=max(1.0, self.end - time.monotonic()),
-            enough_us=offset,
+            enough_us=1.0,
         )
-        if found.time_us > offset * (1 + 1e-9):
+        if found.time_us > 1 + 1e-9:
+            needed = offset * found.time_us
             raise InfeasibleError(
-                f"no assignment is within the limits: the largest needs {found.time_us:.6g}, and "
-                f"has {offset:.6g}",
+                f"no assignment is within the limits: the largest needs {needed:.6g}, and has "
+                f"{offset:.6g}",
                 budget_bytes=offset,
-                smallest_bytes=found.time_us,
+                smallest_bytes=needed,
                 choices=found.choices,
             )
         return found.choices

@@ -124,12 +124,26 @@ def test_rows_made_when_needed_are_as_good_as_rows_listed(seed):
     assert solution.time_us == pytest.approx(brute_force(listed))
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_too_small_a_budget_names_the_smallest(seed):
-    leanest, _ = budgets(seed)
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("unit", [1.0, 1e9])
+def test_too_small_a_budget_names_the_smallest(seed, unit):
+    """In bytes by the thousand million too, where solvers round."""
+    leanest, _ = budgets(seed, 2)
+    problem = random_problem(seed, budget=leanest - 1, late=2)
+    large = tuple(
+        replace(
+            row,
+            limit=unit * row.limit,
+            nodes={v: unit * t for v, t in row.nodes.items()},
+            edges={e: unit * t for e, t in row.edges.items()},
+        )
+        if not row.slack
+        else row
+        for row in problem.rows
+    )
     with pytest.raises(InfeasibleError, match="within the limits") as error:
-        solve(random_problem(seed, budget=leanest - 1))
-    assert error.value.smallest_bytes == pytest.approx(leanest)
+        solve(replace(problem, rows=large))
+    assert error.value.smallest_bytes == pytest.approx(unit * leanest)
 
 
 @pytest.mark.parametrize("seed", range(30))
