@@ -6,6 +6,7 @@ other nodes: both stand in one list of modules, they are of the same classes wit
 and the same attributes, are called alike, and
 
 * attributes that differ (a layer's number), the first run did not read;
+* no hooks watch the modules inside of them;
 * the first run asked for no values (`BranchResolver`), and changed no attribute of its modules;
 * it computed with nothing but its arguments and its own tensors, and wrote into the latter only.
 
@@ -58,6 +59,17 @@ class _Block:
             for table in (part._parameters, part._buffers):
                 found += [t for t in table.values() if t is not None]
         return found
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody looks on inside: hooks of its modules, which copies would not call."""
+        return any(
+            value
+            for path, part in self.parts.items()
+            if path  # its own are called outside of its forward
+            for name, value in part.__dict__.items()
+            if name.endswith("_hooks")
+        )
 
     def attribute(self, path: str, name: str) -> Any:
         return self.parts[path].__dict__[name]
@@ -142,6 +154,8 @@ class Copies:
         tracer = current_tracer()
         if self._reads is not None or tracer is None or not self._resolver.active:
             return None, []  # inside of another block, or not in the forward
+        if block.hooked:
+            return None, []
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         for t in (*tensors, *block.tensors()):
             slot = get_proxy_slot(t, tracer, None) if isinstance(t, FakeTensor) else None

@@ -140,3 +140,25 @@ def test_another_shape_is_captured_anew(monkeypatch):
     graph, whole, ran = both_ways(Shrinking(), monkeypatch, *batch_of())
     assert ran == 3
     assert graph.fingerprint == whole.fingerprint
+
+
+def test_hooks_that_collect_from_inside_of_blocks_see_all_of_them(monkeypatch):
+    """Installed in the forward, as Hugging Face does to return router logits."""
+
+    class Collecting(Stack):
+        def forward(self, x, scale):
+            seen = []
+            hooks = [
+                block.up.register_forward_hook(lambda module, args, result: seen.append(result))
+                for block in self.blocks
+            ]
+            loss = super().forward(x, scale)
+            for hook in hooks:
+                hook.remove()
+            return loss + torch.stack(seen).square().mean()
+
+    model, batch = Collecting(), batch_of()
+    graph, whole, ran = both_ways(model, monkeypatch, *batch)
+    assert ran == 5
+    assert graph.fingerprint == whole.fingerprint
+    assert torch.allclose(graph.bind(model)(*batch), model(*batch))
