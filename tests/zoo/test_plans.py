@@ -1,5 +1,5 @@
-"""Families that autopar promises, sharded: the solver's plan and a random legal one on 2x2; a third
-of them a day.
+"""Families that autopar promises, sharded: the solver's plan and a random legal one on 2x2; a
+quarter of them a day.
 
 `python -m benchmarks.coverage --required --mesh ...` runs all, more plans, and other meshes.
 """
@@ -13,7 +13,7 @@ from tests.zoo.sharded import TOLERANCE, capture, plans_of, worst_difference
 from tests.zoo.test_capture import FAMILIES
 
 MESH = "2x2"
-PARTS = 3
+PARTS = 4
 TODAY = FAMILIES[datetime.date.today().toordinal() % PARTS :: PARTS]
 
 
