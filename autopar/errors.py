@@ -26,6 +26,7 @@ class InfeasibleError(AutoparError, ValueError):
         budget_bytes: what was allowed per device.
         smallest_bytes: the smallest budget with which a plan exists.
         choices: of the plan that needs so much, where the solver says so.
+        proven: that there is none, rather than none was found in time.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class InfeasibleError(AutoparError, ValueError):
         budget_bytes: float,
         smallest_bytes: float,
         choices: tuple[int, ...] = (),
+        proven: bool = True,
     ) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.smallest_bytes = smallest_bytes
         self.choices = choices
+        self.proven = proven
 
     def __reduce__(self) -> Any:  # rank 0 sends its errors to the others
         return _infeasible, (str(self), self.budget_bytes, self.smallest_bytes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from autopar.constraints import Allowed, restricted
 from autopar.errors import InfeasibleError
+from autopar.experts import expert_plans
 from autopar.plan import SolverRecord
 from autopar.sharding.moments import Moments
 from autopar.sharding.runs import Place, ends_apart, in_runs, places
@@ -82,9 +83,19 @@ def search(
     problem, classes = restricted(*space.problem(), only or {})
     alike, freer = Shared(problem, classes), ends_apart(classes)
     repeated = freer != classes
+
+    def by_hand() -> Iterator[Choices]:
+        """What people write, where the search alone finds nothing that fits for a while."""
+        say("nothing that fits was found yet: hand-written plans ...")
+        for expert in expert_plans(space, time_limit=time_limit / 8, only=only):
+            yield alike.contract(expert.choices)
+
     try:
         effort = 2 if repeated else 6
-        found = _solve(alike, moments, None, time_limit, progress, (), effort, branch=not repeated)
+        found = _solve(
+            alike, moments, None, time_limit, progress, (), effort, branch=not repeated,
+            fallback=by_hand,
+        )  # fmt: skip
     except InfeasibleError as error:
         if not math.isfinite(error.smallest_bytes):
             raise
@@ -185,6 +196,7 @@ def _solve(
     recombinations: int,
     *,
     branch: bool,
+    fallback: Callable[[], Iterable[Choices]] | None = None,
 ) -> Solution:
     """Solve, from the choices and the prices of a more restricted problem, if there was one."""
     prices = before.prices if before is not None else {}
@@ -197,6 +209,7 @@ def _solve(
         time_limit=time_limit,
         branch=branch,
         recombinations=recombinations,
+        fallback=fallback,
         progress=progress,
     )
 

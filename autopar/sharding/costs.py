@@ -137,6 +137,8 @@ class OpCosts:
                 link, size = self.cluster.links[axis], self.mesh[axis]
                 for kind, count in calls:
                     total += count * float(link.collective_us(kind, size, nbytes))
+        if not passes:
+            return total
         device, nbytes = self.cluster.device, itemsize * elements
         moved = device.bytes_curve("read").us(nbytes) + device.bytes_curve("write").us(nbytes)
         return total + passes * (float(moved) + device.launch_us)

@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +29,8 @@ TARGET_GAP = 9e-4
 PRICE_STEPS, BRANCH_STEPS = 60, 8
 # A region is narrowed while bound and best assignment are this close, to this share of its choices.
 NARROW_GAP, NARROWED = 0.2, 0.7
+# Of the time, what is spent on finding an assignment within the hard rows before `fallback` helps.
+ENTERING = 0.25
 # variables of an integer program that is solved rather than divided
 SMALL_PROGRAM = 4000
 # of the program that recombines what was met: variables and seconds
@@ -46,6 +48,7 @@ def solve(
     enough_us: float = -math.inf,
     branch: bool = True,
     recombinations: int = 6,
+    fallback: Callable[[], Iterable[Choices]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Solution:
     """The fastest assignment within the rows, with a certified gap.
@@ -59,6 +62,7 @@ def solve(
         enough_us: stop at an assignment as fast as this.
         branch: close the gap that prices leave.
         recombinations: of what was met, at most; each as rows turn up that the one before violates.
+        fallback: asked for assignments where none within the hard rows is found for a while.
         progress: called with a line for each phase.
 
     Raises:
@@ -72,6 +76,7 @@ def solve(
         enough_us,
         branch,
         recombinations,
+        fallback or (lambda: ()),
         progress or (lambda line: None),
         Pool(problem, separate),
     )
@@ -87,6 +92,7 @@ class _Search:
     enough_us: float
     branch: bool
     recombinations: int
+    fallback: Callable[[], Iterable[Choices]]
     say: Callable[[str], None]
     pool: Pool
     bound: float = -math.inf
@@ -108,7 +114,7 @@ class _Search:
             f"{len(problem.time_us)} nodes, {whole.sizes()} choices: at least {whole.bound:.0f} us"
         )
         if pool.choices is None:
-            pool.note(self._within(pool.rows))
+            self._enter()
         region = self._raise(whole, PRICE_STEPS)
         self.bound = region.bound
         if self._done():
@@ -220,8 +226,25 @@ class _Search:
             self.pool.note(kept.expand(merged.expand(found)))
         return bound
 
-    def _within(self, rows: Sequence[Row]) -> Choices:
+    def _enter(self) -> None:
+        """Find an assignment within the hard rows."""
+        pool = self.pool
+        left = self.end - time.monotonic()
+        try:
+            pool.note(self._within(pool.rows, ENTERING * left))
+        except InfeasibleError as error:
+            if error.proven:
+                raise
+            for choices in self.fallback():
+                pool.note(choices)
+            if pool.choices is None:
+                pool.note(self._within(pool.rows, math.inf))
+
+    def _within(self, rows: Sequence[Row], limit: float) -> Choices:
         """An assignment within the hard rows: least is by how much the largest exceeds its limit.
+
+        Args:
+            limit: seconds.
 
         Raises:
             InfeasibleError: that excess is positive.
@@ -255,7 +278,7 @@ class _Search:
         found = solve(
             loose,
             separate=violated,
-            time_limit=max(1.0, self.end - time.monotonic()),
+            time_limit=min(limit, max(1.0, self.end - time.monotonic())),
             enough_us=1.0,
         )
         if found.time_us > 1 + 1e-9:
@@ -265,6 +288,7 @@ class _Search:
                 f"{offset:.6g}",
                 budget_bytes=offset,
                 smallest_bytes=needed,
+                proven=found.bound_us > 1,
                 choices=found.choices,
             )
         return found.choices

@@ -124,6 +124,28 @@ def test_rows_made_when_needed_are_as_good_as_rows_listed(seed):
     assert solution.time_us == pytest.approx(brute_force(listed))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_not_found_in_time_is_asked_for(seed, monkeypatch):
+    """A slow plan that fits, where none is found otherwise, is where the search begins."""
+    module = sys.modules[solve.__module__]
+    leanest, fastest = budgets(seed, 2)
+    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
+    every_one = product(*(range(len(t)) for t in problem.time_us))
+    fitting = [c for c in every_one if problem.evaluate(c)[1] <= 0]
+    slowest = max(fitting, key=lambda c: problem.evaluate(c)[0])
+    asked = []
+
+    def lost(self, rows, limit):
+        raise InfeasibleError("late", budget_bytes=1, smallest_bytes=2, proven=False)
+
+    monkeypatch.setattr(module._Search, "_within", lost)
+    found = solve(problem, fallback=lambda: asked.append(slowest) or asked)
+    assert found.time_us == pytest.approx(brute_force(problem))
+    if asked:  # the fastest of all does not fit
+        with pytest.raises(InfeasibleError, match="late"):
+            solve(problem)
+
+
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("unit", [1.0, 1e9])
 def test_too_small_a_budget_names_the_smallest(seed, unit):
