@@ -49,5 +49,7 @@ def test_random_plans_equal_single_device(pool, name, mesh):
         for seed in TODAY
     ]
     errors = np.array(pool.run(errors_of_plans, name, mesh, plans))
-    wrong = {seed: e for seed, e in zip(TODAY, errors.max(axis=0), strict=True) if not e < TOLERANCE}
+    wrong = {
+        seed: e for seed, e in zip(TODAY, errors.max(axis=0), strict=True) if not e < TOLERANCE
+    }
     assert not wrong, f"random plans (seed: error) {wrong}"
