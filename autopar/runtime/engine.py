@@ -31,7 +31,8 @@ from autopar.passes.lower import lower
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
 from autopar.planner import prepare, trainable_inputs
-from autopar.profiler.cluster import ClusterInfo, as_cluster
+from autopar.profiler.cluster import ClusterInfo
+from autopar.profiler.local import as_cluster
 from autopar.runtime import environment
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
