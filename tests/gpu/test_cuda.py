@@ -20,7 +20,10 @@ from autopar.profiler.local import as_cluster
 from autopar.runtime import environment
 from tests.models import CASES, OPTIMIZERS, LanguageModel
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
 
 STEPS = 3
 # copies take next to nothing, so that moving a value costs less than computing it again
