@@ -6,6 +6,7 @@ Everything here is skipped without one; `make test-gpu` runs it.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from autopar.errors import InfeasibleError
 from autopar.profiler.cluster import Link
 from autopar.profiler.local import as_cluster
 from autopar.runtime import environment
+from autopar.runtime.memory import LiveBytes
 from tests.models import CASES, OPTIMIZERS, LanguageModel
 
 pytestmark = [
@@ -56,17 +58,16 @@ def values(tensors: Any) -> list[torch.Tensor]:
 def train(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, name: str
 ) -> tuple[list[torch.Tensor], int]:
-    """Losses, then the last gradients, parameters and buffers; bytes that the last step took."""
+    """Losses, then the last gradients, parameters and buffers; bytes that the last step made."""
     found: list[torch.Tensor] = []
     for step in range(STEPS):
         optimizer.zero_grad()
         data = batch(name, step)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        loss = model(**data)
-        loss.backward()
-        peak = torch.cuda.max_memory_allocated() - before
+        with LiveBytes() as live, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = model(**data)
+            loss.backward()
+        peak = live.peak
         found.append(loss.detach())
         grads = values(p.grad for p in model.parameters())
         optimizer.step()
@@ -81,6 +82,11 @@ def engine(
     optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
     torch.manual_seed(7)
     return auto_engine(model, optimizer, cluster, example_inputs=batch(name, 0), **options)
+
+
+def copied(model: torch.nn.Module) -> int:
+    """Buffers that the step updates are copied for it."""
+    return sum(b.nbytes for b in model.buffers())
 
 
 def smallest(name: str, cluster: ClusterInfo, dropout: float = 0.0) -> float:
@@ -123,10 +129,9 @@ def test_the_smallest_budget_trains_alike(name, dropout, compiled):
     assert model.memory_plan.added_us > 0
     found, peak = train(model, optimizer, name)
     equal(found, expected)
-    assert peak < whole
-    if not compiled:  # Inductor fuses, and makes less
-        # blocks of the allocator are multiples of 512 bytes
-        assert peak <= 1.03 * model.memory_plan.peak_bytes + 2**18
+    if not compiled:  # what Inductor's kernels make is not dispatched
+        assert peak < whole
+        assert peak == pytest.approx(model.memory_plan.peak_bytes + copied(model), rel=0.03)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
@@ -135,15 +140,37 @@ def test_through_the_host(name, compiled):
     cluster = as_cluster("1")
     model, optimizer = engine(name, cluster, memory="10GiB")
     expected, _ = train(model, optimizer, name)
-    whole = model.memory_plan.peak_bytes
     environment.stop()
     low = smallest(name, cluster)
     near = replace(cluster, host_link=FAST)
-    model, optimizer = engine(name, near, memory=low + 0.2 * whole, compile=compiled)
+    model, optimizer = engine(name, near, memory=1.01 * low, compile=compiled)
     plan = model.memory_plan
     moved = sum(m.moves_bytes for m in plan.timeline.moments)
     assert moved > 0 or plan.state_on_host
     found, peak = train(model, optimizer, name)
     equal(found, expected)
     if not compiled and not plan.state_on_host:
-        assert peak <= 1.03 * plan.peak_bytes + 2**18
+        assert peak == pytest.approx(plan.peak_bytes + copied(model), rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [7, 512, 1000, 1025, 4097, 50257, 300_001])
+def test_softmax_may_write_over_its_operand(width, dtype):
+    """The pass that writes results over operands relies on it (autopar/passes/overwrite.py)."""
+    aten = torch.ops.aten
+    for shape, dim in (((5, width), 1), ((3, width, 4), 1), ((1, width + 1), 1)):
+        for log in (True, False):
+            forward = aten._log_softmax if log else aten._softmax
+            backward = aten._log_softmax_backward_data if log else aten._softmax_backward_data
+            x, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
+            out = forward(x, dim, False)
+            assert torch.equal(forward.out(x, dim, False, out=x), out)
+            expected = backward(grad, out, dim, dtype)
+            for target in (grad.clone(), out):
+                sources = (grad, out) if target is out else (target, out)
+                over = backward.out(*sources, dim, dtype, **{_result(backward): target})
+                assert torch.equal(over, expected)
+
+
+def _result(packet: Any) -> str:
+    return next(a.name for a in packet.out._schema.arguments if a.is_out)
