@@ -39,6 +39,7 @@ from autopar.runtime.batch import BatchLayout
 from autopar.runtime.distribute import check_optimizer, distribute, shards
 from autopar.runtime.groups import process_groups
 from autopar.runtime.state_on_host import StateOnHost
+from autopar.runtime.step_on_shards import StepOnShards
 from autopar.sharding.sites import Pins
 from autopar.tracer import ColoTracer, Guard, ModelGraph
 
@@ -317,6 +318,8 @@ class Engine(torch.nn.Module):
                 self._model, self._optimizer, plan.parameter_specs(), self._mesh, self._coords,
                 self._device,
             )  # fmt: skip
+            if self._optimizer is not None:
+                StepOnShards(self._optimizer)
             self._plan = plan
         if not self._lowered:
             return _Specialization(graph, plan, program, program.gm, layout)
