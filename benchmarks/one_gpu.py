@@ -1,5 +1,5 @@
-"""One GPU: step time and peak memory of eager PyTorch, checkpointing by hand, torch.compile and
-autopar under budgets; and what was predicted of autopar's.
+"""One GPU: step time and peak memory of eager PyTorch, checkpointing by hand and autopar under
+budgets, and what was predicted of autopar's; with --compile, torch.compile and autopar's too.
 
 A step is forward and backward, gradients made. Times are medians over rounds in which every method
 runs once, in turn. The peak is the allocator's, of what a step takes beyond what lies there between
@@ -133,8 +133,8 @@ def planned(
     return engine, time.perf_counter() - begin
 
 
-def compare(case: Case, cluster: ClusterInfo, rounds: int) -> list[Row]:
-    """All methods on one model."""
+def compare(case: Case, cluster: ClusterInfo, rounds: int, compiled_too: bool) -> list[Row]:
+    """All methods on one model; compiling takes most of the time."""
     device = torch.device(cluster.device.kind)
     torch.manual_seed(0)
     base = case.make().train().to(device)
@@ -143,12 +143,12 @@ def compare(case: Case, cluster: ClusterInfo, rounds: int) -> list[Row]:
     eager.weigh()
     hand = Method("checkpoint every block", checkpointed(base, case, 1), batch)
     methods = [eager, hand]
-    if device.type == "cuda":
-        methods.append(Method("torch.compile", torch.compile(copy.deepcopy(base)), batch))
     alone = replace(cluster, host_link=None)
     wanted = [(f"autopar, {share:g}", alone, share, False) for share in (2.0, *SHARES)]
     wanted += [(f"autopar, {SHARES[-1]:g}, host too", cluster, SHARES[-1], False)]
-    wanted += [(f"autopar, {s:g}, compiled", alone, s, True) for s in (2.0, SHARES[-1])]
+    if compiled_too:
+        methods.append(Method("torch.compile", torch.compile(copy.deepcopy(base)), batch))
+        wanted += [(f"autopar, {s:g}, compiled", alone, s, True) for s in (2.0, SHARES[-1])]
     rows = []
     engines = {}
     for name, where, share, compiled in wanted:
@@ -171,6 +171,7 @@ def compare(case: Case, cluster: ClusterInfo, rounds: int) -> list[Row]:
         method.weigh()
     for method in methods:  # warm, after all are there
         method.time()
+        console.print(f"{case.name}, {method.name}: runs", markup=False)
         method.seconds.clear()
     for _ in range(rounds):
         for method in methods:
@@ -195,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.parser(__doc__ or "")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="of `autopar cluster`")
     parser.add_argument("--rounds", type=int, default=10, help="[default: 10]")
+    parser.add_argument("--compile", action="store_true", help="by Inductor, too")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="models whose name has this")
     options = parser.parse_args(arguments)
     console.print(common.machine(), markup=False)
@@ -210,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = tuple(c for c in cases if any(word in c.name for word in options.only))
     rows: list[Row] = []
     for case in cases:
-        rows += compare(case, cluster, options.rounds)
+        rows += compare(case, cluster, options.rounds, options.compile)
     figures = {row.metric: row.value for row in rows if row.case == cases[0].name}
     tight = f"autopar, {SHARES[-1]:g}: step"
     headline = (
