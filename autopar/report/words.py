@@ -30,7 +30,10 @@ from autopar.sharding.sites import Candidate, Site
 from autopar.sharding.space import SearchSpace
 from autopar.tracer.graph import operands, shape_of
 
-_PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "aten.conv")
+_PRODUCTS = (
+    "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "autopar.packed_",
+    "aten.conv",
+)  # fmt: skip
 _ATTENTION = "aten.scaled_dot_product_attention."
 _EMBEDDING = "aten.embedding."
 _LOSS = "aten.cross_entropy_loss."

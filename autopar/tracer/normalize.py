@@ -4,6 +4,7 @@
 * `view` is `reshape`: strides on fake tensors can differ from a kernel's, and a `contiguous` that
   was left out as needless may be needed;
 * `copy` is a conversion and an expansion: it has no derivative;
+* products that are cut into equal parts have these as a dim (`packed.py`);
 * what `no_grad` regions compute is detached;
 * assertions and dead code are dropped, draws of random numbers are kept, so that a generator is in
   the same state after the graph as after the model.
@@ -26,6 +27,7 @@ from autopar.errors import CaptureError
 from autopar.tracer.draws import draws
 from autopar.tracer.graph import ModelGraph, NodeInfo, is_marked_leaf
 from autopar.tracer.guards import Guard
+from autopar.tracer.packed import pack
 from autopar.tracer.source import is_users
 from autopar.tracer.writes import take_out_writes
 
@@ -182,6 +184,7 @@ def _clean(gm: fx.GraphModule) -> None:
         if node.op == "call_function" and str(node.target) in _ASSERTIONS:
             graph.erase_node(node)
     _rewrite(graph)
+    pack(graph)
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or draws(n))
     for node in graph.nodes:
         node.meta["autopar"] = NodeInfo(_module_of(node), _source_of(node), is_marked_leaf(node))

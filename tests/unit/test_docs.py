@@ -132,7 +132,7 @@ def _defined(file: Path) -> set[str]:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", page_text("Makefile"), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", page_text("Makefile"), re.MULTILINE))
 
 
 @pytest.fixture

@@ -77,6 +77,54 @@ def test_data_stays_in_the_capture():
     assert not graph.constants
 
 
+def _packed(graph) -> list[str]:
+    return [str(n.target) for n in graph.nodes if "packed" in str(n.target)]
+
+
+def test_products_that_are_cut_have_their_parts_as_a_dim():
+    def cut(m, x):
+        h = F.linear(x, m.linear.weight.repeat(3, 1), m.linear.bias.repeat(3))
+        q, k, v = h.split(4, dim=-1)
+        a, b = torch.addmm(m.linear.bias, q * k, m.linear.weight).view(2, 3, 4).chunk(2, dim=-1)
+        return v.sum() + a.tanh() * b
+
+    model, graph = captured(cut, X)
+    check(model, graph, X)
+    assert _packed(graph) == ["autopar.packed_linear.default", "autopar.packed_addmm.default"]
+
+    def regrouped(m, x):
+        h = F.linear(x, m.linear.weight.repeat(3, 1), m.linear.bias.repeat(3))
+        h = h.reshape(2, 3, 3, 2, 2)
+        q, k, v = h.permute(2, 0, 3, 1, 4).unbind(0)
+        return q * k + v
+
+    model, graph = captured(regrouped, X)
+    check(model, graph, X)
+    assert _packed(graph) == ["autopar.packed_linear.default"]
+
+
+def test_products_that_are_not_cut_stay():
+    def whole(m, x):
+        h = m.linear(x)
+        heads = h.view(6, 2, 2).transpose(0, 1)  # all of them go on
+        one, rest = h.split([1, 3], dim=-1)
+        first, second = m.linear(x).split(2, dim=-1)
+        used = m.linear(x)
+        third, _ = used.split(2, dim=-1)
+        early, _ = m.linear(x).split(3, dim=0)
+        return (
+            heads.sum()
+            + rest * one
+            + (first * second).sum()
+            + (third.sum() + used.sum())
+            + (early.sum())
+        )
+
+    model, graph = captured(whole, X)
+    check(model, graph, X)
+    assert len(_packed(graph)) == 1  # first and second
+
+
 def test_a_dropout_that_is_off_draws_nothing():
     def function(m, x):
         h = F.dropout(m.linear(x), 0.0)

@@ -35,6 +35,11 @@ _REASONS = (
     (r".*_pool.*", r"(S\d) -> \1", "ceil mode, where nothing is left over to round up"),
     (r".*im2col.*", r"S2 -> S2", "windows of a single row, which are a view"),
     (r".*ctc_loss.*", r"S1, S0, S0, S0 -> .*", "targets without padding, all equally long"),
+    (
+        r"autopar\.packed_.*",
+        r"R, S0, (S0|-) -> S\d|S0, R, S1 -> S1",
+        "the parts are taken one by one: split, each would be on some ranks only",
+    ),
     (r".*tri[lu].*", r"(S\d) -> \1", "a diagonal outside of the matrix: all is kept, or nothing"),
 )
 

@@ -18,6 +18,19 @@ def _matmul(draw: Draw) -> Arguments:
     return (draw.normal(*left), draw.normal(*right)), {}
 
 
+@sampler("autopar.packed_linear.default")
+def _packed_linear(draw: Draw) -> Arguments:
+    k, parts, n = draw.size(), draw.integer(2, 3), draw.size()
+    bias = [draw.normal(parts, n)] if draw.chance(70) else []
+    return (draw.normal(*draw.shape(0, 2), k), draw.normal(parts, n, k), *bias), {}
+
+
+@sampler("autopar.packed_addmm.default")
+def _packed_addmm(draw: Draw) -> Arguments:
+    m, k, parts, n = draw.size(), draw.size(), draw.integer(2, 3), draw.size()
+    return (draw.normal(parts, n), draw.normal(m, k), draw.normal(k, parts, n)), {}
+
+
 @sampler("aten.einsum.default")
 def _einsum(draw: Draw) -> Arguments:
     equation = draw.choice(
