@@ -53,12 +53,8 @@ class _Copy:
         # by recorded node
         self._nodes = dict(zip(record.given, map(node_of, self._given), strict=True))
         self._values: dict[fx.Node, Any] = dict(zip(record.given, self._given, strict=True))
-        # by recorded storage: something with the storage that stands for it, and how many share it
+        # by recorded storage: something with the storage that stands for it
         self._bases = {storage_of(n): t for n, t in self._values.items()}
-        self._alike: dict[int, int] = {}
-        for node in record.nodes:
-            for t in _tensors(node):
-                self._alike[_storage(t)] = self._alike.get(_storage(t), 0) + 1
         self._stacks = _Stacks(record.stack, dict(self._tracer.module_stack))
 
     def run(self) -> Any:
@@ -153,7 +149,7 @@ class _Copy:
     # -- values ---------------------------------------------------------------------------------
 
     def _make_values(self, nodes: Sequence[fx.Node]) -> None:
-        """New tensors for the copies: two share a storage where the recorded ones do."""
+        """Tensors for the copies: two share a storage where the recorded ones do."""
         fake = self._record.given[0].meta["val"]
         assert isinstance(fake, FakeTensor)
 
@@ -168,9 +164,9 @@ class _Copy:
 
     def _new(self, t: torch.Tensor) -> torch.Tensor:
         key = _storage(t)
-        if key not in self._bases and self._alike[key] == 1:
-            return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
         if key not in self._bases:
+            if key not in self._record.apart:
+                return t
             size = t.untyped_storage().nbytes() // t.element_size()
             self._bases[key] = torch.empty(size, dtype=t.dtype, device=t.device)
         base = self._bases[key].detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,6 +79,15 @@ class Record:
     stack: dict[str, Any]
     reads: set[Attribute]
     parts: list[Part]
+
+    @cached_property
+    def apart(self) -> set[int | None]:
+        """Storages that the block shares with others or writes into; each copy has its own. The
+        rest are seen inside only, where the same tensors may describe the nodes of all copies."""
+        handed = [x for p in self.parts for x in (*p.given, *p.results, *p.nodes)]
+        handed += [*self.given, *self.then, *(x for _, x in self.results)]
+        written = [x for n in self.nodes for x in _written(n)]
+        return {storage_of(x) for x in (*handed, *written) if isinstance(x, fx.Node)}
 
     def stands_for(self, block: Block) -> bool:
         """Whether what was read is the same in another block, but for what its parts read."""
@@ -286,15 +296,17 @@ def _check(nodes: Sequence[fx.Node], args: Sequence[fx.Node], own: Sequence[fx.N
                     raise NotAlike
             elif isinstance(t, torch.SymInt | torch.SymFloat | torch.SymBool):
                 raise NotAlike
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            for argument, value in zip(schema.arguments, node.args, strict=False):
-                if (
-                    argument.is_write
-                    and isinstance(value, fx.Node)
-                    and storage_of(value) in outside
-                ):
-                    raise NotAlike
+        if not outside.isdisjoint(map(storage_of, _written(node))):
+            raise NotAlike
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Arguments that an operator writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = zip(schema.arguments, node.args, strict=False)
+    return [x for argument, x in given if argument.is_write and isinstance(x, fx.Node)]
 
 
 def _result(x: Any, inside: set[fx.Node], given: Sequence[fx.Node]) -> tuple[str, Any]:

@@ -34,6 +34,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
+from autopar.garbage import collection_paused
 from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.copies import Copies
@@ -94,13 +95,14 @@ class ColoTracer:
         given = (tuple(args), dict(kwargs or {}))
         _check_inputs(model, given)
         try:
-            if masks_can_be_skipped():
-                try:
-                    with masks_as_run():
-                        return self._lifting(model, given)
-                except CaptureError:
-                    pass  # what decides about masks has no value here: build them for every case
-            return self._lifting(model, given)
+            with collection_paused():
+                if masks_can_be_skipped():
+                    try:
+                        with masks_as_run():
+                            return self._lifting(model, given)
+                    except CaptureError:
+                        pass  # what decides about masks has no value: build them for every case
+                return self._lifting(model, given)
         except CaptureError:
             raise
         except Exception as error:
