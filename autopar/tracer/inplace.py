@@ -62,9 +62,13 @@ def out_of_place(gm: fx.GraphModule, buffers: Mapping[fx.Node, str]) -> Written:
         # the buffer itself, not a view of it, and its values, not its strides
         whole = len(outside) == 1 and outside[0] in buffers and not _views(functional)
         whole = whole and written.get(outside[0], outside[0]) is target
-        if (outside and not whole) or seen_later or not _same_kind(functional, node, target):
+        args = _arguments(functional, node)
+        if (outside and not whole) or seen_later:
             continue
-        node.target = functional
+        made = computed(functional, args, node.kwargs)
+        if (made.shape, made.dtype) != (target.meta["val"].shape, target.meta["val"].dtype):
+            continue
+        node.target, node.args = functional, args
         for user in [u for u in target.users if order[u] > order[node]]:
             user.replace_input_with(target, node)
         if whole:
@@ -116,13 +120,13 @@ def _views(op: Any) -> bool:
     return any(r.alias_info is not None for r in op._schema.returns)
 
 
-def _same_kind(functional: Any, node: fx.Node, target: fx.Node) -> bool:
-    """Whether the functional variant gives a tensor of the shape and dtype that is written."""
-    written = target.meta["val"]
-    if written.shape != node.meta["val"].shape:
-        return False
-    made = computed(functional, node.args, node.kwargs)
-    return bool(made.shape == written.shape and made.dtype == written.dtype)
+def _arguments(functional: Any, node: fx.Node) -> tuple[Any, ...]:
+    """Of the functional variant, which may lack defaults that the operator in place has."""
+    op: Any = node.target
+    pairs = zip(op._schema.arguments, functional._schema.arguments, strict=True)
+    left = [(a, b) for a, b in pairs if a.name not in node.kwargs][len(node.args) :]
+    lacking = [a for a, b in left if a.has_default_value() and not b.has_default_value()]
+    return (*node.args, *(a.default_value for a in lacking))
 
 
 def computed(op: Any, args: Any, kwargs: Any) -> Any:
