@@ -9,10 +9,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # Their wheels name torch, and pip could replace the build at hand by another one.
 NO_DEPS := torchvision==0.28.0 timm==1.0.31
 
-.PHONY: help venv test demo bench clean
+CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+
+.PHONY: help venv test test-gpu demo bench clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 16
 
 venv: .venv/stamp ## Create .venv with the pinned dependencies (again when they change)
 
@@ -31,13 +33,16 @@ venv: .venv/stamp ## Create .venv with the pinned dependencies (again when they 
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-# One thread per process. tests/dist runs four processes of its own, so it comes after the rest.
+# One thread per process, no GPU. tests/dist runs four processes of its own, so it comes after the rest.
 test: venv ## Lint, check types, run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy autopar
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests --ignore tests/dist
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/dist
+	$(CPU) $(BIN)/python -m pytest -q -n 2 tests --ignore tests/dist
+	$(CPU) $(BIN)/python -m pytest -q tests/dist
+
+test-gpu: venv ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -q -m gpu tests/gpu tests/kernels
 
 demo: venv ## Train a small GPT-2 on four local processes
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 4 examples/train_gpt2.py

@@ -16,7 +16,8 @@ from autopar.estimate import estimate_memory, estimate_time
 from autopar.experts import expert_plans
 from autopar.garbage import collection_paused
 from autopar.plan import ShardingPlan, SolverRecord
-from autopar.profiler.cluster import ClusterInfo, as_cluster
+from autopar.profiler.cluster import ClusterInfo
+from autopar.profiler.local import as_cluster
 from autopar.report.words import describe
 from autopar.search import Found, search
 from autopar.sharding.moments import Moments

@@ -1,7 +1,8 @@
 """Inductor for the two graphs that the partition made: each is compiled for itself, so that what
 one hands to the other, and what the backward computes again, stays as planned.
 
-`compile_fx_inner` and the table of decompositions are private to torch; tested with 2.13.
+`compile_fx_inner` and the table of decompositions are private to torch; tested with 2.11 and
+2.13.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Compiled:
         output = graph.graph.output_node()
         results = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in output.args[0]]  # type: ignore[union-attr]
         # The backward is built for the strides that its graph has, so nothing may choose others.
-        output.meta["user_visible_output_idxs"] = list(range(len(results)))
+        tensors = [i for i, t in enumerate(results) if isinstance(t, torch.Tensor)]
+        output.meta["user_visible_output_idxs"] = tensors
         output.meta["original_output_strides"] = [
             t.stride() if isinstance(t, torch.Tensor) else None for t in results
         ]

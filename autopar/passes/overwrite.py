@@ -15,7 +15,8 @@ import torch.fx as fx
 aten = torch.ops.aten
 
 # Not pointwise, but row by row: a row is read to its end before it is written, and the second pass
-# over it reads an element before it writes that (ATen/native/cpu/SoftMaxKernel.cpp).
+# over it reads an element before it writes that (SoftMaxKernel.cpp and SoftMax.cu in ATen/native;
+# tests/gpu holds the latter to it).
 _BY_ROWS = {
     aten._log_softmax.default,
     aten._log_softmax_backward_data.default,
@@ -38,7 +39,7 @@ def variant(target: Any, operand: int, device_type: str) -> tuple[Any, str | Non
         return None
     if len(target._schema.returns) != 1 or target._schema.is_mutable:
         return None
-    by_rows = target in _BY_ROWS and device_type == "cpu"
+    by_rows = target in _BY_ROWS
     if not by_rows and torch.Tag.pointwise not in target.tags:
         return None
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments]

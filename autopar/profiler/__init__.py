@@ -1,6 +1,7 @@
 """Static costs: what every node computes, moves and saves, and the cluster it runs on."""
 
-from autopar.profiler.cluster import DEVICES, ClusterInfo, Device, Link, as_cluster, parse_bytes
+from autopar.profiler.cluster import DEVICES, ClusterInfo, Device, Link, parse_bytes
+from autopar.profiler.local import as_cluster, local_device
 from autopar.profiler.model import ModelProfile, largest, profile_model, substitute
 from autopar.profiler.profile import NodeProfile, profile_graph
 
@@ -13,6 +14,7 @@ __all__ = [
     "NodeProfile",
     "as_cluster",
     "largest",
+    "local_device",
     "parse_bytes",
     "profile_graph",
     "profile_model",

@@ -383,15 +383,3 @@ class ClusterInfo:
     def to_yaml(self) -> str:
         """The text that `load` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
-
-
-def as_cluster(cluster: ClusterInfo | str | Path, *, device_name: str = "cpu") -> ClusterInfo:
-    """What `auto_engine` accepts: a `ClusterInfo`, the path of its YAML, or a mesh string."""
-    if isinstance(cluster, ClusterInfo):
-        return cluster
-    text = str(cluster)
-    if text.endswith((".yaml", ".yml")):
-        if not Path(text).exists():
-            raise MeshError(f"cluster file {text} does not exist; run in its folder or give a mesh")
-        return ClusterInfo.load(text)
-    return ClusterInfo.of(text, device_name)

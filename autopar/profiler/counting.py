@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from autopar.profiler.tape import GRADIENT, OWN, Count, Event, Storage
 
@@ -41,11 +42,13 @@ class Work:
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    """As torch counts it; torch 2.11 refuses heads that share keys."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    """Of the scores again, and of the gradients of scores and operands."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
 def _grouped_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
@@ -58,12 +61,22 @@ def _grouped_product_backward(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * _grouped_product(a, b)
 
 
-# Formulas from shapes that torch's table lacks: attention on the CPU, by the convention of the
-# other attention kernels (the causal half is not discounted), and the grouped products of mixtures
-# of experts. For operators of your own, `torch.utils.flop_counter.register_flop_formula` will do.
+_ATTENTION = (
+    "flash_attention_for_cpu",
+    "flash_attention",
+    "efficient_attention",
+    "cudnn_attention",
+)
+
+# Formulas from shapes that torch's table lacks: attention on the CPU and with shared keys, by the
+# convention of its other attention kernels (the causal half is not discounted), and the grouped
+# products of mixtures of experts. For operators of your own,
+# `torch.utils.flop_counter.register_flop_formula` will do.
 _MISSING: dict[str, Callable[..., int]] = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    **{f"aten::_scaled_dot_product_{kernel}": _attention for kernel in _ATTENTION},
+    **{
+        f"aten::_scaled_dot_product_{kernel}_backward": _attention_backward for kernel in _ATTENTION
+    },
     "aten::_grouped_mm": _grouped_product,
     "transformers::grouped_mm_fallback": _grouped_product,
     "transformers::grouped_mm_fallback_backward": _grouped_product_backward,
@@ -92,12 +105,12 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    formula = _MISSING.get(func._schema.name)
+    if formula is not None:
+        return formula(*pytree.tree_map_only(torch.Tensor, lambda t: t.shape, args))
     if func.overloadpacket in flop_registry:
         return flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-    formula = _MISSING.get(func._schema.name)
-    if formula is None:
-        return 0
-    return formula(*pytree.tree_map_only(torch.Tensor, lambda t: t.shape, args))
+    return 0
 
 
 def _elements_bytes(values: Iterable[torch.Tensor]) -> Any:

@@ -31,13 +31,15 @@ from autopar.passes.lower import lower
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
 from autopar.planner import prepare, trainable_inputs
-from autopar.profiler.cluster import ClusterInfo, as_cluster
+from autopar.profiler.cluster import ClusterInfo
+from autopar.profiler.local import as_cluster
 from autopar.runtime import environment
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.distribute import check_optimizer, distribute, shards
 from autopar.runtime.groups import process_groups
 from autopar.runtime.state_on_host import StateOnHost
+from autopar.runtime.step_on_shards import StepOnShards
 from autopar.sharding.sites import Pins
 from autopar.tracer import ColoTracer, Guard, ModelGraph
 
@@ -316,6 +318,8 @@ class Engine(torch.nn.Module):
                 self._model, self._optimizer, plan.parameter_specs(), self._mesh, self._coords,
                 self._device,
             )  # fmt: skip
+            if self._optimizer is not None:
+                StepOnShards(self._optimizer)
             self._plan = plan
         if not self._lowered:
             return _Specialization(graph, plan, program, program.gm, layout)

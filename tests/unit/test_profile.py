@@ -12,7 +12,8 @@ from torch import nn
 from autopar import ColoTracer
 from autopar.planner import trainable_inputs
 from autopar.profiler import ClusterInfo, parse_bytes
-from autopar.profiler.cluster import Link, as_cluster, device, parse_mesh
+from autopar.profiler.cluster import Link, device, parse_mesh
+from autopar.profiler.local import as_cluster, named_gpu
 from autopar.profiler.memory import memory_timeline
 from autopar.profiler.model import largest, profile_model, substitute
 from autopar.profiler.profile import profile_graph
@@ -442,6 +443,24 @@ def test_clusters_round_trip_through_yaml(tmp_path):
     assert as_cluster(path) == cluster
     assert cluster.links[0] != cluster.links[1]  # between nodes, inside a node
     assert [cluster.coords(r) for r in (0, 1, 8)] == [(0, 0), (0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("called", "gib", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "H100"),
+        ("NVIDIA A100-SXM4-80GB", 79.3, "A100-80G"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "A100-40G"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "4090"),
+        ("Tesla K80", 11.2, "Tesla K80"),
+    ],
+)
+def test_gpus_by_the_name_that_the_driver_gives(called, gib, name, caplog):
+    found = named_gpu(called, gib * 2**30)
+    assert found.name == name
+    assert found.kind == "cuda"
+    assert found.memory_bytes == gib * 2**30
+    assert ("autopar cluster" in caplog.text) is (name == called)
 
 
 def test_bad_clusters_are_refused():

@@ -1,0 +1,94 @@
+"""An optimizer that steps on this rank's shards.
+
+Through DTensors every operator of a step works out anew what it does to layouts: 2 ms of 4 on a
+model of 20 parameters. Optimizers that treat each element by itself need none of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+_ELEMENTWISE = {
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
+    torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD,
+    torch.optim.Adagrad, torch.optim.Adadelta,
+}  # fmt: skip
+
+
+class StepOnShards:
+    """Puts shards in the place of DTensors while an optimizer steps, and the DTensors back.
+
+    Optimizers of other kinds, steps with a closure (which runs the model) and differentiable ones
+    stay as they are.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._whole: list[list[torch.Tensor]] | None = None  # of each group, while a step runs
+        self._state: dict[torch.Tensor, Any] = {}
+        if type(optimizer) not in _ELEMENTWISE:
+            return
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(lambda *_: self._back())
+        # after a step that failed
+        optimizer.register_state_dict_pre_hook(lambda _: self._back())
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._back()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        groups = optimizer.param_groups
+        if closure is not None or any(g.get("differentiable") for g in groups):
+            return
+        self._whole = [g["params"] for g in groups]
+        self._state = dict(optimizer.state)
+        optimizer.state.clear()
+        for group, params in zip(groups, self._whole, strict=True):
+            group["params"] = [self._shard(p) for p in params]
+
+    @torch.no_grad()
+    def _shard(self, p: torch.Tensor) -> torch.Tensor:
+        """A parameter's own shard, with its gradient's and its state's."""
+        shard = _local(p)
+        if shard is not p:
+            shard.grad = None if p.grad is None else _local(p.grad)
+        if p in self._state:
+            self._optimizer.state[shard] = {k: _local(v) for k, v in self._state[p].items()}
+        return shard
+
+    @torch.no_grad()
+    def _back(self) -> None:
+        if self._whole is None:
+            return
+        state = dict(self._optimizer.state)
+        self._optimizer.state.clear()
+        for group, params in zip(self._optimizer.param_groups, self._whole, strict=True):
+            for p, shard in zip(params, group["params"], strict=True):
+                if shard in state:
+                    held = self._state.get(p, {})
+                    self._optimizer.state[p] = {
+                        k: _as_before(k, v, held.get(k), p) for k, v in state[shard].items()
+                    }
+                if shard is not p:
+                    shard.grad = None
+            group["params"] = params
+        self._whole, self._state = None, {}
+
+
+def _local(x: Any) -> Any:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _as_before(key: str, value: Any, held: Any, p: torch.Tensor) -> Any:
+    """An entry of the state, as a DTensor where it is laid out like its parameter."""
+    if not isinstance(p, DTensor) or not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(held, DTensor) and held.to_local() is value:
+        return held
+    if value.shape != p.to_local().shape or key == "step":
+        return value
+    return DTensor.from_local(
+        value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )

@@ -1,0 +1,176 @@
+"""On a GPU: the same mathematics, budgets that hold, copies to the host, and kernels of Inductor.
+
+Everything here is skipped without one; `make test-gpu` runs it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from autopar import ClusterInfo, auto_engine
+from autopar.errors import InfeasibleError
+from autopar.profiler.cluster import Link
+from autopar.profiler.local import as_cluster
+from autopar.runtime import environment
+from autopar.runtime.memory import LiveBytes
+from tests.models import CASES, OPTIMIZERS, LanguageModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+
+STEPS = 3
+# copies take next to nothing, so that moving a value costs less than computing it again
+FAST = Link(1e-9, 1e-15)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    environment.stop()
+
+
+def built(name: str, dropout: float = 0.0) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if name == "gpt2":
+        return LanguageModel(layers=3, dropout=dropout).double().train()
+    return CASES[name].build()
+
+
+def batch(name: str, step: int) -> dict[str, torch.Tensor]:
+    """Large enough that what the step makes is more than blocks of the allocator."""
+    whole = CASES[name].batch(step)
+    return {k: v.repeat(32, *[1] * (v.ndim - 1)).cuda() for k, v in whole.items()}
+
+
+def values(tensors: Any) -> list[torch.Tensor]:
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+def train(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, name: str
+) -> tuple[list[torch.Tensor], int]:
+    """Losses, then the last gradients, parameters and buffers; bytes that the last step made."""
+    found: list[torch.Tensor] = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        data = batch(name, step)
+        with LiveBytes() as live, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = model(**data)
+            loss.backward()
+        peak = live.peak
+        found.append(loss.detach())
+        grads = values(p.grad for p in model.parameters())
+        optimizer.step()
+    state = [*grads, *values(model.parameters()), *values(model.buffers())]
+    return [*found, *(t.detach().clone() for t in state)], peak
+
+
+def engine(
+    name: str, cluster: ClusterInfo, *, dropout: float = 0.0, **options: Any
+) -> tuple[Any, Any]:
+    model = built(name, dropout)
+    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+    torch.manual_seed(7)
+    return auto_engine(model, optimizer, cluster, example_inputs=batch(name, 0), **options)
+
+
+def copied(model: torch.nn.Module) -> int:
+    """Buffers that the step updates are copied for it."""
+    return sum(b.nbytes for b in model.buffers())
+
+
+def smallest(name: str, cluster: ClusterInfo, dropout: float = 0.0) -> float:
+    with pytest.raises(InfeasibleError) as error:
+        engine(name, cluster, dropout=dropout, memory=1000.0)
+    environment.stop()
+    assert error.value.smallest_bytes is not None
+    return error.value.smallest_bytes
+
+
+def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_mesh_by_name_is_of_the_gpu_that_is_here():
+    found = as_cluster("1").device
+    assert found.kind == "cuda"
+    assert found.memory_bytes == torch.cuda.get_device_properties(0).total_memory
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_equals_plain_training(name, compiled):
+    plain = copy.deepcopy(built(name)).cuda()
+    expected, _ = train(plain, OPTIMIZERS["adamw"](list(plain.parameters())), name)
+    model, optimizer = engine(name, as_cluster("1"), compile=compiled)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    equal(train(model, optimizer, name)[0], expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
+@pytest.mark.parametrize(("name", "dropout"), [("gpt2", 0.0), ("gpt2", 0.3), ("resnet", 0.0)])
+def test_the_smallest_budget_trains_alike(name, dropout, compiled):
+    cluster = as_cluster("1")
+    expected, whole = train(*engine(name, cluster, dropout=dropout, memory="10GiB"), name)
+    environment.stop()
+    memory = smallest(name, cluster, dropout)
+    model, optimizer = engine(name, cluster, dropout=dropout, memory=memory, compile=compiled)
+    assert model.memory_plan.added_us > 0
+    found, peak = train(model, optimizer, name)
+    equal(found, expected)
+    if not compiled:  # what Inductor's kernels make is not dispatched
+        assert peak < whole
+        assert peak == pytest.approx(model.memory_plan.peak_bytes + copied(model), rel=0.03)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
+@pytest.mark.parametrize("name", ["gpt2", "resnet"])
+def test_through_the_host(name, compiled):
+    cluster = as_cluster("1")
+    model, optimizer = engine(name, cluster, memory="10GiB")
+    expected, _ = train(model, optimizer, name)
+    environment.stop()
+    low = smallest(name, cluster)
+    near = replace(cluster, host_link=FAST)
+    model, optimizer = engine(name, near, memory=1.01 * low, compile=compiled)
+    plan = model.memory_plan
+    moved = sum(m.moves_bytes for m in plan.timeline.moments)
+    assert moved > 0 or plan.state_on_host
+    found, peak = train(model, optimizer, name)
+    equal(found, expected)
+    if not compiled and not plan.state_on_host:
+        assert peak == pytest.approx(plan.peak_bytes + copied(model), rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [7, 512, 1000, 1025, 4097, 50257, 300_001])
+def test_softmax_may_write_over_its_operand(width, dtype):
+    """The pass that writes results over operands relies on it (autopar/passes/overwrite.py)."""
+    aten = torch.ops.aten
+    for shape, dim in (((5, width), 1), ((3, width, 4), 1), ((1, width + 1), 1)):
+        for log in (True, False):
+            forward = aten._log_softmax if log else aten._softmax
+            backward = aten._log_softmax_backward_data if log else aten._softmax_backward_data
+            x, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
+            out = forward(x, dim, False)
+            assert torch.equal(forward.out(x, dim, False, out=x), out)
+            expected = backward(grad, out, dim, dtype)
+            for target in (grad.clone(), out):
+                sources = (grad, out) if target is out else (target, out)
+                over = backward.out(*sources, dim, dtype, **{_result(backward): target})
+                assert torch.equal(over, expected)
+
+
+def _result(packet: Any) -> str:
+    return next(a.name for a in packet.out._schema.arguments if a.is_out)

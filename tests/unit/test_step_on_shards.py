@@ -1,0 +1,87 @@
+"""Stepping on shards: as DTensors do, and nothing of it shows outside of the step."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from autopar import auto_engine
+from autopar.runtime import environment
+from tests.models import CASES
+
+ELEMENTWISE = ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"]
+ELEMENTWISE += ["Adagrad", "Adadelta"]
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    environment.stop()
+
+
+def trained(name: str, distributed: bool, steps: int = 3) -> tuple:
+    case = CASES["mlp"]
+    model = case.build()
+    more = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01, **more)
+    run = auto_engine(model, optimizer, "1")[0] if distributed else model
+    seen = []
+    if distributed:
+        run.prepare(**case.batch(0))
+        optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["params"][0]))
+    for step in range(steps):
+        optimizer.zero_grad()
+        run(**case.batch(step)).backward()
+        optimizer.step()
+    return model, optimizer, seen
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_equals_a_step_without_a_mesh(name):
+    plain, theirs, _ = trained(name, False)
+    model, mine, seen = trained(name, True)
+    assert not any(isinstance(p, DTensor) for p in seen)
+    for p, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert isinstance(p, DTensor)
+        assert isinstance(p.grad, DTensor)
+        torch.testing.assert_close(p.to_local(), expected, rtol=0, atol=1e-12)
+    assert [id(p) for g in mine.param_groups for p in g["params"]] == list(
+        map(id, model.parameters())
+    )
+    found, wanted = mine.state_dict()["state"], theirs.state_dict()["state"]
+    for index, entries in wanted.items():
+        for key, value in entries.items():
+            kept = found[index][key]
+            if isinstance(value, torch.Tensor) and value.shape == kept.shape and value.ndim:
+                assert isinstance(kept, DTensor), key
+                kept = kept.to_local()
+            torch.testing.assert_close(kept, value, rtol=0, atol=1e-12)
+
+
+def test_a_step_that_fails_leaves_the_parameters():
+    model, optimizer, _ = trained("Adam", True, steps=1)
+    entries = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    good, entries["exp_avg"] = entries["exp_avg"], None
+    with pytest.raises((TypeError, AttributeError)):
+        optimizer.step()
+    entries["exp_avg"] = good
+    assert isinstance(optimizer.state_dict()["state"][0]["exp_avg_sq"], DTensor)
+    first = next(iter(model.parameters()))
+    assert optimizer.param_groups[0]["params"][0] is first
+
+
+def test_a_closure_runs_the_model():
+    case = CASES["mlp"]
+    model = case.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, _ = auto_engine(model, optimizer, "1", example_inputs=case.batch(0))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = engine(**case.batch(0))
+        loss.backward()
+        return loss
+
+    before = optimizer.step(closure).item()
+    assert optimizer.step(closure).item() < before
