@@ -14,6 +14,7 @@ from autopar.constraints import Allowed, Constraints, allowed, conflict, output_
 from autopar.errors import InfeasibleError, PlanError
 from autopar.estimate import estimate_memory, estimate_time
 from autopar.experts import expert_plans
+from autopar.garbage import collection_paused
 from autopar.plan import ShardingPlan, SolverRecord
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.local import as_cluster
@@ -160,10 +161,10 @@ def prepare(
     with clock("trace"):
         if graph is None:
             graph = ColoTracer().trace(model, args, kwargs)
-    with clock("profile and strategies"):
+    with clock("profile and strategies"), collection_paused():
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
         space, only = lay_out(graph, cluster, workload, constraints, pins)
-    with clock("conversion costs"):
+    with clock("conversion costs"), collection_paused():
         space.cost_links()
     return Laid(type(model).__name__, space, only, constraints, time_limit, clock)
 

@@ -1,9 +1,10 @@
-"""The quick way to a functional graph, for programs that mutate nothing.
+"""The quick way to a functional graph, for programs that write into nothing but buffers.
 
 `ExportedProgram.run_decompositions({})` traces the whole program a second time to turn mutation
-into values, which doubles the time of a capture. A program without mutation needs a few rewrites
-only: what that second trace does to operators that may or may not alias their input. Programs with
-mutation, with autocast, or with an operator that is not known here, take the long way.
+into values, which takes twice as long as the first. A program that writes into values of its own
+and into whole buffers needs a few rewrites only: `inplace.py`, and what that second trace does to
+operators that may or may not alias or write into their input. Programs with other writes, with
+autocast, or with an operator that is not known here, take the long way.
 
 `torch._decomp._should_decompose_because_unsafe_op` is private (tested with torch 2.13).
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -20,6 +22,14 @@ import torch.fx as fx
 from torch._decomp import _should_decompose_because_unsafe_op
 
 from autopar.tracer.guards import storage_of
+from autopar.tracer.inplace import (
+    Written,
+    buffer_results,
+    buffers_of,
+    computed,
+    out_of_place,
+    write_back,
+)
 
 aten = torch.ops.aten
 
@@ -69,6 +79,17 @@ def _expand(node: fx.Node) -> _Call:
     return aten.expand.default, (node.args[0], list(node.meta["val"].shape)), {}
 
 
+def _batch_norm(node: fx.Node) -> _Call:
+    """With statistics of the batch or the running ones; `_update_statistics` writes the latter."""
+    x, weight, bias, mean, var, training, momentum, eps, *_ = _arguments(node)
+    if mean is None:
+        return aten._native_batch_norm_legit.no_stats, (x, weight, bias, True, momentum, eps), {}
+    given = x, weight, bias, mean, var
+    if training:
+        return aten._native_batch_norm_legit_functional.default, (*given, True, momentum, eps), {}
+    return aten._native_batch_norm_legit_no_training.default, (*given, momentum, eps), {}
+
+
 def _narrow(node: fx.Node) -> _Call:
     source, dim, start, length = _arguments(node)
     return aten.slice.Tensor, (source, dim, start, start + length), {}
@@ -87,6 +108,7 @@ _REWRITES: dict[Any, _Rewrite] = {
     aten.type_as.default: _cast,
     aten.contiguous.default: _contiguous,
     aten.dropout.default: _dropout,
+    aten.batch_norm.default: _batch_norm,
     aten.chunk.default: _chunk,
     aten.flatten.using_ints: _reshape,
     aten.unflatten.int: _reshape,
@@ -112,14 +134,24 @@ def _operand(node: fx.Node) -> fx.Node:
     return source
 
 
-def make_functional(gm: fx.GraphModule) -> bool:
-    """Rewrite a program that mutates nothing but values of its own; False if it may do more, and
-    then it is as it was but for a few operators out of place."""
-    _out_of_place(gm)
-    if not all(_known(gm, node) for node in gm.graph.nodes):
+def make_functional(program: torch.export.ExportedProgram) -> bool:
+    """Rewrite a program that writes into nothing but values of its own and buffers, which become
+    results; False if it may do more, and then it is the same program, a few operators out of place.
+    """
+    gm = program.graph_module
+    buffers = buffers_of(program)
+    written = out_of_place(gm, buffers)
+    sharing = Counter(map(storage_of, gm.graph.nodes))
+    alone = {buffer for buffer in buffers if sharing[storage_of(buffer)] == 1}
+    if not all(_known(gm, node, alone) for node in gm.graph.nodes):
+        write_back(gm, written)
         return False
     _inline(gm)
+    statistics: Written = {}
     for node in list(gm.graph.nodes):
+        for old in node.all_input_nodes:
+            if old in statistics:
+                node.replace_input_with(old, statistics[old])
         rewrite = _REWRITES.get(node.target)
         if node.op != "call_function" or rewrite is None:
             continue
@@ -129,70 +161,57 @@ def make_functional(gm: fx.GraphModule) -> bool:
             with gm.graph.inserting_before(node):
                 made = gm.graph.create_node("call_function", target, args, kwargs, target._opname)
                 made.meta = dict(node.meta)
-                if target is aten.native_dropout.default:
-                    value = node.meta["val"]
-                    made.meta["val"] = (value, torch.empty_like(value, dtype=torch.bool))
-                    first = gm.graph.call_function(operator.getitem, (made, 0))
-                    first.meta = dict(node.meta)
-                    made = first
+                if len(target._schema.returns) > 1:
+                    made.meta["val"] = (node.meta["val"], *computed(target, args, kwargs)[1:])
+                    made = _item(made, 0)
+                if target is aten._native_batch_norm_legit_functional.default:
+                    _update_statistics(made, statistics)
         node.replace_all_uses_with(made)
         gm.graph.erase_node(node)
-    gm.recompile()
+    buffer_results(program, buffers, written | statistics)
     return True
 
 
-def _out_of_place(gm: fx.GraphModule) -> None:
-    """In-place operators on values that nothing else sees, as their functional variants."""
-    nodes = list(gm.graph.nodes)
-    order = {n: i for i, n in enumerate(nodes)}
-    sharing: dict[int, list[fx.Node]] = {}
-    for n in nodes:
-        storage = storage_of(n)
-        if storage is not None:
-            sharing.setdefault(storage, []).append(n)
-    for node in nodes:
-        functional = _functional_variant(node)
-        if functional is None:
-            continue
-        target = _operand(node)
-        alike = sharing.get(storage_of(target) or -1, [target, gm.graph.output_node()])
-        others = [n for n in alike if n not in (target, node) and order[n] < order[node]]
-        seen_later = any(order[u] > order[node] for n in others for u in n.users)
-        outside = any(n.op != "call_function" for n in alike)
-        if outside or seen_later or target.meta["val"].shape != node.meta["val"].shape:
-            continue
-        node.target = functional
-        for user in [u for u in target.users if order[u] > order[node]]:
-            user.replace_input_with(target, node)
+def _item(node: fx.Node, index: int) -> fx.Node:
+    made = node.graph.call_function(operator.getitem, (node, index))
+    made.meta = dict(node.meta)
+    made.meta["val"] = node.meta["val"][index]
+    return made
 
 
-def _functional_variant(node: fx.Node) -> Any:
-    """The functional operator of the same arguments, for an in-place one."""
-    op = node.target
-    if not isinstance(op, torch._ops.OpOverload) or not op._schema.name.endswith("_"):
-        return None
-    if op is aten.bernoulli_.float:
-        return aten.bernoulli.p
-    packet = getattr(aten, op._opname[:-1], None)
-    found = getattr(packet, op._overloadname, None)
-    if found is None or found._schema.is_mutable:
-        return None
-    names, theirs = ([a.name for a in o._schema.arguments] for o in (op, found))
-    return found if names == theirs else None
+def _update_statistics(result: fx.Node, statistics: Written) -> None:
+    """Let the new statistics of a batch norm stand for the buffers that it writes into."""
+    norm = _operand(result)
+    buffers = {value: buffer for buffer, value in statistics.items()}
+    for old, new in zip(norm.args[3:5], (_item(norm, 3), _item(norm, 4)), strict=True):
+        assert isinstance(old, fx.Node)
+        dtype = old.meta["val"].dtype
+        if new.meta["val"].dtype != dtype:
+            cast = norm.graph.call_function(aten._to_copy.default, (new,), {"dtype": dtype})
+            cast.meta = dict(new.meta)
+            cast.meta["val"] = old.meta["val"]
+            new = cast
+        statistics[buffers.get(old, old)] = new
 
 
-def _known(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node mutates nothing and is treated here as the long way treats it."""
+def _known(gm: fx.GraphModule, node: fx.Node, alone: Set[fx.Node]) -> bool:
+    """Whether a node mutates nothing and is treated here as the long way treats it. A batch norm
+    may write into statistics that are seen `alone`."""
     if node.op != "call_function" or node.target is operator.getitem:
         return node.op in ("placeholder", "output", "get_attr", "call_function")
     op = node.target
     if str(op) == _GRAD_REGION:
         body = getattr(gm, str(node.args[1].target))  # type: ignore[union-attr]
-        return all(_known(body, n) for n in body.graph.nodes)
+        return all(_known(body, n, frozenset()) for n in body.graph.nodes)
     if isinstance(node.meta.get("val"), torch.Tensor) and storage_of(node) is None:
         return False
     if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
         return str(op).startswith(_ASSERTING)
+    if op is aten.batch_norm.default:
+        mean, var, training = _arguments(node)[3:6]
+        if mean is None or var is None:
+            return mean is var and training
+        return not training or (mean is not var and {mean, var} <= alone)
     if op in _REWRITES or not op._can_decompose():
         return True
     aliases = any(a.alias_info is not None for a in op._schema.arguments)

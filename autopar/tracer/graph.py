@@ -6,7 +6,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -219,43 +219,48 @@ def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments by schema name, as given (defaults left out)."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return dict(node.kwargs)
-    names = [a.name for a in node.target._schema.arguments]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return dict(zip(_schema(node.target), node.args, strict=False)) | dict(node.kwargs)
+
+
+@cache
+def _schema(op: torch._ops.OpOverload) -> dict[str, bool]:
+    """Names of an operator's arguments, and whether they are tensors."""
+    return {a.name: "Tensor" in str(a.type) for a in op._schema.arguments}
 
 
 def _tensor_arguments(node: fx.Node) -> list[tuple[str, fx.Node | None]]:
     assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
     given = bound_arguments(node)
     found: list[tuple[str, fx.Node | None]] = []
-    for argument in node.target._schema.arguments:
-        if "Tensor" not in str(argument.type):
+    for name, is_tensor in _schema(node.target).items():
+        if not is_tensor:
             continue
-        value = given.get(argument.name)
+        value = given.get(name)
         items = value if isinstance(value, list | tuple) else [value]
         for item in items:
             if isinstance(item, fx.Node):
-                found.append((argument.name, item))
+                found.append((name, item))
             elif item is None:
-                found.append((argument.name, None))
+                found.append((name, None))
     return found
 
 
 def map_operands(node: fx.Node, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The node's args and kwargs with its tensor operands replaced, in the order of `operands`."""
     assert isinstance(node.target, torch._ops.OpOverload)
-    order = [a.name for a in node.target._schema.arguments]
+    schema = _schema(node.target)
     given = bound_arguments(node)
     queue = iter(values)
     replaced: dict[str, Any] = {}
-    for argument in node.target._schema.arguments:
-        value = given.get(argument.name)
-        if "Tensor" not in str(argument.type):
+    for name, is_tensor in schema.items():
+        value = given.get(name)
+        if not is_tensor:
             continue
         if isinstance(value, list | tuple):
             items = [next(queue) if i is None or isinstance(i, fx.Node) else i for i in value]
-            replaced[argument.name] = items
+            replaced[name] = items
         elif value is None or isinstance(value, fx.Node):
-            replaced[argument.name] = next(queue)
-    args = tuple(replaced.get(n, v) for n, v in zip(order, node.args, strict=False))
+            replaced[name] = next(queue)
+    args = tuple(replaced.get(n, v) for n, v in zip(schema, node.args, strict=False))
     kwargs = {n: replaced.get(n, v) for n, v in node.kwargs.items()}
     return args, kwargs

@@ -5,6 +5,9 @@ the user's is read, moved or modified, and a model on the meta device traces as 
 device. `torch.export` (non-strict) captures the clone; functionalizing it with an empty
 decomposition table keeps linear, layer_norm, attention and losses whole and turns in-place buffer
 updates into outputs. What Python asks about values on the way is answered in `branches.py`.
+
+`torch.fx._lazy_graph_module._use_lazy_graph_module` is private (the same in torch 2.11 and 2.13):
+each of export's passes would write the program out as Python, a third of the time of a capture.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
+from autopar.garbage import collection_paused
 from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.copies import Copies
@@ -90,13 +95,14 @@ class ColoTracer:
         given = (tuple(args), dict(kwargs or {}))
         _check_inputs(model, given)
         try:
-            if masks_can_be_skipped():
-                try:
-                    with masks_as_run():
-                        return self._lifting(model, given)
-                except CaptureError:
-                    pass  # what decides about masks has no value here: build them for every case
-            return self._lifting(model, given)
+            with collection_paused():
+                if masks_can_be_skipped():
+                    try:
+                        with masks_as_run():
+                            return self._lifting(model, given)
+                    except CaptureError:
+                        pass  # what decides about masks has no value: build them for every case
+                return self._lifting(model, given)
         except CaptureError:
             raise
         except Exception as error:
@@ -129,12 +135,13 @@ class ColoTracer:
             host_randomness(resolver, lifted),
         ):
             warnings.simplefilter("ignore")
-            program = torch.export.export(
-                clone, args, kwargs, dynamic_shapes=self._dynamic_shapes(given), strict=False
-            )
+            with _use_lazy_graph_module(True):
+                program = torch.export.export(
+                    clone, args, kwargs, dynamic_shapes=self._dynamic_shapes(given), strict=False
+                )
             mend_users(program.graph_module)
             detach_no_grad_regions(program.graph_module)
-            if self.dynamic or not make_functional(program.graph_module):
+            if self.dynamic or not make_functional(program):
                 keep_draws(program.graph_module)
                 program = program.run_decompositions({})
         guards = (*settings, *resolver.guards)

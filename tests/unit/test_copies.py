@@ -8,6 +8,24 @@ from autopar import ColoTracer
 from autopar.tracer import tracer as capturing
 
 
+class Drop(nn.Module):
+    """Stochastic depth; `kind` says what it does with its rate."""
+
+    def __init__(self, rate, kind):
+        super().__init__()
+        self.rate, self.kind = rate, kind
+
+    def forward(self, x):
+        if self.kind == "rates, one of them 0" and self.rate == 0.2:
+            return x
+        if self.kind == "rates that decide" and self.rate > 0.25:
+            x = x + 1
+        if self.kind == "rates without gradients":
+            with torch.no_grad():
+                x = x * self.rate
+        return x * x.new_empty(x.shape[0], 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+
 class Block(nn.Module):
     """Counts how often its Python runs; `kind` says what is special about it."""
 
@@ -18,6 +36,8 @@ class Block(nn.Module):
         self.index, self.kind, self.seen = index, kind, None
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
         self.norm = nn.BatchNorm1d(8)
+        if "rates" in kind:
+            self.drop = Drop(0.1 * (index + 1), kind)
         if kind == "alternating":
             self.slope = 0.1 * (index % 2)
 
@@ -32,6 +52,10 @@ class Block(nn.Module):
             self.seen = h
         elif self.kind == "dropout":
             h = nn.functional.dropout(h, 0.5)
+        elif self.kind == "rates outside":
+            h = nn.functional.dropout(h, self.drop.rate)
+        elif "rates" in self.kind:
+            h = torch.relu(self.drop(self.drop(h) * 2))
         elif self.kind == "norm":
             x = self.norm(x)
         elif self.kind == "in place":
@@ -66,8 +90,11 @@ class Stack(nn.Module):
 # how often the Python of five blocks runs: the first one's input needs no gradient
 RUNS = {
     "plain": 2, "dropout": 2, "norm": 2, "in place": 2, "frozen": 2, "alternating": 3,
-    "numbered": 5, "remembering": 5,
+    "numbered": 5, "remembering": 5, "rates": 2, "rates, one of them 0": 3, "rates that decide": 3,
+    "rates without gradients": 2, "rates outside": 5,
 }  # fmt: skip
+# where a copy is begun and then captured after all, which takes names
+GIVEN_UP = ("rates, one of them 0", "rates that decide")
 
 
 class _NoCopies:
@@ -96,7 +123,8 @@ def test_graphs_are_those_of_capturing_each_block(kind, tied, monkeypatch):
     graph, whole, ran = both_ways(model, monkeypatch, *batch)
     assert ran == (5 if tied else RUNS[kind])  # modules of two names are left alone
     assert graph.fingerprint == whole.fingerprint
-    assert [n.name for n in graph.nodes] == [n.name for n in whole.nodes]
+    if kind not in GIVEN_UP:
+        assert [n.name for n in graph.nodes] == [n.name for n in whole.nodes]
     assert [graph.info(n) for n in graph.nodes] == [whole.info(n) for n in whole.nodes]
     run = graph.bind(model)
     torch.manual_seed(1)

@@ -1,5 +1,6 @@
 """Capture: what the graph holds, and that nothing of the user's changes."""
 
+import copy
 import dataclasses
 import random
 import re
@@ -11,6 +12,7 @@ from torch import nn
 
 from autopar import ColoTracer
 from autopar.errors import CaptureError
+from autopar.tracer.functional import make_functional
 from tests.models import CASES, LanguageModel
 
 
@@ -209,9 +211,68 @@ def test_the_quick_way_computes_what_the_long_one_does(monkeypatch, make):
     model = make().double()
     batch = CASES[name].batch(0)
     quick = ColoTracer().trace(model, (), batch)
-    monkeypatch.setattr("autopar.tracer.tracer.make_functional", lambda gm: False)
+    monkeypatch.setattr("autopar.tracer.tracer.make_functional", lambda program: False)
     long = ColoTracer().trace(model, (), batch)
     assert torch.equal(quick.bind(model)(**batch), long.bind(model)(**batch))
     kinds = [{str(n.target) for n in g.compute_nodes()} - {"aten.clone.default"}
              for g in (quick, long)]  # fmt: skip
     assert kinds[0] == kinds[1]
+
+
+class Writing(nn.Module):
+    """Writes into buffers; the second half of `ways` the quick way leaves to the long one."""
+
+    ways = ("norms", "in place", "read before", "view", "two kinds", "statistics seen")
+    quick = ways[:3]
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.norm, self.frozen = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.plain = nn.BatchNorm1d(3, track_running_stats=False)
+        self.register_buffer("mean", torch.randn(4, 3))
+        self.register_buffer("exact", torch.randn(4, 3).double())
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, x):
+        if self.way == "norms":
+            x = self.norm(self.frozen(self.plain(self.norm(x))))
+        elif self.way == "in place":
+            self.mean.mul_(0.9).add_(x.detach())
+            x = x * self.mean
+            self.mean = self.mean * 2
+        elif self.way == "read before":
+            before = self.norm.running_mean * 2
+            x = self.norm(x) + before + self.norm.running_var
+        elif self.way == "view":
+            self.mean[0].copy_(x[0].detach())
+        elif self.way == "two kinds":
+            self.mean.mul_(self.exact)
+        elif self.way == "statistics seen":
+            seen = self.norm.running_mean.view(3)
+            x = self.norm(x) + seen
+        return (x * self.mean).sum(), self.norm.running_mean
+
+
+@pytest.mark.parametrize("way", Writing.ways)
+def test_buffers_are_written_the_quick_way_as_the_long_one(monkeypatch, way):
+    torch.manual_seed(0)
+    model, x = Writing(way), torch.randn(4, 3)
+    taken = []
+    monkeypatch.setattr(
+        "autopar.tracer.tracer.make_functional",
+        lambda p: taken.append(make_functional(p)) or taken[0],
+    )
+    quick = ColoTracer().trace(model, (x,))
+    assert taken == [way in Writing.quick]
+    monkeypatch.setattr("autopar.tracer.tracer.make_functional", lambda program: False)
+    long = ColoTracer().trace(model, (x,))
+    assert quick.fingerprint == long.fingerprint
+    assert quick.mutations == long.mutations
+    ours, eager = copy.deepcopy(model), copy.deepcopy(model)
+    assert all(map(torch.equal, quick.bind(ours)(x), eager(x)))
+    assert all(map(torch.equal, ours.buffers(), eager.buffers()))
