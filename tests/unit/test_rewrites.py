@@ -93,7 +93,7 @@ def test_products_that_are_cut_have_their_parts_as_a_dim():
     assert _packed(graph) == ["autopar.packed_linear.default", "autopar.packed_addmm.default"]
 
     def regrouped(m, x):
-        h = F.linear(x, m.linear.weight.repeat(3, 1), m.linear.bias.repeat(3))
+        h = F.linear(x.view(2, 3, 4), m.linear.weight.repeat(3, 1), m.linear.bias.repeat(3))
         h = h.reshape(2, 3, 3, 2, 2)
         q, k, v = h.permute(2, 0, 3, 1, 4).unbind(0)
         return q * k + v
