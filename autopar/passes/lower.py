@@ -88,7 +88,7 @@ def lower(
             device_type=device_type, disable=disable,
         )  # fmt: skip
         last: list[Pass] = [] if compile else [overwrite]  # Inductor does that by itself
-        forward_passes, backward_passes = last, [overlap_reductions, *last]
+        forward_passes = backward_passes = last
 
     def compile_forward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         step.forward = run_passes(gm, forward_passes, disable=disable)
