@@ -344,7 +344,8 @@ def _ahead(gm: torch.fx.GraphModule) -> list[str]:
 
 
 def largest_difference_of_collectives(shape: tuple[int, ...]) -> float:
-    """Between `DirectGroup` and Gloo: one element, uneven parts, above and below one round."""
+    """Between `DirectGroup` and Gloo, at once and started: one element, uneven parts, above and
+    below one round."""
     mesh = init_device_mesh("cpu", shape)
     gloo, direct = (kind(kind.__name__, mesh.get_group(0)) for kind in (ProcessGroup, DirectGroup))
     torch.manual_seed(dist.get_rank())
@@ -361,6 +362,17 @@ def largest_difference_of_collectives(shape: tuple[int, ...]) -> float:
         ):
             assert a.shape == b.shape
             worst = max(worst, (a.double() - b.double()).abs().max().item())
+        for g in (gloo, direct):  # in place, three under way while others run
+            a, b, c = x.clone(), parts.clone(), parts.clone()
+            waits = [g.start_all_reduce(a, "max"), g.start_all_gather(b), g.start_reduce_scatter(c)]
+            between = g.all_reduce(x, "sum")
+            for wait in reversed(waits):
+                wait()
+            for found, expected in (
+                (a, gloo.all_reduce(x, "max")), (b, gloo.all_gather(parts[g.index])),
+                (c[g.index], gloo.reduce_scatter(parts)), (between, gloo.all_reduce(x, "sum")),
+            ):  # fmt: skip
+                worst = max(worst, (found - expected).abs().max().item())
         total = direct.all_reduce(x, "sum")
         every = direct.all_gather(total)
         assert all(torch.equal(total, other) for other in every)  # to the last bit

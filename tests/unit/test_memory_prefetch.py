@@ -1,0 +1,192 @@
+"""Collectives in two operators: what they compute, and where a schedule has them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from autopar.memory.order import in_order
+from autopar.memory.plan import plan_memory
+from autopar.memory.prefetch import prefetched, step_us
+from autopar.memory.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
+from autopar.memory.simulate import check, peak_bytes, timeline
+from autopar.memory.splits import _SPLITS
+from autopar.sharding.spec import chunk
+from tests.unit.lockstep import Lockstep
+
+GATHER, REDUCE = "autopar.all_gather.default", "autopar.reduce_scatter.default"
+BLOCKS = 3
+
+
+def step(*, staged: bool = False, chained: bool = False) -> Program:
+    """Blocks that gather their parameter, in forward as in backward, and reduce its gradient.
+
+    Bytes: a parameter 40, an activation 10. Times: a gather 10, a reduction 10; compute 10 to 20.
+
+    Args:
+        staged: gathers have a buffer of their own.
+        chained: a parameter is gathered twice, the second time of what the first one made.
+    """
+    ops: list[Op] = []
+    nbytes: list[int] = []
+    wholes: list[int] = []
+
+    def storage(n: int) -> int:
+        nbytes.append(n)
+        return len(nbytes) - 1
+
+    def op(kind: str, reads: tuple, n: int, us: float, resource=Resource.COMPUTE) -> int:
+        ops.append(Op(f"{kind}{len(ops)}", kind, reads, (storage(n),), 1.0, us, resource=resource))
+        if resource is not Resource.COMPUTE:
+            wholes.append(len(ops) - 1)
+        return ops[-1].makes[0]
+
+    shards = [storage(0) for _ in range(BLOCKS)]
+    forward_ops: list[int] = []
+    gathered, activations, x = [], [], storage(0)
+    for shard in shards:
+        if chained:
+            shard = op(GATHER, (shard,), 5, 3, Resource.COMMUNICATION)
+        gathered.append(op(GATHER, (shard,), 40, 10, Resource.COMMUNICATION))
+        x = op("norm", (x,), 10, 10)
+        x = op("product", (x, gathered[-1]), 10, 10)
+        activations.append(x)
+    forward_ops = list(range(len(ops)))
+    grad, gradients = tangent, [] = storage(0), []
+    for weight, activation in zip(reversed(gathered), reversed(activations), strict=True):
+        of_weight = op("product", (grad, activation), 40, 20)
+        grad = op("product", (grad, weight), 10, 20)
+        gradients.append(op(REDUCE, (of_weight,), 5, 10, Resource.COMMUNICATION))
+    splits = {}
+    order = tuple(range(len(forward_ops), len(ops)))
+    for i in wholes:
+        whole = ops[i]
+        own = staged or whole.kind == REDUCE
+        buffer = storage(40) if own else whole.makes[0]
+        splits[i] = Split(len(ops), len(ops) + 1)
+        ops.append(replace(whole, name=f"start{i}", makes=(buffer,), beside=True))
+        makes = whole.makes if own else ()
+        ops.append(Op(f"finish{i}", "finish", (buffer,), makes, 0.0, 0.0, replays=False))
+    return Program(
+        tuple(ops), tuple(forward_ops), tuple(nbytes), frozenset(), frozenset(gradients),
+        frozenset((tangent,)), order=order, splits=splits,
+    )  # fmt: skip
+
+
+def gathered_again(program: Program) -> Schedule:
+    """Every block gathers its parameter right before it is used in the backward."""
+    again = {program.ops[i].makes[0]: i for i in program.forward if program.ops[i].kind == GATHER}
+    backward: list[int] = []
+    for i in program.backward:
+        for s in program.ops[i].reads:
+            if s in again:
+                shard = program.ops[again[s]].reads[0]
+                backward += [again[k] for k in (shard, s) if k in again]
+        backward.append(i)
+    return Schedule(program.forward, tuple(backward))
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("chained", [False, True])
+def test_gathers_start_ahead_in_both_directions_where_there_is_room(staged, chained):
+    program = step(staged=staged, chained=chained)
+    whole = gathered_again(program)
+    found = prefetched(program, whole, 1e9)
+    check(program, found)
+    names = [[program.ops[i].name for i in part] for part in (found.forward, found.backward)]
+    for part, count in zip(names, (BLOCKS - 1, BLOCKS), strict=True):
+        starts = [n for n in part if n.startswith("start") and f"finish{n[5:]}" in part]
+        far = [n for n in starts if part.index(f"finish{n[5:]}") > part.index(n) + 1]
+        assert len(far) >= count  # nothing is ahead of the first one in the forward
+    # all of it hides but the first gather, and the last reduction, which nothing follows; and where
+    # the backward has one operator ahead of its first gather, one of the two in a chain
+    first, again = (13, 3) if chained else (10, 0)
+    assert timeline(program, found).exposed_us(Resource.COMMUNICATION) == first + again + 10
+    assert step_us(program, found) == step_us(program, whole) - 5 * first + again - 2 * 10
+    # the same communication in the same order
+    calls = [program.started.get(i, i) for i in (*found.forward, *found.backward)]
+    of = [i for i in calls if i in program.splits]
+    assert [i for i in of if program.ops[i].kind == REDUCE] == [
+        i for i in whole.backward if program.ops[i].kind == REDUCE
+    ]
+
+
+def test_no_further_than_the_budget():
+    program = step()
+    whole = gathered_again(program)
+    least = peak_bytes(program, whole)
+    assert prefetched(program, whole, least - 1) == whole
+    times = [step_us(program, whole)]
+    for budget in range(least, least + 100, 10):
+        found = prefetched(program, whole, budget)
+        check(program, found)
+        assert peak_bytes(program, found) <= budget
+        times.append(step_us(program, found))
+    assert times == sorted(times, reverse=True) and times[-1] < times[0]
+    still = replace(program, beside=frozenset())
+    assert prefetched(still, whole, 1e9) == whole
+
+
+def test_what_hides_is_gathered_again_at_no_price():
+    """Kept parameters do not fit; gathered again they cost nothing where compute hides them."""
+    program = step()
+    kept = peak_bytes(program, eager_schedule(in_order(program)))
+    found, still = (
+        plan_memory(replace(program, beside=beside), kept - 30) for beside in (SIDE, frozenset())
+    )
+    for plan in (found, still):
+        assert plan.peak_bytes <= kept - 30 and plan.schedule.again(program)
+    assert found.added_us == found.exposed_us == 0 and still.added_us > 0
+
+
+@pytest.mark.parametrize("size", [6, 7])
+@pytest.mark.parametrize("kind", sorted({t._opname for t in _SPLITS}))
+def test_two_operators_are_the_collective(kind, size):
+    """To the bit, on three ranks, along every dim, evenly split or not."""
+    world = Lockstep((3,), "splits")
+    graph = torch.fx.Graph()
+    ops = torch.ops.autopar
+    for dim in (0, 1):
+        calls = {False: [], True: []}
+        for (rank,), (name,) in world.names.items():
+            torch.manual_seed(rank)
+            shape = [4, 5]
+            shape[dim] = chunk(size, 3, rank)[1] if "gather" in kind else size
+            x = torch.randn(shape, dtype=torch.float64)
+            dims, sizes = ([dim], [size]) if kind.endswith("many") else (dim, size)
+            given = [x, x + 1] if kind.endswith("many") else x
+            dims, sizes = (dims * 2, sizes * 2) if kind.endswith("many") else (dims, sizes)
+            rest = {"all_g": (dims, sizes), "reduc": (dims,), "all_r": ("sum",)}[kind[:5]]
+            arguments = (given, *rest, name)
+            whole = getattr(ops, kind).default
+
+            def split(arguments=arguments, whole=whole):
+                with torch._subclasses.FakeTensorMode() as mode:
+                    fakes = torch.utils._pytree.tree_map_only(
+                        torch.Tensor, mode.from_tensor, arguments
+                    )
+                    value = whole(*fakes)
+                node = graph.call_function(whole, _nodes(graph, arguments, fakes))
+                node.meta["val"] = value
+                target, finish = _SPLITS[whole](node)
+                buffer = target(*arguments)
+                if finish is None:
+                    ops.arrived_here(buffer)
+                    return buffer
+                return finish[0](buffer, *finish[1])
+
+            calls[False].append(lambda a=arguments, f=whole: f(*a))
+            calls[True].append(split)
+        for expected, got in zip(world.run(calls[False]), world.run(calls[True]), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def _nodes(graph: torch.fx.Graph, arguments, fakes):
+    """Placeholders for the tensors among the arguments."""
+
+    def node(value):
+        made = graph.placeholder("x")
+        made.meta["val"] = value
+        return made
+
+    return torch.utils._pytree.tree_map_only(torch.Tensor, node, fakes)
