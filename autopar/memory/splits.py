@@ -74,6 +74,18 @@ _SPLITS: dict[Any, Callable[[fx.Node], tuple[Any, _Finish]]] = {
 }
 
 
+def halves_of(node: fx.Node) -> tuple[Any, _Finish] | None:
+    """What starts a collective, called as the collective is; and what finishes it, called with the
+    buffer and more arguments, or None where the buffer becomes the result (`arrived_here` waits).
+
+    Returns:
+        None where it is one operator.
+    """
+    if node.target not in _SPLITS or _dtype(node) is torch.bool:
+        return None
+    return _SPLITS[node.target](node)
+
+
 def with_splits(joint: Joint, graph: fx.Graph) -> Joint:
     """The same, with two operators for each collective that compute can run beside.
 
@@ -89,11 +101,12 @@ def with_splits(joint: Joint, graph: fx.Graph) -> Joint:
     base, owner = dict(joint.base), dict(joint.owner)
     splits: dict[int, Split] = {}
     for i, (op, node) in enumerate(zip(program.ops, joint.calls, strict=True)):
-        if node.target not in _SPLITS or not op.replays or _dtype(node) is torch.bool:
+        halves = halves_of(node) if op.replays else None
+        if halves is None:
             continue
-        target, finish = _SPLITS[node.target](node)
+        target, finish = halves
         with graph.inserting_before(graph.output_node()):
-            start = _called(graph, target, node.args)
+            start = called(graph, target, node.args)
             if finish is None:
                 buffer = op.makes[0]
                 done = graph.call_function(_OPS.arrived_here.default, (start,))
@@ -101,7 +114,7 @@ def with_splits(joint: Joint, graph: fx.Graph) -> Joint:
                 buffer = len(nbytes)
                 nbytes.append(int(start.meta["val"].untyped_storage().nbytes()))
                 owner[buffer] = start
-                done = _called(graph, finish[0], (start, *finish[1]))
+                done = called(graph, finish[0], (start, *finish[1]))
         base[start] = buffer
         if isinstance(done.meta.get("val"), torch.Tensor):
             base[done] = op.makes[0]
@@ -127,7 +140,7 @@ def _dtype(node: fx.Node) -> torch.dtype:
     return value.dtype if isinstance(value, torch.Tensor) else value[0].dtype
 
 
-def _called(graph: fx.Graph, target: Any, arguments: Sequence[Any]) -> fx.Node:
+def called(graph: fx.Graph, target: Any, arguments: Sequence[Any]) -> fx.Node:
     """A call with its result in shapes."""
     node = graph.call_function(target, tuple(arguments))
     values = fx.node.map_arg(tuple(arguments), lambda n: n.meta["val"])

@@ -58,22 +58,22 @@ class Group:
         raise NotImplementedError(f"group {self.name} was made for planning and cannot communicate")
 
     # Collectives in place that others run beside, until the call of what they return. Here, those
-    # that are done at once.
+    # that are done at once, of copies, as other threads may still read what was sent.
 
     def start_all_reduce(self, x: torch.Tensor, op: str) -> Wait:
         """`all_reduce` of x, contiguous, into x."""
-        x.copy_(self.all_reduce(x, op))
+        x.copy_(self.all_reduce(x.clone(), op))
         return _done
 
     def start_all_gather(self, x: torch.Tensor) -> Wait:
         """Slice [index] of x, contiguous, [size, ...], to all ranks, which have it there."""
-        x.copy_(self.all_gather(x[self.index]))
+        x.copy_(self.all_gather(x[self.index].clone()))
         return _done
 
     def start_reduce_scatter(self, x: torch.Tensor) -> Wait:
         """The sum of the slices [index] of x, contiguous, [size, ...], into that slice; what is in
         the others is lost."""
-        x[self.index].copy_(self.reduce_scatter(x))
+        x[self.index].copy_(self.reduce_scatter(x.clone()))
         return _done
 
 

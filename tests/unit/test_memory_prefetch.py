@@ -10,7 +10,7 @@ from autopar.memory.plan import plan_memory
 from autopar.memory.prefetch import prefetched, step_us
 from autopar.memory.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
 from autopar.memory.simulate import check, peak_bytes, timeline
-from autopar.memory.splits import _SPLITS
+from autopar.memory.splits import _SPLITS, halves_of
 from autopar.sharding.spec import chunk
 from tests.unit.lockstep import Lockstep
 
@@ -168,7 +168,7 @@ def test_two_operators_are_the_collective(kind, size):
                     value = whole(*fakes)
                 node = graph.call_function(whole, _nodes(graph, arguments, fakes))
                 node.meta["val"] = value
-                target, finish = _SPLITS[whole](node)
+                target, finish = halves_of(node)
                 buffer = target(*arguments)
                 if finish is None:
                     ops.arrived_here(buffer)
