@@ -2,16 +2,19 @@
 
 A gather starts ahead of its place, by as much compute as takes its time, or as far as there is room
 for its buffer. A reduction starts in its place and is waited for behind as much compute, at the
-latest where its result is read. Compute hides one of them at a time, and those nearest to it first:
-reductions forward from where they start, then gathers back from where they are needed, from the
-last to the first, so that they start in the order in which they are needed.
+latest where its result is read.
+
+Compute hides one of them at a time. Reductions come first, each from where it starts. What then can
+hide of every gather is found from the first to the last, one after another as early as can be; and
+from the last to the first they are moved as late as this lets them, so that they start in the order
+in which they are needed, and hold their buffers no longer than that takes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -54,6 +57,7 @@ class _Placing:
 
     Attributes:
         hides: at every position, the time of compute that hides nothing yet.
+        wanted: of every gather, the time that is to hide.
         room: at every position, bytes that are free.
     """
 
@@ -71,6 +75,7 @@ class _Placing:
                 self.read[s].append(p)
             for s in op.makes:
                 self.made[s].append(p)
+        self.late: dict[int, int] = {}  # of a reduction, before which position it is waited for
         # what runs in the place of an operator; and before it, by the part and the position
         self.instead: dict[int, tuple[int, ...]] = {}
         self.ahead: dict[tuple[bool, int], list[int]] = defaultdict(list)
@@ -83,9 +88,10 @@ class _Placing:
                     gathers.append(p)
                 else:
                     self._wait_later(p)
+        self.wanted = self._hidden_at_most(gathers)
         for p in reversed(gathers):
             if p not in self.instead:
-                self._start_earlier(p, p)
+                self._start_earlier(p, p, along=False)
         return Schedule(
             tuple(self._written(range(self.first), False)),
             tuple(self._written(range(self.first, len(self.sequence)), True)),
@@ -96,6 +102,21 @@ class _Placing:
             yield from self.ahead.get((backward, p), ())
             yield from self.instead.get(p, (self.sequence[p],))
         yield from self.ahead.get((backward, positions.stop), ())
+
+    def _hidden_at_most(self, gathers: Iterable[int]) -> dict[int, float]:
+        """Of every gather the time that hides, if each starts as soon as the one before it ends."""
+        left, q = list(self.hides), 0
+        found = {}
+        for p in gathers:
+            wanted = self.ops[p].us
+            q = max(q, min(p, max(self._earliest(k) for k in (p, *self._chain(p)))))
+            while q < p and wanted > 0:
+                hidden = min(left[q], wanted)
+                left[q] -= hidden
+                wanted -= hidden
+                q += wanted > 0
+            found[p] = self.ops[p].us - wanted
+        return found
 
     def _buffer_bytes(self, p: int) -> float:
         """What is alive besides the result at the finish: nothing, where the buffer becomes it."""
@@ -127,52 +148,55 @@ class _Placing:
             self.room[p:q] -= nbytes
             self.instead[p] = (split.start,)
             self.ahead[backward, q].append(split.finish)
+            self.late[p] = q
 
-    def _start_earlier(self, p: int, at: int) -> None:
+    def _start_earlier(self, p: int, at: int, *, along: bool) -> None:
         """Split a gather, if compute is ahead of it and there is room.
 
         Args:
-            at: before which position it is to be done: its own, or one ahead of that.
+            at: before which position it is to be done.
+            along: it leaves its place for that, along with what reads it; else that is its place.
         """
         i, backward = self.sequence[p], p >= self.first
-        maker = self._maker(p)
-        start = self._start(p, at, maker) if i in self.program.splits else at
-        if at < p:
+        chain = self._chain(p)
+        start = self._start(p, at, chain) if i in self.program.splits else at
+        if along:
             self.instead[p] = ()
             self.room[at:p] -= self._bytes(p)
         if start == at:
-            if at < p:
+            if along:
                 self.ahead[backward, at].insert(0, i)
         else:
             split, extra = self.program.splits[i], self._buffer_bytes(p)
             self.room[start:at] -= extra or self._bytes(p)
             if at < len(self.room):
                 self.room[at] -= extra
-            if at < p:
+            if along:
                 self.ahead[backward, at].insert(0, split.finish)
             else:
                 self.instead[p] = (split.finish,)
             self.ahead[backward, start].insert(0, split.start)
-        if maker is not None and start <= maker:
-            self._start_earlier(maker, start)
+        if chain and start <= chain[0]:
+            self._start_earlier(chain[0], start, along=True)
 
-    def _start(self, p: int, at: int, maker: int | None) -> int:
-        """Where a gather starts; `at` if nothing hides it."""
+    def _start(self, p: int, at: int, chain: Sequence[int]) -> int:
+        """Where a gather starts; `at` if nothing hides it.
+
+        Args:
+            chain: what makes its operand, and comes along.
+        """
         extra = self._buffer_bytes(p)
-        nbytes, wanted, q, start = extra or self._bytes(p), self.ops[p].us, at, at
+        nbytes, wanted, q, start = extra or self._bytes(p), self.wanted[p], at, at
         if self.room[at] < extra:
             return at
-        earliest = self._earliest(p)
-        if maker is not None:
-            passed = max(earliest, self._chain_earliest(maker))
-            earliest = passed if passed <= maker else max(earliest, maker + 1)
+        earliest = max(self._earliest(k) for k in (p, *chain))
+        if chain and earliest > chain[0]:
+            earliest = max(self._earliest(p), chain[0] + 1)
         while q > earliest and wanted > 0:
             q -= 1
-            # what makes its operand comes along
-            needed = nbytes + (self._bytes(maker) if maker is not None and q < maker else 0.0)
-            if self.room[q] < needed:
+            if self.room[q] < nbytes + (self._bytes(chain[0]) if chain and q <= chain[0] else 0.0):
                 break
-            hidden = self._hidden(q, wanted)
+            hidden = 0.0 if q in chain else self._hidden(q, wanted)
             wanted -= hidden
             start = q if hidden else start
         return start
@@ -194,11 +218,10 @@ class _Placing:
         """Whether an operator may run ahead of its place."""
         return self.ops[m].replays and m not in self.instead and len(self.ops[m].reads) == 1
 
-    def _chain_earliest(self, m: int) -> int:
-        """The first position to which an operator may move, with what makes its operand for it
-        alone."""
-        found, maker = self._earliest(m), self._maker(m)
-        return found if maker is None else max(found, self._chain_earliest(maker))
+    def _chain(self, p: int) -> tuple[int, ...]:
+        """The positions of what makes an operator's operand for it alone, the last one first."""
+        maker = self._maker(p)
+        return () if maker is None else (maker, *self._chain(maker))
 
     def _earliest(self, p: int) -> int:
         """The first position at which operands are there that come not along, and what was in the
@@ -206,7 +229,8 @@ class _Placing:
         op, program = self.ops[p], self.program
         bounds = [self.first if p >= self.first else 0]
         if self._maker(p) is None:
-            bounds += [_last(self.made[s], p) + 1 for s in op.reads if program.maker[s] != GIVEN]
+            made = [_last(self.made[s], p) for s in op.reads if program.maker[s] != GIVEN]
+            bounds += [self.late.get(m, m) + 1 for m in made]
         for s in op.makes:
             bounds += [_last(self.made[s], p) + 1, _last(self.read[s], p) + 1]
         return max(bounds)

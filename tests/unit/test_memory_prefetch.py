@@ -1,10 +1,12 @@
 """Collectives in two operators: what they compute, and where a schedule has them."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from autopar.memory.build import schedule_of
 from autopar.memory.order import in_order
 from autopar.memory.plan import plan_memory
 from autopar.memory.prefetch import prefetched, step_us
@@ -25,7 +27,7 @@ def step(*, staged: bool = False, chained: bool = False) -> Program:
 
     Args:
         staged: gathers have a buffer of their own.
-        chained: a parameter is gathered twice, the second time of what the first one made.
+        chained: a parameter is gathered twice, and copied in between.
     """
     ops: list[Op] = []
     nbytes: list[int] = []
@@ -46,7 +48,7 @@ def step(*, staged: bool = False, chained: bool = False) -> Program:
     gathered, activations, x = [], [], storage(0)
     for shard in shards:
         if chained:
-            shard = op(GATHER, (shard,), 5, 3, Resource.COMMUNICATION)
+            shard = op("copy", (op(GATHER, (shard,), 5, 3, Resource.COMMUNICATION),), 5, 1)
         gathered.append(op(GATHER, (shard,), 40, 10, Resource.COMMUNICATION))
         x = op("norm", (x,), 10, 10)
         x = op("product", (x, gathered[-1]), 10, 10)
@@ -75,15 +77,30 @@ def step(*, staged: bool = False, chained: bool = False) -> Program:
 
 def gathered_again(program: Program) -> Schedule:
     """Every block gathers its parameter right before it is used in the backward."""
-    again = {program.ops[i].makes[0]: i for i in program.forward if program.ops[i].kind == GATHER}
-    backward: list[int] = []
-    for i in program.backward:
-        for s in program.ops[i].reads:
-            if s in again:
-                shard = program.ops[again[s]].reads[0]
-                backward += [again[k] for k in (shard, s) if k in again]
-        backward.append(i)
-    return Schedule(program.forward, tuple(backward))
+    gathered = {s for i in program.forward for s in program.ops[i].makes if i in program.splits}
+    return schedule_of(program, program.needed - gathered)
+
+
+def computed(program: Program, schedule: Schedule) -> dict[int, Any]:
+    """What every gradient is computed from; nothing is read while it is under way."""
+    values: dict[int, Any] = {}
+    under_way: dict[int, Any] = {}
+    for i in (*schedule.forward, *schedule.backward):
+        op, whole = program.ops[i], program.started.get(i, program.halves.get(i, i))
+        finishes = i in program.halves and i not in program.started
+        assert finishes or under_way.keys().isdisjoint(op.reads)
+        assert under_way.keys().isdisjoint(op.makes)
+        found = (
+            under_way.pop(op.reads[0])
+            if finishes
+            else (whole, *(values.get(s, s) for s in op.reads))
+        )
+        if i in program.started:
+            under_way[op.makes[0]] = found
+        else:
+            values |= dict.fromkeys(program.ops[whole].makes, found)
+    assert not under_way
+    return {s: values[s] for s in program.gradients}
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -93,6 +110,7 @@ def test_gathers_start_ahead_in_both_directions_where_there_is_room(staged, chai
     whole = gathered_again(program)
     found = prefetched(program, whole, 1e9)
     check(program, found)
+    assert computed(program, found) == computed(program, whole)
     names = [[program.ops[i].name for i in part] for part in (found.forward, found.backward)]
     for part, count in zip(names, (BLOCKS - 1, BLOCKS), strict=True):
         starts = [n for n in part if n.startswith("start") and f"finish{n[5:]}" in part]
@@ -112,7 +130,7 @@ def test_gathers_start_ahead_in_both_directions_where_there_is_room(staged, chai
 
 
 def test_no_further_than_the_budget():
-    program = step()
+    program = step(chained=True)
     whole = gathered_again(program)
     least = peak_bytes(program, whole)
     assert prefetched(program, whole, least - 1) == whole
@@ -120,6 +138,7 @@ def test_no_further_than_the_budget():
     for budget in range(least, least + 100, 10):
         found = prefetched(program, whole, budget)
         check(program, found)
+        assert computed(program, found) == computed(program, whole)
         assert peak_bytes(program, found) <= budget
         times.append(step_us(program, found))
     assert times == sorted(times, reverse=True) and times[-1] < times[0]
