@@ -137,7 +137,7 @@ class _Placing:
         """Split a reduction, if compute is behind it before its result is read."""
         op, split, backward = self.ops[p], self.program.splits[self.sequence[p]], p >= self.first
         end = len(self.sequence) if backward else self.first
-        until = min(_next(self.read[s], p, end) for s in op.makes)
+        until = min(_next(at[s], p, end) for at in (self.read, self.made) for s in op.makes)
         nbytes, wanted, q = self._buffer_bytes(p), op.us, p + 1
         if self.room[p] < nbytes:
             return
@@ -169,8 +169,7 @@ class _Placing:
         else:
             split, extra = self.program.splits[i], self._buffer_bytes(p)
             self.room[start:at] -= extra or self._bytes(p)
-            if at < len(self.room):
-                self.room[at] -= extra
+            self.room[at] -= extra
             if along:
                 self.ahead[backward, at].insert(0, split.finish)
             else:
@@ -202,21 +201,18 @@ class _Placing:
         return start
 
     def _maker(self, p: int) -> int | None:
-        """The position of what makes an operator's only operand, for it alone."""
-        reads = [s for s in self.ops[p].reads if self.program.maker[s] != GIVEN]
-        if len(self.ops[p].reads) != 1 or not reads:
+        """The position of what makes an operator's only operand, for it alone, and may move."""
+        operand, *more = self.ops[p].reads or (GIVEN,)
+        program, end = self.program, len(self.sequence)
+        if more or operand == GIVEN or program.maker[operand] == GIVEN:
             return None
-        m = _last(self.made[reads[0]], p)
-        alone = len(self.ops[m].makes) == 1 and _next(self.read[reads[0]], m, p) == p
-        last = _next(self.read[reads[0]], p, len(self.sequence))
-        kept = last < _next(self.made[reads[0]], p, len(self.sequence))
-        held = reads[0] in self.program.results | self.program.gradients
-        same_part = (m >= self.first) == (p >= self.first)
-        return m if alone and same_part and not kept and not held and self._moves(m) else None
-
-    def _moves(self, m: int) -> bool:
-        """Whether an operator may run ahead of its place."""
-        return self.ops[m].replays and m not in self.instead and len(self.ops[m].reads) == 1
+        m = _last(self.made[operand], p)
+        read, made = self.read[operand], self.made[operand]
+        alone = _next(read, m, end) == p and _next(read, p, end) >= _next(made, p, end)
+        held = operand in program.results | program.gradients
+        op, same_part = self.ops[m], (m >= self.first) == (p >= self.first)
+        moves = op.replays and len(op.reads) == len(op.makes) == 1 and m not in self.instead
+        return m if alone and not held and same_part and moves else None
 
     def _chain(self, p: int) -> tuple[int, ...]:
         """The positions of what makes an operator's operand for it alone, the last one first."""
