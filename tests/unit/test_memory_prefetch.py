@@ -1,10 +1,14 @@
 """Collectives in two operators: what they compute, and where a schedule has them."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from autopar.memory.build import schedule_of
 from autopar.memory.order import in_order
@@ -13,6 +17,7 @@ from autopar.memory.prefetch import prefetched, step_us
 from autopar.memory.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
 from autopar.memory.simulate import check, peak_bytes, timeline
 from autopar.memory.splits import _SPLITS, halves_of
+from autopar.runtime.groups import ProcessGroup
 from autopar.sharding.spec import chunk
 from tests.unit.lockstep import Lockstep
 
@@ -158,54 +163,81 @@ def test_what_hides_is_gathered_again_at_no_price():
     assert found.added_us == found.exposed_us == 0 and still.added_us > 0
 
 
+def in_two(whole: Any, arguments: tuple) -> Any:
+    """A collective as a start and a finish, as a graph has them."""
+    with FakeTensorMode() as mode:
+        fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        value = whole(*fakes)
+    graph = torch.fx.Graph()
+
+    def placeholder(fake: torch.Tensor) -> torch.fx.Node:
+        made = graph.placeholder("x")
+        made.meta["val"] = fake
+        return made
+
+    nodes = pytree.tree_map_only(torch.Tensor, placeholder, fakes)
+    node = graph.call_function(whole, nodes)
+    node.meta["val"] = value
+    target, finish = halves_of(node)
+    buffer = target(*arguments)
+    if finish is None:
+        torch.ops.autopar.arrived_here(buffer)
+        return buffer
+    return finish[0](buffer, *finish[1])
+
+
+def call(kind: str, x: torch.Tensor, dim: int, size: int, group: str) -> tuple[Any, tuple]:
+    """A collective and arguments for it; `size` is the extent of the dim when it is whole."""
+    many = kind.endswith("many")
+    dims = ([dim] * 2, [size] * 2) if many else (dim, size)
+    rest = dims if "gather" in kind else dims[:1] if "scatter" in kind else ("sum",)
+    whole = getattr(torch.ops.autopar, kind).default
+    return whole, ([x, x + 1] if many else x, *rest, group)
+
+
+KINDS = sorted({target._opname for target in _SPLITS})
+
+
 @pytest.mark.parametrize("size", [6, 7])
-@pytest.mark.parametrize("kind", sorted({t._opname for t in _SPLITS}))
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_operators_are_the_collective(kind, size):
     """To the bit, on three ranks, along every dim, evenly split or not."""
     world = Lockstep((3,), "splits")
-    graph = torch.fx.Graph()
-    ops = torch.ops.autopar
     for dim in (0, 1):
-        calls = {False: [], True: []}
+        calls = []
         for (rank,), (name,) in world.names.items():
             torch.manual_seed(rank)
             shape = [4, 5]
             shape[dim] = chunk(size, 3, rank)[1] if "gather" in kind else size
             x = torch.randn(shape, dtype=torch.float64)
-            dims, sizes = ([dim], [size]) if kind.endswith("many") else (dim, size)
-            given = [x, x + 1] if kind.endswith("many") else x
-            dims, sizes = (dims * 2, sizes * 2) if kind.endswith("many") else (dims, sizes)
-            rest = {"all_g": (dims, sizes), "reduc": (dims,), "all_r": ("sum",)}[kind[:5]]
-            arguments = (given, *rest, name)
-            whole = getattr(ops, kind).default
-
-            def split(arguments=arguments, whole=whole):
-                with torch._subclasses.FakeTensorMode() as mode:
-                    fakes = torch.utils._pytree.tree_map_only(
-                        torch.Tensor, mode.from_tensor, arguments
-                    )
-                    value = whole(*fakes)
-                node = graph.call_function(whole, _nodes(graph, arguments, fakes))
-                node.meta["val"] = value
-                target, finish = halves_of(node)
-                buffer = target(*arguments)
-                if finish is None:
-                    ops.arrived_here(buffer)
-                    return buffer
-                return finish[0](buffer, *finish[1])
-
-            calls[False].append(lambda a=arguments, f=whole: f(*a))
-            calls[True].append(split)
-        for expected, got in zip(world.run(calls[False]), world.run(calls[True]), strict=True):
-            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+            calls.append(call(kind, x, dim, size, name))
+        expected = world.run([partial(whole, *arguments) for whole, arguments in calls])
+        found = world.run([partial(in_two, *each) for each in calls])
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
-def _nodes(graph: torch.fx.Graph, arguments, fakes):
-    """Placeholders for the tensors among the arguments."""
-
-    def node(value):
-        made = graph.placeholder("x")
-        made.meta["val"] = value
-        return made
-
-    return torch.utils._pytree.tree_map_only(torch.Tensor, node, fakes)
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "gloo"),
+        pytest.param(
+            "cuda", "nccl",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_two_operators_on_a_process_group(device, backend):
+    """Of one rank, which is all that a machine with one GPU has."""
+    store = torch._C._distributed_c10d.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        group = ProcessGroup(f"alone:{device}/axis0", dist.group.WORLD)
+        for kind in KINDS:
+            for dim in (0, 1):
+                x = torch.randn(300, 500, device=device)
+                whole, arguments = call(kind, x, dim, x.shape[dim], group.name)
+                expected = whole(*arguments)
+                torch.testing.assert_close(in_two(whole, arguments), expected, rtol=0, atol=0)
+    finally:
+        dist.destroy_process_group()
