@@ -18,7 +18,6 @@ from autopar.errors import InfeasibleError
 from autopar.estimate import estimate_memory, estimate_time
 from autopar.front import with_budget
 from autopar.memory.plan import MemoryPlan, StepBudget
-from autopar.memory.program import Resource
 from autopar.passes.local_step import LocalStep, local_step
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner import Laid, Planned, make_plan
@@ -218,12 +217,10 @@ def _budget(space: SearchSpace, step: LocalStep) -> StepBudget:
 def _with_schedule(plan: ShardingPlan, pair: _Scheduled, budget: StepBudget) -> ShardingPlan:
     """The plan with the time and the memory of its schedule."""
     memory, program = pair.memory, pair.step.program
-    again = [program.ops[i] for i in memory.schedule.again(program)]
-    gathered = sum(op.us for op in again if op.resource is Resource.COMMUNICATION)
     time_us = replace(
         plan.time,
-        compute_us=plan.time.compute_us + memory.added_us - gathered,
-        exposed_us=plan.time.exposed_us + gathered,
+        compute_us=plan.time.compute_us + memory.added_us - memory.exposed_us,
+        exposed_us=plan.time.exposed_us + memory.exposed_us,
     )
     budget = replace(budget, state_on_host=memory.state_on_host)
     sequence = memory.schedule.forward + memory.schedule.backward

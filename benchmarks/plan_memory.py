@@ -8,7 +8,8 @@ on the fullest rank. It is held against
 * the plan: what the search expects of its own choices, before the program exists (on the mesh);
 * the schedule that keeps everything, and one for three quarters of what that makes (or the smallest
   there is): the operator by operator simulation of the program that runs. "step" is what the step
-  makes, by itself.
+  makes, by itself. The latter on the mesh once more as on devices that communicate beside compute,
+  with gathers under way ahead of their use ("ahead").
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def build(name: str) -> tuple[Any, dict[str, Any]]:
     return LossOnly(hf.MixtralForCausalLM(mixtral)), batch
 
 
-def train(name: str, mesh: str, **options: Any) -> tuple[Any, int, int]:
+def train(name: str, mesh: str, overlaps: bool = False, **options: Any) -> tuple[Any, int, int]:
     """The engine after three steps; bytes between steps, and the peak of what the last one made."""
     import torch
 
@@ -79,7 +80,9 @@ def train(name: str, mesh: str, **options: Any) -> tuple[Any, int, int]:
 
     built, batch = build(name)
     optimizer = torch.optim.AdamW(built.parameters())
-    model, optimizer = auto_engine(built, optimizer, eager_to_shard(mesh), **options)
+    model, optimizer = auto_engine(
+        built, optimizer, eager_to_shard(mesh, overlaps=overlaps), **options
+    )
     for _ in range(3):
         held = training_state_bytes(model, optimizer)
         with LiveBytes() as live, warnings.catch_warnings():
@@ -119,10 +122,12 @@ def rank(name: str, mesh: str) -> None:
     budget = torch.tensor(held + _TIGHT * expected)
     dist.all_reduce(budget, dist.ReduceOp.MAX)
     memory = budget.item()
-    try:
-        scheduled("3/4 of the step", memory=memory, plan=model.plan)
-    except InfeasibleError as error:  # what cannot hold is refused; all ranks see the same
-        scheduled("the smallest", memory=error.smallest_bytes, plan=model.plan)
+    for suffix, overlaps in (("", False), (", ahead", True))[: 1 + (mesh != "1")]:
+        options = {"overlaps": overlaps, "plan": model.plan}
+        try:
+            scheduled(f"3/4 of the step{suffix}", memory=memory, **options)
+        except InfeasibleError as error:  # what cannot hold is refused; all ranks see the same
+            scheduled(f"the smallest{suffix}", memory=error.smallest_bytes, **options)
     if dist.get_rank() == 0:
         common.answer(found)
     dist.destroy_process_group()

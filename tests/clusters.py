@@ -6,10 +6,15 @@ from autopar import ClusterInfo
 from autopar.profiler.cluster import Link
 
 
-def eager_to_shard(mesh: str) -> ClusterInfo:
-    """Slow devices and fast links: the solver splits whatever it can."""
+def eager_to_shard(mesh: str, *, overlaps: bool | None = None) -> ClusterInfo:
+    """Slow devices and fast links: the solver splits whatever it can.
+
+    Args:
+        overlaps: collectives run beside compute.
+    """
     cluster = ClusterInfo.of(mesh, "cpu")
     slow = replace(
-        cluster.device, peak_flops={"float32": 1e6, "float64": 1e6}, bandwidth=1e7, launch_us=0.01
-    )
+        cluster.device, peak_flops={"float32": 1e6, "float64": 1e6}, bandwidth=1e7, launch_us=0.01,
+        overlaps=overlaps,
+    )  # fmt: skip
     return replace(cluster, device=slow, links=tuple(Link(1e-9, 1e-12) for _ in cluster.mesh))

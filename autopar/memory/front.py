@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.memory.build import schedule_of
 from autopar.memory.chained import chain_schedules
@@ -152,13 +152,20 @@ class Front:
 
     def smallest(self) -> Point:
         """The schedule of the smallest peak that is found."""
-        best = min(self.candidates, key=_by_peak)
+        refiners = [self.refiner]
+        if self.program.transfers:  # a step that moves a value may end where others would go on
+            refiners.append(Refiner(replace(self.program, transfers={}), self.cost))
+        least = min(self.candidates, key=_by_peak)
+        return min((self._lowered(least, refiner) for refiner in refiners), key=_by_peak)
+
+    def _lowered(self, best: Point, refiner: Refiner) -> Point:
+        """Refined as far as that lowers the peak."""
         for share in _LOWER:
-            smaller = self.refiner.shrink(best.schedule, share * best.peak_bytes, steps=400)
+            smaller = refiner.shrink(best.schedule, share * best.peak_bytes, steps=400)
             while smaller is not None:
                 best = self._point("refined", smaller)
                 self.candidates.append(best)
-                smaller = self.refiner.shrink(smaller, share * best.peak_bytes, steps=400)
+                smaller = refiner.shrink(smaller, share * best.peak_bytes, steps=400)
         return best
 
 

@@ -258,8 +258,7 @@ def _program(reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int) -> P
     )
     return Program(
         tuple(ops), tuple(forward), tuple(sizes), results, gradients, tangents,
-        # Gloo's threads compete with compute, and the host's memory is the device's own
-        beside=SIDE if reader.cluster.device.kind != "cpu" else frozenset(),
+        beside=SIDE if reader.cluster.device.runs_beside else frozenset(),
         stays=stays,
         terms=_terms(ops, first, stays, sizes),
     )  # fmt: skip

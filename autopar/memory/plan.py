@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from autopar.errors import InfeasibleError
+from autopar.memory.build import schedule_of
 from autopar.memory.front import Front
-from autopar.memory.offload import waited_us
 from autopar.memory.order import in_order
-from autopar.memory.program import Program, Schedule, eager_schedule
+from autopar.memory.prefetch import GATHER, exposed_share, prefetched, step_us
+from autopar.memory.program import Program, Resource, Schedule, eager_schedule
 from autopar.memory.simulate import timeline
 from autopar.memory.summary import StepSummary
 from autopar.memory.timeline import Timeline
@@ -22,6 +24,8 @@ from autopar.units import format_bytes
 log = logging.getLogger(__name__)
 
 _RUNGS = 8  # budgets from keeping everything down to the one asked for
+_AHEAD = (1, 2)  # gathers under way for which a schedule leaves room
+_LEAST_SHARE = 0.02  # of its time that a gather costs, if it hides
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class MemoryPlan:
         timeline: its live bytes, predicted.
         eager_bytes: the peak if everything were kept.
         added_flops, step_flops: computed again, and of the step without that.
-        added_us: predicted time of what is computed again, and of waiting for copies to the host.
+        added_us: how much longer the step is predicted to take than with everything kept, by what
+            runs again and what compute waits for.
+        exposed_us: of that, by waiting for collectives.
         state_on_host: the optimizer's state is on the host but for its step.
     """
 
@@ -43,6 +49,7 @@ class MemoryPlan:
     added_flops: float
     step_flops: float
     added_us: float
+    exposed_us: float = 0.0
     state_on_host: bool = False
 
     @property
@@ -189,26 +196,32 @@ class StepBudget:
 
 def describe(program: Program, schedule: Schedule) -> MemoryPlan:
     """A schedule with its figures."""
-    times = {i: op.us for i, op in enumerate(program.ops)}
-    eager = eager_schedule(program)
+    kept = eager_schedule(program)
+    found, eager = timeline(program, schedule), timeline(program, kept)
+    free = timeline(program, prefetched(program, kept, math.inf))
+    communication = Resource.COMMUNICATION
     return MemoryPlan(
         schedule,
-        timeline(program, schedule),
-        timeline(program, eager).peak_bytes,
+        found,
+        eager.peak_bytes,
         schedule.added(program),
         program.flops(range(len(program.ops))),
-        schedule.added(program, times) + waited_us(program, schedule),
+        max(0.0, found.us - free.us),
+        max(0.0, found.exposed_us(communication) - free.exposed_us(communication)),
     )
 
 
 def plan_memory(
     program: Program, budget_bytes: float, *, cost: Mapping[int, float] | None = None
 ) -> MemoryPlan:
-    """The cheapest schedule found whose peak is within the budget.
+    """The cheapest schedule found whose peak is within the budget, with its collectives split where
+    that hides them (`prefetch.py`). So also schedules for somewhat less memory are looked at, which
+    leave room for gathers under way.
 
     Args:
         budget_bytes: for all that the step makes.
-        cost: of running each operator again; its predicted time if None.
+        cost: of running each operator again; if None its predicted time, of a gather what does not
+            hide.
 
     Raises:
         InfeasibleError: no schedule was found; it names the smallest budget with one.
@@ -217,19 +230,52 @@ def plan_memory(
     eager = eager_schedule(program)
     whole = timeline(program, eager)
     if whole.peak_bytes <= budget_bytes:
-        return describe(program, eager)
-    front = Front(program, cost)
+        return describe(program, prefetched(program, eager, budget_bytes))
+    front = Front(program, cost or _costs(program))
     step = (max(1.0, budget_bytes) / whole.peak_bytes) ** (1 / _RUNGS)
     ladder = [whole.peak_bytes * step**k for k in range(1, _RUNGS)]
-    found = front.solve([*ladder, budget_bytes])[-1]
-    if found is None:
+    budgets = [*ladder, budget_bytes, *_with_room(program, budget_bytes)]
+    points = [point for point in front.solve(budgets)[len(ladder) :] if point is not None]
+    if not points:
         smallest = front.smallest()
         if smallest.peak_bytes > budget_bytes:
             raise _infeasible(program, smallest.schedule, budget_bytes)
-        found = front.grown(smallest, budget_bytes)
-    plan = describe(program, found.schedule)
+        points = [front.grown(smallest, budget_bytes)]
+    schedules = [prefetched(program, point.schedule, budget_bytes) for point in points]
+    best = min(schedules, key=lambda schedule: step_us(program, schedule))
+    plan = describe(program, best)
     log.info("memory: %s", plan)
     return plan
+
+
+def _costs(program: Program) -> dict[int, float]:
+    """Of running operators again: their time, and of gathers the part of it that does not hide, if
+    all are run again."""
+    times = {i: op.us for i, op in enumerate(program.ops)}
+    gathers = {
+        i
+        for i in set(program.forward) & program.splits.keys()
+        if program.ops[i].kind.startswith(GATHER)
+    }
+    if not gathers:
+        return times
+    kept = {s for s in program.needed if program.maker[s] not in gathers}
+    share = exposed_share(program, eager_schedule(program), schedule_of(program, kept))
+    return times | {i: max(share, _LEAST_SHARE) * times[i] for i in gathers}
+
+
+def _with_room(program: Program, budget_bytes: float) -> list[float]:
+    """The budget but for the largest buffers of gathers."""
+    largest = max(
+        (
+            sum(program.nbytes[s] for s in program.ops[split.start].makes)
+            for i, split in program.splits.items()
+            if program.ops[i].kind.startswith(GATHER)
+        ),
+        default=0,
+    )
+    rooms = (budget_bytes - count * largest for count in _AHEAD)
+    return [room for room in rooms if largest and room > 0]
 
 
 def _infeasible(program: Program, smallest: Schedule, budget_bytes: float) -> InfeasibleError:

@@ -48,6 +48,7 @@ class Op:
         carries: a gradient flows through it.
         module: path of the module that called it.
         resource: what it occupies.
+        beside: compute goes on while it runs, where the device can; what reads its results waits.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Op:
     carries: bool = True
     module: str = ""
     resource: Resource = Resource.COMPUTE
+    beside: bool = False
 
 
 class Transfer(NamedTuple):
@@ -75,6 +77,18 @@ class Transfer(NamedTuple):
     out: int
     left: int
     back: int
+
+
+class Split(NamedTuple):
+    """A collective in two operators, which stand for it where compute is to go on between them.
+
+    Args:
+        start: reads what the collective reads; it makes the buffer that is under way.
+        finish: waits for that, and makes what the collective makes, if that is not the buffer.
+    """
+
+    start: int
+    finish: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,7 @@ class Program:
         order: the backward's operators as they run, if not as `ops` has them.
         transfers: by storage, the operators that move it to the host; no part of forward or
             backward unless a schedule takes them in.
+        splits: by collective, the operators that a schedule may have in its place.
         host_bytes: of the host, for what is moved.
     """
 
@@ -110,6 +125,7 @@ class Program:
     terms: frozenset[int] = frozenset()
     order: tuple[int, ...] = ()
     transfers: Mapping[int, Transfer] = field(default_factory=dict)
+    splits: Mapping[int, Split] = field(default_factory=dict)
     host_bytes: float = math.inf
 
     @cached_property
@@ -123,14 +139,24 @@ class Program:
         return {i: s for s, transfer in self.transfers.items() for i in transfer}
 
     @cached_property
+    def started(self) -> Mapping[int, int]:
+        """The collective that each start of one stands for."""
+        return {split.start: i for i, split in self.splits.items()}
+
+    @cached_property
+    def halves(self) -> Mapping[int, int]:
+        """The collective that each start and finish of one belongs to."""
+        return {half: i for i, split in self.splits.items() for half in split}
+
+    @cached_property
     def maker(self) -> tuple[int, ...]:
-        """The operator that makes each storage, not the one that brings it back; `GIVEN` for those
-        that were there."""
+        """The operator that makes each storage, not one that brings it back or stands for that;
+        `GIVEN` for those that were there."""
         found = [GIVEN] * len(self.nbytes)
-        back = {transfer.back for transfer in self.transfers.values()}
         for i, op in enumerate(self.ops):
-            for s in () if i in back else op.makes:
-                found[s] = i
+            for s in op.makes:
+                if found[s] == GIVEN:
+                    found[s] = i
         return tuple(found)
 
     @cached_property
@@ -228,12 +254,13 @@ class Schedule:
 
     def again(self, program: Program) -> tuple[int, ...]:
         """Operators of the backward that ran before, as often as they do."""
-        seen = set(self.forward)
+        seen = {program.started.get(i, i) for i in self.forward}
         found = []
         for i in self.backward:
-            if i in seen:
+            whole = program.started.get(i, i)
+            if whole in seen:
                 found.append(i)
-            seen.add(i)
+            seen.add(whole)
         return tuple(found)
 
     def added(self, program: Program, cost: Mapping[int, float] | None = None) -> float:

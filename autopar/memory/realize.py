@@ -64,6 +64,13 @@ class _Writer:
             for view in self.views.pop(s, []):
                 self.env.pop(view, None)
         self.env[node] = new
+        halves = self.joint.program.halves
+        if index in halves:  # what makes the results takes the place of the whole
+            whole = halves[index]
+            if not set(op.makes) & set(self.joint.program.ops[whole].makes):
+                return new
+            node = self.joint.calls[whole]
+            self.env[node] = new
         if index in self.joint.program.moves:
             for s in op.makes:  # what came back takes the place of what left
                 self.env[self.joint.owner[s]] = new

@@ -128,7 +128,7 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
                 kept_bytes[at],
                 again_bytes[at],
                 other_bytes[at],
-                again=i in seen,
+                again=program.started.get(i, i) in seen,
                 keeps_bytes=int(handed[at]) if at < first else 0,
                 moves_bytes=_moved(program, i),
                 flops=op.flops,
@@ -136,7 +136,7 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
                 issued_us=run.issued,
             )
         )
-        seen.add(i)
+        seen.add(program.started.get(i, i))
     waited = tuple((resource, us) for resource, us in busy.waited.items() if us)
     return Timeline(tuple(moments), first, waited)
 
@@ -171,4 +171,5 @@ def check(program: Program, schedule: Schedule) -> None:
 
 def _check_once(program: Program, forward: Sequence[int]) -> None:
     assert len(set(forward)) == len(forward), "the forward runs an operator twice"
-    assert set(program.forward) <= set(forward), "the forward leaves an operator out"
+    ran = {program.started.get(i, i) for i in forward}
+    assert set(program.forward) <= ran, "the forward leaves an operator out"

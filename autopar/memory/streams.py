@@ -1,11 +1,12 @@
 """When the operators of a schedule run: every resource is a queue, in the schedule's order.
 
 The program issues operators one after another. Compute starts when its operands are there and
-compute is free. A collective or a copy to the host starts where it stands, when the compute before
-it is done (so the streams of a GPU are made to wait for each other), its operands are there and its
-own stream is free; the compute after it goes on, and whoever reads its results waits for them. So
-an operator hides as far as it stands ahead of its first reader. Where a resource does not run
-beside compute (Gloo's threads, copies within one memory), its operators occupy compute as well.
+compute is free. The start of a collective, or a copy to the host, begins where it stands, when the
+compute before it is done (so the streams of a GPU are made to wait for each other), its operands
+are there and its own stream is free; the compute after it goes on, and whoever reads its results
+waits for them. So it hides as far as it stands ahead of its first reader. A collective that is not
+split occupies compute as well, and so does all that would run beside compute where the device
+cannot do that (Gloo's threads, copies within one memory).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def run_times(program: Program, sequence: Sequence[int]) -> Busy:
         if op.resource is Resource.COMPUTE:
             if start > issued:
                 waited[by] += start - issued
-        elif op.resource not in program.beside:
+        elif not op.beside or op.resource not in program.beside:
             waited[op.resource] += end - issued
             free[Resource.COMPUTE] = end
         for s in op.makes:

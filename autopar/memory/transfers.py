@@ -93,4 +93,5 @@ def _op(
     return Op(
         node.name, str(node.target), reads, makes, 0.0, us,
         replays=False, carries=False, module=module, resource=resource,
+        beside=resource is Resource.HOST,
     )  # fmt: skip

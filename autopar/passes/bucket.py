@@ -42,7 +42,7 @@ def bucket_collectives(
             together could only be gathered again together).
     """
     graph = gm.graph
-    given = _given(graph)
+    given = given_values(graph)
     output = graph.output_node()
 
     def at_the_start(node: fx.Node) -> bool:
@@ -63,7 +63,7 @@ def bucket_collectives(
     return gm
 
 
-def _given(graph: fx.Graph) -> set[fx.Node]:
+def given_values(graph: fx.Graph) -> set[fx.Node]:
     """What the program is called with, and views of it."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -115,7 +115,7 @@ def _merge(
     place = members[0] if early else members[-1]
     with graph.inserting_before(place):
         if early:
-            _bring_forward(place, [n.args[0] for n in members])
+            bring_forward(place, [n.args[0] for n in members])
         merged = graph.call_function(many, arguments)
         merged.meta["val"] = [n.meta["val"] for n in members]
         for i, node in enumerate(members):
@@ -126,7 +126,7 @@ def _merge(
         graph.erase_node(node)
 
 
-def _bring_forward(place: fx.Node, needed: Sequence[Any]) -> None:
+def bring_forward(place: fx.Node, needed: Sequence[Any]) -> None:
     """Views that a merged gather reads move to before it."""
     position = {node: i for i, node in enumerate(place.graph.nodes)}
     late: set[fx.Node] = set()

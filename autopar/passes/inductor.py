@@ -58,8 +58,13 @@ class Compiled:
             t.stride() if isinstance(t, torch.Tensor) else None for t in results
         ]
         tracing = torch._guards.tracing(torch._guards.TracingContext(mode))
-        # random operators draw what they draw without Inductor
-        with tracing, config.patch(fallback_random=True, layout_optimization=False):
+        options = {
+            "fallback_random": True,  # random operators draw what they draw without Inductor
+            "layout_optimization": False,
+            # the order is planned: for memory, and for collectives, alike on ranks of other sizes
+            "reorder_for_peak_memory": False,
+        }
+        with tracing, config.patch(options):
             self._compiled = compile_fx_inner(graph, arguments, is_backward=self._backward)
 
 

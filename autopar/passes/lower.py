@@ -23,7 +23,7 @@ from autopar.kernels.substitute import substitute_kernels
 from autopar.memory.program import Program, Schedule
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.inductor import Compiled
-from autopar.passes.overlap import overlap_reductions
+from autopar.passes.overlap import overlap_collectives
 from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import partition, partition_within
 from autopar.passes.runner import Pass, run_passes
@@ -71,24 +71,28 @@ def lower(
         device_type: decides which kernels are substituted.
         choose: what is kept and what is computed again (`autopar.memory`); as eager autograd does
             if None. With it, results are also written over operands that die.
-        cluster: what the choice predicts times for; one CPU if None.
+        cluster: what the choice predicts times for, and whether collectives run beside compute; one
+            CPU if None.
         compile: run the graphs by Inductor.
         disable: names of passes to leave out.
     """
     step = LoweredStep(lambda *flat: None)
     compiled: list[Compiled] = []
     kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
+    cluster = cluster or ClusterInfo.of("1")
+    overlaps = cluster.device.runs_beside
     if choose is None:
         split = functools.partial(partition, regather=frozenset(regather))
-        forward_passes: list[Pass] = [kernels, bucket_collectives]
-        backward_passes: list[Pass] = [kernels, bucket_collectives, overlap_reductions]
+        ahead: list[Pass] = [overlap_collectives] if overlaps else []
+        forward_passes: list[Pass] = [kernels, bucket_collectives, *ahead]
+        backward_passes = forward_passes
     else:
         split = functools.partial(
-            partition_within, choose=choose, cluster=cluster or ClusterInfo.of("1"),
+            partition_within, choose=choose, cluster=cluster,
             device_type=device_type, disable=disable,
         )  # fmt: skip
         last: list[Pass] = [] if compile else [overwrite]  # Inductor does that by itself
-        forward_passes, backward_passes = last, [overlap_reductions, *last]
+        forward_passes = backward_passes = last
 
     def compile_forward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         step.forward = run_passes(gm, forward_passes, disable=disable)

@@ -1,43 +1,103 @@
-"""Overlaps gradient reductions with the rest of the backward: start at once, wait at the end."""
+"""Overlaps collectives with compute in graphs that no schedule made: each is started ahead of where
+it is waited for.
+
+Where there is a schedule, that has them split already (`autopar/memory/prefetch.py`).
+"""
 
 from __future__ import annotations
+
+import operator
 
 import torch
 import torch.fx as fx
 
-from autopar.runtime.groups import DirectGroup, ProcessGroup, find_group
+from autopar.memory.splits import called, halves_of
+from autopar.passes.bucket import bring_forward, given_values
+
+_OPS = torch.ops.autopar
+_GATHERS = {_OPS.all_gather.default, _OPS.all_gather_many.default}
 
 
-def overlap_reductions(gm: fx.GraphModule) -> fx.GraphModule:
-    """Split every all-reduce into its start, where it stands, and a wait before the first use.
+def overlap_collectives(gm: fx.GraphModule) -> fx.GraphModule:
+    """Split collectives in two: reductions are waited for before their first use, and gathers of
+    what the program is given (weights) start before the first use of the gather before them.
 
-    Uses torch's functional collectives, which keep the pending work; groups without a process group
-    (simulation, planning) keep the synchronous operator.
+    So one gather at a time is under way, with its buffer; where a weight is gathered twice, along
+    two axes, one along each.
     """
     graph = gm.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    whole = []
     for node in list(graph.nodes):
-        if node.target is not torch.ops.autopar.all_reduce.default:
-            continue
-        x, op, name = node.args
-        group = find_group(name)
-        if not isinstance(group, ProcessGroup) or isinstance(group, DirectGroup):
-            continue
-        first_use = min(node.users, key=order.__getitem__, default=None)
-        if first_use is None or order[first_use] == order[node] + 1:
-            continue
-        functional = torch.ops._c10d_functional
-        with graph.inserting_before(node):
-            start = graph.call_function(
-                functional.all_reduce.default, (x, op, group.group.group_name)
-            )
-        with graph.inserting_before(first_use):
-            wait = graph.call_function(functional.wait_tensor.default, (start,))
-        start.meta = dict(node.meta)
-        wait.meta = dict(node.meta)
-        order[start], order[wait] = order[node], order[first_use]
-        node.replace_all_uses_with(wait)
+        if node.target not in _GATHERS and halves_of(node) is not None:
+            whole += _wait_later(graph, node)
+    whole += _start_earlier(graph)
+    for node in reversed(whole):
         graph.erase_node(node)
     graph.lint()
     gm.recompile()
     return gm
+
+
+def _wait_later(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """Split a reduction; returns what took no part in that."""
+    parts = [n for n in node.users if n.target is operator.getitem]
+    position = {n: k for k, n in enumerate(graph.nodes)}
+    uses = [n for user in node.users for n in (user.users if user in parts else (user,))]
+    if not uses:
+        return []
+    first = min(uses, key=position.__getitem__)
+    _split(graph, node, node, first)
+    for part in parts:
+        first.prepend(part)
+    return [node]
+
+
+def _start_earlier(graph: fx.Graph) -> list[fx.Node]:
+    """Split gathers; returns what stood for them."""
+    position = {n: k for k, n in enumerate(graph.nodes)}
+    chains = _chains(graph)
+    first = [min(chain[-1].users, key=position.__getitem__) for chain in chains]
+    order = sorted(range(len(chains)), key=lambda k: position[first[k]])
+    given = given_values(graph)
+    begin = next(n for n in graph.nodes if n not in given)
+    # a gather that others follow in its chain is done before they start: one place ahead of them
+    places = [first[k] for k in order]
+    for at, k in enumerate(order):
+        for lead, node in reversed(list(enumerate(reversed(chains[k])))):
+            start = places[at - lead - 1] if at > lead else begin
+            done = places[at - lead] if at >= lead else begin
+            bring_forward(start, [n for n in node.all_input_nodes if n in given])
+            _split(graph, node, start, done)
+    return [node for chain in chains for node in chain]
+
+
+def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Gathers of what is given, each behind those that make what it gathers."""
+    given = given_values(graph)
+    chains: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target not in _GATHERS or not node.users:
+            continue
+        sources = node.all_input_nodes
+        if len(sources) == 1 and sources[0] in chains and len(sources[0].users) == 1:
+            chains[node] = [*chains.pop(sources[0]), node]
+        elif given.issuperset(sources):
+            chains[node] = [node]
+    return list(chains.values())
+
+
+def _split(graph: fx.Graph, node: fx.Node, begin: fx.Node, end: fx.Node) -> None:
+    """A collective that starts before one node and is waited for before another one."""
+    halves = halves_of(node)
+    assert halves is not None
+    target, finish = halves
+    with graph.inserting_before(begin):
+        start = called(graph, target, node.args)
+    with graph.inserting_before(end):
+        if finish is None:
+            graph.call_function(_OPS.arrived_here.default, (start,))
+            result = start
+        else:
+            result = called(graph, finish[0], (start, *finish[1]))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)

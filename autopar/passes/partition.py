@@ -21,6 +21,7 @@ from autopar.memory.joint import read_joint
 from autopar.memory.program import Program, Schedule
 from autopar.memory.realize import realize
 from autopar.memory.simulate import check
+from autopar.memory.splits import with_splits
 from autopar.memory.transfers import with_transfers
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.runner import run_passes
@@ -96,7 +97,7 @@ def partition_within(
     read = read_joint(joint, forward, num_fwd_outputs=num_fwd_outputs, cluster=cluster)
     if read.kept_random:
         log.info("kept, as they draw and cannot be run again: %s", ", ".join(read.kept_random))
-    read = with_transfers(read, joint.graph, cluster)
+    read = with_splits(with_transfers(read, joint.graph, cluster), joint.graph)
     schedule = choose(read.program)
     check(read.program, schedule)
     return realize(joint, read, schedule, num_fwd_outputs=num_fwd_outputs)

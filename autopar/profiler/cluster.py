@@ -65,6 +65,8 @@ class Device:
             to it: an elementary `function`, a `random` draw, a `reduction` along the way, the
             `variance` across rows, a look-up by `index`, a `strided` read, or a `scalar`
             instruction of its own (a comparison).
+        overlaps: collectives and copies run beside compute; if None, on GPUs alone, as Gloo's
+            threads compete with compute, and a CPU's memory is the host's own.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Device:
     flops_by_size: Mapping[str, Curve] = field(default_factory=dict)
     bytes_by_size: Mapping[str, Curve] = field(default_factory=dict)
     extra_ns: Mapping[str, float] = field(default_factory=dict)
+    overlaps: bool | None = None
 
     def __post_init__(self) -> None:
         what = f"device {self.name}: "
@@ -99,6 +102,11 @@ class Device:
                     f"{what}{which} has {sorted(set(given) - set(known))}; "
                     f"it takes {', '.join(known)}"
                 )
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether collectives and copies run beside compute."""
+        return self.kind != "cpu" if self.overlaps is None else self.overlaps
 
     def flops_per_s(self, dtype: str) -> float:
         """Peak for a dtype; one that is not listed runs at the float32 rate."""
@@ -126,7 +134,7 @@ class Device:
         for key in ("flops_by_size", "bytes_by_size"):
             data[key] = {name: curve.to_list() for name, curve in data[key].items()}
         optional = ("flops_by_size", "bytes_by_size", "extra_ns")
-        return {key: value for key, value in data.items() if value or key not in optional}
+        return {k: v for k, v in data.items() if v is not None and (v or k not in optional)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Device:

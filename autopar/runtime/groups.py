@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from autopar.errors import EngineError
 
 _REGISTRY: dict[str, Group] = {}
+
+Wait = Callable[[], None]  # until a collective that was started is done
 
 # torch 2.13 renames both and warns of the old names, which 2.11 has alone.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -53,6 +56,29 @@ class Group:
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         """[size, ...]: slice i goes to rank i; slice j of the result came from rank j."""
         raise NotImplementedError(f"group {self.name} was made for planning and cannot communicate")
+
+    # Collectives in place that others run beside, until the call of what they return. Here, those
+    # that are done at once, of copies, as other threads may still read what was sent.
+
+    def start_all_reduce(self, x: torch.Tensor, op: str) -> Wait:
+        """`all_reduce` of x, contiguous, into x."""
+        x.copy_(self.all_reduce(x.clone(), op))
+        return _done
+
+    def start_all_gather(self, x: torch.Tensor) -> Wait:
+        """Slice [index] of x, contiguous, [size, ...], to all ranks, which have it there."""
+        x.copy_(self.all_gather(x[self.index].clone()))
+        return _done
+
+    def start_reduce_scatter(self, x: torch.Tensor) -> Wait:
+        """The sum of the slices [index] of x, contiguous, [size, ...], into that slice; what is in
+        the others is lost."""
+        x[self.index].copy_(self.reduce_scatter(x.clone()))
+        return _done
+
+
+def _done() -> None:
+    """Of what is done at once."""
 
 
 def forget_groups() -> None:
@@ -117,9 +143,41 @@ class ProcessGroup(Group):
             dist.all_to_all_single(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
+    def _started(self, what: str, x: torch.Tensor, start: Callable[[], Any]) -> Wait:
+        """Start a collective of torch's with `async_op`."""
+        with self._reporting(what, x):
+            work = start()
+
+        def wait() -> None:
+            with self._reporting(what, x):
+                work.wait()
+
+        return wait
+
+    def start_all_reduce(self, x: torch.Tensor, op: str) -> Wait:
+        kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        return self._started(
+            "all-reduce", x, lambda: dist.all_reduce(x, kind, group=self.group, async_op=True)
+        )
+
+    def start_all_gather(self, x: torch.Tensor) -> Wait:
+        own = x[self.index].view(-1)
+        return self._started(
+            "all-gather", x, lambda: _ALL_GATHER(x.view(-1), own, self.group, async_op=True)
+        )
+
+    def start_reduce_scatter(self, x: torch.Tensor) -> Wait:
+        own = x[self.index].view(-1)
+        return self._started(
+            "reduce-scatter", x,
+            lambda: _REDUCE_SCATTER(own, x.view(-1), group=self.group, async_op=True),
+        )  # fmt: skip
+
 
 # What one more round of messages takes the time of.
 _ROUND_BYTES = 256 * 2**10
+# Of collectives under way at a time, by which their messages are told apart.
+_TAGS = 2**16
 
 
 class DirectGroup(ProcessGroup):
@@ -129,15 +187,21 @@ class DirectGroup(ProcessGroup):
     message on k - 1 times. Here parts go from where they are to where they belong, and are added
     up in the order of ranks, so that all ranks get the same to the last bit. An all-reduce is a
     reduce-scatter and an all-gather; it is one round, of whole tensors, where that is faster.
+
+    Messages of what was started are passed on by Gloo's threads; sums are taken, and the second
+    round of an all-reduce is made, when it is waited for.
     """
+
+    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
+        super().__init__(name, group)
+        self._begun = 0
 
     def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
         if x.dtype is torch.bool:
             return self.all_reduce(x.to(torch.uint8), op).to(torch.bool)
         k, flat = self.size, x.contiguous().view(-1)
-        more = flat.numel() * flat.element_size() * (k - 1) * (k - 2) // k
         with self._reporting("all-reduce", x):
-            if more <= _ROUND_BYTES:
+            if self._in_one_round(flat):
                 parts = self._exchange([flat] * k, [flat.shape] * k)
                 return self._total(parts, op).view(x.shape)
             mine = flat.tensor_split(k)
@@ -164,20 +228,82 @@ class DirectGroup(ProcessGroup):
     ) -> list[torch.Tensor]:
         """Part i to rank i; from each rank what it sent, in tensors given or made. This rank's own
         is not copied where none is given."""
+        got, wait = self._send(send, receive, 0)
+        wait()
+        return got
+
+    def _send(
+        self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor | torch.Size], tag: int
+    ) -> tuple[list[torch.Tensor], Wait]:
+        """`_exchange`, and what waits for it to be done."""
         me = self.index
         got: list[torch.Tensor] = []
         for rank, place in enumerate(receive):
             if isinstance(place, torch.Tensor):
-                got.append(place.copy_(send[me]) if rank == me else place)
+                got.append(_copied(place, send[me]) if rank == me else place)
             else:
                 got.append(send[me] if rank == me else send[me].new_empty(place))
         # from the next rank on, so that not all send to the same
         others = [(me + d) % self.size for d in range(1, self.size)]
-        work = [self.group.recv([got[rank]], rank, 0) for rank in reversed(others)]
-        work += [self.group.send([send[rank]], rank, 0) for rank in others]
-        for pending in work:
-            pending.wait()
-        return got
+        work = [self.group.recv([got[rank]], rank, tag) for rank in reversed(others)]
+        work += [self.group.send([send[rank]], rank, tag) for rank in others]
+
+        def wait() -> None:
+            for pending in work:
+                pending.wait()
+
+        return got, wait
+
+    def _in_one_round(self, x: torch.Tensor) -> bool:
+        """Whether an all-reduce of whole tensors is faster than one of parts in two rounds."""
+        k = self.size
+        return x.numel() * x.element_size() * (k - 1) * (k - 2) // k <= _ROUND_BYTES
+
+    def _begin(
+        self,
+        what: str,
+        x: torch.Tensor,
+        send: Sequence[torch.Tensor],
+        receive: Sequence[torch.Tensor | torch.Size],
+        finish: Callable[[list[torch.Tensor]], Any],
+    ) -> Wait:
+        """Start an exchange; what was got is finished when it is waited for."""
+        self._begun += 1  # all ranks start the same collectives in the same order
+        with self._reporting(what, x):
+            got, done = self._send(send, receive, 1 + self._begun % _TAGS)
+
+        def wait() -> None:
+            with self._reporting(what, x):
+                done()
+                finish(got)
+
+        return wait
+
+    def start_all_reduce(self, x: torch.Tensor, op: str) -> Wait:
+        k, flat = self.size, x.view(-1)
+        if self._in_one_round(flat):
+            return self._begin(
+                "all-reduce", x, [flat] * k, [flat.shape] * k,
+                lambda got: flat.copy_(self._total(got, op)),
+            )  # fmt: skip
+        mine = flat.tensor_split(k)
+
+        def finish(got: list[torch.Tensor]) -> None:
+            part = self._total(got, op)
+            self._exchange([part] * k, mine)
+
+        return self._begin("all-reduce", x, mine, [mine[self.index].shape] * k, finish)
+
+    def start_all_gather(self, x: torch.Tensor) -> Wait:
+        own = x[self.index]
+        return self._begin("all-gather", x, [own] * self.size, x.unbind(), lambda got: None)
+
+    def start_reduce_scatter(self, x: torch.Tensor) -> Wait:
+        own = x[self.index]
+        return self._begin(
+            "reduce-scatter", x, x.unbind(), [own.shape] * self.size,
+            lambda got: own.copy_(self._total(got, "sum")),
+        )  # fmt: skip
 
     @staticmethod
     def _total(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
@@ -186,6 +312,11 @@ class DirectGroup(ProcessGroup):
         for part in parts[2:]:
             combine(total, part, out=total)
         return total
+
+
+def _copied(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """The target, with the values of the source, which may be the target itself."""
+    return target if target.data_ptr() == source.data_ptr() else target.copy_(source)
 
 
 class _Exchange:

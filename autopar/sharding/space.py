@@ -78,9 +78,8 @@ class SearchSpace:
 
     @property
     def weights_hide(self) -> bool:
-        """Whether conversions of weights run beside compute. Gloo's threads compete with compute
-        for the same cores; GPUs communicate beside it."""
-        return self.cluster.device.kind != "cpu"
+        """Whether conversions of weights run beside compute."""
+        return self.cluster.device.runs_beside
 
     def problem(self) -> tuple[Problem, list[int]]:
         """The SPMD problem without rows (`moments.Moments` makes them) and, per site, the class of

@@ -275,51 +275,77 @@ def _base(name: str) -> str:
     return re.sub(r"(_\d+)+$", "", name)
 
 
-def recomputed(name: str, dropout: float, share: float, mesh: str) -> dict[str, Any]:
+def recomputed(
+    name: str, dropout: float, share: float, mesh: str, overlaps: bool = False
+) -> dict[str, Any]:
     """Train two steps with everything kept, and with a share of that memory: how far gradients and
-    buffers are apart, the peaks, and what runs again."""
+    buffers are apart, the peaks, and what runs again.
+
+    Args:
+        overlaps: with less memory, collectives run beside compute.
+    """
     case = CASES[name]
 
-    def train(memory: float, plan: ShardingPlan | None) -> tuple[list[torch.Tensor], Any, float]:
+    def train(memory: float, plan: ShardingPlan | None) -> tuple[Any, ...]:
         torch.manual_seed(0)
         made: nn.Module = LanguageModel(dropout=dropout) if name == "gpt2" else case.make()
         made = made.double().train()
         optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2, eps=1e-3)
-        cluster = eager_to_shard(mesh)
+        cluster = eager_to_shard(mesh, overlaps=overlaps and plan is not None)
         engine, optimizer = auto_engine(made, optimizer, cluster, memory=memory, plan=plan)
         found = []
         for step in range(2):
             optimizer.zero_grad()
-            engine(**case.batch(step)).backward()
+            with LiveBytes() as live:
+                engine(**case.batch(step)).backward()
             found += [p.grad.to_local().clone() for p in made.parameters()]
             optimizer.step()
         held = sum(training_state_bytes(made, optimizer).values())
-        return [*found, *(b.clone() for b in made.buffers())], engine, held
+        found += [b.clone() for b in made.buffers()]
+        return found, engine, held, live.peak
 
-    expected, whole, held = train(2**30, None)
+    expected, whole, held, _ = train(2**30, None)
     most = torch.tensor(held + share * whole.memory_plan.peak_bytes)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    found, engine, _ = train(most.item(), whole.plan)
+    found, engine, _, measured = train(most.item(), whole.plan)
     planned = engine.memory_plan
     ((special,),) = engine._programs.values()
     moments = planned.timeline.moments
     graphs = special.run.forward, special.run.backward
     scheduled = moments[: planned.timeline.forward], moments[planned.timeline.forward :]
     for graph, part in zip(graphs, scheduled, strict=True):
-        calls = Counter(_base(n.name) for n in graph.graph.nodes if n.meta.get("makes"))
+        calls = Counter(_base(n.name) for n in graph.graph.nodes if "makes" in n.meta)
         wanted = Counter(_base(m.name) for m in part if m.resource == "compute")
         assert {k: calls[k] for k in wanted} == wanted  # the plan is in force: nothing is merged
     return {
         "error": max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)),
         "peak": planned.peak_bytes,
+        "measured": measured,
+        "ahead": [_ahead(graph) for graph in graphs],
         "whole": whole.memory_plan.peak_bytes,
         "again": [m.name for m in moments if m.again],
         "gathered": sum(m.again and m.resource == "communication" for m in moments),
     }
 
 
+def _ahead(gm: torch.fx.GraphModule) -> list[str]:
+    """Collectives between whose start and finish something is computed."""
+    nodes = list(gm.graph.nodes)
+    position = {node: k for k, node in enumerate(nodes)}
+    found = []
+    for node in nodes:
+        if str(node.target).startswith("autopar.start_"):
+            finish = min(node.users, key=position.__getitem__)
+            assert str(finish.target).startswith(("autopar.arrived_here", "autopar.finish_"))
+            between = nodes[position[node] + 1 : position[finish]]
+            if any(str(n.target).startswith("aten") and n.meta.get("makes") for n in between):
+                found.append(str(node.target))
+    return found
+
+
 def largest_difference_of_collectives(shape: tuple[int, ...]) -> float:
-    """Between `DirectGroup` and Gloo: one element, uneven parts, above and below one round."""
+    """Between `DirectGroup` and Gloo, at once and started: one element, uneven parts, above and
+    below one round."""
     mesh = init_device_mesh("cpu", shape)
     gloo, direct = (kind(kind.__name__, mesh.get_group(0)) for kind in (ProcessGroup, DirectGroup))
     torch.manual_seed(dist.get_rank())
@@ -336,6 +362,17 @@ def largest_difference_of_collectives(shape: tuple[int, ...]) -> float:
         ):
             assert a.shape == b.shape
             worst = max(worst, (a.double() - b.double()).abs().max().item())
+        for g in (gloo, direct):  # in place, three under way while others run
+            a, b, c = x.clone(), parts.clone(), parts.clone()
+            waits = [g.start_all_reduce(a, "max"), g.start_all_gather(b), g.start_reduce_scatter(c)]
+            between = g.all_reduce(x, "sum")
+            for wait in reversed(waits):
+                wait()
+            for found, expected in (
+                (a, gloo.all_reduce(x, "max")), (b, gloo.all_gather(parts[g.index])),
+                (c[g.index], gloo.reduce_scatter(parts)), (between, gloo.all_reduce(x, "sum")),
+            ):  # fmt: skip
+                worst = max(worst, (found - expected).abs().max().item())
         total = direct.all_reduce(x, "sum")
         every = direct.all_gather(total)
         assert all(torch.equal(total, other) for other in every)  # to the last bit

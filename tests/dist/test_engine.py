@@ -104,14 +104,19 @@ def test_predicted_memory_is_near_the_measured(pool, budget):
 
 
 @pytest.mark.parametrize(
-    ("name", "dropout", "share"), [("gpt2", 0.1, 0.6), ("gpt2", 0.5, 0.6), ("resnet", 0.0, 0.9)]
+    ("name", "dropout", "share", "overlaps"),
+    [("gpt2", 0.1, 0.6, True), ("gpt2", 0.5, 0.6, False), ("resnet", 0.0, 0.9, False)],
 )
-def test_what_is_computed_again_changes_nothing(pool, name, dropout, share):
-    ranks = pool.run(tasks.recomputed, name, dropout, share, "2x2")
+def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, overlaps):
+    ranks = pool.run(tasks.recomputed, name, dropout, share, "2x2", overlaps)
     assert all(rank["error"] < 1e-9 for rank in ranks)
     assert all(rank["peak"] < rank["whole"] for rank in ranks)
     assert all(rank["again"] == ranks[0]["again"] for rank in ranks)
     assert ranks[0]["again"]
+    for ahead in ranks[0]["ahead"]:  # in forward and in backward
+        assert any("gather" in name for name in ahead) == overlaps
+    if overlaps:  # buffers under way count
+        assert all(rank["measured"] == pytest.approx(rank["peak"], rel=0.01) for rank in ranks)
 
 
 def test_a_rank_that_dies_stops_the_others(tmp_path):

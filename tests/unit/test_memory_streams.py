@@ -10,7 +10,7 @@ COMPUTE, COMMUNICATION, HOST = Resource
 
 
 def op(name: str, reads: tuple, makes: tuple, us: float, resource: Resource = COMPUTE) -> Op:
-    return Op(name, name, reads, makes, 1.0, us, resource=resource)
+    return Op(name, name, reads, makes, 1.0, us, resource=resource, beside=resource != COMPUTE)
 
 
 # a parameter (storage 0) is gathered, and then a product of it taken; others compute meanwhile

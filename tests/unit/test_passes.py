@@ -1,5 +1,7 @@
 """The passes on lowered programs: what is saved, gathered again, bucketed; verify finds faults."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -75,6 +77,29 @@ def test_gathers_and_scatters_of_weights_are_bucketed(planned):
         assert count(gm, ops.all_gather_many.default) == 1
     assert count(apart.backward, ops.reduce_scatter.default) > 1
     assert count(step.backward, ops.reduce_scatter_many.default) == 1
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_collectives_are_under_way_while_others_compute(planned, bucketed):
+    """On devices that communicate beside compute: a gather while the weight before it is used."""
+    plan = by_expert(planned, "FSDP")
+    disable = frozenset() if bucketed else frozenset({"bucket_collectives"})
+    gpus = ClusterInfo.of("4", "A100-40G")
+    step = lowered(planned, plan, cluster=gpus, disable=disable)
+    for gm in (step.forward, step.backward):
+        nodes = list(gm.graph.nodes)
+        place = {n: k for k, n in enumerate(nodes)}
+        starts = [n for n in nodes if str(n.target).startswith("autopar.start_")]
+        assert starts
+        assert not count(gm, ops.all_gather.default) + count(gm, ops.reduce_scatter.default)
+        spans = [(place[n], place[min(n.users, key=place.__getitem__)]) for n in starts]
+        gathers = [s for n, s in zip(starts, spans, strict=True) if "gather" in str(n.target)]
+        assert sorted(gathers, key=lambda s: s[1]) == gathers  # started as they are needed
+        assert len(gathers) == 1 if bucketed else len(gathers) > 1
+        for (_, finished), (started, _) in itertools.pairwise(gathers):
+            assert started <= finished + 2
+        ahead = [any("mm" in str(n.target) for n in nodes[a:b]) for a, b in gathers[1:]]
+        assert any(ahead) or bucketed
 
 
 def test_zero3_gathers_again_and_keeps_no_gathered_weight(planned):

@@ -53,7 +53,10 @@ class Rank:
         regather = [i for i, n in enumerate(graph.parameters.values()) if n in plan.regather]
         self.run = self.program.gm
         if lowered:
-            self.run = lower(self.program.gm, self.arguments(0), regather=regather)
+            self.run = lower(
+                self.program.gm, self.arguments(0), regather=regather,
+                cluster=eager_to_shard("2x2x2", overlaps=True),
+            )  # fmt: skip
 
     def arguments(self, step: int) -> list[torch.Tensor]:
         batch = list(self.case.batch(step).values())

@@ -1,0 +1,243 @@
+"""Collectives in two operators: what they compute, and where a schedule has them."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from autopar.memory.build import schedule_of
+from autopar.memory.order import in_order
+from autopar.memory.plan import plan_memory
+from autopar.memory.prefetch import prefetched, step_us
+from autopar.memory.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
+from autopar.memory.simulate import check, peak_bytes, timeline
+from autopar.memory.splits import _SPLITS, halves_of
+from autopar.runtime.groups import ProcessGroup
+from autopar.sharding.spec import chunk
+from tests.unit.lockstep import Lockstep
+
+GATHER, REDUCE = "autopar.all_gather.default", "autopar.reduce_scatter.default"
+BLOCKS = 3
+
+
+def step(*, staged: bool = False, chained: bool = False) -> Program:
+    """Blocks that gather their parameter, in forward as in backward, and reduce its gradient.
+
+    Bytes: a parameter 40, an activation 10. Times: a gather 10, a reduction 10; compute 10 to 20.
+
+    Args:
+        staged: gathers have a buffer of their own.
+        chained: a parameter is gathered twice, and copied in between.
+    """
+    ops: list[Op] = []
+    nbytes: list[int] = []
+    wholes: list[int] = []
+
+    def storage(n: int) -> int:
+        nbytes.append(n)
+        return len(nbytes) - 1
+
+    def op(kind: str, reads: tuple, n: int, us: float, resource=Resource.COMPUTE) -> int:
+        ops.append(Op(f"{kind}{len(ops)}", kind, reads, (storage(n),), 1.0, us, resource=resource))
+        if resource is not Resource.COMPUTE:
+            wholes.append(len(ops) - 1)
+        return ops[-1].makes[0]
+
+    shards = [storage(0) for _ in range(BLOCKS)]
+    forward_ops: list[int] = []
+    gathered, activations, x = [], [], storage(0)
+    for shard in shards:
+        if chained:
+            shard = op("copy", (op(GATHER, (shard,), 5, 3, Resource.COMMUNICATION),), 5, 1)
+        gathered.append(op(GATHER, (shard,), 40, 10, Resource.COMMUNICATION))
+        x = op("norm", (x,), 10, 10)
+        x = op("product", (x, gathered[-1]), 10, 10)
+        activations.append(x)
+    forward_ops = list(range(len(ops)))
+    grad, gradients = tangent, [] = storage(0), []
+    for weight, activation in zip(reversed(gathered), reversed(activations), strict=True):
+        of_weight = op("product", (grad, activation), 40, 20)
+        grad = op("product", (grad, weight), 10, 20)
+        gradients.append(op(REDUCE, (of_weight,), 5, 10, Resource.COMMUNICATION))
+    splits = {}
+    order = tuple(range(len(forward_ops), len(ops)))
+    for i in wholes:
+        whole = ops[i]
+        own = staged or whole.kind == REDUCE
+        buffer = storage(40) if own else whole.makes[0]
+        splits[i] = Split(len(ops), len(ops) + 1)
+        ops.append(replace(whole, name=f"start{i}", makes=(buffer,), beside=True))
+        makes = whole.makes if own else ()
+        ops.append(Op(f"finish{i}", "finish", (buffer,), makes, 0.0, 0.0, replays=False))
+    return Program(
+        tuple(ops), tuple(forward_ops), tuple(nbytes), frozenset(), frozenset(gradients),
+        frozenset((tangent,)), order=order, splits=splits,
+    )  # fmt: skip
+
+
+def gathered_again(program: Program) -> Schedule:
+    """Every block gathers its parameter right before it is used in the backward."""
+    gathered = {s for i in program.forward for s in program.ops[i].makes if i in program.splits}
+    return schedule_of(program, program.needed - gathered)
+
+
+def computed(program: Program, schedule: Schedule) -> dict[int, Any]:
+    """What every gradient is computed from; nothing is read while it is under way."""
+    values: dict[int, Any] = {}
+    under_way: dict[int, Any] = {}
+    for i in (*schedule.forward, *schedule.backward):
+        op, whole = program.ops[i], program.started.get(i, program.halves.get(i, i))
+        finishes = i in program.halves and i not in program.started
+        assert finishes or under_way.keys().isdisjoint(op.reads)
+        assert under_way.keys().isdisjoint(op.makes)
+        found = (
+            under_way.pop(op.reads[0])
+            if finishes
+            else (whole, *(values.get(s, s) for s in op.reads))
+        )
+        if i in program.started:
+            under_way[op.makes[0]] = found
+        else:
+            values |= dict.fromkeys(program.ops[whole].makes, found)
+    assert not under_way
+    return {s: values[s] for s in program.gradients}
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("chained", [False, True])
+def test_gathers_start_ahead_in_both_directions_where_there_is_room(staged, chained):
+    program = step(staged=staged, chained=chained)
+    whole = gathered_again(program)
+    found = prefetched(program, whole, 1e9)
+    check(program, found)
+    assert computed(program, found) == computed(program, whole)
+    names = [[program.ops[i].name for i in part] for part in (found.forward, found.backward)]
+    for part, count in zip(names, (BLOCKS - 1, BLOCKS), strict=True):
+        starts = [n for n in part if n.startswith("start") and f"finish{n[5:]}" in part]
+        far = [n for n in starts if part.index(f"finish{n[5:]}") > part.index(n) + 1]
+        assert len(far) >= count  # nothing is ahead of the first one in the forward
+    # all of it hides but the first gather, and the last reduction, which nothing follows; and where
+    # the backward has one operator ahead of its first gather, one of the two in a chain
+    first, again = (13, 3) if chained else (10, 0)
+    assert timeline(program, found).exposed_us(Resource.COMMUNICATION) == first + again + 10
+    assert step_us(program, found) == step_us(program, whole) - 5 * first + again - 2 * 10
+    # the same communication in the same order
+    calls = [program.started.get(i, i) for i in (*found.forward, *found.backward)]
+    of = [i for i in calls if i in program.splits]
+    assert [i for i in of if program.ops[i].kind == REDUCE] == [
+        i for i in whole.backward if program.ops[i].kind == REDUCE
+    ]
+
+
+def test_no_further_than_the_budget():
+    program = step(chained=True)
+    whole = gathered_again(program)
+    least = peak_bytes(program, whole)
+    assert prefetched(program, whole, least - 1) == whole
+    times = [step_us(program, whole)]
+    for budget in range(least, least + 100, 10):
+        found = prefetched(program, whole, budget)
+        check(program, found)
+        assert computed(program, found) == computed(program, whole)
+        assert peak_bytes(program, found) <= budget
+        times.append(step_us(program, found))
+    assert times == sorted(times, reverse=True) and times[-1] < times[0]
+    still = replace(program, beside=frozenset())
+    assert prefetched(still, whole, 1e9) == whole
+
+
+def test_what_hides_is_gathered_again_at_no_price():
+    """Kept parameters do not fit; gathered again they cost nothing where compute hides them."""
+    program = step()
+    kept = peak_bytes(program, eager_schedule(in_order(program)))
+    found, still = (
+        plan_memory(replace(program, beside=beside), kept - 30) for beside in (SIDE, frozenset())
+    )
+    for plan in (found, still):
+        assert plan.peak_bytes <= kept - 30 and plan.schedule.again(program)
+    assert found.added_us == found.exposed_us == 0 and still.added_us > 0
+
+
+def in_two(whole: Any, arguments: tuple) -> Any:
+    """A collective as a start and a finish, as a graph has them."""
+    with FakeTensorMode() as mode:
+        fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        value = whole(*fakes)
+    graph = torch.fx.Graph()
+
+    def placeholder(fake: torch.Tensor) -> torch.fx.Node:
+        made = graph.placeholder("x")
+        made.meta["val"] = fake
+        return made
+
+    nodes = pytree.tree_map_only(torch.Tensor, placeholder, fakes)
+    node = graph.call_function(whole, nodes)
+    node.meta["val"] = value
+    target, finish = halves_of(node)
+    buffer = target(*arguments)
+    if finish is None:
+        torch.ops.autopar.arrived_here(buffer)
+        return buffer
+    return finish[0](buffer, *finish[1])
+
+
+def call(kind: str, x: torch.Tensor, dim: int, size: int, group: str) -> tuple[Any, tuple]:
+    """A collective and arguments for it; `size` is the extent of the dim when it is whole."""
+    many = kind.endswith("many")
+    dims = ([dim] * 2, [size] * 2) if many else (dim, size)
+    rest = dims if "gather" in kind else dims[:1] if "scatter" in kind else ("sum",)
+    whole = getattr(torch.ops.autopar, kind).default
+    return whole, ([x, x + 1] if many else x, *rest, group)
+
+
+KINDS = sorted({target._opname for target in _SPLITS})
+
+
+@pytest.mark.parametrize("size", [6, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_operators_are_the_collective(kind, size):
+    """To the bit, on three ranks, along every dim, evenly split or not."""
+    world = Lockstep((3,), "splits")
+    for dim in (0, 1):
+        calls = []
+        for (rank,), (name,) in world.names.items():
+            torch.manual_seed(rank)
+            shape = [4, 5]
+            shape[dim] = chunk(size, 3, rank)[1] if "gather" in kind else size
+            x = torch.randn(shape, dtype=torch.float64)
+            calls.append(call(kind, x, dim, size, name))
+        expected = world.run([partial(whole, *arguments) for whole, arguments in calls])
+        found = world.run([partial(in_two, *each) for each in calls])
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "gloo"),
+        pytest.param(
+            "cuda", "nccl",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_two_operators_on_a_process_group(device, backend):
+    """Of one rank, which is all that a machine with one GPU has."""
+    store = torch._C._distributed_c10d.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        group = ProcessGroup(f"alone:{device}/axis0", dist.group.WORLD)
+        for kind in KINDS:
+            for dim in (0, 1):
+                x = torch.randn(300, 500, device=device)
+                whole, arguments = call(kind, x, dim, x.shape[dim], group.name)
+                expected = whole(*arguments)
+                torch.testing.assert_close(in_two(whole, arguments), expected, rtol=0, atol=0)
+    finally:
+        dist.destroy_process_group()
