@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.solver.messages import Core, minimize_core
+from autopar.solver.messages import Core, Messages, minimize_core
 
 Pair = tuple[int, int, np.ndarray]
 
@@ -35,13 +35,19 @@ class Contraction:
     Args:
         unary: per node its cost vector; infinite where forbidden.
         pairs: (u, v, matrix) terms.
+        messages: of a core to begin from, by its nodes, u < v.
 
     Attributes:
         bound: a lower bound on the minimum, equal to it where `exact`.
         choices: an assignment, of cost `cost`; None if none of finite cost was found.
     """
 
-    def __init__(self, unary: Sequence[np.ndarray], pairs: Sequence[Pair]) -> None:
+    def __init__(
+        self,
+        unary: Sequence[np.ndarray],
+        pairs: Sequence[Pair],
+        messages: Messages | None = None,
+    ) -> None:
         self._unary = list(unary)
         self._tables: list[dict[int, np.ndarray]] = [{} for _ in unary]
         self._steps: list[_Step] = []
@@ -59,10 +65,21 @@ class Contraction:
                 for b, table in self._tables[a].items()
                 if a < b
             ],
+            {
+                (index[a], index[b]): moved
+                for (a, b), moved in (messages or {}).items()
+                if a in index and b in index
+            },
         )
         self.bound = constant + self._core.bound
         self.cost = constant + self._core.cost
         self.choices = self._read_back()
+
+    @property
+    def messages(self) -> Messages:
+        """Of the core, by its nodes."""
+        left = self._left
+        return {(left[i], left[j]): moved for (i, j), moved in self._core.messages.items()}
 
     @property
     def core_size(self) -> int:
