@@ -22,6 +22,8 @@ from autopar.solver.reductions import Shared
 
 # below this a millionth of the whole, a row is not violated but rounded
 _TOLERANCE = 1e-9
+# of the largest violation of a series; of several rows those that are violated less are left out
+_NOTABLE = 0.2
 
 
 @dataclass(frozen=True)
@@ -138,19 +140,25 @@ class Moments:
         self.memory = Series("memory", "", budget_bytes, self._alive(), self.count + 2)
         self.late = self._lateness() if space.weights_hide else []
 
-    def separate(self, choices: Sequence[int]) -> list[Row]:
-        """The row of each series that is violated most."""
+    def separate(self, choices: Sequence[int], segments: int = 1) -> list[Row]:
+        """The row of each series that is violated most; with several `segments`, that of
+        every segment of the step."""
         found = []
         for series in (self.memory, *self.late):
             values = series.values(self.space, choices)
-            moment = int(np.argmax(values))
-            if values[moment] > series.limit + _TOLERANCE * max(1.0, abs(series.limit)):
-                found.append(series.row(moment))
+            least = series.limit + _TOLERANCE * max(1.0, abs(series.limit))
+            least = max(least, series.limit + _NOTABLE * (values.max() - series.limit))
+            for part in np.array_split(np.arange(len(values)), segments):
+                moment = int(part[np.argmax(values[part])]) if len(part) else 0
+                if values[moment] > least:
+                    found.append(series.row(moment))
         return found
 
-    def over(self, shared: Shared) -> Separate:
+    def over(self, shared: Shared, segments: int = 1) -> Separate:
         """`separate` for a problem in which copies share their choices."""
-        return lambda choices: [shared.row(row) for row in self.separate(shared.expand(choices))]
+        return lambda choices: [
+            shared.row(row) for row in self.separate(shared.expand(choices), segments)
+        ]
 
     def row(self, name: str) -> Row:
         """The row of this name."""

@@ -251,18 +251,20 @@ class Region:
             return self
         return self._within(kept)
 
-    def used(self) -> list[np.ndarray]:
-        """Per node the choices in the assignments met whose priced time is below the best known,
-        and in that."""
+    def near(self) -> list[Choices]:
+        """The assignments met whose priced time is below the best known."""
         prices = [self.prices.get(row.name, 0.0) for row in self.pool.rows]
-        mixed = [
+        return [
             line.choices
             for line in self._lines()
             if line.busy_us + float(np.dot(prices, line.usage)) <= self.pool.time_us
         ]
-        if self.pool.choices is not None:
-            mixed.append(self.pool.choices)
-        return [np.array(sorted(set(column))) for column in zip(*mixed, strict=True)]
+
+    def used(self) -> list[np.ndarray]:
+        """Per node the choices in those and in the best known."""
+        best = [self.pool.choices] if self.pool.choices is not None else []
+        columns = zip(*self.near(), *best, strict=True)
+        return [np.array(sorted(set(column))) for column in columns]
 
     def branches(self) -> list[Region]:
         """Two halves: of the node over which the assignments that reach the bound differ most, its
@@ -288,13 +290,6 @@ class Region:
         chosen = int(np.argmax(weight))
         halves = self.kept[node] == chosen
         return [self._half(node, halves), self._half(node, ~halves)]
-
-    def mixture(self) -> tuple[tuple[float, Choices], ...]:
-        """The assignments met that reach the bound together, largest share first."""
-        lines = self._lines()
-        shares = zip(self._mixture(lines), lines, strict=True)
-        found = [(float(share), line.choices) for share, line in shares if share > 1e-6]
-        return tuple(sorted(found, key=lambda part: -part[0]))
 
     def _half(self, node: int, half: np.ndarray) -> Region:
         kept = list(self.kept)
