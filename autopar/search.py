@@ -136,7 +136,7 @@ def search(
             apart = interleaved(freer, places(space, freer), PARTS)
             close = ends.bound_us / (1 - TARGET_GAP)
             halved = solve_freer(
-                "every second apart", apart, ends, recombinations=3, segments=SEGMENTS,
+                "every second apart", apart, ends, recombinations=6, segments=SEGMENTS,
                 settled=True, enough_us=close, branch=True,
             )  # fmt: skip
             if not math.isfinite(halved.bound_us):

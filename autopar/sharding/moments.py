@@ -62,13 +62,16 @@ class Series:
     ) -> None:
         self.name, self.slack, self.limit, self.count = name, slack, limit, count
         self.items = [item for item in items if item.first <= item.last and item.values.any()]
+        self._table: _Table | None = None
 
     def values(self, space: SearchSpace, choices: Sequence[int]) -> np.ndarray:
         """The expression at every moment, [moments]."""
-        steps = np.zeros(self.count + 1)
-        for item, value in self._chosen(space, choices):
-            steps[item.first] += value
-            steps[item.last + 1] -= value
+        if self._table is None:
+            self._table = _Table(space, self.items)
+        value = self._table.chosen(choices)
+        first, last = self._table.first, self._table.last
+        steps = np.bincount(first, value, self.count + 1)
+        steps -= np.bincount(last + 1, value, self.count + 1)
         return np.cumsum(steps)[:-1]
 
     def kinds(self, space: SearchSpace, choices: Sequence[int], moment: int) -> dict[str, float]:
@@ -112,6 +115,45 @@ class Series:
                 known = total.get(item.index)
                 total[item.index] = item.values if known is None else known + item.values
         return Row(f"{self.name} {moment}", self.limit, nodes, edges, self.slack)
+
+
+class _Table:
+    """The values of items in one array, tables that many of them share once.
+
+    Attributes:
+        first, last: per item.
+    """
+
+    def __init__(self, space: SearchSpace, items: Sequence[Item]) -> None:
+        begins: dict[int, int] = {}
+        parts, end = [], 0
+        rows = []
+        for item in items:
+            if id(item.values) not in begins:
+                begins[id(item.values)] = end
+                parts.append(item.values.ravel())
+                end += item.values.size
+            link = space.links[item.index] if item.is_link else None
+            source, target = (link.source, link.target) if link else (item.index, item.index)
+            width = item.values.shape[1] if link else 1
+            begin = begins[id(item.values)]
+            rows.append((item.first, item.last, begin, source, width, target, bool(link)))
+        self._flat = np.concatenate(parts) if parts else np.zeros(0)
+        (
+            self.first,
+            self.last,
+            self._begin,
+            self._source,
+            self._width,
+            self._target,
+            self._is_link,
+        ) = np.array(rows, dtype=np.int64).reshape(-1, 7).T
+
+    def chosen(self, choices: Sequence[int]) -> np.ndarray:
+        """Per item its value."""
+        c = np.asarray(choices)
+        within = c[self._source] * self._width + c[self._target] * self._is_link
+        return self._flat[self._begin + within]
 
 
 class Moments:
@@ -255,28 +297,13 @@ class Moments:
             at = [self._position.get(u, u) for u in users] if target.kind != "fan" else users
             first, last = min(at, default=0), max(at, default=0)
             first, last = min(first, end - 1), min(last, end - 1)
-            again = costs.again_us
-            forward.append(Item(first, end - 1, e, True, costs.forward_us, "weights"))
-            release.append(Item(first, end - 1, e, True, costs.backward_us + again, "weights"))
+            ahead, back, again = costs.queued_us
+            forward.append(Item(first, end - 1, e, True, ahead, "weights"))
+            release.append(Item(first, end - 1, e, True, costs.released_us, "weights"))
             deadline.append(Item(0, last, e, True, again, "weights"))
-            deadline.append(Item(0, first - 1, e, True, costs.backward_us, "weights"))
+            deadline.append(Item(0, first - 1, e, True, back, "weights"))
         return [
-            Series("forward", "forward", 0.0, _finite(forward), end),
-            Series("release", "backward", 0.0, _finite(release), end),
-            Series("deadline", "backward", 0.0, _finite(deadline), end),
+            Series("forward", "forward", 0.0, forward, end),
+            Series("release", "backward", 0.0, release, end),
+            Series("deadline", "backward", 0.0, deadline, end),
         ]
-
-
-def _finite(items: Sequence[Item]) -> list[Item]:
-    """Forbidden pairs are forbidden by their time; in rows they are nothing."""
-    return [
-        Item(
-            i.first,
-            i.last,
-            i.index,
-            i.is_link,
-            np.where(np.isfinite(i.values), i.values, 0.0),
-            i.kind,
-        )
-        for i in items
-    ]
