@@ -131,7 +131,7 @@ def search(
         return found
 
     if repeated:
-        ends = solve_freer("first and last apart", freer, replace(found, near=()), recombinations=1)
+        ends = solve_freer("first and last apart", freer, replace(found, near=()), recombinations=2)
         if ends.near:
             apart = interleaved(freer, places(space, freer), PARTS)
             close = ends.bound_us / (1 - TARGET_GAP)

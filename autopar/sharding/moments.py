@@ -107,14 +107,22 @@ class Series:
 
     def row(self, moment: int) -> Row:
         """The limit at one moment."""
-        nodes: dict[int, np.ndarray] = {}
-        edges: dict[int, np.ndarray] = {}
+        nodes: dict[int, list[np.ndarray]] = defaultdict(list)
+        edges: dict[int, list[np.ndarray]] = defaultdict(list)
         for item in self.items:
             if item.first <= moment <= item.last:
-                total = edges if item.is_link else nodes
-                known = total.get(item.index)
-                total[item.index] = item.values if known is None else known + item.values
-        return Row(f"{self.name} {moment}", self.limit, nodes, edges, self.slack)
+                (edges if item.is_link else nodes)[item.index].append(item.values)
+        sums: dict[tuple[int, ...], np.ndarray] = {}  # copies share them
+
+        def total(values: Sequence[np.ndarray]) -> np.ndarray:
+            key = tuple(map(id, values))
+            if key not in sums:
+                sums[key] = sum(values[1:], values[0])
+            return sums[key]
+
+        of_nodes = {v: total(values) for v, values in nodes.items()}
+        of_edges = {e: total(values) for e, values in edges.items()}
+        return Row(f"{self.name} {moment}", self.limit, of_nodes, of_edges, self.slack)
 
 
 class _Table:
@@ -282,9 +290,12 @@ class Moments:
         """
         end = self.count
         forward, release, deadline = [], [], []
+        negative: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for i, k in self._position.items():
             parts = self.space.sites[i].parts
-            before, after = -parts["forward_us"], -parts["backward_us"]
+            if id(parts) not in negative:  # copies share their parts
+                negative[id(parts)] = -parts["forward_us"], -parts["backward_us"]
+            before, after = negative[id(parts)]
             forward.append(Item(k + 1, end - 1, i, False, before, "compute"))
             release.append(Item(k + 1, end - 1, i, False, after, "compute"))
             deadline.append(Item(0, k - 1, i, False, after, "compute"))

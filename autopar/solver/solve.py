@@ -175,7 +175,7 @@ class _Search:
             self.say(f"integer program of {size_of(merged.problem)} variables")
             if size_of(merged.problem) > MAX_PROGRAM:
                 return
-            self._by_program(kept, merged, RECOMBINE_S, self.gap / 2)
+            self._by_program(kept, merged, RECOMBINE_S)
             self.say(f"{self.pool.time_us:.0f} us found, bound {self.bound:.0f} us")
             if self._done() or len(self.pool.rows) == rows:
                 return
@@ -227,13 +227,12 @@ class _Search:
         merged = Merged(kept.problem)
         return (kept, merged) if size_of(merged.problem) <= SMALL_PROGRAM else None
 
-    def _by_program(
-        self, kept: Kept, merged: Merged, limit: float = math.inf, gap: float | None = None
-    ) -> float:
+    def _by_program(self, kept: Kept, merged: Merged, limit: float = math.inf) -> float:
         """A lower bound on what was kept, under the rows known when it was made."""
         limit = min(limit, max(1.0, self.end - time.monotonic()))
+        gap = self.gap / (2 if self.settled else 4)
         try:
-            found, bound = solve_ilp(merged.problem, time_limit=limit, gap=gap or self.gap / 4)
+            found, bound = solve_ilp(merged.problem, time_limit=limit, gap=gap)
         except ValueError:  # nothing within the rows
             return math.inf
         if found is not None:
