@@ -1,10 +1,10 @@
 """The search: the solver over the space, first with repeated blocks alike, then less so.
 
 Copies in repeated blocks share one decision, so that depth costs nothing. That is a restriction:
-the first and the last block, whose neighbours are others, are then let free; and where bound and
-plan are apart still, the blocks are divided into runs, down to single blocks if the problem stays
-small. Each problem begins from the choices and the prices of the one before. What each wins says
-what sharing decisions costs.
+the first and the last block, whose neighbours are others, are then let free. Where bound and plan
+are apart still, every second block decides apart, and so on, so that a choice can be made for any
+share of the blocks. Each problem begins from the choices and the prices of the one before. What
+each wins says what sharing decisions costs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ SIMPLER = 1e-4
 # Parts of a half, a quarter, ... of the blocks that decide apart; rows are then looked for in so
 # many segments of the step.
 PARTS, SEGMENTS = 4, 8
+# Closing a gap may take so many times as long as what came before, and so many seconds at least.
+CLOSING, CLOSING_S = 3.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,14 @@ def search(
     def solve_freer(what: str, freer: Sequence[int], before: Solution, **how: Any) -> Solution:
         """From the choices and prices of a solution over all sites; takes what is better."""
         nonlocal best
+        spent = time.monotonic() - start
+        left = time_limit - spent
+        if how.get("branch"):
+            left = min(left, max(CLOSING * spent, CLOSING_S))
+        if left <= 0:
+            return replace(before, near=())
         shared = Shared(problem, freer)
         starts = [shared.contract(c) for c in (best.choices, *before.near)]
-        left = max(0.0, time_limit - (time.monotonic() - start))
         found = _solve(shared, moments, before, left, progress, starts, **how)
         found = replace(
             found,
@@ -139,8 +146,11 @@ def search(
                 "every second apart", apart, ends, recombinations=6, segments=SEGMENTS,
                 settled=True, enough_us=close, branch=True,
             )  # fmt: skip
-            if not math.isfinite(halved.bound_us):
-                solve_freer("first and last apart", freer, ends, recombinations=0, branch=True)
+            if not math.isfinite(halved.bound_us):  # any share of the blocks is no better
+                solve_freer(
+                    "first and last apart", freer, ends, recombinations=0, branch=True,
+                    kept=ends.kept,
+                )  # fmt: skip
     if best.choices != alike.expand(alike.contract(best.choices)):
         choices = _alike_where_equal(problem, moments, classes, best.choices)
         best = replace(best, choices=choices)

@@ -153,6 +153,7 @@ class Solution:
         prices: what a unit of each row is worth, by the row's name.
         near: where bound and time are apart, the assignments met that are faster than this one at
             these prices.
+        kept: per node the choices (indices) that anything faster makes.
     """
 
     choices: Choices
@@ -161,6 +162,7 @@ class Solution:
     method: str
     prices: Mapping[str, float] = field(default_factory=dict)
     near: tuple[Choices, ...] = ()
+    kept: tuple[np.ndarray, ...] = ()
 
     @property
     def gap(self) -> float:

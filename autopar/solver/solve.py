@@ -43,6 +43,7 @@ def solve(
     separate: Separate | None = None,
     starts: Sequence[Choices] = (),
     prices: Mapping[str, float] | None = None,
+    kept: Sequence[np.ndarray] = (),
     time_limit: float = 60.0,
     gap: float = TARGET_GAP,
     enough_us: float = -math.inf,
@@ -58,6 +59,8 @@ def solve(
         separate: rows are made when needed: for choices, those they violate most, of each kind.
         starts: assignments to begin from.
         prices: of rows, by name, to begin from.
+        kept: per node the choices (indices) that anything faster than the best start makes, as an
+            earlier solution of this problem found them; all if not given.
         time_limit: seconds; afterwards the best found is returned with its gap.
         gap: good enough.
         enough_us: stop at an assignment as fast as this.
@@ -85,7 +88,8 @@ def solve(
         progress or (lambda line: None),
         Pool(problem, separate),
     )
-    return search.run(starts, prices or {})
+    every = [np.flatnonzero(np.isfinite(t)) for t in problem.time_us]
+    return search.run(starts, prices or {}, kept or every)
 
 
 @dataclass
@@ -103,11 +107,16 @@ class _Search:
     pool: Pool
     bound: float = -math.inf
 
-    def run(self, starts: Sequence[Choices], prices: Mapping[str, float]) -> Solution:
+    def run(
+        self,
+        starts: Sequence[Choices],
+        prices: Mapping[str, float],
+        kept: Sequence[np.ndarray],
+    ) -> Solution:
         pool, problem = self.pool, self.problem
         for start in starts:
             pool.note(start)
-        whole = Region(pool, [np.flatnonzero(np.isfinite(t)) for t in problem.time_us])
+        whole = Region(pool, kept)
         known = {row.name for row in pool.rows}
         whole.prices = {name: price for name, price in prices.items() if name in known}
         if self.settled:
@@ -147,7 +156,10 @@ class _Search:
         assert pool.choices is not None
         bound = min(self.bound, pool.time_us)
         near = region.near() if pool.time_us - bound > self.gap * abs(pool.time_us) else ()
-        return Solution(pool.choices, pool.time_us, bound, method, region.prices, tuple(near))
+        return Solution(
+            pool.choices, pool.time_us, bound, method, region.prices, tuple(near),
+            tuple(region.kept),
+        )  # fmt: skip
 
     def _raise(self, region: Region, steps: int) -> Region:
         """Raise a region's bound, and narrow it whenever that has become possible."""
