@@ -35,9 +35,9 @@ from autopar.units import format_bytes
 SIMPLER = 1e-4
 # Parts of a half, a quarter, ... of the blocks that decide apart; rows are then looked for in so
 # many segments of the step.
-PARTS, SEGMENTS = 4, 8
+PARTS, SEGMENTS = 4, 16
 # Closing a gap may take so many times as long as what came before, and so many seconds at least.
-CLOSING, CLOSING_S = 3.0, 4.0
+CLOSING, CLOSING_S = 4.0, 6.0
 
 
 @dataclass(frozen=True)
