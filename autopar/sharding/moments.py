@@ -197,6 +197,8 @@ class Moments:
         for series in (self.memory, *self.late):
             values = series.values(self.space, choices)
             least = series.limit + _TOLERANCE * max(1.0, abs(series.limit))
+            if values.max(initial=-np.inf) <= least:
+                continue
             least = max(least, series.limit + _NOTABLE * (values.max() - series.limit))
             for part in np.array_split(np.arange(len(values)), segments):
                 moment = int(part[np.argmax(values[part])]) if len(part) else 0
