@@ -1,20 +1,20 @@
 """The search: the solver over the space, first with repeated blocks alike, then less so.
 
 Copies in repeated blocks share one decision, so that depth costs nothing. That is a restriction:
-the first and the last block, whose neighbours are others, are then let free; and where bound and
-plan are apart still, the blocks are divided into runs, down to single blocks if the problem stays
-small. Each problem begins from the choices and the prices of the one before. What each wins says
-what sharing decisions costs.
+the first and the last block, whose neighbours are others, are then let free. Where bound and plan
+are apart still, every second block decides apart, and so on, so that a choice can be made for any
+share of the blocks. Each problem begins from the choices and the prices of the one before. What
+each wins says what sharing decisions costs.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from typing import Any
 
 import numpy as np
 
@@ -23,21 +23,21 @@ from autopar.errors import InfeasibleError
 from autopar.experts import expert_plans
 from autopar.plan import SolverRecord
 from autopar.sharding.moments import Moments
-from autopar.sharding.runs import Place, ends_apart, in_runs, places
+from autopar.sharding.runs import ends_apart, interleaved, places
 from autopar.sharding.space import SearchSpace
 from autopar.solver import Edge, Problem, Solution, solve
 from autopar.solver.problem import Choices
 from autopar.solver.reductions import Shared
+from autopar.solver.solve import TARGET_GAP
 from autopar.units import format_bytes
 
 # Blocks that differ have to win at least this share of a step.
 SIMPLER = 1e-4
-# Of assignments that reach the bound together, those whose order along the blocks is tried.
-MOST_MIXED = 3
-# Runs of blocks have decisions of their own: as many as make so many choices, about.
-MOST_CHOICES = 12_000
-# Runs may take three times as long as what came before, and so many seconds at least.
-CLOSING_S = 4.0
+# Parts of a half, a quarter, ... of the blocks that decide apart; rows are then looked for in so
+# many segments of the step.
+PARTS, SEGMENTS = 4, 16
+# Closing a gap may take so many times as long as what came before, and so many seconds at least.
+CLOSING, CLOSING_S = 4.0, 6.0
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,9 @@ def search(
             yield alike.contract(expert.choices)
 
     try:
-        effort = 2 if repeated else 6
         found = _solve(
-            alike, moments, None, time_limit, progress, (), effort, branch=not repeated,
-            fallback=by_hand,
+            alike, moments, None, time_limit, progress, (), fallback=by_hand,
+            recombinations=2 if repeated else 6, branch=not repeated,
         )  # fmt: skip
     except InfeasibleError as error:
         if not math.isfinite(error.smallest_bytes):
@@ -109,69 +108,53 @@ def search(
             smallest_bytes=error.smallest_bytes,
         ) from None
     best = Found(alike.expand(found.choices), found.time_us, found.bound_us, found.method)
-    steps = [("all alike", found.time_us)]
+    steps = {"all alike": found.time_us}
 
-    def solve_freer(what: str, freer: list[int], starts: Sequence[Choices], last: bool) -> None:
-        nonlocal found, best
+    def solve_freer(what: str, freer: Sequence[int], before: Solution, **how: Any) -> Solution:
+        """From the choices and prices of a solution over all sites; takes what is better."""
+        nonlocal best
         spent = time.monotonic() - start
         left = time_limit - spent
+        if how.get("branch"):
+            left = min(left, max(CLOSING * spent, CLOSING_S))
         if left <= 0:
-            return
+            return replace(before, near=())
         shared = Shared(problem, freer)
-        begin = map(shared.contract, starts)
-        effort = 6 if last else 1
-        limit = min(left, max(3 * spent, CLOSING_S)) if len(steps) > 1 else left
-        found = _solve(shared, moments, found, limit, progress, begin, effort, branch=last)
-        steps.append((what, found.time_us))
-        say("blocks " + ", ".join(f"{name} {time_us:.0f} us" for name, time_us in steps))
-        # what is not better reads better with fewer blocks apart, and has the bound of the freer
-        better = found.time_us < best.step_us * (1 - SIMPLER)
-        choices, step_us = (
-            (shared.expand(found.choices), found.time_us)
-            if better
-            else (best.choices, best.step_us)
+        starts = [shared.contract(c) for c in (best.choices, *before.near)]
+        found = _solve(shared, moments, before, left, progress, starts, **how)
+        found = replace(
+            found,
+            choices=shared.expand(found.choices),
+            near=tuple(shared.expand(c) for c in found.near),
         )
-        best = Found(choices, step_us, min(found.bound_us, step_us), found.method)
+        if math.isfinite(found.bound_us):
+            steps[what] = found.time_us
+            say("blocks " + ", ".join(f"{name} {us:.0f} us" for name, us in steps.items()))
+            # what is not better reads better with fewer blocks apart; the bound of the freer holds
+            better = found.time_us < best.step_us * (1 - SIMPLER)
+            plan = found if better else replace(found, choices=best.choices, time_us=best.step_us)
+            bound_us = min(found.bound_us, plan.time_us)
+            best = Found(plan.choices, plan.time_us, bound_us, found.method)
+        return found
 
     if repeated:
-        most = MOST_CHOICES // sum(map(len, alike.problem.time_us))
-        solve_freer("first and last apart", freer, [best.choices], most < 2)
-        if found.mixture and most > 1:
-            mixed = [(s, Shared(problem, freer).expand(c)) for s, c in found.mixture[:MOST_MIXED]]
-            runs, starts = _runs(freer, places(space, freer), mixed, most)
-            solve_freer("in runs", runs, [best.choices, *starts], True)
+        ends = solve_freer("first and last apart", freer, replace(found, near=()), recombinations=2)
+        if ends.near:
+            apart = interleaved(freer, places(space, freer), PARTS)
+            close = ends.bound_us / (1 - TARGET_GAP)
+            halved = solve_freer(
+                "every second apart", apart, ends, recombinations=6, segments=SEGMENTS,
+                settled=True, enough_us=close, branch=True,
+            )  # fmt: skip
+            if not math.isfinite(halved.bound_us):  # any share of the blocks is no better
+                solve_freer(
+                    "first and last apart", freer, ends, recombinations=0, branch=True,
+                    kept=ends.kept,
+                )  # fmt: skip
     if best.choices != alike.expand(alike.contract(best.choices)):
         choices = _alike_where_equal(problem, moments, classes, best.choices)
         best = replace(best, choices=choices)
-    return replace(best, sharing=tuple(steps))
-
-
-def _runs(
-    classes: Sequence[int],
-    where: Sequence[Place],
-    mixed: Sequence[tuple[float, Choices]],
-    most: int,
-) -> tuple[list[int], list[Choices]]:
-    """Classes divided into runs, and assignments that give every run one of those mixed.
-
-    Args:
-        mixed: shares, and choices that agree within the classes.
-        most: runs; if there may be more than are mixed, they are of one length.
-    """
-    total = sum(share for share, _ in mixed)
-    shares = [share / total for share, _ in mixed]
-    length = max(Counter(classes).values())
-    parts, part_of = in_runs(classes, where, shares)
-    divided = parts
-    if most > len(mixed):
-        count = min(most, length)
-        divided, _ = in_runs(classes, where, [1 / count] * count)
-    first = {c: v for v, c in reversed([*enumerate(divided)])}
-    found = []
-    for order in permutations(range(len(mixed))):
-        choices = [mixed[order[part]][1][v] for v, part in enumerate(part_of)]
-        found.append(tuple(choices[first[c]] for c in divided))
-    return divided, found
+    return replace(best, sharing=tuple(steps.items()))
 
 
 def _dominating(moments: Moments, choices: Choices) -> str:
@@ -192,25 +175,24 @@ def _solve(
     before: Solution | None,
     time_limit: float,
     progress: Callable[[str], None] | None,
-    starts: Iterable[Choices],
-    recombinations: int,
+    starts: Sequence[Choices],
     *,
-    branch: bool,
-    fallback: Callable[[], Iterable[Choices]] | None = None,
+    segments: int = 1,
+    branch: bool = False,
+    **how: Any,
 ) -> Solution:
     """Solve, from the choices and the prices of a more restricted problem, if there was one."""
     prices = before.prices if before is not None else {}
     problem = replace(shared.problem, rows=tuple(shared.row(moments.row(n)) for n in prices))
     return solve(
         problem,
-        separate=moments.over(shared),
-        starts=tuple(starts),
+        separate=moments.over(shared, segments),
+        starts=starts,
         prices=prices,
         time_limit=time_limit,
         branch=branch,
-        recombinations=recombinations,
-        fallback=fallback,
         progress=progress,
+        **how,
     )
 
 

@@ -33,6 +33,26 @@ class LinkCosts:
     def time_us(self) -> np.ndarray:
         return self.forward_us + self.backward_us + self.again_us
 
+    @cached_property
+    def hidden_us(self) -> np.ndarray:
+        """Of a conversion that hides behind compute: nothing, where there is a way."""
+        return np.where(np.isfinite(self.time_us), 0.0, np.inf)
+
+    @cached_property
+    def queued_us(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Forward, backward and again; nothing where there is no way, which is forbidden anyway."""
+        forward, backward, again = (
+            np.where(np.isfinite(us), us, 0.0)
+            for us in (self.forward_us, self.backward_us, self.again_us)
+        )
+        return forward, backward, again
+
+    @cached_property
+    def released_us(self) -> np.ndarray:
+        """Backward and again, in one queue."""
+        _, backward, again = self.queued_us
+        return backward + again
+
 
 class LinkPrices:
     """Memoized costs of links.

@@ -22,6 +22,8 @@ from autopar.solver.reductions import Shared
 
 # below this a millionth of the whole, a row is not violated but rounded
 _TOLERANCE = 1e-9
+# of the largest violation of a series; of several rows those that are violated less are left out
+_NOTABLE = 0.2
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,16 @@ class Series:
     ) -> None:
         self.name, self.slack, self.limit, self.count = name, slack, limit, count
         self.items = [item for item in items if item.first <= item.last and item.values.any()]
+        self._table: _Table | None = None
 
     def values(self, space: SearchSpace, choices: Sequence[int]) -> np.ndarray:
         """The expression at every moment, [moments]."""
-        steps = np.zeros(self.count + 1)
-        for item, value in self._chosen(space, choices):
-            steps[item.first] += value
-            steps[item.last + 1] -= value
+        if self._table is None:
+            self._table = _Table(space, self.items)
+        value = self._table.chosen(choices)
+        first, last = self._table.first, self._table.last
+        steps = np.bincount(first, value, self.count + 1)
+        steps -= np.bincount(last + 1, value, self.count + 1)
         return np.cumsum(steps)[:-1]
 
     def kinds(self, space: SearchSpace, choices: Sequence[int], moment: int) -> dict[str, float]:
@@ -102,14 +107,61 @@ class Series:
 
     def row(self, moment: int) -> Row:
         """The limit at one moment."""
-        nodes: dict[int, np.ndarray] = {}
-        edges: dict[int, np.ndarray] = {}
+        nodes: dict[int, list[np.ndarray]] = defaultdict(list)
+        edges: dict[int, list[np.ndarray]] = defaultdict(list)
         for item in self.items:
             if item.first <= moment <= item.last:
-                total = edges if item.is_link else nodes
-                known = total.get(item.index)
-                total[item.index] = item.values if known is None else known + item.values
-        return Row(f"{self.name} {moment}", self.limit, nodes, edges, self.slack)
+                (edges if item.is_link else nodes)[item.index].append(item.values)
+        sums: dict[tuple[int, ...], np.ndarray] = {}  # copies share them
+
+        def total(values: Sequence[np.ndarray]) -> np.ndarray:
+            key = tuple(map(id, values))
+            if key not in sums:
+                sums[key] = sum(values[1:], values[0])
+            return sums[key]
+
+        of_nodes = {v: total(values) for v, values in nodes.items()}
+        of_edges = {e: total(values) for e, values in edges.items()}
+        return Row(f"{self.name} {moment}", self.limit, of_nodes, of_edges, self.slack)
+
+
+class _Table:
+    """The values of items in one array, tables that many of them share once.
+
+    Attributes:
+        first, last: per item.
+    """
+
+    def __init__(self, space: SearchSpace, items: Sequence[Item]) -> None:
+        begins: dict[int, int] = {}
+        parts, end = [], 0
+        rows = []
+        for item in items:
+            if id(item.values) not in begins:
+                begins[id(item.values)] = end
+                parts.append(item.values.ravel())
+                end += item.values.size
+            link = space.links[item.index] if item.is_link else None
+            source, target = (link.source, link.target) if link else (item.index, item.index)
+            width = item.values.shape[1] if link else 1
+            begin = begins[id(item.values)]
+            rows.append((item.first, item.last, begin, source, width, target, bool(link)))
+        self._flat = np.concatenate(parts) if parts else np.zeros(0)
+        (
+            self.first,
+            self.last,
+            self._begin,
+            self._source,
+            self._width,
+            self._target,
+            self._is_link,
+        ) = np.array(rows, dtype=np.int64).reshape(-1, 7).T
+
+    def chosen(self, choices: Sequence[int]) -> np.ndarray:
+        """Per item its value."""
+        c = np.asarray(choices)
+        within = c[self._source] * self._width + c[self._target] * self._is_link
+        return self._flat[self._begin + within]
 
 
 class Moments:
@@ -138,19 +190,27 @@ class Moments:
         self.memory = Series("memory", "", budget_bytes, self._alive(), self.count + 2)
         self.late = self._lateness() if space.weights_hide else []
 
-    def separate(self, choices: Sequence[int]) -> list[Row]:
-        """The row of each series that is violated most."""
+    def separate(self, choices: Sequence[int], segments: int = 1) -> list[Row]:
+        """The row of each series that is violated most; with several `segments`, that of
+        every segment of the step."""
         found = []
         for series in (self.memory, *self.late):
             values = series.values(self.space, choices)
-            moment = int(np.argmax(values))
-            if values[moment] > series.limit + _TOLERANCE * max(1.0, abs(series.limit)):
-                found.append(series.row(moment))
+            least = series.limit + _TOLERANCE * max(1.0, abs(series.limit))
+            if values.max(initial=-np.inf) <= least:
+                continue
+            least = max(least, series.limit + _NOTABLE * (values.max() - series.limit))
+            for part in np.array_split(np.arange(len(values)), segments):
+                moment = int(part[np.argmax(values[part])]) if len(part) else 0
+                if values[moment] > least:
+                    found.append(series.row(moment))
         return found
 
-    def over(self, shared: Shared) -> Separate:
+    def over(self, shared: Shared, segments: int = 1) -> Separate:
         """`separate` for a problem in which copies share their choices."""
-        return lambda choices: [shared.row(row) for row in self.separate(shared.expand(choices))]
+        return lambda choices: [
+            shared.row(row) for row in self.separate(shared.expand(choices), segments)
+        ]
 
     def row(self, name: str) -> Row:
         """The row of this name."""
@@ -232,9 +292,12 @@ class Moments:
         """
         end = self.count
         forward, release, deadline = [], [], []
+        negative: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for i, k in self._position.items():
             parts = self.space.sites[i].parts
-            before, after = -parts["forward_us"], -parts["backward_us"]
+            if id(parts) not in negative:  # copies share their parts
+                negative[id(parts)] = -parts["forward_us"], -parts["backward_us"]
+            before, after = negative[id(parts)]
             forward.append(Item(k + 1, end - 1, i, False, before, "compute"))
             release.append(Item(k + 1, end - 1, i, False, after, "compute"))
             deadline.append(Item(0, k - 1, i, False, after, "compute"))
@@ -247,28 +310,13 @@ class Moments:
             at = [self._position.get(u, u) for u in users] if target.kind != "fan" else users
             first, last = min(at, default=0), max(at, default=0)
             first, last = min(first, end - 1), min(last, end - 1)
-            again = costs.again_us
-            forward.append(Item(first, end - 1, e, True, costs.forward_us, "weights"))
-            release.append(Item(first, end - 1, e, True, costs.backward_us + again, "weights"))
+            ahead, back, again = costs.queued_us
+            forward.append(Item(first, end - 1, e, True, ahead, "weights"))
+            release.append(Item(first, end - 1, e, True, costs.released_us, "weights"))
             deadline.append(Item(0, last, e, True, again, "weights"))
-            deadline.append(Item(0, first - 1, e, True, costs.backward_us, "weights"))
+            deadline.append(Item(0, first - 1, e, True, back, "weights"))
         return [
-            Series("forward", "forward", 0.0, _finite(forward), end),
-            Series("release", "backward", 0.0, _finite(release), end),
-            Series("deadline", "backward", 0.0, _finite(deadline), end),
+            Series("forward", "forward", 0.0, forward, end),
+            Series("release", "backward", 0.0, release, end),
+            Series("deadline", "backward", 0.0, deadline, end),
         ]
-
-
-def _finite(items: Sequence[Item]) -> list[Item]:
-    """Forbidden pairs are forbidden by their time; in rows they are nothing."""
-    return [
-        Item(
-            i.first,
-            i.last,
-            i.index,
-            i.is_link,
-            np.where(np.isfinite(i.values), i.values, 0.0),
-            i.kind,
-        )
-        for i in items
-    ]

@@ -1,8 +1,9 @@
-"""Which copies of a repeated block decide as one: all, all but the ends, or runs of neighbours.
+"""Which copies of a repeated block decide as one: all, all but the ends, or every second and so on.
 
 Copies that decide as one cost the solver nothing, but a choice is then made for all of them: where
-memory or the time to hide behind binds, the best plan would make it for some. Runs are consecutive
-copies; where one ends follows from the shares in which assignments reach the bound.
+memory or the time to hide behind binds, the best plan would make it for some. Parts of a half, a
+quarter, an eighth ... of the copies make up every share of them, and spread it evenly, so that
+communication finds compute to hide behind wherever it is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
 
 from autopar.sharding.space import SearchSpace
 
@@ -34,33 +34,30 @@ def ends_apart(classes: Sequence[int]) -> list[int]:
     return found
 
 
-def in_runs(
-    classes: Sequence[int], places: Sequence[Place], shares: Sequence[float]
-) -> tuple[list[int], list[int]]:
-    """Classes whose copies are divided into runs, and per node the run that it is in.
+def interleaved(classes: Sequence[int], places: Sequence[Place], parts: int) -> list[int]:
+    """Classes divided so that every share of the copies is one part or a few, evenly spread: every
+    second copy, of the rest every second, and so on.
 
     Args:
         classes: per node.
-        places: per node.
-        shares: of the runs among the copies of every list of blocks, summing to one.
+        places: per node; nodes without one stay in one class.
+        parts: into how many; the last is what is left.
     """
     count = Counter(classes)
     numbers: dict[str, set[int]] = defaultdict(set)
     for c, place in zip(classes, places, strict=True):
         if place is not None and count[c] > 1:
             numbers[place[0]].add(place[1])
-    run_of: dict[Place, int] = {}
+    part_of: dict[Place, int] = {}
     for name, found in numbers.items():
-        ends = [round(end * len(found)) for end in accumulate(shares)]
-        for k, number in enumerate(sorted(found)):
-            run_of[name, number] = next((i for i, end in enumerate(ends) if k < end), len(ends) - 1)
-    runs = [run_of.get(place, 0) for place in places]
+        for k, number in enumerate(sorted(found), 1):
+            halvings = (k & -k).bit_length() - 1
+            part_of[name, number] = min(halvings, parts - 1)
     keys: dict[tuple[int, int], int] = {}
-    divided = [
-        keys.setdefault((c, run if count[c] > 1 else 0), len(keys))
-        for c, run in zip(classes, runs, strict=True)
+    return [
+        keys.setdefault((c, part_of.get(place, 0) if count[c] > 1 else 0), len(keys))
+        for c, place in zip(classes, places, strict=True)
     ]
-    return divided, runs
 
 
 def places(space: SearchSpace, classes: Sequence[int]) -> list[Place]:

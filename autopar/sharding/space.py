@@ -98,10 +98,8 @@ class SearchSpace:
         return problem, classes
 
     def _exposed_us(self, link: Link) -> np.ndarray:
-        time = self.link_costs(link).time_us
-        return (
-            np.where(np.isfinite(time), 0.0, np.inf) if link.weight and self.weights_hide else time
-        )
+        costs = self.link_costs(link)
+        return costs.hidden_us if link.weight and self.weights_hide else costs.time_us
 
     def cost_links(self) -> None:
         """Compute all conversion costs now (they are memoized)."""

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.solver.messages import Core, minimize_core
+from autopar.solver.messages import Core, Messages, minimize_core
 
 Pair = tuple[int, int, np.ndarray]
+
+# entries of a table that stays in the cache
+_CACHED = 65_536
 
 
 @dataclass
@@ -35,13 +38,19 @@ class Contraction:
     Args:
         unary: per node its cost vector; infinite where forbidden.
         pairs: (u, v, matrix) terms.
+        messages: of a core to begin from, by its nodes, u < v.
 
     Attributes:
         bound: a lower bound on the minimum, equal to it where `exact`.
         choices: an assignment, of cost `cost`; None if none of finite cost was found.
     """
 
-    def __init__(self, unary: Sequence[np.ndarray], pairs: Sequence[Pair]) -> None:
+    def __init__(
+        self,
+        unary: Sequence[np.ndarray],
+        pairs: Sequence[Pair],
+        messages: Messages | None = None,
+    ) -> None:
         self._unary = list(unary)
         self._tables: list[dict[int, np.ndarray]] = [{} for _ in unary]
         self._steps: list[_Step] = []
@@ -59,10 +68,21 @@ class Contraction:
                 for b, table in self._tables[a].items()
                 if a < b
             ],
+            {
+                (index[a], index[b]): moved
+                for (a, b), moved in (messages or {}).items()
+                if a in index and b in index
+            },
         )
         self.bound = constant + self._core.bound
         self.cost = constant + self._core.cost
         self.choices = self._read_back()
+
+    @property
+    def messages(self) -> Messages:
+        """Of the core, by its nodes."""
+        left = self._left
+        return {(left[i], left[j]): moved for (i, j), moved in self._core.messages.items()}
 
     @property
     def core_size(self) -> int:
@@ -99,7 +119,7 @@ class Contraction:
                 message = (cost[:, None] + tables[0]).min(axis=0)
                 self._unary[around[0]] = self._unary[around[0]] + message
             else:
-                message = _product(cost, *tables)
+                message = _product(cost[:, None] + tables[0], tables[1])
                 self._add(around[0], around[1], message)
             for w in around:
                 del self._tables[w][v]
@@ -159,19 +179,14 @@ class Contraction:
                 a, b = b, a
             to_a, to_b = (step.tables[step.neighbours.index(w)] for w in (a, b))
             rest = _without(pair_of(*step.neighbours), step.message)
-            rest = rest if (a, b) == step.neighbours else np.ascontiguousarray(rest.T)
-            work, both = np.empty_like(rest), frozenset((step.node, b)) in needed
-            with_a, with_b = np.empty_like(to_a), np.empty_like(to_b)
-            for i, cost in enumerate(step.cost):
-                np.add(rest, to_b[i], out=work)
-                with_a[i] = work.min(axis=1) + (cost + to_a[i])
-                if both:
-                    work += (cost + to_a[i])[:, None]
-                    with_b[i] = work.min(axis=0)
+            rest = rest if (a, b) == step.neighbours else rest.T
+            cost = step.cost[:, None]
+            with_a = _product(to_b.T, rest.T) + (cost + to_a)
+            both = frozenset((step.node, b)) in needed
             found[step.node] = with_a.min(axis=1)
             pair[step.node, a] = with_a
             if both:
-                pair[step.node, b] = with_b
+                pair[step.node, b] = _product(to_a.T, rest) + (cost + to_b)
         return [found[v] for v in range(len(self._unary))]
 
 
@@ -181,12 +196,14 @@ def _without(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
     return np.where(allowed, whole - np.where(allowed, part, 0.0), np.inf)
 
 
-def _product(cost: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """[i, j]: min over k of cost[k] + first[k, i] + second[k, j]. One k at a time, so that all of
-    it stays in the cache."""
-    found = np.full((first.shape[1], second.shape[1]), np.inf)
-    work = np.empty_like(found)
-    for k in np.flatnonzero(np.isfinite(cost)):
-        np.add((cost[k] + first[k])[:, None], second[k][None, :], out=work)
-        np.minimum(found, work, out=found)
+def _product(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """[i, j]: min over k of first[k, i] + second[k, j]. As many rows at a time as stay in the
+    cache."""
+    (terms, rows), columns = first.shape, second.shape[1]
+    second = np.ascontiguousarray(second)[:, None, :]
+    found = np.empty((rows, columns))
+    several = max(1, _CACHED // (terms * columns))
+    for i in range(0, rows, several):
+        part = first[:, i : i + several, None] + second
+        part.min(axis=0, out=found[i : i + several])
     return found

@@ -22,6 +22,7 @@ import pulp
 
 from autopar.solver.contraction import Contraction
 from autopar.solver.ilp import solver_of
+from autopar.solver.messages import Messages
 from autopar.solver.problem import Choices, Problem, Row, Separate
 
 # of a hard row: in steps per all of the excess that was met
@@ -95,6 +96,7 @@ class Region:
         kept: per node the choices (indices).
         bound: known already.
         prices: by row name, to begin from.
+        messages: of the core, to begin from.
     """
 
     def __init__(
@@ -103,7 +105,9 @@ class Region:
         kept: Sequence[np.ndarray],
         bound: float = -math.inf,
         prices: Mapping[str, float] | None = None,
+        messages: Messages | None = None,
     ) -> None:
+        self._messages = messages or {}
         self.pool, self.kept, self.bound = pool, list(kept), bound
         self.prices: dict[str, float] = dict(prices or {})
         self._tightest: tuple[Contraction, float] | None = None  # at `prices`
@@ -154,7 +158,9 @@ class Region:
             for e, terms in edges.items():
                 tables[e] = tables[e] + price * terms
         pairs = [(a, b, t) for (a, b, _), t in zip(self._pairs, tables, strict=True)]
-        return Contraction(unary, pairs), constant
+        found = Contraction(unary, pairs, self._messages)
+        self._messages = found.messages
+        return found, constant
 
     def evaluate(self, prices: Mapping[str, float]) -> Contraction:
         """D at the prices; notes bound, line and incumbent."""
@@ -243,20 +249,22 @@ class Region:
         if any(not len(k) for k in kept):
             self.bound = max(self.bound, self.pool.time_us)
             return self
-        return Region(self.pool, kept, self.bound, self.prices)
+        return self._within(kept)
 
-    def used(self) -> list[np.ndarray]:
-        """Per node the choices in the assignments met whose priced time is below the best known,
-        and in that."""
+    def near(self) -> list[Choices]:
+        """The assignments met whose priced time is below the best known."""
         prices = [self.prices.get(row.name, 0.0) for row in self.pool.rows]
-        mixed = [
+        return [
             line.choices
             for line in self._lines()
             if line.busy_us + float(np.dot(prices, line.usage)) <= self.pool.time_us
         ]
-        if self.pool.choices is not None:
-            mixed.append(self.pool.choices)
-        return [np.array(sorted(set(column))) for column in zip(*mixed, strict=True)]
+
+    def used(self) -> list[np.ndarray]:
+        """Per node the choices in those and in the best known."""
+        best = [self.pool.choices] if self.pool.choices is not None else []
+        columns = zip(*self.near(), *best, strict=True)
+        return [np.array(sorted(set(column))) for column in columns]
 
     def branches(self) -> list[Region]:
         """Two halves: of the node over which the assignments that reach the bound differ most, its
@@ -283,17 +291,18 @@ class Region:
         halves = self.kept[node] == chosen
         return [self._half(node, halves), self._half(node, ~halves)]
 
-    def mixture(self) -> tuple[tuple[float, Choices], ...]:
-        """The assignments met that reach the bound together, largest share first."""
-        lines = self._lines()
-        shares = zip(self._mixture(lines), lines, strict=True)
-        found = [(float(share), line.choices) for share, line in shares if share > 1e-6]
-        return tuple(sorted(found, key=lambda part: -part[0]))
-
     def _half(self, node: int, half: np.ndarray) -> Region:
         kept = list(self.kept)
         kept[node] = kept[node][half]
-        return Region(self.pool, kept, self.bound, self.prices)
+        return self._within(kept)
+
+    def _within(self, kept: Sequence[np.ndarray]) -> Region:
+        """The part of this region that chooses among fewer."""
+        at = [np.searchsorted(every, some) for every, some in zip(self.kept, kept, strict=True)]
+        messages = {
+            (a, b): (to_a[at[a]], to_b[at[b]]) for (a, b), (to_a, to_b) in self._messages.items()
+        }
+        return Region(self.pool, kept, self.bound, self.prices, messages)
 
     def _mixture(self, lines: Sequence[Line]) -> np.ndarray:
         """Shares of the assignments, summing to one, in the cheapest mixture within the rows."""

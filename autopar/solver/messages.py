@@ -16,6 +16,8 @@ import numpy as np
 from autopar.solver.elimination import MAX_ENTRIES, Elimination, TooWide
 
 Pair = tuple[int, int, np.ndarray]
+# Per pair (u, v) what of its cost was moved to u and to v, by choice.
+Messages = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 
 SWEEPS = 160
 # Assignments are looked for among so many of the best choices of each node, in tables of so many
@@ -32,6 +34,7 @@ class Core:
         cost, choices: of the best assignment found; infinite and None if there was none.
         marginals: per node and choice, a lower bound on assignments that make it.
         pair_marginals: the same per pair of choices, for every pair with a table.
+        messages: with which the bound was reached.
     """
 
     bound: float
@@ -39,22 +42,28 @@ class Core:
     choices: tuple[int, ...] | None
     marginals: tuple[np.ndarray, ...]
     pair_marginals: Mapping[tuple[int, int], np.ndarray]
+    messages: Messages
 
 
-def minimize_core(unary: Sequence[np.ndarray], pairs: Sequence[Pair]) -> Core:
+def minimize_core(
+    unary: Sequence[np.ndarray], pairs: Sequence[Pair], messages: Messages | None = None
+) -> Core:
     """Bounds on min over x of sum_v unary_v[x_v] + sum_(u,v) pair[x_u, x_v].
 
     Args:
         unary: per node its costs, infinite where forbidden.
         pairs: (u, v, [choices of u, choices of v]), at most one per pair of nodes.
+        messages: to begin from, such as those of nearly the same costs; any give a bound.
     """
     if not unary:
-        return Core(0.0, 0.0, (), (), {})
+        return Core(0.0, 0.0, (), (), {}, {})
     # no assignment of finite cost reaches the value that stands for "forbidden"
     spread = sum(_spread(c) for c in (*unary, *(p for _, _, p in pairs)))
     forbidden = 4.0 * spread + 1.0
     nodes = [_without_infinity(u, forbidden) for u in unary]
-    tables = [[a, b, _without_infinity(p, forbidden)] for a, b, p in pairs]
+    tables = [_Table(a, b, _without_infinity(p, forbidden)) for a, b, p in pairs]
+    for table in tables:
+        table.begin(nodes, (messages or {}).get((table.a, table.b)))
     best_cost, best = np.inf, None
     bound = -np.inf
     for sweep in range(1, SWEEPS + 1):
@@ -68,7 +77,7 @@ def minimize_core(unary: Sequence[np.ndarray], pairs: Sequence[Pair]) -> Core:
         tolerance = 1e-9 * max(1.0, abs(bound))
         if best_cost - bound <= tolerance:
             break
-        solved = _exactly(unary, pairs, _marginals(nodes, tables, bound)[0], best_cost)
+        solved = _exactly(unary, pairs, _marginals(nodes, tables, bound), best_cost)
         if solved is not None:
             if solved[0] < best_cost:
                 best_cost, best = solved
@@ -78,8 +87,12 @@ def minimize_core(unary: Sequence[np.ndarray], pairs: Sequence[Pair]) -> Core:
         if sweep > 32 and bound - before <= 1e-6 * max(1.0, abs(bound)):
             break
     sum_of_minima = _bound(nodes, tables)
-    marginals, pair_marginals = _marginals(nodes, tables, sum_of_minima)
-    return Core(min(bound, best_cost), float(best_cost), best, marginals, pair_marginals)
+    return Core(
+        min(bound, best_cost), float(best_cost), best,
+        _marginals(nodes, tables, sum_of_minima),
+        _pair_marginals(nodes, tables, sum_of_minima),
+        {(t.a, t.b): (t.to_a, t.to_b) for t in tables},
+    )  # fmt: skip
 
 
 def _spread(costs: np.ndarray) -> float:
@@ -91,37 +104,80 @@ def _without_infinity(costs: np.ndarray, forbidden: float) -> np.ndarray:
     return np.where(np.isfinite(costs), costs, forbidden)
 
 
-def _sweep(nodes: list[np.ndarray], tables: Sequence[list]) -> None:
-    """One handshake per pair: all cost to the pair, half of it back to one node, then all that can
-    go to the other, then the rest to the first."""
-    for entry in tables:
-        a, b, table = entry
-        table = table + nodes[a][:, None] + nodes[b][None, :]
-        to_a = 0.5 * table.min(axis=1)
-        table -= to_a[:, None]
-        to_b = table.min(axis=0)
-        table -= to_b[None, :]
-        rest = table.min(axis=1)
-        table -= rest[:, None]
-        nodes[a], nodes[b], entry[2] = to_a + rest, to_b, table
+class _Table:
+    """The cost of a pair of nodes, and what of it was moved to either; both stay apart, so that
+    the table is only read.
+
+    Args:
+        a, b: the nodes.
+        cost: [choices of a, choices of b].
+    """
+
+    def __init__(self, a: int, b: int, cost: np.ndarray) -> None:
+        self.a, self.b, self.cost = a, b, cost
+        self.to_a, self.to_b = np.zeros(cost.shape[0]), np.zeros(cost.shape[1])
+        self._work = np.empty_like(cost)
+
+    def begin(self, nodes: list[np.ndarray], moved: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Move what was moved before."""
+        if moved is None or (len(moved[0]), len(moved[1])) != self.cost.shape:
+            return
+        self.to_a, self.to_b = moved
+        nodes[self.a] = nodes[self.a] + self.to_a
+        nodes[self.b] = nodes[self.b] + self.to_b
+
+    def handshake(self, nodes: list[np.ndarray]) -> None:
+        """All cost to the pair, half of it back to one node, then all that can go to the other,
+        then the rest to the first."""
+        rest_a, rest_b = nodes[self.a] - self.to_a, nodes[self.b] - self.to_b
+        half = 0.5 * (self._over_b(rest_b) + rest_a)
+        np.add(self.cost, (rest_a - half)[:, None], out=self._work)
+        to_b = self._work.min(axis=0) + rest_b
+        to_a = self._over_b(rest_b - to_b) + rest_a
+        nodes[self.a], nodes[self.b] = to_a, to_b
+        self.to_a, self.to_b = to_a - rest_a, to_b - rest_b
+
+    def left(self) -> np.ndarray:
+        """The cost that was not moved; valid until the next call."""
+        np.subtract(self.cost, self.to_a[:, None], out=self._work)
+        return np.subtract(self._work, self.to_b[None, :], out=self._work)
+
+    def _over_b(self, costs: np.ndarray) -> np.ndarray:
+        np.add(self.cost, costs[None, :], out=self._work)
+        return self._work.min(axis=1)
 
 
-def _bound(nodes: Sequence[np.ndarray], tables: Sequence[list]) -> float:
-    return float(sum(n.min() for n in nodes) + sum(t.min() for _, _, t in tables))
+def _sweep(nodes: list[np.ndarray], tables: Sequence[_Table]) -> None:
+    for table in tables:
+        table.handshake(nodes)
+
+
+def _bound(nodes: Sequence[np.ndarray], tables: Sequence[_Table]) -> float:
+    return float(sum(n.min() for n in nodes) + sum(t.left().min() for t in tables))
 
 
 def _marginals(
-    nodes: Sequence[np.ndarray], tables: Sequence[list], bound: float
-) -> tuple[tuple[np.ndarray, ...], dict[tuple[int, int], np.ndarray]]:
+    nodes: Sequence[np.ndarray], tables: Sequence[_Table], bound: float
+) -> tuple[np.ndarray, ...]:
+    found = [bound + n - n.min() for n in nodes]
+    for table in tables:
+        left = table.left()
+        least = left.min(axis=1)
+        found[table.a] = found[table.a] + least - least.min()
+        least = left.min(axis=0)
+        found[table.b] = found[table.b] + least - least.min()
+    return tuple(found)
+
+
+def _pair_marginals(
+    nodes: Sequence[np.ndarray], tables: Sequence[_Table], bound: float
+) -> dict[tuple[int, int], np.ndarray]:
     over = [n - n.min() for n in nodes]
-    found = [bound + o for o in over]
-    pairs = {}
-    for a, b, table in tables:
-        above = table - table.min()
-        found[a] = found[a] + above.min(axis=1)
-        found[b] = found[b] + above.min(axis=0)
-        pairs[a, b] = bound + above + over[a][:, None] + over[b][None, :]
-    return tuple(found), pairs
+    found = {}
+    for table in tables:
+        a, b, left = table.a, table.b, table.left()
+        found[a, b] = left + (bound - left.min() + over[a])[:, None] + over[b][None, :]
+    return found
 
 
 def _among_best(

@@ -151,7 +151,9 @@ class Solution:
         bound_us: no assignment within the rows is faster than this.
         method: what certified it ("elimination", "prices", "ilp (HiGHS)").
         prices: what a unit of each row is worth, by the row's name.
-        mixture: assignments, in the shares in which they reach the bound; empty where one does.
+        near: where bound and time are apart, the assignments met that are faster than this one at
+            these prices.
+        kept: per node the choices (indices) that anything faster makes.
     """
 
     choices: Choices
@@ -159,7 +161,8 @@ class Solution:
     bound_us: float
     method: str
     prices: Mapping[str, float] = field(default_factory=dict)
-    mixture: tuple[tuple[float, Choices], ...] = ()
+    near: tuple[Choices, ...] = ()
+    kept: tuple[np.ndarray, ...] = ()
 
     @property
     def gap(self) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
 from autopar.solver.problem import Choices, Edge, Problem, Row
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Shared:
@@ -28,13 +32,15 @@ class Shared:
         order = {c: i for i, c in enumerate(dict.fromkeys(classes))}
         self._whole = problem
         self._index = [order[c] for c in classes]
-        # per edge: the class edge (None within a class), and whether it is turned around
-        self._edge_of: list[tuple[int | None, bool]] = []
+        # per edge: the class edge, and whether it is turned around; or, with the same choice on
+        # both ends, None and the class whose cost it is
+        self._of: list[tuple[int | None, int]] = []
         ends: dict[tuple[int, int], int] = {}
         for edge in problem.edges:
             a, b = self._index[edge.source], self._index[edge.target]
             key = (min(a, b), max(a, b))
-            self._edge_of.append((None if a == b else ends.setdefault(key, len(ends)), a > b))
+            inside = a == b
+            self._of.append((None, a) if inside else (ends.setdefault(key, len(ends)), a > b))
         nodes, edges = self._sum(
             dict(enumerate(problem.time_us)), {e: x.time_us for e, x in enumerate(problem.edges)}
         )
@@ -51,14 +57,13 @@ class Shared:
     ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         summed: dict[int, np.ndarray] = {}
         pairs: dict[int, np.ndarray] = {}
-        for v, terms in nodes.items():
-            _accumulate(summed, self._index[v], terms)
-        for e, terms in edges.items():
-            target, turned = self._edge_of[e]
-            if target is None:  # the same choice on both ends: a node cost
-                _accumulate(summed, self._index[self._whole.edges[e].source], np.diagonal(terms))
+        for v, times, terms in _counted((self._index[v], terms) for v, terms in nodes.items()):
+            _accumulate(summed, v, times, terms)
+        for (target, node), times, terms in _counted((self._of[e], t) for e, t in edges.items()):
+            if target is None:
+                _accumulate(summed, node, times, np.diagonal(terms))
             else:
-                _accumulate(pairs, target, terms.T if turned else terms)
+                _accumulate(pairs, target, times, terms.T if node else terms)
         return summed, pairs
 
     def row(self, row: Row) -> Row:
@@ -76,8 +81,17 @@ class Shared:
         return tuple(found[i] for i in range(len(found)))
 
 
-def _accumulate(total: dict[int, np.ndarray], key: int, terms: np.ndarray) -> None:
-    total[key] = total[key] + terms if key in total else terms.astype(np.float64)
+def _counted(terms: Iterable[tuple[_Key, np.ndarray]]) -> list[tuple[_Key, int, np.ndarray]]:
+    """How often each array occurs under a key. Copies have the same arrays, not equal ones."""
+    given = [*terms]
+    times = Counter((key, id(values)) for key, values in given)
+    distinct = {(key, id(values)): (key, values) for key, values in given}
+    return [(key, times[at], values) for at, (key, values) in distinct.items()]
+
+
+def _accumulate(total: dict[int, np.ndarray], key: int, times: int, terms: np.ndarray) -> None:
+    terms = terms * float(times)
+    total[key] = total[key] + terms if key in total else terms
 
 
 class Kept:

@@ -24,7 +24,7 @@ from autopar.solver.merging import Merged
 from autopar.solver.problem import Choices, Problem, Row, Separate, Solution
 from autopar.solver.reductions import Kept
 
-TARGET_GAP = 9e-4
+TARGET_GAP = 9.9e-4
 # evaluations of the dual: at first, and in a half of a region
 PRICE_STEPS, BRANCH_STEPS = 60, 8
 # A region is narrowed while bound and best assignment are this close, to this share of its choices.
@@ -43,11 +43,13 @@ def solve(
     separate: Separate | None = None,
     starts: Sequence[Choices] = (),
     prices: Mapping[str, float] | None = None,
+    kept: Sequence[np.ndarray] = (),
     time_limit: float = 60.0,
     gap: float = TARGET_GAP,
     enough_us: float = -math.inf,
     branch: bool = True,
     recombinations: int = 6,
+    settled: bool = False,
     fallback: Callable[[], Iterable[Choices]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Solution:
@@ -57,11 +59,16 @@ def solve(
         separate: rows are made when needed: for choices, those they violate most, of each kind.
         starts: assignments to begin from.
         prices: of rows, by name, to begin from.
+        kept: per node the choices (indices) that anything faster than the best start makes, as an
+            earlier solution of this problem found them; all if not given.
         time_limit: seconds; afterwards the best found is returned with its gap.
         gap: good enough.
         enough_us: stop at an assignment as fast as this.
         branch: close the gap that prices leave.
         recombinations: of what was met, at most; each as rows turn up that the one before violates.
+        settled: prices and starts are those of a problem that is nearly the same, so that the
+            starts are recombined first. Where that is no better than the best of them by `gap`, nor
+            `enough_us`, it is returned without a bound.
         fallback: asked for assignments where none within the hard rows is found for a while.
         progress: called with a line for each phase.
 
@@ -76,11 +83,13 @@ def solve(
         enough_us,
         branch,
         recombinations,
+        settled,
         fallback or (lambda: ()),
         progress or (lambda line: None),
         Pool(problem, separate),
     )
-    return search.run(starts, prices or {})
+    every = [np.flatnonzero(np.isfinite(t)) for t in problem.time_us]
+    return search.run(starts, prices or {}, kept or every)
 
 
 @dataclass
@@ -92,18 +101,30 @@ class _Search:
     enough_us: float
     branch: bool
     recombinations: int
+    settled: bool
     fallback: Callable[[], Iterable[Choices]]
     say: Callable[[str], None]
     pool: Pool
     bound: float = -math.inf
 
-    def run(self, starts: Sequence[Choices], prices: Mapping[str, float]) -> Solution:
+    def run(
+        self,
+        starts: Sequence[Choices],
+        prices: Mapping[str, float],
+        kept: Sequence[np.ndarray],
+    ) -> Solution:
         pool, problem = self.pool, self.problem
         for start in starts:
             pool.note(start)
-        whole = Region(pool, [np.flatnonzero(np.isfinite(t)) for t in problem.time_us])
+        whole = Region(pool, kept)
         known = {row.name for row in pool.rows}
         whole.prices = {name: price for name, price in prices.items() if name in known}
+        if self.settled:
+            before = pool.time_us
+            self._recombine(whole)
+            if pool.time_us > max(self.enough_us, before * (1 - self.gap)):
+                return self._solution(whole, "recombination")
+            self.enough_us = -math.inf
         if whole.evaluate(whole.prices).choices is None:
             raise InfeasibleError(
                 "no assignment satisfies the constraints on layouts, whatever the memory",
@@ -134,8 +155,11 @@ class _Search:
         pool = self.pool
         assert pool.choices is not None
         bound = min(self.bound, pool.time_us)
-        mixture = region.mixture() if pool.time_us - bound > self.gap * abs(pool.time_us) else ()
-        return Solution(pool.choices, pool.time_us, bound, method, region.prices, mixture)
+        near = region.near() if pool.time_us - bound > self.gap * abs(pool.time_us) else ()
+        return Solution(
+            pool.choices, pool.time_us, bound, method, region.prices, tuple(near),
+            tuple(region.kept),
+        )  # fmt: skip
 
     def _raise(self, region: Region, steps: int) -> Region:
         """Raise a region's bound, and narrow it whenever that has become possible."""
@@ -218,8 +242,9 @@ class _Search:
     def _by_program(self, kept: Kept, merged: Merged, limit: float = math.inf) -> float:
         """A lower bound on what was kept, under the rows known when it was made."""
         limit = min(limit, max(1.0, self.end - time.monotonic()))
+        gap = self.gap / (2 if self.settled else 4)
         try:
-            found, bound = solve_ilp(merged.problem, time_limit=limit, gap=self.gap / 4)
+            found, bound = solve_ilp(merged.problem, time_limit=limit, gap=gap)
         except ValueError:  # nothing within the rows
             return math.inf
         if found is not None:

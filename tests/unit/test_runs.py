@@ -1,4 +1,4 @@
-"""Blocks that decide as one: all, all but the ends, runs; what each of them costs."""
+"""Blocks that decide as one: all, all but the ends, every second; what each of them costs."""
 
 import numpy as np
 import pytest
@@ -6,20 +6,20 @@ import torch
 from torch import nn
 
 from autopar import ClusterInfo, autoplan
-from autopar.search import _runs
-from autopar.sharding.runs import ends_apart, in_runs, places
+from autopar.sharding.runs import ends_apart, interleaved, places
 from autopar.solver import Edge, Problem, Row, solve
 from autopar.solver.reductions import Shared
 
 
-def test_runs_are_neighbours_in_the_given_shares():
+def test_every_second_copy_of_what_is_left_is_a_part():
     classes = [0, *[1] * 8, 2, *[3] * 7]
     where = [None, *(("h.", k) for k in range(8)), None, *(("h.", k) for k in range(1, 8))]
-    divided, runs = in_runs(classes, where, [0.5, 0.25, 0.25])
-    assert runs == [0, *[0] * 4, 1, 1, 2, 2, 0, *[0] * 3, 1, 1, 2, 2]
-    assert len(set(divided)) == 2 + 3 + 3  # single nodes stay one class each
-    for a, b in zip(divided, classes, strict=True):
-        assert {c for d, c in zip(divided, classes, strict=True) if d == a} == {b}
+    found = interleaved(classes, where, 3)
+    part = {c: i for i, c in enumerate(dict.fromkeys(found[1:9]))}
+    assert [part[c] for c in found[1:9]] == [0, 1, 0, 2, 0, 1, 0, 2]
+    assert len(set(found)) == 2 + 3 + 3  # single nodes stay one class each
+    for a, b in zip(found, classes, strict=True):
+        assert {c for d, c in zip(found, classes, strict=True) if d == a} == {b}
 
 
 def test_places_are_the_numbers_that_differ():
@@ -60,23 +60,12 @@ def test_freer_classes_are_never_slower_and_bounded(seed):
     where = [("h.", k) for k in range(7)]
     alike = solve(Shared(problem, classes).problem, gap=1e-6)
     ends = solve(Shared(problem, ends_apart(classes)).problem, gap=1e-6)
-    runs, _ = in_runs(ends_apart(classes), where, [0.5, 0.5])
-    divided = solve(Shared(problem, runs).problem, gap=1e-6)
+    halves = interleaved(ends_apart(classes), where, 2)
+    divided = solve(Shared(problem, halves).problem, gap=1e-6)
     free = solve(problem, gap=1e-6)
     steps = [s.time_us for s in (alike, ends, divided, free)]
     assert steps == sorted(steps, reverse=True)
     assert free.bound_us <= free.time_us
-
-
-@pytest.mark.parametrize("most", [2, 7])
-def test_what_is_mixed_begins_the_runs(most):
-    problem, classes = chain(0, 7)
-    mixed = [(0.7, (0,) * 7), (0.3, (1,) * 7)]
-    divided, starts = _runs(classes, [("h.", k) for k in range(7)], mixed, most)
-    shared = Shared(problem, divided)
-    assert len(set(divided)) == most
-    assert starts == [(0, 0, 0, 0, 0, 1, 1), (1, 1, 1, 1, 1, 0, 0)]
-    assert all(shared.expand(shared.contract(c)) == c for c in starts)
 
 
 def test_the_record_says_what_sharing_costs():

@@ -13,6 +13,7 @@ from autopar.solver.contraction import Contraction
 from autopar.solver.dual import Pool, Region
 from autopar.solver.ilp import solve_ilp
 from autopar.solver.merging import Merged
+from autopar.solver.messages import minimize_core
 from autopar.solver.reductions import Kept, Shared
 
 
@@ -122,6 +123,65 @@ def test_rows_made_when_needed_are_as_good_as_rows_listed(seed):
 
     solution = solve(replace(listed, rows=()), separate=separate, gap=1e-6)
     assert solution.time_us == pytest.approx(brute_force(listed))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_time_leaves_is_the_best_found_and_its_gap(seed):
+    """Given no time at all, the first that fits, and a bound that is one."""
+    leanest, fastest = budgets(seed, 2)
+    problem = random_problem(seed, nodes=6, budget=(leanest + fastest) / 2, late=2)
+    best = brute_force(problem)
+    if not np.isfinite(best):
+        return
+    solution = solve(problem, gap=1e-6, time_limit=0.0)
+    time_us, excess = problem.evaluate(solution.choices)
+    assert excess <= 0
+    assert solution.time_us == pytest.approx(time_us)
+    assert solution.bound_us <= best + 1e-6
+    assert solution.gap == pytest.approx(1 - solution.bound_us / time_us)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_problem_nearly_the_same_begins_with_what_was_met(seed):
+    """Recombined: bounded where that is good enough, and else handed back as it is."""
+    leanest, fastest = budgets(seed, 2)
+    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
+    best = brute_force(problem)
+    every_one = product(*(range(len(t)) for t in problem.time_us))
+    fitting = [c for c in every_one if problem.evaluate(c)[1] <= 0]
+    if not fitting:
+        return
+    starts = sorted(fitting, key=lambda c: problem.evaluate(c)[0])
+    found = solve(problem, settled=True, starts=starts, gap=1e-6, enough_us=best + 1e-6)
+    assert found.time_us == pytest.approx(best)
+    assert found.gap <= 1e-6
+    slow = solve(problem, settled=True, starts=starts[-1:], gap=1e-6)
+    assert slow.time_us == pytest.approx(problem.evaluate(starts[-1])[0])
+    assert slow.bound_us == -np.inf or slow.time_us == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_messages_give_a_bound(seed):
+    """Those of other costs too."""
+    rng = np.random.default_rng(seed)
+    unary = [rng.random(4) for _ in range(5)]
+    ends = [(a, b) for b in range(5) for a in range(b)]
+
+    def costs():
+        return [(a, b, rng.random((4, 4))) for a, b in ends]
+
+    before, pairs = minimize_core(unary, costs()), costs()
+    found = minimize_core(unary, pairs, before.messages)
+    total = {
+        c: sum(u[i] for u, i in zip(unary, c, strict=True))
+        + sum(t[c[a], c[b]] for a, b, t in pairs)
+        for c in product(range(4), repeat=5)
+    }
+    assert found.bound <= min(total.values()) + 1e-9
+    assert found.cost == pytest.approx(min(total.values()))
+    for v, marginals in enumerate(found.marginals):
+        for i, marginal in enumerate(marginals):
+            assert marginal <= min(cost for c, cost in total.items() if c[v] == i) + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(10))
