@@ -212,9 +212,11 @@ class _Search:
                         heapq.heappush(heap, (region.bound, next(order), region))
                     else:
                         left = min(left, region.bound)
-                else:
-                    for half in region.branches():
+                elif halves := region.branches():
+                    for half in halves:
                         heapq.heappush(heap, (half.bound, next(order), half))
+                else:  # a single assignment, too large for a program
+                    left = min(left, region.bound)
             else:
                 left = min(left, region.bound)
             lowest = min(left, heap[0][0] if heap else math.inf)
