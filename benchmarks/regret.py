@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,12 @@ class Made:
 
 
 def clusters(world: int, folder: Path, quick: bool) -> dict[str, Path]:
-    """`ClusterInfo`s of all meshes of so many processes, measured if they are not in the folder."""
+    """`ClusterInfo`s of all meshes of so many processes, measured if they are not in the folder.
+
+    The device is the same in all: measured twice, it would decide between meshes by its noise.
+    """
     from autopar.cli_cluster import write_measured
-    from autopar.profiler.cluster import parse_mesh
+    from autopar.profiler.cluster import ClusterInfo, parse_mesh
     from autopar.profiler.measure_links import measure_cluster
 
     found = {}
@@ -61,6 +64,10 @@ def clusters(world: int, folder: Path, quick: bool) -> dict[str, Path]:
             console.print(f"measure the machine for mesh {mesh} ...", markup=False)
             measured = measure_cluster(parse_mesh(mesh), "cpu", quick=quick)
             assert measured is not None
+            first = found[MESHES[world][0]]
+            if first.exists():
+                device = ClusterInfo.load(first).device
+                measured = replace(measured, cluster=replace(measured.cluster, device=device))
             write_measured(measured, found[mesh])
     return found
 

@@ -32,7 +32,7 @@ def bucket_collectives(
     apart: Collection[fx.Node] = frozenset(),
 ) -> fx.GraphModule:
     """Merge gathers of what the program is given (weights), at the first of them; and reductions
-    whose results are only returned (gradients), at the last.
+    whose results are only returned (gradients), at the last; over every axis of a mesh.
 
     Values of one group and dtype share a buffer of at most `bucket_bytes`; the sum of every element
     is over the same ranks as before.
@@ -42,30 +42,56 @@ def bucket_collectives(
             together could only be gathered again together).
     """
     graph = gm.graph
-    given = given_values(graph)
-    output = graph.output_node()
-
-    def at_the_start(node: fx.Node) -> bool:
-        return node.args[0] in given
-
-    def at_the_end(node: fx.Node) -> bool:
-        return set(node.users) == {output}
-
-    for kinds, may_move in ((_GATHERS, at_the_start), (_REDUCTIONS, at_the_end)):
-        for one, many, common in kinds:
-            candidates = [
-                n for n in graph.nodes if n.target is one and n not in apart and may_move(n)
-            ]
-            for members in _filled(candidates, common, bucket_bytes):
-                _merge(graph, members, many, common, early=may_move is at_the_start)
+    _bucket_gathers(graph, bucket_bytes, apart)
+    _bucket_reductions(graph, bucket_bytes, apart)
     graph.lint()
     gm.recompile()
     return gm
 
 
-def given_values(graph: fx.Graph) -> set[fx.Node]:
-    """What the program is called with, and views of it."""
-    found: set[fx.Node] = set()
+def _bucket_gathers(graph: fx.Graph, bucket_bytes: int, apart: Collection[fx.Node]) -> None:
+    """Those of weights; then those of what these have gathered over one axis, over the next."""
+    ((one, many, common),) = _GATHERS
+    given = given_values(graph)
+    done: set[fx.Node] = set(apart)
+    while level := [n for n in _calls(graph, one) if n not in done and n.args[0] in given]:
+        made = set(level)
+        for members in list(_filled(level, common, bucket_bytes)):
+            made -= set(members)
+            made |= set(_merge(graph, members, many, common, early=True).users)
+        done |= made
+        given = given_values(graph, given | made)
+
+
+def _bucket_reductions(graph: fx.Graph, bucket_bytes: int, apart: Collection[fx.Node]) -> None:
+    """Those whose results are returned; then those over one axis whose sums these sum over the
+    next."""
+    last = {graph.output_node()}
+    done: set[fx.Node] = set(apart)
+    level: list[fx.Node] = [graph.output_node()]
+    while level:
+        level = []
+        for one, many, common in _REDUCTIONS:
+            here = [n for n in _calls(graph, one) if n not in done and _is_for(n, last)]
+            level += here
+            for members in list(_filled(here, common, bucket_bytes)):
+                level = [n for n in level if n not in members]
+                level.append(_merge(graph, members, many, common, early=False))
+        done |= set(level)
+        last |= set(level)
+
+
+def _is_for(node: fx.Node, users: set[fx.Node]) -> bool:
+    return bool(node.users) and users.issuperset(node.users)
+
+
+def _calls(graph: fx.Graph, target: Any) -> Iterator[fx.Node]:
+    return (n for n in graph.nodes if n.target is target)
+
+
+def given_values(graph: fx.Graph, more: Collection[fx.Node] = frozenset()) -> set[fx.Node]:
+    """What the program is called with, and more, with views of them."""
+    found: set[fx.Node] = set(more)
     for node in graph.nodes:
         is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
         if node.op == "placeholder" or (is_view and found.issuperset(node.all_input_nodes)):
@@ -107,8 +133,9 @@ def _merge(
     common: Sequence[int],
     *,
     early: bool,
-) -> None:
-    """One collective in the place of the first, or the last, of its members."""
+) -> fx.Node:
+    """One collective in the place of the first, or the last, of its members; what they are for
+    comes after it."""
     own = [i for i in range(1, len(members[0].args)) if i not in common]
     lists = [[n.args[i] for n in members] for i in (0, *own)]
     arguments = (*lists, *(members[0].args[i] for i in common))
@@ -124,6 +151,24 @@ def _merge(
             node.replace_all_uses_with(item)
     for node in members:
         graph.erase_node(node)
+    if not early:
+        _put_off(list(merged.users))
+    return merged
+
+
+def _put_off(results: Sequence[fx.Node]) -> None:
+    """What reads results, and stands before them, moves to behind the last of them."""
+    position = {node: i for i, node in enumerate(results[0].graph.nodes)}
+    place = results[-1]
+    early: set[fx.Node] = set()
+    stack = [user for node in results for user in node.users]
+    while stack:
+        node = stack.pop()
+        if position[node] < position[place] and node not in early:
+            early.add(node)
+            stack += node.users
+    for node in sorted(early, key=position.__getitem__, reverse=True):
+        place.append(node)
 
 
 def bring_forward(place: fx.Node, needed: Sequence[Any]) -> None:

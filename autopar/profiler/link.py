@@ -50,11 +50,17 @@ class Link:
                 f"a link's curves are of {', '.join(PASSES)}, not {sorted(self.curves)}"
             )
 
-    def bucketed_us(self, kind: str, ranks: int, nbytes: np.ndarray | float) -> np.ndarray:
-        """`collective_us` of a weight: one that is small takes its share of a message."""
+    def bucketed_us(
+        self, kind: str, ranks: int, nbytes: np.ndarray | float, full: float = MEMBER_BYTES
+    ) -> np.ndarray:
+        """`collective_us` of a weight: one that is small takes its share of a message.
+
+        Args:
+            full: bytes of that message.
+        """
         size = np.asarray(nbytes, float)
-        share = np.minimum(1.0, size / MEMBER_BYTES)
-        return share * self.collective_us(kind, ranks, np.maximum(size, MEMBER_BYTES))
+        share = np.minimum(1.0, size / full)
+        return share * self.collective_us(kind, ranks, np.maximum(size, full))
 
     def collective_us(self, kind: str, ranks: int, nbytes: np.ndarray | float) -> np.ndarray:
         """Microseconds without the launch.

@@ -268,11 +268,16 @@ def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: 
         "all_to_all": lambda x: group.all_to_all(x.view(group.size, -1)),
     }
     samples: list[tuple[str, int, float]] = []
+    waiting = _waiting_seconds(group, device, effort.seconds)
     for nbytes in effort.messages:
         x = torch.ones(-(-nbytes // (4 * group.size)) * group.size, device=device)
-        for name, call in calls.items():
-            taken = _collective_seconds(partial(call, x), device, effort.seconds)
-            samples.append((name, 4 * x.numel(), taken))
+        taken = {
+            name: _collective_seconds(partial(call, x), device, effort.seconds)
+            for name, call in calls.items()
+        }
+        for name in ("all_gather", "reduce_scatter"):  # of which an all-reduce is both
+            taken[name] = min(taken[name], taken["all_reduce"])
+        samples += [(name, 4 * x.numel(), waiting + seconds) for name, seconds in taken.items()]
     k = group.size
     rows = [
         (PASSES[name] * (k - 1.0), PASSES[name] * nbytes * (k - 1.0) / k)
@@ -292,6 +297,42 @@ def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: 
     }
     link = replace(link, curves=curves)
     return LinkFit(link, tuple((*s, p) for s, p in zip(samples, predicted, strict=True)))
+
+
+def _waiting_seconds(group: Group, device: torch.device, budget: float) -> float:
+    """What a collective takes beyond its own time because ranks come to it from computing, and none
+    at the same time: the slowest keeps the others waiting at every one of them.
+
+    Measured where ranks share a host's cores; between GPUs it is left out.
+    """
+    if device.type != "cpu":
+        return 0.0
+    a, small = torch.randn(512, 512), torch.ones(64 * group.size)
+    call = partial(group.all_reduce, small, "sum")
+    alone: list[float] = []
+    between: list[float] = []
+    rounds = max(5, min(25, int(budget / 0.01)))
+    for _ in range(rounds):
+        alone.append(_loop_seconds(lambda: _compute(a)))
+        between.append(_loop_seconds(lambda: [_compute(a), call()]))
+    added = float(np.median(np.subtract(between, alone)))
+    return max(0.0, added - _collective_seconds(call, device, budget))
+
+
+def _compute(a: torch.Tensor) -> list[torch.Tensor]:
+    """Some milliseconds, as between two collectives of a step."""
+    return [a @ a for _ in range(4)]
+
+
+def _loop_seconds(call: Callable[[], Any], repetitions: int = 8) -> float:
+    """Of one call, on the slowest rank."""
+    dist.barrier()
+    begin = time.perf_counter()
+    for _ in range(repetitions):
+        call()
+    slowest = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return float(slowest) / repetitions
 
 
 def _collective_seconds(call: Callable[[], Any], device: torch.device, budget: float) -> float:

@@ -30,6 +30,7 @@ from math import prod
 import numpy as np
 
 from autopar.profiler.cluster import ClusterInfo
+from autopar.profiler.link import MEMBER_BYTES
 from autopar.sharding.conversion_baselines import axis_by_axis, greedy
 from autopar.sharding.conversion_graph import KINDS, Edges, SpecGraph, spec_graph
 from autopar.sharding.conversion_search import LegalSteps, Search
@@ -71,10 +72,13 @@ class LayoutConverter:
     """Costs and paths of layout conversions on one cluster, memoized.
 
     The path found is the exact minimum over all sequences of one-step transforms.
+
+    Args:
+        message_bytes: of a message that small weights share.
     """
 
-    def __init__(self, cluster: ClusterInfo) -> None:
-        self.cluster = cluster
+    def __init__(self, cluster: ClusterInfo, message_bytes: float = MEMBER_BYTES) -> None:
+        self.cluster, self.message_bytes = cluster, message_bytes
         self.mesh = cluster.mesh
         self.axes = tuple(axis for axis, size in enumerate(self.mesh) if size > 1)
         self._legal = lru_cache(maxsize=None)(self._legal_orders)
@@ -269,8 +273,9 @@ class LayoutConverter:
         def collective(name: str | None) -> np.ndarray | float:
             if name is None:
                 return 0.0
-            time_us = link.bucketed_us if weight else link.collective_us
-            return device.launch_us + time_us(name, size, whole)
+            if weight:
+                return device.launch_us + link.bucketed_us(name, size, whole, self.message_bytes)
+            return device.launch_us + link.collective_us(name, size, whole)
 
         def copied(share: float) -> np.ndarray | float:
             return device.launch_us + 2e6 * share * whole / device.bandwidth
@@ -297,11 +302,16 @@ def _read(graph: SpecGraph, edges: Edges, i: int) -> Step:
     )
 
 
-def converter_for(cluster: ClusterInfo) -> LayoutConverter:
-    """The converter of a cluster, shared by all that ask for an equal one."""
-    key = repr(cluster.to_dict())
+def converter_for(cluster: ClusterInfo, small_bytes: float = MEMBER_BYTES) -> LayoutConverter:
+    """The converter of a cluster, shared by all that ask for an equal one.
+
+    Args:
+        small_bytes: of all weights that share messages; no message is larger.
+    """
+    message = min(float(MEMBER_BYTES), small_bytes) or float(MEMBER_BYTES)
+    key = f"{message} {cluster.to_dict()!r}"
     if key not in _CONVERTERS:
-        _CONVERTERS[key] = LayoutConverter(cluster)
+        _CONVERTERS[key] = LayoutConverter(cluster, message)
     return _CONVERTERS[key]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch.fx as fx
 
 from autopar.profiler.cluster import ClusterInfo
+from autopar.profiler.link import MEMBER_BYTES
 from autopar.profiler.profile import profile_graph, requires_grad_map
 from autopar.sharding.conversion import converter_for
 from autopar.sharding.costs import OpCosts
@@ -68,7 +69,9 @@ class SearchSpace:
             log.info("%s", describe_missing(call_of(node), graph.info(node).source))
         self._saved = SavedValues(graph, self.profile)
         self._costs = OpCosts(cluster, self.profile, self._saved)
-        self._prices = LinkPrices(converter_for(cluster), self._costs)
+        weights = [int(graph.placeholders[p].meta["val"].nbytes) for p in graph.parameters]
+        small = sum(n for n in weights if n <= MEMBER_BYTES)
+        self._prices = LinkPrices(converter_for(cluster, small), self._costs)
         self.sites: list[Site] = []
         self.links: list[Link] = []
         self._site_of: dict[tuple[fx.Node, int], int] = {}

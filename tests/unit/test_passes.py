@@ -30,20 +30,22 @@ def by_expert(planned: Planned, name: str) -> ShardingPlan:
     return make_plan(planned.space, expert.choices, name)
 
 
-def program(planned: Planned, plan: ShardingPlan, coords=(0,)) -> LocalProgram:
-    groups = planning_groups(MESH, coords)
+def program(planned: Planned, plan: ShardingPlan, coords=None) -> LocalProgram:
+    coords = coords or (0,) * len(plan.mesh)
+    groups = planning_groups(plan.mesh, coords)
     return apply_sharding(planned.graph, plan, coords=coords, groups=groups)
 
 
 def arguments(planned: Planned, plan: ShardingPlan, local: LocalProgram) -> list[torch.Tensor]:
     case = CASES["mlp"]
     whole, specs = dict(case.build().named_parameters()), plan.parameter_specs()
+    first = (0,) * len(plan.mesh)
     shards = [
-        shard_of(whole[n].detach(), specs[n], MESH, (0,)).clone().requires_grad_()
+        shard_of(whole[n].detach(), specs[n], plan.mesh, first).clone().requires_grad_()
         for n in planned.graph.parameters.values()
     ]
     batch = zip(case.batch(0).values(), local.input_specs, strict=True)
-    return shards + [shard_of(x, spec, MESH, (0,)).contiguous() for x, spec in batch]
+    return shards + [shard_of(x, spec, plan.mesh, first).contiguous() for x, spec in batch]
 
 
 def lowered(planned: Planned, plan: ShardingPlan, **options) -> LoweredStep:
@@ -77,6 +79,23 @@ def test_gathers_and_scatters_of_weights_are_bucketed(planned):
         assert count(gm, ops.all_gather_many.default) == 1
     assert count(apart.backward, ops.reduce_scatter.default) > 1
     assert count(step.backward, ops.reduce_scatter_many.default) == 1
+
+
+@pytest.mark.parametrize("name", ["DDP", "FSDP"])
+def test_reductions_over_two_axes_are_bucketed_on_each(name):
+    """What one axis sums is what the next one is to sum; where a weight is split over one of them,
+    likewise."""
+    case = CASES["mlp"]
+    planned = autoplan(case.build(), (), case.batch(0), cluster=ClusterInfo.of("2x2", "A100-40G"))
+    plan = by_expert(planned, name)
+    step = lowered(planned, plan)
+    apart = lowered(planned, plan, disable=frozenset({"bucket_collectives"}))
+    kinds = ("all_reduce", "reduce_scatter", "all_gather")
+    alone = sum(count(apart.backward, getattr(ops, kind).default) for kind in kinds)
+    assert alone > len(planned.graph.parameters)
+    assert not any(count(step.backward, getattr(ops, kind).default) for kind in kinds)
+    many = sum(count(step.backward, getattr(ops, f"{kind}_many").default) for kind in kinds)
+    assert 2 <= many <= 2 * len(kinds)
 
 
 @pytest.mark.parametrize("bucketed", [False, True])
