@@ -42,7 +42,7 @@ test: venv ## Lint, check types, run the tests
 	$(CPU) $(BIN)/python -m pytest -q tests/dist
 
 test-gpu: venv ## Run the tests that need a GPU
-	$(BIN)/python -m pytest -q -m gpu tests/gpu tests/kernels
+	$(BIN)/python -m pytest -q -m gpu tests/gpu tests/kernels tests/unit/test_memory_prefetch.py
 
 demo: venv ## Train a small GPT-2 on four local processes
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 4 examples/train_gpt2.py

@@ -98,17 +98,35 @@ def in_fresh_process(
     Raises:
         RuntimeError: it failed; the message has the end of what it said.
     """
-    command = [sys.executable, "-m", module, "--worker", json.dumps(dict(arguments))]
+    return _answer_of([module, "--worker", json.dumps(dict(arguments))], 20, timeout_s)
+
+
+def on_ranks(module: str, count: int, *arguments: str) -> dict[str, Any]:
+    """Run `python -m module --rank ARGUMENTS` on local processes, of which rank 0 answers by
+    `answer`.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of what it said.
+    """
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
+    return _answer_of([*launch, module, "--rank", *arguments], 60)
+
+
+def _answer_of(
+    command: Sequence[str], lines: int, timeout_s: float | None = None
+) -> dict[str, Any]:
+    """What `python -m command` answers; where it fails, so many lines of what it said."""
+    command = [sys.executable, "-m", *command]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
     if done.returncode:
-        tail = "\n".join(done.stderr.splitlines()[-20:])
+        tail = "\n".join(done.stderr.splitlines()[-lines:])
         raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}:\n{tail}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def answer(values: Mapping[str, Any]) -> None:
-    """What a worker hands to `in_fresh_process`."""
+    """What a worker hands to `in_fresh_process`, and rank 0 to who called `on_ranks`."""
     print(json.dumps(dict(values)), flush=True)
 
 

@@ -14,8 +14,6 @@ on the fullest rank. It is held against
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -145,15 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = tuple(n for n in names if any(word in n for word in options.only))
     for name in names:
         for mesh, count in (("1", 1), ("2x2", 4)):
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node", str(count), "-m", "benchmarks.plan_memory",
-                "--rank", name, mesh,
-            ]  # fmt: skip
-            done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = common.on_ranks("benchmarks.plan_memory", count, name, mesh)
             case = f"{name}, mesh {mesh}"
             for what, (predicted, measured) in found.items():
                 console.print(

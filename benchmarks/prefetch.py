@@ -12,11 +12,9 @@ until then. Devices are described as one core of a CPU, but with collectives bes
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -142,15 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         for mesh in options.mesh[:1] if options.quick else options.mesh:
             count = math.prod(map(int, mesh.split("x")))
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node", str(count), "-m", "benchmarks.prefetch",
-                "--rank", name, mesh, "3" if options.quick else "21",
-            ]  # fmt: skip
-            done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-            for link, figures in json.loads(done.stdout.splitlines()[-1]).items():
+            steps = "3" if options.quick else "21"
+            found = common.on_ranks("benchmarks.prefetch", count, name, mesh, steps)
+            for link, figures in found.items():
                 case = f"{name}, mesh {mesh}, {link}"
                 for what in ("measured", "predicted"):
                     whole, split = figures[what]

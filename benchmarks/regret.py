@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,15 +124,7 @@ def race(name: str, world: int, made: Made, rounds: int, folder: Path) -> dict[s
     """Run the contestants; what `regret_ranks.measure` found."""
     job = folder / "job.json"
     job.write_text(json.dumps({"case": name, "plans": dict(made.plans), "rounds": rounds}))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        str(world), "-m", "benchmarks.regret", "--rank", str(job),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} on {world} ranks:\n{done.stderr[-6000:]}")
-    found: dict[str, Any] = json.loads((folder / "measured.json").read_text())
-    return found
+    return common.on_ranks("benchmarks.regret", world, str(job))
 
 
 def rows_of(case: str, made: Made, found: Mapping[str, Any]) -> Iterator[Row]:

@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from autopar import ClusterInfo, ShardingPlan, auto_engine
+from benchmarks import common
 from benchmarks.regret_cases import Batch, Case, case
 
 WARM_UP = 3
@@ -178,14 +179,13 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def run(file: str) -> None:
-    """One rank: the job is read from `file`, and rank 0 writes its answer beside it."""
+    """One rank: the job is read from `file`, and rank 0 answers."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        path = Path(file)
-        found = measure(json.loads(path.read_text()))
+        found = measure(json.loads(Path(file).read_text()))
         if found is not None:
-            path.with_name("measured.json").write_text(json.dumps(found))
+            common.answer(found)
     finally:
         dist.destroy_process_group()

@@ -105,7 +105,6 @@ def test_low_precision_accumulates_in_float32(interpreted: Interpreter, dtype) -
 
 @needs_triton
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_equals_aten_on_the_gpu(dtype) -> None:
     for shape, affine in product([*SHAPES, (3000, 768), (40, 8192)], AFFINES):

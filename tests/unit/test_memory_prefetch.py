@@ -219,14 +219,8 @@ def test_two_operators_are_the_collective(kind, size):
 
 @pytest.mark.parametrize(
     ("device", "backend"),
-    [
-        ("cpu", "gloo"),
-        pytest.param(
-            "cuda", "nccl",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-        ),
-    ],
-)  # fmt: skip
+    [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=pytest.mark.gpu)],
+)
 def test_two_operators_on_a_process_group(device, backend):
     """Of one rank, which is all that a machine with one GPU has."""
     store = torch._C._distributed_c10d.HashStore()
