@@ -73,7 +73,8 @@ def auto_engine(
         optimizer: any `torch.optim` optimizer over the model's parameters, or None to evaluate
             only. It is returned itself, with its parameters and state sharded once the plan is
             known, so schedulers that hold it keep working.
-        cluster_info: a `ClusterInfo`, the path of its YAML, or a mesh string such as "2x2".
+        cluster_info: a `ClusterInfo`, the path of its YAML, or a mesh string such as "2x2", of GPUs
+            where this process sees one, else of CPUs.
         example_inputs: kwargs, args or (args, kwargs) to plan with now instead of at the first
             batch.
         plan: a plan or its file, instead of planning.
