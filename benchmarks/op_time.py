@@ -1,12 +1,13 @@
-"""How well the time model ranks and predicts operators on this CPU.
+"""How well the time model ranks and predicts operators on this machine's CPU or GPU.
 
 The device is measured as `autopar cluster` does. Then GPT-2 (width 768, 4 sequences of 128 tokens),
 ResNet-50 and ViT-B/16 (8 images of 224 pixels) are captured for training, the transformers with one
 layer as all are alike, and every distinct operator call is run alone, forward and backward, on the
-values it gets in the model. Calls that launch no kernel (views) are left out. The time of a call is
-the median of its best times over rounds through the whole model, so that a disturbance hits one
-round and not one operator. Spearman's rank correlation of predicted and measured times is the
-figure that counts: a planner compares.
+values it gets in the model. A GPU gets 16 sequences of 1024 tokens and 64 images, the transformers
+in bfloat16. Calls that launch no kernel (views) are left out. The time of a call is the median of
+its best times over rounds through the whole model, so that a disturbance hits one round and not one
+operator. Spearman's rank correlation of predicted and measured times is the figure that counts: a
+planner compares.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import torch.fx as fx
 from rich.table import Table
 from torch.utils import _pytree as pytree
 
+from autopar.profiler.clock import seconds_of
 from autopar.profiler.cluster import Device
 from autopar.profiler.counting import tensors_of
-from autopar.profiler.measure import effort_for, measure_device, seconds_of
+from autopar.profiler.measure import effort_for, measure_device
 from autopar.profiler.profile import NodeProfile, profile_graph
 from autopar.profiler.time_model import kernels_of, node_us
 from autopar.tracer import ColoTracer
@@ -36,7 +38,7 @@ from benchmarks import common
 from benchmarks.common import Row, console
 
 TARGET = 0.95
-CPU = torch.device("cpu")
+SIZES = ("quick", "cpu", "cuda")
 Built = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
@@ -73,33 +75,40 @@ class Sample:
         return statistics.median(forward), statistics.median(backward)
 
 
-def gpt2(quick: bool) -> Built:
+def gpt2(size: str) -> Built:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = GPT2Config(
-        n_layer=1, vocab_size=1009 if quick else 50257, use_cache=False, bos_token_id=None,
-        eos_token_id=None,
+        n_layer=1, vocab_size=1009 if size == "quick" else 50257, use_cache=False,
+        bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    ids = torch.randint(0, config.vocab_size, (1 if quick else 4, 128))
-    return GPT2LMHeadModel(config), (), {"input_ids": ids, "labels": ids}
+    batch, length = dict(zip(SIZES, ((1, 128), (4, 128), (16, 1024)), strict=True))[size]
+    ids = torch.randint(0, config.vocab_size, (batch, length))
+    return _half(GPT2LMHeadModel(config), size), (), {"input_ids": ids, "labels": ids}
 
 
-def resnet50(quick: bool) -> Built:
+def resnet50(size: str) -> Built:
     import timm
 
-    images = torch.randn((2, 3, 64, 64) if quick else (8, 3, 224, 224))
-    return timm.create_model("resnet50"), (images,), {}
+    batch, side = dict(zip(SIZES, ((2, 64), (8, 224), (64, 224)), strict=True))[size]
+    return timm.create_model("resnet50"), (torch.randn(batch, 3, side, side),), {}
 
 
-def vit(quick: bool) -> Built:
+def vit(size: str) -> Built:
     import timm
 
-    images = torch.randn(1 if quick else 8, 3, 224, 224)
-    return timm.create_model("vit_base_patch16_224", depth=1), (images,), {}
+    batch = dict(zip(SIZES, (1, 8, 64), strict=True))[size]
+    model = _half(timm.create_model("vit_base_patch16_224", depth=1), size)
+    return model, (torch.randn(batch, 3, 224, 224, dtype=next(model.parameters()).dtype),), {}
 
 
-MODELS: dict[str, Callable[[bool], Built]] = {"GPT-2": gpt2, "ResNet-50": resnet50, "ViT": vit}
+def _half(model: torch.nn.Module, size: str) -> torch.nn.Module:
+    """In the dtype that the device is for."""
+    return model.bfloat16() if size == "cuda" else model
+
+
+MODELS: dict[str, Callable[[str], Built]] = {"GPT-2": gpt2, "ResNet-50": resnet50, "ViT": vit}
 
 
 # -- measuring ----------------------------------------------------------------------------------
@@ -120,14 +129,17 @@ class _Timed(fx.Interpreter):
         samples: dict[fx.Node, Sample],
         profiles: dict[fx.Node, NodeProfile],
         budget_s: float,
+        device: torch.device,
     ) -> None:
         super().__init__(graph.gm)
         self.samples, self.profiles, self.budget_s = samples, profiles, budget_s
-        x, one = torch.zeros(1, requires_grad=True), torch.ones(1)
+        self.device = device
+        x = torch.zeros(1, device=device, requires_grad=True)
+        one = torch.ones_like(x)
         with torch.enable_grad():
             y = x.view_as(x)
         # entering the autograd engine, which a training step does once
-        self.entry_s = seconds_of(lambda: torch.autograd.grad(y, x, one, retain_graph=True), CPU)
+        self.entry_s = seconds_of(lambda: torch.autograd.grad(y, x, one, retain_graph=True), device)
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.samples:
@@ -149,7 +161,7 @@ class _Timed(fx.Interpreter):
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
         with torch.enable_grad():
-            took = seconds_of(forward, CPU, self.budget_s)
+            took = seconds_of(forward, self.device, self.budget_s)
             if not profile.backward.kernels:
                 return 1e6 * took, 0.0
             result = next(t for t in tensors_of(forward()) if t.requires_grad)
@@ -161,15 +173,16 @@ class _Timed(fx.Interpreter):
                     result, leaves, seed, retain_graph=True, allow_unused=True
                 )
 
-            back = seconds_of(backward, CPU, self.budget_s) - self.entry_s
+            back = seconds_of(backward, self.device, self.budget_s) - self.entry_s
         return 1e6 * took, 1e6 * max(back, 0.1 * (back + self.entry_s))
 
 
 def sampled(built: Built, device: Device, rounds: int, budget_s: float) -> list[Sample]:
     """Capture a model, and predict and measure its distinct operator calls."""
-    model, args, kwargs = built
-    model.train()
-    graph = ColoTracer().trace(model, args, kwargs)
+    where = torch.device(device.kind)
+    model = built[0].train().to(where)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(where), built[1:])
+    graph = ColoTracer(device.kind).trace(model, args, kwargs)
     profiles = profile_graph(graph, set(graph.parameters))
     found: dict[fx.Node, Sample] = {}
     first: dict[int, Sample] = {}
@@ -183,11 +196,12 @@ def sampled(built: Built, device: Device, rounds: int, budget_s: float) -> list[
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     names = (*graph.parameters.values(), *graph.buffers.values())
-    inputs = [tensors[n].detach().clone() for n in names] + list(graph.constants.values())
+    inputs = [tensors[n].detach().clone() for n in names]
+    inputs += [t.to(where) for t in graph.constants.values()]
     inputs += pytree.tree_leaves((args, kwargs))
     for _ in range(rounds):
         with torch.no_grad():
-            _Timed(graph, found, profiles, budget_s).run(*inputs)
+            _Timed(graph, found, profiles, budget_s, where).run(*inputs)
     return list(found.values())
 
 
@@ -225,18 +239,19 @@ def rows_of(case: str, samples: Sequence[Sample], target: float | None) -> Itera
 
 
 def print_worst(case: str, samples: Sequence[Sample], count: int) -> None:
-    """The calls whose times are off by the largest factors."""
+    """The calls whose errors weigh most in a step."""
     table = Table(title=f"{case}: furthest off", title_justify="left", box=None, pad_edge=False)
     for column in ("node", "operator"):
         table.add_column(column, no_wrap=True)
-    for column in ("measured us", "predicted us", "forward", "backward"):
+    for column in ("calls", "measured us", "predicted us", "forward", "backward"):
         table.add_column(column, justify="right", no_wrap=True)
-    by_factor = sorted(samples, key=lambda s: -abs(np.log(s.predicted / s.measured)))
-    for s in by_factor[:count]:
+    by_weight = sorted(samples, key=lambda s: -s.count * abs(s.predicted - s.measured))
+    for s in by_weight[:count]:
         ways = (
             f"{p / m:.2f} x" if m else "" for p, m in zip(s.predicted_us, s.each_way, strict=True)
         )
-        table.add_row(s.name, s.operator, f"{s.measured:.0f}", f"{s.predicted:.0f}", *ways)
+        figures = (str(s.count), f"{s.measured:.0f}", f"{s.predicted:.0f}")
+        table.add_row(s.name, s.operator, *figures, *ways)
     console.print(table)
 
 
@@ -247,12 +262,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=int, default=None, help="through each model; 3 if not given"
     )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="[default: the GPU, where there is one]"
+    )
     options = parser.parse_args(arguments)
+    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     console.print(common.machine(), markup=False)
     rounds = options.rounds or (1 if options.quick else 3)
     start = time.perf_counter()
-    device = measure_device(CPU, effort_for("cpu", quick=options.quick))
+    device = measure_device(torch.device(kind), effort_for(kind, quick=options.quick))
     console.print(
         f"measured {device.name} in {time.perf_counter() - start:.0f} s; {rounds} round(s) through "
         "each model; calls that launch no kernel are left out",
@@ -261,9 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     everything: list[Sample] = []
     target = None if options.quick else TARGET
+    budget_s = 0.15 if kind == "cpu" and not options.quick else 0.02
     for case, build in MODELS.items():
         start = time.perf_counter()
-        samples = sampled(build(options.quick), device, rounds, 0.02 if options.quick else 0.15)
+        samples = sampled(build("quick" if options.quick else kind), device, rounds, budget_s)
         console.print(f"{case}: {len(samples)} calls, {time.perf_counter() - start:.0f} s")
         print_worst(case, samples, options.worst)
         rows += rows_of(case, samples, target)

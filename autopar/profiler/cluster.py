@@ -23,7 +23,7 @@ from autopar.profiler.link import Link as Link
 GiB = 2**30
 
 # Arithmetic that libraries do, and what else can take longer than moving the bytes.
-LIBRARIES = ("matmul", "convolution", "depthwise", "attention")
+LIBRARIES = ("matmul", "unaligned", "convolution", "depthwise", "attention")
 EXTRAS = ("function", "random", "reduction", "variance", "index", "strided", "scalar")
 
 
@@ -57,9 +57,11 @@ class Device:
         peak_flops: achievable FLOP/s by dtype name (`"float32"`, `"bfloat16"`, ...).
         memory_bytes: device memory.
         bandwidth: device memory bandwidth, bytes/s.
-        launch_us: overhead of one operator, microseconds.
+        launch_us: overhead of one operator, microseconds; on a GPU, which is launched for while it
+            computes, the least that one takes.
         flops_by_size: FLOP/s of one kernel by its FLOPs; keys are a library and a dtype, such as
-            `"matmul.float32"` or `"convolution.float32"`.
+            `"matmul.float32"` or `"convolution.float32"`; `"unaligned"` are matrix products with
+            rows that do not begin at multiples of 16 bytes.
         bytes_by_size: bytes/s of one kernel by its bytes; keys are `"read"` and `"write"`.
         extra_ns: nanoseconds that an element costs beyond being read and written, by what is done
             to it: an elementary `function`, a `random` draw, a `reduction` along the way, the

@@ -1,22 +1,25 @@
 """Measures the device that a process runs on: arithmetic, memory, launches, the host link.
 
-Every time is the best of several, since what else the machine does only ever adds to it. Results
-are allocated anew as operators do it, so the cost of fresh pages is in the rates.
+Results are allocated anew as operators do it, so the cost of fresh pages is in the rates. A CPU
+launches what it then computes, so launches are taken off; a GPU is launched for while it computes,
+so there kernels are timed in a queue, and the launch is what they cannot be faster than.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from autopar.profiler.clock import seconds_of
 from autopar.profiler.cluster import Device, Link
 from autopar.profiler.curve import Curve
 
@@ -35,6 +38,8 @@ class Effort:
         lengths: of attention.
         messages: bytes of collectives.
         seconds: for each figure.
+        side: of the square tensor that tells what elements cost.
+        images: shape of those that tell what a variance costs, of no more elements.
         rounds: through all arithmetic; a disturbance that outlasts one figure is over in the next.
     """
 
@@ -45,6 +50,8 @@ class Effort:
     messages: tuple[int, ...]
     seconds: float
     rounds: int = 1
+    side: int = 768
+    images: tuple[int, ...] = (8, 8, 96, 96)
 
 
 # The C library hands blocks beyond 32 MiB back to the system, and new pages are slow: both sides
@@ -80,40 +87,12 @@ def effort_for(kind: str, quick: bool) -> Effort:
         sides=(*effort.sides, 4096, 8192),
         channels=(*effort.channels, 1024),
         lengths=(*effort.lengths, 2048, 4096),
+        side=8192,
+        images=(64, 64, 112, 112),
     )
 
 
-# -- time ---------------------------------------------------------------------------------------
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device, budget: float = 0.1) -> float:
-    """Seconds of one call: the best of at least three batches of calls.
-
-    Args:
-        budget: seconds to spend, after one call to warm up.
-    """
-    once = _batch_seconds(call, device, 1)
-    once = min(once, _batch_seconds(call, device, 1))
-    # a batch is long against the clock's resolution
-    count = max(1, min(100, int(2e-4 / max(once, 1e-7))))
-    batches = max(3, min(30, int(budget / max(count * once, 1e-6))))
-    return min(_batch_seconds(call, device, count) for _ in range(batches))
-
-
-def _batch_seconds(call: Callable[[], Any], device: torch.device, count: int) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(count):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / count
-    begin = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - begin) / count
+_kernel_seconds = partial(seconds_of, queued=True)
 
 
 # -- the device ---------------------------------------------------------------------------------
@@ -129,7 +108,8 @@ def measure_device(
         say: told what is measured now.
     """
     say("launch overhead ...")
-    training, launch = _launch_seconds(device)
+    training, alone = _launch_seconds(device)
+    launch = alone if device.type == "cpu" else 0.0
     say("memory bandwidth ...")
     moved = _memory_curves(device, effort, launch)
     say("what elements cost beyond moving them ...")
@@ -140,7 +120,7 @@ def measure_device(
             say(f"{library} in {dtype}, round {number + 1} of {effort.rounds} ...")
             times = best.setdefault(f"{library}.{dtype}", {})
             for job in jobs:
-                took = seconds_of(job.call, device, effort.seconds) / job.kernels
+                took = _kernel_seconds(job.call, device, effort.seconds) / job.kernels
                 times[job.flops] = min(took, times.get(job.flops, took))
     flops = {key: _curve(list(times.items()), launch) for key, times in best.items()}
     peaks = {
@@ -194,8 +174,8 @@ def _memory_curves(device: torch.device, effort: Effort, launch: float) -> dict[
     reads, writes = [], []
     for nbytes in effort.bytes:
         x = torch.ones(nbytes // 4, device=device)
-        read = seconds_of(x.sum, device, effort.seconds)
-        copy = seconds_of(x.clone, device, effort.seconds)
+        read = _kernel_seconds(x.sum, device, effort.seconds)
+        copy = _kernel_seconds(x.clone, device, effort.seconds)
         reads.append((float(nbytes), read))
         writes.append((float(nbytes), max(copy - max(read - launch, 0.0), 0.1 * copy)))
     return {"read": _curve(reads, launch), "write": _curve(writes, launch)}
@@ -206,10 +186,10 @@ def _extra_ns(device: torch.device, effort: Effort, launch: float) -> dict[str, 
 
     Several kernels stand for a kind; their geometric mean is taken, as they differ by factors.
     """
-    side = 768
+    side = effort.side
     x = torch.randn(side, side, device=device)
-    images = x.flatten()[: 64 * 96 * 96].view(8, 8, 96, 96)
-    weight = torch.ones(8, device=device)
+    images = x.flatten()[: math.prod(effort.images)].view(effort.images)
+    weight = torch.ones(effort.images[1], device=device)
     where = torch.randint(side * side, (side * side,), device=device)
 
     def normalize() -> Any:
@@ -233,15 +213,16 @@ def _extra_ns(device: torch.device, effort: Effort, launch: float) -> dict[str, 
         "strided": [(lambda: x.t().contiguous(), x.numel(), x.numel())],
         "scalar": [(lambda: x == x, x.numel(), 0.625 * x.numel())],
     }
-    plain = seconds_of(x.clone, device, effort.seconds) - launch
+    plain = _kernel_seconds(x.clone, device, effort.seconds) - launch
     found = {}
     for kind, kernels in jobs.items():
-        beyond = [
-            (seconds_of(call, device, effort.seconds) - launch - plain * moved / x.numel()) / dear
-            for call, dear, moved in kernels
-        ]
+        beyond = []
+        for call, dear, moved in kernels:
+            took = _kernel_seconds(call, device, effort.seconds)
+            beyond.append((took - launch - plain * moved / x.numel()) / dear)
         # noise may make a cheap one come out below a copy
-        found[kind] = _short(statistics.geometric_mean(max(1e9 * t, 0.01) for t in beyond))
+        least = 0.01 * plain / x.numel()
+        found[kind] = _short(1e9 * statistics.geometric_mean(max(t, least) for t in beyond))
     return found
 
 
@@ -265,6 +246,8 @@ def _arithmetic(device: torch.device, effort: Effort) -> Iterator[tuple[str, str
     dtypes = ["float32", "float64", "bfloat16"] + ["float16"] * (device.type == "cuda")
     for dtype in dtypes:
         yield "matmul", dtype, [_matmul(n, dtype, device) for n in effort.sides]
+        if device.type == "cuda" and dtype.endswith("16"):
+            yield "unaligned", dtype, [_matmul(n - 1, dtype, device) for n in effort.sides]
     for dtype in ("float32",) if device.type == "cpu" else ("float32", "bfloat16"):
         yield "convolution", dtype, [_convolution(n, dtype, device) for n in effort.channels]
         yield "depthwise", dtype, [_depthwise(n, dtype, device) for n in effort.channels]

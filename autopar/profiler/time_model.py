@@ -5,7 +5,8 @@ A kernel takes
     launch + max(flops / rate, read / rate + written / rate) + Σ count * extra
 
 with rates by the kernel's own size, and counts of the elements that cost more than being moved
-(`profiler/dear.py`).
+(`profiler/dear.py`). A GPU is launched for while it computes: there a kernel takes the longer of
+the launch and the rest.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Kernel:
     Args:
         work: FLOPs, bytes and the number of kernels.
         dtype: of the result.
-        library: what the FLOPs are done by: "matmul", "convolution", "depthwise" (a convolution
-            in groups) or "attention".
+        library: what the FLOPs are done by: "matmul", "unaligned" (a product with rows that tensor
+            cores cannot load at once), "convolution", "depthwise" (in groups) or "attention".
         extra: elements by what makes them dear, with the keys of `Device.extra_ns`.
     """
 
@@ -65,7 +66,9 @@ class Kernel:
             )
         )
         dear = sum(1e-3 * device.extra_ns.get(kind, 0.0) * n for kind, n in self.extra.items())
-        return np.maximum(arithmetic, moved) + np.multiply(dear, share) + device.launch_us * count
+        work = np.maximum(arithmetic, moved) + np.multiply(dear, share)
+        launch = device.launch_us * count
+        return work + launch if device.kind == "cpu" else np.maximum(work, launch)
 
 
 def node_us(
@@ -185,7 +188,7 @@ def kernel_of(func: Any, args: Any, kwargs: Any, out: Any, work: Work) -> Kernel
     results = tensors_of(out)
     dtype = _name(results[0].dtype) if results else "float32"
     if work.flops:
-        return Kernel(work, dtype, _library(func, args, kwargs))
+        return Kernel(work, dtype, _library(func, args, kwargs, results))
     given = tensors_of((args, kwargs))
     if indices_of(func, given) and not func._schema.is_mutable:
         # a table is not read whole but where it is looked up
@@ -195,11 +198,19 @@ def kernel_of(func: Any, args: Any, kwargs: Any, out: Any, work: Work) -> Kernel
     return Kernel(work, dtype, extra=dear_elements(func, args, kwargs, results))
 
 
-def _library(func: Any, args: Any, kwargs: Any) -> str:
+def _library(func: Any, args: Any, kwargs: Any, results: Sequence[torch.Tensor]) -> str:
     """What does the FLOPs; with a channel or a few per group, convolutions are not products."""
     name = func._schema.name
+    if "attention" in name:
+        return "attention"
     if "convolution" not in name:
-        return "attention" if "attention" in name else "matmul"
+        matrices = (*tensors_of((args, kwargs)), *results)
+        return "matmul" if all(map(_aligned, matrices)) else "unaligned"
     names = [a.name for a in func._schema.arguments]
     groups = (dict(zip(names, args, strict=False)) | kwargs).get("groups", 1)
     return "convolution" if groups == 1 else "depthwise"
+
+
+def _aligned(t: torch.Tensor) -> bool:
+    """Whether the rows (or columns) of a matrix begin at multiples of 16 bytes."""
+    return t.ndim < 2 or max(t.stride()[-2:]) * t.element_size() % 16 == 0

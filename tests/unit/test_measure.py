@@ -14,6 +14,7 @@ from autopar.cli import app
 from autopar.errors import EngineError, MeshError
 from autopar.plan import ShardingPlan
 from autopar.profiler.cluster import ClusterInfo, Device, Link, device
+from autopar.profiler.counting import Work
 from autopar.profiler.curve import Curve
 from autopar.profiler.measure import QUICK, measure_device
 from autopar.profiler.measure_links import Measurement, fit_link, measure_cluster, run_local
@@ -218,6 +219,29 @@ def test_small_products_run_at_a_lower_rate():
 TINY = replace(
     QUICK, bytes=(16384, 2**20), sides=(32, 64), channels=(8,), lengths=(32,), seconds=0.001
 )
+
+
+def test_a_gpu_is_launched_for_while_it_computes():
+    gpu = device("A100-80G")
+    small, large = (Kernel(Work(1, n, n, 1), "float32") for n in (1_000, 10**9))
+    assert node_us([small], gpu) == gpu.launch_us
+    assert node_us([large], gpu) == pytest.approx(2e15 / gpu.bandwidth)
+    assert node_us([large], CPU) == pytest.approx(CPU.launch_us + 2e15 / CPU.bandwidth)
+
+
+@pytest.mark.parametrize(("words", "slower"), [(1000, 1), (1001, 4)])
+def test_rows_that_are_not_aligned_take_longer(words, slower):
+    curves = {"matmul.float16": Curve.constant(1e12), "unaligned.float16": Curve.constant(2.5e11)}
+    gpu = replace(device("A100-80G"), flops_by_size=curves)
+    model = torch.nn.Linear(64, words, bias=False).half()
+    graph = ColoTracer().trace(model, (torch.randn(4096, 64).half(),), {})
+    ((node, profile),) = (
+        (n, p) for n, p in profile_graph(graph, set(graph.parameters)).items() if p.forward.flops
+    )
+    forward, backward = kernels_of(node, profile, gpu)
+    us = 2 * 4096 * 64 * words / 1e6
+    assert node_us(forward, gpu) == pytest.approx(slower * us)
+    assert node_us(backward, gpu) == pytest.approx(slower * us)  # of the weight alone
 
 
 def test_this_device_is_measured():
