@@ -19,6 +19,7 @@ import torch.fx.traceback
 from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autopar.kernels import batch_norm
 from autopar.kernels.substitute import substitute_kernels
 from autopar.memory.program import Program, Schedule
 from autopar.passes.bucket import bucket_collectives
@@ -64,7 +65,7 @@ def lower(
     """Compile a sharded forward program.
 
     Args:
-        gm: takes flat local tensors, returns a flat tuple.
+        gm: takes flat local tensors, returns a flat tuple. Changed in place for GPUs.
         arguments: tensors of the shapes, dtypes and grad flags that it will be called with; only
             their metadata is used, so they may be fake.
         regather: indices of arguments whose gathered copies are not kept for backward.
@@ -80,6 +81,8 @@ def lower(
     compiled: list[Compiled] = []
     kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
     cluster = cluster or ClusterInfo.of("1")
+    if device_type == "cuda" and torch.cuda.is_available():  # its workspace is cuDNN's to tell
+        gm = batch_norm.use_library(gm)
     overlaps = cluster.device.runs_beside
     if choose is None:
         split = functools.partial(partition, regather=frozenset(regather))

@@ -193,7 +193,7 @@ def _extra_ns(device: torch.device, effort: Effort, launch: float) -> dict[str, 
     where = torch.randint(side * side, (side * side,), device=device)
 
     def normalize() -> Any:
-        return torch.native_batch_norm(images, weight, weight, None, None, True, 0.1, 1e-5)
+        return F.batch_norm(images, None, None, weight, weight, training=True)
 
     # per kind: what is run, elements it is dear for, elements that it moves as a copy does
     jobs: dict[str, list[tuple[Callable[[], Any], float, float]]] = {
