@@ -36,6 +36,7 @@ from autopar.profiler.local import as_cluster
 from autopar.runtime import environment
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
+from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.distribute import check_optimizer, distribute, shards
 from autopar.runtime.groups import process_groups
 from autopar.runtime.state_on_host import StateOnHost
@@ -227,11 +228,10 @@ class Engine(torch.nn.Module):
                 shard.copy_(update(shard))
         flat = shards([found[name] for name in graph.parameters.values()])
         buffers = dict(self._model.named_buffers())
+        written = [buffers[n] for n in graph.mutations]
         # copies: backward may keep what the step is about to overwrite
-        flat += [
-            buffers[n].clone() if n in graph.mutations else buffers[n]
-            for n in graph.buffers.values()
-        ]
+        buffers |= zip(graph.mutations, copies_of(written), strict=True)
+        flat += [buffers[n] for n in graph.buffers.values()]
         flat += [t.to(self._device) for t in graph.constants.values()]
         flat += special.layout.take(tensors, program.input_specs, self._device)
         if program.takes_seed:
@@ -240,10 +240,9 @@ class Engine(torch.nn.Module):
         run = special.run if torch.is_grad_enabled() else program.gm
         with self._common_draws(graph):
             results = list(run(*flat))
-        count = len(graph.mutations)
+        count = len(written)
         with torch.no_grad():
-            for name, value in zip(graph.mutations, results[:count], strict=True):
-                buffers[name].copy_(value)
+            copy_all(written, results[:count])
         return pytree.tree_unflatten(special.layout.give(results[count:]), graph.out_spec)
 
     @contextmanager
