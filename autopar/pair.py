@@ -224,13 +224,14 @@ def _with_schedule(plan: ShardingPlan, pair: _Scheduled, budget: StepBudget) -> 
     )
     budget = replace(budget, state_on_host=memory.state_on_host)
     sequence = memory.schedule.forward + memory.schedule.backward
+    away = memory.timeline.moments[memory.timeline.peak_at].away_bytes
     made = {s for i in sequence[: memory.timeline.peak_at + 1] for s in program.ops[i].makes}
     gradients = float(sum(n for s, n in program.stays.items() if s in made))
     estimate = MemoryEstimate(
-        parameters_bytes=budget.parameters_bytes,
+        parameters_bytes=budget.parameters_bytes - away,
         gradients_bytes=gradients,
         optimizer_bytes=0.0 if budget.state_on_host else budget.optimizer_bytes,
-        activations_bytes=memory.peak_bytes - gradients,
+        activations_bytes=memory.peak_bytes + away - gradients,
         buffers_bytes=budget.other_bytes,
         transient_bytes=0.0,
     )
