@@ -48,9 +48,7 @@ class Absent(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shard: torch.Tensor, host: torch.Tensor, owner: DTensor) -> Absent:
-        made: Absent = torch.Tensor._make_wrapper_subclass(
-            cls, shard.size(), strides=shard.stride(), dtype=shard.dtype, device=shard.device
-        )
+        made: Absent = torch.Tensor._make_subclass(cls, shard)
         made.shard, made._host, made._owner = shard, host, weakref.ref(owner)
         made._filling = False
         if shard.is_cuda:  # in whatever stream it was allocated
@@ -115,8 +113,12 @@ def at_home(parameters: Mapping[str, torch.Tensor], buffers: Iterable[torch.Tens
     for p in found.values():
         if isinstance(p._local_tensor, Absent):
             p._local_tensor.back()
-    for name in may_leave(found, buffers):
-        _OWNERS[found[name]._local_tensor.untyped_storage()._cdata] = found[name]
+    free = may_leave(found, buffers)
+    for name, p in found.items():
+        key = p._local_tensor.untyped_storage()._cdata
+        _OWNERS.pop(key, None)
+        if name in free:
+            _OWNERS[key] = p
 
 
 def _absent(x: torch.Tensor) -> Absent | None:
@@ -127,12 +129,15 @@ def _absent(x: torch.Tensor) -> Absent | None:
 
 
 def _emptied(x: torch.Tensor, host: torch.Tensor) -> None:
-    """What was copied to the host goes, if it is a parameter's own."""
+    """What was copied to the host goes, if it is a parameter's own still."""
     offload.wait(host)
     storage = x.untyped_storage()
     owner = _OWNERS.get(storage._cdata)
-    if owner is not None and owner._local_tensor.untyped_storage()._cdata == storage._cdata:
-        owner._local_tensor = Absent(owner._local_tensor, host, owner)
+    shard = None if owner is None else owner._local_tensor
+    if owner is None or shard is None or isinstance(shard, Absent) or not storage.resizable():
+        return
+    if shard.untyped_storage()._cdata == storage._cdata:
+        owner._local_tensor = Absent(shard, host, owner)
 
 
 def _filling(x: torch.Tensor, host: torch.Tensor) -> None:
