@@ -16,14 +16,15 @@ import numpy as np
 from autopar.memory.program import Op, Program, Resource, Schedule
 from autopar.memory.streams import Busy, run_times
 
-BEFORE = -1  # where parameters are made: before the first position
+BEFORE = -1  # the first position
 
 
 class Gap(NamedTuple):
     """Between two uses of a storage, it may be on the host.
 
     Args:
-        made: the position that makes it; `BEFORE` for a parameter.
+        made: the position that makes it or brings it back; `BEFORE` for a parameter that did not
+            leave yet.
         at: a position between the uses, at which it is not to be there.
         use: its first reader behind that; the length of the sequence where only the caller reads.
     """
@@ -60,11 +61,12 @@ def moved(
     out, left, back = program.transfers[storage]
     sequence, first = schedule.forward + schedule.backward, len(schedule.forward)
     made, at, use = gap
+    own = storage in program.parameters
     ops, us = [program.ops[i] for i in sequence], program.ops[out].us
     issued = [*(run.issued for run in busy.runs), busy.end]
     read = max((p for p in range(made + 1, at) if storage in ops[p].reads), default=made)
-    if made == BEFORE:
-        leaves = _ahead(issued, ops, read + 1, us, 0)
+    if own:
+        leaves = _ahead(issued, ops, read + 1, us, made + 1)
         earliest = at + 1
         ready = issued[leaves]
     else:

@@ -66,7 +66,8 @@ class Op:
 
 
 class Transfer(NamedTuple):
-    """The operators that move a storage to the host and back; schedules run all or none.
+    """The operators that move a storage to the host and back; schedules run all or none, for a
+    parameter as often as it leaves.
 
     Args:
         out: starts the copy to the host.
@@ -266,7 +267,8 @@ class Schedule:
             found.update(s for s in op.reads if s not in made and s in before)
             made.update(op.makes)
         found |= {s for s in program.gradients if s not in made and s in before}
-        return tuple(s for i in self.forward for s in program.ops[i].makes if s in found)
+        made_in_order = (s for i in self.forward for s in program.ops[i].makes)
+        return tuple(dict.fromkeys(s for s in made_in_order if s in found))
 
     def moved(self, program: Program) -> frozenset[int]:
         """Storages that go to the host."""
@@ -274,12 +276,12 @@ class Schedule:
         return frozenset(program.moves[i] for i in sequence if i in program.moves)
 
     def again(self, program: Program) -> tuple[int, ...]:
-        """Operators of the backward that ran before, as often as they do."""
+        """Operators of the backward that ran before, as often as they do; copies are no such."""
         seen = {program.started.get(i, i) for i in self.forward}
         found = []
         for i in self.backward:
             whole = program.started.get(i, i)
-            if whole in seen:
+            if whole in seen and i not in program.moves:
                 found.append(i)
             seen.add(whole)
         return tuple(found)

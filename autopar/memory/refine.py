@@ -8,13 +8,13 @@ round or leave out is repaired here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from autopar.memory.offload import BEFORE, Gap, host_bytes, moved, waited_us, without
-from autopar.memory.program import GIVEN, Program, Schedule
+from autopar.memory.program import GIVEN, Op, Program, Schedule
 from autopar.memory.simulate import Lives, lives, occupancy
 from autopar.memory.streams import run_times
 
@@ -118,11 +118,14 @@ class Refiner:
         """Schedules in which a value or a parameter is on the host at a position, and how much
         longer they wait."""
         program = self.program
+        ops = [program.ops[i] for i in schedule.forward + schedule.backward]
         gone, room = schedule.moved(program), program.host_bytes - host_bytes(program, schedule)
         ranked = []
         for s, start, end in zip(*found[:3], strict=True):
-            if s in program.transfers and s not in gone and program.sizes[s] <= room:
-                gap = self._gap(schedule, s, start, end, at)
+            if s not in program.transfers or not start <= at <= end:
+                continue
+            if program.sizes[s] <= room if s not in gone else s in program.parameters:
+                gap = self.gap(ops, len(schedule.forward), s, start, end, at)
                 if gap is not None:
                     ranked.append((program.sizes[s], s, gap))
         busy = run_times(program, schedule.forward + schedule.backward)
@@ -135,19 +138,26 @@ class Refiner:
                 candidates.append((max(waits, 0.0) + self._free, candidate))
         return candidates
 
-    def _gap(self, schedule: Schedule, s: int, start: int, end: int, at: int) -> Gap | None:
+    def gap(
+        self, ops: Sequence[Op], forward: int, s: int, start: int, end: int, at: int
+    ) -> Gap | None:
         """Around a position, where a storage is not used: of a value from forward to backward, of a
-        parameter anywhere."""
-        program, forward = self.program, len(schedule.forward)
-        sequence = schedule.forward + schedule.backward
-        use = next((p for p in range(at, end + 1) if s in program.ops[sequence[p]].reads), None)
+        parameter anywhere.
+
+        Args:
+            ops: of the schedule, the first of them the forward's.
+            start, end: a life of the storage that goes on at the position.
+        """
+        use = next((p for p in range(at, end + 1) if s in ops[p].reads), len(ops))
         if use == at:
             return None
-        if s in program.parameters:
-            return Gap(BEFORE, at, len(sequence) if use is None else use)
-        if use is None or use <= forward or start >= min(at, forward):
-            return None
-        return Gap(start, at, use)
+        if s not in self.program.parameters:
+            between = start < min(at, forward) and forward < use < len(ops)
+            return Gap(start, at, use) if between else None
+        made = start or BEFORE
+        if made != BEFORE and not any(s in op.reads for op in ops[made + 1 : at]):
+            return None  # it is back for this use
+        return Gap(made, at, use)
 
     def _cone(self, alive: set[int], maker: int) -> list[int] | None:
         """Operators to run for one operator's results to be there.

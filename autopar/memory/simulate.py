@@ -138,10 +138,10 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
                 kept_bytes[at],
                 again_bytes[at],
                 other_bytes[at],
-                again=program.started.get(i, i) in seen,
+                again=i not in program.moves and program.started.get(i, i) in seen,
                 away_bytes=before - there_bytes[at],
                 keeps_bytes=int(handed[at]) if at < first else 0,
-                moves_bytes=_moved(program, i),
+                moves_bytes=0 if i in seen else _moved(program, i),
                 parameter=program.moves.get(i) in program.parameters,
                 flops=op.flops,
                 resource=op.resource,
@@ -183,7 +183,7 @@ def check(program: Program, schedule: Schedule) -> None:
     assert not gone, f"parameters {[program.parameters[s].name for s in gone]} stay on the host"
     lost = (program.results | program.gradients) - made
     assert not lost, f"storages {sorted(lost)} are returned and never made"
-    _check_once(program, schedule.forward)
+    _check_once(program, [i for i in schedule.forward if i not in program.moves])
 
 
 def _check_once(program: Program, forward: Sequence[int]) -> None:

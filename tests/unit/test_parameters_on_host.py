@@ -4,6 +4,7 @@ and there whenever somebody looks."""
 import copy
 import functools
 import io
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from autopar import ClusterInfo, auto_engine
 from autopar.errors import InfeasibleError
 from autopar.memory.build import schedule_of
 from autopar.memory.offload import host_bytes, moved
-from autopar.memory.plan import MemoryPlan, plan_memory
+from autopar.memory.plan import MemoryPlan, StepBudget, describe, plan_memory
 from autopar.memory.program import Program, Schedule, eager_schedule
 from autopar.memory.refine import Refiner
 from autopar.memory.simulate import check, live_bytes, lives
@@ -140,28 +141,56 @@ def simulated(program: Program, schedule: Schedule) -> list[int]:
     return found
 
 
-def test_wherever_a_parameter_leaves_it_is_back_for_its_readers():
-    program = pair(smallest()).step.program
-    eager = eager_schedule(program)
-    tried = 0
-    for schedule in (eager, schedule_of(program, set())):
-        refiner = Refiner(program, {i: op.us for i, op in enumerate(program.ops)})
+def wandering(program: Program, seed: int) -> Iterator[Schedule]:
+    """Parameters leave one after the other, at random positions, some more than once."""
+    refiner = Refiner(program, {i: op.us for i, op in enumerate(program.ops)})
+    draw = random.Random(seed)
+    schedule = schedule_of(program, set()) if seed % 2 else eager_schedule(program)
+    for _ in range(20):
         sequence = schedule.forward + schedule.backward
-        busy, found = run_times(program, sequence), lives(program, schedule)
-        for s, start, end in zip(*found[:3], strict=True):
-            for at in range(0, len(sequence), 3):
-                gap = refiner._gap(schedule, s, start, end, at) if s in program.parameters else None
-                if gap is None:
-                    continue
-                candidate = moved(program, schedule, busy, s, gap, np.array([at]))
-                check(program, candidate)
-                missing = simulated(program, candidate)
-                assert max(missing) == program.parameters[s].nbytes
-                stays = replace(program, parameters={})
-                without = live_bytes(stays, candidate)
-                assert (live_bytes(program, candidate) == without - missing).all()
-                tried += 1
-    assert tried > 100
+        own = zip(*lives(program, schedule)[:3], strict=True)
+        s, start, end = draw.choice([x for x in own if x[0] in program.parameters])
+        at, ops = draw.randint(start, end), [program.ops[i] for i in sequence]
+        gap = refiner.gap(ops, len(schedule.forward), s, start, end, at)
+        if gap is not None:
+            busy = run_times(program, sequence)
+            schedule = moved(program, schedule, busy, s, gap, np.array([at]))
+            # behind the two copies
+            assert simulated(program, schedule)[at + 2] >= program.parameters[s].nbytes
+            yield schedule
+
+
+def test_wherever_parameters_leave_they_are_back_for_their_readers():
+    program = pair(smallest()).step.program
+    stays = replace(program, parameters={})
+    count = 0
+    for seed in range(20):
+        for schedule in wandering(program, seed):
+            check(program, schedule)
+            missing = simulated(program, schedule)
+            assert (live_bytes(program, schedule) == live_bytes(stays, schedule) - missing).all()
+            count += 1
+    assert count > 100
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_such_schedules_run(monkeypatch, seed):
+    def choose(self: StepBudget, program: Program) -> MemoryPlan:
+        *_, last = wandering(program, seed)
+        return describe(program, last)
+
+    monkeypatch.setattr(StepBudget, "choose", choose)
+    (model, _), (alone, _) = engine(2.0**30), built()
+    for step in range(2):
+        data = words(step)
+        with LiveBytes() as live:
+            model(**data).backward()
+        alone(**data).backward()
+    plan = model.memory_plan
+    calls = plan.schedule.forward + plan.schedule.backward
+    assert len(calls) - len(set(calls)) > 2
+    assert_same(model, alone)
+    assert live.peak == pytest.approx(plan.peak_bytes, abs=64)
 
 
 def plan_of(program: Program, share: float) -> MemoryPlan:
