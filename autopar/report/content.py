@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autopar.memory.summary import ModuleMemory
@@ -190,17 +190,22 @@ def step_table(plan: ShardingPlan) -> Table | None:
     if step is None:
         return None
 
-    sizes = ("kept_bytes", "moved_bytes", "parameters_bytes")
-    times = ("again_us", "gathered_us")
-
     def row(name: str, modules: Sequence[ModuleMemory]) -> tuple[str, ...]:
-        def total(key: str) -> float:
-            return sum(getattr(m, key) for m in modules)
+        def total(key: str, text: Callable[[float], str]) -> str:
+            found = sum(getattr(m, key) for m in modules)
+            return text(found) if found else ""
 
+        parameters = total("parameters_bytes", bytes_text)
+        on_host = (
+            total("moved_bytes", bytes_text),
+            f"{parameters} of parameters" if parameters else "",
+        )
         return (
             name,
-            *(bytes_text(n) if (n := total(key)) else "" for key in sizes),
-            *(time_text(us) if (us := total(key)) else "" for key in times),
+            total("kept_bytes", bytes_text),
+            " + ".join(filter(None, on_host)),
+            total("again_us", time_text),
+            total("gathered_us", time_text),
         )
 
     rows = [row(m.module or "(model)", [m]) for m in step.modules]
@@ -218,14 +223,7 @@ def step_table(plan: ShardingPlan) -> Table | None:
     )
     return Table(
         "From forward to backward",
-        (
-            "module",
-            "kept>",
-            "on the host>",
-            "parameters on the host>",
-            "computed again>",
-            "gathered again>",
-        ),
+        ("module", "kept>", "on the host>", "computed again>", "gathered again>"),
         tuple(rows),
         " ".join(filter(None, notes)),
         total=len(rows) - 1,
