@@ -132,6 +132,7 @@ class Timeline:
         write_atomically(path, json.dumps(self.to_trace()) + "\n")
 
     def _events(self) -> Iterator[dict[str, Any]]:
+        leave = any(moment.parameter for moment in self.moments)
         for at, moment in enumerate(self.moments):
             phase = "forward" if at < self.forward else "backward"
             yield _ROWS[moment.resource] | {
@@ -147,8 +148,9 @@ class Timeline:
             yield _counter(
                 "live by origin", moment.issued_us, parts | {"other": moment.other_bytes}
             )
-            away = {"bytes": moment.away_bytes}
-            yield _counter("parameters on the host", moment.issued_us, away)
+            if leave:
+                away = {"bytes": moment.away_bytes}
+                yield _counter("parameters on the host", moment.issued_us, away)
         yield _counter("live bytes", self.us, {"bytes": 0})
 
 

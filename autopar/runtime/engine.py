@@ -218,14 +218,14 @@ class Engine(torch.nn.Module):
         self._specialization(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._parameters_leave:
+            self._at_home()
         special = self._specialization(args, kwargs)
         if self._away is not None and torch.is_grad_enabled():
             self._away.leave()
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         graph, program = special.graph, special.program
         found = dict(self._model.named_parameters())
-        if self._parameters_leave:
-            at_home(found, self._model.buffers())
         with torch.no_grad():
             for name, update in graph.updates.items():
                 shard = found[name].to_local()
@@ -345,6 +345,7 @@ class Engine(torch.nn.Module):
             self._away = StateOnHost(self._optimizer)
         if self._memory is not None and self._memory.parameters_on_host:
             self._parameters_leave = True
+            self._at_home()
         return _Specialization(graph, plan, program, step, layout)
 
     def _example(
@@ -363,6 +364,9 @@ class Engine(torch.nn.Module):
         if program.takes_seed:
             example.append(torch.zeros((), dtype=torch.int64))
         return example
+
+    def _at_home(self) -> None:
+        at_home(dict(self._model.named_parameters()), self._model.buffers())
 
     def _may_leave(self, graph: ModelGraph) -> dict[int, str]:
         """Parameters that a schedule may have on the host, by their position."""
