@@ -218,8 +218,6 @@ class Engine(torch.nn.Module):
         self._specialization(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._parameters_leave:
-            self._at_home()
         special = self._specialization(args, kwargs)
         if self._away is not None and torch.is_grad_enabled():
             self._away.leave()
@@ -274,6 +272,8 @@ class Engine(torch.nn.Module):
 
     def _specialization(self, args: Any, kwargs: Any) -> _Specialization:
         """The program for inputs of these shapes, and of values that its guards allow."""
+        if self._parameters_leave:
+            self._at_home()
         programs = self._programs.setdefault(self._key(args, kwargs), [])
         failed = None
         for special in programs:

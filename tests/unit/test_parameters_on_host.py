@@ -219,6 +219,11 @@ def evaluates(model, alone):
     assert not away(model)
 
 
+def prepares(model, alone):
+    model.prepare(**words(9, count=64))
+    assert not away(model)
+
+
 def reads(model, alone):
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(p.full_tensor(), q)
@@ -240,7 +245,7 @@ def keeps_an_array(model, alone):
 
 
 @pytest.mark.parametrize(
-    "happens", [forwards_again, trains_again, evaluates, reads, copies, keeps_an_array]
+    "happens", [forwards_again, trains_again, evaluates, prepares, reads, copies, keeps_an_array]
 )
 def test_between_forward_and_backward(happens):
     (model, _), (alone, _) = engine(smallest()), built()
