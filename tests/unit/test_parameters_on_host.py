@@ -50,16 +50,16 @@ def built() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 
 @functools.cache
-def pair(budget: float, name: str = "fast") -> Pair:
+def pair(budget: float, name: str = "fast", count: int = 128) -> Pair:
     model, _ = built()
     cluster = CLUSTERS[name].with_memory(budget)
-    return plan_pair(prepare(model, (), words(0), cluster=cluster, optimizer_state=0.0))
+    return plan_pair(prepare(model, (), words(0, count), cluster=cluster, optimizer_state=0.0))
 
 
 @functools.cache
-def smallest(name: str = "fast") -> float:
+def smallest(name: str = "fast", count: int = 128) -> float:
     with pytest.raises(InfeasibleError) as error:
-        pair(1000.0, name)
+        pair(1000.0, name, count)
     assert error.value.smallest_bytes is not None
     return error.value.smallest_bytes
 
@@ -103,6 +103,27 @@ def test_trains_alike_below_what_fits_otherwise():
         optimizer.step()
         beside.step()
     assert live.peak == pytest.approx(model.memory_plan.peak_bytes, abs=64)
+
+
+def test_beside_the_optimizers_state():
+    """The smallest budget of an optimizer without state is enough for one with it, on the host."""
+    (model, _), (alone, _) = built(), built()
+    optimizer, beside = (
+        torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-3) for m in (model, alone)
+    )
+    count = 400
+    model, _ = auto_engine(model, optimizer, FAST, memory=smallest("fast", count))
+    for step in range(3):
+        data = words(step, count)
+        loss = model(**data)
+        assert away(model)
+        loss.backward()
+        alone(**data).backward()
+        assert_same(model, alone)
+        for each in (optimizer, beside):
+            each.step()
+            each.zero_grad()
+    assert model.memory_plan.state_on_host
 
 
 def test_the_report_names_them():
