@@ -23,7 +23,7 @@ def step_html(step: StepSummary) -> str:
     peak = (
         f"What the step makes peaks at {format_bytes(step.peak_bytes)}, at {step.peak_at}; "
         f"if everything were kept, at {format_bytes(step.eager_bytes)}. "
-        f"{format_bytes(step.resident_bytes)} are there before."
+        f"{format_bytes(step.resident_bytes)} are there before the step."
     )
     return "\n".join(
         (

@@ -16,7 +16,7 @@ import numpy as np
 from autopar.memory.program import Op, Program, Resource, Schedule
 from autopar.memory.streams import Busy, run_times
 
-BEFORE = -1  # the first position
+BEFORE = -1  # the position of what was there before the step
 
 
 class Gap(NamedTuple):

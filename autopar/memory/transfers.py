@@ -64,16 +64,15 @@ def with_transfers(
         module = _module(program, s)
         us = 1e6 * (link.alpha + link.beta * (program.nbytes[s] if shard is None else shard.nbytes))
         transfers[s] = Transfer(len(ops), len(ops) + 1, len(ops) + 2)
-        ops += [
+        moves: tuple[Op, ...] = (
             _op(out, (s,), (host,), us, module, Resource.HOST),
             _op(gone, (s, host), (), 0.0, module, Resource.COMPUTE),
             _op(back, (host,), (s,), us, module, Resource.HOST),
-        ]
+        )
         if shard is not None:
-            ops[-3:] = [
-                replace(op, name=f"{shard.name} {what}")
-                for op, what in zip(ops[-3:], ("to the host", "gone", "back"), strict=True)
-            ]
+            names = (f"{shard.name} {what}" for what in ("to the host", "gone", "back"))
+            moves = tuple(replace(op, name=name) for op, name in zip(moves, names, strict=True))
+        ops += moves
         calls += nodes
     program = replace(
         program,

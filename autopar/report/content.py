@@ -217,7 +217,7 @@ def step_table(plan: ShardingPlan) -> Table | None:
         f"fit the memory; compute waits {waits or 'for nothing'}.",
         f"What they make peaks at {bytes_text(step.peak_bytes)} (if everything were kept, at "
         f"{bytes_text(step.eager_bytes)}), at {step.peak_at}; {bytes_text(step.resident_bytes)} "
-        f"are there before.",
+        f"are there before the step.",
         "The optimizer's state is on the host but for its step." if step.state_on_host else "",
         f"On the host for a part of the step: {', '.join(away)}." if away else "",
     )
