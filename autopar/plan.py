@@ -15,7 +15,7 @@ from autopar.errors import PlanError
 from autopar.memory.summary import StepSummary
 from autopar.sharding.spec import ShardingSpec
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)

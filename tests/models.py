@@ -112,6 +112,30 @@ class ViT(nn.Module):
         return logits if y is None else F.cross_entropy(logits, y)
 
 
+class Classifier(nn.Module):
+    """Heavy weights, and a loss over many classes that takes more: where it is computed, all other
+    weights are idle. By default, sizes are odd, so that splits are uneven."""
+
+    def __init__(self, width: int = 65, classes: int = 401) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(52, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x, y):
+        h = self.embed(x)
+        for layer in self.layers:
+            h = h + F.gelu(layer(h))
+        return F.cross_entropy(self.head(h), y)
+
+
+def words(seed: int, count: int = 128) -> dict[str, torch.Tensor]:
+    """A batch for a `Classifier`."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randint(0, 52, (count,), generator=generator) for _ in "xy")
+    return {"x": x, "y": y}
+
+
 def _text(generator: torch.Generator) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, 101, (8, 12), generator=generator)
     return {"input_ids": ids, "labels": ids}

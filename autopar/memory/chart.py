@@ -11,6 +11,7 @@ import plotly.io
 from autopar.memory.summary import StepSummary
 from autopar.units import format_bytes
 
+_PARAMETERS = "#a9bcd0"
 _KEPT, _HOST, _AGAIN, _GATHERED, _OTHER = "#3b6ea5", "#7fa8d1", "#d9822b", "#efc08a", "#b0aba3"
 _ROW_HEIGHT = 22
 _FONT = {"family": "system-ui, sans-serif", "size": 13, "color": "#24292f"}
@@ -22,7 +23,7 @@ def step_html(step: StepSummary) -> str:
     peak = (
         f"What the step makes peaks at {format_bytes(step.peak_bytes)}, at {step.peak_at}; "
         f"if everything were kept, at {format_bytes(step.eager_bytes)}. "
-        f"{format_bytes(step.resident_bytes)} are there besides."
+        f"{format_bytes(step.resident_bytes)} are there before the step."
     )
     return "\n".join(
         (
@@ -34,8 +35,9 @@ def step_html(step: StepSummary) -> str:
 
 
 def live_figure(step: StepSummary) -> go.Figure:
-    """Bytes alive over time, by origin; the backward starts at the dashed line."""
-    us, kept, again, other = zip(*step.live, strict=True) if step.live else ((), (), (), ())
+    """Bytes alive over time, by origin, and those of parameters that are missing meanwhile; the
+    backward starts at the dashed line."""
+    us, kept, again, other, away = zip(*step.live, strict=True) if step.live else ((),) * 5
     times = [t * 1e-3 for t in us]
     words = [format_bytes(sum(parts)) for parts in zip(kept, again, other, strict=True)]
     figure = go.Figure()
@@ -48,6 +50,12 @@ def live_figure(step: StepSummary) -> go.Figure:
             name=name, x=times, y=[v / 2**20 for v in values], stackgroup="live",
             line={"shape": "hv", "width": 0}, fillcolor=color, customdata=words,
             hovertemplate="%{y:.2f} MiB of %{customdata} " + name + "<extra></extra>",
+        )  # fmt: skip
+    if any(away):
+        figure.add_scatter(
+            name="parameters on the host", x=times, y=[-v / 2**20 for v in away],
+            line={"shape": "hv", "width": 0}, fill="tozeroy", fillcolor=_PARAMETERS,
+            hovertemplate="%{y:.2f} MiB of parameters on the host<extra></extra>",
         )  # fmt: skip
     if 0 < step.backward_us < step.us:
         figure.add_vline(x=step.backward_us * 1e-3, line={"dash": "dash", "width": 1})
@@ -68,6 +76,12 @@ def modules_figure(step: StepSummary) -> go.Figure:
     for axis, name, color, values in (
         ("x", "kept", _KEPT, [m.kept_bytes / 2**20 for m in step.modules]),
         ("x", "on the host", _HOST, [m.moved_bytes / 2**20 for m in step.modules]),
+        (
+            "x",
+            "parameters on the host",
+            _PARAMETERS,
+            [m.parameters_bytes / 2**20 for m in step.modules],
+        ),
         ("x2", "computed again", _AGAIN, [m.again_us * 1e-3 for m in step.modules]),
         ("x2", "gathered again", _GATHERED, [m.gathered_us * 1e-3 for m in step.modules]),
     ):

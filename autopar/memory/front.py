@@ -152,11 +152,12 @@ class Front:
 
     def smallest(self) -> Point:
         """The schedule of the smallest peak that is found."""
-        refiners = [self.refiner]
-        if self.program.transfers:  # a step that moves a value may end where others would go on
-            refiners.append(Refiner(replace(self.program, transfers={}), self.cost))
         least = min(self.candidates, key=_by_peak)
-        return min((self._lowered(least, refiner) for refiner in refiners), key=_by_peak)
+        starts = [least]
+        if self.program.transfers:  # a step that moves a value may end where others would go on
+            alone = Refiner(replace(self.program, transfers={}), self.cost)
+            starts.append(self._lowered(least, alone))
+        return min((self._lowered(start, self.refiner) for start in starts), key=_by_peak)
 
     def _lowered(self, best: Point, refiner: Refiner) -> Point:
         """Refined as far as that lowers the peak."""

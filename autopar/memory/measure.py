@@ -11,11 +11,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.profiler.counting import Recorder, tensors_of
-from autopar.runtime import offload
+from autopar.runtime import offload, parameters_on_host
 
 
 class LiveTrace(TorchDispatchMode):
-    """Every storage made and freed while it is active. It keeps nothing alive itself.
+    """Every storage made and freed while it is active, and parameters emptied and filled again. It
+    keeps nothing alive itself.
 
     What counts is decided when the peak is asked for, since which storages are gradients of
     parameters shows at the end only.
@@ -50,6 +51,10 @@ class LiveTrace(TorchDispatchMode):
                 peak = max(peak, now)
         return peak
 
+    def _emptied(self, nbytes: int) -> None:
+        self._events.append((len(self._shapes), nbytes))
+        self._shapes.append(())
+
     def _freed(self, key: int, number: int, nbytes: int) -> None:
         self._numbers.pop(key, None)
         self._events.append((number, -nbytes))
@@ -58,7 +63,8 @@ class LiveTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
         before = {t.untyped_storage()._cdata for t in leaves if isinstance(t, torch.Tensor)}
-        out = func(*args, **kwargs)
+        with parameters_on_host.counted(func, args, self._emptied):
+            out = func(*args, **kwargs)
         if func is offload.HOST:
             return out
         for t in pytree.tree_leaves(out):

@@ -1,21 +1,42 @@
 """Where in a schedule a value leaves for the host, and where it comes back.
 
-It leaves when it is made, and is gone at the first operator by which the copy is done, but in any
-case before the peak that it is to relieve: what the copy lacks until then, compute waits for. It
-comes back as late as the copy takes, and as early as there is room.
+A value leaves when it is made, a parameter so that the copy is done when it is read last. It is
+gone at the first operator by which the copy is done, but in any case before the peak that it is to
+relieve: what the copy lacks until then, compute waits for. It comes back as late as the copy takes,
+and as early as there is room.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
-from autopar.memory.program import Program, Resource, Schedule
-from autopar.memory.streams import Run, run_times
+from autopar.memory.program import Op, Program, Resource, Schedule
+from autopar.memory.streams import Busy, run_times
+
+BEFORE = -1  # the position of what was there before the step
+
+
+class Gap(NamedTuple):
+    """Between two uses of a storage, it may be on the host.
+
+    Args:
+        made: the position that makes it or brings it back; `BEFORE` for a parameter that did not
+            leave yet.
+        at: a position between the uses, at which it is not to be there.
+        use: its first reader behind that; the length of the sequence where only the caller reads.
+    """
+
+    made: int
+    at: int
+    use: int
 
 
 def host_bytes(program: Program, schedule: Schedule) -> int:
     """What a schedule holds on the host."""
-    return sum(program.nbytes[s] for s in schedule.moved(program))
+    return int(sum(program.sizes[s] for s in schedule.moved(program)))
 
 
 def waited_us(program: Program, schedule: Schedule) -> float:
@@ -26,23 +47,12 @@ def waited_us(program: Program, schedule: Schedule) -> float:
 
 
 def moved(
-    program: Program,
-    schedule: Schedule,
-    runs: list[Run],
-    storage: int,
-    *,
-    made: int,
-    at: int,
-    use: int,
-    crowded: np.ndarray,
+    program: Program, schedule: Schedule, busy: Busy, storage: int, gap: Gap, crowded: np.ndarray
 ) -> Schedule | None:
-    """The schedule with a storage on the host at a position.
+    """The schedule with a storage on the host in a gap.
 
     Args:
-        runs: of the schedule.
-        made: where the forward makes the storage.
-        at: a position at which nobody reads it.
-        use: its first reader behind that, in the backward.
+        busy: the times of the schedule.
         crowded: positions at which there is no room for it, in ascending order.
 
     Returns:
@@ -50,22 +60,28 @@ def moved(
     """
     out, left, back = program.transfers[storage]
     sequence, first = schedule.forward + schedule.backward, len(schedule.forward)
-    us, ops = program.ops[out].us, program.ops
-    read = max(p for p in range(made, at) if p == made or storage in ops[sequence[p]].reads)
-    queue = [runs[p].end for p in range(made + 1) if ops[sequence[p]].resource is Resource.HOST]
-    done = max([runs[made].end, *queue[-1:]]) + us
-    gone = next((p for p in range(read + 1, at) if runs[p].issued >= done), at)
-    earliest = max(at + 1, first)
+    made, at, use = gap
+    own = storage in program.parameters
+    ops, us = [program.ops[i] for i in sequence], program.ops[out].us
+    issued = [*(run.issued for run in busy.runs), busy.end]
+    read = max((p for p in range(made + 1, at) if storage in ops[p].reads), default=made)
+    if own:
+        leaves = _ahead(issued, ops, read + 1, us, made + 1)
+        earliest = at + 1
+        ready = issued[leaves]
+    else:
+        leaves = made + 1
+        earliest = max(at + 1, first)
+        ready = busy.runs[made].end
+    queue = [busy.runs[p].end for p in range(leaves) if ops[p].resource is Resource.HOST]
+    done = max([ready, *queue[-1:]]) + us
+    gone = next((p for p in range(read + 1, at) if issued[p] >= done), at)
     if crowded.size and (before := crowded[crowded < use]).size:
         earliest = max(earliest, int(before[-1]) + 1)
     if earliest > use:
         return None
-    start, wanted = use, us
-    while start > earliest and runs[use].issued - runs[start].issued < wanted:
-        start -= 1
-        if ops[sequence[start]].resource is Resource.HOST:
-            wanted += ops[sequence[start]].us
-    inserted = sorted([(made + 1, 0, out), (gone, 1, left), (start, 2, back)], reverse=True)
+    start = _ahead(issued, ops, use, us, earliest)
+    inserted = sorted([(leaves, 0, out), (gone, 1, left), (start, 2, back)], reverse=True)
     forward, backward = list(schedule.forward), list(schedule.backward)
     for position, _, i in inserted:
         if position > first or (position == first and i == back):
@@ -73,6 +89,21 @@ def moved(
         else:
             forward.insert(position, i)
     return Schedule(tuple(forward), tuple(backward))
+
+
+def _ahead(issued: Sequence[float], ops: Sequence[Op], end: int, us: float, earliest: int) -> int:
+    """The last position from which a copy is done by another one, or the earliest.
+
+    Args:
+        issued: when every position is reached, and the end.
+        us: that the copy takes; to that come the copies that are begun behind it.
+    """
+    start = end
+    while start > earliest and issued[end] - issued[start] < us:
+        start -= 1
+        if ops[start].resource is Resource.HOST:
+            us += ops[start].us
+    return start
 
 
 def without(program: Program, schedule: Schedule, storage: int) -> Schedule:

@@ -41,6 +41,7 @@ class MemoryPlan:
             runs again and what compute waits for.
         exposed_us: of that, by waiting for collectives.
         state_on_host: the optimizer's state is on the host but for its step.
+        parameters_on_host: names of those that are there for a part of the step.
     """
 
     schedule: Schedule
@@ -51,6 +52,7 @@ class MemoryPlan:
     added_us: float
     exposed_us: float = 0.0
     state_on_host: bool = False
+    parameters_on_host: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -60,7 +62,7 @@ class MemoryPlan:
         """In short.
 
         Args:
-            resident_bytes: what is there besides what the step makes.
+            resident_bytes: what is there before the step.
         """
         found = self.timeline
         moments = found.moments
@@ -75,8 +77,10 @@ class MemoryPlan:
             peak_at="" if at is None else at.name + (f" of {at.module}" if at.module else ""),
             resident_bytes=resident_bytes,
             state_on_host=self.state_on_host,
+            parameters_on_host=self.parameters_on_host,
             live=tuple(
-                (round(m.issued_us, 2), m.kept_bytes, m.again_bytes, m.other_bytes) for m in moments
+                (round(m.issued_us, 2), m.kept_bytes, m.again_bytes, m.other_bytes, m.away_bytes)
+                for m in moments
             ),
             modules=found.by_module(),
         )
@@ -84,6 +88,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         share = 100 * self.added_flops / max(1.0, self.step_flops)
         state = ", the optimizer's state on the host" if self.state_on_host else ""
+        if self.parameters_on_host:
+            state += f", parameters on the host meanwhile: {', '.join(self.parameters_on_host)}"
         return (
             f"peak {format_bytes(self.peak_bytes)} (everything kept: "
             f"{format_bytes(self.eager_bytes)}), {share:.1f}% more FLOPs{state}"
@@ -208,6 +214,11 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
         program.flops(range(len(program.ops))),
         max(0.0, found.us - free.us),
         max(0.0, found.exposed_us(communication) - free.exposed_us(communication)),
+        parameters_on_host=tuple(
+            parameter.name
+            for s, parameter in program.parameters.items()
+            if s in schedule.moved(program)
+        ),
     )
 
 

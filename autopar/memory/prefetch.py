@@ -222,10 +222,10 @@ class _Placing:
     def _earliest(self, p: int) -> int:
         """The first position at which operands are there that come not along, and what was in the
         place of the results is read no more."""
-        op, program = self.ops[p], self.program
+        op = self.ops[p]
         bounds = [self.first if p >= self.first else 0]
         if self._maker(p) is None:
-            made = [_last(self.made[s], p) for s in op.reads if program.maker[s] != GIVEN]
+            made = [_last(self.made[s], p) for s in op.reads]
             bounds += [self.late.get(m, m) + 1 for m in made]
         for s in op.makes:
             bounds += [_last(self.made[s], p) + 1, _last(self.read[s], p) + 1]

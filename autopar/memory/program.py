@@ -66,7 +66,8 @@ class Op:
 
 
 class Transfer(NamedTuple):
-    """The operators that move a storage to the host and back; schedules run all or none.
+    """The operators that move a storage to the host and back; schedules run all or none, for a
+    parameter as often as it leaves.
 
     Args:
         out: starts the copy to the host.
@@ -77,6 +78,18 @@ class Transfer(NamedTuple):
     out: int
     left: int
     back: int
+
+
+class Parameter(NamedTuple):
+    """A shard of a parameter that may be on the host for a part of the step.
+
+    Args:
+        name: of the parameter.
+        nbytes: of the shard.
+    """
+
+    name: str
+    nbytes: int
 
 
 class Split(NamedTuple):
@@ -110,6 +123,8 @@ class Program:
         order: the backward's operators as they run, if not as `ops` has them.
         transfers: by storage, the operators that move it to the host; no part of forward or
             backward unless a schedule takes them in.
+        parameters: by storage, those that have a transfer. They are there before the step and after
+            it, so their bytes count only where they are missing.
         splits: by collective, the operators that a schedule may have in its place.
         host_bytes: of the host, for what is moved.
     """
@@ -125,6 +140,7 @@ class Program:
     terms: frozenset[int] = frozenset()
     order: tuple[int, ...] = ()
     transfers: Mapping[int, Transfer] = field(default_factory=dict)
+    parameters: Mapping[int, Parameter] = field(default_factory=dict)
     splits: Mapping[int, Split] = field(default_factory=dict)
     host_bytes: float = math.inf
 
@@ -155,16 +171,18 @@ class Program:
         found = [GIVEN] * len(self.nbytes)
         for i, op in enumerate(self.ops):
             for s in op.makes:
-                if found[s] == GIVEN:
+                if found[s] == GIVEN and s not in self.parameters:
                     found[s] = i
         return tuple(found)
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """`nbytes` and `stays` as an array."""
+        """`nbytes`, `stays` and those of `parameters` as an array."""
         found = np.array(self.nbytes, dtype=np.float64)
         for s, n in self.stays.items():
             found[s] += n
+        for s, parameter in self.parameters.items():
+            found[s] += parameter.nbytes
         return found
 
     def without_gradients(self) -> Program:
@@ -216,7 +234,8 @@ class Program:
 
     def same_as(self, other: Program) -> bool:
         """Whether the schedules of one, and what they need, are those of the other."""
-        return self.signature == other.signature and self.nbytes == other.nbytes
+        mine, theirs = ((p.signature, p.nbytes, p.parameters) for p in (self, other))
+        return mine == theirs
 
     def flops(self, sequence: Sequence[int]) -> float:
         """FLOPs of a sequence of operators."""
@@ -237,8 +256,10 @@ class Schedule:
     backward: tuple[int, ...]
 
     def kept(self, program: Program) -> tuple[int, ...]:
-        """Storages handed from the forward to the backward, in the order of their making."""
+        """Storages handed from the forward to the backward, in the order of their making; without
+        what was there before."""
         before = {s for i in self.forward for s in program.ops[i].makes}
+        before -= program.parameters.keys()
         made: set[int] = set()
         found: set[int] = set()
         for i in self.backward:
@@ -246,19 +267,21 @@ class Schedule:
             found.update(s for s in op.reads if s not in made and s in before)
             made.update(op.makes)
         found |= {s for s in program.gradients if s not in made and s in before}
-        return tuple(s for i in self.forward for s in program.ops[i].makes if s in found)
+        made_in_order = (s for i in self.forward for s in program.ops[i].makes)
+        return tuple(dict.fromkeys(s for s in made_in_order if s in found))
 
     def moved(self, program: Program) -> frozenset[int]:
         """Storages that go to the host."""
-        return frozenset(program.moves[i] for i in self.forward if i in program.moves)
+        sequence = self.forward + self.backward
+        return frozenset(program.moves[i] for i in sequence if i in program.moves)
 
     def again(self, program: Program) -> tuple[int, ...]:
-        """Operators of the backward that ran before, as often as they do."""
+        """Operators of the backward that ran before, as often as they do; copies are no such."""
         seen = {program.started.get(i, i) for i in self.forward}
         found = []
         for i in self.backward:
             whole = program.started.get(i, i)
-            if whole in seen:
+            if whole in seen and i not in program.moves:
                 found.append(i)
             seen.add(whole)
         return tuple(found)

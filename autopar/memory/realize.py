@@ -44,10 +44,7 @@ class _Writer:
 
     def _copy(self, node: fx.Node, makes: tuple[int, ...] = ()) -> fx.Node:
         for s in {self.joint.base.get(n, GIVEN) for n in node.all_input_nodes} & self.coming:
-            self.coming.discard(s)
-            arrived = torch.ops.autopar.arrived.default
-            wait = self.graph.call_function(arrived, (self.env[self.joint.owner[s]],))
-            wait.meta = {"storage": -1, "makes": ()}
+            self.wait(s)
         new = self.graph.node_copy(node, self.value)
         numbers = [self.joint.base[n] for n in (node, *node.users) if n in self.joint.base]
         is_part = node.target is operator.getitem
@@ -55,6 +52,14 @@ class _Writer:
             new.meta["storage"] = self.joint.base.get(node, numbers[0] if numbers else -1)
         new.meta["makes"] = makes
         return new
+
+    def wait(self, s: int) -> None:
+        """For what comes back from the host."""
+        self.coming.discard(s)
+        own = s in self.joint.program.parameters
+        wait = torch.ops.autopar.filled.default if own else torch.ops.autopar.arrived.default
+        node = self.graph.call_function(wait, (self.env[self.joint.owner[s]],))
+        node.meta = {"storage": -1, "makes": ()}
 
     def call(self, index: int) -> fx.Node:
         """Write an operator; what it makes replaces what was there under its names."""
@@ -73,7 +78,8 @@ class _Writer:
             self.env[node] = new
         if index in self.joint.program.moves:
             for s in op.makes:  # what came back takes the place of what left
-                self.env[self.joint.owner[s]] = new
+                if s not in self.joint.program.parameters:
+                    self.env[self.joint.owner[s]] = new
             self.coming.update(s for s in op.makes if self.joint.owner[s] is not node)
             return new
         for user in node.users:
@@ -115,8 +121,11 @@ def realize(
         outputs[:num_fwd_outputs] + handed, [*described[:num_fwd_outputs], *([None] * len(handed))]
     )
     backward = _Writer(joint, [*handed, *tangents])
+    backward.coming = forward.coming  # parameters; no value starts to come back in the forward
     for i in schedule.backward:
         backward.call(i)
+    for s in sorted(backward.coming & program.parameters.keys()):
+        backward.wait(s)
     backward.output(outputs[num_fwd_outputs:], described[num_fwd_outputs:])
     made = []
     for writer in (forward, backward):
@@ -128,8 +137,9 @@ def realize(
 def _given(
     program: Program, joint: Joint, schedule: Schedule, primals: Sequence[fx.Node]
 ) -> list[fx.Node]:
-    """Inputs that the backward reads."""
-    read = {s for i in schedule.backward for s in program.ops[i].reads} | program.gradients
+    """Inputs that the backward reads, or fills again."""
+    ops = [program.ops[i] for i in schedule.backward]
+    read = {s for op in ops for s in (*op.reads, *op.makes)} | program.gradients
     needed = {s for s in read if program.maker[s] == GIVEN}
     owners = {joint.owner[s] for s in needed}
     return [n for n in primals if n in owners]

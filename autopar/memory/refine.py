@@ -8,13 +8,13 @@ round or leave out is repaired here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from autopar.memory.offload import host_bytes, moved, waited_us, without
-from autopar.memory.program import GIVEN, Program, Schedule
+from autopar.memory.offload import BEFORE, Gap, host_bytes, moved, waited_us, without
+from autopar.memory.program import GIVEN, Op, Program, Schedule
 from autopar.memory.simulate import Lives, lives, occupancy
 from autopar.memory.streams import run_times
 
@@ -115,31 +115,49 @@ class Refiner:
     def _moved(
         self, schedule: Schedule, found: Lives, live: np.ndarray, budget: float, at: int
     ) -> list[tuple[float, Schedule]]:
-        """Schedules in which a value is on the host at a position, and what they wait longer."""
-        program, forward = self.program, len(schedule.forward)
-        sequence = schedule.forward + schedule.backward
+        """Schedules in which a value or a parameter is on the host at a position, and how much
+        longer they wait."""
+        program = self.program
+        ops = [program.ops[i] for i in schedule.forward + schedule.backward]
         gone, room = schedule.moved(program), program.host_bytes - host_bytes(program, schedule)
         ranked = []
         for s, start, end in zip(*found[:3], strict=True):
-            nbytes = program.nbytes[s]
-            if s not in program.transfers or s in gone or nbytes > room:
+            if s not in program.transfers or not start <= at <= end:
                 continue
-            if not start < min(at, forward) or s in program.ops[sequence[at]].reads:
-                continue
-            use = next((p for p in range(at, end + 1) if s in program.ops[sequence[p]].reads), -1)
-            if use > forward:
-                ranked.append((nbytes, s, start, use))
-        busy = run_times(program, sequence)
+            if program.sizes[s] <= room if s not in gone else s in program.parameters:
+                gap = self.gap(ops, len(schedule.forward), s, start, end, at)
+                if gap is not None:
+                    ranked.append((program.sizes[s], s, gap))
+        busy = run_times(program, schedule.forward + schedule.backward)
         crowded, before = np.flatnonzero(live > budget), waited_us(program, schedule)
         candidates = []
-        for _, s, made, use in sorted(ranked, reverse=True)[:_TRIED]:
-            candidate = moved(
-                program, schedule, busy.runs, s, made=made, at=at, use=use, crowded=crowded
-            )
+        for _, s, gap in sorted(ranked, reverse=True)[:_TRIED]:
+            candidate = moved(program, schedule, busy, s, gap, crowded)
             if candidate is not None:
                 waits = waited_us(program, candidate) - before
                 candidates.append((max(waits, 0.0) + self._free, candidate))
         return candidates
+
+    def gap(
+        self, ops: Sequence[Op], forward: int, s: int, start: int, end: int, at: int
+    ) -> Gap | None:
+        """Around a position, where a storage is not used: of a value from forward to backward, of a
+        parameter anywhere.
+
+        Args:
+            ops: of the schedule, the first of them the forward's.
+            start, end: a life of the storage that goes on at the position.
+        """
+        use = next((p for p in range(at, end + 1) if s in ops[p].reads), len(ops))
+        if use == at:
+            return None
+        if s not in self.program.parameters:
+            between = start < min(at, forward) and forward < use < len(ops)
+            return Gap(start, at, use) if between else None
+        made = start or BEFORE
+        if made != BEFORE and not any(s in op.reads for op in ops[made + 1 : at]):
+            return None  # it is back for this use
+        return Gap(made, at, use)
 
     def _cone(self, alive: set[int], maker: int) -> list[int] | None:
         """Operators to run for one operator's results to be there.
@@ -156,7 +174,11 @@ class Refiner:
                 return False
             for s in program.ops[i].reads:
                 source = program.maker[s]
-                if source == GIVEN or s in alive or not program.ops[source].replays:
+                if s in alive:
+                    continue
+                if s in program.parameters:  # on the host
+                    return False
+                if source == GIVEN or not program.ops[source].replays:
                     continue
                 if not need(source):
                     return False
@@ -168,7 +190,7 @@ class Refiner:
     def grow(self, schedule: Schedule, budget: float) -> Schedule:
         """Keep what is computed again or moved, the dearest first, as far as the budget allows."""
         rejected: set[tuple[int, int]] = set()
-        for s in sorted(schedule.moved(self.program), key=lambda s: -self.program.nbytes[s]):
+        for s in sorted(schedule.moved(self.program), key=lambda s: -self.program.sizes[s]):
             candidate = without(self.program, schedule, s)
             if occupancy(self.program, candidate, lives(self.program, candidate)).max() <= budget:
                 schedule = candidate
@@ -225,7 +247,7 @@ class Refiner:
     def without_unread(self, schedule: Schedule) -> Schedule:
         """Leave out what is computed again or comes back, and is read by nobody."""
         program = self.program
-        wanted = set(program.gradients)
+        wanted = set(program.gradients) | program.parameters.keys()
         own = set(program.backward) | {t.left for t in program.transfers.values()}
         kept: list[int] = []
         for i in reversed(schedule.backward):
@@ -237,6 +259,6 @@ class Refiner:
             wanted.update(op.reads)
         schedule = Schedule(schedule.forward, tuple(reversed(kept)))
         for s in schedule.moved(program):
-            if program.transfers[s].back not in kept:
+            if program.transfers[s].back not in (*schedule.forward, *kept):
                 schedule = without(program, schedule, s)
         return schedule

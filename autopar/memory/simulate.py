@@ -2,7 +2,8 @@
 
 While an operator runs, its operands and results are alive; what nobody reads any more is freed
 after it. A pointwise operator may write its result over an operand that dies with it. Counted are
-storages that the step makes; gradients of parameters from when they are made.
+storages that the step makes; gradients of parameters from when they are made. A parameter that is
+on the host meanwhile counts by its bytes less.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from autopar.memory.timeline import Moment, Timeline
 
 
 class Lives(NamedTuple):
-    """Every making of a storage, to its last use; parallel lists.
+    """Every making of a storage, to its last use; parallel lists. Parameters that may leave come
+    first, and live from the first position to where they leave, and from where they are back to the
+    last.
 
     Args:
         storage: of the program.
@@ -33,17 +36,17 @@ class Lives(NamedTuple):
 
 
 def lives(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Lives:
-    """Every storage that the schedule makes, as often as it makes it.
+    """Every storage that the schedule makes, as often as it makes it, and the parameters.
 
     Args:
         overwrite: results are written over operands where that is possible.
     """
     touched, nbytes = program.touched, program.nbytes
     forward = len(schedule.forward)
-    current: dict[int, int] = {}
-    storage: list[int] = []
-    start: list[int] = []
-    end: list[int] = []
+    storage: list[int] = list(program.parameters)
+    current: dict[int, int] = {s: life for life, s in enumerate(storage)}
+    start: list[int] = [0] * len(storage)
+    end: list[int] = [0] * len(storage)
     writers: list[tuple[int, int, tuple[int, ...]]] = []  # life, position, lives to write over
     for at, i in enumerate(schedule.forward + schedule.backward):
         reads, makes, overwrites = touched[i]
@@ -62,7 +65,7 @@ def lives(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Li
             for s in program.results & current.keys():
                 end[current[s]] = at
     held = program.results | program.gradients
-    for s in program.stays.keys() & current.keys():
+    for s in (program.stays.keys() | program.parameters.keys()) & current.keys():
         end[current[s]] = forward + len(schedule.backward) - 1
     found = [-1] * len(storage)
     for life, at, candidates in writers:
@@ -76,12 +79,17 @@ def lives(program: Program, schedule: Schedule, *, overwrite: bool = True) -> Li
 
 
 def occupancy(program: Program, schedule: Schedule, found: Lives) -> np.ndarray:
-    """Bytes alive at every position.
+    """Bytes alive at every position, more than were there before the step.
 
     Args:
         found: of the schedule, as `lives` finds them.
     """
-    return _alive(schedule, found, program.sizes[found.storage])
+    return _alive(schedule, found, program.sizes[found.storage]) - _before(program)
+
+
+def _before(program: Program) -> int:
+    """Bytes of parameters that may leave."""
+    return sum(parameter.nbytes for parameter in program.parameters.values())
 
 
 def _alive(schedule: Schedule, found: Lives, nbytes: np.ndarray) -> np.ndarray:
@@ -106,12 +114,14 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
     start, end = np.array(found.start), np.array(found.end)
     nbytes = program.sizes[found.storage]
     # a result that nobody reads but the caller ends with the forward
-    kept = (start < first) & (end >= first)
+    given = np.isin(found.storage, list(program.parameters))
+    kept = (start < first) & (end >= first) & ~given
     remade = (start >= first) & np.isin(found.storage, list(program.forward_made))
-    kept_bytes, again_bytes, other_bytes = (
+    kept_bytes, again_bytes, other_bytes, there_bytes = (
         _alive(schedule, found, nbytes * mask).round().astype(int).tolist()
-        for mask in (kept, remade, ~(kept | remade))
+        for mask in (kept, remade, ~(kept | remade | given), given)
     )
+    before = _before(program)
     handed = np.bincount(start[kept], nbytes[kept], first + 1)
     sequence = schedule.forward + schedule.backward
     busy = run_times(program, sequence)
@@ -128,9 +138,11 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
                 kept_bytes[at],
                 again_bytes[at],
                 other_bytes[at],
-                again=program.started.get(i, i) in seen,
+                again=i not in program.moves and program.started.get(i, i) in seen,
+                away_bytes=before - there_bytes[at],
                 keeps_bytes=int(handed[at]) if at < first else 0,
-                moves_bytes=_moved(program, i),
+                moves_bytes=0 if i in seen else _moved(program, i),
+                parameter=program.moves.get(i) in program.parameters,
                 flops=op.flops,
                 resource=op.resource,
                 issued_us=run.issued,
@@ -144,7 +156,7 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
 def _moved(program: Program, i: int) -> int:
     """Bytes that an operator brings to the host."""
     s = program.moves.get(i)
-    return program.nbytes[s] if s is not None and program.transfers[s].out == i else 0
+    return int(program.sizes[s]) if s is not None and program.transfers[s].out == i else 0
 
 
 def peak_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) -> int:
@@ -153,20 +165,25 @@ def peak_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) 
 
 
 def check(program: Program, schedule: Schedule) -> None:
-    """Every operator finds what it reads, and everything that the step returns is made.
+    """Every operator finds what it reads, and everything that the step returns is made, and every
+    parameter is back.
 
     Raises:
         AssertionError: the schedule cannot run.
     """
-    made: set[int] = set()
+    made = {s for s, maker in enumerate(program.maker) if maker == GIVEN}
+    leaves = {program.transfers[s].left: s for s in program.parameters}
     for i in (*schedule.forward, *schedule.backward):
         op = program.ops[i]
-        missing = [s for s in op.reads if program.maker[s] != GIVEN and s not in made]
-        assert not missing, f"{op.name} reads storages {missing} before they are made"
+        missing = [s for s in op.reads if s not in made]
+        assert not missing, f"{op.name} reads storages {missing} that are not there"
         made.update(op.makes)
-    lost = {s for s in program.results | program.gradients if program.maker[s] != GIVEN} - made
+        made.discard(leaves.get(i, GIVEN))
+    gone = program.parameters.keys() - made
+    assert not gone, f"parameters {[program.parameters[s].name for s in gone]} stay on the host"
+    lost = (program.results | program.gradients) - made
     assert not lost, f"storages {sorted(lost)} are returned and never made"
-    _check_once(program, schedule.forward)
+    _check_once(program, [i for i in schedule.forward if i not in program.moves])
 
 
 def _check_once(program: Program, forward: Sequence[int]) -> None:

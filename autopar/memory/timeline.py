@@ -27,9 +27,11 @@ class Moment:
         kept_bytes: alive meanwhile, handed from forward to backward.
         again_bytes: alive meanwhile, computed again.
         other_bytes: alive meanwhile, all else: gradients, and what does not leave the forward.
+        away_bytes: of parameters that are on the host meanwhile.
         again: it ran before.
         keeps_bytes: that it makes and the forward hands to the backward.
         moves_bytes: that it brings to the host.
+        parameter: what it moves is one.
         flops: of its own.
         resource: what it occupies.
         issued_us: when the program reaches it, and its memory is taken; before `start_us` where it
@@ -43,9 +45,11 @@ class Moment:
     kept_bytes: int
     again_bytes: int
     other_bytes: int
+    away_bytes: int = 0
     again: bool = False
     keeps_bytes: int = 0
     moves_bytes: int = 0
+    parameter: bool = False
     flops: float = 0.0
     resource: Resource = Resource.COMPUTE
     issued_us: float = 0.0
@@ -56,7 +60,8 @@ class Moment:
 
     @property
     def live_bytes(self) -> int:
-        return self.kept_bytes + self.again_bytes + self.other_bytes
+        """Alive, more than before the step."""
+        return self.kept_bytes + self.again_bytes + self.other_bytes - self.away_bytes
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ class Timeline:
         write_atomically(path, json.dumps(self.to_trace()) + "\n")
 
     def _events(self) -> Iterator[dict[str, Any]]:
+        leave = any(moment.parameter for moment in self.moments)
         for at, moment in enumerate(self.moments):
             phase = "forward" if at < self.forward else "backward"
             yield _ROWS[moment.resource] | {
@@ -142,6 +148,9 @@ class Timeline:
             yield _counter(
                 "live by origin", moment.issued_us, parts | {"other": moment.other_bytes}
             )
+            if leave:
+                away = {"bytes": moment.away_bytes}
+                yield _counter("parameters on the host", moment.issued_us, away)
         yield _counter("live bytes", self.us, {"bytes": 0})
 
 
@@ -151,7 +160,8 @@ def _summed(block: str, moments: Iterable[Moment]) -> ModuleMemory:
     return ModuleMemory(
         block,
         sum(m.keeps_bytes for m in moments),
-        sum(m.moves_bytes for m in moments),
+        sum(m.moves_bytes for m in moments if not m.parameter),
+        sum(m.moves_bytes for m in moments if m.parameter),
         sum(m.us for m in again) - sum(m.us for m in gathered),
         sum(m.flops for m in again),
         sum(m.us for m in gathered),

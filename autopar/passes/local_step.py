@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.memory.program import Program, Schedule
+from autopar.memory.transfers import large_parameters
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.passes.lower import lower
 from autopar.plan import ShardingPlan
@@ -81,7 +82,10 @@ def local_step(
 
     device_type = arguments[0].device.type if arguments else "cpu"
     try:
-        lower(local.gm, arguments, choose=choose, cluster=cluster, device_type=device_type)
+        lower(
+            local.gm, arguments, choose=choose, cluster=cluster, device_type=device_type,
+            parameters=large_parameters(graph),
+        )  # fmt: skip
     except _Read as read:
         return LocalStep(read.program, tuple(arguments), copied)
     return LocalStep(Program((), (), (), frozenset(), frozenset()), tuple(arguments), copied)

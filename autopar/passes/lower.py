@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ def lower(
     choose: Callable[[Program], Schedule] | None = None,
     cluster: ClusterInfo | None = None,
     compile: bool = False,
+    parameters: Mapping[int, str] | None = None,
     disable: frozenset[str] = frozenset(),
 ) -> LoweredStep:
     """Compile a sharded forward program.
@@ -75,6 +76,8 @@ def lower(
         cluster: what the choice predicts times for, and whether collectives run beside compute; one
             CPU if None.
         compile: run the graphs by Inductor.
+        parameters: names of arguments that the choice may have on the host for a part of the step,
+            by their indices; none if None.
         disable: names of passes to leave out.
     """
     step = LoweredStep(lambda *flat: None)
@@ -92,7 +95,7 @@ def lower(
     else:
         split = functools.partial(
             partition_within, choose=choose, cluster=cluster,
-            device_type=device_type, disable=disable,
+            device_type=device_type, parameters=parameters or {}, disable=disable,
         )  # fmt: skip
         last: list[Pass] = [] if compile else [overwrite]  # Inductor does that by itself
         forward_passes = backward_passes = last

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ def partition_within(
     choose: Callable[[Program], Schedule],
     cluster: ClusterInfo,
     device_type: str,
+    parameters: Mapping[int, str],
     disable: frozenset[str] = frozenset(),
     **_options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -87,6 +88,8 @@ def partition_within(
         choose: the schedule of a program.
         cluster: what times are predicted for.
         device_type: decides which kernels are substituted.
+        parameters: names of those that may be on the host for a part of the step, by the indices of
+            their primals.
         disable: names of passes to leave out.
     """
     # what these passes make has a size and a time, so they come before the schedule
@@ -97,7 +100,9 @@ def partition_within(
     read = read_joint(joint, forward, num_fwd_outputs=num_fwd_outputs, cluster=cluster)
     if read.kept_random:
         log.info("kept, as they draw and cannot be run again: %s", ", ".join(read.kept_random))
-    read = with_splits(with_transfers(read, joint.graph, cluster), joint.graph)
+    primals = joint.graph.find_nodes(op="placeholder")
+    leaving = {primals[k]: name for k, name in parameters.items()}
+    read = with_splits(with_transfers(read, joint.graph, cluster, leaving), joint.graph)
     schedule = choose(read.program)
     check(read.program, schedule)
     return realize(joint, read, schedule, num_fwd_outputs=num_fwd_outputs)

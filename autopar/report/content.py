@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from autopar.memory.summary import ModuleMemory
 from autopar.plan import Baseline, MemoryEstimate, ModuleSummary, ShardingPlan, TimeEstimate
 from autopar.profiler.cluster import ClusterInfo
 
@@ -188,27 +190,36 @@ def step_table(plan: ShardingPlan) -> Table | None:
     if step is None:
         return None
 
-    def row(name: str, kept: float, moved: float, again: float, gathered: float) -> tuple[str, ...]:
+    def row(name: str, modules: Sequence[ModuleMemory]) -> tuple[str, ...]:
+        def total(key: str, text: Callable[[float], str]) -> str:
+            found = sum(getattr(m, key) for m in modules)
+            return text(found) if found else ""
+
+        parameters = total("parameters_bytes", bytes_text)
+        on_host = (
+            total("moved_bytes", bytes_text),
+            f"{parameters} of parameters" if parameters else "",
+        )
         return (
             name,
-            *(bytes_text(n) if n else "" for n in (kept, moved)),
-            *(time_text(us) if us else "" for us in (again, gathered)),
+            total("kept_bytes", bytes_text),
+            " + ".join(filter(None, on_host)),
+            total("again_us", time_text),
+            total("gathered_us", time_text),
         )
 
-    rows = [
-        row(m.module or "(model)", m.kept_bytes, m.moved_bytes, m.again_us, m.gathered_us)
-        for m in step.modules
-    ]
-    fields = ("kept_bytes", "moved_bytes", "again_us", "gathered_us")
-    rows.append(row("total", *(sum(getattr(m, key) for m in step.modules) for key in fields)))
+    rows = [row(m.module or "(model)", [m]) for m in step.modules]
+    rows.append(row("total", step.modules))
+    away = step.parameters_on_host
     waits = ", ".join(f"{time_text(us)} for {resource}" for resource, us in step.waited_us.items())
     notes = (
         f"Forward and backward take {time_text(step.us)}, {time_text(step.added_us)} of that to "
         f"fit the memory; compute waits {waits or 'for nothing'}.",
         f"What they make peaks at {bytes_text(step.peak_bytes)} (if everything were kept, at "
         f"{bytes_text(step.eager_bytes)}), at {step.peak_at}; {bytes_text(step.resident_bytes)} "
-        f"are there besides.",
+        f"are there before the step.",
         "The optimizer's state is on the host but for its step." if step.state_on_host else "",
+        f"On the host for a part of the step: {', '.join(away)}." if away else "",
     )
     return Table(
         "From forward to backward",

@@ -24,6 +24,7 @@ from autopar.constraints import refuse_outputs
 from autopar.errors import EngineError, MeshError
 from autopar.memory.plan import MemoryPlan, StepBudget
 from autopar.memory.program import Program
+from autopar.memory.transfers import large_parameters
 from autopar.optimizers import optimizer_state_ratio
 from autopar.pair import plan_pair
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
@@ -39,6 +40,7 @@ from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.distribute import check_optimizer, distribute, shards
 from autopar.runtime.groups import process_groups
+from autopar.runtime.parameters_on_host import at_home, may_leave
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_on_shards import StepOnShards
 from autopar.sharding.sites import Pins
@@ -172,6 +174,7 @@ class Engine(torch.nn.Module):
         self._memory: MemoryPlan | None = None
         self._scheduled: tuple[Program, MemoryPlan] | None = None  # with the plan, on rank 0
         self._away: StateOnHost | None = None
+        self._parameters_leave = False
         self._steps = 0
         self._draws = 0
         self._device = environment.device_for(cluster)
@@ -268,6 +271,8 @@ class Engine(torch.nn.Module):
 
     def _specialization(self, args: Any, kwargs: Any) -> _Specialization:
         """The program for inputs of these shapes, and of values that its guards allow."""
+        if self._parameters_leave:
+            self._at_home()
         programs = self._programs.setdefault(self._key(args, kwargs), [])
         failed = None
         for special in programs:
@@ -329,7 +334,7 @@ class Engine(torch.nn.Module):
         step = lower(
             program.gm, example, regather=[names.index(n) for n in plan.regather if n in names],
             device_type=self._device.type, choose=scheduler, cluster=self._cluster,
-            compile=self._compiled,
+            compile=self._compiled, parameters=self._may_leave(graph),
         )  # fmt: skip
         ran = [collective_signature(g, self._groups) for g in (step.forward, step.backward) if g]
         check_agreement(what, " ".join(ran))
@@ -337,6 +342,9 @@ class Engine(torch.nn.Module):
         if self._memory is not None and self._memory.state_on_host and self._away is None:
             assert self._optimizer is not None
             self._away = StateOnHost(self._optimizer)
+        if self._memory is not None and self._memory.parameters_on_host:
+            self._parameters_leave = True
+            self._at_home()
         return _Specialization(graph, plan, program, step, layout)
 
     def _example(
@@ -355,6 +363,14 @@ class Engine(torch.nn.Module):
         if program.takes_seed:
             example.append(torch.zeros((), dtype=torch.int64))
         return example
+
+    def _at_home(self) -> None:
+        at_home(dict(self._model.named_parameters()), self._model.buffers())
+
+    def _may_leave(self, graph: ModelGraph) -> dict[int, str]:
+        """Parameters that a schedule may have on the host, by their position."""
+        found = may_leave(dict(self._model.named_parameters()), self._model.buffers())
+        return {k: name for k, name in large_parameters(graph).items() if name in found}
 
     def _scheduler(
         self, graph: ModelGraph, plan: ShardingPlan, example: Sequence[torch.Tensor]

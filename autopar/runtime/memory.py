@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar.runtime import offload
+from autopar.runtime import offload, parameters_on_host
 
 
 def _local(t: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,8 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Peak of the bytes held by tensors that were made while it was active.
+    """Peak of the bytes held by tensors that were made while it was active, less those of
+    parameters that are on the host meanwhile.
 
     It keeps nothing alive itself, and sees what kernels return, not their scratch space.
 
@@ -41,6 +42,10 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.current = self.peak = 0
         self._known: set[int] = set()
+
+    def _emptied(self, nbytes: int) -> None:
+        self.current += nbytes
+        self.peak = max(self.peak, self.current)
 
     def _free(self, key: int, nbytes: int) -> None:
         self._known.discard(key)
@@ -64,7 +69,8 @@ class LiveBytes(TorchDispatchMode):
         if any(isinstance(t, DTensor) for t in tensors):
             return NotImplemented  # seen again as operations on the local shards
         before = {t.untyped_storage()._cdata for t in tensors}
-        out = func(*args, **kwargs)
+        with parameters_on_host.counted(func, args, self._emptied):
+            out = func(*args, **kwargs)
         if func is offload.HOST:
             return out
         for t in pytree.tree_leaves(out):

@@ -29,7 +29,18 @@ def _copy(target: torch.Tensor, source: torch.Tensor, index: int) -> None:
         _UNDER_WAY[target.data_ptr()] = side.record_event()
 
 
-def _wait(target: torch.Tensor) -> None:
+def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Start a copy between the device and the host; `wait` for it before the target is read, and
+    before the source goes."""
+    on_device = target if target.is_cuda else source
+    if on_device.is_cuda:
+        _copy(target, source, on_device.device.index)
+    else:
+        target.copy_(source)
+
+
+def wait(target: torch.Tensor) -> None:
+    """What the device computes from here on comes after a copy."""
     event = _UNDER_WAY.pop(target.data_ptr(), None)
     if event is not None:
         torch.cuda.current_stream().wait_event(event)
@@ -42,11 +53,9 @@ def _empty(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 @torch.library.custom_op("autopar::to_host", mutates_args=())
 def to_host(x: torch.Tensor) -> torch.Tensor:
     """Start to copy a tensor to the host; the result is not to be read, but by `to_device`."""
-    if x.device.type != "cuda":
-        return _empty(x, "cpu").copy_(x)
-    flat = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+    flat = torch.empty(x.numel(), dtype=x.dtype, pin_memory=x.is_cuda)
     host = flat.as_strided(x.size(), x.stride())
-    _copy(host, x, x.device.index)
+    copy(host, x)
     return host
 
 
@@ -58,8 +67,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("autopar::left", mutates_args=("x",))
 def left(x: torch.Tensor, host: torch.Tensor) -> None:
     """What was copied to the host may go. It changes nothing; saying so keeps it in its place."""
-    if x.device.type == "cuda":
-        _wait(host)
+    wait(host)
 
 
 @left.register_fake
@@ -71,10 +79,8 @@ def _(x: torch.Tensor, host: torch.Tensor) -> None:
 def to_device(host: torch.Tensor, device: str) -> torch.Tensor:
     """Start to copy back; the result is not to be read before `arrived`."""
     x = _empty(host, device)
-    if x.device.type == "cuda":
-        _copy(x, host, x.device.index)
-        return x
-    return x.copy_(host)
+    copy(x, host)
+    return x
 
 
 @to_device.register_fake
@@ -85,8 +91,7 @@ def _(host: torch.Tensor, device: str) -> torch.Tensor:
 @torch.library.custom_op("autopar::arrived", mutates_args=("x",))
 def arrived(x: torch.Tensor) -> None:
     """What was copied to the device may be read. As `left`, it changes nothing."""
-    if x.device.type == "cuda":
-        _wait(x)
+    wait(x)
 
 
 @arrived.register_fake

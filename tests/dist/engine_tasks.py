@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autopar import ShardingPlan, auto_engine
-from autopar.errors import AutoparError
+from autopar.errors import AutoparError, InfeasibleError
+from autopar.profiler.cluster import Link
 from autopar.runtime.groups import DirectGroup, ProcessGroup
 from autopar.runtime.memory import LiveBytes, training_state_bytes
+from autopar.runtime.parameters_on_host import Absent
 from tests.clusters import eager_to_shard
-from tests.models import CASES, MLP, LanguageModel
+from tests.models import CASES, MLP, Classifier, LanguageModel, words
 
 
 def batch(step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,6 +328,50 @@ def recomputed(
         "whole": whole.memory_plan.peak_bytes,
         "again": [m.name for m in moments if m.again],
         "gathered": sum(m.again and m.resource == "communication" for m in moments),
+    }
+
+
+def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
+    """Train three steps beside a single device, in the smallest memory: the largest difference, the
+    peaks, and what was on the host.
+
+    Args:
+        overlaps: collectives run beside compute; else shards are uneven.
+    """
+    cluster = eager_to_shard(mesh, overlaps=overlaps)
+    cluster = replace(cluster, host_link=Link(1e-9, 1e-15))
+
+    def built() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = (Classifier(68, 404) if overlaps else Classifier()).double()
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    try:
+        auto_engine(*built(), cluster, memory=1000.0, example_inputs=words(0))
+    except InfeasibleError as error:
+        memory = error.smallest_bytes
+    (model, optimizer), (alone, beside) = auto_engine(*built(), cluster, memory=memory), built()
+    error = 0.0
+    for step in range(3):
+        data = words(step)
+        with LiveBytes() as live:
+            loss = model(**data)
+            away = [n for n, p in model.named_parameters() if isinstance(p._local_tensor, Absent)]
+            loss.backward()
+        alone(**data).backward()
+        grads = zip(model.parameters(), alone.parameters(), strict=True)
+        error = max(error, *((p.grad.full_tensor() - q.grad).abs().max().item() for p, q in grads))
+        for each in (optimizer, beside):
+            each.step()
+            each.zero_grad()
+    held = sum(training_state_bytes(model, optimizer).values())
+    return {
+        "error": max(error, difference(model, alone)),
+        "measured": live.peak,
+        "peak": model.memory_plan.peak_bytes,
+        "over": max(0.0, held + live.peak - memory),
+        "on host": model.memory_plan.parameters_on_host,
+        "away": away,
     }
 
 

@@ -119,6 +119,17 @@ def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, over
         assert all(rank["measured"] == pytest.approx(rank["peak"], rel=0.01) for rank in ranks)
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_parameters_on_the_host(pool, overlaps):
+    ranks = pool.run(tasks.parameters_on_host, "2x2", overlaps)
+    for rank in ranks:
+        assert rank["error"] < 1e-12
+        assert rank["measured"] == pytest.approx(rank["peak"], abs=64)
+        assert rank["over"] == 0
+        assert rank["on host"] == ranks[0]["on host"] != ()
+        assert rank["away"]
+
+
 def test_a_rank_that_dies_stops_the_others(tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(

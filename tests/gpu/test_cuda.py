@@ -20,7 +20,8 @@ from autopar.profiler.cluster import Link
 from autopar.profiler.local import as_cluster
 from autopar.runtime import environment
 from autopar.runtime.memory import LiveBytes
-from tests.models import CASES, OPTIMIZERS, LanguageModel
+from autopar.runtime.parameters_on_host import Absent
+from tests.models import CASES, OPTIMIZERS, Classifier, LanguageModel, words
 
 pytestmark = pytest.mark.gpu
 
@@ -148,6 +149,59 @@ def test_through_the_host(name, compiled):
     equal(found, expected)
     if not compiled and not plan.state_on_host:
         assert peak == pytest.approx(plan.peak_bytes + copied(model), rel=0.03)
+
+
+def classifier() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Classifier(1024, 4000).double()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def steps_with_a_look(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int
+) -> tuple[list[torch.Tensor], int]:
+    """Losses and gradients of steps; in every second one, weights are read between forward and
+    backward. Bytes that the last step made."""
+    found = []
+    for step in range(count):
+        optimizer.zero_grad()
+        data = {k: v.cuda() for k, v in words(step, 2048).items()}
+        with LiveBytes() as live:
+            loss = model(**data)
+            if step % 2 == 0:
+                found.append(sum(values(p.pow(2).sum() for p in model.parameters())).detach())
+            loss.backward()
+        found += [loss.detach(), *(g.clone() for g in values(p.grad for p in model.parameters()))]
+        optimizer.step()
+    return found, live.peak
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
+def test_parameters_through_the_host(compiled):
+    plain, beside = classifier()
+    expected, _ = steps_with_a_look(plain.cuda(), beside, 8)
+    near = replace(as_cluster("1"), host_link=FAST)
+    example = {k: v.cuda() for k, v in words(0, 2048).items()}
+    with pytest.raises(InfeasibleError) as error:
+        auto_engine(*classifier(), near, memory=1000.0, example_inputs=example)
+    environment.stop()
+    memory = error.value.smallest_bytes
+    model, optimizer = auto_engine(
+        *classifier(), near, memory=memory, example_inputs=example, compile=compiled
+    )
+    plan = model.memory_plan
+    assert plan.parameters_on_host
+    found, peak = steps_with_a_look(model, optimizer, 8)
+    equal(found, expected)
+    if not compiled:
+        assert peak == pytest.approx(plan.peak_bytes, rel=0.03)
+    loss = model(**example)
+    shards = [p._local_tensor for p in model.parameters()]
+    gone = [x.shard for x in shards if isinstance(x, Absent)]
+    assert gone and all(x.untyped_storage().nbytes() == 0 for x in gone)
+    loss.backward()
+    assert not any(isinstance(p._local_tensor, Absent) for p in model.parameters())
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in gone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

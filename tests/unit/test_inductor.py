@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch._inductor import config
 
-from autopar import auto_engine
+from autopar import ClusterInfo, auto_engine
 from autopar.errors import InfeasibleError
+from autopar.profiler.cluster import Link
 from autopar.runtime import environment
 
 
@@ -62,6 +64,37 @@ def test_same_gradients_and_what_is_computed_again_runs_again():
     assert sum(forward[p] for p in products) == 4
     # two for each of the four layers but the first, whose input needs none; the rest runs again
     assert sum(backward[p] for p in products) > 7
+
+
+class Wide(nn.Module):
+    """A product whose result is large: where that is used, the first weight is idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(32, 32, bias=False), nn.Linear(32, 96, bias=False)
+
+    def forward(self, x):
+        return self.head(self.up(x)).logsumexp(-1).mean()
+
+
+def test_weights_on_the_host():
+    cluster = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
+
+    def gradients(memory: float, **options) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = Wide().double()
+        engine, _ = auto_engine(model, None, cluster, memory=memory, **options)
+        engine(torch.randn(48, 32, dtype=torch.float64)).backward()
+        assert bool(engine.memory_plan.parameters_on_host) is bool(options)
+        return [p.grad.to_local().clone() for p in model.parameters()]
+
+    with pytest.raises(InfeasibleError) as error:
+        gradients(1000)
+    expected = gradients(2**30)
+    environment.stop()
+    found = gradients(error.value.smallest_bytes, compile=True)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
 def test_compiled_means_lowered():

@@ -218,7 +218,7 @@ def test_live_bytes_by_hand():
     assert again.kept(program) == (2,)
     check(program, again)
     assert again.added(program) == 10.0
-    with pytest.raises(AssertionError, match="before they are made"):
+    with pytest.raises(AssertionError, match="that are not there"):
         check(program, Schedule((0, 1, 2), (4, 3, 5)))
 
 

@@ -82,7 +82,13 @@ def test_charts_show_the_numbers(checkpointed):
     stacked = [sum(ys) for ys in zip(*(trace.y for trace in figure.data), strict=True)]
     assert max(stacked) * 2**20 == pytest.approx(found.peak_bytes)
     bars = {t.name: sum(t.x) for t in modules_figure(step).data}
-    assert set(bars) == {"kept", "on the host", "computed again", "gathered again"}
+    assert set(bars) == {
+        "kept",
+        "on the host",
+        "parameters on the host",
+        "computed again",
+        "gathered again",
+    }
     assert bars["kept"] * 2**20 == pytest.approx(sum(r.kept_bytes for r in found.by_module()))
     assert bars["computed again"] * 1e3 == pytest.approx(plan.added_us)
     page = step_html(step)
