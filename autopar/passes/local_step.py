@@ -81,7 +81,10 @@ def local_step(
 
     device_type = arguments[0].device.type if arguments else "cpu"
     try:
-        lower(local.gm, arguments, choose=choose, cluster=cluster, device_type=device_type)
+        lower(
+            local.gm, arguments, choose=choose, cluster=cluster, device_type=device_type,
+            at_once=len(graph.mutations),
+        )  # fmt: skip
     except _Read as read:
         return LocalStep(read.program, tuple(arguments), copied)
     return LocalStep(Program((), (), (), frozenset(), frozenset()), tuple(arguments), copied)

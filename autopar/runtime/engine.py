@@ -33,7 +33,7 @@ from autopar.plan import ShardingPlan
 from autopar.planner import prepare, trainable_inputs
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.local import as_cluster
-from autopar.runtime import environment
+from autopar.runtime import environment, late
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.distribute import check_optimizer, distribute, shards
@@ -136,6 +136,7 @@ class _Specialization:
     program: LocalProgram
     run: Callable[..., Any]
     layout: BatchLayout
+    late: tuple[int, ...] = ()  # see `LoweredStep`
 
 
 class Engine(torch.nn.Module):
@@ -176,7 +177,7 @@ class Engine(torch.nn.Module):
         self._device = environment.device_for(cluster)
         self._mesh = environment.start(cluster, self._device)
         self._coords = cluster.coords(dist.get_rank())
-        self._groups = process_groups(self._mesh, self._coords)
+        self._groups = process_groups(self._mesh)
         self._seed = int(from_rank_zero(lambda: torch.initial_seed() % 2**62))
 
     # -- as a module ----------------------------------------------------------------------------
@@ -215,6 +216,7 @@ class Engine(torch.nn.Module):
         self._specialization(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        late.finish_all()
         special = self._specialization(args, kwargs)
         if self._away is not None and torch.is_grad_enabled():
             self._away.leave()
@@ -237,14 +239,18 @@ class Engine(torch.nn.Module):
         if program.takes_seed:
             self._steps += 1
             flat.append(torch.tensor((self._seed + self._steps) % 2**62))
-        run = special.run if torch.is_grad_enabled() else program.gm
+        lowered = torch.is_grad_enabled()
+        run = special.run if lowered else program.gm
         with self._common_draws(graph):
             results = list(run(*flat))
         count = len(graph.mutations)
         with torch.no_grad():
             for name, value in zip(graph.mutations, results[:count], strict=True):
                 buffers[name].copy_(value)
-        return pytree.tree_unflatten(special.layout.give(results[count:]), graph.out_spec)
+        given = [*results[:count], *special.layout.give(results[count:])]
+        for k in special.late if lowered else ():
+            given[k] = late.hand_out(given[k])
+        return pytree.tree_unflatten(given[count:], graph.out_spec)
 
     @contextmanager
     def _common_draws(self, graph: ModelGraph) -> Iterator[None]:
@@ -330,7 +336,7 @@ class Engine(torch.nn.Module):
         step = lower(
             program.gm, example, regather=[names.index(n) for n in plan.regather if n in names],
             device_type=self._device.type, choose=scheduler, cluster=self._cluster,
-            compile=self._compiled,
+            compile=self._compiled, at_once=len(graph.mutations),
         )  # fmt: skip
         ran = [collective_signature(g, self._groups) for g in (step.forward, step.backward) if g]
         check_agreement(what, " ".join(ran))
@@ -338,7 +344,7 @@ class Engine(torch.nn.Module):
         if self._memory is not None and self._memory.state_on_host and self._away is None:
             assert self._optimizer is not None
             self._away = StateOnHost(self._optimizer)
-        return _Specialization(graph, plan, program, step, layout)
+        return _Specialization(graph, plan, program, step, layout, step.late)
 
     def _example(
         self, graph: ModelGraph, program: LocalProgram, layout: BatchLayout
