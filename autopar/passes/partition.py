@@ -26,6 +26,7 @@ from autopar.memory.transfers import with_transfers
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.late import early_sums, late_results
 from autopar.passes.runner import Pass, run_passes
+from autopar.passes.views import drop_views
 from autopar.profiler.cluster import ClusterInfo
 from autopar.runtime import collectives  # noqa: F401  (defines the operators)
 
@@ -53,7 +54,7 @@ def partition(
         at_once: see `lower`.
         disable: names of passes to leave out.
     """
-    joint = run_passes(joint, _small_sums(at_once, num_fwd_outputs), disable=disable)
+    joint = run_passes(joint, _first_passes(at_once, num_fwd_outputs), disable=disable)
     graph = joint.graph
     (flat,) = graph.output_node().args
     outputs = list(flat)  # type: ignore[arg-type]
@@ -98,7 +99,7 @@ def partition_within(
         disable: names of passes to leave out.
     """
     # what these passes make has a size and a time, so they come before the schedule
-    joint = run_passes(joint, _small_sums(at_once, num_fwd_outputs), disable=disable)
+    joint = run_passes(joint, _first_passes(at_once, num_fwd_outputs), disable=disable)
     bucket = functools.partial(bucket_collectives, apart=forward_nodes(joint, num_fwd_outputs))
     kernels = functools.partial(substitute_kernels, device_type=device_type)
     joint = run_passes(joint, [kernels, bucket], disable=disable)
@@ -112,9 +113,10 @@ def partition_within(
     return realize(joint, read, schedule, num_fwd_outputs=num_fwd_outputs)
 
 
-def _small_sums(at_once: int | None, num_fwd_outputs: int) -> list[Pass]:
+def _first_passes(at_once: int | None, num_fwd_outputs: int) -> list[Pass]:
+    """Those of the joint graph, however it is split."""
     late = range(num_fwd_outputs if at_once is None else at_once, num_fwd_outputs)
-    return [functools.partial(late_results, results=late), early_sums]
+    return [drop_views, functools.partial(late_results, results=late), early_sums]
 
 
 def forward_nodes(joint: fx.GraphModule, num_fwd_outputs: int) -> set[fx.Node]:

@@ -136,6 +136,7 @@ class _Specialization:
     program: LocalProgram
     run: Callable[..., Any]
     layout: BatchLayout
+    parameters: Sequence[tuple[torch.nn.Module, str]]  # as their modules hold them
     late: tuple[int, ...] = ()  # see `LoweredStep`
 
 
@@ -222,13 +223,14 @@ class Engine(torch.nn.Module):
             self._away.leave()
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         graph, program = special.graph, special.program
-        found = dict(self._model.named_parameters())
-        with torch.no_grad():
-            for name, update in graph.updates.items():
-                shard = found[name].to_local()
-                shard.copy_(update(shard))
-        flat = shards([found[name] for name in graph.parameters.values()])
-        buffers = dict(self._model.named_buffers())
+        if graph.updates:
+            found = dict(self._model.named_parameters())
+            with torch.no_grad():
+                for name, update in graph.updates.items():
+                    shard = found[name].to_local()
+                    shard.copy_(update(shard))
+        flat = shards([owner.get_parameter(name) for owner, name in special.parameters])
+        buffers = dict(self._model.named_buffers()) if graph.buffers else {}
         # copies: backward may keep what the step is about to overwrite
         flat += [
             buffers[n].clone() if n in graph.mutations else buffers[n]
@@ -328,8 +330,9 @@ class Engine(torch.nn.Module):
             if self._optimizer is not None:
                 StepOnShards(self._optimizer)
             self._plan = plan
+        held = [_holder(self._model, name) for name in graph.parameters.values()]
         if not self._lowered:
-            return _Specialization(graph, plan, program, program.gm, layout)
+            return _Specialization(graph, plan, program, program.gm, layout, held)
         example = self._example(graph, program, layout)
         scheduler = self._scheduler(graph, plan, example)
         names = list(graph.parameters.values())
@@ -344,7 +347,7 @@ class Engine(torch.nn.Module):
         if self._memory is not None and self._memory.state_on_host and self._away is None:
             assert self._optimizer is not None
             self._away = StateOnHost(self._optimizer)
-        return _Specialization(graph, plan, program, step, layout, step.late)
+        return _Specialization(graph, plan, program, step, layout, held, step.late)
 
     def _example(
         self, graph: ModelGraph, program: LocalProgram, layout: BatchLayout
@@ -418,6 +421,12 @@ class Engine(torch.nn.Module):
         if pair.memory is not None and pair.step is not None:
             self._scheduled = pair.step.program, pair.memory
         return pair.planned.plan
+
+
+def _holder(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a parameter, and under which name."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
 
 
 def local_parameters(model: torch.nn.Module) -> Sequence[torch.Tensor]:

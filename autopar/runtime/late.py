@@ -15,7 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -56,9 +56,9 @@ class Late(torch.Tensor):
         kwargs = kwargs or {}
         if func in _SCALES and not kwargs and _is_factor(args[1]):
             return _scaled(func, *args)
-        if func not in _WITHOUT_VALUE or _has_late((args[1:], kwargs)):
+        if func not in _WITHOUT_VALUE or _has_late(args[1:]) or _has_late(kwargs.values()):
             finish_all()
-        done = func(*_results(args), **_results(kwargs))
+        done = func(*map(_result, args), **{k: _result(v) for k, v in kwargs.items()})
         if func in _ROOTS:
             finish_all()
         return done
@@ -139,12 +139,19 @@ def finish_at_exit() -> None:
             finish_all()
 
 
-def _has_late(values: Any) -> bool:
-    return any(isinstance(v, Late) for v in pytree.tree_leaves(values))
+def _has_late(values: Iterable[Any]) -> bool:
+    return any(
+        isinstance(v, Late) or (isinstance(v, tuple | list) and _has_late(v)) for v in values
+    )
 
 
-def _results(values: Any) -> Any:
-    return pytree.tree_map_only(Late, lambda late: late._result, values)
+def _result(value: Any) -> Any:
+    """An argument with results in the place of what stands for them."""
+    if isinstance(value, Late):
+        return value._result
+    if isinstance(value, tuple | list) and _has_late(value):
+        return [_result(v) for v in value]
+    return value
 
 
 def _is_factor(x: Any) -> bool:
