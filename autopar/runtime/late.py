@@ -34,7 +34,7 @@ class Late(torch.Tensor):
 
     Args:
         result: its memory is the sum's.
-        complete: waits until it is there, or raises EngineError; may be called again.
+        complete: waits until it is there, or raises EngineError; called once.
     """
 
     _result: torch.Tensor
@@ -45,7 +45,7 @@ class Late(torch.Tensor):
         late: Late = torch.Tensor._make_wrapper_subclass(
             cls, result.shape, result.stride(), dtype=result.dtype, device=result.device
         )
-        late._result, late._complete = result, complete
+        late._result, late._complete = result, _once(complete)
         _pending.append(late)
         return late
 
@@ -93,27 +93,27 @@ def hand_out(result: torch.Tensor) -> torch.Tensor:
     wait = under_way(result)
     assert wait is not None, "the sum that the program has started is not where its result is"
     if result.requires_grad:
-        return Late(result, _once(wait))
+        return Late(result, wait)
     wait()
     return result
 
 
-def _once(wait: Wait) -> Wait:
-    """A message is waited for once; what went wrong then goes wrong again."""
-    done: list[EngineError | None] = []
+def _once(complete: Wait) -> Wait:
+    """What may be called again; what went wrong then goes wrong again. It lets go of what was
+    called, which may hold the result."""
+    ahead, wrong = [complete], []
 
-    def complete() -> None:
-        if not done:
-            done.append(None)
+    def completed() -> None:
+        if ahead:
             try:
                 with torch.no_grad():  # it writes the result, of which autograd is not to know
-                    wait()
+                    ahead.pop()()
             except EngineError as error:
-                done[0] = error
-        if done[0] is not None:
-            raise done[0]
+                wrong.append(error)
+        if wrong:
+            raise wrong[0]
 
-    return complete
+    return completed
 
 
 def finish_all() -> None:
