@@ -64,7 +64,9 @@ def engine_of(
 ) -> tuple[nn.Module, Any]:
     """Data parallel, over all axes."""
     everything = "".join(map(str, range(mesh.count("x") + 1)))
-    constraints = {"inputs.x": f"S{everything}R", "up.weight": "RR", "down.weight": "RR"}
+    constraints = {"inputs.x": f"S{everything}R"}
+    constraints |= {f"{layer}.weight": "RR" for layer in ("up", "down")}
+    constraints |= {f"{layer}.bias": "R" for layer in ("up", "down")}
     return auto_engine(
         alone, optimizer, eager_to_shard(mesh), constraints=constraints, **options
     )
@@ -127,7 +129,7 @@ def ahead_of_others(mesh: str) -> bool:
     store = dist.distributed_c10d._get_default_store()
     key = f"ahead {mesh}"
     if dist.get_rank():
-        store.wait([key], timedelta(seconds=60))
+        store.wait([key], timedelta(seconds=30))
     loss = engine(x, y)
     if not dist.get_rank():
         store.set(key, "yes")
