@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,6 +28,7 @@ from autopar.runtime.split import under_way
 
 # In the order of their start, what is handed out and not there yet.
 _pending: list[Late] = []
+_lock = threading.RLock()  # a program's other threads may read its losses as well
 
 
 class Late(torch.Tensor):
@@ -104,12 +106,13 @@ def _once(complete: Wait) -> Wait:
     ahead, wrong = [complete], []
 
     def completed() -> None:
-        if ahead:
-            try:
-                with torch.no_grad():  # it writes the result, of which autograd is not to know
-                    ahead.pop()()
-            except EngineError as error:
-                wrong.append(error)
+        with _lock:
+            if ahead:
+                try:
+                    with torch.no_grad():  # it writes the result, of which autograd is not to know
+                        ahead.pop()()
+                except EngineError as error:
+                    wrong.append(error)
         if wrong:
             raise wrong[0]
 
@@ -122,13 +125,21 @@ def finish_all() -> None:
     Raises:
         EngineError: another rank has died.
     """
-    while _pending:
-        late = _pending[0]
-        late._complete()
-        # where something else holds one of them, `late` goes on standing for its result
-        with torch._C.DisableTorchFunctionSubclass(), contextlib.suppress(RuntimeError):
-            torch.utils.swap_tensors(late, late._result)
-        _pending.pop(0)
+    with _lock:
+        while _pending:
+            late = _pending[0]
+            late._complete()
+            _become(late)
+            _pending.pop(0)
+
+
+def _become(late: Late) -> None:
+    """The result in the place of what stands for it; which goes on doing so where C++ holds one of
+    them."""
+    result = late._result
+    with torch._C.DisableTorchFunctionSubclass(), contextlib.suppress(RuntimeError):
+        torch.utils.swap_tensors(late, result)
+        result.__dict__.clear()  # now that of `late`, which held this
 
 
 @atexit.register
