@@ -289,12 +289,12 @@ class DirectGroup(ProcessGroup):
         if self._in_one_round(flat):
             return self._begin(
                 "all-reduce", x, [flat] * k, [flat.shape] * k,
-                lambda got: flat.copy_(self._total(got, op)),
+                lambda got: self._total_into(flat, got, op),
             )  # fmt: skip
         mine = flat.tensor_split(k)
 
         def finish(got: list[torch.Tensor]) -> None:
-            part = self._total(got, op)
+            part = self._total_into(mine[self.index], got, op)
             self._exchange([part] * k, mine)
 
         return self._begin("all-reduce", x, mine, [mine[self.index].shape] * k, finish)
@@ -307,13 +307,23 @@ class DirectGroup(ProcessGroup):
         own = x[self.index]
         return self._begin(
             "reduce-scatter", x, x.unbind(), [own.shape] * self.size,
-            lambda got: own.copy_(self._total(got, "sum")),
+            lambda got: self._total_into(own, got, "sum"),
         )  # fmt: skip
 
+    def _total_into(
+        self, own: torch.Tensor, parts: Sequence[torch.Tensor], op: str
+    ) -> torch.Tensor:
+        """The total, in the place of this rank's own part."""
+        if self.index < 2:  # which is read first
+            return self._total(parts, op, own)
+        return own.copy_(self._total(parts, op))
+
     @staticmethod
-    def _total(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
+    def _total(
+        parts: Sequence[torch.Tensor], op: str, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         combine = torch.add if op == "sum" else torch.maximum
-        total = combine(parts[0], parts[1])
+        total = combine(parts[0], parts[1], out=out)
         for part in parts[2:]:
             combine(total, part, out=total)
         return total
