@@ -24,7 +24,7 @@ def communicates(node: fx.Node) -> bool:
 
 
 # Nobody waits for them where they stand (`autopar/passes/late.py`), but there is their call.
-_STARTS = {torch.ops.autopar.start_all_reduce.default, torch.ops.autopar.all_reduce_late.default}
+STARTS = {torch.ops.autopar.start_all_reduce.default, torch.ops.autopar.all_reduce_late.default}
 
 
 def communication_us(node: fx.Node, operands: Any, results: Any, cluster: ClusterInfo) -> float:
@@ -33,7 +33,7 @@ def communication_us(node: fx.Node, operands: Any, results: Any, cluster: Cluste
     Args:
         operands, results: its tensors on this rank; the larger side is the unsplit one.
     """
-    if node.target in _STARTS:
+    if node.target in STARTS:
         return cluster.device.launch_us
     name = next(
         value
