@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.memory.communication import communicates, communication_us
+from autopar.memory.communication import STARTS, communicates, communication_us
 from autopar.memory.program import GIVEN, SIDE, Op, Program, Resource
 from autopar.passes.overwrite import overwritable
 from autopar.profiler.cluster import ClusterInfo
@@ -211,9 +211,9 @@ def _carrying(graph: fx.Graph, gradients: Sequence[Any]) -> set[fx.Node]:
 
 def _may_replay(node: fx.Node) -> bool:
     """Not what writes or draws; a mask drawn from the step's seed is a function of it. Collectives
-    may, as all ranks run the same schedule."""
+    may, as all ranks run the same schedule, but for those that others wait for elsewhere."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, torch._ops.OpOverload) or target in STARTS:
         return False
     return not (target._schema.is_mutable or draws(node))
 

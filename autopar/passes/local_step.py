@@ -84,7 +84,7 @@ def local_step(
     try:
         lower(
             local.gm, arguments, choose=choose, cluster=cluster, device_type=device_type,
-            parameters=large_parameters(graph),
+            parameters=large_parameters(graph), at_once=len(graph.mutations),
         )  # fmt: skip
     except _Read as read:
         return LocalStep(read.program, tuple(arguments), copied)

@@ -24,6 +24,7 @@ from autopar.kernels.substitute import substitute_kernels
 from autopar.memory.program import Program, Schedule
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.inductor import Compiled
+from autopar.passes.late import positions_of_late
 from autopar.passes.overlap import overlap_collectives
 from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import partition, partition_within
@@ -41,11 +42,13 @@ class LoweredStep:
 
     Attributes:
         forward, backward: the final graphs (no backward where nothing requires grad).
+        late: positions of the results whose sum over ranks is only started, in their memory.
     """
 
     function: Callable[..., Any]
     forward: fx.GraphModule | None = None
     backward: fx.GraphModule | None = None
+    late: tuple[int, ...] = ()
 
     def __call__(self, *flat: torch.Tensor) -> Any:
         return self.function(*flat)
@@ -61,6 +64,7 @@ def lower(
     cluster: ClusterInfo | None = None,
     compile: bool = False,
     parameters: Mapping[int, str] | None = None,
+    at_once: int | None = None,
     disable: frozenset[str] = frozenset(),
 ) -> LoweredStep:
     """Compile a sharded forward program.
@@ -78,6 +82,8 @@ def lower(
         compile: run the graphs by Inductor.
         parameters: names of arguments that the choice may have on the host for a part of the step,
             by their indices; none if None.
+        at_once: so many of the results, the first, are to be there when the program returns; of
+            the others the caller waits for those that it leaves `late`. All if None.
         disable: names of passes to leave out.
     """
     step = LoweredStep(lambda *flat: None)
@@ -88,20 +94,24 @@ def lower(
         gm = batch_norm.use_library(gm)
     overlaps = cluster.device.runs_beside
     if choose is None:
-        split = functools.partial(partition, regather=frozenset(regather))
+        split = functools.partial(
+            partition, regather=frozenset(regather), at_once=at_once, disable=disable
+        )
         ahead: list[Pass] = [overlap_collectives] if overlaps else []
         forward_passes: list[Pass] = [kernels, bucket_collectives, *ahead]
         backward_passes = forward_passes
     else:
         split = functools.partial(
             partition_within, choose=choose, cluster=cluster,
-            device_type=device_type, parameters=parameters or {}, disable=disable,
+            device_type=device_type, parameters=parameters or {}, at_once=at_once,
+            disable=disable,
         )  # fmt: skip
         last: list[Pass] = [] if compile else [overwrite]  # Inductor does that by itself
         forward_passes = backward_passes = last
 
     def compile_forward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         step.forward = run_passes(gm, forward_passes, disable=disable)
+        step.late = tuple(positions_of_late(step.forward))
         return finish(step.forward, backward=False)
 
     def compile_backward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:

@@ -24,7 +24,9 @@ from autopar.memory.simulate import check
 from autopar.memory.splits import with_splits
 from autopar.memory.transfers import with_transfers
 from autopar.passes.bucket import bucket_collectives
-from autopar.passes.runner import run_passes
+from autopar.passes.late import early_sums, late_results
+from autopar.passes.runner import Pass, run_passes
+from autopar.passes.views import drop_views
 from autopar.profiler.cluster import ClusterInfo
 from autopar.runtime import collectives  # noqa: F401  (defines the operators)
 
@@ -39,6 +41,8 @@ def partition(
     *,
     num_fwd_outputs: int,
     regather: frozenset[int] = frozenset(),
+    at_once: int | None = None,
+    disable: frozenset[str] = frozenset(),
     static_lifetime_input_indices: Sequence[int] | None = None,
     **_options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -47,7 +51,10 @@ def partition(
     Args:
         num_fwd_outputs: leading outputs that belong to the forward.
         regather: indices of primals whose gathered copies are recomputed in the backward.
+        at_once: see `lower`.
+        disable: names of passes to leave out.
     """
+    joint = run_passes(joint, _first_passes(at_once, num_fwd_outputs), disable=disable)
     graph = joint.graph
     (flat,) = graph.output_node().args
     outputs = list(flat)  # type: ignore[arg-type]
@@ -79,6 +86,7 @@ def partition_within(
     cluster: ClusterInfo,
     device_type: str,
     parameters: Mapping[int, str],
+    at_once: int | None = None,
     disable: frozenset[str] = frozenset(),
     **_options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -90,9 +98,11 @@ def partition_within(
         device_type: decides which kernels are substituted.
         parameters: names of those that may be on the host for a part of the step, by the indices of
             their primals.
+        at_once: see `lower`.
         disable: names of passes to leave out.
     """
     # what these passes make has a size and a time, so they come before the schedule
+    joint = run_passes(joint, _first_passes(at_once, num_fwd_outputs), disable=disable)
     bucket = functools.partial(bucket_collectives, apart=forward_nodes(joint, num_fwd_outputs))
     kernels = functools.partial(substitute_kernels, device_type=device_type)
     joint = run_passes(joint, [kernels, bucket], disable=disable)
@@ -106,6 +116,12 @@ def partition_within(
     schedule = choose(read.program)
     check(read.program, schedule)
     return realize(joint, read, schedule, num_fwd_outputs=num_fwd_outputs)
+
+
+def _first_passes(at_once: int | None, num_fwd_outputs: int) -> list[Pass]:
+    """Those of the joint graph, however it is split."""
+    late = range(num_fwd_outputs if at_once is None else at_once, num_fwd_outputs)
+    return [drop_views, functools.partial(late_results, results=late), early_sums]
 
 
 def forward_nodes(joint: fx.GraphModule, num_fwd_outputs: int) -> set[fx.Node]:

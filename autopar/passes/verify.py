@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from autopar.runtime import collectives
-from autopar.runtime.groups import ProcessGroup, find_group
+from autopar.runtime.groups import ProcessGroup, find_group, joined
 
 _STEPS = {
     collectives.gather,
@@ -69,7 +69,7 @@ def collective_signature(gm: fx.GraphModule, groups: Sequence[str]) -> str:
 
     Groups are identified by mesh axis, so that the signatures of different ranks compare.
     """
-    axis = {name: i for i, name in enumerate(groups)}
+    axis: dict[Any, Any] = {name: i for i, name in enumerate(groups)} | {joined(groups): "all"}
     for i, group in enumerate(map(find_group, groups)):
         if isinstance(group, ProcessGroup):  # as torch's functional collectives name it
             axis[group.group.group_name] = i

@@ -212,7 +212,7 @@ def _measure_rank(
     _barrier(device)
     found = _device_on(device, effort, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), say)
     _barrier(device)
-    names = process_groups(device_mesh, tuple(device_mesh.get_coordinate() or ()))
+    names = process_groups(device_mesh)
     fits: list[LinkFit | None] = []
     for axis, name in enumerate(names):
         if mesh[axis] == 1:

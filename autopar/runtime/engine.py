@@ -34,7 +34,7 @@ from autopar.plan import ShardingPlan
 from autopar.planner import prepare, trainable_inputs
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.local import as_cluster
-from autopar.runtime import environment
+from autopar.runtime import environment, late
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
@@ -139,6 +139,8 @@ class _Specialization:
     program: LocalProgram
     run: Callable[..., Any]
     layout: BatchLayout
+    parameters: Sequence[tuple[torch.nn.Module, str]]  # as their modules hold them
+    late: tuple[int, ...] = ()  # see `LoweredStep`
 
 
 class Engine(torch.nn.Module):
@@ -180,7 +182,7 @@ class Engine(torch.nn.Module):
         self._device = environment.device_for(cluster)
         self._mesh = environment.start(cluster, self._device)
         self._coords = cluster.coords(dist.get_rank())
-        self._groups = process_groups(self._mesh, self._coords)
+        self._groups = process_groups(self._mesh)
         self._seed = int(from_rank_zero(lambda: torch.initial_seed() % 2**62))
 
     # -- as a module ----------------------------------------------------------------------------
@@ -219,18 +221,38 @@ class Engine(torch.nn.Module):
         self._specialization(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        late.finish_all()
         special = self._specialization(args, kwargs)
         if self._away is not None and torch.is_grad_enabled():
             self._away.leave()
+        graph, program = special.graph, special.program
+        flat, written = self._flat(special, args, kwargs)
+        lowered = torch.is_grad_enabled()
+        run = special.run if lowered else program.gm
+        with self._common_draws(graph):
+            results = list(run(*flat))
+        count = len(written)
+        with torch.no_grad():
+            copy_all(written, results[:count])
+        given = [*results[:count], *special.layout.give(results[count:])]
+        for k in special.late if lowered else ():
+            given[k] = late.hand_out(given[k])
+        return pytree.tree_unflatten(given[count:], graph.out_spec)
+
+    def _flat(
+        self, special: _Specialization, args: Any, kwargs: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the program is called with, and the buffers that its first results are for."""
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         graph, program = special.graph, special.program
-        found = dict(self._model.named_parameters())
-        with torch.no_grad():
-            for name, update in graph.updates.items():
-                shard = found[name].to_local()
-                shard.copy_(update(shard))
-        flat = shards([found[name] for name in graph.parameters.values()])
-        buffers = dict(self._model.named_buffers())
+        if graph.updates:
+            found = dict(self._model.named_parameters())
+            with torch.no_grad():
+                for name, update in graph.updates.items():
+                    shard = found[name].to_local()
+                    shard.copy_(update(shard))
+        flat = shards([owner.get_parameter(name) for owner, name in special.parameters])
+        buffers = dict(self._model.named_buffers()) if graph.buffers else {}
         written = [buffers[n] for n in graph.mutations]
         # copies: backward may keep what the step is about to overwrite
         buffers |= zip(graph.mutations, copies_of(written), strict=True)
@@ -240,13 +262,7 @@ class Engine(torch.nn.Module):
         if program.takes_seed:
             self._steps += 1
             flat.append(torch.tensor((self._seed + self._steps) % 2**62))
-        run = special.run if torch.is_grad_enabled() else program.gm
-        with self._common_draws(graph):
-            results = list(run(*flat))
-        count = len(written)
-        with torch.no_grad():
-            copy_all(written, results[:count])
-        return pytree.tree_unflatten(special.layout.give(results[count:]), graph.out_spec)
+        return flat, written
 
     @contextmanager
     def _common_draws(self, graph: ModelGraph) -> Iterator[None]:
@@ -326,8 +342,9 @@ class Engine(torch.nn.Module):
             if self._optimizer is not None:
                 StepOnShards(self._optimizer)
             self._plan = plan
+        held = [_holder(self._model, name) for name in graph.parameters.values()]
         if not self._lowered:
-            return _Specialization(graph, plan, program, program.gm, layout)
+            return _Specialization(graph, plan, program, program.gm, layout, held)
         example = self._example(graph, program, layout)
         scheduler = self._scheduler(graph, plan, example)
         names = list(graph.parameters.values())
@@ -335,6 +352,7 @@ class Engine(torch.nn.Module):
             program.gm, example, regather=[names.index(n) for n in plan.regather if n in names],
             device_type=self._device.type, choose=scheduler, cluster=self._cluster,
             compile=self._compiled, parameters=self._may_leave(graph),
+            at_once=len(graph.mutations),
         )  # fmt: skip
         ran = [collective_signature(g, self._groups) for g in (step.forward, step.backward) if g]
         check_agreement(what, " ".join(ran))
@@ -345,7 +363,7 @@ class Engine(torch.nn.Module):
         if self._memory is not None and self._memory.parameters_on_host:
             self._parameters_leave = True
             self._at_home()
-        return _Specialization(graph, plan, program, step, layout)
+        return _Specialization(graph, plan, program, step, layout, held, step.late)
 
     def _example(
         self, graph: ModelGraph, program: LocalProgram, layout: BatchLayout
@@ -427,6 +445,12 @@ class Engine(torch.nn.Module):
         if pair.memory is not None and pair.step is not None:
             self._scheduled = pair.step.program, pair.memory
         return pair.planned.plan
+
+
+def _holder(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a parameter, and under which name."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
 
 
 def local_parameters(model: torch.nn.Module) -> Sequence[torch.Tensor]:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import MeshError
 from autopar.profiler.cluster import ClusterInfo
-from autopar.runtime import groups
+from autopar.runtime import groups, late
 from autopar.runtime.groups import DEFAULT_TIMEOUT
 
 
@@ -72,6 +72,7 @@ _MESHES: dict[Any, DeviceMesh] = {}
 def stop() -> None:
     """End the process group, and let go of all that holds it: one that lives on aborts the process
     when the interpreter shuts down."""
+    late.finish_at_exit()
     _MESHES.clear()
     groups.forget_groups()
     if dist.is_initialized():

@@ -7,19 +7,23 @@ group (`ProcessGroup`), on threads that stand in for ranks (`thread_groups`), or
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from autopar.errors import EngineError
 
 _REGISTRY: dict[str, Group] = {}
+# Of the groups of all axes of a mesh, that of all its ranks.
+_JOINED: dict[frozenset[str], str] = {}
 
 Wait = Callable[[], None]  # until a collective that was started is done
 
@@ -84,6 +88,7 @@ def _done() -> None:
 def forget_groups() -> None:
     """Let go of all communicators."""
     _REGISTRY.clear()
+    _JOINED.clear()
 
 
 def find_group(name: str) -> Group:
@@ -284,12 +289,12 @@ class DirectGroup(ProcessGroup):
         if self._in_one_round(flat):
             return self._begin(
                 "all-reduce", x, [flat] * k, [flat.shape] * k,
-                lambda got: flat.copy_(self._total(got, op)),
+                lambda got: self._total_into(flat, got, op),
             )  # fmt: skip
         mine = flat.tensor_split(k)
 
         def finish(got: list[torch.Tensor]) -> None:
-            part = self._total(got, op)
+            part = self._total_into(mine[self.index], got, op)
             self._exchange([part] * k, mine)
 
         return self._begin("all-reduce", x, mine, [mine[self.index].shape] * k, finish)
@@ -302,13 +307,23 @@ class DirectGroup(ProcessGroup):
         own = x[self.index]
         return self._begin(
             "reduce-scatter", x, x.unbind(), [own.shape] * self.size,
-            lambda got: own.copy_(self._total(got, "sum")),
+            lambda got: self._total_into(own, got, "sum"),
         )  # fmt: skip
 
+    def _total_into(
+        self, own: torch.Tensor, parts: Sequence[torch.Tensor], op: str
+    ) -> torch.Tensor:
+        """The total, in the place of this rank's own part."""
+        if self.index < 2:  # which is read first
+            return self._total(parts, op, own)
+        return own.copy_(self._total(parts, op))
+
     @staticmethod
-    def _total(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
+    def _total(
+        parts: Sequence[torch.Tensor], op: str, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         combine = torch.add if op == "sum" else torch.maximum
-        total = combine(parts[0], parts[1])
+        total = combine(parts[0], parts[1], out=out)
         for part in parts[2:]:
             combine(total, part, out=total)
         return total
@@ -357,10 +372,35 @@ class ThreadGroup(Group):
 
 
 def axis_groups(
-    prefix: str, mesh: Sequence[int], coords: Sequence[int], make: Callable[[str, int], Group]
+    prefix: str,
+    mesh: Sequence[int],
+    make: Callable[[str, int], Group],
+    make_joined: Callable[[str], Group],
 ) -> tuple[str, ...]:
-    """Register one group per mesh axis for the rank at `coords`; returns their names."""
-    return tuple(make(f"{prefix}/axis{axis}", axis).name for axis in range(len(mesh)))
+    """Register one group per mesh axis for a rank, and where these are several, one of all ranks.
+
+    Args:
+        make: the group of this name, along this axis.
+        make_joined: the group of this name of all ranks.
+
+    Returns:
+        the names of those along axes.
+    """
+    names = tuple(make(f"{prefix}/axis{axis}", axis).name for axis in range(len(mesh)))
+    split = frozenset(name for name, size in zip(names, mesh, strict=True) if size > 1)
+    if len(split) > 1:
+        _JOINED[split] = make_joined(f"{prefix}/all").name
+    return names
+
+
+def joined(names: Collection[str]) -> str | None:
+    """The group of all ranks, where these are those along all axes of more than one rank."""
+    return _JOINED.get(frozenset(names))
+
+
+def _flat(mesh: Sequence[int], coords: Sequence[int]) -> tuple[int, int]:
+    """Number of ranks, and the place among them."""
+    return math.prod(mesh), int(np.ravel_multi_index(tuple(coords), tuple(mesh)))
 
 
 def axis_of(name: str) -> int:
@@ -374,8 +414,10 @@ def planning_groups(
     """Groups that know only sizes and positions."""
     where = ",".join(map(str, coords))
     return axis_groups(
-        f"{prefix}/{where}", mesh, coords, lambda name, a: Group(name, mesh[a], coords[a])
-    )
+        f"{prefix}/{where}", mesh,
+        lambda name, a: Group(name, mesh[a], coords[a]),
+        lambda name: Group(name, *_flat(mesh, coords)),
+    )  # fmt: skip
 
 
 def thread_groups(
@@ -383,6 +425,7 @@ def thread_groups(
 ) -> dict[tuple[int, ...], tuple[str, ...]]:
     """Groups for all ranks of a mesh simulated by threads: coordinates to names per axis."""
     exchanges: dict[tuple[int, tuple[int, ...]], _Exchange] = {}
+    world = _Exchange(math.prod(mesh), timeout)
     found = {}
     for coords in product(*(range(size) for size in mesh)):
 
@@ -392,13 +435,16 @@ def thread_groups(
                 exchanges[key] = _Exchange(mesh[axis], timeout)
             return ThreadGroup(name, coords[axis], exchanges[key])
 
+        def make_joined(name: str, coords: tuple[int, ...] = coords) -> Group:
+            return ThreadGroup(name, _flat(mesh, coords)[1], world)
+
         where = ",".join(map(str, coords))
-        found[coords] = axis_groups(f"{prefix}/{where}", mesh, coords, make)
+        found[coords] = axis_groups(f"{prefix}/{where}", mesh, make, make_joined)
     return found
 
 
-def process_groups(mesh: dist.device_mesh.DeviceMesh, coords: Sequence[int]) -> tuple[str, ...]:
-    """Groups on the process groups of a `DeviceMesh`, named after its shape."""
+def process_groups(mesh: dist.device_mesh.DeviceMesh) -> tuple[str, ...]:
+    """Groups on the process groups of a `DeviceMesh` over all processes, named after its shape."""
     shape = tuple(mesh.shape)
     prefix = f"{mesh.device_type}:{'x'.join(map(str, shape))}"
     kind = DirectGroup if mesh.device_type == "cpu" else ProcessGroup
@@ -406,7 +452,9 @@ def process_groups(mesh: dist.device_mesh.DeviceMesh, coords: Sequence[int]) -> 
     def make(name: str, axis: int) -> Group:
         return (kind if shape[axis] > 1 else ProcessGroup)(name, mesh.get_group(axis))
 
-    return axis_groups(prefix, shape, coords, make)
+    world = dist.group.WORLD
+    assert world is not None
+    return axis_groups(prefix, shape, make, lambda name: kind(name, world))
 
 
 DEFAULT_TIMEOUT = timedelta(minutes=5)

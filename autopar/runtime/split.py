@@ -26,6 +26,11 @@ def _wait(buffer: torch.Tensor) -> None:
         wait()
 
 
+def under_way(result: torch.Tensor) -> Wait | None:
+    """What waits for a result that its program has started (`all_reduce_late`); asked once."""
+    return _UNDER_WAY.pop(result.data_ptr(), None)
+
+
 def _reduce(buffer: torch.Tensor, op: str, group: str) -> torch.Tensor:
     if buffer.numel():
         _UNDER_WAY[buffer.data_ptr()] = find_group(group).start_all_reduce(buffer, op)
@@ -66,6 +71,31 @@ def start_all_reduce(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
 
 
 @start_all_reduce.register_fake
+def _(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("autopar::finish_all_reduce", mutates_args=())
+def finish_all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """`all_reduce`'s result in memory of its own, for small ones: unlike `arrived_here` it may be
+    run again, like its start."""
+    _wait(x)
+    return x.clone()
+
+
+@finish_all_reduce.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("autopar::all_reduce_late", mutates_args=())
+def all_reduce_late(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
+    """`all_reduce` in a copy, which the program returns; finished by its caller
+    (`autopar/runtime/late.py`)."""
+    return _reduce(x.clone(memory_format=torch.contiguous_format), op, group)
+
+
+@all_reduce_late.register_fake
 def _(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

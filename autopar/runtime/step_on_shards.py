@@ -68,9 +68,8 @@ class StepOnShards:
             for p, shard in zip(params, group["params"], strict=True):
                 if shard in state:
                     held = self._state.get(p, {})
-                    self._optimizer.state[p] = {
-                        k: _as_before(k, v, held.get(k), p) for k, v in state[shard].items()
-                    }
+                    now = {k: _as_before(k, v, held.get(k), p) for k, v in state[shard].items()}
+                    self._optimizer.state[p] = now
                 if shard is not p:
                     shard.grad = None
             group["params"] = params
@@ -78,15 +77,16 @@ class StepOnShards:
 
 
 def _local(x: Any) -> Any:
-    return x.to_local() if isinstance(x, DTensor) else x
+    """As `DTensor.to_local` finds it, which asks autograd first."""
+    return x._local_tensor if type(x) is DTensor or isinstance(x, DTensor) else x
 
 
 def _as_before(key: str, value: Any, held: Any, p: torch.Tensor) -> Any:
     """An entry of the state, as a DTensor where it is laid out like its parameter."""
-    if not isinstance(p, DTensor) or not isinstance(value, torch.Tensor):
-        return value
-    if isinstance(held, DTensor) and held.to_local() is value:
+    if type(held) is DTensor and held._local_tensor is value:
         return held
+    if held is value or not isinstance(p, DTensor) or not isinstance(value, torch.Tensor):
+        return value
     if value.shape != p.to_local().shape or key == "step":
         return value
     return DTensor.from_local(

@@ -121,6 +121,27 @@ def test_collectives_are_under_way_while_others_compute(planned, bucketed):
         assert any(ahead) or bucketed
 
 
+@pytest.mark.parametrize(("mesh", "group"), [("4", "/axis0"), ("2x2", "/all")])
+def test_nobody_waits_for_counts_and_losses_where_they_stand(mesh, group):
+    case = CASES["mlp"]
+    planned = autoplan(case.build(), (), case.batch(0), cluster=ClusterInfo.of(mesh, "A100-40G"))
+    step = lowered(planned, by_expert(planned, "DDP"), at_once=0)
+    calls = [n for n in step.forward.graph.nodes if n.op == "call_function"]
+    sums = [n for n in calls if "autopar." in str(n.target)]
+    start, finish, late = sums  # one of each, over all axes
+    assert start.target is ops.start_all_reduce.default
+    assert finish.target is ops.finish_all_reduce.default
+    assert late.target is ops.all_reduce_late.default
+    assert start.args[2].endswith(group)
+    assert late.args[2].endswith(group)
+    product = next(n for n in calls if "mm" in str(n.target))
+    assert calls.index(start) < calls.index(product) < calls.index(finish) < calls.index(late)
+    assert step.late == (0,)
+    whole = lowered(planned, by_expert(planned, "DDP"))  # whoever takes it as it is, finds it there
+    assert whole.late == ()
+    assert count(whole.forward, ops.all_reduce.default) == len(planned.plan.mesh)
+
+
 def test_zero3_gathers_again_and_keeps_no_gathered_weight(planned):
     plan = by_expert(planned, "FSDP")
     assert plan.regather

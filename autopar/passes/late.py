@@ -1,0 +1,124 @@
+"""Small sums over ranks that nobody waits for where they stand: each is a moment at which all ranks
+wait for the slowest, whatever its size.
+
+Both passes work on the joint graph, ahead of the partition. What they start is small enough to be
+sent whole at once (`DirectGroup`), so that who waits for it needs nothing more of other ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from autopar.memory.communication import communicates
+from autopar.memory.splits import called
+from autopar.runtime.groups import joined
+from autopar.tracer.draws import draws
+
+SMALL_BYTES = 1024
+
+_OPS = torch.ops.autopar
+# Of the operators that an early sum is made by.
+_FEW = 16
+
+
+def late_results(gm: fx.GraphModule, *, results: Collection[int]) -> fx.GraphModule:
+    """Sums that are only returned are started, and for the caller to wait for.
+
+    Args:
+        results: positions of the outputs that may be.
+    """
+    output = gm.graph.output_node()
+    outputs: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    for k in results:
+        node = outputs[k]
+        if not _is_small_sum(node) or not node.meta["val"].is_floating_point():
+            continue
+        if set(node.users) == {output} and outputs.count(node) == 1:
+            operand, group = _over_all(node)
+            with gm.graph.inserting_before(node):
+                late = called(
+                    gm.graph, _OPS.all_reduce_late.default, (operand, node.args[1], group)
+                )
+            _replace(node, late)
+    return gm
+
+
+def positions_of_late(gm: fx.GraphModule) -> list[int]:
+    """Of a forward, the results that it leaves to wait for."""
+    outputs: Any = gm.graph.output_node().args[0]
+    late = _OPS.all_reduce_late.default
+    return [k for k, n in enumerate(outputs) if getattr(n, "target", None) is late]
+
+
+def early_sums(gm: fx.GraphModule) -> fx.GraphModule:
+    """Sums of what the program is given (the count of targets) start with the program."""
+    graph = gm.graph
+    for node in reversed([n for n in graph.nodes if _is_small_sum(n)]):
+        operand, group = _over_all(node)
+        made_by = _made_by(operand) if node.users else None
+        if made_by is None:
+            continue
+        begin = next(n for n in graph.nodes if n.op != "placeholder" and n not in made_by)
+        for n in made_by:
+            begin.prepend(n)
+        with graph.inserting_before(begin):
+            start = called(graph, _OPS.start_all_reduce.default, (operand, node.args[1], group))
+            start.meta = {**node.meta, "val": start.meta["val"]}
+        with graph.inserting_before(node):
+            _replace(node, called(graph, _OPS.finish_all_reduce.default, (start,)))
+    return gm
+
+
+def _is_small_sum(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.target is not _OPS.all_reduce.default:
+        return False
+    value = node.meta["val"]
+    return value.dtype is not torch.bool and 0 < value.numel() * value.element_size() <= SMALL_BYTES
+
+
+def _over_all(node: fx.Node) -> tuple[Any, str]:
+    """What a sum is taken of, and over which group: sums over one axis after the other, of all axes
+    of a mesh, are one over all ranks."""
+    chain: list[Any] = [node]
+    while _is_small_sum(before := chain[-1].args[0]) and len(before.users) == 1:
+        chain.append(before)
+    group = joined([str(n.args[2]) for n in chain])
+    if group is None or len({n.args[1] for n in chain}) > 1:
+        return node.args[0], str(node.args[2])
+    return chain[-1].args[0], group
+
+
+def _made_by(value: fx.Node) -> list[fx.Node] | None:
+    """The operators that a value is made by from what the forward is given, in order; None where
+    they are many, communicate or draw."""
+    found: set[fx.Node] = set()
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if node in found or (node.op == "placeholder" and "tangents" not in str(node.target)):
+            continue
+        if (
+            node.op == "placeholder"
+            or communicates(node)
+            or draws(node)
+            or node.is_impure()
+            or len(found) == _FEW
+        ):
+            return None
+        found.add(node)
+        stack += node.all_input_nodes
+    return [n for n in value.graph.nodes if n in found]
+
+
+def _replace(node: fx.Node, new: fx.Node) -> None:
+    """Take a node's place, and drop what made it and is for nothing else."""
+    new.meta = {**node.meta, "val": new.meta["val"]}
+    node.replace_all_uses_with(new)
+    unused: Any = node
+    while _is_small_sum(unused) and not unused.users:
+        unused.graph.erase_node(unused)
+        unused = unused.args[0]
