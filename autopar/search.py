@@ -23,6 +23,7 @@ from autopar.errors import InfeasibleError
 from autopar.experts import expert_plans
 from autopar.plan import SolverRecord
 from autopar.sharding.moments import Moments
+from autopar.sharding.rows import SharedRows
 from autopar.sharding.runs import ends_apart, interleaved, places
 from autopar.sharding.space import SearchSpace
 from autopar.solver import Edge, Problem, Solution, solve
@@ -183,10 +184,11 @@ def _solve(
 ) -> Solution:
     """Solve, from the choices and the prices of a more restricted problem, if there was one."""
     prices = before.prices if before is not None else {}
-    problem = replace(shared.problem, rows=tuple(shared.row(moments.row(n)) for n in prices))
+    rows = SharedRows(moments, shared, segments)
+    problem = replace(shared.problem, rows=tuple(map(rows.named, prices)))
     return solve(
         problem,
-        separate=moments.over(shared, segments),
+        separate=rows,
         starts=starts,
         prices=prices,
         time_limit=time_limit,
