@@ -319,7 +319,7 @@ def _feasible(space: SearchSpace, only: Allowed, time_limit: float) -> bool:
             separate=SharedRows(moments, shared),
             time_limit=time_limit,
             enough_us=sys.float_info.max,
-            branch=False,
+            regions=0,
         )
     except InfeasibleError:
         return False

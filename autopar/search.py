@@ -27,8 +27,9 @@ from autopar.sharding.rows import SharedRows
 from autopar.sharding.runs import ends_apart, interleaved, places
 from autopar.sharding.space import SearchSpace
 from autopar.solver import Edge, Problem, Solution, solve
-from autopar.solver.problem import Choices
-from autopar.solver.reductions import Shared
+from autopar.solver.problem import Branch, Choices
+from autopar.solver.recombination import mixed
+from autopar.solver.reductions import Kept, Shared
 from autopar.solver.solve import TARGET_GAP
 from autopar.units import format_bytes
 
@@ -39,6 +40,8 @@ SIMPLER = 1e-4
 PARTS, SEGMENTS = 4, 16
 # Closing a gap may take so many times as long as what came before, and so many seconds at least.
 CLOSING, CLOSING_S = 4.0, 6.0
+# parts of the choices that are looked at to see whether branching closes a gap
+REGIONS = 24
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def search(
     try:
         found = _solve(
             alike, moments, None, time_limit, progress, (), fallback=by_hand,
-            recombinations=2 if repeated else 6, branch=not repeated,
+            recombinations=2 if repeated else 6, regions=REGIONS if repeated else math.inf,
         )  # fmt: skip
     except InfeasibleError as error:
         if not math.isfinite(error.smallest_bytes):
@@ -111,17 +114,19 @@ def search(
     best = Found(alike.expand(found.choices), found.time_us, found.bound_us, found.method)
     steps = {"all alike": found.time_us}
 
-    def solve_freer(what: str, freer: Sequence[int], before: Solution, **how: Any) -> Solution:
+    def solve_freer(
+        what: str, freer: Sequence[int], before: Solution, met: Sequence[Choices] = (), **how: Any
+    ) -> Solution:
         """From the choices and prices of a solution over all sites; takes what is better."""
         nonlocal best
         spent = time.monotonic() - start
         left = time_limit - spent
-        if how.get("branch"):
+        if how.get("regions") is None:
             left = min(left, max(CLOSING * spent, CLOSING_S))
         if left <= 0:
             return replace(before, near=())
         shared = Shared(problem, freer)
-        starts = [shared.contract(c) for c in (best.choices, *before.near)]
+        starts = [shared.contract(c) for c in (best.choices, *before.near, *met)]
         found = _solve(shared, moments, before, left, progress, starts, **how)
         found = replace(
             found,
@@ -138,24 +143,59 @@ def search(
             best = Found(plan.choices, plan.time_us, bound_us, found.method)
         return found
 
+    def mix(freer: Sequence[int], before: Solution) -> Choices | None:
+        """What choices met before make when less of them are shared, if that is good enough or
+        better by as much as is; over all sites."""
+        shared = Shared(problem, freer)
+        starts = [shared.contract(c) for c in (best.choices, *before.near)]
+        kept = Kept(shared.problem, [np.unique(column) for column in zip(*starts, strict=True)])
+        rows = SharedRows(moments, shared, SEGMENTS, kept)
+        made = mixed(
+            replace(kept.problem, rows=tuple(map(rows.named, before.prices))),
+            [kept.contract(c) for c in starts],
+            separate=rows, prices=before.prices, rounds=6, gap=TARGET_GAP, say=say,
+            enough_us=before.relaxed_us / (1 - TARGET_GAP),
+            expired=lambda: time.monotonic() - start > time_limit,
+        )  # fmt: skip
+        choices = shared.expand(kept.expand(made))
+        return choices if choices != best.choices else None
+
     if repeated:
-        ends = solve_freer("first and last apart", freer, replace(found, near=()), recombinations=2)
-        if ends.near:
-            apart = interleaved(freer, places(space, freer), PARTS)
-            close = ends.bound_us / (1 - TARGET_GAP)
-            halved = solve_freer(
-                "every second apart", apart, ends, recombinations=6, segments=SEGMENTS,
-                settled=True, enough_us=close, branch=True,
-            )  # fmt: skip
-            if not math.isfinite(halved.bound_us):  # any share of the blocks is no better
-                solve_freer(
-                    "first and last apart", freer, ends, recombinations=0, branch=True,
-                    kept=ends.kept,
-                )  # fmt: skip
+        ends = solve_freer(
+            "first and last apart", freer, replace(found, near=()), recombinations=2,
+            regions=REGIONS, met=[alike.expand(c) for c in found.met],
+            tree=found.tree and _for_most(found.tree, classes, freer),
+        )  # fmt: skip
+        apart = interleaved(freer, places(space, freer), PARTS)
+        if ends.near and (better := mix(apart, ends)) is not None:
+            solve_freer("every second apart", apart, ends, met=[better])
+        elif ends.gap > TARGET_GAP:  # any share of the blocks is no better
+            solve_freer("first and last apart", freer, ends, recombinations=0, tree=ends.tree)
     if best.choices != alike.expand(alike.contract(best.choices)):
         choices = _alike_where_equal(problem, moments, classes, best.choices)
         best = replace(best, choices=choices)
     return replace(best, sharing=tuple(steps.items()))
+
+
+def _for_most(tree: Branch, classes: Sequence[int], freer: Sequence[int]) -> Branch:
+    """How branching divided the choices of classes, for those of most of their copies."""
+    copies: dict[int, list[int]] = defaultdict(list)
+    order = {c: i for i, c in enumerate(dict.fromkeys(freer))}
+    for c, free in zip(classes, freer, strict=True):
+        copies[c].append(order[free])
+    middle = [same[len(same) // 2] for same in copies.values()]
+
+    def moved(branch: Branch) -> Branch:
+        decided = {middle[v]: among for v, among in branch.decided.items()}
+        return Branch(decided, branch.prices, tuple(map(moved, branch.parts)))
+
+    return moved(tree)
+
+
+def _priced(tree: Branch | None) -> list[str]:
+    """The names of the rows that have prices in a tree."""
+    parts = [name for part in tree.parts for name in _priced(part)] if tree else []
+    return [*tree.prices, *parts] if tree else []
 
 
 def _dominating(moments: Moments, choices: Choices) -> str:
@@ -179,20 +219,21 @@ def _solve(
     starts: Sequence[Choices],
     *,
     segments: int = 1,
-    branch: bool = False,
+    tree: Branch | None = None,
     **how: Any,
 ) -> Solution:
     """Solve, from the choices and the prices of a more restricted problem, if there was one."""
     prices = before.prices if before is not None else {}
     rows = SharedRows(moments, shared, segments)
-    problem = replace(shared.problem, rows=tuple(map(rows.named, prices)))
+    names = dict.fromkeys([*prices, *_priced(tree)])
+    problem = replace(shared.problem, rows=tuple(map(rows.named, names)))
     return solve(
         problem,
         separate=rows,
         starts=starts,
         prices=prices,
+        tree=tree,
         time_limit=time_limit,
-        branch=branch,
         progress=progress,
         **how,
     )

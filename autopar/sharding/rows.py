@@ -13,7 +13,7 @@ import numpy as np
 
 from autopar.sharding.moments import Moments, Series
 from autopar.solver import Row
-from autopar.solver.reductions import Groups, Shared
+from autopar.solver.reductions import Groups, Kept, Shared
 
 # below this a millionth of the whole, a row is not violated but rounded
 _TOLERANCE = 1e-9
@@ -27,17 +27,21 @@ class SharedRows:
     Args:
         segments: into which the step is divided: choices get the row of each series that they
             violate most in every one of them.
+        kept: of the classes only some choices.
     """
 
-    def __init__(self, moments: Moments, shared: Shared, segments: int = 1) -> None:
+    def __init__(
+        self, moments: Moments, shared: Shared, segments: int = 1, kept: Kept | None = None
+    ) -> None:
         self._space, self._shared, self._segments = moments.space, shared, segments
+        self._kept = kept
         self._series = {s.name: s for s in (moments.memory, *moments.late)}
         self._groups: dict[str, Groups] = {}
         self._rows: dict[tuple[str, int], Row] = {}
 
     def __call__(self, choices: Sequence[int]) -> list[Row]:
         """The rows violated most by the choices of the classes."""
-        whole = self._shared.expand(choices)
+        whole = self._shared.expand(self._kept.expand(choices) if self._kept else choices)
         return [
             self._row(series, moment)
             for series in self._series.values()
@@ -66,7 +70,8 @@ class SharedRows:
             if series.name not in self._groups:
                 places = (self._shared.place(i.index, i.is_link) for i in series.items)
                 values = (item.values for item in series.items)
-                self._groups[series.name] = Groups(zip(places, values, strict=True))
+                cut = (self._kept.cut,) if self._kept else ()
+                self._groups[series.name] = Groups(zip(places, values, strict=True), *cut)
             groups = self._groups[series.name]
             nodes, edges = groups.sums(groups.counts(series.alive(moment)))
             name = f"{series.name} {moment}"

@@ -97,6 +97,8 @@ class Region:
         bound: known already.
         prices: by row name, to begin from.
         messages: of the core, to begin from.
+        dropped: no assignment that fixing dropped on the way here is faster than this.
+        decided: per node that branching has divided, its choices on this side (indices).
     """
 
     def __init__(
@@ -106,8 +108,10 @@ class Region:
         bound: float = -math.inf,
         prices: Mapping[str, float] | None = None,
         messages: Messages | None = None,
+        dropped: float = math.inf,
+        decided: Mapping[int, np.ndarray] | None = None,
     ) -> None:
-        self._messages = messages or {}
+        self._messages, self.dropped, self.decided = messages or {}, dropped, decided or {}
         self.pool, self.kept, self.bound = pool, list(kept), bound
         self.prices: dict[str, float] = dict(prices or {})
         self._tightest: tuple[Contraction, float] | None = None  # at `prices`
@@ -137,6 +141,10 @@ class Region:
 
     def contains(self, choices: Choices) -> bool:
         return all(c in inside for c, inside in zip(choices, self._inside, strict=True))
+
+    def covers(self, choices: Choices) -> bool:
+        """Whether branching led these choices here, even if fixing dropped them."""
+        return all(choices[v] in among for v, among in self.decided.items())
 
     def sizes(self) -> int:
         """How many choices there are."""
@@ -239,17 +247,29 @@ class Region:
 
     # -- smaller regions --------------------------------------------------------------------------
 
-    def fixed(self) -> Region:
-        """Without the choices that cannot be part of anything better than the best known."""
-        found, constant = self._tightest or self.weighted(self.prices)
-        limit = self.pool.time_us + constant
+    def fixed(self, gap: float = 0.0) -> Region:
+        """Without the choices that cannot be part of anything that is better than the best known
+        by more than `gap`."""
+        if self._tightest is None:
+            self.evaluate(self.prices)
+        assert self._tightest is not None
+        found, constant = self._tightest
+        best = self.pool.time_us - gap * abs(self.pool.time_us)
+        limit = best + constant
         limit += 1e-9 * max(1.0, abs(limit))
         marginals = found.min_marginals()
         kept = [k[m <= limit] for k, m in zip(self.kept, marginals, strict=True)]
         if any(not len(k) for k in kept):
-            self.bound = max(self.bound, self.pool.time_us)
+            self.bound = max(self.bound, best)
             return self
-        return self._within(kept)
+        smaller = self._within(kept)
+        smaller.dropped = min(self.dropped, best)
+        return smaller
+
+    @property
+    def lowest(self) -> float:
+        """A lower bound on its assignments and on those that fixing dropped."""
+        return min(self.bound, self.dropped)
 
     def near(self) -> list[Choices]:
         """The assignments met whose priced time is below the best known."""
@@ -287,14 +307,18 @@ class Region:
         weight = np.zeros(len(self.pool.problem.time_us[node]))
         for share, line in zip(shares, lines, strict=True):
             weight[line.choices[node]] += share
-        chosen = int(np.argmax(weight))
-        halves = self.kept[node] == chosen
-        return [self._half(node, halves), self._half(node, ~halves)]
+        chosen = max(self.kept[node], key=weight.__getitem__)
+        among = self.decided.get(node, np.arange(len(weight)))
+        return [self.part({node: among[side]}) for side in (among == chosen, among != chosen)]
 
-    def _half(self, node: int, half: np.ndarray) -> Region:
+    def part(self, decided: Mapping[int, np.ndarray]) -> Region:
+        """The part that makes these choices of some nodes."""
         kept = list(self.kept)
-        kept[node] = kept[node][half]
-        return self._within(kept)
+        for node, among in decided.items():
+            kept[node] = kept[node][np.isin(kept[node], among)]
+        part = self._within(kept)
+        part.decided = {**self.decided, **decided}
+        return part
 
     def _within(self, kept: Sequence[np.ndarray]) -> Region:
         """The part of this region that chooses among fewer."""
@@ -302,7 +326,9 @@ class Region:
         messages = {
             (a, b): (to_a[at[a]], to_b[at[b]]) for (a, b), (to_a, to_b) in self._messages.items()
         }
-        return Region(self.pool, kept, self.bound, self.prices, messages)
+        return Region(
+            self.pool, kept, self.bound, self.prices, messages, self.dropped, self.decided
+        )
 
     def _mixture(self, lines: Sequence[Line]) -> np.ndarray:
         """Shares of the assignments, summing to one, in the cheapest mixture within the rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,9 +104,14 @@ class Groups:
 
     Args:
         terms: (place, values) of each.
+        cut: what is done to values where they go, such as leaving some out.
     """
 
-    def __init__(self, terms: Iterable[tuple[Place, np.ndarray]]) -> None:
+    def __init__(
+        self,
+        terms: Iterable[tuple[Place, np.ndarray]],
+        cut: Callable[[Place, np.ndarray], np.ndarray] = lambda place, seen: seen,
+    ) -> None:
         known: dict[tuple[Place, int], int] = {}
         self._distinct: list[tuple[Place, np.ndarray]] = []
         of = []
@@ -114,7 +119,7 @@ class Groups:
             key = place, id(values)
             if key not in known:
                 known[key] = len(known)
-                self._distinct.append((place, values))
+                self._distinct.append((place, cut(place, place.seen(values))))
             of.append(known[key])
         self._of = np.array(of, dtype=np.int64)
 
@@ -127,8 +132,8 @@ class Groups:
         nodes: dict[int, np.ndarray] = {}
         edges: dict[int, np.ndarray] = {}
         for g in np.flatnonzero(counts):
-            place, values = self._distinct[g]
-            found, more = (edges if place.is_edge else nodes), place.seen(values) * float(counts[g])
+            place, seen = self._distinct[g]
+            found, more = (edges if place.is_edge else nodes), seen * float(counts[g])
             found[place.index] = found[place.index] + more if place.index in found else more
         return nodes, edges
 
@@ -155,13 +160,22 @@ class Kept:
 
     def row(self, row: Row) -> Row:
         """The row over the choices kept."""
-        nodes = {v: terms[self._kept[v]] for v, terms in row.nodes.items()}
-        edges = {}
-        for e, terms in row.edges.items():
-            a, b = self._ends[e]
-            edges[e] = terms[np.ix_(self._kept[a], self._kept[b])]
+        nodes = {v: self._cut(terms, v) for v, terms in row.nodes.items()}
+        edges = {e: self._cut(terms, *self._ends[e]) for e, terms in row.edges.items()}
         return replace(row, nodes=nodes, edges=edges)
+
+    def _cut(self, terms: np.ndarray, *nodes: int) -> np.ndarray:
+        return terms[np.ix_(*(self._kept[v] for v in nodes))]
+
+    def cut(self, place: Place, terms: np.ndarray) -> np.ndarray:
+        """Terms over all choices of a node, or of the ends of an edge, over the choices kept."""
+        nodes = self._ends[place.index] if place.is_edge else (place.index,)
+        return self._cut(terms, *nodes)
 
     def expand(self, choices: Sequence[int]) -> Choices:
         """Indices among all choices, from those among the kept."""
         return tuple(int(self._kept[v][c]) for v, c in enumerate(choices))
+
+    def contract(self, choices: Sequence[int]) -> Choices:
+        """Indices among the kept, from those among all choices."""
+        return tuple(int(np.searchsorted(k, c)) for k, c in zip(self._kept, choices, strict=True))
