@@ -161,10 +161,11 @@ def search(
         return choices if choices != best.choices else None
 
     if repeated:
+        closed = found.gap <= TARGET_GAP  # else branching will not close the gap of freer blocks
         ends = solve_freer(
             "first and last apart", freer, replace(found, near=()), recombinations=2,
-            regions=REGIONS, met=[alike.expand(c) for c in found.met],
-            tree=found.tree and _for_most(found.tree, classes, freer),
+            regions=REGIONS if closed else 0, met=[alike.expand(c) for c in found.met],
+            tree=_for_most(found.tree, classes, freer) if closed and found.tree else None,
         )  # fmt: skip
         apart = interleaved(freer, places(space, freer), PARTS)
         if ends.near and (better := mix(apart, ends)) is not None:

@@ -25,6 +25,8 @@ from autopar.solver.ilp import solver_of
 from autopar.solver.messages import Messages
 from autopar.solver.problem import Choices, Problem, Row, Separate
 
+# assignments that are recombined
+NEAR = 16
 # of a hard row: in steps per all of the excess that was met
 MAX_PRICE = 1e6
 
@@ -200,6 +202,12 @@ class Region:
                 self.bound = math.inf if not math.isfinite(found.bound) else self.bound
                 return
 
+    def hard_prices(self, price: float) -> dict[str, float]:
+        """Of the hard rows alike: `price` is in steps per all of the excess that was met."""
+        rows, lines = self.pool.rows, list(self.pool.lines.values())
+        hard = [r for r, row in enumerate(rows) if not row.slack]
+        return {rows[r].name: price * self._scale(r, lines) / len(hard) for r in hard}
+
     def _lines(self) -> list[Line]:
         return [line for line in self.pool.lines.values() if self.contains(line.choices)]
 
@@ -272,13 +280,14 @@ class Region:
         return min(self.bound, self.dropped)
 
     def near(self) -> list[Choices]:
-        """The assignments met whose priced time is below the best known."""
+        """The assignments met whose priced time is below the best known, least first; not more
+        than `NEAR`, as each makes the program that recombines them larger."""
         prices = [self.prices.get(row.name, 0.0) for row in self.pool.rows]
-        return [
-            line.choices
+        priced = [
+            (line.busy_us + float(np.dot(prices, line.usage)), line.choices)
             for line in self._lines()
-            if line.busy_us + float(np.dot(prices, line.usage)) <= self.pool.time_us
         ]
+        return [choices for us, choices in sorted(priced)[:NEAR] if us <= self.pool.time_us]
 
     def used(self) -> list[np.ndarray]:
         """Per node the choices in those and in the best known."""

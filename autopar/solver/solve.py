@@ -30,6 +30,9 @@ TARGET_GAP = 9.9e-4
 PRICE_STEPS, BRANCH_STEPS = 60, 8
 # A region is narrowed while bound and best assignment are this close, to this share of its choices.
 NARROW_GAP, NARROWED = 0.2, 0.7
+# In times of all that is done, for all that was too much: prices at which the hard rows are mostly
+# met.
+ENTERING_PRICES = (1.0, 4.0)
 # Of the time, what is spent on finding an assignment within the hard rows before `fallback` helps.
 ENTERING = 0.25
 # variables of an integer program that is solved rather than divided
@@ -143,7 +146,7 @@ class _Search:
             f"{len(problem.time_us)} nodes, {whole.sizes()} choices: at least {whole.bound:.0f} us"
         )
         if pool.choices is None:
-            self._enter()
+            self._enter(whole)
         if tree is not None:
             return self._branch_and_bound(whole, self._replayed(whole, tree))
         region = self._raise(whole, PRICE_STEPS)
@@ -275,9 +278,13 @@ class _Search:
         merged = Merged(kept.problem)
         return (kept, merged) if size_of(merged.problem) <= SMALL_PROGRAM else None
 
-    def _enter(self) -> None:
-        """Find an assignment within the hard rows."""
+    def _enter(self, whole: Region) -> None:
+        """Find an assignment within the hard rows: at high prices for them, or else by itself."""
         pool = self.pool
+        for price in ENTERING_PRICES:
+            whole.evaluate(whole.hard_prices(price))
+            if pool.choices is not None:
+                return
         left = self.end - time.monotonic()
         try:
             pool.note(self._within(pool.rows, ENTERING * left))
