@@ -167,8 +167,9 @@ def search(
             regions=REGIONS if closed else 0, met=[alike.expand(c) for c in found.met],
             tree=_for_most(found.tree, classes, freer) if closed and found.tree else None,
         )  # fmt: skip
-        apart = interleaved(freer, places(space, freer), PARTS)
-        if ends.near and (better := mix(apart, ends)) is not None:
+        apart = interleaved(freer, places(space, freer), PARTS) if ends.near else freer
+        better = mix(apart, ends) if ends.near else None
+        if better is not None:
             solve_freer("every second apart", apart, ends, met=[better])
         elif ends.gap > TARGET_GAP:  # any share of the blocks is no better
             solve_freer("first and last apart", freer, ends, recombinations=0, tree=ends.tree)

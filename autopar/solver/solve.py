@@ -222,16 +222,17 @@ class _Search:
         """
         order = itertools.count()
         leaves = tree.leaves()
-        heap = [(leaf.region.lowest, next(order), leaf) for leaf in leaves]
-        heapq.heapify(heap)
-        looked, programs = 0, 0
-        left = math.inf  # the lowest bound of parts that hold nothing better by the gap
+        self.bound = max(self.bound, min(leaf.region.lowest for leaf in leaves))
         best = self.pool.choices
-        if leaves != [tree] and best is not None:
+        if tree.parts and best is not None:
             for leaf in leaves:
                 if leaf.region.covers(best) and self._worthwhile(leaf.region):
                     leaf.region = self._raise(leaf.region, BRANCH_STEPS)
                     self._recombine(leaf.region)
+        heap = [(leaf.region.lowest, next(order), leaf) for leaf in leaves]
+        heapq.heapify(heap)
+        looked, programs = 0, 0
+        left = math.inf  # the lowest bound of parts that hold nothing better by the gap
         while heap and not self._done() and looked < self.regions:
             _, _, node = heapq.heappop(heap)
             if node is not tree:
@@ -268,7 +269,7 @@ class _Search:
 
     def _worthwhile(self, region: Region) -> bool:
         best = self.pool.time_us
-        return best - region.bound > self.margin * abs(best)
+        return best == math.inf or best - region.bound > self.margin * abs(best)
 
     def _small(self, region: Region) -> tuple[Kept, Merged] | None:
         """The region's integer program, if it is small."""

@@ -14,6 +14,7 @@ from autopar.solver.dual import Pool, Region
 from autopar.solver.ilp import solve_ilp
 from autopar.solver.merging import Merged
 from autopar.solver.messages import minimize_core
+from autopar.solver.problem import Branch
 from autopar.solver.recombination import mixed, recombine
 from autopar.solver.reductions import Kept, Shared
 
@@ -140,6 +141,33 @@ def test_what_time_leaves_is_the_best_found_and_its_gap(seed):
     assert solution.time_us == pytest.approx(time_us)
     assert solution.bound_us <= best + 1e-6
     assert solution.gap == pytest.approx(1 - solution.bound_us / time_us)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_branching_as_on_another_problem_gives_bounds(seed, monkeypatch):
+    """However different the other one is."""
+    module = sys.modules[solve.__module__]
+    monkeypatch.setattr(module, "SMALL_PROGRAM", 0)
+    monkeypatch.setattr(sys.modules[recombine.__module__], "MAX_PROGRAM", 0)
+    leanest, fastest = budgets(seed, 3)
+    problem = random_problem(seed, budget=leanest + 0.4 * (fastest - leanest), late=3)
+    best = brute_force(problem)
+    if not np.isfinite(best):
+        return
+    rng = np.random.default_rng(seed)
+    other = replace(
+        problem, time_us=tuple(t + rng.integers(0, 30, t.shape) for t in problem.time_us)
+    )
+    tree = solve(other, gap=1e-6).tree
+    if tree is None:  # prices were enough
+        tree = Branch({}, {}, (Branch({0: np.array([0])}, {}), Branch({0: np.arange(1, 9)}, {})))
+    solution = solve(problem, gap=1e-6, tree=tree)
+    assert solution.time_us == pytest.approx(best)
+    assert solution.bound_us <= best + 1e-6
+    assert solution.gap <= 1e-6
+    few = solve(problem, gap=1e-6, tree=tree, regions=2)
+    assert few.bound_us <= best + 1e-6
+    assert few.time_us >= best - 1e-6
 
 
 @pytest.mark.parametrize("seed", range(20))
