@@ -40,8 +40,9 @@ SIMPLER = 1e-4
 PARTS, SEGMENTS = 4, 16
 # Closing a gap may take so many times as long as what came before, and so many seconds at least.
 CLOSING, CLOSING_S = 4.0, 6.0
-# parts of the choices that are looked at to see whether branching closes a gap
-REGIONS = 24
+# Parts of the choices that branching looks at: with all alike, to see whether it closes the gap,
+# and with first and last apart, where it did.
+REGIONS, MORE_REGIONS = 24, 96
 
 
 @dataclass(frozen=True)
@@ -161,10 +162,10 @@ def search(
         return choices if choices != best.choices else None
 
     if repeated:
-        closed = found.gap <= TARGET_GAP  # else branching will not close the gap of freer blocks
+        closed = found.gap <= TARGET_GAP  # else branching does not close that of freer blocks
         ends = solve_freer(
             "first and last apart", freer, replace(found, near=()), recombinations=2,
-            regions=REGIONS if closed else 0, met=[alike.expand(c) for c in found.met],
+            regions=MORE_REGIONS if closed else 0, met=[alike.expand(c) for c in found.met],
             tree=_for_most(found.tree, classes, freer) if closed and found.tree else None,
         )  # fmt: skip
         apart = interleaved(freer, places(space, freer), PARTS) if ends.near else freer

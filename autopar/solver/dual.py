@@ -116,6 +116,7 @@ class Region:
         self._messages, self.dropped, self.decided = messages or {}, dropped, decided or {}
         self.pool, self.kept, self.bound = pool, list(kept), bound
         self.prices: dict[str, float] = dict(prices or {})
+        self.narrowed_at = -math.inf  # the bound by which choices were dropped last
         self._tightest: tuple[Contraction, float] | None = None  # at `prices`
         self._inside = [set(map(int, k)) for k in kept]
         edges = pool.problem.edges
@@ -272,6 +273,7 @@ class Region:
             return self
         smaller = self._within(kept)
         smaller.dropped = min(self.dropped, best)
+        smaller.narrowed_at = self.bound
         return smaller
 
     @property
@@ -335,9 +337,11 @@ class Region:
         messages = {
             (a, b): (to_a[at[a]], to_b[at[b]]) for (a, b), (to_a, to_b) in self._messages.items()
         }
-        return Region(
+        part = Region(
             self.pool, kept, self.bound, self.prices, messages, self.dropped, self.decided
         )
+        part.narrowed_at = self.narrowed_at
+        return part
 
     def _mixture(self, lines: Sequence[Line]) -> np.ndarray:
         """Shares of the assignments, summing to one, in the cheapest mixture within the rows."""

@@ -1,9 +1,10 @@
 """`solve(problem) -> solution`: prices for a bound, fixing by it, and branching on what is left.
 
 `dual` finds the best lower bound that prices on rows can give, and meets good assignments on the
-way. Every choice whose min-marginal under these prices exceeds the best assignment goes. While
-bound and best assignment differ, the region with the lowest bound is solved as an integer program,
-if it has become small, or else divided in two.
+way. Every choice goes whose min-marginal under these prices exceeds what is better than the best
+assignment by the gap. While bound and best assignment differ, the region with the lowest bound is
+solved as an integer program, if it has become small, or else divided in two. How it was divided
+leads the branching of a problem that is nearly the same.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from autopar.solver.reductions import Kept
 
 TARGET_GAP = 9.9e-4
 # evaluations of the dual: at first, and in a half of a region
-PRICE_STEPS, BRANCH_STEPS = 60, 8
-# A region is narrowed while bound and best assignment are this close, to this share of its choices.
+PRICE_STEPS, BRANCH_STEPS = 60, 6
+# A region is narrowed where bound and best assignment are this close, and closer by this than when
+# it was narrowed last.
 NARROW_GAP, NARROWED = 0.2, 0.7
 # In times of all that is done, for all that was too much: prices at which the hard rows are mostly
 # met.
@@ -192,15 +194,14 @@ class _Search:
 
     def _raise(self, region: Region, steps: int) -> Region:
         """Raise a region's bound, and narrow it whenever that has become possible."""
-        tried = math.inf
         while steps > 0 and self._worthwhile(region) and not self._done():
-            if self.pool.choices is not None:
-                apart = (self.pool.time_us - region.bound) / max(abs(self.pool.time_us), 1e-9)
-                if apart <= NARROW_GAP and apart < NARROWED * tried:
-                    tried, region = apart, region.fixed(self.margin)
+            best = self.pool.time_us
+            apart = best - region.bound
+            if apart <= min(NARROW_GAP * abs(best), NARROWED * (best - region.narrowed_at)):
+                region = region.fixed(self.margin)
             before = region.bound, len(self.pool.lines)
-            region.maximize(gap=self.gap, steps=3, done=self._done)
-            steps -= 3
+            region.maximize(gap=self.gap, steps=1, done=self._done)
+            steps -= 1
             if (region.bound, len(self.pool.lines)) == before:
                 break
         return region
