@@ -268,8 +268,8 @@ class Region:
         limit += 1e-9 * max(1.0, abs(limit))
         marginals = found.min_marginals()
         kept = [k[m <= limit] for k, m in zip(self.kept, marginals, strict=True)]
-        if any(not len(k) for k in kept):
-            self.bound = max(self.bound, best)
+        if any(not len(k) for k in kept):  # everything is above the limit
+            self.bound = max(self.bound, limit - constant)
             return self
         smaller = self._within(kept)
         smaller.dropped = min(self.dropped, best)
