@@ -20,6 +20,7 @@ import yaml
 from autopar.errors import ConflictError, ConstraintError, InfeasibleError
 from autopar.names import Names, output_names, suggestion
 from autopar.sharding.moments import Moments
+from autopar.sharding.rows import SharedRows
 from autopar.sharding.sites import Candidate, Pins, Site
 from autopar.sharding.space import SearchSpace
 from autopar.sharding.spec import ShardingSpec, fills_every_rank
@@ -315,10 +316,10 @@ def _feasible(space: SearchSpace, only: Allowed, time_limit: float) -> bool:
     try:
         solve(
             shared.problem,
-            separate=moments.over(shared),
+            separate=SharedRows(moments, shared),
             time_limit=time_limit,
             enough_us=sys.float_info.max,
-            branch=False,
+            regions=0,
         )
     except InfeasibleError:
         return False

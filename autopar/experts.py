@@ -28,6 +28,7 @@ from autopar.constraints import Allowed, restricted
 from autopar.estimate import estimate_memory, estimate_time
 from autopar.plan import MemoryEstimate, TimeEstimate
 from autopar.sharding.moments import Moments
+from autopar.sharding.rows import SharedRows
 from autopar.sharding.sites import Link, Site
 from autopar.sharding.space import SearchSpace
 from autopar.sharding.spec import ShardingSpec
@@ -100,7 +101,7 @@ def _completed(space: SearchSpace, expert: _Expert, limit: float, only: Allowed)
     problem, classes = restricted(*space.problem(), only)
     shared = Shared(_with_objections(space, expert, problem), classes)
     moments = Moments(space, np.inf)
-    solution = solve(shared.problem, separate=moments.over(shared), time_limit=limit)
+    solution = solve(shared.problem, separate=SharedRows(moments, shared), time_limit=limit)
     choices = shared.expand(solution.choices)
     memory = estimate_memory(space, choices, moments)
     fits = memory.total_bytes <= space.cluster.budget_bytes

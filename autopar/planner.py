@@ -14,7 +14,7 @@ from autopar.constraints import Allowed, Constraints, allowed, conflict, output_
 from autopar.errors import InfeasibleError, PlanError
 from autopar.estimate import estimate_memory, estimate_time
 from autopar.experts import expert_plans
-from autopar.garbage import collection_paused
+from autopar.garbage import collection_paused, what_is_there_left_out
 from autopar.plan import ShardingPlan, SolverRecord
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.local import as_cluster
@@ -129,7 +129,7 @@ class Laid:
 
     def decide(self, space: SearchSpace | None = None) -> Found:
         """The fastest plan, of this space or of one under another budget."""
-        with self.clock("solve"):
+        with self.clock("solve"), what_is_there_left_out():
             return decide(
                 space or self.space, self.only, self.constraints, self.time_limit, self.clock.say
             )
@@ -137,7 +137,8 @@ class Laid:
     def planned(self, found: Found) -> Planned:
         """The plan of what was found."""
         space = self.space
-        plan = make_plan(space, found.choices, self.model, found.record(self.clock.seconds))
+        with what_is_there_left_out():
+            plan = make_plan(space, found.choices, self.model, found.record(self.clock.seconds))
         plan = replace(plan, constraints=self.constraints)
         return Planned(plan, space.graph, space, found.choices, self.only)
 

@@ -23,11 +23,13 @@ from autopar.errors import InfeasibleError
 from autopar.experts import expert_plans
 from autopar.plan import SolverRecord
 from autopar.sharding.moments import Moments
+from autopar.sharding.rows import SharedRows
 from autopar.sharding.runs import ends_apart, interleaved, places
 from autopar.sharding.space import SearchSpace
 from autopar.solver import Edge, Problem, Solution, solve
-from autopar.solver.problem import Choices
-from autopar.solver.reductions import Shared
+from autopar.solver.problem import Branch, Choices
+from autopar.solver.recombination import mixed
+from autopar.solver.reductions import Kept, Shared
 from autopar.solver.solve import TARGET_GAP
 from autopar.units import format_bytes
 
@@ -38,6 +40,9 @@ SIMPLER = 1e-4
 PARTS, SEGMENTS = 4, 16
 # Closing a gap may take so many times as long as what came before, and so many seconds at least.
 CLOSING, CLOSING_S = 4.0, 6.0
+# Parts of the choices that branching looks at: with all alike, to see whether it closes the gap,
+# and with first and last apart, where it did.
+REGIONS, MORE_REGIONS = 24, 96
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def search(
     try:
         found = _solve(
             alike, moments, None, time_limit, progress, (), fallback=by_hand,
-            recombinations=2 if repeated else 6, branch=not repeated,
+            recombinations=2 if repeated else 6, regions=REGIONS if repeated else math.inf,
         )  # fmt: skip
     except InfeasibleError as error:
         if not math.isfinite(error.smallest_bytes):
@@ -110,17 +115,19 @@ def search(
     best = Found(alike.expand(found.choices), found.time_us, found.bound_us, found.method)
     steps = {"all alike": found.time_us}
 
-    def solve_freer(what: str, freer: Sequence[int], before: Solution, **how: Any) -> Solution:
+    def solve_freer(
+        what: str, freer: Sequence[int], before: Solution, met: Sequence[Choices] = (), **how: Any
+    ) -> Solution:
         """From the choices and prices of a solution over all sites; takes what is better."""
         nonlocal best
         spent = time.monotonic() - start
         left = time_limit - spent
-        if how.get("branch"):
+        if how.get("regions") is None:
             left = min(left, max(CLOSING * spent, CLOSING_S))
         if left <= 0:
             return replace(before, near=())
         shared = Shared(problem, freer)
-        starts = [shared.contract(c) for c in (best.choices, *before.near)]
+        starts = [shared.contract(c) for c in (best.choices, *before.near, *met)]
         found = _solve(shared, moments, before, left, progress, starts, **how)
         found = replace(
             found,
@@ -137,24 +144,61 @@ def search(
             best = Found(plan.choices, plan.time_us, bound_us, found.method)
         return found
 
+    def mix(freer: Sequence[int], before: Solution) -> Choices | None:
+        """What choices met before make when less of them are shared, if that is good enough or
+        better by as much as is; over all sites."""
+        shared = Shared(problem, freer)
+        starts = [shared.contract(c) for c in (best.choices, *before.near)]
+        kept = Kept(shared.problem, [np.unique(column) for column in zip(*starts, strict=True)])
+        rows = SharedRows(moments, shared, SEGMENTS, kept)
+        made = mixed(
+            replace(kept.problem, rows=tuple(map(rows.named, before.prices))),
+            [kept.contract(c) for c in starts],
+            separate=rows, prices=before.prices, rounds=6, gap=TARGET_GAP, say=say,
+            enough_us=before.relaxed_us / (1 - TARGET_GAP),
+            expired=lambda: time.monotonic() - start > time_limit,
+        )  # fmt: skip
+        choices = shared.expand(kept.expand(made))
+        return choices if choices != best.choices else None
+
     if repeated:
-        ends = solve_freer("first and last apart", freer, replace(found, near=()), recombinations=2)
-        if ends.near:
-            apart = interleaved(freer, places(space, freer), PARTS)
-            close = ends.bound_us / (1 - TARGET_GAP)
-            halved = solve_freer(
-                "every second apart", apart, ends, recombinations=6, segments=SEGMENTS,
-                settled=True, enough_us=close, branch=True,
-            )  # fmt: skip
-            if not math.isfinite(halved.bound_us):  # any share of the blocks is no better
-                solve_freer(
-                    "first and last apart", freer, ends, recombinations=0, branch=True,
-                    kept=ends.kept,
-                )  # fmt: skip
+        closed = found.gap <= TARGET_GAP  # else branching does not close that of freer blocks
+        ends = solve_freer(
+            "first and last apart", freer, replace(found, near=()), recombinations=2,
+            regions=MORE_REGIONS if closed else 0, met=[alike.expand(c) for c in found.met],
+            tree=_for_most(found.tree, classes, freer) if closed and found.tree else None,
+        )  # fmt: skip
+        apart = interleaved(freer, places(space, freer), PARTS) if ends.near else freer
+        better = mix(apart, ends) if ends.near else None
+        if better is not None:
+            solve_freer("every second apart", apart, ends, met=[better])
+        elif ends.gap > TARGET_GAP:  # any share of the blocks is no better
+            solve_freer("first and last apart", freer, ends, recombinations=0, tree=ends.tree)
     if best.choices != alike.expand(alike.contract(best.choices)):
         choices = _alike_where_equal(problem, moments, classes, best.choices)
         best = replace(best, choices=choices)
     return replace(best, sharing=tuple(steps.items()))
+
+
+def _for_most(tree: Branch, classes: Sequence[int], freer: Sequence[int]) -> Branch:
+    """How branching divided the choices of classes, for those of most of their copies."""
+    copies: dict[int, list[int]] = defaultdict(list)
+    order = {c: i for i, c in enumerate(dict.fromkeys(freer))}
+    for c, free in zip(classes, freer, strict=True):
+        copies[c].append(order[free])
+    middle = [same[len(same) // 2] for same in copies.values()]
+
+    def moved(branch: Branch) -> Branch:
+        decided = {middle[v]: among for v, among in branch.decided.items()}
+        return Branch(decided, branch.prices, tuple(map(moved, branch.parts)))
+
+    return moved(tree)
+
+
+def _priced(tree: Branch | None) -> list[str]:
+    """The names of the rows that have prices in a tree."""
+    parts = [name for part in tree.parts for name in _priced(part)] if tree else []
+    return [*tree.prices, *parts] if tree else []
 
 
 def _dominating(moments: Moments, choices: Choices) -> str:
@@ -178,19 +222,21 @@ def _solve(
     starts: Sequence[Choices],
     *,
     segments: int = 1,
-    branch: bool = False,
+    tree: Branch | None = None,
     **how: Any,
 ) -> Solution:
     """Solve, from the choices and the prices of a more restricted problem, if there was one."""
     prices = before.prices if before is not None else {}
-    problem = replace(shared.problem, rows=tuple(shared.row(moments.row(n)) for n in prices))
+    rows = SharedRows(moments, shared, segments)
+    names = dict.fromkeys([*prices, *_priced(tree)])
+    problem = replace(shared.problem, rows=tuple(map(rows.named, names)))
     return solve(
         problem,
-        separate=moments.over(shared, segments),
+        separate=rows,
         starts=starts,
         prices=prices,
+        tree=tree,
         time_limit=time_limit,
-        branch=branch,
         progress=progress,
         **how,
     )

@@ -2,8 +2,7 @@
 
 A step runs the operators forward, then backward in reverse. Each cost of the search space counts
 during an interval of operators, so that the memory at one moment, or the lateness of weights at
-one, is a linear expression in the choices: a row of the solver's problem. There are as many moments
-as operators, and few matter: rows are made when choices violate them.
+one, is a linear expression in the choices: a row of the solver's problem (`rows`).
 """
 
 from __future__ import annotations
@@ -16,14 +15,6 @@ import numpy as np
 
 from autopar.sharding.repeats import pattern
 from autopar.sharding.space import SearchSpace
-from autopar.solver import Row
-from autopar.solver.problem import Separate
-from autopar.solver.reductions import Shared
-
-# below this a millionth of the whole, a row is not violated but rounded
-_TOLERANCE = 1e-9
-# of the largest violation of a series; of several rows those that are violated less are left out
-_NOTABLE = 0.2
 
 
 @dataclass(frozen=True)
@@ -62,6 +53,8 @@ class Series:
     ) -> None:
         self.name, self.slack, self.limit, self.count = name, slack, limit, count
         self.items = [item for item in items if item.first <= item.last and item.values.any()]
+        self._first = np.array([item.first for item in self.items], dtype=np.int64)
+        self._last = np.array([item.last for item in self.items], dtype=np.int64)
         self._table: _Table | None = None
 
     def values(self, space: SearchSpace, choices: Sequence[int]) -> np.ndarray:
@@ -69,9 +62,8 @@ class Series:
         if self._table is None:
             self._table = _Table(space, self.items)
         value = self._table.chosen(choices)
-        first, last = self._table.first, self._table.last
-        steps = np.bincount(first, value, self.count + 1)
-        steps -= np.bincount(last + 1, value, self.count + 1)
+        steps = np.bincount(self._first, value, self.count + 1)
+        steps -= np.bincount(self._last + 1, value, self.count + 1)
         return np.cumsum(steps)[:-1]
 
     def kinds(self, space: SearchSpace, choices: Sequence[int], moment: int) -> dict[str, float]:
@@ -105,32 +97,13 @@ class Series:
             else:
                 yield item, float(item.values[choices[item.index]])
 
-    def row(self, moment: int) -> Row:
-        """The limit at one moment."""
-        nodes: dict[int, list[np.ndarray]] = defaultdict(list)
-        edges: dict[int, list[np.ndarray]] = defaultdict(list)
-        for item in self.items:
-            if item.first <= moment <= item.last:
-                (edges if item.is_link else nodes)[item.index].append(item.values)
-        sums: dict[tuple[int, ...], np.ndarray] = {}  # copies share them
-
-        def total(values: Sequence[np.ndarray]) -> np.ndarray:
-            key = tuple(map(id, values))
-            if key not in sums:
-                sums[key] = sum(values[1:], values[0])
-            return sums[key]
-
-        of_nodes = {v: total(values) for v, values in nodes.items()}
-        of_edges = {e: total(values) for e, values in edges.items()}
-        return Row(f"{self.name} {moment}", self.limit, of_nodes, of_edges, self.slack)
+    def alive(self, moment: int) -> np.ndarray:
+        """Which of the items count at a moment, [items]."""
+        return (self._first <= moment) & (moment <= self._last)
 
 
 class _Table:
-    """The values of items in one array, tables that many of them share once.
-
-    Attributes:
-        first, last: per item.
-    """
+    """The values of items in one array, tables that many of them share once."""
 
     def __init__(self, space: SearchSpace, items: Sequence[Item]) -> None:
         begins: dict[int, int] = {}
@@ -145,17 +118,10 @@ class _Table:
             source, target = (link.source, link.target) if link else (item.index, item.index)
             width = item.values.shape[1] if link else 1
             begin = begins[id(item.values)]
-            rows.append((item.first, item.last, begin, source, width, target, bool(link)))
+            rows.append((begin, source, width, target, bool(link)))
         self._flat = np.concatenate(parts) if parts else np.zeros(0)
-        (
-            self.first,
-            self.last,
-            self._begin,
-            self._source,
-            self._width,
-            self._target,
-            self._is_link,
-        ) = np.array(rows, dtype=np.int64).reshape(-1, 7).T
+        columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
+        self._begin, self._source, self._width, self._target, self._is_link = columns
 
     def chosen(self, choices: Sequence[int]) -> np.ndarray:
         """Per item its value."""
@@ -189,33 +155,6 @@ class Moments:
             self._users[link.source] += at
         self.memory = Series("memory", "", budget_bytes, self._alive(), self.count + 2)
         self.late = self._lateness() if space.weights_hide else []
-
-    def separate(self, choices: Sequence[int], segments: int = 1) -> list[Row]:
-        """The row of each series that is violated most; with several `segments`, that of
-        every segment of the step."""
-        found = []
-        for series in (self.memory, *self.late):
-            values = series.values(self.space, choices)
-            least = series.limit + _TOLERANCE * max(1.0, abs(series.limit))
-            if values.max(initial=-np.inf) <= least:
-                continue
-            least = max(least, series.limit + _NOTABLE * (values.max() - series.limit))
-            for part in np.array_split(np.arange(len(values)), segments):
-                moment = int(part[np.argmax(values[part])]) if len(part) else 0
-                if values[moment] > least:
-                    found.append(series.row(moment))
-        return found
-
-    def over(self, shared: Shared, segments: int = 1) -> Separate:
-        """`separate` for a problem in which copies share their choices."""
-        return lambda choices: [
-            shared.row(row) for row in self.separate(shared.expand(choices), segments)
-        ]
-
-    def row(self, name: str) -> Row:
-        """The row of this name."""
-        series, _, moment = name.rpartition(" ")
-        return next(s for s in (self.memory, *self.late) if s.name == series).row(int(moment))
 
     def late_us(self, choices: Sequence[int]) -> float:
         """How long compute waits for weights, and the step for the last gradients."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,10 @@ class SavedValues:
                     if value is not None:
                         self._first.setdefault(value, (node, -1 - i))
 
+        self._first_of: dict[fx.Node, list[int]] = defaultdict(list)
+        for first_at, i in self._first.values():
+            self._first_of[first_at].append(i)
+
     def root(self, value: fx.Node) -> fx.Node:
         """The value whose storage this one shares."""
         return self._root.get(value, value)
@@ -76,7 +81,7 @@ class SavedValues:
 
     def key(self, node: fx.Node) -> tuple[Any, ...]:
         """Distinguishes copies of a block that save different things."""
-        return tuple(sorted(i for n, i in self._first.values() if n is node))
+        return tuple(sorted(self._first_of.get(node, ())))
 
 
 def _getitem(node: fx.Node, index: int) -> fx.Node | None:

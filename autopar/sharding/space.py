@@ -61,9 +61,14 @@ class SearchSpace:
         self.profile = profile_graph(graph, set(workload.trainable))
         self.grads = requires_grad_map(graph, set(workload.trainable))
         # what is alike is made once, and its costs are known by its identity
-        self._known_strategies: dict[Hashable, list[Strategy]] = {}
+        self._known_strategies: dict[int, list[Strategy]] = {}
         self._known_operators: dict[Hashable, Site] = {}
+        self._known_parameters: dict[Hashable, Site] = {}
+        self._known_fans: dict[Hashable, tuple[Candidate, ...]] = {}
         self._known_candidates: dict[Hashable, tuple[Candidate, ...]] = {}
+        self._known_gradients: dict[Hashable, np.ndarray] = {}
+        self._kinds: dict[Hashable, int] = {}
+        self._kind_of: dict[fx.Node, int] = {}
         self.unruled = [n for n in graph.compute_nodes() if not rule_of(n)[1]]
         for node in self.unruled:
             log.info("%s", describe_missing(call_of(node), graph.info(node).source))
@@ -240,6 +245,24 @@ class SearchSpace:
     def _parameter(self, node: fx.Node, shape: tuple[int, ...], itemsize: int) -> Site:
         qualified = self.graph.parameters[str(node.target)]
         pinned = self.pins.parameters.get(qualified)
+        trains = node.target in self.workload.trainable
+        key = shape, itemsize, pinned, trains
+        if key not in self._known_parameters:
+            self._known_parameters[key] = self._parameter_alike(node, *key)
+        site = self._known_parameters[key]
+        repeats = None
+        if has_index(qualified):
+            repeats = ("parameter", pattern(qualified), shape, len(site.candidates), trains)
+        return replace(site, node=node, repeats=repeats)
+
+    def _parameter_alike(
+        self,
+        node: fx.Node,
+        shape: tuple[int, ...],
+        itemsize: int,
+        pinned: ShardingSpec | None,
+        trains: bool,
+    ) -> Site:
         specs = [pinned] if pinned is not None else self._splits(shape)
         every = []
         for spec in specs:
@@ -250,7 +273,6 @@ class SearchSpace:
         held = np.array(
             [float(self._costs.local_bytes(shape, itemsize, c.outputs[0])) for c in candidates]
         )
-        trains = node.target in self.workload.trainable
         parts = {
             "parameters_bytes": held,
             "gradients_bytes": held * trains,
@@ -262,11 +284,7 @@ class SearchSpace:
             "step_us": step * trains,
             "step_bytes": held * trains * self._costs.step_copies(self.workload),
         }
-        repeats = None
-        if has_index(qualified):
-            repeats = ("parameter", pattern(qualified), shape, len(candidates), trains)
-        time = parts["step_us"]
-        return Site("parameter", node, candidates, time, kept, parts, repeats=repeats)
+        return Site("parameter", node, candidates, parts["step_us"], kept, parts)
 
     def _operator(self, node: fx.Node, place: Any) -> Site:
         repeats = None
@@ -300,8 +318,13 @@ class SearchSpace:
         self._known_operators[key] = site
         return site
 
-    def _alike(self, node: fx.Node) -> Hashable:
+    def _alike(self, node: fx.Node) -> int:
         """Equal for calls that have the same strategies at the same costs."""
+        if node not in self._kind_of:
+            self._kind_of[node] = self._kinds.setdefault(self._described(node), len(self._kinds))
+        return self._kind_of[node]
+
+    def _described(self, node: fx.Node) -> Hashable:
         call = self._calls[node]
         kinds = tuple(str(t.dtype) for t in results(node))
         given = tuple(None if n is None else str(n.meta["val"].dtype) for n in operands(node))
@@ -324,30 +347,22 @@ class SearchSpace:
         fake = results(node)[result]
         shape, itemsize = shape_of(fake), fake.element_size()
         index = result if len(candidates[0].outputs) > 1 else 0
-        return np.array(
-            [float(self._costs.local_bytes(shape, itemsize, c.outputs[index])) for c in candidates]
-        )
+        key = shape, itemsize, index, id(candidates)
+        if key not in self._known_gradients:
+            local = [self._costs.local_bytes(shape, itemsize, c.outputs[index]) for c in candidates]
+            self._known_gradients[key] = np.array(local, dtype=float)
+        return self._known_gradients[key]
 
     def _add_fan(self, node: fx.Node, result: int, users: Sequence[tuple[fx.Node, int]]) -> None:
         """A shared layout for a value with several users; its candidates are what any side has."""
         source = self._site_of[node, result]
-        specs = dict.fromkeys(c.outputs[result] for c in self.sites[source].candidates)
-        for user, operand in users:
-            if user.op != "output":
-                for s in self._strategies(user):
-                    spec = s.inputs[operand]
-                    assert spec is not None
-                    specs.setdefault(spec)
         grad = self.grads[node]
-        if not grad:
-            specs = dict.fromkeys(s.data() for s in specs)
-        named = tuple(Candidate(str(s) or "scalar", (s,), (s,)) for s in specs)
-        candidates = self._known_candidates.setdefault(("fan", *specs), named)
+        candidates = self._fan_candidates(source, result, users, grad)
         zero = np.zeros(len(candidates))
         copies = self.sites[source].repeats
         repeats = None
         if copies is not None:
-            repeats = ("fan", result, copies, tuple(specs))
+            repeats = ("fan", result, copies, id(candidates))  # equal ones are made once
         fake = results(node)[result]
         value = node
         root = self._saved.root(value) if len(results(node)) == 1 else node
@@ -364,6 +379,27 @@ class SearchSpace:
             )
         )  # fmt: skip
         self._add(site, result)
+
+    def _fan_candidates(
+        self, source: int, result: int, users: Sequence[tuple[fx.Node, int]], grad: bool
+    ) -> tuple[Candidate, ...]:
+        """Every layout that the value is made in or wanted in."""
+        made = self.sites[source].candidates
+        wanted = [(self._strategies(user), i) for user, i in users if user.op != "output"]
+        # both are known by identity, and stay
+        key = id(made), result, grad, *((id(found), i) for found, i in wanted)
+        if key not in self._known_fans:
+            specs = dict.fromkeys(c.outputs[result] for c in made)
+            for found, operand in wanted:
+                for strategy in found:
+                    spec = strategy.inputs[operand]
+                    assert spec is not None
+                    specs.setdefault(spec)
+            if not grad:
+                specs = dict.fromkeys(s.data() for s in specs)
+            named = tuple(Candidate(str(s) or "scalar", (s,), (s,)) for s in specs)
+            self._known_fans[key] = self._known_candidates.setdefault(("fan", *specs), named)
+        return self._known_fans[key]
 
     def _outputs(self) -> None:
         """Mutated buffers and results, each in the layout that the caller expects."""

@@ -25,6 +25,8 @@ from autopar.solver.ilp import solver_of
 from autopar.solver.messages import Messages
 from autopar.solver.problem import Choices, Problem, Row, Separate
 
+# assignments that are recombined
+NEAR = 16
 # of a hard row: in steps per all of the excess that was met
 MAX_PRICE = 1e6
 
@@ -97,6 +99,8 @@ class Region:
         bound: known already.
         prices: by row name, to begin from.
         messages: of the core, to begin from.
+        dropped: no assignment that fixing dropped on the way here is faster than this.
+        decided: per node that branching has divided, its choices on this side (indices).
     """
 
     def __init__(
@@ -106,10 +110,13 @@ class Region:
         bound: float = -math.inf,
         prices: Mapping[str, float] | None = None,
         messages: Messages | None = None,
+        dropped: float = math.inf,
+        decided: Mapping[int, np.ndarray] | None = None,
     ) -> None:
-        self._messages = messages or {}
+        self._messages, self.dropped, self.decided = messages or {}, dropped, decided or {}
         self.pool, self.kept, self.bound = pool, list(kept), bound
         self.prices: dict[str, float] = dict(prices or {})
+        self.narrowed_at = -math.inf  # the bound by which choices were dropped last
         self._tightest: tuple[Contraction, float] | None = None  # at `prices`
         self._inside = [set(map(int, k)) for k in kept]
         edges = pool.problem.edges
@@ -137,6 +144,10 @@ class Region:
 
     def contains(self, choices: Choices) -> bool:
         return all(c in inside for c, inside in zip(choices, self._inside, strict=True))
+
+    def covers(self, choices: Choices) -> bool:
+        """Whether branching led these choices here, even if fixing dropped them."""
+        return all(choices[v] in among for v, among in self.decided.items())
 
     def sizes(self) -> int:
         """How many choices there are."""
@@ -192,6 +203,12 @@ class Region:
                 self.bound = math.inf if not math.isfinite(found.bound) else self.bound
                 return
 
+    def hard_prices(self, price: float) -> dict[str, float]:
+        """Of the hard rows alike: `price` is in steps per all of the excess that was met."""
+        rows, lines = self.pool.rows, list(self.pool.lines.values())
+        hard = [r for r, row in enumerate(rows) if not row.slack]
+        return {rows[r].name: price * self._scale(r, lines) / len(hard) for r in hard}
+
     def _lines(self) -> list[Line]:
         return [line for line in self.pool.lines.values() if self.contains(line.choices)]
 
@@ -239,26 +256,40 @@ class Region:
 
     # -- smaller regions --------------------------------------------------------------------------
 
-    def fixed(self) -> Region:
-        """Without the choices that cannot be part of anything better than the best known."""
-        found, constant = self._tightest or self.weighted(self.prices)
-        limit = self.pool.time_us + constant
+    def fixed(self, gap: float = 0.0) -> Region:
+        """Without the choices that cannot be part of anything that is better than the best known
+        by more than `gap`."""
+        if self._tightest is None:
+            self.evaluate(self.prices)
+        assert self._tightest is not None
+        found, constant = self._tightest
+        best = self.pool.time_us - gap * abs(self.pool.time_us)
+        limit = best + constant
         limit += 1e-9 * max(1.0, abs(limit))
         marginals = found.min_marginals()
         kept = [k[m <= limit] for k, m in zip(self.kept, marginals, strict=True)]
-        if any(not len(k) for k in kept):
-            self.bound = max(self.bound, self.pool.time_us)
+        if any(not len(k) for k in kept):  # everything is above the limit
+            self.bound = max(self.bound, limit - constant)
             return self
-        return self._within(kept)
+        smaller = self._within(kept)
+        smaller.dropped = min(self.dropped, best)
+        smaller.narrowed_at = self.bound
+        return smaller
+
+    @property
+    def lowest(self) -> float:
+        """A lower bound on its assignments and on those that fixing dropped."""
+        return min(self.bound, self.dropped)
 
     def near(self) -> list[Choices]:
-        """The assignments met whose priced time is below the best known."""
+        """The assignments met whose priced time is below the best known, least first; not more
+        than `NEAR`, as each makes the program that recombines them larger."""
         prices = [self.prices.get(row.name, 0.0) for row in self.pool.rows]
-        return [
-            line.choices
+        priced = [
+            (line.busy_us + float(np.dot(prices, line.usage)), line.choices)
             for line in self._lines()
-            if line.busy_us + float(np.dot(prices, line.usage)) <= self.pool.time_us
         ]
+        return [choices for us, choices in sorted(priced)[:NEAR] if us <= self.pool.time_us]
 
     def used(self) -> list[np.ndarray]:
         """Per node the choices in those and in the best known."""
@@ -287,14 +318,18 @@ class Region:
         weight = np.zeros(len(self.pool.problem.time_us[node]))
         for share, line in zip(shares, lines, strict=True):
             weight[line.choices[node]] += share
-        chosen = int(np.argmax(weight))
-        halves = self.kept[node] == chosen
-        return [self._half(node, halves), self._half(node, ~halves)]
+        chosen = max(self.kept[node], key=weight.__getitem__)
+        among = self.decided.get(node, np.arange(len(weight)))
+        return [self.part({node: among[side]}) for side in (among == chosen, among != chosen)]
 
-    def _half(self, node: int, half: np.ndarray) -> Region:
+    def part(self, decided: Mapping[int, np.ndarray]) -> Region:
+        """The part that makes these choices of some nodes."""
         kept = list(self.kept)
-        kept[node] = kept[node][half]
-        return self._within(kept)
+        for node, among in decided.items():
+            kept[node] = kept[node][np.isin(kept[node], among)]
+        part = self._within(kept)
+        part.decided = {**self.decided, **decided}
+        return part
 
     def _within(self, kept: Sequence[np.ndarray]) -> Region:
         """The part of this region that chooses among fewer."""
@@ -302,7 +337,11 @@ class Region:
         messages = {
             (a, b): (to_a[at[a]], to_b[at[b]]) for (a, b), (to_a, to_b) in self._messages.items()
         }
-        return Region(self.pool, kept, self.bound, self.prices, messages)
+        part = Region(
+            self.pool, kept, self.bound, self.prices, messages, self.dropped, self.decided
+        )
+        part.narrowed_at = self.narrowed_at
+        return part
 
     def _mixture(self, lines: Sequence[Line]) -> np.ndarray:
         """Shares of the assignments, summing to one, in the cheapest mixture within the rows."""

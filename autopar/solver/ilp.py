@@ -23,10 +23,17 @@ def available_backend() -> str:
     return "HiGHS" if find_spec("highspy") is not None else "CBC"
 
 
-def solver_of(*, time_limit: float, gap: float, backend: str | None = None) -> pulp.LpSolver:
+def solver_of(
+    *, time_limit: float, gap: float, backend: str | None = None, cutoff: float = math.inf
+) -> pulp.LpSolver:
     """PuLP's solver object, silent."""
-    make = pulp.HiGHS if (backend or available_backend()) == "HiGHS" else pulp.PULP_CBC_CMD
-    return make(msg=False, timeLimit=time_limit, gapRel=gap)
+    if (backend or available_backend()) != "HiGHS":
+        return pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap)
+    # a restart costs more than it wins in programs of seconds
+    return pulp.HiGHS(
+        msg=False, timeLimit=time_limit, gapRel=gap, objective_bound=cutoff,
+        mip_allow_restart=False,
+    )  # fmt: skip
 
 
 def size_of(problem: Problem) -> int:
@@ -41,20 +48,23 @@ def solve_ilp(
     *,
     time_limit: float,
     gap: float = 1e-6,
+    cutoff: float = math.inf,
     backend: str | None = None,
 ) -> tuple[Choices | None, float]:
     """Choices (None if none was found in time) and a lower bound on the time in microseconds.
 
     Args:
         rows: beside the problem's own.
+        cutoff: microseconds; what is not faster need not be found.
 
     Raises:
-        ValueError: the problem is infeasible.
+        ValueError: nothing within the rows is faster than the cutoff.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3 announces PuLP 4
         program = _Program(problem, (*problem.rows, *rows))
-        return program.solve(solver_of(time_limit=time_limit, gap=gap, backend=backend), gap)
+        solver = solver_of(time_limit=time_limit, gap=gap, backend=backend, cutoff=cutoff)
+        return program.solve(solver, gap)
 
 
 class _Program:
@@ -123,7 +133,8 @@ class _Program:
         status = self._program.solve(solver)
         if status == pulp.LpStatusInfeasible:
             raise ValueError("the SPMD problem is infeasible within its rows")
-        if any(v.value() is None for variables in self._x for v in variables.values()):
+        values = [[v.value() or 0.0 for v in variables.values()] for variables in self._x]
+        if any(max(v) < 0.5 for v in values):  # none was found
             return None, -math.inf
         choices = tuple(max(c, key=lambda i: c[i].value()) for c in self._x)
         objective = pulp.value(self._program.objective)

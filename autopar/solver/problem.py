@@ -142,6 +142,21 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """How branching divided assignments, and the prices that bounded each part.
+
+    Args:
+        decided: per node that was divided its choices in this part (indices).
+        prices: by the row's name.
+        parts: what it was divided into.
+    """
+
+    decided: Mapping[int, np.ndarray]
+    prices: Mapping[str, float]
+    parts: tuple[Branch, ...] = ()
+
+
+@dataclass(frozen=True)
 class Solution:
     """A choice per node and how good it is.
 
@@ -151,9 +166,11 @@ class Solution:
         bound_us: no assignment within the rows is faster than this.
         method: what certified it ("elimination", "prices", "ilp (HiGHS)").
         prices: what a unit of each row is worth, by the row's name.
-        near: where bound and time are apart, the assignments met that are faster than this one at
-            these prices.
-        kept: per node the choices (indices) that anything faster makes.
+        relaxed_us: the bound that prices alone reached.
+        near: where that and the time are apart, the assignments met that are faster than this one
+            at these prices.
+        tree: how branching went, if there was any.
+        met: the assignments that were met.
     """
 
     choices: Choices
@@ -161,8 +178,10 @@ class Solution:
     bound_us: float
     method: str
     prices: Mapping[str, float] = field(default_factory=dict)
+    relaxed_us: float = -math.inf
     near: tuple[Choices, ...] = ()
-    kept: tuple[np.ndarray, ...] = ()
+    tree: Branch | None = None
+    met: tuple[Choices, ...] = ()
 
     @property
     def gap(self) -> float:

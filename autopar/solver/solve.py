@@ -1,9 +1,10 @@
 """`solve(problem) -> solution`: prices for a bound, fixing by it, and branching on what is left.
 
 `dual` finds the best lower bound that prices on rows can give, and meets good assignments on the
-way. Every choice whose min-marginal under these prices exceeds the best assignment goes. While
-bound and best assignment differ, the region with the lowest bound is solved as an integer program,
-if it has become small, or else divided in two.
+way. Every choice goes whose min-marginal under these prices exceeds what is better than the best
+assignment by the gap. While bound and best assignment differ, the region with the lowest bound is
+solved as an integer program, if it has become small, or else divided in two. How it was divided
+leads the branching of a problem that is nearly the same.
 """
 
 from __future__ import annotations
@@ -13,28 +14,31 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from autopar.errors import InfeasibleError
 from autopar.solver.dual import Pool, Region
-from autopar.solver.ilp import available_backend, size_of, solve_ilp
+from autopar.solver.ilp import available_backend, size_of
 from autopar.solver.merging import Merged
-from autopar.solver.problem import Choices, Problem, Row, Separate, Solution
+from autopar.solver.problem import Branch, Choices, Problem, Row, Separate, Solution
+from autopar.solver.recombination import by_program, recombine
 from autopar.solver.reductions import Kept
 
 TARGET_GAP = 9.9e-4
 # evaluations of the dual: at first, and in a half of a region
-PRICE_STEPS, BRANCH_STEPS = 60, 8
-# A region is narrowed while bound and best assignment are this close, to this share of its choices.
+PRICE_STEPS, BRANCH_STEPS = 60, 6
+# A region is narrowed where bound and best assignment are this close, and closer by this than when
+# it was narrowed last.
 NARROW_GAP, NARROWED = 0.2, 0.7
+# In times of all that is done, for all that was too much: prices at which the hard rows are mostly
+# met.
+ENTERING_PRICES = (1.0, 4.0)
 # Of the time, what is spent on finding an assignment within the hard rows before `fallback` helps.
 ENTERING = 0.25
 # variables of an integer program that is solved rather than divided
 SMALL_PROGRAM = 4000
-# of the program that recombines what was met: variables and seconds
-MAX_PROGRAM, RECOMBINE_S = 6000, 4.0
 
 
 def solve(
@@ -43,13 +47,12 @@ def solve(
     separate: Separate | None = None,
     starts: Sequence[Choices] = (),
     prices: Mapping[str, float] | None = None,
-    kept: Sequence[np.ndarray] = (),
+    tree: Branch | None = None,
     time_limit: float = 60.0,
     gap: float = TARGET_GAP,
     enough_us: float = -math.inf,
-    branch: bool = True,
+    regions: float = math.inf,
     recombinations: int = 6,
-    settled: bool = False,
     fallback: Callable[[], Iterable[Choices]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Solution:
@@ -59,16 +62,13 @@ def solve(
         separate: rows are made when needed: for choices, those they violate most, of each kind.
         starts: assignments to begin from.
         prices: of rows, by name, to begin from.
-        kept: per node the choices (indices) that anything faster than the best start makes, as an
-            earlier solution of this problem found them; all if not given.
+        tree: how branching went on a problem that is nearly the same.
         time_limit: seconds; afterwards the best found is returned with its gap.
         gap: good enough.
         enough_us: stop at an assignment as fast as this.
-        branch: close the gap that prices leave.
+        regions: that branching looks at, at most, to close the gap that prices leave; if there is
+            a limit, none is solved as an integer program.
         recombinations: of what was met, at most; each as rows turn up that the one before violates.
-        settled: prices and starts are those of a problem that is nearly the same, so that the
-            starts are recombined first. Where that is no better than the best of them by `gap`, nor
-            `enough_us`, it is returned without a bound.
         fallback: asked for assignments where none within the hard rows is found for a while.
         progress: called with a line for each phase.
 
@@ -81,15 +81,29 @@ def solve(
         time.monotonic() + time_limit,
         gap,
         enough_us,
-        branch,
+        regions,
         recombinations,
-        settled,
         fallback or (lambda: ()),
         progress or (lambda line: None),
         Pool(problem, separate),
     )
     every = [np.flatnonzero(np.isfinite(t)) for t in problem.time_us]
-    return search.run(starts, prices or {}, kept or every)
+    return search.run(starts, prices or {}, every, tree)
+
+
+@dataclass(eq=False)
+class _Node:
+    """A region in the tree of branching."""
+
+    region: Region
+    parts: list[_Node] = field(default_factory=list)
+
+    def leaves(self) -> list[_Node]:
+        return [leaf for part in self.parts for leaf in part.leaves()] if self.parts else [self]
+
+    def branch(self) -> Branch:
+        parts = tuple(part.branch() for part in self.parts)
+        return Branch(self.region.decided, self.region.prices, parts)
 
 
 @dataclass
@@ -99,19 +113,24 @@ class _Search:
     end: float
     gap: float
     enough_us: float
-    branch: bool
+    regions: float
     recombinations: int
-    settled: bool
     fallback: Callable[[], Iterable[Choices]]
     say: Callable[[str], None]
     pool: Pool
     bound: float = -math.inf
+
+    @property
+    def margin(self) -> float:
+        """What is better by less is left aside; rounding may not make it more than the gap."""
+        return self.gap * (1 - 1e-6)
 
     def run(
         self,
         starts: Sequence[Choices],
         prices: Mapping[str, float],
         kept: Sequence[np.ndarray],
+        tree: Branch | None,
     ) -> Solution:
         pool, problem = self.pool, self.problem
         for start in starts:
@@ -119,12 +138,6 @@ class _Search:
         whole = Region(pool, kept)
         known = {row.name for row in pool.rows}
         whole.prices = {name: price for name, price in prices.items() if name in known}
-        if self.settled:
-            before = pool.time_us
-            self._recombine(whole)
-            if pool.time_us > max(self.enough_us, before * (1 - self.gap)):
-                return self._solution(whole, "recombination")
-            self.enough_us = -math.inf
         if whole.evaluate(whole.prices).choices is None:
             raise InfeasibleError(
                 "no assignment satisfies the constraints on layouts, whatever the memory",
@@ -135,127 +148,145 @@ class _Search:
             f"{len(problem.time_us)} nodes, {whole.sizes()} choices: at least {whole.bound:.0f} us"
         )
         if pool.choices is None:
-            self._enter()
+            self._enter(whole)
+        if tree is not None:
+            return self._branch_and_bound(whole, self._replayed(whole, tree))
         region = self._raise(whole, PRICE_STEPS)
-        self.bound = region.bound
+        self.bound = region.lowest
         if self._done():
             return self._solution(region, "prices" if region.prices else "elimination")
         self.say(f"{pool.time_us:.0f} us found, bound {self.bound:.0f} us")
         self._recombine(region)
-        if self._done() or not self.branch:
+        if self._done() or not self.regions:
             return self._solution(region, "prices")
-        return self._branch_and_bound(region)
+        return self._branch_and_bound(region, _Node(region.fixed(self.margin)))
+
+    def _replayed(self, region: Region, tree: Branch) -> _Node:
+        """A region divided as another was, at the prices that bounded the parts of that one."""
+        if not self._worthwhile(region) or not tree.parts:
+            return _Node(region)
+        region = region.fixed(self.margin)
+        known = {row.name for row in self.pool.rows}
+        parts = []
+        for branch in tree.parts:
+            part = region.part(branch.decided)
+            if all(map(len, part.kept)):
+                prices = {name: price for name, price in branch.prices.items() if name in known}
+                part.evaluate(prices)
+                parts.append(self._replayed(part, branch))
+        return _Node(region, parts)
 
     def _done(self) -> bool:
         best = self.pool.time_us
         closed = best - self.bound <= self.gap * abs(best) or best <= self.enough_us
         return closed or time.monotonic() > self.end
 
-    def _solution(self, region: Region, method: str) -> Solution:
+    def _solution(self, root: Region, method: str, tree: Branch | None = None) -> Solution:
         pool = self.pool
         assert pool.choices is not None
-        bound = min(self.bound, pool.time_us)
-        near = region.near() if pool.time_us - bound > self.gap * abs(pool.time_us) else ()
+        apart = pool.time_us - root.bound > self.gap * abs(pool.time_us)
         return Solution(
-            pool.choices, pool.time_us, bound, method, region.prices, tuple(near),
-            tuple(region.kept),
+            pool.choices, pool.time_us, min(self.bound, pool.time_us), method, root.prices,
+            root.bound,
+            tuple(root.near() if apart else ()),
+            tree, tuple(pool.lines),
         )  # fmt: skip
 
     def _raise(self, region: Region, steps: int) -> Region:
         """Raise a region's bound, and narrow it whenever that has become possible."""
-        tried = math.inf
-        while steps > 0 and not self._done():
-            if self.pool.choices is not None:
-                apart = (self.pool.time_us - region.bound) / max(abs(self.pool.time_us), 1e-9)
-                if apart <= NARROW_GAP and apart < NARROWED * tried:
-                    tried, region = apart, region.fixed()
+        while steps > 0 and self._worthwhile(region) and not self._done():
+            best = self.pool.time_us
+            apart = best - region.bound
+            if apart <= min(NARROW_GAP * abs(best), NARROWED * (best - region.narrowed_at)):
+                region = region.fixed(self.margin)
             before = region.bound, len(self.pool.lines)
-            region.maximize(gap=self.gap, steps=3, done=self._done)
-            steps -= 3
+            region.maximize(gap=self.gap, steps=1, done=self._done)
+            steps -= 1
             if (region.bound, len(self.pool.lines)) == before:
                 break
         return region
 
     def _recombine(self, region: Region) -> None:
         """The best assignment made of choices that occur together in the mixture that reaches the
-        bound, and in the best known one: an integer program of a few choices per node."""
-        used = region.used()
-        for _ in range(self.recombinations):
-            rows = len(self.pool.rows)
-            kept = Kept(replace(self.problem, rows=tuple(self.pool.rows)), used)
-            merged = Merged(kept.problem)
-            self.say(f"integer program of {size_of(merged.problem)} variables")
-            if size_of(merged.problem) > MAX_PROGRAM:
-                return
-            self._by_program(kept, merged, RECOMBINE_S)
-            self.say(f"{self.pool.time_us:.0f} us found, bound {self.bound:.0f} us")
-            if self._done() or len(self.pool.rows) == rows:
-                return
+        bound, and in the best known one."""
+        recombine(
+            self.pool, region.used(), rounds=self.recombinations, gap=self.gap / 4,
+            done=self._done, say=self.say,
+        )  # fmt: skip
 
-    def _branch_and_bound(self, root: Region) -> Solution:
-        """Best bound first."""
+    def _branch_and_bound(self, root: Region, tree: _Node) -> Solution:
+        """Best bound first.
+
+        Args:
+            root: all assignments.
+            tree: what of them may be better than the best known, divided already or not.
+        """
         order = itertools.count()
-        heap = [(root.bound, next(order), root)]
-        programs, left = 0, math.inf  # the lowest bound of what was left aside as close enough
-        while heap and not self._done():
-            _, _, region = heapq.heappop(heap)
-            if region is not root:
-                region = self._raise(region, BRANCH_STEPS)
-            elif self.pool.choices is not None:
-                region = region.fixed()
+        leaves = tree.leaves()
+        self.bound = max(self.bound, min(leaf.region.lowest for leaf in leaves))
+        best = self.pool.choices
+        if tree.parts and best is not None:
+            for leaf in leaves:
+                if leaf.region.covers(best) and self._worthwhile(leaf.region):
+                    leaf.region = self._raise(leaf.region, BRANCH_STEPS)
+                    self._recombine(leaf.region)
+        heap = [(leaf.region.lowest, next(order), leaf) for leaf in leaves]
+        heapq.heapify(heap)
+        looked, programs = 0, 0
+        left = math.inf  # the lowest bound of parts that hold nothing better by the gap
+        while heap and not self._done() and looked < self.regions:
+            _, _, node = heapq.heappop(heap)
+            if node is not tree:
+                node.region = self._raise(node.region, BRANCH_STEPS)
+            looked += 1
+            region = node.region
             if self._worthwhile(region):
                 small = self._small(region)
                 if small is not None:
                     programs += 1
-                    region.bound = max(region.bound, self._by_program(*small))
-                    if self._worthwhile(region):  # rows were missing
-                        heapq.heappush(heap, (region.bound, next(order), region))
-                    else:
-                        left = min(left, region.bound)
-                elif halves := region.branches():
-                    for half in halves:
-                        heapq.heappush(heap, (half.bound, next(order), half))
-                else:  # a single assignment, too large for a program
-                    left = min(left, region.bound)
+                    seconds = max(1.0, self.end - time.monotonic())
+                    bound = by_program(
+                        self.pool, *small, gap=self.gap / 4, seconds=seconds, better_by=self.gap / 2
+                    )
+                    region.bound = max(region.bound, bound)
+                    again = [node] if self._worthwhile(region) else []  # rows were missing
+                else:
+                    again = node.parts = [_Node(half) for half in region.branches()]
+                for part in again:
+                    heapq.heappush(heap, (part.region.lowest, next(order), part))
+                if not again:  # a single assignment, too large for a program
+                    left = min(left, region.lowest)
             else:
-                left = min(left, region.bound)
+                left = min(left, region.lowest)
             lowest = min(left, heap[0][0] if heap else math.inf)
             self.bound = max(self.bound, min(lowest, self.pool.time_us))
-            if next(order) % 16 == 0:
+            if looked % 16 == 0:
                 self.say(
                     f"{self.pool.time_us:.0f} us found, bound {self.bound:.0f} us, "
                     f"{len(heap)} regions"
                 )
         method = f"ilp ({available_backend()})" if programs else "branch and bound"
-        return self._solution(root, method)
+        return self._solution(root, method, tree.branch())
 
     def _worthwhile(self, region: Region) -> bool:
         best = self.pool.time_us
-        return best - region.bound > self.gap / 2 * abs(best)
+        return best == math.inf or best - region.bound > self.margin * abs(best)
 
     def _small(self, region: Region) -> tuple[Kept, Merged] | None:
         """The region's integer program, if it is small."""
-        if region.sizes() > SMALL_PROGRAM // 3:
+        if math.isfinite(self.regions) or region.sizes() > SMALL_PROGRAM // 3:
             return None
         kept = Kept(replace(self.problem, rows=tuple(self.pool.rows)), region.kept)
         merged = Merged(kept.problem)
         return (kept, merged) if size_of(merged.problem) <= SMALL_PROGRAM else None
 
-    def _by_program(self, kept: Kept, merged: Merged, limit: float = math.inf) -> float:
-        """A lower bound on what was kept, under the rows known when it was made."""
-        limit = min(limit, max(1.0, self.end - time.monotonic()))
-        gap = self.gap / (2 if self.settled else 4)
-        try:
-            found, bound = solve_ilp(merged.problem, time_limit=limit, gap=gap)
-        except ValueError:  # nothing within the rows
-            return math.inf
-        if found is not None:
-            self.pool.note(kept.expand(merged.expand(found)))
-        return bound
-
-    def _enter(self) -> None:
-        """Find an assignment within the hard rows."""
+    def _enter(self, whole: Region) -> None:
+        """Find an assignment within the hard rows: at high prices for them, or else by itself."""
         pool = self.pool
+        for price in ENTERING_PRICES:
+            whole.evaluate(whole.hard_prices(price))
+            if pool.choices is not None:
+                return
         left = self.end - time.monotonic()
         try:
             pool.note(self._within(pool.rows, ENTERING * left))

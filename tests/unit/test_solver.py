@@ -14,6 +14,8 @@ from autopar.solver.dual import Pool, Region
 from autopar.solver.ilp import solve_ilp
 from autopar.solver.merging import Merged
 from autopar.solver.messages import minimize_core
+from autopar.solver.problem import Branch
+from autopar.solver.recombination import mixed, recombine
 from autopar.solver.reductions import Kept, Shared
 
 
@@ -95,7 +97,7 @@ def test_the_bound_is_one_however_large_a_gap_is_good_enough(seed, gap, program,
     """By branching alone, and with integer programs."""
     module = sys.modules[solve.__module__]  # the package has the function under its name
     monkeypatch.setattr(module, "SMALL_PROGRAM", program)
-    monkeypatch.setattr(module, "MAX_PROGRAM", program)
+    monkeypatch.setattr(sys.modules[recombine.__module__], "MAX_PROGRAM", program)
     leanest, fastest = budgets(seed, 3)
     budget = leanest + 0.4 * (fastest - leanest)
     problem = random_problem(seed, nodes=6, budget=budget, late=3)
@@ -141,23 +143,62 @@ def test_what_time_leaves_is_the_best_found_and_its_gap(seed):
     assert solution.gap == pytest.approx(1 - solution.bound_us / time_us)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_branching_as_on_another_problem_gives_bounds(seed, monkeypatch):
+    """However different the other one is."""
+    module = sys.modules[solve.__module__]
+    monkeypatch.setattr(module, "SMALL_PROGRAM", 0)
+    monkeypatch.setattr(sys.modules[recombine.__module__], "MAX_PROGRAM", 0)
+    leanest, fastest = budgets(seed, 3)
+    problem = random_problem(seed, budget=leanest + 0.4 * (fastest - leanest), late=3)
+    best = brute_force(problem)
+    if not np.isfinite(best):
+        return
+    rng = np.random.default_rng(seed)
+    other = replace(
+        problem, time_us=tuple(t + rng.integers(0, 30, t.shape) for t in problem.time_us)
+    )
+    tree = solve(other, gap=1e-6).tree
+    if tree is None:  # prices were enough
+        tree = Branch({}, {}, (Branch({0: np.array([0])}, {}), Branch({0: np.arange(1, 9)}, {})))
+    solution = solve(problem, gap=1e-6, tree=tree)
+    assert solution.time_us == pytest.approx(best)
+    assert solution.bound_us <= best + 1e-6
+    assert solution.gap <= 1e-6
+    few = solve(problem, gap=1e-6, tree=tree, regions=2)
+    assert few.bound_us <= best + 1e-6
+    assert few.time_us >= best - 1e-6
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_a_problem_nearly_the_same_begins_with_what_was_met(seed):
-    """Recombined: bounded where that is good enough, and else handed back as it is."""
+def test_what_was_met_is_mixed(seed):
+    """The best of what consists of choices met, if it is better than those by the gap."""
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
-    best = brute_force(problem)
     every_one = product(*(range(len(t)) for t in problem.time_us))
     fitting = [c for c in every_one if problem.evaluate(c)[1] <= 0]
     if not fitting:
         return
-    starts = sorted(fitting, key=lambda c: problem.evaluate(c)[0])
-    found = solve(problem, settled=True, starts=starts, gap=1e-6, enough_us=best + 1e-6)
-    assert found.time_us == pytest.approx(best)
-    assert found.gap <= 1e-6
-    slow = solve(problem, settled=True, starts=starts[-1:], gap=1e-6)
-    assert slow.time_us == pytest.approx(problem.evaluate(starts[-1])[0])
-    assert slow.bound_us == -np.inf or slow.time_us == pytest.approx(best)
+
+    def mix(starts, **how):
+        how = {"gap": 1e-6, "enough_us": -np.inf, "rounds": 6, **how}
+        found = mixed(
+            problem, starts, separate=lambda choices: (), prices={}, expired=lambda: False,
+            say=lambda line: None, **how,
+        )  # fmt: skip
+        return problem.evaluate(found)[0]
+
+    fitting.sort(key=lambda c: problem.evaluate(c)[0])
+    assert mix(fitting) == pytest.approx(brute_force(problem))
+    slowest = problem.evaluate(fitting[-1])[0]
+    assert mix(fitting[-1:]) == pytest.approx(slowest)
+    some = fitting[-3:]
+    made = product(*(sorted(set(column)) for column in zip(*some, strict=True)))
+    best = min(t for t, excess in map(problem.evaluate, made) if excess <= 0)
+    fast = min(problem.busy_us(c) for c in some)
+    assert best - 1e-6 <= mix(some) <= problem.evaluate(some[0])[0]
+    if fast == problem.evaluate(some[0])[0]:
+        assert mix(some, gap=0.5) >= best
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -298,12 +339,12 @@ def test_fixing_keeps_what_is_better(seed):
         return
     region = Region(pool, [np.arange(len(t)) for t in problem.time_us])
     region.maximize(gap=1e-6, steps=20, done=lambda: False)
+    fixed = region.fixed()  # finds one more, perhaps
     better = [
         c
         for c in product(*(range(len(t)) for t in problem.time_us))
         if problem.evaluate(c)[1] <= 0 and problem.evaluate(c)[0] < pool.time_us - 1e-6
     ]
-    fixed = region.fixed()
     assert all(fixed.contains(c) for c in better)
     assert region.bound <= brute_force(problem) + 1e-6
     for half in fixed.branches():
