@@ -16,7 +16,7 @@ from autopar.memory.program import GIVEN, SIDE, Op, Program, Resource
 from autopar.passes.overwrite import overwritable
 from autopar.profiler.cluster import ClusterInfo
 from autopar.profiler.counting import Recorder, Work, tensors_of
-from autopar.profiler.time_model import Kernel
+from autopar.profiler.time_model import Kernel, KernelLog, node_us
 from autopar.tracer.draws import draws
 
 
@@ -82,7 +82,8 @@ class _Reader:
         Args:
             wanted: those that something returned depends on.
         """
-        with FakeTensorMode(allow_non_fake_inputs=True), Recorder() as recorder:
+        recorder = KernelLog() if self.cluster.device.measured else Recorder()
+        with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             for node in self.joint.graph.nodes:
                 if node.op in ("placeholder", "get_attr"):
                     self._given(node)
@@ -111,7 +112,7 @@ class _Reader:
     def _call(self, node: fx.Node, recorder: Recorder) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
         value = self.env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        work, _ = recorder.take()
+        work, kernels = _taken(recorder)
         results = tensors_of(value)
         made: list[int] = []
         for t in results:
@@ -133,7 +134,7 @@ class _Reader:
         if node in self.forward:
             self.of_forward.append(len(self.ops))
         reads = self._reads(node)
-        resource, flops, us = self._cost(node, tensors_of((args, kwargs)), results, work)
+        resource, flops, us = self._cost(node, tensors_of((args, kwargs)), results, work, kernels)
         self.calls.append(node)
         self.ops.append(
             Op(
@@ -152,15 +153,16 @@ class _Reader:
         )
 
     def _cost(
-        self, node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tensor], work: Work
-    ) -> tuple[Resource, float, float]:
+        self, node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tensor], work: Work,
+        kernels: Sequence[Kernel] | None,
+    ) -> tuple[Resource, float, float]:  # fmt: skip
         """What an operator occupies, its FLOPs, and its time."""
         if communicates(node):
             us = communication_us(node, operands, results, self.cluster)
             return Resource.COMMUNICATION, 0.0, us
         elements = max((t.numel() for t in (*operands, *results)), default=0)
         dtype = str(results[0].dtype).removeprefix("torch.") if results else "float32"
-        us = float(Kernel(work, dtype).us(self.cluster.device))
+        us = float(node_us(kernels or (Kernel(work, dtype),), self.cluster.device))
         return Resource.COMPUTE, float(work.flops or elements), us
 
     def _reads(self, node: fx.Node) -> tuple[int, ...]:
@@ -180,6 +182,15 @@ class _Reader:
             if len(same) == 1 and self.sizes[number] == self.sizes[made[0]]:
                 found.append(number)
         return tuple(dict.fromkeys(found))
+
+
+def _taken(recorder: Recorder) -> tuple[Work, Sequence[Kernel] | None]:
+    """The work of an operator, and its kernels where the device is known well enough to tell them
+    apart."""
+    if not isinstance(recorder, KernelLog):
+        return recorder.take()[0], None
+    seen, recorder.seen = recorder.seen, []
+    return sum((work for work, _ in seen), Work()), [kernel for _, kernel in seen]
 
 
 def _like(value: Any) -> Any:

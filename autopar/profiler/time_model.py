@@ -134,14 +134,14 @@ def _dispatched(
     with mode, torch.enable_grad():
         made = {n: torch.empty_like(n.meta["val"]).requires_grad_(n in wanted) for n in given}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: made.get(n, _value(n)))
-        with _Log() as log:
+        with KernelLog() as log:
             results = tensors_of(node.target(*args, **kwargs))  # type: ignore[operator]
         forward, backward = log.seen, []
         roots = [t for t in results if t.requires_grad]
         if wanted and roots:
             seeds = [torch.empty_like(t) for t in roots]
             leaves = [t for n, t in made.items() if n in wanted]
-            with _Log() as log:
+            with KernelLog() as log:
                 torch.autograd.grad(roots, leaves, seeds, allow_unused=True)
             backward = log.seen
     return _kernels(forward, profile.forward), _kernels(backward, profile.backward)
@@ -164,7 +164,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _Log(Recorder):
+class KernelLog(Recorder):
     """A recorder that keeps the kernels apart.
 
     Attributes:

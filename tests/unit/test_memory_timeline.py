@@ -2,10 +2,11 @@
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
+from autopar import ClusterInfo, autoplan
 from autopar.memory.build import schedule_of
 from autopar.memory.chart import live_figure, modules_figure, step_html
 from autopar.memory.plan import describe
@@ -13,6 +14,11 @@ from autopar.memory.program import eager_schedule
 from autopar.memory.simulate import live_bytes, timeline
 from autopar.memory.summary import StepSummary
 from autopar.memory.timeline import Timeline, block_of
+from autopar.passes.local_step import local_step
+from autopar.planner import trainable_inputs
+from autopar.profiler.cluster import Link
+from autopar.profiler.curve import Curve
+from tests.models import CASES
 from tests.unit.test_memory_schedule import chain, step_of
 
 
@@ -103,3 +109,24 @@ def test_an_eager_step_computes_nothing_again():
     assert [m.kept_bytes for m in found.moments] == [4, 6, 6, 6, 4, 0]
     assert not any(m.again or m.again_bytes for m in found.moments)
     assert str(Timeline((), 0)) == "an empty step"
+
+
+def test_a_measured_device_has_one_time_for_plans_and_schedules():
+    known = replace(
+        ClusterInfo.of("1").device,
+        flops_by_size={"matmul.float32": Curve.constant(1e11)},
+        extra_ns={"function": 20.0, "reduction": 5.0},
+        launch_us=0.0,  # the model is too small to tell anything else
+    )
+    case = CASES["gpt2"]
+    times = []
+    for device in (replace(known, extra_ns={"index": 0.0}), known):
+        model = case.build()
+        cluster = ClusterInfo((1,), device, (Link(1e-6, 1e-9),))
+        planned = autoplan(model, (), case.batch(0), cluster=cluster)
+        trainable = trainable_inputs(planned.graph, model)
+        program = local_step(planned.graph, planned.plan, trainable=trainable).program
+        found = timeline(program, eager_schedule(program))
+        assert found.us == pytest.approx(planned.plan.time.compute_us, rel=0.1)
+        times.append(found.us)
+    assert times[1] > 1.1 * times[0]
