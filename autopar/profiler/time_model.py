@@ -5,8 +5,8 @@ A kernel takes
     launch + max(flops / rate, read / rate + written / rate) + Σ count * extra
 
 with rates by the kernel's own size, and counts of the elements that cost more than being moved
-(`profiler/dear.py`). A GPU is launched for while it computes: there a kernel takes the longer of
-the launch and the rest.
+(`profiler/dear.py`). A GPU is launched for while it computes: one that was measured, whose rates so
+hold for kernels of any size, takes the longer of the launch and the rest.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Kernel:
         dear = sum(1e-3 * device.extra_ns.get(kind, 0.0) * n for kind, n in self.extra.items())
         work = np.maximum(arithmetic, moved) + np.multiply(dear, share)
         launch = device.launch_us * count
-        return work + launch if device.kind == "cpu" else np.maximum(work, launch)
+        if device.kind == "cpu" or not device.measured:
+            return work + launch
+        return np.maximum(work, launch)
 
 
 def node_us(
