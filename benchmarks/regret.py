@@ -4,7 +4,7 @@ Training steps (forward, backward, optimizer) of eight models on 2 and 4 Gloo pr
 thread each, of autopar's plan and of DistributedDataParallel, FSDP2, tensor parallelism by
 `parallelize_module`, and on four processes FSDP2 with tensor parallelism on 2x2. The cluster is
 measured first, as `autopar cluster` does it, for every mesh of so many processes; the plan is the
-fastest predicted of any mesh.
+fastest predicted of any mesh, where one of more axes has to win by 5%.
 
 All contestants are built in the same processes from the same weights, must lose the same on the
 same global batch, and take turns, after a barrier each; what disturbs the machine disturbs all of
@@ -30,6 +30,8 @@ from benchmarks.common import Row, console
 MESHES = {2: ("2",), 4: ("4", "2x2")}
 ROUNDS, QUICK_ROUNDS = 25, 5
 OURS = "autopar"
+# of a step; predictions of two meshes, each measured by itself, are not more exact than that
+TIE = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def make_plans(name: str, files: Mapping[str, Path], folder: Path, *, experts: b
     for mesh, file in files.items():
         found = autoplan(model, (), batch, cluster=ClusterInfo.load(file))
         step = found.plan.time.step_us
-        if step < best:
+        if step < (1 - TIE) * best:
             best, words = step, f"mesh {mesh}: {_words(found.plan)}"
             found.plan.save(folder / "plan.json")
             predicted[OURS] = step
