@@ -38,7 +38,6 @@ from benchmarks import common
 from benchmarks.common import Row, console
 
 TARGET = 0.95
-SIZES = ("quick", "cpu", "cuda")
 Built = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
@@ -83,7 +82,7 @@ def gpt2(size: str) -> Built:
         n_layer=1, vocab_size=1009 if size == "quick" else 50257, use_cache=False,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    batch, length = dict(zip(SIZES, ((1, 128), (4, 128), (16, 1024)), strict=True))[size]
+    batch, length = {"quick": (1, 128), "cpu": (4, 128), "cuda": (16, 1024)}[size]
     ids = torch.randint(0, config.vocab_size, (batch, length))
     return _half(GPT2LMHeadModel(config), size), (), {"input_ids": ids, "labels": ids}
 
@@ -91,14 +90,14 @@ def gpt2(size: str) -> Built:
 def resnet50(size: str) -> Built:
     import timm
 
-    batch, side = dict(zip(SIZES, ((2, 64), (8, 224), (64, 224)), strict=True))[size]
+    batch, side = {"quick": (2, 64), "cpu": (8, 224), "cuda": (64, 224)}[size]
     return timm.create_model("resnet50"), (torch.randn(batch, 3, side, side),), {}
 
 
 def vit(size: str) -> Built:
     import timm
 
-    batch = dict(zip(SIZES, (1, 8, 64), strict=True))[size]
+    batch = {"quick": 1, "cpu": 8, "cuda": 64}[size]
     model = _half(timm.create_model("vit_base_patch16_224", depth=1), size)
     return model, (torch.randn(batch, 3, 224, 224, dtype=next(model.parameters()).dtype),), {}
 

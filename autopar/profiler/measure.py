@@ -38,9 +38,9 @@ class Effort:
         lengths: of attention.
         messages: bytes of collectives.
         seconds: for each figure.
+        rounds: through all arithmetic; a disturbance that outlasts one figure is over in the next.
         side: of the square tensor that tells what elements cost.
         images: shape of those that tell what a variance costs, of no more elements.
-        rounds: through all arithmetic; a disturbance that outlasts one figure is over in the next.
     """
 
     bytes: tuple[int, ...]
@@ -53,6 +53,8 @@ class Effort:
     side: int = 768
     images: tuple[int, ...] = (8, 8, 96, 96)
 
+
+_kernel_seconds = partial(seconds_of, queued=True)
 
 # The C library hands blocks beyond 32 MiB back to the system, and new pages are slow: both sides
 # of that size are measured.
@@ -90,9 +92,6 @@ def effort_for(kind: str, quick: bool) -> Effort:
         side=8192,
         images=(64, 64, 112, 112),
     )
-
-
-_kernel_seconds = partial(seconds_of, queued=True)
 
 
 # -- the device ---------------------------------------------------------------------------------

@@ -315,8 +315,8 @@ def test_bad_options(arguments, message):
     assert result.stdout == ""
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_cuda_device():
+def test_no_cuda_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MeshError, match="sees no CUDA device"):
         measure_cluster((1,), "cuda")
 
