@@ -18,6 +18,10 @@ import pulp
 from autopar.solver.problem import Choices, Problem, Row
 
 
+class NothingFaster(ValueError):
+    """A program is infeasible: proof that nothing within its rows is faster than its cutoff."""
+
+
 def available_backend() -> str:
     """`"HiGHS"` where highspy is installed, else `"CBC"`."""
     return "HiGHS" if find_spec("highspy") is not None else "CBC"
@@ -58,7 +62,7 @@ def solve_ilp(
         cutoff: microseconds; what is not faster need not be found.
 
     Raises:
-        ValueError: nothing within the rows is faster than the cutoff.
+        NothingFaster: nothing within the rows is faster than the cutoff.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3 announces PuLP 4
@@ -132,7 +136,7 @@ class _Program:
     def solve(self, solver: pulp.LpSolver, gap: float) -> tuple[Choices | None, float]:
         status = self._program.solve(solver)
         if status == pulp.LpStatusInfeasible:
-            raise ValueError("the SPMD problem is infeasible within its rows")
+            raise NothingFaster("the SPMD problem is infeasible within its rows")
         values = [[v.value() or 0.0 for v in variables.values()] for variables in self._x]
         if any(max(v) < 0.5 for v in values):  # none was found
             return None, -math.inf

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from autopar.solver.dual import Pool, Region
-from autopar.solver.ilp import size_of, solve_ilp
+from autopar.solver.ilp import NothingFaster, size_of, solve_ilp
 from autopar.solver.merging import Merged
 from autopar.solver.problem import Choices, Problem, Separate
 from autopar.solver.reductions import Kept
@@ -56,7 +56,7 @@ def by_program(
     cutoff = pool.time_us - better_by * abs(pool.time_us)
     try:
         found, bound = solve_ilp(merged.problem, time_limit=seconds, gap=gap, cutoff=cutoff)
-    except ValueError:  # nothing within the rows is better
+    except NothingFaster:
         return cutoff
     if found is not None:
         pool.note(kept.expand(merged.expand(found)))
