@@ -15,10 +15,9 @@ import torch.fx as fx
 
 from autopar.memory.communication import communicates
 from autopar.memory.splits import called
+from autopar.profiler.link import LATE_BYTES
 from autopar.runtime.groups import joined
 from autopar.tracer.draws import draws
-
-SMALL_BYTES = 1024
 
 _OPS = torch.ops.autopar
 # Of the operators that an early sum is made by.
@@ -77,7 +76,7 @@ def _is_small_sum(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.target is not _OPS.all_reduce.default:
         return False
     value = node.meta["val"]
-    return value.dtype is not torch.bool and 0 < value.numel() * value.element_size() <= SMALL_BYTES
+    return value.dtype is not torch.bool and 0 < value.numel() * value.element_size() <= LATE_BYTES
 
 
 def _over_all(node: fx.Node) -> tuple[Any, str]:

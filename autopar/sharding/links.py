@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
 
+from autopar.profiler.link import LATE_BYTES
 from autopar.sharding.conversion import LayoutConverter
 from autopar.sharding.costs import OpCosts
 from autopar.sharding.sites import Link, Site
@@ -93,6 +95,9 @@ class LinkPrices:
         possible = np.where(np.isfinite(forward), forward, 0.0)
         nowhere = np.where(np.isfinite(forward), 0.0, np.inf)
         backward = convert(grad=True) - possible if link.grad else nowhere
+        if target.kind == "output" and link.grad and link.itemsize * prod(link.shape) <= LATE_BYTES:
+            late = np.array([[bool(a.partial) and a.dims == b.dims for b in wanted] for a in rows])
+            forward = np.where(late[every], self._costs.cluster.device.launch_us, forward)
         regathers = np.array([[c.regather] for c in source.candidates])
         memory = None
         if link.saved or target.kind == "output":

@@ -145,3 +145,29 @@ def test_lowerings_pay_for_what_they_communicate_and_copy():
         site = next(s for s in space.sites if target in str(s.node.target) and s.kind == "op")
         times = dict(zip([c.name for c in site.candidates], site.time_us, strict=True))
         assert times[inner] > times[batch] + 2 * 1e6 * space.cluster.links[0].alpha
+
+
+def test_nobody_pays_for_the_wait_for_a_sum_that_is_only_returned():
+    """The mean over split samples is a pending sum: returned, its all-reduce is only started."""
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean()
+
+    class Exp(nn.Module):
+        def forward(self, x):
+            return x.exp()
+
+    def sum_us(after: nn.Module) -> tuple[float, ClusterInfo]:
+        model = nn.Sequential(nn.Linear(8, 8), Mean(), after)
+        space = autoplan(model, (torch.zeros(16, 8),), cluster=ClusterInfo.of("2")).space
+        link = next(k for k in space.links if space.sites[k.source].node.name == "mean")
+        made, wanted = (space.sites[i].candidates for i in (link.source, link.target))
+        given = next(i for i, c in enumerate(made) if c.outputs[0].partial)
+        want = next(i for i, c in enumerate(wanted) if c.inputs[0].is_replicated)
+        return float(space.link_costs(link).forward_us[given, want]), space.cluster
+
+    launched, cluster = sum_us(nn.Identity())
+    assert launched == cluster.device.launch_us
+    waited, _ = sum_us(Exp())
+    assert waited >= launched + cluster.links[0].collective_us("all_reduce", 2, 4)
