@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.profiler.cluster import Link
-from autopar.runtime.groups import DirectGroup, ProcessGroup
+from autopar.runtime.direct import DirectGroup
+from autopar.runtime.groups import ProcessGroup
 from autopar.runtime.memory import LiveBytes, training_state_bytes
 from autopar.runtime.parameters_on_host import Absent
 from tests.clusters import eager_to_shard
