@@ -16,10 +16,13 @@ import socket
 import struct
 import weakref
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from autopar.runtime.groups import DEFAULT_TIMEOUT
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +129,7 @@ class Peers:
         poll = select.poll()
         for other, link in self._links.items():
             poll.register(link, select.POLLIN | (select.POLLOUT if other == peer else 0))
-        if not poll.poll(1e3 * self._timeout_s):
+        if not poll.poll(min(1e3 * self._timeout_s, 2**31 - 1)):
             raise RuntimeError(
                 f"rank {self._ranks[peer]} has read nothing for {self._timeout_s:g} s"
             )
@@ -163,12 +166,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
-def meet(group: dist.ProcessGroup, nbytes: int) -> Peers | None:
+def meet(group: dist.ProcessGroup, nbytes: int, timeout_s: float | None = None) -> Peers | None:
     """Connect the processes of a group and give them memory in common; called by all of them.
 
     Args:
         group: can communicate; it is asked at every step whether all could take it.
         nbytes: of the memory. It costs nothing until it is used.
+        timeout_s: how long to wait for a message; None for what the group waits.
 
     Returns:
         None on all of them if they are not on one host, or something else is in the way: the log
@@ -185,8 +189,8 @@ def meet(group: dist.ProcessGroup, nbytes: int) -> Peers | None:
                 rank, reason = next(iter(failed.items()))
                 log.info("ranks %s share no memory: %s on rank %d", ranks, reason, rank)
                 return None
-        timeout = group._get_backend(torch.device("cpu")).options._timeout
-        return Peers(meeting.index, meeting.take(), meeting.memory, ranks, timeout.total_seconds())
+        timeout_s = timeout_s or _timeout_s(group)
+        return Peers(meeting.index, meeting.take(), meeting.memory, ranks, timeout_s)
     finally:
         meeting.close()
 
@@ -196,6 +200,15 @@ def _attempt(step: Callable[[list[Any]], Any], answers: list[Any]) -> Any:
         return step(answers)
     except OSError as error:
         return OSError(f"{step.__name__}: {error}")
+
+
+def _timeout_s(group: dist.ProcessGroup) -> float:
+    """Of a collective of this group, where its backend says."""
+    try:
+        timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    except (AttributeError, RuntimeError):
+        timeout = DEFAULT_TIMEOUT
+    return timeout.total_seconds()
 
 
 class _Meeting:

@@ -15,9 +15,9 @@ from autopar.runtime.peers import Peers
 # What is smaller goes into messages, of which there is one in any case.
 _MESSAGE_BYTES = 8 * 2**10
 # A rank's part of the memory that is written in one round.
-_ROW_BYTES = 2**20
+_ROW_BYTES = 4 * 2**20
 # What one more round takes the time of.
-_ROUND_BYTES = 256 * 2**10
+_ROUND_BYTES = 512 * 2**10
 
 Steps = Generator[None, None, None]
 
@@ -46,7 +46,7 @@ class SharedGroup(ProcessGroup):
     def __init__(self, name: str, group: dist.ProcessGroup, peers: Peers) -> None:
         super().__init__(name, group)
         self._peers = peers
-        self._halves = peers.memory.view(2, -1).unbind()
+        self._halves = peers.memory.view(2, -1)
         self._sent = self._rounds = 0
         self._under_way: Steps | None = None
         self._failed: str | None = None
@@ -278,7 +278,8 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(x: torch.Tensor) -> bytes:
-    found: bytes = x.contiguous().view(torch.uint8).numpy().tobytes()
+    row = x.contiguous().as_strided((x.numel(),), (1,))  # one element may have any stride
+    found: bytes = row.view(torch.uint8).numpy().tobytes()
     return found
 
 
