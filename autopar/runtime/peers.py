@@ -26,8 +26,8 @@ from autopar.runtime.groups import DEFAULT_TIMEOUT
 
 log = logging.getLogger(__name__)
 
-# Bytes of a message.
-MESSAGE_BYTES = 2**16
+# Of the longest message. Writing more to memory is faster: a message is written once for each.
+MESSAGE_BYTES = 8 * 2**10
 # In front of a message: which of those from its sender it is an answer to.
 _NUMBER = struct.Struct("<q")
 # Until a process that has said it is there takes a step of the meeting.
@@ -189,6 +189,7 @@ def meet(group: dist.ProcessGroup, nbytes: int, timeout_s: float | None = None) 
                 rank, reason = next(iter(failed.items()))
                 log.info("ranks %s share no memory: %s on rank %d", ranks, reason, rank)
                 return None
+        log.info("ranks %s share memory", ranks)
         timeout_s = timeout_s or _timeout_s(group)
         return Peers(meeting.index, meeting.take(), meeting.memory, ranks, timeout_s)
     finally:

@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 
 from autopar.runtime.groups import ProcessGroup, Wait
-from autopar.runtime.peers import Peers
+from autopar.runtime.peers import MESSAGE_BYTES, Peers
 
-# What is smaller goes into messages, of which there is one in any case.
-_MESSAGE_BYTES = 8 * 2**10
-# A rank's part of the memory that is written in one round.
+# What a rank writes in one round: as much as weights that share a message (`passes/bucket.py`).
 _ROW_BYTES = 4 * 2**20
 # What one more round takes the time of.
 _ROUND_BYTES = 512 * 2**10
@@ -56,7 +54,7 @@ class SharedGroup(ProcessGroup):
 
     @staticmethod
     def memory_bytes(size: int) -> int:
-        """That a group of this size needs in common."""
+        """That a group of this size has in common; none of it is taken until it is used."""
         return 2 * size * _ROW_BYTES
 
     def close(self) -> None:
@@ -74,7 +72,7 @@ class SharedGroup(ProcessGroup):
 
     def reduce_row(self, xs: Sequence[torch.Tensor], op: str) -> torch.Tensor:
         nbytes = sum(x.nbytes for x in xs)
-        if nbytes <= _MESSAGE_BYTES or nbytes > _ROW_BYTES or xs[0].dtype is torch.bool:
+        if nbytes <= MESSAGE_BYTES or nbytes > _ROW_BYTES or xs[0].dtype is torch.bool:
             return super().reduce_row(xs, op)
         out = xs[0].new_empty(sum(x.numel() for x in xs))
         flat = [x.detach().reshape(-1) for x in xs]
@@ -141,7 +139,7 @@ class SharedGroup(ProcessGroup):
         if not nbytes:
             return lambda: None
         with self._reporting(what, x):
-            if nbytes > _MESSAGE_BYTES:
+            if nbytes > MESSAGE_BYTES:
                 self._finish(self._under_way)
                 self._under_way = steps
             next(steps)
@@ -192,7 +190,7 @@ class SharedGroup(ProcessGroup):
 
     def _gather(self, own: torch.Tensor, out: torch.Tensor) -> Steps:
         """[n] to [k, n]; what is in this rank's row may be that already."""
-        if own.nbytes <= _MESSAGE_BYTES:
+        if own.nbytes <= MESSAGE_BYTES:
             got = yield from self._swap([own] * self.size)
             for row, part in zip(out, got, strict=True):
                 row.copy_(part)
@@ -209,7 +207,7 @@ class SharedGroup(ProcessGroup):
     def _scatter(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
         """[k, n] to the sum over ranks of this one's row, which may be its place."""
         k, me = self.size, self.index
-        if out.nbytes <= _MESSAGE_BYTES:
+        if out.nbytes <= MESSAGE_BYTES:
             parts = yield from self._swap(x.unbind())
             self._total(parts, "sum", out, parts[0] if me > 1 else out)
             return
@@ -225,7 +223,7 @@ class SharedGroup(ProcessGroup):
     def _transpose(self, x: torch.Tensor, out: torch.Tensor) -> Steps:
         """[k, n], row i for rank i, to [k, n], row i of rank i."""
         k, me = self.size, self.index
-        if out[0].nbytes <= _MESSAGE_BYTES:
+        if out[0].nbytes <= MESSAGE_BYTES:
             torch.stack((yield from self._swap(x.unbind())), out=out)
             return
         out[me].copy_(x[me])
@@ -239,7 +237,7 @@ class SharedGroup(ProcessGroup):
 
     def _reduce(self, x: torch.Tensor, op: str, out: torch.Tensor) -> Steps:
         """[n] to [n], which may be the same."""
-        if x.nbytes <= _MESSAGE_BYTES:
+        if x.nbytes <= MESSAGE_BYTES:
             parts = yield from self._swap([x] * self.size)
             self._total(parts, op, out, parts[0] if self.index > 1 else out)
             return
@@ -265,7 +263,12 @@ class SharedGroup(ProcessGroup):
     def _total(
         parts: Sequence[torch.Tensor], op: str, out: torch.Tensor, so_far: torch.Tensor
     ) -> None:
-        """Of the parts in their order, by way of a place of which none but the first two are."""
+        """Of the parts in their order.
+
+        Args:
+            so_far: for sums on the way; it may be the place of one of the first two, which are read
+                before it is written.
+        """
         combine = torch.add if op == "sum" else torch.maximum
         total = parts[0]
         for part in parts[1:-1]:

@@ -77,7 +77,7 @@ def shared_memory_is_messages(shape: tuple[int, ...]) -> bool:
     k, me = direct.size, direct.index
     torch.manual_seed(dist.get_rank())
     with mock.patch.multiple(
-        shared_memory, _MESSAGE_BYTES=64, _ROW_BYTES=4096, _ROUND_BYTES=1024
+        shared_memory, MESSAGE_BYTES=64, _ROW_BYTES=4096, _ROUND_BYTES=1024
     ):
         ours, other = shared(group), shared(group, "other")
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64):
