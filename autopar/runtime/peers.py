@@ -14,6 +14,7 @@ import secrets
 import select
 import socket
 import struct
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 MESSAGE_BYTES = 8 * 2**10
 # In front of a message: which of those from its sender it is an answer to.
 _NUMBER = struct.Struct("<q")
+# Of waiting for one process, before looking at what the others do.
+_LOOK_US = 100_000
 # Until a process that has said it is there takes a step of the meeting.
 _MEETING_S = 60.0
 
@@ -62,8 +65,7 @@ class Peers:
         self._order = [(index + d) % size for d in range(1, size)]
         for link in links.values():
             link.settimeout(None)
-            wait = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, _LOOK_US))
         _ALL.add(self)
         # at exit sockets close with the process, after what is registered to be done there
         weakref.finalize(self, _close, tuple(links.values())).atexit = False
@@ -97,17 +99,33 @@ class Peers:
         Raises:
             RuntimeError: a process is gone, or nothing came of it in time.
         """
-        found = {}
         for peer in self._order:
-            inbox = self._inbox[peer]
+            inbox, begin = self._inbox[peer], None
             while number not in inbox:
                 if not self._take(peer):
-                    raise RuntimeError(self._missing(number))
-            found[peer] = inbox.pop(number)
-        return found
+                    begin = begin or time.monotonic()
+                    self._look_up(number, time.monotonic() - begin)
+        return {peer: inbox.pop(number) for peer, inbox in self._inbox.items()}
+
+    def _look_up(self, number: int, waited_s: float) -> None:
+        """While waiting for one, read what all have sent: one that cannot send on to this process
+        may be what the other waits for."""
+        for peer, inbox in self._inbox.items():
+            try:
+                self._drain(peer)
+            except RuntimeError:  # having sent its part it may go
+                if number not in inbox:
+                    raise
+        missing = [self._ranks[p] for p, inbox in self._inbox.items() if number not in inbox]
+        if missing and waited_s > self._timeout_s:
+            raise RuntimeError(f"ranks {missing} have not come within {self._timeout_s:g} s")
+
+    def _drain(self, peer: int) -> None:
+        while self._take(peer, socket.MSG_DONTWAIT):
+            pass
 
     def _take(self, peer: int, flags: int = 0) -> bool:
-        """One message from a process into the inbox; whether there was one in time."""
+        """One message from a process into the inbox; whether there was one soon."""
         while True:
             try:
                 message = self._links[peer].recv(_NUMBER.size + MESSAGE_BYTES, flags)
@@ -134,18 +152,10 @@ class Peers:
                 f"rank {self._ranks[peer]} has read nothing for {self._timeout_s:g} s"
             )
         for other in self._links:
-            while self._take(other, socket.MSG_DONTWAIT):
-                pass
+            self._drain(other)
 
     def _gone(self, peer: int) -> RuntimeError:
         return RuntimeError(f"rank {self._ranks[peer]} has closed its connection")
-
-    def _missing(self, number: int) -> str:
-        for peer in self._links:
-            while number not in self._inbox[peer] and self._take(peer, socket.MSG_DONTWAIT):
-                pass
-        missing = [self._ranks[p] for p, box in self._inbox.items() if number not in box]
-        return f"ranks {missing} have not come within {self._timeout_s:g} s"
 
 
 def _close(links: Sequence[socket.socket]) -> None:

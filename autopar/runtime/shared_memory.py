@@ -156,19 +156,21 @@ class SharedGroup(ProcessGroup):
         if steps is self._under_way:
             self._under_way = None
 
+    def _exchange(self, messages: Sequence[bytes]) -> Generator[None, None, dict[int, bytearray]]:
+        """Message i to rank i; what came from the others."""
+        self._sent += 1
+        number = self._sent
+        self._peers.send(number, messages)
+        yield
+        return self._peers.receive(number)
+
     def _swap(self, send: Sequence[torch.Tensor]) -> Generator[None, None, list[torch.Tensor]]:
         """Part i to rank i as a message; what came from each, of the size of this rank's own."""
-        self._sent += 1
-        number, own = self._sent, send[self.index]
+        own = send[self.index]
         once = {id(x): _bytes(x) for x in send}  # all are the same one but in a scatter
-        self._peers.send(number, [once[id(x)] for x in send])
-        yield
         got = [own] * self.size
-        for rank, message in self._peers.receive(number).items():
-            if len(message) != own.nbytes:
-                raise RuntimeError(
-                    f"rank {rank} of the group sent {len(message)} bytes, not {own.nbytes}"
-                )
+        for rank, message in (yield from self._exchange([once[id(x)] for x in send])).items():
+            self._same_size(rank, len(message), own.nbytes)
             got[rank] = torch.frombuffer(message, dtype=own.dtype)
         return got
 
@@ -177,14 +179,17 @@ class SharedGroup(ProcessGroup):
         half: torch.Tensor = self._halves[self._rounds % 2].view(x.dtype)
         return half
 
-    def _told(self) -> Steps:
+    def _told(self, part: torch.Tensor) -> Steps:
         """This rank has written its part of the round; then, all have."""
         self._rounds += 1
-        self._sent += 1
-        number = self._sent
-        self._peers.send(number, [b""] * self.size)
-        yield
-        self._peers.receive(number)
+        says = [part.nbytes.to_bytes(8, "little")] * self.size
+        for rank, message in (yield from self._exchange(says)).items():
+            self._same_size(rank, int.from_bytes(message, "little"), part.nbytes)
+
+    @staticmethod
+    def _same_size(rank: int, found: int, own: int) -> None:
+        if found != own:
+            raise RuntimeError(f"rank {rank} of the group sent {found} bytes, not {own}")
 
     # Each in rounds of as much as there is memory for. Names of sizes: k ranks, n elements.
 
@@ -200,7 +205,7 @@ class SharedGroup(ProcessGroup):
         for a, b in _rounds(own.numel(), _ROW_BYTES // own.element_size()):
             rows = self._half(own)[: self.size * (b - a)].view(self.size, -1)
             rows[self.index].copy_(own[a:b])
-            yield from self._told()
+            yield from self._told(rows[self.index])
             for others in self._others:
                 out[others, a:b].copy_(rows[others])
 
@@ -215,7 +220,7 @@ class SharedGroup(ProcessGroup):
             rows = self._half(x)[: k * k * (b - a)].view(k, k, -1)
             for others in self._others:
                 rows[me, others].copy_(x[others, a:b])
-            yield from self._told()
+            yield from self._told(rows[me])
             parts = list(rows[:, me].unbind())  # which no other reads
             parts[me] = x[me, a:b]
             self._total(parts, "sum", out[a:b], parts[0] if me > 1 else out[a:b])
@@ -231,7 +236,7 @@ class SharedGroup(ProcessGroup):
             rows = self._half(x)[: k * k * (b - a)].view(k, k, -1)
             for others in self._others:
                 rows[me, others].copy_(x[others, a:b])
-            yield from self._told()
+            yield from self._told(rows[me])
             for others in self._others:
                 out[others, a:b].copy_(rows[others, me])
 
@@ -249,14 +254,14 @@ class SharedGroup(ProcessGroup):
         k, n = self.size, out.numel()
         rows = self._half(out)[: k * n].view(k, n)
         torch.cat(xs, out=rows[self.index])
-        yield from self._told()
+        yield from self._told(out)
         if out.nbytes * (k - 1) * (k - 2) // k <= _ROUND_BYTES:
             self._total(rows.unbind(), op, out, out)
             return
         row = self._half(out)[:n]
         share = slice(n * self.index // k, n * (self.index + 1) // k)
         self._total(rows[:, share].unbind(), op, row[share], row[share])
-        yield from self._told()
+        yield from self._told(out)
         out.copy_(row)
 
     @staticmethod

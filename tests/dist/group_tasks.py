@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -139,7 +140,8 @@ def more_than_fits_in_sockets() -> float:
 
 
 def without_one(how: str) -> str:
-    """What ranks 0 to 2 are told where the last one hangs up, or does not come."""
+    """What ranks 0 to 2 are told where the last one hangs up, does not come, or comes with another
+    tensor."""
     ours = shared(dist.group.WORLD, timeout_s=0.5 if how == "late" else None)
     x = torch.ones(10_000)
     said = ""
@@ -153,6 +155,9 @@ def without_one(how: str) -> str:
         assert time.perf_counter() - begin < 0.3
     elif how == "gone":
         ours.close()
+    elif how == "odd":
+        with contextlib.suppress(EngineError):
+            ours.all_reduce(x[1:], "sum")
     dist.barrier()
     ours.close()
     return said
