@@ -1,8 +1,8 @@
 """Steps whose collectives are split and start ahead, against the same with them in one piece.
 
 A Llama and a GPT-2 train by the plan that splits all weights and gathers them (FSDP's), within
-three quarters of what the step would make with everything kept, on two and on four processes over
-Gloo. Both schedules run in the same processes in turns; a step's time is that of the slowest rank.
+three quarters of what the step would make with everything kept, on two and on four processes of one
+host. Both schedules run in the same processes in turns; a step's time is that of the slowest rank.
 
 Links between processes of one machine are memory, and moving it takes the same cores as compute.
 So beside "loopback", which is that, a network is emulated: what is sent is there at the earliest
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 from benchmarks import common
 from benchmarks.common import Row, console
@@ -36,9 +37,14 @@ _SHARE = 0.75
 
 @contextmanager
 def network(bytes_per_s: float | None) -> Iterator[None]:
-    """Messages take their time on a link, of which every rank has one."""
-    from autopar.runtime.groups import DirectGroup
+    """Messages take their time on a link, of which every rank has one. Engines made meanwhile send
+    messages, and share no memory."""
+    from autopar.runtime.direct import DirectGroup
+    from autopar.runtime.groups import forget_groups
 
+    if bytes_per_s is None:
+        yield
+        return
     send = DirectGroup._send
     free = 0.0
 
@@ -46,7 +52,6 @@ def network(bytes_per_s: float | None) -> Iterator[None]:
         nonlocal free
         got, wait = send(self, parts, receive, tag)
         nbytes = sum(x.nbytes for k, x in enumerate(parts) if k != self.index)
-        assert bytes_per_s is not None
         due = free = max(free, time.perf_counter()) + ALPHA_S + nbytes / bytes_per_s
 
         def until() -> None:
@@ -55,12 +60,13 @@ def network(bytes_per_s: float | None) -> Iterator[None]:
 
         return got, until
 
-    if bytes_per_s is not None:
-        DirectGroup._send = timed  # type: ignore[method-assign]
-    try:
+    forget_groups()
+    with (
+        mock.patch.object(DirectGroup, "_send", timed),
+        mock.patch.dict(os.environ, AUTOPAR_SHARED_MEMORY="0"),
+    ):
         yield
-    finally:
-        DirectGroup._send = send  # type: ignore[method-assign]
+    forget_groups()
 
 
 def rank(name: str, mesh: str, rounds: str) -> None:

@@ -6,7 +6,7 @@ compute before it is done (so the streams of a GPU are made to wait for each oth
 are there and its own stream is free; the compute after it goes on, and whoever reads its results
 waits for them. So it hides as far as it stands ahead of its first reader. A collective that is not
 split occupies compute as well, and so does all that would run beside compute where the device
-cannot do that (Gloo's threads, copies within one memory).
+cannot do that (CPUs that copy, or whose threads send).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 wait for the slowest, whatever its size.
 
 Both passes work on the joint graph, ahead of the partition. What they start is small enough to be
-sent whole at once (`DirectGroup`), so that who waits for it needs nothing more of other ranks.
+sent whole at once (`DirectGroup`, `SharedGroup`), so that who waits for it needs nothing more of
+other ranks.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ class Device:
             to it: an elementary `function`, a `random` draw, a `reduction` along the way, the
             `variance` across rows, a look-up by `index`, a `strided` read, or a `scalar`
             instruction of its own (a comparison).
-        overlaps: collectives and copies run beside compute; if None, on GPUs alone, as Gloo's
-            threads compete with compute, and a CPU's memory is the host's own.
+        overlaps: collectives and copies run beside compute; if None, on GPUs alone, as what
+            CPUs communicate by takes their cores, and their memory is the host's own.
     """
 
     name: str

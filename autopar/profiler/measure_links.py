@@ -39,8 +39,8 @@ from autopar.profiler.measure import (
     measure_device,
     measure_host_link,
 )
-from autopar.runtime.environment import start, stop
-from autopar.runtime.groups import DEFAULT_TIMEOUT, Group, find_group, process_groups
+from autopar.runtime.environment import process_groups, start, stop
+from autopar.runtime.groups import DEFAULT_TIMEOUT, Group, find_group
 
 
 def fit_link(

@@ -117,11 +117,7 @@ def _(
 @torch.library.custom_op("autopar::all_reduce_many", mutates_args=())
 def all_reduce_many(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Tensor]:
     """`all_reduce` of each."""
-    row = torch.cat([x.reshape(-1) for x in xs])
-    if row.dtype is torch.bool:
-        row = find_group(group).all_reduce(row, op)
-    elif row.numel():
-        find_group(group).start_all_reduce(row, op)()
+    row = find_group(group).reduce_row(xs, op)
     parts = row.split([x.numel() for x in xs])
     return [part.clone().view(x.shape) for part, x in zip(parts, xs, strict=True)]
 

@@ -39,7 +39,6 @@ from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.distribute import check_optimizer, distribute, shards
-from autopar.runtime.groups import process_groups
 from autopar.runtime.parameters_on_host import at_home, may_leave
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_on_shards import StepOnShards
@@ -182,7 +181,7 @@ class Engine(torch.nn.Module):
         self._device = environment.device_for(cluster)
         self._mesh = environment.start(cluster, self._device)
         self._coords = cluster.coords(dist.get_rank())
-        self._groups = process_groups(self._mesh)
+        self._groups = environment.process_groups(self._mesh)
         self._seed = int(from_rank_zero(lambda: torch.initial_seed() % 2**62))
 
     # -- as a module ----------------------------------------------------------------------------

@@ -13,7 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autopar.errors import MeshError
 from autopar.profiler.cluster import ClusterInfo
 from autopar.runtime import groups, late
-from autopar.runtime.groups import DEFAULT_TIMEOUT
+from autopar.runtime.direct import DirectGroup
+from autopar.runtime.groups import DEFAULT_TIMEOUT, Group, ProcessGroup
+from autopar.runtime.peers import meet
+from autopar.runtime.shared_memory import SharedGroup
 
 
 def device_for(cluster: ClusterInfo) -> torch.device:
@@ -67,6 +70,30 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
 
 
 _MESHES: dict[Any, DeviceMesh] = {}
+
+
+def process_groups(mesh: DeviceMesh) -> tuple[str, ...]:
+    """Groups on the process groups of a `DeviceMesh` over all processes, named after its shape;
+    called by all of them. Engines on the same mesh share them."""
+    shape = tuple(mesh.shape)
+    prefix = f"{mesh.device_type}:{'x'.join(map(str, shape))}"
+
+    def make(name: str, group: dist.ProcessGroup) -> Group:
+        known = groups.registered(name)
+        if isinstance(known, ProcessGroup) and known.group is group:
+            return known
+        if mesh.device_type != "cpu" or group.size() == 1:
+            return ProcessGroup(name, group)
+        peers = meet(group, SharedGroup.memory_bytes(group.size()))
+        return DirectGroup(name, group) if peers is None else SharedGroup(name, group, peers)
+
+    world = dist.group.WORLD
+    assert world is not None
+    return groups.axis_groups(
+        prefix, shape,
+        lambda name, axis: make(name, mesh.get_group(axis)),
+        lambda name: make(name, world),
+    )  # fmt: skip
 
 
 def stop() -> None:

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.profiler.cluster import Link
-from autopar.runtime.groups import DirectGroup, ProcessGroup
 from autopar.runtime.memory import LiveBytes, training_state_bytes
 from autopar.runtime.parameters_on_host import Absent
 from tests.clusters import eager_to_shard
@@ -388,39 +387,3 @@ def _ahead(gm: torch.fx.GraphModule) -> list[str]:
             if any(str(n.target).startswith("aten") and n.meta.get("makes") for n in between):
                 found.append(str(node.target))
     return found
-
-
-def largest_difference_of_collectives(shape: tuple[int, ...]) -> float:
-    """Between `DirectGroup` and Gloo, at once and started: one element, uneven parts, above and
-    below one round."""
-    mesh = init_device_mesh("cpu", shape)
-    gloo, direct = (kind(kind.__name__, mesh.get_group(0)) for kind in (ProcessGroup, DirectGroup))
-    torch.manual_seed(dist.get_rank())
-    worst = 0.0
-    for n in (1, 1000, 2**18 + 3):
-        x, parts = torch.randn(n, dtype=torch.float64), torch.randn(direct.size, n).double()
-        flags = x > 0
-        for a, b in (
-            (gloo.all_reduce(x, "sum"), direct.all_reduce(x, "sum")),
-            (gloo.all_reduce(x, "max"), direct.all_reduce(x, "max")),
-            (gloo.all_reduce(flags, "sum"), direct.all_reduce(flags, "sum")),
-            (gloo.all_gather(x), direct.all_gather(x)),
-            (gloo.reduce_scatter(parts), direct.reduce_scatter(parts)),
-        ):
-            assert a.shape == b.shape
-            worst = max(worst, (a.double() - b.double()).abs().max().item())
-        for g in (gloo, direct):  # in place, three under way while others run
-            a, b, c = x.clone(), parts.clone(), parts.clone()
-            waits = [g.start_all_reduce(a, "max"), g.start_all_gather(b), g.start_reduce_scatter(c)]
-            between = g.all_reduce(x, "sum")
-            for wait in reversed(waits):
-                wait()
-            for found, expected in (
-                (a, gloo.all_reduce(x, "max")), (b, gloo.all_gather(parts[g.index])),
-                (c[g.index], gloo.reduce_scatter(parts)), (between, gloo.all_reduce(x, "sum")),
-            ):  # fmt: skip
-                worst = max(worst, (found - expected).abs().max().item())
-        total = direct.all_reduce(x, "sum")
-        every = direct.all_gather(total)
-        assert all(torch.equal(total, other) for other in every)  # to the last bit
-    return worst
