@@ -28,7 +28,7 @@ from autopar.memory.transfers import large_parameters
 from autopar.optimizers import optimizer_state_ratio
 from autopar.pair import plan_pair
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
-from autopar.passes.lower import lower
+from autopar.passes.lower import LoweredStep, lower
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
 from autopar.planner import prepare, trainable_inputs
@@ -228,9 +228,8 @@ class Engine(torch.nn.Module):
         graph, program = special.graph, special.program
         flat, written = self._flat(special, args, kwargs)
         lowered = torch.is_grad_enabled()
-        run = special.run if lowered else program.gm
         with self._common_draws(graph):
-            results = list(run(*flat))
+            results = list(special.run(*flat) if lowered else program.gm(*shards(flat)))
         count = len(written)
         with torch.no_grad():
             copy_all(written, results[:count])
@@ -251,7 +250,7 @@ class Engine(torch.nn.Module):
                 for name, update in graph.updates.items():
                     shard = found[name].to_local()
                     shard.copy_(update(shard))
-        flat = shards([owner.get_parameter(name) for owner, name in special.parameters])
+        flat: list[Any] = [owner._parameters[name] for owner, name in special.parameters]
         buffers = dict(self._model.named_buffers()) if graph.buffers else {}
         written = [buffers[n] for n in graph.mutations]
         # copies: backward may keep what the step is about to overwrite
@@ -344,7 +343,8 @@ class Engine(torch.nn.Module):
             self._plan = plan
         held = [_holder(self._model, name) for name in graph.parameters.values()]
         if not self._lowered:
-            return _Specialization(graph, plan, program, program.gm, layout, held)
+            eager = LoweredStep(lambda *flat: program.gm(*shards(flat)))
+            return _Specialization(graph, plan, program, eager, layout, held)
         example = self._example(graph, program, layout)
         scheduler = self._scheduler(graph, plan, example)
         names = list(graph.parameters.values())
