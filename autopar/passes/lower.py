@@ -1,8 +1,9 @@
 """Lowering: a rank's sharded forward program becomes a compiled forward and backward.
 
-AOTAutograd traces the joint graph (autograd integration, aliasing and mutation are its job), our
-partition function decides what is saved, and the passes below run on the backward and forward
-graphs. `aot_function` and the boxed code generator are private to torch; tested with 2.11 and 2.13.
+AOTAutograd traces the joint graph, our partition function decides what is saved, and the passes
+below run on the backward and forward graphs, which `autopar/runtime/program.py` makes one function.
+Aliasing and mutation are AOTAutograd's job: where a program has them, its function is what runs.
+`aot_function` and the boxed code generator are private to torch; tested with 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def lower(
     """
     step = LoweredStep(lambda *flat: None)
     compiled: list[Compiled] = []
-    runs: dict[str, Boxed] = {}
+    runs: list[Boxed] = []  # forward, backward
     kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
     cluster = cluster or ClusterInfo.of("1")
     if device_type == "cuda" and torch.cuda.is_available():  # its workspace is cuDNN's to tell
@@ -129,7 +130,7 @@ def lower(
         if compile:
             compiled.append(Compiled(gm, run, backward=backward))
             run = compiled[-1]
-        runs["backward" if backward else "forward"] = run
+        runs.append(run)
         return run
 
     function = aot_function(
@@ -153,9 +154,8 @@ def lower(
     if step.forward is not None and step.backward is not None:
         try:
             step.function = differentiable(
-                step.forward, step.backward, runs["forward"], runs["backward"],
-                arguments=given, results=results,
-            )  # fmt: skip
+                step.forward, step.backward, *runs, arguments=given, results=results
+            )
         except OtherKind as why:
             log.info("run by AOTAutograd: %s", why)
     return step
