@@ -1,13 +1,15 @@
 """Lowering: a rank's sharded forward program becomes a compiled forward and backward.
 
-AOTAutograd traces the joint graph (autograd integration, aliasing and mutation are its job), our
-partition function decides what is saved, and the passes below run on the backward and forward
-graphs. `aot_function` and the boxed code generator are private to torch; tested with 2.11 and 2.13.
+AOTAutograd traces the joint graph, our partition function decides what is saved, and the passes
+below run on the backward and forward graphs, which `autopar/runtime/program.py` makes one function.
+Aliasing and mutation are AOTAutograd's job: where a program has them, its function is what runs.
+`aot_function` and the boxed code generator are private to torch; tested with 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,10 @@ from autopar.passes.partition import partition, partition_within
 from autopar.passes.runner import Pass, run_passes
 from autopar.passes.verify import propagate_shapes, verify
 from autopar.profiler.cluster import ClusterInfo
+from autopar.runtime.distribute import shards
+from autopar.runtime.program import Boxed, OtherKind, differentiable
+
+log = logging.getLogger(__name__)
 
 # Tracing uses process-wide state; simulated ranks are threads.
 _TRACING = threading.Lock()
@@ -38,7 +44,7 @@ _TRACING = threading.Lock()
 
 @dataclass
 class LoweredStep:
-    """A compiled program: call it with the flat local tensors.
+    """A compiled program: call it with the flat local tensors, or DTensors for parameters.
 
     Attributes:
         forward, backward: the final graphs (no backward where nothing requires grad).
@@ -88,6 +94,7 @@ def lower(
     """
     step = LoweredStep(lambda *flat: None)
     compiled: list[Compiled] = []
+    runs: list[Boxed] = []  # forward, backward
     kernels: Pass = functools.partial(substitute_kernels, device_type=device_type)
     cluster = cluster or ClusterInfo.of("1")
     if device_type == "cuda" and torch.cuda.is_available():  # its workspace is cuDNN's to tell
@@ -119,12 +126,14 @@ def lower(
         return finish(step.backward, backward=True)
 
     def finish(gm: fx.GraphModule, *, backward: bool) -> Callable[..., Any]:
-        if not compile:
-            return boxed(gm)
-        compiled.append(Compiled(gm, boxed(gm), backward=backward))
-        return compiled[-1]
+        run = boxed(gm)
+        if compile:
+            compiled.append(Compiled(gm, run, backward=backward))
+            run = compiled[-1]
+        runs.append(run)
+        return run
 
-    step.function = aot_function(
+    function = aot_function(
         gm if choose is None else _with_modules(gm),
         fw_compiler=compile_forward,
         bw_compiler=compile_backward,
@@ -134,12 +143,21 @@ def lower(
         verify(propagate_shapes(gm, [_like(t) for t in arguments]))
         # on fake tensors a call traces and compiles but computes shapes only; the backward's
         # compilation may be put off to its first call, so that follows at once
-        results = step.function(*[_like(t) for t in arguments])
+        given = [_like(t) for t in arguments]
+        results = function(*given)
         roots = [t for t in results if isinstance(t, torch.Tensor) and t.requires_grad]
         if roots:
             torch.autograd.backward(roots, [torch.empty_like(t) for t in roots])
     for graph in compiled:
         graph.compile()
+    step.function = lambda *flat: function(*shards(flat))
+    if step.forward is not None and step.backward is not None:
+        try:
+            step.function = differentiable(
+                step.forward, step.backward, *runs, arguments=given, results=results
+            )
+        except OtherKind as why:
+            log.info("run by AOTAutograd: %s", why)
     return step
 
 

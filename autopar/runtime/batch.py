@@ -107,12 +107,15 @@ class BatchLayout:
         )
 
     def take(
-        self, tensors: Sequence[torch.Tensor], specs: Sequence[ShardingSpec], device: torch.device
+        self,
+        tensors: Sequence[torch.Tensor],
+        specs: Sequence[ShardingSpec],
+        coords: tuple[int, ...],
+        device: torch.device,
     ) -> list[torch.Tensor]:
         """This rank's part of every tensor input."""
         if self.local:
             return [x.to(device) for x in tensors]
-        coords = self.cluster.coords(dist.get_rank())
         return [
             shard_of(x, spec, self.cluster.mesh, coords).to(device).contiguous()
             for x, spec in zip(tensors, specs, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,7 @@ def _agreed(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class _Shards(torch.autograd.Function):
-    """DTensors to local tensors, all at once; gradients become DTensors laid out as they are.
-
-    `DTensor.to_local` works out the layout of every gradient anew, at some 0.2 ms each. The
-    constructor of DTensor from a local tensor and a spec, and `_spec`, are private to torch; tested
-    with 2.11 and 2.13.
-    """
+    """DTensors to local tensors, all at once; gradients become DTensors laid out as they are."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: DTensor) -> tuple[torch.Tensor, ...]:
@@ -72,18 +67,43 @@ class _Shards(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        made: list[DTensor | None] = []
-        for p, grad in zip(ctx.parameters, grads, strict=True):
-            if grad is not None and grad.stride() != p._local_tensor.stride():
+        return tuple(gradients(ctx.parameters, grads))
+
+
+def shards(flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors, with this rank's shards in the place of DTensors, to which their gradients flow."""
+    parameters = [x for x in flat if isinstance(x, DTensor)]
+    found = iter(_Shards.apply(*parameters) if parameters else ())
+    return [next(found) if isinstance(x, DTensor) else x for x in flat]
+
+
+def gradients(
+    parameters: Sequence[torch.Tensor | None],
+    grads: Sequence[torch.Tensor | None],
+    taken: Collection[int] = (),
+) -> list[torch.Tensor | None]:
+    """Gradients of this rank's shards as those of the DTensors, laid out as they are.
+
+    `DTensor.to_local` works out the layout of every gradient anew, at some 0.2 ms each. DTensor's
+    `__new__` from a local tensor and a spec, and `_spec`, are private to torch; tested with 2.11
+    and 2.13.
+
+    Args:
+        parameters: DTensors; None, and plain tensors, where a gradient is to stay as it is.
+        taken: addresses of memory that no gradient may lie in.
+    """
+    held = set(taken)
+    made: list[torch.Tensor | None] = []
+    for p, grad in zip(parameters, grads, strict=True):
+        if grad is not None and isinstance(p, DTensor):
+            # two gradients of one value: autograd cannot see that the DTensors share their memory
+            shared = grad.data_ptr() in held
+            if shared or grad.stride() != p._local_tensor.stride():
                 grad = torch.empty_like(p._local_tensor).copy_(grad)
-            make: Any = DTensor
-            made.append(None if grad is None else make(grad, p._spec, requires_grad=False))
-        return tuple(made)
-
-
-def shards(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """This rank's shards, of which gradients flow back to the DTensors."""
-    return list(_Shards.apply(*parameters)) if parameters else []
+            held.add(grad.data_ptr())
+            grad = DTensor.__new__(DTensor, grad, p._spec, requires_grad=False)
+        made.append(grad)
+    return made
 
 
 def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

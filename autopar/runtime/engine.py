@@ -28,7 +28,7 @@ from autopar.memory.transfers import large_parameters
 from autopar.optimizers import optimizer_state_ratio
 from autopar.pair import plan_pair
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
-from autopar.passes.lower import lower
+from autopar.passes.lower import LoweredStep, lower
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
 from autopar.planner import prepare, trainable_inputs
@@ -227,12 +227,12 @@ class Engine(torch.nn.Module):
         graph, program = special.graph, special.program
         flat, written = self._flat(special, args, kwargs)
         lowered = torch.is_grad_enabled()
-        run = special.run if lowered else program.gm
         with self._common_draws(graph):
-            results = list(run(*flat))
+            results = list(special.run(*flat) if lowered else program.gm(*shards(flat)))
         count = len(written)
-        with torch.no_grad():
-            copy_all(written, results[:count])
+        if written:
+            with torch.no_grad():
+                copy_all(written, results[:count])
         given = [*results[:count], *special.layout.give(results[count:])]
         for k in special.late if lowered else ():
             given[k] = late.hand_out(given[k])
@@ -242,7 +242,6 @@ class Engine(torch.nn.Module):
         self, special: _Specialization, args: Any, kwargs: Any
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the program is called with, and the buffers that its first results are for."""
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         graph, program = special.graph, special.program
         if graph.updates:
             found = dict(self._model.named_parameters())
@@ -250,14 +249,17 @@ class Engine(torch.nn.Module):
                 for name, update in graph.updates.items():
                     shard = found[name].to_local()
                     shard.copy_(update(shard))
-        flat = shards([owner.get_parameter(name) for owner, name in special.parameters])
-        buffers = dict(self._model.named_buffers()) if graph.buffers else {}
-        written = [buffers[n] for n in graph.mutations]
-        # copies: backward may keep what the step is about to overwrite
-        buffers |= zip(graph.mutations, copies_of(written), strict=True)
-        flat += [buffers[n] for n in graph.buffers.values()]
+        flat: list[Any] = [owner._parameters[name] for owner, name in special.parameters]
+        written: list[torch.Tensor] = []
+        if graph.buffers:
+            buffers = dict(self._model.named_buffers())
+            written = [buffers[n] for n in graph.mutations]
+            # copies: backward may keep what the step is about to overwrite
+            buffers |= zip(graph.mutations, copies_of(written), strict=True)
+            flat += [buffers[n] for n in graph.buffers.values()]
         flat += [t.to(self._device) for t in graph.constants.values()]
-        flat += special.layout.take(tensors, program.input_specs, self._device)
+        tensors = [x for x in _leaves(args, kwargs)[0] if isinstance(x, torch.Tensor)]
+        flat += special.layout.take(tensors, program.input_specs, self._coords, self._device)
         if program.takes_seed:
             self._steps += 1
             flat.append(torch.tensor((self._seed + self._steps) % 2**62))
@@ -278,7 +280,7 @@ class Engine(torch.nn.Module):
     # -- planning -------------------------------------------------------------------------------
 
     def _key(self, args: Any, kwargs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = _leaves(args, kwargs)
         described = tuple(
             (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves
         )
@@ -343,7 +345,8 @@ class Engine(torch.nn.Module):
             self._plan = plan
         held = [_holder(self._model, name) for name in graph.parameters.values()]
         if not self._lowered:
-            return _Specialization(graph, plan, program, program.gm, layout, held)
+            eager = LoweredStep(lambda *flat: program.gm(*shards(flat)))
+            return _Specialization(graph, plan, program, eager, layout, held)
         example = self._example(graph, program, layout)
         scheduler = self._scheduler(graph, plan, example)
         names = list(graph.parameters.values())
@@ -444,6 +447,14 @@ class Engine(torch.nn.Module):
         if pair.memory is not None and pair.step is not None:
             self._scheduled = pair.step.program, pair.memory
         return pair.planned.plan
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Any], Any]:
+    """A batch's leaves, and what tells its structure; at once where nothing is nested."""
+    leaves = (*args, *kwargs.values())
+    if all(isinstance(x, torch.Tensor) for x in leaves):
+        return leaves, (len(args), *kwargs)
+    return pytree.tree_flatten((args, kwargs))
 
 
 def _holder(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:

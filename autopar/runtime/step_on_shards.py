@@ -6,6 +6,7 @@ model of 20 parameters. Optimizers that treat each element by itself need none o
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class StepOnShards:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._whole: list[list[torch.Tensor]] | None = None  # of each group, while a step runs
-        self._state: dict[torch.Tensor, Any] = {}
+        self._state: defaultdict[torch.Tensor, Any] = defaultdict(dict)  # theirs, meanwhile
         if type(optimizer) not in _ELEMENTWISE:
             return
         optimizer.register_step_pre_hook(self._before_step)
@@ -43,37 +44,41 @@ class StepOnShards:
         if closure is not None or any(g.get("differentiable") for g in groups):
             return
         self._whole = [g["params"] for g in groups]
-        self._state = dict(optimizer.state)
-        optimizer.state.clear()
+        self._state, optimizer.state = optimizer.state, defaultdict(dict)
         for group, params in zip(groups, self._whole, strict=True):
             group["params"] = [self._shard(p) for p in params]
 
-    @torch.no_grad()
     def _shard(self, p: torch.Tensor) -> torch.Tensor:
         """A parameter's own shard, with its gradient's and its state's."""
         shard = _local(p)
         if shard is not p:
-            shard.grad = None if p.grad is None else _local(p.grad)
-        if p in self._state:
-            self._optimizer.state[shard] = {k: _local(v) for k, v in self._state[p].items()}
+            grad = p.grad
+            shard.grad = None if grad is None else _local(grad)
+        held = self._state.get(p)
+        if held is not None:
+            self._optimizer.state[shard] = {k: _local(v) for k, v in held.items()}
         return shard
 
     @torch.no_grad()
     def _back(self) -> None:
         if self._whole is None:
             return
-        state = dict(self._optimizer.state)
-        self._optimizer.state.clear()
+        stepped, self._optimizer.state = self._optimizer.state, self._state
         for group, params in zip(self._optimizer.param_groups, self._whole, strict=True):
             for p, shard in zip(params, group["params"], strict=True):
-                if shard in state:
-                    held = self._state.get(p, {})
-                    now = {k: _as_before(k, v, held.get(k), p) for k, v in state[shard].items()}
-                    self._optimizer.state[p] = now
+                now = stepped.get(shard)
+                if now is not None:
+                    self._keep(p, now)
                 if shard is not p:
                     shard.grad = None
             group["params"] = params
-        self._whole, self._state = None, {}
+        self._whole, self._state = None, defaultdict(dict)
+
+    def _keep(self, p: torch.Tensor, now: dict[str, Any]) -> None:
+        """A shard's state after the step as its parameter's; it is mostly written in place."""
+        held = self._state.get(p, {})
+        if len(held) != len(now) or any(_local(held.get(k)) is not v for k, v in now.items()):
+            self._state[p] = {k: _as_before(k, v, held.get(k), p) for k, v in now.items()}
 
 
 def _local(x: Any) -> Any:

@@ -1,0 +1,150 @@
+"""A program's two graphs as one differentiable function: what autograd's users may do with it."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from autopar import auto_engine
+from autopar.errors import EngineError
+from autopar.passes.lower import LoweredStep, lower
+from autopar.runtime import environment
+from autopar.runtime.program import Program
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    environment.stop()
+
+
+def arguments() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    weights = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    return [weights, torch.randn(3, 4, dtype=torch.float64)]
+
+
+def lowered(function: Callable) -> LoweredStep:
+    return lower(torch.fx.symbolic_trace(function), arguments())
+
+
+def two(w, x):
+    """A sum and a matrix, whose gradients need w, x and what is between."""
+    y = torch.tanh(x @ w) @ w
+    return y.exp().sum(), y.t(), x + 1
+
+
+# Each takes the function's results and its first argument, and leaves gradients there.
+USES = {
+    "both results": lambda loss, y, w: (loss + y.pow(2).sum()).backward(),
+    "the first": lambda loss, y, w: loss.backward(),
+    "the second, by a strange gradient": lambda loss, y, w: y.backward(
+        torch.arange(12, dtype=torch.float64).view(4, 3)
+    ),
+    "twice": lambda loss, y, w: (loss.backward(retain_graph=True), loss.backward()),
+    "written to": lambda loss, y, w: y.mul_(2).sum().backward(),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_gradients_are_those_of_eager_autograd(use):
+    step = lowered(two)
+    assert isinstance(step.function, Program)
+    found, expected = arguments(), arguments()
+    mine, theirs = step(*found), two(*expected)
+    assert [r.requires_grad for r in mine] == [True, True, False]
+    use(*mine[:2], found[0])
+    use(*theirs[:2], expected[0])
+    torch.testing.assert_close(found[0].grad, expected[0].grad, rtol=0, atol=1e-12)
+
+
+def test_calls_before_a_backward_do_not_mix():
+    step, (w, x), (v, _) = lowered(two), arguments(), arguments()
+    losses = [step(w, k * x)[0] for k in (1, 2)]
+    losses[1].backward()
+    losses[0].backward()
+    (two(v, x)[0] + two(v, 2 * x)[0]).backward()
+    torch.testing.assert_close(w.grad, v.grad, rtol=0, atol=1e-12)
+
+
+def test_saved_values_die_with_the_backward_and_are_not_to_be_changed():
+    step, (w, x) = lowered(two), arguments()
+    loss = step(w, x)[0]
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    loss = step(w, x)[0]
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_gradients_of_gradients():
+    (w, x), step = arguments(), lowered(two)
+    (grad,) = torch.autograd.grad(step(w, x)[0], w, create_graph=True)
+    with pytest.raises(EngineError, match="no gradients themselves"):
+        (grad.sum() + w.sum()).backward()
+
+
+VIEWS = {
+    "of an argument": lambda w, x: (w @ w, x.view(4, 3)),
+    "of each other": lambda w, x: (y := w @ w, y.t()),
+    "of one value": lambda w, x: ((y := w @ w)[:2], y[2:]),
+}
+
+
+@pytest.mark.parametrize("function", VIEWS.values(), ids=VIEWS)
+def test_views_are_left_to_aotautograd(function):
+    step = lowered(function)
+    assert not isinstance(step.function, Program)
+    found, expected = arguments(), arguments()
+    first, second = step(*found)
+    loss = (first * 3).sum() + second.sum()
+    loss.backward()
+    first, second = function(*expected)
+    ((first * 3).sum() + second.sum()).backward()
+    torch.testing.assert_close(found[0].grad, expected[0].grad, rtol=0, atol=1e-12)
+
+
+class Biased(nn.Module):
+    """Two parameters whose gradients are one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4, bias=False)
+        self.a, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return (self.layer(x) + (self.a + self.b)).pow(2).mean()
+
+
+def test_gradients_share_no_memory():
+    plain, x = Biased(), torch.randn(3, 4)
+    model = Biased()
+    engine, _ = auto_engine(model, None, "1")
+    for run in (plain, engine):
+        run(x).backward()
+        run(x).backward()  # adds in place
+    for p, expected in zip(engine.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.to_local(), expected.grad)
+
+
+def test_hooks_of_parameters_see_their_gradients():
+    engine, _ = auto_engine(Biased(), None, "1")
+    x, seen = torch.randn(3, 4), {}
+    engine(x).backward()
+    expected = engine.layer.weight.grad
+    engine.zero_grad()
+    (returned,) = torch.autograd.grad(engine(x), [engine.layer.weight])
+    assert torch.equal(returned.to_local(), expected.to_local())
+    engine(x).backward(inputs=[engine.a])
+    assert engine.a.grad is not None and engine.layer.weight.grad is None
+    engine.zero_grad()
+    engine.layer.weight.register_hook(lambda g: seen.update(hook=g))
+    engine.a.register_post_accumulate_grad_hook(lambda p: seen.update(accumulated=p.grad))
+    engine(x).backward()
+    assert isinstance(seen["hook"], DTensor) and seen["accumulated"] is engine.a.grad
+    assert torch.equal(seen["hook"].to_local(), expected.to_local())
