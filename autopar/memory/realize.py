@@ -36,20 +36,17 @@ class _Writer:
         """The node for a value, with the views that lead to it."""
         if node in self.env:
             return self.env[node]
-        new = self._copy(node)
-        self.env[node] = new
-        if "storage" in new.meta:
-            self.views.setdefault(new.meta["storage"], []).append(node)
+        new = self.env[node] = self._copy(node)
+        base = self.joint.base
+        parts = [base[n] for n in (node, *node.users) if n in base]
+        if node in base or node.target is not operator.getitem:
+            self.views.setdefault(parts[0] if parts else GIVEN, []).append(node)
         return new
 
     def _copy(self, node: fx.Node, makes: tuple[int, ...] = ()) -> fx.Node:
         for s in {self.joint.base.get(n, GIVEN) for n in node.all_input_nodes} & self.coming:
             self.wait(s)
         new = self.graph.node_copy(node, self.value)
-        numbers = [self.joint.base[n] for n in (node, *node.users) if n in self.joint.base]
-        is_part = node.target is operator.getitem
-        if node in self.joint.base or not is_part:
-            new.meta["storage"] = self.joint.base.get(node, numbers[0] if numbers else -1)
         new.meta["makes"] = makes
         return new
 
@@ -59,7 +56,7 @@ class _Writer:
         own = s in self.joint.program.parameters
         wait = torch.ops.autopar.filled.default if own else torch.ops.autopar.arrived.default
         node = self.graph.call_function(wait, (self.env[self.joint.owner[s]],))
-        node.meta = {"storage": -1, "makes": ()}
+        node.meta = {"makes": ()}
 
     def call(self, index: int) -> fx.Node:
         """Write an operator; what it makes replaces what was there under its names."""

@@ -43,8 +43,7 @@ def _reduce_scatter(node: fx.Node) -> tuple[Any, _Finish]:
 
 
 def _all_reduce_many(node: fx.Node) -> tuple[Any, _Finish]:
-    finish = _OPS.finish_all_reduce_many.default
-    return _OPS.start_all_reduce_many.default, (finish, _numbers(node.args[0]))
+    return _OPS.start_all_reduce_many.default, None
 
 
 def _all_gather_many(node: fx.Node) -> tuple[Any, _Finish]:
@@ -56,12 +55,9 @@ def _all_gather_many(node: fx.Node) -> tuple[Any, _Finish]:
 
 def _reduce_scatter_many(node: fx.Node) -> tuple[Any, _Finish]:
     xs, dims, group = node.args
+    ranks, sizes = numbers_of([_shape(n) for n in xs])  # type: ignore[union-attr, arg-type]
     finish = _OPS.finish_reduce_scatter_many.default
-    return _OPS.start_reduce_scatter_many.default, (finish, (dims, *_numbers(xs), group))
-
-
-def _numbers(nodes: Any) -> tuple[list[int], list[int]]:
-    return numbers_of([_shape(n) for n in nodes])
+    return _OPS.start_reduce_scatter_many.default, (finish, (dims, ranks, sizes, group))
 
 
 _SPLITS: dict[Any, Callable[[fx.Node], tuple[Any, _Finish]]] = {

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from autopar.memory.splits import called
 from autopar.profiler.link import MEMBER_BYTES
 from autopar.runtime import collectives  # noqa: F401  (defines the operators)
 
 BUCKET_BYTES = 4 * 2**20
 
 _OPS = torch.ops.autopar
+_SPLIT, _VIEW = torch.ops.aten.split_with_sizes.default, torch.ops.aten.view.default
 
 # A collective, that of a bucket, and the positions of the arguments that members have in common.
 _REDUCTIONS = (
@@ -58,7 +60,7 @@ def _bucket_gathers(graph: fx.Graph, bucket_bytes: int, apart: Collection[fx.Nod
         made = set(level)
         for members in list(_filled(level, common, bucket_bytes)):
             made -= set(members)
-            made |= set(_merge(graph, members, many, common, early=True).users)
+            made |= set(_gather_together(graph, members, many, common).users)
         done |= made
         given = given_values(graph, given | made)
 
@@ -76,7 +78,7 @@ def _bucket_reductions(graph: fx.Graph, bucket_bytes: int, apart: Collection[fx.
             level += here
             for members in list(_filled(here, common, bucket_bytes)):
                 level = [n for n in level if n not in members]
-                level.append(_merge(graph, members, many, common, early=False))
+                level.append(_reduce_together(graph, members, many, common))
         done |= set(level)
         last |= set(level)
 
@@ -126,34 +128,51 @@ def _bytes(node: Any) -> int:
     return int(value.numel() * value.element_size())
 
 
-def _merge(
-    graph: fx.Graph,
-    members: Sequence[fx.Node],
-    many: Callable[..., Any],
-    common: Sequence[int],
-    *,
-    early: bool,
+def _gather_together(
+    graph: fx.Graph, members: Sequence[fx.Node], many: Any, common: Sequence[int]
 ) -> fx.Node:
-    """One collective in the place of the first, or the last, of its members; what they are for
-    comes after it."""
-    own = [i for i in range(1, len(members[0].args)) if i not in common]
-    lists = [[n.args[i] for n in members] for i in (0, *own)]
-    arguments = (*lists, *(members[0].args[i] for i in common))
-    place = members[0] if early else members[-1]
+    """One gather in the place of the first of its members."""
+    place = members[0]
+    bring_forward(place, [n.args[0] for n in members])
     with graph.inserting_before(place):
-        if early:
-            bring_forward(place, [n.args[0] for n in members])
-        merged = graph.call_function(many, arguments)
-        merged.meta["val"] = [n.meta["val"] for n in members]
+        merged = called(graph, many, _arguments(members, common))
         for i, node in enumerate(members):
             item = graph.call_function(operator.getitem, (merged, i))
             item.meta = dict(node.meta)
             node.replace_all_uses_with(item)
     for node in members:
         graph.erase_node(node)
-    if not early:
-        _put_off(list(merged.users))
     return merged
+
+
+def _reduce_together(
+    graph: fx.Graph, members: Sequence[fx.Node], many: Any, common: Sequence[int]
+) -> fx.Node:
+    """One reduction in the place of the last of its members, whose results are views of its row;
+    what they are for comes after it."""
+    values = [n.meta["val"] for n in members]
+    views = []
+    with graph.inserting_before(members[-1]):
+        row = called(graph, many, _arguments(members, common))
+        parts = called(graph, _SPLIT, (row, [v.numel() for v in values]))
+        for i, node in enumerate(members):
+            part = graph.call_function(operator.getitem, (parts, i))
+            part.meta["val"] = parts.meta["val"][i]
+            view = called(graph, _VIEW, (part, list(values[i].shape)))
+            view.meta = {**node.meta, "val": view.meta["val"]}
+            node.replace_all_uses_with(view)
+            views.append(view)
+    for node in members:
+        graph.erase_node(node)
+    _put_off(views)
+    return row
+
+
+def _arguments(members: Sequence[fx.Node], common: Sequence[int]) -> list[Any]:
+    """Lists of what is each member's own, and then what they have in common."""
+    own = [i for i in range(1, len(members[0].args)) if i not in common]
+    lists = [[n.args[i] for n in members] for i in (0, *own)]
+    return [*lists, *(members[0].args[i] for i in common)]
 
 
 def _put_off(results: Sequence[fx.Node]) -> None:

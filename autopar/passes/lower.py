@@ -82,7 +82,7 @@ def lower(
         regather: indices of arguments whose gathered copies are not kept for backward.
         device_type: decides which kernels are substituted.
         choose: what is kept and what is computed again (`autopar.memory`); as eager autograd does
-            if None. With it, results are also written over operands that die.
+            if None.
         cluster: what the choice predicts times for, and whether collectives run beside compute; one
             CPU if None.
         compile: run the graphs by Inductor.
@@ -100,12 +100,13 @@ def lower(
     if device_type == "cuda" and torch.cuda.is_available():  # its workspace is cuDNN's to tell
         gm = batch_norm.use_library(gm)
     overlaps = cluster.device.runs_beside
+    last: list[Pass] = [] if compile else [overwrite]  # Inductor does that by itself
     if choose is None:
         split = functools.partial(
             partition, regather=frozenset(regather), at_once=at_once, disable=disable
         )
         ahead: list[Pass] = [overlap_collectives] if overlaps else []
-        forward_passes: list[Pass] = [kernels, bucket_collectives, *ahead]
+        forward_passes: list[Pass] = [kernels, bucket_collectives, *ahead, *last]
         backward_passes = forward_passes
     else:
         split = functools.partial(
@@ -113,7 +114,6 @@ def lower(
             device_type=device_type, parameters=parameters or {}, at_once=at_once,
             disable=disable,
         )  # fmt: skip
-        last: list[Pass] = [] if compile else [overwrite]  # Inductor does that by itself
         forward_passes = backward_passes = last
 
     def compile_forward(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:

@@ -40,16 +40,25 @@ def overlap_collectives(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _wait_later(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     """Split a reduction; returns what took no part in that."""
-    parts = [n for n in node.users if n.target is operator.getitem]
-    position = {n: k for k, n in enumerate(graph.nodes)}
-    uses = [n for user in node.users for n in (user.users if user in parts else (user,))]
+    parts: list[fx.Node] = []
+    uses: list[fx.Node] = []
+    for n in graph.nodes:
+        if not {node, *parts}.isdisjoint(n.all_input_nodes):
+            (parts if _is_part(n) else uses).append(n)
     if not uses:
         return []
-    first = min(uses, key=position.__getitem__)
+    first = uses[0]
     _split(graph, node, node, first)
     for part in parts:
         first.prepend(part)
     return [node]
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node shows what was there already."""
+    target = node.target
+    is_view = isinstance(target, torch._ops.OpOverload) and target.is_view
+    return is_view or target is operator.getitem
 
 
 def _start_earlier(graph: fx.Graph) -> list[fx.Node]:

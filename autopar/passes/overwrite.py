@@ -14,6 +14,9 @@ import torch.fx as fx
 
 aten = torch.ops.aten
 
+# What made it, and the number of the result; None where that is not known.
+Storage = tuple[fx.Node, Any] | None
+
 # Not pointwise, but row by row: a row is read to its end before it is written, and the second pass
 # over it reads an element before it writes that (SoftMaxKernel.cpp and SoftMax.cu in ATen/native;
 # tests/gpu holds the latter to it).
@@ -25,6 +28,11 @@ _BY_ROWS = {
 }
 # In-place variants without a kernel of their own that are truly in place.
 _COMPOSITE = {"aten::add_.Scalar", "aten::sub_.Scalar", "aten::mul_.Scalar", "aten::div_.Scalar"}
+
+# Whose results are views although their schema does not say so.
+_SHOW_UNSAID = {
+    aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default,
+}  # fmt: skip
 
 
 @functools.cache
@@ -95,27 +103,26 @@ def overwritable(node: fx.Node) -> list[fx.Node]:
 def overwrite(gm: fx.GraphModule) -> fx.GraphModule:
     """Write results over operands that die with them.
 
-    Nodes carry in `meta["storage"]` which storage of the joint graph they lie in; where that is not
-    known (nodes of other passes), nothing they touch is overwritten. Neither are inputs, which the
-    caller may still hold, nor what is returned.
+    Neither inputs are overwritten, which the caller may still hold (a backward may run twice), nor
+    what is returned.
     """
     graph = gm.graph
-    root: dict[fx.Node, fx.Node] = {}
-    last: dict[fx.Node, fx.Node] = {}
-    held: set[fx.Node] = set()
+    where = storages(graph)
+    last: dict[Storage, fx.Node] = {}
+    held: set[Storage] = set()
     for node in graph.nodes:
-        root[node] = _root(node, root)
-        sources = {root[n] for n in node.all_input_nodes}
-        last |= dict.fromkeys(sources, node)
-        if "storage" not in node.meta:  # the output, and what other passes wrote
-            held |= sources
+        read = {where[n] for n in node.all_input_nodes}
+        last |= dict.fromkeys(read, node)
+        if where[node] is None or node.op == "output":
+            held |= read
     for node in list(graph.nodes):
-        if "storage" not in node.meta or root[node] is not node or node.op != "call_function":
+        if node.op != "call_function" or where[node] != (node, 0):
             continue
         for operand in overwritable(node):
-            source = root[operand]
-            shared = [n for n in node.all_input_nodes if root[n] is source]
-            if last[source] is node and len(shared) == 1 and _is_own(source, held):
+            source = where[operand]
+            shared = [n for n in node.all_input_nodes if where[n] == source]
+            own = source is not None and source[0].op == "call_function" and source not in held
+            if own and last[source] is node and len(shared) == 1:
                 _write_over(node, operand)
                 break
     graph.lint()
@@ -123,21 +130,42 @@ def overwrite(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _root(node: fx.Node, root: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The node that made the storage in which a node lies."""
-    storage = node.meta.get("storage")
-    if node.op != "call_function" or storage is None or storage in node.meta.get("makes", ()):
-        return node
-    for n in node.all_input_nodes:
-        if node.target is operator.getitem and storage in n.meta.get("makes", ()):
-            return node
-        if n.meta.get("storage") == storage:
-            return root[n]
-    return node
+def storages(graph: fx.Graph) -> dict[fx.Node, Storage]:
+    """The storage that every node lies in, by the schemas of operators: a result is a view of an
+    argument, or has memory of its own."""
+    found: dict[fx.Node, Storage] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            found[node] = (node, 0)
+        elif node.target is operator.getitem:
+            of, number = node.args
+            found[node] = (of, number) if found[of] == (of, 0) else found[of]
+        elif not isinstance(node.target, torch._ops.OpOverload):
+            found[node] = None
+        elif shown := _shown(node):
+            found[node] = found[shown]
+        else:
+            found[node] = None if _is_composite(node.target) else (node, 0)
+    return found
 
 
-def _is_own(source: fx.Node, held: set[fx.Node]) -> bool:
-    return source.op == "call_function" and "storage" in source.meta and source not in held
+def _shown(node: fx.Node) -> fx.Node | None:
+    """The argument that the results of an operator are views of."""
+    target: Any = node.target
+    if target in _SHOW_UNSAID:
+        return node.args[0]  # type: ignore[return-value]
+    if not any(result.alias_info for result in target._schema.returns):
+        return None
+    declared = {a.name: a for a in target._schema.arguments}
+    given = dict(zip(declared, node.args, strict=False)) | node.kwargs
+    return next(value for name, value in given.items() if declared[name].alias_info)
+
+
+@functools.cache
+def _is_composite(target: torch._ops.OpOverload) -> bool:
+    """Made of other operators alone; such may return an argument itself (dropout)."""
+    has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, target.name())
+    return has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU")
 
 
 def _write_over(node: fx.Node, operand: fx.Node) -> None:

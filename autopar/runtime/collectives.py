@@ -10,13 +10,14 @@ are short, gathered parts concatenate to the dim followed by padding alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from autopar.runtime.groups import find_group
+from autopar.runtime.groups import Group, find_group
 from autopar.sharding.spec import chunk
 
 
@@ -111,20 +112,19 @@ def _(
     return x.new_empty(shape)
 
 
-# -- several at once, in one message: what `passes/bucket.py` makes -----------------------------
+# -- several at once, in one message: what `passes/bucket.py` makes. Reductions return one row: what
+# becomes of every operand, one behind the other, for the graph to take views of
 
 
 @torch.library.custom_op("autopar::all_reduce_many", mutates_args=())
-def all_reduce_many(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Tensor]:
-    """`all_reduce` of each."""
-    row = find_group(group).reduce_row(xs, op)
-    parts = row.split([x.numel() for x in xs])
-    return [part.clone().view(x.shape) for part, x in zip(parts, xs, strict=True)]
+def all_reduce_many(xs: Sequence[torch.Tensor], op: str, group: str) -> torch.Tensor:
+    """`all_reduce` of each, in a row."""
+    return find_group(group).reduce_row(xs, op)
 
 
 @all_reduce_many.register_fake
-def _(xs: Sequence[torch.Tensor], op: str, group: str) -> list[torch.Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+def _(xs: Sequence[torch.Tensor], op: str, group: str) -> torch.Tensor:
+    return xs[0].new_empty(sum(x.numel() for x in xs))
 
 
 @torch.library.custom_op("autopar::all_gather_many", mutates_args=())
@@ -158,29 +158,46 @@ def _(
 @torch.library.custom_op("autopar::reduce_scatter_many", mutates_args=())
 def reduce_scatter_many(
     xs: Sequence[torch.Tensor], dims: Sequence[int], group: str
-) -> list[torch.Tensor]:
-    """`reduce_scatter` of each, along a dim of its own."""
+) -> torch.Tensor:
+    """`reduce_scatter` of each, along a dim of its own, in a row."""
     g = find_group(group)
     stacked = [_stack_parts(x, dim, g.size) for x, dim in zip(xs, dims, strict=True)]
     mine = g.reduce_scatter(torch.cat([s.reshape(g.size, -1) for s in stacked], 1))
-    found = []
-    for part, s, x, dim in zip(
-        mine.split([s[0].numel() for s in stacked]), stacked, xs, dims, strict=True
-    ):
-        _, length = chunk(x.shape[dim], g.size, g.index)
-        kept = part.view(s.shape[1:])[:length].movedim(0, dim)
-        found.append(kept.clone(memory_format=torch.contiguous_format))
-    return found
+    return kept_parts(mine, [x.shape for x in xs], dims, g)
 
 
 @reduce_scatter_many.register_fake
-def _(xs: Sequence[torch.Tensor], dims: Sequence[int], group: str) -> list[torch.Tensor]:
-    g = find_group(group)
-    lengths = [chunk(x.shape[dim], g.size, g.index)[1] for x, dim in zip(xs, dims, strict=True)]
-    return [
-        x.new_empty([length if d == dim else n for d, n in enumerate(x.shape)])
-        for x, dim, length in zip(xs, dims, lengths, strict=True)
+def _(xs: Sequence[torch.Tensor], dims: Sequence[int], group: str) -> torch.Tensor:
+    return xs[0].new_empty(kept_numel([x.shape for x in xs], dims, find_group(group)))
+
+
+def kept_parts(
+    row: torch.Tensor, shapes: Sequence[Sequence[int]], dims: Sequence[int], group: Group
+) -> torch.Tensor:
+    """A rank's parts of tensors of these shapes, in a row as `_stack_parts` lays them out, without
+    padding and with the split dims in their places."""
+    if not any(dims) and all(shape[0] % group.size == 0 for shape in shapes):
+        return row
+    found, begin = [], 0
+    for shape, dim in zip(shapes, dims, strict=True):
+        inner = (-(-shape[dim] // group.size), *shape[:dim], *shape[dim + 1 :])
+        _, length = chunk(shape[dim], group.size, group.index)
+        end = begin + math.prod(inner)
+        part = row[begin:end].view(inner)[:length].movedim(0, dim)
+        found.append(part.reshape(-1))
+        begin = end
+    return torch.cat(found)
+
+
+def kept_numel(shapes: Sequence[Sequence[int]], dims: Sequence[int], group: Group) -> int:
+    """Elements of what `kept_parts` returns."""
+    lengths = [
+        chunk(s[dim], group.size, group.index)[1] for s, dim in zip(shapes, dims, strict=True)
     ]
+    rest = [
+        math.prod(s[:dim]) * math.prod(s[dim + 1 :]) for s, dim in zip(shapes, dims, strict=True)
+    ]
+    return sum(n * m for n, m in zip(lengths, rest, strict=True))
 
 
 def _narrow(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:

@@ -12,7 +12,13 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from autopar.runtime.collectives import _join_parts, _pad, _stack_parts
+from autopar.runtime.collectives import (
+    _join_parts,
+    _pad,
+    _stack_parts,
+    kept_numel,
+    kept_parts,
+)
 from autopar.runtime.groups import Wait, find_group
 from autopar.sharding.spec import chunk
 
@@ -198,29 +204,13 @@ def numbers_of(shapes: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
 
 @torch.library.custom_op("autopar::start_all_reduce_many", mutates_args=())
 def start_all_reduce_many(xs: Sequence[torch.Tensor], op: str, group: str) -> torch.Tensor:
-    """`all_reduce_many` in one row."""
+    """`all_reduce_many`; finished by `arrived_here`."""
     return _reduce(torch.cat([x.reshape(-1) for x in xs]), op, group)
 
 
 @start_all_reduce_many.register_fake
 def _(xs: Sequence[torch.Tensor], op: str, group: str) -> torch.Tensor:
     return xs[0].new_empty(sum(x.numel() for x in xs))
-
-
-@torch.library.custom_op("autopar::finish_all_reduce_many", mutates_args=())
-def finish_all_reduce_many(
-    row: torch.Tensor, ranks: Sequence[int], sizes: Sequence[int]
-) -> list[torch.Tensor]:
-    """What `all_reduce_many` returns, in these shapes."""
-    _wait(row)
-    shapes = _shapes(ranks, sizes)
-    parts = row.split([torch.Size(s).numel() for s in shapes])
-    return [part.clone().view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-@finish_all_reduce_many.register_fake
-def _(row: torch.Tensor, ranks: Sequence[int], sizes: Sequence[int]) -> list[torch.Tensor]:
-    return [row.new_empty(shape) for shape in _shapes(ranks, sizes)]
 
 
 @torch.library.custom_op("autopar::start_all_gather_many", mutates_args=())
@@ -297,32 +287,17 @@ def _(xs: Sequence[torch.Tensor], dims: Sequence[int], group: str) -> torch.Tens
 @torch.library.custom_op("autopar::finish_reduce_scatter_many", mutates_args=())
 def finish_reduce_scatter_many(
     rows: torch.Tensor, dims: Sequence[int], ranks: Sequence[int], sizes: Sequence[int], group: str
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     """What `reduce_scatter_many` returns of tensors of these shapes."""
     _wait(rows)
     g = find_group(group)
-    shapes = _shapes(ranks, sizes)
-    padded = [
-        (-(-shape[dim] // g.size), *shape[:dim], *shape[dim + 1 :])
-        for shape, dim in zip(shapes, dims, strict=True)
-    ]
-    found = []
-    parts = rows[g.index].split([torch.Size(s).numel() for s in padded])
-    for part, inner, dim, shape in zip(parts, padded, dims, shapes, strict=True):
-        _, length = chunk(shape[dim], g.size, g.index)
-        mine = part.view(inner)[:length].movedim(0, dim)
-        found.append(mine.clone(memory_format=torch.contiguous_format))
-    return found
+    mine = rows[g.index]
+    kept = kept_parts(mine, _shapes(ranks, sizes), dims, g)
+    return mine.clone() if kept is mine else kept
 
 
 @finish_reduce_scatter_many.register_fake
 def _(
     rows: torch.Tensor, dims: Sequence[int], ranks: Sequence[int], sizes: Sequence[int], group: str
-) -> list[torch.Tensor]:
-    g = find_group(group)
-    shapes = _shapes(ranks, sizes)
-    lengths = [chunk(s[dim], g.size, g.index)[1] for s, dim in zip(shapes, dims, strict=True)]
-    return [
-        rows.new_empty([length if d == dim else n for d, n in enumerate(shape)])
-        for shape, dim, length in zip(shapes, dims, lengths, strict=True)
-    ]
+) -> torch.Tensor:
+    return rows.new_empty(kept_numel(_shapes(ranks, sizes), dims, find_group(group)))

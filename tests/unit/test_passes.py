@@ -1,6 +1,8 @@
 """The passes on lowered programs: what is saved, gathered again, bucketed; verify finds faults."""
 
 import itertools
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +11,14 @@ from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.experts import expert_plans
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.lower import LoweredStep, lower
+from autopar.passes.overwrite import storages
 from autopar.passes.verify import VerifyError, collective_signature, propagate_shapes, verify
 from autopar.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
 from autopar.runtime.groups import planning_groups
+from autopar.runtime.split import numbers_of
 from tests.models import CASES
+from tests.unit.lockstep import Lockstep
 
 MESH = (4,)
 ops = torch.ops.autopar
@@ -59,6 +64,15 @@ def count(gm, target) -> int:
     return len(gm.graph.find_nodes(op="call_function", target=target))
 
 
+def rows_of_gradients(step: LoweredStep) -> Counter:
+    """The operators in whose results gradients lie, none of which they have to themselves."""
+    (grads,) = step.backward.graph.output_node().args
+    where = storages(step.backward.graph)
+    made = Counter(where[g] for g in grads if g is not None)
+    assert all(shared > 1 for shared in made.values())
+    return Counter(node.target for node, _ in made)
+
+
 def test_gradient_reductions_are_bucketed(planned):
     plan = by_expert(planned, "DDP")
     step = lowered(planned, plan)
@@ -66,7 +80,7 @@ def test_gradient_reductions_are_bucketed(planned):
     # one reduction per parameter becomes one for all
     assert count(apart.backward, ops.all_reduce.default) == len(planned.graph.parameters)
     assert count(step.backward, ops.all_reduce.default) == 0
-    assert count(step.backward, ops.all_reduce_many.default) == 1
+    assert rows_of_gradients(step) == {ops.all_reduce_many.default: 1}
 
 
 def test_gathers_and_scatters_of_weights_are_bucketed(planned):
@@ -78,7 +92,34 @@ def test_gathers_and_scatters_of_weights_are_bucketed(planned):
         assert count(gm, ops.all_gather.default) == 0
         assert count(gm, ops.all_gather_many.default) == 1
     assert count(apart.backward, ops.reduce_scatter.default) > 1
-    assert count(step.backward, ops.reduce_scatter_many.default) == 1
+    assert rows_of_gradients(step) == {ops.reduce_scatter_many.default: 1}
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(
+    ("shapes", "dims"), [([(5, 3), (4,), (2, 3, 5)], (0, 0, 2)), ([(6,), (3, 2)], (0, 0))]
+)
+def test_a_row_holds_what_each_is_reduced_to(shapes, dims, halves):
+    world = Lockstep((3,), "rows")
+    torch.manual_seed(0)
+    xs = [[torch.randn(shape) for shape in shapes] for _ in world.ranks]
+    groups = [group for (group,) in world.names.values()]
+    apart = [
+        world.run(
+            [partial(ops.reduce_scatter, x[k], dim, g) for x, g in zip(xs, groups, strict=True)]
+        )
+        for k, dim in enumerate(dims)
+    ]
+
+    def many(x: list[torch.Tensor], group: str) -> torch.Tensor:
+        if not halves:
+            return ops.reduce_scatter_many(x, dims, group)
+        begun = ops.start_reduce_scatter_many(x, dims, group)
+        return ops.finish_reduce_scatter_many(begun, dims, *numbers_of(shapes), group)
+
+    calls = [partial(many, x, g) for x, g in zip(xs, groups, strict=True)]
+    for rank, row in enumerate(world.run(calls)):
+        assert torch.equal(row, torch.cat([results[rank].flatten() for results in apart]))
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP"])
