@@ -3,13 +3,15 @@
 AOTAutograd traces the joint graph, our partition function decides what is saved, and the passes
 below run on the backward and forward graphs, which `autopar/runtime/program.py` makes one function.
 Aliasing and mutation are AOTAutograd's job: where a program has them, its function is what runs.
-`aot_function` and the boxed code generator are private to torch; tested with 2.11 and 2.13.
+`aot_function`, the boxed code generator, what runs generated code, and `_op` of an operator are
+private to torch; tested with 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,8 +187,26 @@ def boxed(gm: fx.GraphModule) -> Callable[..., Any]:
     if hasattr(fx.graph, "_BoxedCodeGen"):
         gm.graph.set_codegen(fx.graph._BoxedCodeGen())
         gm.recompile()
-        call = functools.partial(gm.forward)
+        call = functools.partial(_with_operators(gm), gm)
     else:  # slower, node by node
         call = functools.partial(fx.Interpreter(gm).boxed_run)
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
+
+
+def _with_operators(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A graph's code with its operators at hand, which it would look up by name at every call: 1%
+    of a step of small operators."""
+    code = gm.graph.python_code("self")
+    names = dict(code.globals)
+
+    def at_hand(call: re.Match[str]) -> str:
+        namespace, operator, overload = call.groups()
+        name = f"{namespace}__{operator}__{overload}"
+        names[name] = getattr(getattr(getattr(torch.ops, namespace), operator), overload)._op
+        return f"{name}("
+
+    source = re.sub(r"\btorch\.ops\.(\w+)\.(\w+)\.(\w+)\(", at_hand, code.src)
+    fx.graph_module._exec_with_source(source, names)
+    forward: Callable[..., Any] = names["forward"]
+    return forward

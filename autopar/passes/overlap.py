@@ -40,16 +40,19 @@ def overlap_collectives(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _wait_later(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     """Split a reduction; returns what took no part in that."""
-    parts: list[fx.Node] = []
+    parts: dict[fx.Node, None] = {node: None}  # what shows the result, in order
     uses: list[fx.Node] = []
     for n in graph.nodes:
-        if not {node, *parts}.isdisjoint(n.all_input_nodes):
-            (parts if _is_part(n) else uses).append(n)
+        if any(source in parts for source in n.all_input_nodes):
+            if _is_part(n):
+                parts[n] = None
+            else:
+                uses.append(n)
     if not uses:
         return []
     first = uses[0]
     _split(graph, node, node, first)
-    for part in parts:
+    for part in list(parts)[1:]:
         first.prepend(part)
     return [node]
 

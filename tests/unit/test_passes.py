@@ -81,6 +81,15 @@ def test_gradient_reductions_are_bucketed(planned):
     assert count(apart.backward, ops.all_reduce.default) == len(planned.graph.parameters)
     assert count(step.backward, ops.all_reduce.default) == 0
     assert rows_of_gradients(step) == {ops.all_reduce_many.default: 1}
+    ahead = lowered(planned, plan, cluster=ClusterInfo.of("4", "A100-40G"))
+    assert rows_of_gradients(ahead) == {ops.start_all_reduce_many.default: 1}
+    (arrived,) = ahead.backward.graph.find_nodes(
+        op="call_function", target=ops.arrived_here.default
+    )
+    (row,) = arrived.args
+    views = [n for n in row.users if n is not arrived]
+    assert views
+    assert all(n > arrived for n in views)  # nothing reads it before it is there
 
 
 def test_gathers_and_scatters_of_weights_are_bucketed(planned):
