@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from autopar.cli import app
 from autopar.errors import EngineError, MeshError
 from autopar.plan import ShardingPlan
+from autopar.profiler.clock import seconds_of
 from autopar.profiler.cluster import ClusterInfo, Device, Link, device
 from autopar.profiler.counting import Work
 from autopar.profiler.curve import Curve
@@ -259,6 +260,23 @@ def test_this_device_is_measured():
     assert found.extra_ns["random"] > found.extra_ns["reduction"] / 10
     again = ClusterInfo((1,), found, (Link(1e-5, 1e-9),))
     assert ClusterInfo.from_dict(yaml.safe_load(again.to_yaml())) == again
+
+
+def test_a_core_is_shared_by_the_ranks_of_a_host(monkeypatch):
+    """A call takes its processor time as often as there are ranks that take turns."""
+
+    def call():
+        end = time.process_time() + 0.002
+        while time.process_time() < end:
+            pass
+        time.sleep(0.01)
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert seconds_of(call, cpu, 0.01) >= 0.012
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    assert seconds_of(call, cpu, 0.01) == pytest.approx(3 * 0.002, rel=0.25)
 
 
 def test_a_cluster_is_measured_and_planned_for(tmp_path):
