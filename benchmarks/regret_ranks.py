@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -156,10 +157,12 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any] | None:
     _agreed(losses)
     times = torch.zeros(job["rounds"], len(racing))
     processor = torch.zeros(job["rounds"], len(racing))
+    order = random.Random(
+        0
+    )  # the same on all ranks; who always runs behind another inherits its caches
     with _no_collection():
         for k in range(job["rounds"]):
-            for i in range(len(racing)):
-                who = (i + k) % len(racing)
+            for who in order.sample(range(len(racing)), len(racing)):
                 dist.barrier()
                 begin, used = time.perf_counter(), time.process_time()
                 racing[who].step()
