@@ -7,9 +7,9 @@ measured first, as `autopar cluster` does it, for every mesh of so many processe
 fastest predicted of any mesh, where one of more axes has to win by 5%.
 
 All contestants are built in the same processes from the same weights, must lose the same on the
-same global batch, and take turns, after a barrier each, in an order drawn anew for every round: what
-disturbs the machine disturbs all of them, and none always finds the caches and the heap as the same
-other one left them. A ratio is that of two steps of one round; medians are of ratios.
+same global batch, and take turns, after a barrier each, in an order drawn anew every round: what
+disturbs the machine disturbs all of them, and none always finds caches and heap as the same other
+one left them. A ratio is that of two steps of one round; medians are of ratios.
 """
 
 from __future__ import annotations

@@ -157,9 +157,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any] | None:
     _agreed(losses)
     times = torch.zeros(job["rounds"], len(racing))
     processor = torch.zeros(job["rounds"], len(racing))
-    order = random.Random(
-        0
-    )  # the same on all ranks; who always runs behind another inherits its caches
+    # the same on all ranks; drawn, as what runs finds caches and heap as the one before left them
+    order = random.Random(0)
     with _no_collection():
         for k in range(job["rounds"]):
             for who in order.sample(range(len(racing)), len(racing)):

@@ -24,6 +24,7 @@ from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.kernels import batch_norm
+from autopar.kernels.linear import add_bias_within
 from autopar.kernels.substitute import substitute_kernels
 from autopar.memory.program import Program, Schedule
 from autopar.passes.bucket import bucket_collectives
@@ -102,7 +103,7 @@ def lower(
     if device_type == "cuda" and torch.cuda.is_available():  # its workspace is cuDNN's to tell
         gm = batch_norm.use_library(gm)
     overlaps = cluster.device.runs_beside
-    last: list[Pass] = [] if compile else [overwrite]  # Inductor does that by itself
+    last: list[Pass] = [] if compile else [add_bias_within, overwrite]  # Inductor does both itself
     if choose is None:
         split = functools.partial(
             partition, regather=frozenset(regather), at_once=at_once, disable=disable
