@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from autopar import ClusterInfo, auto_engine
 from autopar.errors import InfeasibleError
@@ -100,3 +101,33 @@ def test_a_plan_with_a_schedule_keeps_to_its_budget():
     engine, _ = auto_engine(model, OPTIMIZERS["adamw"](list(model.parameters())), "1", plan=plan)
     engine.prepare(**case.batch(0))
     assert engine.memory_plan.peak_bytes == plan.step.peak_bytes < plan.step.eager_bytes
+
+
+class Activated(nn.Module):
+    """Returns a value of which its backward works out another one (GELU, written out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        h = self.up(x)
+        y = 0.5 * h * (1 + torch.tanh(0.79 * (h + 0.045 * h.pow(3))))
+        return self.down(y).pow(2).mean(), h
+
+
+def test_what_the_caller_holds_is_not_written_over():
+    """Not by the backward either, which may run twice."""
+    torch.manual_seed(0)
+    model = Activated().double()
+    engine, _ = auto_engine(model, torch.optim.SGD(model.parameters()), "1", memory=0.5)
+    loss, hidden = engine(torch.randn(8, 12, 64).double())
+    before = hidden.detach().clone()
+    grads = []
+    for again in (True, False):
+        model.zero_grad()
+        loss.backward(retain_graph=again)
+        grads.append([p.grad.to_local().clone() for p in model.parameters()])
+    assert torch.equal(hidden, before)
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
