@@ -11,9 +11,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,17 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"ok": self.ok}
+
+
+def turns(contestants: int, rounds: int) -> Iterator[list[int]]:
+    """The order in which contestants take turns, for every round; the same in all processes.
+
+    It is drawn, as what runs finds caches and heap as the one before has left them: in rotation,
+    each would always run behind the same other one.
+    """
+    order = random.Random(0)
+    for _ in range(rounds):
+        yield order.sample(range(contestants), contestants)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

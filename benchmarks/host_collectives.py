@@ -58,9 +58,8 @@ def rank(sizes: str, rounds: str) -> None:
         for kind in KINDS:
             calls = [call(group, kind, x) for group in contestants]
             times = torch.zeros(int(rounds) + 3, len(calls), 2, dtype=torch.float64)
-            for k in range(len(times)):
-                for i in range(len(calls)):
-                    who = (i + k) % len(calls)
+            for k, order in enumerate(common.turns(len(calls), len(times))):
+                for who in order:
                     dist.barrier()
                     begin, used = time.perf_counter(), time.process_time()
                     calls[who]()

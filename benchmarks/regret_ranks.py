@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -157,11 +156,9 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any] | None:
     _agreed(losses)
     times = torch.zeros(job["rounds"], len(racing))
     processor = torch.zeros(job["rounds"], len(racing))
-    # the same on all ranks; drawn, as what runs finds caches and heap as the one before left them
-    order = random.Random(0)
     with _no_collection():
-        for k in range(job["rounds"]):
-            for who in order.sample(range(len(racing)), len(racing)):
+        for k, order in enumerate(common.turns(len(racing), job["rounds"])):
+            for who in order:
                 dist.barrier()
                 begin, used = time.perf_counter(), time.process_time()
                 racing[who].step()

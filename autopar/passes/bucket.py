@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 
 from autopar.memory.splits import called
+from autopar.passes.views import is_view
 from autopar.profiler.link import MEMBER_BYTES
 from autopar.runtime import collectives  # noqa: F401  (defines the operators)
 
@@ -95,8 +96,7 @@ def given_values(graph: fx.Graph, more: Collection[fx.Node] = frozenset()) -> se
     """What the program is called with, and more, with views of them."""
     found: set[fx.Node] = set(more)
     for node in graph.nodes:
-        is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-        if node.op == "placeholder" or (is_view and found.issuperset(node.all_input_nodes)):
+        if node.op == "placeholder" or (is_view(node) and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found
 

@@ -13,6 +13,7 @@ import torch.fx as fx
 
 from autopar.memory.splits import called, halves_of
 from autopar.passes.bucket import bring_forward, given_values
+from autopar.passes.views import is_view
 
 _OPS = torch.ops.autopar
 _GATHERS = {_OPS.all_gather.default, _OPS.all_gather_many.default}
@@ -44,7 +45,7 @@ def _wait_later(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     uses: list[fx.Node] = []
     for n in graph.nodes:
         if any(source in parts for source in n.all_input_nodes):
-            if _is_part(n):
+            if is_view(n) or n.target is operator.getitem:
                 parts[n] = None
             else:
                 uses.append(n)
@@ -55,13 +56,6 @@ def _wait_later(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     for part in list(parts)[1:]:
         first.prepend(part)
     return [node]
-
-
-def _is_part(node: fx.Node) -> bool:
-    """Whether a node shows what was there already."""
-    target = node.target
-    is_view = isinstance(target, torch._ops.OpOverload) and target.is_view
-    return is_view or target is operator.getitem
 
 
 def _start_earlier(graph: fx.Graph) -> list[fx.Node]:

@@ -26,7 +26,7 @@ from autopar.memory.transfers import with_transfers
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.late import early_sums, late_results
 from autopar.passes.runner import Pass, run_passes
-from autopar.passes.views import drop_views
+from autopar.passes.views import drop_views, is_view
 from autopar.profiler.cluster import ClusterInfo
 from autopar.runtime import collectives  # noqa: F401  (defines the operators)
 
@@ -173,8 +173,8 @@ def _recomputed(
         if node not in forward or node.op != "call_function":
             continue
         inputs = node.all_input_nodes
-        is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-        if len(inputs) == 1 and inputs[0] in chain and (is_view or node.target in _GATHERS):
+        shows = is_view(node) or node.target in _GATHERS
+        if len(inputs) == 1 and inputs[0] in chain and shows:
             chain.add(node)
             found.add(node)
     return found

@@ -1,4 +1,4 @@
-"""Views that change nothing: autograd's own, around every product and every parameter."""
+"""Views, and which of them change nothing: autograd's own, around every product and parameter."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def drop_views(gm: fx.GraphModule) -> fx.GraphModule:
         if node.target in _VIEWS and not node.users:
             graph.erase_node(node)
     return gm
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node shows what was there already, by its schema."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
 def _same(node: fx.Node) -> fx.Node | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from autopar.runtime.groups import ProcessGroup, Wait
+from autopar.runtime.groups import ProcessGroup, Wait, truth_as_bytes
 
 # What one more round of messages takes the time of.
 _ROUND_BYTES = 256 * 2**10
@@ -32,9 +32,8 @@ class DirectGroup(ProcessGroup):
         super().__init__(name, group)
         self._begun = 0
 
+    @truth_as_bytes
     def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
-        if x.dtype is torch.bool:
-            return self.all_reduce(x.to(torch.uint8), op).to(torch.bool)
         k, flat = self.size, x.contiguous().view(-1)
         with self._reporting("all-reduce", x):
             if self._in_one_round(flat):
@@ -52,9 +51,8 @@ class DirectGroup(ProcessGroup):
             self._exchange([x.contiguous()] * self.size, out.unbind())
         return out
 
+    @truth_as_bytes
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype is torch.bool:
-            return self.reduce_scatter(x.to(torch.uint8)).to(torch.bool)
         with self._reporting("reduce-scatter", x):
             parts = self._exchange(x.contiguous().unbind(), [x.shape[1:]] * self.size)
             return self._total(parts, "sum")

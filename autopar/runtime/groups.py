@@ -7,13 +7,14 @@ group (`ProcessGroup`), on threads that stand in for ranks (`thread_groups`), or
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ _REGISTRY: dict[str, Group] = {}
 # Of the groups of all axes of a mesh, that of all its ranks.
 _JOINED: dict[frozenset[str], str] = {}
 
+_Sums = TypeVar("_Sums", bound=Callable[..., torch.Tensor])
 Wait = Callable[[], None]  # until a collective that was started is done
 
 # torch 2.13 renames both and warns of the old names, which 2.11 has alone.
@@ -118,6 +120,18 @@ def find_group(name: str) -> Group:
         raise KeyError(f"no communicator named {name!r}; registered: {sorted(_REGISTRY)}") from None
 
 
+def truth_as_bytes(collective: _Sums) -> _Sums:
+    """A collective that adds, of truth values too, which backends do not add: they go as bytes."""
+
+    @functools.wraps(collective)
+    def of_any(self: Group, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if x.dtype is torch.bool:
+            return collective(self, x.to(torch.uint8), *rest).to(torch.bool)
+        return collective(self, x, *rest)
+
+    return cast(_Sums, of_any)
+
+
 class ProcessGroup(Group):
     """A `torch.distributed` process group (NCCL, Gloo)."""
 
@@ -138,9 +152,8 @@ class ProcessGroup(Group):
                 "different program; look for the first error among the other ranks' output."
             ) from error
 
+    @truth_as_bytes
     def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
-        if x.dtype is torch.bool:  # backends do not add truth values
-            return self.all_reduce(x.to(torch.uint8), op).to(torch.bool)
         out = x.clone(memory_format=torch.contiguous_format)
         kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
         with self._reporting("all-reduce", x):
@@ -153,9 +166,8 @@ class ProcessGroup(Group):
             _ALL_GATHER(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
+    @truth_as_bytes
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype is torch.bool:
-            return self.reduce_scatter(x.to(torch.uint8)).to(torch.bool)
         out = x.new_empty(x.shape[1:])
         with self._reporting("reduce-scatter", x):
             _REDUCE_SCATTER(out.view(-1), x.contiguous().view(-1), group=self.group)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from autopar.runtime.groups import ProcessGroup, Wait
+from autopar.runtime.groups import ProcessGroup, Wait, truth_as_bytes
 from autopar.runtime.peers import MESSAGE_BYTES, Peers
 
 # What a rank writes in one round: as much as weights that share a message (`passes/bucket.py`).
@@ -62,9 +62,8 @@ class SharedGroup(ProcessGroup):
 
     # -- collectives --------------------------------------------------------------------------
 
+    @truth_as_bytes
     def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
-        if x.dtype is torch.bool:
-            return self.all_reduce(x.to(torch.uint8), op).to(torch.bool)
         flat = _flat(x)
         out = torch.empty_like(flat)
         self._start("all-reduce", x, flat.nbytes, self._reduce(flat, op, out))()
@@ -85,9 +84,8 @@ class SharedGroup(ProcessGroup):
         self._start("all-gather", x, x.nbytes, self._gather(_flat(x), out.view(self.size, -1)))()
         return out
 
+    @truth_as_bytes
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype is torch.bool:
-            return self.reduce_scatter(x.to(torch.uint8)).to(torch.bool)
         out = x.new_empty(x.shape[1:])
         steps = self._scatter(_flat(x).view(self.size, -1), out.view(-1))
         self._start("reduce-scatter", x, out.nbytes, steps)()

@@ -95,6 +95,7 @@ class LinkPrices:
         possible = np.where(np.isfinite(forward), forward, 0.0)
         nowhere = np.where(np.isfinite(forward), 0.0, np.inf)
         backward = convert(grad=True) - possible if link.grad else nowhere
+        # nobody waits for the sum of a loss that is only returned
         if target.kind == "output" and link.grad and link.itemsize * prod(link.shape) <= LATE_BYTES:
             late = np.array([[bool(a.partial) and a.dims == b.dims for b in wanted] for a in rows])
             forward = np.where(late[every], self._costs.cluster.device.launch_us, forward)
