@@ -13,10 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autopar.errors import MeshError
 from autopar.profiler.cluster import ClusterInfo
 from autopar.runtime import groups, late
-from autopar.runtime.direct import DirectGroup
 from autopar.runtime.groups import DEFAULT_TIMEOUT, Group, ProcessGroup
-from autopar.runtime.peers import meet
-from autopar.runtime.shared_memory import SharedGroup
 
 
 def device_for(cluster: ClusterInfo) -> torch.device:
@@ -82,10 +79,7 @@ def process_groups(mesh: DeviceMesh) -> tuple[str, ...]:
         known = groups.registered(name)
         if isinstance(known, ProcessGroup) and known.group is group:
             return known
-        if mesh.device_type != "cpu" or group.size() == 1:
-            return ProcessGroup(name, group)
-        peers = meet(group, SharedGroup.memory_bytes(group.size()))
-        return DirectGroup(name, group) if peers is None else SharedGroup(name, group, peers)
+        return ProcessGroup(name, group)
 
     world = dist.group.WORLD
     assert world is not None
