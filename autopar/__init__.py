@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autopar.cluster.cluster import ClusterInfo
     from autopar.plan import ShardingPlan
-    from autopar.planner import autoplan
-    from autopar.profiler.cluster import ClusterInfo
+    from autopar.planner.planner import autoplan
     from autopar.runtime.engine import auto_engine
     from autopar.tracer import ColoTracer
 
@@ -16,11 +16,11 @@ __all__ = ["ClusterInfo", "ColoTracer", "ShardingPlan", "auto_engine", "autoplan
 
 # Imported at first use: `autopar --help` should not wait for torch.
 _HOMES = {
-    "ClusterInfo": "autopar.profiler.cluster",
+    "ClusterInfo": "autopar.cluster.cluster",
     "ColoTracer": "autopar.tracer",
     "ShardingPlan": "autopar.plan",
     "auto_engine": "autopar.runtime.engine",
-    "autoplan": "autopar.planner",
+    "autoplan": "autopar.planner.planner",
 }
 
 

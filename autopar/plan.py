@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from autopar.errors import PlanError
-from autopar.memory.summary import StepSummary
-from autopar.sharding.spec import ShardingSpec
+from autopar.files import write_atomically
+from autopar.ir.spec import ShardingSpec
+from autopar.plan_step import StepSummary
 
 FORMAT = 4
 
@@ -49,6 +48,22 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> float:
         return sum(asdict(self).values())
+
+
+# Field names by how reports call them.
+MEMORY_KINDS = {
+    "parameters": "parameters_bytes",
+    "gradients": "gradients_bytes",
+    "optimizer state": "optimizer_bytes",
+    "saved activations": "activations_bytes",
+    "buffers": "buffers_bytes",
+    "transient peak": "transient_bytes",
+}
+TIME_KINDS = {
+    "compute": "compute_us",
+    "exposed communication": "exposed_us",
+    "overlapped communication": "overlapped_us",
+}
 
 
 @dataclass(frozen=True)
@@ -284,30 +299,6 @@ class ShardingPlan:
                 f"{model} {fingerprint}. Layers, shapes, batch size, dtype or the train/eval mode "
                 "differ; plan again with the model and example batch of this run"
             )
-
-    def report(self) -> str:
-        """The plan as text: per module what was chosen, time, memory, certificate."""
-        from autopar.report.text import render
-
-        return render(self)
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a file so that it is whole or does not change."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes files for the owner alone
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _baseline(data: Mapping[str, Any]) -> Baseline:

@@ -152,7 +152,7 @@ def peak_rss_mib() -> float:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """The rows as a JSON list; the file is whole or does not change."""
-    from autopar.plan import write_atomically
+    from autopar.files import write_atomically
 
     write_atomically(path, json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
 

@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
-    from autopar.plan import write_atomically
+    from autopar.files import write_atomically
 
     values: list[dict[str, Any]] = [asdict(o) for o in outcomes]
     write_atomically(path, json.dumps(values, indent=1) + "\n")

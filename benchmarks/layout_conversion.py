@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from autopar import ClusterInfo
-from autopar.sharding.conversion import LayoutConverter, Step
-from autopar.sharding.conversion_graph import spec_graph
-from autopar.sharding.spec import ShardingSpec
+from autopar.ir.spec import ShardingSpec
+from autopar.sharding.conversion.converter import LayoutConverter, Step
+from autopar.sharding.conversion.graph import spec_graph
 from benchmarks import common
 from benchmarks.common import Row, console
 

@@ -26,14 +26,14 @@ import torch.fx as fx
 from rich.table import Table
 from torch.utils import _pytree as pytree
 
+from autopar.cluster.cluster import Device
+from autopar.ir.aliasing import tensors_of
+from autopar.ir.graph import ModelGraph, operands
 from autopar.profiler.clock import seconds_of
-from autopar.profiler.cluster import Device
-from autopar.profiler.counting import tensors_of
 from autopar.profiler.measure import effort_for, measure_device
 from autopar.profiler.profile import NodeProfile, profile_graph
 from autopar.profiler.time_model import kernels_of, node_us
 from autopar.tracer import ColoTracer
-from autopar.tracer.graph import ModelGraph, operands
 from benchmarks import common
 from benchmarks.common import Row, console
 

@@ -6,7 +6,7 @@ fastest plan needs and its parameters, gradients and optimizer state. Per budget
 
 * sharding first: the fastest plan without a limit, scheduled within the budget;
 * nothing again: the fastest plan that fits as it is;
-* the pair that is chosen (`autopar/pair.py`).
+* the pair that is chosen (`autopar/planner/joint.py`).
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def compare(name: str, quick: bool) -> list[Row]:
     """The rows of a model."""
     from autopar import ClusterInfo
     from autopar.errors import InfeasibleError
-    from autopar.estimate import estimate_memory
-    from autopar.front import with_budget
-    from autopar.pair import plan_pair
-    from autopar.planner import prepare
+    from autopar.planner.estimate import estimate_memory
+    from autopar.planner.joint import plan_pair
+    from autopar.planner.pareto import with_budget
+    from autopar.planner.planner import prepare
 
     model, batch = build(name, quick)
     laid = prepare(model, (), batch, cluster=ClusterInfo.of(MESH, DEVICE))

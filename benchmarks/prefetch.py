@@ -40,7 +40,8 @@ def network(bytes_per_s: float | None) -> Iterator[None]:
     """Messages take their time on a link, of which every rank has one. Engines made meanwhile send
     messages, and share no memory."""
     from autopar.runtime.direct import DirectGroup
-    from autopar.runtime.groups import forget_groups
+
+    from autopar.comm.groups import forget_groups
 
     if bytes_per_s is None:
         yield
@@ -75,9 +76,9 @@ def rank(name: str, mesh: str, rounds: str) -> None:
     import torch.distributed as dist
 
     from autopar import ClusterInfo, auto_engine
-    from autopar.experts import expert_plans
-    from autopar.planner import make_plan, prepare
-    from autopar.profiler.cluster import Link
+    from autopar.cluster.cluster import Link
+    from autopar.planner.baselines import expert_plans
+    from autopar.planner.planner import make_plan, prepare
     from autopar.runtime.memory import training_state_bytes
 
     warnings.simplefilter("ignore")

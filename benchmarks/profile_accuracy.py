@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopar import ColoTracer
 from autopar.errors import CaptureError
-from autopar.planner import trainable_inputs
+from autopar.planner.planner import trainable_inputs
 from autopar.profiler.counting import missing_flops
 from autopar.profiler.model import profile_model
 from autopar.runtime.memory import LiveBytes

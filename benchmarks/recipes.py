@@ -1,9 +1,9 @@
 """autopar's plan against published recipes, on 8 to 1024 GPUs, under the cost model.
 
 Nodes have eight H100 with NVLink, and InfiniBand between them (`autopar devices`). A recipe is an
-expert's plan in the same space (`autopar/experts.py`): its degrees of data and tensor parallelism
-are the mesh, its sharding of the optimizer and the parameters the expert. Megatron's GPT-3 175B
-trains with 8-way tensor parallelism (Narayanan et al. 2021, Korthikanti et al. 2022); torchtitan's
+expert's plan in the same space (`autopar/planner/baselines.py`): its degrees of data and tensor
+parallelism are the mesh, its sharding of the optimizer and the parameters the expert. Megatron's
+GPT-3 175B trains with 8-way tensor parallelism (Narayanan et al. 2021, Korthikanti et al. 2022); torchtitan's
 Llama 3 8B with FSDP alone, 70B and 405B with FSDP and 8-way tensor parallelism (Liang et al. 2024).
 
 GPT-3 is built as OPT-175B, which has its dimensions, and projections that heads can split.
@@ -115,11 +115,11 @@ def compare(recipe: Recipe, time_limit: float) -> Iterator[Row]:
     import torch
 
     from autopar import ClusterInfo, ColoTracer
-    from autopar.diff import diff
     from autopar.errors import InfeasibleError
-    from autopar.experts import expert_plans
-    from autopar.planner import ADAM_STATE, decide, lay_out, make_plan, trainable_inputs
-    from autopar.sharding.sites import Workload
+    from autopar.planner.baselines import expert_plans
+    from autopar.planner.decisions import Workload
+    from autopar.planner.diff import diff
+    from autopar.planner.planner import ADAM_STATE, decide, lay_out, make_plan, trainable_inputs
 
     of = MODELS[recipe.model]
     model = of.build(recipe.layers)

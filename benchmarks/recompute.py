@@ -3,8 +3,8 @@
 One training step (forward, backward, gradients made) in float32 on the CPU, without dropout. Per
 method, from real runs:
 
-* peak: live bytes (`autopar.memory.measure.LiveTrace`: tensors made in the step, without gradients
-  of parameters), divided by eager PyTorch's.
+* peak: live bytes (`autopar.runtime.live_trace.LiveTrace`: tensors made in the step, without
+  gradients of parameters), divided by eager PyTorch's.
 * added FLOPs: percent of eager's forward and backward. Operators without a formula (norms,
   activations, sums) count one per element, so that computing them again is not free.
 
@@ -42,13 +42,13 @@ from torch.utils.checkpoint import (
 )
 
 from autopar import ClusterInfo, autoplan
-from autopar.memory.front import Front, Point
-from autopar.memory.measure import LiveTrace, StepFlops
-from autopar.memory.order import in_order
-from autopar.memory.program import Program, Schedule
+from autopar.comm.groups import planning_groups
 from autopar.passes.apply_sharding import apply_sharding
-from autopar.passes.lower import boxed, lower
-from autopar.runtime.groups import planning_groups
+from autopar.runtime.live_trace import LiveTrace, StepFlops
+from autopar.runtime.lower import boxed, lower
+from autopar.schedule.order import in_order
+from autopar.schedule.pareto import Front, Point
+from autopar.schedule.program import Program, Schedule
 from benchmarks import common
 from benchmarks.common import Row, console
 

@@ -55,8 +55,8 @@ def clusters(world: int, folder: Path, quick: bool) -> dict[str, Path]:
 
     The device is the same in all: measured twice, it would decide between meshes by its noise.
     """
-    from autopar.cli_cluster import write_measured
-    from autopar.profiler.cluster import ClusterInfo, parse_mesh
+    from autopar.cli.cluster import write_measured
+    from autopar.cluster.cluster import ClusterInfo, parse_mesh
     from autopar.profiler.measure_links import measure_cluster
 
     found = {}
@@ -81,8 +81,8 @@ def make_plans(name: str, files: Mapping[str, Path], folder: Path, *, experts: b
         experts: also write the experts' plans, for autopar's runtime to race them.
     """
     from autopar import ClusterInfo, autoplan
-    from autopar.experts import expert_plans
-    from autopar.planner import make_plan
+    from autopar.planner.baselines import expert_plans
+    from autopar.planner.planner import make_plan
     from benchmarks.regret_cases import case
 
     of = case(name)

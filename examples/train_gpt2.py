@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from autopar import auto_engine
-from autopar.plan import write_atomically
+from autopar.files import write_atomically
 from autopar.report.html import render_html
 from autopar.report.text import render
 from autopar.runtime.memory import LiveBytes, training_state_bytes

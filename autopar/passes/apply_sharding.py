@@ -1,7 +1,7 @@
 """The pass that turns a plan into each rank's program: local shapes, explicit conversions.
 
 The result is an ordinary PyTorch graph. Every conversion is a differentiable step from
-`autopar.runtime.collectives`; autograd of the graph is the distributed backward.
+`autopar.comm.collectives`; autograd of the graph is the distributed backward.
 """
 
 from __future__ import annotations
@@ -14,17 +14,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from autopar.cluster.cluster import ClusterInfo
+from autopar.comm import collectives
 from autopar.errors import PlanError
-from autopar.plan import ShardingPlan
-from autopar.profiler.cluster import ClusterInfo
-from autopar.profiler.profile import requires_grad_map
-from autopar.runtime import collectives
-from autopar.sharding.conversion import LayoutConverter, Step, converter_for
-from autopar.sharding.node_rules import results, rule_of, strategy_by_name
-from autopar.sharding.rule import OpRule, Strategy
-from autopar.sharding.rules.view import RESHAPES
-from autopar.sharding.spec import ShardingSpec, local_range, local_shape
-from autopar.tracer.graph import (
+from autopar.ir.graph import (
     ModelGraph,
     bound_arguments,
     map_operands,
@@ -32,6 +25,13 @@ from autopar.tracer.graph import (
     producer,
     shape_of,
 )
+from autopar.ir.spec import ShardingSpec, local_range, local_shape
+from autopar.plan import ShardingPlan
+from autopar.profiler.profile import requires_grad_map
+from autopar.sharding.conversion.converter import LayoutConverter, Step, converter_for
+from autopar.sharding.node_rules import results, rule_of, strategy_by_name
+from autopar.sharding.rule import OpRule, Strategy
+from autopar.sharding.rules.view import RESHAPES
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.memory.splits import called
-from autopar.passes.views import is_view
-from autopar.profiler.link import MEMBER_BYTES
-from autopar.runtime import collectives  # noqa: F401  (defines the operators)
+from autopar.cluster.link import MEMBER_BYTES
+from autopar.comm import collectives  # noqa: F401  (defines the operators)
+from autopar.ir.aliasing import is_view
+from autopar.schedule.splits import called
 
 BUCKET_BYTES = 4 * 2**20
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.memory.communication import communicates
-from autopar.memory.splits import called
-from autopar.profiler.link import LATE_BYTES
-from autopar.runtime.groups import joined
-from autopar.tracer.draws import draws
+from autopar.cluster.link import LATE_BYTES
+from autopar.comm.cost import communicates
+from autopar.comm.groups import joined
+from autopar.ir.randomness import draws
+from autopar.schedule.splits import called
 
 _OPS = torch.ops.autopar
 # Of the operators that an early sum is made by.

@@ -1,7 +1,7 @@
 """Overlaps collectives with compute in graphs that no schedule made: each is started ahead of where
 it is waited for.
 
-Where there is a schedule, that has them split already (`autopar/memory/prefetch.py`).
+Where there is a schedule, that has them split already (`autopar/schedule/prefetch.py`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import operator
 import torch
 import torch.fx as fx
 
-from autopar.memory.splits import called, halves_of
+from autopar.ir.aliasing import is_view
 from autopar.passes.bucket import bring_forward, given_values
-from autopar.passes.views import is_view
+from autopar.schedule.splits import called, halves_of
 
 _OPS = torch.ops.autopar
 _GATHERS = {_OPS.all_gather.default, _OPS.all_gather_many.default}

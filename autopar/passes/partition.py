@@ -16,19 +16,20 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from autopar.cluster.cluster import ClusterInfo
+from autopar.comm import collectives  # noqa: F401  (defines the operators)
+from autopar.ir.aliasing import is_view
 from autopar.kernels.substitute import substitute_kernels
-from autopar.memory.joint import read_joint
-from autopar.memory.program import Program, Schedule
-from autopar.memory.realize import realize
-from autopar.memory.simulate import check
-from autopar.memory.splits import with_splits
-from autopar.memory.transfers import with_transfers
 from autopar.passes.bucket import bucket_collectives
+from autopar.passes.drop_views import drop_views
 from autopar.passes.late import early_sums, late_results
 from autopar.passes.runner import Pass, run_passes
-from autopar.passes.views import drop_views, is_view
-from autopar.profiler.cluster import ClusterInfo
-from autopar.runtime import collectives  # noqa: F401  (defines the operators)
+from autopar.schedule.joint import read_joint
+from autopar.schedule.program import Program, Schedule
+from autopar.schedule.realize import realize
+from autopar.schedule.simulate import check
+from autopar.schedule.splits import with_splits
+from autopar.schedule.transfers import with_transfers
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.runtime import collectives
-from autopar.runtime.groups import ProcessGroup, find_group, joined
+from autopar.comm import collectives
+from autopar.comm.groups import ProcessGroup, find_group, joined
 
 _STEPS = {
     collectives.gather,

@@ -12,9 +12,10 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.profiler.counting import Recorder, Work, tensors_of
+from autopar.ir.aliasing import tensors_of
+from autopar.ir.graph import operands
+from autopar.profiler.counting import Recorder, Work
 from autopar.profiler.tape import GRADIENT, OPERAND, Emission, Event, Storage, Strides, Tape
-from autopar.tracer.graph import operands
 
 aten = torch.ops.aten
 

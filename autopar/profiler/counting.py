@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from autopar.ir.aliasing import tensors_of
 from autopar.profiler.tape import GRADIENT, OWN, Count, Event, Storage
 
 
@@ -97,11 +98,6 @@ def missing_flops() -> dict[Any, Callable[..., int]]:
 def count(value: Any) -> Count:
     """A number as an int, a symbolic size as a sympy expression."""
     return value.node.expr if isinstance(value, torch.SymInt) else int(value)
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested arguments or results."""
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> Any:

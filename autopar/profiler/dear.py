@@ -20,7 +20,7 @@ from torch._decomp import decomposition_table
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar.profiler.counting import tensors_of
+from autopar.ir.aliasing import tensors_of
 
 # Primitive functions that cost many instructions an element. Roots and quotients are one each.
 FUNCTIONS = frozenset(

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from autopar.cluster.cluster import Device, Link
+from autopar.cluster.curve import Curve
 from autopar.profiler.clock import seconds_of
-from autopar.profiler.cluster import Device, Link
-from autopar.profiler.curve import Curve
 
 Progress = Callable[[str], None]
 KiB, MiB = 2**10, 2**20

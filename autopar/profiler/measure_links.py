@@ -27,10 +27,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
+from autopar.cluster.cluster import ClusterInfo, Device
+from autopar.cluster.curve import Curve
+from autopar.cluster.link import PASSES, Link
+from autopar.comm.groups import DEFAULT_TIMEOUT, Group, find_group
+from autopar.comm.world import process_groups, start, stop
 from autopar.errors import EngineError, MeshError
-from autopar.profiler.cluster import ClusterInfo, Device
-from autopar.profiler.curve import Curve
-from autopar.profiler.link import PASSES, Link
 from autopar.profiler.measure import (
     Effort,
     Progress,
@@ -39,8 +41,6 @@ from autopar.profiler.measure import (
     measure_device,
     measure_host_link,
 )
-from autopar.runtime.environment import process_groups, start, stop
-from autopar.runtime.groups import DEFAULT_TIMEOUT, Group, find_group
 
 
 def fit_link(

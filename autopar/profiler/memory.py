@@ -19,7 +19,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.profiler.counting import count, tensors_of
+from autopar.ir.aliasing import tensors_of
+from autopar.ir.graph import ModelGraph, operands, producer
+from autopar.profiler.counting import count
 from autopar.profiler.profile import (
     NodeProfile,
     Value,
@@ -37,7 +39,6 @@ from autopar.profiler.tape import (
     Strides,
 )
 from autopar.profiler.timeline import Change, MemoryTimeline, Phase
-from autopar.tracer.graph import ModelGraph, operands, producer
 
 
 def memory_timeline(

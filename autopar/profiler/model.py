@@ -12,13 +12,13 @@ import sympy
 import torch
 import torch.fx as fx
 
+from autopar.ir.graph import ModelGraph
 from autopar.profiler.counting import Work
 from autopar.profiler.memory import memory_timeline
 from autopar.profiler.modules import ModuleRow, module_table
 from autopar.profiler.profile import NodeProfile, profile_graph
 from autopar.profiler.tape import Count
 from autopar.profiler.timeline import MemoryTimeline
-from autopar.tracer.graph import ModelGraph
 
 # how far `largest` looks
 _MOST = 2**40
@@ -70,7 +70,7 @@ class ModelProfile:
 
 def profile_model(
     graph: ModelGraph,
-    trainable: Iterable[str],
+    trainable: Iterable[str] | None = None,
     *,
     symbolic: bool = False,
     eager: bool = True,
@@ -79,7 +79,7 @@ def profile_model(
     """Profile one training step, without running it.
 
     Args:
-        trainable: placeholder names of the parameters that require grad.
+        trainable: placeholder names of the parameters that require grad; all parameters if None.
         symbolic: entries are formulas of the sizes that the graph was captured with as dynamic;
             otherwise they are numbers, for the sizes of the example.
         eager: of the module as eager PyTorch runs it, see `profile_graph`.
@@ -94,7 +94,7 @@ def profile_model(
             "a symbolic profile needs a graph with dynamic sizes, and this one was captured with "
             "fixed ones; trace it with ColoTracer(dynamic=True)"
         )
-    trainable = frozenset(trainable)
+    trainable = frozenset(graph.parameters if trainable is None else trainable)
     shapes = _input_shapes(graph)
     nodes = profile_graph(graph, trainable, eager=eager)
     timeline = memory_timeline(graph, nodes, trainable, sums_in_place=sums_in_place)

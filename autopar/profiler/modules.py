@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
+from autopar.ir.graph import ModelGraph
 from autopar.profiler.counting import Work
 from autopar.profiler.profile import NodeProfile
 from autopar.profiler.tape import Count
 from autopar.profiler.timeline import MemoryTimeline
-from autopar.tracer.graph import ModelGraph
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from autopar.ir.aliasing import tensors_of
+from autopar.ir.graph import ModelGraph, operands, producer
 from autopar.profiler.call import Call, in_place_variant, origin_of
-from autopar.profiler.counting import Work, tensors_of
+from autopar.profiler.counting import Work
 from autopar.profiler.tape import OPERAND, Count, Strides, Tape
-from autopar.tracer.graph import ModelGraph, operands, producer
 
 # a result of an operator call or a placeholder: the node, and which of its results
 Value = tuple[fx.Node, int]

@@ -20,11 +20,12 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autopar.profiler.cluster import Device
-from autopar.profiler.counting import Recorder, Work, tensors_of
+from autopar.cluster.cluster import Device
+from autopar.ir.aliasing import tensors_of
+from autopar.ir.graph import bound_arguments, operands
+from autopar.profiler.counting import Recorder, Work
 from autopar.profiler.dear import dear_elements, indices_of
 from autopar.profiler.profile import NodeProfile
-from autopar.tracer.graph import bound_arguments, operands
 
 
 @dataclass(frozen=True)

@@ -7,26 +7,21 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from autopar.memory.summary import ModuleMemory
-from autopar.plan import Baseline, MemoryEstimate, ModuleSummary, ShardingPlan, TimeEstimate
-from autopar.profiler.cluster import ClusterInfo
+from autopar.cluster.cluster import ClusterInfo
+from autopar.plan import (
+    MEMORY_KINDS,
+    TIME_KINDS,
+    Baseline,
+    MemoryEstimate,
+    ModuleSummary,
+    ShardingPlan,
+    TimeEstimate,
+)
+from autopar.plan_step import ModuleMemory
+from autopar.units import bytes_text, count_text, time_text
 
 # Modules that hold no parameters and take less than this share of the time are summed up.
 SMALL = 0.01
-
-MEMORY_KINDS = {
-    "parameters": "parameters_bytes",
-    "gradients": "gradients_bytes",
-    "optimizer state": "optimizer_bytes",
-    "saved activations": "activations_bytes",
-    "buffers": "buffers_bytes",
-    "transient peak": "transient_bytes",
-}
-TIME_KINDS = {
-    "compute": "compute_us",
-    "exposed communication": "exposed_us",
-    "overlapped communication": "overlapped_us",
-}
 
 
 @dataclass(frozen=True)
@@ -46,40 +41,6 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     total: int = -1
-
-
-# -- units --------------------------------------------------------------------------------------
-
-
-def time_text(us: float) -> str:
-    """`15.9 ms`, three digits."""
-    for unit, scale in (("us", 1.0), ("ms", 1e3)):
-        if us < 999.5 * scale:
-            return f"{_three_digits(us / scale)} {unit}"
-    return f"{_three_digits(us / 1e6)} s"
-
-
-def bytes_text(nbytes: float) -> str:
-    """`1.26 GiB`, three digits."""
-    for unit, scale in (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20)):
-        if nbytes < 999.5 * scale:
-            return f"{_three_digits(nbytes / scale)} {unit}"
-    return f"{_three_digits(nbytes / 2**30)} GiB"
-
-
-def count_text(count: float) -> str:
-    """`38.6 M`, three digits."""
-    for unit, scale in (("", 1.0), (" K", 1e3), (" M", 1e6)):
-        if count < 999.5 * scale:
-            return f"{_three_digits(count / scale)}{unit}"
-    return f"{_three_digits(count / 1e9)} B"
-
-
-def _three_digits(x: float) -> str:
-    if x == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(x)) + 1e-9))
-    return f"{x:.{min(digits, 2)}f}" if x != round(x) else f"{x:.0f}"
 
 
 def _percent(part: float, whole: float) -> str:

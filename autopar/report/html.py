@@ -9,19 +9,16 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
-from autopar.memory.chart import step_html
-from autopar.plan import Baseline, ShardingPlan
+from autopar.plan import MEMORY_KINDS, TIME_KINDS, Baseline, ShardingPlan
 from autopar.report.content import (
-    MEMORY_KINDS,
-    TIME_KINDS,
     Table,
-    bytes_text,
     headline,
     plans,
     sites_table,
     tables,
-    time_text,
 )
+from autopar.report.step_chart import step_html
+from autopar.units import bytes_text, time_text
 
 # One hue per family: what computes or is held for good dark, what varies lighter, hidden time pale.
 _TIME_COLORS = ("#3b6ea5", "#d9822b", "#e6dccb")

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autopar.errors import AutoparError, EngineError
-from autopar.memory.plan import MemoryPlan, StepBudget, describe
-from autopar.memory.program import Program, Schedule, eager_schedule
-from autopar.memory.simulate import peak_bytes
+from autopar.schedule.budget import MemoryPlan, StepBudget, describe
+from autopar.schedule.program import Program, Schedule, eager_schedule
+from autopar.schedule.simulate import peak_bytes
 from autopar.units import format_bytes
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
+from autopar.cluster.cluster import ClusterInfo
 from autopar.errors import MeshError
-from autopar.profiler.cluster import ClusterInfo
+from autopar.ir.graph import ModelGraph, shape_of
+from autopar.ir.spec import ShardingSpec, local_shape
 from autopar.runtime.distribute import shard_of
-from autopar.sharding.spec import ShardingSpec, local_shape
-from autopar.tracer.graph import ModelGraph, shape_of
 
 
 class _ScaleGrad(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar.errors import EngineError
-from autopar.sharding.spec import ShardingSpec, local_range
+from autopar.ir.spec import ShardingSpec, local_range
 
 
 def shard_of(

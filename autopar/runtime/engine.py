@@ -20,29 +20,30 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from autopar.constraints import refuse_outputs
+from autopar.cluster.cluster import ClusterInfo
+from autopar.cluster.local import as_cluster
+from autopar.comm import async_result as late
+from autopar.comm import world as environment
+from autopar.comm.offloaded_parameters import at_home, may_leave
 from autopar.errors import EngineError, MeshError
-from autopar.memory.plan import MemoryPlan, StepBudget
-from autopar.memory.program import Program
-from autopar.memory.transfers import large_parameters
-from autopar.optimizers import optimizer_state_ratio
-from autopar.pair import plan_pair
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
-from autopar.passes.lower import LoweredStep, lower
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
-from autopar.planner import prepare, trainable_inputs
-from autopar.profiler.cluster import ClusterInfo
-from autopar.profiler.local import as_cluster
-from autopar.runtime import environment, late
+from autopar.planner.constraints import refuse_outputs
+from autopar.planner.decisions import Pins
+from autopar.planner.joint import plan_pair
+from autopar.planner.optimizer_state import optimizer_state_ratio
+from autopar.planner.planner import prepare, trainable_inputs
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.distribute import check_optimizer, distribute, shards
-from autopar.runtime.parameters_on_host import at_home, may_leave
+from autopar.runtime.lower import LoweredStep, lower
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_on_shards import StepOnShards
-from autopar.sharding.sites import Pins
+from autopar.schedule.budget import MemoryPlan, StepBudget
+from autopar.schedule.program import Program
+from autopar.schedule.transfers import large_parameters
 from autopar.tracer import ColoTracer, Guard, ModelGraph
 
 log = logging.getLogger(__name__)

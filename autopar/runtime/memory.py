@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar.runtime import offload, parameters_on_host
+from autopar.comm import host_copies as offload
+from autopar.comm import offloaded_parameters as parameters_on_host
 
 
 def _local(t: torch.Tensor) -> torch.Tensor:

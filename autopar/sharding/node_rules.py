@@ -10,9 +10,9 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from autopar.ir.graph import bound_arguments, operands, shape_of
 from autopar.sharding.rule import OpRule, Strategy, named_strategy, strategies
 from autopar.sharding.rules import Call, bind
-from autopar.tracer.graph import bound_arguments, operands, shape_of
 
 _RULE = "autopar_rule"
 

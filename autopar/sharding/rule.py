@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, permutations, product
 from typing import Any
 
-from autopar.sharding.spec import ShardingSpec, fills_every_rank
+from autopar.ir.spec import ShardingSpec, fills_every_rank
 
 Shape = tuple[int, ...]
 Dims = tuple[str | None, ...]

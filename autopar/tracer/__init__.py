@@ -1,7 +1,7 @@
 """Capture of a model as one functional ATen graph."""
 
-from autopar.tracer.graph import ModelGraph, NodeInfo
-from autopar.tracer.guards import Guard
+from autopar.ir.graph import ModelGraph, NodeInfo
+from autopar.ir.guards import Guard
 from autopar.tracer.tracer import ColoTracer
 
 __all__ = ["ColoTracer", "Guard", "ModelGraph", "NodeInfo"]

@@ -30,8 +30,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.tracer.graph import mark_leaf
-from autopar.tracer.guards import Guard, Slice, apart, as_python, same_value
+from autopar.ir.graph import mark_leaf
+from autopar.ir.guards import Guard, Slice, apart, as_python, same_value
 from autopar.tracer.ranges import bounds
 from autopar.tracer.source import current_site, harmless_side, user_frame
 

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import track_tensor_tree
 from torch.utils import _pytree as pytree
 
+from autopar.ir.guards import apart, storage_of
 from autopar.tracer.blocks import Block, described
 from autopar.tracer.branches import current_tracer
-from autopar.tracer.guards import apart, storage_of
 from autopar.tracer.recording import (
     NotAlike,
     Part,

@@ -21,7 +21,7 @@ import torch
 import torch.fx as fx
 from torch._decomp import _should_decompose_because_unsafe_op
 
-from autopar.tracer.guards import storage_of
+from autopar.ir.guards import storage_of
 from autopar.tracer.inplace import (
     Written,
     buffer_results,

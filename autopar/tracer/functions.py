@@ -26,7 +26,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.tracer.guards import apart
+from autopar.ir.guards import apart
 from autopar.tracer.source import current_site
 
 _LIBRARY = torch.library.Library("autopar_functions", "FRAGMENT")

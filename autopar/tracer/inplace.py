@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 from torch.export.graph_signature import InputKind, OutputKind, OutputSpec, TensorArgument
 
-from autopar.tracer.guards import storage_of
+from autopar.ir.guards import storage_of
 
 aten = torch.ops.aten
 

@@ -24,9 +24,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.tracer.draws import draws
-from autopar.tracer.graph import ModelGraph, NodeInfo, is_marked_leaf
-from autopar.tracer.guards import Guard
+from autopar.ir.graph import ModelGraph, NodeInfo, is_marked_leaf
+from autopar.ir.guards import Guard
+from autopar.ir.randomness import draws
 from autopar.tracer.packed import pack
 from autopar.tracer.source import is_users
 from autopar.tracer.writes import take_out_writes

@@ -31,9 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
+from autopar.ir.guards import apart
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.functions import operator_for
-from autopar.tracer.guards import apart
 from autopar.tracer.source import current_site, user_frame
 
 _NUMPY = (

@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_slot
 from torch.utils import _pytree as pytree
 
+from autopar.ir.guards import storage_of
 from autopar.tracer.blocks import PLAIN, Attribute, Block
 from autopar.tracer.branches import current_tracer
-from autopar.tracer.guards import storage_of
 
 
 class NotAlike(Exception):

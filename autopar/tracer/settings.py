@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from autopar.tracer.guards import Guard
+from autopar.ir.guards import Guard
 
 
 def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:

@@ -34,15 +34,15 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.garbage import collection_paused
+from autopar.gc_utils import collection_paused
+from autopar.ir.graph import ModelGraph
+from autopar.ir.guards import Guard
+from autopar.ir.randomness import keep_draws
 from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.copies import Copies
-from autopar.tracer.draws import keep_draws
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
-from autopar.tracer.graph import ModelGraph
-from autopar.tracer.guards import Guard
 from autopar.tracer.normalize import detach_no_grad_regions, mend_users, model_graph
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
 from autopar.tracer.settings import apply_settings, masks_as_run, masks_can_be_skipped

@@ -16,7 +16,7 @@ import torch.fx as fx
 from torch.export.graph_signature import OutputKind, OutputSpec
 
 from autopar.errors import CaptureError
-from autopar.tracer.guards import Guard
+from autopar.ir.guards import Guard
 
 
 def take_out_writes(

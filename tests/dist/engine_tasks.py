@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError, InfeasibleError
-from autopar.profiler.cluster import Link
+from autopar.cluster.cluster import Link
 from autopar.runtime.memory import LiveBytes, training_state_bytes
-from autopar.runtime.parameters_on_host import Absent
+from autopar.comm.offloaded_parameters import Absent
 from tests.clusters import eager_to_shard
 from tests.models import CASES, MLP, Classifier, LanguageModel, words
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar import auto_engine
-from autopar.runtime.late import Late
+from autopar.comm.async_result import Late
 from tests.clusters import eager_to_shard
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from autopar import autoplan
-from autopar.planner import Planned, make_plan
+from autopar.planner.planner import Planned, make_plan
 from tests.clusters import eager_to_shard
 from tests.dist.training import errors_of_plans
 from tests.models import CASES

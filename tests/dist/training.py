@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from autopar import ShardingPlan, auto_engine
 from autopar.runtime import engine as engine_module
 from autopar.runtime.distribute import shard_of
-from autopar.sharding.spec import ShardingSpec
+from autopar.ir.spec import ShardingSpec
 from autopar.tracer import ColoTracer
 from tests.clusters import eager_to_shard
 from tests.models import CASES, OPTIMIZERS, reference

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from autopar import ClusterInfo, auto_engine
+from autopar.cluster.cluster import Link
+from autopar.cluster.local import as_cluster
+from autopar.comm import world as environment
+from autopar.comm.offloaded_parameters import Absent
 from autopar.errors import InfeasibleError
-from autopar.profiler.cluster import Link
-from autopar.profiler.local import as_cluster
-from autopar.runtime import environment
 from autopar.runtime.memory import LiveBytes
-from autopar.runtime.parameters_on_host import Absent
 from tests.models import CASES, OPTIMIZERS, Classifier, LanguageModel, words
 
 pytestmark = pytest.mark.gpu

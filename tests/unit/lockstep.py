@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autopar.runtime.groups import Group
+from autopar.comm.groups import Group
 
 
 class Lockstep:

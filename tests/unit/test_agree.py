@@ -3,9 +3,9 @@
 import pytest
 
 from autopar.errors import EngineError
-from autopar.memory.plan import StepBudget
-from autopar.memory.program import eager_schedule
 from autopar.runtime import agree
+from autopar.schedule.budget import StepBudget
+from autopar.schedule.program import eager_schedule
 from tests.unit.test_memory_schedule import chain
 
 

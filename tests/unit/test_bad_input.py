@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-import autopar.planner
+import autopar.planner.planner
 from autopar import ClusterInfo, ShardingPlan, autoplan
+from autopar.cluster.cluster import DEVICES
 from autopar.errors import InfeasibleError, MeshError
-from autopar.estimate import estimate_memory, estimate_time
-from autopar.experts import expert_plans
-from autopar.profiler.cluster import DEVICES
+from autopar.plan import Baseline, FrontPoint, TriedMesh
+from autopar.planner.baselines import expert_plans
+from autopar.planner.estimate import estimate_memory, estimate_time
+from autopar.report.text import render
 from tests.clusters import eager_to_shard
 from tests.unit.test_constraints import BATCH, Net
 
@@ -99,7 +101,7 @@ def slow_search(monkeypatch):
         time.sleep(time_limit)
         raise InfeasibleError("out of time", budget_bytes=1.0, smallest_bytes=2.0)
 
-    monkeypatch.setattr(autopar.planner, "search", search)
+    monkeypatch.setattr(autopar.planner.planner, "search", search)
 
 
 def big() -> nn.Module:
@@ -123,7 +125,7 @@ def test_out_of_time_an_expert_plan_stands_in_and_says_so(slow_search):
     method = f"{best.name}, written by hand: 0.01 s were too short to find a plan"
     assert found.plan.solver.method == method
     assert method in lines
-    assert method in " ".join(found.plan.report().split())
+    assert method in " ".join(render(found.plan).split())
     assert found.plan.time == estimate_time(found.space, found.choices)
     assert found.plan.memory.total_bytes <= 30 * 2**20
     assert found.plan.memory == estimate_memory(found.space, found.choices)
@@ -157,8 +159,6 @@ def test_saved_plans_reload_bit_identically(tmp_path):
         Net(), (), BATCH, cluster=eager_to_shard("2x2"), memory=1e6 / 3,
         constraints={"blocks.*.up.weight": "RS1 | S0R regather"},
     )  # fmt: skip
-    from autopar.plan import Baseline, FrontPoint, TriedMesh
-
     plan = replace(
         found.plan,
         baselines=tuple(
@@ -173,4 +173,4 @@ def test_saved_plans_reload_bit_identically(tmp_path):
     assert again == plan
     again.save(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert again.report() == plan.report()
+    assert render(again) == render(plan)

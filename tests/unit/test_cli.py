@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from autopar.cli import app
+from autopar.cli.app import app
 from autopar.plan import ShardingPlan
+from autopar.report.text import render
 
 MLP = str(Path(__file__).parents[2] / "examples" / "mlp.py")
 
@@ -46,11 +47,11 @@ def test_plan_prints_a_report_and_writes_files(tmp_path):
     assert found.mesh == (2, 2)
     assert found.cluster["device"]["name"] == "A100-80G"
     assert [b.name for b in found.baselines][:2] == ["DDP", "FSDP (ZeRO-3)"]
-    assert result.stdout == found.report()
+    assert result.stdout == render(found)
     assert "blocks." in page.read_text()
     assert "solve ..." in result.stderr
     again = tmp_path / "again.html"
-    assert run("report", str(plan), "--html", str(again)).stdout == found.report()
+    assert run("report", str(plan), "--html", str(again)).stdout == render(found)
     assert len(again.read_text()) == len(page.read_text())
 
 
@@ -119,7 +120,7 @@ def test_front_and_mesh_search(tmp_path, tiny):
     assert {m.mesh for m in found.meshes} == {(4,), (2, 2)}
     assert found.mesh in {(4,), (2, 2)}
     assert len(found.front) > 2
-    assert result.stdout == found.report()
+    assert result.stdout == render(found)
     assert "Time and memory" in result.stdout and "Meshes" in result.stdout
     assert "Time against memory" in page.read_text()
     for line in ("mesh 4 (1 of 2) ...", "mesh 2x2 (2 of 2) ...", "without limit (1 of 12) ..."):

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar import autoplan
-from autopar.constraints import allowed, load_constraints
 from autopar.errors import ConflictError, ConstraintError, InfeasibleError
-from autopar.names import Names, matcher
-from autopar.planner import Planned
+from autopar.ir.spec import ShardingSpec
+from autopar.planner.constraints import allowed, load_constraints
+from autopar.planner.decisions import Pins
+from autopar.planner.names import Names, matcher
+from autopar.planner.planner import Planned
 from autopar.runtime.engine import auto_engine
-from autopar.sharding.sites import Pins
-from autopar.sharding.spec import ShardingSpec
 from tests.clusters import eager_to_shard
 
 

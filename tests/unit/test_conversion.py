@@ -16,12 +16,12 @@ import torch
 import torch.fx as fx
 
 from autopar import ClusterInfo
+from autopar.cluster.cluster import Link
+from autopar.ir.spec import ShardingSpec, chunk, fills_every_rank, local_shape
 from autopar.passes.apply_sharding import _Rank, _Rewriter
-from autopar.profiler.cluster import Link
 from autopar.runtime.distribute import shard_of
-from autopar.sharding.conversion import LayoutConverter, Step
-from autopar.sharding.conversion_graph import KINDS
-from autopar.sharding.spec import ShardingSpec, chunk, fills_every_rank, local_shape
+from autopar.sharding.conversion.converter import LayoutConverter, Step
+from autopar.sharding.conversion.graph import KINDS
 from tests.unit.lockstep import Lockstep
 
 parse = ShardingSpec.parse

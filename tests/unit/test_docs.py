@@ -30,7 +30,7 @@ import typer
 from typer.testing import CliRunner
 
 from autopar import ClusterInfo, auto_engine
-from autopar.cli import app
+from autopar.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autopar.experts import ExpertPlan, expert_plans
-from autopar.planner import Planned, autoplan
-from autopar.profiler.cluster import ClusterInfo
-from autopar.sharding.spec import ShardingSpec
+from autopar.cluster.cluster import ClusterInfo
+from autopar.ir.spec import ShardingSpec
+from autopar.planner.baselines import ExpertPlan, expert_plans
+from autopar.planner.planner import Planned, autoplan
 
 
 class Block(nn.Module):
@@ -112,7 +112,7 @@ def test_data_parallelism_stores_and_uses_whole_weights():
 
 def ddp_alone(found: Planned) -> ExpertPlan:
     """The same model on one device, as the only plan there is."""
-    from autopar.estimate import estimate_memory, estimate_time
+    from autopar.planner.estimate import estimate_memory, estimate_time
 
     first = tuple(0 for _ in found.space.sites)  # full replication comes first
     time = estimate_time(found.space, first)

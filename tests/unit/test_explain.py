@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar import ShardingPlan, autoplan
-from autopar.diff import Change, _meet, diff, difference_tables
 from autopar.errors import ConstraintError, PlanError
-from autopar.estimate import estimate_memory, estimate_time
-from autopar.explain import explain, explanation_table
-from autopar.planner import Planned, choices_of
+from autopar.planner.diff import Change, _meet, diff
+from autopar.planner.estimate import estimate_memory, estimate_time
+from autopar.planner.explain import explain
+from autopar.planner.planner import Planned, choices_of
+from autopar.report.comparison import difference_tables, explanation_table
 from tests.clusters import eager_to_shard
 from tests.unit.test_constraints import BATCH, Net
 
@@ -206,7 +207,7 @@ def test_patterns_meet(one, other, both):
 
 
 def test_random_plans_differ_where_their_choices_do(net):
-    from autopar.planner import make_plan
+    from autopar.planner.planner import make_plan
 
     rng = np.random.default_rng(0)
     a, b = (make_plan(net.space, net.space.random_choices(rng), "Net") for _ in range(2))

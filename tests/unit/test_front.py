@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-import autopar.front
+import autopar.planner.pareto
 from autopar import ShardingPlan, autoplan
 from autopar.errors import InfeasibleError
-from autopar.estimate import estimate_memory, estimate_time
-from autopar.front import POINTS, Front, front, with_budget
-from autopar.planner import Planned
-from autopar.search import search
+from autopar.planner.estimate import estimate_memory, estimate_time
+from autopar.planner.pareto import POINTS, Front, front, with_budget
+from autopar.planner.planner import Planned
+from autopar.planner.search import search
+from autopar.report.text import render
 from tests.clusters import eager_to_shard
 from tests.unit.test_constraints import BATCH, Net
 
@@ -72,7 +73,7 @@ def test_monotone_whatever_the_search_returns(net, monkeypatch):
             return found
         return SimpleNamespace(choices=lean, bound_us=0.0) if lean else found
 
-    monkeypatch.setattr(autopar.front, "search", lazy)
+    monkeypatch.setattr(autopar.planner.pareto, "search", lazy)
     steps = [p.step_us for p in front(net.space, points=6).points]
     assert steps == sorted(steps)
 
@@ -88,7 +89,7 @@ def test_reports_show_the_front(net, whole, tmp_path):
     from autopar.report.html import render_html
 
     plan = replace(net.plan, front=whole.points)
-    text, page = plan.report(), render_html(plan)
+    text, page = render(plan), render_html(plan)
     assert "Time and memory" in text
     assert "none" in text.partition("Time and memory")[2]
     assert "Time against memory" in page

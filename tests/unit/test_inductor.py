@@ -11,9 +11,9 @@ from torch import nn
 from torch._inductor import config
 
 from autopar import ClusterInfo, auto_engine
+from autopar.cluster.cluster import Link
+from autopar.comm import world as environment
 from autopar.errors import InfeasibleError
-from autopar.profiler.cluster import Link
-from autopar.runtime import environment
 
 
 class Blocks(nn.Module):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from autopar.comm import async_result as late
+from autopar.comm.async_result import Late, finish_all
 from autopar.errors import EngineError
-from autopar.runtime import late
-from autopar.runtime.late import Late, finish_all
 
 VALUE = 2.25
 

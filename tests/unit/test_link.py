@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from autopar.profiler.cluster import ClusterInfo
-from autopar.profiler.curve import Curve
-from autopar.profiler.link import MEMBER_BYTES, PASSES, Link
-from autopar.sharding.conversion import LayoutConverter
-from autopar.sharding.spec import ShardingSpec
+from autopar.cluster.cluster import ClusterInfo
+from autopar.cluster.curve import Curve
+from autopar.cluster.link import MEMBER_BYTES, PASSES, Link
+from autopar.ir.spec import ShardingSpec
+from autopar.sharding.conversion.converter import LayoutConverter
 
 LINK = Link(1e-5, 1e-9)
 MEASURED = Link(1e-5, 1e-9, curves={"all_gather": Curve.of([[1e3, 1e7], [1e6, 1e8]])})

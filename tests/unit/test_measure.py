@@ -10,19 +10,20 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from autopar.cli import app
+from autopar.cli.app import app
+from autopar.cluster.cluster import ClusterInfo, Device, Link, device
+from autopar.cluster.curve import Curve
 from autopar.errors import EngineError, MeshError
+from autopar.ir.spec import ShardingSpec
 from autopar.plan import ShardingPlan
 from autopar.profiler.clock import seconds_of
-from autopar.profiler.cluster import ClusterInfo, Device, Link, device
 from autopar.profiler.counting import Work
-from autopar.profiler.curve import Curve
 from autopar.profiler.measure import QUICK, measure_device
 from autopar.profiler.measure_links import Measurement, fit_link, measure_cluster, run_local
+from autopar.profiler.model import profile_model
 from autopar.profiler.profile import profile_graph
 from autopar.profiler.time_model import Kernel, kernels_of, node_us
-from autopar.sharding.conversion import LayoutConverter
-from autopar.sharding.spec import ShardingSpec
+from autopar.sharding.conversion.converter import LayoutConverter
 from autopar.tracer import ColoTracer
 
 CPU = ClusterInfo.of("1", "cpu").device
@@ -342,7 +343,7 @@ def test_no_cuda_device(monkeypatch):
 def test_the_backward_of_a_grouped_convolution_costs_two_forwards():
     model = torch.nn.Conv2d(64, 64, 3, padding=1, groups=64)
     graph = ColoTracer().trace(model, (torch.zeros(2, 64, 16, 16),))
-    profile = graph.profile().nodes
+    profile = profile_model(graph, graph.parameters).nodes
     (node,) = profile
     forward, backward = kernels_of(node, profile[node], device("A100-80G"))
     assert sum(k.work.flops for k in backward) <= 2 * sum(k.work.flops for k in forward)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from autopar import ClusterInfo, auto_engine
+from autopar.cluster.cluster import Link
+from autopar.comm import world as environment
 from autopar.errors import InfeasibleError
-from autopar.memory.measure import LiveTrace
-from autopar.pair import Pair, plan_pair
-from autopar.planner import prepare
-from autopar.profiler.cluster import Link
-from autopar.runtime import environment
+from autopar.planner.joint import Pair, plan_pair
+from autopar.planner.planner import prepare
+from autopar.runtime.live_trace import LiveTrace
 from autopar.runtime.memory import training_state_bytes
 from tests.models import CASES, OPTIMIZERS, LanguageModel
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from autopar import ClusterInfo
-from autopar.memory.front import Front
-from autopar.memory.offload import host_bytes, waited_us
-from autopar.memory.order import in_order
-from autopar.memory.program import SIDE, Program, Resource, Schedule, eager_schedule
-from autopar.memory.simulate import check, peak_bytes, timeline
-from autopar.passes.lower import lower
-from autopar.profiler.cluster import Link
+from autopar.cluster.cluster import Link
+from autopar.runtime.lower import lower
+from autopar.schedule.offload import host_bytes, waited_us
+from autopar.schedule.order import in_order
+from autopar.schedule.pareto import Front
+from autopar.schedule.program import SIDE, Program, Resource, Schedule, eager_schedule
+from autopar.schedule.simulate import check, peak_bytes, timeline
 from tests.unit.test_memory_schedule import step_of
 
 # copies take next to nothing, so that moving a value costs less than computing it again

@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autopar.memory.build import schedule_of
-from autopar.memory.front import Front, undominated
-from autopar.memory.program import Program, eager_schedule
-from autopar.memory.simulate import lives, peak_bytes
+from autopar.schedule.build import schedule_of
+from autopar.schedule.pareto import Front, undominated
+from autopar.schedule.program import Program, eager_schedule
+from autopar.schedule.simulate import lives, peak_bytes
 from tests.models import CASES
 from tests.unit.test_memory_schedule import Step, step_of
 

@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from autopar.memory.build import schedule_of
-from autopar.memory.order import in_order
-from autopar.memory.plan import plan_memory
-from autopar.memory.prefetch import prefetched, step_us
-from autopar.memory.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
-from autopar.memory.simulate import check, peak_bytes, timeline
-from autopar.memory.splits import _SPLITS, halves_of
-from autopar.runtime.groups import ProcessGroup
-from autopar.sharding.spec import chunk
+from autopar.comm.groups import ProcessGroup
+from autopar.ir.spec import chunk
+from autopar.schedule.budget import plan_memory
+from autopar.schedule.build import schedule_of
+from autopar.schedule.order import in_order
+from autopar.schedule.prefetch import prefetched, step_us
+from autopar.schedule.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
+from autopar.schedule.simulate import check, peak_bytes, timeline
+from autopar.schedule.splits import _SPLITS, halves_of
 from tests.unit.lockstep import Lockstep
 
 GATHER, REDUCE = "autopar.all_gather.default", "autopar.reduce_scatter.default"

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from autopar import ClusterInfo, autoplan
+from autopar.comm.groups import planning_groups
 from autopar.errors import InfeasibleError
-from autopar.memory.build import schedule_of
-from autopar.memory.front import Front
-from autopar.memory.measure import LiveTrace
-from autopar.memory.order import in_order, ordered_backward
-from autopar.memory.plan import plan_memory
-from autopar.memory.program import Op, Program, Schedule, eager_schedule
-from autopar.memory.simulate import check, lives, peak_bytes, timeline
-from autopar.memory.stages import linearize
 from autopar.passes.apply_sharding import apply_sharding
-from autopar.passes.lower import LoweredStep, lower
-from autopar.runtime.groups import planning_groups
+from autopar.runtime.live_trace import LiveTrace
+from autopar.runtime.lower import LoweredStep, lower
+from autopar.schedule.budget import plan_memory
+from autopar.schedule.build import schedule_of
+from autopar.schedule.order import in_order, ordered_backward
+from autopar.schedule.pareto import Front
+from autopar.schedule.program import Op, Program, Schedule, eager_schedule
+from autopar.schedule.simulate import check, lives, peak_bytes, timeline
+from autopar.schedule.stages import linearize
 from tests.models import CASES, LanguageModel
 
 SEED = 1234

@@ -3,8 +3,8 @@
 import itertools
 import json
 
-from autopar.memory.program import SIDE, Op, Program, Resource, Schedule
-from autopar.memory.simulate import timeline
+from autopar.schedule.program import SIDE, Op, Program, Resource, Schedule
+from autopar.schedule.simulate import timeline
 
 COMPUTE, COMMUNICATION, HOST = Resource
 

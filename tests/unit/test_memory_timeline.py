@@ -7,17 +7,17 @@ from dataclasses import asdict, replace
 import pytest
 
 from autopar import ClusterInfo, autoplan
-from autopar.memory.build import schedule_of
-from autopar.memory.chart import live_figure, modules_figure, step_html
-from autopar.memory.plan import describe
-from autopar.memory.program import eager_schedule
-from autopar.memory.simulate import live_bytes, timeline
-from autopar.memory.summary import StepSummary
-from autopar.memory.timeline import Timeline, block_of
-from autopar.passes.local_step import local_step
-from autopar.planner import trainable_inputs
-from autopar.profiler.cluster import Link
-from autopar.profiler.curve import Curve
+from autopar.cluster.cluster import Link
+from autopar.cluster.curve import Curve
+from autopar.plan_step import StepSummary
+from autopar.planner.planner import trainable_inputs
+from autopar.report.step_chart import live_figure, modules_figure, step_html
+from autopar.runtime.local_step import local_step
+from autopar.schedule.budget import describe
+from autopar.schedule.build import schedule_of
+from autopar.schedule.program import eager_schedule
+from autopar.schedule.simulate import live_bytes, timeline
+from autopar.schedule.timeline import Timeline, block_of
 from tests.models import CASES
 from tests.unit.test_memory_schedule import chain, step_of
 

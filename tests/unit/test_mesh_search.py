@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from autopar import ClusterInfo, ShardingPlan, autoplan
+from autopar.cluster.cluster import INFINIBAND, NVLINK
 from autopar.errors import ConstraintError, InfeasibleError, MeshError
-from autopar.mesh_search import meshes, search_meshes
-from autopar.profiler.cluster import INFINIBAND, NVLINK
+from autopar.planner.mesh_search import meshes, search_meshes
 
 
 def model() -> nn.Module:

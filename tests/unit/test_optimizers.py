@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from autopar.cli import OPTIMIZERS as NAMES
-from autopar.optimizers import OPTIMIZERS, named_state_ratio
+from autopar.cli.app import OPTIMIZERS as NAMES
+from autopar.planner.optimizer_state import OPTIMIZERS, named_state_ratio
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.fx as fx
 
-from autopar.passes.lower import lower
-from autopar.passes.overwrite import storages
+from autopar.ir.aliasing import storages
+from autopar.runtime.lower import lower
 from tests.unit.test_memory_schedule import Step, step_of
 
 

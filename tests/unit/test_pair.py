@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from autopar import ClusterInfo, ShardingPlan
+from autopar.cluster.cluster import Link
 from autopar.errors import InfeasibleError
-from autopar.estimate import estimate_memory
-from autopar.front import with_budget
-from autopar.memory.simulate import peak_bytes
-from autopar.pair import plan_pair
-from autopar.planner import Laid, prepare
-from autopar.profiler.cluster import Link
+from autopar.planner.estimate import estimate_memory
+from autopar.planner.joint import plan_pair
+from autopar.planner.pareto import with_budget
+from autopar.planner.planner import Laid, prepare
 from autopar.report.html import render_html
+from autopar.report.text import render
+from autopar.schedule.simulate import peak_bytes
 from tests.models import CASES
 
 
@@ -64,6 +65,6 @@ def test_a_plan_with_its_step_is_json_and_a_page(laid):
     plan = plan_pair(within(laid, 2.0**40), always=True).planned.plan
     assert ShardingPlan.from_json(plan.to_json()) == replace(plan, mesh=plan.mesh)
     assert json.loads(plan.to_json())["plan"]["step"]["added_us"] == 0
-    assert "From forward to backward" in plan.report()
+    assert "From forward to backward" in render(plan)
     page = render_html(plan)
     assert "Memory over the step" in page and "kept from the forward" in page

@@ -13,21 +13,21 @@ import pytest
 import torch
 
 from autopar import ClusterInfo, auto_engine
+from autopar.cluster.cluster import Link
+from autopar.comm import world as environment
+from autopar.comm.offloaded_parameters import Absent, may_leave
 from autopar.errors import InfeasibleError
-from autopar.memory.build import schedule_of
-from autopar.memory.offload import host_bytes, moved
-from autopar.memory.plan import MemoryPlan, StepBudget, describe, plan_memory
-from autopar.memory.program import Program, Schedule, eager_schedule
-from autopar.memory.refine import Refiner
-from autopar.memory.simulate import check, live_bytes, lives
-from autopar.memory.streams import run_times
-from autopar.pair import Pair, plan_pair
-from autopar.planner import prepare
-from autopar.profiler.cluster import Link
+from autopar.planner.joint import Pair, plan_pair
+from autopar.planner.planner import prepare
 from autopar.report.content import step_table
-from autopar.runtime import environment
 from autopar.runtime.memory import LiveBytes
-from autopar.runtime.parameters_on_host import Absent, may_leave
+from autopar.schedule.budget import MemoryPlan, StepBudget, describe, plan_memory
+from autopar.schedule.build import schedule_of
+from autopar.schedule.offload import host_bytes, moved
+from autopar.schedule.program import Program, Schedule, eager_schedule
+from autopar.schedule.refine import Refiner
+from autopar.schedule.simulate import check, live_bytes, lives
+from autopar.schedule.streams import run_times
 from tests.models import Classifier, words
 
 ALONE = ClusterInfo.of("1")

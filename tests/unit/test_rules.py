@@ -9,15 +9,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autopar.sharding.proof import check, record
-from autopar.sharding.proof.case import check_case
-from autopar.sharding.proof.draw import Draw, Sample
-from autopar.sharding.proof.missing import from_calls, look_at
-from autopar.sharding.proof.one_op import one_op
-from autopar.sharding.proof.propose import propose
-from autopar.sharding.proof.samples import draw_sample, find_op, has_sampler, table_ops
 from autopar.sharding.rule import OpRule, Row, strategies
 from autopar.sharding.rules import registry
+from autopar.testing.rules import check, record
+from autopar.testing.rules.case import check_case
+from autopar.testing.rules.draw import Draw, Sample
+from autopar.testing.rules.missing import from_calls, look_at
+from autopar.testing.rules.one_op import one_op
+from autopar.testing.rules.propose import propose
+from autopar.testing.rules.samples import draw_sample, find_op, has_sampler, table_ops
 
 CASES, CHUNKS, SEED = 1000, 8, 0
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from autopar import ClusterInfo, autoplan
-from autopar.sharding.runs import ends_apart, interleaved, places
+from autopar.planner.repeats import ends_apart, interleaved, places
 from autopar.solver import Edge, Problem, Row, solve
 from autopar.solver.reductions import Shared
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from autopar import autoplan
+from autopar.comm.groups import thread_groups
 from autopar.passes.apply_sharding import apply_sharding
-from autopar.passes.lower import lower
 from autopar.plan import ShardingPlan
-from autopar.planner import Planned, make_plan
+from autopar.planner.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
-from autopar.runtime.groups import thread_groups
+from autopar.runtime.lower import lower
 from tests.clusters import eager_to_shard
 from tests.models import CASES, OPTIMIZERS, reference
 

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from autopar import auto_engine
-from autopar.runtime import environment
+from autopar.comm import world as environment
 from tests.models import CASES
 
 ELEMENTWISE = ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"]

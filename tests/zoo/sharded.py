@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autopar import ColoTracer
+from autopar.comm.groups import forget_groups, thread_groups
+from autopar.ir.graph import ModelGraph
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
-from autopar.planner import autoplan, make_plan, trainable_inputs
+from autopar.planner.planner import autoplan, make_plan, trainable_inputs
+from autopar.planner.space import SearchSpace
 from autopar.runtime.distribute import shard_of
-from autopar.runtime.groups import forget_groups, thread_groups
-from autopar.sharding.space import SearchSpace
-from autopar.tracer.graph import ModelGraph
 from tests.clusters import eager_to_shard
 from tests.zoo import check
 from tests.zoo.examine import Outcome, first_line

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from autopar.runtime.random import keep_mask
+from autopar.comm.random import keep_mask
 from autopar.sharding.lowerings.shard import Shard
 
 

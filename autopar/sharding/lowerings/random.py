@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autopar.runtime.random import keep_mask
+from autopar.comm.random import keep_mask
 from autopar.sharding.lowerings.shard import Shard
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from autopar.runtime import collectives
+from autopar.comm import collectives
 
 Shard = Mapping[str, tuple[int, int, int, Sequence[str]]]
 

@@ -16,10 +16,10 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from autopar.runtime import collectives
-from autopar.runtime.groups import find_group
+from autopar.comm import collectives
+from autopar.comm.groups import find_group
+from autopar.ir.spec import local_range
 from autopar.sharding.lowerings.shard import Shard, share_of
-from autopar.sharding.spec import local_range
 
 
 @dataclass(frozen=True)

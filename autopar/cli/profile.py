@@ -1,0 +1,266 @@
+"""What `autopar profile` prints: work and memory by module, formulas, and the batch that fits."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils import _pytree as pytree
+
+from autopar.cli.model_file import Example
+from autopar.ir.repeats import pattern
+from autopar.planner.planner import trainable_inputs
+from autopar.profiler.model import ModelProfile, largest, profile_model, substitute
+from autopar.tracer import ColoTracer
+from autopar.units import bytes_text, count_text
+
+if TYPE_CHECKING:
+    from autopar.profiler.modules import ModuleRow
+    from autopar.profiler.tape import Count
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A model's profile and what surrounds it.
+
+    Args:
+        profile: formulas where sizes are dynamic, else numbers.
+        example: sizes of the example batch, by name.
+        state_bytes: parameters, buffers and optimizer state.
+        input_bytes: of the example batch.
+    """
+
+    profile: ModelProfile
+    example: Mapping[str, int]
+    state_bytes: int
+    input_bytes: int
+
+
+def profiled(example: Example, *, dynamic: bool, optimizer_state: float) -> Profiled:
+    """Trace and profile a model file's model.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        ValueError: the example's sizes coincide, so that formulas would mix them up.
+    """
+    model = example.model
+    graph = ColoTracer(dynamic=dynamic).trace(model, example.args, example.kwargs)
+    profile = profile_model(graph, trainable_inputs(graph, model), symbolic=dynamic)
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    inputs = [x for x in pytree.tree_leaves((example.args, example.kwargs)) if torch.is_tensor(x)]
+    return Profiled(
+        profile,
+        _sizes(graph) if dynamic else {},
+        held + int(optimizer_state * trainable),
+        sum(x.numel() * x.element_size() for x in inputs),
+    )
+
+
+def _sizes(graph: Any) -> dict[str, int]:
+    """The example's sizes by the names of the dynamic dims."""
+    found: dict[str, int] = {}
+    for name in filter(None, graph.inputs):
+        for size in graph.placeholders[name].meta["val"].shape:
+            if isinstance(size, torch.SymInt) and str(size.node.expr) in graph.symbols:
+                found.setdefault(graph.symbols[str(size.node.expr)], int(size.node.hint))
+    return found
+
+
+def batch_that_fits(found: Profiled, budget_bytes: float, sizes: Mapping[str, int]) -> int:
+    """The largest batch whose step, with parameters, optimizer state and inputs, fits a budget.
+
+    Args:
+        sizes: of the other dynamic dims; the example's where not given.
+    """
+    others = {k: n for k, n in (dict(found.example) | dict(sizes)).items() if k != "batch"}
+    per_sample = found.input_bytes / found.example["batch"]
+
+    def need(batch: int) -> float:
+        at = substitute(found.profile, others | {"batch": batch})
+        return at.peak_bytes + found.state_bytes + per_sample * batch
+
+    room = int(budget_bytes) - found.state_bytes
+    high = largest(found.profile, "batch", room, others) if room > 0 else 0
+    low = 0
+    while low < high:  # the inputs take their part as well
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if need(middle) <= budget_bytes else (low, middle - 1)
+    return low
+
+
+def show(
+    found: Profiled,
+    depth: int | None,
+    formulas: bool,
+    sizes: Mapping[str, int],
+    budget_bytes: float | None,
+    as_json: bool,
+) -> str:
+    """The command's output.
+
+    Raises:
+        ValueError: a size was given that the model does not have as a dynamic one.
+    """
+    for name in (*sizes, *(["batch"] if budget_bytes is not None else [])):
+        if name not in found.example:
+            raise ValueError(
+                f"the model's {name} is not a dynamic size; there are {sorted(found.example)}"
+            )
+    fits = None if budget_bytes is None else batch_that_fits(found, budget_bytes, sizes)
+    if as_json:
+        rows = as_rows(found, sizes)
+        if fits is not None:
+            rows["largest_batch"] = fits
+        return json.dumps(rows, indent=1) + "\n"
+    text = io.StringIO()
+    terminal = sys.stdout.isatty()
+    width = max(80, shutil.get_terminal_size().columns) if terminal else 120
+    console = Console(file=text, width=width, force_terminal=terminal, highlight=False)
+    print_profile(found, console, depth=depth, formulas=formulas, sizes=sizes)
+    if fits is not None:
+        others = {k: n for k, n in (dict(found.example) | dict(sizes)).items() if k != "batch"}
+        at = f" at {', '.join(f'{k} {n}' for k, n in others.items())}" if others else ""
+        console.print(f"fits        batch {fits} in {bytes_text(budget_bytes or 0)}{at}")
+    return text.getvalue()
+
+
+def print_profile(
+    found: Profiled,
+    console: Console,
+    *,
+    depth: int | None,
+    formulas: bool,
+    sizes: Mapping[str, int],
+) -> None:
+    """The table by module and the totals, at the example's sizes or those given."""
+    at = dict(found.example) | dict(sizes)
+    numbers = substitute(found.profile, at) if at else found.profile
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("module", no_wrap=True)
+    for column in ("copies", "parameters", "forward", "backward", "read + written", "saved"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for path, copies, row in _grouped(numbers.modules(), depth):
+        moved = sum(w.read_bytes + w.written_bytes for w in (row.forward, row.backward))
+        table.add_row(
+            path or "(model)",
+            str(copies) if copies > 1 else "",
+            count_text(row.parameters) if row.parameters else "",
+            _flops(row.forward.flops),
+            _flops(row.backward.flops),
+            bytes_text(moved),
+            bytes_text(row.saved_bytes) if row.saved_bytes else "",
+        )
+    console.print(table)
+    console.print()
+    if at:
+        console.print("at " + ", ".join(f"{k} {n}" for k, n in at.items()))
+    console.print(f"step        {_flops(numbers.flops)}, forward and backward")
+    console.print(f"saved       {bytes_text(numbers.saved_bytes)} for backward")
+    console.print(f"peak        {bytes_text(numbers.peak_bytes)} made during the step")
+    console.print(f"held        {bytes_text(found.state_bytes)} of parameters, buffers, optimizer")
+    if formulas:
+        _print_formulas(found, numbers, console, depth)
+
+
+def _print_formulas(
+    found: Profiled, numbers: ModelProfile, console: Console, depth: int | None
+) -> None:
+    console.print()
+    for path, copies, row in _grouped(found.profile.modules(), depth):
+        times = f" x {copies}" if copies > 1 else ""
+        console.print(f"[bold]{path or '(model)'}{times}[/bold]")
+        for what, count in (
+            ("forward FLOPs", row.forward.flops),
+            ("backward FLOPs", row.backward.flops),
+            ("saved bytes", row.saved_bytes),
+        ):
+            if count:
+                console.print(f"  {what:15} {_formula(count)}", soft_wrap=True)
+    live = numbers.timeline.live_bytes
+    moment = max(range(len(live)), key=lambda i: live[i])
+    change = numbers.timeline.changes[moment]
+    console.print(f"[bold]peak[/bold], at these sizes in the {change.phase} of {change.node}")
+    console.print(f"  {'bytes':15} {_formula(found.profile.timeline.live_bytes[moment])}")
+
+
+def _grouped(rows: list[ModuleRow], depth: int | None) -> list[tuple[str, int, ModuleRow]]:
+    """Copies of a block as one row, in the order of the first."""
+    groups: dict[str, list[ModuleRow]] = {}
+    for row in rows:
+        if (row.forward.kernels or row.parameters) and (depth is None or row.depth <= depth):
+            groups.setdefault(pattern(row.path), []).append(row)
+    # a list of blocks is what its blocks are
+    return [
+        (path, len(copies), _sum(copies))
+        for path, copies in groups.items()
+        if f"{path}.*" not in groups
+    ]
+
+
+def _sum(rows: list[ModuleRow]) -> ModuleRow:
+    first, *rest = rows
+    for row in rest:
+        first = type(first)(
+            first.path,
+            first.calls + row.calls,
+            first.forward + row.forward,
+            first.backward + row.backward,
+            first.saved_bytes + row.saved_bytes,
+            first.parameters + row.parameters,
+        )
+    return first
+
+
+def _flops(count: Count) -> str:
+    """`516 GFLOP`, three digits."""
+    if not count:
+        return ""
+    thousands = min(int(math.log10(float(count)) / 3), 5)
+    size = float(count) / 1000**thousands
+    return f"{size:.{max(0, 3 - len(str(int(size))))}f} {' KMGTP'[thousands].strip()}FLOP"
+
+
+def _formula(count: Count) -> str:
+    return str(sympy.expand(count)).replace("**", "^")
+
+
+def as_rows(found: Profiled, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The profile as plain data, for `--json`."""
+    at = dict(found.example) | dict(sizes)
+    numbers = substitute(found.profile, at) if at else found.profile
+    return {
+        "sizes": at,
+        "flops": numbers.flops,
+        "saved_bytes": numbers.saved_bytes,
+        "peak_bytes": numbers.peak_bytes,
+        "state_bytes": found.state_bytes,
+        "modules": [
+            {
+                "module": row.path,
+                "parameters": row.parameters,
+                "forward_flops": row.forward.flops,
+                "backward_flops": row.backward.flops,
+                "read_bytes": row.forward.read_bytes + row.backward.read_bytes,
+                "written_bytes": row.forward.written_bytes + row.backward.written_bytes,
+                "saved_bytes": row.saved_bytes,
+            }
+            for row in numbers.modules()
+        ],
+        "formulas": {
+            "flops": _formula(found.profile.flops),
+            "saved_bytes": _formula(found.profile.saved_bytes),
+        }
+        if found.profile.symbols
+        else {},
+    }

@@ -1,0 +1,1 @@
+"""Devices, links and meshes as numbers."""

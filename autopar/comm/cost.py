@@ -1,0 +1,49 @@
+"""Collectives in a joint graph: which nodes they are, and what they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.comm import async_collectives  # noqa: F401  (defines the operators)
+from autopar.comm.groups import axis_of, find_group
+from autopar.ir.aliasing import tensors_of
+
+
+def communicates(node: fx.Node) -> bool:
+    """Whether a node is one of autopar's collectives."""
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "autopar"
+        and any(a.name == "group" for a in target._schema.arguments)
+    )
+
+
+# Nobody waits for them where they stand (`autopar/passes/late.py`), but there is their call.
+STARTS = {torch.ops.autopar.start_all_reduce.default, torch.ops.autopar.all_reduce_late.default}
+
+
+def communication_us(node: fx.Node, operands: Any, results: Any, cluster: ClusterInfo) -> float:
+    """Time of a collective on the link of its group's axis.
+
+    Args:
+        operands, results: its tensors on this rank; the larger side is the unsplit one.
+    """
+    if node.target in STARTS:
+        return cluster.device.launch_us
+    name = next(
+        value
+        for value, argument in zip(node.args, node.target._schema.arguments, strict=False)  # type: ignore[union-attr]
+        if argument.name == "group"
+    )
+    axis = axis_of(str(name))
+    nbytes = max(
+        sum(t.numel() * t.element_size() for t in tensors_of(side)) for side in (operands, results)
+    )
+    kind = node.target._opname.removesuffix("_many")  # type: ignore[union-attr]
+    ranks = find_group(str(name)).size
+    return cluster.device.launch_us + float(cluster.links[axis].collective_us(kind, ranks, nbytes))

@@ -1,0 +1,1 @@
+"""The graph of a model, and the values that describe it."""

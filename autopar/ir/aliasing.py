@@ -1,0 +1,146 @@
+"""Which values of a graph share memory, and what may be overwritten, by operators' schemas."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+# What made it, and the number of the result; None where that is not known.
+Storage = tuple[fx.Node, Any] | None
+
+# Not pointwise, but row by row: a row is read to its end before it is written, and the second pass
+# over it reads an element before it writes that (SoftMaxKernel.cpp and SoftMax.cu in ATen/native;
+# tests/gpu holds the latter to it).
+_BY_ROWS = {
+    aten._log_softmax.default,
+    aten._log_softmax_backward_data.default,
+    aten._softmax.default,
+    aten._softmax_backward_data.default,
+}
+# In-place variants without a kernel of their own that are truly in place.
+_COMPOSITE = {"aten::add_.Scalar", "aten::sub_.Scalar", "aten::mul_.Scalar", "aten::div_.Scalar"}
+
+# Whose results are views although their schema does not say so.
+_SHOW_UNSAID = {
+    aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default,
+}  # fmt: skip
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors among the leaves of a value."""
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's result is a view of its operand, by its schema."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+@functools.cache
+def variant(target: Any, operand: int, device_type: str) -> tuple[Any, str | None] | None:
+    """How an operator writes over an operand: the overload, and the name of its result argument
+    (None where the operand is the first, which is overwritten as such).
+
+    Args:
+        operand: position among the arguments.
+    """
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    if len(target._schema.returns) != 1 or target._schema.is_mutable:
+        return None
+    by_rows = target in _BY_ROWS
+    if not by_rows and torch.Tag.pointwise not in target.tags:
+        return None
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
+    if operand == 0 and not by_rows:
+        packet = getattr(aten, f"{target._opname}_", None)
+        found = getattr(packet, target._overloadname, None) if packet is not None else None
+        if found is not None and _has_kernel(found, device_type):
+            return found, None
+    packet = target.overloadpacket
+    for name in packet.overloads():
+        other = getattr(packet, name)
+        rest = [a for a in other._schema.arguments if not a.is_out]
+        outs = [a for a in other._schema.arguments if a.is_out]
+        same = [(a.name, str(a.type)) for a in rest] == wanted
+        if same and len(outs) == 1 and _has_kernel(other, device_type):
+            return other, outs[0].name
+    return None
+
+
+def _has_kernel(op: torch._ops.OpOverload, device_type: str) -> bool:
+    """Of its own: those that are generated from the functional one make a copy."""
+    name = op.name()
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None:
+        return False
+    return name in _COMPOSITE or torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def overwritable(node: fx.Node) -> list[fx.Node]:
+    """Operands in whose place the result of a node fits: of its dtype, shape and strides, and
+    filling their storage."""
+    out = node.meta.get("val")
+    if not isinstance(out, torch.Tensor):
+        return []
+    found = []
+    for k, argument in enumerate(node.args):
+        if not isinstance(argument, fx.Node):
+            continue
+        value = argument.meta.get("val")
+        if (
+            isinstance(value, torch.Tensor)
+            and value.dtype == out.dtype
+            and value.shape == out.shape
+            and value.stride() == out.stride()
+            and value.numel() > 1
+            and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            and variant(node.target, k, out.device.type) is not None
+        ):
+            found.append(argument)
+    return found
+
+
+def storages(graph: fx.Graph) -> dict[fx.Node, Storage]:
+    """The storage that every node lies in, by the schemas of operators: a result is a view of an
+    argument, or has memory of its own."""
+    found: dict[fx.Node, Storage] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            found[node] = (node, 0)
+        elif node.target is operator.getitem:
+            of, number = node.args
+            found[node] = (of, number) if found[of] == (of, 0) else found[of]
+        elif not isinstance(node.target, torch._ops.OpOverload):
+            found[node] = None
+        elif shown := _shown(node):
+            found[node] = found[shown]
+        else:
+            found[node] = None if _is_composite(node.target) else (node, 0)
+    return found
+
+
+def _shown(node: fx.Node) -> fx.Node | None:
+    """The argument that the results of an operator are views of."""
+    target: Any = node.target
+    if target in _SHOW_UNSAID:
+        return node.args[0]  # type: ignore[return-value]
+    if not any(result.alias_info for result in target._schema.returns):
+        return None
+    declared = {a.name: a for a in target._schema.arguments}
+    given = dict(zip(declared, node.args, strict=False)) | node.kwargs
+    return next(value for name, value in given.items() if declared[name].alias_info)
+
+
+@functools.cache
+def _is_composite(target: torch._ops.OpOverload) -> bool:
+    """Made of other operators alone; such may return an argument itself (dropout)."""
+    has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, target.name())
+    return has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU")

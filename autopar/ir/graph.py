@@ -1,0 +1,251 @@
+"""`ModelGraph`: the captured model, a functional ATen graph with global shapes."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+from autopar.ir.guards import Guard
+from autopar.ir.randomness import draws
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """Where a node came from.
+
+    Args:
+        module: qualified name.
+        source: `file:line`.
+        leaf: the forward sets `requires_grad` on this value, so that eager PyTorch computes a
+            gradient for it; nothing in the graph does.
+    """
+
+    module: str
+    source: str
+    leaf: bool = False
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """One training graph of a model, as the author wrote it (linear, layer_norm, ...).
+
+    Placeholders come in the order parameters, buffers, inputs; outputs in the order mutated
+    buffers, results. Node `meta["val"]` holds fake tensors of global shape.
+
+    Args:
+        gm: the graph.
+        parameters: placeholder name to the parameter's qualified name (each tied weight once).
+        buffers: placeholder name to the buffer's qualified name.
+        inputs: placeholder names of the flattened inputs, in order; None where an input is not a
+            tensor and was specialized.
+        mutations: per mutated buffer the qualified name, in output order.
+        in_spec: pytree of (args, kwargs).
+        out_spec: pytree of the results.
+        constants: tensors that the model holds but that are neither parameter nor buffer.
+        aliases: qualified names of tied parameters to the name that stands for them.
+        guards: what was taken for granted about values.
+        updates: changes of parameters, by qualified name, that the forward makes before it uses
+            them (clamped weights): element by element, to be made in place before each run.
+    """
+
+    gm: fx.GraphModule
+    parameters: Mapping[str, str]
+    buffers: Mapping[str, str]
+    inputs: tuple[str | None, ...]
+    mutations: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
+    updates: Mapping[str, fx.GraphModule] = field(default_factory=dict)
+
+    @cached_property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return tuple(self.gm.graph.nodes)
+
+    @cached_property
+    def output(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @cached_property
+    def placeholders(self) -> dict[str, fx.Node]:
+        return {str(n.target): n for n in self.nodes if n.op == "placeholder"}
+
+    def compute_nodes(self) -> Iterator[fx.Node]:
+        """Operator calls, without the `getitem`s that take multi-output ops apart and the
+        arithmetic on symbolic sizes."""
+        for node in self.nodes:
+            if node.op != "call_function" or node.target is operator.getitem:
+                continue
+            if any(map(torch.is_tensor, pytree.tree_leaves(node.meta["val"]))):
+                yield node
+
+    @cached_property
+    def symbols(self) -> dict[str, str]:
+        """What the symbolic sizes of inputs are: "batch" for dim 0, "sequence" for dim 1, and
+        `<input>_<dim>` for those whose size differs from the first such dim's."""
+        found: dict[str, str] = {}
+        first: dict[str, int] = {}
+        for name in self.inputs:
+            if name is None:
+                continue
+            value = self.placeholders[name].meta["val"]
+            for role, size in zip(("batch", "sequence"), value.shape, strict=False):
+                if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
+                    hint = size.node.hint
+                    alike = first.setdefault(role, hint) == hint
+                    dim = ("batch", "sequence").index(role)
+                    found[str(size.node.expr)] = role if alike else f"{name}_{dim}"
+        return found
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether some operator draws random numbers."""
+        return any(draws(node) for node in self.nodes)
+
+    def info(self, node: fx.Node) -> NodeInfo:
+        return node.meta["autopar"]
+
+    def bind(self, model: torch.nn.Module) -> Callable[..., Any]:
+        """The captured program with a model's own tensors in it: called as the model is.
+
+        Parameters and buffers are those of `model` at each call; mutated buffers are updated.
+        """
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+            buffers = dict(model.named_buffers(remove_duplicate=False))
+            tensors |= buffers
+            with torch.no_grad():
+                for name, update in self.updates.items():
+                    tensors[name].copy_(update(tensors[name]))
+            # copies: backward may keep what is about to be overwritten
+            tensors |= {name: tensors[name].clone() for name in self.mutations}
+            state = [tensors[n] for n in (*self.parameters.values(), *self.buffers.values())]
+            state += self.constants.values()
+            leaves = pytree.tree_leaves((args, kwargs))
+            results = self.gm(*state, *leaves)
+            with torch.no_grad():
+                for name, value in zip(self.mutations, results, strict=False):
+                    buffers[name].copy_(value)
+            return pytree.tree_unflatten(results[len(self.mutations) :], self.out_spec)
+
+        return run
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of operators, wiring and shapes: equal graphs take each other's plans."""
+        digest = hashlib.sha256()
+        number = {node: i for i, node in enumerate(self.nodes)}
+        for node in self.nodes:
+            value = node.meta.get("val")
+            shapes = pytree.tree_map_only(
+                torch.Tensor, lambda t: (tuple(t.shape), str(t.dtype)), value
+            )
+            args = pytree.tree_map_only(fx.Node, number.__getitem__, (node.args, node.kwargs))
+            # planned on one device type, run on another
+            args = pytree.tree_map_only(torch.device, lambda d: None, args)
+            # a placeholder's name may depend on how the batch was passed, its role does not
+            what = "in" if node.op == "placeholder" else str(node.target)
+            digest.update(repr((node.op, what, shapes, args)).encode())
+        return digest.hexdigest()[:16]
+
+
+_LEAF = "autopar_leaf"
+
+
+def mark_leaf(node: fx.Node) -> None:
+    """Mark a node of a graph being captured as one whose value was made to require grad.
+
+    "custom" metadata is what export carries over to the nodes that come to stand for this one.
+    """
+    node.meta.setdefault("custom", {})[_LEAF] = node.name
+
+
+def is_marked_leaf(node: fx.Node) -> bool:
+    """Whether it is the marked value: the last, where several nodes stand for the marked one."""
+
+    def mark(n: fx.Node) -> Any:
+        return n.meta.get("custom", {}).get(_LEAF)
+
+    return mark(node) is not None and all(mark(user) != mark(node) for user in node.users)
+
+
+def producer(node: fx.Node) -> tuple[fx.Node, int]:
+    """The operator call or placeholder behind a value, and which of its results it is."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(index, int)
+        return source, index
+    return node, 0
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Shape of a node's tensor value as plain integers."""
+    return tuple(int(n) for n in value.shape)
+
+
+def operands(node: fx.Node) -> list[fx.Node | None]:
+    """Tensor operands of an operator call in schema order; lists flattened, None where absent."""
+    return [value for _, value in _tensor_arguments(node)]
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments by schema name, as given (defaults left out)."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return dict(node.kwargs)
+    return dict(zip(_schema(node.target), node.args, strict=False)) | dict(node.kwargs)
+
+
+@cache
+def _schema(op: torch._ops.OpOverload) -> dict[str, bool]:
+    """Names of an operator's arguments, and whether they are tensors."""
+    return {a.name: "Tensor" in str(a.type) for a in op._schema.arguments}
+
+
+def _tensor_arguments(node: fx.Node) -> list[tuple[str, fx.Node | None]]:
+    assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
+    given = bound_arguments(node)
+    found: list[tuple[str, fx.Node | None]] = []
+    for name, is_tensor in _schema(node.target).items():
+        if not is_tensor:
+            continue
+        value = given.get(name)
+        items = value if isinstance(value, list | tuple) else [value]
+        for item in items:
+            if isinstance(item, fx.Node):
+                found.append((name, item))
+            elif item is None:
+                found.append((name, None))
+    return found
+
+
+def map_operands(node: fx.Node, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's args and kwargs with its tensor operands replaced, in the order of `operands`."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = _schema(node.target)
+    given = bound_arguments(node)
+    queue = iter(values)
+    replaced: dict[str, Any] = {}
+    for name, is_tensor in schema.items():
+        value = given.get(name)
+        if not is_tensor:
+            continue
+        if isinstance(value, list | tuple):
+            items = [next(queue) if i is None or isinstance(i, fx.Node) else i for i in value]
+            replaced[name] = items
+        elif value is None or isinstance(value, fx.Node):
+            replaced[name] = next(queue)
+    args = tuple(replaced.get(n, v) for n, v in zip(schema, node.args, strict=False))
+    kwargs = {n: replaced.get(n, v) for n, v in node.kwargs.items()}
+    return args, kwargs

@@ -1,0 +1,198 @@
+"""Guards: what a captured graph takes for granted about values, and how it is checked.
+
+A branch of the user's Python that depends on tensor values is captured one way only. Each such
+decision is a `Guard` of the graph: of kind
+
+* ``input``: computed from inputs and buffers alone. `holds` computes it again on another batch,
+  with the operators the model itself used; where it fails, the graph is not for that batch.
+* ``random``: decided by a random draw (layer drop). Captured the likelier way; the model no longer
+  draws.
+* ``check``: a check on activations that only raises, or mends infinities; captured as passing.
+* ``assumed``: decided by `ColoTracer(assume=...)`.
+* ``setting``: a library's setting that was changed for the capture, same mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.fx as fx
+
+from autopar.ir.randomness import draws
+
+Kind = Literal["input", "random", "check", "assumed", "setting"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One decision that the graph has taken over.
+
+    Args:
+        kind: see the module's text.
+        source: `file:line` in the user's code.
+        text: that line.
+        value: what the expression was captured as.
+        note: what this means for training, a sentence.
+        sources: of an ``input`` guard, what its program takes: ("input", position among the
+            flattened inputs) or ("buffer", qualified name).
+        program: of an ``input`` guard, computes the value.
+    """
+
+    kind: Kind
+    source: str
+    text: str
+    value: Any
+    note: str
+    sources: tuple[tuple[str, Any], ...] = ()
+    program: fx.GraphModule | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def code(self) -> str:
+        """The program's text."""
+        return "" if self.program is None else self.program.code
+
+    def holds(
+        self, leaves: Sequence[Any] | Mapping[int, Any], buffers: Mapping[str, torch.Tensor]
+    ) -> bool:
+        """Whether these inputs (flattened args and kwargs) take the captured branch too."""
+        if self.program is None:
+            return True
+        given = [leaves[k] if what == "input" else buffers[k] for what, k in self.sources]
+        with torch.no_grad():
+            return same_value(as_python(self.program(*given)), self.value)
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.text}\n  captured as {self.value}: {self.note}"
+
+
+def as_python(value: Any) -> Any:
+    """A one-element tensor as a number, others as they are."""
+    return value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Equality of numbers, tensors and tuples of them."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b.to(a.device)))
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    return bool(a == b) and type(a) is type(b)
+
+
+class Slice:
+    """The part of a graph being captured that one of its values is computed by.
+
+    Operators that write into the storage of a value it needs belong to it.
+
+    Args:
+        node: the value.
+        roles: what stands at the placeholders: ("input", i), ("buffer", name), ("parameter", name).
+    """
+
+    def __init__(self, node: fx.Node, roles: Mapping[fx.Node, tuple[str, Any]]) -> None:
+        self.node = node
+        self._nodes = _closure(node)
+        self.sources = {
+            n: roles.get(n, ("unknown", n.name)) for n in self._nodes if n.op == "placeholder"
+        }
+        self.kinds = {role for role, _ in self.sources.values()}
+
+    @property
+    def random(self) -> bool:
+        """Whether it draws random numbers."""
+        return any(map(draws, self._nodes))
+
+    def program(self, root: torch.nn.Module) -> fx.GraphModule:
+        """It, as a function of its sources (in order); `root` holds the graph's constants."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for n in self._nodes:
+            target, args, kwargs = _without_shape_operands(n)
+            args, kwargs = fx.map_arg((args, kwargs), copies.__getitem__)
+            if n.op == "placeholder":  # named anew, so that equal slices have equal texts
+                target = f"source_{len(copies)}"
+            copies[n] = graph.create_node(n.op, target, args, kwargs)
+        graph.output(copies[self.node])
+        return fx.GraphModule(root, graph)
+
+
+def _closure(node: fx.Node) -> list[fx.Node]:
+    """The nodes that `node` needs, in graph order."""
+    before = []
+    for n in node.graph.nodes:
+        before.append(n)
+        if n is node:
+            break
+    needed = {node}
+    while True:
+        size = len(needed)
+        storages = {s for n in needed for s in _storages(n)}
+        for n in reversed(before):
+            if n in needed or (_writes(n) & storages):
+                needed.add(n)
+                _, *given = _without_shape_operands(n)
+                fx.map_arg(given, needed.add)
+        if len(needed) == size:
+            return [n for n in before if n in needed]
+
+
+def _without_shape_operands(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Target, args and kwargs of a node that takes a tensor for its shape alone, with the shape."""
+    name = str(node.target).removeprefix("aten.").partition(".")[0]
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not all(type(n) is int for n in value.shape):
+        return node.target, node.args, node.kwargs
+    shape = list(value.shape)
+    kinds = {"dtype": value.dtype, "device": value.device}
+    if name == "expand_as":
+        return torch.ops.aten.expand.default, (node.args[0], shape), {}
+    if name in ("view_as", "reshape_as"):
+        return torch.ops.aten.reshape.default, (node.args[0], shape), {}
+    if name in ("zeros_like", "new_zeros"):
+        return torch.ops.aten.zeros.default, (shape,), kinds
+    if name in ("ones_like", "new_ones"):
+        return torch.ops.aten.ones.default, (shape,), kinds
+    if name in ("full_like", "new_full"):
+        fill = node.args[1 if name == "full_like" else 2]
+        return torch.ops.aten.full.default, (shape, fill), kinds
+    return node.target, node.args, node.kwargs
+
+
+def storage_of(node: fx.Node) -> int | None:
+    """What identifies the storage behind a node's value; None without one (as under vmap)."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not torch._C._has_storage(value):
+        return None
+    return value.untyped_storage()._cdata
+
+
+def _storages(node: fx.Node) -> set[int]:
+    storage = storage_of(node)
+    return set() if storage is None else {storage}
+
+
+def _writes(node: fx.Node) -> set[int]:
+    """Storages that an operator changes."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return set()
+    changed = set()
+    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+        if argument.is_write and isinstance(value, fx.Node):
+            changed |= _storages(value)
+    return changed
+
+
+def apart(function: Callable[[], T]) -> T:
+    """Run on a thread of its own: no tracing mode, grad mode or dispatcher of this one is on."""
+
+    def call() -> T:
+        with torch.no_grad():
+            return function()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(call).result()

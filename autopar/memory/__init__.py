@@ -1,1 +1,0 @@
-"""The memory scheduler: what a step keeps, what it computes again, and in which order it runs."""

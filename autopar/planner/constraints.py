@@ -1,0 +1,342 @@
+"""Constraints in the user's words: `{"transformer.h.*.mlp.c_fc.weight": "RS1", ...}`.
+
+Names are those of `autopar.planner.names`. A layout is a `ShardingSpec` as plans print it, or
+several with `|` between them; behind that of a parameter may stand `regather` (gathered again for
+backward, ZeRO-3) or `keep` (ZeRO-2). A constraint leaves a decision with the candidates of these layouts; the
+others get infinite time in the solver's problem, so that every plan found is one of the space.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from autopar.errors import ConflictError, ConstraintError, InfeasibleError
+from autopar.ir.graph import ModelGraph, shape_of
+from autopar.ir.spec import ShardingSpec, fills_every_rank
+from autopar.planner.decisions import Candidate, Pins, Site
+from autopar.planner.liveness import Moments
+from autopar.planner.memory_rows import SharedRows
+from autopar.planner.names import Names, output_names, suggestion
+from autopar.planner.space import SearchSpace
+from autopar.solver import Problem, solve
+from autopar.solver.reductions import Shared
+from autopar.units import format_bytes
+
+# Name or pattern to layouts.
+Constraints = Mapping[str, str]
+# Site to which of its candidates are allowed; the others have all of theirs.
+Allowed = Mapping[int, np.ndarray]
+
+_OUTPUTS = "outputs."
+_SHOWN = 24
+
+
+def load_constraints(path: str | Path) -> dict[str, str]:
+    """Read a YAML file: a mapping from names to layouts.
+
+    Raises:
+        ConstraintError: it is none.
+        OSError: it cannot be read.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        raise ConstraintError(
+            f"{path} is not YAML ({where}{getattr(error, 'problem', error)}); names that begin "
+            "with * or { need quotes"
+        ) from error
+    if not isinstance(data, Mapping):
+        raise ConstraintError(f"{path}: expected a mapping from names to layouts, as in 'w: S0R'")
+    for name, layout in data.items():
+        if not isinstance(name, str) or not isinstance(layout, str):
+            raise ConstraintError(
+                f"{path}: {name}: {layout!r} is not a layout in text, such as S0R or 'RR | S0R'"
+            )
+    return dict(data)
+
+
+# -- what is allowed ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One alternative of a constraint.
+
+    Args:
+        spec: None where none can be read from the text.
+        regather: of a parameter; None where it does not matter.
+        text: as given.
+        error: why there is no spec.
+    """
+
+    spec: ShardingSpec | None
+    regather: bool | None
+    text: str
+    error: str = ""
+
+    @staticmethod
+    def parse(text: str) -> _Layout:
+        words = text.split()
+        regather = {"regather": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
+        body = " ".join(words if regather is None else words[:-1])
+        try:
+            return _Layout(ShardingSpec.parse("" if body == "scalar" else body), regather, text)
+        except ValueError as error:
+            return _Layout(None, regather, text, str(error))
+
+    def allows(self, candidate: Candidate) -> bool:
+        if self.regather is not None and candidate.regather != self.regather:
+            return False
+        spec = candidate.outputs[0]
+        # who does not speak of gradients means the value alone
+        return self.spec == (spec if self.spec and self.spec.varying else spec.data())
+
+
+def _layouts(text: str) -> list[_Layout]:
+    return [_Layout.parse(part.strip()) for part in text.split("|")]
+
+
+def allowed(space: SearchSpace, constraints: Constraints) -> dict[int, np.ndarray]:
+    """Per constrained site which of its candidates are left.
+
+    Raises:
+        ConstraintError: a name that nothing has, or a layout that it cannot have.
+        ConflictError: two constraints leave a decision nothing.
+    """
+    if not constraints:
+        return {}
+    names = Names(space)
+    found: dict[int, np.ndarray] = {}
+    by: dict[int, list[str]] = {}
+    for name, text in constraints.items():
+        if name.startswith(_OUTPUTS):  # decided by pins
+            continue
+        for place, (site, mask) in _masks(space, name, _found(names, space, name), text).items():
+            found[site] = found[site] & mask if site in found else mask
+            by.setdefault(site, []).append(f"{name}: {text}")
+            if not found[site].any():
+                raise _conflict(
+                    f"{_list(by[site])} leave no layout for {place}; keep one of them", by[site]
+                )
+    return found
+
+
+def _found(names: Names, space: SearchSpace, name: str) -> dict[str, int]:
+    try:
+        return names.find(name)
+    except ConstraintError as error:
+        buffers = [b for b in space.graph.buffers.values() if b == name]
+        if buffers:
+            raise ConstraintError(
+                f"constraint {name!r}: it is a buffer, and buffers are replicated"
+            ) from error
+        raise ConstraintError(f"constraint {name!r}: {error}") from None
+
+
+def _masks(
+    space: SearchSpace, name: str, found: Mapping[str, int], text: str
+) -> dict[str, tuple[int, np.ndarray]]:
+    """Per place that a constraint names, the site and which of its candidates have one of the
+    layouts. Every place has to have one of them, and each of them some place."""
+    layouts = _layouts(text)
+    masks: dict[str, tuple[int, np.ndarray]] = {}
+    unused = dict(enumerate(layouts))
+    for place, i in found.items():
+        site = space.sites[i]
+        each = np.array([[k.allows(c) for c in site.candidates] for k in layouts])
+        if not each.any():
+            raise ConstraintError(_refusal(space, site, name, place, layouts[0]))
+        masks[place] = i, np.asarray(each.any(axis=0))
+        unused = {k: layout for k, layout in unused.items() if not each[k].any()}
+    for layout in unused.values():
+        place, i = next(iter(found.items()))
+        raise ConstraintError(_refusal(space, space.sites[i], name, place, layout))
+    return masks
+
+
+def _refusal(space: SearchSpace, site: Site, name: str, place: str, layout: _Layout) -> str:
+    kind = {"parameter": "parameter", "input": "input"}.get(site.kind, "result")
+    shape = list(shape_of(_value(site)))
+    mesh = "x".join(map(str, space.mesh))
+    legal = list(dict.fromkeys(str(c.outputs[0].data()) or "scalar" for c in site.candidates))
+    more = f", and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
+    if layout.spec is None:
+        why = f"is not a layout ({layout.error})"
+    elif layout.spec.ndim != len(shape):
+        why = f"has {layout.spec.ndim} dims, and {kind} {place} has {len(shape)}"
+    elif axes := [a for a in _axes(layout.spec) if a >= len(space.mesh)]:
+        why = f"splits over axis {axes[0]}, and mesh {mesh} has axes 0 to {len(space.mesh) - 1}"
+    else:
+        why = f"is not among the layouts of {kind} {place}"
+    return (
+        f"constraint {name!r}: {layout.text!r} {why}. {kind.capitalize()} {place} of shape {shape} "
+        f"on mesh {mesh} can have {', '.join(legal[:_SHOWN])}{more}"
+    )
+
+
+def _value(site: Site) -> object:
+    value = site.node.meta["val"]
+    return value[site.result] if isinstance(value, list | tuple) else value
+
+
+def _axes(spec: ShardingSpec) -> list[int]:
+    return [*(a for dim in spec.dims for a in dim), *spec.partial, *spec.varying]
+
+
+def output_pins(
+    graph: ModelGraph, mesh: Sequence[int], constraints: Constraints, pins: Pins | None
+) -> Pins | None:
+    """The pins, with the layouts in which results are wanted.
+
+    Raises:
+        ConstraintError: no such result, or it cannot have the layout.
+    """
+    wanted = {name: text for name, text in constraints.items() if name.startswith(_OUTPUTS)}
+    if not wanted:
+        return pins
+    if pins is not None and pins.outputs is not None:
+        raise ConstraintError(f"constraint {next(iter(wanted))!r}: results are decided elsewhere")
+    names = output_names(graph)
+    values = [v for v in graph.output.args[0][len(graph.mutations) :] if hasattr(v, "meta")]  # type: ignore[index, union-attr]
+    shapes = [shape_of(v.meta["val"]) for v in values]  # type: ignore[union-attr]
+    specs = [ShardingSpec.replicated(len(shape)) for shape in shapes]
+    for name, text in wanted.items():
+        if name not in names:
+            raise ConstraintError(
+                f"constraint {name!r}: the model gives {len(names)} tensors"
+                f"{suggestion(name, names)}"
+            )
+        i = names.index(name)
+        specs[i] = _output_spec(name, text, shapes[i], mesh)
+    return replace(pins or Pins(), outputs=tuple(specs))
+
+
+def _output_spec(name: str, text: str, shape: tuple[int, ...], mesh: Sequence[int]) -> ShardingSpec:
+    spec = _Layout.parse(text).spec
+    legal = (
+        spec is not None
+        and spec.ndim == len(shape)
+        and not spec.partial
+        and not spec.varying
+        and all(axis < len(mesh) for axis in _axes(spec))
+        and all(fills_every_rank(n, a, mesh) for n, a in zip(shape, spec.dims, strict=True))
+    )
+    if not legal:
+        raise ConstraintError(
+            f"constraint {name!r}: {text!r} is not a layout of a result of shape {list(shape)} on "
+            f"mesh {'x'.join(map(str, mesh))}: one R or S with axes per dim, so that no rank is "
+            "without elements; a result has one layout"
+        )
+    assert spec is not None
+    return spec
+
+
+def refuse_outputs(constraints: Constraints | None) -> None:
+    """Raises ConstraintError for constraints on results, whose layout the engine decides."""
+    for name in constraints or {}:
+        if name.startswith(_OUTPUTS):
+            raise ConstraintError(
+                f"constraint {name!r}: auto_engine gives results whole, or with batch='local' as "
+                "each rank's samples; constrain the module or operator that makes the value"
+            )
+
+
+# -- in the problem -----------------------------------------------------------------------------
+
+
+def restricted(
+    problem: Problem, classes: Sequence[int], only: Allowed
+) -> tuple[Problem, list[int]]:
+    """The problem with what is not allowed forbidden; copies that may do different things are
+    no longer of one class."""
+    if not only:
+        return problem, list(classes)
+    times = tuple(
+        np.where(only[v], t, np.inf) if v in only else t for v, t in enumerate(problem.time_us)
+    )
+    keys: dict[tuple[int, bytes], int] = {}
+    apart = [
+        keys.setdefault((c, only[v].tobytes() if v in only else b""), len(keys))
+        for v, c in enumerate(classes)
+    ]
+    return replace(problem, time_us=times), apart
+
+
+def conflict(
+    space: SearchSpace,
+    constraints: Constraints,
+    error: InfeasibleError,
+    *,
+    time_limit: float = 60.0,
+    progress: Callable[[str], None] | None = None,
+) -> InfeasibleError:
+    """The error for constraints with which nothing was found: it names those of them that are in
+    the way, found by leaving out one after the other as long as there is still no plan.
+
+    Args:
+        error: of the search with all of them.
+        time_limit: seconds per attempt.
+    """
+    left = {n: t for n, t in constraints.items() if not n.startswith(_OUTPUTS)}
+    say = progress or (lambda line: None)
+    if not left or not _feasible(space, {}, time_limit):
+        return error
+    for name in list(left):
+        say(f"is {name} in the way? ...")
+        fewer = {n: t for n, t in left.items() if n != name}
+        if not _feasible(space, allowed(space, fewer), time_limit):
+            left = fewer
+    named = [f"{name}: {text}" for name, text in left.items()]
+    if math.isfinite(error.smallest_bytes):
+        budget = format_bytes(error.budget_bytes)
+        needed = format_bytes(error.smallest_bytes)
+        remedy = f"relax one, or set the memory to at least {needed} ({error.smallest_bytes:.0f})"
+        within = f" within {budget} per device"
+    else:
+        remedy, within = "relax one", ""
+    together = "these constraints together" if len(named) > 1 else "this constraint"
+    message = f"no plan satisfies {together}{within}: {_list(named)}. Without "
+    message += "any one of them there is a plan" if len(named) > 1 else "it there is a plan"
+    return _conflict(f"{message}; {remedy}", named, error.budget_bytes, error.smallest_bytes)
+
+
+def _feasible(space: SearchSpace, only: Allowed, time_limit: float) -> bool:
+    """Whether some plan is within the budget, however slow."""
+    problem, classes = restricted(*space.problem(), only)
+    shared, moments = Shared(problem, classes), Moments(space, space.cluster.budget_bytes)
+    try:
+        solve(
+            shared.problem,
+            separate=SharedRows(moments, shared),
+            time_limit=time_limit,
+            enough_us=sys.float_info.max,
+            regions=0,
+        )
+    except InfeasibleError:
+        return False
+    return True
+
+
+def _conflict(
+    message: str,
+    named: Sequence[str],
+    budget_bytes: float = math.inf,
+    smallest_bytes: float = math.inf,
+) -> ConflictError:
+    error = ConflictError(message, budget_bytes=budget_bytes, smallest_bytes=smallest_bytes)
+    error.conflicting = tuple(named)
+    return error
+
+
+def _list(named: Sequence[str]) -> str:
+    quoted = [f"'{n}'" for n in named]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"

@@ -1,0 +1,108 @@
+"""The parts of a search space: decisions, their candidates, and the values between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch.fx as fx
+
+from autopar.ir.spec import ShardingSpec
+from autopar.sharding.rule import Strategy
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice of a site.
+
+    Args:
+        name: what the plan file holds.
+        outputs: layouts of the site's values.
+        inputs: layouts it needs of its operands.
+        strategy: of an operator call.
+        regather: a parameter gathered for forward is dropped and gathered again for backward
+            (ZeRO-3) instead of kept (ZeRO-2).
+    """
+
+    name: str
+    outputs: tuple[ShardingSpec, ...]
+    inputs: tuple[ShardingSpec | None, ...] = ()
+    strategy: Strategy | None = None
+    regather: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One decision.
+
+    Args:
+        kind: "parameter", "buffer", "input", "op", "fan" or "output".
+        node: the graph node; of a fan, the one whose value is shared.
+        result: of a fan, which result of the node.
+        candidates: at least one.
+        time_us, memory_bytes: per candidate.
+        parts: named shares of the costs, per candidate, for reports ("compute_us", ...).
+        repeats: sites with equal keys are copies in repeated blocks.
+    """
+
+    kind: str
+    node: fx.Node
+    candidates: tuple[Candidate, ...]
+    time_us: np.ndarray
+    memory_bytes: np.ndarray
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    result: int = 0
+    repeats: Any = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.node.name}#{self.result}" if self.kind == "fan" else self.node.name
+
+
+@dataclass(frozen=True)
+class Link:
+    """A value flowing from one site to another.
+
+    Args:
+        result: which output of the source.
+        operand: which input of the target.
+        shape, itemsize: of the global value.
+        grad: the value carries a gradient.
+        weight: the value is (a view of) a parameter.
+        saved: backward needs the value, so a copy made by a conversion stays alive.
+    """
+
+    source: int
+    target: int
+    result: int
+    operand: int
+    shape: tuple[int, ...]
+    itemsize: int
+    grad: bool
+    weight: bool
+    saved: bool
+
+
+@dataclass(frozen=True)
+class Pins:
+    """Layouts decided from outside: by qualified parameter name, and by position of inputs and
+    outputs (None: free)."""
+
+    parameters: Mapping[str, ShardingSpec] = field(default_factory=dict)
+    inputs: tuple[ShardingSpec | None, ...] | None = None
+    outputs: tuple[ShardingSpec, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What training needs besides the graph.
+
+    Args:
+        trainable: placeholder names of parameters that require grad.
+        state_bytes_per_param_byte: optimizer state per byte of parameter (Adam: 2).
+    """
+
+    trainable: frozenset[str]
+    state_bytes_per_param_byte: float = 2.0

@@ -1,0 +1,346 @@
+"""What a plan does, module by module, in the words people use.
+
+Along each mesh axis an operator splits at most one factor. What people call that depends on which
+of its tensors have the factor:
+
+    in the weight and in the result     column   (tensor parallel)
+    in the weight, summed over          row      (tensor parallel)
+    rows of a table, classes of a loss  vocabulary
+    first dim of the activations        data     (data parallel)
+    a middle dim of them                heads of attention, else sequence
+    last dim of them                    features
+
+and a parameter that is stored split but consumed whole is ZeRO's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch.fx as fx
+
+from autopar.ir.graph import operands, shape_of
+from autopar.plan import ModuleSummary
+from autopar.planner.decisions import Candidate, Site
+from autopar.planner.space import SearchSpace
+from autopar.sharding.node_rules import rule_of
+from autopar.sharding.rule import OpRule
+
+_PRODUCTS = (
+    "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "autopar.packed_",
+    "aten.conv",
+)  # fmt: skip
+_ATTENTION = "aten.scaled_dot_product_attention."
+_EMBEDDING = "aten.embedding."
+_LOSS = "aten.cross_entropy_loss."
+# The operators that a module is about; views and pointwise ops only speak for modules without any.
+_ANCHORS = (*_PRODUCTS, _ATTENTION, _EMBEDDING, _LOSS, "aten.mse_loss.", "norm")
+
+_PHRASES = {
+    "data": "data parallel on {}",
+    "vocabulary": "vocabulary split over {}",
+    "positions": "positions split over {}",
+    "heads": "heads split over {}",
+    "sequence": "sequence split over {}",
+    "features": "features split over {}",
+    "partial": "pending sums carried over {}",
+}
+_ZERO = {
+    True: "ZeRO-3 (gathered again for backward)",
+    False: "ZeRO-2 (gathered once, kept for backward)",
+}
+
+# Per mesh axis what was done along it, in the order of the operators that did.
+Roles = dict[int, tuple[str, ...]]
+
+
+@dataclass
+class _Module:
+    """What is known of one module while the sites are walked."""
+
+    roles: list[tuple[Roles, float, bool]] = field(default_factory=list)  # us, anchor
+    gathers: dict[int, bool] = field(default_factory=dict)  # axis to regather
+    kinds: list[str] = field(default_factory=list)
+    parameters: int = 0
+    time_us: float = 0.0
+    memory_bytes: float = 0.0
+
+
+def describe(space: SearchSpace, choices: Sequence[int]) -> tuple[ModuleSummary, ...]:
+    """Modules in the order of execution, copies in repeated blocks together.
+
+    A module that only holds others has an entry where they are tensor parallel as a pair. Times
+    and bytes are each module's own, so they add up to the plan's.
+    """
+    modules = _walk(space, choices)
+    roles = {name: _roles_of(module) for name, module in modules.items()}
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in modules if name)
+    pairs = {parent: pair for parent in parents if (pair := _pairs(parent, roles))}
+    entries: dict[str, tuple[str, _Module]] = {}
+    for name in modules:
+        for entry in (name.rpartition(".")[0], name):
+            if entry in pairs or entry == name:
+                module = modules.get(entry, _Module())
+                said = _together(pairs.get(entry, {}), roles.get(entry, {}))
+                entries.setdefault(entry, (_words(said, module.gathers), module))
+    return tuple(_grouped(entries))
+
+
+# -- gathering what was done --------------------------------------------------------------------
+
+
+def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
+    """Everything about each module, by qualified name, in the order of execution."""
+    chosen = [s.candidates[c] for s, c in zip(space.sites, choices, strict=True)]
+    owners = [_owner(space, site) for site in space.sites]
+    modules: dict[str, _Module] = {}
+    for site, owner in zip(space.sites, owners, strict=True):
+        if site.kind == "op":
+            modules.setdefault(owner, _Module())
+    for owner in owners:
+        modules.setdefault(owner, _Module())
+    weights: dict[int, list[int]] = defaultdict(list)
+    root = {i: i for i, site in enumerate(space.sites) if site.kind == "parameter"}
+    for link in space.links:
+        time_us, nbytes = space.conversion_costs(link, choices)
+        module = modules[owners[link.target]]
+        module.time_us += time_us
+        module.memory_bytes += nbytes
+        if link.weight:  # of a parameter, of a shared one, or of a view of one
+            weights[link.target].append(link.operand)
+            origin = root.setdefault(link.target, root[link.source])
+            before = chosen[link.source].outputs[link.result]
+            after = chosen[link.target].inputs[link.operand]
+            if after is not None:
+                gone = {a for d in before.dims for a in d} - {a for d in after.dims for a in d}
+                modules[owners[origin]].gathers |= dict.fromkeys(gone, chosen[origin].regather)
+    for i, (site, owner, c) in enumerate(zip(space.sites, owners, choices, strict=True)):
+        module = modules[owner]
+        module.time_us += float(site.time_us[c])
+        module.memory_bytes += float(site.memory_bytes[c])
+        if site.kind == "parameter":
+            module.parameters += site.node.meta["val"].numel()
+        if site.kind == "op":
+            name = str(site.node.target)
+            module.kinds.append(name)
+            roles = _op_roles(site, chosen[i], weights[i])
+            module.roles.append((roles, float(site.time_us[c]), _is_anchor(name)))
+    return modules
+
+
+def _owner(space: SearchSpace, site: Site) -> str:
+    """Qualified name of the module that a site belongs to."""
+    node = site.node
+    if node.op == "placeholder":
+        target = str(node.target)
+        held = space.graph.parameters.get(target) or space.graph.buffers.get(target, "")
+        return held.rpartition(".")[0]
+    return "" if node.op == "output" else space.graph.info(node).module
+
+
+def _is_anchor(name: str) -> bool:
+    return any(anchor in name for anchor in _ANCHORS)
+
+
+def _op_roles(site: Site, candidate: Candidate, weights: Sequence[int]) -> Roles:
+    """What an operator does along each axis."""
+    assert candidate.strategy is not None
+    rule, _ = rule_of(site.node)
+    found: Roles = {}
+    for factor, axes in candidate.strategy.splits.items():
+        role = _factor_role(site.node, rule, factor, weights)
+        found |= dict.fromkeys(axes, (role,))
+    for axis, choice in enumerate(candidate.strategy.name.split()):
+        if choice.startswith("~"):
+            found[axis] = ("partial",)
+    return found
+
+
+def _factor_role(node: fx.Node, rule: OpRule, factor: str, weights: Sequence[int]) -> str:
+    name = str(node.target)
+    if name.startswith(_LOSS):
+        return "vocabulary" if rule.factors[factor].complete else "data"
+    matrices = [dims for i in weights if (dims := rule.inputs[i]) is not None and len(dims) > 1]
+    for dims in matrices:
+        if factor in dims and name.startswith(_EMBEDDING):
+            return _table_role(node) if dims[0] == factor else "features"
+        if factor in dims and name.startswith(_PRODUCTS):
+            return "column" if any(factor in out for out in rule.outputs) else "row"
+    tensors = [*rule.outputs, *(dims for dims in rule.inputs if dims is not None)]
+    dims = next(dims for dims in tensors if factor in dims)
+    place = dims.index(factor)
+    if place == 0:
+        return "data"
+    if name.startswith(_ATTENTION):
+        return "sequence" if place == len(dims) - 2 else "heads"
+    return "sequence" if place == 1 and len(dims) == 3 else "features"
+
+
+def _table_role(node: fx.Node) -> str:
+    """What the rows of an embedding's table are: words, or positions, looked up once per batch."""
+    index = operands(node)[1]
+    assert index is not None
+    shape = shape_of(index.meta["val"])
+    return "positions" if len(shape) > 1 and shape[0] == 1 else "vocabulary"
+
+
+def _roles_of(module: _Module) -> Roles:
+    """Per axis the roles of the module's anchors, or the role that takes most of its time."""
+    anchors = [roles for roles, _, anchor in module.roles if anchor]
+    axes = sorted({axis for roles, _, _ in module.roles for axis in roles})
+    if anchors:
+        every = {a: [role for roles in anchors for role in roles.get(a, ())] for a in axes}
+        return {axis: tuple(dict.fromkeys(roles)) for axis, roles in every.items() if roles}
+    found: Roles = {}
+    for axis in axes:
+        spent: dict[tuple[str, ...], float] = defaultdict(float)
+        for roles, time_us, _ in module.roles:
+            spent[roles.get(axis, ())] += time_us
+        if most := max(spent, key=lambda role: spent[role]):
+            found[axis] = most
+    return found
+
+
+# -- saying it ----------------------------------------------------------------------------------
+
+
+def _words(roles: Roles, gathers: Mapping[int, bool]) -> str:
+    """`data parallel on axis 0, ZeRO-3 (gathered again for backward); tensor parallel on ...`"""
+    phrases = []
+    split: dict[str, list[int]] = defaultdict(list)
+    for axis, names in roles.items():
+        shapes = [n for n in names if n in ("column", "row")]
+        if shapes:
+            split[" then ".join(shapes)].append(axis)
+        for name in names:
+            if name not in shapes:
+                split[name].append(axis)
+    zero: dict[bool, list[int]] = defaultdict(list)
+    for axis, again in sorted(gathers.items()):
+        zero[again].append(axis)
+    for name, axes in split.items():
+        phrase = _PHRASES.get(name, "tensor parallel on {}, " + name).format(_axes(axes))
+        for again in [again for again, over in zero.items() if name == "data" and over == axes]:
+            phrase += f", {_ZERO[again]}"
+            del zero[again]
+        phrases.append(phrase)
+    phrases += [f"parameters sharded over {_axes(axes)}, {_ZERO[a]}" for a, axes in zero.items()]
+    return "; ".join(phrases) or "replicated"
+
+
+def _axes(axes: Sequence[int]) -> str:
+    return f"{'axis' if len(axes) == 1 else 'axes'} {' and '.join(map(str, axes))}"
+
+
+def _pairs(parent: str, roles: Mapping[str, Roles]) -> Roles:
+    """Axes along which the children of a module are tensor parallel as a pair."""
+    prefix = f"{parent}." if parent else ""
+    order: dict[int, list[str]] = defaultdict(list)
+    for name, found in roles.items():
+        if name.startswith(prefix) and name != parent and "." not in name[len(prefix) :]:
+            for axis, names in found.items():
+                order[axis] += [n for n in names if n in ("column", "row")]
+    unique = {axis: tuple(dict.fromkeys(names)) for axis, names in order.items()}
+    return {axis: names for axis, names in unique.items() if len(names) == 2}
+
+
+def _together(one: Roles, other: Roles) -> Roles:
+    return {axis: one.get(axis, ()) + other.get(axis, ()) for axis in {**one, **other}}
+
+
+# -- repeated blocks ----------------------------------------------------------------------------
+
+_INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
+
+
+def _grouped(entries: Mapping[str, tuple[str, _Module]]) -> Iterable[ModuleSummary]:
+    """Copies that do alike as one entry, named with `*` for all and `{0,2-5}` for some."""
+    alike: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
+    copies: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    for name, (words, module) in entries.items():
+        pattern = _INDEX.sub("*", name)
+        alike[pattern, words, tuple(module.kinds)].append(name)
+        copies[pattern].append(_indices(name))
+    for (pattern, words, _), names in alike.items():
+        for box in _boxes([_indices(name) for name in names]):
+            members = [
+                entries[name][1]
+                for name in names
+                if all(i in values for i, values in zip(_indices(name), box, strict=True))
+            ]
+            yield ModuleSummary(
+                _named(pattern, box, copies[pattern]),
+                words,
+                len(members),
+                sum(m.parameters for m in members),
+                sum(m.time_us for m in members),
+                sum(m.memory_bytes for m in members),
+            )
+
+
+def grouped_names(names: Sequence[str], every: Sequence[str]) -> list[tuple[str, int]]:
+    """Names as patterns, each with how many it stands for.
+
+    Args:
+        every: all names there are, so that `*` can stand for all copies.
+    """
+    alike: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    for name in names:
+        alike[_INDEX.sub("*", name)].append(_indices(name))
+    copies: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    for name in every:
+        copies[_INDEX.sub("*", name)].append(_indices(name))
+    return [
+        (_named(pattern, box, copies[pattern]), math.prod(map(len, box)))
+        for pattern, points in alike.items()
+        for box in _boxes(points)
+    ]
+
+
+def _indices(name: str) -> tuple[int, ...]:
+    return tuple(int(i) for i in _INDEX.findall(name))
+
+
+Box = tuple[frozenset[int], ...]
+
+
+def _boxes(points: Sequence[tuple[int, ...]]) -> list[Box]:
+    """Products of index sets that together are exactly the points."""
+    boxes: list[Box] = [tuple(frozenset((i,)) for i in point) for point in points]
+    for place in reversed(range(len(points[0]))):
+        merged: dict[Box, frozenset[int]] = {}
+        for box in boxes:
+            others = box[:place] + box[place + 1 :]
+            merged[others] = merged.get(others, frozenset()) | box[place]
+        boxes = [(*o[:place], values, *o[place:]) for o, values in merged.items()]
+    return boxes
+
+
+def _named(pattern: str, box: Box, copies: Sequence[tuple[int, ...]]) -> str:
+    parts = pattern.split("*")
+    name = parts[0]
+    for place, (values, part) in enumerate(zip(box, parts[1:], strict=True)):
+        others = {
+            point[place]
+            for point in copies
+            if all(point[p] in v for p, v in enumerate(box) if p != place)
+        }
+        every = len(values) > 1 and values == others
+        name += ("*" if every else indexed(values)) + part
+    return name
+
+
+def indexed(values: Iterable[int]) -> str:
+    """Indices of copies: `3`, or `{0,2-5}`."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    texts = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
+    return texts[0] if texts == [str(min(values))] else "{" + ",".join(texts) + "}"

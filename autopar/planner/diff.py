@@ -1,0 +1,188 @@
+"""What differs between two plans, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.plan import MEMORY_KINDS, TIME_KINDS, ModuleSummary, ShardingPlan
+from autopar.planner.describe import grouped_names, indexed
+from autopar.planner.names import copies_in
+from autopar.units import bytes_text, time_text
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that is not the same.
+
+    Args:
+        what: a name, or a pattern for several alike.
+        before, after: of the first and of the second plan.
+        count: how many things the pattern stands for.
+    """
+
+    what: str
+    before: str
+    after: str
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.before} -> {self.after}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two plans; empty where nothing does.
+
+    Args:
+        setting: what the plans were made for.
+        figures: time and memory, in words; kinds that are the same are left out.
+        parameters: how they are stored.
+        modules: what is done in them.
+        decisions: operators, inputs and shared values, by site.
+    """
+
+    setting: tuple[Change, ...]
+    figures: tuple[Change, ...]
+    parameters: tuple[Change, ...]
+    modules: tuple[Change, ...]
+    decisions: tuple[Change, ...]
+
+    @property
+    def choices(self) -> tuple[Change, ...]:
+        """What is decided differently: in modules, else in parameters, else anywhere."""
+        return self.modules or self.parameters or self.decisions
+
+    def __bool__(self) -> bool:
+        return any((self.setting, self.figures, self.parameters, self.modules, self.decisions))
+
+
+def diff(a: ShardingPlan, b: ShardingPlan) -> Difference:
+    """What changes from plan `a` to plan `b`."""
+    names = {k.partition("#")[0] for k in (*a.choices, *b.choices)}
+    stored = {f"p_{n.replace('.', '_')}" for n in (*a.parameters, *b.parameters)} & names
+    inner = [{k: _decision(p, k) for k in p.choices if k not in stored} for p in (a, b)]
+    return Difference(
+        tuple(_setting(a, b)),
+        tuple(_figures(a, b)),
+        _changes(_storage(a), _storage(b)),
+        tuple(_modules(a.modules, b.modules)),
+        _changes(inner[0], inner[1]),
+    )
+
+
+def _setting(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
+    pairs: dict[str, list[str]] = {}
+    for plan in (a, b):
+        cluster = ClusterInfo.from_dict(plan.cluster)
+        facts = {
+            "model": f"{plan.model} (graph {plan.fingerprint})",
+            "mesh": "x".join(map(str, plan.mesh)),
+            "device": cluster.device.name,
+            "links": ", ".join(f"{1e-9 / k.beta:.3g} GB/s" for k in cluster.links),
+            "budget": bytes_text(plan.budget_bytes),
+            "optimizer state": f"{plan.optimizer_state:g} bytes per byte of parameter",
+            "constraints": "; ".join(f"{k}: {v}" for k, v in plan.constraints.items()) or "none",
+        }
+        for key, text in facts.items():
+            pairs.setdefault(key, []).append(text)
+    return [Change(key, one, other) for key, (one, other) in pairs.items() if one != other]
+
+
+def _figures(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
+    found = [_figure("step", a.time.step_us, b.time.step_us, time_text)]
+    found += [
+        _figure(kind, getattr(a.time, key), getattr(b.time, key), time_text)
+        for kind, key in TIME_KINDS.items()
+    ]
+    found.append(_figure("memory", a.memory.total_bytes, b.memory.total_bytes, bytes_text))
+    found += [
+        _figure(kind, getattr(a.memory, key), getattr(b.memory, key), bytes_text)
+        for kind, key in MEMORY_KINDS.items()
+    ]
+    return [c for c in found if c is not None]
+
+
+def _figure(what: str, before: float, after: float, text: object) -> Change | None:
+    """None where a reader would see no difference."""
+    assert callable(text)
+    if abs(after - before) <= 1e-6 * max(abs(before), abs(after)):
+        return None
+    said = f"{text(after)} ({after / before - 1:+.1%})" if before else text(after)
+    return Change(what, text(before), said)
+
+
+def _storage(plan: ShardingPlan) -> dict[str, str]:
+    again = set(plan.regather)
+    return {
+        name: (spec or "scalar") + (" regather" if name in again else "")
+        for name, spec in plan.parameters.items()
+    }
+
+
+def _decision(plan: ShardingPlan, site: str) -> str:
+    layout, choice = plan.layouts.get(site, ""), plan.choices[site]
+    return choice if choice in (layout, "") or "#" in site else f"{choice} ({layout})"
+
+
+def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Change, ...]:
+    """Those that differ, copies in repeated blocks together."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name in dict.fromkeys((*a, *b)):
+        before, after = a.get(name, "absent"), b.get(name, "absent")
+        if before != after:
+            alike.setdefault((before, after), []).append(name)
+    every = list(dict.fromkeys((*a, *b)))
+    return tuple(
+        Change(pattern, before, after, count)
+        for (before, after), names in alike.items()
+        for pattern, count in grouped_names(names, every)
+    )
+
+
+# -- modules ------------------------------------------------------------------------------------
+
+
+def _modules(a: Sequence[ModuleSummary], b: Sequence[ModuleSummary]) -> list[Change]:
+    """Modules about which the plans say different words. Their names are patterns, which the two
+    plans may have cut differently: what both speak of is compared."""
+    found = []
+    for one in a:
+        for other in b:
+            name = _meet(one.name, other.name)
+            if name is not None and one.words != other.words:
+                found.append(Change(name or "(model)", one.words, other.words))
+    lonely = [(m.name, m.words, "absent") for m in a if not _speaks_of(b, m.name)]
+    lonely += [(m.name, "absent", m.words) for m in b if not _speaks_of(a, m.name)]
+    return found + [Change(name or "(model)", x, y) for name, x, y in lonely]
+
+
+def _speaks_of(modules: Sequence[ModuleSummary], name: str) -> bool:
+    return any(_meet(m.name, name) is not None for m in modules)
+
+
+def _meet(one: str, other: str) -> str | None:
+    """The pattern for what both patterns stand for; None if that is nothing."""
+    parts, others = one.split("."), other.split(".")
+    if len(parts) != len(others):
+        return None
+    met = [_meet_part(x, y) for x, y in zip(parts, others, strict=True)]
+    return None if None in met else ".".join(str(part) for part in met)
+
+
+def _meet_part(x: str, y: str) -> str | None:
+    if x == y:
+        return x
+    if "*" in (x, y):
+        part = y if x == "*" else x
+        return part if _numbers(part) else None
+    both = _numbers(x) & _numbers(y)
+    return indexed(both) if both else None
+
+
+def _numbers(part: str) -> set[int]:
+    """Of an index, or a list of them; none of a word."""
+    if part.isdigit():
+        return {int(part)}
+    return copies_in(part) if part.startswith("{") else set()

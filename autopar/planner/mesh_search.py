@@ -1,0 +1,174 @@
+"""The mesh as a decision: the plan of the best logical mesh over a number of devices.
+
+Ranks of a node are neighbours, so inner axes have the faster links, and meshes that differ in the
+order of their axes differ in what runs where. All factorizations are looked at, except those whose
+lower bound is above the best plan found so far.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, Device
+from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
+from autopar.plan import TriedMesh
+from autopar.planner.constraints import Allowed, Constraints, restricted
+from autopar.planner.decisions import Workload
+from autopar.planner.planner import (
+    ADAM_STATE,
+    Planned,
+    decide,
+    lay_out,
+    make_plan,
+    trainable_inputs,
+)
+from autopar.planner.space import SearchSpace
+from autopar.solver.contraction import Contraction
+from autopar.tracer import ColoTracer, ModelGraph
+from autopar.units import time_text
+
+MAX_AXES = 3
+
+
+def meshes(devices: int, max_axes: int = MAX_AXES) -> Iterator[tuple[int, ...]]:
+    """Every way to write a number of devices as a product of up to `max_axes` factors, in order,
+    with the fewest axes first."""
+    if devices == 1:
+        yield (1,)
+        return
+    for axes in range(1, max_axes + 1):
+        yield from _products(devices, axes)
+
+
+def _products(number: int, factors: int) -> Iterator[tuple[int, ...]]:
+    if factors == 1:
+        if number > 1:
+            yield (number,)
+        return
+    for first in range(2, number // 2 + 1):
+        if number % first == 0:
+            for rest in _products(number // first, factors - 1):
+                yield (first, *rest)
+
+
+@dataclass(frozen=True)
+class MeshSearch:
+    """The best plan, and what was found on every mesh.
+
+    Args:
+        planned: its plan holds `tried` as `meshes`.
+        tried: in the order in which they were looked at.
+    """
+
+    planned: Planned
+    tried: tuple[TriedMesh, ...]
+
+
+def search_meshes(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    devices: int,
+    device: str | Device = "cpu",
+    per_node: int = NODE_SIZE,
+    max_axes: int = MAX_AXES,
+    memory: str | float | None = None,
+    optimizer_state: float = ADAM_STATE,
+    constraints: Constraints | None = None,
+    time_limit: float = 60.0,
+    progress: Callable[[str], None] | None = None,
+) -> MeshSearch:
+    """Plan on every mesh of that many devices, and keep the fastest plan.
+
+    Args:
+        devices: how many.
+        device: of the table, or described.
+        per_node: devices that fast links join.
+        constraints: of `autoplan`; meshes that lack an axis they name are passed over.
+        time_limit: seconds for the solver, per mesh.
+        progress: called with a line per mesh, and per stage of its planning.
+
+    Raises:
+        InfeasibleError: no mesh has a plan that fits the memory.
+        MeshError: no mesh.
+    """
+    if devices < 1 or per_node < 1:
+        raise MeshError(f"{devices} devices, {per_node} per node: give at least one of each")
+    say = progress or (lambda line: None)
+    say("trace ...")
+    graph = ColoTracer().trace(model, args, kwargs)
+    workload = Workload(trainable_inputs(graph, model), optimizer_state)
+    wanted = dict(constraints or {})
+    tried: list[TriedMesh] = []
+    best: Planned | None = None
+    errors: list[AutoparError] = []
+    shapes = list(meshes(devices, max_axes))
+    for k, shape in enumerate(shapes):
+        name = "x".join(map(str, shape))
+        say(f"mesh {name} ({k + 1} of {len(shapes)}) ...")
+        cluster = ClusterInfo.of(shape, device, node_size=per_node).with_memory(memory)
+        try:
+            found = _planned(graph, cluster, workload, wanted, best, time_limit, progress)
+        except (InfeasibleError, ConstraintError) as error:
+            errors.append(error)
+            note = "no plan fits" if isinstance(error, InfeasibleError) else "lacks an axis"
+            needed = getattr(error, "smallest_bytes", math.nan)
+            tried.append(TriedMesh(shape, math.inf, math.inf, needed, note))
+            continue
+        if isinstance(found, float):
+            tried.append(TriedMesh(shape, math.inf, found, math.nan, "its bound is above the best"))
+            continue
+        plan = replace(found.plan, model=type(model).__name__)
+        bound = plan.solver.bound_us
+        tried.append(TriedMesh(shape, plan.time.step_us, bound, plan.memory.total_bytes))
+        say(f"mesh {name}: {time_text(plan.time.step_us)}")
+        if best is None or plan.time.step_us < best.plan.time.step_us:
+            best = replace(found, plan=plan)
+    if best is None:
+        raise _closest(errors)
+    return MeshSearch(
+        replace(best, plan=replace(best.plan, meshes=tuple(tried), constraints=wanted)),
+        tuple(tried),
+    )
+
+
+def _planned(
+    graph: ModelGraph,
+    cluster: ClusterInfo,
+    workload: Workload,
+    constraints: Constraints,
+    best: Planned | None,
+    time_limit: float,
+    progress: Callable[[str], None] | None,
+) -> Planned | float:
+    """The plan on one mesh; or its lower bound, where that is above the best plan so far."""
+    start = time.perf_counter()
+    space, only = lay_out(graph, cluster, workload, constraints)
+    space.cost_links()
+    if best is not None:
+        bound = lower_bound_us(space, only)
+        if bound >= best.plan.time.step_us:
+            return bound
+    found = decide(space, only, constraints, time_limit, progress)
+    record = found.record({"strategies, costs, solve": time.perf_counter() - start})
+    plan = make_plan(space, found.choices, "", record)
+    return Planned(plan, graph, space, found.choices, only)
+
+
+def lower_bound_us(space: SearchSpace, only: Allowed | None = None) -> float:
+    """Below what the search finds: one elimination, without memory and late weights."""
+    problem, _ = restricted(*space.problem(), only or {})
+    return Contraction(problem.time_us, problem.pairs()).bound
+
+
+def _closest(errors: Sequence[AutoparError]) -> AutoparError:
+    """Of why no mesh has a plan, the one to tell: that of the mesh that needs the least memory."""
+    infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
+    return min(infeasible, key=lambda e: e.smallest_bytes) if infeasible else errors[0]

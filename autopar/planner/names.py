@@ -1,0 +1,128 @@
+"""What users call the decisions of a plan, and the patterns that stand for several of them.
+
+transformer.h.0.mlp.c_fc.weight     a parameter: how it is stored
+inputs.input_ids, inputs.0          an input, by name or position: how it is split
+transformer.h.0.mlp                 a module: the value its last operator makes
+addmm_2                             an operator, by the name that plans and reports give it
+transformer.h.*.mlp                 `*` stands for one part of a name, `**` for any number
+transformer.h.{0,2-5}.mlp           these copies of a block, as reports write them
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from autopar.errors import ConstraintError
+from autopar.ir.graph import ModelGraph
+from autopar.ir.repeats import pattern
+from autopar.planner.space import SearchSpace
+
+_MARK = re.compile(r"\*\*|\*|\{[\d,\- ]+\}")
+
+
+def matcher(name: str) -> re.Pattern[str]:
+    """What a name with marks in it stands for, as a regular expression over whole names."""
+    found, position = "", 0
+    for mark in _MARK.finditer(name):
+        found += re.escape(name[position : mark.start()])
+        found += {"*": r"[^.]+", "**": r".+"}.get(mark[0]) or _copies(mark[0])
+        position = mark.end()
+    return re.compile(found + re.escape(name[position:]))
+
+
+def _copies(mark: str) -> str:
+    """`{0,2-5}` as an expression."""
+    return "(?:" + "|".join(map(str, sorted(copies_in(mark)))) + ")"
+
+
+def copies_in(mark: str) -> set[int]:
+    """The numbers that `{0,2-5}` lists.
+
+    Raises:
+        ConstraintError: it is no such list.
+    """
+    found: set[int] = set()
+    for part in mark.strip("{}").replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise ConstraintError(f"cannot read {mark}; write numbers and ranges, as in {{0,2-5}}")
+        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return found
+
+
+class Names:
+    """Every name of a space's decisions.
+
+    Attributes:
+        sites: name to index of a site; parameters, inputs, modules, then operators and fans.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        graph = space.graph
+        self.sites: dict[str, int] = {}
+        positions = {name: i for i, name in enumerate(graph.inputs) if name is not None}
+        modules: dict[str, int] = {}
+        others: dict[str, int] = {}
+        for i, site in enumerate(space.sites):
+            target = str(site.node.target)
+            if site.kind == "parameter":
+                self.sites[graph.parameters[target]] = i
+            elif site.kind == "input":
+                self.sites[f"inputs.{target}"] = self.sites[f"inputs.{positions[target]}"] = i
+            elif site.kind == "op":
+                for module in _parents(graph.info(site.node).module):
+                    modules[module] = i
+                others[site.name] = i
+            elif site.kind == "fan":
+                others[site.name] = i
+        for alias, owner in graph.aliases.items():
+            if owner in self.sites:
+                self.sites.setdefault(alias, self.sites[owner])
+        self.sites = {**others, **modules, **self.sites}
+
+    def find(self, name: str) -> dict[str, int]:
+        """The decisions that a name, or a pattern, stands for.
+
+        Raises:
+            ConstraintError: none; the message names the nearest.
+        """
+        if name in self.sites:
+            return {name: self.sites[name]}
+        wanted = matcher(name)
+        found = {n: i for n, i in self.sites.items() if wanted.fullmatch(n)}
+        if not found:
+            raise ConstraintError(f"nothing is called {name!r}{suggestion(name, self.sites)}")
+        return found
+
+
+def output_names(graph: ModelGraph) -> list[str]:
+    """`outputs.0`, ...: the results that are tensors, in order."""
+    values = graph.output.args[0][len(graph.mutations) :]  # type: ignore[index]
+    return [f"outputs.{i}" for i in range(sum(hasattr(v, "meta") for v in values))]  # type: ignore[union-attr]
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'transformer.h.*.mlp.c_fc.weight'?`, or what kinds of names there are."""
+    names = [n for n in known if not re.fullmatch(r"inputs\.\d+", n)]
+    marked = _MARK.search(name) is not None
+    pool = dict.fromkeys(pattern(n) if marked else n for n in names)
+    # the marks of a pattern count for little in a comparison
+    wanted = _MARK.sub("*", name) if marked else name
+    near = get_close_matches(wanted, pool, n=2, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    last = [n for n in pool if n.rpartition(".")[2] == name.rpartition(".")[2]]
+    if last:
+        return f"; did you mean {' or '.join(map(repr, last[:2]))}?"
+    return (
+        "; names are those of parameters (as in named_parameters()), of modules, "
+        "inputs.NAME, outputs.NUMBER, and of operators in the plan"
+    )
+
+
+def _parents(module: str) -> list[str]:
+    """The module and all that hold it, without the model itself."""
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))] if module else []

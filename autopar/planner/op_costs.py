@@ -1,0 +1,213 @@
+"""What a strategy of an operator costs one device: time by the time model, bytes by its layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch.fx as fx
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.ir.graph import bound_arguments, operands, shape_of
+from autopar.ir.spec import ShardingSpec, local_shape
+from autopar.planner.decisions import Workload
+from autopar.planner.saved_values import SavedValues
+from autopar.profiler.profile import NodeProfile
+from autopar.profiler.tape import OWN, Event, Tape
+from autopar.profiler.time_model import Kernel, kernels_of, node_us
+from autopar.sharding.node_rules import results, rule_of
+from autopar.sharding.rule import Strategy
+
+# Passes over the parameter that one step of torch's optimizers makes, by the state they keep: SGD
+# reads both and writes one; with momentum 8; Adam's eight operators 19.
+_STEP = ((0.0, 3.0), (1.0, 8.0), (2.0, 19.0))
+
+# Kernels that read and write an operand once, beyond those of the whole operator: of a
+# normalization written out, forward and backward; and of a halo, joined and cut off again.
+_STATISTICS_PASSES, _HALO_PASSES = 12, 5
+
+
+class OpCosts:
+    """Costs of strategies on one cluster.
+
+    Args:
+        cluster: the devices.
+        profile: costs of every operator call at global shapes.
+        saved: which values backward keeps.
+    """
+
+    def __init__(
+        self, cluster: ClusterInfo, profile: Mapping[fx.Node, NodeProfile], saved: SavedValues
+    ) -> None:
+        self.cluster, self.profile, self.saved = cluster, profile, saved
+        self.mesh = cluster.mesh
+        self._kernels_by_profile: dict[int, tuple[tuple[Kernel, ...], tuple[Kernel, ...]]] = {}
+        self.local_bytes = lru_cache(maxsize=None)(self._local_bytes)
+
+    def _local_bytes(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> int:
+        """Bytes on the fullest rank."""
+        first = (0,) * len(self.mesh)
+        return itemsize * int(np.prod(local_shape(shape, spec, self.mesh, first), dtype=np.int64))
+
+    def compute_us(self, node: fx.Node, found: Sequence[Strategy]) -> tuple[np.ndarray, np.ndarray]:
+        """Forward and backward, by `profiler.time_model`: the larger of arithmetic and memory
+        traffic, plus launches."""
+        fakes = [n.meta["val"] if n is not None else None for n in operands(node)]
+        outs = results(node)
+        whole = sum(t.numel() * t.element_size() for t in (*fakes, *outs) if t is not None) or 1
+        share = np.array([s.share(self.mesh) for s in found])
+        local = np.array(
+            [
+                sum(
+                    self.local_bytes(shape_of(t), t.element_size(), spec)
+                    for t, spec in zip((*fakes, *outs), (*s.inputs, *s.outputs), strict=True)
+                    if t is not None and spec is not None
+                )
+                for s in found
+            ]
+        )
+        forward, backward = self._kernels(node)
+        device, traffic = self.cluster.device, local / whole
+        return node_us(forward, device, share, traffic), node_us(backward, device, share, traffic)
+
+    def step_us(self, nbytes: np.ndarray, state: float) -> np.ndarray:
+        """The optimizer's step on one parameter: memory traffic and launches.
+
+        Args:
+            nbytes: of the local parameter.
+            state: bytes of optimizer state per byte of parameter.
+        """
+        device = self.cluster.device
+        states, counts = map(list, zip(*_STEP, strict=True))
+        passes, kernels = float(np.interp(state, states, counts)), round(1 + 3.5 * state)
+        launches = kernels * device.launch_us if device.kind == "cpu" else 0.0
+        return passes * nbytes / device.bandwidth * 1e6 + launches
+
+    def step_copies(self, workload: Workload) -> float:
+        """Bytes that the step holds besides, per byte of parameter: torch's implementation over
+        lists of tensors, the default on GPUs, takes the root of all second moments at once."""
+        fused = self.cluster.device.kind == "cpu" or workload.state_bytes_per_param_byte < 2
+        return 0.0 if fused else 1.0
+
+    def _kernels(self, node: fx.Node) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
+        """Forward and backward; calls that are alike share a profile."""
+        profile = self.profile[node]
+        key = id(profile)
+        if key not in self._kernels_by_profile:
+            self._kernels_by_profile[key] = kernels_of(node, profile, self.cluster.device)
+        return self._kernels_by_profile[key]
+
+    def lowering_us(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
+        """What lowerings take beyond the operator's own kernels: collectives, and passes over the
+        first operand that an operator as a whole does without."""
+        return np.array([self._lowering_us(node, s) if s.lowered else 0.0 for s in found])
+
+    def _lowering_us(self, node: fx.Node, strategy: Strategy) -> float:
+        rule, _ = rule_of(node)
+        first, spec, dims = operands(node)[0], strategy.inputs[0], rule.inputs[0]
+        if first is None or spec is None or dims is None:
+            return 0.0
+        itemsize = first.meta["val"].element_size()
+        shape = local_shape(shape_of(first.meta["val"]), spec, self.mesh, (0,) * len(self.mesh))
+        held = dict(zip(dims, shape, strict=True))
+        elements = float(np.prod(shape))
+        total, passes = 0.0, 0
+        for name, axes in strategy.splits.items():
+            calls: tuple[tuple[str, int], ...] = ()
+            mark, nbytes = rule.factors[name].mark, 0.0
+            if mark == "=":
+                calls = (("all_reduce", 5),)  # three forward, two backward
+                nbytes = sum(
+                    n.meta["val"].numel() * 8
+                    for n, d in zip(operands(node), rule.inputs, strict=True)
+                    if n is not None and d is not None and name not in d
+                )
+            elif mark == "#":
+                calls = (("all_reduce", 4),)  # sums and squares, and their gradients
+                passes = _STATISTICS_PASSES
+                normalized = [n for d, n in held.items() if d and rule.factors[d].mark == "#"]
+                nbytes = itemsize * elements / max(1, np.prod(normalized))
+            elif mark == "~" and (reach := _reach(node, name)):
+                calls = (("all_gather", 1), ("reduce_scatter", 1))
+                passes += _HALO_PASSES
+                parts = np.prod([self.mesh[axis] for axis in axes])
+                nbytes = itemsize * elements / max(1, held[name]) * reach * parts
+            for axis in axes:
+                link, size = self.cluster.links[axis], self.mesh[axis]
+                for kind, count in calls:
+                    total += count * float(link.collective_us(kind, size, nbytes))
+        if not passes:
+            return total
+        device, nbytes = self.cluster.device, itemsize * elements
+        moved = device.bytes_curve("read").us(nbytes) + device.bytes_curve("write").us(nbytes)
+        return total + passes * (float(moved) + device.launch_us)
+
+    def saved_bytes(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
+        """What backward keeps of an operator, each value counted where it is first saved."""
+        profile = self.profile[node]
+        ins, outs = operands(node), results(node)
+        mine = [i for i in profile.saves_inputs if self.saved.counted_here(node, i)]
+        total = np.zeros(len(found))
+        for k, s in enumerate(found):
+            nbytes = profile.saved_internal_bytes * s.share(self.mesh)
+            for i in mine:
+                value, spec = ins[i], s.inputs[i]
+                assert value is not None
+                assert spec is not None
+                fake = value.meta["val"]
+                nbytes += self.local_bytes(shape_of(fake), fake.element_size(), spec)
+            for i in profile.saves_outputs:
+                if self.saved.output_counted(node, i):
+                    t = outs[i]
+                    nbytes += self.local_bytes(shape_of(t), t.element_size(), s.outputs[i])
+            total[k] = nbytes
+        return total
+
+    def working_bytes(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
+        """What an operator has alive while it runs, beside what is saved: in backward the gradients
+        of its results, those it makes for its operands, and its own temporaries; in forward the
+        latter."""
+        profile = self.profile[node]
+        tape = profile.tape
+        ins, outs = operands(node), results(node)
+        made = {e.storage: e.operand for e in tape.emitted if e.storage.owner == OWN}
+        own = _highest(tape, tape.backward) - sum(tape.sizes[s.number] for s in made)
+        forward = profile.forward_transient_bytes
+        arriving = [i for i, carries in enumerate(profile.carries) if carries]
+        total = np.zeros(len(found))
+        for k, strategy in enumerate(found):
+            share = strategy.share(self.mesh)
+            nbytes = max(0.0, float(own)) * share
+            for operand in made.values():
+                value, spec = ins[operand], strategy.inputs[operand]
+                assert value is not None
+                assert spec is not None
+                fake = value.meta["val"]
+                nbytes += self.local_bytes(shape_of(fake), fake.element_size(), spec)
+            for i in arriving:
+                spec = strategy.outputs[i]
+                nbytes += self.local_bytes(shape_of(outs[i]), outs[i].element_size(), spec)
+            total[k] = max(nbytes, float(forward) * share)
+        return total
+
+
+def _reach(node: fx.Node, name: str) -> int:
+    """Rows beyond its own that a window reads along a dim of space: s0, s1, ..."""
+    arguments, place = bound_arguments(node), int(name[1:])
+    weight = operands(node)[1] if len(operands(node)) > 1 else None
+    window = arguments.get("kernel_size") if weight is None else shape_of(weight.meta["val"])[2:]
+    step = arguments.get("stride") or (window if weight is None else 1)
+    sizes = [n if isinstance(n, int) else n[place % len(n)] for n in (window, step)]  # type: ignore[index, arg-type]
+    return max(0, sizes[0] - sizes[1])
+
+
+def _highest(tape: Tape, events: Sequence[Event]) -> float:
+    """The most bytes of its own storages that an operator has alive at once."""
+    alive = highest = 0.0
+    for event in events:
+        sign = {"make": 1, "free": -1}.get(event.what, 0)
+        if sign:
+            alive += sign * float(tape.sizes[event.number])
+            highest = max(highest, alive)
+    return highest

@@ -1,0 +1,88 @@
+"""What the backward keeps: every stored value counted once, wherever it is saved."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch.fx as fx
+
+from autopar.ir.graph import ModelGraph, operands, producer
+from autopar.profiler.profile import NodeProfile
+from autopar.sharding.node_rules import results
+
+
+class SavedValues:
+    """Which values backward keeps, each counted once however many ops save it."""
+
+    def __init__(self, graph: ModelGraph, profile: Mapping[fx.Node, NodeProfile]) -> None:
+        self._root: dict[fx.Node, fx.Node] = {}
+        self._first: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self._saves: set[tuple[fx.Node, int]] = set()
+        self._output_first: set[tuple[fx.Node, int]] = set()
+        for node in graph.nodes:
+            source, _ = producer(node)
+            if node.op == "placeholder":
+                self._root[node] = node
+                continue
+            if source not in profile:
+                continue
+            if source is not node:  # getitem: a view of the split input, or a result of its own
+                aliased = profile[source].aliases_input
+                self._root[node] = self._root[source] if aliased else node
+                continue
+            ins = operands(node)
+            first = next((n for n in ins if n is not None), None)
+            alias = profile[node].aliases_input and first is not None
+            self._root[node] = self._root[first] if alias and first is not None else node
+            for i in profile[node].saves_inputs:
+                value = ins[i]
+                assert value is not None
+                self._saves.add((node, i))
+                self._first.setdefault(self._root[value], (node, i))
+            for i in profile[node].saves_outputs:
+                value = node if len(results(node)) == 1 else _getitem(node, i)
+                root = self._root.get(value, value) if value is not None else None
+                if root is None or root not in self._first:
+                    self._output_first.add((node, i))
+                    if value is not None:
+                        self._first.setdefault(value, (node, -1 - i))
+
+        self._first_of: dict[fx.Node, list[int]] = defaultdict(list)
+        for first_at, i in self._first.values():
+            self._first_of[first_at].append(i)
+
+    def root(self, value: fx.Node) -> fx.Node:
+        """The value whose storage this one shares."""
+        return self._root.get(value, value)
+
+    def any(self, root: fx.Node) -> bool:
+        return root in self._first
+
+    def needs(self, node: fx.Node, operand: int) -> bool:
+        """Backward keeps this operand, and it is counted elsewhere, so a converted copy adds up."""
+        return (node, operand) in self._saves and not self.counted_here(node, operand)
+
+    def counted_here(self, node: fx.Node, operand: int) -> bool:
+        value = operands(node)[operand]
+        assert value is not None
+        root = self.root(value)
+        return root.op != "placeholder" and self._first.get(root) == (node, operand)
+
+    def output_counted(self, node: fx.Node, result: int) -> bool:
+        return (node, result) in self._output_first
+
+    def counted(self, node: fx.Node) -> tuple[int, ...]:
+        """What of the node's values is counted at the node: operands, and results as ~index."""
+        ins = (i for i, n in enumerate(operands(node)) if n is not None)
+        outs = (~i for i in range(len(results(node))) if self.output_counted(node, i))
+        return (*(i for i in ins if self.counted_here(node, i)), *outs)
+
+    def key(self, node: fx.Node) -> tuple[Any, ...]:
+        """Distinguishes copies of a block that save different things."""
+        return tuple(sorted(self._first_of.get(node, ())))
+
+
+def _getitem(node: fx.Node, index: int) -> fx.Node | None:
+    return next((u for u in node.users if producer(u) == (node, index)), None)

@@ -1,0 +1,1 @@
+"""When each operator of a step runs, and what it keeps, within a memory budget."""

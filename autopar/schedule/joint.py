@@ -1,0 +1,310 @@
+"""From the joint graph of AOTAutograd to a `Program`, and from a schedule back to two graphs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.comm.cost import STARTS, communicates, communication_us
+from autopar.ir.aliasing import overwritable, tensors_of
+from autopar.ir.randomness import draws
+from autopar.profiler.counting import Recorder, Work
+from autopar.profiler.time_model import Kernel, KernelLog, node_us
+from autopar.schedule.program import GIVEN, SIDE, Op, Program, Resource
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A joint graph, read.
+
+    Args:
+        program: its operators and storages.
+        calls: the node of every operator.
+        base: the storage of every node that holds one tensor.
+        owner: the node that stands for a storage: the tensor that was made with it.
+        kept_random: operators that draw random numbers and cannot be run again.
+    """
+
+    program: Program
+    calls: tuple[fx.Node, ...]
+    base: Mapping[fx.Node, int]
+    owner: Mapping[int, fx.Node]
+    kept_random: tuple[str, ...] = ()
+
+
+def read_joint(
+    joint: fx.GraphModule, forward: set[fx.Node], *, num_fwd_outputs: int, cluster: ClusterInfo
+) -> Joint:
+    """Run the joint graph on fake tensors and take down its storages and its work.
+
+    Args:
+        forward: nodes that the forward computes.
+        num_fwd_outputs: leading outputs that belong to the forward.
+        cluster: what times are predicted for.
+    """
+    (flat,) = joint.graph.output_node().args
+    outputs: list[Any] = list(flat)  # type: ignore[arg-type]
+    reader = _Reader(joint, cluster, forward, _carrying(joint.graph, outputs[num_fwd_outputs:]))
+    reader.run(_reachable([n for n in outputs if isinstance(n, fx.Node)]))
+    program = _program(reader, outputs, num_fwd_outputs)
+    return Joint(program, tuple(reader.calls), reader.base, reader.owner, tuple(reader.random))
+
+
+@dataclass
+class _Reader:
+    """Runs the nodes in order, on fake tensors that all stay alive: storages keep their address."""
+
+    joint: fx.GraphModule
+    cluster: ClusterInfo
+    forward: set[fx.Node]
+    carrying: set[fx.Node]
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+    base: dict[fx.Node, int] = field(default_factory=dict)
+    owner: dict[int, fx.Node] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    numbers: dict[int, int] = field(default_factory=dict)  # of a storage, by its address
+    parts: dict[fx.Node, list[int]] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+    calls: list[fx.Node] = field(default_factory=list)
+    of_forward: list[int] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
+
+    def run(self, wanted: set[fx.Node]) -> None:
+        """Read all nodes.
+
+        Args:
+            wanted: those that something returned depends on.
+        """
+        recorder = KernelLog() if self.cluster.device.measured else Recorder()
+        with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+            for node in self.joint.graph.nodes:
+                if node.op in ("placeholder", "get_attr"):
+                    self._given(node)
+                elif node.op == "call_function" and (node in wanted or node.is_impure()):
+                    self._call(node, recorder)
+
+    def _storage(self, t: torch.Tensor) -> tuple[int, bool]:
+        """The number of a tensor's storage, and whether it is new."""
+        key = t.untyped_storage()._cdata
+        if key in self.numbers:
+            return self.numbers[key], False
+        self.numbers[key] = len(self.sizes)
+        self.sizes.append(int(t.untyped_storage().nbytes()))
+        return self.numbers[key], True
+
+    def _given(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            value = _like(node.meta["val"])
+        else:
+            value = getattr(self.joint, str(node.target))
+        self.env[node] = value
+        if isinstance(value, torch.Tensor):
+            self.base[node], _ = self._storage(value)
+            self.owner.setdefault(self.base[node], node)
+
+    def _call(self, node: fx.Node, recorder: Recorder) -> None:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        value = self.env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        work, kernels = _taken(recorder)
+        results = tensors_of(value)
+        made: list[int] = []
+        for t in results:
+            number, new = self._storage(t)
+            self.parts.setdefault(node, []).append(number)
+            if new:
+                made.append(number)
+                self.owner[number] = node  # a getitem of it takes over
+        if isinstance(value, torch.Tensor):
+            self.base[node] = self.parts[node][0]
+        if node.target is operator.getitem:
+            if self.owner.get(self.base.get(node, GIVEN)) is node.args[0]:
+                self.owner[self.base[node]] = node
+            return
+        if not made and not node.is_impure():
+            return  # a view
+        if draws(node):
+            self.random.append(node.name)
+        if node in self.forward:
+            self.of_forward.append(len(self.ops))
+        reads = self._reads(node)
+        resource, flops, us = self._cost(node, tensors_of((args, kwargs)), results, work, kernels)
+        self.calls.append(node)
+        self.ops.append(
+            Op(
+                name=node.name,
+                kind=_kind(node),
+                reads=reads,
+                makes=tuple(made),
+                flops=flops,
+                us=us,
+                replays=_may_replay(node),
+                overwrites=self._overwrites(node, made),
+                carries=node in self.carrying,
+                module=_module(node),
+                resource=resource,
+            )
+        )
+
+    def _cost(
+        self, node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tensor], work: Work,
+        kernels: Sequence[Kernel] | None,
+    ) -> tuple[Resource, float, float]:  # fmt: skip
+        """What an operator occupies, its FLOPs, and its time."""
+        if communicates(node):
+            us = communication_us(node, operands, results, self.cluster)
+            return Resource.COMMUNICATION, 0.0, us
+        elements = max((t.numel() for t in (*operands, *results)), default=0)
+        dtype = str(results[0].dtype).removeprefix("torch.") if results else "float32"
+        us = float(node_us(kernels or (Kernel(work, dtype),), self.cluster.device))
+        return Resource.COMPUTE, float(work.flops or elements), us
+
+    def _reads(self, node: fx.Node) -> tuple[int, ...]:
+        found: dict[int, None] = {}
+        for n in node.all_input_nodes:  # of a tuple, all its tensors
+            numbers = [self.base[n]] if n in self.base else self.parts.get(n, [])
+            found |= dict.fromkeys(numbers)
+        return tuple(found)
+
+    def _overwrites(self, node: fx.Node, made: Sequence[int]) -> tuple[int, ...]:
+        if len(made) != 1 or not isinstance(node.meta.get("val"), torch.Tensor):
+            return ()
+        found = []
+        for operand in overwritable(node):
+            number = self.base[operand]
+            same = [n for n in node.all_input_nodes if self.base.get(n) == number]
+            if len(same) == 1 and self.sizes[number] == self.sizes[made[0]]:
+                found.append(number)
+        return tuple(dict.fromkeys(found))
+
+
+def _taken(recorder: Recorder) -> tuple[Work, Sequence[Kernel] | None]:
+    """The work of an operator, and its kernels where the device is known well enough to tell them
+    apart."""
+    if not isinstance(recorder, KernelLog):
+        return recorder.take()[0], None
+    seen, recorder.seen = recorder.seen, []
+    return sum((work for work, _ in seen), Work()), [kernel for _, kernel in seen]
+
+
+def _like(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _reachable(outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _carrying(graph: fx.Graph, gradients: Sequence[Any]) -> set[fx.Node]:
+    """Nodes that depend on an input with a gradient."""
+    primals = [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
+    found = {p for p, g in zip(primals, gradients, strict=False) if isinstance(g, fx.Node)}
+    for node in graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _may_replay(node: fx.Node) -> bool:
+    """Not what writes or draws; a mask drawn from the step's seed is a function of it. Collectives
+    may, as all ranks run the same schedule, but for those that others wait for elsewhere."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target in STARTS:
+        return False
+    return not (target._schema.is_mutable or draws(node))
+
+
+def _kind(node: fx.Node) -> str:
+    def described(n: fx.Node) -> Any:
+        values = tensors_of(n.meta.get("val"))
+        return tuple((tuple(t.shape), t.stride(), t.dtype) for t in values)
+
+    return f"{node.target} {fx.node.map_arg((node.args, node.kwargs), described)}"
+
+
+def _module(node: fx.Node) -> str:
+    # of the backward, the module whose forward it belongs to
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def _program(reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int) -> Program:
+    def bases(nodes: Sequence[Any]) -> frozenset[int]:
+        return frozenset(reader.base[n] for n in nodes if isinstance(n, fx.Node))
+
+    ops, forward = reader.ops, reader.of_forward
+    gradients = bases(outputs[num_fwd_outputs:])
+    sizes = [0] * len(reader.sizes)
+    for op in ops:
+        for s in op.makes:
+            sizes[s] = reader.sizes[s]
+    first = set(forward)
+    stays = {
+        s: sizes[s]
+        for i, op in enumerate(ops)
+        for s in op.makes
+        if i not in first and s in gradients
+    }
+    for s in stays:
+        sizes[s] = 0
+    results = bases(outputs[:num_fwd_outputs])
+    ops = _in_modules(ops)
+    tangents = frozenset(
+        s for n, s in reader.base.items() if n.op == "placeholder" and "tangents" in str(n.target)
+    )
+    return Program(
+        tuple(ops), tuple(forward), tuple(sizes), results, gradients, tangents,
+        beside=SIDE if reader.cluster.device.runs_beside else frozenset(),
+        stays=stays,
+        terms=_terms(ops, first, stays, sizes),
+    )  # fmt: skip
+
+
+def _in_modules(ops: Sequence[Op]) -> list[Op]:
+    """What no module called (gathers of parameters) belongs to that of its first reader."""
+    reader: dict[int, str] = {}
+    found = []
+    for op in reversed(ops):
+        module = op.module or next((reader[s] for s in op.makes if reader.get(s)), "")
+        found.append(replace(op, module=module))
+        reader |= dict.fromkeys(op.reads, module)
+    return found[::-1]
+
+
+def _terms(
+    ops: Sequence[Op], forward: set[int], gradients: Mapping[int, int], sizes: Sequence[int]
+) -> frozenset[int]:
+    """What gradients of parameters are sums of (of shared parameters)."""
+    maker = {s: i for i, op in enumerate(ops) for s in op.makes}
+    readers: dict[int, int] = {}
+    for op in ops:
+        for s in op.reads:
+            readers[s] = readers.get(s, 0) + 1
+    found: set[int] = set()
+    stack = list(gradients.items())
+    while stack:
+        total, nbytes = stack.pop()
+        op = ops[maker[total]]
+        if not op.kind.startswith("aten.add.Tensor "):
+            continue
+        for s in op.reads:
+            own = maker.get(s, GIVEN) not in (GIVEN, *forward) and readers[s] == 1
+            if own and s not in found and sizes[s] == nbytes:
+                found.add(s)
+                stack.append((s, nbytes))
+    return frozenset(found)

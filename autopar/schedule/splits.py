@@ -1,0 +1,146 @@
+"""Collectives as a start and a finish in a joint graph, for schedules to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from autopar.comm.async_collectives import numbers_of
+from autopar.comm.groups import find_group
+from autopar.schedule.joint import Joint
+from autopar.schedule.program import Op, Resource, Split
+
+_OPS: Any = torch.ops.autopar
+
+# What finishes a collective: an operator, and its arguments but for the buffer. None: the buffer
+# becomes the result.
+_Finish = tuple[Any, tuple[Any, ...]] | None
+
+
+def _shape(node: fx.Node) -> Sequence[int]:
+    return tuple(node.meta["val"].shape)
+
+
+def _all_reduce(node: fx.Node) -> tuple[Any, _Finish]:
+    return _OPS.start_all_reduce.default, None
+
+
+def _all_gather(node: fx.Node) -> tuple[Any, _Finish]:
+    _, dim, size, group = node.args
+    if dim == 0 and size % find_group(str(group)).size == 0:  # type: ignore[operator]
+        return _OPS.start_gather_rows.default, None
+    return _OPS.start_all_gather.default, (_OPS.finish_all_gather.default, (dim, size))
+
+
+def _reduce_scatter(node: fx.Node) -> tuple[Any, _Finish]:
+    x, dim, group = node.args
+    finish = _OPS.finish_reduce_scatter.default
+    return _OPS.start_reduce_scatter.default, (finish, (dim, _shape(x)[dim], group))  # type: ignore[arg-type, index]
+
+
+def _all_reduce_many(node: fx.Node) -> tuple[Any, _Finish]:
+    return _OPS.start_all_reduce_many.default, None
+
+
+def _all_gather_many(node: fx.Node) -> tuple[Any, _Finish]:
+    _, dims, _, _ = node.args
+    ranks, sizes = numbers_of([tuple(t.shape) for t in node.meta["val"]])
+    finish = _OPS.finish_all_gather_many.default
+    return _OPS.start_all_gather_many.default, (finish, (dims, ranks, sizes))
+
+
+def _reduce_scatter_many(node: fx.Node) -> tuple[Any, _Finish]:
+    xs, dims, group = node.args
+    ranks, sizes = numbers_of([_shape(n) for n in xs])  # type: ignore[union-attr, arg-type]
+    finish = _OPS.finish_reduce_scatter_many.default
+    return _OPS.start_reduce_scatter_many.default, (finish, (dims, ranks, sizes, group))
+
+
+_SPLITS: dict[Any, Callable[[fx.Node], tuple[Any, _Finish]]] = {
+    _OPS.all_reduce.default: _all_reduce,
+    _OPS.all_gather.default: _all_gather,
+    _OPS.reduce_scatter.default: _reduce_scatter,
+    _OPS.all_reduce_many.default: _all_reduce_many,
+    _OPS.all_gather_many.default: _all_gather_many,
+    _OPS.reduce_scatter_many.default: _reduce_scatter_many,
+}
+
+
+def halves_of(node: fx.Node) -> tuple[Any, _Finish] | None:
+    """What starts a collective, called as the collective is; and what finishes it, called with the
+    buffer and more arguments, or None where the buffer becomes the result (`arrived_here` waits).
+
+    Returns:
+        None where it is one operator.
+    """
+    if node.target not in _SPLITS or _dtype(node) is torch.bool:
+        return None
+    return _SPLITS[node.target](node)
+
+
+def with_splits(joint: Joint, graph: fx.Graph) -> Joint:
+    """The same, with two operators for each collective that compute can run beside.
+
+    Nothing runs them unless a schedule does.
+
+    Args:
+        graph: the joint graph; it gets their nodes.
+    """
+    program = joint.program
+    if Resource.COMMUNICATION not in program.beside:
+        return joint
+    ops, calls, nbytes = list(program.ops), list(joint.calls), list(program.nbytes)
+    base, owner = dict(joint.base), dict(joint.owner)
+    splits: dict[int, Split] = {}
+    for i, (op, node) in enumerate(zip(program.ops, joint.calls, strict=True)):
+        halves = halves_of(node) if op.replays else None
+        if halves is None:
+            continue
+        target, finish = halves
+        with graph.inserting_before(graph.output_node()):
+            start = called(graph, target, node.args)
+            if finish is None:
+                buffer = op.makes[0]
+                done = graph.call_function(_OPS.arrived_here.default, (start,))
+            else:
+                buffer = len(nbytes)
+                nbytes.append(int(start.meta["val"].untyped_storage().nbytes()))
+                owner[buffer] = start
+                done = called(graph, finish[0], (start, *finish[1]))
+        base[start] = buffer
+        if isinstance(done.meta.get("val"), torch.Tensor):
+            base[done] = op.makes[0]
+        for half in (start, done):
+            half.meta["nn_module_stack"] = node.meta.get("nn_module_stack") or {}
+        splits[i] = Split(len(ops), len(ops) + 1)
+        ops += [
+            replace(op, name=start.name, kind=f"{target} {op.kind}", makes=(buffer,), beside=True),
+            Op(
+                done.name, str(done.target), (buffer,), () if finish is None else op.makes,
+                0.0, 0.0, replays=False, carries=op.carries, module=op.module,
+            ),
+        ]  # fmt: skip
+        calls += [start, done]
+    program = replace(
+        program, ops=tuple(ops), nbytes=tuple(nbytes), order=program.backward, splits=splits
+    )
+    return replace(joint, program=program, calls=tuple(calls), base=base, owner=owner)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    value = node.meta["val"]
+    return value.dtype if isinstance(value, torch.Tensor) else value[0].dtype
+
+
+def called(graph: fx.Graph, target: Any, arguments: Sequence[Any]) -> fx.Node:
+    """A call with its result in shapes."""
+    node = graph.call_function(target, tuple(arguments))
+    values = fx.node.map_arg(tuple(arguments), lambda n: n.meta["val"])
+    first = next(v for n in node.all_input_nodes if (v := n.meta["val"]) is not None)
+    with first.fake_mode:
+        node.meta["val"] = target(*values)
+    return node

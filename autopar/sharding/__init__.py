@@ -1,0 +1,1 @@
+"""Which layouts an operator allows, and what it takes to convert between them."""

@@ -1,0 +1,318 @@
+"""Layout conversion: the cheapest path of one-step collectives from one spec to another.
+
+All specs of a tensor form a graph whose edges are one-step transforms, each with a cost under the
+cluster's links, forward and backward together. Paths are exact minima, found per target
+when first asked for (`conversion_search.py`) and kept.
+
+    step            forward                 backward (the transpose)
+    gather          S(d) -> R  all-gather   slice
+    gather_vary     S(d) -> V  all-gather   reduce-scatter
+    slice           R -> S(d)  local        all-gather
+    vary            R -> V     identity     all-reduce
+    all_reduce      P -> R     all-reduce   identity
+    reduce_scatter  P -> S(d)  red.-scatter all-gather
+    all_to_all      S(i)-> S(j) all-to-all  all-to-all
+    inject          R -> P     first rank keeps, others zero; backward identity
+
+Nothing leaves V. The order of axes inside a dim (S01 to S10) changes by these steps too: a
+permutation of whole shards would have to cross two axes at once, and communicators exist along one
+axis each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+from math import prod
+
+import numpy as np
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.cluster.link import MEMBER_BYTES
+from autopar.ir.spec import ShardingSpec, fills_every_rank
+from autopar.sharding.conversion.baselines import axis_by_axis, greedy
+from autopar.sharding.conversion.graph import KINDS, Edges, SpecGraph, spec_graph
+from autopar.sharding.conversion.search import LegalSteps, Search
+
+_FORWARD = {
+    "gather": "all_gather",
+    "gather_vary": "all_gather",
+    "all_reduce": "all_reduce",
+    "reduce_scatter": "reduce_scatter",
+    "all_to_all": "all_to_all",
+}
+_BACKWARD = {
+    "gather_vary": "reduce_scatter",
+    "slice": "all_gather",
+    "vary": "all_reduce",
+    "reduce_scatter": "all_gather",
+    "all_to_all": "all_to_all",
+}
+Orders = tuple[frozenset[tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transform: `kind` on mesh axis `axis`, splitting or unsplitting tensor dim `dim`."""
+
+    kind: str
+    axis: int
+    source: ShardingSpec
+    target: ShardingSpec
+    dim: int = -1
+    to_dim: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.axis}: {self.source} -> {self.target}"
+
+
+class LayoutConverter:
+    """Costs and paths of layout conversions on one cluster, memoized.
+
+    The path found is the exact minimum over all sequences of one-step transforms.
+
+    Args:
+        message_bytes: of a message that small weights share.
+    """
+
+    def __init__(self, cluster: ClusterInfo, message_bytes: float = MEMBER_BYTES) -> None:
+        self.cluster, self.message_bytes = cluster, message_bytes
+        self.mesh = cluster.mesh
+        self.axes = tuple(axis for axis, size in enumerate(self.mesh) if size > 1)
+        self._legal = lru_cache(maxsize=None)(self._legal_orders)
+        self._steps = lru_cache(maxsize=None)(self._legal_steps)
+        self._search = lru_cache(maxsize=None)(self._priced)
+        self._path = lru_cache(maxsize=None)(self._cheapest_path)
+        self._prices = lru_cache(maxsize=None)(self._price_table)
+
+    # -- public ---------------------------------------------------------------------------------
+
+    def cost_us(
+        self,
+        shape: Sequence[int],
+        itemsize: int,
+        source: ShardingSpec,
+        target: ShardingSpec,
+        *,
+        grad: bool = True,
+    ) -> float:
+        """Microseconds of the cheapest conversion, forward plus (with `grad`) backward."""
+        search = self._search_of(shape, itemsize, grad)
+        end = self._index(search.steps, shape, target)
+        return float(search.distances((end,))[0][self._index(search.steps, shape, source)])
+
+    def costs_us(
+        self,
+        shape: Sequence[int],
+        itemsize: int,
+        sources: Sequence[ShardingSpec],
+        targets: Sequence[ShardingSpec],
+        *,
+        grad: bool = True,
+        weight: bool = False,
+    ) -> np.ndarray:
+        """`cost_us` as a matrix [source, target]; infinite where no path exists.
+
+        Args:
+            weight: whether messages may be shared with those of other weights.
+
+        Raises:
+            ValueError: a spec is illegal for the shape.
+        """
+        search = self._search_of(shape, itemsize, grad, weight)
+        starts, ends = (
+            [self._index(search.steps, shape, spec) for spec in specs]
+            for specs in (sources, targets)
+        )
+        return np.stack(search.distances(ends), axis=1)[starts]
+
+    def path(
+        self,
+        shape: Sequence[int],
+        itemsize: int,
+        source: ShardingSpec,
+        target: ShardingSpec,
+        *,
+        grad: bool = True,
+    ) -> tuple[Step, ...]:
+        """The cheapest sequence of steps.
+
+        Raises:
+            ValueError: no path exists (a varying or illegal spec).
+        """
+        return self._path(tuple(shape), itemsize, source, target, grad)
+
+    def specs(self, shape: Sequence[int]) -> list[ShardingSpec]:
+        """All specs under which every rank holds an element."""
+        steps = self._steps(self._legal(tuple(shape)))
+        return [steps.graph.spec(int(i)) for i in np.flatnonzero(steps.legal)]
+
+    def steps_from(self, shape: Sequence[int], spec: ShardingSpec) -> list[Step]:
+        """Every one-step transform out of a spec."""
+        steps = self._steps(self._legal(tuple(shape)))
+        here = self._index(steps, shape, spec)
+        return [_read(steps.graph, steps.edges, i) for i in range(*steps.first[here : here + 2])]
+
+    def step_us(self, shape: Sequence[int], itemsize: int, step: Step) -> tuple[float, float]:
+        """Forward and backward microseconds of one step."""
+        size = itemsize * prod(shape)
+        parts = min(step.source.parts(self.mesh), step.target.parts(self.mesh))
+        if step.kind == "all_to_all":
+            parts //= self.mesh[step.axis]
+        forward, backward = self._step_cost(step.kind, step.axis, size / parts)
+        return float(forward), float(backward)
+
+    # -- for comparison -------------------------------------------------------------------------
+
+    def heuristic(
+        self, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
+    ) -> list[Step]:
+        """The greedy search of the literature: one step at a time, to the spec nearest the target.
+
+        Raises:
+            ValueError: it went round in circles.
+        """
+        return greedy(lambda spec: self.steps_from(shape, spec), source, target)
+
+    def axis_by_axis(
+        self, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
+    ) -> list[Step]:
+        """What DTensor does: every mesh axis by itself, with no search.
+
+        Raises:
+            ValueError: the source is varying where the target is not.
+        """
+        return axis_by_axis(lambda spec: self.steps_from(shape, spec), source, target)
+
+    # -- search ---------------------------------------------------------------------------------
+
+    def _search_of(
+        self, shape: Sequence[int], itemsize: int, grad: bool, weight: bool = False
+    ) -> Search:
+        size = itemsize * prod(shape)
+        return self._search(self._legal(tuple(shape)), size, grad, weight)
+
+    def _index(self, steps: LegalSteps, shape: Sequence[int], spec: ShardingSpec) -> int:
+        index = steps.graph.index(spec)
+        if index < 0 or not steps.legal[index]:
+            raise ValueError(
+                f"{spec} is not a layout of a tensor of shape {tuple(shape)} on mesh {self.mesh}: "
+                "some rank would hold no element, or an axis does not exist"
+            )
+        return index
+
+    def _cheapest_path(
+        self,
+        shape: tuple[int, ...],
+        itemsize: int,
+        source: ShardingSpec,
+        target: ShardingSpec,
+        grad: bool,
+    ) -> tuple[Step, ...]:
+        search = self._search_of(shape, itemsize, grad)
+        steps = search.steps
+        start, end = (self._index(steps, shape, spec) for spec in (source, target))
+        if not np.isfinite(search.distances((end,))[0][start]):
+            raise ValueError(f"no sequence of collectives converts {source} to {target}")
+        return tuple(_read(steps.graph, steps.edges, i) for i in search.path(start, end))
+
+    def _legal_orders(self, shape: tuple[int, ...]) -> Orders:
+        """Per dim, the orders of axes that may split it."""
+        orders = [o for n in range(len(self.axes) + 1) for o in permutations(self.axes, n)]
+        per_size = {
+            size: frozenset(o for o in orders if fills_every_rank(size, o, self.mesh))
+            for size in set(shape)
+        }
+        return tuple(per_size[size] for size in shape)
+
+    def _legal_steps(self, orders: Orders) -> LegalSteps:
+        graph = spec_graph(len(orders), self.axes)
+        legal = np.ones(len(graph), dtype=bool)
+        for allowed, chosen in zip(orders, graph.order, strict=True):
+            legal &= np.array([o in allowed for o in graph.axis_orders])[chosen]
+        return LegalSteps(graph, legal)
+
+    def _priced(self, orders: Orders, size: int, grad: bool, weight: bool) -> Search:
+        steps = self._steps(orders)
+        table = self._prices(size, weight)
+        price = table[0] + table[1] if grad else table[0]
+        edges = steps.edges
+        return Search(steps, price[edges.kind, edges.axis, edges.outer])
+
+    # -- prices ---------------------------------------------------------------------------------
+
+    def _price_table(self, size: int, weight: bool) -> np.ndarray:
+        """[forward or backward, kind, axis, mask of other axes that split] in us, of a value of
+        `size` global bytes."""
+        count = len(self.axes)
+        masks = np.arange(1 << count)
+        parts = np.ones(1 << count)
+        for a, axis in enumerate(self.axes):
+            parts *= np.where(masks >> a & 1, self.mesh[axis], 1)
+        table = np.empty((2, len(KINDS), count, 1 << count))
+        for a, axis in enumerate(self.axes):
+            for number, kind in enumerate(KINDS):
+                forward, backward = self._step_cost(kind, axis, size / parts, weight)
+                table[0, number, a], table[1, number, a] = forward, backward
+        return table
+
+    def _step_cost(
+        self, kind: str, axis: int, nbytes: np.ndarray | float, weight: bool = False
+    ) -> tuple[np.ndarray | float, np.ndarray | float]:
+        """Microseconds forward and backward, of a value of which the other axes leave so many bytes
+        on a rank.
+
+        An all-to-all has the axis split on both sides. Local copies go at memory speed.
+        """
+        link, size = self.cluster.links[axis], self.mesh[axis]
+        device = self.cluster.device
+        whole = np.divide(nbytes, size if kind == "all_to_all" else 1)
+
+        def collective(name: str | None) -> np.ndarray | float:
+            if name is None:
+                return 0.0
+            if weight:
+                return device.launch_us + link.bucketed_us(name, size, whole, self.message_bytes)
+            return device.launch_us + link.collective_us(name, size, whole)
+
+        def copied(share: float) -> np.ndarray | float:
+            return device.launch_us + 2e6 * share * whole / device.bandwidth
+
+        forward, backward = collective(_FORWARD.get(kind)), collective(_BACKWARD.get(kind))
+        if kind == "inject":
+            forward = copied(1.0)  # dearer than a slice: no way to anything but a pending sum
+        if kind == "slice":
+            forward = copied(1 / size)
+        if kind == "gather":
+            backward = copied(1 / size)
+        return forward, backward
+
+
+def _read(graph: SpecGraph, edges: Edges, i: int) -> Step:
+    """A step of the graph, in the words of the mesh."""
+    return Step(
+        KINDS[edges.kind[i]],
+        graph.axes[edges.axis[i]],
+        graph.spec(int(edges.source[i])),
+        graph.spec(int(edges.target[i])),
+        int(edges.dim[i]),
+        int(edges.to_dim[i]),
+    )
+
+
+def converter_for(cluster: ClusterInfo, small_bytes: float = MEMBER_BYTES) -> LayoutConverter:
+    """The converter of a cluster, shared by all that ask for an equal one.
+
+    Args:
+        small_bytes: of all weights that share messages; no message is larger.
+    """
+    message = min(float(MEMBER_BYTES), small_bytes) or float(MEMBER_BYTES)
+    key = f"{message} {cluster.to_dict()!r}"
+    if key not in _CONVERTERS:
+        _CONVERTERS[key] = LayoutConverter(cluster, message)
+    return _CONVERTERS[key]
+
+
+_CONVERTERS: dict[str, LayoutConverter] = {}

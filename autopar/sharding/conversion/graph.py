@@ -1,0 +1,192 @@
+"""The graph of layouts that a conversion walks, in integers; `LayoutConverter` puts prices on it.
+
+The specs of tensors with N dims over given mesh axes, and the steps among them, are the same
+whatever the sizes, so a graph is built once. Axes are numbered in it without those of one rank.
+
+A spec is a row of digits: per dim the number of the *order* of axes that splits it, then the
+partial and the varying axes as bit masks. Read as one number, its `key`, the rows are sorted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+
+import numpy as np
+
+from autopar.ir.spec import ShardingSpec
+
+KINDS = (
+    "gather",
+    "gather_vary",
+    "all_to_all",
+    "all_reduce",
+    "reduce_scatter",
+    "slice",
+    "vary",
+    "inject",
+)
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Steps as parallel arrays, by source and then in the order in which they are defined.
+
+    Args:
+        source, target: numbers of specs.
+        kind: into `KINDS`.
+        axis: of the graph.
+        dim, to_dim: which the step works on; -1 where there is none.
+        outer: mask of the *other* axes that split the value: they divide the bytes.
+    """
+
+    source: np.ndarray
+    target: np.ndarray
+    kind: np.ndarray
+    axis: np.ndarray
+    dim: np.ndarray
+    to_dim: np.ndarray
+    outer: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def where(self, chosen: np.ndarray) -> Edges:
+        """Those at a mask or at positions."""
+        return Edges(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+
+@cache
+def spec_graph(ndim: int, axes: tuple[int, ...]) -> SpecGraph:
+    """The graph, built on first use."""
+    return SpecGraph(ndim, axes)
+
+
+class SpecGraph:
+    """All specs of tensors with `ndim` dims over the mesh axes `axes`, and all steps."""
+
+    def __init__(self, ndim: int, axes: tuple[int, ...]) -> None:
+        self.ndim, self.axes = ndim, axes
+        count = len(axes)
+        self.orders = [o for n in range(count + 1) for o in permutations(range(count), n)]
+        self.axis_orders = [tuple(axes[a] for a in order) for order in self.orders]
+        # what one more digit adds to the key
+        self._varying, self._partial = 1, 1 << count
+        self._dim = [len(self.orders) ** d << 2 * count for d in reversed(range(ndim))]
+        if len(self.orders) ** ndim << 2 * count >= 1 << 63:
+            raise ValueError(f"a tensor of {ndim} dims on {count} mesh axes has too many layouts")
+        self._enumerate()
+        self.edges = self._connect()
+        self._indices: dict[ShardingSpec, int] = {}
+        self._specs: dict[int, ShardingSpec] = {}
+
+    # -- specs ----------------------------------------------------------------------------------
+
+    def _enumerate(self) -> None:
+        """Digit by digit, every choice that uses no axis twice."""
+        every = (1 << len(self.axes)) - 1
+        splits, subsets = [sum(1 << a for a in o) for o in self.orders], range(every + 1)
+        used, digits = np.zeros(1, np.int64), np.zeros((0, 1), np.int64)
+        for choices in (*[splits] * self.ndim, subsets, subsets):
+            masks = np.array(choices, np.int64)
+            row, choice = np.nonzero((used[:, None] & masks) == 0)
+            used = used[row] | masks[choice]
+            digits = np.concatenate([digits[:, row], choice[None, :]])
+        self.order, self.partial, self.varying = digits[:-2], digits[-2], digits[-1]
+        self.free = every & ~used
+        self.split = used & ~(self.partial | self.varying)
+        self._key = np.array([*self._dim, self._partial, self._varying], np.int64) @ digits
+
+    def __len__(self) -> int:
+        return len(self._key)
+
+    def index(self, spec: ShardingSpec) -> int:
+        """The number of a spec; -1 if it has other dims or axes than the graph."""
+        found = self._indices.get(spec)
+        if found is None:
+            found = self._indices[spec] = self._find(spec)
+        return found
+
+    def _find(self, spec: ShardingSpec) -> int:
+        here = {axis: a for a, axis in enumerate(self.axes)}
+        named = {axis for axes in (*spec.dims, spec.partial, spec.varying) for axis in axes}
+        if spec.ndim != self.ndim or not named <= here.keys():
+            return -1
+        key = self._partial * sum(1 << here[axis] for axis in spec.partial)
+        key += self._varying * sum(1 << here[axis] for axis in spec.varying)
+        for place, axes in zip(self._dim, spec.dims, strict=True):
+            key += place * self.axis_orders.index(axes)
+        return int(np.searchsorted(self._key, key))
+
+    def spec(self, index: int) -> ShardingSpec:
+        """Inverse of `index`."""
+        found = self._specs.get(index)
+        if found is None:
+            dims = tuple(self.axis_orders[o] for o in self.order[:, index])
+            partial, varying = (
+                tuple(axis for a, axis in enumerate(self.axes) if mask[index] >> a & 1)
+                for mask in (self.partial, self.varying)
+            )
+            found = self._specs[index] = ShardingSpec(dims, partial, varying)
+        return found
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def _connect(self) -> Edges:
+        """Every step out of every spec. Only the innermost axis of a dim can be undone."""
+        orders, axes = self.orders, range(len(self.axes))
+        number = {order: n for n, order in enumerate(orders)}
+        innermost = np.array([o[-1] if o else -1 for o in orders])
+        outer = np.array([number[o[:-1]] for o in orders])
+        inner = np.array([[number.get((*o, a), -1) for a in axes] for o in orders], np.int64)
+        rows_of: list[np.ndarray] = []
+        keys: list[np.ndarray] = []
+        axes_of: list[np.ndarray] = []
+        labels: list[tuple[int, int, int]] = []
+
+        def add(
+            kind: str, rows: np.ndarray, axis: np.ndarray, gain: np.ndarray,
+            dim: int = -1, to_dim: int = -1,
+        ) -> None:  # fmt: skip
+            rows_of.append(rows)
+            keys.append(self._key[rows] + gain)
+            axes_of.append(axis)
+            labels.append((KINDS.index(kind), dim, to_dim))
+
+        def split(rows: np.ndarray, axis: np.ndarray, dim: int) -> np.ndarray:
+            """What the key gains when the axis splits the dim, inside of all that do already."""
+            before = self.order[dim, rows]
+            return (inner[before, axis] - before) * self._dim[dim]
+
+        for dim in range(self.ndim):
+            rows = np.flatnonzero(self.order[dim])
+            before = self.order[dim, rows]
+            axis, undo = innermost[before], (outer[before] - before) * self._dim[dim]
+            add("gather", rows, axis, undo, dim)
+            add("gather_vary", rows, axis, undo + (self._varying << axis), dim)
+            for to in range(self.ndim):
+                if to != dim:
+                    add("all_to_all", rows, axis, undo + split(rows, axis, to), dim, to)
+        for a in axes:
+            rows = np.flatnonzero(self.partial >> a & 1)
+            axis, bit = np.full(len(rows), a), np.full(len(rows), 1 << a)
+            add("all_reduce", rows, axis, -self._partial * bit)
+            for dim in range(self.ndim):
+                add("reduce_scatter", rows, axis, split(rows, axis, dim) - self._partial * bit, dim)
+        for a in axes:
+            rows = np.flatnonzero(self.free >> a & 1)
+            axis, bit = np.full(len(rows), a), np.full(len(rows), 1 << a)
+            for dim in range(self.ndim):
+                add("slice", rows, axis, split(rows, axis, dim), dim)
+            add("vary", rows, axis, self._varying * bit)
+            add("inject", rows, axis, self._partial * bit)
+
+        if not axes:
+            return Edges(*np.zeros((7, 0), np.int64))
+        source, axis = np.concatenate(rows_of), np.concatenate(axes_of)
+        target = np.searchsorted(self._key, np.concatenate(keys))
+        kind, dims, to_dims = np.repeat(np.array(labels), [len(r) for r in rows_of], axis=0).T
+        others = self.split[source] & ~(1 << axis)
+        edges = Edges(source, target, kind, axis, dims, to_dims, others)
+        return edges.where(np.argsort(source, kind="stable"))

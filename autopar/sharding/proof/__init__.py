@@ -1,1 +1,0 @@
-"""Proof of the rule table by machine: every row against the op itself, rank by rank."""

@@ -1,0 +1,1 @@
+"""Development tools: proofs of the sharding rules."""

@@ -1,0 +1,1 @@
+"""Proves every row of the rule table against the operator itself, rank by rank."""

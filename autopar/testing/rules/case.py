@@ -1,0 +1,304 @@
+"""One case of the proof: a call, a mesh and a strategy, run on shards and compared rank by rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.comm.groups import find_group, planning_groups, thread_groups
+from autopar.ir.graph import operands
+from autopar.ir.spec import ShardingSpec
+from autopar.passes.apply_sharding import LocalProgram, apply_sharding
+from autopar.plan import MemoryEstimate, ShardingPlan, SolverRecord, TimeEstimate
+from autopar.sharding.rule import Strategy
+from autopar.testing.rules.draw import Draw
+from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad, substituted
+from autopar.testing.rules.random_ops import RANDOM, UNDEFINED, kept, seed_torch
+from autopar.testing.rules.shards import (
+    TOLERANCE,
+    Coords,
+    Difference,
+    Mesh,
+    differences,
+    joined,
+    ranks,
+    split,
+    tolerance_of,
+)
+
+_TIMEOUT_S = 20.0
+_SEED = 1234
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case showed: its largest error (0 if not in float64), and what was wrong."""
+
+    worst: float
+    differences: tuple[Difference, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What one rank ended up with: results, and gradients of its operands (None: takes none)."""
+
+    results: Sequence[torch.Tensor]
+    gradients: Sequence[torch.Tensor | None]
+
+
+def check_case(
+    one: OneOp, mesh: Mesh, strategy: Strategy, draw: Draw, *, transposed: bool | None = None
+) -> Outcome:
+    """Run the call on every rank's shards, by the production path, and compare.
+
+    Args:
+        transposed: whether shards have the strides that a transposition leaves; drawn if None.
+    """
+    if transposed is None:
+        transposed = draw.chance(25)
+    try:
+        held = _run(one, mesh, strategy, draw, transposed)
+    except Exception as error:  # whatever a rank raises is the finding
+        if transposed and not _takes_any_strides(one):
+            return check_case(one, mesh, strategy, draw, transposed=False)
+        lines = str(error).strip().splitlines() or [""]
+        text = f"{type(error).__name__}: {lines[0]}"
+        return Outcome(math.inf, (Difference("the ranks' program", None, math.inf, text),))
+    return _compared(one, mesh, strategy, held)
+
+
+# -- the ranks ----------------------------------------------------------------------------------
+
+
+def _run(
+    one: OneOp, mesh: Mesh, strategy: Strategy, draw: Draw, transposed: bool
+) -> dict[Coords, _Held]:
+    plan = plan_of(one, mesh, strategy)
+    inputs: list[Mapping[Coords, torch.Tensor] | None] = [
+        None if x is None or spec is None else split(x, spec, mesh, draw)
+        for x, spec in zip(one.inputs, strategy.inputs, strict=True)
+    ]
+    cotangents = [
+        None if c is None else split(c, ShardingSpec(spec.dims), mesh, draw)
+        for c, spec in zip(one.cotangents, strategy.outputs, strict=True)
+    ]
+    groups = _thread_groups(mesh) if strategy.lowered else _silent_groups(mesh)
+
+    def rank(coords: Coords) -> _Held:
+        program = apply_sharding(
+            one.graph, plan, coords=coords, groups=groups[coords], output_specs=strategy.outputs
+        )
+        leaves = [
+            None if x is None else _laid_out(x[coords], transposed).requires_grad_(trained)
+            for x, trained in zip(inputs, one.trained, strict=True)
+        ]
+        local = [None if c is None else c[coords] for c in cotangents]
+        return _step(one, program, leaves, local)
+
+    if not strategy.lowered:
+        return {coords: rank(coords) for coords in ranks(mesh)}
+    return _in_threads(rank, mesh)
+
+
+def _step(
+    one: OneOp,
+    program: LocalProgram,
+    leaves: Sequence[torch.Tensor | None],
+    cotangents: Sequence[torch.Tensor | None],
+) -> _Held:
+    """Forward and backward of one rank."""
+    name_of = {n.name: x for n, x in zip(operands(one.node), leaves, strict=True) if n is not None}
+    arguments = [name_of[name] for name in one.placeholders]
+    if program.takes_seed:
+        arguments.append(torch.tensor(_SEED))
+    seed_torch(str(one.sample.op))
+    results = program.gm(*arguments)
+    return _Held([r.detach() for r in results], grad(results, cotangents, leaves))
+
+
+def _laid_out(x: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """A copy; with strides as a transposed producer leaves them, since shards may have any."""
+    if transposed and x.ndim > 2:
+        return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _takes_any_strides(one: OneOp) -> bool:
+    """Whether the op itself, on whole tensors, can do with such strides."""
+    leaves = [
+        None if x is None else _laid_out(x, True).requires_grad_(trained)
+        for x, trained in zip(one.inputs, one.trained, strict=True)
+    ]
+    try:
+        grad(flat_tensors(call(one.node, leaves)), one.cotangents, leaves)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _in_threads(rank: Callable[[Coords], _Held], mesh: Mesh) -> dict[Coords, _Held]:
+    """All ranks at once; the first error of one ends the others' waiting."""
+    groups = _thread_groups(mesh)
+    first: list[BaseException] = []
+
+    def guarded(coords: Coords) -> _Held | None:
+        try:
+            return rank(coords)
+        except BaseException as error:
+            first.append(error)
+            for names in groups.values():
+                for name in names:
+                    find_group(name)._exchange.barrier.abort()  # type: ignore[attr-defined]
+            return None
+
+    found = dict(zip(groups, _pool().map(guarded, groups), strict=True))
+    if first:
+        _thread_groups.cache_clear()  # their barriers are broken
+        raise first[0]
+    return {coords: held for coords, held in found.items() if held is not None}
+
+
+def plan_of(one: OneOp, mesh: Mesh, strategy: Strategy) -> ShardingPlan:
+    """The plan that states exactly the strategy: no conversions are left to make."""
+    choices = {one.node.name: strategy.name}
+    for operand, spec, trained in zip(
+        operands(one.node), strategy.inputs, one.trained, strict=True
+    ):
+        if operand is not None and spec is not None:
+            choices[operand.name] = str(spec if trained else spec.data()) or "scalar"
+    return ShardingPlan(
+        model="OneOp",
+        fingerprint="",
+        mesh=mesh,
+        cluster=_cluster(mesh),
+        choices=choices,
+        parameters={},
+        regather=(),
+        time=TimeEstimate(0, 0, 0),
+        memory=MemoryEstimate(0, 0, 0, 0, 0, 0),
+        solver=SolverRecord("", 0, 0, 0),
+        budget_bytes=0,
+    )
+
+
+@lru_cache
+def _cluster(mesh: Mesh) -> Mapping[str, Any]:
+    return ClusterInfo.of("x".join(map(str, mesh)), "A100-80G").to_dict()
+
+
+@lru_cache
+def _thread_groups(mesh: Mesh) -> dict[Coords, tuple[str, ...]]:
+    return thread_groups(mesh, f"proof/{'x'.join(map(str, mesh))}", timeout=_TIMEOUT_S)
+
+
+@lru_cache
+def _silent_groups(mesh: Mesh) -> dict[Coords, tuple[str, ...]]:
+    """Where nothing is lowered there is nothing to communicate: collectives raise."""
+    prefix = f"proof-silent/{'x'.join(map(str, mesh))}"
+    return {coords: planning_groups(mesh, coords, prefix) for coords in ranks(mesh)}
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(64, initializer=torch.set_num_threads, initargs=(1,))
+
+
+# -- the comparison -----------------------------------------------------------------------------
+
+
+def _compared(one: OneOp, mesh: Mesh, strategy: Strategy, held: Mapping[Coords, _Held]) -> Outcome:
+    name = str(one.sample.op)
+    results = [
+        {coords: h.results[i] for coords, h in held.items()} for i in range(len(one.outputs))
+    ]
+    outputs, gradients = list(one.outputs), list(one.gradients)
+    if one.rule[0].always:
+        wholes = [
+            joined(pieces, spec, mesh, whole.shape)
+            for pieces, spec, whole in zip(results, strategy.outputs, one.outputs, strict=True)
+        ]
+        outputs, gradients = _with_draw(one, name, wholes)
+    if name in UNDEFINED:
+        outputs = [w.new_zeros(w.shape) for w in outputs]
+        results = [{c: torch.zeros_like(p) for c, p in pieces.items()} for pieces in results]
+    tolerance = tolerance_of([*one.inputs, *one.outputs])
+    worst = 0.0
+    found: list[Difference] = []
+    for i, (pieces, spec, whole) in enumerate(zip(results, strategy.outputs, outputs, strict=True)):
+        error, off = differences(f"result {i}", pieces, spec, spec.partial, whole, mesh, tolerance)
+        worst, found = max(worst, error), found + off
+    for i, (whole_grad, spec_in) in enumerate(zip(gradients, strategy.inputs, strict=True)):
+        if whole_grad is None or spec_in is None:
+            continue
+        pieces = {c: g for c, h in held.items() if (g := h.gradients[i]) is not None}
+        error, off = differences(
+            f"gradient of operand {i}",
+            pieces,
+            spec_in,
+            spec_in.varying,
+            whole_grad,
+            mesh,
+            tolerance,
+        )
+        worst, found = max(worst, error), found + off
+    if one.rule[0].always:
+        found += _draw_findings(one, name, strategy, mesh, results)
+    return Outcome(worst if tolerance == TOLERANCE[torch.float64] else 0.0, tuple(found))
+
+
+def _with_draw(
+    one: OneOp, name: str, wholes: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """What the op gives, and its gradients, for the draw that the ranks made."""
+    leaves = [
+        None if x is None else x.detach().requires_grad_(trained)
+        for x, trained in zip(one.inputs, one.trained, strict=True)
+    ]
+    results = RANDOM[name](wholes, substituted(one.node, leaves))
+    return [r.detach() for r in results], list(grad(results, one.cotangents, leaves))
+
+
+def _draw_findings(
+    one: OneOp,
+    name: str,
+    strategy: Strategy,
+    mesh: Mesh,
+    results: Sequence[Mapping[Coords, torch.Tensor]],
+) -> list[Difference]:
+    """Ranks that hold different shards draw different numbers, and as many as they should."""
+    arguments = substituted(one.node, list(one.inputs))
+    found: list[Difference] = []
+    whole = [
+        joined(p, s, mesh, o.shape)
+        for p, s, o in zip(results, strategy.outputs, one.outputs, strict=True)
+    ]
+    drawn = kept(name, whole, arguments)
+    if drawn is None:
+        return []
+    mask, share = drawn
+    count = mask.numel()
+    spread = 6 * math.sqrt(share * (1 - share) / max(count, 1)) + 1e-9
+    if abs(float(mask.double().mean()) - share) > spread:
+        detail = f"{float(mask.double().mean()):.3f} of {count} kept, expected {share:.3f}"
+        found.append(Difference("the draw", None, math.inf, detail))
+    seen: dict[tuple[int, ...], tuple[Coords, torch.Tensor]] = {}
+    for coords in ranks(mesh):
+        pieces = [p[coords] for p in results]
+        local = kept(name, pieces, arguments)
+        assert local is not None
+        key = tuple(coords[a] for axes in strategy.splits.values() for a in axes)
+        for other, (where, earlier) in seen.items():
+            # 40 equal coin tosses do not happen
+            likely = min(share, 1 - share) > 0.2 and earlier.numel() >= 150
+            if other != key and likely and torch.equal(earlier, local[0]):
+                detail = f"the same draw as on rank {where}, which holds another shard"
+                found.append(Difference("the draw", coords, math.inf, detail))
+        seen.setdefault(key, (coords, local[0]))
+    return found

@@ -1,0 +1,291 @@
+"""`autopar rules check`: random calls, meshes and strategies for every op of the table."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import torch
+
+from autopar.sharding.node_rules import call_of
+from autopar.sharding.rule import Strategy
+from autopar.sharding.rules.registry import DERIVED, ROWS
+from autopar.testing.rules.case import Outcome, check_case
+from autopar.testing.rules.draw import Draw
+from autopar.testing.rules.one_op import OneOp, one_op
+from autopar.testing.rules.samples import draw_sample, find_op, table_ops
+from autopar.testing.rules.shards import Mesh
+
+# Small meshes are most of what can go wrong, and larger ones show the order of axes.
+MESHES: tuple[Mesh, ...] = (
+    (2,), (3,), (4,), (2,), (3,), (2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (2, 2, 2), (2, 1, 3),
+)  # fmt: skip
+_POINTWISE_SHARE = 0.35  # of the cases that an op with a row of its own gets
+_SHRINK_S = 4.0
+_DISTINCT = 3  # failures told of per op
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that came out wrong, as small as it was found."""
+
+    call: str
+    mesh: Mesh
+    strategy: str
+    layouts: str
+    differences: tuple[str, ...]
+
+    def __str__(self) -> str:
+        mesh = "x".join(map(str, self.mesh))
+        lines = [self.call]
+        if self.strategy:
+            lines.append(f"  mesh {mesh}, strategy '{self.strategy}': {self.layouts}")
+        return "\n".join([*lines, *(f"  {d}" for d in self.differences)])
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """What was shown of one op.
+
+    Args:
+        cases: how many were run.
+        covered, possible: kinds of strategies ("row 0: m", "~1") that were run, that there are.
+        rows: alternatives of the row that calls reached, and how many there are (0: derived).
+        worst: largest error of the cases that hold, of those in float64.
+        failed: number of cases that do not.
+        failures: the distinct ones among them.
+        refused, unruled: calls that torch refused, that no rule covers.
+    """
+
+    name: str
+    cases: int
+    covered: frozenset[str]
+    possible: frozenset[str]
+    rows: frozenset[int]
+    alternatives: int
+    worst: float
+    failed: int
+    failures: tuple[Failure, ...]
+    refused: int
+    unruled: int
+    seconds: float
+
+
+def prove_op(name: str, cases: int, seed: int) -> OpReport:
+    """Run random cases of one op; the same seed runs the same cases."""
+    op = find_op(name)
+    assert op is not None, name
+    used: Counter[str] = Counter()
+    possible: set[str] = set()
+    rows: set[int] = set()
+    done = refused = unruled = failed = calls = 0
+    worst = 0.0
+    found: dict[str, Failure] = {}
+    began = time.perf_counter()
+    while done < cases and calls < 3 * cases + 20:
+        calls += 1
+        draw = Draw(random.Random(f"{seed} {name} {calls}"))
+        one = _drawn(op, draw)
+        if one is None:
+            refused += 1
+            continue
+        try:
+            ruled, row = one.rule[1], alternative(one)
+        except Exception as error:
+            failed, done = failed + 1, done + 1
+            what = f"the rule refuses the call: {type(error).__name__}: {error}"
+            found.setdefault("", Failure(str(one.sample), (), "", "", (what,)))
+            continue
+        if not ruled:
+            unruled += 1
+            continue
+        if row in rows and len(rows) < _alternatives(name) and calls % 8:
+            continue  # until every alternative has been reached
+        rows.add(row)
+        for mesh, strategy in _cases(one, row, draw, used, possible):
+            outcome = check_case(one, mesh, strategy, draw)
+            done += 1
+            if not outcome.differences:
+                worst = max(worst, outcome.worst)
+                continue
+            failed += 1
+            key = " ".join(sorted(kinds(strategy, row)))
+            if key not in found and len(found) < _DISTINCT:
+                found[key] = _smallest(one, mesh, strategy, outcome, f"{seed} {name}")
+            if done >= cases:
+                break
+    return OpReport(
+        name, done, frozenset(used), frozenset(possible), frozenset(rows), _alternatives(name),
+        worst, failed, tuple(found.values()), refused, unruled, time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _drawn(op: torch._ops.OpOverload, draw: Draw) -> OneOp | None:
+    """A random call; None where torch refuses it."""
+    try:
+        return one_op(draw_sample(op, draw), draw)
+    except (RuntimeError, IndexError, NotImplementedError, ValueError):
+        return None
+
+
+def alternative(one: OneOp) -> int:
+    """Which row of the op's alternatives holds for a call; 0 for derived rules."""
+    rows = ROWS.get(str(one.sample.op))
+    if not isinstance(rows, tuple) or str(one.sample.op) in DERIVED:
+        return 0
+    arguments = call_of(one.node).arguments
+    held = (i for i, row in enumerate(rows) if row.when is None or row.when(arguments))
+    return next(held, 0)
+
+
+def _alternatives(name: str) -> int:
+    rows = ROWS.get(name)
+    return len(rows) if isinstance(rows, tuple) and name not in DERIVED else 1
+
+
+def kinds(strategy: Strategy, row: int) -> set[str]:
+    """What a strategy does: the factors it splits and the sums that it lets through."""
+    tokens = {t.partition(":")[0] for t in strategy.name.split()} - {"-"}
+    return {f"row {row}: {t}" if row else t for t in tokens}
+
+
+def _cases(
+    one: OneOp, row: int, draw: Draw, used: Counter[str], possible: set[str]
+) -> Iterator[tuple[Mesh, Strategy]]:
+    """Strategies of one call, those first whose kinds were run least."""
+    mesh = draw.choice(MESHES)
+    strategies = one.strategies(mesh)
+    by_kind: dict[str, list[Strategy]] = {}
+    for strategy in strategies:
+        for kind in kinds(strategy, row):
+            by_kind.setdefault(kind, []).append(strategy)
+    possible.update(by_kind)
+    if not by_kind:
+        yield mesh, strategies[0]
+        return
+    rarest = min(by_kind, key=lambda k: used[k])
+    for strategy in (draw.choice(by_kind[rarest]), draw.choice(strategies)):
+        used.update(kinds(strategy, row))
+        yield mesh, strategy
+
+
+# -- smaller failures ---------------------------------------------------------------------------
+
+
+def _smallest(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome, seed: str) -> Failure:
+    """The failure, or one of the same kind on a smaller call or mesh."""
+    best = one, mesh, strategy, outcome
+    wanted = {_family(k) for k in kinds(strategy, 0)}
+    deadline = time.perf_counter() + _SHRINK_S
+    for attempt in range(400):
+        if time.perf_counter() > deadline:
+            break
+        largest = 2 + attempt // 60  # smaller calls first
+        draw = Draw(random.Random(f"{seed} smaller {attempt}"), largest)
+        small = _drawn(one.sample.op, draw)
+        where = draw.choice([(2,), (2,), (3,), mesh])
+        size = math.prod(where)
+        if small is None or _weight(small) * size >= _weight(best[0]) * math.prod(best[1]):
+            continue
+        for other in _within(small, where, wanted)[:4]:
+            again = check_case(small, where, other, draw)
+            if again.differences and again.differences[0].what == outcome.differences[0].what:
+                best = small, where, other, again
+                break
+    return _failure(*best)
+
+
+def _within(one: OneOp, mesh: Mesh, wanted: set[str]) -> list[Strategy]:
+    """Strategies that do nothing but what is wanted."""
+    if not _ruled(one):
+        return []
+    return [
+        s for s in one.strategies(mesh) if {_family(k) for k in kinds(s, 0)} <= wanted or not wanted
+    ]
+
+
+def _ruled(one: OneOp) -> bool:
+    try:
+        return one.rule[1]
+    except Exception:  # told of elsewhere
+        return False
+
+
+def _family(kind: str) -> str:
+    return re.sub(r"\d+$", "", kind)
+
+
+def _weight(one: OneOp) -> int:
+    return sum(t.numel() for t in one.inputs if t is not None)
+
+
+def _failure(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome) -> Failure:
+    spelled = [
+        ", ".join("-" if s is None else str(s) or "scalar" for s in specs)
+        for specs in (strategy.inputs, strategy.outputs)
+    ]
+    shown = [str(d) for d in outcome.differences[:4]]
+    if len(outcome.differences) > 4:
+        shown.append(f"... and {len(outcome.differences) - 4} more")
+    layouts = " -> ".join(spelled) + (", by lowering" if strategy.lowered else "")
+    return Failure(str(one.sample), mesh, strategy.name, layouts, tuple(shown))
+
+
+# -- the whole table ----------------------------------------------------------------------------
+
+
+def shares(names: Sequence[str], cases: int) -> dict[str, int]:
+    """How many cases each op gets: those with a rule of their own more than pointwise ones."""
+    own = {n: 1.0 if n in ROWS or n in DERIVED else _POINTWISE_SHARE for n in names}
+    unit = cases / sum(own.values())
+    return {n: max(1, round(unit * weight)) for n, weight in own.items()}
+
+
+def matching(pattern: str | None) -> list[str]:
+    """Ops of the table by full name or by a part of it.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = table_ops()
+    if pattern is None:
+        return list(names)
+    found = [n for n in names if n == pattern] or [n for n in names if pattern in n]
+    if not found:
+        raise ValueError(f"no op of the rule table is called {pattern!r}; see autopar rules list")
+    return found
+
+
+def prove(
+    names: Sequence[str],
+    cases: int,
+    seed: int,
+    jobs: int,
+    done: Callable[[OpReport], None] = lambda report: None,
+) -> list[OpReport]:
+    """Run all cases, in `jobs` processes; the findings do not depend on their number."""
+    work = [(n, count, seed) for n, count in shares(names, cases).items()]
+    found = []
+    if jobs == 1:
+        torch.set_num_threads(1)
+        reports: Iterator[OpReport] = itertools.starmap(prove_op, work)
+        for report in reports:
+            found.append(report)
+            done(report)
+        return sorted(found, key=lambda r: r.name)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when the processes import torch
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        for future in as_completed([pool.submit(prove_op, *item) for item in work]):
+            found.append(future.result())
+            done(found[-1])
+    return sorted(found, key=lambda r: r.name)

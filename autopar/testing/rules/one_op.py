@@ -1,0 +1,217 @@
+"""A model graph of one operator call, and the call's own results and gradients."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+from autopar.ir.graph import ModelGraph, NodeInfo, bound_arguments, map_operands, operands
+from autopar.sharding.node_rules import rule_of, strategies_of
+from autopar.sharding.rule import OpRule, Strategy
+from autopar.testing.rules.draw import Draw, Sample
+from autopar.testing.rules.random_ops import seed_torch
+
+_HERE = NodeInfo("", "autopar rules check")
+
+# What autograd says of ops, and of operands, that have no derivative.
+_NO_DERIVATIVE = ("not implemented", "not differentiable", "does not require grad", "derivative")
+
+
+@dataclass(frozen=True)
+class OneOp:
+    """A call as the planner sees it, and what it computes on whole tensors.
+
+    Args:
+        sample: the call.
+        graph: placeholders, the call, outputs; metadata are the tensors themselves.
+        node: the call's node.
+        inputs: per tensor operand (`operands(node)`) its value, None where absent.
+        trained: per operand, whether it takes a gradient.
+        outputs: the results.
+        cotangents: per result, None where it has no gradient.
+        gradients: per operand, None where it takes none.
+    """
+
+    sample: Sample
+    graph: ModelGraph
+    node: fx.Node
+    inputs: tuple[torch.Tensor | None, ...]
+    trained: tuple[bool, ...]
+    outputs: tuple[torch.Tensor, ...]
+    cotangents: tuple[torch.Tensor | None, ...]
+    gradients: tuple[torch.Tensor | None, ...]
+
+    @property
+    def placeholders(self) -> list[str]:
+        """Names in the order in which programs take them."""
+        return [n.name for n in self.node.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def rule(self) -> tuple[OpRule, bool]:
+        """The rule, and whether the table had one."""
+        return rule_of(self.node)
+
+    def strategies(self, mesh: Sequence[int]) -> list[Strategy]:
+        return strategies_of(self.node, mesh)
+
+
+def one_op(sample: Sample, draw: Draw) -> OneOp:
+    """The call as a graph, run on whole tensors with random cotangents.
+
+    Raises:
+        RuntimeError: the op refuses the arguments.
+    """
+    node, values = _call_node(sample)
+    inputs = tuple(None if n is None else values[n] for n in operands(node))
+    names = _names(node)
+    differentiable = [
+        t is not None and _floating(t) and name not in sample.fixed
+        for t, name in zip(inputs, names, strict=True)
+    ]
+    try:
+        outputs, cotangents, gradients = _backward(node, inputs, differentiable, draw)
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(differentiable) or not any(t in str(error) for t in _NO_DERIVATIVE):
+            raise
+        differentiable = [False] * len(inputs)
+        outputs, cotangents, gradients = _backward(node, inputs, differentiable, draw)
+    graph = _finish(node, values, outputs, differentiable)
+    return OneOp(sample, graph, node, inputs, tuple(differentiable), outputs, cotangents, gradients)
+
+
+def _floating(x: torch.Tensor) -> bool:
+    return x.dtype.is_floating_point or x.dtype.is_complex
+
+
+def _names(node: fx.Node) -> list[str]:
+    """Per operand, the argument it stands in."""
+    found = []
+    given = bound_arguments(node)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for argument in node.target._schema.arguments:
+        if "Tensor" in str(argument.type):
+            value = given.get(argument.name)
+            items = value if isinstance(value, list | tuple) else [value]
+            found += [argument.name for i in items if i is None or isinstance(i, fx.Node)]
+    return found
+
+
+def _call_node(sample: Sample) -> tuple[fx.Node, dict[fx.Node, torch.Tensor]]:
+    graph = fx.Graph()
+    values: dict[fx.Node, torch.Tensor] = {}
+
+    def stand_in(tensor: torch.Tensor) -> fx.Node:
+        node = graph.placeholder(f"x{len(values)}")
+        values[node] = tensor
+        return node
+
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, stand_in, (tuple(sample.args), dict(sample.kwargs))
+    )
+    return graph.call_function(sample.op, args, kwargs), values
+
+
+def _backward(
+    node: fx.Node,
+    inputs: Sequence[torch.Tensor | None],
+    differentiable: Sequence[bool],
+    draw: Draw,
+) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...], tuple[Any, ...]]:
+    leaves = [
+        None if x is None else x.detach().requires_grad_(d)
+        for x, d in zip(inputs, differentiable, strict=True)
+    ]
+    results = flat_tensors(call(node, leaves))
+    cotangents = tuple(_cotangent(r, draw) if r.requires_grad else None for r in results)
+    gradients = grad(results, cotangents, leaves)
+    return tuple(r.detach() for r in results), cotangents, gradients
+
+
+def _cotangent(like: torch.Tensor, draw: Draw) -> torch.Tensor:
+    if like.dtype.is_complex:
+        return torch.complex(draw.normal(*like.shape), draw.normal(*like.shape)).to(like.dtype)
+    return draw.normal(*like.shape).to(like.dtype)
+
+
+def call(node: fx.Node, values: Sequence[torch.Tensor | None]) -> Any:
+    """Run the node's op on tensors in the place of its operands."""
+    args, kwargs = map_operands(node, list(values))
+    assert callable(node.target)
+    seed_torch(str(node.target))
+    return node.target(*args, **kwargs)
+
+
+def substituted(node: fx.Node, values: Sequence[torch.Tensor | None]) -> dict[str, Any]:
+    """The call's arguments by schema name, with tensors in the place of its operands."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    args, kwargs = map_operands(node, list(values))
+    names = [a.name for a in node.target._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def flat_tensors(value: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+
+def grad(
+    results: Sequence[torch.Tensor],
+    cotangents: Sequence[torch.Tensor | None],
+    leaves: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the leaves that take one, zero where they were not used; None elsewhere."""
+    pairs = [
+        (r, c)
+        for r, c in zip(results, cotangents, strict=True)
+        if c is not None and r.requires_grad
+    ]
+    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    found: Sequence[torch.Tensor | None] = [None] * len(wanted)
+    if pairs and wanted:
+        found = torch.autograd.grad(
+            [r for r, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True
+        )
+    queue = iter(
+        torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)
+    )
+    return tuple(next(queue) if x is not None and x.requires_grad else None for x in leaves)
+
+
+def _finish(
+    node: fx.Node,
+    values: dict[fx.Node, torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    differentiable: Sequence[bool],
+) -> ModelGraph:
+    """Metadata, outputs and roles: what makes the call a `ModelGraph`."""
+    graph = node.graph
+    trained = {
+        n for n, d in zip(operands(node), differentiable, strict=True) if n is not None and d
+    }
+    for placeholder, value in values.items():
+        placeholder.meta |= {"val": value, "autopar": _HERE}
+    assert isinstance(node.target, torch._ops.OpOverload)
+    returns = node.target._schema.returns
+    single = len(returns) == 1 and str(returns[0].type) == "Tensor"
+    node.meta |= {"val": outputs[0] if single else tuple(outputs), "autopar": _HERE}
+    results = [node]
+    if not single:
+        results = [graph.call_function(operator.getitem, (node, i)) for i in range(len(outputs))]
+        for result, value in zip(results, outputs, strict=True):
+            result.meta |= {"val": value, "autopar": _HERE}
+    graph.output(tuple(results))
+    spec = pytree.tree_structure(((), {}))
+    return ModelGraph(
+        gm=fx.GraphModule(torch.nn.Module(), graph, "OneOp"),
+        parameters={str(n.target): str(n.target) for n in values if n in trained},
+        buffers={},
+        inputs=tuple(str(n.target) for n in values if n not in trained),
+        mutations=(),
+        in_spec=spec,
+        out_spec=spec,
+    )

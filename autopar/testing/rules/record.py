@@ -1,0 +1,125 @@
+"""What was proved, shipped with the package: per op the cases, the worst error, and a digest of
+what the proof was about, so that a rule that changed since is told from one that did not."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from autopar.files import write_atomically
+from autopar.sharding.rule import Row
+from autopar.sharding.rules import pointwise
+from autopar.sharding.rules.registry import DERIVED, ROWS
+from autopar.testing.rules.check import OpReport
+
+RECORD = Path(__file__).with_name("record.json")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """An op's entry: how many cases held, their largest error, and of which rule."""
+
+    cases: int
+    worst: float
+    digest: str
+
+
+def load(path: Path = RECORD) -> dict[str, Proof]:
+    """The record; empty where nothing has been proved."""
+    if not path.exists():
+        return {}
+    data = json.loads(path.read_text())
+    return {name: Proof(**entry) for name, entry in data.items()}
+
+
+def save(reports: Iterable[OpReport], path: Path = RECORD) -> None:
+    """Enter the ops that hold, take out those that do not, and leave the others."""
+    found = load(path)
+    for report in reports:
+        found.pop(report.name, None)
+        if report.cases and not report.failed:
+            found[report.name] = Proof(report.cases, report.worst, digest(report.name))
+    body = ",\n".join(f' "{n}": {json.dumps(asdict(p))}' for n, p in sorted(found.items()))
+    write_atomically(path, f"{{\n{body}\n}}\n")
+
+
+def status(name: str, record: Mapping[str, Proof]) -> str:
+    """`proved (N cases, 3e-14)`, `changed since proof` or `not proved`."""
+    proof = record.get(name)
+    if proof is None:
+        return "not proved"
+    if proof.digest != digest(name):
+        return "changed since proof"
+    return f"proved ({proof.cases} cases, {proof.worst:.0e})"
+
+
+def digest(name: str) -> str:
+    """Of everything that an op's rule is made of: notation, linear sets, and the source of its
+    lowering, of its conditions and of the function that derives it."""
+    parts: list[str] = []
+    if name in DERIVED:
+        parts += sources(DERIVED[name])
+    elif name in ROWS:
+        rows = ROWS[name]
+        for row in rows if isinstance(rows, tuple) else (rows,):
+            parts += _of_row(row)
+    else:
+        parts += [repr(pointwise.LINEAR.get(name, ())), *sources(pointwise.bind_pointwise)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _of_row(row: Row) -> list[str]:
+    parts = [row.notation, repr(row.linear), repr(row.always)]
+    for function in (row.lowering, row.when):
+        if function is not None:
+            parts += sources(function)
+    return parts
+
+
+def sources(function: Callable[..., Any]) -> list[str]:
+    """Source of a function and of all functions of the rule table that it calls."""
+    found: dict[str, str] = {}
+    _collect(function, found)
+    return [found[key] for key in sorted(found)]
+
+
+def _collect(function: Any, found: dict[str, str]) -> None:
+    function = inspect.unwrap(function)
+    if not isinstance(function, FunctionType):
+        return
+    # the table of linear sets is entered by op, and `Row` is the notation itself
+    inside = function.__module__.startswith("autopar.sharding.")
+    if not inside or function.__module__ == "autopar.sharding.rule":
+        return
+    closed = [c.cell_contents for c in function.__closure__ or ()]
+    key = f"{function.__module__}.{function.__qualname__}"
+    plain = [repr(c) for c in closed if isinstance(c, str | int | float | bool | tuple)]
+    if key in found:
+        return
+    found[key] = "\n".join([inspect.getsource(function), *plain])
+    for used in closed:
+        _collect(used, found)
+    for name in _names(function.__code__):
+        value = function.__globals__.get(name)
+        if isinstance(value, FunctionType):
+            _collect(value, found)
+        elif isinstance(value, ModuleType):
+            for attribute in _names(function.__code__):
+                member = getattr(value, attribute, None)
+                if isinstance(member, FunctionType):
+                    _collect(member, found)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Globals and attributes that a function uses, and those within it."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names

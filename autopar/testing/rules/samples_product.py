@@ -1,0 +1,253 @@
+"""Calls of products, attention, convolutions, pooling and resampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from autopar.testing.rules.draw import Arguments, Draw, sampler
+
+
+@sampler("aten.matmul.default")
+def _matmul(draw: Draw) -> Arguments:
+    m, k, n = draw.size(), draw.size(), draw.size()
+    batch = draw.shape(0, 2)
+    left = [k] if draw.chance(15) else [*draw.broadcast(batch), m, k]
+    right = [k] if draw.chance(15) else [*draw.broadcast(batch), k, n]
+    return (draw.normal(*left), draw.normal(*right)), {}
+
+
+@sampler("autopar.packed_linear.default")
+def _packed_linear(draw: Draw) -> Arguments:
+    k, parts, n = draw.size(), draw.integer(2, 3), draw.size()
+    bias = [draw.normal(parts, n)] if draw.chance(70) else []
+    return (draw.normal(*draw.shape(0, 2), k), draw.normal(parts, n, k), *bias), {}
+
+
+@sampler("autopar.packed_addmm.default")
+def _packed_addmm(draw: Draw) -> Arguments:
+    m, k, parts, n = draw.size(), draw.size(), draw.integer(2, 3), draw.size()
+    return (draw.normal(parts, n), draw.normal(m, k), draw.normal(k, parts, n)), {}
+
+
+@sampler("aten.einsum.default")
+def _einsum(draw: Draw) -> Arguments:
+    equation = draw.choice(
+        [
+            "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "bnd,de->bne", "ij,jk->ik", "bi,bj->bij",
+            "bclhn,bcshn->bclsh", "ij,ij->", "bij->bi", "nctkv,kvw->nctw", "i,j->ij",
+            "bqd, bkd -> bqk", "bhlt,bhtD->bhlD", "ab,bc,cd->ad", "bij,bij->bi", "ij->ji",
+            "...qhd,...khd->...hqk", "...hqk,...khd->...qhd", "...ij,jk->...ik",
+        ]
+    )  # fmt: skip
+    left = equation.replace(" ", "").split("->")[0].split(",")
+    sizes = {c: draw.size() for c in sorted({*"".join(left)} - {"."})}
+    dots = draw.shape(0, 2) if "..." in equation else ()
+    shapes = [
+        (*dots * ("..." in term), *(sizes[c] for c in term.removeprefix("..."))) for term in left
+    ]
+    return (equation, [draw.normal(*shape) for shape in shapes]), {}
+
+
+@sampler("transformers.grouped_mm_fallback.default")
+def _grouped_mm(draw: Draw) -> Arguments:
+    rows, k, n, experts = draw.size(), draw.size(), draw.size(), draw.size()
+    ends = sorted(draw.integer(0, rows) for _ in range(experts - 1))
+    offsets = torch.tensor([*ends, rows], dtype=torch.int32)
+    return (draw.normal(rows, k), draw.normal(experts, k, n), offsets), {}
+
+
+@sampler("aten.cdist.default")
+def _cdist(draw: Draw) -> Arguments:
+    batch, k = draw.shape(0, 1), draw.size()
+    return (draw.normal(*batch, draw.size(), k), draw.normal(*batch, draw.size(), k)), {
+        "p": draw.choice([1.0, 2.0])
+    }
+
+
+@sampler("aten.scaled_dot_product_attention.default")
+def _attention(draw: Draw) -> Arguments:
+    batch, heads, groups = draw.size(), draw.size(), draw.integer(1, 3)
+    q, k, d, e = draw.size(), draw.size(), draw.size(), draw.size()
+    kind = draw.integer(0, 9)
+    causal = kind < 3
+    kwargs: dict[str, Any] = {"is_causal": True} if causal else {}
+    gqa = draw.chance(30)
+    if draw.chance(30):
+        kwargs["scale"] = 0.3
+    mask = None
+    if 3 <= kind < 6:
+        shape = draw.choice([[q, k], [1, 1, q, k], [batch, 1, q, k], [batch, 1, 1, k]])
+        mask = draw.booleans(shape, 0.7) if draw.chance() else draw.normal(*shape)
+        if mask.dtype == torch.bool:
+            mask[..., 0] = True  # a row without a key has no value
+        kwargs["attn_mask"] = mask
+    lead = (
+        [batch] if len(getattr(mask, "shape", [0, 0])) < 4 and draw.chance(20) else [batch, heads]
+    )
+    gqa = gqa and len(lead) == 2
+    if gqa:
+        kwargs["enable_gqa"] = True
+    query_lead = [batch, heads * groups] if gqa else lead
+    if draw.chance(25):
+        # what was dropped is seen in the result if the values are an identity
+        kwargs["dropout_p"] = draw.choice([0.1, 0.5])
+        value = torch.eye(k, dtype=torch.float64).expand(*lead, k, k).clone()
+    else:
+        value = draw.normal(*lead, k, e)
+    return (draw.normal(*query_lead, q, d), draw.normal(*lead, k, d), value), kwargs
+
+
+def _window(draw: Draw, rank: int, biggest: int) -> list[int]:
+    return [draw.integer(1, biggest) for _ in range(rank)]
+
+
+def _extent(draw: Draw, window: int, dilation: int = 1) -> int:
+    return draw.integer((window - 1) * dilation + 1, 12 if draw.largest > 5 else 7)
+
+
+def _convolution(draw: Draw, rank: int) -> Arguments:
+    groups = draw.choice([1, 1, 2, 4, 3])
+    window = _window(draw, rank, 3)
+    dilation = [draw.choice([1, 1, 2]) for _ in range(rank)]
+    padding: Any = [draw.integer(0, 2) for _ in range(rank)]
+    stride = [draw.integer(1, 3) for _ in range(rank)]
+    size = lambda: draw.integer(1, 4 if rank == 3 else 6)  # noqa: E731
+    if draw.chance(20):  # as patches are cut: windows side by side
+        stride, padding, dilation = window, [0] * rank, [1] * rank
+    space = [_extent(draw, k, d) for k, d in zip(window, dilation, strict=True)]
+    one, out = (size(), size()) if groups == 1 else (draw.integer(1, 2), draw.integer(1, 2))
+    lead = [size()] if draw.chance(90) else []
+    x = draw.normal(*lead, one * groups, *space)
+    weight = draw.normal(out * groups, one, *window)
+    bias = draw.normal(out * groups) if draw.chance() else None
+    if draw.chance(20):
+        return (x, weight, bias), {"groups": groups}
+    return (x, weight, bias, stride, padding, dilation, groups), {}
+
+
+def _same_convolution(draw: Draw, rank: int) -> Arguments:
+    (x, weight, bias, *rest), _ = _convolution(draw, rank)
+    groups = rest[3] if rest else x.shape[-rank - 1] // weight.shape[1]
+    return (x, weight, bias, [1] * rank, draw.choice(["same", "valid"]), [1] * rank, groups), {}
+
+
+for _rank in (1, 2, 3):
+    sampler(f"aten.conv{_rank}d.default")(lambda draw, rank=_rank: _convolution(draw, rank))  # type: ignore[misc]
+    sampler(f"aten.conv{_rank}d.padding")(lambda draw, rank=_rank: _same_convolution(draw, rank))  # type: ignore[misc]
+
+
+def _conv_transpose(draw: Draw, rank: int) -> Arguments:
+    groups = draw.choice([1, 1, 2])
+    window = _window(draw, rank, 3)
+    space = [draw.integer(2, 5) for _ in range(rank)]
+    channels, out = groups * draw.integer(1, 4), draw.integer(1, 4)
+    lead = [draw.integer(1, 5)]
+    x, weight = draw.normal(*lead, channels, *space), draw.normal(channels, out, *window)
+    bias = draw.normal(out * groups) if draw.chance() else None
+    stride = window if draw.chance(40) else [draw.integer(1, 2) for _ in range(rank)]
+    return (x, weight, bias, stride, [0] * rank, [0] * rank, groups), {}
+
+
+sampler("aten.conv_transpose1d.default")(lambda draw: _conv_transpose(draw, 1))
+sampler("aten.conv_transpose2d.input")(lambda draw: _conv_transpose(draw, 2))
+sampler("aten.conv_transpose3d.input")(lambda draw: _conv_transpose(draw, 3))
+
+
+def _pooling(draw: Draw, rank: int, average: bool) -> Arguments:
+    window = _window(draw, rank, 3)
+    padding = [draw.integer(0, k // 2) for k in window]
+    space = [_extent(draw, k) for k in window]
+    lead = draw.shape(1, 1) + ([draw.size()] if draw.chance(80) else [])
+    x = draw.permutation([*lead, *space])
+    if draw.chance(25):
+        return (x, window), {}
+    stride = [draw.integer(1, 3) for _ in range(rank)]
+    kwargs: dict[str, Any] = {"ceil_mode": True} if draw.chance(20) else {}
+    if average and draw.chance(30):
+        kwargs["count_include_pad"] = False
+    return (x, window, stride, padding), kwargs
+
+
+for _name, _rank, _average in (
+    ("max_pool1d", 1, False),
+    ("max_pool2d", 2, False),
+    ("max_pool3d", 3, False),
+    ("max_pool2d_with_indices", 2, False),
+    ("avg_pool1d", 1, True),
+    ("avg_pool2d", 2, True),
+    ("avg_pool3d", 3, True),
+):
+    sampler(f"aten.{_name}.default")(
+        lambda draw, rank=_rank, average=_average: _pooling(draw, rank, average)  # type: ignore[misc]
+    )
+
+
+def _adaptive(draw: Draw, rank: int) -> Arguments:
+    output = [1] * rank if draw.chance() else [draw.integer(1, 4) for _ in range(rank)]
+    space = [draw.size() for _ in range(rank)]
+    lead = draw.shape(1, 1) + ([draw.size()] if draw.chance(80) else [])
+    return (draw.permutation([*lead, *space]), output), {}
+
+
+sampler("aten.adaptive_avg_pool1d.default")(lambda draw: _adaptive(draw, 1))
+sampler(
+    "aten.adaptive_avg_pool2d.default",
+    "aten._adaptive_avg_pool2d.default",
+    "aten.adaptive_max_pool2d.default",
+)(lambda draw: _adaptive(draw, 2))
+
+
+def _resampling(draw: Draw, rank: int, corners: bool) -> Arguments:
+    x = draw.normal(*draw.shape(2, 2), *(draw.size() for _ in range(rank)))
+    output = [draw.integer(1, 8) for _ in range(rank)]
+    return (x, output, *([draw.chance()] if corners else []), None), {}
+
+
+sampler("aten.upsample_nearest1d.vec")(lambda draw: _resampling(draw, 1, False))
+sampler("aten.upsample_linear1d.vec")(lambda draw: _resampling(draw, 1, True))
+sampler("aten.upsample_nearest2d.vec")(lambda draw: _resampling(draw, 2, False))
+sampler(
+    "aten.upsample_bilinear2d.vec",
+    "aten.upsample_bicubic2d.vec",
+    "aten._upsample_bilinear2d_aa.vec",
+    "aten._upsample_bicubic2d_aa.vec",
+)(lambda draw: _resampling(draw, 2, True))
+
+
+@sampler("aten.pixel_shuffle.default")
+def _pixel_shuffle(draw: Draw) -> Arguments:
+    r = draw.integer(2, 3)
+    shape = [*draw.shape(0, 2), draw.integer(1, 4) * r * r, draw.size(), draw.size()]
+    return (draw.normal(*shape), r), {}
+
+
+@sampler("aten.pixel_unshuffle.default")
+def _pixel_unshuffle(draw: Draw) -> Arguments:
+    r = draw.integer(2, 3)
+    shape = [*draw.shape(0, 2), draw.size(), draw.integer(1, 4) * r, draw.integer(1, 4) * r]
+    return (draw.normal(*shape), r), {}
+
+
+@sampler("aten.grid_sampler.default")
+def _grid_sampler(draw: Draw) -> Arguments:
+    n, c = draw.size(), draw.size()
+    x = draw.normal(n, c, draw.size(), draw.size())
+    grid = draw.uniform([n, draw.size(), draw.size(), 2], -1.1, 1.1)
+    return (x, grid, draw.integer(0, 1), draw.integer(0, 1), draw.chance()), {}
+
+
+@sampler("aten.im2col.default")
+def _im2col(draw: Draw) -> Arguments:
+    window = _window(draw, 2, 3)
+    x = draw.normal(*draw.shape(2, 2), *(_extent(draw, k) for k in window))
+    return (x, window, [1, 1], [draw.integer(0, 1)] * 2, [draw.integer(1, 2)] * 2), {}
+
+
+@sampler("aten.col2im.default")
+def _col2im(draw: Draw) -> Arguments:
+    window, size = _window(draw, 2, 2), [draw.integer(3, 5), draw.integer(3, 5)]
+    blocks = (size[0] - window[0] + 1) * (size[1] - window[1] + 1)
+    x = draw.normal(draw.size(), draw.size() * window[0] * window[1], blocks)
+    return (x, size, window, [1, 1], [0, 0], [1, 1]), {}

@@ -1,0 +1,310 @@
+"""Calls of views and of other pure data movement."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from autopar.testing.rules.draw import Arguments, Draw, sampler
+
+
+def regrouped(draw: Draw, shape: list[int]) -> list[int]:
+    """Another shape of as many elements: dims merged, split, and dims of size 1 put in."""
+    found = list(shape)
+    for _ in range(draw.integer(0, 3)):
+        what = draw.integer(0, 2)
+        if what == 0 and len(found) > 1:
+            i = draw.integer(0, len(found) - 2)
+            found[i : i + 2] = [found[i] * found[i + 1]]
+        elif what == 1 and found:
+            i = draw.integer(0, len(found) - 1)
+            divisors = [d for d in range(1, found[i] + 1) if found[i] % d == 0]
+            d = draw.choice(divisors)
+            found[i : i + 1] = [d, found[i] // d]
+        elif len(found) < 5:
+            found.insert(draw.integer(0, len(found)), 1)
+    return found
+
+
+@sampler("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")
+def _reshape(draw: Draw) -> Arguments:
+    shape = draw.shape(0, 4)
+    target = regrouped(draw, shape)
+    if target and draw.chance(30):
+        target[draw.integer(0, len(target) - 1)] = -1
+    return (draw.any_kind(shape), target), {}
+
+
+@sampler("aten.flatten.using_ints")
+def _flatten(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    start = draw.integer(0, len(shape) - 1)
+    end = draw.integer(start, len(shape) - 1)
+    return (draw.any_kind(shape), start, end - len(shape) if draw.chance() else end), {}
+
+
+@sampler("aten.unflatten.int")
+def _unflatten(draw: Draw) -> Arguments:
+    shape, dim = draw.shape(1, 3), 0
+    dim = draw.dim(len(shape))
+    inner = [draw.size(), draw.size()]
+    shape[dim] = math.prod(inner)
+    if draw.chance(30):
+        inner[draw.integer(0, 1)] = -1
+    return (draw.any_kind(shape), dim, inner), {}
+
+
+@sampler("aten.unsqueeze.default")
+def _unsqueeze(draw: Draw) -> Arguments:
+    shape = draw.shape(0, 4)
+    return (draw.any_kind(shape), draw.dim(len(shape) + 1)), {}
+
+
+def _with_ones(draw: Draw, low: int, high: int) -> list[int]:
+    return [1 if draw.chance(40) else n for n in draw.shape(low, high)]
+
+
+@sampler("aten.squeeze.dim")
+def _squeeze_dim(draw: Draw) -> Arguments:
+    shape = _with_ones(draw, 1, 4)
+    return (draw.any_kind(shape), draw.dim(len(shape))), {}
+
+
+@sampler("aten.squeeze.dims")
+def _squeeze_dims(draw: Draw) -> Arguments:
+    shape = _with_ones(draw, 1, 4)
+    return (draw.any_kind(shape), draw.dims(len(shape))), {}
+
+
+@sampler("aten.squeeze.default")
+def _squeeze(draw: Draw) -> Arguments:
+    return (draw.any_kind(_with_ones(draw, 0, 4)),), {}
+
+
+@sampler("aten.transpose.int", "aten.swapaxes.default")
+def _transpose(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    return (draw.any_kind(shape), draw.dim(len(shape)), draw.dim(len(shape))), {}
+
+
+@sampler("aten.t.default")
+def _t(draw: Draw) -> Arguments:
+    return (draw.any_kind(draw.shape(0, 2)),), {}
+
+
+@sampler("aten.permute.default")
+def _permute(draw: Draw) -> Arguments:
+    shape = draw.shape(0, 4)
+    order = list(range(len(shape)))
+    draw.source.shuffle(order)
+    return (draw.any_kind(shape), [d - len(shape) if draw.chance(30) else d for d in order]), {}
+
+
+@sampler("aten.movedim.int")
+def _movedim(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    return (draw.any_kind(shape), draw.dim(len(shape)), draw.dim(len(shape))), {}
+
+
+@sampler("aten.expand.default")
+def _expand(draw: Draw) -> Arguments:
+    shape = _with_ones(draw, 0, 3)
+    target = [draw.size() if n == 1 else n for n in shape]
+    size = [-1 if s == n and draw.chance(30) else n for s, n in zip(shape, target, strict=True)]
+    return (draw.any_kind(shape), [*draw.shape(0, 1), *size]), {}
+
+
+@sampler("aten.expand_as.default")
+def _expand_as(draw: Draw) -> Arguments:
+    shape = draw.shape(0, 4)
+    return (draw.normal(*draw.broadcast(shape)), draw.normal(*shape)), {}
+
+
+@sampler("aten.constant_pad_nd.default")
+def _constant_pad(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    pad = []
+    for _ in range(draw.integer(1, len(shape))):
+        pad += [0, 0] if draw.chance(40) else [draw.integer(0, 3), draw.integer(0, 3)]
+    return (draw.normal(*shape), pad), draw.choice([{}, {"value": 0.0}, {"value": -1.5}])
+
+
+@sampler("aten.pad.default")
+def _pad(draw: Draw) -> Arguments:
+    if draw.chance(70):
+        return _constant_pad(draw)
+    shape = [draw.size(), draw.size(), draw.size(3)]
+    mode = draw.choice(["reflect", "replicate", "circular"])
+    return (draw.normal(*shape), [draw.integer(0, 2), draw.integer(0, 2)], mode), {}
+
+
+@sampler("aten.contiguous.default", "aten.alias.default", "aten.detach.default")
+def _same(draw: Draw) -> Arguments:
+    return (draw.any_kind(draw.shape(0, 4)),), {}
+
+
+@sampler("aten._to_copy.default")
+def _to_copy(draw: Draw) -> Arguments:
+    dtype = draw.choice([torch.float64, torch.float32, torch.int64, torch.bool, torch.bfloat16])
+    return (draw.any_kind(draw.shape(0, 4)),), {"dtype": dtype}
+
+
+def _bounds(draw: Draw, size: int) -> tuple[int, int]:
+    start = draw.integer(0, size - 1)
+    end = draw.choice([draw.integer(start + 1, size), 9223372036854775807])
+    return (start - size if draw.chance(20) and start else start), end
+
+
+@sampler("aten.slice.Tensor")
+def _slice(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    dim = draw.dim(len(shape))
+    start, end = _bounds(draw, shape[dim])
+    rest = (draw.integer(1, 3),) if draw.chance(30) else ()
+    return (draw.any_kind(shape), dim, start, end, *rest), {}
+
+
+@sampler("aten.narrow.default")
+def _narrow(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    dim = draw.dim(len(shape))
+    start = draw.integer(0, shape[dim] - 1)
+    return (draw.any_kind(shape), dim, start, draw.integer(1, shape[dim] - start)), {}
+
+
+@sampler("aten.split.Tensor", "aten.unsafe_split.Tensor")
+def _split(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    dim = draw.dim(len(shape))
+    size = draw.integer(1, shape[dim])
+    x = draw.any_kind(shape)
+    if dim == 0 and draw.chance():
+        return (x, size), {}
+    return (x, size, dim), {}
+
+
+@sampler("aten.split_with_sizes.default")
+def _split_with_sizes(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    dim = draw.dim(len(shape))
+    sizes = [draw.integer(1, 4) for _ in range(draw.integer(1, 3))]
+    shape[dim] = sum(sizes)
+    return (draw.any_kind(shape), sizes, dim), {}
+
+
+@sampler("aten.chunk.default")
+def _chunk(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    return (draw.any_kind(shape), draw.integer(1, 4), draw.dim(len(shape))), {}
+
+
+@sampler("aten.unbind.int")
+def _unbind(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    return (draw.any_kind(shape), draw.dim(len(shape))), {}
+
+
+@sampler("aten.broadcast_tensors.default")
+def _broadcast_tensors(draw: Draw) -> Arguments:
+    shape = draw.shape(0, 4)
+    same = draw.chance()
+    return ([draw.normal(*(shape if same else draw.broadcast(shape))) for _ in range(2)],), {}
+
+
+@sampler("aten.select.int")
+def _select(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    dim = draw.dim(len(shape))
+    return (draw.any_kind(shape), dim, draw.dim(shape[dim])), {}
+
+
+@sampler("aten.cat.default", "aten.concat.default", "aten.concatenate.default")
+def _cat(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    dim = draw.dim(len(shape))
+    sizes = [draw.size() for _ in range(draw.integer(1, 3))]
+    shapes = [[n if d != dim % len(shape) else s for d, n in enumerate(shape)] for s in sizes]
+    return ([draw.normal(*s) for s in shapes], dim), {}
+
+
+@sampler("aten.stack.default")
+def _stack(draw: Draw) -> Arguments:
+    shape = draw.shape(0, 3)
+    tensors = [draw.normal(*shape) for _ in range(draw.integer(1, 3))]
+    return (tensors, draw.dim(len(shape) + 1)), {}
+
+
+@sampler("aten.flip.default")
+def _flip(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    return (draw.any_kind(shape), draw.dims(len(shape))), {}
+
+
+@sampler("aten.roll.default")
+def _roll(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    if draw.chance(20):
+        return (draw.any_kind(shape), [draw.integer(-2, 3)]), {}
+    dims = draw.dims(len(shape))
+    return (draw.any_kind(shape), [draw.integer(-2, 3) for _ in dims], dims), {}
+
+
+@sampler("aten.fft_fftn.default")
+def _fft(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 3)
+    return (draw.normal(*shape),), {"dim": draw.dims(len(shape))} if draw.chance(70) else {}
+
+
+@sampler("aten.tril.default", "aten.triu.default")
+def _tril(draw: Draw) -> Arguments:
+    return (draw.any_kind(draw.shape(2, 4)), draw.integer(-2, 2)), {}
+
+
+@sampler("aten.repeat_interleave.self_int")
+def _repeat_interleave(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 4)
+    if draw.chance(15):
+        return (draw.any_kind(shape), draw.integer(1, 3)), {}
+    repeats, dim = draw.integer(1, 3), draw.dim(len(shape))
+    size = {"output_size": shape[dim] * repeats} if draw.chance(40) else {}
+    return (draw.any_kind(shape), repeats, dim), size
+
+
+@sampler("aten.repeat.default", "aten.tile.default")
+def _repeat(draw: Draw) -> Arguments:
+    shape = _with_ones(draw, 0, 3)
+    times = [draw.choice([1, 1, 2, 3]) for _ in range(len(shape) + draw.integer(0, 1))]
+    return (draw.any_kind(shape), times), {}
+
+
+@sampler("aten.unfold.default")
+def _unfold(draw: Draw) -> Arguments:
+    shape = draw.shape(1, 3)
+    dim = draw.dim(len(shape))
+    if draw.chance(30):  # windows side by side
+        size = draw.integer(1, 3)
+        shape[dim] *= size
+        return (draw.any_kind(shape), dim, size, size), {}
+    return (draw.any_kind(shape), dim, draw.integer(1, shape[dim]), draw.integer(1, 2)), {}
+
+
+@sampler("aten.as_strided.default")
+def _as_strided(draw: Draw) -> Arguments:
+    """Overlapping windows within each row, or the transpose."""
+    rows, columns = draw.size(), draw.size()
+    if draw.choice([True, False]):
+        return (draw.normal(rows, columns), [columns, rows], [1, columns]), {}
+    width = draw.integer(1, columns)
+    return (draw.normal(rows, columns), [rows, columns - width + 1, width], [columns, 1, 1]), {}
+
+
+@sampler("aten.diag.default", "aten.diagonal.default", "aten.diag_embed.default")
+def _diag(draw: Draw) -> Arguments:
+    return (draw.normal(draw.size(), draw.size()),), {}
+
+
+@sampler("aten.meshgrid.indexing")
+def _meshgrid(draw: Draw) -> Arguments:
+    tensors = [draw.normal(draw.size()) for _ in range(draw.integer(1, 3))]
+    return (tensors,), {"indexing": draw.choice(["ij", "ij", "xy"])}
