@@ -2,8 +2,9 @@
 
 Names are those of `autopar.planner.names`. A layout is a `ShardingSpec` as plans print it, or
 several with `|` between them; behind that of a parameter may stand `regather` (gathered again for
-backward, ZeRO-3) or `keep` (ZeRO-2). A constraint leaves a decision with the candidates of these layouts; the
-others get infinite time in the solver's problem, so that every plan found is one of the space.
+backward, ZeRO-3) or `keep` (ZeRO-2). A constraint leaves a decision with the candidates of these
+layouts; the others get infinite time in the solver's problem, so that every plan found is one of the
+space.
 """
 
 from __future__ import annotations
