@@ -24,7 +24,7 @@ def collection_paused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def what_is_there_left_out() -> Iterator[None]:
+def existing_objects_frozen() -> Iterator[None]:
     """Look for reference cycles among new objects alone.
 
     What was made before stays anyway; looking through it takes longer than what is done meanwhile.

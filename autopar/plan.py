@@ -114,7 +114,7 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class FrontPoint:
+class ParetoPoint:
     """The fastest plan found within a budget.
 
     Args:
@@ -132,7 +132,7 @@ class FrontPoint:
 
 
 @dataclass(frozen=True)
-class TriedMesh:
+class MeshResult:
     """One logical mesh of a search over them.
 
     Args:
@@ -159,20 +159,20 @@ class ShardingPlan:
         fingerprint: of the graph the plan was made for.
         mesh: size of each mesh axis.
         cluster: the `ClusterInfo` as data.
-        choices: site name to candidate name, for every decision of the search space.
+        choices: decision name to candidate name, for every decision of the search space.
         parameters: qualified name to storage layout.
-        regather: parameters gathered again for backward (ZeRO-3).
+        reshard_after_forward: parameters gathered again for backward (ZeRO-3).
         time, memory: predictions.
         solver: provenance.
         budget_bytes: per device.
         unruled: operators that ran replicated for lack of a rule, with their predicted time.
         modules: what was chosen, per module.
-        layouts: site name to the layouts of its results.
+        layouts: decision name to the layouts of its results.
         baselines: hand-written plans on the same cluster, where they were asked for.
         optimizer_state: bytes of it per byte of trainable parameter.
         constraints: what the plan was asked to keep to.
         source: the model file, where it was planned from one.
-        front: fastest plans by budget, where they were asked for.
+        pareto_front: fastest plans by budget, where they were asked for.
         meshes: the logical meshes that were compared, where the mesh was searched for.
         step: what the step keeps and computes again, where that was decided; `time` and `memory`
             are then those of that.
@@ -184,7 +184,7 @@ class ShardingPlan:
     cluster: Mapping[str, Any]
     choices: Mapping[str, str]
     parameters: Mapping[str, str]
-    regather: tuple[str, ...]
+    reshard_after_forward: tuple[str, ...]
     time: TimeEstimate
     memory: MemoryEstimate
     solver: SolverRecord
@@ -196,8 +196,8 @@ class ShardingPlan:
     optimizer_state: float = 2.0
     constraints: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
-    front: tuple[FrontPoint, ...] = ()
-    meshes: tuple[TriedMesh, ...] = ()
+    pareto_front: tuple[ParetoPoint, ...] = ()
+    meshes: tuple[MeshResult, ...] = ()
     step: StepSummary | None = None
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
@@ -253,16 +253,16 @@ class ShardingPlan:
             **body
             | {
                 "mesh": tuple(body["mesh"]),
-                "regather": tuple(body["regather"]),
+                "reshard_after_forward": tuple(body["reshard_after_forward"]),
                 "time": TimeEstimate(**body["time"]),
                 "memory": MemoryEstimate(**body["memory"]),
                 "solver": SolverRecord(**body["solver"]),
                 "modules": tuple(ModuleSummary(**m) for m in body["modules"]),
                 "baselines": tuple(_baseline(b) for b in body["baselines"]),
-                "front": tuple(FrontPoint(**p) for p in body["front"]),
+                "pareto_front": tuple(ParetoPoint(**p) for p in body["pareto_front"]),
                 "step": None if body["step"] is None else StepSummary.from_dict(body["step"]),
                 "meshes": tuple(
-                    TriedMesh(**m | {"mesh": tuple(m["mesh"])}) for m in body["meshes"]
+                    MeshResult(**m | {"mesh": tuple(m["mesh"])}) for m in body["meshes"]
                 ),
             }
         )

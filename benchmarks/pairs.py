@@ -58,23 +58,23 @@ def compare(name: str, quick: bool) -> list[Row]:
     from autopar import ClusterInfo
     from autopar.errors import InfeasibleError
     from autopar.planner.estimate import estimate_memory
-    from autopar.planner.joint import plan_pair
+    from autopar.planner.joint import plan_jointly
     from autopar.planner.pareto import with_budget
-    from autopar.planner.planner import prepare
+    from autopar.planner.planner import build_problem
 
     model, batch = build(name, quick)
-    laid = prepare(model, (), batch, cluster=ClusterInfo.of(MESH, DEVICE))
-    free = laid.decide(with_budget(laid.space, 2.0**60))
-    memory = estimate_memory(laid.space, free.choices)
+    problem = build_problem(model, (), batch, cluster=ClusterInfo.of(MESH, DEVICE))
+    free = problem.decide(with_budget(problem.space, 2.0**60))
+    memory = estimate_memory(problem.space, free.choices)
     state = memory.parameters_bytes + memory.optimizer_bytes + memory.buffers_bytes
     rows = []
     for share in SHARES:
         budget = state + share * (memory.total_bytes - state)
         start = time.process_time()
         case = f"{name}, {budget / 2**20:.0f} MiB of {memory.total_bytes / 2**20:.0f}"
-        tight = replace(laid, space=with_budget(laid.space, budget))
+        tight = replace(problem, space=with_budget(problem.space, budget))
         try:
-            pair = plan_pair(tight)
+            pair = plan_jointly(tight)
         except InfeasibleError as error:
             console.print(f"{case}: {error}", markup=False)
             continue

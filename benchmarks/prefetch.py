@@ -77,8 +77,8 @@ def rank(name: str, mesh: str, rounds: str) -> None:
 
     from autopar import ClusterInfo, auto_engine
     from autopar.cluster.cluster import Link
-    from autopar.planner.baselines import expert_plans
-    from autopar.planner.planner import make_plan, prepare
+    from autopar.planner.baselines import baseline_plans
+    from autopar.planner.planner import build_problem, make_plan
     from autopar.runtime.memory import training_state_bytes
 
     warnings.simplefilter("ignore")
@@ -90,9 +90,9 @@ def rank(name: str, mesh: str, rounds: str) -> None:
             links = tuple(Link(ALPHA_S, 1 / bytes_per_s) for _ in cluster.mesh)
             cluster = replace(cluster, links=links)
         model, batch = build(name)
-        laid = prepare(model, (), batch, cluster=cluster)
-        expert = next(e for e in expert_plans(laid.space) if e.name.startswith("FSDP"))
-        plan = make_plan(laid.space, expert.choices, name)
+        problem = build_problem(model, (), batch, cluster=cluster)
+        expert = next(e for e in baseline_plans(problem.space) if e.name.startswith("FSDP"))
+        plan = make_plan(problem.space, expert.choices, name)
 
         def engine(memory: float, overlaps: bool, cluster=cluster, plan=plan) -> Any:
             made, _ = build(name)

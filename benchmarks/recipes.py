@@ -116,10 +116,10 @@ def compare(recipe: Recipe, time_limit: float) -> Iterator[Row]:
 
     from autopar import ClusterInfo, ColoTracer
     from autopar.errors import InfeasibleError
-    from autopar.planner.baselines import expert_plans
+    from autopar.planner.baselines import baseline_plans
     from autopar.planner.decisions import Workload
     from autopar.planner.diff import diff
-    from autopar.planner.planner import ADAM_STATE, decide, lay_out, make_plan, trainable_inputs
+    from autopar.planner.planner import ADAM_STATE, build_space, decide, make_plan, trainable_inputs
 
     of = MODELS[recipe.model]
     model = of.build(recipe.layers)
@@ -128,9 +128,9 @@ def compare(recipe: Recipe, time_limit: float) -> Iterator[Row]:
     graph = ColoTracer().trace(model, (), {"input_ids": ids, "labels": ids})
     workload = Workload(trainable_inputs(graph, model), ADAM_STATE)
     wide = ClusterInfo.of(recipe.mesh, DEVICE).with_memory(UNLIMITED)
-    space, _ = lay_out(graph, wide, workload, {})
-    space.cost_links()
-    (expert,) = expert_plans(space, time_limit=time_limit, named=recipe.expert)
+    space, _ = build_space(graph, wide, workload, {})
+    space.cost_edges()
+    (expert,) = baseline_plans(space, time_limit=time_limit, named=recipe.expert)
     theirs = make_plan(space, expert.choices, recipe.model)
     space.cluster = replace(wide, memory_bytes=expert.memory.total_bytes)
     try:

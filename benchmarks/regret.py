@@ -81,7 +81,7 @@ def make_plans(name: str, files: Mapping[str, Path], folder: Path, *, experts: b
         experts: also write the experts' plans, for autopar's runtime to race them.
     """
     from autopar import ClusterInfo, autoplan
-    from autopar.planner.baselines import expert_plans
+    from autopar.planner.baselines import baseline_plans
     from autopar.planner.planner import make_plan
     from benchmarks.regret_cases import case
 
@@ -98,7 +98,7 @@ def make_plans(name: str, files: Mapping[str, Path], folder: Path, *, experts: b
             found.plan.save(folder / "plan.json")
             predicted[OURS] = step
             plans[OURS] = (str(file), str(folder / "plan.json"))
-        for expert in expert_plans(found.space):
+        for expert in baseline_plans(found.space):
             called = _SAME.get((mesh, expert.name))
             if called is None:
                 continue

@@ -13,7 +13,7 @@ from autopar.plan import ShardingPlan
 from autopar.planner.decisions import Workload
 from autopar.planner.diff import Difference
 from autopar.planner.explain import Explanation, explain
-from autopar.planner.planner import Planned, choices_of, lay_out, trainable_inputs
+from autopar.planner.planner import Planned, build_space, choices_of, trainable_inputs
 from autopar.report.comparison import difference_tables, explanation_table
 from autopar.report.text import WIDTH, draw
 from autopar.tracer import ColoTracer
@@ -42,7 +42,7 @@ def explained(
     say("strategies and costs ...")
     cluster = ClusterInfo.from_dict(plan.cluster)
     workload = Workload(trainable_inputs(graph, example.model), plan.optimizer_state)
-    space, only = lay_out(graph, cluster, workload, plan.constraints)
+    space, only = build_space(graph, cluster, workload, plan.constraints)
     planned = Planned(plan, graph, space, choices_of(space, plan), only)
     return explain(planned, node, limit=alternatives, time_limit=time_limit, progress=say)
 

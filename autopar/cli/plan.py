@@ -14,12 +14,12 @@ from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.cluster import device as device_of
 from autopar.files import write_atomically
-from autopar.plan import Baseline, FrontPoint, ShardingPlan
-from autopar.planner.baselines import expert_plans
-from autopar.planner.joint import Pair, plan_pair
+from autopar.plan import Baseline, ParetoPoint, ShardingPlan
+from autopar.planner.baselines import baseline_plans
+from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.mesh_search import search_meshes
 from autopar.planner.pareto import front
-from autopar.planner.planner import prepare
+from autopar.planner.planner import build_problem
 from autopar.report.html import render_html
 from autopar.report.text import WIDTH, render
 
@@ -129,35 +129,35 @@ def planned(
     if trace is not None and pair.memory is not None:
         pair.memory.timeline.save_trace(trace)
     baselines: tuple[Baseline, ...] = ()
-    points: tuple[FrontPoint, ...] = ()
+    points: tuple[ParetoPoint, ...] = ()
     if asked.baselines:
         say("hand-written plans ...")
-        experts = expert_plans(found.space, time_limit=asked.time_limit)
+        experts = baseline_plans(found.space, time_limit=asked.time_limit)
         baselines = tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts)
     if asked.front:
         points = front(
             found.space, time_limit=asked.time_limit, progress=say, only=found.only
         ).points
-    return replace(found.plan, baselines=baselines, front=points, source=asked.source)
+    return replace(found.plan, baselines=baselines, pareto_front=points, source=asked.source)
 
 
 def _found(
     example: Example, where: ClusterInfo | AnyMesh, asked: Asked, say: Callable[[str], None]
-) -> Pair:
+) -> JointPlan:
     model, args, kwargs = example.model, example.args, example.kwargs
     if isinstance(where, AnyMesh):
-        return Pair(search_meshes(
+        return JointPlan(search_meshes(
             model, args, kwargs, devices=where.devices, device=where.device,
             per_node=where.per_node, memory=where.memory, optimizer_state=asked.optimizer_state,
             constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
         ).planned)  # fmt: skip
-    laid = prepare(
+    problem = build_problem(
         model, args, kwargs, cluster=where, optimizer_state=asked.optimizer_state,
         constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
     )  # fmt: skip
     if where.memory_bytes is None and not asked.schedule:
-        return Pair(laid.planned(laid.decide()))
-    return plan_pair(laid, always=asked.schedule)
+        return JointPlan(problem.planned(problem.decide()))
+    return plan_jointly(problem, always=asked.schedule)
 
 
 def write_html(found: ShardingPlan, path: Path) -> None:

@@ -16,9 +16,9 @@ PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1
 
 # Weights, and their gradients, that are smaller share messages (`passes/bucket.py`). Beyond it,
 # copying into the message and out of it costs more than the message that it saves.
-MEMBER_BYTES = 2**20
-# Nobody waits for a sum of so few bytes where it stands, if it is only returned (`passes/late.py`).
-LATE_BYTES = 1024
+BUCKET_MEMBER_BYTES = 2**20
+# Nobody waits for a sum of so few bytes where it stands, if it is only returned (`passes/async_sums.py`).
+ASYNC_SUM_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Link:
             )
 
     def bucketed_us(
-        self, kind: str, ranks: int, nbytes: np.ndarray | float, full: float = MEMBER_BYTES
+        self, kind: str, ranks: int, nbytes: np.ndarray | float, full: float = BUCKET_MEMBER_BYTES
     ) -> np.ndarray:
         """`collective_us` of a weight: one that is small takes its share of a message.
 

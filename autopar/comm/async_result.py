@@ -1,7 +1,7 @@
 """Results that nobody waits for before they are read: the loss, summed while the backward runs.
 
 A program starts the sum of such a result over the ranks, in the result's own memory, and returns
-(`autopar/passes/late.py`). The engine hands out a `Late` tensor in its place, which has no memory,
+(`autopar/passes/async_sums.py`). The engine hands out a `Late` tensor in its place, which has no memory,
 so that nothing can read a sum that is not there. Whoever uses it waits for the sum, and finds an
 ordinary tensor from then on. A backward that starts from it does not wait; after it the sum is
 there.

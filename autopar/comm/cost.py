@@ -23,7 +23,7 @@ def communicates(node: fx.Node) -> bool:
     )
 
 
-# Nobody waits for them where they stand (`autopar/passes/late.py`), but there is their call.
+# Nobody waits for them where they stand (`autopar/passes/async_sums.py`), but there is their call.
 STARTS = {torch.ops.autopar.start_all_reduce.default, torch.ops.autopar.all_reduce_late.default}
 
 

@@ -140,7 +140,7 @@ class _Rewriter:
             raise PlanError(f"the plan decides nothing for {site}; plan this model again") from None
 
     def _placeholder_spec(self, node: fx.Node) -> ShardingSpec:
-        text = self._choice(node.name).removesuffix(" regather")
+        text = self._choice(node.name).removesuffix(" reshard")
         return ShardingSpec(()) if text == "scalar" else ShardingSpec.parse(text)
 
     def _strategy(self, node: fx.Node) -> Strategy:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.cluster.link import MEMBER_BYTES
+from autopar.cluster.link import BUCKET_MEMBER_BYTES
 from autopar.comm import collectives  # noqa: F401  (defines the operators)
 from autopar.ir.aliasing import is_view
 from autopar.schedule.splits import called
@@ -110,7 +110,7 @@ def _filled(
     closed = []
     for node in nodes:
         nbytes = max(_bytes(node), _bytes(node.args[0]))
-        if nbytes > MEMBER_BYTES:
+        if nbytes > BUCKET_MEMBER_BYTES:
             continue
         key = (node.meta["val"].dtype, *(node.args[i] for i in common))
         if filled[key] + nbytes > bucket_bytes:

@@ -20,9 +20,9 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.comm import collectives  # noqa: F401  (defines the operators)
 from autopar.ir.aliasing import is_view
 from autopar.kernels.substitute import substitute_kernels
+from autopar.passes.async_sums import early_sums, late_results
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.drop_views import drop_views
-from autopar.passes.late import early_sums, late_results
 from autopar.passes.runner import Pass, run_passes
 from autopar.schedule.joint import read_joint
 from autopar.schedule.program import Program, Schedule
@@ -41,7 +41,7 @@ def partition(
     _inputs: Any,
     *,
     num_fwd_outputs: int,
-    regather: frozenset[int] = frozenset(),
+    reshard_after_forward: frozenset[int] = frozenset(),
     at_once: int | None = None,
     disable: frozenset[str] = frozenset(),
     static_lifetime_input_indices: Sequence[int] | None = None,
@@ -51,7 +51,7 @@ def partition(
 
     Args:
         num_fwd_outputs: leading outputs that belong to the forward.
-        regather: indices of primals whose gathered copies are recomputed in the backward.
+        reshard_after_forward: indices of primals whose gathered copies are recomputed in the backward.
         at_once: see `lower`.
         disable: names of passes to leave out.
     """
@@ -64,7 +64,7 @@ def partition(
     tangents = [n for n in placeholders if "tangents" in str(n.target)]
     primals = [n for n in placeholders if n not in set(tangents)]
     forward = _forward_nodes(graph, outputs[:num_fwd_outputs], tangents)
-    redo = _recomputed(forward, primals, regather)
+    redo = _recomputed(forward, primals, reshard_after_forward)
     backward_outputs = outputs[num_fwd_outputs:]
     body, saved = _backward_body(graph, backward_outputs, forward, redo, set(tangents))
     saved_list = [n for n in graph.nodes if n in saved]
@@ -165,10 +165,10 @@ def _forward_nodes(
 
 
 def _recomputed(
-    forward: set[fx.Node], primals: Sequence[fx.Node], regather: frozenset[int]
+    forward: set[fx.Node], primals: Sequence[fx.Node], reshard_after_forward: frozenset[int]
 ) -> set[fx.Node]:
     """Gathers of the chosen primals, and the views before and after them."""
-    chain = {primals[i] for i in regather}
+    chain = {primals[i] for i in reshard_after_forward}
     found: set[fx.Node] = set()
     for node in primals[0].graph.nodes if primals else ():
         if node not in forward or node.op != "call_function":

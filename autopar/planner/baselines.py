@@ -27,9 +27,9 @@ import numpy as np
 from autopar.ir.spec import ShardingSpec
 from autopar.plan import MemoryEstimate, TimeEstimate
 from autopar.planner.constraints import Allowed, restricted
-from autopar.planner.decisions import Link, Site
+from autopar.planner.decisions import Decision, Edge
 from autopar.planner.estimate import estimate_memory, estimate_time
-from autopar.planner.liveness import Moments
+from autopar.planner.liveness import Liveness
 from autopar.planner.memory_rows import SharedRows
 from autopar.planner.space import SearchSpace
 from autopar.solver import Problem, solve
@@ -42,12 +42,12 @@ _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
 
 
 @dataclass(frozen=True)
-class ExpertPlan:
+class BaselinePlan:
     """A hand-written plan, costed.
 
     Args:
         name: as people call it.
-        choices: candidate per site of the space.
+        choices: candidate per decision of the space.
         time, memory: predictions.
         fits: whether the memory is within the cluster's budget.
     """
@@ -76,18 +76,18 @@ class _Expert:
     sharded: bool
 
 
-def expert_plans(
+def baseline_plans(
     space: SearchSpace,
     *,
     time_limit: float = 60.0,
     only: Allowed | None = None,
     named: str = "",
-) -> list[ExpertPlan]:
+) -> list[BaselinePlan]:
     """Every hand-written plan that exists on the mesh, solved without a memory limit.
 
     Args:
         time_limit: seconds for the solver, per expert.
-        only: candidates per site, where the experts may not use all of them.
+        only: candidates per decision, where the experts may not use all of them.
         named: only those whose name begins so.
     """
     return [
@@ -97,15 +97,15 @@ def expert_plans(
     ]
 
 
-def _completed(space: SearchSpace, expert: _Expert, limit: float, only: Allowed) -> ExpertPlan:
+def _completed(space: SearchSpace, expert: _Expert, limit: float, only: Allowed) -> BaselinePlan:
     problem, classes = restricted(*space.problem(), only)
-    shared = Shared(_with_objections(space, expert, problem), classes)
-    moments = Moments(space, np.inf)
-    solution = solve(shared.problem, separate=SharedRows(moments, shared), time_limit=limit)
+    shared = Shared(_with_penalties(space, expert, problem), classes)
+    liveness = Liveness(space, np.inf)
+    solution = solve(shared.problem, separate=SharedRows(liveness, shared), time_limit=limit)
     choices = shared.expand(solution.choices)
-    memory = estimate_memory(space, choices, moments)
+    memory = estimate_memory(space, choices, liveness)
     fits = memory.total_bytes <= space.cluster.budget_bytes
-    return ExpertPlan(expert.name, choices, estimate_time(space, choices, moments), memory, fits)
+    return BaselinePlan(expert.name, choices, estimate_time(space, choices, liveness), memory, fits)
 
 
 def _experts(mesh: Sequence[int]) -> list[_Expert]:
@@ -125,41 +125,41 @@ def _experts(mesh: Sequence[int]) -> list[_Expert]:
     return found
 
 
-# -- objections ---------------------------------------------------------------------------------
+# -- penalties ---------------------------------------------------------------------------------
 
 
-def _with_objections(space: SearchSpace, expert: _Expert, problem: Problem) -> Problem:
+def _with_penalties(space: SearchSpace, expert: _Expert, problem: Problem) -> Problem:
     """The problem in which everything the expert would not do costs `OBJECTION_US` more."""
     weights = _weight_operands(space)
     time_us = tuple(
-        t + OBJECTION_US * _site_objections(expert, site, operands)
-        for t, site, operands in zip(problem.time_us, space.sites, weights, strict=True)
+        t + OBJECTION_US * _decision_penalties(expert, decision, operands)
+        for t, decision, operands in zip(problem.time_us, space.decisions, weights, strict=True)
     )
     edges = tuple(
-        replace(e, time_us=e.time_us + OBJECTION_US * _link_objections(space, expert, link))
-        for e, link in zip(problem.edges, space.links, strict=True)
+        replace(e, time_us=e.time_us + OBJECTION_US * _edge_penalties(space, expert, edge))
+        for e, edge in zip(problem.edges, space.edges, strict=True)
     )
     return replace(problem, time_us=time_us, edges=edges)
 
 
 def _weight_operands(space: SearchSpace) -> list[list[int]]:
-    """Per site the operands that are parameters, or views of one."""
-    found: list[list[int]] = [[] for _ in space.sites]
-    for link in space.links:
-        if link.weight:
-            found[link.target].append(link.operand)
+    """Per decision the operands that are parameters, or views of one."""
+    found: list[list[int]] = [[] for _ in space.decisions]
+    for edge in space.edges:
+        if edge.weight:
+            found[edge.target].append(edge.operand)
     return found
 
 
-def _site_objections(expert: _Expert, site: Site, weights: Sequence[int]) -> np.ndarray:
-    """How many objections the expert has to each candidate."""
-    if site.kind == "parameter":
-        return _to_storage(expert, site)
-    if site.kind == "input":
-        return _to_batch_split(expert, site)
-    count = np.zeros(len(site.candidates))
+def _decision_penalties(expert: _Expert, decision: Decision, weights: Sequence[int]) -> np.ndarray:
+    """How many penalties the expert has to each candidate."""
+    if decision.kind == "parameter":
+        return _to_storage(expert, decision)
+    if decision.kind == "input":
+        return _to_batch_split(expert, decision)
+    count = np.zeros(len(decision.candidates))
     tensor = expert.tensor
-    for i, c in enumerate(site.candidates):
+    for i, c in enumerate(decision.candidates):
         for spec in (c.inputs[operand] for operand in weights):
             if spec is not None:
                 # each rank uses all of the weight, for samples of its own along the data axes ...
@@ -167,7 +167,7 @@ def _site_objections(expert: _Expert, site: Site, weights: Sequence[int]) -> np.
                 count[i] += len(_split_over(spec, expert.data) | {*spec.partial} & {*expert.data})
                 # ... and for the same samples along the tensor axis
                 count[i] += tensor in spec.varying
-        if tensor is not None and site.kind == "op" and _is_norm(site):
+        if tensor is not None and decision.kind == "op" and _is_norm(decision):
             # the residual stream is whole along the tensor axis
             count[i] += sum(
                 spec is not None and spec.state(tensor) != "R"
@@ -176,27 +176,31 @@ def _site_objections(expert: _Expert, site: Site, weights: Sequence[int]) -> np.
     return count
 
 
-def _is_norm(site: Site) -> bool:
-    return any(name in str(site.node.target) for name in _NORMS)
+def _is_norm(decision: Decision) -> bool:
+    return any(name in str(decision.node.target) for name in _NORMS)
 
 
-def _to_storage(expert: _Expert, site: Site) -> np.ndarray:
+def _to_storage(expert: _Expert, decision: Decision) -> np.ndarray:
     """To splits over the data axes; or, if parameters are sharded, to all but the widest split."""
-    specs = [c.outputs[0] for c in site.candidates]
+    specs = [c.outputs[0] for c in decision.candidates]
     split = [_split_over(spec, expert.data) for spec in specs]
     if not expert.sharded:
         return np.array([float(len(axes)) for axes in split])
     # FSDP splits dim 0; beside tensor parallelism, the dim that this leaves free
     preference = [
-        (len(axes), len(spec.dims[0]) if expert.tensor is None and spec.dims else 0, c.regather)
-        for axes, spec, c in zip(split, specs, site.candidates, strict=True)
+        (
+            len(axes),
+            len(spec.dims[0]) if expert.tensor is None and spec.dims else 0,
+            c.reshard_after_forward,
+        )
+        for axes, spec, c in zip(split, specs, decision.candidates, strict=True)
     ]
     return np.array([float(p < max(preference)) for p in preference])
 
 
-def _to_batch_split(expert: _Expert, site: Site) -> np.ndarray:
+def _to_batch_split(expert: _Expert, decision: Decision) -> np.ndarray:
     """To all but dim 0, the batch, split over as many data axes as can be."""
-    specs = [c.outputs[0] for c in site.candidates]
+    specs = [c.outputs[0] for c in decision.candidates]
     parts = [
         len(spec.dims[0])
         if not any(spec.dims[1:]) and {*spec.dims[0]} <= {*expert.data}
@@ -208,17 +212,17 @@ def _to_batch_split(expert: _Expert, site: Site) -> np.ndarray:
     return np.array([float(p < max(parts)) for p in parts])
 
 
-def _link_objections(space: SearchSpace, expert: _Expert, link: Link) -> np.ndarray:
+def _edge_penalties(space: SearchSpace, expert: _Expert, edge: Edge) -> np.ndarray:
     """To conversions that gather or move a split: of a weight along the tensor axis (slicing
     neither), of samples along a data axis. [source candidate, target candidate]"""
-    source, target = space.sites[link.source], space.sites[link.target]
-    outs = [c.outputs[link.result] for c in source.candidates]
-    ins = [c.inputs[link.operand] for c in target.candidates]
+    source, target = space.decisions[edge.source], space.decisions[edge.target]
+    outs = [c.outputs[edge.result] for c in source.candidates]
+    ins = [c.inputs[edge.operand] for c in target.candidates]
     count = np.zeros((len(outs), len(ins)))
-    if link.weight and expert.tensor is not None:
+    if edge.weight and expert.tensor is not None:
         before, after = _split_dims(outs, expert.tensor), _split_dims(ins, expert.tensor)
         count += before[:, None] != after[None, :]
-    if not link.weight and target.kind != "output":
+    if not edge.weight and target.kind != "output":
         for axis in expert.data:
             before, after = _split_dims(outs, axis), _split_dims(ins, axis)
             count += (before[:, None] >= 0) & (before[:, None] != after[None, :])

@@ -1,7 +1,7 @@
 """Constraints in the user's words: `{"transformer.h.*.mlp.c_fc.weight": "RS1", ...}`.
 
 Names are those of `autopar.planner.names`. A layout is a `ShardingSpec` as plans print it, or
-several with `|` between them; behind that of a parameter may stand `regather` (gathered again for
+several with `|` between them; behind that of a parameter may stand `reshard` (gathered again for
 backward, ZeRO-3) or `keep` (ZeRO-2). A constraint leaves a decision with the candidates of these
 layouts; the others get infinite time in the solver's problem, so that every plan found is one of the
 space.
@@ -21,8 +21,8 @@ import yaml
 from autopar.errors import ConflictError, ConstraintError, InfeasibleError
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.spec import ShardingSpec, fills_every_rank
-from autopar.planner.decisions import Candidate, Pins, Site
-from autopar.planner.liveness import Moments
+from autopar.planner.decisions import Candidate, Decision, FixedLayouts
+from autopar.planner.liveness import Liveness
 from autopar.planner.memory_rows import SharedRows
 from autopar.planner.names import Names, output_names, suggestion
 from autopar.planner.space import SearchSpace
@@ -32,7 +32,7 @@ from autopar.units import format_bytes
 
 # Name or pattern to layouts.
 Constraints = Mapping[str, str]
-# Site to which of its candidates are allowed; the others have all of theirs.
+# Decision to which of its candidates are allowed; the others have all of theirs.
 Allowed = Mapping[int, np.ndarray]
 
 _OUTPUTS = "outputs."
@@ -74,28 +74,35 @@ class _Layout:
 
     Args:
         spec: None where none can be read from the text.
-        regather: of a parameter; None where it does not matter.
+        reshard_after_forward: of a parameter; None where it does not matter.
         text: as given.
         error: why there is no spec.
     """
 
     spec: ShardingSpec | None
-    regather: bool | None
+    reshard_after_forward: bool | None
     text: str
     error: str = ""
 
     @staticmethod
     def parse(text: str) -> _Layout:
         words = text.split()
-        regather = {"regather": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
-        body = " ".join(words if regather is None else words[:-1])
+        reshard_after_forward = (
+            {"reshard": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
+        )
+        body = " ".join(words if reshard_after_forward is None else words[:-1])
         try:
-            return _Layout(ShardingSpec.parse("" if body == "scalar" else body), regather, text)
+            return _Layout(
+                ShardingSpec.parse("" if body == "scalar" else body), reshard_after_forward, text
+            )
         except ValueError as error:
-            return _Layout(None, regather, text, str(error))
+            return _Layout(None, reshard_after_forward, text, str(error))
 
     def allows(self, candidate: Candidate) -> bool:
-        if self.regather is not None and candidate.regather != self.regather:
+        if (
+            self.reshard_after_forward is not None
+            and candidate.reshard_after_forward != self.reshard_after_forward
+        ):
             return False
         spec = candidate.outputs[0]
         # who does not speak of gradients means the value alone
@@ -107,7 +114,7 @@ def _layouts(text: str) -> list[_Layout]:
 
 
 def allowed(space: SearchSpace, constraints: Constraints) -> dict[int, np.ndarray]:
-    """Per constrained site which of its candidates are left.
+    """Per constrained decision which of its candidates are left.
 
     Raises:
         ConstraintError: a name that nothing has, or a layout that it cannot have.
@@ -119,14 +126,17 @@ def allowed(space: SearchSpace, constraints: Constraints) -> dict[int, np.ndarra
     found: dict[int, np.ndarray] = {}
     by: dict[int, list[str]] = {}
     for name, text in constraints.items():
-        if name.startswith(_OUTPUTS):  # decided by pins
+        if name.startswith(_OUTPUTS):  # decided by fixed
             continue
-        for place, (site, mask) in _masks(space, name, _found(names, space, name), text).items():
-            found[site] = found[site] & mask if site in found else mask
-            by.setdefault(site, []).append(f"{name}: {text}")
-            if not found[site].any():
+        for place, (decision, mask) in _masks(
+            space, name, _found(names, space, name), text
+        ).items():
+            found[decision] = found[decision] & mask if decision in found else mask
+            by.setdefault(decision, []).append(f"{name}: {text}")
+            if not found[decision].any():
                 raise _conflict(
-                    f"{_list(by[site])} leave no layout for {place}; keep one of them", by[site]
+                    f"{_list(by[decision])} leave no layout for {place}; keep one of them",
+                    by[decision],
                 )
     return found
 
@@ -146,29 +156,29 @@ def _found(names: Names, space: SearchSpace, name: str) -> dict[str, int]:
 def _masks(
     space: SearchSpace, name: str, found: Mapping[str, int], text: str
 ) -> dict[str, tuple[int, np.ndarray]]:
-    """Per place that a constraint names, the site and which of its candidates have one of the
+    """Per place that a constraint names, the decision and which of its candidates have one of the
     layouts. Every place has to have one of them, and each of them some place."""
     layouts = _layouts(text)
     masks: dict[str, tuple[int, np.ndarray]] = {}
     unused = dict(enumerate(layouts))
     for place, i in found.items():
-        site = space.sites[i]
-        each = np.array([[k.allows(c) for c in site.candidates] for k in layouts])
+        decision = space.decisions[i]
+        each = np.array([[k.allows(c) for c in decision.candidates] for k in layouts])
         if not each.any():
-            raise ConstraintError(_refusal(space, site, name, place, layouts[0]))
+            raise ConstraintError(_refusal(space, decision, name, place, layouts[0]))
         masks[place] = i, np.asarray(each.any(axis=0))
         unused = {k: layout for k, layout in unused.items() if not each[k].any()}
     for layout in unused.values():
         place, i = next(iter(found.items()))
-        raise ConstraintError(_refusal(space, space.sites[i], name, place, layout))
+        raise ConstraintError(_refusal(space, space.decisions[i], name, place, layout))
     return masks
 
 
-def _refusal(space: SearchSpace, site: Site, name: str, place: str, layout: _Layout) -> str:
-    kind = {"parameter": "parameter", "input": "input"}.get(site.kind, "result")
-    shape = list(shape_of(_value(site)))
+def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layout: _Layout) -> str:
+    kind = {"parameter": "parameter", "input": "input"}.get(decision.kind, "result")
+    shape = list(shape_of(_value(decision)))
     mesh = "x".join(map(str, space.mesh))
-    legal = list(dict.fromkeys(str(c.outputs[0].data()) or "scalar" for c in site.candidates))
+    legal = list(dict.fromkeys(str(c.outputs[0].data()) or "scalar" for c in decision.candidates))
     more = f", and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
     if layout.spec is None:
         why = f"is not a layout ({layout.error})"
@@ -184,27 +194,27 @@ def _refusal(space: SearchSpace, site: Site, name: str, place: str, layout: _Lay
     )
 
 
-def _value(site: Site) -> object:
-    value = site.node.meta["val"]
-    return value[site.result] if isinstance(value, list | tuple) else value
+def _value(decision: Decision) -> object:
+    value = decision.node.meta["val"]
+    return value[decision.result] if isinstance(value, list | tuple) else value
 
 
 def _axes(spec: ShardingSpec) -> list[int]:
     return [*(a for dim in spec.dims for a in dim), *spec.partial, *spec.varying]
 
 
-def output_pins(
-    graph: ModelGraph, mesh: Sequence[int], constraints: Constraints, pins: Pins | None
-) -> Pins | None:
-    """The pins, with the layouts in which results are wanted.
+def fixed_outputs(
+    graph: ModelGraph, mesh: Sequence[int], constraints: Constraints, fixed: FixedLayouts | None
+) -> FixedLayouts | None:
+    """The fixed, with the layouts in which results are wanted.
 
     Raises:
         ConstraintError: no such result, or it cannot have the layout.
     """
     wanted = {name: text for name, text in constraints.items() if name.startswith(_OUTPUTS)}
     if not wanted:
-        return pins
-    if pins is not None and pins.outputs is not None:
+        return fixed
+    if fixed is not None and fixed.outputs is not None:
         raise ConstraintError(f"constraint {next(iter(wanted))!r}: results are decided elsewhere")
     names = output_names(graph)
     values = [v for v in graph.output.args[0][len(graph.mutations) :] if hasattr(v, "meta")]  # type: ignore[index, union-attr]
@@ -218,7 +228,7 @@ def output_pins(
             )
         i = names.index(name)
         specs[i] = _output_spec(name, text, shapes[i], mesh)
-    return replace(pins or Pins(), outputs=tuple(specs))
+    return replace(fixed or FixedLayouts(), outputs=tuple(specs))
 
 
 def _output_spec(name: str, text: str, shape: tuple[int, ...], mesh: Sequence[int]) -> ShardingSpec:
@@ -313,11 +323,11 @@ def conflict(
 def _feasible(space: SearchSpace, only: Allowed, time_limit: float) -> bool:
     """Whether some plan is within the budget, however slow."""
     problem, classes = restricted(*space.problem(), only)
-    shared, moments = Shared(problem, classes), Moments(space, space.cluster.budget_bytes)
+    shared, liveness = Shared(problem, classes), Liveness(space, space.cluster.budget_bytes)
     try:
         solve(
             shared.problem,
-            separate=SharedRows(moments, shared),
+            separate=SharedRows(liveness, shared),
             time_limit=time_limit,
             enough_us=sys.float_info.max,
             regions=0,

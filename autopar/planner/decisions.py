@@ -15,14 +15,14 @@ from autopar.sharding.rule import Strategy
 
 @dataclass(frozen=True)
 class Candidate:
-    """One choice of a site.
+    """One choice of a decision.
 
     Args:
         name: what the plan file holds.
-        outputs: layouts of the site's values.
+        outputs: layouts of the decision's values.
         inputs: layouts it needs of its operands.
         strategy: of an operator call.
-        regather: a parameter gathered for forward is dropped and gathered again for backward
+        reshard_after_forward: a parameter gathered for forward is dropped and gathered again for backward
             (ZeRO-3) instead of kept (ZeRO-2).
     """
 
@@ -30,11 +30,11 @@ class Candidate:
     outputs: tuple[ShardingSpec, ...]
     inputs: tuple[ShardingSpec | None, ...] = ()
     strategy: Strategy | None = None
-    regather: bool = False
+    reshard_after_forward: bool = False
 
 
 @dataclass(frozen=True)
-class Site:
+class Decision:
     """One decision.
 
     Args:
@@ -44,7 +44,7 @@ class Site:
         candidates: at least one.
         time_us, memory_bytes: per candidate.
         parts: named shares of the costs, per candidate, for reports ("compute_us", ...).
-        repeats: sites with equal keys are copies in repeated blocks.
+        repeats: decisions with equal keys are copies in repeated blocks.
     """
 
     kind: str
@@ -62,8 +62,8 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Link:
-    """A value flowing from one site to another.
+class Edge:
+    """A value flowing from one decision to another.
 
     Args:
         result: which output of the source.
@@ -86,7 +86,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Pins:
+class FixedLayouts:
     """Layouts decided from outside: by qualified parameter name, and by position of inputs and
     outputs (None: free)."""
 

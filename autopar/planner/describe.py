@@ -25,7 +25,7 @@ import torch.fx as fx
 
 from autopar.ir.graph import operands, shape_of
 from autopar.plan import ModuleSummary
-from autopar.planner.decisions import Candidate, Site
+from autopar.planner.decisions import Candidate, Decision
 from autopar.planner.space import SearchSpace
 from autopar.sharding.node_rules import rule_of
 from autopar.sharding.rule import OpRule
@@ -60,10 +60,10 @@ Roles = dict[int, tuple[str, ...]]
 
 @dataclass
 class _Module:
-    """What is known of one module while the sites are walked."""
+    """What is known of one module while the decisions are walked."""
 
     roles: list[tuple[Roles, float, bool]] = field(default_factory=list)  # us, anchor
-    gathers: dict[int, bool] = field(default_factory=dict)  # axis to regather
+    gathers: dict[int, bool] = field(default_factory=dict)  # axis to reshard_after_forward
     kinds: list[str] = field(default_factory=list)
     parameters: int = 0
     time_us: float = 0.0
@@ -95,46 +95,48 @@ def describe(space: SearchSpace, choices: Sequence[int]) -> tuple[ModuleSummary,
 
 def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
     """Everything about each module, by qualified name, in the order of execution."""
-    chosen = [s.candidates[c] for s, c in zip(space.sites, choices, strict=True)]
-    owners = [_owner(space, site) for site in space.sites]
+    chosen = [s.candidates[c] for s, c in zip(space.decisions, choices, strict=True)]
+    owners = [_owner(space, decision) for decision in space.decisions]
     modules: dict[str, _Module] = {}
-    for site, owner in zip(space.sites, owners, strict=True):
-        if site.kind == "op":
+    for decision, owner in zip(space.decisions, owners, strict=True):
+        if decision.kind == "op":
             modules.setdefault(owner, _Module())
     for owner in owners:
         modules.setdefault(owner, _Module())
     weights: dict[int, list[int]] = defaultdict(list)
-    root = {i: i for i, site in enumerate(space.sites) if site.kind == "parameter"}
-    for link in space.links:
-        time_us, nbytes = space.conversion_costs(link, choices)
-        module = modules[owners[link.target]]
+    root = {i: i for i, decision in enumerate(space.decisions) if decision.kind == "parameter"}
+    for edge in space.edges:
+        time_us, nbytes = space.conversion_costs(edge, choices)
+        module = modules[owners[edge.target]]
         module.time_us += time_us
         module.memory_bytes += nbytes
-        if link.weight:  # of a parameter, of a shared one, or of a view of one
-            weights[link.target].append(link.operand)
-            origin = root.setdefault(link.target, root[link.source])
-            before = chosen[link.source].outputs[link.result]
-            after = chosen[link.target].inputs[link.operand]
+        if edge.weight:  # of a parameter, of a shared one, or of a view of one
+            weights[edge.target].append(edge.operand)
+            origin = root.setdefault(edge.target, root[edge.source])
+            before = chosen[edge.source].outputs[edge.result]
+            after = chosen[edge.target].inputs[edge.operand]
             if after is not None:
                 gone = {a for d in before.dims for a in d} - {a for d in after.dims for a in d}
-                modules[owners[origin]].gathers |= dict.fromkeys(gone, chosen[origin].regather)
-    for i, (site, owner, c) in enumerate(zip(space.sites, owners, choices, strict=True)):
+                modules[owners[origin]].gathers |= dict.fromkeys(
+                    gone, chosen[origin].reshard_after_forward
+                )
+    for i, (decision, owner, c) in enumerate(zip(space.decisions, owners, choices, strict=True)):
         module = modules[owner]
-        module.time_us += float(site.time_us[c])
-        module.memory_bytes += float(site.memory_bytes[c])
-        if site.kind == "parameter":
-            module.parameters += site.node.meta["val"].numel()
-        if site.kind == "op":
-            name = str(site.node.target)
+        module.time_us += float(decision.time_us[c])
+        module.memory_bytes += float(decision.memory_bytes[c])
+        if decision.kind == "parameter":
+            module.parameters += decision.node.meta["val"].numel()
+        if decision.kind == "op":
+            name = str(decision.node.target)
             module.kinds.append(name)
-            roles = _op_roles(site, chosen[i], weights[i])
-            module.roles.append((roles, float(site.time_us[c]), _is_anchor(name)))
+            roles = _op_roles(decision, chosen[i], weights[i])
+            module.roles.append((roles, float(decision.time_us[c]), _is_anchor(name)))
     return modules
 
 
-def _owner(space: SearchSpace, site: Site) -> str:
-    """Qualified name of the module that a site belongs to."""
-    node = site.node
+def _owner(space: SearchSpace, decision: Decision) -> str:
+    """Qualified name of the module that a decision belongs to."""
+    node = decision.node
     if node.op == "placeholder":
         target = str(node.target)
         held = space.graph.parameters.get(target) or space.graph.buffers.get(target, "")
@@ -146,13 +148,13 @@ def _is_anchor(name: str) -> bool:
     return any(anchor in name for anchor in _ANCHORS)
 
 
-def _op_roles(site: Site, candidate: Candidate, weights: Sequence[int]) -> Roles:
+def _op_roles(decision: Decision, candidate: Candidate, weights: Sequence[int]) -> Roles:
     """What an operator does along each axis."""
     assert candidate.strategy is not None
-    rule, _ = rule_of(site.node)
+    rule, _ = rule_of(decision.node)
     found: Roles = {}
     for factor, axes in candidate.strategy.splits.items():
-        role = _factor_role(site.node, rule, factor, weights)
+        role = _factor_role(decision.node, rule, factor, weights)
         found |= dict.fromkeys(axes, (role,))
     for axis, choice in enumerate(candidate.strategy.name.split()):
         if choice.startswith("~"):

@@ -40,7 +40,7 @@ class Difference:
         figures: time and memory, in words; kinds that are the same are left out.
         parameters: how they are stored.
         modules: what is done in them.
-        decisions: operators, inputs and shared values, by site.
+        decisions: operators, inputs and shared values, by decision.
     """
 
     setting: tuple[Change, ...]
@@ -114,16 +114,16 @@ def _figure(what: str, before: float, after: float, text: object) -> Change | No
 
 
 def _storage(plan: ShardingPlan) -> dict[str, str]:
-    again = set(plan.regather)
+    again = set(plan.reshard_after_forward)
     return {
-        name: (spec or "scalar") + (" regather" if name in again else "")
+        name: (spec or "scalar") + (" reshard" if name in again else "")
         for name, spec in plan.parameters.items()
     }
 
 
-def _decision(plan: ShardingPlan, site: str) -> str:
-    layout, choice = plan.layouts.get(site, ""), plan.choices[site]
-    return choice if choice in (layout, "") or "#" in site else f"{choice} ({layout})"
+def _decision(plan: ShardingPlan, decision: str) -> str:
+    layout, choice = plan.layouts.get(decision, ""), plan.choices[decision]
+    return choice if choice in (layout, "") or "#" in decision else f"{choice} ({layout})"
 
 
 def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Change, ...]:

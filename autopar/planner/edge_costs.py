@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from autopar.cluster.link import LATE_BYTES
-from autopar.planner.decisions import Link, Site
+from autopar.cluster.link import ASYNC_SUM_BYTES
+from autopar.planner.decisions import Decision, Edge
 from autopar.planner.op_costs import OpCosts
 from autopar.sharding.conversion.converter import LayoutConverter
 
 
 @dataclass(frozen=True)
-class LinkCosts:
-    """Conversions on a link, all [source candidate, target candidate].
+class EdgeCosts:
+    """Conversions on a edge, all [source candidate, target candidate].
 
     Args:
         forward_us, backward_us: of the value and of its gradient; infinite where there is no way.
@@ -56,7 +56,7 @@ class LinkCosts:
         return backward + again
 
 
-class LinkPrices:
+class EdgeCostTable:
     """Memoized costs of links.
 
     Args:
@@ -66,51 +66,55 @@ class LinkPrices:
 
     def __init__(self, converter: LayoutConverter, costs: OpCosts) -> None:
         self._converter, self._costs = converter, costs
-        self._known: dict[Hashable, LinkCosts] = {}
+        self._known: dict[Hashable, EdgeCosts] = {}
 
-    def of(self, link: Link, source: Site, target: Site) -> LinkCosts:
-        """Of one link. Sites that are alike have the same candidates, not equal ones, so links of
+    def of(self, edge: Edge, source: Decision, target: Decision) -> EdgeCosts:
+        """Of one edge. Sites that are alike have the same candidates, not equal ones, so links of
         repeated blocks are priced once."""
         key = (
-            id(source.candidates), link.result, id(target.candidates), link.operand,
-            link.shape, link.itemsize, link.grad, link.saved, link.weight, target.kind == "output",
+            id(source.candidates), edge.result, id(target.candidates), edge.operand,
+            edge.shape, edge.itemsize, edge.grad, edge.saved, edge.weight, target.kind == "output",
         )  # fmt: skip
         if key not in self._known:
-            self._known[key] = self._priced(link, source, target)
+            self._known[key] = self._priced(edge, source, target)
         return self._known[key]
 
-    def _priced(self, link: Link, source: Site, target: Site) -> LinkCosts:
-        rows, row_of = _unique(c.outputs[link.result] for c in source.candidates)
-        columns, column_of = _unique(c.inputs[link.operand] for c in target.candidates)
+    def _priced(self, edge: Edge, source: Decision, target: Decision) -> EdgeCosts:
+        rows, row_of = _unique(c.outputs[edge.result] for c in source.candidates)
+        columns, column_of = _unique(c.inputs[edge.operand] for c in target.candidates)
         every = np.ix_(row_of, column_of)
         wanted = [rows[0] if spec is None else spec for spec in columns]
 
         def convert(grad: bool) -> np.ndarray:
             found = self._converter.costs_us(
-                link.shape, link.itemsize, rows, wanted, grad=grad, weight=link.weight
+                edge.shape, edge.itemsize, rows, wanted, grad=grad, weight=edge.weight
             )
             return found[every]
 
         forward = convert(grad=False)
         possible = np.where(np.isfinite(forward), forward, 0.0)
         nowhere = np.where(np.isfinite(forward), 0.0, np.inf)
-        backward = convert(grad=True) - possible if link.grad else nowhere
+        backward = convert(grad=True) - possible if edge.grad else nowhere
         # nobody waits for the sum of a loss that is only returned
-        if target.kind == "output" and link.grad and link.itemsize * prod(link.shape) <= LATE_BYTES:
+        if (
+            target.kind == "output"
+            and edge.grad
+            and edge.itemsize * prod(edge.shape) <= ASYNC_SUM_BYTES
+        ):
             late = np.array([[bool(a.partial) and a.dims == b.dims for b in wanted] for a in rows])
             forward = np.where(late[every], self._costs.cluster.device.launch_us, forward)
-        regathers = np.array([[c.regather] for c in source.candidates])
+        reshards = np.array([[c.reshard_after_forward] for c in source.candidates])
         memory = None
-        if link.saved or target.kind == "output":
+        if edge.saved or target.kind == "output":
             held = [
-                0 if spec is None else self._costs.local_bytes(link.shape, link.itemsize, spec)
+                0 if spec is None else self._costs.local_bytes(edge.shape, edge.itemsize, spec)
                 for spec in columns
             ]
             moved = np.array([[a.dims != b.dims for b in wanted] for a in rows])
             # gathered for forward and dropped, the copy is not kept; the caller keeps results
-            kept = (target.kind == "output") | ~regathers
+            kept = (target.kind == "output") | ~reshards
             memory = kept * (moved * np.array(held, dtype=np.float64))[every]
-        return LinkCosts(forward, backward, regathers * possible + nowhere, memory)
+        return EdgeCosts(forward, backward, reshards * possible + nowhere, memory)
 
 
 def _unique(items: Iterable[Any]) -> tuple[list[Any], list[int]]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from autopar.plan import MemoryEstimate, TimeEstimate
-from autopar.planner.liveness import Moments
+from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
 
 
 def estimate_time(
-    space: SearchSpace, choices: Sequence[int], moments: Moments | None = None
+    space: SearchSpace, choices: Sequence[int], liveness: Liveness | None = None
 ) -> TimeEstimate:
     """Compute, and communication split into what is exposed and what hides behind compute.
 
@@ -21,28 +21,28 @@ def estimate_time(
     they are late.
     """
     compute = exposed = weights = 0.0
-    for site, c in zip(space.sites, choices, strict=True):
+    for decision, c in zip(space.decisions, choices, strict=True):
         for part in ("compute_us", "step_us"):
-            compute += float(site.parts[part][c]) if part in site.parts else 0.0
-        if "communication_us" in site.parts:
-            exposed += float(site.parts["communication_us"][c])
-    for link in space.links:
-        time, _ = space.conversion_costs(link, choices)
-        if link.weight:
+            compute += float(decision.parts[part][c]) if part in decision.parts else 0.0
+        if "communication_us" in decision.parts:
+            exposed += float(decision.parts["communication_us"][c])
+    for edge in space.edges:
+        time, _ = space.conversion_costs(edge, choices)
+        if edge.weight:
             weights += time
         else:
             exposed += time
     if not space.weights_hide:
         return TimeEstimate(compute, exposed + weights, 0.0, weights)
-    late = (moments or Moments(space, np.inf)).late_us(choices)
+    late = (liveness or Liveness(space, np.inf)).late_us(choices)
     return TimeEstimate(compute, exposed + late, max(0.0, weights - late), weights)
 
 
 def estimate_memory(
-    space: SearchSpace, choices: Sequence[int], moments: Moments | None = None
+    space: SearchSpace, choices: Sequence[int], liveness: Liveness | None = None
 ) -> MemoryEstimate:
     """Bytes per device by kind at the moment of the peak, on the fullest rank."""
-    series = (moments or Moments(space, np.inf)).memory
+    series = (liveness or Liveness(space, np.inf)).memory
     moment = int(np.argmax(series.values(space, choices)))
     kinds = series.kinds(space, choices, moment)
     return MemoryEstimate(

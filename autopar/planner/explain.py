@@ -97,18 +97,18 @@ def explain(
         ConstraintError: nothing is called so, or things that differ.
     """
     space, say = planned.space, progress or (lambda line: None)
-    site, copies = _site(planned, name)
+    decision, copies = _decision(planned, name)
     say("bounds ...")
-    bounds = _bounds(space, site, copies, planned.only)
-    own = planned.choices[site]
-    here = space.sites[site]
-    legal = planned.only.get(site, np.ones(len(here.candidates), dtype=bool))
+    bounds = _bounds(space, decision, copies, planned.only)
+    own = planned.choices[decision]
+    here = space.decisions[decision]
+    legal = planned.only.get(decision, np.ones(len(here.candidates), dtype=bool))
     order = [int(c) for c in np.argsort(bounds, kind="stable") if legal[c] and c != own]
     wanted = order[:limit]
-    found = [_own(planned, site)]
+    found = [_own(planned, decision)]
     for k, c in enumerate(wanted):
         say(f"{here.candidates[c].name} forced ({k + 1} of {len(wanted)}) ...")
-        found.append(_forced(planned, site, copies, c, bounds[c], time_limit))
+        found.append(_forced(planned, decision, copies, c, bounds[c], time_limit))
     for c in order[len(wanted) :]:
         candidate, bound = here.candidates[c], float(bounds[c])
         step = math.nan if math.isfinite(bound) else math.inf
@@ -117,10 +117,10 @@ def explain(
     found.sort(
         key=lambda a: (math.isnan(a.step_us), a.bound_us if math.isnan(a.step_us) else a.step_us)
     )
-    return Explanation(name, _what(planned, site, copies), planned.plan, tuple(found))
+    return Explanation(name, _what(planned, decision, copies), planned.plan, tuple(found))
 
 
-def _site(planned: Planned, name: str) -> tuple[int, list[int]]:
+def _decision(planned: Planned, name: str) -> tuple[int, list[int]]:
     """The decision, and all that it is made together with: copies with the same choice."""
     space, choices = planned.space, planned.choices
     _, classes = restricted(*space.problem(), planned.only)
@@ -132,18 +132,20 @@ def _site(planned: Planned, name: str) -> tuple[int, list[int]]:
             f"{name!r} stands for {len(named)} decisions that are not made alike: "
             f"{_groups(planned, named)}; name one of them"
         )
-    site = next(iter(found))
+    decision = next(iter(found))
     copies = [
-        i for i, c in enumerate(classes) if c == classes[site] and choices[i] == choices[site]
+        i
+        for i, c in enumerate(classes)
+        if c == classes[decision] and choices[i] == choices[decision]
     ]
-    return site, copies
+    return decision, copies
 
 
 def _groups(planned: Planned, named: dict[str, int]) -> str:
     """`blocks.0.up chooses n b1, blocks.{1-3}.up chooses b1 b1`."""
     said: dict[str, list[str]] = {}
     for name, i in named.items():
-        candidate = planned.space.sites[i].candidates[planned.choices[i]]
+        candidate = planned.space.decisions[i].candidates[planned.choices[i]]
         said.setdefault(candidate.name, []).append(name)
     groups = [
         f"{group} chooses {choice}"
@@ -154,30 +156,30 @@ def _groups(planned: Planned, named: dict[str, int]) -> str:
     return ", ".join(groups[:4]) + more
 
 
-def _anchor(space: SearchSpace, name: str, site: int) -> int:
+def _anchor(space: SearchSpace, name: str, decision: int) -> int:
     """Of a module, the operator that takes longest: what it is about."""
     mine = [
         i
-        for i, s in enumerate(space.sites)
+        for i, s in enumerate(space.decisions)
         if s.kind == "op" and space.graph.info(s.node).module == name
     ]
-    return max(mine, key=lambda i: float(space.sites[i].time_us.max()), default=site)
+    return max(mine, key=lambda i: float(space.decisions[i].time_us.max()), default=decision)
 
 
-def _bounds(space: SearchSpace, site: int, copies: list[int], only: Allowed) -> np.ndarray:
-    """Per candidate of the site a lower bound on every plan that makes it in all copies."""
+def _bounds(space: SearchSpace, decision: int, copies: list[int], only: Allowed) -> np.ndarray:
+    """Per candidate of the decision a lower bound on every plan that makes it in all copies."""
     problem, classes = restricted(*space.problem(), only)
     mine = set(copies)
     # the copies have a class of their own
     apart = [(c, v in mine) for v, c in enumerate(classes)]
     shared = Shared(problem, apart)
-    index = list(dict.fromkeys(apart)).index((classes[site], True))
+    index = list(dict.fromkeys(apart)).index((classes[decision], True))
     relaxed = Contraction(shared.problem.time_us, shared.problem.pairs())
     return relaxed.min_marginals()[index]
 
 
-def _own(planned: Planned, site: int) -> Alternative:
-    candidate = planned.space.sites[site].candidates[planned.choices[site]]
+def _own(planned: Planned, decision: int) -> Alternative:
+    candidate = planned.space.decisions[decision].candidates[planned.choices[decision]]
     plan = planned.plan
     return Alternative(
         candidate.name, _layouts(candidate), plan.time.step_us, plan.solver.bound_us,
@@ -186,13 +188,13 @@ def _own(planned: Planned, site: int) -> Alternative:
 
 
 def _forced(
-    planned: Planned, site: int, copies: list[int], c: int, bound: float, time_limit: float
+    planned: Planned, decision: int, copies: list[int], c: int, bound: float, time_limit: float
 ) -> Alternative:
     space = planned.space
-    candidate = space.sites[site].candidates[c]
+    candidate = space.decisions[decision].candidates[c]
     only = dict(planned.only)
     for v in copies:
-        only[v] = np.arange(len(space.sites[v].candidates)) == c
+        only[v] = np.arange(len(space.decisions[v].candidates)) == c
     try:
         found = search(space, time_limit=time_limit, only=only)
     except InfeasibleError as error:
@@ -200,7 +202,7 @@ def _forced(
             candidate.name, _layouts(candidate), math.inf, math.inf, error.smallest_bytes
         )
     plan = make_plan(space, found.choices, planned.plan.model, found.record({}))
-    near = _module(space, site)
+    near = _module(space, decision)
     changes = sorted(
         diff(planned.plan, plan).choices, key=lambda change: -_common(near, _general(change.what))
     )
@@ -210,9 +212,9 @@ def _forced(
     )  # fmt: skip
 
 
-def _module(space: SearchSpace, site: int) -> str:
+def _module(space: SearchSpace, decision: int) -> str:
     """The module of a decision, with `*` for its copy."""
-    node = space.sites[site].node
+    node = space.decisions[decision].node
     parameter = space.graph.parameters.get(str(node.target), "")
     inside = "" if node.op == "placeholder" else space.graph.info(node).module
     return pattern(parameter or inside)
@@ -233,9 +235,9 @@ def _layouts(candidate: object) -> str:
     return " ".join(str(spec) or "scalar" for spec in candidate.outputs)  # type: ignore[attr-defined]
 
 
-def _what(planned: Planned, site: int, copies: list[int]) -> str:
+def _what(planned: Planned, decision: int, copies: list[int]) -> str:
     space = planned.space
-    s = space.sites[site]
+    s = space.decisions[decision]
     alike = f", in {len(copies)} copies alike" if len(copies) > 1 else ""
     if s.kind == "parameter":
         return f"parameter {pattern(space.graph.parameters[str(s.node.target)])}{alike}"

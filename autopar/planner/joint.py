@@ -18,9 +18,9 @@ from autopar.errors import InfeasibleError
 from autopar.ir.spec import ShardingSpec
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
-from autopar.planner.liveness import Moments
+from autopar.planner.liveness import Liveness
 from autopar.planner.pareto import with_budget
-from autopar.planner.planner import Laid, Planned, make_plan
+from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import Found, search
 from autopar.planner.space import SearchSpace
 from autopar.runtime.local_step import LocalStep, local_step
@@ -53,7 +53,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Pair:
+class JointPlan:
     """A plan and what its step keeps.
 
     Args:
@@ -69,9 +69,12 @@ class Pair:
     tried: tuple[Tried, ...] = ()
 
 
-def plan_pair(
-    laid: Laid, *, output_specs: Sequence[ShardingSpec] | None = None, always: bool = False
-) -> Pair:
+def plan_jointly(
+    problem: PlanningProblem,
+    *,
+    output_specs: Sequence[ShardingSpec] | None = None,
+    always: bool = False,
+) -> JointPlan:
     """The fastest pair found within the budget of the space.
 
     Args:
@@ -81,18 +84,18 @@ def plan_pair(
     Raises:
         InfeasibleError: no pair fits; it names the smallest budget of those tried.
     """
-    free = laid.decide(with_budget(laid.space, _UNLIMITED))
-    needed = estimate_memory(laid.space, free.choices).total_bytes
-    binds = needed > laid.space.cluster.budget_bytes
+    free = problem.decide(with_budget(problem.space, _UNLIMITED))
+    needed = estimate_memory(problem.space, free.choices).total_bytes
+    binds = needed > problem.space.cluster.budget_bytes
     if not binds and not always:
-        return Pair(laid.planned(free))
-    pairs = _Pairs(laid, output_specs)
+        return JointPlan(problem.planned(free))
+    pairs = _Pairs(problem, output_specs)
     pairs.add(math.inf, free)
     start = time.monotonic()
-    limited = _limited(laid, needed)
+    limited = _limited(problem, needed)
     # no plan is faster than the one without a limit
     while pairs.best is None or (binds and pairs.best.tried.added_us > _EVEN * free.step_us):
-        late = time.monotonic() - start > laid.time_limit
+        late = time.monotonic() - start > problem.time_limit
         limit, found = (math.inf, None) if late else next(limited, (math.inf, None))
         if found is None:
             break
@@ -117,25 +120,27 @@ class _Pairs:
         best: the fastest so far.
     """
 
-    def __init__(self, laid: Laid, output_specs: Sequence[ShardingSpec] | None) -> None:
-        self.laid, self.output_specs = laid, output_specs
+    def __init__(
+        self, problem: PlanningProblem, output_specs: Sequence[ShardingSpec] | None
+    ) -> None:
+        self.problem, self.output_specs = problem, output_specs
         self.best: _Scheduled | None = None
         self._tried: dict[tuple[int, ...], Tried] = {}
         self._refused: list[InfeasibleError] = []
 
     def add(self, limit: float, found: Found) -> None:
         """Schedule a plan, unless that was done or cannot be the fastest."""
-        laid, space = self.laid, self.laid.space
+        problem, space = self.problem, self.problem.space
         choices = all_kept(space, found.choices)
         if choices in self._tried:
             return
-        us = estimate_time(space, choices, Moments(space, math.inf)).step_us
+        us = estimate_time(space, choices, Liveness(space, math.inf)).step_us
         if self.best is not None and us >= self.best.tried.step_us:
             self._tried[choices] = Tried(limit, us, math.nan)
             return
-        with laid.clock("schedule"):
+        with problem.clock("schedule"):
             step = local_step(
-                space.graph, make_plan(space, choices, laid.model),
+                space.graph, make_plan(space, choices, problem.model),
                 trainable=space.workload.trainable, output_specs=self.output_specs,
             )  # fmt: skip
             try:
@@ -146,11 +151,11 @@ class _Pairs:
                 return
         tried = self._tried[choices] = Tried(limit, us, memory.added_us)
         where = "no limit" if math.isinf(limit) else format_bytes(limit)
-        laid.clock.say(f"planned for {where}: {us:.0f} us, and {memory.added_us:.0f} us to fit")
+        problem.clock.say(f"planned for {where}: {us:.0f} us, and {memory.added_us:.0f} us to fit")
         if self.best is None or tried.step_us < self.best.tried.step_us:
             self.best = _Scheduled(tried, replace(found, choices=choices), step, memory)
 
-    def chosen(self) -> Pair:
+    def chosen(self) -> JointPlan:
         """The fastest.
 
         Raises:
@@ -158,47 +163,47 @@ class _Pairs:
         """
         if self.best is None:
             raise min(self._refused, key=lambda error: error.smallest_bytes)
-        best, laid = self.best, self.laid
-        planned = laid.planned(best.found)
-        plan = _with_schedule(planned.plan, best, _budget(laid.space, best.step))
+        best, problem = self.best, self.problem
+        planned = problem.planned(best.found)
+        plan = _with_schedule(planned.plan, best, _budget(problem.space, best.step))
         if len(self._tried) > 1:
             method = (
                 f"{plan.solver.method}; the fastest of {len(self._tried)} pairs with a schedule"
             )
             plan = replace(plan, solver=replace(plan.solver, method=method))
         tried = tuple(self._tried.values())
-        return Pair(replace(planned, plan=plan), best.memory, best.step, tried)
+        return JointPlan(replace(planned, plan=plan), best.memory, best.step, tried)
 
 
 def all_kept(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:
     """The choices with no parameter gathered again: that is for the schedule to say."""
     kept = []
-    for site, c in zip(space.sites, choices, strict=True):
-        names = [candidate.name for candidate in site.candidates]
-        name = names[c].removesuffix(" regather")
+    for decision, c in zip(space.decisions, choices, strict=True):
+        names = [candidate.name for candidate in decision.candidates]
+        name = names[c].removesuffix(" reshard")
         kept.append(names.index(name) if name in names else c)
     return tuple(kept)
 
 
-def _limited(laid: Laid, needed: float) -> Iterator[tuple[float, Found]]:
+def _limited(problem: PlanningProblem, needed: float) -> Iterator[tuple[float, Found]]:
     """Plans for the budget (or the smallest limit that has one), and for limits between that and
     what is needed without a limit."""
 
     def within(limit: float) -> Found | float:
-        space = with_budget(laid.space, limit)
+        space = with_budget(problem.space, limit)
         try:
-            return search(space, time_limit=laid.time_limit, only=laid.only)
+            return search(space, time_limit=problem.time_limit, only=problem.only)
         except InfeasibleError as error:
             return error.smallest_bytes
 
-    low = laid.space.cluster.budget_bytes
+    low = problem.space.cluster.budget_bytes
     found = within(low)
     if isinstance(found, float) and math.isfinite(found):
         low = found
         found = within(low)
     if isinstance(found, Found):
         yield low, found
-        low = estimate_memory(laid.space, found.choices).total_bytes
+        low = estimate_memory(problem.space, found.choices).total_bytes
     for k in range(1, _BETWEEN + 1):
         limit = needed * (low / needed) ** (k / (_BETWEEN + 1))
         between = within(limit)
@@ -225,7 +230,7 @@ def _with_schedule(plan: ShardingPlan, pair: _Scheduled, budget: StepBudget) -> 
     budget = replace(budget, state_on_host=memory.state_on_host)
     sequence = memory.schedule.forward + memory.schedule.backward
     at = memory.timeline.peak_at
-    away = sum(moment.away_bytes for moment in memory.timeline.moments[at : at + 1])
+    away = sum(moment.away_bytes for moment in memory.timeline.events[at : at + 1])
     made = {s for i in sequence[: at + 1] for s in program.ops[i].makes}
     gradients = float(sum(n for s, n in program.stays.items() if s in made))
     estimate = MemoryEstimate(

@@ -22,8 +22,8 @@ class Item:
     """One cost and when it counts.
 
     Args:
-        first, last: moments, both included.
-        index: of a site, or of a link.
+        first, last: liveness, both included.
+        index: of a decision, or of a edge.
         is_link: which of the two.
         values: [candidates], or [source candidates, target candidates].
         kind: "parameters", "activations", ...
@@ -45,7 +45,7 @@ class Series:
         slack: of the rows.
         limit: of the rows.
         items: what counts when.
-        count: of moments.
+        count: of liveness.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Series:
         self._table: _Table | None = None
 
     def values(self, space: SearchSpace, choices: Sequence[int]) -> np.ndarray:
-        """The expression at every moment, [moments]."""
+        """The expression at every moment, [liveness]."""
         if self._table is None:
             self._table = _Table(space, self.items)
         value = self._table.chosen(choices)
@@ -80,10 +80,12 @@ class Series:
         found: dict[str, float] = defaultdict(float)
         for item, value in self._chosen(space, choices):
             if item.first <= moment <= item.last:
-                site = space.sites[space.links[item.index].target if item.is_link else item.index]
+                decision = space.decisions[
+                    space.edges[item.index].target if item.is_link else item.index
+                ]
                 module = "the results for the caller"
-                if site.kind != "output":
-                    node = site.node
+                if decision.kind != "output":
+                    node = decision.node
                     parameter = space.graph.parameters.get(str(node.target), "")
                     module = pattern(parameter or space.graph.info(node).module) or node.name
                 found[module] += value
@@ -92,8 +94,8 @@ class Series:
     def _chosen(self, space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[Item, float]]:
         for item in self.items:
             if item.is_link:
-                link = space.links[item.index]
-                yield item, float(item.values[choices[link.source], choices[link.target]])
+                edge = space.edges[item.index]
+                yield item, float(item.values[choices[edge.source], choices[edge.target]])
             else:
                 yield item, float(item.values[choices[item.index]])
 
@@ -114,11 +116,11 @@ class _Table:
                 begins[id(item.values)] = end
                 parts.append(item.values.ravel())
                 end += item.values.size
-            link = space.links[item.index] if item.is_link else None
-            source, target = (link.source, link.target) if link else (item.index, item.index)
-            width = item.values.shape[1] if link else 1
+            edge = space.edges[item.index] if item.is_link else None
+            source, target = (edge.source, edge.target) if edge else (item.index, item.index)
+            width = item.values.shape[1] if edge else 1
             begin = begins[id(item.values)]
-            rows.append((begin, source, width, target, bool(link)))
+            rows.append((begin, source, width, target, bool(edge)))
         self._flat = np.concatenate(parts) if parts else np.zeros(0)
         columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
         self._begin, self._source, self._width, self._target, self._is_link = columns
@@ -130,7 +132,7 @@ class _Table:
         return self._flat[self._begin + within]
 
 
-class Moments:
+class Liveness:
     """All rows of a search space.
 
     Args:
@@ -144,15 +146,15 @@ class Moments:
 
     def __init__(self, space: SearchSpace, budget_bytes: float) -> None:
         self.space = space
-        sites = space.sites
-        ops = [i for i, site in enumerate(sites) if site.kind == "op"]
+        decisions = space.decisions
+        ops = [i for i, decision in enumerate(decisions) if decision.kind == "op"]
         self.count = len(ops)
-        self._position = {site: k for k, site in enumerate(ops)}
+        self._position = {decision: k for k, decision in enumerate(ops)}
         self._users: dict[int, list[int]] = defaultdict(list)
-        for link in reversed(space.links):  # a fan's own users come before the fan
-            target = link.target
-            at = self._users[target] if sites[target].kind == "fan" else [self._moment(target)]
-            self._users[link.source] += at
+        for edge in reversed(space.edges):  # a fan's own users come before the fan
+            target = edge.target
+            at = self._users[target] if decisions[target].kind == "fan" else [self._moment(target)]
+            self._users[edge.source] += at
         self.memory = Series("memory", "", budget_bytes, self._alive(), self.count + 2)
         self.late = self._lateness() if space.weights_hide else []
 
@@ -164,30 +166,30 @@ class Moments:
             slacks[series.slack] = max(slacks[series.slack], latest)
         return sum(slacks.values())
 
-    def _moment(self, site: int) -> int:
-        """When a site runs; the output comes after all operators."""
-        return self._position.get(site, self.count)
+    def _moment(self, decision: int) -> int:
+        """When a decision runs; the output comes after all operators."""
+        return self._position.get(decision, self.count)
 
     def _alive(self) -> list[Item]:
         """Backward of operator k at moment k; then the handing over of the results, with all of the
         forward behind it, and the optimizer's step."""
         handed, step = self.count, self.count + 1
         found = []
-        sites = self.space.sites
+        decisions = self.space.decisions
         # the shared layout of several users speaks for the value behind it
-        fanned = {k.source for k in self.space.links if sites[k.target].kind == "fan"}
+        fanned = {k.source for k in self.space.edges if decisions[k.target].kind == "fan"}
 
         def add(first: int, last: int, index: int, values: np.ndarray, kind: str) -> None:
             found.append(Item(first, last, index, False, values, kind))
 
-        for i, site in enumerate(sites):
+        for i, decision in enumerate(decisions):
             users = self._users[i]
-            parts = site.parts
-            if site.kind == "op":
+            parts = decision.parts
+            if decision.kind == "op":
                 at = self._position[i]
                 add(at, handed, i, parts["activations_bytes"], "activations")
                 add(at, at, i, parts["working"], "transient")
-            elif site.kind == "parameter":
+            elif decision.kind == "parameter":
                 add(0, step, i, parts["parameters_bytes"], "parameters")
                 add(0, step, i, parts["optimizer_bytes"], "optimizer")
                 # while its last user's backward makes it, the operator has it
@@ -201,14 +203,14 @@ class Moments:
                 first = self._produced(i)
                 last = min(max(users), handed) - 1
                 add(first + 1, last, i, parts["gradient"], "transient")
-        for e, link in enumerate(self.space.links):
-            copies = self.space.link_costs(link).memory_bytes
+        for e, edge in enumerate(self.space.edges):
+            copies = self.space.edge_costs(edge).memory_bytes
             if copies is None:
                 continue
-            kind = sites[link.target].kind
-            at = min(self._users[link.target], default=0)
+            kind = decisions[edge.target].kind
+            at = min(self._users[edge.target], default=0)
             if kind == "op":
-                at = self._position[link.target]
+                at = self._position[edge.target]
             if kind == "output":
                 at = 0  # the caller has them during backward
                 # as they were gathered, before they are put in order
@@ -216,11 +218,11 @@ class Moments:
             found.append(Item(at, handed, e, True, copies, "activations"))
         return found
 
-    def _produced(self, site: int) -> int:
-        """The moment of the operator whose value a site is."""
-        while self.space.sites[site].kind == "fan":
-            site = next(k.source for k in self.space.links if k.target == site)
-        return self._position.get(site, -1)
+    def _produced(self, decision: int) -> int:
+        """The moment of the operator whose value a decision is."""
+        while self.space.decisions[decision].kind == "fan":
+            decision = next(k.source for k in self.space.edges if k.target == decision)
+        return self._position.get(decision, -1)
 
     def _lateness(self) -> list[Series]:
         """Three queues, each served while compute runs:
@@ -233,19 +235,19 @@ class Moments:
         forward, release, deadline = [], [], []
         negative: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for i, k in self._position.items():
-            parts = self.space.sites[i].parts
+            parts = self.space.decisions[i].parts
             if id(parts) not in negative:  # copies share their parts
                 negative[id(parts)] = -parts["forward_us"], -parts["backward_us"]
             before, after = negative[id(parts)]
             forward.append(Item(k + 1, end - 1, i, False, before, "compute"))
             release.append(Item(k + 1, end - 1, i, False, after, "compute"))
             deadline.append(Item(0, k - 1, i, False, after, "compute"))
-        for e, link in enumerate(self.space.links):
-            if not link.weight:
+        for e, edge in enumerate(self.space.edges):
+            if not edge.weight:
                 continue
-            costs = self.space.link_costs(link)
-            target = self.space.sites[link.target]
-            users = self._users[link.target] if target.kind == "fan" else [link.target]
+            costs = self.space.edge_costs(edge)
+            target = self.space.decisions[edge.target]
+            users = self._users[edge.target] if target.kind == "fan" else [edge.target]
             at = [self._position.get(u, u) for u in users] if target.kind != "fan" else users
             first, last = min(at, default=0), max(at, default=0)
             first, last = min(first, end - 1), min(last, end - 1)

@@ -1,6 +1,6 @@
 """Rows over classes of copies, made when choices violate them.
 
-There are as many rows as moments, and few matter. In repeated blocks most items of a series have a
+There are as many rows as liveness, and few matter. In repeated blocks most items of a series have a
 copy's values under a copy's class: these are counted, not added one by one, so that a row costs as
 much for 126 blocks as for 12.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autopar.planner.liveness import Moments, Series
+from autopar.planner.liveness import Liveness, Series
 from autopar.solver import Row
 from autopar.solver.reductions import Groups, Kept, Shared
 
@@ -22,7 +22,7 @@ _NOTABLE = 0.2
 
 
 class SharedRows:
-    """The rows of `moments` for a problem in which copies share their choices; a `Separate`.
+    """The rows of `liveness` for a problem in which copies share their choices; a `Separate`.
 
     Args:
         segments: into which the step is divided: choices get the row of each series that they
@@ -31,11 +31,11 @@ class SharedRows:
     """
 
     def __init__(
-        self, moments: Moments, shared: Shared, segments: int = 1, kept: Kept | None = None
+        self, liveness: Liveness, shared: Shared, segments: int = 1, kept: Kept | None = None
     ) -> None:
-        self._space, self._shared, self._segments = moments.space, shared, segments
+        self._space, self._shared, self._segments = liveness.space, shared, segments
         self._kept = kept
-        self._series = {s.name: s for s in (moments.memory, *moments.late)}
+        self._series = {s.name: s for s in (liveness.memory, *liveness.late)}
         self._groups: dict[str, Groups] = {}
         self._rows: dict[tuple[str, int], Row] = {}
 
@@ -54,7 +54,7 @@ class SharedRows:
         return self._row(self._series[series], int(moment))
 
     def _violated(self, series: Series, choices: Sequence[int]) -> list[int]:
-        """Moments, of each segment the latest or fullest, if it is notable."""
+        """Liveness, of each segment the latest or fullest, if it is notable."""
         values = series.values(self._space, choices)
         least = series.limit + _TOLERANCE * max(1.0, abs(series.limit))
         if values.max(initial=-np.inf) <= least:

@@ -17,14 +17,14 @@ import torch
 
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, Device
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
-from autopar.plan import TriedMesh
+from autopar.plan import MeshResult
 from autopar.planner.constraints import Allowed, Constraints, restricted
 from autopar.planner.decisions import Workload
 from autopar.planner.planner import (
     ADAM_STATE,
     Planned,
+    build_space,
     decide,
-    lay_out,
     make_plan,
     trainable_inputs,
 )
@@ -67,7 +67,7 @@ class MeshSearch:
     """
 
     planned: Planned
-    tried: tuple[TriedMesh, ...]
+    tried: tuple[MeshResult, ...]
 
 
 def search_meshes(
@@ -106,7 +106,7 @@ def search_meshes(
     graph = ColoTracer().trace(model, args, kwargs)
     workload = Workload(trainable_inputs(graph, model), optimizer_state)
     wanted = dict(constraints or {})
-    tried: list[TriedMesh] = []
+    tried: list[MeshResult] = []
     best: Planned | None = None
     errors: list[AutoparError] = []
     shapes = list(meshes(devices, max_axes))
@@ -120,14 +120,16 @@ def search_meshes(
             errors.append(error)
             note = "no plan fits" if isinstance(error, InfeasibleError) else "lacks an axis"
             needed = getattr(error, "smallest_bytes", math.nan)
-            tried.append(TriedMesh(shape, math.inf, math.inf, needed, note))
+            tried.append(MeshResult(shape, math.inf, math.inf, needed, note))
             continue
         if isinstance(found, float):
-            tried.append(TriedMesh(shape, math.inf, found, math.nan, "its bound is above the best"))
+            tried.append(
+                MeshResult(shape, math.inf, found, math.nan, "its bound is above the best")
+            )
             continue
         plan = replace(found.plan, model=type(model).__name__)
         bound = plan.solver.bound_us
-        tried.append(TriedMesh(shape, plan.time.step_us, bound, plan.memory.total_bytes))
+        tried.append(MeshResult(shape, plan.time.step_us, bound, plan.memory.total_bytes))
         say(f"mesh {name}: {time_text(plan.time.step_us)}")
         if best is None or plan.time.step_us < best.plan.time.step_us:
             best = replace(found, plan=plan)
@@ -150,8 +152,8 @@ def _planned(
 ) -> Planned | float:
     """The plan on one mesh; or its lower bound, where that is above the best plan so far."""
     start = time.perf_counter()
-    space, only = lay_out(graph, cluster, workload, constraints)
-    space.cost_links()
+    space, only = build_space(graph, cluster, workload, constraints)
+    space.cost_edges()
     if best is not None:
         bound = lower_bound_us(space, only)
         if bound >= best.plan.time.step_us:

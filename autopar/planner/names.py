@@ -56,31 +56,33 @@ class Names:
     """Every name of a space's decisions.
 
     Attributes:
-        sites: name to index of a site; parameters, inputs, modules, then operators and fans.
+        decisions: name to index of a decision; parameters, inputs, modules, then operators and fans.
     """
 
     def __init__(self, space: SearchSpace) -> None:
         graph = space.graph
-        self.sites: dict[str, int] = {}
+        self.decisions: dict[str, int] = {}
         positions = {name: i for i, name in enumerate(graph.inputs) if name is not None}
         modules: dict[str, int] = {}
         others: dict[str, int] = {}
-        for i, site in enumerate(space.sites):
-            target = str(site.node.target)
-            if site.kind == "parameter":
-                self.sites[graph.parameters[target]] = i
-            elif site.kind == "input":
-                self.sites[f"inputs.{target}"] = self.sites[f"inputs.{positions[target]}"] = i
-            elif site.kind == "op":
-                for module in _parents(graph.info(site.node).module):
+        for i, decision in enumerate(space.decisions):
+            target = str(decision.node.target)
+            if decision.kind == "parameter":
+                self.decisions[graph.parameters[target]] = i
+            elif decision.kind == "input":
+                self.decisions[f"inputs.{target}"] = self.decisions[
+                    f"inputs.{positions[target]}"
+                ] = i
+            elif decision.kind == "op":
+                for module in _parents(graph.info(decision.node).module):
                     modules[module] = i
-                others[site.name] = i
-            elif site.kind == "fan":
-                others[site.name] = i
+                others[decision.name] = i
+            elif decision.kind == "fan":
+                others[decision.name] = i
         for alias, owner in graph.aliases.items():
-            if owner in self.sites:
-                self.sites.setdefault(alias, self.sites[owner])
-        self.sites = {**others, **modules, **self.sites}
+            if owner in self.decisions:
+                self.decisions.setdefault(alias, self.decisions[owner])
+        self.decisions = {**others, **modules, **self.decisions}
 
     def find(self, name: str) -> dict[str, int]:
         """The decisions that a name, or a pattern, stands for.
@@ -88,12 +90,12 @@ class Names:
         Raises:
             ConstraintError: none; the message names the nearest.
         """
-        if name in self.sites:
-            return {name: self.sites[name]}
+        if name in self.decisions:
+            return {name: self.decisions[name]}
         wanted = matcher(name)
-        found = {n: i for n, i in self.sites.items() if wanted.fullmatch(n)}
+        found = {n: i for n, i in self.decisions.items() if wanted.fullmatch(n)}
         if not found:
-            raise ConstraintError(f"nothing is called {name!r}{suggestion(name, self.sites)}")
+            raise ConstraintError(f"nothing is called {name!r}{suggestion(name, self.decisions)}")
         return found
 
 

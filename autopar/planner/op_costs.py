@@ -86,7 +86,7 @@ class OpCosts:
 
     def step_copies(self, workload: Workload) -> float:
         """Bytes that the step holds besides, per byte of parameter: torch's implementation over
-        lists of tensors, the default on GPUs, takes the root of all second moments at once."""
+        lists of tensors, the default on GPUs, takes the root of all second liveness at once."""
         fused = self.cluster.device.kind == "cpu" or workload.state_bytes_per_param_byte < 2
         return 0.0 if fused else 1.0
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autopar.errors import InfeasibleError
-from autopar.plan import FrontPoint
+from autopar.plan import ParetoPoint
 from autopar.planner.constraints import Allowed
 from autopar.planner.describe import describe
 from autopar.planner.estimate import estimate_memory, estimate_time
-from autopar.planner.liveness import Moments
+from autopar.planner.liveness import Liveness
 from autopar.planner.search import search
 from autopar.planner.space import SearchSpace
 from autopar.units import format_bytes
@@ -44,7 +44,7 @@ class Front:
         choices: of the plan of each point.
     """
 
-    points: tuple[FrontPoint, ...]
+    points: tuple[ParetoPoint, ...]
     choices: tuple[tuple[int, ...], ...]
 
 
@@ -82,7 +82,7 @@ def front(
         points: budgets, both ends included; fewer where the two ends meet.
         time_limit: seconds for the solver, per budget.
         progress: called with a line per budget.
-        only: candidates per site, where not all of them are allowed.
+        only: candidates per decision, where not all of them are allowed.
     """
     if points < 2:
         raise ValueError(f"a front has two points or more, not {points}")
@@ -155,9 +155,9 @@ def _look_from(smallest: float, look: Callable[[float], float]) -> float:
 
 
 def _costed(space: SearchSpace, choices: tuple[int, ...]) -> _Met:
-    moments = Moments(space, math.inf)
-    memory = estimate_memory(space, choices, moments).total_bytes
-    return _Met(choices, estimate_time(space, choices, moments).step_us, memory)
+    liveness = Liveness(space, math.inf)
+    memory = estimate_memory(space, choices, liveness).total_bytes
+    return _Met(choices, estimate_time(space, choices, liveness).step_us, memory)
 
 
 def _best(met: list[_Met], budget: float) -> _Met:
@@ -176,7 +176,7 @@ def _chosen(
         best = _best(met, budget)
         limit = math.inf if budget == _UNLIMITED else budget
         points.append(
-            FrontPoint(
+            ParetoPoint(
                 limit, best.step_us, best.memory_bytes, min(bound, best.step_us),
                 _words(space, best.choices),
             )

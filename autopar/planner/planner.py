@@ -13,14 +13,14 @@ import torch
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.errors import InfeasibleError, PlanError
-from autopar.gc_utils import collection_paused, what_is_there_left_out
+from autopar.gc_utils import collection_paused, existing_objects_frozen
 from autopar.plan import ShardingPlan, SolverRecord
-from autopar.planner.baselines import expert_plans
-from autopar.planner.constraints import Allowed, Constraints, allowed, conflict, output_pins
-from autopar.planner.decisions import Pins, Workload
+from autopar.planner.baselines import baseline_plans
+from autopar.planner.constraints import Allowed, Constraints, allowed, conflict, fixed_outputs
+from autopar.planner.decisions import FixedLayouts, Workload
 from autopar.planner.describe import describe
 from autopar.planner.estimate import estimate_memory, estimate_time
-from autopar.planner.liveness import Moments
+from autopar.planner.liveness import Liveness
 from autopar.planner.search import Found, search
 from autopar.planner.space import SearchSpace
 from autopar.tracer import ColoTracer, ModelGraph
@@ -33,8 +33,8 @@ class Planned:
     """A plan with what it was made from.
 
     Args:
-        choices: candidate per site of the space.
-        only: candidates per site, where constraints left not all of them.
+        choices: candidate per decision of the space.
+        only: candidates per decision, where constraints left not all of them.
     """
 
     plan: ShardingPlan
@@ -74,7 +74,7 @@ def autoplan(
     graph: ModelGraph | None = None,
     memory: str | float | None = None,
     optimizer_state: float = ADAM_STATE,
-    pins: Pins | None = None,
+    fixed: FixedLayouts | None = None,
     constraints: Constraints | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
@@ -87,7 +87,7 @@ def autoplan(
         graph: the captured model, where it was traced already.
         memory: budget per device ("40GiB", bytes, or a share of the device).
         optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
-        pins: layouts decided from outside.
+        fixed: layouts decided from outside.
         constraints: layouts by the names of parameters, inputs, outputs, modules and operators
             (`autopar.planner.names`): `{"h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`.
         time_limit: seconds for the solver. Where they end before any plan that fits was found, a
@@ -99,22 +99,22 @@ def autoplan(
         ConstraintError: a constraint names nothing, or a layout that cannot be.
         InfeasibleError: nothing fits the budget; a `ConflictError` where constraints are why.
     """
-    laid = prepare(
+    problem = build_problem(
         model, args, kwargs, cluster=as_cluster(cluster).with_memory(memory), graph=graph,
-        optimizer_state=optimizer_state, pins=pins, constraints=constraints,
+        optimizer_state=optimizer_state, fixed=fixed, constraints=constraints,
         time_limit=time_limit, progress=progress,
     )  # fmt: skip
-    return laid.planned(laid.decide())
+    return problem.planned(problem.decide())
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A model laid out for the search.
+class PlanningProblem:
+    """A model problem out for the search.
 
     Args:
         model: its class name.
         space: under the budget.
-        only: candidates per site, where constraints leave not all of them.
+        only: candidates per decision, where constraints leave not all of them.
         constraints: layouts by name.
         time_limit: seconds for each run of the solver.
         clock: times the stages, and says what goes on.
@@ -129,7 +129,7 @@ class Laid:
 
     def decide(self, space: SearchSpace | None = None) -> Found:
         """The fastest plan, of this space or of one under another budget."""
-        with self.clock("solve"), what_is_there_left_out():
+        with self.clock("solve"), existing_objects_frozen():
             return decide(
                 space or self.space, self.only, self.constraints, self.time_limit, self.clock.say
             )
@@ -137,13 +137,13 @@ class Laid:
     def planned(self, found: Found) -> Planned:
         """The plan of what was found."""
         space = self.space
-        with what_is_there_left_out():
+        with existing_objects_frozen():
             plan = make_plan(space, found.choices, self.model, found.record(self.clock.seconds))
         plan = replace(plan, constraints=self.constraints)
         return Planned(plan, space.graph, space, found.choices, self.only)
 
 
-def prepare(
+def build_problem(
     model: torch.nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -151,11 +151,11 @@ def prepare(
     cluster: ClusterInfo,
     graph: ModelGraph | None = None,
     optimizer_state: float = ADAM_STATE,
-    pins: Pins | None = None,
+    fixed: FixedLayouts | None = None,
     constraints: Constraints | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
-) -> Laid:
+) -> PlanningProblem:
     """All of `autoplan` but the search."""
     constraints = dict(constraints or {})
     clock = _Clock(progress)
@@ -164,22 +164,22 @@ def prepare(
             graph = ColoTracer().trace(model, args, kwargs)
     with clock("profile and strategies"), collection_paused():
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
-        space, only = lay_out(graph, cluster, workload, constraints, pins)
+        space, only = build_space(graph, cluster, workload, constraints, fixed)
     with clock("conversion costs"), collection_paused():
-        space.cost_links()
-    return Laid(type(model).__name__, space, only, constraints, time_limit, clock)
+        space.cost_edges()
+    return PlanningProblem(type(model).__name__, space, only, constraints, time_limit, clock)
 
 
-def lay_out(
+def build_space(
     graph: ModelGraph,
     cluster: ClusterInfo,
     workload: Workload,
     constraints: Constraints,
-    pins: Pins | None = None,
+    fixed: FixedLayouts | None = None,
 ) -> tuple[SearchSpace, Allowed]:
     """The search space, and what constraints leave of it."""
-    pins = output_pins(graph, cluster.mesh, constraints, pins)
-    space = SearchSpace(graph, cluster, workload, pins)
+    fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
+    space = SearchSpace(graph, cluster, workload, fixed)
     return space, allowed(space, constraints)
 
 
@@ -211,7 +211,7 @@ def _expert(
     progress: Callable[[str], None] | None,
 ) -> Found | None:
     """The fastest hand-written plan that fits, named in the method."""
-    fitting = [e for e in expert_plans(space, time_limit=time_limit, only=only) if e.fits]
+    fitting = [e for e in baseline_plans(space, time_limit=time_limit, only=only) if e.fits]
     if not fitting:
         return None
     best = min(fitting, key=lambda e: e.time.step_us)
@@ -228,13 +228,13 @@ def make_plan(
     record: SolverRecord | None = None,
 ) -> ShardingPlan:
     """The plan that a full choice of candidates stands for."""
-    chosen = [(s, s.candidates[c]) for s, c in zip(space.sites, choices, strict=True)]
+    chosen = [(s, s.candidates[c]) for s, c in zip(space.decisions, choices, strict=True)]
     names = {s.node.name: space.graph.parameters.get(str(s.node.target)) for s, _ in chosen}
     parameters = {
         str(names[s.node.name]): str(c.outputs[0]) for s, c in chosen if s.kind == "parameter"
     }
-    moments = Moments(space, space.cluster.budget_bytes)
-    estimate = estimate_time(space, choices, moments)
+    liveness = Liveness(space, space.cluster.budget_bytes)
+    estimate = estimate_time(space, choices, liveness)
     if record is None:
         record = SolverRecord("given", estimate.step_us, 0.0, 1.0)
     unruled = {
@@ -251,9 +251,13 @@ def make_plan(
         space.cluster.to_dict(),
         {s.name: c.name for s, c in chosen if s.kind != "output"},
         parameters,
-        tuple(str(names[s.node.name]) for s, c in chosen if s.kind == "parameter" and c.regather),
+        tuple(
+            str(names[s.node.name])
+            for s, c in chosen
+            if s.kind == "parameter" and c.reshard_after_forward
+        ),
         estimate,
-        estimate_memory(space, choices, moments),
+        estimate_memory(space, choices, liveness),
         record,
         space.cluster.budget_bytes,
         unruled,
@@ -264,18 +268,18 @@ def make_plan(
 
 
 def choices_of(space: SearchSpace, plan: ShardingPlan) -> tuple[int, ...]:
-    """The candidate per site that a plan names.
+    """The candidate per decision that a plan names.
 
     Raises:
         PlanError: the plan was made for another space.
     """
     found = []
-    for site in space.sites:
-        names = [c.name for c in site.candidates]
-        wanted = plan.choices.get(site.name, names[0] if site.kind == "output" else None)
+    for decision in space.decisions:
+        names = [c.name for c in decision.candidates]
+        wanted = plan.choices.get(decision.name, names[0] if decision.kind == "output" else None)
         if wanted not in names:
             raise PlanError(
-                f"the plan chooses {wanted!r} for {site.name}, which can be {', '.join(names)}; "
+                f"the plan chooses {wanted!r} for {decision.name}, which can be {', '.join(names)}; "
                 "plan again with this version of autopar"
             )
         found.append(names.index(wanted))

@@ -61,12 +61,14 @@ def interleaved(classes: Sequence[int], places: Sequence[Place], parts: int) -> 
 
 
 def places(space: SearchSpace, classes: Sequence[int]) -> list[Place]:
-    """Per site the list of blocks that it is in and its number there: the number in its name that
+    """Per decision the list of blocks that it is in and its number there: the number in its name that
     differs between the copies of its class."""
     names = []
-    for site in space.sites:
-        parameter = space.graph.parameters.get(str(site.node.target), "")
-        names.append(parameter or (space.graph.info(site.node).module if site.node.meta else ""))
+    for decision in space.decisions:
+        parameter = space.graph.parameters.get(str(decision.node.target), "")
+        names.append(
+            parameter or (space.graph.info(decision.node).module if decision.node.meta else "")
+        )
     by_class: dict[int, list[int]] = defaultdict(list)
     for v, c in enumerate(classes):
         by_class[c].append(v)

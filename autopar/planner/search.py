@@ -20,13 +20,13 @@ import numpy as np
 
 from autopar.errors import InfeasibleError
 from autopar.plan import SolverRecord
-from autopar.planner.baselines import expert_plans
+from autopar.planner.baselines import baseline_plans
 from autopar.planner.constraints import Allowed, restricted
-from autopar.planner.liveness import Moments
+from autopar.planner.liveness import Liveness
 from autopar.planner.memory_rows import SharedRows
 from autopar.planner.repeats import ends_apart, interleaved, places
 from autopar.planner.space import SearchSpace
-from autopar.solver import Edge, Problem, Solution, solve
+from autopar.solver import PairCost, Problem, Solution, solve
 from autopar.solver.problem import Branch, Choices
 from autopar.solver.recombination import mixed
 from autopar.solver.reductions import Kept, Shared
@@ -47,7 +47,7 @@ REGIONS, MORE_REGIONS = 24, 96
 
 @dataclass(frozen=True)
 class Found:
-    """Choices per site, with what is known of their quality.
+    """Choices per decision, with what is known of their quality.
 
     Args:
         sharing: what copies shared their decisions, and the best step found so; freer and freer.
@@ -76,7 +76,7 @@ def search(
     """The fastest plan that is within the budget at every moment of the step.
 
     Args:
-        only: candidates per site, where not all of them are allowed.
+        only: candidates per decision, where not all of them are allowed.
 
     Raises:
         InfeasibleError: naming the smallest feasible budget.
@@ -84,7 +84,7 @@ def search(
     say = progress or (lambda line: None)
     start = time.monotonic()
     budget = space.cluster.budget_bytes
-    moments = Moments(space, budget)
+    liveness = Liveness(space, budget)
     problem, classes = restricted(*space.problem(), only or {})
     alike, freer = Shared(problem, classes), ends_apart(classes)
     repeated = freer != classes
@@ -92,12 +92,12 @@ def search(
     def by_hand() -> Iterator[Choices]:
         """What people write, where the search alone finds nothing that fits for a while."""
         say("nothing that fits was found yet: hand-written plans ...")
-        for expert in expert_plans(space, time_limit=time_limit / 8, only=only):
+        for expert in baseline_plans(space, time_limit=time_limit / 8, only=only):
             yield alike.contract(expert.choices)
 
     try:
         found = _solve(
-            alike, moments, None, time_limit, progress, (), fallback=by_hand,
+            alike, liveness, None, time_limit, progress, (), fallback=by_hand,
             recombinations=2 if repeated else 6, regions=REGIONS if repeated else math.inf,
         )  # fmt: skip
     except InfeasibleError as error:
@@ -107,7 +107,7 @@ def search(
         raise InfeasibleError(
             f"no plan fits {format_bytes(budget)} per device on mesh {mesh}: the smallest budget "
             f"with a plan is {format_bytes(error.smallest_bytes)} ({error.smallest_bytes:.0f} "
-            f"bytes), {_dominating(moments, alike.expand(error.choices))}. Set the memory to at "
+            f"bytes), {_dominating(liveness, alike.expand(error.choices))}. Set the memory to at "
             "least that, use more devices, or make the batch smaller.",
             budget_bytes=budget,
             smallest_bytes=error.smallest_bytes,
@@ -118,7 +118,7 @@ def search(
     def solve_freer(
         what: str, freer: Sequence[int], before: Solution, met: Sequence[Choices] = (), **how: Any
     ) -> Solution:
-        """From the choices and prices of a solution over all sites; takes what is better."""
+        """From the choices and prices of a solution over all decisions; takes what is better."""
         nonlocal best
         spent = time.monotonic() - start
         left = time_limit - spent
@@ -128,7 +128,7 @@ def search(
             return replace(before, near=())
         shared = Shared(problem, freer)
         starts = [shared.contract(c) for c in (best.choices, *before.near, *met)]
-        found = _solve(shared, moments, before, left, progress, starts, **how)
+        found = _solve(shared, liveness, before, left, progress, starts, **how)
         found = replace(
             found,
             choices=shared.expand(found.choices),
@@ -146,11 +146,11 @@ def search(
 
     def mix(freer: Sequence[int], before: Solution) -> Choices | None:
         """What choices met before make when less of them are shared, if that is good enough or
-        better by as much as is; over all sites."""
+        better by as much as is; over all decisions."""
         shared = Shared(problem, freer)
         starts = [shared.contract(c) for c in (best.choices, *before.near)]
         kept = Kept(shared.problem, [np.unique(column) for column in zip(*starts, strict=True)])
-        rows = SharedRows(moments, shared, SEGMENTS, kept)
+        rows = SharedRows(liveness, shared, SEGMENTS, kept)
         made = mixed(
             replace(kept.problem, rows=tuple(map(rows.named, before.prices))),
             [kept.contract(c) for c in starts],
@@ -175,7 +175,7 @@ def search(
         elif ends.gap > TARGET_GAP:  # any share of the blocks is no better
             solve_freer("first and last apart", freer, ends, recombinations=0, tree=ends.tree)
     if best.choices != alike.expand(alike.contract(best.choices)):
-        choices = _alike_where_equal(problem, moments, classes, best.choices)
+        choices = _alike_where_equal(problem, liveness, classes, best.choices)
         best = replace(best, choices=choices)
     return replace(best, sharing=tuple(steps.items()))
 
@@ -201,9 +201,9 @@ def _priced(tree: Branch | None) -> list[str]:
     return [*tree.prices, *parts] if tree else []
 
 
-def _dominating(moments: Moments, choices: Choices) -> str:
+def _dominating(liveness: Liveness, choices: Choices) -> str:
     """What the memory of a plan is made of at its peak: kinds, and where most of it is."""
-    space, series = moments.space, moments.memory
+    space, series = liveness.space, liveness.memory
     moment = int(np.argmax(series.values(space, choices)))
     kinds, where = series.kinds(space, choices, moment), series.where(space, choices, moment)
     parts = sorted(kinds.items(), key=lambda kind: -kind[1])
@@ -215,7 +215,7 @@ def _dominating(moments: Moments, choices: Choices) -> str:
 
 def _solve(
     shared: Shared,
-    moments: Moments,
+    liveness: Liveness,
     before: Solution | None,
     time_limit: float,
     progress: Callable[[str], None] | None,
@@ -227,7 +227,7 @@ def _solve(
 ) -> Solution:
     """Solve, from the choices and the prices of a more restricted problem, if there was one."""
     prices = before.prices if before is not None else {}
-    rows = SharedRows(moments, shared, segments)
+    rows = SharedRows(liveness, shared, segments)
     names = dict.fromkeys([*prices, *_priced(tree)])
     problem = replace(shared.problem, rows=tuple(map(rows.named, names)))
     return solve(
@@ -243,14 +243,14 @@ def _solve(
 
 
 def _alike_where_equal(
-    problem: Problem, moments: Moments, classes: Sequence[int], choices: Choices
+    problem: Problem, liveness: Liveness, classes: Sequence[int], choices: Choices
 ) -> Choices:
     """Where a copy's choice costs nothing more than its own, the choice of the copies in the
     middle: plans that differ for no reason are hard to read."""
     copies: dict[int, list[int]] = defaultdict(list)
     for v, c in enumerate(classes):
         copies[c].append(v)
-    touching: dict[int, list[Edge]] = defaultdict(list)
+    touching: dict[int, list[PairCost]] = defaultdict(list)
     for edge in problem.edges:
         touching[edge.source].append(edge)
         touching[edge.target].append(edge)
@@ -261,8 +261,8 @@ def _alike_where_equal(
         return float(problem.time_us[v][now[v]]) + around
 
     def rest() -> tuple[float, float]:
-        excess = moments.memory.values(moments.space, now).max() - moments.memory.limit
-        return moments.late_us(now), max(0.0, float(excess))
+        excess = liveness.memory.values(liveness.space, now).max() - liveness.memory.limit
+        return liveness.late_us(now), max(0.0, float(excess))
 
     late, excess = rest()
     for same in copies.values():

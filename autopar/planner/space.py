@@ -1,8 +1,8 @@
-"""The search space of a graph: one site per decision, with its candidates and their costs.
+"""The search space of a graph: a decision each, with its candidates and their costs.
 
 Sites are the parameters (where they are stored), the inputs (how they are split), every operator
 call (its strategy), every value with several users (the layout they share: converted to once, with
-one gradient reduction), and the outputs. A plan is one candidate per site; the solver's `Problem`
+one gradient reduction), and the outputs. A plan is one candidate per decision; the solver's `Problem`
 and random plans are both read off the space.
 """
 
@@ -18,12 +18,12 @@ import numpy as np
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.cluster.link import MEMBER_BYTES
+from autopar.cluster.link import BUCKET_MEMBER_BYTES
 from autopar.ir.graph import ModelGraph, operands, producer, shape_of
 from autopar.ir.repeats import has_index, pattern, places
 from autopar.ir.spec import ShardingSpec, fills_every_rank
-from autopar.planner.decisions import Candidate, Link, Pins, Site, Workload
-from autopar.planner.edge_costs import LinkCosts, LinkPrices
+from autopar.planner.decisions import Candidate, Decision, Edge, FixedLayouts, Workload
+from autopar.planner.edge_costs import EdgeCosts, EdgeCostTable
 from autopar.planner.op_costs import OpCosts
 from autopar.planner.saved_values import SavedValues
 from autopar.profiler.profile import profile_graph, requires_grad_map
@@ -31,7 +31,7 @@ from autopar.sharding.conversion.converter import converter_for
 from autopar.sharding.node_rules import call_of, results, rule_of, strategies_of
 from autopar.sharding.rule import Strategy
 from autopar.sharding.rules import describe_missing
-from autopar.solver import Edge, Problem
+from autopar.solver import PairCost, Problem
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +50,20 @@ class SearchSpace:
         graph: ModelGraph,
         cluster: ClusterInfo,
         workload: Workload,
-        pins: Pins | None = None,
+        fixed: FixedLayouts | None = None,
         *,
         any_order: bool = False,
     ) -> None:
         self.any_order = any_order
         self.graph, self.cluster, self.workload = graph, cluster, workload
-        self.pins = pins or Pins()
+        self.fixed = fixed or FixedLayouts()
         self.mesh = cluster.mesh
         self.profile = profile_graph(graph, set(workload.trainable))
         self.grads = requires_grad_map(graph, set(workload.trainable))
         # what is alike is made once, and its costs are known by its identity
         self._known_strategies: dict[int, list[Strategy]] = {}
-        self._known_operators: dict[Hashable, Site] = {}
-        self._known_parameters: dict[Hashable, Site] = {}
+        self._known_operators: dict[Hashable, Decision] = {}
+        self._known_parameters: dict[Hashable, Decision] = {}
         self._known_fans: dict[Hashable, tuple[Candidate, ...]] = {}
         self._known_candidates: dict[Hashable, tuple[Candidate, ...]] = {}
         self._known_gradients: dict[Hashable, np.ndarray] = {}
@@ -75,11 +75,11 @@ class SearchSpace:
         self._saved = SavedValues(graph, self.profile)
         self._costs = OpCosts(cluster, self.profile, self._saved)
         weights = [int(graph.placeholders[p].meta["val"].nbytes) for p in graph.parameters]
-        small = sum(n for n in weights if n <= MEMBER_BYTES)
-        self._prices = LinkPrices(converter_for(cluster, small), self._costs)
-        self.sites: list[Site] = []
-        self.links: list[Link] = []
-        self._site_of: dict[tuple[fx.Node, int], int] = {}
+        small = sum(n for n in weights if n <= BUCKET_MEMBER_BYTES)
+        self._prices = EdgeCostTable(converter_for(cluster, small), self._costs)
+        self.decisions: list[Decision] = []
+        self.edges: list[Edge] = []
+        self._decision_of: dict[tuple[fx.Node, int], int] = {}
         self._build()
 
     # -- public ---------------------------------------------------------------------------------
@@ -90,58 +90,58 @@ class SearchSpace:
         return self.cluster.device.runs_beside
 
     def problem(self) -> tuple[Problem, list[int]]:
-        """The SPMD problem without rows (`moments.Moments` makes them) and, per site, the class of
+        """The SPMD problem without rows (`liveness.Liveness` makes them) and, per decision, the class of
         the copies it shares its choice with. Weights that hide are not in its times."""
         problem = Problem(
-            tuple(s.time_us for s in self.sites),
-            tuple(Edge(k.source, k.target, self._exposed_us(k)) for k in self.links),
+            tuple(s.time_us for s in self.decisions),
+            tuple(PairCost(k.source, k.target, self._exposed_us(k)) for k in self.edges),
             (),
-            tuple(s.name for s in self.sites),
+            tuple(s.name for s in self.decisions),
         )
         keys: dict[Any, int] = {}
         classes = [
-            keys.setdefault(s.repeats if s.repeats is not None else ("site", i), len(keys))
-            for i, s in enumerate(self.sites)
+            keys.setdefault(s.repeats if s.repeats is not None else ("decision", i), len(keys))
+            for i, s in enumerate(self.decisions)
         ]
         return problem, classes
 
-    def _exposed_us(self, link: Link) -> np.ndarray:
-        costs = self.link_costs(link)
-        return costs.hidden_us if link.weight and self.weights_hide else costs.time_us
+    def _exposed_us(self, edge: Edge) -> np.ndarray:
+        costs = self.edge_costs(edge)
+        return costs.hidden_us if edge.weight and self.weights_hide else costs.time_us
 
-    def cost_links(self) -> None:
+    def cost_edges(self) -> None:
         """Compute all conversion costs now (they are memoized)."""
-        for link in self.links:
-            self.link_costs(link)
+        for edge in self.edges:
+            self.edge_costs(edge)
 
-    def link_costs(self, link: Link) -> LinkCosts:
-        """What the conversions on a link cost, for every pair of candidates."""
-        return self._prices.of(link, self.sites[link.source], self.sites[link.target])
+    def edge_costs(self, edge: Edge) -> EdgeCosts:
+        """What the conversions on a edge cost, for every pair of candidates."""
+        return self._prices.of(edge, self.decisions[edge.source], self.decisions[edge.target])
 
-    def conversion_costs(self, link: Link, choices: Sequence[int]) -> tuple[float, float]:
-        """Time and memory of the conversion on a link under a full choice."""
-        costs = self.link_costs(link)
-        pair = choices[link.source], choices[link.target]
+    def conversion_costs(self, edge: Edge, choices: Sequence[int]) -> tuple[float, float]:
+        """Time and memory of the conversion on a edge under a full choice."""
+        costs = self.edge_costs(edge)
+        pair = choices[edge.source], choices[edge.target]
         memory = costs.memory_bytes
         return float(costs.time_us[pair]), 0.0 if memory is None else float(memory[pair])
 
     def random_choices(self, rng: np.random.Generator) -> tuple[int, ...]:
-        """A uniformly drawn candidate per site, redrawn where no conversion exists."""
-        costs = [(link, self.link_costs(link).time_us) for link in self.links]
-        touching: dict[int, list[tuple[Link, np.ndarray]]] = defaultdict(list)
-        for link, cost in costs:
-            touching[link.source].append((link, cost))
-            touching[link.target].append((link, cost))
-        choices = [int(rng.integers(len(s.candidates))) for s in self.sites]
-        order = sorted(range(len(self.sites)), key=lambda i: self.sites[i].kind == "fan")
+        """A uniformly drawn candidate per decision, redrawn where no conversion exists."""
+        costs = [(edge, self.edge_costs(edge).time_us) for edge in self.edges]
+        touching: dict[int, list[tuple[Edge, np.ndarray]]] = defaultdict(list)
+        for edge, cost in costs:
+            touching[edge.source].append((edge, cost))
+            touching[edge.target].append((edge, cost))
+        choices = [int(rng.integers(len(s.candidates))) for s in self.decisions]
+        order = sorted(range(len(self.decisions)), key=lambda i: self.decisions[i].kind == "fan")
         for i in order:
-            allowed = np.ones(len(self.sites[i].candidates), dtype=bool)
-            if self.sites[i].kind == "fan":
-                for link, cost in touching[i]:
+            allowed = np.ones(len(self.decisions[i].candidates), dtype=bool)
+            if self.decisions[i].kind == "fan":
+                for edge, cost in touching[i]:
                     line = (
-                        cost[:, choices[link.target]]
-                        if link.source == i
-                        else cost[choices[link.source], :]
+                        cost[:, choices[edge.target]]
+                        if edge.source == i
+                        else cost[choices[edge.source], :]
                     )
                     allowed &= np.isfinite(line)
                 choices[i] = int(rng.choice(np.flatnonzero(allowed)))
@@ -169,11 +169,11 @@ class SearchSpace:
             if all(fills_every_rank(n, a, self.mesh) for n, a in zip(shape, s.dims, strict=True))
         ]
 
-    def _add(self, site: Site, *values: int) -> int:
-        self.sites.append(site)
+    def _add(self, decision: Decision, *values: int) -> int:
+        self.decisions.append(decision)
         for result in values:
-            self._site_of[site.node, result] = len(self.sites) - 1
-        return len(self.sites) - 1
+            self._decision_of[decision.node, result] = len(self.decisions) - 1
+        return len(self.decisions) - 1
 
     def _build(self) -> None:
         input_names = [name for name in self.graph.inputs if name is not None]
@@ -182,15 +182,15 @@ class SearchSpace:
         signatures = [(str(c.op), c.inputs, c.outputs) for c in self._calls.values()]
         modules = [self.graph.info(n).module for n in calls]
         place = dict(zip(calls, places(zip(modules, signatures, strict=True)), strict=True))
-        users = _user_links(self.graph)
+        users = _user_edges(self.graph)
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 if not results(node):  # a flag, specialized
                     continue
                 self._add(self._placeholder(node, input_names), 0)
             elif node in self.profile:
-                site = self._operator(node, place[node])
-                index = self._add(site, *range(len(results(node))))
+                decision = self._operator(node, place[node])
+                index = self._add(decision, *range(len(results(node))))
                 for i, operand in enumerate(operands(node)):
                     if operand is not None:
                         self._connect(operand, index, i)
@@ -203,15 +203,15 @@ class SearchSpace:
 
     def _connect(self, value: fx.Node, target: int, operand: int) -> None:
         node, result = producer(value)
-        source = self._site_of[node, result]
+        source = self._decision_of[node, result]
         fake = value.meta["val"]
         root = self._saved.root(value)
         parameter = root.op == "placeholder" and root.target in self.graph.parameters
-        is_op = self.sites[target].kind == "op"
-        converts_for_saver = is_op and self._saved.needs(self.sites[target].node, operand)
-        fan = self.sites[source].kind == "fan"
-        self.links.append(
-            Link(
+        is_op = self.decisions[target].kind == "op"
+        converts_for_saver = is_op and self._saved.needs(self.decisions[target].node, operand)
+        fan = self.decisions[source].kind == "fan"
+        self.edges.append(
+            Edge(
                 source,
                 target,
                 0 if fan else result,
@@ -224,7 +224,7 @@ class SearchSpace:
             )
         )
 
-    def _placeholder(self, node: fx.Node, input_names: Sequence[str]) -> Site:
+    def _placeholder(self, node: fx.Node, input_names: Sequence[str]) -> Decision:
         name = str(node.target)
         fake = node.meta["val"]
         shape, itemsize = shape_of(fake), fake.element_size()
@@ -232,43 +232,43 @@ class SearchSpace:
         if name in self.graph.parameters:
             return self._parameter(node, shape, itemsize)
         if name in input_names:
-            pinned = self.pins.inputs
-            spec = pinned[input_names.index(name)] if pinned is not None else None
+            fixed = self.fixed.inputs
+            spec = fixed[input_names.index(name)] if fixed is not None else None
             specs = self._splits(shape) if spec is None else [spec]
             kind = "input"
         else:
             specs, kind = [whole], "buffer"
         candidates = tuple(Candidate(str(s) or "scalar", (s,)) for s in specs)
         held = np.array([float(self._costs.local_bytes(shape, itemsize, s)) for s in specs])
-        return Site(kind, node, candidates, np.zeros(len(specs)), held, {"buffers_bytes": held})
+        return Decision(kind, node, candidates, np.zeros(len(specs)), held, {"buffers_bytes": held})
 
-    def _parameter(self, node: fx.Node, shape: tuple[int, ...], itemsize: int) -> Site:
+    def _parameter(self, node: fx.Node, shape: tuple[int, ...], itemsize: int) -> Decision:
         qualified = self.graph.parameters[str(node.target)]
-        pinned = self.pins.parameters.get(qualified)
+        fixed = self.fixed.parameters.get(qualified)
         trains = node.target in self.workload.trainable
-        key = shape, itemsize, pinned, trains
+        key = shape, itemsize, fixed, trains
         if key not in self._known_parameters:
             self._known_parameters[key] = self._parameter_alike(node, *key)
-        site = self._known_parameters[key]
+        decision = self._known_parameters[key]
         repeats = None
         if has_index(qualified):
-            repeats = ("parameter", pattern(qualified), shape, len(site.candidates), trains)
-        return replace(site, node=node, repeats=repeats)
+            repeats = ("parameter", pattern(qualified), shape, len(decision.candidates), trains)
+        return replace(decision, node=node, repeats=repeats)
 
     def _parameter_alike(
         self,
         node: fx.Node,
         shape: tuple[int, ...],
         itemsize: int,
-        pinned: ShardingSpec | None,
+        fixed: ShardingSpec | None,
         trains: bool,
-    ) -> Site:
-        specs = [pinned] if pinned is not None else self._splits(shape)
+    ) -> Decision:
+        specs = [fixed] if fixed is not None else self._splits(shape)
         every = []
         for spec in specs:
             every.append(Candidate(str(spec) or "scalar", (spec,)))
             if not spec.is_replicated:
-                every.append(Candidate(f"{spec} regather", (spec,), regather=True))
+                every.append(Candidate(f"{spec} reshard", (spec,), reshard_after_forward=True))
         candidates = self._known_candidates.setdefault(("parameter", *specs), tuple(every))
         held = np.array(
             [float(self._costs.local_bytes(shape, itemsize, c.outputs[0])) for c in candidates]
@@ -284,9 +284,9 @@ class SearchSpace:
             "step_us": step * trains,
             "step_bytes": held * trains * self._costs.step_copies(self.workload),
         }
-        return Site("parameter", node, candidates, parts["step_us"], kept, parts)
+        return Decision("parameter", node, candidates, parts["step_us"], kept, parts)
 
-    def _operator(self, node: fx.Node, place: Any) -> Site:
+    def _operator(self, node: fx.Node, place: Any) -> Decision:
         repeats = None
         if place is not None:
             call = self._calls[node]
@@ -314,9 +314,9 @@ class SearchSpace:
         if len(results(node)) == 1 and self.grads[node]:
             parts["gradient"] = self._gradient_bytes(node, 0, candidates)
         time = parts["compute_us"] + communicate
-        site = Site("op", node, candidates, time, saved, parts, repeats=repeats)
-        self._known_operators[key] = site
-        return site
+        decision = Decision("op", node, candidates, time, saved, parts, repeats=repeats)
+        self._known_operators[key] = decision
+        return decision
 
     def _alike(self, node: fx.Node) -> int:
         """Equal for calls that have the same strategies at the same costs."""
@@ -343,7 +343,7 @@ class SearchSpace:
     def _gradient_bytes(
         self, node: fx.Node, result: int, candidates: Sequence[Candidate]
     ) -> np.ndarray:
-        """Of the gradient of a site's value, while it waits for the operator that made it."""
+        """Of the gradient of a decision's value, while it waits for the operator that made it."""
         fake = results(node)[result]
         shape, itemsize = shape_of(fake), fake.element_size()
         index = result if len(candidates[0].outputs) > 1 else 0
@@ -355,11 +355,11 @@ class SearchSpace:
 
     def _add_fan(self, node: fx.Node, result: int, users: Sequence[tuple[fx.Node, int]]) -> None:
         """A shared layout for a value with several users; its candidates are what any side has."""
-        source = self._site_of[node, result]
+        source = self._decision_of[node, result]
         grad = self.grads[node]
         candidates = self._fan_candidates(source, result, users, grad)
         zero = np.zeros(len(candidates))
-        copies = self.sites[source].repeats
+        copies = self.decisions[source].repeats
         repeats = None
         if copies is not None:
             repeats = ("fan", result, copies, id(candidates))  # equal ones are made once
@@ -370,21 +370,21 @@ class SearchSpace:
         parts = {}
         if grad and not parameter:
             parts["gradient"] = self._gradient_bytes(node, result, candidates)
-        site = Site("fan", node, candidates, zero, zero, parts, result, repeats)
-        index = len(self.sites)
-        self.links.append(
-            Link(
+        decision = Decision("fan", node, candidates, zero, zero, parts, result, repeats)
+        index = len(self.decisions)
+        self.edges.append(
+            Edge(
                 source, index, result, 0, shape_of(fake), fake.element_size(), grad, parameter,
                 saved=parameter and self._saved.any(root),
             )
         )  # fmt: skip
-        self._add(site, result)
+        self._add(decision, result)
 
     def _fan_candidates(
         self, source: int, result: int, users: Sequence[tuple[fx.Node, int]], grad: bool
     ) -> tuple[Candidate, ...]:
         """Every layout that the value is made in or wanted in."""
-        made = self.sites[source].candidates
+        made = self.decisions[source].candidates
         wanted = [(self._strategies(user), i) for user, i in users if user.op != "output"]
         # both are known by identity, and stay
         key = id(made), result, grad, *((id(found), i) for found, i in wanted)
@@ -408,17 +408,17 @@ class SearchSpace:
         specs = []
         for i, value in enumerate(values):
             spec = ShardingSpec.replicated(value.meta["val"].ndim)
-            if i >= buffers and self.pins.outputs is not None:
-                spec = self.pins.outputs[i - buffers]
+            if i >= buffers and self.fixed.outputs is not None:
+                spec = self.fixed.outputs[i - buffers]
             specs.append(spec)
         zero = np.zeros(1)
         candidate = Candidate("outputs", (), tuple(specs))
-        index = self._add(Site("output", self.graph.output, (candidate,), zero, zero))
+        index = self._add(Decision("output", self.graph.output, (candidate,), zero, zero))
         for i, value in enumerate(values):
             self._connect(value, index, i)
 
 
-def _user_links(graph: ModelGraph) -> dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]]:
+def _user_edges(graph: ModelGraph) -> dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]]:
     """Per value its users as (node, operand); the output node counts as a user."""
     found: dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]] = defaultdict(list)
     for node in graph.compute_nodes():

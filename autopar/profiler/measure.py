@@ -194,7 +194,7 @@ def _extra_ns(device: torch.device, effort: Effort, launch: float) -> dict[str, 
     def normalize() -> Any:
         return F.batch_norm(images, None, None, weight, weight, training=True)
 
-    # per kind: what is run, elements it is dear for, elements that it moves as a copy does
+    # per kind: what is run, elements it is expensive for, elements that it moves as a copy does
     jobs: dict[str, list[tuple[Callable[[], Any], float, float]]] = {
         "function": [
             (lambda: F.gelu(x), x.numel(), x.numel()),
@@ -216,9 +216,9 @@ def _extra_ns(device: torch.device, effort: Effort, launch: float) -> dict[str, 
     found = {}
     for kind, kernels in jobs.items():
         beyond = []
-        for call, dear, moved in kernels:
+        for call, expensive, moved in kernels:
             took = _kernel_seconds(call, device, effort.seconds)
-            beyond.append((took - launch - plain * moved / x.numel()) / dear)
+            beyond.append((took - launch - plain * moved / x.numel()) / expensive)
         # noise may make a cheap one come out below a copy
         least = 0.01 * plain / x.numel()
         found[kind] = _short(1e9 * statistics.geometric_mean(max(t, least) for t in beyond))

@@ -5,7 +5,7 @@ A kernel takes
     launch + max(flops / rate, read / rate + written / rate) + Σ count * extra
 
 with rates by the kernel's own size, and counts of the elements that cost more than being moved
-(`profiler/dear.py`). A GPU is launched for while it computes: one that was measured, whose rates so
+(`profiler/elementwise.py`). A GPU is launched for while it computes: one that was measured, whose rates so
 hold for kernels of any size, takes the longer of the launch and the rest.
 """
 
@@ -24,7 +24,7 @@ from autopar.cluster.cluster import Device
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import bound_arguments, operands
 from autopar.profiler.counting import Recorder, Work
-from autopar.profiler.dear import dear_elements, indices_of
+from autopar.profiler.elementwise import expensive_elements, indices_of
 from autopar.profiler.profile import NodeProfile
 
 
@@ -37,7 +37,7 @@ class Kernel:
         dtype: of the result.
         library: what the FLOPs are done by: "matmul", "unaligned" (a product with rows that tensor
             cores cannot load at once), "convolution", "depthwise" (in groups) or "attention".
-        extra: elements by what makes them dear, with the keys of `Device.extra_ns`.
+        extra: elements by what makes them expensive, with the keys of `Device.extra_ns`.
     """
 
     work: Work
@@ -66,8 +66,8 @@ class Kernel:
                 ("write", self.work.written_bytes),
             )
         )
-        dear = sum(1e-3 * device.extra_ns.get(kind, 0.0) * n for kind, n in self.extra.items())
-        work = np.maximum(arithmetic, moved) + np.multiply(dear, share)
+        expensive = sum(1e-3 * device.extra_ns.get(kind, 0.0) * n for kind, n in self.extra.items())
+        work = np.maximum(arithmetic, moved) + np.multiply(expensive, share)
         launch = device.launch_us * count
         if device.kind == "cpu" or not device.measured:
             return work + launch
@@ -198,7 +198,7 @@ def kernel_of(func: Any, args: Any, kwargs: Any, out: Any, work: Work) -> Kernel
         indices = sum(t.numel() * t.element_size() for t in indices_of(func, given))
         read = min(work.read_bytes, work.written_bytes + indices)
         work = replace(work, read_bytes=read)
-    return Kernel(work, dtype, extra=dear_elements(func, args, kwargs, results))
+    return Kernel(work, dtype, extra=expensive_elements(func, args, kwargs, results))
 
 
 def _library(func: Any, args: Any, kwargs: Any, results: Sequence[torch.Tensor]) -> str:

@@ -60,7 +60,7 @@ def difference_tables(found: Difference, *, every: bool = False) -> list[Table]:
         ("Parameters", "parameter", found.parameters),
     ]
     if every or not (found.modules or found.parameters):
-        parts.append(("Decisions", "site", found.decisions))
+        parts.append(("Decisions", "decision", found.decisions))
     return [
         Table(title, (head, "first plan", "second plan"), tuple(map(_change_row, changes)))
         for title, head, changes in parts

@@ -225,10 +225,10 @@ def baselines_table(plan: ShardingPlan) -> Table | None:
 
 def front_table(plan: ShardingPlan) -> Table | None:
     """Fastest plans by budget, if they were asked for."""
-    if not plan.front:
+    if not plan.pareto_front:
         return None
-    fastest = plan.front[0].step_us
-    before = ["", *(p.words for p in plan.front)]
+    fastest = plan.pareto_front[0].step_us
+    before = ["", *(p.words for p in plan.pareto_front)]
     rows = tuple(
         (
             "none" if math.isinf(p.budget_bytes) else bytes_text(p.budget_bytes),
@@ -239,7 +239,7 @@ def front_table(plan: ShardingPlan) -> Table | None:
             "yes" if p.memory_bytes <= plan.budget_bytes * (1 + 1e-9) else "NO",
             p.words if p.words != said else "",
         )
-        for p, said in zip(plan.front, before, strict=False)
+        for p, said in zip(plan.pareto_front, before, strict=False)
     )
     columns = ("budget>", "memory>", "step>", "to the first>", "gap>", "fits>", "most parameters")
     return Table(
@@ -316,19 +316,19 @@ def constraints_table(plan: ShardingPlan) -> Table | None:
     return Table("Constraints", ("name", "layout"), tuple(plan.constraints.items()))
 
 
-def sites_table(plan: ShardingPlan) -> Table:
+def decisions_table(plan: ShardingPlan) -> Table:
     """Every decision of the plan."""
     rows = tuple((name, c, plan.layouts.get(name, "")) for name, c in plan.choices.items())
     return Table(
         "Decisions",
-        ("site", "choice", "layout"),
+        ("decision", "choice", "layout"),
         rows,
         "Parameters and inputs choose a layout; operators choose a factor per mesh axis.",
     )
 
 
 def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
-    """All but the site-level table, in the order of a report."""
+    """All but the decision-level table, in the order of a report."""
     found = [
         modules_table(plan, fold=fold),
         time_table(plan.time),

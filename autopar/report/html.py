@@ -12,9 +12,9 @@ from plotly.offline import get_plotlyjs
 from autopar.plan import MEMORY_KINDS, TIME_KINDS, Baseline, ShardingPlan
 from autopar.report.content import (
     Table,
+    decisions_table,
     headline,
     plans,
-    sites_table,
     tables,
 )
 from autopar.report.step_chart import step_html
@@ -50,7 +50,7 @@ def render_html(plan: ShardingPlan) -> str:
     """The report as a page, with charts of time and memory beside the baselines."""
     facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in headline(plan))
     shown = tables(plan, fold=False)
-    sites = sites_table(plan)
+    decisions = decisions_table(plan)
     return "\n".join(
         (
             "<!DOCTYPE html>",
@@ -68,8 +68,8 @@ def render_html(plan: ShardingPlan) -> str:
             *_step(plan),
             *_front(plan),
             *(f"<h2>{escape(table.title)}</h2>{_table(table)}" for table in shown),
-            f"<details><summary>{sites.title} ({len(sites.rows)})</summary>",
-            f"{_table(sites)}</details>",
+            f"<details><summary>{decisions.title} ({len(decisions.rows)})</summary>",
+            f"{_table(decisions)}</details>",
             "</body></html>",
         )
     )
@@ -123,9 +123,9 @@ def _step(plan: ShardingPlan) -> list[str]:
 
 def _front(plan: ShardingPlan) -> list[str]:
     """Time against memory of the fastest plans by budget, if they were asked for."""
-    if not plan.front:
+    if not plan.pareto_front:
         return []
-    points = plan.front
+    points = plan.pareto_front
     figure = go.Figure(
         go.Scatter(
             x=[p.memory_bytes / 2**30 for p in points],

@@ -89,12 +89,12 @@ class BatchLayout:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-    def input_pins(self) -> tuple[ShardingSpec | None, ...] | None:
+    def fixed_inputs(self) -> tuple[ShardingSpec | None, ...] | None:
         if not self.local:
             return None
         return tuple(self._split(shape, self.samples) for shape in self.shapes)
 
-    def output_pins(self, graph: ModelGraph) -> tuple[ShardingSpec, ...] | None:
+    def fixed_outputs(self, graph: ModelGraph) -> tuple[ShardingSpec, ...] | None:
         """Results come back whole, or with local batches as this rank's samples."""
         if not self.local or self.samples is None:
             return None

@@ -30,10 +30,10 @@ from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
-from autopar.planner.decisions import Pins
-from autopar.planner.joint import plan_pair
+from autopar.planner.decisions import FixedLayouts
+from autopar.planner.joint import plan_jointly
 from autopar.planner.optimizer_state import optimizer_state_ratio
-from autopar.planner.planner import prepare, trainable_inputs
+from autopar.planner.planner import build_problem, trainable_inputs
 from autopar.runtime.agree import Scheduler, check_agreement, from_rank_zero
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
@@ -115,7 +115,7 @@ def auto_engine(
     )  # fmt: skip
     if example_inputs is not None:
         args, kwargs = split_inputs(example_inputs)
-        engine.prepare(*args, **kwargs)
+        engine.plan_for(*args, **kwargs)
     return engine, optimizer
 
 
@@ -216,7 +216,7 @@ class Engine(torch.nn.Module):
         """What the step that was compiled last keeps and computes again; None without a budget."""
         return self._memory
 
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
+    def plan_for(self, *args: Any, **kwargs: Any) -> None:
         """Plan and distribute for inputs of these shapes, without running them."""
         self._specialization(args, kwargs)
 
@@ -322,13 +322,13 @@ class Engine(torch.nn.Module):
         whole_args, whole_kwargs = layout.whole(args, kwargs)
         tracer = ColoTracer(self._device.type)
         graph = tracer.trace(self._model, whole_args, whole_kwargs)
-        pins = Pins(
-            parameters=self._pinned(),
-            inputs=layout.input_pins(),
-            outputs=layout.output_pins(graph),
+        fixed = FixedLayouts(
+            parameters=self._fixed_parameters(),
+            inputs=layout.fixed_inputs(),
+            outputs=layout.fixed_outputs(graph),
         )
-        plan = self._agree_on_plan(graph, pins)
-        output_specs = pins.outputs
+        plan = self._agree_on_plan(graph, fixed)
+        output_specs = fixed.outputs
         trainable = trainable_inputs(graph, self._model)
         program = apply_sharding(
             graph, plan, coords=self._coords, groups=self._groups,
@@ -352,7 +352,7 @@ class Engine(torch.nn.Module):
         scheduler = self._scheduler(graph, plan, example)
         names = list(graph.parameters.values())
         step = lower(
-            program.gm, example, regather=[names.index(n) for n in plan.regather if n in names],
+            program.gm, example, reshard_after_forward=[names.index(n) for n in plan.reshard_after_forward if n in names],
             device_type=self._device.type, choose=scheduler, cluster=self._cluster,
             compile=self._compiled, parameters=self._may_leave(graph),
             at_once=len(graph.mutations),
@@ -410,10 +410,10 @@ class Engine(torch.nn.Module):
         budget = StepBudget.of(example, memory, state, copied, host)
         return Scheduler(budget, self._scheduled)
 
-    def _pinned(self) -> dict[str, Any]:
+    def _fixed_parameters(self) -> dict[str, Any]:
         return {} if self._plan is None else self._plan.parameter_specs()
 
-    def _agree_on_plan(self, graph: ModelGraph, pins: Pins) -> ShardingPlan:
+    def _agree_on_plan(self, graph: ModelGraph, fixed: FixedLayouts) -> ShardingPlan:
         """Rank 0 plans; all ranks take its plan, or raise its error."""
         name = type(self._model).__name__
 
@@ -423,28 +423,28 @@ class Engine(torch.nn.Module):
                     fingerprint=graph.fingerprint, mesh=self._cluster.mesh, model=name
                 )
                 return self._given.to_json()
-            return self._plan_graph(graph, pins).to_json()
+            return self._plan_graph(graph, fixed).to_json()
 
         return ShardingPlan.from_json(from_rank_zero(decide))
 
-    def _plan_graph(self, graph: ModelGraph, pins: Pins) -> ShardingPlan:
+    def _plan_graph(self, graph: ModelGraph, fixed: FixedLayouts) -> ShardingPlan:
         cluster = self._cluster
         scheduled = cluster.memory_bytes is not None and self._lowered
         if scheduled and cluster.world_size == 1:  # nothing to shard, and the schedule comes later
             cluster = replace(cluster, memory_bytes=_UNBOUNDED)
-        laid = prepare(
+        problem = build_problem(
             self._model,
             graph=graph,
             cluster=cluster,
             optimizer_state=optimizer_state_ratio(self._optimizer),
-            pins=pins,
+            fixed=fixed,
             constraints=self._constraints,
             time_limit=self._time_limit,
             progress=self._progress,
         )
         if not scheduled:
-            return laid.planned(laid.decide()).plan
-        pair = plan_pair(laid, output_specs=pins.outputs)
+            return problem.planned(problem.decide()).plan
+        pair = plan_jointly(problem, output_specs=fixed.outputs)
         if pair.memory is not None and pair.step is not None:
             self._scheduled = pair.step.program, pair.memory
         return pair.planned.plan

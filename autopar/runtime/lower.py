@@ -27,9 +27,9 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.kernels import batch_norm
 from autopar.kernels.linear import add_bias_within
 from autopar.kernels.substitute import substitute_kernels
+from autopar.passes.async_sums import positions_of_late
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.inductor import Compiled
-from autopar.passes.late import positions_of_late
 from autopar.passes.overlap import overlap_collectives
 from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import partition, partition_within
@@ -67,7 +67,7 @@ def lower(
     gm: fx.GraphModule,
     arguments: Sequence[torch.Tensor],
     *,
-    regather: Sequence[int] = (),
+    reshard_after_forward: Sequence[int] = (),
     device_type: str = "cpu",
     choose: Callable[[Program], Schedule] | None = None,
     cluster: ClusterInfo | None = None,
@@ -82,7 +82,7 @@ def lower(
         gm: takes flat local tensors, returns a flat tuple. Changed in place for GPUs.
         arguments: tensors of the shapes, dtypes and grad flags that it will be called with; only
             their metadata is used, so they may be fake.
-        regather: indices of arguments whose gathered copies are not kept for backward.
+        reshard_after_forward: indices of arguments whose gathered copies are not kept for backward.
         device_type: decides which kernels are substituted.
         choose: what is kept and what is computed again (`autopar.memory`); as eager autograd does
             if None.
@@ -106,7 +106,10 @@ def lower(
     last: list[Pass] = [] if compile else [add_bias_within, overwrite]  # Inductor does both itself
     if choose is None:
         split = functools.partial(
-            partition, regather=frozenset(regather), at_once=at_once, disable=disable
+            partition,
+            reshard_after_forward=frozenset(reshard_after_forward),
+            at_once=at_once,
+            disable=disable,
         )
         ahead: list[Pass] = [overlap_collectives] if overlaps else []
         forward_passes: list[Pass] = [kernels, bucket_collectives, *ahead, *last]

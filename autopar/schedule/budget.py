@@ -65,11 +65,11 @@ class MemoryPlan:
             resident_bytes: what is there before the step.
         """
         found = self.timeline
-        moments = found.moments
-        at = moments[found.peak_at] if moments else None
+        events = found.events
+        at = events[found.peak_at] if events else None
         return StepSummary(
             us=found.us,
-            backward_us=moments[found.forward].issued_us if found.forward < len(moments) else 0.0,
+            backward_us=events[found.forward].issued_us if found.forward < len(events) else 0.0,
             added_us=self.added_us,
             waited_us={str(resource): us for resource, us in found.waited_us},
             peak_bytes=found.peak_bytes,
@@ -80,7 +80,7 @@ class MemoryPlan:
             parameters_on_host=self.parameters_on_host,
             live=tuple(
                 (round(m.issued_us, 2), m.kept_bytes, m.again_bytes, m.other_bytes, m.away_bytes)
-                for m in moments
+                for m in events
             ),
             modules=found.by_module(),
         )

@@ -60,7 +60,7 @@ class Front:
         self._add("keep everything", eager_schedule(program))
         self.eager_bytes = self.candidates[0].peak_bytes
         stages = linearize(program)
-        self._by_hand(stages)
+        self._baselines(stages)
         common = self._common(stages)
         for schedule in chain_schedules(program, stages, common, self.cost, self.eager_bytes):
             self._add("chain", schedule)
@@ -74,20 +74,20 @@ class Front:
     def _add(self, name: str, schedule: Schedule) -> None:
         self.candidates.append(self._point(name, schedule))
 
-    def _by_hand(self, stages: Sequence[Stage]) -> None:
-        """What users do: checkpoint every block, every second, √n of them; keep what is dear."""
+    def _baselines(self, stages: Sequence[Stage]) -> None:
+        """What users do: checkpoint every block, every second, √n of them; keep what is expensive."""
         program = self.program
         borders = [s.input for s in stages if s.input >= 0]
         common = self._common(stages)
         for every in sorted({1, 2, max(1, round(math.sqrt(len(stages))))}):
             self._add("by hand", schedule_of(program, {*borders[::every], *common}))
-        dear = {
+        expensive = {
             s
             for i in program.forward
             for s in program.ops[i].makes
             if any(word in program.ops[i].kind for word in _DEAR)
         }
-        self._add("by hand", schedule_of(program, {*borders, *common, *dear}))
+        self._add("by hand", schedule_of(program, {*borders, *common, *expensive}))
 
     def _common(self, stages: Sequence[Stage]) -> frozenset[int]:
         """Storages other than borders that several stages read; refining may drop them."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from autopar.schedule.program import GIVEN, Program, Schedule
 from autopar.schedule.streams import run_times
-from autopar.schedule.timeline import Moment, Timeline
+from autopar.schedule.timeline import Timeline, TimelineEvent
 
 
 class Lives(NamedTuple):
@@ -125,12 +125,12 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
     handed = np.bincount(start[kept], nbytes[kept], first + 1)
     sequence = schedule.forward + schedule.backward
     busy = run_times(program, sequence)
-    moments = list[Moment]()
+    events = list[TimelineEvent]()
     seen: set[int] = set()
     for at, (i, run) in enumerate(zip(sequence, busy.runs, strict=True)):
         op = program.ops[i]
-        moments.append(
-            Moment(
+        events.append(
+            TimelineEvent(
                 op.name,
                 op.module,
                 run.start,
@@ -150,7 +150,7 @@ def timeline(program: Program, schedule: Schedule, *, overwrite: bool = True) ->
         )
         seen.add(program.started.get(i, i))
     waited = tuple((resource, us) for resource, us in busy.waited.items() if us)
-    return Timeline(tuple(moments), first, waited)
+    return Timeline(tuple(events), first, waited)
 
 
 def _moved(program: Program, i: int) -> int:

@@ -17,7 +17,7 @@ _ROWS = {resource: {"pid": 0, "tid": row} for row, resource in enumerate(Resourc
 
 
 @dataclass(frozen=True)
-class Moment:
+class TimelineEvent:
     """An operator that runs.
 
     Args:
@@ -69,19 +69,19 @@ class Timeline:
     """A step.
 
     Args:
-        moments: its operators, as they run.
+        events: its operators, as they run.
         forward: how many of them are the forward's.
         waited_us: by resource, how long compute waits for it.
     """
 
-    moments: tuple[Moment, ...]
+    events: tuple[TimelineEvent, ...]
     forward: int
     waited_us: tuple[tuple[Resource, float], ...] = ()
 
     @cached_property
     def during_bytes(self) -> tuple[int, ...]:
         """Alive at every moment."""
-        return tuple(m.live_bytes for m in self.moments)
+        return tuple(m.live_bytes for m in self.events)
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -90,33 +90,33 @@ class Timeline:
     @property
     def peak_at(self) -> int:
         """The first position at which the peak is reached."""
-        return self.during_bytes.index(self.peak_bytes) if self.moments else 0
+        return self.during_bytes.index(self.peak_bytes) if self.events else 0
 
     @cached_property
     def us(self) -> float:
         """Of the whole step, until all resources are done."""
-        return max((m.end_us for m in self.moments), default=0.0)
+        return max((m.end_us for m in self.events), default=0.0)
 
     def busy_us(self, resource: Resource) -> float:
         """How long a resource is occupied."""
-        return sum(m.us for m in self.moments if m.resource is resource)
+        return sum(m.us for m in self.events if m.resource is resource)
 
     def exposed_us(self, resource: Resource) -> float:
         """How much of a resource's time compute waits for: what it does not hide."""
         return dict(self.waited_us).get(resource, 0.0)
 
     def __str__(self) -> str:
-        if not self.moments:
+        if not self.events:
             return "an empty step"
         at = self.peak_at
         phase = "forward" if at < self.forward else "backward"
-        return f"{self.peak_bytes} bytes at {self.moments[at].name} ({phase})"
+        return f"{self.peak_bytes} bytes at {self.events[at].name} ({phase})"
 
     def by_module(self) -> tuple[ModuleMemory, ...]:
         """What is kept, moved and computed again, per block, in the order of the forward."""
-        blocks = dict.fromkeys(block_of(m.module) for m in self.moments[: self.forward])
-        found: dict[str, list[Moment]] = {block: [] for block in blocks}
-        for moment in self.moments:
+        blocks = dict.fromkeys(block_of(m.module) for m in self.events[: self.forward])
+        found: dict[str, list[TimelineEvent]] = {block: [] for block in blocks}
+        for moment in self.events:
             if moment.keeps_bytes or moment.moves_bytes or moment.again:
                 found.setdefault(block_of(moment.module), []).append(moment)
         return tuple(_summed(block, mine) for block, mine in found.items() if mine)
@@ -124,7 +124,7 @@ class Timeline:
     def to_trace(self) -> dict[str, Any]:
         """As a Chrome trace, which Perfetto reads too: a row of operators per resource, and
         counters of the bytes alive. Operators that run again have a category of their own."""
-        used = {m.resource for m in self.moments} | {Resource.COMPUTE}
+        used = {m.resource for m in self.events} | {Resource.COMPUTE}
         return {"traceEvents": [*_names(used), *self._events()], "displayTimeUnit": "ms"}
 
     def save_trace(self, path: str | Path) -> None:
@@ -132,8 +132,8 @@ class Timeline:
         write_atomically(path, json.dumps(self.to_trace()) + "\n")
 
     def _events(self) -> Iterator[dict[str, Any]]:
-        leave = any(moment.parameter for moment in self.moments)
-        for at, moment in enumerate(self.moments):
+        leave = any(moment.parameter for moment in self.events)
+        for at, moment in enumerate(self.events):
             phase = "forward" if at < self.forward else "backward"
             yield _ROWS[moment.resource] | {
                 "ph": "X",
@@ -154,14 +154,14 @@ class Timeline:
         yield _counter("live bytes", self.us, {"bytes": 0})
 
 
-def _summed(block: str, moments: Iterable[Moment]) -> ModuleMemory:
-    again = [m for m in moments if m.again]
+def _summed(block: str, events: Iterable[TimelineEvent]) -> ModuleMemory:
+    again = [m for m in events if m.again]
     gathered = [m for m in again if m.resource is Resource.COMMUNICATION]
     return ModuleMemory(
         block,
-        sum(m.keeps_bytes for m in moments),
-        sum(m.moves_bytes for m in moments if not m.parameter),
-        sum(m.moves_bytes for m in moments if m.parameter),
+        sum(m.keeps_bytes for m in events),
+        sum(m.moves_bytes for m in events if not m.parameter),
+        sum(m.moves_bytes for m in events if m.parameter),
         sum(m.us for m in again) - sum(m.us for m in gathered),
         sum(m.flops for m in again),
         sum(m.us for m in gathered),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autopar.solver.problem import Choices, Edge, Problem, Row
+from autopar.solver.problem import Choices, PairCost, Problem, Row
 
 # choices of a merged node
 LARGEST = 4
@@ -144,7 +144,7 @@ class Merged:
         ]
         return Problem(
             tuple(self._node[v][0] for v in self._left),
-            tuple(Edge(index[a], index[b], self._edge[a][b][0]) for a, b in ends),
+            tuple(PairCost(index[a], index[b], self._edge[a][b][0]) for a, b in ends),
             tuple(rows),
             tuple(problem.name(v) for v in self._left),
         )

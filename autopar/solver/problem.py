@@ -21,7 +21,7 @@ Choices = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Edge:
+class PairCost:
     """Time that depends on the choices of two nodes.
 
     Args:
@@ -70,7 +70,7 @@ class Problem:
     """
 
     time_us: tuple[np.ndarray, ...]
-    edges: tuple[Edge, ...] = ()
+    edges: tuple[PairCost, ...] = ()
     rows: tuple[Row, ...] = ()
     names: tuple[str, ...] = ()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autopar.solver.problem import Choices, Edge, Problem, Row
+from autopar.solver.problem import Choices, PairCost, Problem, Row
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Shared:
         names = dict(zip(self._index[::-1], problem.names[::-1], strict=False))
         self.problem = Problem(
             tuple(nodes[i] for i in range(len(order))),
-            tuple(Edge(a, b, edges[e]) for (a, b), e in ends.items()),
+            tuple(PairCost(a, b, edges[e]) for (a, b), e in ends.items()),
             tuple(map(self.row, problem.rows)),
             tuple(names[i] for i in range(len(order))) if problem.names else (),
         )

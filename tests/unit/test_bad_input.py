@@ -12,8 +12,8 @@ import autopar.planner.planner
 from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.cluster.cluster import DEVICES
 from autopar.errors import InfeasibleError, MeshError
-from autopar.plan import Baseline, FrontPoint, TriedMesh
-from autopar.planner.baselines import expert_plans
+from autopar.plan import Baseline, MeshResult, ParetoPoint
+from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.report.text import render
 from tests.clusters import eager_to_shard
@@ -118,7 +118,7 @@ def test_out_of_time_an_expert_plan_stands_in_and_says_so(slow_search):
     found = autoplan(
         big(), X, cluster=cluster, memory="30MiB", time_limit=0.01, progress=lines.append
     )
-    experts = expert_plans(found.space)
+    experts = baseline_plans(found.space)
     fits = [e for e in experts if e.fits]
     assert 0 < len(fits) < len(experts)
     best = min(fits, key=lambda e: e.time.step_us)
@@ -157,15 +157,18 @@ def test_saved_plans_reload_bit_identically(tmp_path):
     """With everything in them that a plan can hold, awkward numbers included."""
     found = autoplan(
         Net(), (), BATCH, cluster=eager_to_shard("2x2"), memory=1e6 / 3,
-        constraints={"blocks.*.up.weight": "RS1 | S0R regather"},
+        constraints={"blocks.*.up.weight": "RS1 | S0R reshard"},
     )  # fmt: skip
     plan = replace(
         found.plan,
         baselines=tuple(
-            Baseline(e.name, e.time, e.memory, e.fits) for e in expert_plans(found.space)
+            Baseline(e.name, e.time, e.memory, e.fits) for e in baseline_plans(found.space)
         ),
-        front=(FrontPoint(math.inf, 0.1 + 0.2, 1 / 3, 1e-300), FrontPoint(5e-324, 1.0, 2.0, 0.0)),
-        meshes=(TriedMesh((4,), math.inf, 0.1, 7.0, "no plan fits"),),
+        pareto_front=(
+            ParetoPoint(math.inf, 0.1 + 0.2, 1 / 3, 1e-300),
+            ParetoPoint(5e-324, 1.0, 2.0, 0.0),
+        ),
+        meshes=(MeshResult((4,), math.inf, 0.1, 7.0, "no plan fits"),),
         source="models/net.py",
     )
     plan.save(tmp_path / "a.json")

@@ -9,7 +9,7 @@ from autopar import autoplan
 from autopar.errors import ConflictError, ConstraintError, InfeasibleError
 from autopar.ir.spec import ShardingSpec
 from autopar.planner.constraints import allowed, load_constraints
-from autopar.planner.decisions import Pins
+from autopar.planner.decisions import FixedLayouts
 from autopar.planner.names import Names, matcher
 from autopar.planner.planner import Planned
 from autopar.runtime.engine import auto_engine
@@ -45,10 +45,10 @@ class Net(nn.Module):
 BATCH = {"ids": torch.zeros(8, dtype=torch.long), "y": torch.zeros(8, dtype=torch.long)}
 
 
-def plan(constraints=None, memory=None, pins=None, mesh="2x2") -> Planned:
+def plan(constraints=None, memory=None, fixed=None, mesh="2x2") -> Planned:
     return autoplan(
         Net(), (), BATCH, cluster=eager_to_shard(mesh), constraints=constraints, memory=memory,
-        pins=pins,
+        fixed=fixed,
     )  # fmt: skip
 
 
@@ -60,8 +60,8 @@ def free() -> Planned:
 def layouts(found: Planned, name: str) -> set[str]:
     """Of everything that a name stands for: what the plan file says."""
     names = Names(found.space).find(name)
-    sites = [found.space.sites[i] for i in names.values()]
-    return {(found.plan.layouts[s.name].split() or [""])[0] for s in sites}
+    decisions = [found.space.decisions[i] for i in names.values()]
+    return {(found.plan.layouts[s.name].split() or [""])[0] for s in decisions}
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_plans_keep_to_constraints(free, name, layout, count):
 
 
 def test_a_constraint_costs_what_pinning_costs():
-    """Pins build a smaller space; constraints forbid within the whole one. Both solve the same."""
+    """FixedLayouts build a smaller space; constraints forbid within the whole one. Both solve the same."""
     for layout in ("RR", "S0R", "S1S0"):
         spec = ShardingSpec.parse(layout)
         one = plan({"blocks.2.down.weight": layout}).plan
-        other = plan(pins=Pins(parameters={"blocks.2.down.weight": spec})).plan
+        other = plan(fixed=FixedLayouts(parameters={"blocks.2.down.weight": spec})).plan
         assert one.time.step_us == pytest.approx(other.time.step_us, rel=1e-3)
 
 
@@ -106,21 +106,21 @@ def test_only_the_named_copy_is_bound(free):
 
 
 def test_layouts_may_be_several_and_say_when_to_gather():
-    either = plan({"table.weight": "RR | S0R regather"})
+    either = plan({"table.weight": "RR | S0R reshard"})
     assert layouts(either, "table.weight") <= {"RR", "S0R"}
     mixed = plan({"blocks.1.up.*": "S0R | S1"})  # a matrix and a vector
     assert layouts(mixed, "blocks.1.up.weight") == {"S0R"}
     assert layouts(mixed, "blocks.1.up.bias") == {"S1"}
-    again = plan({"table.weight": "S0R regather"}).plan
-    assert "table.weight" in again.regather
-    kept = plan({"table.weight": "S0R keep", "**.up.weight": "S0R regather"}).plan
-    assert "table.weight" not in kept.regather
-    assert len([n for n in kept.regather if n.endswith("up.weight")]) == 4
+    again = plan({"table.weight": "S0R reshard"}).plan
+    assert "table.weight" in again.reshard_after_forward
+    kept = plan({"table.weight": "S0R keep", "**.up.weight": "S0R reshard"}).plan
+    assert "table.weight" not in kept.reshard_after_forward
+    assert len([n for n in kept.reshard_after_forward if n.endswith("up.weight")]) == 4
 
 
 def test_results_come_in_the_layout_asked_for(free):
     found = plan({"outputs.1": "S0R"})
-    output = next(s for s in found.space.sites if s.kind == "output")
+    output = next(s for s in found.space.decisions if s.kind == "output")
     assert [str(spec) for spec in output.candidates[0].inputs] == ["", "S0R"]
     # what nobody gathers costs nothing
     assert found.plan.time.step_us <= free.plan.time.step_us * (1 + 1e-9)
@@ -241,6 +241,6 @@ def test_patterns(pattern, names):
 
 def test_allowed_masks_are_what_constraints_say(free):
     only = allowed(free.space, {"inputs.ids": "S0 | S1"})
-    ((site, mask),) = only.items()
-    candidates = free.space.sites[site].candidates
+    ((decision, mask),) = only.items()
+    candidates = free.space.decisions[decision].candidates
     assert {c.name for c, ok in zip(candidates, mask, strict=True) if ok} == {"S0", "S1"}

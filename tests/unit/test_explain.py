@@ -32,7 +32,7 @@ def every_plan(found: Planned) -> dict[tuple[int, ...], float]:
     """Step time of every legal choice."""
     space = found.space
     steps = {}
-    for choices in itertools.product(*(range(len(s.candidates)) for s in space.sites)):
+    for choices in itertools.product(*(range(len(s.candidates)) for s in space.decisions)):
         step = estimate_time(space, choices).step_us
         if math.isfinite(step):
             steps[choices] = step
@@ -51,16 +51,16 @@ def test_costs_are_those_of_the_best_plan_with_the_alternative(name, room):
         steps = {c: step for c, step in steps.items() if needs[c] <= memory}
     found = one_linear(memory)
     explanation = explain(found, name)
-    site = next(
+    decision = next(
         i
-        for i, s in enumerate(found.space.sites)
+        for i, s in enumerate(found.space.decisions)
         if s.kind == {"weight": "parameter", "inputs.input": "input", "linear": "op"}[name]
     )
-    candidates = found.space.sites[site].candidates
+    candidates = found.space.decisions[decision].candidates
     assert len(explanation.alternatives) == len(candidates)
     for a in explanation.alternatives:
         c = next(i for i, k in enumerate(candidates) if k.name == a.choice)
-        best = min((t for choices, t in steps.items() if choices[site] == c), default=math.inf)
+        best = min((t for choices, t in steps.items() if choices[decision] == c), default=math.inf)
         assert a.step_us == pytest.approx(best, rel=1e-3), a.choice
         assert a.bound_us <= best * (1 + 1e-9)
     assert explanation.chosen.step_us == pytest.approx(min(steps.values()), rel=1e-3)
@@ -100,9 +100,9 @@ def test_a_limit_leaves_bounds_for_the_others(net):
 
 
 def test_copies_are_forced_together(net):
-    sites = {s.name: i for i, s in enumerate(net.space.sites)}
+    decisions = {s.name: i for i, s in enumerate(net.space.decisions)}
     found = explain(net, "blocks.1.up", limit=1)
-    chosen = [net.choices[sites[f"linear{k}"]] for k in ("", "_2", "_4", "_6")]
+    chosen = [net.choices[decisions[f"linear{k}"]] for k in ("", "_2", "_4", "_6")]
     alike = sum(c == chosen[1] for c in chosen)
     assert ("copies alike" in found.what) == (alike > 1)
     assert "aten.linear.default in blocks.*.up" in found.what
@@ -163,7 +163,7 @@ def test_differences_are_those_that_were_made(net):
     assert stored["blocks.{1-2}.up.weight"].after == "RR"
     assert stored["blocks.{1-2}.up.weight"].count == 2
     changed = {n for n, s in net.plan.parameters.items() if other.parameters[n] != s}
-    again = set(net.plan.regather) ^ set(other.regather)
+    again = set(net.plan.reshard_after_forward) ^ set(other.reshard_after_forward)
     assert sum(c.count for c in found.parameters) == len(changed | again)
     step = next(c for c in found.figures if c.what == "step")
     ratio = other.time.step_us / net.plan.time.step_us - 1
@@ -212,7 +212,7 @@ def test_random_plans_differ_where_their_choices_do(net):
     rng = np.random.default_rng(0)
     a, b = (make_plan(net.space, net.space.random_choices(rng), "Net") for _ in range(2))
     found = diff(a, b)
-    stored = {s.name for s in net.space.sites if s.kind == "parameter"}
+    stored = {s.name for s in net.space.decisions if s.kind == "parameter"}
     wrong = {k for k in a.choices if a.choices[k] != b.choices[k]} - stored
     patterns = {c.what for c in found.decisions}
     assert len(wrong) >= len(patterns) > 0

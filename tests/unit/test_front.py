@@ -88,7 +88,7 @@ def test_reports_show_the_front(net, whole, tmp_path):
 
     from autopar.report.html import render_html
 
-    plan = replace(net.plan, front=whole.points)
+    plan = replace(net.plan, pareto_front=whole.points)
     text, page = render(plan), render_html(plan)
     assert "Time and memory" in text
     assert "none" in text.partition("Time and memory")[2]

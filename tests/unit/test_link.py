@@ -7,7 +7,7 @@ import pytest
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
-from autopar.cluster.link import MEMBER_BYTES, PASSES, Link
+from autopar.cluster.link import BUCKET_MEMBER_BYTES, PASSES, Link
 from autopar.ir.spec import ShardingSpec
 from autopar.sharding.conversion.converter import LayoutConverter
 
@@ -60,13 +60,13 @@ def test_links_survive_yaml(tmp_path):
 
 
 def test_small_weights_share_messages_and_large_ones_do_not():
-    sizes = np.array([4.0, 1e3, MEMBER_BYTES, 1e8])
+    sizes = np.array([4.0, 1e3, BUCKET_MEMBER_BYTES, 1e8])
     for kind in PASSES:
         alone, together = (f(kind, 8, sizes) for f in (LINK.collective_us, LINK.bucketed_us))
         assert (together[:2] < alone[:2] / 2).all()
         assert together[2:] == pytest.approx(alone[2:])
         # as many as fill a message take as long as the message
-        assert together[1] * MEMBER_BYTES / 1e3 == pytest.approx(float(together[2]))
+        assert together[1] * BUCKET_MEMBER_BYTES / 1e3 == pytest.approx(float(together[2]))
     converter = LayoutConverter(ClusterInfo.of("8", "H100"))
     split, whole = [ShardingSpec.parse("S0")], [ShardingSpec.parse("R")]
     alone, together = (

@@ -11,8 +11,8 @@ from autopar import ClusterInfo, auto_engine
 from autopar.cluster.cluster import Link
 from autopar.comm import world as environment
 from autopar.errors import InfeasibleError
-from autopar.planner.joint import Pair, plan_pair
-from autopar.planner.planner import prepare
+from autopar.planner.joint import JointPlan, plan_jointly
+from autopar.planner.planner import build_problem
 from autopar.runtime.live_trace import LiveTrace
 from autopar.runtime.memory import training_state_bytes
 from tests.models import CASES, OPTIMIZERS, LanguageModel
@@ -90,16 +90,16 @@ def test_a_plan_with_a_schedule_keeps_to_its_budget():
     model = case.build()
     cluster = ClusterInfo.of("1")
 
-    def pair(budget: float) -> Pair:
-        laid = prepare(model, (), case.batch(0), cluster=cluster.with_memory(budget))
-        return plan_pair(laid)
+    def pair(budget: float) -> JointPlan:
+        problem = build_problem(model, (), case.batch(0), cluster=cluster.with_memory(budget))
+        return plan_jointly(problem)
 
     with pytest.raises(InfeasibleError) as error:
         pair(1000)
     plan = pair(error.value.smallest_bytes).planned.plan
     assert plan.step.added_us > 0
     engine, _ = auto_engine(model, OPTIMIZERS["adamw"](list(model.parameters())), "1", plan=plan)
-    engine.prepare(**case.batch(0))
+    engine.plan_for(**case.batch(0))
     assert engine.memory_plan.peak_bytes == plan.step.peak_bytes < plan.step.eager_bytes
 
 

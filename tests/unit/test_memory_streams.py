@@ -33,7 +33,7 @@ def step(*forward: int, beside: frozenset = SIDE) -> tuple[Program, Schedule]:
 
 
 def starts(found) -> dict[str, float]:
-    return {m.name: m.start_us for m in found.moments}
+    return {m.name: m.start_us for m in found.events}
 
 
 def test_what_stands_ahead_of_its_reader_hides():
@@ -61,7 +61,7 @@ def test_without_streams_everything_occupies_compute():
     found = timeline(*step(0, 1, 4, 2, 3, 5, beside=frozenset()))
     assert found.us == sum(o.us for o in OPS)
     assert found.exposed_us(COMMUNICATION) == 17 and found.exposed_us(HOST) == 30
-    assert [m.start_us for m in found.moments] == [0, 10, 16, 46, 51, 58]
+    assert [m.start_us for m in found.events] == [0, 10, 16, 46, 51, 58]
 
 
 def test_a_trace_has_a_row_per_resource():

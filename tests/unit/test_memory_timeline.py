@@ -34,14 +34,14 @@ def checkpointed() -> tuple:
 def test_parts_add_up_to_what_is_alive(checkpointed):
     program, schedule, found = checkpointed
     assert found.during_bytes == tuple(live_bytes(program, schedule))
-    assert all(m.again_bytes == 0 for m in found.moments[: found.forward])
-    names = [m.name for m in found.moments if m.again]
+    assert all(m.again_bytes == 0 for m in found.events[: found.forward])
+    names = [m.name for m in found.events if m.again]
     assert names == [program.ops[i].name for i in schedule.again(program)]
     kept = sum(program.nbytes[s] for s in schedule.kept(program))
-    assert found.moments[found.forward - 1].kept_bytes <= kept
-    assert found.moments[found.forward].kept_bytes == kept
-    assert found.us == pytest.approx(sum(m.us for m in found.moments))
-    assert found.moments[found.peak_at].name in str(found)
+    assert found.events[found.forward - 1].kept_bytes <= kept
+    assert found.events[found.forward].kept_bytes == kept
+    assert found.us == pytest.approx(sum(m.us for m in found.events))
+    assert found.events[found.peak_at].name in str(found)
 
 
 def test_modules_share_out_what_is_kept_and_computed_again(checkpointed):
@@ -67,7 +67,7 @@ def test_a_trace_is_a_row_and_counters(checkpointed, tmp_path):
     trace = json.loads((tmp_path / "step.json").read_text())
     events = trace["traceEvents"]
     calls = [e for e in events if e["ph"] == "X"]
-    assert [e["name"] for e in calls] == [m.name for m in found.moments]
+    assert [e["name"] for e in calls] == [m.name for m in found.events]
     for before, after in itertools.pairwise(calls):  # one stream: nothing overlaps
         assert before["ts"] + before["dur"] == pytest.approx(after["ts"])
     assert {e["cat"] for e in calls} == {"forward", "backward", "again"}
@@ -98,7 +98,7 @@ def test_charts_show_the_numbers(checkpointed):
     assert bars["kept"] * 2**20 == pytest.approx(sum(r.kept_bytes for r in found.by_module()))
     assert bars["computed again"] * 1e3 == pytest.approx(plan.added_us)
     page = step_html(step)
-    assert found.moments[found.peak_at].name in page
+    assert found.events[found.peak_at].name in page
     assert page.count("Plotly.newPlot") == 2
     assert "<html" not in page and "cdn" not in page
 
@@ -106,8 +106,8 @@ def test_charts_show_the_numbers(checkpointed):
 def test_an_eager_step_computes_nothing_again():
     program = chain([4, 2, 1])
     found = timeline(program, eager_schedule(program))
-    assert [m.kept_bytes for m in found.moments] == [4, 6, 6, 6, 4, 0]
-    assert not any(m.again or m.again_bytes for m in found.moments)
+    assert [m.kept_bytes for m in found.events] == [4, 6, 6, 6, 4, 0]
+    assert not any(m.again or m.again_bytes for m in found.events)
     assert str(Timeline((), 0)) == "an empty step"
 
 

@@ -17,8 +17,8 @@ from autopar.cluster.cluster import Link
 from autopar.comm import world as environment
 from autopar.comm.offloaded_parameters import Absent, may_leave
 from autopar.errors import InfeasibleError
-from autopar.planner.joint import Pair, plan_pair
-from autopar.planner.planner import prepare
+from autopar.planner.joint import JointPlan, plan_jointly
+from autopar.planner.planner import build_problem
 from autopar.report.content import step_table
 from autopar.runtime.memory import LiveBytes
 from autopar.schedule.budget import MemoryPlan, StepBudget, describe, plan_memory
@@ -50,10 +50,12 @@ def built() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 
 @functools.cache
-def pair(budget: float, name: str = "fast", count: int = 128) -> Pair:
+def pair(budget: float, name: str = "fast", count: int = 128) -> JointPlan:
     model, _ = built()
     cluster = CLUSTERS[name].with_memory(budget)
-    return plan_pair(prepare(model, (), words(0, count), cluster=cluster, optimizer_state=0.0))
+    return plan_jointly(
+        build_problem(model, (), words(0, count), cluster=cluster, optimizer_state=0.0)
+    )
 
 
 @functools.cache
@@ -241,7 +243,7 @@ def evaluates(model, alone):
 
 
 def prepares(model, alone):
-    model.prepare(**words(9, count=64))
+    model.plan_for(**words(9, count=64))
     assert not away(model)
 
 

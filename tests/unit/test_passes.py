@@ -13,7 +13,7 @@ from autopar.comm.groups import planning_groups
 from autopar.ir.aliasing import storages
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.verify import VerifyError, collective_signature, propagate_shapes, verify
-from autopar.planner.baselines import expert_plans
+from autopar.planner.baselines import baseline_plans
 from autopar.planner.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
 from autopar.runtime.lower import LoweredStep, lower
@@ -31,7 +31,7 @@ def planned() -> Planned:
 
 
 def by_expert(planned: Planned, name: str) -> ShardingPlan:
-    expert = next(e for e in expert_plans(planned.space) if e.name.startswith(name))
+    expert = next(e for e in baseline_plans(planned.space) if e.name.startswith(name))
     return make_plan(planned.space, expert.choices, name)
 
 
@@ -56,8 +56,13 @@ def arguments(planned: Planned, plan: ShardingPlan, local: LocalProgram) -> list
 def lowered(planned: Planned, plan: ShardingPlan, **options) -> LoweredStep:
     local = program(planned, plan)
     names = list(planned.graph.parameters.values())
-    regather = [names.index(n) for n in plan.regather]
-    return lower(local.gm, arguments(planned, plan, local), regather=regather, **options)
+    reshard_after_forward = [names.index(n) for n in plan.reshard_after_forward]
+    return lower(
+        local.gm,
+        arguments(planned, plan, local),
+        reshard_after_forward=reshard_after_forward,
+        **options,
+    )
 
 
 def count(gm, target) -> int:
@@ -194,10 +199,10 @@ def test_nobody_waits_for_counts_and_losses_where_they_stand(mesh, group):
 
 def test_zero3_gathers_again_and_keeps_no_gathered_weight(planned):
     plan = by_expert(planned, "FSDP")
-    assert plan.regather
+    assert plan.reshard_after_forward
     again = lowered(planned, plan)
     local = program(planned, plan)
-    kept = lower(local.gm, arguments(planned, plan, local), regather=[])
+    kept = lower(local.gm, arguments(planned, plan, local), reshard_after_forward=[])
     gathers = ops.all_gather_many.default
     assert count(kept.backward, gathers) == count(kept.backward, ops.all_gather.default) == 0
     assert count(again.backward, gathers) == count(again.forward, gathers) == 1

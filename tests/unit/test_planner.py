@@ -35,9 +35,11 @@ def test_an_uneven_vocabulary_is_split_when_memory_forbids_replicating_it():
     assert layout.parts((2, 4)) >= 4
     assert plan.memory.total_bytes <= 700e6
     assert plan.solver.gap < 0.1
-    held = {s.name: c for s, c in zip(planned.space.sites, planned.choices, strict=True)}
-    site = next(s for s in planned.space.sites if s.node.name == "embedding" and s.kind == "op")
-    used = site.candidates[held["embedding"]].inputs[0]
+    held = {s.name: c for s, c in zip(planned.space.decisions, planned.choices, strict=True)}
+    decision = next(
+        s for s in planned.space.decisions if s.node.name == "embedding" and s.kind == "op"
+    )
+    used = decision.candidates[held["embedding"]].inputs[0]
     assert used.parts((2, 4)) > 1, "the lookup gathers the whole table"
 
 
@@ -76,9 +78,9 @@ def test_the_solver_lands_on_the_known_plans(width, batch, split):
     with torch.device("meta"):
         model = Wide(width)
     planned = autoplan(model, (torch.zeros(batch, width),), cluster=ClusterInfo.of("8", "A100-80G"))
-    chosen = {s.name: c for s, c in zip(planned.space.sites, planned.choices, strict=True)}
+    chosen = {s.name: c for s, c in zip(planned.space.decisions, planned.choices, strict=True)}
     names = {
-        s.name: s.candidates[chosen[s.name]].name for s in planned.space.sites if s.kind == "op"
+        s.name: s.candidates[chosen[s.name]].name for s in planned.space.decisions if s.kind == "op"
     }
     assert names["linear"] == ("n" if split else "b1")
     assert names["linear_1"] == ("k" if split else "b1")
@@ -142,8 +144,10 @@ def test_lowerings_pay_for_what_they_communicate_and_copy():
     image = torch.zeros(4, 8, 32, 32, device="meta")
     space = autoplan(model, (image,), cluster=ClusterInfo.of("2", "A100-80G")).space
     for target, batch, inner in (("conv2d", "n", "s0"), ("layer_norm", "b2", "h0")):
-        site = next(s for s in space.sites if target in str(s.node.target) and s.kind == "op")
-        times = dict(zip([c.name for c in site.candidates], site.time_us, strict=True))
+        decision = next(
+            s for s in space.decisions if target in str(s.node.target) and s.kind == "op"
+        )
+        times = dict(zip([c.name for c in decision.candidates], decision.time_us, strict=True))
         assert times[inner] > times[batch] + 2 * 1e6 * space.cluster.links[0].alpha
 
 
@@ -161,11 +165,11 @@ def test_nobody_pays_for_the_wait_for_a_sum_that_is_only_returned():
     def sum_us(after: nn.Module) -> tuple[float, ClusterInfo]:
         model = nn.Sequential(nn.Linear(8, 8), Mean(), after)
         space = autoplan(model, (torch.zeros(16, 8),), cluster=ClusterInfo.of("2")).space
-        link = next(k for k in space.links if space.sites[k.source].node.name == "mean")
-        made, wanted = (space.sites[i].candidates for i in (link.source, link.target))
+        link = next(k for k in space.edges if space.decisions[k.source].node.name == "mean")
+        made, wanted = (space.decisions[i].candidates for i in (link.source, link.target))
         given = next(i for i, c in enumerate(made) if c.outputs[0].partial)
         want = next(i for i, c in enumerate(wanted) if c.inputs[0].is_replicated)
-        return float(space.link_costs(link).forward_us[given, want]), space.cluster
+        return float(space.edge_costs(link).forward_us[given, want]), space.cluster
 
     launched, cluster = sum_us(nn.Identity())
     assert launched == cluster.device.launch_us

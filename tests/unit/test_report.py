@@ -10,12 +10,12 @@ import torch
 from autopar.cluster.cluster import ClusterInfo
 from autopar.plan import Baseline, ShardingPlan
 from autopar.planner import describe as words
-from autopar.planner.baselines import expert_plans
+from autopar.planner.baselines import baseline_plans
 from autopar.planner.planner import Planned, autoplan, make_plan
 from autopar.report.html import render_html
 from autopar.report.text import render
 from autopar.units import bytes_text, count_text, time_text
-from tests.unit.test_experts import Classifier, by_name
+from tests.unit.test_baselines import Classifier, by_name
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,13 @@ def found() -> Planned:
 
 @pytest.fixture(scope="module")
 def plan(found) -> ShardingPlan:
-    experts = expert_plans(found.space)
+    experts = baseline_plans(found.space)
     baselines = tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts)
     return replace(found.plan, baselines=baselines)
 
 
 def said(found: Planned, prefix: str) -> dict[str, str]:
-    expert = by_name(expert_plans(found.space), prefix)
+    expert = by_name(baseline_plans(found.space), prefix)
     return {m.name: m.words for m in words.describe(found.space, expert.choices)}
 
 
@@ -72,9 +72,9 @@ def test_words_of_a_language_model():
     def split(module: str, strategy: str) -> str:
         """What is said when the module's operators take this strategy where they have it."""
         choices = []
-        for site in lm.space.sites:
-            names = [c.name for c in site.candidates]
-            mine = site.kind == "op" and lm.graph.info(site.node).module == module
+        for decision in lm.space.decisions:
+            names = [c.name for c in decision.candidates]
+            mine = decision.kind == "op" and lm.graph.info(decision.node).module == module
             choices.append(names.index(strategy) if mine and strategy in names else 0)
         return {m.name: m.words for m in words.describe(lm.space, choices)}[module]
 
@@ -93,10 +93,10 @@ def test_modules_add_up_for_any_plan(found):
     for seed in range(5):
         choices = found.space.random_choices(np.random.default_rng(seed))
         any_plan = make_plan(found.space, choices, "Classifier")
-        sites = list(zip(found.space.sites, choices, strict=True))
-        moved = [found.space.conversion_costs(link, choices) for link in found.space.links]
-        time_us = sum(s.time_us[c] for s, c in sites) + sum(us for us, _ in moved)
-        nbytes = sum(s.memory_bytes[c] for s, c in sites) + sum(b for _, b in moved)
+        decisions = list(zip(found.space.decisions, choices, strict=True))
+        moved = [found.space.conversion_costs(link, choices) for link in found.space.edges]
+        time_us = sum(s.time_us[c] for s, c in decisions) + sum(us for us, _ in moved)
+        nbytes = sum(s.memory_bytes[c] for s, c in decisions) + sum(b for _, b in moved)
         assert sum(m.time_us for m in any_plan.modules) == pytest.approx(time_us)
         assert sum(m.memory_bytes for m in any_plan.modules) == pytest.approx(nbytes)
         parameters = sum(m.parameters for m in any_plan.modules)

@@ -7,7 +7,7 @@ from torch import nn
 
 from autopar import ClusterInfo, autoplan
 from autopar.planner.repeats import ends_apart, interleaved, places
-from autopar.solver import Edge, Problem, Row, solve
+from autopar.solver import PairCost, Problem, Row, solve
 from autopar.solver.reductions import Shared
 
 
@@ -38,7 +38,7 @@ def test_places_are_the_numbers_that_differ():
 
     space = autoplan(Model(), (torch.zeros(8, 8),), cluster=ClusterInfo.of("2")).space
     _, classes = space.problem()
-    found = {s.name: p for s, p in zip(space.sites, places(space, classes), strict=True)}
+    found = {s.name: p for s, p in zip(space.decisions, places(space, classes), strict=True)}
     assert found["linear_2"] == ("stages.0.", 2)
     assert found["p_stages_0_3_0_weight"] == ("stages.0.", 3)
     assert found["sum_1"] is None
@@ -50,7 +50,7 @@ def chain(seed, copies):
     time, memory = rng.integers(0, 50, 3).astype(float), rng.integers(0, 50, 3).astype(float)
     table = rng.integers(0, 20, (3, 3)).astype(float)
     row = Row("memory", float(memory.mean() * copies), dict.fromkeys(range(copies), memory))
-    edges = tuple(Edge(v, v + 1, table) for v in range(copies - 1))
+    edges = tuple(PairCost(v, v + 1, table) for v in range(copies - 1))
     return Problem((time,) * copies, edges, (row,)), [0] * copies
 
 

@@ -50,11 +50,13 @@ class Rank:
         self.optimizer = OPTIMIZERS[optimizer](list(self.shards.values()))
         self.losses: list[float] = []
         self.grads: list[dict[str, torch.Tensor]] = []
-        regather = [i for i, n in enumerate(graph.parameters.values()) if n in plan.regather]
+        reshard_after_forward = [
+            i for i, n in enumerate(graph.parameters.values()) if n in plan.reshard_after_forward
+        ]
         self.run = self.program.gm
         if lowered:
             self.run = lower(
-                self.program.gm, self.arguments(0), regather=regather,
+                self.program.gm, self.arguments(0), reshard_after_forward=reshard_after_forward,
                 cluster=eager_to_shard("2x2x2", overlaps=True),
             )  # fmt: skip
 

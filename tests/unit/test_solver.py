@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from autopar.errors import InfeasibleError
-from autopar.solver import Edge, Problem, Row, solve
+from autopar.solver import PairCost, Problem, Row, solve
 from autopar.solver.contraction import Contraction
 from autopar.solver.dual import Pool, Region
 from autopar.solver.ilp import solve_ilp
@@ -35,7 +35,7 @@ def random_problem(seed: int, *, nodes: int = 5, budget: float = np.inf, late: i
             cost = rng.integers(0, 50, (sizes[a], sizes[b])).astype(float)
             if rng.random() < 0.5:
                 edge_memory[len(edges)] = rng.integers(0, 20, cost.shape).astype(float)
-            edges.append(Edge(a, b, cost))
+            edges.append(PairCost(a, b, cost))
     rows = [
         Row(
             f"late {i}",
@@ -366,7 +366,7 @@ def test_sharing_equals_the_restricted_problem(seed):
     )  # fmt: skip
     problem = Problem(
         tuple(rng.integers(0, 50, n).astype(float) for n in sizes),
-        tuple(Edge(a, b, t) for (a, b), t in zip(ends, tables(ends), strict=True)),
+        tuple(PairCost(a, b, t) for (a, b), t in zip(ends, tables(ends), strict=True)),
         (row,),
     )
     shared = Shared(problem, [7, 7, 8, 7])

@@ -28,7 +28,7 @@ def trained(name: str, distributed: bool, steps: int = 3) -> tuple:
     run = auto_engine(model, optimizer, "1")[0] if distributed else model
     seen = []
     if distributed:
-        run.prepare(**case.batch(0))
+        run.plan_for(**case.batch(0))
         optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["params"][0]))
     for step in range(steps):
         optimizer.zero_grad()

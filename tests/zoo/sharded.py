@@ -116,14 +116,14 @@ def plans_of(captured: Captured, mesh: str, *, random: int, time_limit: float = 
     for seed in range(random):
         choices = every.random_choices(np.random.default_rng(seed))
         plans.append(make_plan(every, choices, name))
-    ops = [site for site in space.sites if site.kind == "op"]
+    ops = [decision for decision in space.decisions if decision.kind == "op"]
     # the first strategy of every operator is full replication
-    whole = {site.node: float(site.parts["compute_us"][0]) for site in ops}
+    whole = {decision.node: float(decision.parts["compute_us"][0]) for decision in ops}
     unruled = sum(whole[node] for node in space.unruled)
     split = any(
-        site.candidates[choice].strategy.splits
-        for site, choice in zip(space.sites, planned.choices, strict=True)
-        if site.kind == "op" and site.candidates[choice].strategy is not None
+        decision.candidates[choice].strategy.splits
+        for decision, choice in zip(space.decisions, planned.choices, strict=True)
+        if decision.kind == "op" and decision.candidates[choice].strategy is not None
     )
     return Sharded(tuple(plans), unruled / max(sum(whole.values()), 1e-30), split)
 

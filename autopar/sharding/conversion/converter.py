@@ -30,7 +30,7 @@ from math import prod
 import numpy as np
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.cluster.link import MEMBER_BYTES
+from autopar.cluster.link import BUCKET_MEMBER_BYTES
 from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.sharding.conversion.baselines import axis_by_axis, greedy
 from autopar.sharding.conversion.graph import KINDS, Edges, SpecGraph, spec_graph
@@ -77,7 +77,7 @@ class LayoutConverter:
         message_bytes: of a message that small weights share.
     """
 
-    def __init__(self, cluster: ClusterInfo, message_bytes: float = MEMBER_BYTES) -> None:
+    def __init__(self, cluster: ClusterInfo, message_bytes: float = BUCKET_MEMBER_BYTES) -> None:
         self.cluster, self.message_bytes = cluster, message_bytes
         self.mesh = cluster.mesh
         self.axes = tuple(axis for axis, size in enumerate(self.mesh) if size > 1)
@@ -302,13 +302,15 @@ def _read(graph: SpecGraph, edges: Edges, i: int) -> Step:
     )
 
 
-def converter_for(cluster: ClusterInfo, small_bytes: float = MEMBER_BYTES) -> LayoutConverter:
+def converter_for(
+    cluster: ClusterInfo, small_bytes: float = BUCKET_MEMBER_BYTES
+) -> LayoutConverter:
     """The converter of a cluster, shared by all that ask for an equal one.
 
     Args:
         small_bytes: of all weights that share messages; no message is larger.
     """
-    message = min(float(MEMBER_BYTES), small_bytes) or float(MEMBER_BYTES)
+    message = min(float(BUCKET_MEMBER_BYTES), small_bytes) or float(BUCKET_MEMBER_BYTES)
     key = f"{message} {cluster.to_dict()!r}"
     if key not in _CONVERTERS:
         _CONVERTERS[key] = LayoutConverter(cluster, message)

@@ -180,7 +180,7 @@ def plan_of(one: OneOp, mesh: Mesh, strategy: Strategy) -> ShardingPlan:
         cluster=_cluster(mesh),
         choices=choices,
         parameters={},
-        regather=(),
+        reshard_after_forward=(),
         time=TimeEstimate(0, 0, 0),
         memory=MemoryEstimate(0, 0, 0, 0, 0, 0),
         solver=SolverRecord("", 0, 0, 0),

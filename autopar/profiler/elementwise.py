@@ -1,6 +1,6 @@
 """What makes the elements of a kernel dearer than moving them, found without knowing the operator.
 
-The kernel is taken apart into PyTorch's primitive operators, of which few are dear: elementary
+The kernel is taken apart into PyTorch's primitive operators, of which few are expensive: elementary
 functions, random draws, reductions, look-ups. All other arithmetic hides behind memory. How the
 operands lie in memory tells the rest: reads against the grain, and loops without vector
 instructions.
@@ -40,10 +40,10 @@ _FOLD = 16
 REDUCTIONS = frozenset(f"prims::{name}" for name in ("sum", "prod", "amax", "amin", "var"))
 
 
-def dear_elements(
+def expensive_elements(
     func: Any, args: Any, kwargs: Any, results: Sequence[torch.Tensor]
 ) -> dict[str, int]:
-    """Elements by what makes them dear, with the keys of `Device.extra_ns`.
+    """Elements by what makes them expensive, with the keys of `Device.extra_ns`.
 
     Args:
         func: the operator, with its arguments as they were dispatched.
@@ -83,7 +83,7 @@ _PER_ELEMENT: dict[str, dict[str, float]] = {}
 
 
 def _taken_apart(func: Any, args: Any, kwargs: Any) -> dict[str, int]:
-    """How many elements are dear, by what makes them so."""
+    """How many elements are expensive, by what makes them so."""
     leaves = _Leaves()
     args, kwargs = pytree.tree_map_only(torch.Tensor, _on_meta, (args, kwargs))
     meta = torch.device("meta")
@@ -103,7 +103,7 @@ def _on_meta(t: torch.Tensor) -> torch.Tensor:
 
 
 class _Leaves(TorchDispatchMode):
-    """Takes operators apart into primitive ones, and counts the elements of the dear ones."""
+    """Takes operators apart into primitive ones, and counts the elements of the expensive ones."""
 
     def __init__(self) -> None:
         super().__init__()

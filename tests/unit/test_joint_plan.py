@@ -11,9 +11,9 @@ from autopar import ClusterInfo, ShardingPlan
 from autopar.cluster.cluster import Link
 from autopar.errors import InfeasibleError
 from autopar.planner.estimate import estimate_memory
-from autopar.planner.joint import plan_pair
+from autopar.planner.joint import plan_jointly
 from autopar.planner.pareto import with_budget
-from autopar.planner.planner import Laid, prepare
+from autopar.planner.planner import PlanningProblem, build_problem
 from autopar.report.html import render_html
 from autopar.report.text import render
 from autopar.schedule.simulate import peak_bytes
@@ -21,48 +21,48 @@ from tests.models import CASES
 
 
 @pytest.fixture(scope="module")
-def laid() -> Laid:
+def problem() -> PlanningProblem:
     """An MLP on two devices whose link is neither free nor forbidding."""
     cluster = ClusterInfo.of("2", "cpu")
     device = replace(cluster.device, peak_flops={"float32": 1e9}, bandwidth=1e8, launch_us=0.1)
     links = (Link(1e-6, 1 / 1e8),)
     torch.manual_seed(0)
-    return prepare(
+    return build_problem(
         CASES["mlp"].build(), (), CASES["mlp"].batch(0),
         cluster=replace(cluster, device=device, links=links),
     )  # fmt: skip
 
 
-def within(laid: Laid, budget: float) -> Laid:
-    return replace(laid, space=with_budget(laid.space, budget))
+def within(problem: PlanningProblem, budget: float) -> PlanningProblem:
+    return replace(problem, space=with_budget(problem.space, budget))
 
 
-def test_where_memory_does_not_bind_nothing_is_scheduled(laid):
-    pair = plan_pair(within(laid, 2.0**40))
+def test_where_memory_does_not_bind_nothing_is_scheduled(problem):
+    pair = plan_jointly(within(problem, 2.0**40))
     assert pair.memory is None and pair.planned.plan.step is None
-    assert pair.planned.plan.choices == laid.planned(laid.decide()).plan.choices
+    assert pair.planned.plan.choices == problem.planned(problem.decide()).plan.choices
 
 
-def test_the_pair_is_no_slower_than_sharding_first_and_fits(laid):
-    free = laid.decide(with_budget(laid.space, 2.0**40))
-    needed = estimate_memory(laid.space, free.choices).total_bytes
+def test_the_pair_is_no_slower_than_sharding_first_and_fits(problem):
+    free = problem.decide(with_budget(problem.space, 2.0**40))
+    needed = estimate_memory(problem.space, free.choices).total_bytes
     with pytest.raises(InfeasibleError, match=r"parameters take .* Give ") as error:
-        plan_pair(within(laid, 1000.0))
+        plan_jointly(within(problem, 1000.0))
     smallest = error.value.smallest_bytes
     assert smallest < needed
     for budget in (smallest, (smallest + needed) / 2):
-        pair = plan_pair(within(laid, budget))
+        pair = plan_jointly(within(problem, budget))
         first, best = pair.tried[0], min(t.step_us for t in pair.tried if t.added_us >= 0)
         assert math.isinf(first.limit_bytes) and best <= first.step_us
         plan = pair.planned.plan
         assert plan.time.step_us == pytest.approx(best)
         assert plan.memory.total_bytes <= budget
         assert plan.step.peak_bytes == peak_bytes(pair.step.program, pair.memory.schedule)
-        assert not plan.regather
+        assert not plan.reshard_after_forward
 
 
-def test_a_plan_with_its_step_is_json_and_a_page(laid):
-    plan = plan_pair(within(laid, 2.0**40), always=True).planned.plan
+def test_a_plan_with_its_step_is_json_and_a_page(problem):
+    plan = plan_jointly(within(problem, 2.0**40), always=True).planned.plan
     assert ShardingPlan.from_json(plan.to_json()) == replace(plan, mesh=plan.mesh)
     assert json.loads(plan.to_json())["plan"]["step"]["added_us"] == 0
     assert "From forward to backward" in render(plan)

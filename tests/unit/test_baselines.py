@@ -9,7 +9,7 @@ from torch import nn
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.ir.spec import ShardingSpec
-from autopar.planner.baselines import ExpertPlan, expert_plans
+from autopar.planner.baselines import BaselinePlan, baseline_plans
 from autopar.planner.planner import Planned, autoplan
 
 
@@ -54,26 +54,26 @@ def planned(mesh: str, *, width: int, batch: int, memory: str | None = None) -> 
     return autoplan(model, (), inputs, cluster=cluster, memory=memory)
 
 
-def by_name(plans: list[ExpertPlan], prefix: str) -> ExpertPlan:
+def by_name(plans: list[BaselinePlan], prefix: str) -> BaselinePlan:
     return next(p for p in plans if p.name.startswith(prefix))
 
 
-def stored(found: Planned, expert: ExpertPlan) -> dict[str, ShardingSpec]:
+def stored(found: Planned, expert: BaselinePlan) -> dict[str, ShardingSpec]:
     return {
-        found.graph.parameters[str(site.node.target)]: site.candidates[c].outputs[0]
-        for site, c in zip(found.space.sites, expert.choices, strict=True)
-        if site.kind == "parameter"
+        found.graph.parameters[str(decision.node.target)]: decision.candidates[c].outputs[0]
+        for decision, c in zip(found.space.decisions, expert.choices, strict=True)
+        if decision.kind == "parameter"
     }
 
 
-def consumed(found: Planned, expert: ExpertPlan) -> dict[str, ShardingSpec]:
+def consumed(found: Planned, expert: BaselinePlan) -> dict[str, ShardingSpec]:
     """Layout in which each linear uses its weight."""
     specs = {}
-    for site, c in zip(found.space.sites, expert.choices, strict=True):
-        if site.kind == "op" and str(site.node.target) == "aten.linear.default":
-            spec = site.candidates[c].inputs[1]
+    for decision, c in zip(found.space.decisions, expert.choices, strict=True):
+        if decision.kind == "op" and str(decision.node.target) == "aten.linear.default":
+            spec = decision.candidates[c].inputs[1]
             assert spec is not None
-            specs[found.graph.info(site.node).module + ".weight"] = spec
+            specs[found.graph.info(decision.node).module + ".weight"] = spec
     return specs
 
 
@@ -81,7 +81,7 @@ def consumed(found: Planned, expert: ExpertPlan) -> dict[str, ShardingSpec]:
 @pytest.mark.parametrize(("width", "batch"), [(1024, 64), (1024, 4096), (64, 512)])
 def test_the_solver_is_never_slower_than_an_expert(mesh, width, batch):
     found = planned(mesh, width=width, batch=batch)
-    experts = expert_plans(found.space)
+    experts = baseline_plans(found.space)
     assert len(experts) == (3 if mesh == "4" else 4)
     assert len({e.time.step_us for e in experts}) > 1
     for expert in experts:
@@ -94,7 +94,7 @@ def test_the_solver_is_never_slower_than_an_expert(mesh, width, batch):
 
 def test_data_parallelism_stores_and_uses_whole_weights():
     found = planned("2x2", width=512, batch=256)
-    experts = expert_plans(found.space)
+    experts = baseline_plans(found.space)
     ddp, fsdp = by_name(experts, "DDP"), by_name(experts, "FSDP")
     assert all(spec.is_replicated for spec in stored(found, ddp).values())
     for expert in (ddp, fsdp):
@@ -106,27 +106,27 @@ def test_data_parallelism_stores_and_uses_whole_weights():
     for kind in ("parameters_bytes", "gradients_bytes", "optimizer_bytes"):
         ratio = getattr(ddp.memory, kind) / getattr(fsdp.memory, kind)
         assert ratio == pytest.approx(4, rel=0.01)
-    regather = {c.regather for c in chosen(found, fsdp, "parameter")}
-    assert regather == {True}
+    reshard_after_forward = {c.reshard_after_forward for c in chosen(found, fsdp, "parameter")}
+    assert reshard_after_forward == {True}
 
 
-def ddp_alone(found: Planned) -> ExpertPlan:
+def ddp_alone(found: Planned) -> BaselinePlan:
     """The same model on one device, as the only plan there is."""
     from autopar.planner.estimate import estimate_memory, estimate_time
 
-    first = tuple(0 for _ in found.space.sites)  # full replication comes first
+    first = tuple(0 for _ in found.space.decisions)  # full replication comes first
     time = estimate_time(found.space, first)
-    return ExpertPlan("one", first, time, estimate_memory(found.space, first), True)
+    return BaselinePlan("one", first, time, estimate_memory(found.space, first), True)
 
 
-def chosen(found: Planned, expert: ExpertPlan, kind: str) -> list:
-    pairs = zip(found.space.sites, expert.choices, strict=True)
-    return [site.candidates[c] for site, c in pairs if site.kind == kind]
+def chosen(found: Planned, expert: BaselinePlan, kind: str) -> list:
+    pairs = zip(found.space.decisions, expert.choices, strict=True)
+    return [decision.candidates[c] for decision, c in pairs if decision.kind == kind]
 
 
 def test_megatron_pairs_column_with_row_on_the_last_axis():
     found = planned("2x2", width=1024, batch=1024)
-    experts = expert_plans(found.space)
+    experts = baseline_plans(found.space)
     plain, sharded = by_name(experts, "Megatron TP, data"), by_name(experts, "Megatron TP, FSDP")
     for expert in (plain, sharded):
         used = consumed(found, expert)
@@ -145,20 +145,20 @@ def test_an_operator_without_a_rule_costs_an_objection_not_the_expert():
     cluster = ClusterInfo.of("4", "A100-40G")
     found = autoplan(model, (torch.zeros(2048, 512),), cluster=cluster)
     assert "aten.renorm.default" in " ".join(found.plan.unruled)
-    for expert in expert_plans(found.space):
+    for expert in baseline_plans(found.space):
         assert expert.time.step_us < 1e6
         assert math.isfinite(expert.time.step_us)
-    ddp = by_name(expert_plans(found.space), "DDP")
+    ddp = by_name(baseline_plans(found.space), "DDP")
     assert {str(s) for s in consumed(found, ddp).values()} == {"RRV0"}
 
 
 def test_a_budget_that_an_expert_exceeds_is_reported():
     found = planned("4", width=1024, batch=64, memory="150MiB")
-    fits = {e.name: e.fits for e in expert_plans(found.space)}
+    fits = {e.name: e.fits for e in baseline_plans(found.space)}
     assert fits["DDP"] is False
     assert fits["FSDP (ZeRO-3)"] is True
     assert found.plan.memory.total_bytes <= 150 * 2**20
 
 
 def test_one_device_has_no_experts():
-    assert expert_plans(planned("1", width=64, batch=8).space) == []
+    assert baseline_plans(planned("1", width=64, batch=8).space) == []

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.cluster.link import LATE_BYTES
+from autopar.cluster.link import ASYNC_SUM_BYTES
 from autopar.comm.cost import communicates
 from autopar.comm.groups import joined
 from autopar.ir.randomness import draws
@@ -77,7 +77,10 @@ def _is_small_sum(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.target is not _OPS.all_reduce.default:
         return False
     value = node.meta["val"]
-    return value.dtype is not torch.bool and 0 < value.numel() * value.element_size() <= LATE_BYTES
+    return (
+        value.dtype is not torch.bool
+        and 0 < value.numel() * value.element_size() <= ASYNC_SUM_BYTES
+    )
 
 
 def _over_all(node: fx.Node) -> tuple[Any, str]:
