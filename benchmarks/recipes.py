@@ -4,7 +4,8 @@ Nodes have eight H100 with NVLink, and InfiniBand between them (`autopar devices
 expert's plan in the same space (`autopar/planner/baselines.py`): its degrees of data and tensor
 parallelism are the mesh, its sharding of the optimizer and the parameters the expert. Megatron's
 GPT-3 175B trains with 8-way tensor parallelism (Narayanan et al. 2021, Korthikanti et al. 2022);
-torchtitan's Llama 3 8B with FSDP alone, 70B and 405B with FSDP and 8-way tensor parallelism (Liang et al. 2024).
+torchtitan's Llama 3 8B with FSDP alone, 70B and 405B with FSDP and 8-way tensor parallelism (Liang
+et al. 2024).
 
 GPT-3 is built as OPT-175B, which has its dimensions, and projections that heads can split.
 Pipeline stages and recomputation are left out: what is compared is data and tensor parallelism.

@@ -1,8 +1,8 @@
 """Whether a change of the code changed any result: plans, predicted times and memory, and losses.
 
-`--save FILE` records them; `--against FILE` compares with a record of another commit and lists every
-value that differs. Floats are recorded to the bit. What depends on a transport is left out: losses
-are those of one process, and of ranks that are threads of one process.
+`--save FILE` records them; `--against FILE` compares with a record of another commit and lists
+every value that differs. Floats are recorded to the bit. What depends on a transport is left out:
+losses are those of one process, and of ranks that are threads of one process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.zoo import hf, sharded, timm_rows
 PLANS = (
     ("GPT-2", 12, "2x4", None),
     ("GPT-2", 12, "8", None),
-    ("GPT-2", 4, "2x2", "400MiB"),
+    ("GPT-2", 4, "2x2", "520MiB"),
     ("Llama-3-8B", 4, "2x2x2", None),
     ("ResNet-152", None, "2x4", None),
     ("Mixtral-8x7B", 2, "4x2", None),
@@ -48,7 +48,7 @@ def _hex(value: Any) -> Any:
 
 
 def _plan_record(plan: ShardingPlan) -> dict[str, Any]:
-    """What does not depend on names of our own: layouts of operators and parameters, predictions."""
+    """Layouts and predictions, without names that a change may rename."""
     layouts = sorted((k, v) for k, v in plan.layouts.items() if "#" not in k)
     return {
         "graph": plan.fingerprint,
@@ -103,7 +103,6 @@ def simulated_records() -> Iterator[tuple[str, Any]]:
         yield f"{family.name}, mesh 2x2", _plan_record(plan)
         if captured.graph.random:
             continue
-        worst, _ = sharded.worst_difference(captured, plan)
         groups = sharded.thread_groups(plan.mesh, timeout=sharded.RANK_TIMEOUT_S)
         try:
             ranks = [sharded._Rank(captured, plan, c, names) for c, names in groups.items()]

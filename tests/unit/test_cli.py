@@ -119,7 +119,7 @@ def test_front_and_mesh_search(tmp_path, tiny):
     found = ShardingPlan.load(plan)
     assert {m.mesh for m in found.meshes} == {(4,), (2, 2)}
     assert found.mesh in {(4,), (2, 2)}
-    assert len(found.front) > 2
+    assert len(found.pareto_front) > 2
     assert result.stdout == render(found)
     assert "Time and memory" in result.stdout and "Meshes" in result.stdout
     assert "Time against memory" in page.read_text()

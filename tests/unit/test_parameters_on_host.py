@@ -140,7 +140,7 @@ def test_the_report_names_them():
     names = found.memory.parameters_on_host
     assert "head.weight" in names
     assert all(name in table.note and name in str(found.memory) for name in names)
-    moments = {m.name: m for m in found.memory.timeline.moments}
+    moments = {m.name: m for m in found.memory.timeline.events}
     assert moments["head.weight gone"].start_us < moments["head.weight back"].start_us
     assert moments["head.weight to the host"].module == "head"
 
