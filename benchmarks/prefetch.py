@@ -5,9 +5,9 @@ three quarters of what the step would make with everything kept, on two and on f
 host. Both schedules run in the same processes in turns; a step's time is that of the slowest rank.
 
 Links between processes of one machine are memory, and moving it takes the same cores as compute.
-So beside "loopback", which is that, a network is emulated: what is sent is there at the earliest
-when a link of so many bytes/s would have it there, one message after another, and processes sleep
-until then. Devices are described as one core of a CPU, but with collectives beside compute.
+So beside "loopback", which is that, a network is emulated: a collective is done at the earliest
+a link of so many bytes/s has carried its messages, one after another, and processes sleep until
+then. Devices are described as one core of a CPU, but with collectives beside compute.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -37,37 +37,91 @@ _SHARE = 0.75
 
 @contextmanager
 def network(bytes_per_s: float | None) -> Iterator[None]:
-    """Messages take their time on a link, of which every rank has one. Engines made meanwhile send
-    messages, and share no memory."""
-    from autopar.runtime.direct import DirectGroup
+    """Collectives take their time on a link, of which every rank has one: engines made meanwhile
+    use process groups that delay torch's."""
+    from torch._C._distributed_c10d import _register_process_group, _resolve_process_group
 
-    from autopar.comm.groups import forget_groups
+    from autopar.comm import groups, world
 
     if bytes_per_s is None:
         yield
         return
-    send = DirectGroup._send
-    free = 0.0
+    process_groups, registered = world.process_groups, []
 
-    def timed(self: Any, parts: Any, receive: Any, tag: int) -> tuple[Any, Callable[[], None]]:
-        nonlocal free
-        got, wait = send(self, parts, receive, tag)
-        nbytes = sum(x.nbytes for k, x in enumerate(parts) if k != self.index)
-        due = free = max(free, time.perf_counter()) + ALPHA_S + nbytes / bytes_per_s
+    def delayed(mesh: Any) -> tuple[str, ...]:
+        names = process_groups(mesh)
+        link = Link(bytes_per_s)
+        for name in names:
+            registered.append(delayed_group(_resolve_process_group(name), link))
+            _register_process_group(f"delayed/{name}", registered[-1])
+        coords = tuple(mesh.get_coordinate())
+        slow = [f"delayed/{name}" for name in names]
+        return groups.register_mesh(tuple(mesh.shape), coords, slow, "delayed/all")
 
-        def until() -> None:
-            wait()
-            time.sleep(max(0.0, due - time.perf_counter()))
-
-        return got, until
-
-    forget_groups()
-    with (
-        mock.patch.object(DirectGroup, "_send", timed),
-        mock.patch.dict(os.environ, AUTOPAR_SHARED_MEMORY="0"),
-    ):
+    with mock.patch.object(world, "process_groups", delayed):
         yield
-    forget_groups()
+
+
+class Link:
+    """A link of a rank: one message after another takes its time."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s, self.free = bytes_per_s, 0.0
+
+    def send(self, nbytes: float) -> float:
+        """When a message of so many bytes that is sent now has arrived."""
+        start = max(self.free, time.perf_counter())
+        self.free = start + ALPHA_S + nbytes / self.bytes_per_s
+        return self.free
+
+
+def delayed_group(group: Any, link: Link) -> Any:
+    """A process group whose collectives are done at the earliest when a link has carried them."""
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import Work
+
+    share = (group.size() - 1) / group.size()
+
+    class DelayedWork(Work):
+        def __init__(self, work: Any, due: float) -> None:
+            super().__init__()
+            self.work, self.due = work, due
+
+        def wait(self, timeout: Any = None) -> bool:
+            self.work.wait()
+            time.sleep(max(0.0, self.due - time.perf_counter()))
+            return True
+
+    class Delayed(dist.ProcessGroup):
+        def __init__(self) -> None:
+            super().__init__(group.rank(), group.size())
+
+        def getBackendName(self) -> str:
+            return "delayed"
+
+        def allreduce(self, tensors: Any, opts: Any = None) -> Any:
+            due = link.send(2 * share * sum(x.nbytes for x in tensors))
+            return DelayedWork(group.allreduce(tensors, opts), due)
+
+        def allgather_into_tensor_coalesced(
+            self, outputs: Any, inputs: Any, opts: Any = None
+        ) -> Any:
+            due = link.send(share * sum(x.nbytes for x in outputs))
+            return DelayedWork(group.allgather_into_tensor_coalesced(outputs, inputs), due)
+
+        def reduce_scatter_tensor_coalesced(
+            self, outputs: Any, inputs: Any, opts: Any = None
+        ) -> Any:
+            due = link.send(share * sum(x.nbytes for x in inputs))
+            return DelayedWork(group.reduce_scatter_tensor_coalesced(outputs, inputs), due)
+
+        def alltoall_base(
+            self, output: Any, x: Any, sizes: Any, split: Any, opts: Any = None
+        ) -> Any:
+            due = link.send(share * x.nbytes)
+            return DelayedWork(group.alltoall_base(output, x, sizes, split), due)
+
+    return Delayed()
 
 
 def rank(name: str, mesh: str, rounds: str) -> None:
@@ -76,7 +130,7 @@ def rank(name: str, mesh: str, rounds: str) -> None:
     import torch.distributed as dist
 
     from autopar import ClusterInfo, auto_engine
-    from autopar.cluster.cluster import Link
+    from autopar.cluster.cluster import Link as NetworkLink
     from autopar.planner.baselines import baseline_plans
     from autopar.planner.planner import build_problem, make_plan
     from autopar.runtime.memory import training_state_bytes
@@ -87,7 +141,7 @@ def rank(name: str, mesh: str, rounds: str) -> None:
     for link, bytes_per_s in LINKS.items():
         cluster = ClusterInfo.of(mesh)
         if bytes_per_s is not None:
-            links = tuple(Link(ALPHA_S, 1 / bytes_per_s) for _ in cluster.mesh)
+            links = tuple(NetworkLink(ALPHA_S, 1 / bytes_per_s) for _ in cluster.mesh)
             cluster = replace(cluster, links=links)
         model, batch = build(name)
         problem = build_problem(model, (), batch, cluster=cluster)

@@ -44,11 +44,13 @@ from torch.utils.checkpoint import (
 from autopar import ClusterInfo, autoplan
 from autopar.comm.groups import planning_groups
 from autopar.passes.apply_sharding import apply_sharding
+from autopar.passes.lower import TracedStep, lower, trace_step
+from autopar.passes.pipeline import LowerOptions
 from autopar.runtime.live_trace import LiveTrace, StepFlops
-from autopar.runtime.lower import boxed, lower
+from autopar.runtime.program import bind, boxed
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import Front, Point
-from autopar.schedule.program import Program, Schedule
+from autopar.schedule.program import Schedule
 from benchmarks import common
 from benchmarks.common import Row, console
 
@@ -231,8 +233,8 @@ def checkpointed(model: nn.Module, case: Case, group: int, every: int = 1, **opt
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    dear = getattr(op, "_opname", "") in _SAVED
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+    saved = getattr(op, "_opname", "") in _SAVED
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def by_hand(model: nn.Module, case: Case) -> list[tuple[str, nn.Module]]:
@@ -267,16 +269,22 @@ class Captured:
         ]
         self.loss = len(graph.mutations)
 
-    def scheduled(self, choose: Callable[[Program], Schedule]) -> Callable[[], torch.Tensor]:
+    def traced(self) -> TracedStep:
+        """The step, for schedules to be made of."""
+        return trace_step(self.gm, self.arguments, LowerOptions(scheduled=True))
+
+    def scheduled(self, schedule: Schedule) -> Callable[[], torch.Tensor]:
         """The step with a schedule of autopar's."""
-        step = lower(self.gm, self.arguments, choose=choose)
+        step = bind(lower(self.traced(), schedule))
         return lambda: step(*self.arguments)[self.loss]
 
     def partitioned(self, budget: float) -> Callable[[], torch.Tensor]:
         """The step as torch's partitioner splits it."""
 
         def compiled(gm: torch.fx.GraphModule, _: Any) -> Any:
-            return boxed(gm)
+            call = boxed(gm)
+            call._boxed_call = True  # type: ignore[attr-defined]
+            return call
 
         function = aot_function(
             self.gm, fw_compiler=compiled, bw_compiler=compiled,
@@ -327,7 +335,7 @@ def compare(case: Case, torch_budgets: Sequence[float]) -> tuple[list[Line], lis
         if point is None:
             continue
         if point.schedule not in measured:
-            found = measure(captured.scheduled(partial(_given, point.schedule)), parameters)
+            found = measure(captured.scheduled(point.schedule), parameters)
             predicted = point.peak_bytes / eager.peak_bytes
             measured[point.schedule] = add(f"autopar, budget {share:.3f}", found, predicted)
         line = measured[point.schedule]
@@ -343,26 +351,14 @@ def compare(case: Case, torch_budgets: Sequence[float]) -> tuple[list[Line], lis
     return lines, rows
 
 
-def _given(schedule: Schedule, program: Program) -> Schedule:
-    return schedule
-
-
 def solve(captured: Captured, budgets: Sequence[float]) -> tuple[list[Point | None], float]:
-    """The front at the budgets, by FLOPs, and the seconds that took."""
-    found: list[Point | None] = []
-    seconds = 0.0
-
-    def choose(program: Program) -> Schedule:
-        nonlocal seconds
-        start = time.perf_counter()
-        program = in_order(program.without_gradients())
-        front = Front(program, {i: op.flops for i, op in enumerate(program.ops)})
-        found.extend(front.solve(budgets))
-        seconds = time.perf_counter() - start
-        return front.candidates[0].schedule
-
-    captured.scheduled(choose)
-    return found, seconds
+    """The Pareto front at the budgets, by FLOPs, and the seconds that took."""
+    program = captured.traced().program
+    start = time.perf_counter()
+    program = in_order(program.without_gradients())
+    front = Front(program, {i: op.flops for i, op in enumerate(program.ops)})
+    points = list(front.solve(budgets))
+    return points, time.perf_counter() - start
 
 
 def show(case: Case, lines: Sequence[Line]) -> None:

@@ -92,7 +92,7 @@ def start_reduction(x: torch.Tensor, op: str, group: str, *, copy: bool) -> torc
 def start_gathering(shards: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
     """Start to gather flat shards of every rank, one behind the other: [ranks, elements]."""
     numel = sum(x.numel() for x in shards)
-    if not _in_place or not numel:
+    if not (_in_place and group.gathers_in_place) or not numel:
         row = torch.cat(list(shards))
         if not numel:
             return row.new_empty((group.size, 0))

@@ -28,12 +28,15 @@ class Group:
         size: number of ranks.
         index: this rank's position.
         axis: of the mesh; None for a group of all ranks of a mesh of several axes.
+        gathers_in_place: its backend can gather into a given tensor, of which the operand is a
+            part. Backends written in Python cannot.
     """
 
     name: str
     size: int
     index: int
     axis: int | None
+    gathers_in_place: bool = True
 
 
 def find_group(name: str) -> Group:
@@ -45,7 +48,12 @@ def find_group(name: str) -> Group:
 
 
 def register_mesh(
-    mesh: Sequence[int], coords: Sequence[int], names: Sequence[str], all_ranks: str
+    mesh: Sequence[int],
+    coords: Sequence[int],
+    names: Sequence[str],
+    all_ranks: str,
+    *,
+    gathers_in_place: bool = True,
 ) -> tuple[str, ...]:
     """Register the groups of the rank at `coords`.
 
@@ -57,7 +65,7 @@ def register_mesh(
         the names.
     """
     for axis, name in enumerate(names):
-        _GROUPS[name] = Group(name, mesh[axis], coords[axis], axis)
+        _GROUPS[name] = Group(name, mesh[axis], coords[axis], axis, gathers_in_place)
     split = frozenset(name for name, size in zip(names, mesh, strict=True) if size > 1)
     if len(split) > 1:
         index = int(np.ravel_multi_index(tuple(coords), tuple(mesh)))

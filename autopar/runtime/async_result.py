@@ -39,7 +39,7 @@ class AsyncResult(AsyncCollectiveTensor):
         if func is _ONES_LIKE:  # the gradient that a backward starts from
             return func(torch.empty_like(args[0].elem), **kwargs)
         # views too: a plain tensor is worth more to the caller than one more that waits
-        args, kwargs = pytree.tree_map_only(AsyncResult, AsyncResult.trigger_wait, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(cls, lambda x: x.trigger_wait(), (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]

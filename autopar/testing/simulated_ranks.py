@@ -10,6 +10,7 @@ Python subclasses of `ProcessGroup` and their registration by name are private t
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from torch._C._distributed_c10d import (
 from autopar.comm.groups import register_mesh
 
 Coords = tuple[int, ...]
+
+_NUMBERS = itertools.count()  # torch keeps one group per name
 
 
 class _Meeting:
@@ -52,23 +55,30 @@ class _Done(Work):
 
 
 class _ThreadGroup(dist.ProcessGroup):
-    """One rank of a group of threads."""
+    """One rank of a group of threads.
+
+    Attributes:
+        sent_bytes: that this rank has sent to others, by the ring algorithms.
+    """
 
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         super().__init__(rank, len(meeting.tensors))  # type: ignore[call-arg]
         self._rank, self._meeting = rank, meeting
+        self.sent_bytes = 0.0
 
     def getBackendName(self) -> str:
         return "threads"
 
-    def _all(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def _all(self, x: torch.Tensor, share: float) -> list[torch.Tensor]:
+        """The tensors of all ranks, of which a share goes over every link of the ring."""
+        self.sent_bytes += share * (self.size() - 1) * x.nbytes
         return self._meeting.exchange(self._rank, x.detach().clone())
 
     def allreduce(  # type: ignore[override]
         self, tensors: list[torch.Tensor], opts: Any = None
     ) -> Work:
         (x,) = tensors
-        stacked = torch.stack(self._all(x))
+        stacked = torch.stack(self._all(x, 2 / self.size()))
         largest = opts is not None and opts.reduceOp == dist.ReduceOp.MAX
         x.copy_(stacked.amax(0) if largest else stacked.sum(0).to(x.dtype))
         return _Done()
@@ -77,21 +87,25 @@ class _ThreadGroup(dist.ProcessGroup):
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
     ) -> Work:
         for output, x in zip(outputs, inputs, strict=True):
-            output.copy_(torch.cat(self._all(x.reshape(-1))).view_as(output))
+            output.copy_(torch.cat(self._all(x.reshape(-1), 1.0)).view_as(output))
         return _Done()
 
     def reduce_scatter_tensor_coalesced(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
     ) -> Work:
         for output, x in zip(outputs, inputs, strict=True):
-            parts = [t.chunk(self.size())[self._rank] for t in self._all(x.reshape(-1))]
+            parts = [
+                t.chunk(self.size())[self._rank] for t in self._all(x.reshape(-1), 1 / self.size())
+            ]
             output.copy_(torch.stack(parts).sum(0).to(output.dtype).view_as(output))
         return _Done()
 
     def alltoall_base(  # type: ignore[override]
         self, output: torch.Tensor, x: torch.Tensor, output_sizes: Any, input_sizes: Any, opts: Any
     ) -> Work:
-        parts = [t.chunk(self.size())[self._rank] for t in self._all(x.reshape(-1))]
+        parts = [
+            t.chunk(self.size())[self._rank] for t in self._all(x.reshape(-1), 1 / self.size())
+        ]
         output.copy_(torch.cat(parts).view_as(output))
         return _Done()
 
@@ -103,20 +117,22 @@ class SimulatedMesh:
         groups: by coordinates, the names of a rank's groups along the axes.
     """
 
-    def __init__(self, mesh: Sequence[int], prefix: str = "threads", timeout_s: float = 120.0):
+    def __init__(self, mesh: Sequence[int], timeout_s: float = 120.0) -> None:
         self._meetings: dict[Any, _Meeting] = {}
         self._timeout_s = timeout_s
         self._registered: dict[str, _ThreadGroup] = {}  # torch keeps no reference to a Python group
         self.groups: dict[Coords, tuple[str, ...]] = {}
-        world = math.prod(mesh)
+        world, number = math.prod(mesh), next(_NUMBERS)
         for rank, coords in enumerate(product(*(range(size) for size in mesh))):
-            where = f"{prefix}/{'x'.join(map(str, mesh))}/{','.join(map(str, coords))}"
+            where = f"threads{number}/{','.join(map(str, coords))}"
             names = []
             for axis, size in enumerate(mesh):
                 others = axis, coords[:axis] + coords[axis + 1 :]
                 names.append(self._join(f"{where}/axis{axis}", others, coords[axis], size))
             all_ranks = self._join(f"{where}/all", "all", rank, world)
-            self.groups[coords] = register_mesh(mesh, coords, names, all_ranks)
+            self.groups[coords] = register_mesh(
+                mesh, coords, names, all_ranks, gathers_in_place=False
+            )
 
     def _join(self, name: str, meeting: Any, rank: int, size: int) -> str:
         if meeting not in self._meetings:
@@ -125,6 +141,11 @@ class SimulatedMesh:
         _register_process_group(name, group)  # type: ignore[arg-type]
         self._registered[name] = group
         return name
+
+    @property
+    def sent_bytes(self) -> float:
+        """That all ranks have sent to others, by the ring algorithms."""
+        return sum(group.sent_bytes for group in self._registered.values())
 
     def run(self, work: Callable[[Coords], Any]) -> dict[Coords, Any]:
         """The result of one call per rank, all at once.

@@ -248,7 +248,7 @@ def branches(mesh: str, how: str) -> dict[str, Any]:
         worst = max(worst, abs(loss.item() - expected.item()))
         for p, q in zip(engine.parameters(), alone.parameters(), strict=True):
             worst = max(worst, (p.grad.full_tensor() - q.grad).abs().max().item())
-        seen.append(sum(map(len, engine._programs.values())))
+        seen.append(sum(map(len, engine._steps.values())))
     return {"error": worst, "captures": seen}
 
 
@@ -311,13 +311,14 @@ def recomputed(
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     found, engine, _, measured = train(most.item(), whole.plan)
     planned = engine.memory_plan
-    ((special,),) = engine._programs.values()
-    moments = planned.timeline.moments
-    graphs = special.run.forward, special.run.backward
-    scheduled = moments[: planned.timeline.forward], moments[planned.timeline.forward :]
+    ((step,),) = engine._steps.values()
+    lowered, events = step.compiled.lowered, planned.timeline.events
+    graphs = lowered.forward, lowered.backward
+    scheduled = events[: planned.timeline.forward], events[planned.timeline.forward :]
     for graph, part in zip(graphs, scheduled, strict=True):
         calls = Counter(_base(n.name) for n in graph.graph.nodes if "makes" in n.meta)
-        wanted = Counter(_base(m.name) for m in part if m.resource == "compute")
+        computed = [m for m in part if m.resource == "compute" and not _is_finish(m.name)]
+        wanted = Counter(_base(m.name) for m in computed)
         assert {k: calls[k] for k in wanted} == wanted  # the plan is in force: nothing is merged
     return {
         "error": max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)),
@@ -325,8 +326,8 @@ def recomputed(
         "measured": measured,
         "ahead": [_ahead(graph) for graph in graphs],
         "whole": whole.memory_plan.peak_bytes,
-        "again": [m.name for m in moments if m.again],
-        "gathered": sum(m.again and m.resource == "communication" for m in moments),
+        "again": [m.name for m in events if m.again],
+        "gathered": sum(m.again and m.resource == "communication" for m in events),
     }
 
 
@@ -374,16 +375,23 @@ def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
     }
 
 
+def _is_finish(name: str) -> bool:
+    """Of a collective: its unpacking is written out in the graphs that run."""
+    return name.startswith(("finish_", "wait_in_place"))
+
+
 def _ahead(gm: torch.fx.GraphModule) -> list[str]:
-    """Collectives between whose start and finish something is computed."""
+    """Collectives between whose start and `wait_tensor` something is computed."""
     nodes = list(gm.graph.nodes)
     position = {node: k for k, node in enumerate(nodes)}
-    found = []
-    for node in nodes:
-        if str(node.target).startswith("autopar.start_"):
-            finish = min(node.users, key=position.__getitem__)
-            assert str(finish.target).startswith(("autopar.wait_in_place", "autopar.finish_"))
-            between = nodes[position[node] + 1 : position[finish]]
-            if any(str(n.target).startswith("aten") and n.meta.get("makes") for n in between):
-                found.append(str(node.target))
-    return found
+    ahead = []
+    for node in gm.graph.find_nodes(
+        op="call_function", target=torch.ops._c10d_functional.wait_tensor.default
+    ):
+        start = node.args[0]
+        while not str(start.target).startswith("_c10d_functional."):
+            start = start.args[0]
+        between = nodes[position[start] + 1 : position[node]]
+        if any(str(n.target).startswith("aten") and n.meta.get("makes") for n in between):
+            ahead.append(str(start.target))
+    return ahead

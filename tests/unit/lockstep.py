@@ -1,68 +1,26 @@
-"""Every rank of a mesh in one thread, for tests of single collectives.
-
-What all ranks are to do at once is done twice: first each rank only leaves what it sends, then each
-finds what all have sent. That is exact as long as it holds one collective at most.
-"""
+"""One call per rank of a simulated mesh, for tests of single collectives."""
 
 from collections.abc import Callable, Sequence
-from itertools import product
 from typing import Any
 
-import torch
-
-from autopar.comm.groups import Group
+from autopar.testing.simulated_ranks import SimulatedMesh
 
 
 class Lockstep:
-    """Groups for all ranks of a mesh: `names[coords][axis]`.
+    """A simulated mesh whose ranks run one call each, in the order of `ranks`."""
 
-    `sent` counts the bytes that all ranks have sent to others, by the ring algorithm.
-    """
+    def __init__(self, mesh: Sequence[int]) -> None:
+        self._mesh = SimulatedMesh(mesh)
+        self.names = self._mesh.groups
+        self.ranks = list(self.names)
 
-    def __init__(self, mesh: Sequence[int], prefix: str) -> None:
-        self.sending, self.sent = False, 0.0
-        self.ranks = list(product(*(range(size) for size in mesh)))
-        boards: dict[tuple[int, tuple[int, ...]], list[Any]] = {}
-        self.names = {}
-        for coords in self.ranks:
-            names = []
-            for axis, size in enumerate(mesh):
-                board = boards.setdefault((axis, coords[:axis] + coords[axis + 1 :]), [None] * size)
-                names.append(f"{prefix}/{','.join(map(str, coords))}/axis{axis}")
-                _Group(names[-1], coords[axis], board, self)
-            self.names[coords] = tuple(names)
+    @property
+    def sent(self) -> float:
+        """Bytes that all ranks have sent to others, by the ring algorithms."""
+        return self._mesh.sent_bytes
 
     def run(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """The results of one call per rank."""
-        self.sending = True
-        for call in calls:
-            call()
-        self.sending = False
-        return [call() for call in calls]
-
-
-class _Group(Group):
-    def __init__(self, name: str, index: int, board: list[Any], world: Lockstep) -> None:
-        super().__init__(name, len(board), index)
-        self.board, self.world = board, world
-
-    def _all(self, x: torch.Tensor, share: float) -> torch.Tensor:
-        """What all ranks have sent; each passes that share of its x on to each other one."""
-        if self.world.sending:
-            self.world.sent += share * (self.size - 1) * x.nbytes
-            self.board[self.index] = x.detach().clone()
-            return torch.zeros(self.size, *x.shape, dtype=x.dtype)
-        return torch.stack(self.board)
-
-    def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
-        terms = self._all(x, 2 / self.size)
-        return terms.sum(0) if op == "sum" else terms.amax(0)
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return self._all(x, 1.0)
-
-    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        return self._all(x, 1 / self.size)[:, self.index].sum(0)
-
-    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        return self._all(x, 1 / self.size)[:, self.index].clone()
+        call_of = dict(zip(self.ranks, calls, strict=True))
+        results = self._mesh.run(lambda coords: call_of[coords]())
+        return [results[coords] for coords in self.ranks]

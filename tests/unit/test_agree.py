@@ -2,26 +2,51 @@
 
 import pytest
 
+from autopar.cluster.cluster import ClusterInfo
+from autopar.comm.groups import planning_groups
+from autopar.compile import Arguments, OneRank, Place, StepOptions, StepPlan, compile_step
 from autopar.errors import EngineError
-from autopar.runtime import agree
-from autopar.schedule.budget import StepBudget
-from autopar.schedule.program import eager_schedule
-from tests.unit.test_memory_schedule import chain
+from autopar.passes.local_step import fake_arguments
+from autopar.planner.planner import autoplan, trainable_inputs
+from tests.models import CASES
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    """Rank 0, and another whose programs differ."""
-    monkeypatch.setattr(agree, "_odd_ranks", lambda signature: [1])
-    monkeypatch.setattr(agree, "from_rank_zero", lambda make: make())
+class Differing(OneRank):
+    """Rank 0, and another that differs the n-th time they compare: first their local programs, then
+    what a schedule decides on."""
+
+    def __init__(self, time: int) -> None:
+        self.left = time
+
+    def differing(self, signature: str) -> list[int]:
+        self.left -= 1
+        return [1] if not self.left else []
 
 
-def test_programs_that_differ_keep_everything_if_that_fits(alone):
-    program = chain([4, 2, 1])
-    scheduler = agree.Scheduler(StepBudget(7, 0, 0, 0, 0))
-    assert scheduler(program) == eager_schedule(program)
-    assert scheduler.found is not None and scheduler.found.peak_bytes == 7
-    with pytest.raises(EngineError, match=r"needs 7 B .*programs of ranks \[1\] differ"):
-        agree.Scheduler(StepBudget(6, 0, 0, 0, 0))(program)
-    with pytest.raises(EngineError, match=r"ranks \[1\] built another graph than rank 0"):
-        agree.check_agreement("graph", "")
+def compiled(ranks: OneRank, memory: float | None):
+    case = CASES["mlp"]
+    model = case.build()
+    planned = autoplan(model, (), case.batch(0), cluster="1")
+    trainable = trainable_inputs(planned.graph, model)
+    place = Place((0,), planning_groups((1,), (0,)), ranks=ranks)
+    return compile_step(
+        planned.graph,
+        lambda: StepPlan(planned.plan),
+        place,
+        lambda plan, local: Arguments(fake_arguments(planned.graph, local, trainable)),
+        StepOptions(ClusterInfo.of("1").with_memory(memory)),
+        trainable=trainable,
+    )
+
+
+def test_programs_that_differ_are_refused():
+    with pytest.raises(EngineError, match=r"ranks \[1\] built another sequence of collectives"):
+        compiled(Differing(1), None)
+
+
+def test_a_step_keeps_everything_if_schedules_cannot_agree():
+    step = compiled(Differing(2), 2.0**30)
+    assert step.memory is not None
+    assert step.memory.peak_bytes == step.memory.eager_bytes
+    with pytest.raises(EngineError, match=r"programs of ranks \[1\] differ"):
+        compiled(Differing(2), 20_000.0)

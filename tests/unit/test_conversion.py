@@ -287,7 +287,7 @@ class _Mesh:
     def __init__(self, mesh, shape):
         self.converter, self.shape = converter_of(mesh, "cpu"), shape
         self.mesh = self.converter.mesh
-        self.world = Lockstep(self.mesh, f"conversion{mesh}")
+        self.world = Lockstep(self.mesh)
         self.rewriters = [
             _Rewriter(None, None, _Rank(self.mesh, c, self.world.names[c], self.converter), {})  # type: ignore[arg-type]
             for c in self.world.ranks
@@ -313,6 +313,7 @@ class _Mesh:
 
         Returns the bytes that a rank sends, forward and backward.
         """
+        before = self.world.sent
         held = [t.clone().requires_grad_() for t in self.shards("x", source.dims, source.partial)]
         pairs = [(held, held)]
         for step in path:
@@ -322,13 +323,16 @@ class _Mesh:
             assert tuple(out.shape) == local_shape(self.shape, target, self.mesh, coords)
         self._compare("x", [t.detach() for t in pairs[-1][1]], target.dims, target.partial)
         grads = self.shards("weight", target.dims, target.varying)
-        forward = self.world.sent
+        forward = self.world.sent - before
         for leaves, outs in reversed(pairs[1:]):
-            back = partial(torch.autograd.grad, outs, leaves, grads, retain_graph=True)
-            grads = self.world.run([back])[0]  # one call is all ranks' backward
+            calls = [
+                partial(torch.autograd.grad, *rank, retain_graph=True)
+                for rank in zip(outs, leaves, grads, strict=True)
+            ]
+            grads = [grad for (grad,) in self.world.run(calls)]
         self._compare("weight", grads, source.dims, source.varying)
-        spent, self.world.sent = self.world.sent, 0.0
-        return forward / len(self.world.ranks), (spent - forward) / len(self.world.ranks)
+        backward = self.world.sent - before - forward
+        return forward / len(self.world.ranks), backward / len(self.world.ranks)
 
     def _calls(self, step, values):
         """The program's own call of the step, per rank."""

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from autopar.runtime.lower import lower
 
 from autopar import ClusterInfo
 from autopar.cluster.cluster import Link
 from autopar.schedule.offload import host_bytes, waited_us
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import Front
-from autopar.schedule.program import SIDE, Program, Resource, Schedule, eager_schedule
+from autopar.schedule.program import SIDE, Program, Resource
 from autopar.schedule.simulate import check, peak_bytes, timeline
+from tests import lowering
 from tests.unit.test_memory_schedule import step_of
 
 # copies take next to nothing, so that moving a value costs less than computing it again
@@ -23,14 +23,9 @@ FAST = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
 @functools.cache
 def program_of(name: str, cluster: ClusterInfo = FAST) -> Program:
     step = step_of(name)
-    found: list[Program] = []
-
-    def keep(program: Program) -> Schedule:
-        found.append(program)
-        return eager_schedule(program)
-
-    lower(step.gm, step.arguments, choose=keep, cluster=cluster)
-    return in_order(found[0].without_gradients())
+    return in_order(
+        lowering.program_of(step.gm, step.arguments, cluster=cluster).without_gradients()
+    )
 
 
 def between(program: Program, share: float) -> float:
@@ -43,12 +38,12 @@ def between(program: Program, share: float) -> float:
 @pytest.mark.parametrize("name", ["gpt2", "resnet"])
 def test_exact_to_the_bit_and_as_predicted(name):
     step, program = step_of(name), program_of(name)
-    _, expected, buffers = step.run(lower(step.gm, step.arguments))
+    _, expected, buffers = step.run(step.lowered())
     (point,) = Front(program).solve([between(program, 0.2)])
     check(program, point.schedule)
     assert point.schedule.moved(program)
-    lowered = lower(step.gm, step.arguments, choose=lambda program: point.schedule, cluster=FAST)
-    calls = [str(n.target) for n in lowered.backward.graph.nodes]
+    lowered = step.lowered(point.schedule, cluster=FAST)
+    calls = [str(n.target) for n in lowered.step.backward.graph.nodes]
     moved = len(point.schedule.moved(program))
     assert calls.count("autopar.reload.default") == moved
     assert calls.count("autopar.finish_reload.default") == moved

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from autopar.comm.groups import ProcessGroup
+from autopar.comm.groups import register_mesh
 from autopar.ir.spec import chunk
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
@@ -202,7 +202,7 @@ KINDS = sorted({target._opname for target in _SPLITS})
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_operators_are_the_collective(kind, size):
     """To the bit, on three ranks, along every dim, evenly split or not."""
-    world = Lockstep((3,), "splits")
+    world = Lockstep((3,))
     for dim in (0, 1):
         calls = []
         for (rank,), (name,) in world.names.items():
@@ -226,11 +226,11 @@ def test_two_operators_on_a_process_group(device, backend):
     store = torch._C._distributed_c10d.HashStore()
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        group = ProcessGroup(f"alone:{device}/axis0", dist.group.WORLD)
+        (name,) = register_mesh((1,), (0,), [dist.group.WORLD.group_name], "unused")
         for kind in KINDS:
             for dim in (0, 1):
                 x = torch.randn(300, 500, device=device)
-                whole, arguments = call(kind, x, dim, x.shape[dim], group.name)
+                whole, arguments = call(kind, x, dim, x.shape[dim], name)
                 expected = whole(*arguments)
                 torch.testing.assert_close(in_two(whole, arguments), expected, rtol=0, atol=0)
     finally:

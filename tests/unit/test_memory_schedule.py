@@ -12,7 +12,7 @@ from autopar.comm.groups import planning_groups
 from autopar.errors import InfeasibleError
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.runtime.live_trace import LiveTrace
-from autopar.runtime.lower import LoweredStep, lower
+from autopar.runtime.program import Program as RunnableStep
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
 from autopar.schedule.order import in_order, ordered_backward
@@ -20,6 +20,7 @@ from autopar.schedule.pareto import Front
 from autopar.schedule.program import Op, Program, Schedule, eager_schedule
 from autopar.schedule.simulate import check, lives, peak_bytes, timeline
 from autopar.schedule.stages import linearize
+from tests.lowering import lowered, program_of
 from tests.models import CASES, LanguageModel
 
 SEED = 1234
@@ -63,23 +64,16 @@ class Step:
 
     @functools.cached_property
     def program(self) -> Program:
-        found: list[Program] = []
-
-        def keep(program: Program) -> Schedule:
-            found.append(program)
-            return eager_schedule(program)
-
-        lower(self.gm, self.arguments, choose=keep)
-        return in_order(found[0].without_gradients())
+        return in_order(program_of(self.gm, self.arguments).without_gradients())
 
     @functools.cached_property
     def front(self) -> Front:
         return Front(self.program)
 
-    def lowered(self, schedule: Schedule) -> LoweredStep:
-        return lower(self.gm, self.arguments, choose=lambda program: schedule)
+    def lowered(self, schedule: Schedule | None = None, **options) -> RunnableStep:
+        return lowered(self.gm, self.arguments, schedule, **options)
 
-    def run(self, step: LoweredStep) -> tuple[int, list[torch.Tensor], list[torch.Tensor]]:
+    def run(self, step: RunnableStep) -> tuple[int, list[torch.Tensor], list[torch.Tensor]]:
         """Peak, gradients, and updated buffers."""
         for p in self.trained:
             p.grad = None
@@ -109,7 +103,7 @@ def step_of(name: str, dropout: float = 0.0) -> Step:
 def test_measured_as_predicted_and_exact_to_the_bit(name):
     step = step_of(name)
     program, front = step.program, step.front
-    plain = lower(step.gm, step.arguments, disable=frozenset({"overwrite"}))
+    plain = step.lowered(disable=frozenset({"overwrite"}))
     _, expected, buffers = step.run(plain)
     budgets = np.linspace(front.smallest().peak_bytes, front.eager_bytes, 4)
     for budget, point in zip(budgets, front.solve(budgets), strict=True):
@@ -127,7 +121,7 @@ def test_measured_as_predicted_and_exact_to_the_bit(name):
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5])
 def test_dropout_is_replayed(dropout):
     step = step_of("gpt2", dropout)
-    _, expected, _ = step.run(lower(step.gm, step.arguments))
+    _, expected, _ = step.run(step.lowered())
     nothing_kept = schedule_of(step.program, ())
     names = [step.program.ops[i].name for i in nothing_kept.again(step.program)]
     assert any("keep_mask" in n for n in names)
@@ -140,8 +134,8 @@ def test_what_is_computed_again_is_in_the_backward_graph():
     step = step_of("gpt2")
     program = step.program
     smallest = schedule_of(program, ())
-    lowered = step.lowered(smallest)
-    calls = [n for n in lowered.backward.graph.nodes if n.op == "call_function"]
+    lowered_step = step.lowered(smallest)
+    calls = [n for n in lowered_step.step.backward.graph.nodes if n.op == "call_function"]
     attention = [n for n in calls if "attention_for_cpu.default" in str(n.target)]
     again = [i for i in smallest.again(program) if "attention" in program.ops[i].name]
     assert len(attention) == len(again) > 0
@@ -158,9 +152,7 @@ def test_writing_over_operands_saves_memory_and_changes_nothing():
     step = step_of("gpt2")
     schedule = eager_schedule(step.program)
     over = step.lowered(schedule)
-    apart = lower(
-        step.gm, step.arguments, choose=lambda p: schedule, disable=frozenset({"overwrite"})
-    )
+    apart = step.lowered(schedule, disable=frozenset({"overwrite"}))
     peak_over, grads_over, _ = step.run(over)
     peak_apart, grads_apart, _ = step.run(apart)
     assert peak_over < peak_apart

@@ -5,7 +5,7 @@ import torch
 import torch.fx as fx
 
 from autopar.ir.aliasing import storages
-from autopar.runtime.lower import lower
+from tests.lowering import lowered
 from tests.unit.test_memory_schedule import Step, step_of
 
 
@@ -18,16 +18,15 @@ def gradients(step: Step) -> list[torch.Tensor]:
     return [p.grad for p in step.trained if p.grad is not None]
 
 
-@torch._functorch.config.patch(donated_buffer=False)  # AOTAutograd then lets it run twice
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "resnet", "vit"])
 def test_a_backward_runs_twice_over_what_is_kept(name):
     step = step_of(name)
-    apart = lower(step.gm, step.arguments, disable=frozenset({"overwrite"}))
+    apart = lowered(step.gm, step.arguments, disable=frozenset({"overwrite"}))
     most, expected, _ = step.run(apart)
-    assert not writes(apart.forward) + writes(apart.backward)
-    run = lower(step.gm, step.arguments)
-    assert writes(run.forward)
-    assert writes(run.backward)
+    assert not writes(apart.step.forward) + writes(apart.step.backward)
+    run = lowered(step.gm, step.arguments)
+    assert writes(run.step.forward)
+    assert writes(run.step.backward)
     peak, *_ = step.run(run)
     assert peak <= most
     loss = run(*step.arguments)[step.mutated]
@@ -56,11 +55,11 @@ class Kept(fx.Interpreter):
 @pytest.mark.parametrize("name", ["gpt2", "resnet", "mixtral"])
 def test_storages_are_those_of_a_run(name):
     step = step_of(name)
-    run = lower(step.gm, step.arguments)
-    kept = Kept(run.forward)
+    run = lowered(step.gm, step.arguments)
+    kept = Kept(run.step.forward)
     with torch.no_grad():
         kept.run(*step.arguments)
-    said = storages(run.forward.graph)
+    said = storages(run.step.forward.graph)
     made = [n for n in kept.values if said[n] is None or said[n][0].op != "placeholder"]
     real = {n: kept.values[n].untyped_storage()._cdata for n in made}
     assert len({said[n] for n in made}) == len(set(real.values())) > 10

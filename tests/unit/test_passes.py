@@ -6,17 +6,20 @@ from functools import partial
 
 import pytest
 import torch
-from autopar.runtime.lower import LoweredStep, lower
 
 from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.comm.async_collectives import numbers_of
 from autopar.comm.groups import planning_groups
 from autopar.ir.aliasing import storages
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
+from autopar.passes.lower import LoweredStep
+from autopar.passes.pipeline import PIPELINE
+from autopar.passes.runner import pass_name
 from autopar.passes.verify import VerifyError, collective_signature, propagate_shapes, verify
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
+from tests.lowering import graphs_of
 from tests.models import CASES
 from tests.unit.lockstep import Lockstep
 
@@ -53,15 +56,16 @@ def arguments(planned: Planned, plan: ShardingPlan, local: LocalProgram) -> list
     return shards + [shard_of(x, spec, plan.mesh, first).contiguous() for x, spec in batch]
 
 
-def lowered(planned: Planned, plan: ShardingPlan, **options) -> LoweredStep:
+def lowered(planned: Planned, plan: ShardingPlan, disable=(), **options) -> LoweredStep:
+    """Its graphs, with a node per collective."""
     local = program(planned, plan)
     names = list(planned.graph.parameters.values())
-    reshard_after_forward = [names.index(n) for n in plan.reshard_after_forward]
-    return lower(
+    reshard = frozenset(names.index(n) for n in plan.reshard_after_forward)
+    return graphs_of(
         local.gm,
         arguments(planned, plan, local),
-        reshard_after_forward=reshard_after_forward,
-        **options,
+        disable=frozenset({"functional_collectives", *disable}),
+        **{"reshard_after_forward": reshard, **options},
     )
 
 
@@ -81,7 +85,7 @@ def rows_of_gradients(step: LoweredStep) -> Counter:
 def test_gradient_reductions_are_bucketed(planned):
     plan = by_expert(planned, "DDP")
     step = lowered(planned, plan)
-    apart = lowered(planned, plan, disable=frozenset({"bucket_collectives"}))
+    apart = lowered(planned, plan, disable={"bucket_collectives"})
     # one reduction per parameter becomes one for all
     assert count(apart.backward, ops.all_reduce.default) == len(planned.graph.parameters)
     assert count(step.backward, ops.all_reduce.default) == 0
@@ -100,7 +104,7 @@ def test_gradient_reductions_are_bucketed(planned):
 def test_gathers_and_scatters_of_weights_are_bucketed(planned):
     plan = by_expert(planned, "FSDP")
     step = lowered(planned, plan)
-    apart = lowered(planned, plan, disable=frozenset({"bucket_collectives"}))
+    apart = lowered(planned, plan, disable={"bucket_collectives"})
     for gm, alone in ((step.forward, apart.forward), (step.backward, apart.backward)):
         assert count(alone, ops.all_gather.default) > 1
         assert count(gm, ops.all_gather.default) == 0
@@ -114,7 +118,7 @@ def test_gathers_and_scatters_of_weights_are_bucketed(planned):
     ("shapes", "dims"), [([(5, 3), (4,), (2, 3, 5)], (0, 0, 2)), ([(6,), (3, 2)], (0, 0))]
 )
 def test_a_row_holds_what_each_is_reduced_to(shapes, dims, halves):
-    world = Lockstep((3,), "rows")
+    world = Lockstep((3,))
     torch.manual_seed(0)
     xs = [[torch.randn(shape) for shape in shapes] for _ in world.ranks]
     groups = [group for (group,) in world.names.values()]
@@ -144,7 +148,7 @@ def test_reductions_over_two_axes_are_bucketed_on_each(name):
     planned = autoplan(case.build(), (), case.batch(0), cluster=ClusterInfo.of("2x2", "A100-40G"))
     plan = by_expert(planned, name)
     step = lowered(planned, plan)
-    apart = lowered(planned, plan, disable=frozenset({"bucket_collectives"}))
+    apart = lowered(planned, plan, disable={"bucket_collectives"})
     kinds = ("all_reduce", "reduce_scatter", "all_gather")
     alone = sum(count(apart.backward, getattr(ops, kind).default) for kind in kinds)
     assert alone > len(planned.graph.parameters)
@@ -157,7 +161,7 @@ def test_reductions_over_two_axes_are_bucketed_on_each(name):
 def test_collectives_are_under_way_while_others_compute(planned, bucketed):
     """On devices that communicate beside compute: a gather while the weight before it is used."""
     plan = by_expert(planned, "FSDP")
-    disable = frozenset() if bucketed else frozenset({"bucket_collectives"})
+    disable = () if bucketed else ("bucket_collectives",)
     gpus = ClusterInfo.of("4", "A100-40G")
     step = lowered(planned, plan, cluster=gpus, disable=disable)
     for gm in (step.forward, step.backward):
@@ -177,32 +181,31 @@ def test_collectives_are_under_way_while_others_compute(planned, bucketed):
 
 
 @pytest.mark.parametrize(("mesh", "group"), [("4", "/axis0"), ("2x2", "/all")])
-def test_nobody_waits_for_counts_and_losses_where_they_stand(mesh, group):
+def test_sums_of_counts_and_losses_run_beside_compute(mesh, group):
     case = CASES["mlp"]
     planned = autoplan(case.build(), (), case.batch(0), cluster=ClusterInfo.of(mesh, "A100-40G"))
-    step = lowered(planned, by_expert(planned, "DDP"), at_once=0)
+    step = lowered(planned, by_expert(planned, "DDP"), awaited_results=0)
     calls = [n for n in step.forward.graph.nodes if n.op == "call_function"]
     sums = [n for n in calls if "autopar." in str(n.target)]
-    start, finish, late = sums  # one of each, over all axes
+    start, finish, loss = sums  # one of each, over all axes
     assert start.target is ops.start_all_reduce.default
     assert finish.target is ops.finish_all_reduce.default
-    assert late.target is ops.all_reduce_late.default
+    assert loss.target is ops.start_all_reduce.default
     assert start.args[2].endswith(group)
-    assert late.args[2].endswith(group)
+    assert loss.args[2].endswith(group)
     product = next(n for n in calls if "mm" in str(n.target))
-    assert calls.index(start) < calls.index(product) < calls.index(finish) < calls.index(late)
-    assert step.late == (0,)
-    whole = lowered(planned, by_expert(planned, "DDP"))  # whoever takes it as it is, finds it there
-    assert whole.late == ()
-    assert count(whole.forward, ops.all_reduce.default) == len(planned.plan.mesh)
+    assert calls.index(start) < calls.index(product) < calls.index(finish) < calls.index(loss)
+    assert step.async_results == (0,)
+    complete = lowered(planned, by_expert(planned, "DDP"))  # for a caller that does not wait
+    assert complete.async_results == ()
+    assert count(complete.forward, ops.all_reduce.default) == len(planned.plan.mesh)
 
 
 def test_zero3_gathers_again_and_keeps_no_gathered_weight(planned):
     plan = by_expert(planned, "FSDP")
     assert plan.reshard_after_forward
     again = lowered(planned, plan)
-    local = program(planned, plan)
-    kept = lower(local.gm, arguments(planned, plan, local), reshard_after_forward=[])
+    kept = lowered(planned, plan, reshard_after_forward=frozenset())
     gathers = ops.all_gather_many.default
     assert count(kept.backward, gathers) == count(kept.backward, ops.all_gather.default) == 0
     assert count(again.backward, gathers) == count(again.forward, gathers) == 1
@@ -247,5 +250,40 @@ def test_verify_finds_a_shape_that_the_plan_did_not_foretell(planned):
 def test_planning_groups_do_not_communicate(planned):
     plan = by_expert(planned, "DDP")
     local = program(planned, plan)
-    with pytest.raises(NotImplementedError, match="cannot communicate"):
-        local.gm(*arguments(planned, plan, local))[0].backward()
+    with pytest.raises(RuntimeError, match="process group"):
+        local.gm(*arguments(planned, plan, local))
+
+
+def test_graphs_that_run_hold_functional_collectives(planned):
+    """Each with its `wait_tensor`, and none of the operators that stood for them."""
+    plan = by_expert(planned, "FSDP")
+    local = program(planned, plan)
+    gpus = ClusterInfo.of("4", "A100-40G")
+    step = graphs_of(local.gm, arguments(planned, plan, local), cluster=gpus)
+    for gm in (step.forward, step.backward):
+        targets = [str(n.target) for n in gm.graph.nodes]
+        assert not [t for t in targets if t.startswith("autopar.")]
+        collectives = [t for t in targets if t.startswith("_c10d_functional.")]
+        waits = collectives.count("_c10d_functional.wait_tensor.default")
+        assert waits == len(collectives) - waits > 0
+
+
+def test_passes_are_dumped_before_and_after(planned, tmp_path):
+    plan = by_expert(planned, "DDP")
+    local = program(planned, plan)
+    graphs_of(local.gm, arguments(planned, plan, local), dump=tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    for stage, name in (("joint", "drop_views"), ("backward", "bucket_collectives")):
+        for when in ("before", "after"):
+            assert [n for n in names if n.startswith(stage) and n.endswith(f"{name}-{when}.py")]
+    before = next(tmp_path.glob("backward-*-functional_collectives-before.py")).read_text()
+    after = next(tmp_path.glob("backward-*-functional_collectives-after.py")).read_text()
+    assert "autopar.all_reduce_many" in before
+    assert "_c10d_functional.all_reduce" in after
+
+
+def test_every_pass_has_a_reason_and_a_name_of_its_own():
+    for stage in ("program", "joint", "split"):
+        names = [pass_name(entry.run) for entry in PIPELINE if entry.stage == stage]
+        assert len(set(names)) == len(names) > 0
+    assert all(len(entry.reason) > 20 for entry in PIPELINE)

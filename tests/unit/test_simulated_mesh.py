@@ -1,28 +1,24 @@
 """All eight ranks of a 2x2x2 mesh in one process: float64 equality, three optimizer steps."""
 
-import datetime
 import functools
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 from autopar import autoplan
-from autopar.comm.groups import thread_groups
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.plan import ShardingPlan
 from autopar.planner.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
-from autopar.runtime.lower import lower
+from autopar.testing.simulated_ranks import SimulatedMesh
 from tests.clusters import eager_to_shard
+from tests.lowering import lowered as lowered_program
 from tests.models import CASES, OPTIMIZERS, reference
 
 MESH = (2, 2, 2)
 STEPS = 3
-# every other quarter of the random plans a day
-PARTS_TODAY = range(datetime.date.today().toordinal() % 2, 4, 2)
-RANDOM_PLANS = 20
+RANDOM_PLANS, PARTS = 10, 2
 TOLERANCE = 1e-9
 
 
@@ -55,8 +51,9 @@ class Rank:
         ]
         self.run = self.program.gm
         if lowered:
-            self.run = lower(
-                self.program.gm, self.arguments(0), reshard_after_forward=reshard_after_forward,
+            self.run = lowered_program(
+                self.program.gm, self.arguments(0),
+                reshard_after_forward=frozenset(reshard_after_forward),
                 cluster=eager_to_shard("2x2x2", overlaps=True),
             )  # fmt: skip
 
@@ -84,41 +81,22 @@ class Rank:
             }
 
 
-def train_all(ranks: list[Rank]) -> None:
-    errors: list[BaseException] = []
-
-    def work(rank: Rank) -> None:
-        try:
-            rank.train()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(r,), daemon=True) for r in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(200)
-    if errors:
-        raise errors[0]
-    assert not any(t.is_alive() for t in threads), "ranks wait for each other"
-
-
 def largest_error(name: str, plan: ShardingPlan, optimizer: str, *, lowered: bool = False) -> float:
     losses, grads, parameters, buffers = reference(name, optimizer, STEPS)
-    groups = thread_groups(MESH, timeout=60)
-    ranks = [Rank(name, plan, c, g, optimizer, lowered) for c, g in groups.items()]
-    train_all(ranks)
+    with SimulatedMesh(MESH, timeout_s=60) as mesh:
+        ranks = {c: Rank(name, plan, c, g, optimizer, lowered) for c, g in mesh.groups.items()}
+        mesh.run(lambda coords: ranks[coords].train())
     worst = 0.0
-    for rank in ranks:
+    for rank in ranks.values():
         worst = max(worst, *(abs(a - b) for a, b in zip(rank.losses, losses, strict=True)))
         for n, spec in rank.specs.items():
-            for got, want in [
+            for shard, tensor in [
                 *((g[n], w[n]) for g, w in zip(rank.grads, grads, strict=True)),
                 (rank.shards[n], parameters[n]),
             ]:
-                expected = shard_of(want.detach(), spec, MESH, rank.coords)
-                assert got.shape == expected.shape
-                worst = max(worst, (got.detach() - expected).abs().max().item())
+                expected = shard_of(tensor.detach(), spec, MESH, rank.coords)
+                assert shard.shape == expected.shape
+                worst = max(worst, (shard.detach() - expected).abs().max().item())
         for n in rank.graph.mutations:
             worst = max(worst, (rank.buffers[n] - buffers[n]).abs().max().item())
     return worst
@@ -131,12 +109,12 @@ def test_solver_plan_equals_single_device(name):
     assert largest_error(name, plan, "adamw", lowered=True) < TOLERANCE
 
 
-@pytest.mark.parametrize("part", PARTS_TODAY)
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", list(CASES))
 def test_random_plans_equal_single_device(name, part):
     space = planned(name).space
     wrong = {}
-    for seed in range(part, RANDOM_PLANS, 4):
+    for seed in range(part, RANDOM_PLANS, PARTS):
         plan = make_plan(space, space.random_choices(np.random.default_rng(seed)), name)
         error = largest_error(name, plan, ["sgd", "adamw"][seed % 2])
         if not error < TOLERANCE:

@@ -178,7 +178,7 @@ def _cluster(mesh: Mesh) -> Mapping[str, Any]:
 
 @lru_cache
 def _simulated(mesh: Mesh) -> SimulatedMesh:
-    return SimulatedMesh(mesh, "proof", timeout_s=_TIMEOUT_S)
+    return SimulatedMesh(mesh, timeout_s=_TIMEOUT_S)
 
 
 @lru_cache

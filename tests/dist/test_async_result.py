@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.dist import late_tasks as tasks
+from tests.dist import async_result_tasks as tasks
 
 pytestmark = pytest.mark.dist
 
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.dist
         ("2x2", "dataclass", "plain", {"memory": 2.0**30}),
     ],
 )
-def test_late_losses_are_those_of_a_single_device(pool, mesh, form, loop, options):
+def test_asynchronous_losses_are_those_of_a_single_device(pool, mesh, form, loop, options):
     for answer in pool.run(tasks.train, mesh, form, loop, options):
         assert answer["error"] < 1e-9
-        assert answer["late"]
+        assert answer["asynchronous"]
 
 
 @pytest.mark.parametrize("mesh", ["4", "2x2"])
