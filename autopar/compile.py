@@ -254,8 +254,8 @@ def _schedule(program: Program, budget: StepBudget, known: StepPlan, ranks: Rank
             free = format_bytes(max(0.0, budget.step_bytes))
             raise EngineError(
                 f"the step needs {format_bytes(needed)} if everything is kept, and there is {free}; "
-                "what to recompute cannot be decided, as the programs of ranks {differing} differ from that of rank 0. Give more "
-                "memory, or sizes that the mesh divides"
+                f"what to recompute cannot be decided, as the programs of ranks {differing} differ "
+                "from that of rank 0. Give more memory, or sizes that the mesh divides"
             )
         return eager_schedule(program), False
 

@@ -84,16 +84,21 @@ def _inline(node: fx.Node, body: fx.Graph) -> None:
     if isinstance(result, fx.Node):
         new = env[result]
         if new.op == "call_function":
-            new.meta = {**node.meta, "val": new.meta["val"]}
+            new.meta = _described(node, new)
         node.replace_all_uses_with(new)
     else:  # several results, which `getitem`s take apart
         for user in list(node.users):
             _, k = user.args
             new = env[result[k]]  # type: ignore[index]
-            new.meta = {**user.meta, "val": new.meta["val"]}
+            new.meta = _described(user, new)
             user.replace_all_uses_with(new)
             user.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+def _described(node: fx.Node, new: fx.Node) -> dict[str, Any]:
+    """What was noted of a node, but for the operator that it was."""
+    return {k: v for k, v in node.meta.items() if k != "makes"} | {"val": new.meta["val"]}
 
 
 def _wait_in_place(node: fx.Node) -> None:
