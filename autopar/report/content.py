@@ -13,11 +13,11 @@ from autopar.plan import (
     TIME_KINDS,
     Baseline,
     MemoryEstimate,
+    ModuleMemory,
     ModuleSummary,
     ShardingPlan,
     TimeEstimate,
 )
-from autopar.plan_step import ModuleMemory
 from autopar.units import bytes_text, count_text, time_text
 
 # Modules that hold no parameters and take less than this share of the time are summed up.
@@ -158,15 +158,15 @@ def step_table(plan: ShardingPlan) -> Table | None:
 
         parameters = total("parameters_bytes", bytes_text)
         on_host = (
-            total("moved_bytes", bytes_text),
+            total("offloaded_bytes", bytes_text),
             f"{parameters} of parameters" if parameters else "",
         )
         return (
             name,
             total("kept_bytes", bytes_text),
             " + ".join(filter(None, on_host)),
-            total("again_us", time_text),
-            total("gathered_us", time_text),
+            total("recompute_us", time_text),
+            total("regather_us", time_text),
         )
 
     rows = [row(m.module or "(model)", [m]) for m in step.modules]

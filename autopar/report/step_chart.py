@@ -8,8 +8,8 @@ from html import escape
 import plotly.graph_objects as go
 import plotly.io
 
-from autopar.plan_step import StepSummary
-from autopar.units import format_bytes
+from autopar.plan import StepSummary
+from autopar.units import bytes_text
 
 _PARAMETERS = "#a9bcd0"
 _KEPT, _HOST, _AGAIN, _GATHERED, _OTHER = "#3b6ea5", "#7fa8d1", "#d9822b", "#efc08a", "#b0aba3"
@@ -21,9 +21,9 @@ _MARGIN = {"l": 10, "r": 10, "t": 10, "b": 10}
 def step_html(step: StepSummary) -> str:
     """Both charts, with a line that says where the peak is."""
     peak = (
-        f"What the step makes peaks at {format_bytes(step.peak_bytes)}, at {step.peak_at}; "
-        f"if everything were kept, at {format_bytes(step.eager_bytes)}. "
-        f"{format_bytes(step.resident_bytes)} are there before the step."
+        f"What the step makes peaks at {bytes_text(step.peak_bytes)}, at {step.peak_at}; "
+        f"if everything were kept, at {bytes_text(step.eager_bytes)}. "
+        f"{bytes_text(step.resident_bytes)} are there before the step."
     )
     return "\n".join(
         (
@@ -39,7 +39,7 @@ def live_figure(step: StepSummary) -> go.Figure:
     backward starts at the dashed line."""
     us, kept, again, other, away = zip(*step.live, strict=True) if step.live else ((),) * 5
     times = [t * 1e-3 for t in us]
-    words = [format_bytes(sum(parts)) for parts in zip(kept, again, other, strict=True)]
+    words = [bytes_text(sum(parts)) for parts in zip(kept, again, other, strict=True)]
     figure = go.Figure()
     for name, color, values in (
         ("kept from the forward", _KEPT, kept),
@@ -75,15 +75,15 @@ def modules_figure(step: StepSummary) -> go.Figure:
     figure = go.Figure()
     for axis, name, color, values in (
         ("x", "kept", _KEPT, [m.kept_bytes / 2**20 for m in step.modules]),
-        ("x", "on the host", _HOST, [m.moved_bytes / 2**20 for m in step.modules]),
+        ("x", "on the host", _HOST, [m.offloaded_bytes / 2**20 for m in step.modules]),
         (
             "x",
             "parameters on the host",
             _PARAMETERS,
             [m.parameters_bytes / 2**20 for m in step.modules],
         ),
-        ("x2", "computed again", _AGAIN, [m.again_us * 1e-3 for m in step.modules]),
-        ("x2", "gathered again", _GATHERED, [m.gathered_us * 1e-3 for m in step.modules]),
+        ("x2", "computed again", _AGAIN, [m.recompute_us * 1e-3 for m in step.modules]),
+        ("x2", "gathered again", _GATHERED, [m.regather_us * 1e-3 for m in step.modules]),
     ):
         unit = "MiB" if axis == "x" else "ms"
         figure.add_bar(

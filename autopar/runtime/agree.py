@@ -13,7 +13,7 @@ from autopar.errors import AutoparError, EngineError
 from autopar.schedule.budget import MemoryPlan, StepBudget, describe
 from autopar.schedule.program import Program, Schedule, eager_schedule
 from autopar.schedule.simulate import peak_bytes
-from autopar.units import format_bytes
+from autopar.units import bytes_text
 
 
 def from_rank_zero(make: Callable[[], Any]) -> Any:
@@ -99,8 +99,8 @@ class Scheduler:
         needed = peak_bytes(program, eager_schedule(program))
         if needed > self.budget.step_bytes:
             raise EngineError(
-                f"the step needs {format_bytes(needed)} if everything is kept, and there is "
-                f"{format_bytes(max(0.0, self.budget.step_bytes))}; what to compute again cannot "
+                f"the step needs {bytes_text(needed)} if everything is kept, and there is "
+                f"{bytes_text(max(0.0, self.budget.step_bytes))}; what to compute again cannot "
                 f"be decided, as the programs of ranks {odd} differ from that of rank 0. Give more "
                 "memory, or sizes that the mesh divides"
             )
