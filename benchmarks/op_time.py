@@ -26,7 +26,7 @@ import torch.fx as fx
 from rich.table import Table
 from torch.utils import _pytree as pytree
 
-from autopar.cluster.cluster import Device
+from autopar.cluster.device import Device
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph, operands
 from autopar.profiler.clock import seconds_of

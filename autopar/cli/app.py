@@ -373,7 +373,7 @@ def devices() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from autopar.cluster.cluster import DEVICES
+    from autopar.cluster.device import DEVICES
 
     table = Table(box=None, pad_edge=False)
     table.add_column("device", no_wrap=True)

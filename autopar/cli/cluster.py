@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,11 @@ def measured(
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"cannot measure a device {kind!r}; it is cpu or cuda")
-    shape = parse_mesh(mesh or os.environ.get("WORLD_SIZE", "1"))
-    return measure_cluster(shape, kind, quick=quick, say=say)
+    sizes, axis_names = parse_mesh(mesh or os.environ.get("WORLD_SIZE", "1"))
+    measurement = measure_cluster(sizes, kind, quick=quick, say=say)
+    if measurement is None:
+        return None
+    return replace(measurement, cluster=replace(measurement.cluster, axis_names=axis_names))
 
 
 def write_measured(found: Measurement, path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
-from autopar.cluster.cluster import device as device_of
+from autopar.cluster.device import device as device_of
 from autopar.files import write_atomically
 from autopar.plan import Baseline, ParetoPoint, ShardingPlan
 from autopar.planner.baselines import baseline_plans

@@ -47,3 +47,10 @@ def communication_us(node: fx.Node, operands: Any, results: Any, cluster: Cluste
     kind = node.target._opname.removesuffix("_many")  # type: ignore[union-attr]
     ranks = find_group(str(name)).size
     return cluster.device.launch_us + float(cluster.links[axis].collective_us(kind, ranks, nbytes))
+
+
+# Weights, and their gradients, up to this size share messages (`passes/bucket.py`). For larger
+# ones, copying into the message and out of it costs more than a message of their own.
+BUCKET_MEMBER_BYTES = 2**20
+# Nothing waits for sums up to this size if the program only returns them (`passes/async_sums.py`).
+ASYNC_SUM_BYTES = 1024

@@ -39,10 +39,10 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
     if dist.is_initialized():
         world = dist.get_world_size()
     if world != cluster.world_size:
-        shape = "x".join(map(str, cluster.mesh))
         raise MeshError(
-            f"mesh {shape} needs {cluster.world_size} processes but the world has {world}; run "
-            f"`torchrun --nproc-per-node {cluster.world_size} ...` or give a mesh of {world}"
+            f"mesh {cluster.mesh_text} needs {cluster.world_size} processes but the world has "
+            f"{world}; run `torchrun --nproc-per-node {cluster.world_size} ...` or give a mesh of "
+            f"{world}"
         )
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.cluster.link import ASYNC_SUM_BYTES
-from autopar.comm.cost import communicates
+from autopar.comm.cost import ASYNC_SUM_BYTES, communicates
 from autopar.comm.groups import joined
 from autopar.ir.randomness import draws
 from autopar.schedule.splits import called

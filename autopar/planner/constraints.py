@@ -177,7 +177,7 @@ def _masks(
 def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layout: _Layout) -> str:
     kind = {"parameter": "parameter", "input": "input"}.get(decision.kind, "result")
     shape = list(shape_of(_value(decision)))
-    mesh = "x".join(map(str, space.mesh))
+    mesh = space.cluster.mesh_text
     legal = list(dict.fromkeys(str(c.outputs[0].data()) or "scalar" for c in decision.candidates))
     more = f", and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
     if layout.spec is None:

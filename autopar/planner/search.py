@@ -103,7 +103,7 @@ def search(
     except InfeasibleError as error:
         if not math.isfinite(error.smallest_bytes):
             raise
-        mesh = "x".join(map(str, space.mesh))
+        mesh = space.cluster.mesh_text
         raise InfeasibleError(
             f"no plan fits {bytes_text(budget)} per device on mesh {mesh}: the smallest budget "
             f"with a plan is {bytes_text(error.smallest_bytes)} ({error.smallest_bytes:.0f} "

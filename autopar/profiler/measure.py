@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from autopar.cluster.cluster import Device, Link
 from autopar.cluster.curve import Curve
+from autopar.cluster.device import Device
+from autopar.cluster.link import Link
 from autopar.profiler.clock import seconds_of
 
 Progress = Callable[[str], None]

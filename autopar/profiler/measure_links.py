@@ -27,8 +27,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
-from autopar.cluster.cluster import ClusterInfo, Device
+from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
+from autopar.cluster.device import Device
 from autopar.cluster.link import PASSES, Link
 from autopar.comm.groups import DEFAULT_TIMEOUT, Group, find_group
 from autopar.comm.world import process_groups, start, stop

@@ -20,7 +20,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autopar.cluster.cluster import Device
+from autopar.cluster.device import Device
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import bound_arguments, operands
 from autopar.profiler.counting import Recorder, Work

@@ -18,7 +18,7 @@ from autopar.plan import (
     ShardingPlan,
     TimeEstimate,
 )
-from autopar.units import bytes_text, count_text, time_text
+from autopar.units import bytes_text, count_text, mesh_text, time_text
 
 # Modules that hold no parameters and take less than this share of the time are summed up.
 SMALL = 0.01
@@ -54,13 +54,12 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
     """What the plan is for, and what it promises."""
     cluster = ClusterInfo.from_dict(plan.cluster)
     links = ", ".join(
-        f"axis {axis} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
+        f"{cluster.axis_label(axis)} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
         for axis, link in enumerate(cluster.links)
     )
-    shape = "x".join(map(str, plan.mesh))
     return [
         ("model", f"{plan.model} (graph {plan.fingerprint})"),
-        ("mesh", f"{shape}: {cluster.world_size} x {cluster.device.name}"),
+        ("mesh", f"{cluster.mesh_text}: {cluster.world_size} x {cluster.device.name}"),
         ("links", links),
         ("step", time_text(plan.time.step_us)),
         (
@@ -257,7 +256,7 @@ def meshes_table(plan: ShardingPlan) -> Table | None:
         return None
     rows = tuple(
         (
-            "x".join(map(str, m.mesh)),
+            mesh_text(m.mesh),
             time_text(m.step_us) if math.isfinite(m.step_us) else "-",
             time_text(m.bound_us) if math.isfinite(m.bound_us) else "-",
             bytes_text(m.memory_bytes) if math.isfinite(m.memory_bytes) else "",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 from autopar.errors import InfeasibleError
 from autopar.plan import StepSummary
 from autopar.schedule.build import schedule_of

@@ -10,7 +10,7 @@ from torch import nn
 
 import autopar.planner.planner
 from autopar import ClusterInfo, ShardingPlan, autoplan
-from autopar.cluster.cluster import DEVICES
+from autopar.cluster.device import DEVICES
 from autopar.errors import InfeasibleError, MeshError
 from autopar.plan import Baseline, MeshResult, ParetoPoint
 from autopar.planner.baselines import baseline_plans

@@ -1,17 +1,20 @@
 """Links: what a collective takes, by algorithm or as measured, and small weights together."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
-from autopar.cluster.link import BUCKET_MEMBER_BYTES, PASSES, Link
+from autopar.cluster.link import PASSES, Link
+from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.spec import ShardingSpec
 from autopar.sharding.conversion.converter import LayoutConverter
 
 LINK = Link(1e-5, 1e-9)
+bucketed = partial(LINK.bucketed_us, message_bytes=BUCKET_MEMBER_BYTES)
 MEASURED = Link(1e-5, 1e-9, curves={"all_gather": Curve.of([[1e3, 1e7], [1e6, 1e8]])})
 
 
@@ -62,7 +65,7 @@ def test_links_survive_yaml(tmp_path):
 def test_small_weights_share_messages_and_large_ones_do_not():
     sizes = np.array([4.0, 1e3, BUCKET_MEMBER_BYTES, 1e8])
     for kind in PASSES:
-        alone, together = (f(kind, 8, sizes) for f in (LINK.collective_us, LINK.bucketed_us))
+        alone, together = (f(kind, 8, sizes) for f in (LINK.collective_us, bucketed))
         assert (together[:2] < alone[:2] / 2).all()
         assert together[2:] == pytest.approx(alone[2:])
         # as many as fill a message take as long as the message

@@ -11,8 +11,10 @@ import yaml
 from typer.testing import CliRunner
 
 from autopar.cli.app import app
-from autopar.cluster.cluster import ClusterInfo, Device, Link, device
+from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
+from autopar.cluster.device import Device, device
+from autopar.cluster.link import Link
 from autopar.errors import EngineError, MeshError
 from autopar.ir.spec import ShardingSpec
 from autopar.plan import ShardingPlan
@@ -113,12 +115,11 @@ def test_files_without_the_new_fields():
             "bandwidth": 1e9, "launch_us": 1.0,
         },
         "links": [{"alpha": 1e-5, "beta": 1e-9}],
-        "memory_bytes": None,
     }  # fmt: skip
-    found = ClusterInfo.from_dict(old)
-    assert not found.device.measured
-    assert found.host_link is None
-    assert found.to_dict() == old
+    cluster = ClusterInfo.from_dict(old | {"memory_bytes": None})
+    assert not cluster.device.measured
+    assert cluster.host_link is None
+    assert cluster.to_dict() == old
 
 
 @pytest.mark.parametrize(

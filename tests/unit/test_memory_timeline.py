@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from autopar import ClusterInfo, autoplan
-from autopar.cluster.cluster import Link
 from autopar.cluster.curve import Curve
+from autopar.cluster.link import Link
 from autopar.planner.planner import trainable_inputs
 from autopar.report.step_chart import live_figure, modules_figure, step_html
 from autopar.runtime.local_step import local_step

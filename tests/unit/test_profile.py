@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar import ColoTracer
-from autopar.cluster.cluster import ClusterInfo, Link, device, parse_bytes, parse_mesh
+from autopar.cluster.cluster import ClusterInfo, parse_bytes, parse_mesh
+from autopar.cluster.device import device
+from autopar.cluster.link import Link
 from autopar.cluster.local import as_cluster, named_gpu
 from autopar.planner.planner import trainable_inputs
 from autopar.profiler.memory import memory_timeline
@@ -424,11 +426,12 @@ def test_sizes_and_meshes_parse():
     assert parse_bytes("40GiB") == 40 * 2**30
     assert parse_bytes("512 MB") == 512e6
     assert parse_bytes("0.5", of=100.0) == 50.0
-    assert parse_mesh("2x4") == (2, 4)
+    assert parse_mesh("2x4") == ((2, 4), ())
+    assert parse_mesh("node=2, gpu=4") == ((2, 4), ("node", "gpu"))
     for bad in ["40 potatoes", "-1GiB", "0"]:
         with pytest.raises(ValueError, match=r"memory size"):
             parse_bytes(bad)
-    for bad in ["", "2x", "0x2", "two"]:
+    for bad in ["", "2x", "0x2", "two", "node=2,4", "node=2xgpu=4", "node=0", "1st=2"]:
         with pytest.raises(ValueError, match="mesh"):
             parse_mesh(bad)
 
@@ -441,6 +444,10 @@ def test_clusters_round_trip_through_yaml(tmp_path):
     path.write_text(yaml.safe_dump(cluster.to_dict()))
     assert as_cluster(path) == cluster
     assert cluster.links[0] != cluster.links[1]  # between nodes, inside a node
+    named = as_cluster("node=2,gpu=8")
+    path.write_text(named.to_yaml())
+    assert as_cluster(path) == named
+    assert named.axis_names == ("node", "gpu") and named.mesh == (2, 8)
     assert [cluster.coords(r) for r in (0, 1, 8)] == [(0, 0), (0, 1), (1, 0)]
 
 
@@ -469,6 +476,8 @@ def test_bad_clusters_are_refused():
         ClusterInfo((2,), device("cpu"), (Link(1e-6, float("nan")),))
     with pytest.raises(ValueError, match="one link per axis"):
         ClusterInfo((2, 2), device("cpu"), (Link(1e-6, 1e-9),))
+    with pytest.raises(ValueError, match="a different name for each of its 2 axes, got gpu, gpu"):
+        ClusterInfo.of("gpu=2,gpu=2")
     with pytest.raises(ValueError, match="does not exist"):
         as_cluster("nowhere.yaml")
     with pytest.raises(ValueError, match=r"unknown keys \['meshes'\]"):
