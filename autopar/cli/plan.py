@@ -1,8 +1,7 @@
-"""What `autopar plan` and `autopar report` do between their options and their output."""
+"""What `autopar plan` and `autopar report` do after their options are read."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,17 +20,17 @@ from autopar.planner.mesh_search import search_meshes
 from autopar.planner.pareto import front
 from autopar.planner.planner import build_problem
 from autopar.report.html import render_html
-from autopar.report.text import WIDTH, render
+from autopar.report.text import render, terminal_width
 
 
 def cluster_of(mesh: str | None, device: str, file: Path | None, named: bool) -> ClusterInfo:
     """The cluster that the options describe.
 
     Args:
-        named: the device was asked for, and is not the default.
+        named: whether the user named the device; otherwise it is the default.
 
     Raises:
-        ValueError: neither mesh nor file, or both, or the file is no cluster.
+        ValueError: neither mesh nor file, or both, or the file does not describe a cluster.
     """
     if file is None:
         if mesh is None:
@@ -49,7 +48,7 @@ def cluster_of(mesh: str | None, device: str, file: Path | None, named: bool) ->
 
 @dataclass(frozen=True)
 class AnyMesh:
-    """All meshes of so many devices, instead of one."""
+    """All meshes of a number of devices, instead of one mesh."""
 
     devices: int
     device: str
@@ -58,17 +57,17 @@ class AnyMesh:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is wanted of a plan besides where it runs.
+class PlanOptions:
+    """Options of a plan, besides where it runs.
 
     Args:
         optimizer_state: bytes per byte of parameter.
         constraints: layouts by name.
-        baselines: also what people write by hand.
-        front: also the fastest plans by budget.
+        baselines: also cost the standard plans.
+        front: also find the fastest plans by budget.
         time_limit: seconds for each run of the solver.
         source: the model file.
-        schedule: also what the step keeps, even where memory does not bind.
+        schedule: also schedule the step if everything fits the memory.
     """
 
     optimizer_state: float
@@ -89,10 +88,10 @@ def target_of(
     memory: str | None,
     default: str,
 ) -> ClusterInfo | AnyMesh:
-    """What to plan for, from the options.
+    """What to plan for, according to the options.
 
     Raises:
-        ValueError: they contradict each other, or say too little.
+        ValueError: they contradict each other, or something is missing.
     """
     auto = mesh == "auto" or (mesh is None and devices is not None)
     if auto and file is not None:
@@ -112,61 +111,64 @@ def target_of(
     return AnyMesh(devices, name, per_node or NODE_SIZE, memory)
 
 
-def planned(
+def make_plan(
     example: Example,
-    where: ClusterInfo | AnyMesh,
-    asked: Asked,
+    target: ClusterInfo | AnyMesh,
+    options: PlanOptions,
     say: Callable[[str], None],
     trace: Path | None = None,
 ) -> ShardingPlan:
-    """The plan, with what was asked for beside it.
+    """The plan, with baselines and Pareto front if the options say so.
 
     Args:
+        say: told the current stage.
         trace: file for the predicted step.
     """
-    pair = _found(example, where, asked, say)
-    found = pair.planned
-    if trace is not None and pair.memory is not None:
-        pair.memory.timeline.save_trace(trace)
+    joint = _search(example, target, options, say)
+    planned = joint.planned
+    if trace is not None and joint.memory is not None:
+        joint.memory.timeline.save_trace(trace)
     baselines: tuple[Baseline, ...] = ()
     points: tuple[ParetoPoint, ...] = ()
-    if asked.baselines:
-        say("hand-written plans ...")
-        experts = baseline_plans(found.space, time_limit=asked.time_limit)
-        baselines = tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts)
-    if asked.front:
+    if options.baselines:
+        say("baselines ...")
+        plans = baseline_plans(planned.space, time_limit=options.time_limit)
+        baselines = tuple(Baseline(b.name, b.time, b.memory, b.fits) for b in plans)
+    if options.front:
         points = front(
-            found.space, time_limit=asked.time_limit, progress=say, only=found.only
+            planned.space, time_limit=options.time_limit, progress=say, only=planned.only
         ).points
-    return replace(found.plan, baselines=baselines, pareto_front=points, source=asked.source)
+    return replace(planned.plan, baselines=baselines, pareto_front=points, source=options.source)
 
 
-def _found(
-    example: Example, where: ClusterInfo | AnyMesh, asked: Asked, say: Callable[[str], None]
+def _search(
+    example: Example,
+    target: ClusterInfo | AnyMesh,
+    options: PlanOptions,
+    say: Callable[[str], None],
 ) -> JointPlan:
     model, args, kwargs = example.model, example.args, example.kwargs
-    if isinstance(where, AnyMesh):
+    if isinstance(target, AnyMesh):
         return JointPlan(search_meshes(
-            model, args, kwargs, devices=where.devices, device=where.device,
-            per_node=where.per_node, memory=where.memory, optimizer_state=asked.optimizer_state,
-            constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
+            model, args, kwargs, devices=target.devices, device=target.device,
+            per_node=target.per_node, memory=target.memory,
+            optimizer_state=options.optimizer_state, constraints=options.constraints,
+            time_limit=options.time_limit, progress=say,
         ).planned)  # fmt: skip
     problem = build_problem(
-        model, args, kwargs, cluster=where, optimizer_state=asked.optimizer_state,
-        constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
+        model, args, kwargs, cluster=target, optimizer_state=options.optimizer_state,
+        constraints=options.constraints, time_limit=options.time_limit, progress=say,
     )  # fmt: skip
-    if where.memory_bytes is None and not asked.schedule:
+    if target.memory_bytes is None and not options.schedule:
         return JointPlan(problem.planned(problem.decide()))
-    return plan_jointly(problem, always=asked.schedule)
+    return plan_jointly(problem, always=options.schedule)
 
 
-def write_html(found: ShardingPlan, path: Path) -> None:
-    """The report as one page; whole or not at all."""
-    write_atomically(path, render_html(found))
+def write_html(plan: ShardingPlan, path: Path) -> None:
+    """Write the report as one page. On failure, a file that is already there does not change."""
+    write_atomically(path, render_html(plan))
 
 
-def print_report(found: ShardingPlan) -> None:
-    """The report, as wide as the terminal."""
-    terminal = sys.stdout.isatty()
-    width = max(80, shutil.get_terminal_size((WIDTH, 24)).columns) if terminal else WIDTH
-    sys.stdout.write(render(found, color=terminal, width=width))
+def print_report(plan: ShardingPlan) -> None:
+    """Print the report, as wide as the terminal."""
+    sys.stdout.write(render(plan, color=sys.stdout.isatty(), width=terminal_width()))

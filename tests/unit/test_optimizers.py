@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autopar.cli.app import OPTIMIZERS as NAMES
+from autopar.cli.common import OPTIMIZERS as NAMES
 from autopar.planner.optimizer_state import OPTIMIZERS, named_state_ratio
 
 
