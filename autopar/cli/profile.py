@@ -171,9 +171,8 @@ def print_profile(
     console.print(f"step        {flops_text(numbers.flops)}, forward and backward")
     console.print(f"saved       {bytes_text(numbers.saved_bytes)} for backward")
     console.print(f"peak        {bytes_text(numbers.peak_bytes)} made during the step")
-    console.print(
-        f"held        {bytes_text(profiled.state_bytes)} of parameters, buffers, optimizer"
-    )
+    state = bytes_text(profiled.state_bytes)
+    console.print(f"held        {state} of parameters, buffers, optimizer state")
     if formulas:
         _print_formulas(profiled, numbers, console, depth)
 

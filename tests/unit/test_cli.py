@@ -2,12 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import autopar
 from autopar.cli.app import app
 from autopar.plan import ShardingPlan
 from autopar.report.text import render
@@ -340,6 +343,21 @@ def test_devices_are_listed():
     shown = run("devices").stdout
     for name in ("A100-80G", "H200", "cpu"):
         assert name in shown
+
+
+def test_mesh_axes_can_have_names(tmp_path, tiny):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("mesh: node=2,gpu=2\ndevice: H100\n")
+    for target in (("--mesh", "node=2,gpu=2", "--device", "H100"), ("--cluster", str(path))):
+        shown = run("plan", str(tiny), *target, "--no-baselines").stdout
+        assert "node=2,gpu=2: 4 x H100" in shown
+        assert "gpu 300 GB/s" in shown
+
+
+def test_version_and_module():
+    assert run("--version").stdout == f"autopar {autopar.__version__}\n"
+    command = [sys.executable, "-m", "autopar", "--version"]
+    assert subprocess.check_output(command, text=True) == run("--version").stdout
 
 
 def test_help_names_the_commands():
