@@ -1,6 +1,5 @@
 """All eight ranks of a 2x2x2 mesh in one process: float64 equality, three optimizer steps."""
 
-import datetime
 import functools
 import threading
 
@@ -20,9 +19,7 @@ from tests.models import CASES, OPTIMIZERS, reference
 
 MESH = (2, 2, 2)
 STEPS = 3
-# every other quarter of the random plans a day
-PARTS_TODAY = range(datetime.date.today().toordinal() % 2, 4, 2)
-RANDOM_PLANS = 20
+RANDOM_PLANS = 10  # seeds from 0, in two tests
 TOLERANCE = 1e-9
 
 
@@ -131,12 +128,12 @@ def test_solver_plan_equals_single_device(name):
     assert largest_error(name, plan, "adamw", lowered=True) < TOLERANCE
 
 
-@pytest.mark.parametrize("part", PARTS_TODAY)
+@pytest.mark.parametrize("part", range(2))
 @pytest.mark.parametrize("name", list(CASES))
 def test_random_plans_equal_single_device(name, part):
     space = planned(name).space
     wrong = {}
-    for seed in range(part, RANDOM_PLANS, 4):
+    for seed in range(part, RANDOM_PLANS, 2):
         plan = make_plan(space, space.random_choices(np.random.default_rng(seed)), name)
         error = largest_error(name, plan, ["sgd", "adamw"][seed % 2])
         if not error < TOLERANCE:
