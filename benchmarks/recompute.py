@@ -31,6 +31,7 @@ import plotly.graph_objects as go
 import plotly.subplots
 import torch
 import torch.nn.functional as F
+from autopar.runtime.lower import boxed, lower
 from rich.table import Table
 from torch import nn
 from torch._functorch.aot_autograd import aot_function
@@ -45,7 +46,6 @@ from autopar import ClusterInfo, autoplan
 from autopar.comm.groups import planning_groups
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.runtime.live_trace import LiveTrace, StepFlops
-from autopar.runtime.lower import boxed, lower
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import Front, Point
 from autopar.schedule.program import Program, Schedule

@@ -103,14 +103,9 @@ def simulated_records() -> Iterator[tuple[str, Any]]:
         yield f"{family.name}, mesh 2x2", _plan_record(plan)
         if captured.graph.random:
             continue
-        groups = sharded.thread_groups(plan.mesh, timeout=sharded.RANK_TIMEOUT_S)
-        try:
-            ranks = [sharded._Rank(captured, plan, c, names) for c, names in groups.items()]
-            steps = sharded.on_threads([rank.step for rank in ranks])
-        finally:
-            sharded.forget_groups()
-        losses = [step.loss.item().hex() for step in steps]
-        grads = _digest([step.gradients for step in steps])
+        steps = sharded.steps_of(captured, plan)
+        losses = [step.loss.item().hex() for step in steps.values()]
+        grads = _digest([step.gradients for step in steps.values()])
         yield f"{family.name}, simulated", {"losses": losses, "gradients": grads}
 
 

@@ -1,4 +1,4 @@
-"""Collectives in a joint graph: which nodes they are, and what they take."""
+"""Collectives in a graph: which nodes they are, and their predicted time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm import async_collectives  # noqa: F401  (defines the operators)
-from autopar.comm.groups import axis_of, find_group
+from autopar.comm.groups import find_group
 from autopar.ir.aliasing import tensors_of
 
 
 def communicates(node: fx.Node) -> bool:
-    """Whether a node is one of autopar's collectives."""
+    """Whether a node is a collective, or a half of one."""
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload)
@@ -23,12 +23,13 @@ def communicates(node: fx.Node) -> bool:
     )
 
 
-# Nobody waits for them where they stand (`autopar/passes/async_sums.py`), but there is their call.
-STARTS = {torch.ops.autopar.start_all_reduce.default, torch.ops.autopar.all_reduce_late.default}
+# Starts of sums that compute does not wait for (`autopar/passes/async_sums.py`): only their launch
+# takes time.
+STARTS = {torch.ops.autopar.start_all_reduce.default}
 
 
 def communication_us(node: fx.Node, operands: Any, results: Any, cluster: ClusterInfo) -> float:
-    """Time of a collective on the link of its group's axis.
+    """Predicted time of a collective on the link of its group's axis, in microseconds.
 
     Args:
         operands, results: its tensors on this rank; the larger side is the unsplit one.
@@ -40,13 +41,14 @@ def communication_us(node: fx.Node, operands: Any, results: Any, cluster: Cluste
         for value, argument in zip(node.args, node.target._schema.arguments, strict=False)  # type: ignore[union-attr]
         if argument.name == "group"
     )
-    axis = axis_of(str(name))
     nbytes = max(
         sum(t.numel() * t.element_size() for t in tensors_of(side)) for side in (operands, results)
     )
     kind = node.target._opname.removesuffix("_many")  # type: ignore[union-attr]
-    ranks = find_group(str(name)).size
-    return cluster.device.launch_us + float(cluster.links[axis].collective_us(kind, ranks, nbytes))
+    group = find_group(str(name))
+    assert group.axis is not None, "only sums that nothing waits for are over all ranks"
+    link = cluster.links[group.axis]
+    return cluster.device.launch_us + float(link.collective_us(kind, group.size, nbytes))
 
 
 # Weights, and their gradients, up to this size share messages (`passes/bucket.py`). For larger

@@ -1,9 +1,12 @@
-"""The process group and device mesh the engine runs on; started where the user has not."""
+"""The process group and device mesh that the engine runs on; started if the user has not."""
 
 from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,10 +14,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.comm import async_result as late
-from autopar.comm import groups
-from autopar.comm.groups import DEFAULT_TIMEOUT, Group, ProcessGroup
-from autopar.errors import MeshError
+from autopar.comm.groups import forget_groups, register_mesh
+from autopar.errors import EngineError, MeshError
+
+DEFAULT_TIMEOUT = timedelta(minutes=5)
+
+# Process groups are threads and sockets: engines on the same mesh share them.
+_MESHES: dict[Any, DeviceMesh] = {}
 
 
 def device_for(cluster: ClusterInfo) -> torch.device:
@@ -59,7 +65,6 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
                 timeout=DEFAULT_TIMEOUT,
             )
         atexit.register(stop)
-    # process groups are threads and sockets: engines on the same mesh share them
     key = (dist.group.WORLD, device.type, cluster.mesh)
     if key not in _MESHES:
         names = tuple(f"axis{i}" for i in range(len(cluster.mesh)))
@@ -67,35 +72,46 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
     return _MESHES[key]
 
 
-_MESHES: dict[Any, DeviceMesh] = {}
-
-
 def process_groups(mesh: DeviceMesh) -> tuple[str, ...]:
-    """Groups on the process groups of a `DeviceMesh` over all processes, named after its shape;
-    called by all of them. Engines on the same mesh share them."""
-    shape = tuple(mesh.shape)
-    prefix = f"{mesh.device_type}:{'x'.join(map(str, shape))}"
-
-    def make(name: str, group: dist.ProcessGroup) -> Group:
-        known = groups.registered(name)
-        if isinstance(known, ProcessGroup) and known.group is group:
-            return known
-        return ProcessGroup(name, group)
-
+    """Names of this rank's process groups along the axes of a mesh over all processes."""
     world = dist.group.WORLD
+    coords = mesh.get_coordinate()
     assert world is not None
-    return groups.axis_groups(
-        prefix, shape,
-        lambda name, axis: make(name, mesh.get_group(axis)),
-        lambda name: make(name, world),
-    )  # fmt: skip
+    assert coords is not None, "the mesh is over all processes"
+    names = [mesh.get_group(axis).group_name for axis in range(mesh.ndim)]
+    return register_mesh(tuple(mesh.shape), tuple(coords), names, world.group_name)
 
 
 def stop() -> None:
     """End the process group, and let go of all that holds it: one that lives on aborts the process
     when the interpreter shuts down."""
-    late.finish_at_exit()
     _MESHES.clear()
-    groups.forget_groups()
+    forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# What Gloo's errors say; NCCL's have a type.
+_TRANSPORT_ERRORS = ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
+
+
+@contextmanager
+def explained_failures() -> Iterator[None]:
+    """Explain a failed collective: nearly always, another rank is gone.
+
+    Raises:
+        EngineError: in the place of the transport's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error)
+        if not isinstance(error, dist.DistError) and not any(
+            part in message for part in _TRANSPORT_ERRORS
+        ):
+            raise
+        raise EngineError(
+            f"rank {dist.get_rank()}: a collective failed: {message.splitlines()[0]}\n  Another "
+            "rank has died, or runs a different program; look for the first error among the other "
+            "ranks' output."
+        ) from error

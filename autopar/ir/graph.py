@@ -89,6 +89,11 @@ class ModelGraph:
             if any(map(torch.is_tensor, pytree.tree_leaves(node.meta["val"]))):
                 yield node
 
+    @property
+    def mutated_placeholders(self) -> list[str]:
+        """Placeholder names of the buffers that the step updates."""
+        return [k for k, name in self.buffers.items() if name in self.mutations]
+
     @cached_property
     def symbols(self) -> dict[str, str]:
         """What the symbolic sizes of inputs are: "batch" for dim 0, "sequence" for dim 1, and

@@ -1,13 +1,13 @@
 """The pass that turns a plan into each rank's program: local shapes, explicit conversions.
 
 The result is an ordinary PyTorch graph. Every conversion is a differentiable step from
-`autopar.comm.collectives`; autograd of the graph is the distributed backward.
+`autopar.comm.steps`; autograd of the graph is the distributed backward.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.comm import collectives
+from autopar.comm.steps import STEPS
 from autopar.errors import PlanError
 from autopar.ir.graph import (
     ModelGraph,
@@ -207,24 +207,15 @@ class _Rewriter:
         def extent(dim: int, spec: ShardingSpec) -> int:
             return local_range(shape[dim], spec.dims[dim], self.rank.mesh, self.rank.coords)[1]
 
-        arguments: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-            "vary": (collectives.vary, ()),
-            "all_reduce": (collectives.reduce, ()),
-            "inject": (collectives.inject, ()),
-        }
-        if step.kind in ("gather", "gather_vary"):
-            function: Callable[..., Any] = getattr(collectives, step.kind)
-            rest: tuple[Any, ...] = (step.dim, extent(step.dim, step.target))
-        elif step.kind == "slice":
-            function, rest = collectives.slice_, (step.dim,)
-        elif step.kind == "reduce_scatter":
-            function, rest = collectives.scatter_sum, (step.dim,)
-        elif step.kind == "all_to_all":
-            function = collectives.exchange
-            rest = (step.dim, extent(step.dim, step.target), step.to_dim)
-        else:
-            function, rest = arguments[step.kind]
-        return self.out.call_function(function, (value, *rest, group))
+        kind = {"gather": "all_gather", "gather_vary": "all_gather_vary"}.get(step.kind, step.kind)
+        rest: tuple[Any, ...] = ()
+        if kind in ("all_gather", "all_gather_vary"):
+            rest = step.dim, extent(step.dim, step.target)
+        elif kind in ("slice", "reduce_scatter"):
+            rest = (step.dim,)
+        elif kind == "all_to_all":
+            rest = step.dim, extent(step.dim, step.target), step.to_dim
+        return self.out.call_function(STEPS[kind], (value, *rest, group))
 
     # -- operators ------------------------------------------------------------------------------
 

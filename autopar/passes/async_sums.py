@@ -1,9 +1,7 @@
-"""Small sums over ranks that nobody waits for where they stand: each is a moment at which all ranks
-wait for the slowest, whatever its size.
+"""Small sums over ranks that nothing waits for where they stand. Each would be a point at which all
+ranks wait for the slowest, whatever its size.
 
-Both passes work on the joint graph, ahead of the partition. What they start is small enough to be
-sent whole at once (`DirectGroup`, `SharedGroup`), so that who waits for it needs nothing more of
-other ranks.
+Both passes work on the joint graph, before it is split.
 """
 
 from __future__ import annotations
@@ -15,20 +13,20 @@ import torch
 import torch.fx as fx
 
 from autopar.comm.cost import ASYNC_SUM_BYTES, communicates
-from autopar.comm.groups import joined
+from autopar.comm.groups import group_of_all
+from autopar.ir.fx_calls import add_call
 from autopar.ir.randomness import draws
-from autopar.schedule.splits import called
 
 _OPS = torch.ops.autopar
-# Of the operators that an early sum is made by.
+# Operators that may compute the operand of an early sum.
 _FEW = 16
 
 
-def late_results(gm: fx.GraphModule, *, results: Collection[int]) -> fx.GraphModule:
-    """Sums that are only returned are started, and for the caller to wait for.
+def async_results(gm: fx.GraphModule, *, results: Collection[int]) -> fx.GraphModule:
+    """Start sums that are only returned; the caller waits for them.
 
     Args:
-        results: positions of the outputs that may be.
+        results: positions of the outputs that the caller can wait for.
     """
     output = gm.graph.output_node()
     outputs: list[Any] = list(output.args[0])  # type: ignore[arg-type]
@@ -39,36 +37,34 @@ def late_results(gm: fx.GraphModule, *, results: Collection[int]) -> fx.GraphMod
         if set(node.users) == {output} and outputs.count(node) == 1:
             operand, group = _over_all(node)
             with gm.graph.inserting_before(node):
-                late = called(
-                    gm.graph, _OPS.all_reduce_late.default, (operand, node.args[1], group)
+                started = add_call(
+                    gm.graph, _OPS.start_all_reduce.default, (operand, node.args[1], group)
                 )
-            _replace(node, late)
+            _replace(node, started)
     return gm
 
 
-def positions_of_late(gm: fx.GraphModule) -> list[int]:
-    """Of a forward, the results that it leaves to wait for."""
-    outputs: Any = gm.graph.output_node().args[0]
-    late = _OPS.all_reduce_late.default
-    return [k for k, n in enumerate(outputs) if getattr(n, "target", None) is late]
+def is_async(node: Any) -> bool:
+    """Whether a result is a sum that may still run when the program returns."""
+    return getattr(node, "target", None) is _OPS.start_all_reduce.default
 
 
 def early_sums(gm: fx.GraphModule) -> fx.GraphModule:
-    """Sums of what the program is given (the count of targets) start with the program."""
+    """Start sums of arguments (the count of targets) with the program."""
     graph = gm.graph
     for node in reversed([n for n in graph.nodes if _is_small_sum(n)]):
         operand, group = _over_all(node)
-        made_by = _made_by(operand) if node.users else None
-        if made_by is None:
+        computation = _computation(operand) if node.users else None
+        if computation is None:
             continue
-        begin = next(n for n in graph.nodes if n.op != "placeholder" and n not in made_by)
-        for n in made_by:
+        begin = next(n for n in graph.nodes if n.op != "placeholder" and n not in computation)
+        for n in computation:
             begin.prepend(n)
         with graph.inserting_before(begin):
-            start = called(graph, _OPS.start_all_reduce.default, (operand, node.args[1], group))
+            start = add_call(graph, _OPS.start_all_reduce.default, (operand, node.args[1], group))
             start.meta = {**node.meta, "val": start.meta["val"]}
         with graph.inserting_before(node):
-            _replace(node, called(graph, _OPS.finish_all_reduce.default, (start,)))
+            _replace(node, add_call(graph, _OPS.finish_all_reduce.default, (start,)))
     return gm
 
 
@@ -88,13 +84,13 @@ def _over_all(node: fx.Node) -> tuple[Any, str]:
     chain: list[Any] = [node]
     while _is_small_sum(before := chain[-1].args[0]) and len(before.users) == 1:
         chain.append(before)
-    group = joined([str(n.args[2]) for n in chain])
+    group = group_of_all([str(n.args[2]) for n in chain])
     if group is None or len({n.args[1] for n in chain}) > 1:
         return node.args[0], str(node.args[2])
     return chain[-1].args[0], group
 
 
-def _made_by(value: fx.Node) -> list[fx.Node] | None:
+def _computation(value: fx.Node) -> list[fx.Node] | None:
     """The operators that a value is made by from what the forward is given, in order; None where
     they are many, communicate or draw."""
     found: set[fx.Node] = set()

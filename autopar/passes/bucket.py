@@ -13,7 +13,7 @@ import torch.fx as fx
 from autopar.comm import collectives  # noqa: F401  (defines the operators)
 from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.aliasing import is_view
-from autopar.schedule.splits import called
+from autopar.ir.fx_calls import add_call
 
 BUCKET_BYTES = 4 * 2**20
 
@@ -135,7 +135,7 @@ def _gather_together(
     place = members[0]
     bring_forward(place, [n.args[0] for n in members])
     with graph.inserting_before(place):
-        merged = called(graph, many, _arguments(members, common))
+        merged = add_call(graph, many, _arguments(members, common))
         for i, node in enumerate(members):
             item = graph.call_function(operator.getitem, (merged, i))
             item.meta = dict(node.meta)
@@ -153,12 +153,12 @@ def _reduce_together(
     values = [n.meta["val"] for n in members]
     views = []
     with graph.inserting_before(members[-1]):
-        row = called(graph, many, _arguments(members, common))
-        parts = called(graph, _SPLIT, (row, [v.numel() for v in values]))
+        row = add_call(graph, many, _arguments(members, common))
+        parts = add_call(graph, _SPLIT, (row, [v.numel() for v in values]))
         for i, node in enumerate(members):
             part = graph.call_function(operator.getitem, (parts, i))
             part.meta["val"] = parts.meta["val"][i]
-            view = called(graph, _VIEW, (part, list(values[i].shape)))
+            view = add_call(graph, _VIEW, (part, list(values[i].shape)))
             view.meta = {**node.meta, "val": view.meta["val"]}
             node.replace_all_uses_with(view)
             views.append(view)

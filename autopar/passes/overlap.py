@@ -12,8 +12,9 @@ import torch
 import torch.fx as fx
 
 from autopar.ir.aliasing import is_view
+from autopar.ir.fx_calls import add_call
 from autopar.passes.bucket import bring_forward, given_values
-from autopar.schedule.splits import called, halves_of
+from autopar.schedule.splits import halves_of
 
 _OPS = torch.ops.autopar
 _GATHERS = {_OPS.all_gather.default, _OPS.all_gather_many.default}
@@ -98,12 +99,12 @@ def _split(graph: fx.Graph, node: fx.Node, begin: fx.Node, end: fx.Node) -> None
     assert halves is not None
     target, finish = halves
     with graph.inserting_before(begin):
-        start = called(graph, target, node.args)
+        start = add_call(graph, target, node.args)
     with graph.inserting_before(end):
         if finish is None:
-            graph.call_function(_OPS.arrived_here.default, (start,))
+            graph.call_function(_OPS.wait_in_place.default, (start,))
             result = start
         else:
-            result = called(graph, finish[0], (start, *finish[1]))
+            result = add_call(graph, finish[0], (start, *finish[1]))
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)

@@ -9,21 +9,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.comm import collectives
-from autopar.comm.groups import ProcessGroup, find_group, joined
+from autopar.comm.groups import group_of_all
+from autopar.comm.steps import STEPS
 
-_STEPS = {
-    collectives.gather,
-    collectives.gather_vary,
-    collectives.slice_,
-    collectives.vary,
-    collectives.reduce,
-    collectives.scatter_sum,
-    collectives.exchange,
-    collectives.inject,
-}
-
-
+_STEPS = set(STEPS.values())
 _NAMESPACES = ("autopar", "_c10d_functional")
 
 
@@ -69,10 +58,9 @@ def collective_signature(gm: fx.GraphModule, groups: Sequence[str]) -> str:
 
     Groups are identified by mesh axis, so that the signatures of different ranks compare.
     """
-    axis: dict[Any, Any] = {name: i for i, name in enumerate(groups)} | {joined(groups): "all"}
-    for i, group in enumerate(map(find_group, groups)):
-        if isinstance(group, ProcessGroup):  # as torch's functional collectives name it
-            axis[group.group.group_name] = i
+    axis: dict[Any, Any] = {name: i for i, name in enumerate(groups)} | {
+        group_of_all(groups): "all"
+    }
     digest = hashlib.sha256()
     for node in gm.graph.nodes:
         if node.op != "call_function":

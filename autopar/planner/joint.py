@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from autopar.errors import InfeasibleError
 from autopar.ir.spec import ShardingSpec
+from autopar.passes.local_step import LocalStep, local_step
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.liveness import Liveness
@@ -23,7 +24,6 @@ from autopar.planner.pareto import with_budget
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import Found, search
 from autopar.planner.space import SearchSpace
-from autopar.runtime.local_step import LocalStep, local_step
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text
 

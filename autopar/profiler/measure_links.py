@@ -31,8 +31,8 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
 from autopar.cluster.device import Device
 from autopar.cluster.link import PASSES, Link
-from autopar.comm.groups import DEFAULT_TIMEOUT, Group, find_group
-from autopar.comm.world import process_groups, start, stop
+from autopar.comm.groups import Group, find_group
+from autopar.comm.world import DEFAULT_TIMEOUT, process_groups, start, stop
 from autopar.errors import EngineError, MeshError
 from autopar.profiler.measure import (
     Effort,
@@ -262,18 +262,23 @@ def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: 
         group: of the axis; every rank of the world calls this at the same time.
         launch_us: of an operator; the model counts it apart.
     """
+    ops = torch.ops._c10d_functional
     calls: dict[str, Callable[[torch.Tensor], Any]] = {
-        "all_gather": lambda x: group.all_gather(x.view(group.size, -1)[0]),
-        "reduce_scatter": lambda x: group.reduce_scatter(x.view(group.size, -1)),
-        "all_reduce": lambda x: group.all_reduce(x, "sum"),
-        "all_to_all": lambda x: group.all_to_all(x.view(group.size, -1)),
+        "all_gather": lambda x: ops.all_gather_into_tensor(
+            x[: x.numel() // group.size], group.size, group.name
+        ),
+        "reduce_scatter": lambda x: ops.reduce_scatter_tensor(x, "sum", group.size, group.name),
+        "all_reduce": lambda x: ops.all_reduce(x, "sum", group.name),
+        "all_to_all": lambda x: ops.all_to_all_single(
+            x, *[[x.numel() // group.size] * group.size] * 2, group.name
+        ),
     }
     samples: list[tuple[str, int, float]] = []
     waiting = _waiting_seconds(group, device, effort.seconds)
     for nbytes in effort.messages:
         x = torch.ones(-(-nbytes // (4 * group.size)) * group.size, device=device)
         taken = {
-            name: _collective_seconds(partial(call, x), device, effort.seconds)
+            name: _collective_seconds(partial(_waited, call, x), device, effort.seconds)
             for name, call in calls.items()
         }
         for name in ("all_gather", "reduce_scatter"):  # of which an all-reduce is both
@@ -300,6 +305,11 @@ def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: 
     return LinkFit(link, tuple((*s, p) for s, p in zip(samples, predicted, strict=True)))
 
 
+def _waited(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The result of a collective, when it is done."""
+    return torch.ops._c10d_functional.wait_tensor(call(x))
+
+
 def _waiting_seconds(group: Group, device: torch.device, budget: float) -> float:
     """What a collective takes beyond its own time because ranks come to it from computing, and none
     at the same time: the slowest keeps the others waiting at every one of them.
@@ -308,8 +318,9 @@ def _waiting_seconds(group: Group, device: torch.device, budget: float) -> float
     """
     if device.type != "cpu":
         return 0.0
+    ops = torch.ops._c10d_functional
     a, small = torch.randn(512, 512), torch.ones(64 * group.size)
-    call = partial(group.all_reduce, small, "sum")
+    call = partial(_waited, partial(ops.all_reduce, reduce_op="sum", group_name=group.name), small)
     alone: list[float] = []
     between: list[float] = []
     rounds = max(5, min(25, int(budget / 0.01)))

@@ -74,7 +74,7 @@ class BatchLayout:
             return ShardingSpec.replicated(len(shape))
         return ShardingSpec((self._axes, *((),) * (len(shape) - 1)))
 
-    def whole(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def global_inputs(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Inputs of global shape to trace with."""
         if not self.local:
             return args, kwargs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -125,11 +124,13 @@ def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
             )
 
 
-@dataclass(frozen=True)
-class Distributed:
-    """Sharded parameters, by the identity of the ones they replace."""
-
-    parameters: Mapping[int, torch.nn.Parameter]
+def stored_specs(model: torch.nn.Module) -> dict[str, ShardingSpec]:
+    """How a distributed model's parameters are stored, by name; empty before `distribute`."""
+    return {
+        name: ShardingSpec.from_placements(p.placements, p.ndim)
+        for name, p in model.named_parameters()
+        if isinstance(p, DTensor)
+    }
 
 
 def distribute(

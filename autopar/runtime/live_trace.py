@@ -10,8 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar.comm import host_copies as offload
-from autopar.comm import offloaded_parameters as parameters_on_host
+from autopar.comm import host_copies
+from autopar.comm.offloaded_parameters import counted_resizes
 from autopar.ir.aliasing import tensors_of
 from autopar.profiler.counting import Recorder
 
@@ -53,7 +53,7 @@ class LiveTrace(TorchDispatchMode):
                 peak = max(peak, now)
         return peak
 
-    def _emptied(self, nbytes: int) -> None:
+    def _resized(self, nbytes: int) -> None:
         self._events.append((len(self._shapes), nbytes))
         self._shapes.append(())
 
@@ -65,9 +65,9 @@ class LiveTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
         before = {t.untyped_storage()._cdata for t in leaves if isinstance(t, torch.Tensor)}
-        with parameters_on_host.counted(func, args, self._emptied):
+        with counted_resizes(func, args, self._resized):
             out = func(*args, **kwargs)
-        if func is offload.HOST:
+        if func is host_copies.HOST:
             return out
         for t in pytree.tree_leaves(out):
             if isinstance(t, torch.Tensor):

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar.comm import host_copies as offload
-from autopar.comm import offloaded_parameters as parameters_on_host
+from autopar.comm import host_copies
+from autopar.comm.offloaded_parameters import counted_resizes
 
 
 def _local(t: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ class LiveBytes(TorchDispatchMode):
         self.current = self.peak = 0
         self._known: set[int] = set()
 
-    def _emptied(self, nbytes: int) -> None:
+    def _resized(self, nbytes: int) -> None:
         self.current += nbytes
         self.peak = max(self.peak, self.current)
 
@@ -70,9 +70,9 @@ class LiveBytes(TorchDispatchMode):
         if any(isinstance(t, DTensor) for t in tensors):
             return NotImplemented  # seen again as operations on the local shards
         before = {t.untyped_storage()._cdata for t in tensors}
-        with parameters_on_host.counted(func, args, self._emptied):
+        with counted_resizes(func, args, self._resized):
             out = func(*args, **kwargs)
-        if func is offload.HOST:
+        if func is host_copies.HOST:
             return out
         for t in pytree.tree_leaves(out):
             if isinstance(t, torch.Tensor):

@@ -1,4 +1,4 @@
-"""From the joint graph of AOTAutograd to a `Program`, and from a schedule back to two graphs."""
+"""From a joint graph to a `Program`: its operators, the storages they make, and what they cost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.cost import STARTS, communicates, communication_us
 from autopar.ir.aliasing import overwritable, tensors_of
+from autopar.ir.joint_graph import JointGraph
 from autopar.ir.randomness import draws
 from autopar.profiler.counting import Recorder, Work
 from autopar.profiler.time_model import Kernel, KernelLog, node_us
@@ -21,7 +22,7 @@ from autopar.schedule.program import GIVEN, SIDE, Op, Program, Resource
 
 
 @dataclass(frozen=True)
-class Joint:
+class JointProgram:
     """A joint graph, read.
 
     Args:
@@ -39,22 +40,20 @@ class Joint:
     kept_random: tuple[str, ...] = ()
 
 
-def read_joint(
-    joint: fx.GraphModule, forward: set[fx.Node], *, num_fwd_outputs: int, cluster: ClusterInfo
-) -> Joint:
-    """Run the joint graph on fake tensors and take down its storages and its work.
+def read_joint(joint: JointGraph, forward: set[fx.Node], cluster: ClusterInfo) -> JointProgram:
+    """Run the joint graph on fake tensors and record its storages and its work.
 
     Args:
         forward: nodes that the forward computes.
-        num_fwd_outputs: leading outputs that belong to the forward.
-        cluster: what times are predicted for.
+        cluster: times are predicted for it.
     """
-    (flat,) = joint.graph.output_node().args
-    outputs: list[Any] = list(flat)  # type: ignore[arg-type]
-    reader = _Reader(joint, cluster, forward, _carrying(joint.graph, outputs[num_fwd_outputs:]))
+    outputs, count = joint.outputs, len(joint.results)
+    reader = _Reader(joint.gm, cluster, forward, _carrying(joint.primals, outputs[count:]))
     reader.run(_reachable([n for n in outputs if isinstance(n, fx.Node)]))
-    program = _program(reader, outputs, num_fwd_outputs)
-    return Joint(program, tuple(reader.calls), reader.base, reader.owner, tuple(reader.random))
+    program = _program(reader, outputs, count, joint.tangents)
+    return JointProgram(
+        program, tuple(reader.calls), reader.base, reader.owner, tuple(reader.random)
+    )
 
 
 @dataclass
@@ -210,14 +209,13 @@ def _reachable(outputs: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _carrying(graph: fx.Graph, gradients: Sequence[Any]) -> set[fx.Node]:
-    """Nodes that depend on an input with a gradient."""
-    primals = [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
-    found = {p for p, g in zip(primals, gradients, strict=False) if isinstance(g, fx.Node)}
-    for node in graph.nodes:
-        if any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
+def _carrying(primals: Sequence[fx.Node], gradients: Sequence[Any]) -> set[fx.Node]:
+    """Nodes that depend on an argument with a gradient."""
+    carrying = {p for p, g in zip(primals, gradients, strict=True) if isinstance(g, fx.Node)}
+    for node in primals[0].graph.nodes if primals else ():
+        if any(n in carrying for n in node.all_input_nodes):
+            carrying.add(node)
+    return carrying
 
 
 def _may_replay(node: fx.Node) -> bool:
@@ -243,7 +241,9 @@ def _module(node: fx.Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def _program(reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int) -> Program:
+def _program(
+    reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int, tangents: Sequence[fx.Node]
+) -> Program:
     def bases(nodes: Sequence[Any]) -> frozenset[int]:
         return frozenset(reader.base[n] for n in nodes if isinstance(n, fx.Node))
 
@@ -264,11 +264,8 @@ def _program(reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int) -> P
         sizes[s] = 0
     results = bases(outputs[:num_fwd_outputs])
     ops = _in_modules(ops)
-    tangents = frozenset(
-        s for n, s in reader.base.items() if n.op == "placeholder" and "tangents" in str(n.target)
-    )
     return Program(
-        tuple(ops), tuple(forward), tuple(sizes), results, gradients, tangents,
+        tuple(ops), tuple(forward), tuple(sizes), results, gradients, bases(tangents),
         beside=SIDE if reader.cluster.device.runs_beside else frozenset(),
         stays=stays,
         terms=_terms(ops, first, stays, sizes),

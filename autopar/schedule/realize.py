@@ -1,4 +1,4 @@
-"""A schedule as the two graphs that AOTAutograd compiles.
+"""A schedule as a forward and a backward graph.
 
 Every occurrence of an operator becomes a node of its own, in the schedule's order; views of a
 value are made next to whoever reads them. The copies are nodes, not calls that a later pass could
@@ -14,20 +14,21 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.schedule.joint import Joint
-from autopar.schedule.program import GIVEN, Program, Schedule
+from autopar.ir.joint_graph import JointGraph
+from autopar.schedule.joint import JointProgram
+from autopar.schedule.program import GIVEN, Schedule
 
 
 class _Writer:
     """One of the two graphs, while it is written."""
 
-    def __init__(self, joint: Joint, inputs: Sequence[fx.Node]) -> None:
+    def __init__(self, joint: JointProgram, inputs: Sequence[fx.Node]) -> None:
         self.joint = joint
         self.graph = fx.Graph()
         # the latest node for every value; views are dropped when their base is made again
         self.env: dict[fx.Node, fx.Node] = {}
         self.views: dict[int, list[fx.Node]] = {}
-        self.coming: set[int] = set()  # storages on their way back from the host
+        self.loading: set[int] = set()  # storages that are being reloaded from the host
         for node in inputs:
             new = self.env[node] = self.graph.placeholder(node.name)
             new.meta = dict(node.meta)
@@ -44,17 +45,18 @@ class _Writer:
         return new
 
     def _copy(self, node: fx.Node, makes: tuple[int, ...] = ()) -> fx.Node:
-        for s in {self.joint.base.get(n, GIVEN) for n in node.all_input_nodes} & self.coming:
+        for s in {self.joint.base.get(n, GIVEN) for n in node.all_input_nodes} & self.loading:
             self.wait(s)
         new = self.graph.node_copy(node, self.value)
         new.meta["makes"] = makes
         return new
 
     def wait(self, s: int) -> None:
-        """For what comes back from the host."""
-        self.coming.discard(s)
+        """Wait for a storage that is being reloaded from the host."""
+        self.loading.discard(s)
         own = s in self.joint.program.parameters
-        wait = torch.ops.autopar.filled.default if own else torch.ops.autopar.arrived.default
+        ops = torch.ops.autopar
+        wait = ops.finish_prefetch.default if own else ops.finish_reload.default
         node = self.graph.call_function(wait, (self.env[self.joint.owner[s]],))
         node.meta = {"makes": ()}
 
@@ -77,66 +79,50 @@ class _Writer:
             for s in op.makes:  # what came back takes the place of what left
                 if s not in self.joint.program.parameters:
                     self.env[self.joint.owner[s]] = new
-            self.coming.update(s for s in op.makes if self.joint.owner[s] is not node)
+            self.loading.update(s for s in op.makes if self.joint.owner[s] is not node)
             return new
         for user in node.users:
             if user.target is operator.getitem and self.joint.base.get(user) in op.makes:
                 self.env[user] = self._copy(user)
         return new
 
-    def output(self, values: Sequence[Any], descriptions: Sequence[Any]) -> None:
-        flat = tuple(self.value(v) if isinstance(v, fx.Node) else v for v in values)
-        self.graph.output(flat).meta["desc"] = list(descriptions)
+    def finish(self, values: Sequence[Any], module: fx.GraphModule) -> fx.GraphModule:
+        """Return the values."""
+        self.graph.output(tuple(self.value(v) if isinstance(v, fx.Node) else v for v in values))
+        self.graph.eliminate_dead_code()
+        return fx.GraphModule(module, self.graph)
 
 
 def realize(
-    module: fx.GraphModule,
-    joint: Joint,
-    schedule: Schedule,
-    *,
-    num_fwd_outputs: int,
+    joint: JointGraph, joint_program: JointProgram, schedule: Schedule
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The forward and the backward graph.
+    """The forward and the backward graph of a schedule.
 
     Args:
-        module: the joint graph's.
+        joint_program: of the joint graph.
     """
-    program = joint.program
-    (flat,) = module.graph.output_node().args
-    outputs = list(flat)  # type: ignore[arg-type]
-    described = module.graph.output_node().meta.get("desc") or [None] * len(outputs)
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    tangents = [n for n in placeholders if "tangents" in str(n.target)]
-    primals = [n for n in placeholders if "tangents" not in str(n.target)]
-    saved = [joint.owner[s] for s in schedule.kept(program)]
-    given = _given(program, joint, schedule, primals)
-    forward = _Writer(joint, primals)
+    program, count = joint_program.program, len(joint.results)
+    saved = [joint_program.owner[s] for s in schedule.kept(program)]
+    passed = [*_backward_inputs(joint_program, schedule, joint.primals), *saved]
+    forward = _Writer(joint_program, joint.primals)
     for i in schedule.forward:
         forward.call(i)
-    handed = [*given, *saved]
-    forward.output(
-        outputs[:num_fwd_outputs] + handed, [*described[:num_fwd_outputs], *([None] * len(handed))]
-    )
-    backward = _Writer(joint, [*handed, *tangents])
-    backward.coming = forward.coming  # parameters; no value starts to come back in the forward
+    forward_gm = forward.finish([*joint.outputs[:count], *passed], joint.gm)
+    backward = _Writer(joint_program, [*passed, *joint.tangents])
+    backward.loading = forward.loading  # parameters; the forward reloads no other value
     for i in schedule.backward:
         backward.call(i)
-    for s in sorted(backward.coming & program.parameters.keys()):
+    for s in sorted(backward.loading & program.parameters.keys()):
         backward.wait(s)
-    backward.output(outputs[num_fwd_outputs:], described[num_fwd_outputs:])
-    made = []
-    for writer in (forward, backward):
-        writer.graph.eliminate_dead_code()
-        made.append(fx.GraphModule(module, writer.graph))
-    return made[0], made[1]
+    return forward_gm, backward.finish(joint.outputs[count:], joint.gm)
 
 
-def _given(
-    program: Program, joint: Joint, schedule: Schedule, primals: Sequence[fx.Node]
+def _backward_inputs(
+    joint_program: JointProgram, schedule: Schedule, primals: Sequence[fx.Node]
 ) -> list[fx.Node]:
-    """Inputs that the backward reads, or fills again."""
+    """Arguments that the backward reads, or prefetches."""
+    program = joint_program.program
     ops = [program.ops[i] for i in schedule.backward]
     read = {s for op in ops for s in (*op.reads, *op.makes)} | program.gradients
-    needed = {s for s in read if program.maker[s] == GIVEN}
-    owners = {joint.owner[s] for s in needed}
+    owners = {joint_program.owner[s] for s in read if program.maker[s] == GIVEN}
     return [n for n in primals if n in owners]

@@ -11,7 +11,8 @@ import torch.fx as fx
 
 from autopar.comm.async_collectives import numbers_of
 from autopar.comm.groups import find_group
-from autopar.schedule.joint import Joint
+from autopar.ir.fx_calls import add_call
+from autopar.schedule.joint import JointProgram
 from autopar.schedule.program import Op, Resource, Split
 
 _OPS: Any = torch.ops.autopar
@@ -82,7 +83,7 @@ def halves_of(node: fx.Node) -> tuple[Any, _Finish] | None:
     return _SPLITS[node.target](node)
 
 
-def with_splits(joint: Joint, graph: fx.Graph) -> Joint:
+def with_splits(joint: JointProgram, graph: fx.Graph) -> JointProgram:
     """The same, with two operators for each collective that compute can run beside.
 
     Nothing runs them unless a schedule does.
@@ -102,15 +103,15 @@ def with_splits(joint: Joint, graph: fx.Graph) -> Joint:
             continue
         target, finish = halves
         with graph.inserting_before(graph.output_node()):
-            start = called(graph, target, node.args)
+            start = add_call(graph, target, node.args)
             if finish is None:
                 buffer = op.makes[0]
-                done = graph.call_function(_OPS.arrived_here.default, (start,))
+                done = graph.call_function(_OPS.wait_in_place.default, (start,))
             else:
                 buffer = len(nbytes)
                 nbytes.append(int(start.meta["val"].untyped_storage().nbytes()))
                 owner[buffer] = start
-                done = called(graph, finish[0], (start, *finish[1]))
+                done = add_call(graph, finish[0], (start, *finish[1]))
         base[start] = buffer
         if isinstance(done.meta.get("val"), torch.Tensor):
             base[done] = op.makes[0]
@@ -134,13 +135,3 @@ def with_splits(joint: Joint, graph: fx.Graph) -> Joint:
 def _dtype(node: fx.Node) -> torch.dtype:
     value = node.meta["val"]
     return value.dtype if isinstance(value, torch.Tensor) else value[0].dtype
-
-
-def called(graph: fx.Graph, target: Any, arguments: Sequence[Any]) -> fx.Node:
-    """A call with its result in shapes."""
-    node = graph.call_function(target, tuple(arguments))
-    values = fx.node.map_arg(tuple(arguments), lambda n: n.meta["val"])
-    first = next(v for n in node.all_input_nodes if (v := n.meta["val"]) is not None)
-    with first.fake_mode:
-        node.meta["val"] = target(*values)
-    return node

@@ -13,7 +13,7 @@ import torch.fx as fx
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm import host_copies, offloaded_parameters  # noqa: F401  (define the operators)
 from autopar.ir.graph import ModelGraph
-from autopar.schedule.joint import Joint
+from autopar.schedule.joint import JointProgram
 from autopar.schedule.program import Op, Parameter, Program, Resource, Transfer
 
 _OPS: Any = torch.ops.autopar
@@ -34,8 +34,8 @@ def large_parameters(graph: ModelGraph) -> dict[int, str]:
 
 
 def with_transfers(
-    joint: Joint, graph: fx.Graph, cluster: ClusterInfo, parameters: Mapping[fx.Node, str]
-) -> Joint:
+    joint: JointProgram, graph: fx.Graph, cluster: ClusterInfo, parameters: Mapping[fx.Node, str]
+) -> JointProgram:
     """The same, with the operators that move values between forward and backward, and parameters,
     to the host.
 
@@ -90,13 +90,13 @@ def _calls(graph: fx.Graph, source: fx.Node, shard: bool) -> tuple[fx.Node, fx.N
     """Out, gone, and back: of a value into a new storage, of a shard into its own."""
     value = source.meta["val"]
     with graph.inserting_before(graph.output_node()):
-        out = graph.call_function(_OPS.to_host.default, (source,))
+        out = graph.call_function(_OPS.offload.default, (source,))
         if shard:
-            gone = graph.call_function(_OPS.emptied.default, (source, out))
-            back = graph.call_function(_OPS.filling.default, (source, out))
+            gone = graph.call_function(_OPS.evict.default, (source, out))
+            back = graph.call_function(_OPS.prefetch.default, (source, out))
         else:
-            gone = graph.call_function(_OPS.left.default, (source, out))
-            back = graph.call_function(_OPS.to_device.default, (out, value.device.type))
+            gone = graph.call_function(_OPS.finish_offload.default, (source, out))
+            back = graph.call_function(_OPS.reload.default, (out, value.device.type))
     made = {out: "cpu"} if shard else {out: "cpu", back: value.device.type}
     with value.fake_mode:
         for node, place in made.items():
@@ -115,7 +115,7 @@ def _module(program: Program, s: int) -> str:
     return next(op.module for op in program.ops if s in op.reads)
 
 
-def _leaving(joint: Joint, parameters: Mapping[fx.Node, str]) -> dict[int, Parameter]:
+def _leaving(joint: JointProgram, parameters: Mapping[fx.Node, str]) -> dict[int, Parameter]:
     """Parameters that the step reads and does not return, by their storages."""
     program = joint.program
     read = {s for op in program.ops for s in op.reads} - program.results - program.gradients
@@ -126,7 +126,7 @@ def _leaving(joint: Joint, parameters: Mapping[fx.Node, str]) -> dict[int, Param
     }
 
 
-def _movable(joint: Joint) -> list[int]:
+def _movable(joint: JointProgram) -> list[int]:
     """Storages between forward and backward that one tensor fills."""
     program = joint.program
     smallest = _SMALLEST_SHARE * sum(program.nbytes[s] for s in program.needed)

@@ -20,7 +20,7 @@ from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.cluster.link import Link
 from autopar.runtime.memory import LiveBytes, training_state_bytes
-from autopar.comm.offloaded_parameters import Absent
+from autopar.comm.offloaded_parameters import EvictedShard
 from tests.clusters import eager_to_shard
 from tests.models import CASES, MLP, Classifier, LanguageModel, words
 
@@ -355,7 +355,7 @@ def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
         data = words(step)
         with LiveBytes() as live:
             loss = model(**data)
-            away = [n for n, p in model.named_parameters() if isinstance(p._local_tensor, Absent)]
+            away = [n for n, p in model.named_parameters() if isinstance(p._local_tensor, EvictedShard)]
             loss.backward()
         alone(**data).backward()
         grads = zip(model.parameters(), alone.parameters(), strict=True)
@@ -382,7 +382,7 @@ def _ahead(gm: torch.fx.GraphModule) -> list[str]:
     for node in nodes:
         if str(node.target).startswith("autopar.start_"):
             finish = min(node.users, key=position.__getitem__)
-            assert str(finish.target).startswith(("autopar.arrived_here", "autopar.finish_"))
+            assert str(finish.target).startswith(("autopar.wait_in_place", "autopar.finish_"))
             between = nodes[position[node] + 1 : position[finish]]
             if any(str(n.target).startswith("aten") and n.meta.get("makes") for n in between):
                 found.append(str(node.target))

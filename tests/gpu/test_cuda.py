@@ -18,7 +18,7 @@ from autopar import ClusterInfo, auto_engine
 from autopar.cluster.link import Link
 from autopar.cluster.local import as_cluster
 from autopar.comm import world as environment
-from autopar.comm.offloaded_parameters import Absent
+from autopar.comm.offloaded_parameters import EvictedShard
 from autopar.errors import InfeasibleError
 from autopar.runtime.memory import LiveBytes
 from tests.models import CASES, OPTIMIZERS, Classifier, LanguageModel, words
@@ -197,10 +197,10 @@ def test_parameters_through_the_host(compiled):
         assert peak == pytest.approx(plan.peak_bytes, rel=0.03)
     loss = model(**example)
     shards = [p._local_tensor for p in model.parameters()]
-    gone = [x.shard for x in shards if isinstance(x, Absent)]
+    gone = [x.shard for x in shards if isinstance(x, EvictedShard)]
     assert gone and all(x.untyped_storage().nbytes() == 0 for x in gone)
     loss.backward()
-    assert not any(isinstance(p._local_tensor, Absent) for p in model.parameters())
+    assert not any(isinstance(p._local_tensor, EvictedShard) for p in model.parameters())
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in gone)
 
 

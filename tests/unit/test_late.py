@@ -8,9 +8,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from autopar.comm.async_result import Late, finish_all
 
 from autopar.comm import async_result as late
-from autopar.comm.async_result import Late, finish_all
 from autopar.errors import EngineError
 
 VALUE = 2.25

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from autopar.runtime.lower import lower
 
 from autopar import ClusterInfo
 from autopar.cluster.link import Link
-from autopar.runtime.lower import lower
 from autopar.schedule.offload import host_bytes, waited_us
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import Front
@@ -50,8 +50,8 @@ def test_exact_to_the_bit_and_as_predicted(name):
     lowered = lower(step.gm, step.arguments, choose=lambda program: point.schedule, cluster=FAST)
     calls = [str(n.target) for n in lowered.backward.graph.nodes]
     moved = len(point.schedule.moved(program))
-    assert calls.count("autopar.to_device.default") == moved
-    assert calls.count("autopar.arrived.default") == moved
+    assert calls.count("autopar.reload.default") == moved
+    assert calls.count("autopar.finish_reload.default") == moved
     peak, grads, updated = step.run(lowered)
     assert peak == pytest.approx(point.peak_bytes, rel=0.03, abs=2048)
     for found, wanted in zip((*grads, *updated), (*expected, *buffers), strict=True):

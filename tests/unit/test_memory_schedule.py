@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from autopar.runtime.lower import LoweredStep, lower
 from torch import nn
 
 from autopar import ClusterInfo, autoplan
@@ -12,7 +13,6 @@ from autopar.comm.groups import planning_groups
 from autopar.errors import InfeasibleError
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.runtime.live_trace import LiveTrace
-from autopar.runtime.lower import LoweredStep, lower
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
 from autopar.schedule.order import in_order, ordered_backward

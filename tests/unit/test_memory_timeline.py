@@ -5,13 +5,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from autopar.runtime.local_step import local_step
 
 from autopar import ClusterInfo, autoplan
 from autopar.cluster.curve import Curve
 from autopar.cluster.link import Link
 from autopar.planner.planner import trainable_inputs
 from autopar.report.charts import live_figure, modules_figure
-from autopar.runtime.local_step import local_step
 from autopar.schedule.budget import describe
 from autopar.schedule.build import schedule_of
 from autopar.schedule.program import eager_schedule

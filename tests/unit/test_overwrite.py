@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.fx as fx
+from autopar.runtime.lower import lower
 
 from autopar.ir.aliasing import storages
-from autopar.runtime.lower import lower
 from tests.unit.test_memory_schedule import Step, step_of
 
 

@@ -15,7 +15,7 @@ import torch
 from autopar import ClusterInfo, auto_engine
 from autopar.cluster.link import Link
 from autopar.comm import world as environment
-from autopar.comm.offloaded_parameters import Absent, may_leave
+from autopar.comm.offloaded_parameters import EvictedShard, offloadable
 from autopar.errors import InfeasibleError
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.planner import build_problem
@@ -72,7 +72,7 @@ def engine(budget: float) -> tuple:
 
 def away(model: torch.nn.Module) -> list[str]:
     """Parameters that are on the host now."""
-    return [n for n, p in model.named_parameters() if isinstance(p._local_tensor, Absent)]
+    return [n for n, p in model.named_parameters() if isinstance(p._local_tensor, EvictedShard)]
 
 
 def whole(p: torch.Tensor) -> torch.Tensor:
@@ -316,7 +316,7 @@ def test_a_step_between_forward_and_backward_is_refused_as_ever():
     model, optimizer = engine(smallest())
     model(**words(0)).backward()
     loss = model(**words(1))
-    gone = [p for p in model.parameters() if isinstance(p._local_tensor, Absent)]
+    gone = [p for p in model.parameters() if isinstance(p._local_tensor, EvictedShard)]
     versions = [p._local_tensor._version for p in gone]
     optimizer.step()
     assert all(p._local_tensor._version > v for p, v in zip(gone, versions, strict=True))
@@ -346,4 +346,4 @@ def test_what_others_hold_stays():
         "buffer": parameter(buffer),
         "array": parameter(array),
     }
-    assert may_leave(found, [buffer]) == {"own"}
+    assert offloadable(found, [buffer]) == {"own"}

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from autopar.runtime.lower import LoweredStep, lower
 
 from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.comm.async_collectives import numbers_of
@@ -16,7 +17,6 @@ from autopar.passes.verify import VerifyError, collective_signature, propagate_s
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
-from autopar.runtime.lower import LoweredStep, lower
 from tests.models import CASES
 from tests.unit.lockstep import Lockstep
 
@@ -89,7 +89,7 @@ def test_gradient_reductions_are_bucketed(planned):
     ahead = lowered(planned, plan, cluster=ClusterInfo.of("4", "A100-40G"))
     assert rows_of_gradients(ahead) == {ops.start_all_reduce_many.default: 1}
     (arrived,) = ahead.backward.graph.find_nodes(
-        op="call_function", target=ops.arrived_here.default
+        op="call_function", target=ops.wait_in_place.default
     )
     (row,) = arrived.args
     views = [n for n in row.users if n is not arrived]

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from autopar.runtime.lower import LoweredStep, lower
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from autopar import auto_engine
 from autopar.comm import world as environment
 from autopar.errors import EngineError
-from autopar.runtime.lower import LoweredStep, lower
 from autopar.runtime.program import Program
 
 

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from autopar.runtime.lower import lower
 
 from autopar import autoplan
 from autopar.comm.groups import thread_groups
@@ -13,7 +14,6 @@ from autopar.passes.apply_sharding import apply_sharding
 from autopar.plan import ShardingPlan
 from autopar.planner.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
-from autopar.runtime.lower import lower
 from tests.clusters import eager_to_shard
 from tests.models import CASES, OPTIMIZERS, reference
 

@@ -4,9 +4,7 @@ number by number with the model itself."""
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +14,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autopar import ColoTracer
-from autopar.comm.groups import forget_groups, thread_groups
 from autopar.ir.graph import ModelGraph
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
 from autopar.planner.planner import autoplan, make_plan, trainable_inputs
 from autopar.planner.space import SearchSpace
 from autopar.runtime.distribute import shard_of
+from autopar.testing.simulated_ranks import SimulatedMesh
 from tests.clusters import eager_to_shard
 from tests.zoo import check
 from tests.zoo.examine import Outcome, first_line
@@ -159,43 +157,33 @@ def examine_plans(outcome: Outcome, family: Family, mesh: str, random: int) -> O
 
 def worst_difference(captured: Captured, plan: ShardingPlan) -> tuple[str, float]:
     """Where any rank's loss, results, buffers or gradient shards differ most from one device's."""
-    mesh = plan.mesh
-    groups = thread_groups(mesh, timeout=RANK_TIMEOUT_S)
-    try:
-        ranks = [_Rank(captured, plan, coords, names) for coords, names in groups.items()]
-        steps = on_threads([rank.step for rank in ranks])
-    finally:
-        forget_groups()
-    found = [
+    differences = [
         difference
-        for rank, step in zip(ranks, steps, strict=True)
-        for difference in check.differences(step, rank.expected())
+        for coords, step in steps_of(captured, plan).items()
+        for difference in check.differences(step, _expected(captured, plan, coords))
     ]
-    return max(found, key=lambda pair: pair[1])
+    return max(differences, key=lambda pair: pair[1])
 
 
-def on_threads(work: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run all at once; the first error is raised."""
-    results: list[Any] = [None] * len(work)
-    errors: list[BaseException] = []
+def steps_of(captured: Captured, plan: ShardingPlan) -> dict[tuple[int, ...], check.Step]:
+    """One step of a plan on every simulated rank, by coordinates."""
+    with SimulatedMesh(plan.mesh, timeout_s=RANK_TIMEOUT_S) as mesh:
+        ranks = {c: _Rank(captured, plan, c, groups) for c, groups in mesh.groups.items()}
+        return mesh.run(lambda coords: ranks[coords].step())
 
-    def run(i: int) -> None:
-        try:
-            results[i] = work[i]()
-        except threading.BrokenBarrierError as error:
-            errors.append(error)
-        except BaseException as error:
-            errors.insert(0, error)
 
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(RANK_TIMEOUT_S)
-    if errors:
-        raise errors[0]
-    assert not any(t.is_alive() for t in threads), "ranks wait for each other"
-    return results
+def _expected(captured: Captured, plan: ShardingPlan, coords: tuple[int, ...]) -> check.Step:
+    """One device's step, in the shards of a rank."""
+    reference, specs = captured.expected, plan.parameter_specs()
+    gradients = {}
+    for name in captured.graph.parameters.values():
+        gradient = reference.gradients.get(name)
+        gradients[name] = (
+            None if gradient is None else shard_of(gradient, specs[name], plan.mesh, coords)
+        )
+    return check.Step(
+        reference.structure, reference.results, reference.loss, gradients, reference.buffers
+    )
 
 
 class _Rank:
@@ -255,12 +243,3 @@ class _Rank:
             gradients={n: s.grad for n, s in self.shards.items()},
             buffers=self.buffers,
         )
-
-    def expected(self) -> check.Step:
-        """What one device has, in this rank's shards."""
-        whole = self.captured.expected
-        names: Mapping[str, torch.Tensor | None] = {
-            n: whole.gradients.get(n) for n in self.captured.graph.parameters.values()
-        }
-        gradients = {n: None if g is None else self._part(g, n) for n, g in names.items()}
-        return check.Step(whole.structure, whole.results, whole.loss, gradients, whole.buffers)

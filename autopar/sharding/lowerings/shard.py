@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from autopar.comm import collectives
+from autopar.comm import collectives, steps
 
 Shard = Mapping[str, tuple[int, int, int, Sequence[str]]]
 
@@ -28,14 +28,14 @@ def share_of(shard: Shard, factors: Iterable[str]) -> float:
 def total(x: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
     """Sum over the groups, complete on every rank; its gradient is the same on every rank."""
     for group in groups:
-        x = collectives.reduce(x, group)
+        x = steps.all_reduce(x, group)
     return x
 
 
 def varying(x: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
     """The same value, used differently by every rank: its gradient is summed over the groups."""
     for group in groups:
-        x = collectives.vary(x, group)
+        x = steps.vary(x, group)
     return x
 
 

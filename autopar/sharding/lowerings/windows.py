@@ -16,7 +16,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from autopar.comm import collectives
+from autopar.comm import steps
 from autopar.comm.groups import find_group
 from autopar.ir.spec import local_range
 from autopar.sharding.lowerings.shard import Shard, share_of
@@ -65,7 +65,7 @@ def _fetch(
     else:
         for depth in reversed(axes):
             outer = local_range(size, axes[:depth], mesh, ranks[me])[1]
-            x = collectives.gather_vary(x, dim, outer, groups[depth])
+            x = steps.all_gather_vary(x, dim, outer, groups[depth])
         start = 0
     low, high = wanted[me]
     length = min(high, size) - max(low, 0)
@@ -94,7 +94,7 @@ def _with_edges(
     extent = width
     for group in reversed(groups):
         extent *= find_group(group).size
-        edges = collectives.gather_vary(edges, dim, extent, group)
+        edges = steps.all_gather_vary(edges, dim, extent, group)
     parts = [x]
     if me > 0:
         parts.insert(0, edges.narrow(dim, (me - 1) * width + after, before))

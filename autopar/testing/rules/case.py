@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.comm.groups import find_group, planning_groups, thread_groups
+from autopar.comm.groups import planning_groups
 from autopar.ir.graph import operands
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
@@ -32,6 +31,7 @@ from autopar.testing.rules.shards import (
     split,
     tolerance_of,
 )
+from autopar.testing.simulated_ranks import SimulatedMesh
 
 _TIMEOUT_S = 20.0
 _SEED = 1234
@@ -89,7 +89,7 @@ def _run(
         None if c is None else split(c, ShardingSpec(spec.dims), mesh, draw)
         for c, spec in zip(one.cotangents, strategy.outputs, strict=True)
     ]
-    groups = _thread_groups(mesh) if strategy.lowered else _silent_groups(mesh)
+    groups = _simulated(mesh).groups if strategy.lowered else _silent_groups(mesh)
 
     def rank(coords: Coords) -> _Held:
         program = apply_sharding(
@@ -144,25 +144,8 @@ def _takes_any_strides(one: OneOp) -> bool:
 
 
 def _in_threads(rank: Callable[[Coords], _Held], mesh: Mesh) -> dict[Coords, _Held]:
-    """All ranks at once; the first error of one ends the others' waiting."""
-    groups = _thread_groups(mesh)
-    first: list[BaseException] = []
-
-    def guarded(coords: Coords) -> _Held | None:
-        try:
-            return rank(coords)
-        except BaseException as error:
-            first.append(error)
-            for names in groups.values():
-                for name in names:
-                    find_group(name)._exchange.barrier.abort()  # type: ignore[attr-defined]
-            return None
-
-    found = dict(zip(groups, _pool().map(guarded, groups), strict=True))
-    if first:
-        _thread_groups.cache_clear()  # their barriers are broken
-        raise first[0]
-    return {coords: held for coords, held in found.items() if held is not None}
+    """All ranks at once."""
+    return _simulated(mesh).run(rank)
 
 
 def plan_of(one: OneOp, mesh: Mesh, strategy: Strategy) -> ShardingPlan:
@@ -194,8 +177,8 @@ def _cluster(mesh: Mesh) -> Mapping[str, Any]:
 
 
 @lru_cache
-def _thread_groups(mesh: Mesh) -> dict[Coords, tuple[str, ...]]:
-    return thread_groups(mesh, f"proof/{'x'.join(map(str, mesh))}", timeout=_TIMEOUT_S)
+def _simulated(mesh: Mesh) -> SimulatedMesh:
+    return SimulatedMesh(mesh, "proof", timeout_s=_TIMEOUT_S)
 
 
 @lru_cache
@@ -203,11 +186,6 @@ def _silent_groups(mesh: Mesh) -> dict[Coords, tuple[str, ...]]:
     """Where nothing is lowered there is nothing to communicate: collectives raise."""
     prefix = f"proof-silent/{'x'.join(map(str, mesh))}"
     return {coords: planning_groups(mesh, coords, prefix) for coords in ranks(mesh)}
-
-
-@lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(64, initializer=torch.set_num_threads, initargs=(1,))
 
 
 # -- the comparison -----------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""Write collectives as `torch.ops._c10d_functional` operators with `wait_tensor`.
+
+Up to here an operator of `autopar.comm` stands for each collective with its padding and layout, so
+that buckets and schedules move one node. In the graphs that run, its implementation takes its
+place, so that Inductor, profilers and flight recorders see the collectives they know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autopar.comm.collectives import IMPLEMENTATIONS, out_of_place
+
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+_WAIT_IN_PLACE = "autopar.wait_in_place.default"
+
+
+def functional_collectives(gm: fx.GraphModule, *, mutate: bool = True) -> fx.GraphModule:
+    """Replace every collective by its implementation. Works in place.
+
+    Args:
+        mutate: let a collective write to its own buffer, which saves a copy; Inductor's graphs may
+            not.
+    """
+    traced: dict[Any, fx.Graph] = {}  # equal calls, of repeated blocks, are traced once
+    for node in list(gm.graph.nodes):
+        if node.target not in IMPLEMENTATIONS:
+            continue
+        if str(node.target) == _WAIT_IN_PLACE:
+            _wait_in_place(node)
+            continue
+        key = _key(node)
+        if key not in traced:
+            traced[key] = _trace(node, mutate)
+        _inline(node, traced[key])
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _key(node: fx.Node) -> Any:
+    def described(n: fx.Node) -> Any:
+        value = n.meta["val"]
+        return tuple(value.shape), value.stride(), value.dtype, value.device
+
+    return node.target, repr(fx.node.map_arg(node.args, described))
+
+
+def _trace(node: fx.Node, mutate: bool) -> fx.Graph:
+    """The implementation as a graph of the call's tensor operands, in their order."""
+    operands = node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        bound = dict(zip(operands, values, strict=True))
+        args = fx.node.map_arg(node.args, bound.__getitem__)
+        return IMPLEMENTATIONS[node.target](*args)  # type: ignore[index]
+
+    with FakeTensorMode():
+        fakes = [_fake_like(n.meta["val"]) for n in operands]
+        if mutate:
+            return make_fx(call)(*fakes).graph
+        with out_of_place():
+            return make_fx(call)(*fakes).graph
+
+
+def _fake_like(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
+
+
+def _inline(node: fx.Node, body: fx.Graph) -> None:
+    """A graph in the place of a node; what the node is said to be is said of its result."""
+    placeholders = body.find_nodes(op="placeholder")
+    env = dict(zip(placeholders, node.all_input_nodes, strict=True))
+    with node.graph.inserting_before(node):
+        for inner in body.nodes:
+            if inner.op == "call_function":
+                env[inner] = node.graph.node_copy(inner, lambda n: env[n])
+    (result,) = body.output_node().args
+    if isinstance(result, fx.Node):
+        new = env[result]
+        if new.op == "call_function":
+            new.meta = {**node.meta, "val": new.meta["val"]}
+        node.replace_all_uses_with(new)
+    else:  # several results, which `getitem`s take apart
+        for user in list(node.users):
+            _, k = user.args
+            new = env[result[k]]  # type: ignore[index]
+            new.meta = {**user.meta, "val": new.meta["val"]}
+            user.replace_all_uses_with(new)
+            user.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _wait_in_place(node: fx.Node) -> None:
+    """What reads the buffer after the wait reads the wait's result."""
+    (buffer,) = node.args
+    position = {n: k for k, n in enumerate(node.graph.nodes)}
+    with node.graph.inserting_before(node):
+        done = node.graph.call_function(_WAIT, (buffer,))
+    done.meta = dict(buffer.meta)  # type: ignore[union-attr]
+    buffer.replace_all_uses_with(  # type: ignore[union-attr]
+        done,
+        delete_user_cb=lambda user: user is not done and position.get(user, -1) > position[node],
+    )
+    node.graph.erase_node(node)

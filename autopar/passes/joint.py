@@ -1,0 +1,97 @@
+"""Trace a sharded forward program to a joint graph of forward and backward, by AOTAutograd.
+
+`_aot_export_function` is private to torch; tested with 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.fx as fx
+import torch.fx.traceback
+from torch._functorch.aot_autograd import _aot_export_function
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autopar.ir.joint_graph import JointGraph, Result
+from autopar.passes.verify import propagate_shapes, verify
+
+# Tracing uses process-wide state; simulated ranks are threads.
+_TRACING = threading.Lock()
+
+_CLONE = torch.ops.aten.clone.default
+
+
+def trace_joint(
+    gm: fx.GraphModule, arguments: Sequence[torch.Tensor], *, name_modules: bool = False
+) -> JointGraph:
+    """Trace a program that takes flat local tensors and returns a flat tuple.
+
+    Results that are views of arguments, or of other results, are copied: a graph then returns
+    tensors that own their memory, and needs no runtime that restores views.
+
+    Args:
+        arguments: tensors of the shapes, dtypes and grad flags that it will be called with; only
+            their metadata is used, so they may be fake.
+        name_modules: nodes of the joint graph name the module that they come from.
+    """
+    with _TRACING, FakeTensorMode():
+        fakes = [_fake_like(t) for t in arguments]
+        verify(propagate_shapes(gm, fakes))
+        _copy_aliased_results(gm, fakes)
+        function = _with_modules(gm) if name_modules else gm
+        graph, metadata, *_ = _aot_export_function(function, tuple(fakes))
+    joint = JointGraph(cast(fx.GraphModule, graph), (), torch._C._is_any_autocast_enabled())
+    tangents = iter([n.meta["val"] for n in joint.tangents])
+    results = tuple(
+        Result(info.requires_grad, next(tangents) if info.requires_grad else None)
+        for info in metadata.output_info
+    )
+    return replace(joint, results=results)
+
+
+def _fake_like(t: torch.Tensor) -> torch.Tensor:
+    fake = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
+    return fake.requires_grad_(t.requires_grad)
+
+
+def _copy_aliased_results(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> None:
+    """Clone the results that share memory with an argument or an earlier result.
+
+    Args:
+        arguments: the program was run on them: `meta["val"]` holds what every node gave.
+    """
+    output = gm.graph.output_node()
+    (results,) = output.args
+    used = {t.untyped_storage()._cdata for t in arguments}
+    copied: list[Any] = []
+    for node in results:  # type: ignore[union-attr]
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()._cdata
+            if storage in used:
+                with gm.graph.inserting_before(output):
+                    meta = node.meta  # type: ignore[union-attr]
+                    node = gm.graph.call_function(_CLONE, (node,))
+                    node.meta = dict(meta)
+            used.add(storage)
+        copied.append(node)
+    output.args = (tuple(copied),)
+    gm.recompile()
+
+
+def _with_modules(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The program, run so that nodes traced from its nodes name their module as those do."""
+    for node in gm.graph.nodes:
+        if "autopar" in node.meta:
+            path = node.meta["autopar"].module
+            node.meta["nn_module_stack"] = {path: (path, "")}
+
+    def run(*flat: Any) -> Any:
+        with torch.fx.traceback.preserve_node_meta():
+            return fx.Interpreter(gm).run(*flat)
+
+    return run

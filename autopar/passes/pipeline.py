@@ -1,0 +1,161 @@
+"""The passes in the order in which they run, each with its reason.
+
+A training step passes through three kinds of graph: the sharded forward program, the joint graph of
+forward and backward, and the two graphs that it is split into. Passes of the joint graph that come
+before a schedule make operators whose sizes and times the schedule depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.ir.joint_graph import JointGraph
+from autopar.kernels.batch_norm import use_library
+from autopar.kernels.linear import add_bias_within
+from autopar.kernels.substitute import substitute_kernels
+from autopar.passes.async_sums import async_results, early_sums
+from autopar.passes.bucket import bucket_collectives
+from autopar.passes.drop_views import drop_views
+from autopar.passes.functional_collectives import functional_collectives
+from autopar.passes.overlap import overlap_collectives
+from autopar.passes.overwrite import overwrite
+from autopar.passes.partition import forward_nodes
+from autopar.passes.runner import Pass, run_passes
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """How a step is lowered.
+
+    Args:
+        device_type: of the tensors.
+        cluster: the schedule predicts times for it; collectives overlap with compute where its
+            devices can do that.
+        scheduled: a schedule will decide what the step keeps, recomputes and offloads; else the
+            step keeps what eager PyTorch keeps.
+        compile: Inductor runs the graphs.
+        reshard_after_forward: positions of the arguments whose gathered copies are gathered again
+            for the backward. A schedule decides that itself.
+        offloadable: names of the parameters that a schedule may have on the host for a part of the
+            step, by their positions among the arguments.
+        awaited_results: how many results, the first ones, must be complete when the program
+            returns. Sums of the others may still run; the caller waits. None: all.
+        disable: names of passes to leave out (debugging).
+        dump: folder for the graph before and after each pass.
+    """
+
+    device_type: str = "cpu"
+    cluster: ClusterInfo = field(default_factory=lambda: ClusterInfo.of("1"))
+    scheduled: bool = False
+    compile: bool = False
+    reshard_after_forward: frozenset[int] = frozenset()
+    offloadable: Mapping[int, str] = field(default_factory=dict)
+    awaited_results: int | None = None
+    disable: frozenset[str] = frozenset()
+    dump: Path | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A pass in the pipeline.
+
+    Args:
+        stage: of the graph it runs on: "program", "joint", or "split" (forward and backward).
+        run: the pass.
+        reason: why it is there.
+        when: whether it runs.
+        arguments: its keyword arguments; of passes of the joint graph, with that graph.
+    """
+
+    stage: str
+    run: Callable[..., fx.GraphModule]
+    reason: str
+    when: Callable[[LowerOptions], bool] = lambda o: True
+    arguments: Callable[[LowerOptions, JointGraph | None], dict[str, Any]] = lambda o, j: {}
+
+
+def _on_gpu(o: LowerOptions) -> bool:
+    return o.device_type == "cuda" and torch.cuda.is_available()
+
+
+def _overlaps(o: LowerOptions) -> bool:
+    return not o.scheduled and o.cluster.device.runs_beside
+
+
+def _device(o: LowerOptions, _: JointGraph | None) -> dict[str, Any]:
+    return {"device_type": o.device_type}
+
+
+def _unawaited(o: LowerOptions, joint: JointGraph | None) -> dict[str, Any]:
+    assert joint is not None
+    count = len(joint.results)
+    return {"results": range(count if o.awaited_results is None else o.awaited_results, count)}
+
+
+def _of_forward(_: LowerOptions, joint: JointGraph | None) -> dict[str, Any]:
+    assert joint is not None
+    return {"apart": forward_nodes(joint)}
+
+
+# fmt: off
+PIPELINE = (
+    Entry("program", use_library,
+          "cuDNN's BatchNorm keeps a workspace whose size only cuDNN knows", when=_on_gpu),
+    Entry("joint", drop_views,
+          "views that change nothing hide which operators read a value"),
+    Entry("joint", async_results,
+          "a loss is read after the backward: its sum over ranks need not block the forward",
+          when=lambda o: not o.compile, arguments=_unawaited),
+    Entry("joint", early_sums,
+          "sums of inputs (the count of targets) can start with the step and hide"),
+    Entry("joint", substitute_kernels,
+          "Triton kernels replace slow ATen operators; a schedule must see their costs",
+          when=lambda o: o.scheduled, arguments=_device),
+    Entry("joint", bucket_collectives,
+          "few large messages are faster than many small; the forward's gathers stay apart, for the "
+          "schedule to repeat",
+          when=lambda o: o.scheduled, arguments=_of_forward),
+    Entry("split", substitute_kernels,
+          "Triton kernels replace slow ATen operators",
+          when=lambda o: not o.scheduled, arguments=_device),
+    Entry("split", bucket_collectives,
+          "few large messages are faster than many small", when=lambda o: not o.scheduled),
+    Entry("split", overlap_collectives,
+          "collectives run beside compute; a schedule has done that already", when=_overlaps),
+    Entry("split", add_bias_within,
+          "oneDNN adds the bias inside the product: one pass over memory less",
+          when=lambda o: not o.compile),
+    Entry("split", overwrite,
+          "a pointwise result can take its dying operand's memory; Inductor does this itself",
+          when=lambda o: not o.compile),
+    Entry("split", functional_collectives,
+          "torch's tools know `_c10d_functional` collectives",
+          arguments=lambda o, j: {"mutate": not o.compile}),
+)
+# fmt: on
+
+
+def run_stage(
+    stage: str, gm: fx.GraphModule, options: LowerOptions, joint: JointGraph | None = None,
+    *, label: str = "",
+) -> fx.GraphModule:  # fmt: skip
+    """Run the passes of a stage on a graph.
+
+    Args:
+        joint: the joint graph, of passes that run on it.
+        label: names the graph in dumps; the stage if empty.
+    """
+    passes: list[Pass] = [
+        partial(entry.run, **entry.arguments(options, joint))
+        for entry in PIPELINE
+        if entry.stage == stage and entry.when(options)
+    ]
+    return run_passes(gm, passes, stage=label or stage, disable=options.disable, dump=options.dump)
