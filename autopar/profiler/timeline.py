@@ -1,4 +1,4 @@
-"""Live bytes of a training step as a value: what is made and freed, in order."""
+"""Live bytes of a training step, as a value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Phase: TypeAlias = Literal["forward", "backward"]
 
 @dataclass(frozen=True)
 class Change:
-    """Bytes made (positive) or freed (negative) while a node runs."""
+    """Bytes allocated (positive) or freed (negative) while a node runs."""
 
     node: str
     phase: Phase
@@ -28,8 +28,8 @@ class MemoryTimeline:
 
     Args:
         changes: in the order of execution.
-        saved_by: bytes kept for backward, by the node that keeps them first: distinct storages,
-            parameters excluded; inputs and buffers included, though they were there before.
+        saved_by: bytes saved for the backward, by the node that saves them first. Each storage
+            counts once. Inputs and buffers count although they exist before; parameters do not.
     """
 
     changes: tuple[Change, ...]
@@ -37,15 +37,15 @@ class MemoryTimeline:
 
     @property
     def saved_bytes(self) -> Count:
-        """Distinct storages kept for backward."""
+        """Bytes saved for the backward."""
         return sum(self.saved_by.values())
 
     @cached_property
     def live_bytes(self) -> tuple[Count, ...]:
-        """Alive after every change."""
+        """Live bytes after every change."""
         return tuple(accumulate(c.delta_bytes for c in self.changes))
 
     @cached_property
     def peak_bytes(self) -> Count:
-        """The most that is alive at a time."""
+        """The most live bytes at a time."""
         return maximum([0, *self.live_bytes])
