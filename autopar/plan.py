@@ -232,7 +232,7 @@ class ShardingPlan:
         choices: decision name to candidate name, for every decision of the search space.
         parameters: qualified name to storage layout.
         reshard_after_forward: parameters that are gathered again for the backward (ZeRO-3).
-        time, memory: predictions. If `step` is given, they include its schedule.
+        time, memory: predictions. They include the schedule of `step`.
         solver: how the plan was found.
         budget_bytes: memory per device.
         unruled: predicted time of each operator that runs replicated because it has no rule.

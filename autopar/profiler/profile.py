@@ -97,9 +97,9 @@ def profile_graph(
 
     Args:
         trainable: placeholder names of the parameters that require grad.
-        eager: profile the module as eager PyTorch runs it, rather than as it was captured: operators
-            in place if the author wrote them so, eager dropout and batch norm, and gradients of
-            values on which the forward sets `requires_grad`.
+        eager: profile the module as eager PyTorch runs it, rather than as it was captured:
+            operators in place if the author wrote them so, eager dropout and batch norm, and
+            gradients of values on which the forward sets `requires_grad`.
     """
     return _Profiler(graph, frozenset(trainable), eager).run()
 

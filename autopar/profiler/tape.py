@@ -51,8 +51,8 @@ class Emission(NamedTuple):
     Args:
         operand: index of the operand.
         storage: the gradient's storage.
-        tensor: equal for operands that get the same tensor; `~k` is the gradient of result k, passed
-            on unchanged.
+        tensor: equal for operands that get the same tensor; `~k` is the gradient of result k,
+            passed on unchanged.
         view: the gradient is a view, which holds the tensor that it views.
         strides: of the gradient.
     """
@@ -102,7 +102,7 @@ class Tape:
         return sum(self.sizes[i] for i in sorted(numbers))
 
     def transient_bytes(self, events: tuple[Event, ...]) -> Count:
-        """The peak of the own live bytes in `forward` or `backward`, above their level at its end."""
+        """The peak of own live bytes in `forward` or `backward`, above their level at its end."""
         steps = [0, *(self._delta(e) for e in events)]
         levels = list(accumulate(steps))
         return maximum(levels) - levels[-1]

@@ -21,7 +21,7 @@ from autopar.plan import ShardingPlan
 from autopar.profiler.clock import seconds_of
 from autopar.profiler.counting import Work
 from autopar.profiler.measure import QUICK, measure_device
-from autopar.profiler.measure_links import Measurement, fit_link, measure_cluster, run_local
+from autopar.profiler.measure_links import fit_link, measure_cluster, run_local
 from autopar.profiler.model import profile_model
 from autopar.profiler.profile import profile_graph
 from autopar.profiler.time_model import Kernel, kernels_of, node_us
@@ -299,11 +299,6 @@ def test_a_cluster_is_measured_and_planned_for(tmp_path):
     arguments = ("plan", str(model), "--cluster", str(path), "--no-baselines", "--json")
     plan = ShardingPlan.from_json(run(*arguments).stdout)
     assert ClusterInfo.from_dict(plan.cluster) == found
-
-
-def test_measurements_travel_between_processes():
-    cluster = ClusterInfo((1,), MEASURED, (Link(1e-5, 1e-9),))
-    assert Measurement.from_json(Measurement(cluster, (None,)).to_json()).cluster == cluster
 
 
 def _dies(rank: int, size: int) -> None:
