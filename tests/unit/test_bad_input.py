@@ -112,15 +112,15 @@ def big() -> nn.Module:
 X = (torch.zeros(64, 512),)
 
 
-def test_out_of_time_an_expert_plan_stands_in_and_says_so(slow_search):
+def test_out_of_time_a_baseline_stands_in_and_says_so(slow_search):
     lines: list[str] = []
     cluster = ClusterInfo.of("4", "H100")
     found = autoplan(
         big(), X, cluster=cluster, memory="30MiB", time_limit=0.01, progress=lines.append
     )
-    experts = baseline_plans(found.space)
-    fits = [e for e in experts if e.fits]
-    assert 0 < len(fits) < len(experts)
+    baselines = baseline_plans(found.space)
+    fits = [b for b in baselines if b.fits]
+    assert 0 < len(fits) < len(baselines)
     best = min(fits, key=lambda e: e.time.step_us)
     method = f"{best.name}, written by hand: 0.01 s were too short to find a plan"
     assert found.plan.solver.method == method
@@ -132,14 +132,14 @@ def test_out_of_time_an_expert_plan_stands_in_and_says_so(slow_search):
     assert found.plan.solver.gap == 1.0
 
 
-def test_the_expert_keeps_to_constraints(slow_search):
+def test_the_baseline_satisfies_constraints(slow_search):
     cluster = ClusterInfo.of("4", "H100")
     found = autoplan(big(), X, cluster=cluster, time_limit=0.01, constraints={"0.weight": "RS0"})
     assert "written by hand" in found.plan.solver.method
     assert found.plan.parameters["0.weight"] == "RS0"
 
 
-def test_no_expert_fits_either(slow_search):
+def test_no_baseline_fits_either(slow_search):
     with pytest.raises(InfeasibleError, match="out of time"):
         autoplan(big(), X, cluster=ClusterInfo.of("4", "H100"), memory="1KiB", time_limit=0.01)
 
@@ -162,7 +162,7 @@ def test_saved_plans_reload_bit_identically(tmp_path):
     plan = replace(
         found.plan,
         baselines=tuple(
-            Baseline(e.name, e.time, e.memory, e.fits) for e in baseline_plans(found.space)
+            Baseline(b.name, b.time, b.memory, b.fits) for b in baseline_plans(found.space)
         ),
         pareto_front=(
             ParetoPoint(math.inf, 0.1 + 0.2, 1 / 3, 1e-300),
