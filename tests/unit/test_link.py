@@ -48,10 +48,10 @@ def test_a_curve_goes_before_the_formula():
 
 def test_links_survive_yaml(tmp_path):
     path = tmp_path / "cluster.yaml"
-    found = ClusterInfo.of("2x4", "H100", node_size=2)
-    found = ClusterInfo(found.mesh, found.device, (MEASURED, Link(1e-5, 1e-9, 2.0)))
-    path.write_text(found.to_yaml())
-    assert ClusterInfo.load(path) == found
+    cluster = ClusterInfo.of("2x4", "H100", node_size=2)
+    cluster = ClusterInfo(cluster.mesh, cluster.device, (MEASURED, Link(1e-5, 1e-9, 2.0)))
+    path.write_text(cluster.to_yaml())
+    assert ClusterInfo.load(path) == cluster
     for wrong, message in (
         ({"alpha": 1e-5}, "must have alpha and beta"),
         ({"alpha": 1e-5, "beta": 1e-9, "gamma": 1}, "must have alpha and beta"),

@@ -100,11 +100,13 @@ def test_curves():
 
 
 def test_a_measured_cluster_survives_yaml(tmp_path):
-    found = ClusterInfo((2, 2), MEASURED, (Link(1e-4, 1e-9),) * 2, None, Link(1e-5, 5e-11), 2.0**35)
+    cluster = ClusterInfo(
+        (2, 2), MEASURED, (Link(1e-4, 1e-9),) * 2, None, Link(1e-5, 5e-11), 2.0**35
+    )
     path = tmp_path / "cluster.yaml"
-    path.write_text(found.to_yaml())
-    assert ClusterInfo.load(path) == found
-    assert ClusterInfo.load(path).with_memory("1GiB").host_link == found.host_link
+    path.write_text(cluster.to_yaml())
+    assert ClusterInfo.load(path) == cluster
+    assert ClusterInfo.load(path).with_memory("1GiB").host_link == cluster.host_link
 
 
 def test_files_without_the_new_fields():
@@ -159,22 +161,24 @@ def profiled(rows: int = 32):
 
 def test_dear_elements_are_counted_by_taking_kernels_apart():
     n = 32 * 64
-    found = {}
+    extras = {}
     for node, profile in profiled().items():
         forward, backward = kernels_of(node, profile, MEASURED)
         assert sum(k.work.kernels for k in forward) == profile.forward.kernels
         assert sum(k.work.kernels for k in backward) == profile.backward.kernels
         name = str(node.target).split(".")[1]
-        found[name] = [{k: v for x in ks for k, v in x.extra.items()} for ks in (forward, backward)]
+        extras[name] = [
+            {k: v for x in ks for k, v in x.extra.items()} for ks in (forward, backward)
+        ]
         if name == "embedding":  # only what is looked up is read
             assert forward[0].work.read_bytes < profile.forward.read_bytes / 2
-    assert found["gelu"] == [{"function": n}, {"function": 2 * n}]
-    assert found["native_dropout"][0] == {"random": n}
-    assert found["softmax"][0] == {"function": n, "reduction": 2 * n}
-    assert found["embedding"][0] == {"index": 32}
-    assert found["pow"][0] == {}
-    assert found["linear"] == [{}, {}]
-    norm = next(v for k, v in found.items() if "batch_norm" in k)
+    assert extras["gelu"] == [{"function": n}, {"function": 2 * n}]
+    assert extras["native_dropout"][0] == {"random": n}
+    assert extras["softmax"][0] == {"function": n, "reduction": 2 * n}
+    assert extras["embedding"][0] == {"index": 32}
+    assert extras["pow"][0] == {}
+    assert extras["linear"] == [{}, {}]
+    norm = next(v for k, v in extras.items() if "batch_norm" in k)
     assert norm[0]["variance"] == n
 
 
@@ -251,16 +255,16 @@ def test_rows_that_are_not_aligned_take_longer(words, slower):
 
 
 def test_this_device_is_measured():
-    found = measure_device(torch.device("cpu"), TINY)
-    assert found.measured
-    assert found.kind == "cpu"
-    assert {"matmul.float32", "convolution.float32"} <= set(found.flops_by_size)
-    assert set(found.peak_flops) == {"float32", "float64", "bfloat16"}
-    assert 1e8 < found.flops_per_s("float32") < 1e14
-    assert 1e8 < found.bandwidth < 1e13
-    assert 0 < found.launch_us < 1e4
-    assert found.extra_ns["random"] > found.extra_ns["reduction"] / 10
-    again = ClusterInfo((1,), found, (Link(1e-5, 1e-9),))
+    measured = measure_device(torch.device("cpu"), TINY)
+    assert measured.measured
+    assert measured.kind == "cpu"
+    assert {"matmul.float32", "convolution.float32"} <= set(measured.flops_by_size)
+    assert set(measured.peak_flops) == {"float32", "float64", "bfloat16"}
+    assert 1e8 < measured.flops_per_s("float32") < 1e14
+    assert 1e8 < measured.bandwidth < 1e13
+    assert 0 < measured.launch_us < 1e4
+    assert measured.extra_ns["random"] > measured.extra_ns["reduction"] / 10
+    again = ClusterInfo((1,), measured, (Link(1e-5, 1e-9),))
     assert ClusterInfo.from_dict(yaml.safe_load(again.to_yaml())) == again
 
 
@@ -286,10 +290,10 @@ def test_a_cluster_is_measured_and_planned_for(tmp_path):
     result = run("cluster", "--mesh", "2x1", "--quick", "--device", "cpu", "-o", str(path))
     assert "alpha us" in result.stdout
     assert f"written to {path}" in result.stdout.replace("\n", "")
-    found = ClusterInfo.load(path)
-    assert found.mesh == (2, 1)
-    assert found.device.measured
-    assert found.links[0] != found.links[1]
+    cluster = ClusterInfo.load(path)
+    assert cluster.mesh == (2, 1)
+    assert cluster.device.measured
+    assert cluster.links[0] != cluster.links[1]
     assert path.read_text().startswith("# measured by autopar cluster on ")
     model.write_text(
         "import torch\n"
@@ -298,7 +302,7 @@ def test_a_cluster_is_measured_and_planned_for(tmp_path):
     )
     arguments = ("plan", str(model), "--cluster", str(path), "--no-baselines", "--json")
     plan = ShardingPlan.from_json(run(*arguments).stdout)
-    assert ClusterInfo.from_dict(plan.cluster) == found
+    assert ClusterInfo.from_dict(plan.cluster) == cluster
 
 
 def _dies(rank: int, size: int) -> None:
