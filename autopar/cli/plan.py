@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -56,29 +57,6 @@ class AnyMesh:
     memory: str | None
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """Options of a plan, besides where it runs.
-
-    Args:
-        optimizer_state: bytes per byte of parameter.
-        constraints: layouts by name.
-        baselines: also cost the standard plans.
-        front: also find the fastest plans by budget.
-        time_limit: seconds for each run of the solver.
-        source: the model file.
-        schedule: also schedule the step if everything fits the memory.
-    """
-
-    optimizer_state: float
-    constraints: Mapping[str, str]
-    baselines: bool
-    front: bool
-    time_limit: float
-    source: str
-    schedule: bool = False
-
-
 def target_of(
     mesh: str | None,
     devices: int | None,
@@ -114,54 +92,47 @@ def target_of(
 def make_plan(
     example: Example,
     target: ClusterInfo | AnyMesh,
-    options: PlanOptions,
     say: Callable[[str], None],
-    trace: Path | None = None,
+    *,
+    baselines: bool,
+    pareto_front: bool,
+    schedule: bool,
+    trace: Path | None,
+    **options: Any,
 ) -> ShardingPlan:
-    """The plan, with baselines and Pareto front if the options say so.
+    """The plan, with what was requested beside it.
 
     Args:
         say: told the current stage.
+        baselines: also cost the standard plans.
+        pareto_front: also find the fastest plans by budget.
+        schedule: also schedule the step if everything fits the memory.
         trace: file for the predicted step.
+        options: of `build_problem` and `search_meshes`.
     """
-    joint = _search(example, target, options, say)
-    planned = joint.planned
-    if trace is not None and joint.memory is not None:
-        joint.memory.timeline.save_trace(trace)
-    baselines: tuple[Baseline, ...] = ()
-    points: tuple[ParetoPoint, ...] = ()
-    if options.baselines:
-        say("baselines ...")
-        plans = baseline_plans(planned.space, time_limit=options.time_limit)
-        baselines = tuple(Baseline(b.name, b.time, b.memory, b.fits) for b in plans)
-    if options.front:
-        points = front(
-            planned.space, time_limit=options.time_limit, progress=say, only=planned.only
-        ).points
-    return replace(planned.plan, baselines=baselines, pareto_front=points, source=options.source)
-
-
-def _search(
-    example: Example,
-    target: ClusterInfo | AnyMesh,
-    options: PlanOptions,
-    say: Callable[[str], None],
-) -> JointPlan:
+    options["progress"] = say
     model, args, kwargs = example.model, example.args, example.kwargs
     if isinstance(target, AnyMesh):
-        return JointPlan(search_meshes(
-            model, args, kwargs, devices=target.devices, device=target.device,
-            per_node=target.per_node, memory=target.memory,
-            optimizer_state=options.optimizer_state, constraints=options.constraints,
-            time_limit=options.time_limit, progress=say,
-        ).planned)  # fmt: skip
-    problem = build_problem(
-        model, args, kwargs, cluster=target, optimizer_state=options.optimizer_state,
-        constraints=options.constraints, time_limit=options.time_limit, progress=say,
-    )  # fmt: skip
-    if target.memory_bytes is None and not options.schedule:
-        return JointPlan(problem.planned(problem.decide()))
-    return plan_jointly(problem, always=options.schedule)
+        options |= vars(target)
+        joint = JointPlan(search_meshes(model, args, kwargs, **options).planned)
+    else:
+        problem = build_problem(model, args, kwargs, cluster=target, **options)
+        if target.memory_bytes is None and not schedule:
+            joint = JointPlan(problem.planned(problem.decide()))
+        else:
+            joint = plan_jointly(problem, always=schedule)
+    planned, time_limit = joint.planned, options["time_limit"]
+    if trace is not None and joint.memory is not None:
+        joint.memory.timeline.save_trace(trace)
+    rows: tuple[Baseline, ...] = ()
+    points: tuple[ParetoPoint, ...] = ()
+    if baselines:
+        say("baselines ...")
+        plans = baseline_plans(planned.space, time_limit=time_limit)
+        rows = tuple(Baseline(b.name, b.time, b.memory, b.fits) for b in plans)
+    if pareto_front:
+        points = front(planned.space, time_limit=time_limit, progress=say, only=planned.only).points
+    return replace(planned.plan, baselines=rows, pareto_front=points)
 
 
 def write_html(plan: ShardingPlan, path: Path) -> None:

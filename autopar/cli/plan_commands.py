@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -132,7 +133,7 @@ def plan(
         with short_errors(ValueError, OSError):
             check_optimizer(optimizer)
             from autopar.cli.model_file import load_example
-            from autopar.cli.plan import PlanOptions, make_plan, print_report, target_of, write_html
+            from autopar.cli.plan import make_plan, print_report, target_of, write_html
             from autopar.cluster.cluster import ClusterInfo
             from autopar.planner.constraints import load_constraints
             from autopar.planner.optimizer_state import named_state_ratio
@@ -145,16 +146,19 @@ def plan(
             example = load_example(model)
             state = named_state_ratio(optimizer.lower(), example.model)
         with short_errors():
-            options = PlanOptions(
+            result = make_plan(
+                example,
+                target,
+                say,
+                baselines=baselines,
+                pareto_front=front,
+                schedule=report is not None or trace is not None,
+                trace=trace,
                 optimizer_state=state,
                 constraints=layouts,
-                baselines=baselines,
-                front=front,
                 time_limit=time_limit,
-                source=str(model),
-                schedule=report is not None or trace is not None,
             )
-            result = make_plan(example, target, options, say, trace)
+            result = replace(result, source=str(model))
     with short_errors(OSError):
         if output is not None:
             result.save(output)

@@ -34,13 +34,15 @@ from autopar.profiler.tape import (
     GRADIENT,
     OPERAND,
     OWN,
+    Change,
     Count,
     Emission,
     Event,
+    MemoryTimeline,
+    Phase,
     Storage,
     Strides,
 )
-from autopar.profiler.timeline import Change, MemoryTimeline, Phase
 
 
 def memory_timeline(

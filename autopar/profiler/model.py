@@ -17,8 +17,7 @@ from autopar.profiler.counting import Work
 from autopar.profiler.memory import memory_timeline
 from autopar.profiler.modules import ModuleRow, module_table
 from autopar.profiler.profile import NodeProfile, profile_graph
-from autopar.profiler.tape import Count
-from autopar.profiler.timeline import MemoryTimeline
+from autopar.profiler.tape import Count, MemoryTimeline
 
 # upper bound of the search in `largest`
 _MAX_SIZE = 2**40

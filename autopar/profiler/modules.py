@@ -10,8 +10,7 @@ import torch.fx as fx
 from autopar.ir.graph import ModelGraph
 from autopar.profiler.counting import Work
 from autopar.profiler.profile import NodeProfile
-from autopar.profiler.tape import Count
-from autopar.profiler.timeline import MemoryTimeline
+from autopar.profiler.tape import Count, MemoryTimeline
 
 
 @dataclass(frozen=True)
