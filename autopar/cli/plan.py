@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from autopar.cli.common import DEFAULT_DEVICE
 from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.device import device as device_of
@@ -22,29 +23,6 @@ from autopar.planner.pareto import front
 from autopar.planner.planner import build_problem
 from autopar.report.html import render_html
 from autopar.report.text import render, terminal_width
-
-
-def cluster_of(mesh: str | None, device: str, file: Path | None, named: bool) -> ClusterInfo:
-    """The cluster that the options describe.
-
-    Args:
-        named: whether the user named the device; otherwise it is the default.
-
-    Raises:
-        ValueError: neither mesh nor file, or both, or the file does not describe a cluster.
-    """
-    if file is None:
-        if mesh is None:
-            raise ValueError(
-                "say what to plan for: --mesh 2x4, or --cluster cluster.yaml, or --devices 8"
-            )
-        return ClusterInfo.of(mesh, device)
-    if mesh is not None or named:
-        raise ValueError(f"{file} says mesh and device; leave out --mesh and --device")
-    try:
-        return ClusterInfo.load(file)
-    except (TypeError, KeyError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} does not describe a cluster: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -64,29 +42,38 @@ def target_of(
     device: str | None,
     file: Path | None,
     memory: str | None,
-    default: str,
 ) -> ClusterInfo | AnyMesh:
     """What to plan for, according to the options.
 
     Raises:
         ValueError: they contradict each other, or something is missing.
     """
-    auto = mesh == "auto" or (mesh is None and devices is not None)
-    if auto and file is not None:
-        raise ValueError(
-            f"{file} has the links of one mesh; a search over meshes takes --devices and --device"
-        )
-    if auto and devices is None:
-        raise ValueError("--mesh auto needs the number of devices: --devices 64")
-    if not auto and (devices is not None or per_node is not None):
+    if mesh == "auto" or (mesh is None and devices is not None):
+        if file is not None:
+            raise ValueError(
+                f"{file} has the links of one mesh; a search over meshes takes --devices and "
+                "--device"
+            )
+        if devices is None:
+            raise ValueError("--mesh auto needs the number of devices: --devices 64")
+        if memory is not None:
+            parse_bytes(memory)
+        name = device_of(device or DEFAULT_DEVICE).name
+        return AnyMesh(devices, name, per_node or NODE_SIZE, memory)
+    if devices is not None or per_node is not None:
         raise ValueError(f"--devices and --per-node go with --mesh auto, not with {mesh or file}")
-    if not auto:
-        return cluster_of(mesh, device or default, file, device is not None).with_memory(memory)
-    assert devices is not None
-    name = device_of(device or default).name
-    if memory is not None:
-        parse_bytes(memory)
-    return AnyMesh(devices, name, per_node or NODE_SIZE, memory)
+    if file is not None:
+        if mesh is not None or device is not None:
+            raise ValueError(f"{file} says mesh and device; leave out --mesh and --device")
+        try:
+            return ClusterInfo.load(file).with_memory(memory)
+        except (TypeError, KeyError, yaml.YAMLError) as error:
+            raise ValueError(f"{file} does not describe a cluster: {error}") from error
+    if mesh is None:
+        raise ValueError(
+            "say what to plan for: --mesh 2x4, or --cluster cluster.yaml, or --devices 8"
+        )
+    return ClusterInfo.of(mesh, device or DEFAULT_DEVICE).with_memory(memory)
 
 
 def make_plan(

@@ -138,7 +138,7 @@ def plan(
             from autopar.planner.constraints import load_constraints
             from autopar.planner.optimizer_state import named_state_ratio
 
-            target = target_of(mesh, devices, per_node, device, cluster, memory, DEFAULT_DEVICE)
+            target = target_of(mesh, devices, per_node, device, cluster, memory)
             if trace is not None and not isinstance(target, ClusterInfo):
                 raise ValueError("--trace shows the step on one mesh: give it with --mesh")
             layouts = {} if constraints is None else load_constraints(constraints)

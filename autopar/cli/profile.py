@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -83,19 +85,11 @@ def batch_that_fits(profiled: Profiled, budget_bytes: float, sizes: Mapping[str,
         sizes: other dynamic sizes; those of the example stand for missing ones.
     """
     others = {k: n for k, n in (dict(profiled.example) | dict(sizes)).items() if k != "batch"}
+    budget = budget_bytes - profiled.state_bytes
+    if budget <= 0:
+        return 0
     per_sample = profiled.input_bytes / profiled.example["batch"]
-
-    def need(batch: int) -> float:
-        at = substitute(profiled.profile, others | {"batch": batch})
-        return at.peak_bytes + profiled.state_bytes + per_sample * batch
-
-    room = int(budget_bytes) - profiled.state_bytes
-    high = largest(profiled.profile, "batch", room, others) if room > 0 else 0
-    low = 0
-    while low < high:  # `largest` does not count the inputs
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if need(middle) <= budget_bytes else (low, middle - 1)
-    return low
+    return largest(profiled.profile, "batch", budget, others, input_bytes=per_sample)
 
 
 def show(
@@ -206,24 +200,10 @@ def _grouped(rows: list[ModuleRow], depth: int | None) -> list[tuple[str, int, M
             groups.setdefault(pattern(row.path), []).append(row)
     # a list of blocks would repeat its blocks
     return [
-        (path, len(copies), _sum(copies))
+        (path, len(copies), reduce(operator.add, copies))
         for path, copies in groups.items()
         if f"{path}.*" not in groups
     ]
-
-
-def _sum(rows: list[ModuleRow]) -> ModuleRow:
-    first, *rest = rows
-    for row in rest:
-        first = type(first)(
-            first.path,
-            first.calls + row.calls,
-            first.forward + row.forward,
-            first.backward + row.backward,
-            first.saved_bytes + row.saved_bytes,
-            first.parameters + row.parameters,
-        )
-    return first
 
 
 def _nonzero(flops: Count) -> str:

@@ -251,7 +251,7 @@ def _arithmetic(device: torch.device, effort: Effort) -> Iterator[tuple[str, str
             yield "unaligned", dtype, [_matmul(n - 1, dtype, device) for n in effort.sides]
     for dtype in ("float32",) if device.type == "cpu" else ("float32", "bfloat16"):
         yield "convolution", dtype, [_convolution(n, dtype, device) for n in effort.channels]
-        yield "depthwise", dtype, [_depthwise(n, dtype, device) for n in effort.channels]
+        yield "depthwise", dtype, [_convolution(n, dtype, device, n) for n in effort.channels]
         yield "attention", dtype, [_attention(n, dtype, device) for n in effort.lengths]
 
 
@@ -269,20 +269,14 @@ def _step(forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -
     return lambda: torch.autograd.grad(forward(), inputs, gradient)
 
 
-def _convolution(n: int, dtype: str, device: torch.device) -> _Job:
+def _convolution(n: int, dtype: str, device: torch.device, groups: int = 1) -> _Job:
     batch, side = (4, 28) if device.type == "cpu" else (32, 56)
-    x, weight = _random(dtype, device, batch, n, side, side), _random(dtype, device, n, n, 3, 3)
-    forward = 18.0 * batch * side * side * n * n
-    # the backward computes two more, in one kernel
-    return _Job(1.5 * forward, 2, _step(lambda: F.conv2d(x, weight, padding=1), (x, weight)))
-
-
-def _depthwise(n: int, dtype: str, device: torch.device) -> _Job:
-    batch, side = (4, 28) if device.type == "cpu" else (32, 56)
-    x, weight = _random(dtype, device, batch, n, side, side), _random(dtype, device, n, 1, 5, 5)
-    forward = 50.0 * batch * side * side * n
-    call = _step(lambda: F.conv2d(x, weight, padding=2, groups=n), (x, weight))
-    return _Job(1.5 * forward, 2, call)
+    kernel = 5 if groups > 1 else 3
+    x = _random(dtype, device, batch, n, side, side)
+    weight = _random(dtype, device, n, n // groups, kernel, kernel)
+    forward = 2.0 * kernel**2 * batch * side * side * n * (n // groups)
+    call = _step(lambda: F.conv2d(x, weight, padding=kernel // 2, groups=groups), (x, weight))
+    return _Job(1.5 * forward, 2, call)  # the backward computes two more, in one kernel
 
 
 def _attention(n: int, dtype: str, device: torch.device) -> _Job:

@@ -124,8 +124,10 @@ def substitute(profile: ModelProfile, sizes: Mapping[str, int]) -> ModelProfile:
 def largest(
     profile: ModelProfile,
     name: str,
-    budget_bytes: int,
+    budget_bytes: float,
     sizes: Mapping[str, int] | None = None,
+    *,
+    input_bytes: float = 0.0,
 ) -> int:
     """The largest size whose step peaks within a budget, by bisection; 0 if 1 does not fit.
 
@@ -134,19 +136,20 @@ def largest(
         budget_bytes: for activations and gradients. Parameters, buffers, inputs and optimizer
             state are not included.
         sizes: the other dynamic sizes.
+        input_bytes: bytes of inputs per unit of the size, if the budget is for inputs too.
 
     Raises:
         ValueError: sizes are missing, or the peak does not depend on this one.
     """
 
-    def peak(n: int) -> int:
+    def peak(n: int) -> float:
         at = _evaluator(_values(profile, {**(sizes or {}), name: n}))
         deltas = [at(c.delta_bytes) for c in profile.timeline.changes]
         missing = {s for d in deltas if isinstance(d, sympy.Expr) for s in d.free_symbols}
         if missing:
             names = sorted(k for k, s in profile.symbols.items() if s in missing)
             raise ValueError(f"the peak also depends on {names}; give those sizes too")
-        return max(accumulate(deltas))
+        return max(accumulate(deltas)) + input_bytes * n
 
     low, high = 0, 1
     while peak(high) <= budget_bytes:

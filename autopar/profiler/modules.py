@@ -33,6 +33,17 @@ class ModuleRow:
     saved_bytes: Count = 0
     parameters: int = 0
 
+    def __add__(self, other: ModuleRow) -> ModuleRow:
+        """Two copies of a module, under the name of the first."""
+        return ModuleRow(
+            self.path,
+            self.calls + other.calls,
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.saved_bytes + other.saved_bytes,
+            self.parameters + other.parameters,
+        )
+
     @property
     def depth(self) -> int:
         """0 for the model, 1 for its children."""

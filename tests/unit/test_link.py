@@ -71,9 +71,9 @@ def test_small_weights_share_messages_and_large_ones_do_not():
         # as many as fill a message take as long as the message
         assert together[1] * BUCKET_MEMBER_BYTES / 1e3 == pytest.approx(float(together[2]))
     converter = LayoutConverter(ClusterInfo.of("8", "H100"))
-    split, whole = [ShardingSpec.parse("S0")], [ShardingSpec.parse("R")]
+    split, replicated = [ShardingSpec.parse("S0")], [ShardingSpec.parse("R")]
     alone, together = (
-        converter.costs_us((1024,), 4, split, whole, weight=weight)[0, 0]
+        converter.costs_us((1024,), 4, split, replicated, weight=weight)[0, 0]
         for weight in (False, True)
     )
     assert together < alone

@@ -69,8 +69,8 @@ def test_the_fit_predicts_in_the_planners_formula():
     cluster = ClusterInfo((4,), CPU, (Link(1e-4, 1e-9),))
     nbytes, k = 4 * 1024 * 1024, 4
     converter, shape = LayoutConverter(cluster), (1024, 1024)
-    split, whole = ShardingSpec.parse("S0R"), ShardingSpec.parse("RR")
-    forward, _ = converter.step_us(shape, 4, converter.path(shape, 4, split, whole)[0])
+    split, replicated = ShardingSpec.parse("S0R"), ShardingSpec.parse("RR")
+    forward, _ = converter.step_us(shape, 4, converter.path(shape, 4, split, replicated)[0])
     seconds = (k - 1) * 1e-4 + nbytes * (k - 1) / k * 1e-9
     assert forward == pytest.approx(1e6 * seconds + CPU.launch_us)
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import given, settings
 
-from autopar import ClusterInfo, autoplan
+from autopar import ClusterInfo, auto_engine, autoplan
 from autopar.errors import InfeasibleError, MeshError
 from autopar.plan import ShardingPlan
 from autopar.planner.diff import diff
@@ -71,3 +72,11 @@ def test_differences_and_errors_say_the_names(plan):
         )
     with pytest.raises(MeshError, match="name all axes"):
         ClusterInfo.of("node=2,2")
+
+
+def test_the_engine_takes_a_named_mesh():
+    model = CASE.build()
+    engine, _ = auto_engine(model, torch.optim.SGD(model.parameters(), lr=0.1), "gpu=1")
+    loss = engine(**CASE.batch(0))
+    loss.backward()
+    assert engine.plan.cluster["mesh"] == "gpu=1"

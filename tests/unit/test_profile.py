@@ -75,12 +75,12 @@ def test_language_models_are_exact(dropout):
 def test_a_frozen_model_saves_less():
     case = CASES["mlp"]
     model = case.build()
-    whole, _ = assert_exact(model, **case.batch(0))
+    complete, _ = assert_exact(model, **case.batch(0))
     for p in (*model.up.parameters(), *model.norm.parameters()):
         p.requires_grad_(False)
     frozen, _ = assert_exact(model, **case.batch(0))
-    assert frozen.flops < whole.flops
-    assert frozen.saved_bytes < whole.saved_bytes
+    assert frozen.flops < complete.flops
+    assert frozen.saved_bytes < complete.saved_bytes
 
 
 def view_requires_grad(self, x):
@@ -341,10 +341,10 @@ def test_bytes_and_transients_of_an_operator():
 def test_modules_add_up():
     profile = profiled(LanguageModel(2), **CASES["gpt2"].batch(0))
     rows = {row.path: row for row in profile.modules()}
-    whole = rows[""]
-    assert (whole.forward, whole.backward) == (profile.forward, profile.backward)
-    assert whole.saved_bytes == profile.saved_bytes
-    assert whole.parameters == sum(p.numel() for p in LanguageModel(2).parameters())
+    model_row = rows[""]
+    assert (model_row.forward, model_row.backward) == (profile.forward, profile.backward)
+    assert model_row.saved_bytes == profile.saved_bytes
+    assert model_row.parameters == sum(p.numel() for p in LanguageModel(2).parameters())
     blocks = [rows[f"gpt2.transformer.h.{i}"] for i in range(2)]
     assert blocks[0].forward.flops == blocks[1].forward.flops
     assert blocks[0].parameters == blocks[1].parameters
