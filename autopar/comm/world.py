@@ -65,9 +65,9 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
                 timeout=DEFAULT_TIMEOUT,
             )
         atexit.register(stop)
-    key = (dist.group.WORLD, device.type, cluster.mesh)
+    key = (dist.group.WORLD, device.type, cluster.mesh, cluster.axis_names)
     if key not in _MESHES:
-        names = tuple(f"axis{i}" for i in range(len(cluster.mesh)))
+        names = cluster.axis_names or tuple(f"axis{i}" for i in range(len(cluster.mesh)))
         _MESHES[key] = init_device_mesh(device.type, cluster.mesh, mesh_dim_names=names)
     return _MESHES[key]
 

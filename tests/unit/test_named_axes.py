@@ -80,3 +80,4 @@ def test_the_engine_takes_a_named_mesh():
     loss = engine(**CASE.batch(0))
     loss.backward()
     assert engine.plan.cluster["mesh"] == "gpu=1"
+    assert next(iter(engine.parameters())).device_mesh.mesh_dim_names == ("gpu",)
