@@ -38,8 +38,8 @@ test: venv ## Lint, check types, run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy autopar
-	$(CPU) $(BIN)/python -m pytest -q -n 2 tests --ignore tests/dist
-	$(CPU) $(BIN)/python -m pytest -q tests/dist
+	$(CPU) $(BIN)/python -m pytest -q --durations=15 -n 2 tests --ignore tests/dist
+	$(CPU) $(BIN)/python -m pytest -q --durations=15 tests/dist
 
 test-gpu: venv ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu tests/gpu tests/kernels tests/unit/test_memory_prefetch.py

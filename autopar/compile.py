@@ -24,7 +24,7 @@ from autopar.schedule.budget import MemoryPlan, StepBudget, describe
 from autopar.schedule.program import Program, Schedule, eager_schedule
 from autopar.schedule.simulate import peak_bytes
 from autopar.schedule.transfers import large_parameters
-from autopar.units import format_bytes
+from autopar.units import bytes_text
 
 T = TypeVar("T")
 
@@ -251,9 +251,9 @@ def _schedule(program: Program, budget: StepBudget, known: StepPlan, ranks: Rank
     def keep_everything() -> tuple[Schedule, bool]:
         needed = peak_bytes(program, eager_schedule(program))
         if needed > budget.step_bytes:
-            free = format_bytes(max(0.0, budget.step_bytes))
+            free = bytes_text(max(0.0, budget.step_bytes))
             raise EngineError(
-                f"the step needs {format_bytes(needed)} if everything is kept, and there is {free}; "
+                f"the step needs {bytes_text(needed)} if everything is kept, and there is {free}; "
                 f"what to recompute cannot be decided, as the programs of ranks {differing} differ "
                 "from that of rank 0. Give more memory, or sizes that the mesh divides"
             )

@@ -1,4 +1,4 @@
-"""The exceptions a user of autopar can meet. Messages say what, where, the numbers, the remedy."""
+"""The exceptions of autopar. Messages say what is wrong, where, the numbers, and the remedy."""
 
 from typing import Any
 
@@ -23,10 +23,10 @@ class InfeasibleError(AutoparError, ValueError):
     """No plan fits the memory budget.
 
     Attributes:
-        budget_bytes: what was allowed per device.
-        smallest_bytes: the smallest budget with which a plan exists.
-        choices: of the plan that needs so much, where the solver says so.
-        proven: that there is none, rather than none was found in time.
+        budget_bytes: the budget per device.
+        smallest_bytes: the smallest budget that has a plan.
+        choices: choices of that plan, if the solver knows them.
+        proven: whether no plan exists; otherwise none was found in time.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ def _infeasible(message: str, budget_bytes: float, smallest_bytes: float) -> Inf
 
 
 class EngineError(AutoparError, RuntimeError):
-    """The engine was used in a way it cannot serve, or another rank failed."""
+    """The engine cannot do what was requested, or another rank failed."""
 
 
 class ConstraintError(AutoparError, ValueError):
-    """A constraint names nothing, or asks for what does not exist."""
+    """A constraint names nothing, or demands a layout that does not exist."""
 
 
 class ConflictError(InfeasibleError):
     """Constraints that no plan satisfies together.
 
     Attributes:
-        conflicting: the smallest set of them that was found, as "name: layout".
+        conflicting: a smallest set of constraints in conflict, as "name: layout".
     """
 
     conflicting: tuple[str, ...] = ()

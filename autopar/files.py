@@ -1,4 +1,4 @@
-"""Files that are whole or do not change."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    """Write a file so that it is whole or does not change."""
+    """Write a file. On failure, a file that is already there does not change."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        # mkstemp makes files for the owner alone
+        # mkstemp makes files that only the owner can read
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

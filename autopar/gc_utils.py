@@ -1,4 +1,4 @@
-"""When not to look for garbage."""
+"""Pauses of the garbage collector."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def collection_paused() -> Iterator[None]:
-    """Look for no reference cycles meanwhile.
+    """Do not collect reference cycles inside.
 
-    Graphs and spaces are hundreds of thousands of objects that stay; looking through them again and
-    again takes an eighth of the time to make them.
+    Graphs and search spaces are hundreds of thousands of objects that live on. Collections would
+    scan them again and again, which takes an eighth of the time to build them.
     """
-    was = gc.isenabled()
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if enabled:
             gc.enable()
 
 
 @contextlib.contextmanager
 def existing_objects_frozen() -> Iterator[None]:
-    """Look for reference cycles among new objects alone.
+    """Collect reference cycles only among objects that are created inside.
 
-    What was made before stays anyway; looking through it takes longer than what is done meanwhile.
+    Older objects live on anyway, and scanning them takes longer than the work inside.
     """
-    frozen = not gc.get_freeze_count()  # someone else's stay frozen
+    frozen = not gc.get_freeze_count()  # objects that others froze stay frozen
     if frozen:
         gc.freeze()
     try:

@@ -1,27 +1,34 @@
-"""`ShardingPlan`: what was decided, as a frozen value that is JSON in and out."""
+"""`ShardingPlan`: everything that was decided, as a frozen value that JSON can hold."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from autopar.errors import PlanError
 from autopar.files import write_atomically
 from autopar.ir.spec import ShardingSpec
-from autopar.plan_step import StepSummary
+from autopar.units import mesh_text
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Predicted step time in microseconds: what adds up, and what hides behind compute.
+    """Predicted step time.
 
-    `weights_us` is the communication of weights and their gradients, exposed or overlapped.
+    Args:
+        compute_us: operators.
+        exposed_us: communication that compute waits for.
+        overlapped_us: communication that runs beside compute and does not lengthen the step.
+        weights_us: the part of the communication, exposed or overlapped, that moves weights and
+            their gradients.
     """
 
     compute_us: float
@@ -50,7 +57,7 @@ class MemoryEstimate:
         return sum(asdict(self).values())
 
 
-# Field names by how reports call them.
+# What reports call the fields.
 MEMORY_KINDS = {
     "parameters": "parameters_bytes",
     "gradients": "gradients_bytes",
@@ -68,10 +75,16 @@ TIME_KINDS = {
 
 @dataclass(frozen=True)
 class SolverRecord:
-    """How the plan was found, and how good it is known to be.
+    """How the plan was found, and how far it can be from the best one.
 
     Args:
-        sharing_us: the best step found, by which copies of repeated blocks shared one decision.
+        method: the solver's method.
+        objective_us: the plan's step time, as the solver counts it.
+        bound_us: no plan has a smaller objective.
+        gap: relative distance from the bound to the objective.
+        seconds: run time by phase of planning.
+        sharing_us: the best objective by the way in which copies of repeated blocks share
+            decisions.
     """
 
     method: str
@@ -84,15 +97,16 @@ class SolverRecord:
 
 @dataclass(frozen=True)
 class ModuleSummary:
-    """What the plan does in one module, or in all copies of it in repeated blocks, for reports.
+    """What the plan does in one module, or in all its copies in repeated blocks.
 
     Args:
         name: qualified name; `*` and `{0,2-5}` stand for indices of copies, "" for the model.
-        words: "data parallel on axis 0; tensor parallel on axis 1, column".
+        words: a description: "data parallel on axis 0; tensor parallel on axis 1, column".
         count: number of copies.
-        parameters: elements, of all copies together; a tied parameter counts where it is owned.
-        time_us, memory_bytes: of all copies together, without modules inside of them; the sum over
-            a plan's entries is the solver's objective, and the memory without the transient peak.
+        parameters: number of elements in all copies; a tied parameter counts where it is owned.
+        time_us, memory_bytes: of all copies together, without the modules inside them. Over all
+            entries of a plan they add up to the solver's objective, and to the memory without the
+            transient peak.
     """
 
     name: str
@@ -105,7 +119,7 @@ class ModuleSummary:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A plan as people write it by hand, under the same cost model, for comparison."""
+    """A standard plan (DDP, FSDP, Megatron) under the same cost model, for comparison."""
 
     name: str
     time: TimeEstimate
@@ -115,13 +129,13 @@ class Baseline:
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """The fastest plan found within a budget.
+    """The fastest plan that was found within a budget.
 
     Args:
         budget_bytes: per device; infinite for the plan without a limit.
         step_us, memory_bytes: predictions.
         bound_us: no plan within the budget is faster.
-        words: what it does, in short.
+        words: a short description.
     """
 
     budget_bytes: float
@@ -137,9 +151,9 @@ class MeshResult:
 
     Args:
         mesh: size of each axis.
-        step_us: of its fastest plan; infinite where none fits or none was looked for.
-        bound_us: no plan on it is faster.
-        memory_bytes: of that plan.
+        step_us: step time of its fastest plan; infinite if none fits, or if the mesh was skipped.
+        bound_us: no plan on the mesh is faster.
+        memory_bytes: memory of that plan.
         note: why there is no plan.
     """
 
@@ -151,31 +165,86 @@ class MeshResult:
 
 
 @dataclass(frozen=True)
+class ModuleMemory:
+    """What happens to the values of a module's forward, and to its parameters.
+
+    Args:
+        kept_bytes: values that stay on the device until the backward reads them.
+        offloaded_bytes: values that wait for the backward on the host.
+        parameters_bytes: parameters that are on the host for a part of the step.
+        recompute_us, recompute_flops: operators that run a second time.
+        regather_us: collectives that run a second time.
+    """
+
+    module: str
+    kept_bytes: int
+    offloaded_bytes: int
+    parameters_bytes: int
+    recompute_us: float
+    recompute_flops: float
+    regather_us: float
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """A scheduled step. Bytes are per device.
+
+    Args:
+        us: predicted time of forward and backward.
+        backward_us: when the backward starts.
+        added_us: time spent on recomputation, re-gathering and waiting for the host.
+        waited_us: by resource, how long compute waits for it.
+        peak_bytes: the most that the step's own values take, less the parameters that are on the
+            host at that time.
+        eager_bytes: the same if the step kept everything.
+        peak_at: where the peak is.
+        resident_bytes: memory in use before the step.
+        state_on_host: whether the optimizer's state is on the host outside of the optimizer step.
+        parameters_on_host: names of the parameters that are on the host for a part of the step.
+        live: over time: (us, bytes kept, bytes recomputed, other bytes, bytes of parameters on
+            the host).
+        modules: per block, in the order of the forward.
+    """
+
+    us: float
+    backward_us: float
+    added_us: float
+    waited_us: Mapping[str, float]
+    peak_bytes: int
+    eager_bytes: int
+    peak_at: str
+    resident_bytes: float
+    state_on_host: bool
+    parameters_on_host: tuple[str, ...]
+    live: tuple[tuple[float, int, int, int, int], ...]
+    modules: tuple[ModuleMemory, ...]
+
+
+@dataclass(frozen=True)
 class ShardingPlan:
     """One legal way to run a model on a mesh.
 
     Args:
         model: the model's class name, for messages.
-        fingerprint: of the graph the plan was made for.
+        fingerprint: identifies the graph that the plan was made for.
         mesh: size of each mesh axis.
-        cluster: the `ClusterInfo` as data.
+        cluster: `ClusterInfo.to_dict()`.
         choices: decision name to candidate name, for every decision of the search space.
         parameters: qualified name to storage layout.
-        reshard_after_forward: parameters gathered again for backward (ZeRO-3).
-        time, memory: predictions.
-        solver: provenance.
-        budget_bytes: per device.
-        unruled: operators that ran replicated for lack of a rule, with their predicted time.
+        reshard_after_forward: parameters that are gathered again for the backward (ZeRO-3).
+        time, memory: predictions. They include the schedule of `step`.
+        solver: how the plan was found.
+        budget_bytes: memory per device.
+        unruled: predicted time of each operator that runs replicated because it has no rule.
         modules: what was chosen, per module.
         layouts: decision name to the layouts of its results.
-        baselines: hand-written plans on the same cluster, where they were asked for.
-        optimizer_state: bytes of it per byte of trainable parameter.
-        constraints: what the plan was asked to keep to.
-        source: the model file, where it was planned from one.
-        pareto_front: fastest plans by budget, where they were asked for.
-        meshes: the logical meshes that were compared, where the mesh was searched for.
-        step: what the step keeps and computes again, where that was decided; `time` and `memory`
-            are then those of that.
+        baselines: standard plans on the same cluster, if they were requested.
+        optimizer_state: bytes of optimizer state per byte of trainable parameter.
+        constraints: layouts that the user fixed, by name.
+        source: the model file, if the plan was made from one.
+        pareto_front: fastest plans by budget, if they were requested.
+        meshes: the meshes that were compared, if the mesh was searched for.
+        step: what the step keeps, recomputes and offloads, if that was decided.
     """
 
     model: str
@@ -204,24 +273,26 @@ class ShardingPlan:
         """Storage layout of every parameter by qualified name."""
         return {name: ShardingSpec.parse(spec) for name, spec in self.parameters.items()}
 
-    # -- JSON -----------------------------------------------------------------------------------
-
     def to_json(self) -> str:
-        body = asdict(self)
-        text = json.dumps(body, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return json.dumps({"autopar_plan": FORMAT, "sha256": digest, "plan": body}, indent=1)
+        """The plan with a format number and a checksum. Infinite and undefined floats stay."""
+        # NumPy's numbers become Python's, and 0 in a float field becomes 0.0, as it is when read
+        plan = msgspec.convert(msgspec.to_builtins(self, enc_hook=float), ShardingPlan)
+        body = msgspec.to_builtins(plan)
+        return json.dumps({"autopar_plan": FORMAT, "sha256": _digest(body), "plan": body}, indent=1)
 
     def save(self, path: str | Path) -> None:
-        """Write atomically: the file is the whole plan or does not change."""
+        """Write the plan to a file. On failure, a file that is already there does not change."""
         write_atomically(path, self.to_json())
 
     @staticmethod
     def from_json(text: str, *, source: str = "plan") -> ShardingPlan:
         """Inverse of `to_json`.
 
+        Args:
+            source: what error messages call the text.
+
         Raises:
-            PlanError: not a plan, of another format version, or changed after it was written.
+            PlanError: the text is not a plan, has another format, or was changed.
         """
         try:
             data = json.loads(text)
@@ -232,47 +303,30 @@ class ShardingPlan:
             ) from error
         if not isinstance(data, dict) or "autopar_plan" not in data:
             raise PlanError(
-                f"{source} is JSON but no autopar plan: it lacks the key 'autopar_plan'"
+                f"{source} is JSON but not an autopar plan: it lacks the key 'autopar_plan'"
             )
         if data["autopar_plan"] != FORMAT:
             raise PlanError(
                 f"{source} has plan format {data['autopar_plan']}, this autopar reads {FORMAT}; "
                 "make the plan again with this version"
             )
-        body = data.get("plan") or {}
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        body, digest = data.get("plan"), _digest(data.get("plan"))
         if digest != data.get("sha256"):
             raise PlanError(
                 f"{source} was changed after it was written (checksum {digest[:12]} instead of "
                 f"{str(data.get('sha256'))[:12]}); make the plan again"
             )
-        known = {f.name for f in fields(ShardingPlan)}
-        if set(body) - known or known - set(body):
-            raise PlanError(f"{source}: keys {sorted(set(body) ^ known)} are missing or unknown")
-        return ShardingPlan(
-            **body
-            | {
-                "mesh": tuple(body["mesh"]),
-                "reshard_after_forward": tuple(body["reshard_after_forward"]),
-                "time": TimeEstimate(**body["time"]),
-                "memory": MemoryEstimate(**body["memory"]),
-                "solver": SolverRecord(**body["solver"]),
-                "modules": tuple(ModuleSummary(**m) for m in body["modules"]),
-                "baselines": tuple(_baseline(b) for b in body["baselines"]),
-                "pareto_front": tuple(ParetoPoint(**p) for p in body["pareto_front"]),
-                "step": None if body["step"] is None else StepSummary.from_dict(body["step"]),
-                "meshes": tuple(
-                    MeshResult(**m | {"mesh": tuple(m["mesh"])}) for m in body["meshes"]
-                ),
-            }
-        )
+        try:
+            return msgspec.convert(body, ShardingPlan)
+        except msgspec.ValidationError as error:
+            raise PlanError(f"{source} is not a plan: {error}; make the plan again") from error
 
     @staticmethod
     def load(path: str | Path) -> ShardingPlan:
         """Read a plan file.
 
         Raises:
-            PlanError: missing or malformed.
+            PlanError: the file is missing or malformed.
         """
         try:
             text = Path(path).read_text()
@@ -280,18 +334,16 @@ class ShardingPlan:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
         return ShardingPlan.from_json(text, source=str(path))
 
-    # -- use ------------------------------------------------------------------------------------
-
     def check(self, *, fingerprint: str, mesh: tuple[int, ...], model: str) -> None:
-        """Refuse a plan that was made for something else.
+        """Refuse a graph or a mesh that the plan was not made for.
 
         Raises:
             PlanError: naming what differs.
         """
         if self.mesh != mesh:
             raise PlanError(
-                f"the plan was made for mesh {'x'.join(map(str, self.mesh))}, "
-                f"this run has {'x'.join(map(str, mesh))}; plan again with --mesh"
+                f"the plan was made for mesh {mesh_text(self.mesh)}, "
+                f"this run has {mesh_text(mesh)}; plan again with --mesh"
             )
         if self.fingerprint != fingerprint:
             raise PlanError(
@@ -301,10 +353,5 @@ class ShardingPlan:
             )
 
 
-def _baseline(data: Mapping[str, Any]) -> Baseline:
-    return Baseline(
-        data["name"],
-        TimeEstimate(**data["time"]),
-        MemoryEstimate(**data["memory"]),
-        data["fits"],
-    )
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

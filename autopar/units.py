@@ -1,43 +1,45 @@
-"""Times, sizes and counts as people read them."""
+"""Times, sizes, counts and meshes as text for people."""
 
 import math
+from collections.abc import Sequence
 
 
 def time_text(us: float) -> str:
-    """`15.9 ms`, three digits."""
-    for unit, scale in (("us", 1.0), ("ms", 1e3)):
-        if us < 999.5 * scale:
-            return f"{_three_digits(us / scale)} {unit}"
-    return f"{_three_digits(us / 1e6)} s"
+    """`15.9 ms`: three digits."""
+    return _scaled(us, (("us", 1.0), ("ms", 1e3), ("s", 1e6)))
 
 
 def bytes_text(nbytes: float) -> str:
-    """`1.26 GiB`, three digits."""
-    for unit, scale in (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20)):
-        if nbytes < 999.5 * scale:
-            return f"{_three_digits(nbytes / scale)} {unit}"
-    return f"{_three_digits(nbytes / 2**30)} GiB"
+    """`1.26 GiB`: three digits."""
+    return _scaled(nbytes, (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30)))
 
 
 def count_text(count: float) -> str:
-    """`38.6 M`, three digits."""
-    for unit, scale in (("", 1.0), (" K", 1e3), (" M", 1e6)):
-        if count < 999.5 * scale:
-            return f"{_three_digits(count / scale)}{unit}"
-    return f"{_three_digits(count / 1e9)} B"
+    """`38.6 M`: three digits."""
+    return _scaled(count, (("", 1.0), ("K", 1e3), ("M", 1e6), ("B", 1e9)))
+
+
+def flops_text(flops: float) -> str:
+    """`516 GFLOP`: three digits."""
+    prefixes = ("", "K", "M", "G", "T", "P")
+    return _scaled(flops, tuple((f"{p}FLOP", 1e3**i) for i, p in enumerate(prefixes)))
+
+
+def _scaled(x: float, units: Sequence[tuple[str, float]]) -> str:
+    """In the first unit in which `x` has three digits before the point, or in the last."""
+    unit, scale = next((u for u in units if abs(x) < 999.5 * u[1]), units[-1])
+    return f"{_three_digits(x / scale)} {unit}".rstrip()
 
 
 def _three_digits(x: float) -> str:
-    if x == 0:
-        return "0"
+    if x == 0 or not math.isfinite(x):
+        return f"{x:.0f}"
     digits = max(0, 2 - math.floor(math.log10(abs(x)) + 1e-9))
     return f"{x:.{min(digits, 2)}f}" if x != round(x) else f"{x:.0f}"
 
 
-def format_bytes(nbytes: float) -> str:
-    """`1536` to `"1.5 KiB"`: three digits and a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1000 or unit == "GiB":
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    raise AssertionError("unreachable: GiB ends the loop")
+def mesh_text(mesh: Sequence[int], axis_names: Sequence[str] = ()) -> str:
+    """`2x8`, or `node=2,gpu=8` if the axes have names."""
+    if axis_names:
+        return ",".join(f"{n}={size}" for n, size in zip(axis_names, mesh, strict=True))
+    return "x".join(map(str, mesh))

@@ -1,7 +1,7 @@
-"""What all benchmarks share: options, rows with targets, fresh processes, table, JSON, headline.
+"""The shared parts of benchmarks: options, rows with targets, fresh processes, table, JSON.
 
 A benchmark collects `Row`s and ends with `finish`, which prints them as a table, writes them as
-JSON where asked to, and prints the headline figure as the last line.
+JSON with `--json`, and prints the headline figure as the last line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# in a pipe or a file as wide as it needs to be
+# wide enough for all tables in a pipe or a file
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -34,10 +34,10 @@ class Row:
 
     Args:
         case: what was run.
-        metric: what was measured of it.
+        metric: what was measured.
         value: in `unit`.
         unit: "s", "MiB", "%", ...
-        target: the value should be at most this; None where there is no target.
+        target: upper bound of the value, if there is a target.
     """
 
     case: str
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def ok(self) -> bool | None:
-        """Whether the target is met; None without one."""
+        """Whether the target is met; None without a target."""
         return None if self.target is None else self.value <= self.target
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,10 +56,10 @@ class Row:
 
 
 def turns(contestants: int, rounds: int) -> Iterator[list[int]]:
-    """The order in which contestants take turns, for every round; the same in all processes.
+    """The order in which contestants take turns, per round. It is the same in all processes.
 
-    It is drawn, as what runs finds caches and heap as the one before has left them: in rotation,
-    each would always run behind the same other one.
+    The order is random, because each contestant finds caches and heap as the previous one left
+    them. In a fixed rotation it would always run behind the same one.
     """
     order = random.Random(0)
     for _ in range(rounds):
@@ -68,16 +68,18 @@ def turns(contestants: int, rounds: int) -> Iterator[list[int]]:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    made = argparse.ArgumentParser(
+    options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--quick", action="store_true", help="small and once, to see that it runs")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    return made
+    options.add_argument(
+        "--quick", action="store_true", help="small and once, to check that it runs"
+    )
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    return options
 
 
 def cpu_model() -> str:
-    """As the kernel names it."""
+    """The CPU's name, as the operating system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -87,7 +89,7 @@ def cpu_model() -> str:
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """The machine and the versions, in a line."""
     threads = os.environ.get("OMP_NUM_THREADS")
     return ", ".join(
         (
@@ -103,22 +105,22 @@ def machine() -> str:
 def in_fresh_process(
     module: str, arguments: Mapping[str, Any], *, timeout_s: float = 600.0
 ) -> dict[str, Any]:
-    """Run `python -m module --worker ARGUMENTS`: no cache of ours or of torch outlives it.
+    """Run `python -m module --worker ARGUMENTS`, so that no cache of autopar or torch survives.
 
-    The module answers by `answer`.
+    The result is what the module passes to `answer`.
 
     Raises:
-        RuntimeError: it failed; the message has the end of what it said.
+        RuntimeError: it failed; the message has the end of its stderr.
     """
     return _answer_of([module, "--worker", json.dumps(dict(arguments))], 20, timeout_s)
 
 
 def on_ranks(module: str, count: int, *arguments: str) -> dict[str, Any]:
-    """Run `python -m module --rank ARGUMENTS` on local processes, of which rank 0 answers by
-    `answer`.
+    """Run `python -m module --rank ARGUMENTS` on local processes. The result is what rank 0 passes
+    to `answer`.
 
     Raises:
-        RuntimeError: it failed; the message has the end of what it said.
+        RuntimeError: it failed; the message has the end of its stderr.
     """
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
     return _answer_of([*launch, module, "--rank", *arguments], 60)
@@ -127,23 +129,23 @@ def on_ranks(module: str, count: int, *arguments: str) -> dict[str, Any]:
 def _answer_of(
     command: Sequence[str], lines: int, timeout_s: float | None = None
 ) -> dict[str, Any]:
-    """What `python -m command` answers; where it fails, so many lines of what it said."""
+    """The answer of `python -m command`. The error has that many `lines` of its stderr."""
     command = [sys.executable, "-m", *command]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-lines:])
         raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}:\n{tail}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return values
 
 
 def answer(values: Mapping[str, Any]) -> None:
-    """What a worker hands to `in_fresh_process`, and rank 0 to who called `on_ranks`."""
+    """Pass values from a worker to `in_fresh_process`, or from rank 0 to `on_ranks`."""
     print(json.dumps(dict(values)), flush=True)
 
 
 def peak_rss_mib() -> float:
-    """The largest resident set this process ever had."""
+    """The peak resident set of this process."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -151,14 +153,14 @@ def peak_rss_mib() -> float:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """The rows as a JSON list; the file is whole or does not change."""
+    """Write the rows as a JSON list."""
     from autopar.files import write_atomically
 
     write_atomically(path, json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
 
 
 def finish(title: str, rows: Sequence[Row], headline: str, json_file: Path | None) -> int:
-    """Print the rows and the headline, write the JSON; the exit code is 1 if a target is missed."""
+    """Print rows and headline, and write the JSON. The exit code is 1 if a target is missed."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     table.add_column("case", no_wrap=True)
     table.add_column("metric", no_wrap=True)

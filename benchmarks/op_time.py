@@ -1,13 +1,15 @@
 """How well the time model ranks and predicts operators on this machine's CPU or GPU.
 
-The device is measured as `autopar cluster` does. Then GPT-2 (width 768, 4 sequences of 128 tokens),
-ResNet-50 and ViT-B/16 (8 images of 224 pixels) are captured for training, the transformers with one
-layer as all are alike, and every distinct operator call is run alone, forward and backward, on the
-values it gets in the model. A GPU gets 16 sequences of 1024 tokens and 64 images, the transformers
-in bfloat16. Calls that launch no kernel (views) are left out. The time of a call is the median of
-its best times over rounds through the whole model, so that a disturbance hits one round and not one
-operator. Spearman's rank correlation of predicted and measured times is the figure that counts: a
-planner compares.
+The device is measured as in `autopar cluster`. Then three models are captured for training: GPT-2
+(width 768, 4 sequences of 128 tokens), ResNet-50 and ViT-B/16 (8 images of 224 pixels). The
+transformers have one layer, because all layers are the same. Every distinct operator call runs
+alone, forward and backward, on the values it gets in the model. A GPU gets 16 sequences of 1024
+tokens and 64 images, the transformers in bfloat16. Calls that launch no kernel (views) are left
+out.
+
+The time of a call is the median of its best times over rounds through the whole model, so that a
+disturbance hits one round and not one operator. The headline is Spearman's rank correlation of
+predicted and measured times, because a planner compares times.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch.fx as fx
 from rich.table import Table
 from torch.utils import _pytree as pytree
 
-from autopar.cluster.cluster import Device
+from autopar.cluster.device import Device
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph, operands
 from autopar.profiler.clock import seconds_of
@@ -48,7 +50,7 @@ class Sample:
     Args:
         name: of its node.
         operator: ATen's name.
-        count: how often the graph has it.
+        count: number of such calls in the graph.
         predicted_us: forward, backward.
         measured_us: per round forward, backward.
     """
@@ -103,7 +105,7 @@ def vit(size: str) -> Built:
 
 
 def _half(model: torch.nn.Module, size: str) -> torch.nn.Module:
-    """In the dtype that the device is for."""
+    """The model in bfloat16 on a GPU."""
     return model.bfloat16() if size == "cuda" else model
 
 
@@ -114,12 +116,12 @@ MODELS: dict[str, Callable[[str], Built]] = {"GPT-2": gpt2, "ResNet-50": resnet5
 
 
 class _Timed(fx.Interpreter):
-    """Runs the graph on real tensors, and every call that `samples` names several times.
+    """Runs the graph on real tensors, and times every call of `samples`.
 
     Args:
         samples: by the first node of each distinct call.
         profiles: of all calls.
-        budget_s: seconds for each, forward and backward.
+        budget_s: seconds per call, forward and backward.
     """
 
     def __init__(
@@ -148,23 +150,23 @@ class _Timed(fx.Interpreter):
     def timed(self, node: fx.Node) -> tuple[float, float]:
         """Microseconds forward and backward."""
         profile = self.profiles[node]
-        wanted = {operands(node)[e.operand] for e in profile.tape.emitted}
-        made = {}
+        trainable = {operands(node)[e.operand] for e in profile.tape.emitted}
+        inputs = {}
         for n in node.all_input_nodes:
-            made[n] = self.env[n]
-            if isinstance(made[n], torch.Tensor):
-                made[n] = made[n].detach().requires_grad_(n in wanted)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
+            inputs[n] = self.env[n]
+            if isinstance(inputs[n], torch.Tensor):
+                inputs[n] = inputs[n].detach().requires_grad_(n in trainable)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), inputs.__getitem__)
 
         def forward() -> Any:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
         with torch.enable_grad():
-            took = seconds_of(forward, self.device, self.budget_s)
+            forward_s = seconds_of(forward, self.device, self.budget_s)
             if not profile.backward.kernels:
-                return 1e6 * took, 0.0
+                return 1e6 * forward_s, 0.0
             result = next(t for t in tensors_of(forward()) if t.requires_grad)
-            leaves = [made[n] for n in made if n in wanted]
+            leaves = [x for n, x in inputs.items() if n in trainable]
             seed = torch.randn_like(result)
 
             def backward() -> Any:
@@ -172,8 +174,8 @@ class _Timed(fx.Interpreter):
                     result, leaves, seed, retain_graph=True, allow_unused=True
                 )
 
-            back = seconds_of(backward, self.device, self.budget_s) - self.entry_s
-        return 1e6 * took, 1e6 * max(back, 0.1 * (back + self.entry_s))
+            backward_s = seconds_of(backward, self.device, self.budget_s) - self.entry_s
+        return 1e6 * forward_s, 1e6 * max(backward_s, 0.1 * (backward_s + self.entry_s))
 
 
 def sampled(built: Built, device: Device, rounds: int, budget_s: float) -> list[Sample]:
@@ -183,7 +185,7 @@ def sampled(built: Built, device: Device, rounds: int, budget_s: float) -> list[
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(where), built[1:])
     graph = ColoTracer(device.kind).trace(model, args, kwargs)
     profiles = profile_graph(graph, set(graph.parameters))
-    found: dict[fx.Node, Sample] = {}
+    samples: dict[fx.Node, Sample] = {}
     first: dict[int, Sample] = {}
     for node, profile in profiles.items():
         if id(profile) in first:
@@ -191,7 +193,7 @@ def sampled(built: Built, device: Device, rounds: int, budget_s: float) -> list[
         elif profile.forward.kernels:
             forward, backward = kernels_of(node, profile, device)
             us = float(node_us(forward, device)), float(node_us(backward, device))
-            found[node] = first[id(profile)] = Sample(node.name, str(node.target), 1, us)
+            samples[node] = first[id(profile)] = Sample(node.name, str(node.target), 1, us)
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     names = (*graph.parameters.values(), *graph.buffers.values())
@@ -200,15 +202,15 @@ def sampled(built: Built, device: Device, rounds: int, budget_s: float) -> list[
     inputs += pytree.tree_leaves((args, kwargs))
     for _ in range(rounds):
         with torch.no_grad():
-            _Timed(graph, found, profiles, budget_s, where).run(*inputs)
-    return list(found.values())
+            _Timed(graph, samples, profiles, budget_s, where).run(*inputs)
+    return list(samples.values())
 
 
 # -- judging ------------------------------------------------------------------------------------
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """From 1 up; equal values share the mean of their ranks."""
+    """Ranks from 1. Equal values share the mean of their ranks."""
     _, which, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
@@ -219,7 +221,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def rows_of(case: str, samples: Sequence[Sample], target: float | None) -> Iterator[Row]:
-    """Rank correlation and errors; a target on the correlation is one on what it lacks of 1."""
+    """Rank correlation and errors. The target of the correlation becomes one of 1 - correlation."""
     predicted, measured = [s.predicted for s in samples], [s.measured for s in samples]
     errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     rho = spearman(predicted, measured)
@@ -259,10 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.parser(__doc__ or "")
     parser.add_argument("--worst", type=int, default=8, help="calls to list per model")
     parser.add_argument(
-        "--rounds", type=int, default=None, help="through each model; 3 if not given"
+        "--rounds", type=int, default=None, help="rounds through each model; 3 by default"
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="[default: the GPU, where there is one]"
+        "--device", choices=("cpu", "cuda"), help="[default: the GPU, if there is one]"
     )
     options = parser.parse_args(arguments)
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

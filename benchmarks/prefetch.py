@@ -130,7 +130,7 @@ def rank(name: str, mesh: str, rounds: str) -> None:
     import torch.distributed as dist
 
     from autopar import ClusterInfo, auto_engine
-    from autopar.cluster.cluster import Link as NetworkLink
+    from autopar.cluster.link import Link as NetworkLink
     from autopar.planner.baselines import baseline_plans
     from autopar.planner.planner import build_problem, make_plan
     from autopar.runtime.memory import training_state_bytes

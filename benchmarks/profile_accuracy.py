@@ -1,18 +1,20 @@
-"""How exact the profile is: predicted from the graph, measured on the user's module run eagerly.
+"""How exact the profile is: predicted from the graph, measured on the user's module in eager
+PyTorch.
 
 Per model, on one training step (forward, backward, gradients made) with real tensors on the CPU:
 
-* FLOPs: what torch's `FlopCounterMode` counts. Its table lacks attention on the CPU and the grouped
-  product of experts; both sides count those by the formulas of `autopar.profiler.counting`.
+* FLOPs: the count of torch's `FlopCounterMode`. Its table lacks attention on the CPU and the
+  grouped product of mixtures of experts; both sides count those by the formulas of
+  `autopar.profiler.counting`.
 * saved: bytes of the distinct storages that `torch.autograd.graph.saved_tensors_hooks` sees,
-  parameters excluded.
-* peak: live bytes of storages made during the step, tracked by `autopar.runtime.memory.LiveBytes`.
-  Under such a mode autograd sums gradients out of place, and so does the prediction compared with
-  it. What the CPU's allocator sees without a mode (torch.profiler; sums in place) is shown beside:
-  it includes the kernels' scratch space, which no profile of operators knows.
+  without parameters.
+* peak: live bytes of storages that the step makes, tracked by `autopar.runtime.memory.LiveBytes`.
+  Under such a mode autograd sums gradients out of place, and so does the prediction that is
+  compared with it. The peak of the CPU's allocator without a mode (torch.profiler; sums in place)
+  is shown too. It includes the kernels' scratch space, which no profile of operators knows.
 
-The last rows show what a counter
-of the kind that hooks modules (thop, ptflops) finds of the forward FLOPs.
+The last rows show the share of the forward FLOPs that a counter with module hooks (thop, ptflops)
+counts.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """One training step; bytes as the module's docstring defines them."""
+    """One training step. The module's docstring defines the figures."""
 
     flops: int
     saved_bytes: int
@@ -59,7 +61,7 @@ class Measured:
 
 
 def differentiate(returned: Any) -> None:
-    """Backward from the first scalar result, or from all results, as the profile assumes."""
+    """Run backward from the first scalar result, or from all results, as the profile assumes."""
     leaves = pytree.tree_leaves(returned)
     carrying = [t for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
     roots = [t for t in carrying if not t.ndim][:1] or carrying
@@ -67,7 +69,7 @@ def differentiate(returned: Any) -> None:
 
 
 def measure(model: nn.Module, run: Run) -> Measured:
-    """Each figure from a step of its own: the counters disturb each other."""
+    """Measure each figure in a step of its own, because the counters disturb each other."""
     model.zero_grad()
     with FlopCounterMode(display=False, custom_mapping=missing_flops()) as counter:
         differentiate(run())
@@ -91,24 +93,24 @@ def measure(model: nn.Module, run: Run) -> Measured:
 
 
 def saved_bytes(model: nn.Module, run: Run) -> int:
-    """What autograd keeps of one forward."""
+    """Bytes that autograd saves in one forward."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-    kept = []  # an address is not given twice while its storage lives
+    sizes: dict[int, int] = {}
+    storages = []  # while they live, no other storage gets their addresses
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        kept.append(t.untyped_storage())
-        found[kept[-1].data_ptr()] = kept[-1].nbytes()
+        storages.append(t.untyped_storage())
+        sizes[storages[-1].data_ptr()] = storages[-1].nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         returned = run()
     differentiate(returned)
-    return sum(nbytes for key, nbytes in found.items() if key not in parameters)
+    return sum(nbytes for key, nbytes in sizes.items() if key not in parameters)
 
 
 def off(predicted: float, measured: float) -> float:
-    """Percent."""
+    """Relative difference in percent."""
     return 100 * abs(predicted - measured) / measured if measured else float(predicted != measured)
 
 
@@ -116,14 +118,14 @@ def compare(family: Family) -> list[Row]:
     """Capture, profile and measure one model.
 
     Raises:
-        CaptureError: it cannot be captured.
+        CaptureError: the model cannot be captured.
     """
     model = family.build(dropout=family.not_replayed is None)
     batch = family.batch(model)
-    apply_settings(model)  # what the tracer sets on its copy
+    apply_settings(model)  # as the tracer does on its copy
     graph = ColoTracer().trace(model, (), batch)
     trainable = trainable_inputs(graph, model)
-    mine = profile_model(graph, trainable, sums_in_place=False)
+    predicted = profile_model(graph, trainable, sums_in_place=False)
     in_place = profile_model(graph, trainable)
 
     def run() -> Any:
@@ -135,15 +137,15 @@ def compare(family: Family) -> list[Row]:
         return Row(family.name, metric, off(predicted, measured), "%", target)
 
     return [
-        row("FLOPs off by", mine.flops, real.flops, 0.0),
-        row("saved bytes", mine.saved_bytes, real.saved_bytes, SAVED_TARGET),
-        row("peak", mine.peak_bytes, real.peak_bytes, PEAK_TARGET),
+        row("FLOPs off by", predicted.flops, real.flops, 0.0),
+        row("saved bytes", predicted.saved_bytes, real.saved_bytes, SAVED_TARGET),
+        row("peak", predicted.peak_bytes, real.peak_bytes, PEAK_TARGET),
         row("allocator's peak", in_place.peak_bytes, real.allocated_bytes),
     ]
 
 
 def hooked_flops(model: nn.Module, run: Run) -> int:
-    """Forward FLOPs as counters by module hooks find them: a formula per known module class."""
+    """Forward FLOPs by module hooks: a formula per known module class."""
     total = 0
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -166,29 +168,29 @@ def hooked_row(family: Family) -> Row:
     batch = family.batch(model)
     with FlopCounterMode(display=False, custom_mapping=missing_flops()) as counter:
         model(**batch)
-    found = hooked_flops(model, lambda: model(**batch))
-    share = 100 * found / counter.get_total_flops()
-    return Row(family.name, "forward FLOPs that module hooks find", share, "%")
+    hooked = hooked_flops(model, lambda: model(**batch))
+    share = 100 * hooked / counter.get_total_flops()
+    return Row(family.name, "forward FLOPs that module hooks count", share, "%")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; returns the exit code."""
     parser = common.parser(__doc__ or "")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="of the zoo")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="families of the zoo")
     options = parser.parse_args(arguments)
-    wanted = options.only or (QUICK if options.quick else [f.name for f in FAMILIES])
-    families = [f for f in FAMILIES if f.name in wanted]
+    names = options.only or (QUICK if options.quick else [f.name for f in FAMILIES])
+    families = [f for f in FAMILIES if f.name in names]
     console.print(common.machine(), markup=False)
-    found: dict[str, list[Row]] = {}
+    compared: dict[str, list[Row]] = {}
     for family in families:
         try:
-            found[family.name] = compare(family)
+            compared[family.name] = compare(family)
         except CaptureError as error:
             console.print(f"{family.name}: not captured: {str(error)[:150]}", markup=False)
             continue
-        figures = ", ".join(f"{r.metric} {r.value:.3f}%" for r in found[family.name])
+        figures = ", ".join(f"{r.metric} {r.value:.3f}%" for r in compared[family.name])
         console.print(f"{family.name}: {figures}", markup=False, soft_wrap=True)
-    rows = [row for compared in found.values() for row in compared]
+    rows = [row for each in compared.values() for row in each]
     flops = [r for r in rows if r.metric == "FLOPs off by"]
     worst = {
         metric: max((r.value for r in rows if r.metric == metric), default=0)
@@ -198,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     headline = (
         f"FLOPs exact on {sum(r.value == 0 for r in flops)}/{len(flops)}, saved within "
         f"{worst['saved bytes']:.2f}%, peak within {worst['peak']:.2f}% "
-        f"({len(families) - len(found)} not captured)"
+        f"({len(families) - len(compared)} not captured)"
     )
     return common.finish("Profile against the real eager run", rows, headline, options.json)
 

@@ -1,16 +1,16 @@
 """autopar's plan against published recipes, on 8 to 1024 GPUs, under the cost model.
 
-Nodes have eight H100 with NVLink, and InfiniBand between them (`autopar devices`). A recipe is an
-expert's plan in the same space (`autopar/planner/baselines.py`): its degrees of data and tensor
-parallelism are the mesh, its sharding of the optimizer and the parameters the expert. Megatron's
-GPT-3 175B trains with 8-way tensor parallelism (Narayanan et al. 2021, Korthikanti et al. 2022);
-torchtitan's Llama 3 8B with FSDP alone, 70B and 405B with FSDP and 8-way tensor parallelism (Liang
-et al. 2024).
+Nodes have eight H100 with NVLink, and InfiniBand between them (`autopar devices`). A recipe is a
+baseline in the same search space (`autopar/planner/baselines.py`). Its degrees of data and tensor
+parallelism are the mesh; its sharding of optimizer and parameters is the kind of baseline.
+Megatron's GPT-3 175B trains with 8-way tensor parallelism (Narayanan et al. 2021, Korthikanti et
+al. 2022); torchtitan's Llama 3 8B with FSDP alone, 70B and 405B with FSDP and 8-way tensor
+parallelism (Liang et al. 2024).
 
-GPT-3 is built as OPT-175B, which has its dimensions, and projections that heads can split.
-Pipeline stages and recomputation are left out: what is compared is data and tensor parallelism.
-Transformer blocks are alike, so four stand for all, and times are those of four. autopar's
-budget is the memory that the recipe's own plan takes.
+GPT-3 is built as OPT-175B, which has its dimensions, and projections that heads can split. Pipeline
+stages and recomputation are left out: the benchmark compares data and tensor parallelism. All
+transformer blocks are the same, so the models have four, and times are those of four. autopar's
+budget is the memory of the recipe's own plan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.common import Row, console
 
 DEVICE = "H100"
 UNLIMITED = 1e15
-# Above what the solver's gap of 0.1% may leave.
+# The solver may leave a gap of 0.1%.
 TARGET = 1.001
 FSDP, MEGATRON, BOTH = "FSDP", "Megatron TP, data parallel", "Megatron TP, FSDP"
 
@@ -37,14 +37,14 @@ class Recipe:
     Args:
         model: a key of `MODELS`.
         mesh: data by tensor parallelism, or data parallelism alone.
-        expert: what its name begins with.
-        samples: of the global batch.
-        layers: how many stand for all.
+        baseline: beginning of the baseline's name.
+        samples: size of the global batch.
+        layers: number of layers that are built.
     """
 
     model: str
     mesh: str
-    expert: str
+    baseline: str
     samples: int
     layers: int = 4
 
@@ -67,7 +67,7 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Model:
-    """Dimensions; heads of keys and values are fewer in Llama 3."""
+    """Dimensions of a model."""
 
     hidden: int
     inner: int
@@ -77,7 +77,7 @@ class Model:
     vocabulary: int = 128256
 
     def build(self, layers: int) -> Any:
-        """In bfloat16, on the meta device; the loss alone comes back."""
+        """The model in bfloat16 on the meta device. It returns the loss only."""
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -112,7 +112,7 @@ MODELS = {
 
 
 def compare(recipe: Recipe, time_limit: float) -> Iterator[Row]:
-    """Complete the recipe in the space, and plan within the memory that it takes."""
+    """Complete the recipe in the search space, and plan within its memory."""
     import torch
 
     from autopar import ClusterInfo, ColoTracer
@@ -131,30 +131,29 @@ def compare(recipe: Recipe, time_limit: float) -> Iterator[Row]:
     wide = ClusterInfo.of(recipe.mesh, DEVICE).with_memory(UNLIMITED)
     space, _ = build_space(graph, wide, workload, {})
     space.cost_edges()
-    (expert,) = baseline_plans(space, time_limit=time_limit, named=recipe.expert)
-    theirs = make_plan(space, expert.choices, recipe.model)
-    space.cluster = replace(wide, memory_bytes=expert.memory.total_bytes)
+    (baseline,) = baseline_plans(space, time_limit=time_limit, named=recipe.baseline)
+    published = make_plan(space, baseline.choices, recipe.model)
+    space.cluster = replace(wide, memory_bytes=baseline.memory.total_bytes)
     try:
-        found = decide(space, {}, {}, time_limit, None)
-    except (
-        InfeasibleError
-    ) as error:  # though the recipe's plan is one: the row of the memory says so
+        result = decide(space, {}, {}, time_limit, None)
+    except InfeasibleError as error:
+        # the recipe's plan fits, so the solver missed it: the row of the memory shows that
         space.cluster = replace(wide, memory_bytes=1.001 * error.smallest_bytes)
-        found = decide(space, {}, {}, time_limit, None)
-    ours = make_plan(space, found.choices, recipe.model, found.record({}))
+        result = decide(space, {}, {}, time_limit, None)
+    ours = make_plan(space, result.choices, recipe.model, result.record({}))
     yield Row(recipe.name, "autopar", 1e-3 * ours.time.step_us, "ms")
-    yield Row(recipe.name, expert.name, 1e-3 * expert.time.step_us, "ms")
-    most = 1.001 * expert.memory.total_bytes / 2**30
+    yield Row(recipe.name, baseline.name, 1e-3 * baseline.time.step_us, "ms")
+    most = 1.001 * baseline.memory.total_bytes / 2**30
     yield Row(recipe.name, "memory, autopar", ours.memory.total_bytes / 2**30, "GiB", most)
-    yield Row(recipe.name, f"memory, {expert.name}", expert.memory.total_bytes / 2**30, "GiB")
-    ratio = ours.time.step_us / expert.time.step_us
+    yield Row(recipe.name, f"memory, {baseline.name}", baseline.memory.total_bytes / 2**30, "GiB")
+    ratio = ours.time.step_us / baseline.time.step_us
     yield Row(recipe.name, "autopar / recipe", ratio, "x", TARGET)
     console.print(
-        f"{recipe.name}, from {expert.name} to autopar's ({ours.solver.method}, "
+        f"{recipe.name}, from {baseline.name} to autopar's ({ours.solver.method}, "
         f"gap {ours.solver.gap:.2%}):",
         markup=False, soft_wrap=True,
     )  # fmt: skip
-    changes = diff(theirs, ours)
+    changes = diff(published, ours)
     for change in (*changes.figures, *changes.choices):
         console.print(f"  {change}", markup=False, soft_wrap=True)
 
@@ -162,7 +161,7 @@ def compare(recipe: Recipe, time_limit: float) -> Iterator[Row]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare; returns the exit code."""
     parser = common.parser(__doc__ or "")
-    parser.add_argument("--only", default="", help="recipes whose name has this in it")
+    parser.add_argument("--only", default="", help="recipes whose name contains this")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds, per plan")
     options = parser.parse_args(arguments)
     console.print(common.machine(), markup=False)

@@ -64,7 +64,7 @@ def clusters(world: int, folder: Path, quick: bool) -> dict[str, Path]:
         found[mesh] = folder / f"cluster-{mesh}.yaml"
         if not found[mesh].exists():
             console.print(f"measure the machine for mesh {mesh} ...", markup=False)
-            measured = measure_cluster(parse_mesh(mesh), "cpu", quick=quick)
+            measured = measure_cluster(parse_mesh(mesh)[0], "cpu", quick=quick)
             assert measured is not None
             first = found[MESHES[world][0]]
             if first.exists():

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from autopar import ClusterInfo
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 
 
 def eager_to_shard(mesh: str, *, overlaps: bool | None = None) -> ClusterInfo:

@@ -1,10 +1,9 @@
-"""What `autopar explain` and `autopar diff` do between their options and their output."""
+"""What `autopar explain` and `autopar diff` do after their options are read."""
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autopar.cli.model_file import load_example
@@ -15,11 +14,12 @@ from autopar.planner.diff import Difference
 from autopar.planner.explain import Explanation, explain
 from autopar.planner.planner import Planned, build_space, choices_of, trainable_inputs
 from autopar.report.comparison import difference_tables, explanation_table
-from autopar.report.text import WIDTH, draw
+from autopar.report.content import Table
+from autopar.report.text import render_tables, terminal_width
 from autopar.tracer import ColoTracer
 
 
-def explained(
+def explain_decision(
     plan: ShardingPlan,
     path: Path,
     node: str,
@@ -31,7 +31,8 @@ def explained(
     """The alternatives of a decision of a saved plan.
 
     Raises:
-        ValueError: no model file, or one of another model.
+        ValueError: there is no model file.
+        PlanError: the file has another model.
     """
     source = model or _source(plan, path)
     say("load model ...")
@@ -48,36 +49,36 @@ def explained(
 
 
 def _source(plan: ShardingPlan, path: Path) -> Path:
-    """The model file that the plan names; beside the plan, if it is not where it was."""
+    """The model file that the plan names, or a file of that name beside the plan."""
     if not plan.source:
         raise ValueError(f"{path} was not planned from a model file; give it with --model MODEL.py")
-    given = Path(plan.source)
-    beside = path.parent / given.name
-    if not given.is_file() and not beside.is_file():
+    source = Path(plan.source)
+    beside = path.parent / source.name
+    if not source.is_file() and not beside.is_file():
         raise ValueError(
-            f"{path} was planned from {given}, which is not there; give it with --model MODEL.py"
+            f"{path} was planned from {source}, which is not there; give it with --model MODEL.py"
         )
-    return given if given.is_file() else beside
+    return source if source.is_file() else beside
 
 
-def print_explanation(found: Explanation) -> None:
-    print(found.what)
-    print(f"planned: {found.chosen.choice}")
-    _print(draw([explanation_table(found)], width=_width()))
+def print_explanation(explanation: Explanation) -> None:
+    """Print what was asked about, the plan's choice, and a table of the alternatives."""
+    print(explanation.what)
+    print(f"planned: {explanation.chosen.choice}")
+    _print_tables([explanation_table(explanation)])
 
 
-def print_difference(found: Difference, every: bool) -> None:
-    """Nothing but a sentence where the plans are the same."""
-    if not found:
+def print_difference(difference: Difference, every: bool) -> None:
+    """Print how two plans differ.
+
+    Args:
+        every: list single decisions too.
+    """
+    if difference:
+        _print_tables(difference_tables(difference, every=every))
+    else:
         print("the plans do not differ")
-        return
-    _print(draw(difference_tables(found, every=every), width=_width()))
 
 
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-
-
-def _width() -> int:
-    terminal = sys.stdout.isatty()
-    return max(80, shutil.get_terminal_size((WIDTH, 24)).columns) if terminal else WIDTH
+def _print_tables(tables: Sequence[Table]) -> None:
+    sys.stdout.write(render_tables(tables, width=terminal_width()))

@@ -29,7 +29,7 @@ def load_example(path: Path) -> Example:
     """Build the model, without weights and in train mode, and its example inputs.
 
     Raises:
-        ValueError: the file is missing, lacks a function, or fails; the message has its line.
+        ValueError: the file is missing, lacks a function, or fails; the message names the line.
     """
     module = _import(path)
     build, inputs = (
@@ -57,7 +57,7 @@ def _import(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ValueError(f"model file {path} is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    # as `python model.py` would: its folder is on the path, and pickling finds the module
+    # as in `python model.py`: its folder is on the path, and pickling finds the module
     sys.modules[MODULE_NAME] = module
     sys.path.insert(0, str(path.parent.resolve()))
     loader = spec.loader
@@ -69,23 +69,23 @@ def _import(path: Path) -> ModuleType:
 
 
 def _function(module: ModuleType, name: str, path: Path) -> Callable[[], Any]:
-    found = getattr(module, name, None)
-    if not callable(found):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise ValueError(
             f"{path} does not define {name}(); a model file defines build_model(), which returns "
             "the module, and example_inputs(), which returns a batch to call it with"
         )
-    return found
+    return function
 
 
 def _call(function: Callable[[], Any], what: str, path: Path) -> Any:
-    """Run the user's code; whatever it raises becomes a message with its line."""
+    """Run the user's code. An exception becomes a ValueError that names the line."""
     try:
         return function()
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        mine = [f for f in frames if Path(f.filename).resolve() == path.resolve()]
-        line = mine[-1].lineno if mine else getattr(error, "lineno", None)
+        inside = [f for f in frames if Path(f.filename).resolve() == path.resolve()]
+        line = inside[-1].lineno if inside else getattr(error, "lineno", None)
         where = f" at {path}:{line}" if line is not None else ""
         raise ValueError(f"{what} failed{where}: {type(error).__name__}: {error}") from error
 
@@ -94,8 +94,8 @@ def _arguments(value: Any, path: Path) -> tuple[tuple[Any, ...], Mapping[str, An
     if isinstance(value, Mapping):
         return (), dict(value)
     if isinstance(value, tuple | list):
-        pair = len(value) == 2 and isinstance(value[0], tuple | list)
-        if pair and isinstance(value[1], Mapping):
+        positional = len(value) == 2 and isinstance(value[0], tuple | list)
+        if positional and isinstance(value[1], Mapping):
             return tuple(value[0]), dict(value[1])
         return tuple(value), {}
     if isinstance(value, torch.Tensor):

@@ -1,18 +1,19 @@
-"""What `autopar plan` and `autopar report` do between their options and their output."""
+"""What `autopar plan` and `autopar report` do after their options are read."""
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from autopar.cli.common import DEFAULT_DEVICE
 from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
-from autopar.cluster.cluster import device as device_of
+from autopar.cluster.device import device as device_of
 from autopar.files import write_atomically
 from autopar.plan import Baseline, ParetoPoint, ShardingPlan
 from autopar.planner.baselines import baseline_plans
@@ -21,63 +22,17 @@ from autopar.planner.mesh_search import search_meshes
 from autopar.planner.pareto import front
 from autopar.planner.planner import build_problem
 from autopar.report.html import render_html
-from autopar.report.text import WIDTH, render
-
-
-def cluster_of(mesh: str | None, device: str, file: Path | None, named: bool) -> ClusterInfo:
-    """The cluster that the options describe.
-
-    Args:
-        named: the device was asked for, and is not the default.
-
-    Raises:
-        ValueError: neither mesh nor file, or both, or the file is no cluster.
-    """
-    if file is None:
-        if mesh is None:
-            raise ValueError(
-                "say what to plan for: --mesh 2x4, or --cluster cluster.yaml, or --devices 8"
-            )
-        return ClusterInfo.of(mesh, device)
-    if mesh is not None or named:
-        raise ValueError(f"{file} says mesh and device; leave out --mesh and --device")
-    try:
-        return ClusterInfo.load(file)
-    except (TypeError, KeyError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} does not describe a cluster: {error}") from error
+from autopar.report.text import render, terminal_width
 
 
 @dataclass(frozen=True)
 class AnyMesh:
-    """All meshes of so many devices, instead of one."""
+    """All meshes of a number of devices, instead of one mesh."""
 
     devices: int
     device: str
     per_node: int
     memory: str | None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is wanted of a plan besides where it runs.
-
-    Args:
-        optimizer_state: bytes per byte of parameter.
-        constraints: layouts by name.
-        baselines: also what people write by hand.
-        front: also the fastest plans by budget.
-        time_limit: seconds for each run of the solver.
-        source: the model file.
-        schedule: also what the step keeps, even where memory does not bind.
-    """
-
-    optimizer_state: float
-    constraints: Mapping[str, str]
-    baselines: bool
-    front: bool
-    time_limit: float
-    source: str
-    schedule: bool = False
 
 
 def target_of(
@@ -87,86 +42,91 @@ def target_of(
     device: str | None,
     file: Path | None,
     memory: str | None,
-    default: str,
 ) -> ClusterInfo | AnyMesh:
-    """What to plan for, from the options.
+    """What to plan for, according to the options.
 
     Raises:
-        ValueError: they contradict each other, or say too little.
+        ValueError: they contradict each other, or something is missing.
     """
-    auto = mesh == "auto" or (mesh is None and devices is not None)
-    if auto and file is not None:
-        raise ValueError(
-            f"{file} has the links of one mesh; a search over meshes takes --devices and --device"
-        )
-    if auto and devices is None:
-        raise ValueError("--mesh auto needs the number of devices: --devices 64")
-    if not auto and (devices is not None or per_node is not None):
+    if mesh == "auto" or (mesh is None and devices is not None):
+        if file is not None:
+            raise ValueError(
+                f"{file} has the links of one mesh; a search over meshes takes --devices and "
+                "--device"
+            )
+        if devices is None:
+            raise ValueError("--mesh auto needs the number of devices: --devices 64")
+        if memory is not None:
+            parse_bytes(memory)
+        name = device_of(device or DEFAULT_DEVICE).name
+        return AnyMesh(devices, name, per_node or NODE_SIZE, memory)
+    if devices is not None or per_node is not None:
         raise ValueError(f"--devices and --per-node go with --mesh auto, not with {mesh or file}")
-    if not auto:
-        return cluster_of(mesh, device or default, file, device is not None).with_memory(memory)
-    assert devices is not None
-    name = device_of(device or default).name
-    if memory is not None:
-        parse_bytes(memory)
-    return AnyMesh(devices, name, per_node or NODE_SIZE, memory)
+    if file is not None:
+        if mesh is not None or device is not None:
+            raise ValueError(f"{file} says mesh and device; leave out --mesh and --device")
+        try:
+            return ClusterInfo.load(file).with_memory(memory)
+        except (TypeError, KeyError, yaml.YAMLError) as error:
+            raise ValueError(f"{file} does not describe a cluster: {error}") from error
+    if mesh is None:
+        raise ValueError(
+            "say what to plan for: --mesh 2x4, or --cluster cluster.yaml, or --devices 8"
+        )
+    return ClusterInfo.of(mesh, device or DEFAULT_DEVICE).with_memory(memory)
 
 
-def planned(
+def make_plan(
     example: Example,
-    where: ClusterInfo | AnyMesh,
-    asked: Asked,
+    target: ClusterInfo | AnyMesh,
     say: Callable[[str], None],
-    trace: Path | None = None,
+    *,
+    baselines: bool,
+    pareto_front: bool,
+    schedule: bool,
+    trace: Path | None,
+    **options: Any,
 ) -> ShardingPlan:
-    """The plan, with what was asked for beside it.
+    """The plan, with what was requested beside it.
 
     Args:
+        say: told the current stage.
+        baselines: also cost the standard plans.
+        pareto_front: also find the fastest plans by budget.
+        schedule: also schedule the step if everything fits the memory.
         trace: file for the predicted step.
+        options: of `build_problem` and `search_meshes`.
     """
-    pair = _found(example, where, asked, say)
-    found = pair.planned
-    if trace is not None and pair.memory is not None:
-        pair.memory.timeline.save_trace(trace)
-    baselines: tuple[Baseline, ...] = ()
-    points: tuple[ParetoPoint, ...] = ()
-    if asked.baselines:
-        say("hand-written plans ...")
-        experts = baseline_plans(found.space, time_limit=asked.time_limit)
-        baselines = tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts)
-    if asked.front:
-        points = front(
-            found.space, time_limit=asked.time_limit, progress=say, only=found.only
-        ).points
-    return replace(found.plan, baselines=baselines, pareto_front=points, source=asked.source)
-
-
-def _found(
-    example: Example, where: ClusterInfo | AnyMesh, asked: Asked, say: Callable[[str], None]
-) -> JointPlan:
+    options["progress"] = say
     model, args, kwargs = example.model, example.args, example.kwargs
-    if isinstance(where, AnyMesh):
-        return JointPlan(search_meshes(
-            model, args, kwargs, devices=where.devices, device=where.device,
-            per_node=where.per_node, memory=where.memory, optimizer_state=asked.optimizer_state,
-            constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
-        ).planned)  # fmt: skip
-    problem = build_problem(
-        model, args, kwargs, cluster=where, optimizer_state=asked.optimizer_state,
-        constraints=asked.constraints, time_limit=asked.time_limit, progress=say,
-    )  # fmt: skip
-    if where.memory_bytes is None and not asked.schedule:
-        return JointPlan(problem.planned(problem.decide()))
-    return plan_jointly(problem, always=asked.schedule)
+    if isinstance(target, AnyMesh):
+        options |= vars(target)
+        joint = JointPlan(search_meshes(model, args, kwargs, **options).planned)
+    else:
+        problem = build_problem(model, args, kwargs, cluster=target, **options)
+        if target.memory_bytes is None and not schedule:
+            joint = JointPlan(problem.planned(problem.decide()))
+        else:
+            joint = plan_jointly(problem, always=schedule)
+    planned, time_limit = joint.planned, options["time_limit"]
+    if trace is not None and joint.memory is not None:
+        joint.memory.timeline.save_trace(trace)
+    rows: tuple[Baseline, ...] = ()
+    points: tuple[ParetoPoint, ...] = ()
+    if baselines:
+        say("baselines ...")
+        plans = baseline_plans(planned.space, time_limit=time_limit)
+        rows = tuple(Baseline(b.name, b.time, b.memory, b.fits) for b in plans)
+    if pareto_front:
+        points = front(planned.space, time_limit=time_limit, progress=say, only=planned.only).points
+    return replace(planned.plan, baselines=rows, pareto_front=points)
 
 
-def write_html(found: ShardingPlan, path: Path) -> None:
-    """The report as one page; whole or not at all."""
-    write_atomically(path, render_html(found))
+def write_html(plan: ShardingPlan, path: Path) -> None:
+    """Write the report as one page. On failure, a file that is already there does not change."""
+    write_atomically(path, render_html(plan))
 
 
-def print_report(found: ShardingPlan) -> None:
-    """The report, as wide as the terminal."""
-    terminal = sys.stdout.isatty()
-    width = max(80, shutil.get_terminal_size((WIDTH, 24)).columns) if terminal else WIDTH
-    sys.stdout.write(render(found, color=terminal, width=width))
+def print_report(plan: ShardingPlan) -> None:
+    """Print the report, as wide as the terminal."""
+    sys.stdout.write(render(plan, color=sys.stdout.isatty(), width=terminal_width()))

@@ -1,14 +1,14 @@
-"""What `autopar profile` prints: work and memory by module, formulas, and the batch that fits."""
+"""What `autopar profile` does after its options are read."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
-import shutil
+import operator
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -21,8 +21,9 @@ from autopar.cli.model_file import Example
 from autopar.ir.repeats import pattern
 from autopar.planner.planner import trainable_inputs
 from autopar.profiler.model import ModelProfile, largest, profile_model, substitute
+from autopar.report.text import terminal_width
 from autopar.tracer import ColoTracer
-from autopar.units import bytes_text, count_text
+from autopar.units import bytes_text, count_text, flops_text
 
 if TYPE_CHECKING:
     from autopar.profiler.modules import ModuleRow
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Profiled:
-    """A model's profile and what surrounds it.
+    """A model's profile, and the memory that the step does not make itself.
 
     Args:
-        profile: formulas where sizes are dynamic, else numbers.
+        profile: formulas if sizes are dynamic, else numbers.
         example: sizes of the example batch, by name.
         state_bytes: parameters, buffers and optimizer state.
-        input_bytes: of the example batch.
+        input_bytes: the example batch.
     """
 
     profile: ModelProfile
@@ -46,12 +47,12 @@ class Profiled:
     input_bytes: int
 
 
-def profiled(example: Example, *, dynamic: bool, optimizer_state: float) -> Profiled:
+def profile_example(example: Example, *, dynamic: bool, optimizer_state: float) -> Profiled:
     """Trace and profile a model file's model.
 
     Raises:
         CaptureError: the model cannot be captured.
-        ValueError: the example's sizes coincide, so that formulas would mix them up.
+        ValueError: two of the example's sizes are equal, so that formulas would confuse them.
     """
     model = example.model
     graph = ColoTracer(dynamic=dynamic).trace(model, example.args, example.kwargs)
@@ -69,38 +70,30 @@ def profiled(example: Example, *, dynamic: bool, optimizer_state: float) -> Prof
 
 def _sizes(graph: Any) -> dict[str, int]:
     """The example's sizes by the names of the dynamic dims."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for name in filter(None, graph.inputs):
         for size in graph.placeholders[name].meta["val"].shape:
             if isinstance(size, torch.SymInt) and str(size.node.expr) in graph.symbols:
-                found.setdefault(graph.symbols[str(size.node.expr)], int(size.node.hint))
-    return found
+                sizes.setdefault(graph.symbols[str(size.node.expr)], int(size.node.hint))
+    return sizes
 
 
-def batch_that_fits(found: Profiled, budget_bytes: float, sizes: Mapping[str, int]) -> int:
-    """The largest batch whose step, with parameters, optimizer state and inputs, fits a budget.
+def batch_that_fits(profiled: Profiled, budget_bytes: float, sizes: Mapping[str, int]) -> int:
+    """The largest batch whose step fits a budget, with parameters, optimizer state and inputs.
 
     Args:
-        sizes: of the other dynamic dims; the example's where not given.
+        sizes: other dynamic sizes; those of the example stand for missing ones.
     """
-    others = {k: n for k, n in (dict(found.example) | dict(sizes)).items() if k != "batch"}
-    per_sample = found.input_bytes / found.example["batch"]
-
-    def need(batch: int) -> float:
-        at = substitute(found.profile, others | {"batch": batch})
-        return at.peak_bytes + found.state_bytes + per_sample * batch
-
-    room = int(budget_bytes) - found.state_bytes
-    high = largest(found.profile, "batch", room, others) if room > 0 else 0
-    low = 0
-    while low < high:  # the inputs take their part as well
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if need(middle) <= budget_bytes else (low, middle - 1)
-    return low
+    others = {k: n for k, n in (dict(profiled.example) | dict(sizes)).items() if k != "batch"}
+    budget = budget_bytes - profiled.state_bytes
+    if budget <= 0:
+        return 0
+    per_sample = profiled.input_bytes / profiled.example["batch"]
+    return largest(profiled.profile, "batch", budget, others, input_bytes=per_sample)
 
 
 def show(
-    found: Profiled,
+    profiled: Profiled,
     depth: int | None,
     formulas: bool,
     sizes: Mapping[str, int],
@@ -110,42 +103,46 @@ def show(
     """The command's output.
 
     Raises:
-        ValueError: a size was given that the model does not have as a dynamic one.
+        ValueError: a size is not dynamic in this model.
     """
     for name in (*sizes, *(["batch"] if budget_bytes is not None else [])):
-        if name not in found.example:
+        if name not in profiled.example:
             raise ValueError(
-                f"the model's {name} is not a dynamic size; there are {sorted(found.example)}"
+                f"the model's {name} is not a dynamic size; there are {sorted(profiled.example)}"
             )
-    fits = None if budget_bytes is None else batch_that_fits(found, budget_bytes, sizes)
+    fits = None if budget_bytes is None else batch_that_fits(profiled, budget_bytes, sizes)
     if as_json:
-        rows = as_rows(found, sizes)
+        rows = as_rows(profiled, sizes)
         if fits is not None:
             rows["largest_batch"] = fits
         return json.dumps(rows, indent=1) + "\n"
     text = io.StringIO()
     terminal = sys.stdout.isatty()
-    width = max(80, shutil.get_terminal_size().columns) if terminal else 120
+    width = terminal_width()
     console = Console(file=text, width=width, force_terminal=terminal, highlight=False)
-    print_profile(found, console, depth=depth, formulas=formulas, sizes=sizes)
+    print_profile(profiled, console, depth=depth, formulas=formulas, sizes=sizes)
     if fits is not None:
-        others = {k: n for k, n in (dict(found.example) | dict(sizes)).items() if k != "batch"}
+        others = {k: n for k, n in (dict(profiled.example) | dict(sizes)).items() if k != "batch"}
         at = f" at {', '.join(f'{k} {n}' for k, n in others.items())}" if others else ""
         console.print(f"fits        batch {fits} in {bytes_text(budget_bytes or 0)}{at}")
     return text.getvalue()
 
 
 def print_profile(
-    found: Profiled,
+    profiled: Profiled,
     console: Console,
     *,
     depth: int | None,
     formulas: bool,
     sizes: Mapping[str, int],
 ) -> None:
-    """The table by module and the totals, at the example's sizes or those given."""
-    at = dict(found.example) | dict(sizes)
-    numbers = substitute(found.profile, at) if at else found.profile
+    """Print the table by module and the totals.
+
+    Args:
+        sizes: dynamic sizes; those of the example stand for missing ones.
+    """
+    at = dict(profiled.example) | dict(sizes)
+    numbers = substitute(profiled.profile, at) if at else profiled.profile
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("module", no_wrap=True)
     for column in ("copies", "parameters", "forward", "backward", "read + written", "saved"):
@@ -156,8 +153,8 @@ def print_profile(
             path or "(model)",
             str(copies) if copies > 1 else "",
             count_text(row.parameters) if row.parameters else "",
-            _flops(row.forward.flops),
-            _flops(row.backward.flops),
+            _nonzero(row.forward.flops),
+            _nonzero(row.backward.flops),
             bytes_text(moved),
             bytes_text(row.saved_bytes) if row.saved_bytes else "",
         )
@@ -165,19 +162,20 @@ def print_profile(
     console.print()
     if at:
         console.print("at " + ", ".join(f"{k} {n}" for k, n in at.items()))
-    console.print(f"step        {_flops(numbers.flops)}, forward and backward")
+    console.print(f"step        {flops_text(numbers.flops)}, forward and backward")
     console.print(f"saved       {bytes_text(numbers.saved_bytes)} for backward")
     console.print(f"peak        {bytes_text(numbers.peak_bytes)} made during the step")
-    console.print(f"held        {bytes_text(found.state_bytes)} of parameters, buffers, optimizer")
+    state = bytes_text(profiled.state_bytes)
+    console.print(f"held        {state} of parameters, buffers, optimizer state")
     if formulas:
-        _print_formulas(found, numbers, console, depth)
+        _print_formulas(profiled, numbers, console, depth)
 
 
 def _print_formulas(
-    found: Profiled, numbers: ModelProfile, console: Console, depth: int | None
+    profiled: Profiled, numbers: ModelProfile, console: Console, depth: int | None
 ) -> None:
     console.print()
-    for path, copies, row in _grouped(found.profile.modules(), depth):
+    for path, copies, row in _grouped(profiled.profile.modules(), depth):
         times = f" x {copies}" if copies > 1 else ""
         console.print(f"[bold]{path or '(model)'}{times}[/bold]")
         for what, count in (
@@ -188,63 +186,44 @@ def _print_formulas(
             if count:
                 console.print(f"  {what:15} {_formula(count)}", soft_wrap=True)
     live = numbers.timeline.live_bytes
-    moment = max(range(len(live)), key=lambda i: live[i])
-    change = numbers.timeline.changes[moment]
+    peak = max(range(len(live)), key=lambda i: live[i])
+    change = numbers.timeline.changes[peak]
     console.print(f"[bold]peak[/bold], at these sizes in the {change.phase} of {change.node}")
-    console.print(f"  {'bytes':15} {_formula(found.profile.timeline.live_bytes[moment])}")
+    console.print(f"  {'bytes':15} {_formula(profiled.profile.timeline.live_bytes[peak])}")
 
 
 def _grouped(rows: list[ModuleRow], depth: int | None) -> list[tuple[str, int, ModuleRow]]:
-    """Copies of a block as one row, in the order of the first."""
+    """Per pattern of module names: the number of copies, and their sum."""
     groups: dict[str, list[ModuleRow]] = {}
     for row in rows:
         if (row.forward.kernels or row.parameters) and (depth is None or row.depth <= depth):
             groups.setdefault(pattern(row.path), []).append(row)
-    # a list of blocks is what its blocks are
+    # a list of blocks would repeat its blocks
     return [
-        (path, len(copies), _sum(copies))
+        (path, len(copies), reduce(operator.add, copies))
         for path, copies in groups.items()
         if f"{path}.*" not in groups
     ]
 
 
-def _sum(rows: list[ModuleRow]) -> ModuleRow:
-    first, *rest = rows
-    for row in rest:
-        first = type(first)(
-            first.path,
-            first.calls + row.calls,
-            first.forward + row.forward,
-            first.backward + row.backward,
-            first.saved_bytes + row.saved_bytes,
-            first.parameters + row.parameters,
-        )
-    return first
-
-
-def _flops(count: Count) -> str:
-    """`516 GFLOP`, three digits."""
-    if not count:
-        return ""
-    thousands = min(int(math.log10(float(count)) / 3), 5)
-    size = float(count) / 1000**thousands
-    return f"{size:.{max(0, 3 - len(str(int(size))))}f} {' KMGTP'[thousands].strip()}FLOP"
+def _nonzero(flops: Count) -> str:
+    return flops_text(float(flops)) if flops else ""
 
 
 def _formula(count: Count) -> str:
     return str(sympy.expand(count)).replace("**", "^")
 
 
-def as_rows(found: Profiled, sizes: Mapping[str, int]) -> dict[str, Any]:
+def as_rows(profiled: Profiled, sizes: Mapping[str, int]) -> dict[str, Any]:
     """The profile as plain data, for `--json`."""
-    at = dict(found.example) | dict(sizes)
-    numbers = substitute(found.profile, at) if at else found.profile
+    at = dict(profiled.example) | dict(sizes)
+    numbers = substitute(profiled.profile, at) if at else profiled.profile
     return {
         "sizes": at,
         "flops": numbers.flops,
         "saved_bytes": numbers.saved_bytes,
         "peak_bytes": numbers.peak_bytes,
-        "state_bytes": found.state_bytes,
+        "state_bytes": profiled.state_bytes,
         "modules": [
             {
                 "module": row.path,
@@ -258,9 +237,9 @@ def as_rows(found: Profiled, sizes: Mapping[str, int]) -> dict[str, Any]:
             for row in numbers.modules()
         ],
         "formulas": {
-            "flops": _formula(found.profile.flops),
-            "saved_bytes": _formula(found.profile.saved_bytes),
+            "flops": _formula(profiled.profile.flops),
+            "saved_bytes": _formula(profiled.profile.saved_bytes),
         }
-        if found.profile.symbols
+        if profiled.profile.symbols
         else {},
     }

@@ -1,200 +1,21 @@
-"""`ClusterInfo`: what the plan is made for: mesh shape, device model, links.
-
-A new device is one row of `DEVICES`.
-"""
+"""`ClusterInfo`: what a plan is made for: a mesh of devices and its links."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
-from numbers import Real
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from autopar.cluster.curve import Curve
-from autopar.cluster.link import Link as Link
+from autopar.cluster.data import check_number, plain
+from autopar.cluster.device import Device, device
+from autopar.cluster.link import Link
 from autopar.errors import MeshError
-
-GiB = 2**30
-
-# Arithmetic that libraries do, and what else can take longer than moving the bytes.
-LIBRARIES = ("matmul", "unaligned", "convolution", "depthwise", "attention")
-EXTRAS = ("function", "random", "reduction", "variance", "index", "strided", "scalar")
-
-
-def check_number(key: str, value: Any, *, zero: bool = False) -> None:
-    """Raises ValueError, with the key, where a cost is no number that a cost can be."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        hint = "; YAML reads 6e-6 as text, write 6.0e-6" if isinstance(value, str) else ""
-        raise ValueError(f"{key} must be a number, got {value!r}{hint}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        wanted = "zero or positive" if zero else "positive"
-        raise ValueError(f"{key} must be {wanted} and finite, got {value}")
-
-
-def _curve(key: str, points: Any) -> Curve:
-    try:
-        return Curve.of(points)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Device:
-    """What one device can do.
-
-    The last three are measured by `autopar cluster`; where they are missing, arithmetic runs at
-    `peak_flops` and bytes move at `bandwidth`, whatever the size.
-
-    Args:
-        name: as printed in reports.
-        kind: torch device type, `"cuda"` or `"cpu"`.
-        peak_flops: achievable FLOP/s by dtype name (`"float32"`, `"bfloat16"`, ...).
-        memory_bytes: device memory.
-        bandwidth: device memory bandwidth, bytes/s.
-        launch_us: overhead of one operator, microseconds; on a GPU, which is launched for while it
-            computes, the least that one takes.
-        flops_by_size: FLOP/s of one kernel by its FLOPs; keys are a library and a dtype, such as
-            `"matmul.float32"` or `"convolution.float32"`; `"unaligned"` are matrix products with
-            rows that do not begin at multiples of 16 bytes.
-        bytes_by_size: bytes/s of one kernel by its bytes; keys are `"read"` and `"write"`.
-        extra_ns: nanoseconds that an element costs beyond being read and written, by what is done
-            to it: an elementary `function`, a `random` draw, a `reduction` along the way, the
-            `variance` across rows, a look-up by `index`, a `strided` read, or a `scalar`
-            instruction of its own (a comparison).
-        overlaps: collectives and copies run beside compute; if None, on GPUs alone, as what
-            CPUs communicate by takes their cores, and their memory is the host's own.
-    """
-
-    name: str
-    kind: str
-    peak_flops: Mapping[str, float]
-    memory_bytes: float
-    bandwidth: float
-    launch_us: float
-    flops_by_size: Mapping[str, Curve] = field(default_factory=dict)
-    bytes_by_size: Mapping[str, Curve] = field(default_factory=dict)
-    extra_ns: Mapping[str, float] = field(default_factory=dict)
-    overlaps: bool | None = None
-
-    def __post_init__(self) -> None:
-        what = f"device {self.name}: "
-        for key, rate in self.peak_flops.items():
-            check_number(f"{what}peak_flops[{key}]", rate)
-        if "float32" not in self.peak_flops:
-            raise ValueError(f"{what}peak_flops lacks float32, the rate of what is not listed")
-        check_number(f"{what}memory_bytes", self.memory_bytes)
-        check_number(f"{what}bandwidth", self.bandwidth)
-        check_number(f"{what}launch_us", self.launch_us, zero=True)
-        for key, ns in self.extra_ns.items():
-            check_number(f"{what}extra_ns[{key}]", ns, zero=True)
-        libraries = {key.split(".")[0] for key in self.flops_by_size}
-        for which, given, known in (
-            ("flops_by_size", libraries, LIBRARIES),
-            ("bytes_by_size", self.bytes_by_size, ("read", "write")),
-            ("extra_ns", self.extra_ns, EXTRAS),
-        ):
-            if not set(given) <= set(known):
-                raise ValueError(
-                    f"{what}{which} has {sorted(set(given) - set(known))}; "
-                    f"it takes {', '.join(known)}"
-                )
-
-    @property
-    def runs_beside(self) -> bool:
-        """Whether collectives and copies run beside compute."""
-        return self.kind != "cpu" if self.overlaps is None else self.overlaps
-
-    def flops_per_s(self, dtype: str) -> float:
-        """Peak for a dtype; one that is not listed runs at the float32 rate."""
-        return self.peak_flops.get(dtype, self.peak_flops["float32"])
-
-    @property
-    def measured(self) -> bool:
-        """Whether anything is known beyond the peaks."""
-        return bool(self.flops_by_size or self.bytes_by_size or self.extra_ns)
-
-    def flops_curve(self, library: str, dtype: str) -> Curve:
-        """FLOP/s by FLOPs of a kernel; matrix products stand in for what was not measured."""
-        found = self.flops_by_size.get(f"{library}.{dtype}")
-        found = found or self.flops_by_size.get(f"matmul.{dtype}")
-        return found or Curve.constant(self.flops_per_s(dtype))
-
-    def bytes_curve(self, direction: str) -> Curve:
-        """Bytes/s by bytes that a kernel moves in a direction, `"read"` or `"write"`."""
-        return self.bytes_by_size.get(direction) or Curve.constant(self.bandwidth)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; what was not measured is left out."""
-        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["peak_flops"], data["extra_ns"] = dict(self.peak_flops), dict(self.extra_ns)
-        for key in ("flops_by_size", "bytes_by_size"):
-            data[key] = {name: curve.to_list() for name, curve in data[key].items()}
-        optional = ("flops_by_size", "bytes_by_size", "extra_ns")
-        return {k: v for k, v in data.items() if v is not None and (v or k not in optional)}
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Device:
-        """Inverse of `to_dict`.
-
-        Raises:
-            TypeError: a key is missing or unknown.
-            ValueError: a curve is not one.
-        """
-        given = dict(data)
-        for key in ("flops_by_size", "bytes_by_size"):
-            if key in given:
-                given[key] = {
-                    name: _curve(f"device {given.get('name')}: {key}[{name}]", points)
-                    for name, points in given[key].items()
-                }
-        return Device(**given)
-
-
-def _gpu(name: str, gib: float, bandwidth: float, fp32: float, tf: float, fp64: float) -> Device:
-    """Vendor peaks, derated to 70%: what large matrix products reach in practice."""
-    peak = {"float64": fp64, "float32": fp32, "bfloat16": tf, "float16": tf}
-    return Device(
-        name, "cuda", {k: 0.7e12 * v for k, v in peak.items()}, gib * GiB, 0.8 * bandwidth, 4.0
-    )
-
-
-# Public data sheets, dense: memory GiB, bandwidth B/s, TFLOP/s in fp32 (TF32 off), bf16, fp64.
-DEVICES: dict[str, Device] = {
-    d.name.lower(): d
-    for d in (
-        _gpu("A100-40G", 40, 1.555e12, 19.5, 312, 19.5),
-        _gpu("A100-80G", 80, 2.039e12, 19.5, 312, 19.5),
-        _gpu("H100", 80, 3.35e12, 67, 989, 67),
-        _gpu("H200", 141, 4.8e12, 67, 989, 67),
-        _gpu("B200", 180, 8.0e12, 80, 2250, 40),
-        _gpu("L4", 24, 0.3e12, 30.3, 121, 0.47),
-        _gpu("4090", 24, 1.008e12, 82.6, 165, 1.29),
-        # One core of a server CPU, as a Gloo rank with one thread sees it.
-        Device("cpu", "cpu", {"float32": 5e10, "float64": 2.5e10}, 6 * GiB, 8e9, 5.0),
-    )
-}
-
-
-def device(name: str) -> Device:
-    """Look a device up in the table.
-
-    Raises:
-        ValueError: no such device; the message names the nearest.
-    """
-    found = DEVICES.get(name.lower())
-    if found is None:
-        near = get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.3)
-        hint = f"; did you mean {DEVICES[near[0]].name}?" if near else ""
-        known = ", ".join(d.name for d in DEVICES.values())
-        raise ValueError(f"unknown device {name!r}{hint} Known: {known}")
-    return found
-
+from autopar.units import mesh_text
 
 # Inside a node (NVLink), between nodes (one 400 Gb/s port per GPU), and Gloo over loopback.
 NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
@@ -205,20 +26,29 @@ LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
 NODE_SIZE = 8
 
 
-def parse_mesh(text: str) -> tuple[int, ...]:
-    """`"2x4"` to `(2, 4)`.
+_AXIS = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<size>\d+)")
+
+
+def parse_mesh(text: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Sizes and names of mesh axes: `"2x4"` to `((2, 4), ())`, `"node=2,gpu=4"` to
+    `((2, 4), ("node", "gpu"))`.
 
     Raises:
-        MeshError: not a mesh.
+        MeshError: the text is not a mesh.
     """
-    if not re.fullmatch(r"\d+([x,]\d+)*", text.strip()):
-        raise MeshError(f"cannot read mesh {text!r}; write sizes joined by x, such as '8' or '2x4'")
-    shape = tuple(int(part) for part in re.split("[x,]", text.strip()))
-    if 0 in shape:
+    named = "=" in text
+    axes = [_AXIS.fullmatch(part.strip()) for part in re.split("," if named else "[x,]", text)]
+    if not all(axis and bool(axis["name"]) == named for axis in axes):
+        raise MeshError(
+            f"cannot read mesh {text!r}; write sizes joined by x, such as '8' or '2x4', or name "
+            "all axes, as in 'node=2,gpu=4'"
+        )
+    sizes = tuple(int(axis["size"]) for axis in axes if axis)
+    if 0 in sizes:
         raise MeshError(
             f"mesh {text!r} has an axis of size 0; every axis needs at least one device"
         )
-    return shape
+    return sizes, tuple(axis["name"] for axis in axes if axis) if named else ()
 
 
 _UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -245,23 +75,25 @@ def parse_bytes(value: str | float, *, of: float | None = None) -> float:
 
 @dataclass(frozen=True)
 class ClusterInfo:
-    """The devices a plan is made for.
+    """The devices that a plan is made for.
 
     Args:
         mesh: size of each mesh axis, outermost (slowest link) first.
-        device: the device model, alike on every rank.
-        links: one `Link` per mesh axis.
-        memory_bytes: budget per device; the device's memory where None.
-        host_link: copies between device and host, where they have different memory.
+        device: the device, the same on every rank.
+        links: one network link per mesh axis.
+        memory_bytes: budget per device; the device's memory if None.
+        host_link: copies between device and host, if they have different memory.
         host_memory_bytes: host memory per device, for what is offloaded.
+        axis_names: a name per mesh axis, for reports; empty if the axes have none.
     """
 
     mesh: tuple[int, ...]
     device: Device
     links: tuple[Link, ...]
-    memory_bytes: float | None = field(default=None)
+    memory_bytes: float | None = None
     host_link: Link | None = None
     host_memory_bytes: float | None = None
+    axis_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.links) != len(self.mesh):
@@ -274,6 +106,12 @@ class ClusterInfo:
                 raise MeshError(
                     f"ClusterInfo: mesh[{axis}] must be a number of devices, got {size!r}"
                 )
+        names = self.axis_names
+        if names and not len(names) == len(set(names)) == len(self.mesh):
+            raise MeshError(
+                f"mesh {self.mesh} needs a different name for each of its {len(self.mesh)} axes, "
+                f"got {', '.join(names)}"
+            )
         links = {f"links[{i}]": link for i, link in enumerate(self.links)}
         if self.host_link is not None:
             links["host_link"] = self.host_link
@@ -293,6 +131,15 @@ class ClusterInfo:
     @property
     def budget_bytes(self) -> float:
         return self.device.memory_bytes if self.memory_bytes is None else self.memory_bytes
+
+    @property
+    def mesh_text(self) -> str:
+        """`2x8`, or `node=2,gpu=8` if the axes have names."""
+        return mesh_text(self.mesh, self.axis_names)
+
+    def axis_label(self, axis: int) -> str:
+        """`gpu`, or `axis 1` if the axes have no names."""
+        return self.axis_names[axis] if self.axis_names else f"axis {axis}"
 
     def coords(self, rank: int) -> tuple[int, ...]:
         """Mesh coordinates of a rank (row-major, as `init_device_mesh` lays ranks out)."""
@@ -315,10 +162,18 @@ class ClusterInfo:
         *,
         node_size: int = NODE_SIZE,
     ) -> ClusterInfo:
-        """A cluster of a table device with customary links: the innermost axes that fit into one
-        node are NVLink (PCIe for L4 and 4090, loopback for CPUs), the others InfiniBand. An axis
-        that has several ranks in each node has their ports, up to what NVLink feeds."""
-        shape = parse_mesh(mesh) if isinstance(mesh, str) else tuple(mesh)
+        """A cluster of one kind of device with the usual links.
+
+        The innermost axes that fit into one node use NVLink (PCIe for L4 and 4090, loopback for
+        CPUs), the others InfiniBand. Every device of a node has a port; an axis that has several
+        ranks in each node uses their ports together, up to the rate of NVLink.
+
+        Args:
+            mesh: sizes, or text such as `"2x8"` or `"node=2,gpu=8"`.
+            device_name: a device, or the name of one in `DEVICES`.
+            node_size: devices per node.
+        """
+        shape, names = parse_mesh(mesh) if isinstance(mesh, str) else (tuple(mesh), ())
         dev = device(device_name) if isinstance(device_name, str) else device_name
         links: list[Link] = []
         span = 1
@@ -333,58 +188,52 @@ class ClusterInfo:
                 links.append(replace(INFINIBAND, ports=ports))
             else:
                 links.append(inside)
-        return ClusterInfo(shape, dev, tuple(reversed(links)))
+        return ClusterInfo(shape, dev, tuple(reversed(links)), axis_names=names)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; a host that was not measured is left out."""
-        host = {
-            "host_link": None if self.host_link is None else self.host_link.to_dict(),
-            "host_memory_bytes": self.host_memory_bytes,
-        }
-        return {
-            "mesh": list(self.mesh),
-            "device": self.device.to_dict(),
-            "links": [link.to_dict() for link in self.links],
-            "memory_bytes": self.memory_bytes,
-            **{key: value for key, value in host.items() if value is not None},
-        }
+        """Plain data, without fields that have their default. A mesh with names is text."""
+        data = plain(replace(self, axis_names=()))
+        return data | {"mesh": self.mesh_text} if self.axis_names else data
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ClusterInfo:
-        """Inverse of `to_dict`; `device` may also be the name of a table entry.
+        """Inverse of `to_dict`. `device` may be a name, and links that are missing are the usual
+        ones.
 
         Raises:
-            ValueError: a key is missing or unknown.
+            ValueError: a key is missing or unknown, or a value is not legal.
         """
-        known = {f.name for f in fields(ClusterInfo)}
-        unknown = set(data) - known
-        if unknown or not {"mesh", "device"} <= set(data):
+        known = {f.name for f in fields(ClusterInfo)} - {"axis_names"}
+        unknown, missing = set(data) - known, {"mesh", "device"} - set(data)
+        if unknown or missing:
             raise ValueError(
-                f"ClusterInfo: unknown keys {sorted(unknown)}, "
-                f"missing {sorted({'mesh', 'device'} - set(data))}; it takes {sorted(known)}"
+                f"ClusterInfo: unknown keys {sorted(unknown)}, missing {sorted(missing)}; "
+                f"it takes {sorted(known)}"
             )
-        mesh = str(data["mesh"]) if isinstance(data["mesh"], int) else data["mesh"]
-        shape = parse_mesh(mesh) if isinstance(mesh, str) else tuple(int(n) for n in mesh)
-        dev = data["device"]
-        dev = device(dev) if isinstance(dev, str) else Device.from_dict(dev)
-        links = data.get("links")
-        default = ClusterInfo.of(shape, dev)
-        memory, host_memory = data.get("memory_bytes"), data.get("host_memory_bytes")
-        host = data.get("host_link")
-        return ClusterInfo(
-            shape,
-            dev,
-            tuple(Link.from_dict(f"links[{i}]", link) for i, link in enumerate(links))
-            if links
-            else default.links,
-            None if memory is None else parse_bytes(memory),
-            None if host is None else Link.from_dict("host_link", host),
-            None if host_memory is None else parse_bytes(host_memory),
+        mesh, dev = data["mesh"], data["device"]
+        usual = ClusterInfo.of(
+            str(mesh) if isinstance(mesh, int | str) else tuple(int(size) for size in mesh),
+            dev if isinstance(dev, str) else Device.from_dict(dev),
+        )
+        items = enumerate(data.get("links") or ())
+        links = [Link.from_dict(f"links[{i}]", link) for i, link in items]
+        host, memory = data.get("host_link"), data.get("memory_bytes")
+        host_memory = data.get("host_memory_bytes")
+        return replace(
+            usual,
+            links=tuple(links) or usual.links,
+            memory_bytes=None if memory is None else parse_bytes(memory),
+            host_link=None if host is None else Link.from_dict("host_link", host),
+            host_memory_bytes=None if host_memory is None else parse_bytes(host_memory),
         )
 
     @staticmethod
     def load(path: str | Path) -> ClusterInfo:
-        """Read a YAML file as `to_dict` writes it."""
+        """Read a YAML file that `to_yaml` wrote.
+
+        Raises:
+            ValueError: it does not describe a cluster.
+        """
         data = yaml.safe_load(Path(path).read_text())
         if not isinstance(data, Mapping):
             raise ValueError(f"{path}: expected a mapping with mesh, device and links")

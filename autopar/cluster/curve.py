@@ -1,4 +1,4 @@
-"""`Curve`: a rate that depends on the size of the work, as measured at a few sizes."""
+"""`Curve`: a rate that depends on the size of the work, measured at a few sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 class Curve:
     """Work per second by the size of the work.
 
-    Between two sizes the rate is interpolated on logarithmic scales, beyond them it is constant.
+    The rate is interpolated between two sizes on logarithmic scales, and constant beyond them.
     More work never takes less time.
 
     Args:
@@ -40,7 +40,7 @@ class Curve:
 
     @staticmethod
     def of(points: Iterable[Sequence[Any]]) -> Curve:
-        """From pairs of size and rate.
+        """A curve from pairs of size and rate.
 
         Raises:
             ValueError: they are not pairs of numbers, or not a curve.
@@ -59,13 +59,13 @@ class Curve:
 
     @staticmethod
     def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Curve:
-        """From measured times; where noise makes less work take longer, it takes as long as more.
+        """A curve from measured times. Rates keep four digits.
 
-        Rates keep four digits.
+        Noise can make less work take longer than more work; it then takes as long as the latter.
         """
         order = np.argsort(np.asarray(sizes, float))
         work = np.asarray(sizes, float)[order]
-        # the later of two is the larger kernel, whose time is the steadier one
+        # times of larger kernels are steadier
         times = np.minimum.accumulate(np.asarray(seconds, float)[order][::-1])[::-1]
         rates = tuple(float(f"{rate:.4g}") for rate in work / times)
         return Curve(tuple(float(size) for size in work), rates)

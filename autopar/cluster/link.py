@@ -1,44 +1,42 @@
-"""`Link`: how long a collective along one mesh axis takes, by algorithm or as measured."""
+"""`Link`: the time of collectives along one mesh axis, by formula or as measured."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from autopar.cluster.curve import Curve
+from autopar.cluster.data import curves_from, plain
 
-# Passes over the ring: an all-reduce is a reduce-scatter and an all-gather.
+# Passes over the ring. An all-reduce is a reduce-scatter and an all-gather.
 PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
-
-# Weights, and their gradients, that are smaller share messages (`passes/bucket.py`). Beyond it,
-# copying into the message and out of it costs more than the message that it saves.
-BUCKET_MEMBER_BYTES = 2**20
-# Nobody waits for a sum of so few bytes where it stands, if it is only returned (`passes/async_sums.py`).
-ASYNC_SUM_BYTES = 1024
 
 
 @dataclass(frozen=True)
 class Link:
-    """One mesh axis. Where nothing was measured of a collective over k ranks on a buffer of n bytes
-    (on the side that is not split), it takes
+    """The network link of one mesh axis.
+
+    A collective over k ranks on a buffer of n bytes (on the unsplit side) takes, unless it was
+    measured,
 
         ring, per pass    (k - 1) alpha + n (k - 1) / k beta / ports
-        tree, all-reduce  2 ceil(log2 k) alpha + 2 n beta / ports, where that is less
+        tree, all-reduce  2 ceil(log2 k) alpha + 2 n beta, if that is less
         all-to-all        (k - 1) alpha + n (k - 1) / k beta
 
-    Collectives of one rank run one after another, and all groups of an axis at the same time; so
-    what shares a port is the groups of one axis, which is in beta.
+    A rank runs its collectives one after another. All groups of an axis communicate at the same
+    time; beta includes that they share ports.
 
     Args:
         alpha: seconds per message.
         beta: seconds per byte through one port.
-        ports: through which a ring leaves a node. It passes all ranks that it has there, each with
-            a port of its own, while an all-to-all sends all of a rank's bytes through that rank's.
-        curves: bytes/s by bytes of the buffer, per collective, as measured.
+        ports: number of ports through which a ring leaves a node. A ring visits all its ranks in
+            the node, each with a port of its own. An all-to-all sends a rank's bytes through that
+            rank's port alone.
+        curves: measured bytes/s by bytes of the buffer, per collective.
     """
 
     alpha: float
@@ -53,24 +51,24 @@ class Link:
             )
 
     def bucketed_us(
-        self, kind: str, ranks: int, nbytes: np.ndarray | float, full: float = BUCKET_MEMBER_BYTES
+        self, kind: str, ranks: int, nbytes: np.ndarray | float, message_bytes: float
     ) -> np.ndarray:
-        """`collective_us` of a weight: one that is small takes its share of a message.
+        """Microseconds for a weight. Small weights share a message, and each takes its share.
 
         Args:
-            full: bytes of that message.
+            message_bytes: size of a shared message.
         """
         size = np.asarray(nbytes, float)
-        share = np.minimum(1.0, size / full)
-        return share * self.collective_us(kind, ranks, np.maximum(size, full))
+        share = np.minimum(1.0, size / message_bytes)
+        return share * self.collective_us(kind, ranks, np.maximum(size, message_bytes))
 
     def collective_us(self, kind: str, ranks: int, nbytes: np.ndarray | float) -> np.ndarray:
-        """Microseconds without the launch.
+        """Microseconds of a collective, without its launch.
 
         Args:
-            kind: of `PASSES`.
-            ranks: of the group.
-            nbytes: of the local buffer, on the side that is not split.
+            kind: a key of `PASSES`.
+            ranks: size of the group.
+            nbytes: bytes of the local buffer, on the unsplit side.
         """
         size = np.asarray(nbytes, float)
         curve = self.curves.get(kind)
@@ -85,31 +83,24 @@ class Link:
         return 1e6 * ring
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without what is as usual."""
-        data: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta}
-        if self.ports != 1.0:
-            data["ports"] = self.ports
-        if self.curves:
-            data["curves"] = {kind: curve.to_list() for kind, curve in self.curves.items()}
-        return data
+        """Plain data, without fields that have their default."""
+        return plain(self)
 
     @staticmethod
     def from_dict(key: str, data: Any) -> Link:
-        """Inverse of `to_dict`; `key` names it in errors.
+        """Inverse of `to_dict`.
+
+        Args:
+            key: what errors call the link.
 
         Raises:
-            ValueError: not a link.
+            ValueError: the data is not a link.
         """
-        known = {"alpha", "beta", "ports", "curves"}
+        known = {f.name for f in fields(Link)}
         if not isinstance(data, Mapping) or not {"alpha", "beta"} <= set(data) <= known:
             raise ValueError(
                 f"ClusterInfo: {key} must have alpha and beta (and may have ports and curves), "
                 f"got {data!r}"
             )
-        curves = {}
-        for kind, points in data.get("curves", {}).items():
-            try:
-                curves[kind] = Curve.of(points)
-            except ValueError as error:
-                raise ValueError(f"ClusterInfo: {key}.curves[{kind}]: {error}") from error
-        return Link(data["alpha"], data["beta"], data.get("ports", 1.0), curves)
+        curves = curves_from(f"ClusterInfo: {key}.curves", data.get("curves", {}))
+        return Link(**{**data, "curves": curves})

@@ -9,41 +9,47 @@ from pathlib import Path
 
 import torch
 
-from autopar.cluster.cluster import DEVICES, ClusterInfo, Device, device
+from autopar.cluster.cluster import ClusterInfo
+from autopar.cluster.device import DEVICES, Device, device
 from autopar.errors import MeshError
 
 log = logging.getLogger(__name__)
 
-_UNKNOWN = "A100-40G"  # whose arithmetic stands for that of GPUs which the table does not have
+_UNKNOWN = "A100-40G"  # stands in for GPUs that the table lacks
 
 
 def local_device() -> Device:
-    """What a process here runs on: its GPU, with the figures of the table and the memory that it
-    has, or else the CPU."""
+    """The device of this process: its GPU, at the table's speed and with its own memory, or the
+    CPU."""
     if not torch.cuda.is_available():
         return device("cpu")
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return named_gpu(found.name, float(found.total_memory))
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return named_gpu(properties.name, float(properties.total_memory))
 
 
 def named_gpu(name: str, memory_bytes: float) -> Device:
-    """The table's GPU that the driver calls so ("NVIDIA A100-SXM4-80GB"); of those of one name, the
-    one whose memory is nearest."""
+    """The table's GPU for a driver's name ("NVIDIA A100-SXM4-80GB"). If several have that name, it
+    is the one whose memory is nearest; if none has, an older GPU's speed stands in for it."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    alike = [d for key, d in DEVICES.items() if d.kind == "cuda" and key.split("-")[0] in words]
-    if not alike:
+    gpus = [d for key, d in DEVICES.items() if d.kind == "cuda" and key.split("-")[0] in words]
+    if not gpus:
         log.warning(
             "no figures for %r: planning with those of %s; `autopar cluster` measures it",
             name, _UNKNOWN,
         )  # fmt: skip
         return replace(device(_UNKNOWN), name=name, memory_bytes=memory_bytes)
-    nearest = min(alike, key=lambda d: abs(d.memory_bytes - memory_bytes))
+    nearest = min(gpus, key=lambda d: abs(d.memory_bytes - memory_bytes))
     return replace(nearest, memory_bytes=memory_bytes)
 
 
 def as_cluster(cluster: ClusterInfo | str | Path) -> ClusterInfo:
-    """What `auto_engine` accepts: a `ClusterInfo`, the path of its YAML, or a mesh string, which is
-    of devices such as this process has."""
+    """The cluster that `auto_engine` was given: a `ClusterInfo`, the path of a YAML file, or a mesh
+    such as `"2x8"` or `"node=2,gpu=8"` of devices like that of this process.
+
+    Raises:
+        MeshError: the file does not exist, or the text is not a mesh.
+        ValueError: the file does not describe a cluster.
+    """
     if isinstance(cluster, ClusterInfo):
         return cluster
     text = str(cluster)

@@ -49,3 +49,10 @@ def communication_us(node: fx.Node, operands: Any, results: Any, cluster: Cluste
     assert group.axis is not None, "only sums that nothing waits for are over all ranks"
     link = cluster.links[group.axis]
     return cluster.device.launch_us + float(link.collective_us(kind, group.size, nbytes))
+
+
+# Weights, and their gradients, up to this size share messages (`passes/bucket.py`). For larger
+# ones, copying into the message and out of it costs more than a message of their own.
+BUCKET_MEMBER_BYTES = 2**20
+# Nothing waits for sums up to this size if the program only returns them (`passes/async_sums.py`).
+ASYNC_SUM_BYTES = 1024

@@ -45,10 +45,10 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
     if dist.is_initialized():
         world = dist.get_world_size()
     if world != cluster.world_size:
-        shape = "x".join(map(str, cluster.mesh))
         raise MeshError(
-            f"mesh {shape} needs {cluster.world_size} processes but the world has {world}; run "
-            f"`torchrun --nproc-per-node {cluster.world_size} ...` or give a mesh of {world}"
+            f"mesh {cluster.mesh_text} needs {cluster.world_size} processes but the world has "
+            f"{world}; run `torchrun --nproc-per-node {cluster.world_size} ...` or give a mesh of "
+            f"{world}"
         )
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -65,9 +65,9 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
                 timeout=DEFAULT_TIMEOUT,
             )
         atexit.register(stop)
-    key = (dist.group.WORLD, device.type, cluster.mesh)
+    key = (dist.group.WORLD, device.type, cluster.mesh, cluster.axis_names)
     if key not in _MESHES:
-        names = tuple(f"axis{i}" for i in range(len(cluster.mesh)))
+        names = cluster.axis_names or tuple(f"axis{i}" for i in range(len(cluster.mesh)))
         _MESHES[key] = init_device_mesh(device.type, cluster.mesh, mesh_dim_names=names)
     return _MESHES[key]
 

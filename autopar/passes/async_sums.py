@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.cluster.link import ASYNC_SUM_BYTES
-from autopar.comm.cost import communicates
+from autopar.comm.cost import ASYNC_SUM_BYTES, communicates
 from autopar.comm.groups import group_of_all
 from autopar.ir.fx_calls import add_call
 from autopar.ir.randomness import draws

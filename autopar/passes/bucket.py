@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.cluster.link import BUCKET_MEMBER_BYTES
 from autopar.comm import collectives  # noqa: F401  (defines the operators)
+from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.aliasing import is_view
 from autopar.ir.fx_calls import add_call
 

@@ -28,7 +28,7 @@ from autopar.planner.names import Names, output_names, suggestion
 from autopar.planner.space import SearchSpace
 from autopar.solver import Problem, solve
 from autopar.solver.reductions import Shared
-from autopar.units import format_bytes
+from autopar.units import bytes_text
 
 # Name or pattern to layouts.
 Constraints = Mapping[str, str]
@@ -177,7 +177,7 @@ def _masks(
 def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layout: _Layout) -> str:
     kind = {"parameter": "parameter", "input": "input"}.get(decision.kind, "result")
     shape = list(shape_of(_value(decision)))
-    mesh = "x".join(map(str, space.mesh))
+    mesh = space.cluster.mesh_text
     legal = list(dict.fromkeys(str(c.outputs[0].data()) or "scalar" for c in decision.candidates))
     more = f", and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
     if layout.spec is None:
@@ -308,8 +308,8 @@ def conflict(
             left = fewer
     named = [f"{name}: {text}" for name, text in left.items()]
     if math.isfinite(error.smallest_bytes):
-        budget = format_bytes(error.budget_bytes)
-        needed = format_bytes(error.smallest_bytes)
+        budget = bytes_text(error.budget_bytes)
+        needed = bytes_text(error.smallest_bytes)
         remedy = f"relax one, or set the memory to at least {needed} ({error.smallest_bytes:.0f})"
         within = f" within {budget} per device"
     else:

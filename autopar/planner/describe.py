@@ -86,7 +86,9 @@ def describe(space: SearchSpace, choices: Sequence[int]) -> tuple[ModuleSummary,
             if entry in pairs or entry == name:
                 module = modules.get(entry, _Module())
                 said = _together(pairs.get(entry, {}), roles.get(entry, {}))
-                entries.setdefault(entry, (_words(said, module.gathers), module))
+                entries.setdefault(
+                    entry, (_words(said, module.gathers, space.cluster.axis_names), module)
+                )
     return tuple(_grouped(entries))
 
 
@@ -210,7 +212,7 @@ def _roles_of(module: _Module) -> Roles:
 # -- saying it ----------------------------------------------------------------------------------
 
 
-def _words(roles: Roles, gathers: Mapping[int, bool]) -> str:
+def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str]) -> str:
     """`data parallel on axis 0, ZeRO-3 (gathered again for backward); tensor parallel on ...`"""
     phrases = []
     split: dict[str, list[int]] = defaultdict(list)
@@ -225,16 +227,22 @@ def _words(roles: Roles, gathers: Mapping[int, bool]) -> str:
     for axis, again in sorted(gathers.items()):
         zero[again].append(axis)
     for name, axes in split.items():
-        phrase = _PHRASES.get(name, "tensor parallel on {}, " + name).format(_axes(axes))
+        where = _axes(axes, axis_names)
+        phrase = _PHRASES.get(name, "tensor parallel on {}, " + name).format(where)
         for again in [again for again, over in zero.items() if name == "data" and over == axes]:
             phrase += f", {_ZERO[again]}"
             del zero[again]
         phrases.append(phrase)
-    phrases += [f"parameters sharded over {_axes(axes)}, {_ZERO[a]}" for a, axes in zero.items()]
+    phrases += [
+        f"parameters sharded over {_axes(axes, axis_names)}, {_ZERO[a]}" for a, axes in zero.items()
+    ]
     return "; ".join(phrases) or "replicated"
 
 
-def _axes(axes: Sequence[int]) -> str:
+def _axes(axes: Sequence[int], names: Sequence[str]) -> str:
+    """`axis 0`, `axes 0 and 1`, or the names of the axes, if they have any."""
+    if names:
+        return " and ".join(names[axis] for axis in axes)
     return f"{'axis' if len(axes) == 1 else 'axes'} {' and '.join(map(str, axes))}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from autopar.cluster.link import ASYNC_SUM_BYTES
+from autopar.comm.cost import ASYNC_SUM_BYTES
 from autopar.planner.decisions import Decision, Edge
 from autopar.planner.op_costs import OpCosts
 from autopar.sharding.conversion.converter import LayoutConverter

@@ -25,7 +25,7 @@ from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import Found, search
 from autopar.planner.space import SearchSpace
 from autopar.schedule.budget import MemoryPlan, StepBudget
-from autopar.units import format_bytes
+from autopar.units import bytes_text
 
 _UNLIMITED = 2.0**60  # bytes; more than any device has
 _BETWEEN = 2  # limits between none and the budget
@@ -150,7 +150,7 @@ class _Pairs:
                 self._tried[choices] = Tried(limit, us, math.inf)
                 return
         tried = self._tried[choices] = Tried(limit, us, memory.added_us)
-        where = "no limit" if math.isinf(limit) else format_bytes(limit)
+        where = "no limit" if math.isinf(limit) else bytes_text(limit)
         problem.clock.say(f"planned for {where}: {us:.0f} us, and {memory.added_us:.0f} us to fit")
         if self.best is None or tried.step_us < self.best.tried.step_us:
             self.best = _Scheduled(tried, replace(found, choices=choices), step, memory)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, Device
+from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
+from autopar.cluster.device import Device
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
 from autopar.plan import MeshResult
 from autopar.planner.constraints import Allowed, Constraints, restricted

@@ -147,17 +147,17 @@ class OpCosts:
         """What backward keeps of an operator, each value counted where it is first saved."""
         profile = self.profile[node]
         ins, outs = operands(node), results(node)
-        mine = [i for i in profile.saves_inputs if self.saved.counted_here(node, i)]
+        mine = [i for i in profile.tape.saved_operands if self.saved.counted_here(node, i)]
         total = np.zeros(len(found))
         for k, s in enumerate(found):
-            nbytes = profile.saved_internal_bytes * s.share(self.mesh)
+            nbytes = profile.tape.saved_own_bytes * s.share(self.mesh)
             for i in mine:
                 value, spec = ins[i], s.inputs[i]
                 assert value is not None
                 assert spec is not None
                 fake = value.meta["val"]
                 nbytes += self.local_bytes(shape_of(fake), fake.element_size(), spec)
-            for i in profile.saves_outputs:
+            for i in profile.tape.saved_results:
                 if self.saved.output_counted(node, i):
                     t = outs[i]
                     nbytes += self.local_bytes(shape_of(t), t.element_size(), s.outputs[i])

@@ -23,7 +23,7 @@ from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.liveness import Liveness
 from autopar.planner.search import search
 from autopar.planner.space import SearchSpace
-from autopar.units import format_bytes
+from autopar.units import bytes_text
 
 POINTS = 12
 
@@ -91,7 +91,7 @@ def front(
     bounds: dict[float, float] = {}
 
     def look(budget: float) -> float:
-        text = "without limit" if budget == _UNLIMITED else f"within {format_bytes(budget)}"
+        text = "without limit" if budget == _UNLIMITED else f"within {bytes_text(budget)}"
         say(f"{text} ({len(bounds) + 1} of {points}) ...")
         found = search(with_budget(space, budget), time_limit=time_limit, only=only)
         met.append(_costed(space, found.choices))

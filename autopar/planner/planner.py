@@ -242,7 +242,7 @@ def make_plan(
             next(s for s, _ in chosen if s.node is n and s.kind == "op").time_us[0]
         )
         for n in space.unruled
-        if space.profile[n].forward_kernels
+        if space.profile[n].forward.kernels
     }
     return ShardingPlan(
         model,

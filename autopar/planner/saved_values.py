@@ -36,12 +36,12 @@ class SavedValues:
             first = next((n for n in ins if n is not None), None)
             alias = profile[node].aliases_input and first is not None
             self._root[node] = self._root[first] if alias and first is not None else node
-            for i in profile[node].saves_inputs:
+            for i in profile[node].tape.saved_operands:
                 value = ins[i]
                 assert value is not None
                 self._saves.add((node, i))
                 self._first.setdefault(self._root[value], (node, i))
-            for i in profile[node].saves_outputs:
+            for i in profile[node].tape.saved_results:
                 value = node if len(results(node)) == 1 else _getitem(node, i)
                 root = self._root.get(value, value) if value is not None else None
                 if root is None or root not in self._first:

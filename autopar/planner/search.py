@@ -31,7 +31,7 @@ from autopar.solver.problem import Branch, Choices
 from autopar.solver.recombination import mixed
 from autopar.solver.reductions import Kept, Shared
 from autopar.solver.solve import TARGET_GAP
-from autopar.units import format_bytes
+from autopar.units import bytes_text
 
 # Blocks that differ have to win at least this share of a step.
 SIMPLER = 1e-4
@@ -103,10 +103,10 @@ def search(
     except InfeasibleError as error:
         if not math.isfinite(error.smallest_bytes):
             raise
-        mesh = "x".join(map(str, space.mesh))
+        mesh = space.cluster.mesh_text
         raise InfeasibleError(
-            f"no plan fits {format_bytes(budget)} per device on mesh {mesh}: the smallest budget "
-            f"with a plan is {format_bytes(error.smallest_bytes)} ({error.smallest_bytes:.0f} "
+            f"no plan fits {bytes_text(budget)} per device on mesh {mesh}: the smallest budget "
+            f"with a plan is {bytes_text(error.smallest_bytes)} ({error.smallest_bytes:.0f} "
             f"bytes), {_dominating(liveness, alike.expand(error.choices))}. Set the memory to at "
             "least that, use more devices, or make the batch smaller.",
             budget_bytes=budget,
@@ -208,8 +208,8 @@ def _dominating(liveness: Liveness, choices: Choices) -> str:
     kinds, where = series.kinds(space, choices, moment), series.where(space, choices, moment)
     parts = sorted(kinds.items(), key=lambda kind: -kind[1])
     most = sorted(where.items(), key=lambda place: -place[1])[:3]
-    made = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in parts if n)
-    held = ", ".join(f"{format_bytes(n)} in {place}" for place, n in most)
+    made = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in parts if n)
+    held = ", ".join(f"{bytes_text(n)} in {place}" for place, n in most)
     return f"of which {made}; most of it {held}"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.cluster.link import BUCKET_MEMBER_BYTES
+from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.graph import ModelGraph, operands, producer, shape_of
 from autopar.ir.repeats import has_index, pattern, places
 from autopar.ir.spec import ShardingSpec, fills_every_rank

@@ -1,4 +1,4 @@
-"""Static costs: what every node computes, moves and saves."""
+"""Predicts what every operator of a graph computes, moves and saves; measures machines."""
 
 from autopar.profiler.model import ModelProfile, largest, profile_model, substitute
 from autopar.profiler.profile import NodeProfile, profile_graph

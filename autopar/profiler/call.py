@@ -1,4 +1,4 @@
-"""One operator call on fake tensors: its program, its derivative, what they keep and free."""
+"""One operator call on fake tensors: its work, its derivative, and what both save and free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"_\d+$")
 
 
 class _Saved:
-    """A tensor that autograd keeps; when it goes, it was released."""
+    """Holds a tensor that autograd saves. Autograd deletes it to release the tensor."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -32,18 +32,19 @@ class _Saved:
 
 
 class Call:
-    """One operator call on fake operands, with its autograd graph until `finish` consumes it.
+    """One operator call on fake operands. Its autograd graph lives until `finish` consumes it.
 
     Args:
-        wanted: per operand, whether it requires grad.
-        on_view: it overwrites a view. Autograd then differentiates the base by a node of its own
-            (`CopySlices`), which copies the gradient; so the call is made as the author wrote it.
+        requires_grad: per operand.
+        on_view: the call overwrites a view. Autograd then differentiates the base by a node of its
+            own (`CopySlices`), which copies the gradient. So the call is made as the author wrote
+            it.
     """
 
     def __init__(
         self,
         node: fx.Node,
-        wanted: Sequence[bool],
+        requires_grad: Sequence[bool],
         mode: FakeTensorMode,
         eager: bool,
         on_view: bool = False,
@@ -54,11 +55,11 @@ class Call:
         program = in_place_variant(node) if on_view else _program(node, eager)
         self._in_place = eager and not on_view and _written_in_place(node)
         with mode, torch.enable_grad():
-            self._operands(node, wanted)
+            self._make_operands(node, requires_grad)
             if on_view:
-                self._view_first(node)
+                self._view_first_operand(node)
             args, kwargs = fx.node.map_arg(
-                (node.args, node.kwargs), lambda n: self.given.get(n, n.meta["val"])
+                (node.args, node.kwargs), lambda n: self.fakes.get(n, n.meta["val"])
             )
             with self._hooks(), self.recorder:
                 out = program(*args, **kwargs)
@@ -68,33 +69,34 @@ class Call:
         self.storages = tuple(map(self.recorder.storage, self.results))
         self.work, self.events = self.recorder.take()
 
-    def _operands(self, node: fx.Node, wanted: Sequence[bool]) -> None:
-        self.given: dict[fx.Node, torch.Tensor] = {}
+    def _make_operands(self, node: fx.Node, requires_grad: Sequence[bool]) -> None:
+        self.fakes: dict[fx.Node, torch.Tensor] = {}
         self.leaves: list[tuple[int, torch.Tensor]] = []
-        for i, (n, grad) in enumerate(zip(operands(node), wanted, strict=True)):
-            if n is None or n in self.given:
+        for i, (n, grad) in enumerate(zip(operands(node), requires_grad, strict=True)):
+            if n is None or n in self.fakes:
                 continue
             like = n.meta["val"]
-            made = torch.empty_strided(
+            fake = torch.empty_strided(
                 like.size(), like.stride(), dtype=like.dtype, device=like.device
             )
-            self.given[n] = made.requires_grad_(grad)
-            self.recorder.name(made, Storage(OPERAND, i))
+            self.fakes[n] = fake.requires_grad_(grad)
+            self.recorder.name(fake, Storage(OPERAND, i))
             if grad:
-                self.leaves.append((i, made))
+                self.leaves.append((i, fake))
 
-    def _view_first(self, node: fx.Node) -> None:
-        """Give a view of the first operand: of a copy under its name, as leaves are not written."""
+    def _view_first_operand(self, node: fx.Node) -> None:
+        """Put a view in the place of the first operand. Autograd refuses to overwrite leaves, so it
+        is a view of a copy, under the operand's name."""
         first = operands(node)[0]
         assert first is not None
-        base = self.given[first].clone()
+        base = self.fakes[first].clone()
         self.recorder.name(base, Storage(OPERAND, 0))
-        self.given[first] = base.view_as(base)
+        self.fakes[first] = base.view_as(base)
 
     def _hooks(self) -> AbstractContextManager[Any]:
         def pack(t: torch.Tensor) -> _Saved:
             number = len(self.saved)
-            # detached: a result that holds its own autograd graph would never be freed
+            # a result that holds its own autograd graph would never be freed
             token = _Saved(t.detach() if t.requires_grad else t)
             self.saved.append(self.recorder.storage(t))
             self._tokens.append(weakref.ref(token, lambda _: self._released(number)))
@@ -106,15 +108,16 @@ class Call:
         if self.recorder.open:
             self.recorder.events.append(Event("release", number))
 
-    def finish(self, arriving: Sequence[Strides | None]) -> tuple[Work, Tape]:
-        """Run backward, if gradients arrive; its work, and the tape of the whole call.
+    def finish(self, incoming: Sequence[Strides | None]) -> tuple[Work, Tape]:
+        """Run the backward, unless no gradient comes in. The result is the backward's work, and the
+        tape of forward and backward.
 
         Args:
-            arriving: per result the strides of its gradient, None where there is none.
+            incoming: per result the strides of its gradient, or None if it has none.
         """
         self.spent = True
-        reached = any(strides is not None for strides in arriving)
-        work, events, emitted = self._backward(arriving) if reached else (Work(), (), [])
+        runs = any(strides is not None for strides in incoming)
+        work, events, emitted = self._backward(incoming) if runs else (Work(), (), [])
         self.recorder.open = False
         tape = Tape(
             tuple(self.recorder.sizes), self.events, self.storages, tuple(self.saved),
@@ -123,7 +126,7 @@ class Call:
         return work, tape.in_place() if self._in_place else tape
 
     def _backward(
-        self, arriving: Sequence[Strides | None]
+        self, incoming: Sequence[Strides | None]
     ) -> tuple[Work, tuple[Event, ...], list[Emission]]:
         seeds: dict[int, torch.Tensor] = {}
         roots, stand_ins = [], []
@@ -142,34 +145,34 @@ class Call:
             emitted.append(Emission(i, storage, number, view, gradient.stride()))
 
         with self.mode:
-            for k, strides in enumerate(arriving):
+            for k, strides in enumerate(incoming):
                 if strides is None:
                     continue
                 t = self.results[k]
                 seeds[k] = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
                 passed[k] = weakref.ref(seeds[k])
                 self.recorder.name(seeds[k], Storage(GRADIENT, k))
-                # the engine alone may hold a gradient, else it is not seen to die: a stand-in goes
-                # in from here, and a hook hands over the real one
+                # only the engine may hold a gradient, so that its end is seen: a stand-in goes in
+                # here, and a hook replaces it by the gradient
                 t.register_hook(lambda _, k=k: seeds.pop(k))
                 roots.append(t)
                 stand_ins.append(torch.empty((), dtype=t.dtype, device=t.device).expand(t.shape))
             for i, leaf in self.leaves:
                 leaf.register_hook(lambda gradient, i=i: emit(i, gradient))
             with self.recorder:
-                kept = torch.autograd.grad(
+                gradients = torch.autograd.grad(
                     roots, [leaf for _, leaf in self.leaves], stand_ins, allow_unused=True
                 )
             self.recorder.open = False
-            del kept
+            del gradients
         work, events = self.recorder.take()
         return work, events, emitted
 
 
 def origin_of(node: fx.Node) -> str:
-    """The operator that the author's code called, which capturing may have replaced by another.
+    """The operator that the author's code called. Capturing may have replaced it.
 
-    Node names tell: export numbers the nodes that it names after their operators.
+    Export names a node after its operator, with a number.
     """
     sources = node.meta.get("from_node")
     name = sources[0].name if sources else node.name
@@ -179,12 +182,12 @@ def origin_of(node: fx.Node) -> str:
 def _written_in_place(node: fx.Node) -> bool:
     """Whether the author's operator overwrote its first operand, or a part of it."""
     assert isinstance(node.target, torch._ops.OpOverload)
-    base, written = node.target._schema.name.removeprefix("aten::"), origin_of(node)
-    return written.endswith("_") and (base == written[:-1] or base.endswith("_scatter"))
+    base, origin = node.target._schema.name.removeprefix("aten::"), origin_of(node)
+    return origin.endswith("_") and (base == origin[:-1] or base.endswith("_scatter"))
 
 
 def in_place_variant(node: fx.Node) -> Any:
-    """The operator that overwrites the first operand, if that is how the author wrote it."""
+    """The operator that overwrites the first operand, if the author wrote it so."""
     assert isinstance(node.target, torch._ops.OpOverload)
     name = node.target._opname + "_"
     if not _written_in_place(node) or origin_of(node) != name:
@@ -197,15 +200,15 @@ def _views_all_of_its_base(t: torch.Tensor) -> bool:
 
 
 def _program(node: fx.Node, eager: bool) -> Any:
-    """What to dispatch for a node: its operator, or what eager PyTorch runs in its place."""
+    """What to dispatch for a node: its operator, or with `eager` what eager PyTorch runs."""
     if not eager:
         return node.target
     if node.target is aten.clone.default and origin_of(node) == "dropout":
-        return _nothing  # a rate of 0
+        return _identity  # a rate of 0
     return _EAGER.get(node.target, node.target)
 
 
-def _nothing(x: Any) -> Any:
+def _identity(x: Any) -> Any:
     return x
 
 
@@ -216,11 +219,11 @@ def _dropout(x: Any, p: float, train: Any) -> Any:
 def _batch_norm(
     x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
 ) -> Any:
-    found = torch.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
-    return *found, mean, var  # updated in place
+    results = torch.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
+    return *results, mean, var  # updated in place
 
 
-# what capturing puts in the place of dropout and batch_norm
+# what capturing replaced, and what eager PyTorch runs
 _EAGER: Mapping[Any, Callable[..., Any]] = {
     aten.native_dropout.default: _dropout,
     aten._native_batch_norm_legit_functional.default: _batch_norm,

@@ -1,8 +1,9 @@
-"""How long calls take on a device.
+"""Times of calls on a device.
 
-Every time is the best of several, since what else the machine does only ever adds to it. Where the
-ranks of a host have more threads than it has cores, the best would be one that had a core for
-itself, which a step has in turns: there, what counts is processor time, times the threads per core.
+Every time is the best of several, because other work on the machine only ever adds to it. If the
+ranks of a host have more threads than it has cores, the best wall-clock time would be that of a
+rank with a core for itself, and in a step they take turns. So there it is processor time, times the
+threads per core.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 Call = Callable[[], Any]
 
-# matrix products of this side keep a GPU busy while calls are queued behind them
+# side of the matrix products that keep a GPU busy while calls are queued
 _BUSY_SIDE = 2048
 
 
@@ -29,12 +30,12 @@ def seconds_of(
 
     Args:
         budget: seconds to spend, after one call to warm up.
-        queued: on a GPU, what its kernels take when they are launched ahead; otherwise a call does
-            not take less than launching it.
+        queued: on a GPU, time kernels that wait in a queue behind other work, which hides their
+            launches. Otherwise a call takes at least its launch.
     """
     once = _batch_seconds(call, device, 1)
     once = min(once, _batch_seconds(call, device, 1))
-    # a batch is long against the clock's resolution
+    # long compared with the clock's resolution
     count = max(1, min(100, int(2e-4 / max(once, 1e-7))))
     ahead = 0.0
     if queued and device.type == "cuda":
@@ -46,7 +47,7 @@ def seconds_of(
 
 
 def _batch_seconds(call: Call, device: torch.device, count: int, ahead: float = 0.0) -> float:
-    """Seconds per call; the device is busy for `ahead` seconds before it gets to the first."""
+    """Seconds per call. The device is busy for `ahead` seconds before the first call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -63,25 +64,25 @@ def _batch_seconds(call: Call, device: torch.device, count: int, ahead: float = 
     begin = clock()
     for _ in range(count):
         call()
-    taken = (clock() - begin) / count
-    return taken * crowd / torch.get_num_threads() if crowd > 1 else taken
+    elapsed = (clock() - begin) / count
+    return elapsed * crowd / torch.get_num_threads() if crowd > 1 else elapsed
 
 
 def _threads_per_core() -> float:
-    """Of all ranks on this host, as the launcher says."""
+    """Threads of all ranks on this host, as the launcher says, per core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return ranks * torch.get_num_threads() / (cores or 1)
 
 
 def _keep_busy(device: torch.device, seconds: float) -> None:
-    x, took = _product(device)
-    for _ in range(1 + math.ceil(seconds / took)):
+    x, product_seconds = _product(device)
+    for _ in range(1 + math.ceil(seconds / product_seconds)):
         torch.mm(x, x, out=x)
 
 
 @functools.cache
 def _product(device: torch.device) -> tuple[torch.Tensor, float]:
-    """A matrix, and the seconds that its square takes."""
+    """A matrix, and the seconds of a product with itself."""
     x = torch.zeros(_BUSY_SIDE, _BUSY_SIDE, device=device)
     return x, _batch_seconds(lambda: torch.mm(x, x), device, 10)

@@ -1,4 +1,4 @@
-"""Counts what is dispatched: FLOPs, bytes, kernels, and every storage made and freed."""
+"""Counts dispatched operators: FLOPs, bytes, kernels, and storages as they are made and freed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from autopar.profiler.tape import GRADIENT, OWN, Count, Event, Storage
 
 @dataclass(frozen=True)
 class Work:
-    """What kernels do, at global shapes; numbers, or expressions in the symbols of a dynamic graph.
+    """The work of kernels, at global shapes: numbers, or expressions in the symbols of a dynamic
+    graph.
 
     Args:
         flops: multiply and add count as two.
-        read_bytes, written_bytes: of the kernels' operands and results. Elements that a broadcast
+        read_bytes, written_bytes: operands and results of the kernels. Elements that a broadcast
             repeats count once; views cost nothing.
-        kernels: operators launched.
+        kernels: number of operators launched.
     """
 
     flops: Count = 0
@@ -43,17 +44,17 @@ class Work:
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """As torch counts it; torch 2.11 refuses heads that share keys."""
+    """As torch counts it. Torch 2.11 refuses heads that share keys."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of the scores again, and of the gradients of scores and operands."""
+    """The scores again, and the gradients of scores and operands."""
     return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
 def _grouped_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """Rows of one operand (or the summed dim of both) are divided among the groups."""
+    """The groups share the rows of one operand, or the summed dim of both."""
     groups = a[0] if len(a) == len(b) == 3 else 1
     return 2 * groups * a[-2] * a[-1] * b[-1]
 
@@ -69,10 +70,10 @@ _ATTENTION = (
     "cudnn_attention",
 )
 
-# Formulas from shapes that torch's table lacks: attention on the CPU and with shared keys, by the
-# convention of its other attention kernels (the causal half is not discounted), and the grouped
-# products of mixtures of experts. For operators of your own,
-# `torch.utils.flop_counter.register_flop_formula` will do.
+# Formulas that torch's table lacks: attention on the CPU and with shared keys, by the convention of
+# its other attention kernels (the causal half is not discounted), and the grouped products of
+# mixtures of experts. Other operators can register one with
+# `torch.utils.flop_counter.register_flop_formula`.
 _MISSING: dict[str, Callable[..., int]] = {
     **{f"aten::_scaled_dot_product_{kernel}": _attention for kernel in _ATTENTION},
     **{
@@ -85,14 +86,14 @@ _MISSING: dict[str, Callable[..., int]] = {
 
 
 def missing_flops() -> dict[Any, Callable[..., int]]:
-    """What torch's table of FLOPs lacks, as `FlopCounterMode(custom_mapping=...)` wants it."""
-    found: dict[Any, Callable[..., int]] = {}
+    """Formulas that torch's table lacks, for `FlopCounterMode(custom_mapping=...)`."""
+    formulas: dict[Any, Callable[..., int]] = {}
     for name, formula in _MISSING.items():
         namespace, _, operator = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), operator, None)
         if packet is not None:
-            found[packet] = formula
-    return found
+            formulas[packet] = formula
+    return formulas
 
 
 def count(value: Any) -> Count:
@@ -110,7 +111,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
 
 
 def _elements_bytes(values: Iterable[torch.Tensor]) -> Any:
-    """Bytes of distinct elements: a dim of stride 0 repeats the same ones."""
+    """Bytes of distinct elements. A dim of stride 0 repeats the same elements."""
     total: Any = 0
     for t in values:
         n: Any = t.element_size()
@@ -122,14 +123,14 @@ def _elements_bytes(values: Iterable[torch.Tensor]) -> Any:
 
 
 class Recorder(TorchDispatchMode):
-    """Adds up the work of everything dispatched inside, and records storages as they come and go.
+    """Adds up the work of all operators inside, and records storages as they are made and freed.
 
-    Storages that are named beforehand (operands, incoming gradients) keep their names; all others
-    are numbered as they are made. It keeps nothing alive.
+    Storages that were named before (operands, incoming gradients) keep their names. All others get
+    numbers. The recorder keeps nothing alive.
 
     Attributes:
         sizes: bytes of the numbered storages.
-        events: since the last `take`.
+        events: events since the last `take`.
     """
 
     def __init__(self) -> None:
@@ -146,20 +147,20 @@ class Recorder(TorchDispatchMode):
 
     def take(self) -> tuple[Work, tuple[Event, ...]]:
         """Work and events since the last call."""
-        found = Work(count(self._flops), count(self._read), count(self._written), self._kernels)
+        work = Work(count(self._flops), count(self._read), count(self._written), self._kernels)
         events = tuple(self.events)
         self._flops = self._read = self._written = self._kernels = 0
         self.events = []
-        return found, events
+        return work, events
 
     def name(self, t: torch.Tensor, name: Storage) -> None:
-        """Call the tensor's storage by this name from now on, and record its end."""
+        """Name the tensor's storage, and record its end."""
         storage = t.untyped_storage()
         self._names[storage._cdata] = name
         self._watched[weakref.ref(storage, self._freed)] = storage._cdata
 
     def storage(self, t: torch.Tensor) -> Storage:
-        """The storage's name; a new number if it has none (made where no operator is seen)."""
+        """The storage's name; a new number if it has none (no operator made it)."""
         storage = t.untyped_storage()
         if storage._cdata not in self._names:
             self.name(t, Storage(OWN, len(self.sizes)))
@@ -177,7 +178,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func is torch.ops.prim.device.default:  # fake tensors ask for it all the time
+        if func is torch.ops.prim.device.default:  # fake tensors call it often
             return out
         before = {t.untyped_storage()._cdata for t in tensors_of((args, kwargs))}
         results = tensors_of(out)
@@ -199,16 +200,16 @@ class Recorder(TorchDispatchMode):
 def _traffic_of_mutation(
     func: Any, args: Any, kwargs: Any
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """An in-place operator reads and writes its target; one with `out=` writes it only."""
+    """An in-place operator reads and writes its target; an operator with `out=` only writes it."""
     read: list[torch.Tensor] = []
     written: list[torch.Tensor] = []
     names = [a.name for a in func._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
+    values = dict(zip(names, args, strict=False)) | kwargs
     for argument in func._schema.arguments:
-        found = tensors_of(given.get(argument.name))
+        tensors = tensors_of(values.get(argument.name))
         writes = argument.alias_info is not None and argument.alias_info.is_write
         if writes:
-            written += found
+            written += tensors
         if not (writes and argument.kwarg_only):
-            read += found
+            read += tensors
     return read, written

@@ -1,8 +1,8 @@
-"""Measures the device that a process runs on: arithmetic, memory, launches, the host link.
+"""Measures a process's device: arithmetic, memory, launches, the link to the host.
 
-Results are allocated anew as operators do it, so the cost of fresh pages is in the rates. A CPU
-launches what it then computes, so launches are taken off; a GPU is launched for while it computes,
-so there kernels are timed in a queue, and the launch is what they cannot be faster than.
+Results are allocated anew, as operators do it, so rates include the cost of fresh pages. A CPU
+launches a kernel before it computes it, so launches are subtracted. A GPU computes while the host
+launches ahead: there kernels are timed in a queue, and the launch is the least time of a kernel.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from autopar.cluster.cluster import Device, Link
 from autopar.cluster.curve import Curve
+from autopar.cluster.device import Device
+from autopar.cluster.link import Link
 from autopar.profiler.clock import seconds_of
 
 Progress = Callable[[str], None]
@@ -33,14 +34,14 @@ class Effort:
 
     Args:
         bytes: sizes of memory traffic.
-        sides: of square matrix products.
-        channels: of convolutions.
-        lengths: of attention.
+        sides: sides of square matrix products.
+        channels: channels of convolutions.
+        lengths: sequence lengths of attention.
         messages: bytes of collectives.
-        seconds: for each figure.
-        rounds: through all arithmetic; a disturbance that outlasts one figure is over in the next.
-        side: of the square tensor that tells what elements cost.
-        images: shape of those that tell what a variance costs, of no more elements.
+        seconds: time for each figure.
+        rounds: rounds through all arithmetic. A disturbance in one round may be over in the next.
+        side: side of the square tensor that measures the cost of elements.
+        images: shape of the images that measure the cost of a variance; at most as many elements.
     """
 
     bytes: tuple[int, ...]
@@ -56,8 +57,8 @@ class Effort:
 
 _kernel_seconds = partial(seconds_of, queued=True)
 
-# The C library hands blocks beyond 32 MiB back to the system, and new pages are slow: both sides
-# of that size are measured.
+# The C library returns blocks above 32 MiB to the system, and fresh pages are slow. So sizes on
+# both sides of that are measured.
 QUICK = Effort(
     (16 * KiB, 256 * KiB, 4 * MiB, 30 * MiB, 34 * MiB, 64 * MiB),
     (64, 256, 768),
@@ -82,7 +83,7 @@ def effort_for(kind: str, quick: bool) -> Effort:
     effort = QUICK if quick else FULL
     if kind == "cpu":
         return effort
-    # an accelerator is far from its peak at what keeps a CPU busy
+    # a GPU is far from its peak at sizes that keep a CPU busy
     return replace(
         effort,
         bytes=(*effort.bytes, 1024 * MiB),
@@ -100,18 +101,18 @@ def effort_for(kind: str, quick: bool) -> Effort:
 def measure_device(
     device: torch.device, effort: Effort, *, processes: int = 1, say: Progress = lambda line: None
 ) -> Device:
-    """The device model of where this process runs, with as many threads as torch uses.
+    """Measure this process's device, with torch's number of threads.
 
     Args:
-        processes: on this host; they share its memory if the device is the CPU.
-        say: told what is measured now.
+        processes: number of processes on this host. They share its memory if the device is the CPU.
+        say: told the current stage.
     """
     say("launch overhead ...")
-    training, alone = _launch_seconds(device)
-    launch = alone if device.type == "cpu" else 0.0
+    in_step, single = _launch_seconds(device)
+    launch = single if device.type == "cpu" else 0.0
     say("memory bandwidth ...")
-    moved = _memory_curves(device, effort, launch)
-    say("what elements cost beyond moving them ...")
+    traffic = _memory_curves(device, effort, launch)
+    say("cost of elements beyond moving them ...")
     extra = _extra_ns(device, effort, launch)
     best: dict[str, dict[float, float]] = {}
     for number in range(effort.rounds):
@@ -119,8 +120,8 @@ def measure_device(
             say(f"{library} in {dtype}, round {number + 1} of {effort.rounds} ...")
             times = best.setdefault(f"{library}.{dtype}", {})
             for job in jobs:
-                took = _kernel_seconds(job.call, device, effort.seconds) / job.kernels
-                times[job.flops] = min(took, times.get(job.flops, took))
+                seconds = _kernel_seconds(job.call, device, effort.seconds) / job.kernels
+                times[job.flops] = min(seconds, times.get(job.flops, seconds))
     flops = {key: _curve(list(times.items()), launch) for key, times in best.items()}
     peaks = {
         key.removeprefix("matmul."): max(curve.rates)
@@ -128,33 +129,33 @@ def measure_device(
         if key.startswith("matmul.")
     }
     largest = min(max(effort.bytes), 16 * MiB) if device.type == "cpu" else max(effort.bytes)
-    both = 1e-6 * float(moved["read"].us(largest) + moved["write"].us(largest))
+    copy = 1e-6 * float(traffic["read"].us(largest) + traffic["write"].us(largest))
     return Device(
         name=device_name(device),
         kind=device.type,
         peak_flops=peaks,
         memory_bytes=device_memory(device) / (processes if device.type == "cpu" else 1),
-        bandwidth=_short(2 * largest / both),
-        launch_us=_short(1e6 * training),
+        bandwidth=_short(2 * largest / copy),
+        launch_us=_short(1e6 * in_step),
         flops_by_size=flops,
-        bytes_by_size=moved,
+        bytes_by_size=traffic,
         extra_ns=extra,
     )
 
 
 def _short(value: float) -> float:
-    """Four digits."""
+    """Rounded to four digits."""
     return float(f"{value:.4g}")
 
 
 def _curve(times: Sequence[tuple[float, float]], launch: float) -> Curve:
-    """From (work, seconds); the launch is accounted for apart, but no work is free."""
+    """A curve from (work, seconds). The launch is subtracted, down to a tenth of the time."""
     return Curve.fit([n for n, _ in times], [max(t - launch, 0.1 * t) for _, t in times])
 
 
 def _launch_seconds(device: torch.device) -> tuple[float, float]:
-    """Per operator on tensors of no size to speak of: in a training step, forward or backward, and
-    called alone as everything else is timed here."""
+    """Seconds per operator on tiny tensors: in a training step, forward or backward; and in a
+    single call, as everything else is timed here."""
     count = 64
     x = torch.ones(16, device=device, requires_grad=True)
     factor = torch.ones(16, device=device)
@@ -169,7 +170,7 @@ def _launch_seconds(device: torch.device) -> tuple[float, float]:
 
 
 def _memory_curves(device: torch.device, effort: Effort, launch: float) -> dict[str, Curve]:
-    """A sum reads, a copy reads and writes."""
+    """Rates of reading and writing. A sum reads, a copy reads and writes."""
     reads, writes = [], []
     for nbytes in effort.bytes:
         x = torch.ones(nbytes // 4, device=device)
@@ -181,9 +182,10 @@ def _memory_curves(device: torch.device, effort: Effort, launch: float) -> dict[
 
 
 def _extra_ns(device: torch.device, effort: Effort, launch: float) -> dict[str, float]:
-    """Nanoseconds per element of what `time_model` counts, beyond what copying takes.
+    """Nanoseconds per element of the kinds in `EXTRAS`, beyond the time of a copy.
 
-    Several kernels stand for a kind; their geometric mean is taken, as they differ by factors.
+    Where several kernels represent a kind, it is their geometric mean, because they differ by
+    factors.
     """
     side = effort.side
     x = torch.randn(side, side, device=device)
@@ -194,7 +196,7 @@ def _extra_ns(device: torch.device, effort: Effort, launch: float) -> dict[str, 
     def normalize() -> Any:
         return F.batch_norm(images, None, None, weight, weight, training=True)
 
-    # per kind: what is run, elements it is expensive for, elements that it moves as a copy does
+    # per kind: the call, number of expensive elements, number of elements that a copy would move
     jobs: dict[str, list[tuple[Callable[[], Any], float, float]]] = {
         "function": [
             (lambda: F.gelu(x), x.numel(), x.numel()),
@@ -213,25 +215,25 @@ def _extra_ns(device: torch.device, effort: Effort, launch: float) -> dict[str, 
         "scalar": [(lambda: x == x, x.numel(), 0.625 * x.numel())],
     }
     plain = _kernel_seconds(x.clone, device, effort.seconds) - launch
-    found = {}
+    extra_ns = {}
     for kind, kernels in jobs.items():
-        beyond = []
+        extra_s = []
         for call, expensive, moved in kernels:
-            took = _kernel_seconds(call, device, effort.seconds)
-            beyond.append((took - launch - plain * moved / x.numel()) / expensive)
-        # noise may make a cheap one come out below a copy
+            seconds = _kernel_seconds(call, device, effort.seconds)
+            extra_s.append((seconds - launch - plain * moved / x.numel()) / expensive)
+        # by noise, a cheap kernel may be faster than a copy
         least = 0.01 * plain / x.numel()
-        found[kind] = _short(1e9 * statistics.geometric_mean(max(t, least) for t in beyond))
-    return found
+        extra_ns[kind] = _short(1e9 * statistics.geometric_mean(max(t, least) for t in extra_s))
+    return extra_ns
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Kernels to time together, as training runs them: forward and backward.
+    """Kernels that are timed together, as training runs them: forward and backward.
 
     Args:
         flops: of one kernel, on average.
-        kernels: how many.
+        kernels: number of kernels.
         call: runs them.
     """
 
@@ -241,7 +243,7 @@ class _Job:
 
 
 def _arithmetic(device: torch.device, effort: Effort) -> Iterator[tuple[str, str, list[_Job]]]:
-    """Library, dtype and what to time; the tensors are made one group at a time."""
+    """Library, dtype and jobs. The tensors of one group exist at a time."""
     dtypes = ["float32", "float64", "bfloat16"] + ["float16"] * (device.type == "cuda")
     for dtype in dtypes:
         yield "matmul", dtype, [_matmul(n, dtype, device) for n in effort.sides]
@@ -249,13 +251,12 @@ def _arithmetic(device: torch.device, effort: Effort) -> Iterator[tuple[str, str
             yield "unaligned", dtype, [_matmul(n - 1, dtype, device) for n in effort.sides]
     for dtype in ("float32",) if device.type == "cpu" else ("float32", "bfloat16"):
         yield "convolution", dtype, [_convolution(n, dtype, device) for n in effort.channels]
-        yield "depthwise", dtype, [_depthwise(n, dtype, device) for n in effort.channels]
+        yield "depthwise", dtype, [_convolution(n, dtype, device, n) for n in effort.channels]
         yield "attention", dtype, [_attention(n, dtype, device) for n in effort.lengths]
 
 
 def _random(dtype: str, device: torch.device, *shape: int) -> torch.Tensor:
-    made = torch.randn(*shape, device=device).to(getattr(torch, dtype))
-    return made.requires_grad_()
+    return torch.randn(*shape, device=device).to(getattr(torch, dtype)).requires_grad_()
 
 
 def _matmul(n: int, dtype: str, device: torch.device) -> _Job:
@@ -263,42 +264,36 @@ def _matmul(n: int, dtype: str, device: torch.device) -> _Job:
     return _Job(2.0 * n**3, 3, lambda: (a @ b, a @ b.t(), a.t() @ b))
 
 
-def _trained(forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
+def _step(forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
     gradient = torch.randn_like(forward())
     return lambda: torch.autograd.grad(forward(), inputs, gradient)
 
 
-def _convolution(n: int, dtype: str, device: torch.device) -> _Job:
+def _convolution(n: int, dtype: str, device: torch.device, groups: int = 1) -> _Job:
     batch, side = (4, 28) if device.type == "cpu" else (32, 56)
-    x, weight = _random(dtype, device, batch, n, side, side), _random(dtype, device, n, n, 3, 3)
-    once = 18.0 * batch * side * side * n * n
-    # backward is two more in one kernel
-    return _Job(1.5 * once, 2, _trained(lambda: F.conv2d(x, weight, padding=1), (x, weight)))
-
-
-def _depthwise(n: int, dtype: str, device: torch.device) -> _Job:
-    batch, side = (4, 28) if device.type == "cpu" else (32, 56)
-    x, weight = _random(dtype, device, batch, n, side, side), _random(dtype, device, n, 1, 5, 5)
-    once = 50.0 * batch * side * side * n
-    call = _trained(lambda: F.conv2d(x, weight, padding=2, groups=n), (x, weight))
-    return _Job(1.5 * once, 2, call)
+    kernel = 5 if groups > 1 else 3
+    x = _random(dtype, device, batch, n, side, side)
+    weight = _random(dtype, device, n, n // groups, kernel, kernel)
+    forward = 2.0 * kernel**2 * batch * side * side * n * (n // groups)
+    call = _step(lambda: F.conv2d(x, weight, padding=kernel // 2, groups=groups), (x, weight))
+    return _Job(1.5 * forward, 2, call)  # the backward computes two more, in one kernel
 
 
 def _attention(n: int, dtype: str, device: torch.device) -> _Job:
     batch, heads, dim = 4, 12, 64
     q, k, v = (_random(dtype, device, batch, heads, n, dim) for _ in range(3))
-    once = 4.0 * batch * heads * n * n * dim
-    # backward is 2.5 more: it forms the scores again
-    run = _trained(lambda: F.scaled_dot_product_attention(q, k, v), (q, k, v))
-    return _Job(1.75 * once, 2, run)
+    forward = 4.0 * batch * heads * n * n * dim
+    # the backward computes 2.5 more: it recomputes the scores
+    run = _step(lambda: F.scaled_dot_product_attention(q, k, v), (q, k, v))
+    return _Job(1.75 * forward, 2, run)
 
 
 # -- the host -----------------------------------------------------------------------------------
 
 
 def measure_host_link(device: torch.device, effort: Effort) -> Link | None:
-    """Copies between pinned host memory and the device; both directions, fitted together. None for
-    the CPU, whose memory is the host's."""
+    """The link of copies between pinned host memory and the device, from both directions together.
+    None for a CPU, whose memory is the host's."""
     if device.type != "cuda":
         return None
     from autopar.profiler.measure_links import fit_link
@@ -306,38 +301,34 @@ def measure_host_link(device: torch.device, effort: Effort) -> Link | None:
     rows, seconds = [], []
     for nbytes in effort.messages:
         host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        for target, source in ((there, host), (host, there)):
-            call = _copying(target, source)
+        on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        for target, source in ((on_device, host), (host, on_device)):
+            copy = partial(target.copy_, source, non_blocking=True)
             rows.append((1.0, float(nbytes)))
-            seconds.append(seconds_of(call, device, effort.seconds))
+            seconds.append(seconds_of(copy, device, effort.seconds))
     return fit_link(rows, seconds)[0]
 
 
-def _copying(target: torch.Tensor, source: torch.Tensor) -> Callable[[], Any]:
-    return lambda: target.copy_(source, non_blocking=True)
-
-
 def host_memory() -> float:
-    """Bytes of memory that this host, or the container on it, has."""
-    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    """Bytes of memory of this host, or of the container."""
+    limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            found.append(float(Path(path).read_text()))
+            limits.append(float(Path(path).read_text()))
         except (OSError, ValueError):  # no such limit
             continue
-    return min(found)
+    return min(limits)
 
 
 def device_memory(device: torch.device) -> float:
-    """Bytes of memory that the device has."""
+    """Bytes of memory of the device."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return host_memory()
 
 
 def device_name(device: torch.device) -> str:
-    """As the system calls it."""
+    """The device's name, as the system has it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

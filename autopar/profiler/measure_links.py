@@ -1,18 +1,18 @@
-"""Measures the collectives of every mesh axis: a curve of each, and the alpha-beta model that says
-in two figures how fast the axis is.
+"""Measures the collectives of every mesh axis.
 
-A collective over k ranks on a local buffer of n bytes is taken to last
+The result per collective is a curve, which the planner uses, and per axis the two figures of the
+alpha-beta model. In that model, a collective over k ranks on a local buffer of n bytes takes
 
     passes * ((k - 1) alpha + n (k - 1) / k beta)
 
-(`profiler/link.py`), an all-reduce being two passes; the planner goes by the curves. All groups of
-an axis communicate at the same time, as they do in a step.
+(`cluster/link.py`); an all-reduce has two passes. All groups of an axis communicate at the same
+time, as in a step.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -27,8 +27,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
-from autopar.cluster.cluster import ClusterInfo, Device
+from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
+from autopar.cluster.device import Device
 from autopar.cluster.link import PASSES, Link
 from autopar.comm.groups import Group, find_group
 from autopar.comm.world import DEFAULT_TIMEOUT, process_groups, start, stop
@@ -41,36 +42,40 @@ from autopar.profiler.measure import (
     measure_device,
     measure_host_link,
 )
+from autopar.units import mesh_text
+
+# the file by which rank 0 of local processes hands its measurement to the caller
+_RESULT = "measurement.pickle"
 
 
 def fit_link(
     rows: Sequence[tuple[float, float]], seconds: Sequence[float]
 ) -> tuple[Link, np.ndarray]:
-    """The alpha and beta that explain the times best by their relative errors.
+    """Fit alpha and beta to measured times, by least squares of the relative errors.
 
     Args:
         rows: how often alpha and beta occur in each time.
-        seconds: measured.
+        seconds: the measured times.
 
     Returns:
         The link, and per time (predicted - measured) / measured.
     """
     times = np.asarray(seconds, float)
     scaled = np.asarray(rows, float) / times[:, None]
-    found = np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]
-    if (found <= 0).any():
-        # the other alone explains the times best if one would have to be negative
-        keep = int(found[1] > found[0])
-        column = scaled[:, keep]
-        found = np.zeros(2)
-        found[keep] = column.sum() / (column @ column)
-    alpha, beta = (float(f"{x:.4g}") for x in np.maximum(found, (1e-9, 1e-15)))
+    fit = np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]
+    if (fit <= 0).any():
+        # if one would have to be negative, the other alone fits best
+        positive = int(fit[1] > fit[0])
+        column = scaled[:, positive]
+        fit = np.zeros(2)
+        fit[positive] = column.sum() / (column @ column)
+    alpha, beta = (float(f"{x:.4g}") for x in np.maximum(fit, (1e-9, 1e-15)))
     return Link(alpha, beta), scaled @ (alpha, beta) - 1
 
 
 @dataclass(frozen=True)
 class LinkFit:
-    """What was measured of one mesh axis.
+    """The measurement of one mesh axis.
 
     Args:
         link: the fit.
@@ -82,45 +87,37 @@ class LinkFit:
 
     @property
     def median_error(self) -> float:
-        """Of the relative errors, without their signs."""
+        """Median of the absolute relative errors."""
         return float(np.median([abs(p / s - 1) for _, _, s, p in self.samples]))
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A cluster and how well its links are described; None for axes of one rank."""
+    """A measured cluster, and the fits of its links; None for axes of one rank."""
 
     cluster: ClusterInfo
     fits: tuple[LinkFit | None, ...]
-
-    def to_json(self) -> str:
-        fits = [fit and [fit.link.to_dict(), fit.samples] for fit in self.fits]
-        return json.dumps([self.cluster.to_dict(), fits])
-
-    @staticmethod
-    def from_json(text: str) -> Measurement:
-        data, fits = json.loads(text)
-        read = (f and LinkFit(Link.from_dict("link", f[0]), tuple(map(tuple, f[1]))) for f in fits)
-        return Measurement(ClusterInfo.from_dict(data), tuple(read))
 
 
 def measure_cluster(
     mesh: Sequence[int], kind: str, *, quick: bool = False, say: Progress = lambda line: None
 ) -> Measurement | None:
-    """Measure the machine for a mesh: in the processes that torchrun started, or else in as many
-    local ones as the mesh needs.
+    """Measure the machine for a mesh.
+
+    It runs in the processes that torchrun started, or else starts as many local ones as the mesh
+    needs.
 
     Args:
         mesh: sizes of the axes.
         kind: "cpu" or "cuda".
         quick: fewer sizes and repetitions.
-        say: told what is measured now.
+        say: told the current stage.
 
     Returns:
-        On rank 0 what was measured, None elsewhere.
+        The measurement on rank 0, None elsewhere.
 
     Raises:
-        MeshError: the mesh does not fit the processes or devices there are.
+        MeshError: the mesh does not fit the processes or devices.
         EngineError: a process died.
     """
     size = int(np.prod(mesh))
@@ -135,33 +132,34 @@ def measure_cluster(
                 stop()
     if size == 1:
         device = torch.device(kind)
-        found = _device_on(device, effort_for(kind, quick), 1, say)
-        links = _links(mesh, found.device)
-        return Measurement(replace(found, mesh=tuple(mesh), links=links), (None,) * len(mesh))
+        single = _single_device(device, effort_for(kind, quick), 1, say)
+        links = _usual_links(mesh, single.device)
+        return Measurement(replace(single, mesh=tuple(mesh), links=links), (None,) * len(mesh))
     if kind == "cuda" and torch.cuda.device_count() < size:
         raise MeshError(
-            f"mesh {'x'.join(map(str, mesh))} needs {size} CUDA devices but this host has "
+            f"mesh {mesh_text(mesh)} needs {size} CUDA devices but this host has "
             f"{torch.cuda.device_count()}; run on every host: "
             "torchrun --nnodes ... --nproc-per-node ... --no-python autopar cluster --mesh ..."
         )
     say(f"start {size} processes ...")
     with tempfile.TemporaryDirectory() as folder:
         run_local(_measure_local, size, (folder, tuple(mesh), kind, quick))
-        return Measurement.from_json((Path(folder) / "measured.json").read_text())
+        measurement: Measurement = pickle.loads((Path(folder) / _RESULT).read_bytes())
+        return measurement
 
 
 def run_local(function: Callable[..., None], size: int, args: tuple[Any, ...]) -> None:
-    """`function(rank, size, *args)` in processes of their own; one that fails ends them all.
+    """Run `function(rank, size, *args)` in as many processes. If one fails, all are stopped.
 
     Raises:
-        EngineError: one failed; the message names it.
+        EngineError: a process failed; the message names it.
     """
     try:
         spawn(function, (size, *args), nprocs=size)
     except ProcessExitedException as error:
         raise EngineError(
             f"process {error.error_index} of {size} died ({error}); the others were stopped. "
-            "If it was killed for its memory, measure fewer processes: a smaller --mesh."
+            "If it ran out of memory, measure fewer processes: a smaller --mesh."
         ) from error
     except ProcessRaisedException as error:
         last = str(error).strip().splitlines()[-1]
@@ -188,11 +186,11 @@ def _measure_local(
         timeout=DEFAULT_TIMEOUT,
     )
     try:
-        found = _measure_rank(
+        measurement = _measure_rank(
             mesh, kind, quick, lambda line: print(line, file=sys.stderr, flush=True)
         )
-        if found is not None:
-            (Path(folder) / "measured.json").write_text(found.to_json())
+        if measurement is not None:
+            (Path(folder) / _RESULT).write_bytes(pickle.dumps(measurement))
     finally:
         stop()
 
@@ -200,7 +198,7 @@ def _measure_local(
 def _measure_rank(
     mesh: tuple[int, ...], kind: str, quick: bool, say: Progress
 ) -> Measurement | None:
-    """Measure as one rank of a world; rank 0 answers."""
+    """Measure as one rank of a world. Rank 0 returns the result."""
     device = torch.device("cpu")
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -208,9 +206,9 @@ def _measure_rank(
     shape = ClusterInfo.of(mesh, Device("measured", kind, {"float32": 1.0}, 1.0, 1.0, 1.0))
     device_mesh = start(shape, device)
     say = say if dist.get_rank() == 0 else _quiet
-    # all ranks at once, as in training: they share memory bandwidth, and perhaps cores
+    # all ranks at once, because in training, too, they share memory bandwidth and perhaps cores
     _barrier(device)
-    found = _device_on(device, effort, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), say)
+    single = _single_device(device, effort, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), say)
     _barrier(device)
     names = process_groups(device_mesh)
     fits: list[LinkFit | None] = []
@@ -219,13 +217,12 @@ def _measure_rank(
             fits.append(None)
             continue
         say(f"collectives of mesh axis {axis} ({mesh[axis]} ranks) ...")
-        fits.append(measure_axis(find_group(name), device, effort, found.device.launch_us))
+        fits.append(measure_axis(find_group(name), device, effort, single.device.launch_us))
     if dist.get_rank() != 0:
         return None
-    links = [fit.link if fit else None for fit in fits]
-    default = _links(mesh, found.device)
-    chosen = tuple(link or d for link, d in zip(links, default, strict=True))
-    return Measurement(replace(found, mesh=mesh, links=chosen), tuple(fits))
+    usual = _usual_links(mesh, single.device)
+    links = tuple(fit.link if fit else link for fit, link in zip(fits, usual, strict=True))
+    return Measurement(replace(single, mesh=mesh, links=links), tuple(fits))
 
 
 def _quiet(line: str) -> None:
@@ -233,33 +230,35 @@ def _quiet(line: str) -> None:
 
 
 def _barrier(device: torch.device) -> None:
-    """All ranks have come here, and what they launched is done."""
+    """Wait until all ranks are here, and their launched work is done."""
     dist.barrier(device_ids=[device.index] if device.index is not None else None)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _links(mesh: Sequence[int], device: Device) -> tuple[Link, ...]:
-    """For axes of one rank, which nothing is sent along: the table's."""
+def _usual_links(mesh: Sequence[int], device: Device) -> tuple[Link, ...]:
+    """The table's links, for axes of one rank, along which nothing is sent."""
     return ClusterInfo.of(tuple(mesh), device).links
 
 
-def _device_on(device: torch.device, effort: Effort, processes: int, say: Progress) -> ClusterInfo:
+def _single_device(
+    device: torch.device, effort: Effort, processes: int, say: Progress
+) -> ClusterInfo:
     """A cluster of this device alone."""
     model = measure_device(device, effort, processes=processes, say=say)
     if device.type == "cuda":
         say("host link ...")
     link = measure_host_link(device, effort)
     memory = None if link is None else host_memory() / processes
-    return ClusterInfo((1,), model, _links((1,), model), None, link, memory)
+    return ClusterInfo((1,), model, _usual_links((1,), model), None, link, memory)
 
 
 def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: float) -> LinkFit:
-    """Time the collectives of one group by message size: curves, and the fit of its link.
+    """Time the collectives of one group by message size.
 
     Args:
-        group: of the axis; every rank of the world calls this at the same time.
-        launch_us: of an operator; the model counts it apart.
+        group: a group of the axis. Every rank of the world calls this at the same time.
+        launch_us: launch of an operator, which the time model adds.
     """
     ops = torch.ops._c10d_functional
     calls: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -276,13 +275,13 @@ def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: 
     waiting = _waiting_seconds(group, device, effort.seconds)
     for nbytes in effort.messages:
         x = torch.ones(-(-nbytes // (4 * group.size)) * group.size, device=device)
-        taken = {
+        seconds = {
             name: _collective_seconds(partial(_waited, call, x), device, effort.seconds)
             for name, call in calls.items()
         }
-        for name in ("all_gather", "reduce_scatter"):  # of which an all-reduce is both
-            taken[name] = min(taken[name], taken["all_reduce"])
-        samples += [(name, 4 * x.numel(), waiting + seconds) for name, seconds in taken.items()]
+        for name in ("all_gather", "reduce_scatter"):  # an all-reduce does both
+            seconds[name] = min(seconds[name], seconds["all_reduce"])
+        samples += [(name, 4 * x.numel(), waiting + s) for name, s in seconds.items()]
     k = group.size
     rows = [
         (PASSES[name] * (k - 1.0), PASSES[name] * nbytes * (k - 1.0) / k)
@@ -310,33 +309,33 @@ def _waited(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> to
 
 
 def _waiting_seconds(group: Group, device: torch.device, budget: float) -> float:
-    """What a collective takes beyond its own time because ranks come to it from computing, and none
-    at the same time: the slowest keeps the others waiting at every one of them.
+    """Seconds that a collective adds because ranks come to it from computing, at different times,
+    and wait for the slowest.
 
-    Measured where ranks share a host's cores; between GPUs it is left out.
+    This is measured if ranks share the cores of a host, and left out between GPUs.
     """
     if device.type != "cpu":
         return 0.0
     ops = torch.ops._c10d_functional
     a, small = torch.randn(512, 512), torch.ones(64 * group.size)
     call = partial(_waited, partial(ops.all_reduce, reduce_op="sum", group_name=group.name), small)
-    alone: list[float] = []
-    between: list[float] = []
+    compute: list[float] = []
+    with_collective: list[float] = []
     rounds = max(5, min(25, int(budget / 0.01)))
     for _ in range(rounds):
-        alone.append(_loop_seconds(lambda: _compute(a)))
-        between.append(_loop_seconds(lambda: [_compute(a), call()]))
-    added = float(np.median(np.subtract(between, alone)))
+        compute.append(_loop_seconds(lambda: _compute(a)))
+        with_collective.append(_loop_seconds(lambda: [_compute(a), call()]))
+    added = float(np.median(np.subtract(with_collective, compute)))
     return max(0.0, added - _collective_seconds(call, device, budget))
 
 
 def _compute(a: torch.Tensor) -> list[torch.Tensor]:
-    """Some milliseconds, as between two collectives of a step."""
+    """Some milliseconds of compute, as between two collectives of a step."""
     return [a @ a for _ in range(4)]
 
 
 def _loop_seconds(call: Callable[[], Any], repetitions: int = 8) -> float:
-    """Of one call, on the slowest rank."""
+    """Seconds of one call on the slowest rank."""
     dist.barrier()
     begin = time.perf_counter()
     for _ in range(repetitions):
@@ -347,10 +346,10 @@ def _loop_seconds(call: Callable[[], Any], repetitions: int = 8) -> float:
 
 
 def _collective_seconds(call: Callable[[], Any], device: torch.device, budget: float) -> float:
-    """The usual time of the slowest rank; all ranks repeat equally often.
+    """The usual time of the slowest rank. All ranks repeat equally often.
 
-    Not the best: where ranks wait for each other, as they do where there are fewer cores than
-    ranks, they do so in a step as well. The lower quartile, as a stall is no usual time.
+    It is the lower quartile. The best time would be too short: ranks that wait for each other here,
+    because they have fewer cores, wait in a step too. The median would include stalls.
     """
     call()
     times: list[float] = []

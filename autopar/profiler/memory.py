@@ -1,11 +1,13 @@
-"""Live bytes over a training step, predicted from the profiles of its operator calls.
+"""Predicts live bytes over a training step from the profiles of its operator calls.
 
-The graph runs forward in its order and backward in the order of autograd's engine: reversed, a
-parameter's gradient being accumulated as soon as its last part is there. Storages are counted by
-their holders, as PyTorch counts them: values until their last use, what autograd saves until the
-operator that saved it has run backward, gradients until they are spent. Counted are storages that
-the step makes: activations, gradients and results. Parameters, buffers, inputs and optimizer state
-were there before; gradients of parameters (None before the step) and results stay to its end.
+The graph runs forward in its order, and backward in the order of autograd's engine: reversed, and a
+parameter's gradient is accumulated when its last part is there. Storages live as long as they have
+holders, as in PyTorch: values until their last use, saved tensors until the operator that saved
+them has run backward, gradients until they are consumed.
+
+The bytes are those of storages that the step makes: activations, gradients and results. Parameters,
+buffers, inputs and optimizer state exist before. Gradients of parameters (None before the step) and
+results stay to its end.
 """
 
 from __future__ import annotations
@@ -32,13 +34,15 @@ from autopar.profiler.tape import (
     GRADIENT,
     OPERAND,
     OWN,
+    Change,
     Count,
     Emission,
     Event,
+    MemoryTimeline,
+    Phase,
     Storage,
     Strides,
 )
-from autopar.profiler.timeline import Change, MemoryTimeline, Phase
 
 
 def memory_timeline(
@@ -51,16 +55,16 @@ def memory_timeline(
     """Simulate one training step, without sharding and recomputation.
 
     Args:
-        profiles: as `profile_graph` makes them.
+        profiles: the result of `profile_graph`.
         trainable: placeholder names of the parameters that require grad.
-        sums_in_place: gradients that meet are summed into the first one where autograd may do so.
+        sums_in_place: gradients of one value are summed into the first one if autograd may do that.
             It may not under a `TorchDispatchMode`, such as one that measures memory.
     """
     return _Step(graph, profiles, frozenset(trainable), sums_in_place).run()
 
 
 class _Holders:
-    """Storages by the number of their holders; unknown ones were there before the step."""
+    """Number of holders by storage. Unknown storages exist before the step."""
 
     def __init__(self) -> None:
         self.changes: list[Change] = []
@@ -89,12 +93,12 @@ class _Holders:
 
 @dataclass(frozen=True)
 class _Gradient:
-    """A gradient on its way.
+    """A gradient that is not consumed yet.
 
     Args:
         storage: key of its storage.
         tensor: equal for the same tensor in two places.
-        view: a tensor that it views shares its storage.
+        view: another tensor, which it views, holds its storage.
     """
 
     storage: Any
@@ -104,7 +108,7 @@ class _Gradient:
 
 
 class _Step:
-    """The simulation. A storage's key is (node, number) for those that a call makes."""
+    """The simulation. The key of a storage that a call makes is (node, number)."""
 
     def __init__(
         self,
@@ -117,7 +121,9 @@ class _Step:
         self.trainable = trainable
         self.nodes = list(profiles)
         self.live = _Holders()
-        self.storage: dict[Value, Any] = {(n, 0): (n, "given") for n in graph.placeholders.values()}
+        self.storage: dict[Value, Any] = {
+            (n, 0): (n, "existing") for n in graph.placeholders.values()
+        }
         self.saved: set[Any] = set()
         self.saved_by: dict[str, Count] = {}
         self.gradients: dict[Value, _Gradient] = {}
@@ -132,10 +138,10 @@ class _Step:
 
     def run(self) -> MemoryTimeline:
         last_uses = self._last_uses()
-        forgotten = self._forgotten(last_uses)
+        unreachable = self._unreachable(last_uses)
         for node in self.nodes:
             self.forward(node, last_uses[node])
-            for other in forgotten[node]:
+            for other in unreachable[node]:
                 for storage in self.profiles[other].tape.saved:
                     self.live.drop(self._key(other, storage))
         self._start_backward()
@@ -145,24 +151,26 @@ class _Step:
         return MemoryTimeline(tuple(self.live.changes), self.saved_by)
 
     def _last_uses(self) -> dict[fx.Node, list[Value]]:
-        """The values that nothing needs after a node; results are needed to the end."""
-        found: dict[fx.Node, list[Value]] = {n: [] for n in self.nodes}
+        """The values that nothing needs after a node. Results are needed to the end."""
+        last_uses: dict[fx.Node, list[Value]] = {n: [] for n in self.nodes}
         seen = {producer(n) for n in self.graph.output.all_input_nodes}
         for node in reversed(self.nodes):
             for value in dict.fromkeys(producer(n) for n in node.all_input_nodes):
-                if value not in seen and value[0] in found:
+                if value not in seen and value[0] in last_uses:
                     seen.add(value)
-                    found[node].append(value)
-            mine = [(node, k) for k in range(len(self.profiles[node].carries))]
-            found[node] += [value for value in mine if value not in seen]
-        return found
+                    last_uses[node].append(value)
+            results = [(node, k) for k in range(len(self.profiles[node].carries))]
+            last_uses[node] += [value for value in results if value not in seen]
+        return last_uses
 
-    def _forgotten(self, last_uses: Mapping[fx.Node, list[Value]]) -> dict[fx.Node, list[fx.Node]]:
-        """Calls that backward does not reach, by the node after which their autograd graph, and
-        what it keeps, is gone: nothing that was computed from them with a gradient is left."""
+    def _unreachable(
+        self, last_uses: Mapping[fx.Node, list[Value]]
+    ) -> dict[fx.Node, list[fx.Node]]:
+        """Calls that the backward does not reach, by the node after which their autograd graph is
+        freed with its saved tensors: no value that was computed from them with a gradient lives."""
         order = {n: i for i, n in enumerate(self.nodes)}
         dies = {value: order[node] for node, values in last_uses.items() for value in values}
-        found: dict[fx.Node, list[fx.Node]] = {n: [] for n in self.nodes}
+        unreachable: dict[fx.Node, list[fx.Node]] = {n: [] for n in self.nodes}
         ends: dict[fx.Node, int] = {}
         for node in reversed(self.nodes):
             profile = self.profiles[node]
@@ -174,8 +182,8 @@ class _Step:
                 + [ends[u] for u in uses if self.profiles[u].differentiable]
             )
             if profile.tape.saved and not profile.tape.backward and ends[node] < len(order):
-                found[self.nodes[ends[node]]].append(node)
-        return found
+                unreachable[self.nodes[ends[node]]].append(node)
+        return unreachable
 
     # forward
 
@@ -187,7 +195,7 @@ class _Step:
             self.storage[node, k] = self._key(node, storage)
             self.live.hold(self.storage[node, k])
             if self._is_leaf((node, k)) and self.awaited[node, k]:
-                self.live.hold(self.storage[node, k])  # by its `AccumulateGrad`, to the end
+                self.live.hold(self.storage[node, k])  # its `AccumulateGrad`, to the end
         for storage in tape.saved:
             key = self._key(node, storage)
             self.live.hold(key)
@@ -201,7 +209,7 @@ class _Step:
             self.live.drop(self.storage[value])
 
     def _play_own(self, node: fx.Node, events: Iterable[Event]) -> list[int]:
-        """Storages made and not freed."""
+        """Play the events; the result are the storages that are made and not freed."""
         alive: list[int] = []
         for what, index in events:
             if what == "make":
@@ -220,11 +228,11 @@ class _Step:
         return node, storage.number
 
     def _is_parameter(self, key: Any) -> bool:
-        return key[1] == "given" and key[0].target in self.graph.parameters
+        return key[1] == "existing" and key[0].target in self.graph.parameters
 
     def _bytes(self, key: Any) -> Count:
         node, number = key
-        if number == "given":
+        if number == "existing":
             return count(node.meta["val"].untyped_storage().nbytes())
         return self.profiles[node].tape.sizes[number]
 
@@ -236,9 +244,9 @@ class _Step:
             like = tensors_of(node.meta["val"])[k]
             key = (node, k, "seed")
             self.live.make(key, _bytes_of(like))
-            self.live.hold(key)  # by who called backward, to the end
+            self.live.hold(key)  # the caller of the backward, to the end
             self.shares[key] = 2
-            self._arrive((node, k), _Gradient(key, key, like.stride()))
+            self._receive((node, k), _Gradient(key, key, like.stride()))
 
     def _end_backward(self) -> None:
         self.live.now = ("output", "backward")
@@ -252,7 +260,7 @@ class _Step:
         return node in self.profiles and self.profiles[node].carries[k]
 
     def _is_leaf(self, value: Value) -> bool:
-        """Its gradient goes no further, and stays."""
+        """Whether the value's gradient ends there and stays."""
         node, k = value
         return node.op == "placeholder" or k in self.profiles[node].leaves
 
@@ -261,30 +269,30 @@ class _Step:
         if not tape.backward:
             return
         self.live.now = (node.name, "backward")
-        arrived = {k: self.gradients.pop((node, k), None) for k in range(len(tape.results))}
-        # what the call itself holds: gradients that arrived, own storages, saved tensors
-        held = {Storage(GRADIENT, k): g for k, g in arrived.items() if g is not None}
+        incoming = {k: self.gradients.pop((node, k), None) for k in range(len(tape.results))}
+        # what the call holds: incoming gradients and own storages
+        held = {Storage(GRADIENT, k): g for k, g in incoming.items() if g is not None}
         unreleased = set(range(len(tape.saved)))
         for what, index in tape.backward:
             if what == "make":
                 own = held[Storage(OWN, index)] = _Gradient((node, index), None, ())
                 self.live.make(own.storage, tape.sizes[index])
             elif what == "emit":
-                self._emit(node, tape.emitted[index], arrived, held)
+                self._emit(node, tape.emitted[index], incoming, held)
             elif what == "release":
                 unreleased.remove(index)
                 self.live.drop(self._key(node, tape.saved[index]))
             else:
-                # a storage of forward goes with the saved tensors that lie in it
-                gone = held.pop(Storage(OWN if what == "free" else GRADIENT, index), None)
-                if gone is not None:
-                    self._let_go(gone)
+                # a storage of the forward is freed with its saved tensors
+                consumed = held.pop(Storage(OWN if what == "free" else GRADIENT, index), None)
+                if consumed is not None:
+                    self._release(consumed)
         for gradient in held.values():
-            self._let_go(gradient)
+            self._release(gradient)
         for index in unreleased:
             self.live.drop(self._key(node, tape.saved[index]))
 
-    def _let_go(self, gradient: _Gradient) -> None:
+    def _release(self, gradient: _Gradient) -> None:
         self.live.drop(gradient.storage)
         self.shares[gradient.tensor] -= 1
 
@@ -292,12 +300,12 @@ class _Step:
         self,
         node: fx.Node,
         emission: Emission,
-        arrived: Mapping[int, _Gradient | None],
+        incoming: Mapping[int, _Gradient | None],
         held: dict[Storage, _Gradient],
     ) -> None:
-        """Hand a gradient on. The first time a storage is handed on, the call lets go of it."""
+        """Pass a gradient on. The call releases a storage when it first passes it on."""
         holder = held.pop(emission.storage, None)
-        source = arrived[emission.storage.number] if emission.storage.owner == GRADIENT else None
+        source = incoming[emission.storage.number] if emission.storage.owner == GRADIENT else None
         if source is not None and emission.tensor < 0:
             gradient = source
         else:
@@ -307,12 +315,12 @@ class _Step:
         self.live.hold(gradient.storage)
         self.shares[gradient.tensor] += 1
         if holder is not None:
-            self._let_go(holder)
+            self._release(holder)
         operand = operands(node)[emission.operand]
         assert operand is not None
-        self._arrive(producer(operand), gradient)
+        self._receive(producer(operand), gradient)
 
-    def _arrive(self, value: Value, new: _Gradient) -> None:
+    def _receive(self, value: Value, new: _Gradient) -> None:
         old = self.gradients.pop(value, None)
         self.gradients[value] = new if old is None else self._sum(value, old, new)
         if self._is_leaf(value):
@@ -323,21 +331,21 @@ class _Step:
     def _sum(self, value: Value, old: _Gradient, new: _Gradient) -> _Gradient:
         """As `InputBuffer` of autograd's engine does."""
         like = tensors_of(value[0].meta["val"])[value[1]]
-        alone = self.shares[old.tensor] == 1 and self.live.sole(old.storage) and not old.view
-        if self.sums_in_place and alone and _dense(like.shape, old.strides):
-            self._let_go(new)
+        sole = self.shares[old.tensor] == 1 and self.live.sole(old.storage) and not old.view
+        if self.sums_in_place and sole and _dense(like.shape, old.strides):
+            self._release(new)
             return old
         self.sums += 1
         key = (value, "sum", self.sums)
         self.live.make(key, _bytes_of(like))
         self.shares[key] = 1
-        self._let_go(old)
-        self._let_go(new)
+        self._release(old)
+        self._release(new)
         return _Gradient(key, key, summed_strides(like, old.strides, new.strides))
 
     def _accumulate(self, leaf: Value, gradient: _Gradient) -> None:
-        """As `AccumulateGrad` does: the gradient itself becomes `.grad` if nobody else has it and
-        it is laid out like the leaf, else a copy."""
+        """As `AccumulateGrad` does: the gradient itself becomes `.grad` if nothing else holds it
+        and its layout is the leaf's; else a copy does."""
         like = tensors_of(leaf[0].meta["val"])[leaf[1]]
         fits = all(
             (g == s) if size != 1 else (not isinstance(g, int) or g != 0)
@@ -345,7 +353,7 @@ class _Step:
         )
         if not (fits and self.shares[gradient.tensor] == 1):
             self.live.make((leaf, "grad"), _bytes_of(like))
-            self._let_go(gradient)
+            self._release(gradient)
 
 
 def _bytes_of(t: torch.Tensor) -> Count:
@@ -353,7 +361,7 @@ def _bytes_of(t: torch.Tensor) -> Count:
 
 
 def _dense(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
-    """Neither gaps nor overlaps."""
+    """Whether elements have neither gaps nor overlaps."""
     expected: Any = 1
     dims = sorted((st, size) for st, size in zip(strides, shape, strict=True) if size != 1)
     for stride, size in dims:

@@ -17,11 +17,10 @@ from autopar.profiler.counting import Work
 from autopar.profiler.memory import memory_timeline
 from autopar.profiler.modules import ModuleRow, module_table
 from autopar.profiler.profile import NodeProfile, profile_graph
-from autopar.profiler.tape import Count
-from autopar.profiler.timeline import MemoryTimeline
+from autopar.profiler.tape import Count, MemoryTimeline
 
-# how far `largest` looks
-_MOST = 2**40
+# upper bound of the search in `largest`
+_MAX_SIZE = 2**40
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class ModelProfile:
 
     Args:
         graph: the captured model.
-        nodes: per operator call.
+        nodes: profile per operator call.
         timeline: live bytes.
-        symbols: the sizes that entries are formulas of, by name; empty if all are numbers.
+        symbols: symbols of the formulas, by name of the size; empty if all entries are numbers.
     """
 
     graph: ModelGraph
@@ -50,17 +49,17 @@ class ModelProfile:
 
     @property
     def flops(self) -> Count:
-        """Of forward and backward; multiply and add count as two."""
+        """FLOPs of forward and backward. Multiply and add count as two."""
         return self.forward.flops + self.backward.flops
 
     @property
     def saved_bytes(self) -> Count:
-        """Kept for backward, parameters excluded."""
+        """Bytes saved for the backward, without parameters."""
         return self.timeline.saved_bytes
 
     @property
     def peak_bytes(self) -> Count:
-        """Most live bytes during the step, without what was there before it."""
+        """The most live bytes during the step, without what exists before it."""
         return self.timeline.peak_bytes
 
     def modules(self) -> list[ModuleRow]:
@@ -80,13 +79,13 @@ def profile_model(
 
     Args:
         trainable: placeholder names of the parameters that require grad; all parameters if None.
-        symbolic: entries are formulas of the sizes that the graph was captured with as dynamic;
-            otherwise they are numbers, for the sizes of the example.
-        eager: of the module as eager PyTorch runs it, see `profile_graph`.
+        symbolic: entries are formulas in the dynamic sizes of the graph. Otherwise they are
+            numbers, for the sizes of the example.
+        eager: profile the module as eager PyTorch runs it, see `profile_graph`.
         sums_in_place: see `memory_timeline`.
 
     Raises:
-        ValueError: no size of the graph is dynamic, or the example's sizes coincide.
+        ValueError: no size of the graph is dynamic, or two of the example's sizes are equal.
     """
     symbols = _dynamic_sizes(graph)
     if symbolic and not symbols:
@@ -111,13 +110,13 @@ def profile_model(
 
 
 def substitute(profile: ModelProfile, sizes: Mapping[str, int]) -> ModelProfile:
-    """The profile for given sizes; those not given stay symbols.
+    """The profile at some sizes. The other sizes stay symbols.
 
     Args:
         sizes: by the names in `profile.symbols`.
 
     Raises:
-        ValueError: a name that the profile does not have.
+        ValueError: the profile does not have such a size.
     """
     return _replaced(profile, _values(profile, sizes))
 
@@ -125,37 +124,37 @@ def substitute(profile: ModelProfile, sizes: Mapping[str, int]) -> ModelProfile:
 def largest(
     profile: ModelProfile,
     name: str,
-    budget_bytes: int,
+    budget_bytes: float,
     sizes: Mapping[str, int] | None = None,
+    *,
+    input_bytes: float = 0.0,
 ) -> int:
-    """The largest size whose step peaks within a budget, by bisection: the peak grows with sizes.
+    """The largest size whose step peaks within a budget, by bisection; 0 if 1 does not fit.
 
     Args:
-        name: of the size to maximize ("batch").
-        budget_bytes: for what the step makes: activations and gradients. Parameters, buffers,
-            inputs and optimizer state are not in it.
-        sizes: of the other dynamic dims.
-
-    Returns:
-        0 if not even 1 fits.
+        name: the size to maximize ("batch").
+        budget_bytes: for activations and gradients. Parameters, buffers, inputs and optimizer
+            state are not included.
+        sizes: the other dynamic sizes.
+        input_bytes: bytes of inputs per unit of the size, if the budget is for inputs too.
 
     Raises:
         ValueError: sizes are missing, or the peak does not depend on this one.
     """
 
-    def peak(n: int) -> int:
+    def peak(n: int) -> float:
         at = _evaluator(_values(profile, {**(sizes or {}), name: n}))
         deltas = [at(c.delta_bytes) for c in profile.timeline.changes]
         missing = {s for d in deltas if isinstance(d, sympy.Expr) for s in d.free_symbols}
         if missing:
             names = sorted(k for k, s in profile.symbols.items() if s in missing)
             raise ValueError(f"the peak also depends on {names}; give those sizes too")
-        return max(accumulate(deltas))
+        return max(accumulate(deltas)) + input_bytes * n
 
     low, high = 0, 1
     while peak(high) <= budget_bytes:
         low, high = high, 2 * high
-        if high > _MOST:
+        if high > _MAX_SIZE:
             raise ValueError(f"the peak stays within {budget_bytes} bytes whatever {name} is")
     while high - low > 1:
         middle = (low + high) // 2
@@ -175,26 +174,26 @@ def _values(profile: ModelProfile, sizes: Mapping[str, int]) -> dict[sympy.Symbo
 
 
 def _evaluator(values: Mapping[sympy.Symbol, sympy.Expr]) -> Callable[[Count], Count]:
-    """A function that puts values into entries, into each distinct entry once."""
+    """A function that puts values into entries. It computes each distinct entry once."""
     memo: dict[Any, Count] = {}
 
     def at(entry: Count) -> Count:
         if not isinstance(entry, sympy.Expr):
             return entry
         if entry not in memo:
-            found = entry.xreplace(values)
-            memo[entry] = int(found) if found.is_Integer else found
+            result = entry.xreplace(values)
+            memo[entry] = int(result) if result.is_Integer else result
         return memo[entry]
 
     return at
 
 
 def _replaced(profile: ModelProfile, values: Mapping[sympy.Symbol, sympy.Expr]) -> ModelProfile:
-    """The profile with values for symbols; with none, itself."""
+    """The profile with values for symbols."""
     if not values:
         return profile
     at = _evaluator(values)
-    memo: dict[int, NodeProfile] = {}  # layers share their profiles
+    memo: dict[int, NodeProfile] = {}  # repeated layers share a profile object
     for p in profile.nodes.values():
         if id(p) not in memo:
             tape = replace(p.tape, sizes=tuple(map(at, p.tape.sizes)))
@@ -203,8 +202,8 @@ def _replaced(profile: ModelProfile, values: Mapping[sympy.Symbol, sympy.Expr]) 
     nodes = {node: memo[id(p)] for node, p in profile.nodes.items()}
     changes = tuple(replace(c, delta_bytes=at(c.delta_bytes)) for c in profile.timeline.changes)
     saved = {name: at(nbytes) for name, nbytes in profile.timeline.saved_by.items()}
-    left = (*values.values(), *(s for s in profile.symbols.values() if s not in values))
-    symbols = {s.name: s for s in left if isinstance(s, sympy.Symbol)}
+    remaining = (*values.values(), *(s for s in profile.symbols.values() if s not in values))
+    symbols = {s.name: s for s in remaining if isinstance(s, sympy.Symbol)}
     return ModelProfile(profile.graph, nodes, MemoryTimeline(changes, saved), symbols)
 
 
@@ -217,12 +216,12 @@ def _input_values(graph: ModelGraph) -> Iterator[Any]:
 
 
 def _input_shapes(graph: ModelGraph) -> list[str]:
-    """As they are known now: profiling must not find that two sizes are one."""
+    """The shapes as text. They change if profiling finds that two sizes are the same."""
     return [str(value.shape) for value in _input_values(graph)]
 
 
 def _dynamic_sizes(graph: ModelGraph) -> dict[sympy.Symbol, str]:
-    """The graph's symbols with their names; several may be one size, such as the batch."""
+    """The graph's symbols with their names. Several may have one name, such as the batch."""
     return {s: graph.symbols[str(s)] for s in _example(graph) if str(s) in graph.symbols}
 
 

@@ -1,4 +1,4 @@
-"""The profile by module: what every part of the model computes, moves, saves and holds."""
+"""The profile per module: what it computes, moves, saves and holds."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch.fx as fx
 from autopar.ir.graph import ModelGraph
 from autopar.profiler.counting import Work
 from autopar.profiler.profile import NodeProfile
-from autopar.profiler.tape import Count
-from autopar.profiler.timeline import MemoryTimeline
+from autopar.profiler.tape import Count, MemoryTimeline
 
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One module with all that is inside of it.
+    """One module, with all modules inside it.
 
     Args:
         path: qualified name; "" is the model.
-        calls: operator calls.
+        calls: number of operator calls.
         forward, backward: their work.
-        saved_bytes: kept for backward, each storage at the call that keeps it first; as in
-            `MemoryTimeline.saved_bytes`.
-        parameters: elements; a tied weight counts in every module that has it, once in each.
+        saved_bytes: saved for the backward. Each storage counts at the call that saves it first, as
+            in `MemoryTimeline.saved_bytes`.
+        parameters: number of elements. A tied weight counts once in every module that has it.
     """
 
     path: str
@@ -34,9 +33,20 @@ class ModuleRow:
     saved_bytes: Count = 0
     parameters: int = 0
 
+    def __add__(self, other: ModuleRow) -> ModuleRow:
+        """Two copies of a module, under the name of the first."""
+        return ModuleRow(
+            self.path,
+            self.calls + other.calls,
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.saved_bytes + other.saved_bytes,
+            self.parameters + other.parameters,
+        )
+
     @property
     def depth(self) -> int:
-        """Of the model 0, of its children 1."""
+        """0 for the model, 1 for its children."""
         return len(self.path.split(".")) if self.path else 0
 
 
@@ -55,14 +65,14 @@ def module_table(
     for node in profiles:
         for path in _with_parents(graph.info(node).module):
             calls.setdefault(path, []).append(node)
-    held: dict[str, dict[str, int]] = {}
+    parameters: dict[str, dict[str, int]] = {}
     names = {name: name for name in graph.parameters.values()} | dict(graph.aliases)
     size = {
         name: int(graph.placeholders[p].meta["val"].numel()) for p, name in graph.parameters.items()
     }
-    for name, stands in names.items():
+    for name, owner in names.items():
         for path in _with_parents(name.rpartition(".")[0]):
-            held.setdefault(path, {})[stands] = size.get(stands, 0)
+            parameters.setdefault(path, {})[owner] = size.get(owner, 0)
     return [
         ModuleRow(
             path,
@@ -70,14 +80,14 @@ def module_table(
             sum((profiles[n].forward for n in nodes), Work()),
             sum((profiles[n].backward for n in nodes), Work()),
             sum(timeline.saved_by.get(n.name, 0) for n in nodes),
-            sum(held.get(path, {}).values()),
+            sum(parameters.get(path, {}).values()),
         )
         for path, nodes in _nested(calls)
     ]
 
 
 def _nested(calls: Mapping[str, list[fx.Node]]) -> Iterator[tuple[str, list[fx.Node]]]:
-    """Depth first; children in the order in which they first ran."""
+    """Depth first, children in the order in which they first ran."""
     children: dict[str, list[str]] = {}
     for path in calls:
         if path:

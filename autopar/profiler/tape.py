@@ -1,4 +1,4 @@
-"""What one operator call does to memory, as a value: storages made, saved, passed on and freed."""
+"""The memory of one operator call, and of a training step, as values."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Storage(NamedTuple):
     """A storage as one operator call sees it.
 
     Args:
-        owner: "own" if the call makes it, "operand" or "gradient" (of a result) if it is given.
-        number: of the call's own storages, its operands or its results.
+        owner: "own" if the call makes it, else "operand", or "gradient" (of a result).
+        number: index among the call's own storages, its operands or its results.
     """
 
     owner: str
@@ -36,9 +36,9 @@ class Event(NamedTuple):
     """One change.
 
     Args:
-        what: an own storage is made or freed; a saved tensor is released; the gradient of a result
-            is spent (freed); the gradient of an operand is emitted.
-        number: of `Tape.sizes`, `Tape.saved`, the results, or `Tape.emitted`.
+        what: an own storage is made or freed; autograd releases a saved tensor; the gradient of a
+            result is spent (freed); the gradient of an operand is emitted.
+        number: index in `Tape.sizes`, `Tape.saved`, the results, or `Tape.emitted`.
     """
 
     what: Literal["make", "free", "release", "spend", "emit"]
@@ -49,11 +49,11 @@ class Emission(NamedTuple):
     """The gradient of an operand.
 
     Args:
-        operand: whose.
-        storage: where it lies.
-        tensor: equal for two operands that get the very same tensor; `~k` is the gradient of
-            result k, passed on as it came.
-        view: the gradient is a view; it then keeps the tensor that it views.
+        operand: index of the operand.
+        storage: the gradient's storage.
+        tensor: equal for operands that get the same tensor; `~k` is the gradient of result k,
+            passed on unchanged.
+        view: the gradient is a view, which holds the tensor that it views.
         strides: of the gradient.
     """
 
@@ -72,8 +72,8 @@ class Tape:
         sizes: bytes of its own storages.
         forward: events.
         results: the storage of every result.
-        saved: the storage of every tensor that autograd keeps for backward.
-        backward: events; none where no gradient arrives.
+        saved: the storage of every tensor that autograd saves for the backward.
+        backward: events; none if no gradient comes in.
         emitted: gradients of operands, in the order of their events.
     """
 
@@ -86,23 +86,23 @@ class Tape:
 
     @cached_property
     def saved_operands(self) -> tuple[int, ...]:
-        """Operands whose storage is kept."""
+        """Operands whose storage is saved."""
         return tuple(sorted({s.number for s in self.saved if s.owner == OPERAND}))
 
     @cached_property
     def saved_results(self) -> tuple[int, ...]:
-        """Results whose storage is kept and is no operand's; each storage once."""
+        """Results whose storage is saved and is not an operand's; each storage once."""
         first = {s: k for k, s in reversed(list(enumerate(self.results)))}
         return tuple(sorted({first[s] for s in self.saved if s.owner == OWN and s in first}))
 
     @cached_property
     def saved_own_bytes(self) -> Count:
-        """Bytes of kept storages that are neither operands nor results."""
-        kept = {s.number for s in self.saved if s.owner == OWN and s not in self.results}
-        return sum(self.sizes[i] for i in sorted(kept))
+        """Bytes of saved storages that are neither operands nor results."""
+        numbers = {s.number for s in self.saved if s.owner == OWN and s not in self.results}
+        return sum(self.sizes[i] for i in sorted(numbers))
 
     def transient_bytes(self, events: tuple[Event, ...]) -> Count:
-        """How far the own bytes alive rise in `forward` or `backward` above where they end."""
+        """The peak of own live bytes in `forward` or `backward`, above their level at its end."""
         steps = [0, *(self._delta(e) for e in events)]
         levels = list(accumulate(steps))
         return maximum(levels) - levels[-1]
@@ -112,10 +112,10 @@ class Tape:
         return sign * self.sizes[event.number] if sign else 0
 
     def in_place(self) -> Tape:
-        """The same call written over its first operand, where eager PyTorch could do so.
+        """The same call written over its first operand, if eager PyTorch could do that.
 
-        If backward needs the operand as it was, eager PyTorch keeps a copy, which is what the call
-        out of place amounts to.
+        If the backward needs the operand's old value, eager PyTorch keeps a copy. That takes as
+        much memory as the call out of place.
         """
         old, new = self.results[0], Storage(OPERAND, 0)
         if old.owner != OWN or new in self.saved:
@@ -134,19 +134,20 @@ class Tape:
 
 
 def maximum(values: Sequence[Count]) -> Count:
-    """The largest. Of expressions, those that none of the others exceeds whatever the sizes."""
+    """The largest value. Of expressions, all those that no other one exceeds for all sizes."""
     if not any(isinstance(v, sympy.Expr) for v in values):
         return max(values)
-    kept: dict[sympy.Expr, Mapping[sympy.Expr, Any]] = {}
+    maximal: dict[sympy.Expr, Mapping[sympy.Expr, Any]] = {}
     for value in dict.fromkeys(map(sympy.expand, values)):
         terms = _above_one(value)
-        if not any(_never_less(other, terms) for other in kept.values()):
-            kept = {v: t for v, t in kept.items() if not _never_less(terms, t)} | {value: terms}
-    return sympy.Max(*kept, evaluate=False) if len(kept) > 1 else next(iter(kept))
+        if not any(_never_less(other, terms) for other in maximal.values()):
+            maximal = {v: t for v, t in maximal.items() if not _never_less(terms, t)}
+            maximal[value] = terms
+    return sympy.Max(*maximal, evaluate=False) if len(maximal) > 1 else next(iter(maximal))
 
 
 def _above_one(value: sympy.Expr) -> Mapping[sympy.Expr, Any]:
-    """Coefficients of a formula in terms of how far the sizes are above 1."""
+    """Coefficients of a formula in (size - 1) of each size."""
     shifted = value.xreplace({s: s + 1 for s in value.free_symbols})
     return sympy.expand(shifted).as_coefficients_dict()
 
@@ -154,3 +155,44 @@ def _above_one(value: sympy.Expr) -> Mapping[sympy.Expr, Any]:
 def _never_less(a: Mapping[sympy.Expr, Any], b: Mapping[sympy.Expr, Any]) -> bool:
     """No coefficient is smaller, so a >= b for all sizes."""
     return all(a.get(term, 0) >= b.get(term, 0) for term in {*a, *b})
+
+
+Phase: TypeAlias = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Bytes allocated (positive) or freed (negative) while a node runs."""
+
+    node: str
+    phase: Phase
+    delta_bytes: Count
+
+
+@dataclass(frozen=True)
+class MemoryTimeline:
+    """Live bytes of a training step.
+
+    Args:
+        changes: in the order of execution.
+        saved_by: bytes saved for the backward, by the node that saves them first. Each storage
+            counts once. Inputs and buffers count although they exist before; parameters do not.
+    """
+
+    changes: tuple[Change, ...]
+    saved_by: Mapping[str, Count]
+
+    @property
+    def saved_bytes(self) -> Count:
+        """Bytes saved for the backward."""
+        return sum(self.saved_by.values())
+
+    @cached_property
+    def live_bytes(self) -> tuple[Count, ...]:
+        """Live bytes after every change."""
+        return tuple(accumulate(c.delta_bytes for c in self.changes))
+
+    @cached_property
+    def peak_bytes(self) -> Count:
+        """The most live bytes at a time."""
+        return maximum([0, *self.live_bytes])

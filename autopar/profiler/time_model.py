@@ -1,12 +1,12 @@
-"""How long the kernels of a node take on a device.
+"""The time of a node's kernels on a device.
 
 A kernel takes
 
     launch + max(flops / rate, read / rate + written / rate) + Σ count * extra
 
-with rates by the kernel's own size, and counts of the elements that cost more than being moved
-(`profiler/elementwise.py`). A GPU is launched for while it computes: one that was measured, whose rates so
-hold for kernels of any size, takes the longer of the launch and the rest.
+with rates by its own size, and counts of expensive elements (`profiler/elementwise.py`). A GPU
+computes while the host launches ahead: on a measured GPU, whose rates hold for kernels of any size,
+a kernel takes the larger of the launch and the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autopar.cluster.cluster import Device
+from autopar.cluster.device import Device
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import bound_arguments, operands
 from autopar.profiler.counting import Recorder, Work
@@ -30,14 +30,14 @@ from autopar.profiler.profile import NodeProfile
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel does, at global shapes, or several that are not told apart.
+    """One kernel at global shapes, or several that are not distinguished.
 
     Args:
         work: FLOPs, bytes and the number of kernels.
         dtype: of the result.
-        library: what the FLOPs are done by: "matmul", "unaligned" (a product with rows that tensor
+        library: what computes the FLOPs: "matmul", "unaligned" (a product with rows that tensor
             cores cannot load at once), "convolution", "depthwise" (in groups) or "attention".
-        extra: elements by what makes them expensive, with the keys of `Device.extra_ns`.
+        extra: number of expensive elements by kind, with the keys of `Device.extra_ns`.
     """
 
     work: Work
@@ -48,11 +48,11 @@ class Kernel:
     def us(
         self, device: Device, share: np.ndarray | float = 1.0, traffic: np.ndarray | float = 1.0
     ) -> np.ndarray:
-        """Microseconds on a device that does a part of it.
+        """Microseconds on a device that does a part of the work.
 
         Args:
-            share: of the arithmetic.
-            traffic: share of the bytes.
+            share: its share of the arithmetic.
+            traffic: its share of the bytes.
         """
         count = self.work.kernels
         if not count:
@@ -83,8 +83,8 @@ def node_us(
     """Microseconds of a node's kernels, for all pairs of `share` and `traffic` at once.
 
     Args:
-        share: of the arithmetic that the device does.
-        traffic: share of the bytes.
+        share: the device's share of the arithmetic.
+        traffic: its share of the bytes.
     """
     total = np.zeros(np.broadcast(share, traffic).shape)
     for kernel in kernels:
@@ -97,11 +97,7 @@ def kernels_of(
 ) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """The kernels of an operator call, forward and backward.
 
-    For a device of which only the peaks are known they are not told apart.
-
-    Args:
-        profile: of the node.
-        device: what it is to be timed on.
+    They are only distinguished for a measured device.
     """
     if device.measured:
         forward, backward = _dispatched(node, profile)
@@ -115,13 +111,13 @@ def kernels_of(
 def _grouped(
     node: fx.Node, forward: tuple[Kernel, ...], backward: tuple[Kernel, ...]
 ) -> tuple[Kernel, ...]:
-    """Backward of a convolution in groups with the FLOPs that it has: torch's count, which the
-    profile follows, forgets the groups. Each of the two gradients costs what forward does."""
+    """The backward of a convolution in groups with its true FLOPs. Torch's count, which the profile
+    follows, ignores the groups. Each of the two gradients costs as much as the forward."""
     if bound_arguments(node).get("groups", 1) == 1:
         return backward
-    most = 2 * sum(kernel.work.flops for kernel in forward)
+    limit = 2 * sum(kernel.work.flops for kernel in forward)
     return tuple(
-        replace(kernel, work=replace(kernel.work, flops=min(kernel.work.flops, most)))
+        replace(kernel, work=replace(kernel.work, flops=min(kernel.work.flops, limit)))
         for kernel in backward
     )
 
@@ -129,38 +125,36 @@ def _grouped(
 def _dispatched(
     node: fx.Node, profile: NodeProfile
 ) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
-    """Run the node and its derivative on fake tensors, and take down every kernel."""
-    given = [n for n in operands(node) if n is not None]
-    wanted = {operands(node)[e.operand] for e in profile.tape.emitted}
-    fakes = [t for n in (node, *given) for t in tensors_of(n.meta["val"])]
+    """Run the node and its derivative on fake tensors, and record every kernel."""
+    inputs = [n for n in operands(node) if n is not None]
+    trainable = {operands(node)[e.operand] for e in profile.tape.emitted}
+    fakes = [t for n in (node, *inputs) for t in tensors_of(n.meta["val"])]
     mode = next(t.fake_mode for t in fakes if isinstance(t, FakeTensor))
     with mode, torch.enable_grad():
-        made = {n: torch.empty_like(n.meta["val"]).requires_grad_(n in wanted) for n in given}
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: made.get(n, _value(n)))
+        copies = {n: torch.empty_like(n.meta["val"]) for n in inputs}
+        leaves = [t.requires_grad_() for n, t in copies.items() if n in trainable]
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda n: copies.get(n, n.meta["val"])
+        )
         with KernelLog() as log:
             results = tensors_of(node.target(*args, **kwargs))  # type: ignore[operator]
-        forward, backward = log.seen, []
+        forward, backward = log.kernels, []
         roots = [t for t in results if t.requires_grad]
-        if wanted and roots:
+        if leaves and roots:
             seeds = [torch.empty_like(t) for t in roots]
-            leaves = [t for n, t in made.items() if n in wanted]
             with KernelLog() as log:
                 torch.autograd.grad(roots, leaves, seeds, allow_unused=True)
-            backward = log.seen
+            backward = log.kernels
     return _kernels(forward, profile.forward), _kernels(backward, profile.backward)
 
 
-def _kernels(seen: Sequence[tuple[Work, Kernel]], total: Work) -> tuple[Kernel, ...]:
-    """The kernels, and what the profile counts beyond them: backward copies gradients that arrive
-    in another layout than they do here."""
-    found = sum((work for work, _ in seen), Work())
-    rest = Work(*(max(0, a - b) for a, b in zip(astuple(total), astuple(found), strict=True)))
-    kernels = tuple(kernel for _, kernel in seen)
+def _kernels(recorded: Sequence[tuple[Work, Kernel]], total: Work) -> tuple[Kernel, ...]:
+    """The kernels, and the remaining work of the profile: backward copies gradients that come in
+    with another layout than they do here."""
+    counted = sum((work for work, _ in recorded), Work())
+    rest = Work(*(max(0, a - b) for a, b in zip(astuple(total), astuple(counted), strict=True)))
+    kernels = tuple(kernel for _, kernel in recorded)
     return (*kernels, Kernel(rest, "float32")) if rest.kernels else kernels
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["val"]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -168,41 +162,41 @@ def _name(dtype: torch.dtype) -> str:
 
 
 class KernelLog(Recorder):
-    """A recorder that keeps the kernels apart.
+    """A recorder that distinguishes kernels.
 
     Attributes:
-        seen: the work as it was counted, and the kernel.
+        kernels: the counted work of each kernel, and the kernel.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[Work, Kernel]] = []
+        self.kernels: list[tuple[Work, Kernel]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         work, _ = self.take()
         if work.kernels:
-            self.seen.append((work, kernel_of(func, args, kwargs or {}, out, work)))
+            self.kernels.append((work, kernel_of(func, args, kwargs or {}, out, work)))
         return out
 
 
 def kernel_of(func: Any, args: Any, kwargs: Any, out: Any, work: Work) -> Kernel:
-    """What an operator that was dispatched does, beyond the work that was counted of it."""
+    """A dispatched operator as a kernel, from its counted work."""
     results = tensors_of(out)
     dtype = _name(results[0].dtype) if results else "float32"
     if work.flops:
         return Kernel(work, dtype, _library(func, args, kwargs, results))
-    given = tensors_of((args, kwargs))
-    if indices_of(func, given) and not func._schema.is_mutable:
-        # a table is not read whole but where it is looked up
-        indices = sum(t.numel() * t.element_size() for t in indices_of(func, given))
-        read = min(work.read_bytes, work.written_bytes + indices)
+    indices = indices_of(func, tensors_of((args, kwargs)))
+    if indices and not func._schema.is_mutable:
+        # only the rows that are looked up are read
+        index_bytes = sum(t.numel() * t.element_size() for t in indices)
+        read = min(work.read_bytes, work.written_bytes + index_bytes)
         work = replace(work, read_bytes=read)
     return Kernel(work, dtype, extra=expensive_elements(func, args, kwargs, results))
 
 
 def _library(func: Any, args: Any, kwargs: Any, results: Sequence[torch.Tensor]) -> str:
-    """What does the FLOPs; with a channel or a few per group, convolutions are not products."""
+    """What computes the FLOPs. Convolutions with few channels per group are not products."""
     name = func._schema.name
     if "attention" in name:
         return "attention"

@@ -1,4 +1,4 @@
-"""Differences between plans, and alternatives to a decision, as tables."""
+"""Differences between plans and alternatives to a decision, as tables."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from autopar.planner.explain import Alternative, Explanation
 from autopar.report.content import Table
 from autopar.units import bytes_text, time_text
 
-# Alternatives that are this close to the plan cost the same.
+# Alternatives within this relative distance of the plan cost the same.
 _SAME = 1e-6
 
 
-def explanation_table(found: Explanation, *, shown_changes: int = 2) -> Table:
-    """What `autopar explain` prints."""
-    own = found.chosen
-    rows = tuple(_row(a, own, shown_changes) for a in found.alternatives)
+def explanation_table(explanation: Explanation, *, shown_changes: int = 2) -> Table:
+    """The table of `autopar explain`."""
+    chosen = explanation.chosen
+    rows = tuple(_row(a, chosen, shown_changes) for a in explanation.alternatives)
     return Table(
-        found.name,
+        explanation.name,
         ("choice", "layout", "step>", "to the plan>", "memory>", "what else changes"),
         rows,
-        "Per row the best plan that makes this choice. A step with >= was not solved for: no plan "
-        "with that choice is below it.",
+        "Each row is the best plan that makes this choice. A step with >= is a bound: it was not "
+        "solved for, and no plan with that choice is faster.",
     )
 
 
-def _row(a: Alternative, own: Alternative, shown: int) -> tuple[str, ...]:
+def _row(a: Alternative, chosen: Alternative, shown: int) -> tuple[str, ...]:
     name = f"* {a.choice}" if a.chosen else a.choice
     if math.isnan(a.step_us):
         return name, a.layouts, f">= {time_text(a.bound_us)}", "", "", ""
@@ -35,32 +35,33 @@ def _row(a: Alternative, own: Alternative, shown: int) -> tuple[str, ...]:
         if math.isinf(a.memory_bytes):
             return name, a.layouts, "none", "", "", "no conversion leads there"
         return name, a.layouts, "none", "", bytes_text(a.memory_bytes), "does not fit the memory"
-    more = a.step_us - own.step_us
-    same = abs(more) <= _SAME * own.step_us
-    to_plan = (
-        "" if a.chosen else "same" if same else f"{'-' if more < 0 else '+'}{time_text(abs(more))}"
-    )
-    words = [re.sub(r" \([^)]*\)", "", line) for line in a.changes[:shown]]
+    added = a.step_us - chosen.step_us
+    to_plan = f"{'-' if added < 0 else '+'}{time_text(abs(added))}"
+    if abs(added) <= _SAME * chosen.step_us:
+        to_plan = "same"
+    lines = [re.sub(r" \([^)]*\)", "", line) for line in a.changes[:shown]]
     if len(a.changes) > shown:
-        words.append(f"and {len(a.changes) - shown} more")
-    said = "the plan" if a.chosen else "\n".join(words) or "nothing else"
-    return name, a.layouts, time_text(a.step_us), to_plan, bytes_text(a.memory_bytes), said
+        lines.append(f"and {len(a.changes) - shown} more")
+    step, memory = time_text(a.step_us), bytes_text(a.memory_bytes)
+    if a.chosen:
+        return name, a.layouts, step, "", memory, "the plan"
+    return name, a.layouts, step, to_plan, memory, "\n".join(lines) or "nothing else"
 
 
-def difference_tables(found: Difference, *, every: bool = False) -> list[Table]:
-    """What `autopar diff` prints.
+def difference_tables(difference: Difference, *, every: bool = False) -> list[Table]:
+    """The tables of `autopar diff`.
 
     Args:
-        every: also single decisions, where modules say what they come to.
+        every: list single decisions even if modules or parameters differ.
     """
     parts = [
-        ("Made for", "", found.setting),
-        ("Predicted", "", found.figures),
-        ("Modules", "module", found.modules),
-        ("Parameters", "parameter", found.parameters),
+        ("Made for", "", difference.setting),
+        ("Predicted", "", difference.figures),
+        ("Modules", "module", difference.modules),
+        ("Parameters", "parameter", difference.parameters),
     ]
-    if every or not (found.modules or found.parameters):
-        parts.append(("Decisions", "decision", found.decisions))
+    if every or not (difference.modules or difference.parameters):
+        parts.append(("Decisions", "decision", difference.decisions))
     return [
         Table(title, (head, "first plan", "second plan"), tuple(map(_change_row, changes)))
         for title, head, changes in parts

@@ -1,4 +1,4 @@
-"""What a report says, as tables of strings: `text` and `html` only differ in how they draw them."""
+"""The content of a report, as tables of strings. `text` and `html` only draw them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from autopar.plan import (
     TIME_KINDS,
     Baseline,
     MemoryEstimate,
+    ModuleMemory,
     ModuleSummary,
     ShardingPlan,
     TimeEstimate,
 )
-from autopar.plan_step import ModuleMemory
-from autopar.units import bytes_text, count_text, time_text
+from autopar.units import bytes_text, count_text, mesh_text, time_text
 
-# Modules that hold no parameters and take less than this share of the time are summed up.
+# Modules without parameters that take less than this share of the time are summed up.
 SMALL = 0.01
 
 
@@ -30,10 +30,10 @@ class Table:
 
     Args:
         title: heading.
-        columns: headings; those that end in `>` are right-aligned numbers.
+        columns: headings; `>` at the end marks a column of right-aligned numbers.
         rows: cells.
-        note: a sentence below.
-        total: index of the row that sums those above it, -1 if none does.
+        note: text below the table.
+        total: index of the row with the sums, -1 if there is none.
     """
 
     title: str
@@ -43,24 +43,24 @@ class Table:
     total: int = -1
 
 
-def _percent(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole > 0 else "-"
+def _percent(part: float, total: float) -> str:
+    return f"{part / total:.1%}" if total > 0 else "-"
 
 
-# -- content ------------------------------------------------------------------------------------
+def _fits(memory_bytes: float, plan: ShardingPlan) -> bool:
+    return memory_bytes <= plan.budget_bytes * (1 + 1e-9)
 
 
 def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
-    """What the plan is for, and what it promises."""
+    """The plan's purpose, predicted time and memory."""
     cluster = ClusterInfo.from_dict(plan.cluster)
     links = ", ".join(
-        f"axis {axis} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
+        f"{cluster.axis_label(axis)} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
         for axis, link in enumerate(cluster.links)
     )
-    shape = "x".join(map(str, plan.mesh))
     return [
         ("model", f"{plan.model} (graph {plan.fingerprint})"),
-        ("mesh", f"{shape}: {cluster.world_size} x {cluster.device.name}"),
+        ("mesh", f"{cluster.mesh_text}: {cluster.world_size} x {cluster.device.name}"),
         ("links", links),
         ("step", time_text(plan.time.step_us)),
         (
@@ -71,13 +71,13 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
 
 
 def modules_table(plan: ShardingPlan, *, fold: bool) -> Table:
-    """Per module what was chosen. With `fold`, small ones are summed up."""
-    whole = sum(m.time_us for m in plan.modules)
-    # a module without time holds others, and says what they do together
-    small = [m for m in plan.modules if 0 < m.time_us < SMALL * whole and not m.parameters]
+    """The choice per module. With `fold`, small modules are summed up."""
+    total_us = sum(m.time_us for m in plan.modules)
+    # a module without time describes the modules inside it
+    small = [m for m in plan.modules if 0 < m.time_us < SMALL * total_us and not m.parameters]
     if not fold or len(small) < 2:
         small = []
-    rows = [_module_row(m, whole) for m in plan.modules if m not in small]
+    rows = [_module_row(m, total_us) for m in plan.modules if m not in small]
     if small:
         rest = ModuleSummary(
             f"({len(small)} small ones)",
@@ -87,18 +87,17 @@ def modules_table(plan: ShardingPlan, *, fold: bool) -> Table:
             sum(m.time_us for m in small),
             sum(m.memory_bytes for m in small),
         )
-        rows.append(_module_row(rest, whole))
-    columns = ("module", "copies>", "parameters>", "choice", "time>", "share>", "memory>")
+        rows.append(_module_row(rest, total_us))
     return Table(
         "Modules",
-        columns,
+        ("module", "copies>", "parameters>", "choice", "time>", "share>", "memory>"),
         tuple(rows),
-        "Of all copies together: parameters of the whole model; time with all communication, "
-        "overlapped or not; memory per device without the transient peak.",
+        "All copies together. Parameters are those of the unsharded model. Time includes all "
+        "communication, overlapped or not. Memory is per device, without the transient peak.",
     )
 
 
-def _module_row(m: ModuleSummary, whole: float) -> tuple[str, ...]:
+def _module_row(m: ModuleSummary, total_us: float) -> tuple[str, ...]:
     own = m.time_us > 0 or m.memory_bytes > 0 or m.parameters > 0
     return (
         m.name or "(model)",
@@ -106,13 +105,13 @@ def _module_row(m: ModuleSummary, whole: float) -> tuple[str, ...]:
         count_text(m.parameters) if m.parameters else "",
         m.words,
         time_text(m.time_us) if own else "",
-        _percent(m.time_us, whole) if own else "",
+        _percent(m.time_us, total_us) if own else "",
         bytes_text(m.memory_bytes) if own and m.memory_bytes else "",
     )
 
 
 def time_table(time: TimeEstimate) -> Table:
-    """The predicted step time by what it is spent on."""
+    """The predicted step time by kind."""
     rows = [
         (kind, time_text(getattr(time, key)), _percent(getattr(time, key), time.step_us))
         for kind, key in TIME_KINDS.items()
@@ -122,7 +121,7 @@ def time_table(time: TimeEstimate) -> Table:
         "Step time",
         ("", "time>", "of the step>"),
         tuple(rows),
-        "Predicted. Overlapped communication hides behind compute and adds nothing to the step.",
+        "Predicted. Overlapped communication runs beside compute and adds nothing to the step.",
         total=len(rows) - 2,
     )
 
@@ -139,52 +138,53 @@ def memory_table(memory: MemoryEstimate, budget_bytes: float) -> Table:
         "Memory per device",
         ("", "memory>", "of the budget>"),
         tuple(rows),
-        "Predicted, on the fullest device at the moment of its peak; the budget is "
+        "Predicted, at the peak of the device that holds most; the budget is "
         f"{bytes_text(budget_bytes)}.",
         total=len(rows) - 1,
     )
 
 
 def step_table(plan: ShardingPlan) -> Table | None:
-    """What becomes of the values of every block's forward, if that was decided."""
+    """What is kept, offloaded, recomputed and re-gathered, per block, if that was decided."""
     step = plan.step
     if step is None:
         return None
 
     def row(name: str, modules: Sequence[ModuleMemory]) -> tuple[str, ...]:
         def total(key: str, text: Callable[[float], str]) -> str:
-            found = sum(getattr(m, key) for m in modules)
-            return text(found) if found else ""
+            amount = sum(getattr(m, key) for m in modules)
+            return text(amount) if amount else ""
 
         parameters = total("parameters_bytes", bytes_text)
         on_host = (
-            total("moved_bytes", bytes_text),
+            total("offloaded_bytes", bytes_text),
             f"{parameters} of parameters" if parameters else "",
         )
         return (
             name,
             total("kept_bytes", bytes_text),
             " + ".join(filter(None, on_host)),
-            total("again_us", time_text),
-            total("gathered_us", time_text),
+            total("recompute_us", time_text),
+            total("regather_us", time_text),
         )
 
     rows = [row(m.module or "(model)", [m]) for m in step.modules]
     rows.append(row("total", step.modules))
-    away = step.parameters_on_host
     waits = ", ".join(f"{time_text(us)} for {resource}" for resource, us in step.waited_us.items())
     notes = (
-        f"Forward and backward take {time_text(step.us)}, {time_text(step.added_us)} of that to "
-        f"fit the memory; compute waits {waits or 'for nothing'}.",
-        f"What they make peaks at {bytes_text(step.peak_bytes)} (if everything were kept, at "
-        f"{bytes_text(step.eager_bytes)}), at {step.peak_at}; {bytes_text(step.resident_bytes)} "
-        f"are there before the step.",
-        "The optimizer's state is on the host but for its step." if step.state_on_host else "",
-        f"On the host for a part of the step: {', '.join(away)}." if away else "",
+        f"Forward and backward take {time_text(step.us)}. Of that, {time_text(step.added_us)} "
+        f"serve to fit the memory. Compute waits {waits or 'for nothing'}.",
+        f"The step's own values peak at {bytes_text(step.peak_bytes)}, at {step.peak_at}; they "
+        f"would peak at {bytes_text(step.eager_bytes)} if everything were kept. "
+        f"{bytes_text(step.resident_bytes)} are in use before the step.",
+        "The optimizer's state is on the host outside of its step." if step.state_on_host else "",
+        f"On the host for a part of the step: {', '.join(step.parameters_on_host)}."
+        if step.parameters_on_host
+        else "",
     )
     return Table(
         "From forward to backward",
-        ("module", "kept>", "on the host>", "computed again>", "gathered again>"),
+        ("module", "kept>", "on the host>", "recomputed>", "re-gathered>"),
         tuple(rows),
         " ".join(filter(None, notes)),
         total=len(rows) - 1,
@@ -193,12 +193,12 @@ def step_table(plan: ShardingPlan) -> Table | None:
 
 def plans(plan: ShardingPlan) -> list[Baseline]:
     """The plan and its baselines in one list, the plan first."""
-    fits = plan.memory.total_bytes <= plan.budget_bytes * (1 + 1e-9)
+    fits = _fits(plan.memory.total_bytes, plan)
     return [Baseline("autopar", plan.time, plan.memory, fits), *plan.baselines]
 
 
 def baselines_table(plan: ShardingPlan) -> Table | None:
-    """The plan beside the hand-written ones, if they were asked for."""
+    """The plan beside the baselines, if they were requested."""
     if not plan.baselines:
         return None
     rows = tuple(
@@ -216,19 +216,21 @@ def baselines_table(plan: ShardingPlan) -> Table | None:
         "plan", "step>", "to autopar>", "compute>", "exposed>", "overlapped>", "memory>", "fits>",
     )  # fmt: skip
     return Table(
-        "Hand-written plans",
+        "Baselines",
         columns,
         rows,
-        "The same cost model; what an expert leaves open is solved for, without a memory limit.",
+        "All by the same cost model. What a baseline leaves open is solved for, without a memory "
+        "limit.",
     )
 
 
-def front_table(plan: ShardingPlan) -> Table | None:
-    """Fastest plans by budget, if they were asked for."""
-    if not plan.pareto_front:
+def pareto_table(plan: ShardingPlan) -> Table | None:
+    """The fastest plans by budget, if they were requested."""
+    points = plan.pareto_front
+    if not points:
         return None
-    fastest = plan.pareto_front[0].step_us
-    before = ["", *(p.words for p in plan.pareto_front)]
+    fastest = points[0].step_us
+    previous = ["", *(p.words for p in points)]
     rows = tuple(
         (
             "none" if math.isinf(p.budget_bytes) else bytes_text(p.budget_bytes),
@@ -236,28 +238,28 @@ def front_table(plan: ShardingPlan) -> Table | None:
             time_text(p.step_us),
             f"{p.step_us / fastest:.3f}x" if fastest else "-",
             _percent(p.step_us - p.bound_us, p.step_us),
-            "yes" if p.memory_bytes <= plan.budget_bytes * (1 + 1e-9) else "NO",
-            p.words if p.words != said else "",
+            "yes" if _fits(p.memory_bytes, plan) else "NO",
+            p.words if p.words != words else "",
         )
-        for p, said in zip(plan.pareto_front, before, strict=False)
+        for p, words in zip(points, previous, strict=False)
     )
     columns = ("budget>", "memory>", "step>", "to the first>", "gap>", "fits>", "most parameters")
     return Table(
         "Time and memory",
         columns,
         rows,
-        f"The fastest plan found within each budget; fits: the {bytes_text(plan.budget_bytes)} "
-        "that were planned for.",
+        "The fastest plan that was found within each budget. It fits if it needs at most the "
+        f"{bytes_text(plan.budget_bytes)} of this plan's budget.",
     )
 
 
 def meshes_table(plan: ShardingPlan) -> Table | None:
-    """The meshes that were compared, fastest first, if the mesh was searched for."""
+    """The meshes that were compared, the fastest first, if the mesh was searched for."""
     if not plan.meshes:
         return None
     rows = tuple(
         (
-            "x".join(map(str, m.mesh)),
+            mesh_text(m.mesh),
             time_text(m.step_us) if math.isfinite(m.step_us) else "-",
             time_text(m.bound_us) if math.isfinite(m.bound_us) else "-",
             bytes_text(m.memory_bytes) if math.isfinite(m.memory_bytes) else "",
@@ -269,12 +271,12 @@ def meshes_table(plan: ShardingPlan) -> Table | None:
 
 
 def solver_table(plan: ShardingPlan) -> Table:
-    """How the plan was found, how good it is known to be, and how long that took."""
+    """How the plan was found, how far it can be from the best one, and how long that took."""
     solver = plan.solver
     rows = [
         ("method", solver.method),
         ("objective", f"{time_text(solver.objective_us)} per step, overlap deducted"),
-        ("bound", f"no plan in the space is below {time_text(solver.bound_us)}"),
+        ("bound", f"no plan of the search space is below {time_text(solver.bound_us)}"),
         ("gap", f"{solver.gap:.3%}"),
         *((f"blocks {how}", time_text(step)) for how, step in solver.sharing_us.items()),
         *((stage, f"{seconds:.2f} s") for stage, seconds in solver.seconds.items()),
@@ -290,7 +292,7 @@ def unruled_table(plan: ShardingPlan) -> Table | None:
     for call, us in plan.unruled.items():
         operator, _, where = call.partition(": ")[2].partition(" at ")
         calls[operator].append((us, where))
-    totals = {operator: sum(us for us, _ in found) for operator, found in calls.items()}
+    totals = {operator: sum(us for us, _ in each) for operator, each in calls.items()}
     rows = tuple(
         (
             operator,
@@ -305,12 +307,13 @@ def unruled_table(plan: ShardingPlan) -> Table | None:
         "Operators without a sharding rule",
         ("operator", "calls>", "for example at", "time>", "of the step>"),
         rows,
-        "They run replicated, which is always right. A row in autopar/sharding/rules splits them.",
+        "They run replicated, which is always correct. A row in autopar/sharding/rules would split "
+        "them.",
     )
 
 
 def constraints_table(plan: ShardingPlan) -> Table | None:
-    """What the plan was asked to keep to, if anything."""
+    """The layouts that the user fixed, if any."""
     if not plan.constraints:
         return None
     return Table("Constraints", ("name", "layout"), tuple(plan.constraints.items()))
@@ -323,22 +326,22 @@ def decisions_table(plan: ShardingPlan) -> Table:
         "Decisions",
         ("decision", "choice", "layout"),
         rows,
-        "Parameters and inputs choose a layout; operators choose a factor per mesh axis.",
+        "Parameters and inputs choose a layout. Operators choose a factor per mesh axis.",
     )
 
 
 def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
-    """All but the decision-level table, in the order of a report."""
-    found = [
+    """All tables except the one of decisions, in the order of a report."""
+    every = [
         modules_table(plan, fold=fold),
         time_table(plan.time),
         memory_table(plan.memory, plan.budget_bytes),
         step_table(plan),
         baselines_table(plan),
-        front_table(plan),
+        pareto_table(plan),
         meshes_table(plan),
         constraints_table(plan),
         solver_table(plan),
         unruled_table(plan),
     ]
-    return [table for table in found if table is not None]
+    return [table for table in every if table is not None]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+import sys
 from collections.abc import Sequence
 
 from rich import box
@@ -15,17 +17,24 @@ from autopar.report.content import Table, headline, tables
 WIDTH = 120
 
 
+def terminal_width() -> int:
+    """Columns of the terminal that stdout is; `WIDTH` if it is none."""
+    if not sys.stdout.isatty():
+        return WIDTH
+    return max(80, shutil.get_terminal_size((WIDTH, 24)).columns)
+
+
 def render(plan: ShardingPlan, *, color: bool = False, width: int = WIDTH) -> str:
-    """The report as text, with terminal colours only where asked for."""
+    """The report as text. Only with `color` does it have terminal colours."""
     head = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0))
     head.add_column(style="dim")
     head.add_column()
     for key, value in headline(plan):
         head.add_row(key, value)
-    return draw(tables(plan, fold=True), head, color=color, width=width)
+    return render_tables(tables(plan, fold=True), head, color=color, width=width)
 
 
-def draw(
+def render_tables(
     shown: Sequence[Table],
     head: RichTable | None = None,
     *,
@@ -45,14 +54,14 @@ def draw(
         console.print(head)
     for table in shown:
         console.print()
-        console.print(_drawn(table))
+        console.print(_rich_table(table))
         if table.note:
             console.print(table.note, style="dim")
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
-def _drawn(table: Table) -> RichTable:
-    drawn = RichTable(
+def _rich_table(table: Table) -> RichTable:
+    rich_table = RichTable(
         title=table.title,
         title_justify="left",
         title_style="bold",
@@ -62,12 +71,12 @@ def _drawn(table: Table) -> RichTable:
     )
     for column in table.columns:
         number = column.endswith(">")
-        drawn.add_column(
+        rich_table.add_column(
             column.removesuffix(">"),
             justify="right" if number else "left",
             no_wrap=number,
             overflow="fold",
         )
     for i, row in enumerate(table.rows):
-        drawn.add_row(*row, end_section=table.total in (i, i + 1))
-    return drawn
+        rich_table.add_row(*row, end_section=table.total in (i, i + 1))
+    return rich_table

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 from autopar.errors import InfeasibleError
-from autopar.plan_step import StepSummary
+from autopar.plan import StepSummary
 from autopar.schedule.build import schedule_of
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import Front
@@ -19,7 +19,7 @@ from autopar.schedule.prefetch import GATHER, exposed_share, prefetched, step_us
 from autopar.schedule.program import Program, Resource, Schedule, eager_schedule
 from autopar.schedule.simulate import timeline
 from autopar.schedule.timeline import Timeline
-from autopar.units import format_bytes
+from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,8 @@ class MemoryPlan:
         if self.parameters_on_host:
             state += f", parameters on the host meanwhile: {', '.join(self.parameters_on_host)}"
         return (
-            f"peak {format_bytes(self.peak_bytes)} (everything kept: "
-            f"{format_bytes(self.eager_bytes)}), {share:.1f}% more FLOPs{state}"
+            f"peak {bytes_text(self.peak_bytes)} (everything kept: "
+            f"{bytes_text(self.eager_bytes)}), {share:.1f}% more FLOPs{state}"
         )
 
 
@@ -186,12 +186,12 @@ class StepBudget:
         except InfeasibleError as error:
             smallest = self.resident_bytes + error.smallest_bytes
             raise InfeasibleError(
-                f"{error}. Of {format_bytes(self.memory_bytes)}, parameters take "
-                f"{format_bytes(self.parameters_bytes)}, the optimizer "
-                f"{format_bytes(0 if self.state_on_host else self.optimizer_bytes)}, inputs and "
-                f"buffers {format_bytes(self.other_bytes)}, and gradients of parameters come to "
-                f"{format_bytes(self.gradients_bytes)} as backward proceeds. Give at "
-                f"least {format_bytes(smallest)} ({smallest:.0f} bytes), more devices, or a "
+                f"{error}. Of {bytes_text(self.memory_bytes)}, parameters take "
+                f"{bytes_text(self.parameters_bytes)}, the optimizer "
+                f"{bytes_text(0 if self.state_on_host else self.optimizer_bytes)}, inputs and "
+                f"buffers {bytes_text(self.other_bytes)}, and gradients of parameters come to "
+                f"{bytes_text(self.gradients_bytes)} as backward proceeds. Give at "
+                f"least {bytes_text(smallest)} ({smallest:.0f} bytes), more devices, or a "
                 "smaller batch",
                 budget_bytes=self.memory_bytes,
                 smallest_bytes=smallest,
@@ -296,10 +296,10 @@ def _infeasible(program: Program, smallest: Schedule, budget_bytes: float) -> In
     made = sum(program.nbytes[s] for s in op.makes)
     where = f" of {op.module}" if op.module else ""
     return InfeasibleError(
-        f"the step needs {format_bytes(found.peak_bytes)} for what it makes, and there is "
-        f"{format_bytes(max(0.0, budget_bytes))}. That is the smallest found, whatever is computed "
-        f"again; it is reached at {op.name}{where}, which alone reads {format_bytes(read)} and "
-        f"makes {format_bytes(made)}",
+        f"the step needs {bytes_text(found.peak_bytes)} for what it makes, and there is "
+        f"{bytes_text(max(0.0, budget_bytes))}. That is the smallest found, whatever is computed "
+        f"again; it is reached at {op.name}{where}, which alone reads {bytes_text(read)} and "
+        f"makes {bytes_text(made)}",
         budget_bytes=budget_bytes,
         smallest_bytes=found.peak_bytes,
     )

@@ -188,7 +188,7 @@ def _taken(recorder: Recorder) -> tuple[Work, Sequence[Kernel] | None]:
     apart."""
     if not isinstance(recorder, KernelLog):
         return recorder.take()[0], None
-    seen, recorder.seen = recorder.seen, []
+    seen, recorder.kernels = recorder.kernels, []
     return sum((work for work, _ in seen), Work()), [kernel for _, kernel in seen]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autopar.files import write_atomically
-from autopar.plan_step import ModuleMemory
+from autopar.plan import ModuleMemory
 from autopar.schedule.program import Resource
 
 _ROWS = {resource: {"pid": 0, "tid": row} for row, resource in enumerate(Resource)}

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError, InfeasibleError
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 from autopar.runtime.memory import LiveBytes, training_state_bytes
 from autopar.comm.offloaded_parameters import EvictedShard
 from tests.clusters import eager_to_shard

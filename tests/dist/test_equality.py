@@ -1,9 +1,5 @@
-"""A plan that the space allows is a plan that is right: float64 equality with a single device.
+"""Every plan that the search space allows is correct: float64 equality with a single device."""
 
-Of the random plans, every other one a day.
-"""
-
-import datetime
 import functools
 
 import numpy as np
@@ -18,8 +14,7 @@ from tests.models import CASES
 pytestmark = pytest.mark.dist
 
 MESHES = ["4", "2x2", "1x4"]
-RANDOM_PLANS = 20
-TODAY = range(datetime.date.today().toordinal() % 2, RANDOM_PLANS, 2)
+SEEDS = range(10)
 TOLERANCE = 1e-9
 
 
@@ -46,10 +41,10 @@ def test_random_plans_equal_single_device(pool, name, mesh):
             make_plan(space, space.random_choices(np.random.default_rng(seed)), name).to_json(),
             ["sgd", "adamw"][seed % 2],
         )
-        for seed in TODAY
+        for seed in SEEDS
     ]
     errors = np.array(pool.run(errors_of_plans, name, mesh, plans))
     wrong = {
-        seed: e for seed, e in zip(TODAY, errors.max(axis=0), strict=True) if not e < TOLERANCE
+        seed: e for seed, e in zip(SEEDS, errors.max(axis=0), strict=True) if not e < TOLERANCE
     }
     assert not wrong, f"random plans (seed: error) {wrong}"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from autopar import ClusterInfo, auto_engine
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 from autopar.cluster.local import as_cluster
 from autopar.comm import world as environment
 from autopar.comm.offloaded_parameters import EvictedShard

@@ -10,7 +10,7 @@ from torch import nn
 
 import autopar.planner.planner
 from autopar import ClusterInfo, ShardingPlan, autoplan
-from autopar.cluster.cluster import DEVICES
+from autopar.cluster.device import DEVICES
 from autopar.errors import InfeasibleError, MeshError
 from autopar.plan import Baseline, MeshResult, ParetoPoint
 from autopar.planner.baselines import baseline_plans
@@ -55,8 +55,8 @@ def test_costs_that_are_none_are_refused_by_their_key(key, make, value):
 
 
 def test_a_good_cluster_is_taken():
-    found = ClusterInfo.from_dict(GOOD)
-    assert ClusterInfo.from_dict(found.to_dict()) == found
+    cluster = ClusterInfo.from_dict(GOOD)
+    assert ClusterInfo.from_dict(cluster.to_dict()) == cluster
     free = GOOD["links"][0] | {"alpha": 0.0}
     assert ClusterInfo.from_dict(GOOD | {"links": [free, free]}).links[0].alpha == 0
 
@@ -112,34 +112,34 @@ def big() -> nn.Module:
 X = (torch.zeros(64, 512),)
 
 
-def test_out_of_time_an_expert_plan_stands_in_and_says_so(slow_search):
+def test_out_of_time_a_baseline_stands_in_and_says_so(slow_search):
     lines: list[str] = []
     cluster = ClusterInfo.of("4", "H100")
-    found = autoplan(
+    planned = autoplan(
         big(), X, cluster=cluster, memory="30MiB", time_limit=0.01, progress=lines.append
     )
-    experts = baseline_plans(found.space)
-    fits = [e for e in experts if e.fits]
-    assert 0 < len(fits) < len(experts)
+    baselines = baseline_plans(planned.space)
+    fits = [b for b in baselines if b.fits]
+    assert 0 < len(fits) < len(baselines)
     best = min(fits, key=lambda e: e.time.step_us)
     method = f"{best.name}, written by hand: 0.01 s were too short to find a plan"
-    assert found.plan.solver.method == method
+    assert planned.plan.solver.method == method
     assert method in lines
-    assert method in " ".join(render(found.plan).split())
-    assert found.plan.time == estimate_time(found.space, found.choices)
-    assert found.plan.memory.total_bytes <= 30 * 2**20
-    assert found.plan.memory == estimate_memory(found.space, found.choices)
-    assert found.plan.solver.gap == 1.0
+    assert method in " ".join(render(planned.plan).split())
+    assert planned.plan.time == estimate_time(planned.space, planned.choices)
+    assert planned.plan.memory.total_bytes <= 30 * 2**20
+    assert planned.plan.memory == estimate_memory(planned.space, planned.choices)
+    assert planned.plan.solver.gap == 1.0
 
 
-def test_the_expert_keeps_to_constraints(slow_search):
+def test_the_baseline_satisfies_constraints(slow_search):
     cluster = ClusterInfo.of("4", "H100")
-    found = autoplan(big(), X, cluster=cluster, time_limit=0.01, constraints={"0.weight": "RS0"})
-    assert "written by hand" in found.plan.solver.method
-    assert found.plan.parameters["0.weight"] == "RS0"
+    planned = autoplan(big(), X, cluster=cluster, time_limit=0.01, constraints={"0.weight": "RS0"})
+    assert "written by hand" in planned.plan.solver.method
+    assert planned.plan.parameters["0.weight"] == "RS0"
 
 
-def test_no_expert_fits_either(slow_search):
+def test_no_baseline_fits_either(slow_search):
     with pytest.raises(InfeasibleError, match="out of time"):
         autoplan(big(), X, cluster=ClusterInfo.of("4", "H100"), memory="1KiB", time_limit=0.01)
 
@@ -155,14 +155,14 @@ def test_in_time_nothing_stands_in(monkeypatch):
 
 def test_saved_plans_reload_bit_identically(tmp_path):
     """With everything in them that a plan can hold, awkward numbers included."""
-    found = autoplan(
+    planned = autoplan(
         Net(), (), BATCH, cluster=eager_to_shard("2x2"), memory=1e6 / 3,
         constraints={"blocks.*.up.weight": "RS1 | S0R reshard"},
     )  # fmt: skip
     plan = replace(
-        found.plan,
+        planned.plan,
         baselines=tuple(
-            Baseline(e.name, e.time, e.memory, e.fits) for e in baseline_plans(found.space)
+            Baseline(b.name, b.time, b.memory, b.fits) for b in baseline_plans(planned.space)
         ),
         pareto_front=(
             ParetoPoint(math.inf, 0.1 + 0.2, 1 / 3, 1e-300),

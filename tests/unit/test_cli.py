@@ -2,12 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import autopar
 from autopar.cli.app import app
 from autopar.plan import ShardingPlan
 from autopar.report.text import render
@@ -43,24 +46,24 @@ def tiny(tmp_path) -> Path:
 def test_plan_prints_a_report_and_writes_files(tmp_path):
     plan, page = tmp_path / "out" / "plan.json", tmp_path / "plan.html"
     result = run("plan", MLP, "--mesh", "2x2", "-o", str(plan), "--report", str(page))
-    found = ShardingPlan.load(plan)
-    assert found.mesh == (2, 2)
-    assert found.cluster["device"]["name"] == "A100-80G"
-    assert [b.name for b in found.baselines][:2] == ["DDP", "FSDP (ZeRO-3)"]
-    assert result.stdout == render(found)
+    loaded = ShardingPlan.load(plan)
+    assert loaded.mesh == (2, 2)
+    assert loaded.cluster["device"]["name"] == "A100-80G"
+    assert [b.name for b in loaded.baselines][:2] == ["DDP", "FSDP (ZeRO-3)"]
+    assert result.stdout == render(loaded)
     assert "blocks." in page.read_text()
     assert "solve ..." in result.stderr
     again = tmp_path / "again.html"
-    assert run("report", str(plan), "--html", str(again)).stdout == render(found)
+    assert run("report", str(plan), "--html", str(again)).stdout == render(loaded)
     assert len(again.read_text()) == len(page.read_text())
 
 
 def test_json_is_all_that_goes_to_stdout(tiny):
     result = run("plan", str(tiny), "--mesh", "2", "--json", "--no-baselines", "--device", "h100")
-    found = ShardingPlan.from_json(result.stdout)
+    loaded = ShardingPlan.from_json(result.stdout)
     assert json.loads(result.stdout)["plan"]["model"] == "Sequential"
-    assert found.baselines == ()
-    assert found.cluster["device"]["name"] == "H100"
+    assert loaded.baselines == ()
+    assert loaded.cluster["device"]["name"] == "H100"
     assert "noise from the model file" in result.stderr
 
 
@@ -82,8 +85,8 @@ def test_forms_of_example_inputs(tmp_path, inputs):
 
 def test_optimizer_decides_the_state(tiny):
     def state(name: str) -> float:
-        found = run("plan", str(tiny), "--mesh", "1", "--optimizer", name, "--json").stdout
-        memory = ShardingPlan.from_json(found).memory
+        text = run("plan", str(tiny), "--mesh", "1", "--optimizer", name, "--json").stdout
+        memory = ShardingPlan.from_json(text).memory
         return memory.optimizer_bytes / memory.parameters_bytes
 
     assert [state(n) for n in ("adamw", "Adam", "momentum", "sgd")] == [2, 2, 1, 0]
@@ -93,9 +96,9 @@ def test_cluster_file_and_memory(tmp_path, tiny):
     path = tmp_path / "cluster.yaml"
     path.write_text("mesh: 2x2\ndevice: L4\n")
     arguments = ("plan", str(tiny), "--cluster", str(path), "--memory", "0.5", "--json")
-    found = ShardingPlan.from_json(run(*arguments).stdout)
-    assert found.mesh == (2, 2)
-    assert found.budget_bytes == 12 * 2**30
+    loaded = ShardingPlan.from_json(run(*arguments).stdout)
+    assert loaded.mesh == (2, 2)
+    assert loaded.budget_bytes == 12 * 2**30
 
 
 def test_constraints_are_kept_and_shown(tmp_path, tiny):
@@ -104,9 +107,9 @@ def test_constraints_are_kept_and_shown(tmp_path, tiny):
     plan = tmp_path / "plan.json"
     arguments = ("plan", str(tiny), "--mesh", "2", "--constraints", str(path), "-o", str(plan))
     shown = run(*arguments).stdout
-    found = ShardingPlan.load(plan)
-    assert found.parameters["0.weight"] == "RS0"
-    assert found.choices["input"] == "S0R"
+    loaded = ShardingPlan.load(plan)
+    assert loaded.parameters["0.weight"] == "RS0"
+    assert loaded.choices["input"] == "S0R"
     assert re.search(r"Constraints\n.*\n 0.weight +RS0", shown.replace("─", ""), re.DOTALL)
 
 
@@ -116,11 +119,11 @@ def test_front_and_mesh_search(tmp_path, tiny):
         "plan", str(tiny), "--mesh", "auto", "--devices", "4", "--per-node", "2", "--front",
         "--report", str(page), "-o", str(plan),
     )  # fmt: skip
-    found = ShardingPlan.load(plan)
-    assert {m.mesh for m in found.meshes} == {(4,), (2, 2)}
-    assert found.mesh in {(4,), (2, 2)}
-    assert len(found.pareto_front) > 2
-    assert result.stdout == render(found)
+    loaded = ShardingPlan.load(plan)
+    assert {m.mesh for m in loaded.meshes} == {(4,), (2, 2)}
+    assert loaded.mesh in {(4,), (2, 2)}
+    assert len(loaded.pareto_front) > 2
+    assert result.stdout == render(loaded)
     assert "Time and memory" in result.stdout and "Meshes" in result.stdout
     assert "Time against memory" in page.read_text()
     for line in ("mesh 4 (1 of 2) ...", "mesh 2x2 (2 of 2) ...", "without limit (1 of 12) ..."):
@@ -134,12 +137,12 @@ def test_explain_and_diff(tmp_path, tiny):
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     run("plan", str(tiny), "--mesh", "2", "-o", str(first), "--no-baselines")
     shown = run("explain", str(first), "1.weight", "--alternatives", "2").stdout
-    found = ShardingPlan.load(first)
+    loaded = ShardingPlan.load(first)
     head, planned = shown.splitlines()[:2]
     assert re.fullmatch(r"parameter (1|\*)\.weight(, in 2 copies alike)?", head)
-    assert planned == f"planned: {found.choices['p_1_weight']}"
+    assert planned == f"planned: {loaded.choices['p_1_weight']}"
     assert "the plan" in shown and ">= " in shown
-    other = next(s for s in ("RR", "S0R") if s != found.parameters["1.weight"])
+    other = next(s for s in ("RR", "S0R") if s != loaded.parameters["1.weight"])
     path = tmp_path / "c.yaml"
     path.write_text(f"1.weight: {other}\ninputs.input: RS0\n")
     run(
@@ -147,7 +150,7 @@ def test_explain_and_diff(tmp_path, tiny):
         "--constraints", str(path),
     )  # fmt: skip
     shown = run("diff", str(first), str(second)).stdout
-    assert re.search(rf"1\.weight +{found.parameters['1.weight']} +{other}", shown)
+    assert re.search(rf"1\.weight +{loaded.parameters['1.weight']} +{other}", shown)
     assert f"1.weight: {other}" in shown  # under "Made for"
     assert "Decisions" in run("diff", str(first), str(second), "--all").stdout
     assert run("diff", str(first), str(first)).stdout == "the plans do not differ\n"
@@ -316,16 +319,16 @@ def test_profile_gives_formulas_and_the_batch_that_fits():
     assert "forward FLOPs   69156864*batch" in out
     fits = int(re.search(r"fits\s+batch (\d+) in 1 GiB", out)[1])
     for batch, inside in ((fits, True), (fits + 1, False)):
-        found = json.loads(run("profile", MLP, "--batch", str(batch), "--json").stdout)
+        figures = json.loads(run("profile", MLP, "--batch", str(batch), "--json").stdout)
         inputs = batch * (1024 * 4 + 8)
-        assert (found["peak_bytes"] + found["state_bytes"] + inputs <= 2**30) is inside
+        assert (figures["peak_bytes"] + figures["state_bytes"] + inputs <= 2**30) is inside
 
 
 def test_profile_at_another_size_is_that_of_the_size():
-    found = json.loads(run("profile", MLP, "--batch", "64", "--json").stdout)
-    assert found["sizes"] == {"batch": 64}
-    assert found["flops"] == (69156864 + 138313728) * 64
-    assert found["modules"][0]["parameters"] == 34_608_104
+    figures = json.loads(run("profile", MLP, "--batch", "64", "--json").stdout)
+    assert figures["sizes"] == {"batch": 64}
+    assert figures["flops"] == (69156864 + 138313728) * 64
+    assert figures["modules"][0]["parameters"] == 34_608_104
 
 
 def test_profile_refuses_sizes_that_the_model_has_not(tiny):
@@ -340,6 +343,21 @@ def test_devices_are_listed():
     shown = run("devices").stdout
     for name in ("A100-80G", "H200", "cpu"):
         assert name in shown
+
+
+def test_mesh_axes_can_have_names(tmp_path, tiny):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("mesh: node=2,gpu=2\ndevice: H100\n")
+    for target in (("--mesh", "node=2,gpu=2", "--device", "H100"), ("--cluster", str(path))):
+        shown = run("plan", str(tiny), *target, "--no-baselines").stdout
+        assert "node=2,gpu=2: 4 x H100" in shown
+        assert "gpu 300 GB/s" in shown
+
+
+def test_version_and_module():
+    assert run("--version").stdout == f"autopar {autopar.__version__}\n"
+    command = [sys.executable, "-m", "autopar", "--version"]
+    assert subprocess.check_output(command, text=True) == run("--version").stdout
 
 
 def test_help_names_the_commands():

@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 
 from autopar import ClusterInfo
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 from autopar.ir.spec import ShardingSpec, chunk, fills_every_rank, local_shape
 from autopar.passes.apply_sharding import _Rank, _Rewriter
 from autopar.runtime.distribute import shard_of

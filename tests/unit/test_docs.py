@@ -117,14 +117,14 @@ def run_python(text: str, page: str) -> int:
 def missing_files(text: str, folder: Path) -> list[str]:
     """Relative links and paths in code that lead nowhere, and `file::name`s that do not exist."""
     links = [target.partition("#")[0] for target in _LINK.findall(prose(text))]
-    found = [t for t in links if t and "://" not in t and not (folder / t).exists()]
+    missing = [t for t in links if t and "://" not in t and not (folder / t).exists()]
     for code in _CODE.findall(prose(text)):
         path, _, name = code.partition("::")
         if not _PATH.fullmatch(path):
             continue
         if not (ROOT / path).exists() or (name and name not in _defined(ROOT / path)):
-            found.append(code)
-    return found
+            missing.append(code)
+    return missing
 
 
 def _defined(file: Path) -> set[str]:
@@ -229,8 +229,8 @@ def test_a_failing_snippet_is_seen() -> None:
 
 def test_missing_files_and_names_are_seen() -> None:
     plan = "`autopar/plan.py::Nothing` `autopar/plan.py::ShardingPlan`"
-    found = missing_files(f"[a](nowhere.md) [b](LICENSE) `autopar/none.py` {plan}", ROOT)
-    assert found == ["nowhere.md", "autopar/none.py", "autopar/plan.py::Nothing"]
+    missing = missing_files(f"[a](nowhere.md) [b](LICENSE) `autopar/none.py` {plan}", ROOT)
+    assert missing == ["nowhere.md", "autopar/none.py", "autopar/plan.py::Nothing"]
 
 
 def test_an_unknown_option_is_seen() -> None:

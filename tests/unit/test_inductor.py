@@ -11,7 +11,7 @@ from torch import nn
 from torch._inductor import config
 
 from autopar import ClusterInfo, auto_engine
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 from autopar.comm import world as environment
 from autopar.errors import InfeasibleError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autopar import ClusterInfo, ShardingPlan
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 from autopar.errors import InfeasibleError
 from autopar.planner.estimate import estimate_memory
 from autopar.planner.joint import plan_jointly

@@ -9,7 +9,7 @@ ROOT = Path(autopar.__file__).parent
 
 # From the ground up. A module at the top of the package is a layer of its own.
 LAYERS = (
-    "errors", "units", "files", "gc_utils", "ir", "cluster", "tracer", "solver", "plan_step",
+    "errors", "units", "files", "gc_utils", "ir", "cluster", "tracer", "solver",
     "plan", "comm", "profiler", "sharding", "schedule", "kernels", "passes", "planner",
     "compile", "runtime", "testing", "report", "cli",
 )  # fmt: skip

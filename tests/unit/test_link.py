@@ -1,17 +1,20 @@
 """Links: what a collective takes, by algorithm or as measured, and small weights together."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
-from autopar.cluster.link import BUCKET_MEMBER_BYTES, PASSES, Link
+from autopar.cluster.link import PASSES, Link
+from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.spec import ShardingSpec
 from autopar.sharding.conversion.converter import LayoutConverter
 
 LINK = Link(1e-5, 1e-9)
+bucketed = partial(LINK.bucketed_us, message_bytes=BUCKET_MEMBER_BYTES)
 MEASURED = Link(1e-5, 1e-9, curves={"all_gather": Curve.of([[1e3, 1e7], [1e6, 1e8]])})
 
 
@@ -45,10 +48,10 @@ def test_a_curve_goes_before_the_formula():
 
 def test_links_survive_yaml(tmp_path):
     path = tmp_path / "cluster.yaml"
-    found = ClusterInfo.of("2x4", "H100", node_size=2)
-    found = ClusterInfo(found.mesh, found.device, (MEASURED, Link(1e-5, 1e-9, 2.0)))
-    path.write_text(found.to_yaml())
-    assert ClusterInfo.load(path) == found
+    cluster = ClusterInfo.of("2x4", "H100", node_size=2)
+    cluster = ClusterInfo(cluster.mesh, cluster.device, (MEASURED, Link(1e-5, 1e-9, 2.0)))
+    path.write_text(cluster.to_yaml())
+    assert ClusterInfo.load(path) == cluster
     for wrong, message in (
         ({"alpha": 1e-5}, "must have alpha and beta"),
         ({"alpha": 1e-5, "beta": 1e-9, "gamma": 1}, "must have alpha and beta"),
@@ -62,15 +65,15 @@ def test_links_survive_yaml(tmp_path):
 def test_small_weights_share_messages_and_large_ones_do_not():
     sizes = np.array([4.0, 1e3, BUCKET_MEMBER_BYTES, 1e8])
     for kind in PASSES:
-        alone, together = (f(kind, 8, sizes) for f in (LINK.collective_us, LINK.bucketed_us))
+        alone, together = (f(kind, 8, sizes) for f in (LINK.collective_us, bucketed))
         assert (together[:2] < alone[:2] / 2).all()
         assert together[2:] == pytest.approx(alone[2:])
         # as many as fill a message take as long as the message
         assert together[1] * BUCKET_MEMBER_BYTES / 1e3 == pytest.approx(float(together[2]))
     converter = LayoutConverter(ClusterInfo.of("8", "H100"))
-    split, whole = [ShardingSpec.parse("S0")], [ShardingSpec.parse("R")]
+    split, replicated = [ShardingSpec.parse("S0")], [ShardingSpec.parse("R")]
     alone, together = (
-        converter.costs_us((1024,), 4, split, whole, weight=weight)[0, 0]
+        converter.costs_us((1024,), 4, split, replicated, weight=weight)[0, 0]
         for weight in (False, True)
     )
     assert together < alone

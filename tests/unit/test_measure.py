@@ -11,15 +11,17 @@ import yaml
 from typer.testing import CliRunner
 
 from autopar.cli.app import app
-from autopar.cluster.cluster import ClusterInfo, Device, Link, device
+from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
+from autopar.cluster.device import Device, device
+from autopar.cluster.link import Link
 from autopar.errors import EngineError, MeshError
 from autopar.ir.spec import ShardingSpec
 from autopar.plan import ShardingPlan
 from autopar.profiler.clock import seconds_of
 from autopar.profiler.counting import Work
 from autopar.profiler.measure import QUICK, measure_device
-from autopar.profiler.measure_links import Measurement, fit_link, measure_cluster, run_local
+from autopar.profiler.measure_links import fit_link, measure_cluster, run_local
 from autopar.profiler.model import profile_model
 from autopar.profiler.profile import profile_graph
 from autopar.profiler.time_model import Kernel, kernels_of, node_us
@@ -67,8 +69,8 @@ def test_the_fit_predicts_in_the_planners_formula():
     cluster = ClusterInfo((4,), CPU, (Link(1e-4, 1e-9),))
     nbytes, k = 4 * 1024 * 1024, 4
     converter, shape = LayoutConverter(cluster), (1024, 1024)
-    split, whole = ShardingSpec.parse("S0R"), ShardingSpec.parse("RR")
-    forward, _ = converter.step_us(shape, 4, converter.path(shape, 4, split, whole)[0])
+    split, replicated = ShardingSpec.parse("S0R"), ShardingSpec.parse("RR")
+    forward, _ = converter.step_us(shape, 4, converter.path(shape, 4, split, replicated)[0])
     seconds = (k - 1) * 1e-4 + nbytes * (k - 1) / k * 1e-9
     assert forward == pytest.approx(1e6 * seconds + CPU.launch_us)
 
@@ -98,11 +100,13 @@ def test_curves():
 
 
 def test_a_measured_cluster_survives_yaml(tmp_path):
-    found = ClusterInfo((2, 2), MEASURED, (Link(1e-4, 1e-9),) * 2, None, Link(1e-5, 5e-11), 2.0**35)
+    cluster = ClusterInfo(
+        (2, 2), MEASURED, (Link(1e-4, 1e-9),) * 2, None, Link(1e-5, 5e-11), 2.0**35
+    )
     path = tmp_path / "cluster.yaml"
-    path.write_text(found.to_yaml())
-    assert ClusterInfo.load(path) == found
-    assert ClusterInfo.load(path).with_memory("1GiB").host_link == found.host_link
+    path.write_text(cluster.to_yaml())
+    assert ClusterInfo.load(path) == cluster
+    assert ClusterInfo.load(path).with_memory("1GiB").host_link == cluster.host_link
 
 
 def test_files_without_the_new_fields():
@@ -113,12 +117,11 @@ def test_files_without_the_new_fields():
             "bandwidth": 1e9, "launch_us": 1.0,
         },
         "links": [{"alpha": 1e-5, "beta": 1e-9}],
-        "memory_bytes": None,
     }  # fmt: skip
-    found = ClusterInfo.from_dict(old)
-    assert not found.device.measured
-    assert found.host_link is None
-    assert found.to_dict() == old
+    cluster = ClusterInfo.from_dict(old | {"memory_bytes": None})
+    assert not cluster.device.measured
+    assert cluster.host_link is None
+    assert cluster.to_dict() == old
 
 
 @pytest.mark.parametrize(
@@ -158,22 +161,24 @@ def profiled(rows: int = 32):
 
 def test_dear_elements_are_counted_by_taking_kernels_apart():
     n = 32 * 64
-    found = {}
+    extras = {}
     for node, profile in profiled().items():
         forward, backward = kernels_of(node, profile, MEASURED)
         assert sum(k.work.kernels for k in forward) == profile.forward.kernels
         assert sum(k.work.kernels for k in backward) == profile.backward.kernels
         name = str(node.target).split(".")[1]
-        found[name] = [{k: v for x in ks for k, v in x.extra.items()} for ks in (forward, backward)]
+        extras[name] = [
+            {k: v for x in ks for k, v in x.extra.items()} for ks in (forward, backward)
+        ]
         if name == "embedding":  # only what is looked up is read
             assert forward[0].work.read_bytes < profile.forward.read_bytes / 2
-    assert found["gelu"] == [{"function": n}, {"function": 2 * n}]
-    assert found["native_dropout"][0] == {"random": n}
-    assert found["softmax"][0] == {"function": n, "reduction": 2 * n}
-    assert found["embedding"][0] == {"index": 32}
-    assert found["pow"][0] == {}
-    assert found["linear"] == [{}, {}]
-    norm = next(v for k, v in found.items() if "batch_norm" in k)
+    assert extras["gelu"] == [{"function": n}, {"function": 2 * n}]
+    assert extras["native_dropout"][0] == {"random": n}
+    assert extras["softmax"][0] == {"function": n, "reduction": 2 * n}
+    assert extras["embedding"][0] == {"index": 32}
+    assert extras["pow"][0] == {}
+    assert extras["linear"] == [{}, {}]
+    norm = next(v for k, v in extras.items() if "batch_norm" in k)
     assert norm[0]["variance"] == n
 
 
@@ -250,16 +255,16 @@ def test_rows_that_are_not_aligned_take_longer(words, slower):
 
 
 def test_this_device_is_measured():
-    found = measure_device(torch.device("cpu"), TINY)
-    assert found.measured
-    assert found.kind == "cpu"
-    assert {"matmul.float32", "convolution.float32"} <= set(found.flops_by_size)
-    assert set(found.peak_flops) == {"float32", "float64", "bfloat16"}
-    assert 1e8 < found.flops_per_s("float32") < 1e14
-    assert 1e8 < found.bandwidth < 1e13
-    assert 0 < found.launch_us < 1e4
-    assert found.extra_ns["random"] > found.extra_ns["reduction"] / 10
-    again = ClusterInfo((1,), found, (Link(1e-5, 1e-9),))
+    measured = measure_device(torch.device("cpu"), TINY)
+    assert measured.measured
+    assert measured.kind == "cpu"
+    assert {"matmul.float32", "convolution.float32"} <= set(measured.flops_by_size)
+    assert set(measured.peak_flops) == {"float32", "float64", "bfloat16"}
+    assert 1e8 < measured.flops_per_s("float32") < 1e14
+    assert 1e8 < measured.bandwidth < 1e13
+    assert 0 < measured.launch_us < 1e4
+    assert measured.extra_ns["random"] > measured.extra_ns["reduction"] / 10
+    again = ClusterInfo((1,), measured, (Link(1e-5, 1e-9),))
     assert ClusterInfo.from_dict(yaml.safe_load(again.to_yaml())) == again
 
 
@@ -285,10 +290,10 @@ def test_a_cluster_is_measured_and_planned_for(tmp_path):
     result = run("cluster", "--mesh", "2x1", "--quick", "--device", "cpu", "-o", str(path))
     assert "alpha us" in result.stdout
     assert f"written to {path}" in result.stdout.replace("\n", "")
-    found = ClusterInfo.load(path)
-    assert found.mesh == (2, 1)
-    assert found.device.measured
-    assert found.links[0] != found.links[1]
+    cluster = ClusterInfo.load(path)
+    assert cluster.mesh == (2, 1)
+    assert cluster.device.measured
+    assert cluster.links[0] != cluster.links[1]
     assert path.read_text().startswith("# measured by autopar cluster on ")
     model.write_text(
         "import torch\n"
@@ -297,12 +302,7 @@ def test_a_cluster_is_measured_and_planned_for(tmp_path):
     )
     arguments = ("plan", str(model), "--cluster", str(path), "--no-baselines", "--json")
     plan = ShardingPlan.from_json(run(*arguments).stdout)
-    assert ClusterInfo.from_dict(plan.cluster) == found
-
-
-def test_measurements_travel_between_processes():
-    cluster = ClusterInfo((1,), MEASURED, (Link(1e-5, 1e-9),))
-    assert Measurement.from_json(Measurement(cluster, (None,)).to_json()).cluster == cluster
+    assert ClusterInfo.from_dict(plan.cluster) == cluster
 
 
 def _dies(rank: int, size: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autopar import ClusterInfo, auto_engine
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 from autopar.comm import world as environment
 from autopar.errors import InfeasibleError
 from autopar.planner.joint import JointPlan, plan_jointly

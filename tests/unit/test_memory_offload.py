@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autopar import ClusterInfo
-from autopar.cluster.cluster import Link
+from autopar.cluster.link import Link
 from autopar.schedule.offload import host_bytes, waited_us
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import Front

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autopar.cli.app import OPTIMIZERS as NAMES
+from autopar.cli.common import OPTIMIZERS as NAMES
 from autopar.planner.optimizer_state import OPTIMIZERS, named_state_ratio
 
 
@@ -16,8 +16,10 @@ def test_as_kept(name, dtype):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    kept = [v for e in optimizer.state.values() for v in e.values() if isinstance(v, torch.Tensor)]
-    held = sum(v.nbytes for v in kept if v.ndim)
+    tensors = [
+        v for e in optimizer.state.values() for v in e.values() if isinstance(v, torch.Tensor)
+    ]
+    held = sum(v.nbytes for v in tensors if v.ndim)
     ratio = named_state_ratio(name, model.to("meta"))
     assert ratio * sum(p.nbytes for p in model.parameters()) == pytest.approx(held)
 

@@ -117,7 +117,7 @@ def test_damaged_plan_files_are_refused(plan, tmp_path):
     older = json.loads(text) | {"autopar_plan": 0}
     for content, message in [
         (text[: len(text) // 2], "truncated"),
-        ("{}", "no autopar plan"),
+        ("{}", "not an autopar plan"),
         (json.dumps(changed), "was changed"),
         (json.dumps(older), "format 0"),
     ]:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar import ColoTracer
-from autopar.cluster.cluster import ClusterInfo, Link, device, parse_bytes, parse_mesh
+from autopar.cluster.cluster import ClusterInfo, parse_bytes, parse_mesh
+from autopar.cluster.device import device
+from autopar.cluster.link import Link
 from autopar.cluster.local import as_cluster, named_gpu
 from autopar.planner.planner import trainable_inputs
 from autopar.profiler.memory import memory_timeline
@@ -28,12 +30,12 @@ def profiled(model, *args, sums_in_place=False, **kwargs):
 
 def assert_exact(model, *args, **kwargs):
     """FLOPs, saved bytes and peak equal those of the real run."""
-    mine = profiled(model, *args, **kwargs)
+    predicted = profiled(model, *args, **kwargs)
     real = measure(model, lambda: model(*args, **kwargs))
-    assert mine.flops == real.flops
-    assert mine.saved_bytes == real.saved_bytes
-    assert mine.peak_bytes == real.peak_bytes
-    return mine, real
+    assert predicted.flops == real.flops
+    assert predicted.saved_bytes == real.saved_bytes
+    assert predicted.peak_bytes == real.peak_bytes
+    return predicted, real
 
 
 class Program(nn.Module):
@@ -56,29 +58,29 @@ class Program(nn.Module):
 @pytest.mark.parametrize("name", ["mlp", "resnet", "vit"])
 def test_models_are_exact(name):
     case = CASES[name]
-    mine, _ = assert_exact(case.build(), **case.batch(0))
-    assert mine.flops > 0
+    predicted, _ = assert_exact(case.build(), **case.batch(0))
+    assert predicted.flops > 0
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_language_models_are_exact(dropout):
     # attention with dropout is another kernel; Python keeps the logits until the loss returns
     model, batch = LanguageModel(2, dropout).train(), CASES["gpt2"].batch(0)
-    mine = profiled(model, **batch)
+    predicted = profiled(model, **batch)
     real = measure(model, lambda: model(**batch))
-    assert (mine.flops, mine.saved_bytes) == (real.flops, real.saved_bytes)
-    assert mine.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
+    assert (predicted.flops, predicted.saved_bytes) == (real.flops, real.saved_bytes)
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
 
 
 def test_a_frozen_model_saves_less():
     case = CASES["mlp"]
     model = case.build()
-    whole, _ = assert_exact(model, **case.batch(0))
+    complete, _ = assert_exact(model, **case.batch(0))
     for p in (*model.up.parameters(), *model.norm.parameters()):
         p.requires_grad_(False)
     frozen, _ = assert_exact(model, **case.batch(0))
-    assert frozen.flops < whole.flops
-    assert frozen.saved_bytes < whole.saved_bytes
+    assert frozen.flops < complete.flops
+    assert frozen.saved_bytes < complete.saved_bytes
 
 
 def view_requires_grad(self, x):
@@ -111,19 +113,19 @@ LEAVES = [
 def test_gradients_of_values_that_the_forward_makes_leaves(run):
     model, x = Program(run, w=(16, 16), v=(16, 16)), torch.randn(64, 16)
     graph = ColoTracer().trace(model, (x,))
-    mine = profile_model(graph, graph.parameters, sums_in_place=False)
+    predicted = profile_model(graph, graph.parameters, sums_in_place=False)
 
     def fresh():
         x.grad = None
         return model(x.requires_grad_(False))
 
     real = measure(model, fresh)
-    assert mine.flops == real.flops
-    assert mine.saved_bytes == real.saved_bytes
-    assert mine.peak_bytes == real.peak_bytes
+    assert predicted.flops == real.flops
+    assert predicted.saved_bytes == real.saved_bytes
+    assert predicted.peak_bytes == real.peak_bytes
     # the captured graph asks for no such gradient
     planned = profile_model(graph, graph.parameters, eager=False)
-    assert planned.flops < mine.flops
+    assert planned.flops < predicted.flops
 
 
 # what makes a figure differ from a sum over operators
@@ -229,8 +231,8 @@ def test_programs_are_exact(run):
 
 def test_what_no_gradient_reaches_is_given_up_in_forward():
     model = Program(detached, w=(16, 16), b=(16,))
-    mine, _ = assert_exact(model, torch.randn(64, 16))
-    assert not mine.backward.flops
+    predicted, _ = assert_exact(model, torch.randn(64, 16))
+    assert not predicted.backward.flops
 
 
 def test_in_place_is_what_the_module_does_not_what_was_captured():
@@ -254,10 +256,10 @@ def test_gradients_that_meet_are_summed_in_place_without_a_mode():
     in_place = profiled(model, x, sums_in_place=True)
     assert in_place.peak_bytes == real.allocated_bytes
 
-    def made(profile):
+    def allocated(profile):
         return sum(max(c.delta_bytes, 0) for c in profile.timeline.changes)
 
-    assert made(profiled(model, x)) - made(in_place) == 64 * 16 * 4
+    assert allocated(profiled(model, x)) - allocated(in_place) == 64 * 16 * 4
 
 
 def test_a_gradient_that_is_a_view_is_never_summed_into():
@@ -278,24 +280,24 @@ class Random(nn.Module):
         torch.manual_seed(seed)
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(size, size)) for _ in range(3))
         steps = []
-        for made in range(4, 18):
+        for number in range(4, 18):
             kind = draw.choice((self.UNARY, self.BINARY))
             arity = 1 if kind is self.UNARY else 2
-            recent = [*range(4), *range(max(4, made - 4), made)]
-            steps.append((draw.choice(kind), draw.choices(recent, k=arity), made))
+            recent = [*range(4), *range(max(4, number - 4), number)]
+            steps.append((draw.choice(kind), draw.choices(recent, k=arity), number))
         self.steps, self.last = [], {steps[-1][2]: len(steps)}
-        for function, used, made in reversed(steps):
-            if made in self.last:  # what nothing needs is not captured
-                self.last = dict.fromkeys(used, made) | self.last
-                self.steps.insert(0, (function, used, made))
+        for function, used, number in reversed(steps):
+            if number in self.last:  # what nothing needs is not captured
+                self.last = dict.fromkeys(used, number) | self.last
+                self.steps.insert(0, (function, used, number))
 
     def forward(self, x):
         values = {0: x, **{i + 1: w for i, w in enumerate(self.weights)}}
         del x
-        for function, used, made in self.steps:
-            values[made] = function(*(values[u] for u in used))
+        for function, used, number in self.steps:
+            values[number] = function(*(values[u] for u in used))
             for u in {*used}:
-                if self.last[u] == made:
+                if self.last[u] == number:
                     del values[u]
         return values[self.steps[-1][2]].sum()
 
@@ -313,8 +315,8 @@ def test_random_programs_are_exact(seed):
 def test_identical_layers_are_profiled_once():
     def distinct(layers):
         graph = ColoTracer().trace(LanguageModel(layers), (), CASES["gpt2"].batch(0))
-        found = profile_graph(graph, graph.parameters)
-        return len({id(p) for p in found.values()}), len(found)
+        profiles = profile_graph(graph, graph.parameters)
+        return len({id(p) for p in profiles.values()}), len(profiles)
 
     (shallow, few), (deep, many) = distinct(2), distinct(5)
     assert deep == shallow
@@ -328,21 +330,21 @@ def test_bytes_and_transients_of_an_operator():
     linear = profiles["linear"]
     assert linear.forward.read_bytes == 4 * (4 * 8 + 16 * 8 + 16)
     assert linear.forward.written_bytes == 4 * 4 * 16
-    assert linear.forward_bytes == linear.forward.read_bytes + linear.forward.written_bytes
-    assert (linear.forward_flops, linear.backward_flops) == (2 * 4 * 8 * 16, 2 * 4 * 8 * 16)
-    assert (linear.saves_inputs, linear.saves_outputs, linear.saved_internal_bytes) == ((0,), (), 0)
+    assert (linear.forward.flops, linear.backward.flops) == (2 * 4 * 8 * 16, 2 * 4 * 8 * 16)
+    assert (linear.tape.saved_operands, linear.tape.saved_results) == ((0,), ())
+    assert linear.tape.saved_own_bytes == 0
     assert linear.differentiable and not linear.aliases_input
     # the gradient of a sum is one number: nothing else is read of it
     assert profiles["sum_1"].backward.written_bytes == 0
 
 
 def test_modules_add_up():
-    mine = profiled(LanguageModel(2), **CASES["gpt2"].batch(0))
-    rows = {row.path: row for row in mine.modules()}
-    whole = rows[""]
-    assert (whole.forward, whole.backward) == (mine.forward, mine.backward)
-    assert whole.saved_bytes == mine.saved_bytes
-    assert whole.parameters == sum(p.numel() for p in LanguageModel(2).parameters())
+    profile = profiled(LanguageModel(2), **CASES["gpt2"].batch(0))
+    rows = {row.path: row for row in profile.modules()}
+    model_row = rows[""]
+    assert (model_row.forward, model_row.backward) == (profile.forward, profile.backward)
+    assert model_row.saved_bytes == profile.saved_bytes
+    assert model_row.parameters == sum(p.numel() for p in LanguageModel(2).parameters())
     blocks = [rows[f"gpt2.transformer.h.{i}"] for i in range(2)]
     assert blocks[0].forward.flops == blocks[1].forward.flops
     assert blocks[0].parameters == blocks[1].parameters
@@ -373,15 +375,15 @@ def test_symbolic_profiles_equal_numeric_ones(name):
     at = dict(zip(names, (5, 7), strict=False))
     cut = {k: v[tuple(map(slice, at.values()))].clone() for k, v in batch.items()}
     numeric = profiled(model, sums_in_place=True, **cut)
-    found = substitute(formulas, at)
-    assert not found.symbols
-    assert found.forward.flops == numeric.forward.flops
-    assert found.backward.flops == numeric.backward.flops
-    assert found.saved_bytes == numeric.saved_bytes
-    assert found.peak_bytes == numeric.peak_bytes
+    profile = substitute(formulas, at)
+    assert not profile.symbols
+    assert profile.forward.flops == numeric.forward.flops
+    assert profile.backward.flops == numeric.backward.flops
+    assert profile.saved_bytes == numeric.saved_bytes
+    assert profile.peak_bytes == numeric.peak_bytes
     if name == "mlp":  # others are captured with fewer no-ops where sizes are known
-        assert (found.forward, found.backward) == (numeric.forward, numeric.backward)
-        deltas = [[c.delta_bytes for c in p.timeline.changes] for p in (found, numeric)]
+        assert (profile.forward, profile.backward) == (numeric.forward, numeric.backward)
+        deltas = [[c.delta_bytes for c in p.timeline.changes] for p in (profile, numeric)]
         assert deltas[0] == deltas[1]
         formula = formulas.peak_bytes.subs({formulas.symbols[n]: size for n, size in at.items()})
         assert formula == numeric.peak_bytes
@@ -396,8 +398,8 @@ def test_a_dynamic_graph_is_profiled_for_its_example():
 
 def test_the_largest_batch_that_fits():
     formulas, budget = formulas_of("gpt2"), 10_000_000
-    found = largest(formulas, "batch", budget, {"sequence": 16})
-    at = [substitute(formulas, {"batch": n, "sequence": 16}).peak_bytes for n in (found, found + 1)]
+    batch = largest(formulas, "batch", budget, {"sequence": 16})
+    at = [substitute(formulas, {"batch": n, "sequence": 16}).peak_bytes for n in (batch, batch + 1)]
     assert at[0] <= budget < at[1]
     assert largest(formulas, "batch", 10, {"sequence": 16}) == 0
     with pytest.raises(ValueError, match=r"also depends on .*sequence"):
@@ -424,11 +426,12 @@ def test_sizes_and_meshes_parse():
     assert parse_bytes("40GiB") == 40 * 2**30
     assert parse_bytes("512 MB") == 512e6
     assert parse_bytes("0.5", of=100.0) == 50.0
-    assert parse_mesh("2x4") == (2, 4)
+    assert parse_mesh("2x4") == ((2, 4), ())
+    assert parse_mesh("node=2, gpu=4") == ((2, 4), ("node", "gpu"))
     for bad in ["40 potatoes", "-1GiB", "0"]:
         with pytest.raises(ValueError, match=r"memory size"):
             parse_bytes(bad)
-    for bad in ["", "2x", "0x2", "two"]:
+    for bad in ["", "2x", "0x2", "two", "node=2,4", "node=2xgpu=4", "node=0", "1st=2"]:
         with pytest.raises(ValueError, match="mesh"):
             parse_mesh(bad)
 
@@ -441,6 +444,10 @@ def test_clusters_round_trip_through_yaml(tmp_path):
     path.write_text(yaml.safe_dump(cluster.to_dict()))
     assert as_cluster(path) == cluster
     assert cluster.links[0] != cluster.links[1]  # between nodes, inside a node
+    named = as_cluster("node=2,gpu=8")
+    path.write_text(named.to_yaml())
+    assert as_cluster(path) == named
+    assert named.axis_names == ("node", "gpu") and named.mesh == (2, 8)
     assert [cluster.coords(r) for r in (0, 1, 8)] == [(0, 0), (0, 1), (1, 0)]
 
 
@@ -455,10 +462,10 @@ def test_clusters_round_trip_through_yaml(tmp_path):
     ],
 )
 def test_gpus_by_the_name_that_the_driver_gives(called, gib, name, caplog):
-    found = named_gpu(called, gib * 2**30)
-    assert found.name == name
-    assert found.kind == "cuda"
-    assert found.memory_bytes == gib * 2**30
+    gpu = named_gpu(called, gib * 2**30)
+    assert gpu.name == name
+    assert gpu.kind == "cuda"
+    assert gpu.memory_bytes == gib * 2**30
     assert ("autopar cluster" in caplog.text) is (name == called)
 
 
@@ -469,6 +476,8 @@ def test_bad_clusters_are_refused():
         ClusterInfo((2,), device("cpu"), (Link(1e-6, float("nan")),))
     with pytest.raises(ValueError, match="one link per axis"):
         ClusterInfo((2, 2), device("cpu"), (Link(1e-6, 1e-9),))
+    with pytest.raises(ValueError, match="a different name for each of its 2 axes, got gpu, gpu"):
+        ClusterInfo.of("gpu=2,gpu=2")
     with pytest.raises(ValueError, match="does not exist"):
         as_cluster("nowhere.yaml")
     with pytest.raises(ValueError, match=r"unknown keys \['meshes'\]"):

@@ -1,5 +1,6 @@
 """Reports: the words fit the plan, and text and page carry its numbers."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from tests.unit.test_baselines import Classifier, by_name
 
 
 @pytest.fixture(scope="module")
-def found() -> Planned:
+def planned() -> Planned:
     with torch.device("meta"):
         model = Classifier(512, blocks=3)
     inputs = {"x": torch.zeros(256, 512), "y": torch.zeros(256, dtype=torch.long)}
@@ -27,29 +28,32 @@ def found() -> Planned:
 
 
 @pytest.fixture(scope="module")
-def plan(found) -> ShardingPlan:
-    experts = baseline_plans(found.space)
-    baselines = tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts)
-    return replace(found.plan, baselines=baselines)
+def plan(planned) -> ShardingPlan:
+    plans = baseline_plans(planned.space)
+    baselines = tuple(Baseline(b.name, b.time, b.memory, b.fits) for b in plans)
+    return replace(planned.plan, baselines=baselines)
 
 
-def said(found: Planned, prefix: str) -> dict[str, str]:
-    expert = by_name(baseline_plans(found.space), prefix)
-    return {m.name: m.words for m in words.describe(found.space, expert.choices)}
+def descriptions(planned: Planned, prefix: str) -> dict[str, str]:
+    baseline = by_name(baseline_plans(planned.space), prefix)
+    return {m.name: m.words for m in words.describe(planned.space, baseline.choices)}
 
 
 # -- words --------------------------------------------------------------------------------------
 
 
-def test_words_of_data_parallelism(found):
-    assert said(found, "DDP")["blocks.*.up"] == "data parallel on axes 0 and 1"
-    assert said(found, "FSDP")["blocks.*.down"] == (
+def test_words_of_data_parallelism(planned):
+    assert descriptions(planned, "DDP")["blocks.*.up"] == "data parallel on axes 0 and 1"
+    assert descriptions(planned, "FSDP")["blocks.*.down"] == (
         "data parallel on axes 0 and 1, ZeRO-3 (gathered again for backward)"
     )
 
 
-def test_words_of_tensor_parallelism(found):
-    plain, sharded = said(found, "Megatron TP, data"), said(found, "Megatron TP, FSDP")
+def test_words_of_tensor_parallelism(planned):
+    plain, sharded = (
+        descriptions(planned, "Megatron TP, data"),
+        descriptions(planned, "Megatron TP, FSDP"),
+    )
     assert "tensor parallel on axis 1, column then row" in plain["blocks.*"]
     assert plain["blocks.*.up"] == "data parallel on axis 0; tensor parallel on axis 1, column"
     assert plain["blocks.*.down"] == "data parallel on axis 0; tensor parallel on axis 1, row"
@@ -65,17 +69,17 @@ def test_words_of_a_language_model():
     ids = torch.zeros(8, 16, dtype=torch.long)
     cluster = ClusterInfo.of("2x2", "A100-40G")
     lm = autoplan(model, (), {"input_ids": ids, "labels": ids}, cluster=cluster)
-    modules = said(lm, "DDP")
+    modules = descriptions(lm, "DDP")
     assert modules["gpt2.transformer.h.*.attn"] == "data parallel on axes 0 and 1"
     assert modules["gpt2.transformer.wte"] == "data parallel on axes 0 and 1"
 
     def split(module: str, strategy: str) -> str:
-        """What is said when the module's operators take this strategy where they have it."""
+        """The module's description if its operators take this strategy where they have it."""
         choices = []
         for decision in lm.space.decisions:
             names = [c.name for c in decision.candidates]
-            mine = decision.kind == "op" and lm.graph.info(decision.node).module == module
-            choices.append(names.index(strategy) if mine and strategy in names else 0)
+            inside = decision.kind == "op" and lm.graph.info(decision.node).module == module
+            choices.append(names.index(strategy) if inside and strategy in names else 0)
         return {m.name: m.words for m in words.describe(lm.space, choices)}[module]
 
     assert split("gpt2.transformer.wte", "v e") == (
@@ -89,12 +93,12 @@ def test_words_of_a_language_model():
     assert split("gpt2.transformer.ln_f", "- -") == "replicated"
 
 
-def test_modules_add_up_for_any_plan(found):
+def test_modules_add_up_for_any_plan(planned):
     for seed in range(5):
-        choices = found.space.random_choices(np.random.default_rng(seed))
-        any_plan = make_plan(found.space, choices, "Classifier")
-        decisions = list(zip(found.space.decisions, choices, strict=True))
-        moved = [found.space.conversion_costs(link, choices) for link in found.space.edges]
+        choices = planned.space.random_choices(np.random.default_rng(seed))
+        any_plan = make_plan(planned.space, choices, "Classifier")
+        decisions = list(zip(planned.space.decisions, choices, strict=True))
+        moved = [planned.space.conversion_costs(link, choices) for link in planned.space.edges]
         time_us = sum(s.time_us[c] for s, c in decisions) + sum(us for us, _ in moved)
         nbytes = sum(s.memory_bytes[c] for s, c in decisions) + sum(b for _, b in moved)
         assert sum(m.time_us for m in any_plan.modules) == pytest.approx(time_us)
@@ -106,16 +110,19 @@ def test_modules_add_up_for_any_plan(found):
 
 
 @pytest.mark.parametrize(
-    ("points", "boxes"),
+    ("indices", "patterns"),
     [
-        ([(0,), (1,), (3,)], [({0, 1, 3},)]),
-        ([(0, 0), (0, 1), (1, 0), (1, 1)], [({0, 1}, {0, 1})]),
-        ([(0, 0), (0, 1), (1, 0)], [({0}, {0, 1}), ({1}, {0})]),
-        ([()], [()]),
+        (["0", "1", "3"], ["h.{0-1,3}"]),
+        (["0.0", "0.1", "1.0", "1.1"], ["h.*.*"]),
+        (["0.0", "0.1", "1.0"], ["h.0.*", "h.1.0"]),
     ],
 )
-def test_copies_are_named_exactly(points, boxes):
-    assert words._boxes(points) == [tuple(map(frozenset, box)) for box in boxes]
+def test_copies_are_named_exactly(indices, patterns):
+    digits = len(indices[0].split("."))
+    every = [f"h.{'.'.join(p)}" for p in itertools.product("0123"[: 6 - 2 * digits], repeat=digits)]
+    groups = words.grouped_names([f"h.{i}" for i in indices], every)
+    assert [pattern for pattern, _ in groups] == patterns
+    assert sum(count for _, count in groups) == len(indices)
 
 
 def test_indices_read_as_ranges():
@@ -163,13 +170,13 @@ def test_text_has_colour_only_where_asked(plan):
     assert max(map(len, render(plan, width=100).splitlines())) <= 100
 
 
-def test_operators_without_a_rule_are_named(found):
+def test_operators_without_a_rule_are_named(planned):
     unruled = {f"sort_{i}: aten.sort.default at /a/b/c.py:{i}": 10.0 * i for i in (1, 2)}
-    plan = replace(found.plan, unruled=unruled)
+    plan = replace(planned.plan, unruled=unruled)
     line = next(line for line in render(plan).splitlines() if "aten.sort" in line)
     assert "b/c.py:2" in line
     assert time_text(30.0) in line
-    assert "aten.sort" not in render(found.plan)
+    assert "aten.sort" not in render(planned.plan)
 
 
 def test_page_is_self_contained(plan):

@@ -30,7 +30,7 @@ from math import prod
 import numpy as np
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.cluster.link import BUCKET_MEMBER_BYTES
+from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.sharding.conversion.baselines import axis_by_axis, greedy
 from autopar.sharding.conversion.graph import KINDS, Edges, SpecGraph, spec_graph

@@ -1,0 +1,145 @@
+"""Commands about models and machines: `profile`, `cluster`, `devices`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopar.cli.common import (
+    DEFAULT_DEVICE,
+    OPTIMIZERS,
+    check_optimizer,
+    progress,
+    short_errors,
+)
+
+
+def profile(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL.py", help="Defines build_model() and example_inputs()."),
+    ],
+    depth: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Show modules down to this depth.  [default: all]"),
+    ] = None,
+    formulas: Annotated[
+        bool, typer.Option("--formulas", help="Also show formulas in batch and sequence.")
+    ] = False,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Batch to profile at.")
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Sequence length to profile at.")
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Find the largest batch for this memory, as 40GiB."),
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}.")
+    ] = "adamw",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the profile as JSON instead of the table.")
+    ] = False,
+) -> None:
+    """Say what a training step computes, moves and holds, per module. Nothing is run.
+
+    The step is that of one device, without sharding and recomputation. Formulas, --fit and other
+    sizes than the example's need a model whose batch and sequence can be symbolic.
+    """
+    with (
+        progress() as say,
+        contextlib.redirect_stdout(sys.stderr),
+        short_errors(ValueError, OSError),
+    ):
+        check_optimizer(optimizer)
+        from autopar.cli.model_file import load_example
+        from autopar.cluster.cluster import parse_bytes
+        from autopar.planner.optimizer_state import named_state_ratio
+
+        budget = None if fit is None else parse_bytes(fit)
+        sizes = {"batch": batch, "sequence": sequence}
+        changed = {name: size for name, size in sizes.items() if size is not None}
+        say("load model ...")
+        example = load_example(model)
+        from autopar.cli.profile import profile_example, show
+
+        say("trace and profile ...")
+        dynamic = bool(formulas or changed or budget is not None)
+        state = named_state_ratio(optimizer.lower(), example.model)
+        profile = profile_example(example, dynamic=dynamic, optimizer_state=state)
+        text = show(profile, depth, formulas, changed, budget, as_json)
+    sys.stdout.write(text)
+
+
+def cluster(
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES",
+            help="Device mesh whose links are measured: 8, 2x4, or node=2,gpu=4 with names.  "
+            "[default: one device, or all processes of torchrun]",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE.yaml", help="Write it here, for plan --cluster."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="cpu or cuda.  [default: cuda if there is one]"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer sizes and repetitions: seconds, not minutes.")
+    ] = False,
+) -> None:
+    """Measure this machine: arithmetic, memory, launches, and the links of a mesh.
+
+    On one host it starts the processes itself. On several hosts, run it under torchrun on each:
+    torchrun ... --no-python autopar cluster --mesh 2x8 -o cluster.yaml.
+    """
+    with progress() as say, contextlib.redirect_stdout(sys.stderr), short_errors(ValueError):
+        from autopar.cli.cluster import measure
+
+        measurement = measure(mesh, device, quick, say)
+    if measurement is None:  # rank 0 prints
+        return
+    with short_errors(OSError):
+        from autopar.cli.cluster import print_measured, write_measured
+
+        if output is not None:
+            write_measured(measurement, output)
+        print_measured(measurement, output)
+
+
+def devices() -> None:
+    """List the devices that plans can be made for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from autopar.cluster.device import DEVICES
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("device", no_wrap=True)
+    for column in ("GiB", "GB/s", "TFLOP/s float32", "bfloat16", "float64"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for d in DEVICES.values():
+        rates = (d.flops_per_s(dtype) for dtype in ("float32", "bfloat16", "float64"))
+        table.add_row(
+            d.name,
+            f"{d.memory_bytes / 2**30:.0f}",
+            f"{d.bandwidth / 1e9:.0f}",
+            *(f"{rate / 1e12:.4g}" for rate in rates),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"Rates of large kernels, which are below the data sheet's. Default: {DEFAULT_DEVICE}."
+    )

@@ -1,0 +1,252 @@
+"""Commands that make plans and show them: `plan`, `report`, `explain`, `diff`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopar.cli.common import (
+    DEFAULT_DEVICE,
+    OPTIMIZERS,
+    check_optimizer,
+    progress,
+    short_errors,
+)
+
+PlanFile = Annotated[
+    Path, typer.Argument(metavar="PLAN.json", help="A file that `autopar plan -o` wrote.")
+]
+
+
+def plan(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL.py",
+            help="A Python file that defines build_model() and example_inputs(). The latter "
+            "returns keyword arguments (dict), positional ones (tuple), or (args, kwargs).",
+        ),
+    ],
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES",
+            help="Device mesh: 8, 2x4, or node=2,gpu=4 with names. The last axis has the fastest "
+            "links. With auto, all meshes of --devices in up to three axes are compared.",
+        ),
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of devices for --mesh auto.")
+    ] = None,
+    per_node: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Devices per node for --mesh auto.  [default: 8]"),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"A device that `autopar devices` lists.  [default: {DEFAULT_DEVICE}]",
+        ),
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="A file with mesh, device and links, instead of --mesh and --device.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Budget per device: 20GiB, 512MB, or a share of the device's memory such as 0.8.  "
+            "[default: all of it]",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}."
+        ),
+    ] = "adamw",
+    constraints: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Layouts that the plan must have, one per line, such as "
+            "'blocks.*.up.weight: S0R', 'inputs.x: S0R' or 'outputs.0: RR'.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="PLAN.json", help="Write the plan here, for auto_engine."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write the report here, as one HTML page."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Write the predicted step here, operator by operator, for ui.perfetto.dev.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as JSON instead of the report.")
+    ] = False,
+    baselines: Annotated[
+        bool, typer.Option(help="Compare with standard plans: DDP, FSDP, Megatron.")
+    ] = True,
+    front: Annotated[
+        bool,
+        typer.Option(
+            "--front",
+            help="Also find the fastest plans within 12 budgets, from no limit to the smallest "
+            "feasible one.",
+        ),
+    ] = False,
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="For each run of the solver, which then returns its best plan and the gap.",
+            min=0.1,
+        ),
+    ] = 60.0,
+) -> None:
+    """Find the fastest plan that fits the memory. It needs no GPU and no weights.
+
+    The report goes to stdout, progress to stderr. The exit code is 1 if nothing fits the memory or
+    the model cannot be captured, and 2 if the input is wrong.
+    """
+    # what the model file prints goes to stderr
+    with progress() as say, contextlib.redirect_stdout(sys.stderr):
+        with short_errors(ValueError, OSError):
+            check_optimizer(optimizer)
+            from autopar.cli.model_file import load_example
+            from autopar.cli.plan import make_plan, print_report, target_of, write_html
+            from autopar.cluster.cluster import ClusterInfo
+            from autopar.planner.constraints import load_constraints
+            from autopar.planner.optimizer_state import named_state_ratio
+
+            target = target_of(mesh, devices, per_node, device, cluster, memory)
+            if trace is not None and not isinstance(target, ClusterInfo):
+                raise ValueError("--trace shows the step on one mesh: give it with --mesh")
+            layouts = {} if constraints is None else load_constraints(constraints)
+            say("load model ...")
+            example = load_example(model)
+            state = named_state_ratio(optimizer.lower(), example.model)
+        with short_errors():
+            result = make_plan(
+                example,
+                target,
+                say,
+                baselines=baselines,
+                pareto_front=front,
+                schedule=report is not None or trace is not None,
+                trace=trace,
+                optimizer_state=state,
+                constraints=layouts,
+                time_limit=time_limit,
+            )
+            result = replace(result, source=str(model))
+    with short_errors(OSError):
+        if output is not None:
+            result.save(output)
+        if report is not None:
+            write_html(result, report)
+        if as_json:
+            sys.stdout.write(result.to_json() + "\n")
+        else:
+            print_report(result)
+
+
+def report(
+    plan: PlanFile,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write the report here, as one HTML page."),
+    ] = None,
+) -> None:
+    """Show the report of a plan."""
+    with short_errors(OSError):
+        from autopar.cli.plan import print_report, write_html
+        from autopar.plan import ShardingPlan
+
+        loaded = ShardingPlan.load(plan)
+        if html is not None:
+            write_html(loaded, html)
+        print_report(loaded)
+
+
+def explain(
+    plan: PlanFile,
+    node: Annotated[
+        str,
+        typer.Argument(
+            metavar="NODE",
+            help="A parameter, a module, an operator by its name in the plan, or inputs.NAME. "
+            "blocks.*.up stands for copies with the same choice.",
+        ),
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL.py", help="The model.  [default: the file it was planned from]"
+        ),
+    ] = None,
+    alternatives: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Number of alternatives to solve for, the most promising first; the others get "
+            "a bound.",
+        ),
+    ] = 8,
+    time_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For each alternative.", min=0.1)
+    ] = 60.0,
+) -> None:
+    """Say why a plan made a choice: what each alternative would cost.
+
+    For each alternative it finds the best plan with that choice, and says what else changes.
+    """
+    with (
+        progress() as say,
+        contextlib.redirect_stdout(sys.stderr),
+        short_errors(ValueError, OSError),
+    ):
+        from autopar.cli.inspect import explain_decision
+        from autopar.plan import ShardingPlan
+
+        loaded = ShardingPlan.load(plan)
+        explanation = explain_decision(loaded, plan, node, model, alternatives, time_limit, say)
+    from autopar.cli.inspect import print_explanation
+
+    print_explanation(explanation)
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="A plan.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another plan.")],
+    every: Annotated[
+        bool, typer.Option("--all", help="Also list every operator, input and shared value.")
+    ] = False,
+) -> None:
+    """Say how two plans differ: purpose, time, memory, modules, parameters."""
+    with short_errors(OSError):
+        from autopar.cli.inspect import print_difference
+        from autopar.plan import ShardingPlan
+        from autopar.planner.diff import diff
+
+        print_difference(diff(ShardingPlan.load(first), ShardingPlan.load(second)), every)

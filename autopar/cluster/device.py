@@ -1,0 +1,158 @@
+"""`Device`: what one device computes, moves and holds. A new device is one row of `DEVICES`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from autopar.cluster.curve import Curve
+from autopar.cluster.data import check_number, curves_from, plain
+
+GiB = 2**30
+
+# Kinds of arithmetic in libraries, and of elementwise work that takes longer than moving the bytes.
+LIBRARIES = ("matmul", "unaligned", "convolution", "depthwise", "attention")
+EXTRAS = ("function", "random", "reduction", "variance", "index", "strided", "scalar")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Speed and memory of one device.
+
+    `autopar cluster` measures `flops_by_size`, `bytes_by_size` and `extra_ns`. Without them,
+    arithmetic runs at `peak_flops` and bytes move at `bandwidth`, whatever the size.
+
+    Args:
+        name: for reports.
+        kind: torch device type, `"cuda"` or `"cpu"`.
+        peak_flops: achievable FLOP/s by dtype name (`"float32"`, `"bfloat16"`, ...).
+        memory_bytes: device memory.
+        bandwidth: device memory bandwidth, bytes/s.
+        launch_us: overhead of one operator, microseconds. A GPU computes while the host launches
+            ahead; there it is the least time that an operator takes.
+        flops_by_size: FLOP/s of one kernel by its FLOPs. A key is a library and a dtype, such as
+            `"matmul.float32"` or `"convolution.float32"`; `"unaligned"` stands for matrix products
+            with rows that do not begin at multiples of 16 bytes.
+        bytes_by_size: bytes/s of one kernel by its bytes; keys are `"read"` and `"write"`.
+        extra_ns: nanoseconds per element beyond reading and writing it, by kind of work: an
+            elementary `function`, a `random` draw, a `reduction`, the `variance` across rows, a
+            look-up by `index`, a `strided` read, or a `scalar` instruction (a comparison).
+        overlaps: whether collectives and copies run beside compute. If None, only on GPUs: on a
+            CPU they take the cores that compute, and device memory is host memory.
+    """
+
+    name: str
+    kind: str
+    peak_flops: Mapping[str, float]
+    memory_bytes: float
+    bandwidth: float
+    launch_us: float
+    flops_by_size: Mapping[str, Curve] = field(default_factory=dict)
+    bytes_by_size: Mapping[str, Curve] = field(default_factory=dict)
+    extra_ns: Mapping[str, float] = field(default_factory=dict)
+    overlaps: bool | None = None
+
+    def __post_init__(self) -> None:
+        prefix = f"device {self.name}: "
+        for key, rate in self.peak_flops.items():
+            check_number(f"{prefix}peak_flops[{key}]", rate)
+        if "float32" not in self.peak_flops:
+            raise ValueError(f"{prefix}peak_flops lacks float32, the rate of what is not listed")
+        check_number(f"{prefix}memory_bytes", self.memory_bytes)
+        check_number(f"{prefix}bandwidth", self.bandwidth)
+        check_number(f"{prefix}launch_us", self.launch_us, zero=True)
+        for key, ns in self.extra_ns.items():
+            check_number(f"{prefix}extra_ns[{key}]", ns, zero=True)
+        libraries = {key.split(".")[0] for key in self.flops_by_size}
+        for name, keys, known in (
+            ("flops_by_size", libraries, LIBRARIES),
+            ("bytes_by_size", self.bytes_by_size, ("read", "write")),
+            ("extra_ns", self.extra_ns, EXTRAS),
+        ):
+            if unknown := sorted(set(keys) - set(known)):
+                raise ValueError(f"{prefix}{name} has {unknown}; it takes {', '.join(known)}")
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether collectives and copies run beside compute."""
+        return self.kind != "cpu" if self.overlaps is None else self.overlaps
+
+    def flops_per_s(self, dtype: str) -> float:
+        """Peak for a dtype; a dtype that is not listed runs at the float32 rate."""
+        return self.peak_flops.get(dtype, self.peak_flops["float32"])
+
+    @property
+    def measured(self) -> bool:
+        """Whether more is known than the peaks."""
+        return bool(self.flops_by_size or self.bytes_by_size or self.extra_ns)
+
+    def flops_curve(self, library: str, dtype: str) -> Curve:
+        """FLOP/s by FLOPs of a kernel. What was not measured runs as fast as matrix products."""
+        curves = self.flops_by_size
+        curve = curves.get(f"{library}.{dtype}") or curves.get(f"matmul.{dtype}")
+        return curve or Curve.constant(self.flops_per_s(dtype))
+
+    def bytes_curve(self, direction: str) -> Curve:
+        """Bytes/s by bytes that a kernel moves in a direction, `"read"` or `"write"`."""
+        return self.bytes_by_size.get(direction) or Curve.constant(self.bandwidth)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without fields that have their default."""
+        return plain(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Device:
+        """Inverse of `to_dict`.
+
+        Raises:
+            TypeError: a key is missing or unknown.
+            ValueError: a number or a curve is not legal.
+        """
+        curves = {
+            key: curves_from(f"device {data.get('name')}: {key}", data[key])
+            for key in ("flops_by_size", "bytes_by_size")
+            if key in data
+        }
+        return Device(**{**data, **curves})
+
+
+def _gpu(name: str, gib: float, bandwidth: float, fp32: float, tf: float, fp64: float) -> Device:
+    """A GPU at 70% of the vendor's peaks, which large matrix products reach in practice."""
+    peak = {"float64": fp64, "float32": fp32, "bfloat16": tf, "float16": tf}
+    return Device(
+        name, "cuda", {k: 0.7e12 * v for k, v in peak.items()}, gib * GiB, 0.8 * bandwidth, 4.0
+    )
+
+
+# From public data sheets, for dense matrices: memory in GiB, bandwidth in B/s, TFLOP/s in fp32
+# (without TF32), bf16, fp64.
+DEVICES: dict[str, Device] = {
+    d.name.lower(): d
+    for d in (
+        _gpu("A100-40G", 40, 1.555e12, 19.5, 312, 19.5),
+        _gpu("A100-80G", 80, 2.039e12, 19.5, 312, 19.5),
+        _gpu("H100", 80, 3.35e12, 67, 989, 67),
+        _gpu("H200", 141, 4.8e12, 67, 989, 67),
+        _gpu("B200", 180, 8.0e12, 80, 2250, 40),
+        _gpu("L4", 24, 0.3e12, 30.3, 121, 0.47),
+        _gpu("4090", 24, 1.008e12, 82.6, 165, 1.29),
+        # One core of a server CPU, as a Gloo rank with one thread sees it.
+        Device("cpu", "cpu", {"float32": 5e10, "float64": 2.5e10}, 6 * GiB, 8e9, 5.0),
+    )
+}
+
+
+def device(name: str) -> Device:
+    """Look a device up in the table.
+
+    Raises:
+        ValueError: no such device; the message names the nearest.
+    """
+    if name.lower() not in DEVICES:
+        near = get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.3)
+        hint = f"; did you mean {DEVICES[near[0]].name}?" if near else "."
+        known = ", ".join(d.name for d in DEVICES.values())
+        raise ValueError(f"unknown device {name!r}{hint} Known: {known}")
+    return DEVICES[name.lower()]
