@@ -11,6 +11,8 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from autopar.ir.graph import bound_arguments, operands, shape_of
+from autopar.ir.spec import local_shape
+from autopar.sharding.lowerings.declared import Declared, LocalCall, declared
 from autopar.sharding.rule import OpRule, Strategy, named_strategy, strategies
 from autopar.sharding.rules import Call, bind
 
@@ -89,3 +91,38 @@ def strategy_by_name(node: fx.Node, mesh: Sequence[int], name: str) -> Strategy:
         ValueError: the node has no such strategy.
     """
     return named_strategy(rule_of(node)[0], mesh, name, _floating(node))
+
+
+def declared_of(
+    node: fx.Node, strategy: Strategy, mesh: Sequence[int], coords: Sequence[int] | None = None
+) -> Declared:
+    """What the strategy's lowering declares for the call on one rank, the first if `coords` is
+    None."""
+    rule, _ = rule_of(node)
+    if not strategy.lowered or rule.lowering is None:
+        return Declared()
+    where = (0,) * len(mesh) if coords is None else tuple(coords)
+    call = call_of(node)
+    local_operands = tuple(
+        None if shape is None or spec is None else local_shape(shape, spec, mesh, where)
+        for shape, spec in zip(call.inputs, strategy.inputs, strict=True)
+    )
+    local_results = tuple(
+        local_shape(shape, spec, mesh, where)
+        for shape, spec in zip(call.outputs, strategy.outputs, strict=True)
+    )
+    first = next((n for n in operands(node) if n is not None), None)
+    return declared(
+        rule.lowering,
+        LocalCall(
+            call.arguments,
+            local_operands,
+            local_results,
+            rule.inputs,
+            {name: rule.factors[name].size for name in strategy.splits},
+            strategy.splits,
+            tuple(mesh),
+            where,
+            first is not None and _is_floating(first.meta["val"]),
+        ),
+    )

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from autopar.sharding.lowerings.declared import has_declaration
 from autopar.sharding.rule import OpRule, Row, strategies
 from autopar.sharding.rules import registry
 from autopar.testing.rules import check, record
@@ -37,6 +38,30 @@ def test_rules_hold(part, capsys):
     failures = [f"{f}" for r in reports for f in r.failures]
     assert not failures, "\n\n".join(failures)
     assert not [r.name for r in reports if not r.cases], "ops of which no case was run"
+
+
+def declaring_ops():
+    """Ops for which a drawn call has a strategy whose lowering declares collectives."""
+    names = []
+    for name in table_ops():
+        draw = Draw(random.Random(f"{SEED} {name}"))
+        for _ in range(4):
+            try:
+                rule, _ = one_op(draw_sample(find_op(name), draw), draw).rule
+            except (RuntimeError, IndexError, NotImplementedError, ValueError):
+                continue
+            if rule.lowering is not None and has_declaration(rule.lowering):
+                names.append(name)
+                break
+    return names
+
+
+def test_lowerings_run_the_collectives_that_they_declare():
+    names = declaring_ops()
+    assert len(names) > 25
+    for name in names:
+        report = check.prove_op(name, 12, SEED)
+        assert not report.failures, "\n\n".join(map(str, report.failures))
 
 
 def test_every_op_has_a_sampler():
@@ -123,6 +148,17 @@ def deserter(x, weight, *, shard):
 
     if not shard["k"][0]:
         raise RuntimeError("gone")
+    return total(x @ weight, groups_of(shard, "k"))
+
+
+def test_a_lowering_that_runs_other_collectives_than_it_declares_is_found(monkeypatch):
+    said = wrong(monkeypatch, "aten.mm.default", Row("m k=, k= n -> m n", lowering=undeclared))
+    assert "collectives of the forward on rank (0,): declared none, ran 1 all_reduce of" in said
+
+
+def undeclared(x, weight, *, shard):
+    from autopar.sharding.lowerings.shard import groups_of, total
+
     return total(x @ weight, groups_of(shard, "k"))
 
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+from autopar.sharding.lowerings.declared import (
+    Collective,
+    Declared,
+    LocalCall,
+    all_reduces,
+    declares,
+    one_element,
+)
 from autopar.sharding.lowerings.shard import Shard, counted, groups_of, largest, share_of, total
 
 
@@ -26,6 +36,23 @@ def embedding(
     return found.masked_fill(~here.unsqueeze(-1), 0)
 
 
+def _cross_entropy(call: LocalCall) -> Declared:
+    """Along the vocabulary, per row: the peak, the normalizer, the class weight and the target's
+    logit; with label smoothing also the sum of logits. The mean counts the rows of all ranks."""
+    weight, target = call.operands[2], call.operands[1]
+    assert target is not None
+    smoothed = bool(call.arguments.get("label_smoothing"))
+    collectives = []
+    for axis in call.axes("v"):
+        collectives.append(Collective("all_reduce", axis, math.prod(target), 4 + smoothed))
+        if smoothed and weight is not None:
+            collectives.append(Collective("all_reduce", axis, 1, 1))
+    if call.arguments.get("reduction", 1) == 1:
+        collectives += [Collective("all_reduce", axis, 1, 1) for axis in call.axes("bs")]
+    return Declared(tuple(collectives))
+
+
+@declares(_cross_entropy)
 def cross_entropy(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -99,6 +126,7 @@ def _per_class(weight: torch.Tensor, ndim: int) -> torch.Tensor:
     return weight.view([-1] + [1] * (ndim - 2))
 
 
+@declares(all_reduces("bs", one_element, forward=1))
 def nll_loss(
     log_probabilities: torch.Tensor,
     target: torch.Tensor,

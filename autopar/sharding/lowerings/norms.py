@@ -12,10 +12,18 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from autopar.sharding.lowerings.declared import (
+    Declared,
+    LocalCall,
+    all_reduces,
+    declares,
+    first_result,
+    statistics_over,
+)
 from autopar.sharding.lowerings.shard import Shard, groups_of, largest, share_of, shared, total
 
 
-def _moments(
+def _centered(
     x: torch.Tensor, dims: list[int], shard: Shard, factors: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, x minus its mean, and (biased) variance over `dims` as a whole; dims are kept."""
@@ -24,6 +32,10 @@ def _moments(
     mean = shared(x.sum(dims, keepdim=True), groups) / count
     centered = x - mean
     return mean, centered, shared(centered.square().sum(dims, keepdim=True), groups) / count
+
+
+# Passes over the operand, forward and backward, of a normalization that is written out.
+_PASSES = 12
 
 
 def _affine(
@@ -39,6 +51,7 @@ def _normalized(shape: Sequence[int]) -> tuple[list[int], list[str]]:
     return list(range(-len(shape), 0)), [f"h{i}" for i in range(len(shape))]
 
 
+@declares(all_reduces("h", statistics_over("h"), forward=2, backward=2, passes=_PASSES))
 def layer_norm(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
@@ -51,10 +64,11 @@ def layer_norm(
 ) -> torch.Tensor:
     """Layer normalization; the normalized dims are the factors h0, h1, ..."""
     dims, factors = _normalized(normalized_shape)
-    _, centered, variance = _moments(x, dims, shard, factors)
+    _, centered, variance = _centered(x, dims, shard, factors)
     return _affine(centered * (variance + eps).rsqrt(), weight, bias)
 
 
+@declares(all_reduces("h", statistics_over("h"), forward=1, backward=1, passes=_PASSES))
 def rms_norm(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
@@ -72,6 +86,13 @@ def rms_norm(
     )
 
 
+def _groups(call: LocalCall) -> int:
+    """Groups of channels of all samples on this rank."""
+    parts = math.prod(call.mesh[a] for a in call.axes("c"))
+    return call.first[0] * int(call.arguments["num_groups"]) // parts
+
+
+@declares(all_reduces("s", _groups, forward=2, backward=2, passes=_PASSES))
 def group_norm(
     x: torch.Tensor,
     num_groups: int,
@@ -88,7 +109,7 @@ def group_norm(
     if not space:
         return F.group_norm(x, local, weight, bias, eps)
     grouped = x.unflatten(1, (local, -1))
-    _, centered, variance = _moments(grouped, list(range(2, grouped.ndim)), shard, space)
+    _, centered, variance = _centered(grouped, list(range(2, grouped.ndim)), shard, space)
     shape = [-1] + [1] * (x.ndim - 2)
     out = (centered * (variance + eps).rsqrt()).flatten(1, 2)
     return _affine(
@@ -98,6 +119,14 @@ def group_norm(
     )
 
 
+_batch_statistics = all_reduces("ns", statistics_over("ns"), forward=2, backward=2)
+
+
+def _in_training(call: LocalCall) -> Declared:
+    return _batch_statistics(call) if call.arguments["training"] else Declared()
+
+
+@declares(_in_training)
 def batch_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -123,6 +152,7 @@ def batch_norm(
     return out, mean, (var + eps).rsqrt(), new_mean, new_var
 
 
+@declares(_batch_statistics)
 def batch_norm_without_running(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -152,7 +182,7 @@ def _batch_norm(
     """Result, mean and variance (without gradients), and the number of values per channel."""
     dims = [0, *range(2, x.ndim)]
     factors = _batch_factors(shard)
-    mean, centered, variance = _moments(x, dims, shard, factors)
+    mean, centered, variance = _centered(x, dims, shard, factors)
     shape = [1, -1] + [1] * (x.ndim - 2)
     out = _affine(
         centered * (variance + eps).rsqrt(),
@@ -163,6 +193,7 @@ def _batch_norm(
     return out, mean.detach().flatten(), variance.detach().flatten(), count
 
 
+@declares(all_reduces("s", statistics_over("s"), forward=2, backward=1, passes=_PASSES))
 def softmax(
     x: torch.Tensor, dim: int, dtype: torch.dtype | None = None, *, shard: Shard
 ) -> torch.Tensor:
@@ -170,6 +201,7 @@ def softmax(
     return log_softmax(x, dim, dtype, shard=shard).exp()
 
 
+@declares(all_reduces("s", statistics_over("s"), forward=2, backward=1, passes=_PASSES))
 def log_softmax(
     x: torch.Tensor, dim: int, dtype: torch.dtype | None = None, *, shard: Shard
 ) -> torch.Tensor:
@@ -205,6 +237,7 @@ def pool_to_one(x: torch.Tensor, output_size: Sequence[int], *, shard: Shard) ->
     return mean(x, list(range(-len(output_size), 0)), True, shard=shard)
 
 
+@declares(all_reduces("r", first_result, forward=1))
 def vector_norm(
     x: torch.Tensor,
     ord: float = 2,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +18,9 @@ from autopar.ir.graph import operands
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import MemoryEstimate, ShardingPlan, SolverRecord, TimeEstimate
+from autopar.sharding.node_rules import declared_of
 from autopar.sharding.rule import Strategy
+from autopar.testing.rules.collectives import Run, counted, expected
 from autopar.testing.rules.draw import Draw
 from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad, substituted
 from autopar.testing.rules.random_ops import RANDOM, UNDEFINED, kept, seed_torch
@@ -47,10 +50,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Held:
-    """What one rank ended up with: results, and gradients of its operands (None: takes none)."""
+    """What one rank ended up with.
+
+    Args:
+        results: of the forward.
+        gradients: of its operands; None for those that take none.
+        forward, backward: the collectives that each ran.
+    """
 
     results: Sequence[torch.Tensor]
     gradients: Sequence[torch.Tensor | None]
+    forward: Counter[Run] = field(default_factory=Counter)
+    backward: Counter[Run] = field(default_factory=Counter)
 
 
 def check_case(
@@ -119,8 +130,11 @@ def _step(
     if program.takes_seed:
         arguments.append(torch.tensor(_SEED))
     seed_torch(str(one.sample.op))
-    results = program.gm(*arguments)
-    return _Held([r.detach() for r in results], grad(results, cotangents, leaves))
+    with counted() as forward:
+        results = program.gm(*arguments)
+    with counted() as backward:
+        gradients = grad(results, cotangents, leaves)
+    return _Held([r.detach() for r in results], gradients, forward, backward)
 
 
 def _laid_out(x: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -250,6 +264,8 @@ def _compared(one: OneOp, mesh: Mesh, strategy: Strategy, held: Mapping[Coords, 
         worst, found = max(worst, error), found + off
     if one.rule[0].always:
         found += _draw_findings(one, name, strategy, mesh, results)
+    if strategy.lowered:
+        found += _undeclared(one, mesh, strategy, held)
     return Outcome(worst if tolerance == TOLERANCE[torch.float64] else 0.0, tuple(found))
 
 
@@ -302,3 +318,26 @@ def _draw_findings(
                 found.append(Difference("the draw", coords, math.inf, detail))
         seen.setdefault(key, (coords, local[0]))
     return found
+
+
+def _undeclared(
+    one: OneOp, mesh: Mesh, strategy: Strategy, held: Mapping[Coords, _Held]
+) -> list[Difference]:
+    """Ranks that run other collectives than the lowering declares."""
+    carries = bool(one.trained and one.trained[0]) and any(c is not None for c in one.cotangents)
+    found = []
+    for coords, rank in held.items():
+        declared = declared_of(one.node, strategy, mesh, coords)
+        phases = {"forward": rank.forward, "backward": rank.backward}
+        for phase, runs in phases.items():
+            backward = phase == "backward"
+            promised = expected(declared, backward=backward) if carries or not backward else {}
+            if runs != promised:
+                detail = f"declared {_listed(promised)}, ran {_listed(runs)}"
+                what = f"collectives of the {phase}"
+                found.append(Difference(what, coords, math.inf, detail))
+    return found
+
+
+def _listed(runs: Mapping[Run, int]) -> str:
+    return ", ".join(f"{count} {run}" for run, count in sorted(runs.items())) or "none"

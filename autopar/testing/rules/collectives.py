@@ -1,0 +1,58 @@
+"""The collectives that a rank runs, counted, against those that its lowering declares."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autopar.cluster.link import PASSES
+from autopar.comm.groups import axis_of
+from autopar.ir.aliasing import tensors_of
+from autopar.sharding.lowerings.declared import Declared
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One kind of collective: its name, the mesh axis, and elements on the side not split."""
+
+    kind: str
+    axis: int
+    elements: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.elements} elements on axis {self.axis}"
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: Counter[Run] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "autopar" and func._opname in PASSES:
+            names = [a.name for a in func._schema.arguments]
+            group = (dict(zip(names, args, strict=False)) | (kwargs or {}))["group"]
+            sides = (sum(t.numel() for t in tensors_of(side)) for side in (args, result))
+            self.runs[Run(func._opname, axis_of(str(group)), max(sides))] += 1
+        return result
+
+
+@contextmanager
+def counted() -> Iterator[Counter[Run]]:
+    """Count the collectives that this thread runs."""
+    with _Count() as mode:
+        yield mode.runs
+
+
+def expected(declared: Declared, *, backward: bool) -> Counter[Run]:
+    """What the declaration says of the forward, or of the backward."""
+    runs: Counter[Run] = Counter()
+    for c in declared.collectives:
+        runs[Run(c.kind, c.axis, c.elements)] += c.backward if backward else c.forward
+    return +runs
