@@ -405,9 +405,9 @@ def rules_check(
     discover: Annotated[
         bool, typer.Option("--discover", help="Look for right strategies that rules leave out.")
     ] = False,
-    keep: Annotated[
-        bool, typer.Option("--record", help="Enter what holds into the package's record.")
-    ] = False,
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Enter the outcome into this file.")
+    ] = None,
 ) -> None:
     """Prove rules: ops on random shards, rank by rank, forward and gradient, against the op itself.
 
@@ -429,9 +429,9 @@ def rules_check(
     from autopar.testing.rules.record import save
 
     print_checked(reports)
-    if keep:
-        with _short_errors(OSError):
-            save(reports)
+    if record is not None:
+        with _short_errors(OSError, ValueError):
+            save(reports, record)
     if any(report.failed for report in reports):
         raise typer.Exit(1)
 
@@ -441,12 +441,18 @@ def rules_list(
     op: Annotated[
         str | None, typer.Option(metavar="PATTERN", help="An op, or a part of its name.  [all]")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Show what this file, by check --record, says is proved."
+        ),
+    ] = None,
 ) -> None:
-    """Print the table: how each operator may be split, and whether that is proved."""
-    with _short_errors(ValueError):
+    """Print the table: how each operator may be split."""
+    with _short_errors(OSError, ValueError):
         from autopar.cli.rules import print_rules
 
-        print_rules(op)
+        print_rules(op, record)
 
 
 # -- steps --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -125,21 +126,25 @@ def _total(found: Sequence[OpFindings]) -> str:
     return f"{len(found)} ops, {ways} ways found, {missing} missing, {explained} explained"
 
 
-def print_rules(pattern: str | None) -> None:
+def print_rules(pattern: str | None, proofs_file: Path | None = None) -> None:
     """The table: a line per op and alternative.
 
+    Args:
+        proofs_file: as `record.save` writes it; the table then says what is proved.
+
     Raises:
-        ValueError: the pattern names no op.
+        ValueError: the pattern names no op, or the file is no record.
+        OSError: the file cannot be read.
     """
     names = matching(pattern) if pattern else list(table_ops())
-    proofs = record.load()
+    proofs = None if proofs_file is None else record.load(proofs_file)
     table = Table(box=None, pad_edge=False)
-    for column in ("op", "rule", "linear", "lowering", "status"):
+    for column in ("op", "rule", "linear", "lowering", *(["status"] if proofs is not None else [])):
         table.add_column(column, no_wrap=column in ("op", "status"), overflow="fold")
     for name in names:
-        for i, (rule, linear, lowering) in enumerate(_lines(name)):
-            status = record.status(name, proofs) if not i else ""
-            table.add_row("" if i else name, rule, linear, lowering, status)
+        for i, line in enumerate(_lines(name)):
+            status = [record.status(name, proofs)] if proofs is not None and not i else []
+            table.add_row("" if i else name, *line, *status)
     _console().print(table)
 
 

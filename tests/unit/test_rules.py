@@ -101,12 +101,12 @@ def test_a_split_that_is_no_pending_sum_is_found(monkeypatch):
 
 def test_a_wrong_linear_set_is_found(monkeypatch):
     said = wrong(monkeypatch, "aten.mm.default", Row("m k, k n -> m n", linear=((0, 1),)))
-    assert "strategy '~0" in said
+    assert "strategy 'sum0" in said
     assert "result 0 on rank (0,): off by" in said
 
 
 def test_a_gradient_that_is_summed_too_little_is_found(monkeypatch):
-    said = wrong(monkeypatch, "aten.mm.default", Row("m! k, k n -> m n", lowering=half_lost))
+    said = wrong(monkeypatch, "aten.mm.default", Row("m:lowered k, k n -> m n", lowering=half_lost))
     assert "gradient of operand 1" in said
 
 
@@ -139,7 +139,7 @@ def alike(x, p, train=True, *, shard, seed, site):
 
 
 def test_a_rank_that_fails_does_not_hang_the_others(monkeypatch):
-    said = wrong(monkeypatch, "aten.mm.default", Row("m k!, k! n -> m n", lowering=deserter))
+    said = wrong(monkeypatch, "aten.mm.default", Row("m k:lowered, k n -> m n", lowering=deserter))
     assert "RuntimeError: gone" in said
 
 
@@ -152,7 +152,9 @@ def deserter(x, weight, *, shard):
 
 
 def test_a_lowering_that_runs_other_collectives_than_it_declares_is_found(monkeypatch):
-    said = wrong(monkeypatch, "aten.mm.default", Row("m k=, k= n -> m n", lowering=undeclared))
+    said = wrong(
+        monkeypatch, "aten.mm.default", Row("m k:complete, k n -> m n", lowering=undeclared)
+    )
     assert "collectives of the forward on rank (0,): declared none, ran 1 all_reduce of" in said
 
 
@@ -276,7 +278,7 @@ def test_attention_with_split_values_repeats_the_scores():
     row = registry.ROWS["aten.scaled_dot_product_attention.default"][-1]
     rule = row.bind([shape, shape, shape, None], [shape])
     share = {s.name: s.share((2,)) for s in strategies(rule, (2,))}
-    assert share == {"-": 1.0, "b2": 0.5, "b1": 0.5, "q": 0.5, "e": 0.75, "~0": 1.0}
+    assert share == {"-": 1.0, "b2": 0.5, "b1": 0.5, "q": 0.5, "e": 0.75, "sum0": 1.0}
 
 
 # -- the record ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
             when=_has_dropout,
         ),
         Row(
-            _SDPA.replace(" q ", " q! "),
+            _SDPA.replace(" q ", " q:lowered "),
             linear=_VALUES,
             lowering=attention.causal_attention,
             half=_SCORES_WHOLE,

@@ -9,10 +9,12 @@ from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
 
 # input [tokens sorted by expert, k], weight [experts, k, n], end of each expert's tokens [experts]
-_GROUPED = Row("s! k, e! k n, [x] -> s n", linear=((0,), (1,)), lowering=experts.grouped_mm)
+_GROUPED = Row(
+    "s:lowered k, e:lowered k n, [x] -> s n", linear=((0,), (1,)), lowering=experts.grouped_mm
+)
 # the same for types of 4 bytes and less, by a kernel
 _GROUPED_KERNEL = Row(
-    "s! k, e! k n, [x], +n -> s n",
+    "s:lowered k, e:lowered k n, [x], +n -> s n",
     linear=((0,), (1,)),
     lowering=experts.grouped_mm_kernel,
     when=lambda a: a.get("bias") is None,

@@ -18,7 +18,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         ).split()
     },
     **{
-        f"aten.{name}.default": Row("*d= -> ...")
+        f"aten.{name}.default": Row("*d:complete -> ...")
         for name in ("new_zeros", "new_ones", "new_full", "new_empty")
     },
 }

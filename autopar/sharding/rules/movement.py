@@ -80,7 +80,8 @@ def _repeat_interleave(call: Call) -> OpRule:
             return _in_blocks(call)
         whole = call.arguments["dim"] % len(source)
         names = " ".join(
-            f"d{d}{'!' if d == whole else ''}" if n > 1 else f"[d{d}]" for d, n in enumerate(source)
+            f"d{d}{':lowered' if d == whole else ''}" if n > 1 else f"[d{d}]"
+            for d, n in enumerate(source)
         )
         row = Row(f"{names} -> {names}", linear=((0,),), lowering=repeat.interleave)
         return row.bind(call.inputs, call.outputs)

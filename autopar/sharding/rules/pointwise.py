@@ -71,7 +71,7 @@ _NEW = ("zeros_like", "ones_like", "full_like", "empty_like")
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     **{f"aten.{name}.default": Row("*d -> *d") for name in _NEW},
     # the second operand only says which dtype
-    "aten.type_as.default": Row("*d, *e= -> *d", linear=((0,),)),
+    "aten.type_as.default": Row("*d, *e:complete -> *d", linear=((0,),)),
     "aten.isin.Tensor_Tensor": Row("*d, ... -> *d"),
     "aten.prelu.default": (
         Row("*d, [w] -> *d", when=lambda a: a["weight"] == (1,)),

@@ -199,7 +199,7 @@ def _as_strided(call: Call) -> OpRule | None:
         steps_over = all(s % turn == 0 for _, s in others if s >= step)
         same = source[d] == target[d] and stride[d] == step
         if dense and same and source[d] > 1 and within < step and steps_over:
-            names = [f"d{d}!" if e == d else f"[x{e}]" for e in range(len(source))]
+            names = [f"d{d}:lowered" if e == d else f"[x{e}]" for e in range(len(source))]
             out = [f"d{d}" if e == d else f"[y{e}]" for e in range(len(target))]
             row = Row(
                 f"{' '.join(names)} -> {' '.join(out)}",

@@ -58,7 +58,7 @@ class OpReport:
 
     Args:
         cases: how many were run.
-        covered, possible: kinds of strategies ("row 0: m", "~1") that were run, that there are.
+        covered, possible: kinds of strategies ("row 0: m", "sum1") that were run, that there are.
         rows: alternatives of the row that calls reached, and how many there are (0: derived).
         worst: largest error of the cases that hold, of those in float64.
         failed: number of cases that do not.
