@@ -56,7 +56,6 @@ class BranchResolver(TorchFunctionMode):
         guards: what was taken for granted, in order.
         draws: captured values that were decided by a random draw.
         active: the forward is running.
-        asked: how many questions there were so far.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class BranchResolver(TorchFunctionMode):
         self.guards: list[Guard] = []
         self.draws: list[torch.Tensor] = []
         self.active = False
-        self.asked = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -103,7 +101,6 @@ class BranchResolver(TorchFunctionMode):
         Raises:
             CaptureError: nothing decides it.
         """
-        self.asked += 1
         tracer = current_tracer()
         slot = _slot(t, tracer)
         constant = (

@@ -40,7 +40,6 @@ from autopar.ir.guards import Guard
 from autopar.ir.randomness import keep_draws
 from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
-from autopar.tracer.copies import Copies
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
 from autopar.tracer.normalize import detach_no_grad_regions, mend_users, model_graph
@@ -125,8 +124,6 @@ class ColoTracer:
         settings = apply_settings(clone)
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._faker(mode), given)
         resolver = BranchResolver(_examples(model, given), self.assume)
-        if not self.dynamic:
-            Copies(clone, resolver)
         _watch(clone, resolver)
         with (
             warnings.catch_warnings(),
