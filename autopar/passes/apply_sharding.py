@@ -33,6 +33,18 @@ from autopar.sharding.node_rules import results, rule_of, strategy_by_name
 from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.rules.view import RESHAPES
 
+# The differentiable function of every kind of step.
+_STEPS: Mapping[str, Callable[..., Any]] = {
+    "all_gather": collectives.gather,
+    "all_gather_vary": collectives.gather_vary,
+    "slice": collectives.slice_,
+    "vary": collectives.vary,
+    "all_reduce": collectives.reduce,
+    "reduce_scatter": collectives.scatter_sum,
+    "all_to_all": collectives.exchange,
+    "inject": collectives.inject,
+}
+
 
 @dataclass(frozen=True)
 class LocalProgram:
@@ -207,24 +219,14 @@ class _Rewriter:
         def extent(dim: int, spec: ShardingSpec) -> int:
             return local_range(shape[dim], spec.dims[dim], self.rank.mesh, self.rank.coords)[1]
 
-        arguments: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-            "vary": (collectives.vary, ()),
-            "all_reduce": (collectives.reduce, ()),
-            "inject": (collectives.inject, ()),
-        }
-        if step.kind in ("gather", "gather_vary"):
-            function: Callable[..., Any] = getattr(collectives, step.kind)
-            rest: tuple[Any, ...] = (step.dim, extent(step.dim, step.target))
-        elif step.kind == "slice":
-            function, rest = collectives.slice_, (step.dim,)
-        elif step.kind == "reduce_scatter":
-            function, rest = collectives.scatter_sum, (step.dim,)
+        rest: tuple[int, ...] = ()
+        if step.kind in ("all_gather", "all_gather_vary"):
+            rest = (step.dim, extent(step.dim, step.target))
+        elif step.kind in ("slice", "reduce_scatter"):
+            rest = (step.dim,)
         elif step.kind == "all_to_all":
-            function = collectives.exchange
             rest = (step.dim, extent(step.dim, step.target), step.to_dim)
-        else:
-            function, rest = arguments[step.kind]
-        return self.out.call_function(function, (value, *rest, group))
+        return self.out.call_function(_STEPS[step.kind], (value, *rest, group))
 
     # -- operators ------------------------------------------------------------------------------
 

@@ -74,11 +74,11 @@ def _all_specs(shape, mesh):
 
 
 def _is_step(step: Step) -> bool:
-    """Whether source and target differ as the table in `conversion.py` says."""
+    """Whether source and target differ as the table of `converter.py` says."""
     a, b, axis = step.source, step.target, step.axis
     before, after = {
-        "gather": (f"S{step.dim}", "R"),
-        "gather_vary": (f"S{step.dim}", "V"),
+        "all_gather": (f"S{step.dim}", "R"),
+        "all_gather_vary": (f"S{step.dim}", "V"),
         "all_to_all": (f"S{step.dim}", f"S{step.to_dim}"),
         "all_reduce": ("P", "R"),
         "reduce_scatter": ("P", f"S{step.dim}"),
