@@ -311,7 +311,7 @@ class _Rewriter:
                 for axis in axes:
                     number = number * mesh[axis] + coords[axis]
             assert self.seed is not None
-            found |= {"seed": self.seed, "site": (self.sites, number)}
+            found |= {"seed": self.seed, "stream": (self.sites, number)}
             self.sites += 1
         return found
 

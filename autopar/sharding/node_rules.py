@@ -33,14 +33,14 @@ def call_of(node: fx.Node) -> Call:
     assert isinstance(node.target, torch._ops.OpOverload)
     arguments = {k: described(v) for k, v in bound_arguments(node).items()}
     inputs = tuple(None if n is None else shape_of(n.meta["val"]) for n in operands(node))
-    given = [None if n is None else n.meta["val"] for n in operands(node)]
+    values = [None if n is None else n.meta["val"] for n in operands(node)]
     return Call(
         node.target,
         arguments,
         inputs,
         tuple(shape_of(t) for t in results(node)),
-        masks=tuple(t is not None and t.dtype is torch.bool for t in given),
-        strides=tuple(None if t is None else tuple(int(n) for n in t.stride()) for t in given),
+        masks=tuple(t is not None and t.dtype is torch.bool for t in values),
+        strides=tuple(None if t is None else tuple(int(n) for n in t.stride()) for t in values),
     )
 
 
@@ -63,11 +63,11 @@ def rule_of(node: fx.Node) -> tuple[OpRule, bool]:
 
 def _summable(node: fx.Node, rule: OpRule) -> tuple[frozenset[int], ...]:
     """The linear sets whose operands can be pending sums: a mask cannot."""
-    given = operands(node)
+    tensors = operands(node)
     return tuple(
         group
         for group in rule.linear
-        if all((n := given[i]) is None or _is_floating(n.meta["val"]) for i in group)
+        if all((n := tensors[i]) is None or _is_floating(n.meta["val"]) for i in group)
     )
 
 

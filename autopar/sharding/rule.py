@@ -14,7 +14,7 @@ A word behind a factor, once in the row, says what a split of it needs:
     window    as lowered, and extents may differ: the lowering fetches the rows that its windows
               reach of other ranks
 
-Given an assignment of mesh axes to factors, every layout follows. Along an axis given to factor f:
+An assignment of mesh axes to factors determines every layout. Along an axis that splits factor f,
 operands and results that have f are split there; a result without f is a pending sum (P); an
 operand without f is used differently on every rank, so it enters varying (V) and its gradient is
 summed; a term (`+`) of a pending sum enters as P itself, to be counted once.
@@ -47,7 +47,7 @@ class Factor:
             op does not read its values.
         other: further extents that tensors have in this dim, where the lowering fits them together
             (a convolution's result is narrower than its input); each must fill every rank.
-        half: splitting it divides half of the op's work only; the other half every rank repeats.
+        half: splitting it divides only half of the op's work; every rank repeats the other half.
     """
 
     size: int
@@ -112,7 +112,7 @@ class Strategy:
         outputs: layout of every tensor result.
         splits: factor name to the mesh axes that split it.
         lowered: whether the rule's lowering replaces the op.
-        half: the split factors that divide half of the work only.
+        half: the split factors that divide only half of the work.
     """
 
     name: str
@@ -144,7 +144,7 @@ class Row:
         lowering: as in `OpRule`.
         always: as in `OpRule`.
         half: names of factors that are so, as in `Factor`.
-        when: the row holds only for calls for which this is true (of bound arguments by name).
+        when: the row holds for calls whose bound arguments, by name, satisfy this.
     """
 
     notation: str
@@ -234,7 +234,7 @@ class _Extents:
         return tuple(None if n == 1 else name for n, name in zip(shape, dims, strict=True))
 
     def factors(self, half: Collection[str]) -> dict[str, Factor]:
-        """Those that may be split; `half` names those that divide half of the work only."""
+        """Those that may be split; `half` names those that divide only half of the work."""
         factors = {}
         for name, seen in self._seen.items():
             extents, word = tuple(seen), self._word_of[name]
@@ -304,7 +304,7 @@ def _orders(assignment: Sequence[str]) -> Iterator[dict[str, tuple[int, ...]]]:
 def named_strategy(
     rule: OpRule, mesh: Sequence[int], name: str, differentiable: Sequence[bool]
 ) -> Strategy:
-    """The strategy that `Strategy.name` stands for.
+    """The strategy of that name (`Strategy.name`).
 
     Raises:
         ValueError: the rule has no such strategy on this mesh.
@@ -359,11 +359,11 @@ def _strategy(
         """`other`: the state along axes whose factor this tensor lacks."""
         split = tuple(splits.get(d, ()) if d is not None else () for d in dims)
         own = {axis for axes in split for axis in axes}
-        lacking = sorted(a for axes in splits.values() for a in axes if a not in own)
+        absent = sorted(a for axes in splits.values() for a in axes if a not in own)
         if other == "P":
-            return ShardingSpec(split, tuple(a for a in lacking if a not in complete))
-        pending = tuple(a for a in lacking if is_term and a in reduced)
-        varying = tuple(a for a in lacking if a not in pending and a not in equal)
+            return ShardingSpec(split, tuple(a for a in absent if a not in complete))
+        pending = tuple(a for a in absent if is_term and a in reduced)
+        varying = tuple(a for a in absent if a not in pending and a not in equal)
         return ShardingSpec(split, pending, varying)
 
     outputs = [layout(dims, "P") for dims in rule.outputs]

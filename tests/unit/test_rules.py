@@ -120,7 +120,7 @@ def test_replicas_that_draw_differently_are_found(monkeypatch):
     assert "result" in said
 
 
-def unseeded(x, p, train=True, *, shard, seed, site):
+def unseeded(x, p, train=True, *, shard, seed, stream):
     keep = torch.rand(x.shape) >= p
     return x * keep / (1 - p), keep
 
@@ -131,7 +131,7 @@ def test_shards_that_draw_alike_are_found(monkeypatch):
     assert "the same draw" in said
 
 
-def alike(x, p, train=True, *, shard, seed, site):
+def alike(x, p, train=True, *, shard, seed, stream):
     if not train or p == 0:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
     keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(int(seed))) >= p

@@ -19,7 +19,7 @@ class LocalCall:
     """One lowered call on one rank, by shapes: all that a declaration may depend on.
 
     Args:
-        arguments: by schema name, defaults left out; tensors stand as their global shapes.
+        arguments: by schema name, defaults left out; tensors are given as their global shapes.
         operands: local shapes of the tensor operands (None: absent).
         results: local shapes of the tensor results.
         dims: per operand its factor per dim, as in `OpRule`.

@@ -32,8 +32,8 @@ def embedding(
     local = indices - start
     here = (local >= 0) & (local < length)
     padding = padding_idx - start if start <= padding_idx < start + length else -1
-    found = torch.ops.aten.embedding.default(weight, local.where(here, 0), padding)
-    return found.masked_fill(~here.unsqueeze(-1), 0)
+    rows = torch.ops.aten.embedding.default(weight, local.where(here, 0), padding)
+    return rows.masked_fill(~here.unsqueeze(-1), 0)
 
 
 def _cross_entropy(call: LocalCall) -> Declared:

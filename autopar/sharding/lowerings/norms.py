@@ -1,7 +1,8 @@
-"""Normalizations and softmax whose normalized dims are split: statistics of the whole on each rank.
+"""Normalizations and softmax whose normalized dims are split: every rank gets global statistics.
 
-Each rank sums over its part, the sums are reduced, and what comes back varies: every rank uses it
-for a part of its own, so that gradients of the statistics are summed again.
+Each rank sums over its shard, and the sums are all-reduced. The result is varying: every rank uses
+it
+for its own shard, so gradients of the statistics are all-reduced too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from autopar.sharding.lowerings.shard import Shard, groups_of, largest, share_of
 def _centered(
     x: torch.Tensor, dims: list[int], shard: Shard, factors: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean, x minus its mean, and (biased) variance over `dims` as a whole; dims are kept."""
+    """Mean, x minus its mean, and (biased) variance over `dims` of all ranks; dims are kept."""
     groups = groups_of(shard, *factors)
     count = math.prod(x.shape[d] for d in dims) / share_of(shard, factors)
     mean = shared(x.sum(dims, keepdim=True), groups) / count
@@ -103,7 +104,7 @@ def group_norm(
     *,
     shard: Shard,
 ) -> torch.Tensor:
-    """Group normalization with whole groups of channels (c) or the space (s0, s1, ...) split."""
+    """Group normalization with groups of channels (c) or the space (s0, s1, ...) split."""
     local = round(num_groups * share_of(shard, ["c"]))
     space = [name for name in shard if name.startswith("s")]
     if not space:
@@ -139,8 +140,8 @@ def batch_norm(
     *,
     shard: Shard,
 ) -> tuple[torch.Tensor, ...]:
-    """Batch normalization with batch (n) and space (s0, ...) split: statistics of the whole batch
-    on every rank; returns (result, mean, rstd, new running mean, new running variance)."""
+    """Batch normalization with batch (n) and space (s0, ...) split: statistics of the global
+    batch on every rank; returns (result, mean, rstd, new running mean, new running variance)."""
     if not training or not _batch_factors(shard):
         return torch.ops.aten._native_batch_norm_legit_functional.default(
             x, weight, bias, running_mean, running_var, training, momentum, eps
@@ -163,7 +164,7 @@ def batch_norm_without_running(
     *,
     shard: Shard,
 ) -> tuple[torch.Tensor, ...]:
-    """As `batch_norm`, where no running statistics are kept; returns (result, mean, rstd)."""
+    """As `batch_norm`, without running statistics; returns (result, mean, rstd)."""
     out, mean, var, _ = _batch_norm(x, weight, bias, eps, shard)
     return out, mean, (var + eps).rsqrt()
 
@@ -252,5 +253,5 @@ def vector_norm(
     x = x if dtype is None else x.to(dtype)
     groups = groups_of(shard, *(name for name in shard if name[0] == "r"))
     squares = total(x.square().sum(dims, keepdim=keepdim), groups)
-    none = squares == 0  # where the root has no slope, and the norm takes 0 for it
+    none = squares == 0  # there the root has no derivative, and the norm uses 0
     return squares.masked_fill(none, 1).sqrt().masked_fill(none, 0)

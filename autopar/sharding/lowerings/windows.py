@@ -1,9 +1,9 @@
 """Sliding windows over split space: each rank fetches the rows its windows reach into (the halo).
 
-A rank that makes the results [first, first + count) reads the inputs from first * stride - padding
-on. What lies on other ranks comes by an all-gather of the shards' edges; where a shard is narrower
-than what its neighbours need of it, whole shards are gathered instead. Every rank can compute every
-rank's needs, so all take the same way.
+A rank that computes the results [first, first + count) reads the inputs from first * stride -
+padding on. An all-gather of the shards' edges brings the rows of other ranks. If a shard is
+narrower than what its neighbors read of it, entire shards are gathered instead. Every rank computes
+what every rank reads, so all make the same choice.
 """
 
 from __future__ import annotations
@@ -168,18 +168,18 @@ def _windowed(
     windows: Sequence[_Window],
     fill: float,
 ) -> tuple[torch.Tensor, list[int]]:
-    """Fetch along every split spatial dim (s0, s1, ...); returns the padding that is left to do."""
-    left = [w.before for w in windows]
+    """Fetch along every split spatial dim (s0, s1, ...); returns the remaining padding."""
+    remaining = [w.before for w in windows]
     for i, window in enumerate(windows):
         dim = x.ndim - len(windows) + i
         if f"s{i}" in shard:
             _, _, size, groups = shard[f"s{i}"]
             x = _fetch(x, dim, size, groups, window, fill)
-            left[i] = 0
+            remaining[i] = 0
         elif window.before != window.after:
             x = _border(x, dim, window.before, window.after, fill)
-            left[i] = 0
-    return x, left
+            remaining[i] = 0
+    return x, remaining
 
 
 # Passes over the operand, forward and backward, of a halo that is joined and cut off again.
@@ -188,7 +188,7 @@ _PASSES = 5
 
 def _declared(call: LocalCall, windows: Sequence[_Window]) -> Declared:
     """All-gathers of halos, and reduce-scatters of their gradients, as `_windowed` runs them."""
-    shape, found, passes = list(call.first), [], 0
+    shape, runs, passes = list(call.first), [], 0
     for i, window in enumerate(windows):
         dim = len(shape) - len(windows) + i
         axes = call.splits.get(f"s{i}")
@@ -201,12 +201,12 @@ def _declared(call: LocalCall, windows: Sequence[_Window]) -> Declared:
         rest = math.prod(shape) // shape[dim]
         extents = _gathered_extents(halo, size, mesh, coords)
         for axis, extent in zip(reversed(axes), extents, strict=False):
-            found.append(Collective("all_gather", axis, rest * extent, forward=1))
-            found.append(Collective("reduce_scatter", axis, rest * extent, backward=1))
+            runs.append(Collective("all_gather", axis, rest * extent, forward=1))
+            runs.append(Collective("reduce_scatter", axis, rest * extent, backward=1))
         passes += _PASSES if extents else 0
         low, high = halo.reads[_position(mesh, coords)]
         shape[dim] = high - low
-    return Declared(tuple(found), passes)
+    return Declared(tuple(runs), passes)
 
 
 def _conv_windows(
@@ -248,7 +248,7 @@ def convolution(
     *,
     shard: Shard,
 ) -> torch.Tensor:
-    """Convolution with space (s0, ...) or whole groups of channels (g) split."""
+    """Convolution with space (s0, ...) or groups of channels (g) split."""
     rank = weight.ndim - 2
     run = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     local = round(groups * share_of(shard, ["g"]))
@@ -256,8 +256,8 @@ def convolution(
     if isinstance(padding, str) and not any(f"s{i}" in shard for i in range(rank)):
         return run(x, weight, bias, strides, padding, dilations, local)
     windows = _conv_windows(weight.shape[2:], strides, padding, dilations)
-    x, left = _windowed(x, shard, windows, 0.0)
-    return run(x, weight, bias, strides, left, dilations, local)
+    x, remaining = _windowed(x, shard, windows, 0.0)
+    return run(x, weight, bias, strides, remaining, dilations, local)
 
 
 def _pool_windows(
@@ -291,8 +291,8 @@ def _pooled(
 ) -> torch.Tensor:
     """`run` (of x, kernel, stride, padding) with its windows fetched."""
     windows = _pool_windows(rank, kernel_size, stride, padding, dilation)
-    x, left = _windowed(x, shard, windows, fill)
-    return run(x, [w.kernel for w in windows], [w.stride for w in windows], left)
+    x, remaining = _windowed(x, shard, windows, fill)
+    return run(x, [w.kernel for w in windows], [w.stride for w in windows], remaining)
 
 
 @declares(_pool(2))
@@ -368,10 +368,10 @@ def as_strided(
     shard: Shard,
 ) -> torch.Tensor:
     """A strided reading with one dim split (d0, or d1, ...): steps over that dim are shorter."""
-    ((name, (_, length, whole, _)),) = shard.items()
+    ((name, (_, length, size_of_dim, _)),) = shard.items()
     dim = int(name[1:])
-    turn = stride[dim] * whole
-    steps = [s // whole * length if s >= turn else s for s in stride]
+    period = stride[dim] * size_of_dim
+    steps = [s // size_of_dim * length if s >= period else s for s in stride]
     steps[dim] = stride[dim]
     extents = [length if d == dim else n for d, n in enumerate(size)]
     return torch.as_strided(x, extents, steps)

@@ -41,7 +41,7 @@ def _conv(call: Call) -> OpRule:
 
 
 def _by_groups(rule: OpRule, name: str, groups: int) -> OpRule:
-    """Channels are split by whole groups only."""
+    """Channels are split between groups, never inside one."""
     if name not in rule.factors:
         return rule
     if groups == 1:
@@ -59,12 +59,12 @@ def _conv_transpose(call: Call) -> OpRule:
     x = _unsplit(rank)
     assert call.inputs[0] is not None
     extents = zip(call.inputs[0][-rank:], weight[2:], call.outputs[0][-rank:], strict=True)
-    # as many results as inputs times the window, and that wherever the first one lies: side by side
+    # windows do not overlap if the stride is the window and nothing is cut off or added
     stride = windows.spread(call.arguments.get("stride", 1), rank)
-    apart = [
+    separate = [
         s == k and n > 1 and out == n * k for (n, k, out), s in zip(extents, stride, strict=True)
     ]
-    s = " ".join(f"s{i}" if alone else f"[s{i}]" for i, alone in enumerate(apart))
+    s = " ".join(f"s{i}" if alone else f"[s{i}]" for i, alone in enumerate(separate))
     if call.arguments.get("groups", 1) == 1:
         row = Row(f"{n} c {s}, c o {x}, +o -> {n} o {s}", linear=((0,), (1,)))
     else:
@@ -87,26 +87,26 @@ def _to_one(arguments: Mapping[str, Any]) -> bool:
 
 
 _SPACE = {rank: f"*b {_space(rank, ':window')} -> *b {_space(rank)}" for rank in (1, 2)}
-_WHOLE_SPACE = {1: Row("*b [h] -> *b [i]"), 2: Row("*b [h] [w] -> *b [i] [j]")}
+_UNSPLIT_SPACE = {1: Row("*b [h] -> *b [i]"), 2: Row("*b [h] [w] -> *b [i] [j]")}
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     **{
         f"aten.max_pool{rank}d.default": (
             Row(_SPACE[rank], lowering=lowering, when=_no_ceil),
-            _WHOLE_SPACE[rank],
+            _UNSPLIT_SPACE[rank],
         )
         for rank, lowering in ((1, windows.max_pool1d), (2, windows.max_pool2d))
     },
     **{
         f"aten.avg_pool{rank}d.default": (
             Row(_SPACE[rank], linear=((0,),), lowering=lowering, when=_plain_average),
-            replace(_WHOLE_SPACE[rank], linear=((0,),)),
+            replace(_UNSPLIT_SPACE[rank], linear=((0,),)),
         )
         for rank, lowering in ((1, windows.avg_pool1d), (2, windows.avg_pool2d))
     },
     "aten.adaptive_avg_pool1d.default": (
         Row("*b r0:lowered -> *b [i]", linear=((0,),), lowering=norms.pool_to_one, when=_to_one),
-        replace(_WHOLE_SPACE[1], linear=((0,),)),
+        replace(_UNSPLIT_SPACE[1], linear=((0,),)),
     ),
     "aten.adaptive_avg_pool2d.default": (
         Row(
@@ -115,9 +115,9 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
             lowering=norms.pool_to_one,
             when=_to_one,
         ),
-        replace(_WHOLE_SPACE[2], linear=((0,),)),
+        replace(_UNSPLIT_SPACE[2], linear=((0,),)),
     ),
-    "aten._adaptive_avg_pool2d.default": replace(_WHOLE_SPACE[2], linear=((0,),)),
+    "aten._adaptive_avg_pool2d.default": replace(_UNSPLIT_SPACE[2], linear=((0,),)),
     "aten.adaptive_max_pool2d.default": Row("*b [h] [w] -> *b [i] [j], *b [i] [j]"),
     "aten.max_pool2d_with_indices.default": Row("*b [h] [w] -> *b [i] [j], *b [i] [j]"),
     **dict.fromkeys(

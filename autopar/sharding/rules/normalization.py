@@ -9,7 +9,7 @@ from autopar.sharding.lowerings import norms
 from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
 
-# (result, mean, rstd, running mean, running variance) of the whole batch
+# (result, mean, rstd, running mean, running variance) of the global batch
 _BATCH_NORM = "n:complete c *s:complete, c, c, c, c -> n c *s, c, c, c, c"
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
