@@ -181,7 +181,7 @@ def test_recurrent_networks_and_ctc():
     ("inputs", "message"),
     [
         ((np.ones((3, 4)),), "is a ndarray.*torch.as_tensor"),
-        ((torch.ones(3, 5),), r"float32\[3, 5\].*mend the inputs"),
+        ((torch.ones(3, 5),), r"float32\[3, 5\].*correct the inputs"),
         ((torch.ones(3, 4), torch.ones(7)), r"1: float32\[7\]"),
         ((), "missing a required argument: 'x'"),
     ],
