@@ -223,7 +223,7 @@ def test_other_host_draws_are_refused_by_line():
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
 def test_draws_by_another_name_are_found_out(draw):
-    with pytest.raises(CaptureError, match="took hold of before"):
+    with pytest.raises(CaptureError, match="imported before the capture"):
         captured(lambda m, x: m.linear(x) * draw(), X)
 
 

@@ -15,7 +15,7 @@ from autopar.sharding.rules import registry
 from autopar.testing.rules import check, record
 from autopar.testing.rules.case import check_case
 from autopar.testing.rules.draw import Draw, Sample
-from autopar.testing.rules.missing import from_calls, look_at
+from autopar.testing.rules.missing import coverage_of, from_calls
 from autopar.testing.rules.one_op import one_op
 from autopar.testing.rules.propose import propose
 from autopar.testing.rules.samples import draw_sample, find_op, has_sampler, table_ops
@@ -237,9 +237,9 @@ def test_rows_are_found_again(make, notation, linear):
 
 def test_what_a_timid_row_leaves_out_is_told(monkeypatch):
     name = "aten.mm.default"
-    assert look_at(name, 0).left_out == ()
+    assert coverage_of(name, 0).omitted == ()
     monkeypatch.setitem(registry.ROWS, name, Row("m [k], [k] n -> m n", linear=((0,), (1,))))
-    assert [str(f.way) for f in look_at(name, 0).missing] == ["S1, S0 -> P"]
+    assert [str(f.strategy) for f in coverage_of(name, 0).missing] == ["S1, S0 -> P"]
 
 
 # `autopar rules check --discover` looks at all ops
@@ -255,17 +255,21 @@ def test_what_a_timid_row_leaves_out_is_told(monkeypatch):
     ],
 )  # fmt: skip
 def test_rows_leave_nothing_out(name):
-    looked = look_at(name, SEED, calls=16)
-    assert looked.ways and not looked.missing, [str(f.way) for f in looked.missing]
+    looked = coverage_of(name, SEED, calls=16)
+    assert looked.strategies and not looked.missing, [str(f.strategy) for f in looked.missing]
 
 
 def test_what_is_left_out_on_purpose_has_a_reason(monkeypatch):
-    (found,) = look_at("aten.rms_norm.default", 0).left_out
-    assert str(found.way) == "R, P -> P" and found.reason.startswith("weight and bias are param")
+    (found,) = coverage_of("aten.rms_norm.default", 0).omitted
+    assert str(found.strategy) == "R, P -> P" and found.reason.startswith(
+        "weight and bias are param"
+    )
     monkeypatch.setitem(
         registry.DERIVED, "aten.rms_norm.default", lambda call: replicated_like(call)
     )
-    assert "S0, R -> S0" in [str(f.way) for f in look_at("aten.rms_norm.default", 0).missing]
+    assert "S0, R -> S0" in [
+        str(f.strategy) for f in coverage_of("aten.rms_norm.default", 0).missing
+    ]
 
 
 def replicated_like(call):

@@ -1,4 +1,5 @@
-"""A file of what was proved: per op the number of cases, the largest error, and a digest of the rule.
+"""A file of what was proved: per op the number of cases, the largest error, and a digest of the
+rule.
 
 The digest tells a rule that has changed since its proof from one that has not.
 """
