@@ -27,15 +27,15 @@ def replaced(function, *arguments):
     return gm, done
 
 
-@pytest.mark.parametrize(("rows", "given", "made"), [(1, 1, 1), (5, 3, 7), (64, 256, 130)])
-def test_the_same_product(rows, given, made):
-    arguments = torch.randn(made), torch.randn(rows, given), torch.randn(made, given)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (5, 3, 7), (64, 256, 130)])
+def test_the_same_product(rows, inputs, outputs):
+    arguments = torch.randn(outputs), torch.randn(rows, inputs), torch.randn(outputs, inputs)
     gm, done = replaced(linear, *arguments)
     assert done
-    found = gm(*arguments)
-    assert found.is_contiguous()
+    actual = gm(*arguments)
+    assert actual.is_contiguous()
     exact = linear(*(x.double() for x in arguments)).float()
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["double", "scaled", "rows of bias", "turned", "empty"])

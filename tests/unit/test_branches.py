@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from autopar import ColoTracer
 from autopar.errors import CaptureError
-from tests.unit.captures import LABELS, Holder, X, captured, check
+from tests.captures import LABELS, Holder, X, captured, check
 
 # -- inputs decide: guards ----------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Layout conversion: every step on every spec, minima against brute force, and what compares.
 
 Any path is right if each of its steps is and they chain: so all steps out of all specs are run, the
-paths of all pairs are followed, and only a sample of whole paths is run besides.
+paths of all pairs are followed, and a sample of entire paths is run too.
 """
 
 import heapq
@@ -22,7 +22,7 @@ from autopar.passes.apply_sharding import _Rank, _Rewriter
 from autopar.runtime.distribute import shard_of
 from autopar.sharding.conversion.converter import LayoutConverter, Step
 from autopar.sharding.conversion.graph import KINDS
-from tests.unit.lockstep import Lockstep
+from tests.lockstep import Lockstep
 
 parse = ShardingSpec.parse
 
@@ -270,7 +270,7 @@ def test_an_illegal_spec_is_named():
 
 
 def test_the_order_of_axes_changes():
-    """S01 to S10: ranks swap whole shards, which takes the axes one after the other."""
+    """S01 to S10: ranks swap shards along one axis after the other."""
     converter = converter_of("2x2x2")
     for shape in [(64,), (64, 64), (64, 64, 64)]:
         rest = "R" * (len(shape) - 1)
@@ -300,13 +300,13 @@ class _Mesh:
 
     def _shards(self, which, dims, pending):
         """What each rank holds; of sums over `pending` axes, terms 3 x, -2 x and 0."""
-        found = []
+        shards = []
         for coords in self.world.ranks:
             shard = shard_of(getattr(self, which), ShardingSpec(dims), self.mesh, coords)
             for axis in pending:
                 shard = shard * (3, -2, *[0] * self.mesh[axis])[coords[axis]]
-            found.append(shard.contiguous())
-        return found
+            shards.append(shard.contiguous())
+        return shards
 
     def check(self, path, source, target):
         """Run the steps on all ranks, and the backward of sum(weight * value).

@@ -17,8 +17,8 @@ from autopar.planner.baselines import baseline_plans
 from autopar.planner.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
 from autopar.runtime.lower import LoweredStep, lower
+from tests.lockstep import Lockstep
 from tests.models import CASES
-from tests.unit.lockstep import Lockstep
 
 MESH = (4,)
 ops = torch.ops.autopar

@@ -41,8 +41,8 @@ class Row:
 
         head = getattr(transformers, self.head)
         assignment.install(head.__module__)
-        given = {"num_labels": inputs.LABELS} | OVERRIDES.get(self.name, {})
-        model = head(shrunk(head.config_class(), given))
+        settings = {"num_labels": inputs.LABELS} | OVERRIDES.get(self.name, {})
+        model = head(shrunk(head.config_class(), settings))
         if self.experts is not None:
             model.set_experts_implementation(self.experts)
         return model

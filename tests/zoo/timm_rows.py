@@ -58,15 +58,15 @@ class Row:
     def make(self) -> nn.Module:
         import timm
 
-        given = dict(self.overrides) | ({"img_size": self.size} if self.sized else {})
-        net = timm.create_model(self.entry, pretrained=False, num_classes=CLASSES, **given)
+        settings = dict(self.overrides) | ({"img_size": self.size} if self.sized else {})
+        net = timm.create_model(self.entry, pretrained=False, num_classes=CLASSES, **settings)
         return Classifier(net, self.size)
 
     def family(self) -> Family:
         return Family(self.name, "timm", "image", self.make, draw)
 
 
-# timm drops nothing unless asked to; what recipes ask for
+# timm has no dropout by default; these are the rates of recipes
 _RATES = {"drop_rate": 0.1, "drop_path_rate": 0.1}
 _TRANSFORMER = {"depth": 2, "embed_dim": 32, "num_heads": 4, **_RATES}
 _STAGES = {"depths": (1, 1, 2, 1), **_RATES}
