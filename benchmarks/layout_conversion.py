@@ -25,6 +25,7 @@ from autopar.sharding.conversion.converter import LayoutConverter, Step
 from autopar.sharding.conversion.graph import spec_graph
 from benchmarks import common
 from benchmarks.common import Row, console
+from benchmarks.conversion_baselines import axis_by_axis, greedy
 
 DEVICE = "A100-80G"
 ITEMSIZE = 4
@@ -75,12 +76,15 @@ def costs_of(case: Case, converter: LayoutConverter, pairs: Sequence[Pair]) -> C
         return sum(sum(converter.step_us(case.shape, ITEMSIZE, step)) for step in path)
 
     ways: dict[str, Callable[..., list[Step]]] = {
-        "greedy": converter.heuristic,
-        "axis by axis": converter.axis_by_axis,
+        "greedy": greedy,
+        "axis by axis": axis_by_axis,
     }
     return Costs(
         [converter.cost_us(case.shape, ITEMSIZE, a, b) for a, b in pairs],
-        {name: [price(way(case.shape, a, b)) for a, b in pairs] for name, way in ways.items()},
+        {
+            name: [price(way(converter, case.shape, a, b)) for a, b in pairs]
+            for name, way in ways.items()
+        },
     )
 
 

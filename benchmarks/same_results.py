@@ -105,7 +105,7 @@ def simulated_records() -> Iterator[tuple[str, Any]]:
             continue
         groups = sharded.thread_groups(plan.mesh, timeout=sharded.RANK_TIMEOUT_S)
         try:
-            ranks = [sharded._Rank(captured, plan, c, names) for c, names in groups.items()]
+            ranks = [sharded.Rank(captured, plan, c, names) for c, names in groups.items()]
             steps = sharded.on_threads([rank.step for rank in ranks])
         finally:
             sharded.forget_groups()

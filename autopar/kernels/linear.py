@@ -20,7 +20,7 @@ aten = torch.ops.aten
 def add_bias_within(gm: fx.GraphModule) -> fx.GraphModule:
     """Replace `addmm(bias, x, weight.t())` in float32 on CPUs, in place; results may differ in
     rounding."""
-    linear = _linear()
+    linear = linear_operator()
     if linear is None:
         return gm
     for node in gm.graph.find_nodes(op="call_function", target=aten.addmm.default):
@@ -49,7 +49,7 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 @functools.cache
-def _linear() -> Any:
+def linear_operator() -> Any:
     """The operator; None if torch was built without it."""
     if not torch.backends.mkldnn.is_available():
         return None

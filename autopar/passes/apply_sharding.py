@@ -46,6 +46,24 @@ _STEPS: Mapping[str, Callable[..., Any]] = {
 }
 
 
+def step_call(
+    step: Step, shape: Sequence[int], mesh: Sequence[int], coords: Sequence[int], group: str
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function of a conversion step on one rank, and its arguments after the value."""
+
+    def gathered_extent() -> int:
+        return local_range(shape[step.dim], step.target.dims[step.dim], mesh, coords)[1]
+
+    rest: tuple[int, ...] = ()
+    if step.kind in ("all_gather", "all_gather_vary"):
+        rest = (step.dim, gathered_extent())
+    elif step.kind in ("slice", "reduce_scatter"):
+        rest = (step.dim,)
+    elif step.kind == "all_to_all":
+        rest = (step.dim, gathered_extent(), step.to_dim)
+    return _STEPS[step.kind], (*rest, group)
+
+
 @dataclass(frozen=True)
 class LocalProgram:
     """The program of one rank.
@@ -204,7 +222,10 @@ class _Rewriter:
             if known is not None:
                 value = known
                 continue
-            value = self._step(value, step, shape)
+            function, rest = step_call(
+                step, shape, self.rank.mesh, self.rank.coords, self.rank.groups[step.axis]
+            )
+            value = self.out.call_function(function, (value, *rest))
             value.meta["spec"] = step.target
             value.meta["local_shape"] = local_shape(
                 shape, step.target, self.rank.mesh, self.rank.coords
@@ -212,21 +233,6 @@ class _Rewriter:
             value.meta["autopar"] = node.meta["autopar"]
             self.values[node, result, step.target] = value
         return value
-
-    def _step(self, value: fx.Node, step: Step, shape: Sequence[int]) -> fx.Node:
-        group = self.rank.groups[step.axis]
-
-        def extent(dim: int, spec: ShardingSpec) -> int:
-            return local_range(shape[dim], spec.dims[dim], self.rank.mesh, self.rank.coords)[1]
-
-        rest: tuple[int, ...] = ()
-        if step.kind in ("all_gather", "all_gather_vary"):
-            rest = (step.dim, extent(step.dim, step.target))
-        elif step.kind in ("slice", "reduce_scatter"):
-            rest = (step.dim,)
-        elif step.kind == "all_to_all":
-            rest = (step.dim, extent(step.dim, step.target), step.to_dim)
-        return self.out.call_function(_STEPS[step.kind], (value, *rest, group))
 
     # -- operators ------------------------------------------------------------------------------
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autopar.kernels.linear import _linear, add_bias_within
+from autopar.kernels.linear import add_bias_within, linear_operator
 
 aten = torch.ops.aten
-pytestmark = pytest.mark.skipif(_linear() is None, reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(linear_operator() is None, reason="torch without oneDNN")
 
 
 def linear(bias, x, weight):
@@ -22,7 +22,7 @@ def replaced(function, *arguments):
     gm = make_fx(function, tracing_mode="fake")(*arguments)
     before = len(gm.graph.nodes)
     gm = add_bias_within(gm)
-    done = bool(gm.graph.find_nodes(op="call_function", target=_linear()))
+    done = bool(gm.graph.find_nodes(op="call_function", target=linear_operator()))
     assert len(gm.graph.nodes) == before - done  # the weight needs no turning
     return gm, done
 

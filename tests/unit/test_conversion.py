@@ -13,15 +13,15 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-import torch.fx as fx
 
 from autopar import ClusterInfo
 from autopar.cluster.cluster import Link
 from autopar.ir.spec import ShardingSpec, chunk, fills_every_rank, local_shape
-from autopar.passes.apply_sharding import _Rank, _Rewriter
+from autopar.passes.apply_sharding import step_call
 from autopar.runtime.distribute import shard_of
 from autopar.sharding.conversion.converter import LayoutConverter, Step
 from autopar.sharding.conversion.graph import KINDS
+from benchmarks.conversion_baselines import axis_by_axis, greedy
 from tests.lockstep import Lockstep
 
 parse = ShardingSpec.parse
@@ -230,14 +230,14 @@ def test_never_above_greedy_or_axis_by_axis(mesh, shape, count):
     converter = converter_of(mesh)
     for source, target in _reachable(converter.specs(shape), count, 0):
         cost = converter.cost_us(shape, 4, source, target)
-        for other in (converter.heuristic, converter.axis_by_axis):
-            path = other(shape, source, target)
+        for baseline in (greedy, axis_by_axis):
+            path = baseline(converter, shape, source, target)
             assert _ends(path, source, target)
             assert cost <= _price(converter, shape, path) * (1 + 1e-12)
 
 
 def test_greedy_reproduces_the_known_example():
-    path = converter_of("2x4").heuristic((8, 8, 8), parse("S01RR"), parse("RS01R"))
+    path = greedy(converter_of("2x4"), (8, 8, 8), parse("S01RR"), parse("RS01R"))
     assert [str(s.target) for s in path] == ["S0RR", "RS0R", "RS01R"]
 
 
@@ -253,7 +253,7 @@ def test_greedy_reproduces_the_known_example():
     ],
 )
 def test_axis_by_axis_is_what_dtensor_does(source, target, through):
-    path = converter_of("2x4").axis_by_axis((16, 16), parse(source), parse(target))
+    path = axis_by_axis(converter_of("2x4"), (16, 16), parse(source), parse(target))
     assert [str(s.target) for s in path] == through
 
 
@@ -288,10 +288,6 @@ class _Mesh:
         self.converter, self.shape = converter_of(mesh, "cpu"), shape
         self.mesh = self.converter.mesh
         self.world = Lockstep(self.mesh, f"conversion{mesh}")
-        self.rewriters = [
-            _Rewriter(None, None, _Rank(self.mesh, c, self.world.names[c], self.converter), {})  # type: ignore[arg-type]
-            for c in self.world.ranks
-        ]
         generator = torch.Generator().manual_seed(0)
         self.x, self.weight = (
             torch.randint(-99, 99, shape, generator=generator).double() for _ in range(2)
@@ -332,11 +328,10 @@ class _Mesh:
 
     def _calls(self, step, values):
         """The program's own call of the step, per rank."""
-        for rewriter, x in zip(self.rewriters, values, strict=True):
-            node = rewriter._step(rewriter.out.placeholder("x"), step, self.shape)
-            function, (_, *rest) = node.target, node.args
-            rewriter.out = fx.Graph()
-            yield lambda f=function, x=x, rest=rest: f(x, *rest)
+        for coords, x in zip(self.world.ranks, values, strict=True):
+            group = self.world.names[coords][step.axis]
+            function, rest = step_call(step, self.shape, self.mesh, coords, group)
+            yield partial(function, x, *rest)
 
     def _compare(self, which, got, dims, pending):
         total: dict[tuple[int, ...], torch.Tensor] = {}

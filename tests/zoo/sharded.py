@@ -162,7 +162,7 @@ def worst_difference(captured: Captured, plan: ShardingPlan) -> tuple[str, float
     mesh = plan.mesh
     groups = thread_groups(mesh, timeout=RANK_TIMEOUT_S)
     try:
-        ranks = [_Rank(captured, plan, coords, names) for coords, names in groups.items()]
+        ranks = [Rank(captured, plan, coords, names) for coords, names in groups.items()]
         steps = on_threads([rank.step for rank in ranks])
     finally:
         forget_groups()
@@ -198,7 +198,7 @@ def on_threads(work: Sequence[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-class _Rank:
+class Rank:
     """One rank: shards of the weights, the program of its place on the mesh."""
 
     def __init__(

@@ -31,7 +31,6 @@ import numpy as np
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.link import BUCKET_MEMBER_BYTES
 from autopar.ir.spec import ShardingSpec, fills_every_rank
-from autopar.sharding.conversion.baselines import axis_by_axis, greedy
 from autopar.sharding.conversion.graph import KINDS, Edges, SpecGraph, spec_graph
 from autopar.sharding.conversion.search import LegalSteps, Search
 
@@ -162,28 +161,6 @@ class LayoutConverter:
             parts //= self.mesh[step.axis]
         forward, backward = self._step_cost(step.kind, step.axis, size / parts)
         return float(forward), float(backward)
-
-    # -- for comparison -------------------------------------------------------------------------
-
-    def heuristic(
-        self, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
-    ) -> list[Step]:
-        """The greedy search of the literature: one step at a time, to the spec nearest the target.
-
-        Raises:
-            ValueError: every step leads to a spec that the path has visited.
-        """
-        return greedy(lambda spec: self.steps_from(shape, spec), source, target)
-
-    def axis_by_axis(
-        self, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
-    ) -> list[Step]:
-        """DTensor's conversion: mesh axis by mesh axis, without a search.
-
-        Raises:
-            ValueError: the source is varying where the target is not.
-        """
-        return axis_by_axis(lambda spec: self.steps_from(shape, spec), source, target)
 
     # -- search ---------------------------------------------------------------------------------
 

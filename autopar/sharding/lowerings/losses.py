@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,86 +146,11 @@ def nll_loss(
     return losses / counted(count, groups_of(shard, *shard))
 
 
-def mse_loss(
-    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, *, shard: Shard
-) -> torch.Tensor:
-    """Mean squared error with dims split: each rank's share of the mean, a pending sum."""
-    return F.mse_loss(x, target) * share_of(shard, shard)
+def share_of_mean(op: torch._ops.OpOverload) -> Callable[..., torch.Tensor]:
+    """A lowering of a mean with dims split: each rank's share of the mean, a pending sum."""
 
+    def lowering(*args: Any, shard: Shard, **kwargs: Any) -> torch.Tensor:
+        return op(*args, **kwargs) * share_of(shard, shard)
 
-def l1_loss(
-    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, *, shard: Shard
-) -> torch.Tensor:
-    """Mean absolute error with dims split: each rank's share of the mean, a pending sum."""
-    return F.l1_loss(x, target) * share_of(shard, shard)
-
-
-def smooth_l1_loss(
-    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, beta: float = 1.0, *, shard: Shard
-) -> torch.Tensor:
-    """Smooth L1 loss with dims split: each rank's share of the mean, a pending sum."""
-    return F.smooth_l1_loss(x, target, beta=beta) * share_of(shard, shard)
-
-
-def huber_loss(
-    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, delta: float = 1.0, *, shard: Shard
-) -> torch.Tensor:
-    """Huber loss with dims split: each rank's share of the mean, a pending sum."""
-    return F.huber_loss(x, target, delta=delta) * share_of(shard, shard)
-
-
-def binary_cross_entropy(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    reduction: int = 1,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Cross-entropy of probabilities with dims split: each rank's share, a pending sum."""
-    return F.binary_cross_entropy(x, target, weight) * share_of(shard, shard)
-
-
-def binary_cross_entropy_with_logits(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    pos_weight: torch.Tensor | None = None,
-    reduction: int = 1,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Cross-entropy of logits with dims split: each rank's share of the mean, a pending sum."""
-    loss = F.binary_cross_entropy_with_logits(x, target, weight, pos_weight=pos_weight)
-    return loss * share_of(shard, shard)
-
-
-def kl_div(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    reduction: int = 1,
-    *,
-    log_target: bool = False,
-    shard: Shard,
-) -> torch.Tensor:
-    """Kullback-Leibler divergence with dims split: each rank's share, a pending sum."""
-    loss = F.kl_div(x, target, reduction="sum", log_target=log_target)
-    return loss / (x.numel() / share_of(shard, shard))
-
-
-def ctc_loss(
-    log_probabilities: torch.Tensor,
-    targets: torch.Tensor,
-    input_lengths: torch.Tensor,
-    target_lengths: torch.Tensor,
-    blank: int = 0,
-    reduction: int = 1,
-    zero_infinity: bool = False,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Mean of the sequences' alignment losses with the batch split: each rank's share."""
-    loss = torch.ops.aten.ctc_loss.Tensor(
-        log_probabilities, targets, input_lengths, target_lengths, blank, reduction, zero_infinity
-    )
-    return loss * share_of(shard, shard)
+    lowering.__name__ = f"share_of_{op._opname}"
+    return lowering

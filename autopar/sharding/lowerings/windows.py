@@ -295,68 +295,55 @@ def _pooled(
     return run(x, [w.kernel for w in windows], [w.stride for w in windows], remaining)
 
 
-@declares(_pool(2))
-def max_pool2d(
-    x: torch.Tensor,
-    kernel_size: Extent,
-    stride: Extent = (),
-    padding: Extent = 0,
-    dilation: Extent = 1,
-    ceil_mode: bool = False,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Max pooling of [n, c, s0, s1] with space split."""
-    run = partial(F.max_pool2d, dilation=dilation)
-    return _pooled(run, 2, float("-inf"), x, kernel_size, stride, padding, dilation, shard)
+def _max_pool(rank: int) -> Callable[..., torch.Tensor]:
+    """Max pooling of [..., s0, ...] with space split."""
+    run = F.max_pool1d if rank == 1 else F.max_pool2d
+
+    @declares(_pool(rank))
+    def lowering(
+        x: torch.Tensor,
+        kernel_size: Extent,
+        stride: Extent = (),
+        padding: Extent = 0,
+        dilation: Extent = 1,
+        ceil_mode: bool = False,
+        *,
+        shard: Shard,
+    ) -> torch.Tensor:
+        dilated = partial(run, dilation=dilation)
+        return _pooled(
+            dilated, rank, float("-inf"), x, kernel_size, stride, padding, dilation, shard
+        )
+
+    lowering.__name__ = f"max_pool{rank}d"
+    return lowering
 
 
-@declares(_pool(1))
-def max_pool1d(
-    x: torch.Tensor,
-    kernel_size: Extent,
-    stride: Extent = (),
-    padding: Extent = 0,
-    dilation: Extent = 1,
-    ceil_mode: bool = False,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Max pooling of [n, c, s0] with space split."""
-    run = partial(F.max_pool1d, dilation=dilation)
-    return _pooled(run, 1, float("-inf"), x, kernel_size, stride, padding, dilation, shard)
+def _avg_pool(rank: int) -> Callable[..., torch.Tensor]:
+    """Average pooling of [..., s0, ...] with space split; padding counts as zeros."""
+
+    @declares(_pool(rank))
+    def lowering(
+        x: torch.Tensor,
+        kernel_size: Extent,
+        stride: Extent = (),
+        padding: Extent = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+        *,
+        shard: Shard,
+    ) -> torch.Tensor:
+        divided = partial(F.avg_pool2d, divisor_override=divisor_override)
+        run = F.avg_pool1d if rank == 1 else divided
+        return _pooled(run, rank, 0.0, x, kernel_size, stride, padding, 1, shard)
+
+    lowering.__name__ = f"avg_pool{rank}d"
+    return lowering
 
 
-@declares(_pool(2))
-def avg_pool2d(
-    x: torch.Tensor,
-    kernel_size: Extent,
-    stride: Extent = (),
-    padding: Extent = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Average pooling of [n, c, s0, s1] with space split; padding counts as zeros."""
-    run = partial(F.avg_pool2d, divisor_override=divisor_override)
-    return _pooled(run, 2, 0.0, x, kernel_size, stride, padding, 1, shard)
-
-
-@declares(_pool(1))
-def avg_pool1d(
-    x: torch.Tensor,
-    kernel_size: Extent,
-    stride: Extent = (),
-    padding: Extent = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Average pooling of [n, c, s0] with space split; padding counts as zeros."""
-    return _pooled(F.avg_pool1d, 1, 0.0, x, kernel_size, stride, padding, 1, shard)
+max_pool1d, max_pool2d = _max_pool(1), _max_pool(2)
+avg_pool1d, avg_pool2d = _avg_pool(1), _avg_pool(2)
 
 
 def as_strided(

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from autopar.sharding.lowerings import losses
 from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
+
+aten = torch.ops.aten
 
 _MEAN = 1  # torch.nn.functional's reduction enum: none, mean, sum
 
@@ -16,7 +20,7 @@ def _reduction(arguments: Mapping[str, Any]) -> int:
     return arguments.get("reduction", _MEAN)
 
 
-def _elementwise_loss(lowering: Callable[..., Any]) -> tuple[Row, ...]:
+def _elementwise_loss(op: torch._ops.OpOverload) -> tuple[Row, ...]:
     """A loss per element, or its sum, or its mean (of which each rank makes its share)."""
     return (
         Row("*d, *d, *d, *d -> *d", when=lambda a: _reduction(a) == 0),
@@ -24,7 +28,7 @@ def _elementwise_loss(lowering: Callable[..., Any]) -> tuple[Row, ...]:
         # weights may broadcast, but a mean over what is broadcast is the same share
         Row(
             "*d:lowered, *d, *d, *d -> ",
-            lowering=lowering,
+            lowering=losses.share_of_mean(op),
             when=lambda a: _reduction(a) == _MEAN,
         ),
     )
@@ -71,21 +75,24 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row("v:lowered e, *b -> *b e", lowering=losses.embedding, linear=((0,),)),
     ),
     "aten.one_hot.default": Row("*b -> *b [v]"),
-    "aten.mse_loss.default": _elementwise_loss(losses.mse_loss),
-    "aten.l1_loss.default": _elementwise_loss(losses.l1_loss),
-    "aten.smooth_l1_loss.default": _elementwise_loss(losses.smooth_l1_loss),
-    "aten.huber_loss.default": _elementwise_loss(losses.huber_loss),
-    "aten.binary_cross_entropy.default": _elementwise_loss(losses.binary_cross_entropy),
-    "aten.binary_cross_entropy_with_logits.default": _elementwise_loss(
-        losses.binary_cross_entropy_with_logits
-    ),
-    "aten.kl_div.default": _elementwise_loss(losses.kl_div),
+    **{
+        str(op): _elementwise_loss(op)
+        for op in (
+            aten.mse_loss.default,
+            aten.l1_loss.default,
+            aten.smooth_l1_loss.default,
+            aten.huber_loss.default,
+            aten.binary_cross_entropy.default,
+            aten.binary_cross_entropy_with_logits.default,
+            aten.kl_div.default,
+        )
+    },
     "aten.ctc_loss.Tensor": (
         # targets one after the other, without padding, lie anywhere
         Row("[t] *[b] [c], [s], *[b], *[b] -> ...", when=lambda a: len(a["targets"]) == 1),
         Row(_ctc("b"), when=lambda a: _reduction(a) == 0),
         Row(_ctc(""), when=lambda a: _reduction(a) == 2),
-        Row(_ctc("", ":lowered"), lowering=losses.ctc_loss),
+        Row(_ctc("", ":lowered"), lowering=losses.share_of_mean(aten.ctc_loss.Tensor)),
     ),
 }
 

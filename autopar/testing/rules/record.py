@@ -15,6 +15,8 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
+
 from autopar.files import write_atomically
 from autopar.sharding.rule import Row
 from autopar.sharding.rules import pointwise
@@ -97,7 +99,8 @@ def _collect(function: Any, by_name: dict[str, str]) -> None:
         return
     closed = [c.cell_contents for c in function.__closure__ or ()]
     key = f"{function.__module__}.{function.__qualname__}"
-    plain = [repr(c) for c in closed if isinstance(c, str | int | float | bool | tuple)]
+    kinds = str | int | float | bool | tuple | torch._ops.OpOverload
+    plain = [repr(c) for c in closed if isinstance(c, kinds)]
     if key in by_name:
         return
     by_name[key] = "\n".join([inspect.getsource(function), *plain])

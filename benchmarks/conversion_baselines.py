@@ -5,18 +5,15 @@ Neither considers bytes or links. `LayoutConverter.steps_from` gives both the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from autopar.ir.spec import ShardingSpec
-
-if TYPE_CHECKING:
-    from autopar.sharding.conversion.converter import Step
-
-StepsFrom = Callable[[ShardingSpec], "list[Step]"]
+from autopar.sharding.conversion.converter import LayoutConverter, Step
 
 
-def greedy(steps_from: StepsFrom, source: ShardingSpec, target: ShardingSpec) -> list[Step]:
+def greedy(
+    converter: LayoutConverter, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
+) -> list[Step]:
     """One step at a time, to the spec nearest the target by the table of Colossal-Auto
     (arXiv:2302.02599), which prices the difference per dim; P and V count like a gather.
 
@@ -26,7 +23,7 @@ def greedy(steps_from: StepsFrom, source: ShardingSpec, target: ShardingSpec) ->
     path: list[Step] = []
     here, seen = source, {source}
     while here != target:
-        steps = [s for s in steps_from(here) if s.target not in seen]
+        steps = [s for s in converter.steps_from(shape, here) if s.target not in seen]
         if not steps:
             raise ValueError(f"greedy search is stuck at {here} on the way to {target}")
         best = min(steps, key=lambda s: _difference(s.target, target))
@@ -51,7 +48,9 @@ def _difference(a: ShardingSpec, b: ShardingSpec) -> float:
     return dims + gather * len(pending)
 
 
-def axis_by_axis(steps_from: StepsFrom, source: ShardingSpec, target: ShardingSpec) -> list[Step]:
+def axis_by_axis(
+    converter: LayoutConverter, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
+) -> list[Step]:
     """Convert mesh axis by mesh axis, as DTensor's `generate_greedy_transform_infos` does.
 
     If the source is split, convert from the innermost axis to the outermost: an axis goes to its
@@ -66,7 +65,7 @@ def axis_by_axis(steps_from: StepsFrom, source: ShardingSpec, target: ShardingSp
 
     def convert(axis: int, state: str) -> None:
         nonlocal here
-        steps = [s for s in steps_from(here) if s.axis == axis]
+        steps = [s for s in converter.steps_from(shape, here) if s.axis == axis]
         by_state = {s.target.state(axis): s for s in steps}
         if state not in by_state and "R" not in by_state:
             raise ValueError(f"no step on axis {axis} leads from {here} towards {target}")
