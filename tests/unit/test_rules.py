@@ -161,7 +161,9 @@ def test_a_lowering_that_runs_other_collectives_than_it_declares_is_found(monkey
     text = failures_of(
         monkeypatch, "aten.mm.default", Row("m k:complete, k n -> m n", lowering=undeclared)
     )
-    assert "collectives of the forward on rank (0,): declared none, ran 1 all_reduce of" in text
+    assert (
+        "the collectives on rank (0,): the forward declares none and runs 1 all_reduce of" in text
+    )
 
 
 def undeclared(x, weight, *, shard):

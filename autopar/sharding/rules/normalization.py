@@ -52,7 +52,7 @@ def _rms_norm(call: Call) -> OpRule:
 
 
 def _group_norm(call: Call) -> OpRule:
-    """Whole groups of channels, or the space."""
+    """Split between groups of channels, or over the space."""
     shape = call.inputs[0]
     assert shape is not None
     space = [f"s{i}" for i in range(len(shape) - 2)]

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import MemoryEstimate, ShardingPlan, SolverRecord, TimeEstimate
 from autopar.sharding.node_rules import declared_of
 from autopar.sharding.rule import Strategy
-from autopar.testing.rules.collectives import Run, counted, expected
+from autopar.testing.rules.collectives import Run, counted, undeclared
 from autopar.testing.rules.draw import Draw
 from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad, substituted
 from autopar.testing.rules.random_ops import RANDOM, UNDEFINED, kept_mask, seed_torch
@@ -60,8 +60,8 @@ class _RankResult:
 
     results: Sequence[torch.Tensor]
     gradients: Sequence[torch.Tensor | None]
-    forward: Counter[Run] = field(default_factory=Counter)
-    backward: Counter[Run] = field(default_factory=Counter)
+    forward: Counter[Run]
+    backward: Counter[Run]
 
 
 def check_case(
@@ -268,7 +268,13 @@ def _compared(
     if one.rule[0].always:
         differing += _draw_findings(one, name, strategy, mesh, results)
     if strategy.lowered:
-        differing += _undeclared(one, mesh, strategy, by_rank)
+        carries = bool(one.trained and one.trained[0]) and any(
+            c is not None for c in one.cotangents
+        )
+        for coords, rank in by_rank.items():
+            declared = declared_of(one.node, strategy, mesh, coords)
+            for detail in undeclared(declared, rank.forward, rank.backward, carries=carries):
+                differing.append(Difference("the collectives", coords, math.inf, detail))
     return Outcome(worst if tolerance == TOLERANCE[torch.float64] else 0.0, tuple(differing))
 
 
@@ -321,26 +327,3 @@ def _draw_findings(
                 differing.append(Difference("the draw", coords, math.inf, detail))
         seen.setdefault(key, (coords, local[0]))
     return differing
-
-
-def _undeclared(
-    one: OneOp, mesh: Mesh, strategy: Strategy, by_rank: Mapping[Coords, _RankResult]
-) -> list[Difference]:
-    """Ranks that run other collectives than the lowering declares."""
-    carries = bool(one.trained and one.trained[0]) and any(c is not None for c in one.cotangents)
-    differing = []
-    for coords, rank in by_rank.items():
-        declared = declared_of(one.node, strategy, mesh, coords)
-        phases = {"forward": rank.forward, "backward": rank.backward}
-        for phase, runs in phases.items():
-            backward = phase == "backward"
-            promised = expected(declared, backward=backward) if carries or not backward else {}
-            if runs != promised:
-                detail = f"declared {_listed(promised)}, ran {_listed(runs)}"
-                what = f"collectives of the {phase}"
-                differing.append(Difference(what, coords, math.inf, detail))
-    return differing
-
-
-def _listed(runs: Mapping[Run, int]) -> str:
-    return ", ".join(f"{count} {run}" for run, count in sorted(runs.items())) or "none"

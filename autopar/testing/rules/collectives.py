@@ -50,9 +50,23 @@ def counted() -> Iterator[Counter[Run]]:
         yield mode.runs
 
 
-def expected(declared: Declared, *, backward: bool) -> Counter[Run]:
-    """What the declaration says of the forward, or of the backward."""
-    runs: Counter[Run] = Counter()
+def undeclared(
+    declared: Declared, forward: Counter[Run], backward: Counter[Run], *, carries: bool
+) -> Iterator[str]:
+    """Differences between the collectives that a rank ran and those that the lowering declares.
+
+    Args:
+        carries: whether the first operand takes a gradient; else the backward runs none.
+    """
+    expected: dict[str, Counter[Run]] = {"forward": Counter(), "backward": Counter()}
     for c in declared.collectives:
-        runs[Run(c.kind, c.axis, c.elements)] += c.backward if backward else c.forward
-    return +runs
+        run = Run(c.kind, c.axis, c.elements)
+        expected["forward"][run] += c.forward
+        expected["backward"][run] += c.backward if carries else 0
+    for phase, runs in (("forward", forward), ("backward", backward)):
+        if runs != expected[phase]:
+            yield f"the {phase} declares {_listed(expected[phase])} and runs {_listed(runs)}"
+
+
+def _listed(runs: Counter[Run]) -> str:
+    return ", ".join(f"{count} {run}" for run, count in sorted(runs.items()) if count) or "none"

@@ -88,8 +88,8 @@ def joined(pieces: Pieces, spec: ShardingSpec, mesh: Mesh, shape: Sequence[int])
     for coords, piece in pieces.items():
         if any(c for a, c in enumerate(coords) if a not in used):
             continue
-        region = shard_of(full, spec, mesh, coords)
-        region.copy_(region | piece if full.dtype == torch.bool else region + piece)
+        part = shard_of(full, spec, mesh, coords)
+        part.copy_(part | piece if full.dtype == torch.bool else part + piece)
     return full
 
 
