@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autopar.sharding.lowerings import repeat
-from autopar.sharding.rule import Dims, Factor, OpRule, Row
+from autopar.sharding.rule import Dims, OpRule, Row
 from autopar.sharding.rules.call import Call
-from autopar.sharding.rules.view import aligned, linear_rule, named
+from autopar.sharding.rules.view import aligned, linear_rule, named, numbered
 
 
 def _pad(call: Call) -> OpRule:
@@ -26,9 +26,7 @@ def _cat(call: Call) -> OpRule:
     """The dim along which tensors are joined is not split, unless there is one tensor."""
     out_shape = call.outputs[0]
     dim = call.arguments.get("dim", 0) % len(out_shape)
-    joined = dim if len(call.inputs) > 1 else None
-    names: Dims = tuple(None if d == joined or n == 1 else f"d{d}" for d, n in enumerate(out_shape))
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(out_shape) if names[d] is not None}
+    names, factors = numbered(out_shape, dim if len(call.inputs) > 1 else None)
     return linear_rule([names] * len(call.inputs), [names], factors)
 
 
@@ -37,8 +35,7 @@ def _stack(call: Call) -> OpRule:
     shape = call.inputs[0]
     assert shape is not None
     dim = call.arguments.get("dim", 0) % (len(shape) + 1)
-    names: Dims = tuple(None if n == 1 else f"d{d}" for d, n in enumerate(shape))
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    names, factors = numbered(shape)
     return linear_rule([names] * len(call.inputs), [(*names[:dim], None, *names[dim:])], factors)
 
 
@@ -115,8 +112,7 @@ def _meshgrid(call: Call) -> OpRule:
     shape, places = call.outputs[0], list(range(len(call.inputs)))
     if call.arguments.get("indexing") == "xy":
         places[:2] = places[:2][::-1]
-    names: Dims = tuple(f"d{d}" if n > 1 else None for d, n in enumerate(shape))
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    names, factors = numbered(shape)
     inputs: list[Dims] = [
         (names[d],) if s else () for d, s in zip(places, call.inputs, strict=True)
     ]

@@ -33,6 +33,13 @@ def named(source: Shape, names: Sequence[int | None], target: Shape) -> tuple[Di
     return dims, out, factors
 
 
+def numbered(shape: Shape, unsplit: int | None = None) -> tuple[Dims, dict[str, Factor]]:
+    """A factor d0, d1, ... per dim of more than one element."""
+    names = tuple(f"d{d}" if n > 1 and d != unsplit else None for d, n in enumerate(shape))
+    factors = {name: Factor(n) for name, n in zip(names, shape, strict=True) if name is not None}
+    return names, factors
+
+
 def _groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
     """Split both shapes into minimal runs of equal products, ignoring dims of size 1."""
     left = [i for i, n in enumerate(source) if n != 1]
@@ -123,9 +130,9 @@ def _expand(call: Call) -> OpRule:
     assert source is not None
     lead = len(target) - len(source)
     carried = [j >= lead and source[j - lead] == target[j] for j in range(len(target))]
-    out = tuple(f"d{j}" if n > 1 else None for j, n in enumerate(target))
+    out, factors = numbered(target)
     dims = tuple(out[lead + d] if carried[lead + d] else None for d in range(len(source)))
-    return linear_rule([dims], [out], {f"d{j}": Factor(n) for j, n in enumerate(target) if n > 1})
+    return linear_rule([dims], [out], factors)
 
 
 # Their bounds are clamped to the extent: if they keep the entire dim, they also keep a shard.
@@ -149,8 +156,7 @@ def _broadcast_tensors(call: Call) -> OpRule | None:
     shape = call.outputs[0]
     if any(s != shape for s in call.inputs):
         return None
-    names = tuple(f"d{d}" if n > 1 else None for d, n in enumerate(shape))
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    names, factors = numbered(shape)
     return linear_rule([names] * len(call.inputs), [names] * len(call.outputs), factors)
 
 
