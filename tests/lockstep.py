@@ -1,7 +1,7 @@
-"""Every rank of a mesh in one thread, for tests of single collectives.
+"""All ranks of a mesh in one thread, for tests of single collectives.
 
-What all ranks are to do at once is done twice: first each rank only leaves what it sends, then each
-finds what all have sent. That is exact as long as it holds one collective at most.
+Every rank's call runs twice. The first run records what the rank sends. The second run reads what
+all ranks sent. This is exact if a call contains at most one collective.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ class _Group(Group):
         self.board, self.world = board, world
 
     def _all(self, x: torch.Tensor, share: float) -> torch.Tensor:
-        """What all ranks have sent; each passes that share of its x on to each other one."""
+        """What all ranks sent; each sends that share of its x to each other rank."""
         if self.world.sending:
             self.world.sent += share * (self.size - 1) * x.nbytes
             self.board[self.index] = x.detach().clone()

@@ -1,4 +1,4 @@
-"""Local implementations of ops that a shard of the operands alone does not suffice for.
+"""Local implementations of split ops for which the op on the shards alone is not correct.
 
 Each takes the op's own arguments with local tensors, and `shard`: for every split factor
 `(start, length, size, groups)`: this rank's part of the factor, its global extent, and the names of
