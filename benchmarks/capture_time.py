@@ -2,9 +2,8 @@
 
 Hugging Face Llama (hidden 4096, 32 heads, 8 of keys, vocabulary 128256), 4 to 64 layers, training
 with its loss, batch 4, sequence 512. Every repetition is a process of its own; imports and the
-building of the model are not counted. Wall time has the target, processor time beside it tells a
-busy machine from slow code. Twice the depth should take twice the time; what it takes beyond that
-is shown.
+building of the model are not counted. The target is for wall time; processor time distinguishes a
+busy machine from slow code. Twice the depth should take twice the time; the table shows the excess.
 """
 
 from __future__ import annotations
@@ -64,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(common.machine(), markup=False)
     runs: dict[int, list[dict[str, Any]]] = {layers: [] for layers in depths}
     for i, layers in itertools.product(range(repetitions), depths):
-        found = common.in_fresh_process("benchmarks.capture_time", {"layers": layers})
-        runs[layers].append(found)
-        console.print(f"{layers} layers, run {i + 1}: {found['wall_s']:.2f} s", markup=False)
+        measured = common.in_fresh_process("benchmarks.capture_time", {"layers": layers})
+        runs[layers].append(measured)
+        console.print(f"{layers} layers, run {i + 1}: {measured['wall_s']:.2f} s", markup=False)
     wall = {n: statistics.median(r["wall_s"] for r in runs[n]) for n in depths}
     rows = []
     for layers in depths:

@@ -40,7 +40,7 @@ FAMILIES_PER_WORKER = 40
 
 @dataclass(frozen=True)
 class Task:
-    """One family to try: a row of the zoo, or one found by its library's name for it."""
+    """One family: a row of the zoo, or one that its library lists."""
 
     name: str
     library: str
@@ -53,10 +53,10 @@ def tasks(library: str | None, only: Sequence[str], quick: bool) -> list[Task]:
 
     required = [Task(f.name, f.library, True) for f in (*hf.FAMILIES, *timm_rows.FAMILIES)]
     known = {row.name for row in hf.ROWS}
-    found = [Task(name, "hf", False) for name in auto.hf_types() if _python(name) not in known]
+    listed = [Task(name, "hf", False) for name in auto.hf_types() if _python(name) not in known]
     known = {auto_timm.module_of(row.entry) for row in timm_rows.ROWS}
-    found += [Task(name, "timm", False) for name in auto_timm.modules() if name not in known]
-    every = [t for t in (*required, *found) if library in (None, t.library)]
+    listed += [Task(name, "timm", False) for name in auto_timm.modules() if name not in known]
+    every = [t for t in (*required, *listed) if library in (None, t.library)]
     if only:
         return [t for t in every if t.name in only]
     return [t for t in every if t.required][::6] if quick else every
@@ -119,8 +119,8 @@ class Worker:
     """A process that tries one family after another."""
 
     def __init__(self, how: How) -> None:
-        told = json.dumps(asdict(how))
-        command = [sys.executable, "-m", "benchmarks.coverage", "--worker", told]
+        settings = json.dumps(asdict(how))
+        command = [sys.executable, "-m", "benchmarks.coverage", "--worker", settings]
         self.done = 0
         self._process = subprocess.Popen(
             command, cwd=common.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -199,13 +199,13 @@ def line_of(outcome: Outcome) -> str:
     """One line of progress."""
     o = outcome
     if o.status in CAPTURED:
-        said = f"{o.nodes} nodes, {o.capture_s:.1f} s, error {o.error:.1e}"
+        text = f"{o.nodes} nodes, {o.capture_s:.1f} s, error {o.error:.1e}"
         if o.plans or o.plan_reason:
-            said += f"; {o.plans_equal} of {o.plans} plans equal, planned in {o.plan_s:.1f} s, "
-            said += f"{o.unruled:.2%} without a rule {o.plan_reason[:200]}"
+            text += f"; {o.plans_equal} of {o.plans} plans equal, planned in {o.plan_s:.1f} s, "
+            text += f"{o.unruled:.2%} without a rule {o.plan_reason[:200]}"
     else:
-        said = o.reason[:140]
-    return f"{o.library} {o.name}: {o.status}, {said}"
+        text = o.reason[:140]
+    return f"{o.library} {o.name}: {o.status}, {text}"
 
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:

@@ -1,10 +1,10 @@
-"""What exact layout conversion saves, and what its search takes.
+"""What exact layout conversion saves, and how long its search takes.
 
 For all pairs of layouts of tensors of 1 to 4 dims on a mesh of two axes, and for a seeded sample of
-pairs on three axes, the time that the cost model of A100-80G gives to three conversions, forward
-and backward: the exact path, the greedy search of Colossal-Auto, and every mesh axis by itself, as
-DTensor does it. Partial and varying layouts are among them; a layout with itself is not, nor pairs
-that lead out of a varying layout, which no steps do.
+pairs on three axes: the time of three conversions, forward and backward, in the cost model of
+A100-80G. The three are the exact path, the greedy search of Colossal-Auto, and DTensor's conversion
+mesh axis by mesh axis. The pairs include partial and varying layouts. They exclude a layout with
+itself, and pairs that lead out of a varying layout, since no step does.
 
 Search times are medians over pairs: cold, in a new converter that knows no graph; with the graph of
 that number of dims built; and warm, the same query again.
@@ -25,6 +25,7 @@ from autopar.sharding.conversion.converter import LayoutConverter, Step
 from autopar.sharding.conversion.graph import spec_graph
 from benchmarks import common
 from benchmarks.common import Row, console
+from benchmarks.conversion_baselines import axis_by_axis, greedy
 
 DEVICE = "A100-80G"
 ITEMSIZE = 4
@@ -51,13 +52,13 @@ class Case:
         return LayoutConverter(ClusterInfo.of(self.mesh, DEVICE))
 
     def pairs(self, converter: LayoutConverter, count: int) -> tuple[list[Pair], int]:
-        """Pairs that differ and have a way, at most so many of them, and how many there are."""
+        """At most `count` pairs that differ and have a path, and how many there are."""
         specs = converter.specs(self.shape)
-        found = [
+        pairs = [
             (a, b) for a in specs for b in specs if a != b and set(a.varying) <= set(b.varying)
         ]
-        chosen = random.Random(0).sample(found, count) if count < len(found) else found
-        return chosen, len(found)
+        chosen = random.Random(0).sample(pairs, count) if count < len(pairs) else pairs
+        return chosen, len(pairs)
 
 
 @dataclass(frozen=True)
@@ -75,27 +76,30 @@ def costs_of(case: Case, converter: LayoutConverter, pairs: Sequence[Pair]) -> C
         return sum(sum(converter.step_us(case.shape, ITEMSIZE, step)) for step in path)
 
     ways: dict[str, Callable[..., list[Step]]] = {
-        "greedy": converter.heuristic,
-        "axis by axis": converter.axis_by_axis,
+        "greedy": greedy,
+        "axis by axis": axis_by_axis,
     }
     return Costs(
         [converter.cost_us(case.shape, ITEMSIZE, a, b) for a, b in pairs],
-        {name: [price(way(case.shape, a, b)) for a, b in pairs] for name, way in ways.items()},
+        {
+            name: [price(way(converter, case.shape, a, b)) for a, b in pairs]
+            for name, way in ways.items()
+        },
     )
 
 
 def saving_rows(case: str, costs: Costs, of: int) -> Iterator[Row]:
-    """Of each other conversion, its cost in units of the exact one's."""
+    """The cost of each other conversion relative to the exact one's."""
     yield Row(case, "pairs of layouts", len(costs.exact), f"of {of}")
-    for name, theirs in costs.others.items():
-        ratios = [t / e for t, e in zip(theirs, costs.exact, strict=True)]
-        dearer = sum(r > 1 + 1e-9 for r in ratios) / len(ratios)
+    for name, times in costs.others.items():
+        ratios = [t / e for t, e in zip(times, costs.exact, strict=True)]
+        cheaper = sum(r > 1 + 1e-9 for r in ratios) / len(ratios)
         below = sum(r < 1 - 1e-9 for r in ratios)
         yield Row(case, f"{name} / exact, mean", statistics.fmean(ratios), "x")
         yield Row(case, f"{name} / exact, median", statistics.median(ratios), "x")
         yield Row(case, f"{name} / exact, largest", max(ratios), "x")
-        yield Row(case, f"exact is cheaper than {name}", 100 * dearer, "% of pairs")
-        yield Row(case, f"exact is dearer than {name}", below, "pairs", 0)
+        yield Row(case, f"exact is cheaper than {name}", 100 * cheaper, "% of pairs")
+        yield Row(case, f"exact is costlier than {name}", below, "pairs", 0)
         yield Row(case, f"saved of all time of {name}", _saved(costs, name), "%")
 
 
@@ -145,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pairs, of = case.pairs(converter, count)
         costs = costs_of(case, converter, pairs)
         total.exact.extend(costs.exact)
-        for name, theirs in costs.others.items():
-            total.others.setdefault(name, []).extend(theirs)
+        for name, times in costs.others.items():
+            total.others.setdefault(name, []).extend(times)
         rows += saving_rows(case.name, costs, of)
         rows += search_rows(case, random.Random(1).sample(pairs, min(queries, len(pairs))))
         console.print(f"{case.name}: {len(pairs)} of {of} pairs", markup=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -70,9 +71,9 @@ def rules_check(
     discover: Annotated[
         bool, typer.Option("--discover", help="Look for right strategies that rules leave out.")
     ] = False,
-    keep: Annotated[
-        bool, typer.Option("--record", help="Enter what holds into the package's record.")
-    ] = False,
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Enter the outcome into this file.")
+    ] = None,
 ) -> None:
     """Prove rules: ops on random shards, rank by rank, forward and gradient, against the op itself.
 
@@ -94,9 +95,9 @@ def rules_check(
     from autopar.testing.rules.record import save
 
     print_checked(reports)
-    if keep:
-        with short_errors(OSError):
-            save(reports)
+    if record is not None:
+        with short_errors(OSError, ValueError):
+            save(reports, record)
     if any(report.failed for report in reports):
         raise typer.Exit(1)
 
@@ -106,9 +107,15 @@ def rules_list(
     op: Annotated[
         str | None, typer.Option(metavar="PATTERN", help="An op, or a part of its name.  [all]")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Show what this file, by check --record, says is proved."
+        ),
+    ] = None,
 ) -> None:
-    """Print the table: how each operator may be split, and whether that is proved."""
-    with short_errors(ValueError):
+    """Print the table: how each operator may be split."""
+    with short_errors(OSError, ValueError):
         from autopar.cli.rules import print_rules
 
-        print_rules(op)
+        print_rules(op, record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,7 @@ from autopar.sharding.rules.registry import DERIVED, ROWS
 from autopar.testing.rules import record
 from autopar.testing.rules.check import OpReport, matching, prove
 from autopar.testing.rules.samples import has_sampler, table_ops
-from autopar.testing.rules.search import OpFindings, look_at_all
+from autopar.testing.rules.search import OpFindings, search_all
 
 _WIDTH = 160
 
@@ -23,29 +24,29 @@ _WIDTH = 160
 def checked(
     pattern: str | None, cases: int, seed: int, jobs: int, say: Callable[[str], None]
 ) -> list[OpReport]:
-    """Prove the ops that the pattern names.
+    """Prove the ops that match the pattern.
 
     Raises:
-        ValueError: it names none.
+        ValueError: none does.
     """
     names = matching(pattern)
     began = time.perf_counter()
     ran = failed = ops = 0
-    told = 0.0
+    last_line = 0.0
 
     def progress(report: OpReport) -> None:
-        nonlocal ran, failed, ops, told
+        nonlocal ran, failed, ops, last_line
         ran, failed, ops = ran + report.cases, failed + report.failed, ops + 1
         seconds = time.perf_counter() - began
-        if seconds - told > 2 or ops == len(names):
-            told = seconds
+        if seconds - last_line > 2 or ops == len(names):
+            last_line = seconds
             say(f"{ops} of {len(names)} ops, {ran} cases, {failed} wrong, {seconds:.0f} s ...")
 
     return prove(names, cases, seed, jobs, progress)
 
 
 def print_checked(reports: Sequence[OpReport]) -> None:
-    """A line per op, then what failed."""
+    """Print a line per op, then the failures."""
     console = _console()
     table = Table(box=None, pad_edge=False)
     table.add_column("op", no_wrap=True)
@@ -79,7 +80,7 @@ def print_checked(reports: Sequence[OpReport]) -> None:
 
 
 def discovered(pattern: str | None, seed: int, jobs: int, say: Callable[[str], None]) -> str:
-    """Right strategies that rules leave out, and why; a row for an op that has none.
+    """Correct strategies that rules omit, and why; for an op without a rule, a proposed row.
 
     Raises:
         ValueError: the pattern names no op that calls can be drawn of.
@@ -90,56 +91,68 @@ def discovered(pattern: str | None, seed: int, jobs: int, say: Callable[[str], N
         names = matching(pattern)
 
     def done(f: OpFindings) -> None:
-        say(f"{f.name}: {f.ways} ways, {len(f.missing)} missing, {len(f.explained)} explained")
+        say(
+            f"{f.name}: {f.strategies} strategies, {len(f.missing)} missing, "
+            f"{len(f.explained)} explained"
+        )
 
-    found = look_at_all(names, seed, jobs, done)
-    return "\n".join([*_explained(found), *_missing(found), _total(found), ""])
+    findings = search_all(names, seed, jobs, done)
+    return "\n".join([*_explained(findings), *_missing(findings), _total(findings), ""])
 
 
-def _explained(found: Sequence[OpFindings]) -> list[str]:
-    """What is left out on purpose: the reason, then the ways of each op that it holds for."""
+def _explained(findings: Sequence[OpFindings]) -> list[str]:
+    """Strategies omitted on purpose: the reason, then the strategies of each op."""
     by_reason: dict[str, dict[str, list[str]]] = {}
-    for f in found:
-        for way, reason in f.explained:
-            by_reason.setdefault(reason, {}).setdefault(f.name, []).append(way)
+    for f in findings:
+        for strategy, reason in f.explained:
+            by_reason.setdefault(reason, {}).setdefault(f.name, []).append(strategy)
     lines = []
     for reason, ops in by_reason.items():
         lines += [f"left out: {reason}"]
-        lines += [f"  {name}: {'; '.join(ways)}" for name, ways in ops.items()] + [""]
+        lines += [f"  {name}: {'; '.join(strategies)}" for name, strategies in ops.items()] + [""]
     return lines
 
 
-def _missing(found: Sequence[OpFindings]) -> list[str]:
+def _missing(findings: Sequence[OpFindings]) -> list[str]:
     lines = ["missing:", ""]
-    for f in found:
+    for f in findings:
         if f.missing:
             lines += [f.name, *(f"  {line}" for line in f.missing), ""]
     return lines if len(lines) > 2 else []
 
 
-def _total(found: Sequence[OpFindings]) -> str:
-    ways, missing, explained = (
+def _total(findings: Sequence[OpFindings]) -> str:
+    strategies, missing, explained = (
         sum(counts)
-        for counts in zip(*((f.ways, len(f.missing), len(f.explained)) for f in found), strict=True)
+        for counts in zip(
+            *((f.strategies, len(f.missing), len(f.explained)) for f in findings), strict=True
+        )
     )
-    return f"{len(found)} ops, {ways} ways found, {missing} missing, {explained} explained"
+    return (
+        f"{len(findings)} ops, {strategies} strategies found, {missing} missing, "
+        f"{explained} explained"
+    )
 
 
-def print_rules(pattern: str | None) -> None:
-    """The table: a line per op and alternative.
+def print_rules(pattern: str | None, proofs_file: Path | None = None) -> None:
+    """Print the table, a line per op and alternative.
+
+    Args:
+        proofs_file: as `record.save` writes it; the table then says what is proved.
 
     Raises:
-        ValueError: the pattern names no op.
+        ValueError: the pattern names no op, or the file is no record.
+        OSError: the file cannot be read.
     """
     names = matching(pattern) if pattern else list(table_ops())
-    proofs = record.load()
+    proofs = None if proofs_file is None else record.load(proofs_file)
     table = Table(box=None, pad_edge=False)
-    for column in ("op", "rule", "linear", "lowering", "status"):
+    for column in ("op", "rule", "linear", "lowering", *(["status"] if proofs is not None else [])):
         table.add_column(column, no_wrap=column in ("op", "status"), overflow="fold")
     for name in names:
-        for i, (rule, linear, lowering) in enumerate(_lines(name)):
-            status = record.status(name, proofs) if not i else ""
-            table.add_row("" if i else name, rule, linear, lowering, status)
+        for i, line in enumerate(_lines(name)):
+            status = [record.status(name, proofs)] if proofs is not None and not i else []
+            table.add_row("" if i else name, *line, *status)
     _console().print(table)
 
 
@@ -185,12 +198,12 @@ def example(name: str) -> str:
         return "never split"
     sides = []
     for tensors, patterns in ((one.inputs, rule.inputs), (one.outputs, rule.outputs)):
-        spelled = []
+        texts = []
         for tensor, dims in zip(tensors, patterns, strict=True):
             if tensor is not None and dims is not None:
                 names = (d or f"[{n}]" for d, n in zip(dims, tensor.shape, strict=True))
-                spelled.append(" ".join(names))
-        sides.append(", ".join(spelled))
+                texts.append(" ".join(names))
+        sides.append(", ".join(texts))
     return f"{one.sample}: {' -> '.join(sides)}"
 
 

@@ -19,13 +19,13 @@ from autopar.ir.randomness import draws
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """Where a node came from.
+    """Origin of a node.
 
     Args:
         module: qualified name.
         source: `file:line`.
-        leaf: the forward sets `requires_grad` on this value, so that eager PyTorch computes a
-            gradient for it; nothing in the graph does.
+        leaf: the forward sets `requires_grad` on this value, so eager PyTorch computes a gradient
+            for it although the graph does not.
     """
 
     module: str
@@ -50,10 +50,10 @@ class ModelGraph:
         in_spec: pytree of (args, kwargs).
         out_spec: pytree of the results.
         constants: tensors that the model holds but that are neither parameter nor buffer.
-        aliases: qualified names of tied parameters to the name that stands for them.
-        guards: what was taken for granted about values.
-        updates: changes of parameters, by qualified name, that the forward makes before it uses
-            them (clamped weights): element by element, to be made in place before each run.
+        aliases: qualified names of tied parameters to the one name used in `parameters`.
+        guards: assumptions about values.
+        updates: pointwise changes of parameters (clamped weights), by qualified name, that the
+            forward makes before it uses them; made in place before each run.
     """
 
     gm: fx.GraphModule
@@ -81,8 +81,8 @@ class ModelGraph:
         return {str(n.target): n for n in self.nodes if n.op == "placeholder"}
 
     def compute_nodes(self) -> Iterator[fx.Node]:
-        """Operator calls, without the `getitem`s that take multi-output ops apart and the
-        arithmetic on symbolic sizes."""
+        """Operator calls, without `getitem`s of multiple results and arithmetic on symbolic
+        sizes."""
         for node in self.nodes:
             if node.op != "call_function" or node.target is operator.getitem:
                 continue
@@ -96,9 +96,9 @@ class ModelGraph:
 
     @cached_property
     def symbols(self) -> dict[str, str]:
-        """What the symbolic sizes of inputs are: "batch" for dim 0, "sequence" for dim 1, and
-        `<input>_<dim>` for those whose size differs from the first such dim's."""
-        found: dict[str, str] = {}
+        """Names of the symbolic sizes of inputs: "batch" for dim 0, "sequence" for dim 1, and
+        `<input>_<dim>` where the size differs from that of the first such dim."""
+        names: dict[str, str] = {}
         first: dict[str, int] = {}
         for name in self.inputs:
             if name is None:
@@ -107,10 +107,10 @@ class ModelGraph:
             for role, size in zip(("batch", "sequence"), value.shape, strict=False):
                 if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
                     hint = size.node.hint
-                    alike = first.setdefault(role, hint) == hint
+                    same = first.setdefault(role, hint) == hint
                     dim = ("batch", "sequence").index(role)
-                    found[str(size.node.expr)] = role if alike else f"{name}_{dim}"
-        return found
+                    names[str(size.node.expr)] = role if same else f"{name}_{dim}"
+        return names
 
     @cached_property
     def random(self) -> bool:
@@ -121,7 +121,7 @@ class ModelGraph:
         return node.meta["autopar"]
 
     def bind(self, model: torch.nn.Module) -> Callable[..., Any]:
-        """The captured program with a model's own tensors in it: called as the model is.
+        """The captured program bound to a model's tensors, with the model's call signature.
 
         Parameters and buffers are those of `model` at each call; mutated buffers are updated.
         """
@@ -148,7 +148,7 @@ class ModelGraph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of operators, wiring and shapes: equal graphs take each other's plans."""
+        """Hash of operators, edges and shapes; graphs with equal hashes can use the same plans."""
         digest = hashlib.sha256()
         number = {node: i for i, node in enumerate(self.nodes)}
         for node in self.nodes:
@@ -157,9 +157,9 @@ class ModelGraph:
                 torch.Tensor, lambda t: (tuple(t.shape), str(t.dtype)), value
             )
             args = pytree.tree_map_only(fx.Node, number.__getitem__, (node.args, node.kwargs))
-            # planned on one device type, run on another
+            # a plan may run on another device type
             args = pytree.tree_map_only(torch.device, lambda d: None, args)
-            # a placeholder's name may depend on how the batch was passed, its role does not
+            # a placeholder's name may depend on how the batch was passed
             what = "in" if node.op == "placeholder" else str(node.target)
             digest.update(repr((node.op, what, shapes, args)).encode())
         return digest.hexdigest()[:16]
@@ -169,15 +169,15 @@ _LEAF = "autopar_leaf"
 
 
 def mark_leaf(node: fx.Node) -> None:
-    """Mark a node of a graph being captured as one whose value was made to require grad.
+    """Mark a node of a graph being captured whose value was set to require grad.
 
-    "custom" metadata is what export carries over to the nodes that come to stand for this one.
+    Export copies "custom" metadata to the nodes that replace this one.
     """
     node.meta.setdefault("custom", {})[_LEAF] = node.name
 
 
 def is_marked_leaf(node: fx.Node) -> bool:
-    """Whether it is the marked value: the last, where several nodes stand for the marked one."""
+    """Whether the node is the marked value: the last of the nodes that replace the marked one."""
 
     def mark(n: fx.Node) -> Any:
         return n.meta.get("custom", {}).get(_LEAF)
@@ -206,7 +206,7 @@ def operands(node: fx.Node) -> list[fx.Node | None]:
 
 
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by schema name, as given (defaults left out)."""
+    """Arguments by schema name, without defaults."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return dict(node.kwargs)
     return dict(zip(_schema(node.target), node.args, strict=False)) | dict(node.kwargs)
@@ -220,30 +220,30 @@ def _schema(op: torch._ops.OpOverload) -> dict[str, bool]:
 
 def _tensor_arguments(node: fx.Node) -> list[tuple[str, fx.Node | None]]:
     assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
-    given = bound_arguments(node)
-    found: list[tuple[str, fx.Node | None]] = []
+    arguments = bound_arguments(node)
+    tensors: list[tuple[str, fx.Node | None]] = []
     for name, is_tensor in _schema(node.target).items():
         if not is_tensor:
             continue
-        value = given.get(name)
+        value = arguments.get(name)
         items = value if isinstance(value, list | tuple) else [value]
         for item in items:
             if isinstance(item, fx.Node):
-                found.append((name, item))
+                tensors.append((name, item))
             elif item is None:
-                found.append((name, None))
-    return found
+                tensors.append((name, None))
+    return tensors
 
 
 def map_operands(node: fx.Node, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The node's args and kwargs with its tensor operands replaced, in the order of `operands`."""
     assert isinstance(node.target, torch._ops.OpOverload)
     schema = _schema(node.target)
-    given = bound_arguments(node)
+    arguments = bound_arguments(node)
     queue = iter(values)
     replaced: dict[str, Any] = {}
     for name, is_tensor in schema.items():
-        value = given.get(name)
+        value = arguments.get(name)
         if not is_tensor:
             continue
         if isinstance(value, list | tuple):

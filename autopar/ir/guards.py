@@ -1,15 +1,17 @@
-"""Guards: what a captured graph takes for granted about values, and how it is checked.
+"""Guards: the assumptions of a captured graph about values, and how they are checked.
 
-A branch of the user's Python that depends on tensor values is captured one way only. Each such
-decision is a `Guard` of the graph: of kind
+If a branch of the user's Python depends on tensor values, the graph contains one side of it. Each
+such decision is a `Guard` of one of these kinds:
 
-* ``input``: computed from inputs and buffers alone. `holds` computes it again on another batch,
-  with the operators the model itself used; where it fails, the graph is not for that batch.
-* ``random``: decided by a random draw (layer drop). Captured the likelier way; the model no longer
+* ``input``: computed from inputs and buffers alone. `holds` computes the value on another batch
+with
+  the model's own operators. If it differs, the graph does not apply to that batch.
+* ``random``: decided by a random draw (layer drop). The graph contains the likelier side and no
+longer
   draws.
-* ``check``: a check on activations that only raises, or mends infinities; captured as passing.
+* ``check``: a check on activations that only raises or replaces infinities; assumed to pass.
 * ``assumed``: decided by `ColoTracer(assume=...)`.
-* ``setting``: a library's setting that was changed for the capture, same mathematics.
+* ``setting``: a library's setting that the capture changed without changing the mathematics.
 """
 
 from __future__ import annotations
@@ -30,17 +32,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Guard:
-    """One decision that the graph has taken over.
+    """One assumption of a graph.
 
     Args:
         kind: see the module's text.
         source: `file:line` in the user's code.
         text: that line.
         value: what the expression was captured as.
-        note: what this means for training, a sentence.
-        sources: of an ``input`` guard, what its program takes: ("input", position among the
+        note: the consequence for training, one sentence.
+        sources: arguments of an ``input`` guard's program: ("input", position among the
             flattened inputs) or ("buffer", qualified name).
-        program: of an ``input`` guard, computes the value.
+        program: computes the value of an ``input`` guard.
     """
 
     kind: Kind
@@ -59,12 +61,12 @@ class Guard:
     def holds(
         self, leaves: Sequence[Any] | Mapping[int, Any], buffers: Mapping[str, torch.Tensor]
     ) -> bool:
-        """Whether these inputs (flattened args and kwargs) take the captured branch too."""
+        """Whether the assumption is true for these inputs (flattened args and kwargs)."""
         if self.program is None:
             return True
-        given = [leaves[k] if what == "input" else buffers[k] for what, k in self.sources]
+        arguments = [leaves[k] if what == "input" else buffers[k] for what, k in self.sources]
         with torch.no_grad():
-            return same_value(as_python(self.program(*given)), self.value)
+            return same_value(as_python(self.program(*arguments)), self.value)
 
     def __str__(self) -> str:
         return f"{self.source}: {self.text}\n  captured as {self.value}: {self.note}"
@@ -85,13 +87,13 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 class Slice:
-    """The part of a graph being captured that one of its values is computed by.
+    """The part of a graph being captured that computes one of its values.
 
-    Operators that write into the storage of a value it needs belong to it.
+    It includes operators that write into the storage of a value that it needs.
 
     Args:
         node: the value.
-        roles: what stands at the placeholders: ("input", i), ("buffer", name), ("parameter", name).
+        roles: of the placeholders: ("input", i), ("buffer", name), ("parameter", name).
     """
 
     def __init__(self, node: fx.Node, roles: Mapping[fx.Node, tuple[str, Any]]) -> None:
@@ -108,13 +110,13 @@ class Slice:
         return any(map(draws, self._nodes))
 
     def program(self, root: torch.nn.Module) -> fx.GraphModule:
-        """It, as a function of its sources (in order); `root` holds the graph's constants."""
+        """The slice as a function of its sources, in order; `root` holds the graph's constants."""
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for n in self._nodes:
             target, args, kwargs = _without_shape_operands(n)
             args, kwargs = fx.map_arg((args, kwargs), copies.__getitem__)
-            if n.op == "placeholder":  # named anew, so that equal slices have equal texts
+            if n.op == "placeholder":  # renamed, so that equal slices have equal text
                 target = f"source_{len(copies)}"
             copies[n] = graph.create_node(n.op, target, args, kwargs)
         graph.output(copies[self.node])
@@ -135,14 +137,15 @@ def _closure(node: fx.Node) -> list[fx.Node]:
         for n in reversed(before):
             if n in needed or (_writes(n) & storages):
                 needed.add(n)
-                _, *given = _without_shape_operands(n)
-                fx.map_arg(given, needed.add)
+                _, *arguments = _without_shape_operands(n)
+                fx.map_arg(arguments, needed.add)
         if len(needed) == size:
             return [n for n in before if n in needed]
 
 
 def _without_shape_operands(node: fx.Node) -> tuple[Any, Any, Any]:
-    """Target, args and kwargs of a node that takes a tensor for its shape alone, with the shape."""
+    """Target, args and kwargs of a node; a tensor that it reads only the shape of becomes a
+    shape."""
     name = str(node.target).removeprefix("aten.").partition(".")[0]
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not all(type(n) is int for n in value.shape):
@@ -164,7 +167,7 @@ def _without_shape_operands(node: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def storage_of(node: fx.Node) -> int | None:
-    """What identifies the storage behind a node's value; None without one (as under vmap)."""
+    """Identity of the storage of a node's value; None if it has none (under vmap)."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not torch._C._has_storage(value):
         return None
@@ -177,7 +180,7 @@ def _storages(node: fx.Node) -> set[int]:
 
 
 def _writes(node: fx.Node) -> set[int]:
-    """Storages that an operator changes."""
+    """Storages that an operator writes into."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return set()
     changed = set()
@@ -187,8 +190,8 @@ def _writes(node: fx.Node) -> set[int]:
     return changed
 
 
-def apart(function: Callable[[], T]) -> T:
-    """Run on a thread of its own: no tracing mode, grad mode or dispatcher of this one is on."""
+def on_own_thread(function: Callable[[], T]) -> T:
+    """Run a function on a new thread, without the modes of the current thread (tracing, grad)."""
 
     def call() -> T:
         with torch.no_grad():

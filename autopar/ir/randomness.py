@@ -1,4 +1,4 @@
-"""Which operator calls draw random numbers, and how those that nobody uses are kept."""
+"""Which operator calls draw random numbers, and how unused draws survive dead-code elimination."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
 
 def draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers: tagged so, and not a dropout that is off."""
+    """Whether a node draws random numbers: its operator is tagged so, and it is no disabled
+    dropout."""
     op = node.target
     if not isinstance(op, torch._ops.OpOverload):
         return False
@@ -19,16 +20,19 @@ def draws(node: fx.Node) -> bool:
         return False
     defaults = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
     names = [a.name for a in op._schema.arguments]
-    given = defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    if "dropout" in op._opname or "dropout_p" in given:
-        off = given.get("dropout_p", given.get("p")) == 0
-        return not off and given.get("train", given.get("training", True)) is not False
+    arguments = defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if "dropout" in op._opname or "dropout_p" in arguments:
+        off = arguments.get("dropout_p", arguments.get("p")) == 0
+        return not off and arguments.get("train", arguments.get("training", True)) is not False
     return True
 
 
 def keep_draws(gm: fx.GraphModule) -> None:
-    """Keep draws that no result depends on, which exporting would drop as dead code: all draws
-    after them would differ from eager PyTorch's. An assertion, of nothing, uses each."""
+    """Keep draws that no result depends on.
+
+    Export would drop them as dead code, and all later draws would differ from eager PyTorch's. An
+    empty assertion uses each of them.
+    """
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue

@@ -4,12 +4,12 @@ Along each mesh *axis* a tensor is in one of four states (JAX's `shard_map` call
 invariant, varying-by-shard and unreduced; the pair P/V is Megatron's g/f):
 
     R     the same value on every rank; so is its gradient
-    S(d)  tensor dim d is split; the gradient is split alike
+    S(d)  tensor dim d is split; the gradient is split in the same way
     P     every rank holds a term, the value is their sum; the gradient is the same on every rank
     V     the same value on every rank, but each rank's gradient is a term of the sum
 
-P and V are transposes of each other, R and S of themselves: the state of a gradient is read off
-the state of the value.
+P and V are transposes of each other, R and S of themselves. So the state of a value determines the
+state of its gradient.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ShardingSpec:
         return "R"
 
     def data(self) -> ShardingSpec:
-        """The layout of the value alone, forgetting what its gradient does (V becomes R)."""
+        """The layout of the value alone, without its gradient (V becomes R)."""
         return ShardingSpec(self.dims, self.partial) if self.varying else self
 
     def parts(self, mesh: Sequence[int]) -> int:
@@ -134,7 +134,7 @@ class ShardingSpec:
         for dim, axes in enumerate(self.dims):
             if list(axes) != sorted(axes):
                 raise ValueError(
-                    f"{self} splits dim {dim} out of axis order; DTensor cannot say so"
+                    f"{self} splits dim {dim} out of axis order, which DTensor cannot express"
                 )
             for axis in axes:
                 placements[axis] = Shard(dim)
@@ -194,7 +194,7 @@ def fills_every_rank(size: int, axes: Sequence[int], mesh: Sequence[int]) -> boo
 
 @cache
 def _least_part(size: int, parts: tuple[int, ...]) -> int:
-    """Elements on the emptiest rank; with two axes that need not be the last one."""
+    """Elements on the rank with the fewest; with two axes it need not be the last one."""
     if not parts:
         return size
     lengths = {chunk(size, parts[0], i)[1] for i in range(parts[0])}

@@ -1,7 +1,7 @@
-"""Triton kernels that a pass may put in the place of ATen operators.
+"""Triton kernels that a pass may substitute for ATen operators.
 
-Importing this package needs no Triton. `layer_norm` holds the kernels and imports it;
-`substitute` holds the pass and asks here first.
+Importing this package does not import Triton. `layer_norm` has the kernels and imports it.
+`substitute` has the pass.
 """
 
 from functools import cache
@@ -22,8 +22,8 @@ def triton_available() -> bool:
 def kernels_run_on(device_type: str) -> bool:
     """Whether the kernels can run on this type of device.
 
-    They run on GPUs, and on the CPU when Triton interprets (`TRITON_INTERPRET=1`), which is for
-    tests: it is orders of magnitude slower than ATen.
+    They run on GPUs, and on the CPU if Triton interprets them (`TRITON_INTERPRET=1`). The
+    interpreter is for tests, because it is orders of magnitude slower than ATen.
     """
     if device_type not in ("cuda", "cpu") or not triton_available():
         return False

@@ -4,9 +4,9 @@ With x̂ = (x - mean) · rstd, y = x̂ · w + b, and g = dy · w, all means take
 
     dx = rstd · (g - mean(g) - x̂ · mean(g · x̂))      dw = Σ_rows dy · x̂      db = Σ_rows dy
 
-A program holds one row at a time in registers and loops over its rows. In the backward it also
-keeps its share of dw and db there and writes them once; a sum over the programs finishes them.
-There are no atomics, so the same inputs give the same bits.
+A program loops over its rows with one row in registers. In the backward, registers also accumulate
+its share of dw and db, which it writes once; a sum over the programs gives the result. Without
+atomics, the results are deterministic.
 
 Arithmetic and statistics are in float32, or float64 for float64 inputs, as in ATen on GPUs.
 """
@@ -65,7 +65,7 @@ def backward_kernel(
     rstd_ptr,
     weight_ptr,
     dx_ptr,
-    partial_dw_ptr,  # [programs, width], as the next; None when not wanted
+    partial_dw_ptr,  # [programs, width], as the next; None if not required
     partial_db_ptr,
     rows,
     width,
@@ -146,7 +146,7 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`aten.native_layer_norm_backward` over the last dim: the gradients of x, weight and bias.
 
-    A custom op cannot return None: a gradient not asked for by the mask is an empty tensor.
+    A custom op cannot return None: a gradient that the mask excludes is an empty tensor.
     """
     dx, dw, db = _backward_outputs(x, weight, bias, output_mask)
     rows, width = _rows_and_width(x)
@@ -190,8 +190,8 @@ def _backward_outputs(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dw, db = (
-        like.new_empty(like.shape) if wanted and like is not None else x.new_empty(0)
-        for like, wanted in zip((x, weight, bias), output_mask, strict=True)
+        like.new_empty(like.shape) if needed and like is not None else x.new_empty(0)
+        for like, needed in zip((x, weight, bias), output_mask, strict=True)
     )
     return dx, dw, db
 
@@ -225,21 +225,21 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, _grad_mean, _grad_rstd):
     x, mean, rstd, weight, bias = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = layer_norm_bwd(grad, x, mean, rstd, weight, bias, wanted)
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+    needed = list(ctx.needs_input_grad[:3])
+    grads = layer_norm_bwd(grad, x, mean, rstd, weight, bias, needed)
+    return *(g if need else None for g, need in zip(grads, needed, strict=True)), None
 
 
 layer_norm_fwd.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that arithmetic on this dtype is done in."""
+    """The dtype of arithmetic on this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tile(width: int) -> tuple[int, int]:
-    """The padded width of a row, a power of two, and the warps that share it."""
+    """The padded width of a row, a power of two, and the number of warps per row."""
     if width > MAX_WIDTH:
         raise ValueError(
             f"autopar::layer_norm: rows of {width} elements are wider than the {MAX_WIDTH} that "
@@ -250,9 +250,9 @@ def tile(width: int) -> tuple[int, int]:
 
 
 def _programs(x: Tensor, rows: int, warps: int) -> int:
-    """As many programs as keep the device busy, at 32 warps for each multiprocessor."""
+    """Number of programs that occupy the device, with 32 warps per multiprocessor."""
     if x.device.type != "cuda":
-        return min(rows, 4)  # the interpreter: some, so that rows are looped and partials summed
+        return min(rows, 4)  # the interpreter: a few, so that tests cover the loop and the sum
     processors: int = torch.cuda.get_device_properties(x.device).multi_processor_count
     return min(rows, processors * (32 // warps))
 

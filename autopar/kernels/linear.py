@@ -1,8 +1,9 @@
-"""Linear layers on CPUs by oneDNN, which adds the bias as it multiplies. ATen first copies the bias
-into every row of the result, and then adds the product to that.
+"""Linear layers on CPUs by oneDNN, which adds the bias inside the product.
 
-`mkldnn::_linear_pointwise`, which Inductor calls as well, is private to torch; tested with 2.11 and
-2.13.
+ATen copies the bias into every row of the result and adds the product to it.
+
+`mkldnn::_linear_pointwise`, which Inductor also calls, is private to torch (tested with 2.11 and
+2.13).
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ aten = torch.ops.aten
 
 
 def add_bias_within(gm: fx.GraphModule) -> fx.GraphModule:
-    """Replace `addmm(bias, x, weight.t())` in float32 on CPUs; results differ in rounding at most.
-    Works in place."""
-    linear = _linear()
+    """Replace `addmm(bias, x, weight.t())` in float32 on CPUs, in place; results may differ in
+    rounding."""
+    linear = linear_operator()
     if linear is None:
         return gm
     for node in gm.graph.find_nodes(op="call_function", target=aten.addmm.default):
-        bias, x, turned = node.args
-        if node.kwargs or turned.target is not aten.t.default:
+        bias, x, transposed = node.args
+        if node.kwargs or transposed.target is not aten.t.default:
             continue
-        (weight,) = turned.args
+        (weight,) = transposed.args
         if bias.meta["val"].ndim == 1 and all(map(_is_plain, (node, bias, x, weight))):
             node.target, node.args = linear, (x, weight, bias, "none", [], "")
-            if not turned.users:
-                gm.graph.erase_node(turned)
+            if not transposed.users:
+                gm.graph.erase_node(transposed)
     gm.graph.lint()
     gm.recompile()
     return gm
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """What the kernel takes without a copy."""
+    """Whether the kernel takes the value without a copy."""
     value = node.meta["val"]
     return (
         value.device.type == "cpu"
@@ -48,8 +49,8 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 @functools.cache
-def _linear() -> Any:
-    """The operator, where torch was built with it."""
+def linear_operator() -> Any:
+    """The operator; None if torch was built without it."""
     if not torch.backends.mkldnn.is_available():
         return None
     packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

@@ -1,4 +1,4 @@
-"""The pass that puts autopar's kernels in the place of ATen operators."""
+"""The pass that substitutes autopar's kernels for ATen operators."""
 
 from operator import getitem
 from typing import Any
@@ -15,9 +15,8 @@ aten = torch.ops.aten
 def substitute_kernels(gm: fx.GraphModule, *, device_type: str) -> fx.GraphModule:
     """Replace LayerNorm over the last dim, and its backward, by one Triton kernel each.
 
-    Works in place on the forward and backward graphs of AOTAutograd. A node is replaced only if it
-    is on a device of this type and the kernel's outputs have the shapes, strides and dtypes of its
-    own; all other nodes stay as they are.
+    Works in place on the forward and backward graphs of AOTAutograd. A node is replaced if it is on
+    a device of this type and the kernel's outputs have the node's shapes, strides and dtypes.
     """
     if not kernels_run_on(device_type):
         return gm
@@ -31,7 +30,7 @@ def substitute_kernels(gm: fx.GraphModule, *, device_type: str) -> fx.GraphModul
 
 
 def _is_row_norm(node: fx.Node, device_type: str) -> bool:
-    """Whether the node is known to normalize, on such a device, rows that the kernels take."""
+    """Whether the node normalizes rows that the kernels support, on such a device."""
     from autopar.kernels.layer_norm import MAX_WIDTH
 
     vals = [arg.meta.get("val") for arg in node.all_input_nodes]
@@ -61,7 +60,7 @@ def _kernel_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _replace(node: fx.Node, op: Any, args: tuple[Any, ...]) -> None:
-    """Let `op(*args)` take the node's place, if its outputs are the same to all who use them."""
+    """Replace the node by `op(*args)` if the used outputs have the same layout."""
     with torch.no_grad():
         outputs = op(*fx.map_arg(args, lambda arg: arg.meta["val"]))
     if not _same_to_users(node, outputs):
@@ -74,10 +73,10 @@ def _replace(node: fx.Node, op: Any, args: tuple[Any, ...]) -> None:
 
 
 def _same_to_users(node: fx.Node, outputs: tuple[Tensor, ...]) -> bool:
-    """Whether every output of the node that is used is matched by the kernel's.
+    """Whether the kernel's outputs match every used output of the node.
 
-    Not all are: on CPUs ATen rounds the statistics of low-precision inputs, and an output that the
-    mask turns off is None.
+    They may differ: on CPUs ATen rounds the statistics of low-precision inputs, and an output that
+    the mask excludes is None.
     """
     for user in node.users:
         if not user.users:
@@ -86,8 +85,8 @@ def _same_to_users(node: fx.Node, outputs: tuple[Tensor, ...]) -> bool:
             return False
         index = user.args[1]
         assert isinstance(index, int)
-        theirs, ours = node.meta["val"][index], outputs[index]
-        if theirs is None or _layout(theirs) != _layout(ours):
+        expected, actual = node.meta["val"][index], outputs[index]
+        if expected is None or _layout(expected) != _layout(actual):
             return False
     return True
 

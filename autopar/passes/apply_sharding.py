@@ -7,7 +7,7 @@ The result is an ordinary PyTorch graph. Every conversion is a differentiable st
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,24 @@ from autopar.sharding.conversion.converter import LayoutConverter, Step, convert
 from autopar.sharding.node_rules import results, rule_of, strategy_by_name
 from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.rules.view import RESHAPES
+
+
+def step_call(
+    step: Step, shape: Sequence[int], mesh: Sequence[int], coords: Sequence[int], group: str
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function of a conversion step on one rank, and its arguments after the value."""
+
+    def gathered_extent() -> int:
+        return local_range(shape[step.dim], step.target.dims[step.dim], mesh, coords)[1]
+
+    rest: tuple[int, ...] = ()
+    if step.kind in ("all_gather", "all_gather_vary"):
+        rest = (step.dim, gathered_extent())
+    elif step.kind in ("slice", "reduce_scatter"):
+        rest = (step.dim,)
+    elif step.kind == "all_to_all":
+        rest = (step.dim, gathered_extent(), step.to_dim)
+    return STEPS[step.kind], (*rest, group)
 
 
 @dataclass(frozen=True)
@@ -192,7 +210,10 @@ class _Rewriter:
             if known is not None:
                 value = known
                 continue
-            value = self._step(value, step, shape)
+            function, rest = step_call(
+                step, shape, self.rank.mesh, self.rank.coords, self.rank.groups[step.axis]
+            )
+            value = self.out.call_function(function, (value, *rest))
             value.meta["spec"] = step.target
             value.meta["local_shape"] = local_shape(
                 shape, step.target, self.rank.mesh, self.rank.coords
@@ -200,22 +221,6 @@ class _Rewriter:
             value.meta["autopar"] = node.meta["autopar"]
             self.values[node, result, step.target] = value
         return value
-
-    def _step(self, value: fx.Node, step: Step, shape: Sequence[int]) -> fx.Node:
-        group = self.rank.groups[step.axis]
-
-        def extent(dim: int, spec: ShardingSpec) -> int:
-            return local_range(shape[dim], spec.dims[dim], self.rank.mesh, self.rank.coords)[1]
-
-        kind = {"gather": "all_gather", "gather_vary": "all_gather_vary"}.get(step.kind, step.kind)
-        rest: tuple[Any, ...] = ()
-        if kind in ("all_gather", "all_gather_vary"):
-            rest = step.dim, extent(step.dim, step.target)
-        elif kind in ("slice", "reduce_scatter"):
-            rest = (step.dim,)
-        elif kind == "all_to_all":
-            rest = step.dim, extent(step.dim, step.target), step.to_dim
-        return self.out.call_function(STEPS[kind], (value, *rest, group))
 
     # -- operators ------------------------------------------------------------------------------
 
@@ -300,7 +305,7 @@ class _Rewriter:
                 for axis in axes:
                     number = number * mesh[axis] + coords[axis]
             assert self.seed is not None
-            found |= {"seed": self.seed, "site": (self.sites, number)}
+            found |= {"seed": self.seed, "stream": (self.sites, number)}
             self.sites += 1
         return found
 

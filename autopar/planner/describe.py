@@ -28,7 +28,7 @@ from autopar.plan import ModuleSummary
 from autopar.planner.decisions import Candidate, Decision
 from autopar.planner.space import SearchSpace
 from autopar.sharding.node_rules import rule_of
-from autopar.sharding.rule import OpRule
+from autopar.sharding.rule import OpRule, passes_sum
 
 _PRODUCTS = (
     "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "autopar.packed_",
@@ -159,7 +159,7 @@ def _op_roles(decision: Decision, candidate: Candidate, weights: Sequence[int]) 
         role = _factor_role(decision.node, rule, factor, weights)
         found |= dict.fromkeys(axes, (role,))
     for axis, choice in enumerate(candidate.strategy.name.split()):
-        if choice.startswith("~"):
+        if passes_sum(choice):
             found[axis] = ("partial",)
     return found
 

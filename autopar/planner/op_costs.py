@@ -9,23 +9,19 @@ import numpy as np
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.ir.graph import bound_arguments, operands, shape_of
+from autopar.ir.graph import operands, shape_of
 from autopar.ir.spec import ShardingSpec, local_shape
 from autopar.planner.decisions import Workload
 from autopar.planner.saved_values import SavedValues
 from autopar.profiler.profile import NodeProfile
 from autopar.profiler.tape import OWN, Event, Tape
 from autopar.profiler.time_model import Kernel, kernels_of, node_us
-from autopar.sharding.node_rules import results, rule_of
+from autopar.sharding.node_rules import declared_of, results
 from autopar.sharding.rule import Strategy
 
 # Passes over the parameter that one step of torch's optimizers makes, by the state they keep: SGD
 # reads both and writes one; with momentum 8; Adam's eight operators 19.
 _STEP = ((0.0, 3.0), (1.0, 8.0), (2.0, 19.0))
-
-# Kernels that read and write an operand once, beyond those of the whole operator: of a
-# normalization written out, forward and backward; and of a halo, joined and cut off again.
-_STATISTICS_PASSES, _HALO_PASSES = 12, 5
 
 
 class OpCosts:
@@ -104,44 +100,21 @@ class OpCosts:
         return np.array([self._lowering_us(node, s) if s.lowered else 0.0 for s in found])
 
     def _lowering_us(self, node: fx.Node, strategy: Strategy) -> float:
-        rule, _ = rule_of(node)
-        first, spec, dims = operands(node)[0], strategy.inputs[0], rule.inputs[0]
-        if first is None or spec is None or dims is None:
+        first, spec = operands(node)[0], strategy.inputs[0]
+        if first is None or spec is None:
             return 0.0
-        itemsize = first.meta["val"].element_size()
-        shape = local_shape(shape_of(first.meta["val"]), spec, self.mesh, (0,) * len(self.mesh))
-        held = dict(zip(dims, shape, strict=True))
-        elements = float(np.prod(shape))
-        total, passes = 0.0, 0
-        for name, axes in strategy.splits.items():
-            calls: tuple[tuple[str, int], ...] = ()
-            mark, nbytes = rule.factors[name].mark, 0.0
-            if mark == "=":
-                calls = (("all_reduce", 5),)  # three forward, two backward
-                nbytes = sum(
-                    n.meta["val"].numel() * 8
-                    for n, d in zip(operands(node), rule.inputs, strict=True)
-                    if n is not None and d is not None and name not in d
-                )
-            elif mark == "#":
-                calls = (("all_reduce", 4),)  # sums and squares, and their gradients
-                passes = _STATISTICS_PASSES
-                normalized = [n for d, n in held.items() if d and rule.factors[d].mark == "#"]
-                nbytes = itemsize * elements / max(1, np.prod(normalized))
-            elif mark == "~" and (reach := _reach(node, name)):
-                calls = (("all_gather", 1), ("reduce_scatter", 1))
-                passes += _HALO_PASSES
-                parts = np.prod([self.mesh[axis] for axis in axes])
-                nbytes = itemsize * elements / max(1, held[name]) * reach * parts
-            for axis in axes:
-                link, size = self.cluster.links[axis], self.mesh[axis]
-                for kind, count in calls:
-                    total += count * float(link.collective_us(kind, size, nbytes))
-        if not passes:
+        value, work = first.meta["val"], declared_of(node, strategy, self.mesh)
+        total = 0.0
+        for c in work.collectives:
+            link, size = self.cluster.links[c.axis], self.mesh[c.axis]
+            nbytes = c.elements * value.element_size()
+            total += (c.forward + c.backward) * float(link.collective_us(c.kind, size, nbytes))
+        if not work.passes:
             return total
-        device, nbytes = self.cluster.device, itemsize * elements
+        device = self.cluster.device
+        nbytes = self.local_bytes(shape_of(value), value.element_size(), spec)
         moved = device.bytes_curve("read").us(nbytes) + device.bytes_curve("write").us(nbytes)
-        return total + passes * (float(moved) + device.launch_us)
+        return total + work.passes * (float(moved) + device.launch_us)
 
     def saved_bytes(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
         """What backward keeps of an operator, each value counted where it is first saved."""
@@ -190,16 +163,6 @@ class OpCosts:
                 nbytes += self.local_bytes(shape_of(outs[i]), outs[i].element_size(), spec)
             total[k] = max(nbytes, float(forward) * share)
         return total
-
-
-def _reach(node: fx.Node, name: str) -> int:
-    """Rows beyond its own that a window reads along a dim of space: s0, s1, ..."""
-    arguments, place = bound_arguments(node), int(name[1:])
-    weight = operands(node)[1] if len(operands(node)) > 1 else None
-    window = arguments.get("kernel_size") if weight is None else shape_of(weight.meta["val"])[2:]
-    step = arguments.get("stride") or (window if weight is None else 1)
-    sizes = [n if isinstance(n, int) else n[place % len(n)] for n in (window, step)]  # type: ignore[index, arg-type]
-    return max(0, sizes[0] - sizes[1])
 
 
 def _highest(tape: Tape, events: Sequence[Event]) -> float:

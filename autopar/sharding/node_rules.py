@@ -11,6 +11,8 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from autopar.ir.graph import bound_arguments, operands, shape_of
+from autopar.ir.spec import local_shape
+from autopar.sharding.lowerings.declared import Declared, LocalCall, declared
 from autopar.sharding.rule import OpRule, Strategy, named_strategy, strategies
 from autopar.sharding.rules import Call, bind
 
@@ -31,14 +33,14 @@ def call_of(node: fx.Node) -> Call:
     assert isinstance(node.target, torch._ops.OpOverload)
     arguments = {k: described(v) for k, v in bound_arguments(node).items()}
     inputs = tuple(None if n is None else shape_of(n.meta["val"]) for n in operands(node))
-    given = [None if n is None else n.meta["val"] for n in operands(node)]
+    values = [None if n is None else n.meta["val"] for n in operands(node)]
     return Call(
         node.target,
         arguments,
         inputs,
         tuple(shape_of(t) for t in results(node)),
-        masks=tuple(t is not None and t.dtype is torch.bool for t in given),
-        strides=tuple(None if t is None else tuple(int(n) for n in t.stride()) for t in given),
+        masks=tuple(t is not None and t.dtype is torch.bool for t in values),
+        strides=tuple(None if t is None else tuple(int(n) for n in t.stride()) for t in values),
     )
 
 
@@ -61,11 +63,11 @@ def rule_of(node: fx.Node) -> tuple[OpRule, bool]:
 
 def _summable(node: fx.Node, rule: OpRule) -> tuple[frozenset[int], ...]:
     """The linear sets whose operands can be pending sums: a mask cannot."""
-    given = operands(node)
+    tensors = operands(node)
     return tuple(
         group
         for group in rule.linear
-        if all((n := given[i]) is None or _is_floating(n.meta["val"]) for i in group)
+        if all((n := tensors[i]) is None or _is_floating(n.meta["val"]) for i in group)
     )
 
 
@@ -89,3 +91,38 @@ def strategy_by_name(node: fx.Node, mesh: Sequence[int], name: str) -> Strategy:
         ValueError: the node has no such strategy.
     """
     return named_strategy(rule_of(node)[0], mesh, name, _floating(node))
+
+
+def declared_of(
+    node: fx.Node, strategy: Strategy, mesh: Sequence[int], coords: Sequence[int] | None = None
+) -> Declared:
+    """What the strategy's lowering declares for the call on one rank, the first if `coords` is
+    None."""
+    rule, _ = rule_of(node)
+    if not strategy.lowered or rule.lowering is None:
+        return Declared()
+    where = (0,) * len(mesh) if coords is None else tuple(coords)
+    call = call_of(node)
+    local_operands = tuple(
+        None if shape is None or spec is None else local_shape(shape, spec, mesh, where)
+        for shape, spec in zip(call.inputs, strategy.inputs, strict=True)
+    )
+    local_results = tuple(
+        local_shape(shape, spec, mesh, where)
+        for shape, spec in zip(call.outputs, strategy.outputs, strict=True)
+    )
+    first = next((n for n in operands(node) if n is not None), None)
+    return declared(
+        rule.lowering,
+        LocalCall(
+            call.arguments,
+            local_operands,
+            local_results,
+            rule.inputs,
+            {name: rule.factors[name].size for name in strategy.splits},
+            strategy.splits,
+            tuple(mesh),
+            where,
+            first is not None and _is_floating(first.meta["val"]),
+        ),
+    )

@@ -3,15 +3,18 @@
 A row names the factors of an op's operands and results, as einsum does:
 
     aten.mm         "m k, k n -> m n"
-    aten.addmm      "+n, m k, k n -> m n"         +   the operand is a term added to the result
-    aten.layer_norm "*b [h], [h], [h] -> *b [h]"  *b  any number of leading dims; [h] never split
-    aten.embedding  "v! e, *b -> *b e"            !   splitting it needs the row's lowering
-    cross_entropy   "*b v=, *b -> "               =   so does this, and it leaves no pending sum
-    aten.conv2d     "n c h~ [w], ... -> n o h~ [w]"   ~   as !, and extents may differ: the lowering
-                                                      fetches what its windows reach of other ranks
-    aten.softmax    "*b s# -> *b s#"              #   as !, and the lowering reduces statistics
+    aten.addmm      "+n, m k, k n -> m n"            +   the operand is a term added to the result
+    aten.layer_norm "*b h:lowered, h, h -> *b h"     *b  any number of leading dims
+    aten.topk       "*b [k] -> *b [n], *b [n]"       []  the dim is never split
 
-Given an assignment of mesh axes to factors, every layout follows. Along an axis given to factor f:
+A word behind a factor, once in the row, says what a split of it needs:
+
+    lowered   the row's lowering, a local implementation that may run collectives
+    complete  as lowered, and results without the factor are complete: no pending sum is left
+    window    as lowered, and extents may differ: the lowering fetches the rows that its windows
+              reach of other ranks
+
+An assignment of mesh axes to factors determines every layout. Along an axis that splits factor f,
 operands and results that have f are split there; a result without f is a pending sum (P); an
 operand without f is used differently on every rank, so it enters varying (V) and its gradient is
 summed; a term (`+`) of a pending sum enters as P itself, to be counted once.
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, permutations, product
 from typing import Any
@@ -44,8 +47,7 @@ class Factor:
             op does not read its values.
         other: further extents that tensors have in this dim, where the lowering fits them together
             (a convolution's result is narrower than its input); each must fill every rank.
-        half: splitting it divides half of the op's work only; the other half every rank repeats.
-        mark: behind its name in the row.
+        half: splitting it divides only half of the op's work; every rank repeats the other half.
     """
 
     size: int
@@ -54,7 +56,6 @@ class Factor:
     complete: bool = False
     other: tuple[int, ...] = ()
     half: bool = False
-    mark: str = ""
 
     def allows(self, axes: Sequence[int], mesh: Sequence[int]) -> bool:
         parts = math.prod(mesh[axis] for axis in axes)
@@ -88,13 +89,13 @@ class OpRule:
     def without(self, *names: str) -> OpRule:
         """The same, with these factors never split."""
 
-        def kept(dims: Dims) -> Dims:
+        def unsplit(dims: Dims) -> Dims:
             return tuple(None if name in names else name for name in dims)
 
         return replace(
             self,
-            inputs=tuple(None if dims is None else kept(dims) for dims in self.inputs),
-            outputs=tuple(kept(dims) for dims in self.outputs),
+            inputs=tuple(None if dims is None else unsplit(dims) for dims in self.inputs),
+            outputs=tuple(unsplit(dims) for dims in self.outputs),
             factors={n: f for n, f in self.factors.items() if n not in names},
         )
 
@@ -104,14 +105,14 @@ class Strategy:
     """One way to run one op on the mesh.
 
     Args:
-        name: per mesh axis the factor it splits, `-` for none, `~i` for linear in operand set i.
-            Where several axes split a factor and not in ascending order, `b:1 b:0` says which
-            comes first (outermost).
+        name: per mesh axis the factor it splits, `-` for none, `sum0` where a pending sum passes
+            through operand set 0 (`OpRule.linear`). Where several axes split a factor and not in
+            ascending order, `b:1 b:0` says which comes first (outermost).
         inputs: required layout of every tensor operand (None: absent).
         outputs: layout of every tensor result.
         splits: factor name to the mesh axes that split it.
         lowered: whether the rule's lowering replaces the op.
-        half: the split factors that divide half of the work only.
+        half: the split factors that divide only half of the work.
     """
 
     name: str
@@ -143,7 +144,7 @@ class Row:
         lowering: as in `OpRule`.
         always: as in `OpRule`.
         half: names of factors that are so, as in `Factor`.
-        when: the row holds only for calls for which this is true (of bound arguments by name).
+        when: the row holds for calls whose bound arguments, by name, satisfy this.
     """
 
     notation: str
@@ -163,25 +164,23 @@ class Row:
         patterns = [p.split() for p in left.split(",")]
         results = [p.split() for p in right.split(",")]
         terms = frozenset(i for i, p in enumerate(patterns) if p and p[0].startswith("+"))
-        sizes: dict[str, dict[int, None]] = {}
-        lowered: dict[str, str] = {}
+        words = dict(_WORD.findall(self.notation))
+        if not set(words.values()) <= set(WORDS):
+            raise ValueError(f"{self.notation!r}: a factor's word is one of {', '.join(WORDS)}")
+        extents = _Extents(words)
         bound_in: list[Dims | None] = []
         for i, shape in enumerate(inputs):
-            if shape is None:
-                bound_in.append(None)
-            else:
-                pattern = patterns[i] if i < len(patterns) else []
-                bound_in.append(_match(pattern, shape, sizes, lowered))
-        bound_out = [_match(p, s, sizes, lowered) for p, s in zip(results, outputs, strict=True)]
-        factors = {
-            name: _factor(tuple(extents), lowered.get(name, ""), name in self.half)
-            for name, extents in sizes.items()
-            if (min(extents) if lowered.get(name) == "~" else math.gcd(*extents)) > 1
-        }
-        drop = lambda dims: tuple(d if d in factors else None for d in dims)  # noqa: E731
+            pattern = patterns[i] if i < len(patterns) else []
+            bound_in.append(None if shape is None else extents.match(pattern, shape))
+        bound_out = [extents.match(p, s) for p, s in zip(results, outputs, strict=True)]
+        factors = extents.factors(self.half)
+
+        def bound(dims: Dims) -> Dims:
+            return tuple(name if name in factors else None for name in dims)
+
         return OpRule(
-            tuple(None if d is None else drop(d) for d in bound_in),
-            tuple(drop(d) for d in bound_out),
+            tuple(None if dims is None else bound(dims) for dims in bound_in),
+            tuple(bound(dims) for dims in bound_out),
             factors,
             terms,
             tuple(frozenset(group) | terms for group in self.linear),
@@ -190,57 +189,78 @@ class Row:
         )
 
 
-def _factor(extents: tuple[int, ...], mark: str, half: bool) -> Factor:
-    if mark == "~":
-        return Factor(extents[0], lowered=True, other=extents[1:], half=half, mark=mark)
-    return Factor(
-        math.gcd(*extents),
-        even=len(extents) > 1,
-        lowered=bool(mark),
-        complete=mark == "=",
-        half=half,
-        mark=mark,
-    )
+WORDS = ("lowered", "complete", "window")
+_TOKEN = re.compile(r"\+?(\*?)(\[?)([a-z_]\w*)(\]?)(?::[a-z]+)?|\.\.\.")
+_WORD = re.compile(r"([a-z_]\w*):(\w+)")
 
 
-_TOKEN = re.compile(r"\+?(\*?)(\[?)([a-z_]\w*)(\]?)([!=~#]?)|\.\.\.")
+class _Extents:
+    """Extents of a row's factors, as the shapes of a call show them.
 
+    Args:
+        words: behind the names in the notation.
+    """
 
-def _match(
-    pattern: Sequence[str],
-    shape: Shape,
-    sizes: dict[str, dict[int, None]],
-    lowered: dict[str, str],
-) -> Dims:
-    """Factor names for the dims of one tensor; extents seen are added to `sizes`."""
-    pattern = [token for token in pattern if token != "+"]
-    open_ended = [t for t in pattern if t.startswith(("*", "+*")) or t == "..."]
-    spare = len(shape) - (len(pattern) - len(open_ended))
-    if spare < 0 or (spare and not open_ended) or len(open_ended) > 1:
-        raise ValueError(
-            f"a tensor of shape {shape} does not fit the pattern {' '.join(pattern)!r}"
-        )
-    dims: list[str | None] = []
-    for token in pattern:
-        match = _TOKEN.fullmatch(token)
-        if match is None:
-            raise ValueError(f"cannot read {token!r} in the rule pattern {' '.join(pattern)!r}")
-        star, bracket, name, _, mark = match.groups()
-        if token == "...":
-            dims += [None] * spare
-            continue
-        # numbered from the right, so that leading broadcast dims align
-        names = [f"{name}{spare - i}" for i in range(spare)] if star else [name]
-        dims += [None] * len(names) if bracket else names
-        if mark:
-            lowered |= dict.fromkeys(names, mark)
-    for i, name in enumerate(dims):
-        if name is not None and (shape[i] != 1 or lowered.get(name) == "~"):
-            sizes.setdefault(name, {})[shape[i]] = None
-    return tuple(None if shape[i] == 1 else name for i, name in enumerate(dims))
+    def __init__(self, words: Mapping[str, str]) -> None:
+        self._words = words
+        self._word_of: dict[str, str | None] = {}  # by name, those of leading dims numbered
+        self._seen: dict[str, dict[int, None]] = {}
+
+    def match(self, pattern: Sequence[str], shape: Shape) -> Dims:
+        """Factor names for the dims of one tensor, whose extents are noted."""
+        pattern = [token for token in pattern if token != "+"]
+        open_ended = [t for t in pattern if t.startswith(("*", "+*")) or t == "..."]
+        spare = len(shape) - (len(pattern) - len(open_ended))
+        if spare < 0 or (spare and not open_ended) or len(open_ended) > 1:
+            raise ValueError(
+                f"a tensor of shape {shape} does not fit the pattern {' '.join(pattern)!r}"
+            )
+        dims: list[str | None] = []
+        for token in pattern:
+            match = _TOKEN.fullmatch(token)
+            if match is None:
+                raise ValueError(f"cannot read {token!r} in the rule pattern {' '.join(pattern)!r}")
+            star, bracket, base, _ = match.groups()
+            if token == "...":
+                dims += [None] * spare
+                continue
+            # numbered from the right, so that leading broadcast dims align
+            names = [f"{base}{spare - i}" for i in range(spare)] if star else [base]
+            dims += [None] * len(names) if bracket else names
+            self._word_of |= dict.fromkeys(names, self._words.get(base))
+        for size, name in zip(shape, dims, strict=True):
+            if name is not None and (size != 1 or self._word_of[name] == "window"):
+                self._seen.setdefault(name, {})[size] = None
+        return tuple(None if n == 1 else name for n, name in zip(shape, dims, strict=True))
+
+    def factors(self, half: Collection[str]) -> dict[str, Factor]:
+        """Those that may be split; `half` names those that divide only half of the work."""
+        factors = {}
+        for name, seen in self._seen.items():
+            extents, word = tuple(seen), self._word_of[name]
+            if word == "window":
+                factor = Factor(extents[0], lowered=True, other=extents[1:], half=name in half)
+            else:
+                factor = Factor(
+                    math.gcd(*extents),
+                    even=len(extents) > 1,
+                    lowered=word is not None,
+                    complete=word == "complete",
+                    half=name in half,
+                )
+            if min((factor.size, *factor.other)) > 1:
+                factors[name] = factor
+        return factors
 
 
 # -- strategies ---------------------------------------------------------------------------------
+
+_SUM = "sum"
+
+
+def passes_sum(choice: str) -> bool:
+    """Whether an axis passes a pending sum through, by what `Strategy.name` says of it."""
+    return choice.startswith(_SUM)
 
 
 def strategies(
@@ -260,22 +280,22 @@ def strategies(
     floating = [True] * len(rule.outputs) if differentiable is None else differentiable
     options: list[str] = ["-", *rule.factors]
     if all(floating):
-        options += [f"~{i}" for i in range(len(rule.linear))]
+        options += [f"{_SUM}{i}" for i in range(len(rule.linear))]
     choices = [options if size > 1 else ["-"] for size in mesh]
-    found = []
+    legal = []
     for assignment in product(*choices):
         for splits in islice(_orders(assignment), None if any_order else 1):
             strategy = _strategy(rule, mesh, assignment, splits, floating)
             if strategy is not None:
-                found.append(strategy)
-    return found
+                legal.append(strategy)
+    return legal
 
 
 def _orders(assignment: Sequence[str]) -> Iterator[dict[str, tuple[int, ...]]]:
     """Axes per factor, ascending first, then in every other order."""
     axes: dict[str, list[int]] = {}
     for axis, choice in enumerate(assignment):
-        if choice != "-" and not choice.startswith("~"):
+        if choice != "-" and not passes_sum(choice):
             axes.setdefault(choice, []).append(axis)
     for orders in product(*(permutations(a) for a in axes.values())):
         yield dict(zip(axes, orders, strict=True))
@@ -284,7 +304,7 @@ def _orders(assignment: Sequence[str]) -> Iterator[dict[str, tuple[int, ...]]]:
 def named_strategy(
     rule: OpRule, mesh: Sequence[int], name: str, differentiable: Sequence[bool]
 ) -> Strategy:
-    """The strategy that `Strategy.name` stands for.
+    """The strategy of that name (`Strategy.name`).
 
     Raises:
         ValueError: the rule has no such strategy on this mesh.
@@ -292,18 +312,18 @@ def named_strategy(
     tokens = [token.partition(":") for token in name.split()]
     assignment = [token[0] for token in tokens]
     linear = len(rule.linear) if all(differentiable) else 0
-    known = {"-", *rule.factors, *(f"~{i}" for i in range(linear))}
-    found = None
+    known = {"-", *rule.factors, *(f"{_SUM}{i}" for i in range(linear))}
+    strategy = None
     if len(assignment) == len(mesh) and set(assignment) <= known:
         place = {axis: int(token[2] or axis) for axis, token in enumerate(tokens)}
         splits = {
             factor: tuple(sorted(axes, key=place.__getitem__))
             for factor, axes in next(_orders(assignment)).items()
         }
-        found = _strategy(rule, mesh, assignment, splits, differentiable)
-    if found is None:
+        strategy = _strategy(rule, mesh, assignment, splits, differentiable)
+    if strategy is None:
         raise ValueError(f"no strategy {name!r} on mesh {tuple(mesh)}; factors: {sorted(known)}")
-    return found
+    return strategy
 
 
 def _named(assignment: Sequence[str], splits: Mapping[str, tuple[int, ...]]) -> str:
@@ -323,27 +343,27 @@ def _strategy(
     floating: Sequence[bool],
 ) -> Strategy | None:
     linear = {
-        axis: rule.linear[int(choice[1:])]
+        axis: rule.linear[int(choice.removeprefix(_SUM))]
         for axis, choice in enumerate(assignment)
-        if choice.startswith("~")
+        if passes_sum(choice)
     }
     if not all(rule.factors[name].allows(axes, mesh) for name, axes in splits.items()):
         return None
 
     complete = {a for name, axes in splits.items() if rule.factors[name].complete for a in axes}
-    # complete and in no result: every rank computes the same, and so are its gradients
+    # complete and in no result: every rank computes the same values and the same gradients
     resulting = {d for dims in rule.outputs for d in dims}
-    alike = {a for name, axes in splits.items() if name not in resulting for a in axes} & complete
+    equal = {a for name, axes in splits.items() if name not in resulting for a in axes} & complete
 
     def layout(dims: Dims, other: str, is_term: bool = False) -> ShardingSpec:
         """`other`: the state along axes whose factor this tensor lacks."""
         split = tuple(splits.get(d, ()) if d is not None else () for d in dims)
-        have = {axis for axes in split for axis in axes}
-        lacking = sorted(a for axes in splits.values() for a in axes if a not in have)
+        own = {axis for axes in split for axis in axes}
+        absent = sorted(a for axes in splits.values() for a in axes if a not in own)
         if other == "P":
-            return ShardingSpec(split, tuple(a for a in lacking if a not in complete))
-        pending = tuple(a for a in lacking if is_term and a in reduced)
-        varying = tuple(a for a in lacking if a not in pending and a not in alike)
+            return ShardingSpec(split, tuple(a for a in absent if a not in complete))
+        pending = tuple(a for a in absent if is_term and a in reduced)
+        varying = tuple(a for a in absent if a not in pending and a not in equal)
         return ShardingSpec(split, pending, varying)
 
     outputs = [layout(dims, "P") for dims in rule.outputs]

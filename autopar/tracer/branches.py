@@ -1,18 +1,17 @@
-"""Resolves Python's questions about tensor values while a module is being captured.
+"""Answers Python's questions about tensor values while a module is being captured.
 
-`if tensor:`, `int(tensor)`, `tensor.tolist()`, `x[mask]` need a value, and a captured tensor has
-none. `BranchResolver` answers, in this order,
+`if tensor:`, `int(tensor)`, `tensor.tolist()` and `x[mask]` need a value, which a captured tensor
+does not have. `BranchResolver` answers in this order:
 
-1. from value ranges, where only one answer is possible (a uniform draw is never below 0), and by
-   the likelier side where a random draw decides (layer drop);
-2. from the example batch, where inputs and buffers alone decide: the answer becomes a guard;
-3. as passing, where a check on activations only raises or only mends infinities;
-4. from `assume`, keyed by `file.py:line` or by a piece of the line's text;
+1. by value ranges, if only one answer is possible (a uniform draw is never below 0), and by the
+   likelier side, if a random draw decides (layer drop);
+2. by the example batch, if inputs and buffers alone decide;
+3. that a check on activations passes, if it only raises or only replaces infinities;
+4. by `assume`, keyed by `file.py:line` or by a piece of the line's text.
 
-and raises `CaptureError` otherwise. Every answer but those of value ranges is recorded as a
-`Guard`.
+Otherwise it raises `CaptureError`. Every answer except those by value ranges becomes a `Guard`.
 
-It is a torch-function mode, on while the module's forward runs under `make_fx(pre_dispatch=True)`.
+It is a torch-function mode that is on while the forward runs under `make_fx(pre_dispatch=True)`.
 The graph being built is reached through torch.fx.experimental.proxy_tensor (private; tested with
 torch 2.13).
 """
@@ -31,11 +30,11 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.ir.graph import mark_leaf
-from autopar.ir.guards import Guard, Slice, apart, as_python, same_value
+from autopar.ir.guards import Guard, Slice, as_python, on_own_thread, same_value
 from autopar.tracer.ranges import bounds
-from autopar.tracer.source import current_site, harmless_side, user_frame
+from autopar.tracer.source import current_line, harmless_side, user_frame
 
-# A draw that goes one way at least this often is taken to be a rare event (layer drop).
+# An outcome of a draw with at most this probability is a rare event (layer drop).
 _RARE = 0.3
 _TRIALS = 400
 
@@ -53,10 +52,9 @@ class BranchResolver(TorchFunctionMode):
         assume: answers by `file.py:line` or by a piece of the line's text.
 
     Attributes:
-        guards: what was taken for granted, in order.
+        guards: assumptions, in order.
         draws: captured values that were decided by a random draw.
         active: the forward is running.
-        asked: how many questions there were so far.
     """
 
     def __init__(
@@ -70,7 +68,6 @@ class BranchResolver(TorchFunctionMode):
         self.guards: list[Guard] = []
         self.draws: list[torch.Tensor] = []
         self.active = False
-        self.asked = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,7 +77,7 @@ class BranchResolver(TorchFunctionMode):
         return handler(self, func, args, kwargs)
 
     def begin(self, tensors: Mapping[Role, Any]) -> None:
-        """Say which captured tensors are parameters, buffers and inputs; before the forward."""
+        """Register parameters, buffers and inputs, before the forward runs."""
         tracer = current_tracer()
         for role, t in tensors.items():
             slot = _slot(t, tracer)
@@ -98,23 +95,22 @@ class BranchResolver(TorchFunctionMode):
     # -- values ---------------------------------------------------------------------------------
 
     def value(self, t: torch.Tensor) -> Any:
-        """What a tensor evaluates to: a number where it has one element and no dims, else itself.
+        """The value of a tensor: a number if it has no dims, else a tensor.
 
         Raises:
             CaptureError: nothing decides it.
         """
-        self.asked += 1
         tracer = current_tracer()
         slot = _slot(t, tracer)
         constant = (
             t if not isinstance(t, FakeTensor) else t.constant if slot is None else slot.constant
         )
         if constant is not None:
-            return apart(lambda: as_python(constant.detach().clone()))
+            return on_own_thread(lambda: as_python(constant.detach().clone()))
         if slot is None:
             raise CaptureError(
-                f"{current_site()}: `{current_site().text}` asks for the value of a tensor that "
-                "is not part of the capture; it was kept from an earlier call of the model"
+                f"{current_line()}: `{current_line().text}` asks for the value of a tensor that "
+                "is not part of the capture; an earlier call of the model stored it"
             )
         node = slot.proxy.node
         if node not in self._known:
@@ -131,12 +127,12 @@ class BranchResolver(TorchFunctionMode):
 
     def _resolve(self, node: fx.Node, t: torch.Tensor, tracer: Any) -> Any:
         scalar = t.ndim == 0
-        site = current_site()
+        line = current_line()
         part = Slice(node, self._roles)
         if part.random and scalar:
             self.draws.append(t)
-        if scalar and (only := bounds(node).value) is not None:
-            return _cast(only, t.dtype)
+        if scalar and (value := bounds(node).value) is not None:
+            return _cast(value, t.dtype)
         if part.random and not part.sources:
             rare = self._rare(part, tracer) if t.dtype == torch.bool and scalar else None
             if rare is not None:
@@ -146,11 +142,11 @@ class BranchResolver(TorchFunctionMode):
                     f"{share:.0%} of them; the captured model never takes that side",
                 )  # fmt: skip
         elif not part.random and part.kinds <= {"input", "buffer"}:
-            found = [self._examples.get(role) for role in part.sources.values()]
-            values = [v for v in found if v is not None]
-            if len(values) == len(found):
+            examples = [self._examples.get(role) for role in part.sources.values()]
+            values = [v for v in examples if v is not None]
+            if len(values) == len(examples):
                 program = part.program(tracer.root)
-                value = apart(lambda: as_python(program(*(v.clone() for v in values))))
+                value = on_own_thread(lambda: as_python(program(*(v.clone() for v in values))))
                 if not part.sources:  # made of shapes and constants alone
                     return value
                 return self._record(
@@ -165,12 +161,12 @@ class BranchResolver(TorchFunctionMode):
             if mended is not None:
                 return self._record("check", bool(mended), "activations are taken to be finite")
         for key, value in self._assume.items():
-            if str(site).endswith(key) or key in site.text:
+            if str(line).endswith(key) or key in line.text:
                 return self._record("assumed", value, f"by assume[{key!r}]")
         raise CaptureError(self._unresolved(part))
 
     def _rare(self, part: Slice, tracer: Any) -> tuple[bool, float] | None:
-        """The usual outcome of a draw, and how often the other one comes, if that is seldom."""
+        """The usual outcome of a draw and the share of the other one, if that is rare."""
 
         def count() -> int:
             program = part.program(tracer.root)
@@ -178,7 +174,7 @@ class BranchResolver(TorchFunctionMode):
                 torch.manual_seed(0)
                 return sum(bool(program()) for _ in range(_TRIALS))
 
-        share = apart(count) / _TRIALS
+        share = on_own_thread(count) / _TRIALS
         usual = share > 0.5
         rare = 1 - share if usual else share
         return (usual, rare) if rare <= _RARE else None
@@ -186,8 +182,8 @@ class BranchResolver(TorchFunctionMode):
     def _record(
         self, kind: Any, value: Any, note: str, sources: Any = (), program: Any = None
     ) -> Any:
-        site = current_site()
-        guard = Guard(kind, str(site), site.text, value, note, sources, program)
+        line = current_line()
+        guard = Guard(kind, str(line), line.text, value, note, sources, program)
         repeated = any(
             (g.kind, g.source, g.sources, g.code) == (kind, guard.source, sources, guard.code)
             and same_value(g.value, value)
@@ -198,7 +194,7 @@ class BranchResolver(TorchFunctionMode):
         return value
 
     def _unresolved(self, part: Slice) -> str:
-        site = current_site()
+        line = current_line()
         kinds = part.kinds
         if part.random:
             why = "it depends on a random draw that goes either way"
@@ -211,11 +207,11 @@ class BranchResolver(TorchFunctionMode):
                 "it depends on the batch alone, but the example batch or a buffer has no values "
                 "(meta or fake tensors); trace with a real batch"
             )
-        name = site.file.rsplit("/", 1)[-1]
+        name = line.file.rsplit("/", 1)[-1]
         return (
-            f"Python asks for the value of a tensor at {site}: `{site.text}`; {why}.\n"
+            f"Python asks for the value of a tensor at {line}: `{line.text}`; {why}.\n"
             "  A graph has one side of a branch only. Compute the decision from shapes or "
-            f'arguments, or state it: ColoTracer(assume={{"{name}:{site.line}": ...}}).\n'
+            f'arguments, or state it: ColoTracer(assume={{"{name}:{line.line}": ...}}).\n'
             "  (A loop over the experts of a mixture captures with the library's grouped or "
             "batched implementation.)"
         )  # fmt: skip
@@ -225,14 +221,14 @@ class BranchResolver(TorchFunctionMode):
     def _number(self, func: Any, args: Any, kwargs: Any) -> Any:
         t = args[0]
         if func.__name__ == "item" and self.is_random(t):
-            return t  # so that a comparison with it is still seen to be random
+            return t  # so that a comparison with it is known to be random
         if t.numel() != 1:
             return func(*args, **kwargs)
         if isinstance(t, FakeTensor) and t.dtype.is_floating_point and func.__name__ == "item":
             try:
                 value = self.value(t.reshape(()) if t.ndim else t)
             except CaptureError:
-                return func(*args, **kwargs)  # as a symbolic number, which may do
+                return func(*args, **kwargs)  # a symbolic number may suffice
         else:
             value = self.value(t.reshape(()) if t.ndim else t)
         cast = _CASTS.get(func.__name__)
@@ -240,7 +236,7 @@ class BranchResolver(TorchFunctionMode):
 
     def _list(self, func: Any, args: Any, kwargs: Any) -> Any:
         value = self.value(args[0])
-        return apart(value.tolist) if isinstance(value, torch.Tensor) else value
+        return on_own_thread(value.tolist) if isinstance(value, torch.Tensor) else value
 
     def _nonzero(self, func: Any, args: Any, kwargs: Any) -> Any:
         mask, rest = args[0], (*args[1:], *kwargs.values())
@@ -248,12 +244,12 @@ class BranchResolver(TorchFunctionMode):
             return func(*args, **kwargs)
         as_tuple = func.__name__ == "where" or True in rest
         try:
-            found = self._indices(mask)
+            indices = self._indices(mask)
         except CaptureError as error:
-            if as_tuple:  # good for writing at these places, which needs no count
+            if as_tuple:  # writing at these places needs no count
                 return _Places(mask != 0, error)
             raise
-        return found.unbind(1) if as_tuple else found
+        return indices.unbind(1) if as_tuple else indices
 
     def _indices(self, mask: torch.Tensor) -> torch.Tensor:
         """`mask.nonzero()`, with a number of rows that the example batch decides."""
@@ -268,7 +264,7 @@ class BranchResolver(TorchFunctionMode):
         for item in items:
             if isinstance(item, slice):
                 ends = (item.start, item.stop, item.step)
-                plain.append(slice(*(self._whole(e) for e in ends)))
+                plain.append(slice(*(self._slice_end(e) for e in ends)))
             elif _is_mask(item):
                 plain += self._indices(item).unbind(1)
             else:
@@ -284,7 +280,7 @@ class BranchResolver(TorchFunctionMode):
         target, index, value = args
         return func(target, index.mask if isinstance(index, _Places) else index, value)
 
-    def _whole(self, end: Any) -> Any:
+    def _slice_end(self, end: Any) -> Any:
         return int(self.value(end)) if isinstance(end, torch.Tensor) else end
 
     def _masked_select(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -293,11 +289,11 @@ class BranchResolver(TorchFunctionMode):
         return source.expand(shape)[tuple(self._indices(mask.expand(shape)).unbind(1))]
 
     def _property(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`x.data` leaves the capture; `x.detach()` is the same and does not."""
+        """`x.detach()` for `x.data`, which would leave the capture."""
         return args[0].detach() if func == _DATA else func(*args, **kwargs)
 
     def _leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`x.requires_grad = True` asks for nothing, but what eager computes depends on it."""
+        """Mark the leaf of `x.requires_grad = True`: eager PyTorch computes its gradient."""
         t, rest = args[0], [*args[1:], *kwargs.values()]
         slot = _slot(t, current_tracer())
         setter = func == _REQUIRES_GRAD or func.__name__ == "requires_grad_"
@@ -323,13 +319,13 @@ class BranchResolver(TorchFunctionMode):
             except CaptureError:
                 return value  # the operator may take it as it is
 
-        # what a method is called on, and what torch.tensor copies, stays
+        # not the object of a method, nor what torch.tensor copies
         keep = int(isinstance(args[0], torch.Tensor) and func.__name__ not in _RANGES)
         rest, kwargs = pytree.tree_map(number, (tuple(args[keep:]), kwargs))
         return func(*args[:keep], *rest, **kwargs)
 
-    def _whole_result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Operators whose result's shape depends on values: the result on the example batch."""
+    def _example_result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Operators whose result has a data-dependent shape: the result on the example batch."""
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
         if not tensors or (
             func.__name__ == "repeat_interleave" and _has_plain_repeats(args, kwargs)
@@ -346,15 +342,15 @@ class BranchResolver(TorchFunctionMode):
 
 
 class _Places(tuple[Any, ...]):
-    """Indices of a mask on activations: nobody knows how many, and whoever asks is told so."""
+    """Indices of a mask on activations, whose number is unknown: asking for it raises the error."""
 
     mask: torch.Tensor
     error: CaptureError
 
     def __new__(cls, mask: torch.Tensor, error: CaptureError) -> _Places:
-        made = super().__new__(cls)
-        made.mask, made.error = mask, error
-        return made
+        places = super().__new__(cls)
+        places.mask, places.error = mask, error
+        return places
 
     def __iter__(self) -> Any:
         raise self.error
@@ -367,10 +363,10 @@ class _Places(tuple[Any, ...]):
 
 
 def _constant(make: Callable[[], Any]) -> Any:
-    """Values that were computed, as constants of the graph."""
-    found = apart(make)
+    """Computed values as constants of the graph."""
+    values = on_own_thread(make)
     return pytree.tree_map_only(
-        torch.Tensor, lambda t: torch.tensor(t.tolist(), dtype=t.dtype, device=t.device), found
+        torch.Tensor, lambda t: torch.tensor(t.tolist(), dtype=t.dtype, device=t.device), values
     )
 
 
@@ -396,7 +392,7 @@ def current_tracer() -> Any:
 
 
 def _slot(t: Any, tracer: Any) -> Any:
-    """What the tracer knows of a tensor: its node and constant value; None if it is not its own."""
+    """The tracer's record of a tensor: node and constant value; None if it has none."""
     if tracer is None or not isinstance(t, FakeTensor):
         return None
     return get_proxy_slot(t, tracer, None)
@@ -426,6 +422,6 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
         _R._sizes,
     ),
     **dict.fromkeys(
-        ("unique", "unique_consecutive", "bincount", "repeat_interleave"), _R._whole_result
+        ("unique", "unique_consecutive", "bincount", "repeat_interleave"), _R._example_result
     ),
 }  # fmt: skip

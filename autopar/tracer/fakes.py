@@ -19,8 +19,8 @@ def _ctc_loss(
     mode: Any, func: Any, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: Any,
     *_: Any, **__: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Loss per sample, and alpha of (N, T, 2 S + 1): S is the longest target, known only where
-    lengths are numbers or targets are padded; of concatenated ones it is bounded."""
+    """Loss per sample, and alpha of (N, T, 2 S + 1): S is the longest target, known only if
+    lengths are numbers or targets are padded; for concatenated targets it is an upper bound."""
     time, samples = log_probs.shape[0], (log_probs.shape[1] if log_probs.ndim == 3 else 1)
     if isinstance(lengths, Sequence):
         longest = max(lengths)
@@ -37,7 +37,7 @@ def _ctc_loss_backward(
 
 
 def register() -> None:
-    """Make them known; once is enough."""
+    """Register them with torch; repeated calls do nothing."""
     for op in (aten._ctc_loss.default, aten._ctc_loss.Tensor):
         if op not in op_implementations_dict:
             register_op_impl(op)(_ctc_loss)

@@ -1,10 +1,10 @@
-"""The quick way to a functional graph, for programs that write into nothing but buffers.
+"""Fast functionalization of programs that write into intermediate values and buffers only.
 
-`ExportedProgram.run_decompositions({})` traces the whole program a second time to turn mutation
-into values, which takes twice as long as the first. A program that writes into values of its own
-and into whole buffers needs a few rewrites only: `inplace.py`, and what that second trace does to
-operators that may or may not alias or write into their input. Programs with other writes, with
-autocast, or with an operator that is not known here, take the long way.
+`ExportedProgram.run_decompositions({})` traces the program a second time to replace mutation, which
+takes twice as long as the first trace. If a program writes into intermediate values and entire
+buffers only, a few rewrites suffice: `inplace.py`, and the changes of that second trace to
+operators that may alias or write into their input. Programs with other writes, with autocast, or
+with an operator that is not known here are traced again.
 
 `torch._decomp._should_decompose_because_unsafe_op` is private (tested with torch 2.13).
 """
@@ -33,28 +33,28 @@ from autopar.tracer.inplace import (
 
 aten = torch.ops.aten
 
-# What stands for a node: another operator with its arguments, or the value itself.
+# The replacement of a node: another operator with its arguments, or an existing value.
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 _Rewrite = Callable[[fx.Node], _Call | fx.Node]
 
 
 def _cast(node: fx.Node) -> _Call | fx.Node:
     source, value = _operand(node), node.meta["val"]
-    given = source.meta["val"]
-    wanted: dict[str, Any] = {}
-    if given.dtype != value.dtype:
-        wanted["dtype"] = value.dtype
-    if given.device != value.device:
-        wanted["device"] = value.device
-    return (aten._to_copy.default, (source,), wanted) if wanted else source
+    before = source.meta["val"]
+    changes: dict[str, Any] = {}
+    if before.dtype != value.dtype:
+        changes["dtype"] = value.dtype
+    if before.device != value.device:
+        changes["device"] = value.device
+    return (aten._to_copy.default, (source,), changes) if changes else source
 
 
 def _contiguous(node: fx.Node) -> _Call | fx.Node:
     source = _operand(node)
     if source.meta["val"].is_contiguous() and not node.kwargs:
         return source
-    kept = node.kwargs.get("memory_format", torch.contiguous_format)
-    return aten.clone.default, (source,), {"memory_format": kept}
+    memory_format = node.kwargs.get("memory_format", torch.contiguous_format)
+    return aten.clone.default, (source,), {"memory_format": memory_format}
 
 
 def _dropout(node: fx.Node) -> _Call | fx.Node:
@@ -80,14 +80,14 @@ def _expand(node: fx.Node) -> _Call:
 
 
 def _batch_norm(node: fx.Node) -> _Call:
-    """With statistics of the batch or the running ones; `_update_statistics` writes the latter."""
+    """With batch statistics or running ones; `_update_statistics` writes the latter."""
     x, weight, bias, mean, var, training, momentum, eps, *_ = _arguments(node)
     if mean is None:
         return aten._native_batch_norm_legit.no_stats, (x, weight, bias, True, momentum, eps), {}
-    given = x, weight, bias, mean, var
+    tensors = x, weight, bias, mean, var
     if training:
-        return aten._native_batch_norm_legit_functional.default, (*given, True, momentum, eps), {}
-    return aten._native_batch_norm_legit_no_training.default, (*given, momentum, eps), {}
+        return aten._native_batch_norm_legit_functional.default, (*tensors, True, momentum, eps), {}
+    return aten._native_batch_norm_legit_no_training.default, (*tensors, momentum, eps), {}
 
 
 def _narrow(node: fx.Node) -> _Call:
@@ -135,8 +135,11 @@ def _operand(node: fx.Node) -> fx.Node:
 
 
 def make_functional(program: torch.export.ExportedProgram) -> bool:
-    """Rewrite a program that writes into nothing but values of its own and buffers, which become
-    results; False if it may do more, and then it is the same program, a few operators out of place.
+    """Rewrite a program that writes into intermediate values and buffers only; buffers become
+    results.
+
+    False if the program may write into more. It then computes the same, with a few operators
+    replaced by their functional variants.
     """
     gm = program.graph_module
     buffers = buffers_of(program)
@@ -155,32 +158,32 @@ def make_functional(program: torch.export.ExportedProgram) -> bool:
         rewrite = _REWRITES.get(node.target)
         if node.op != "call_function" or rewrite is None:
             continue
-        made = rewrite(node)
-        if not isinstance(made, fx.Node):
-            target, args, kwargs = made
+        new = rewrite(node)
+        if not isinstance(new, fx.Node):
+            target, args, kwargs = new
             with gm.graph.inserting_before(node):
-                made = gm.graph.create_node("call_function", target, args, kwargs, target._opname)
-                made.meta = dict(node.meta)
+                new = gm.graph.create_node("call_function", target, args, kwargs, target._opname)
+                new.meta = dict(node.meta)
                 if len(target._schema.returns) > 1:
-                    made.meta["val"] = (node.meta["val"], *computed(target, args, kwargs)[1:])
-                    made = _item(made, 0)
+                    new.meta["val"] = (node.meta["val"], *computed(target, args, kwargs)[1:])
+                    new = _item(new, 0)
                 if target is aten._native_batch_norm_legit_functional.default:
-                    _update_statistics(made, statistics)
-        node.replace_all_uses_with(made)
+                    _update_statistics(new, statistics)
+        node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     buffer_results(program, buffers, written | statistics)
     return True
 
 
 def _item(node: fx.Node, index: int) -> fx.Node:
-    made = node.graph.call_function(operator.getitem, (node, index))
-    made.meta = dict(node.meta)
-    made.meta["val"] = node.meta["val"][index]
-    return made
+    item = node.graph.call_function(operator.getitem, (node, index))
+    item.meta = dict(node.meta)
+    item.meta["val"] = node.meta["val"][index]
+    return item
 
 
 def _update_statistics(result: fx.Node, statistics: Written) -> None:
-    """Let the new statistics of a batch norm stand for the buffers that it writes into."""
+    """Replace the buffers that a batch norm writes into by its new statistics."""
     norm = _operand(result)
     buffers = {value: buffer for buffer, value in statistics.items()}
     for old, new in zip(norm.args[3:5], (_item(norm, 3), _item(norm, 4)), strict=True):
@@ -195,8 +198,11 @@ def _update_statistics(result: fx.Node, statistics: Written) -> None:
 
 
 def _known(gm: fx.GraphModule, node: fx.Node, alone: Set[fx.Node]) -> bool:
-    """Whether a node mutates nothing and is treated here as the long way treats it. A batch norm
-    may write into statistics that are seen `alone`."""
+    """Whether a node mutates nothing and the rewrites here equal those of the second trace.
+
+    Args:
+        alone: buffers that share no storage; a batch norm may write into these.
+    """
     if node.op != "call_function" or node.target is operator.getitem:
         return node.op in ("placeholder", "output", "get_attr", "call_function")
     op = node.target
@@ -219,15 +225,15 @@ def _known(gm: fx.GraphModule, node: fx.Node, alone: Set[fx.Node]) -> bool:
 
 
 def _inline(gm: fx.GraphModule) -> None:
-    """Put the bodies of grad-mode regions (detached already) where they are called."""
+    """Inline the bodies of grad-mode regions, which are detached already."""
     for node in list(gm.graph.nodes):
         if str(node.target) != _GRAD_REGION:
             continue
         body = getattr(gm, str(node.args[1].target))
         _inline(body)
-        given = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[2:], strict=True))
+        arguments = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[2:], strict=True))
         with gm.graph.inserting_before(node):
-            results: Any = gm.graph.graph_copy(body.graph, given)
+            results: Any = gm.graph.graph_copy(body.graph, arguments)
         for user in list(node.users):
             index: Any = user.args[1]
             user.replace_all_uses_with(results[index])

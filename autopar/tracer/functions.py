@@ -1,13 +1,13 @@
 """Python functions as single nodes of the graph, with their own derivative or their own draws.
 
-A custom `autograd.Function` has a backward that its forward does not tell (a clipped gradient, a
-straight-through estimator); inlining the forward loses it silently. While a model is captured, each
-call becomes a call of an operator made for it, which is opaque in the `ModelGraph` and runs
-`Function.apply` everywhere else: profiled and lowered, it is what the user wrote.
+The backward of a custom `autograd.Function` may differ from the derivative of its forward (a
+clipped gradient, a straight-through estimator). Inlining the forward would lose it silently. So
+each call becomes a call of a new operator while a model is captured. The operator is opaque in the
+`ModelGraph`, and runs `Function.apply` when it is profiled or lowered.
 
-The operators live in the namespace `autopar_functions` and are made once per function and constant
-arguments. `torch.autograd.function._SingleLevelFunction`, the base that `Function.apply` goes
-through, is private (tested with torch 2.13).
+The operators are in the namespace `autopar_functions`, one per function and constant arguments.
+`torch.autograd.function._SingleLevelFunction`, the base that `Function.apply` goes through, is
+private (tested with torch 2.13).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.ir.guards import apart
-from autopar.tracer.source import current_site
+from autopar.ir.guards import on_own_thread
+from autopar.tracer.source import current_line
 
 _LIBRARY = torch.library.Library("autopar_functions", "FRAGMENT")
 _OPERATORS: dict[str, Any] = {}
@@ -61,31 +61,31 @@ def capturing() -> bool:
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     inner = super(_SingleLevelFunction, cls).apply
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    # torch's own (checkpointing, the derivatives of registered operators) inline rightly
+    # torch's own (checkpointing, derivatives of registered operators) are inlined correctly
     own = cls.__module__.startswith("torch.")
     if own or not capturing() or not tensors or kwargs:
         return inner(*args, **kwargs)
     if any(isinstance(x, torch.nn.Module) for x in pytree.tree_leaves([args, kwargs])):
         raise CaptureError(
-            f"{current_site()}: {cls.__name__} takes modules (reversible layers, checkpointing of "
+            f"{current_line()}: {cls.__name__} takes modules (reversible layers, checkpointing of "
             "its own); its backward reaches parameters that the graph cannot see. Call the modules "
             "outside of the function"
         )
     context = _Context([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
-    example = apart(lambda: _forward(cls, context, args))
+    example = on_own_thread(lambda: _forward(cls, context, args))
     if context.dirty:
         raise CaptureError(
-            f"{current_site()}: {cls.__name__}.forward changes its input in place (mark_dirty); "
+            f"{current_line()}: {cls.__name__}.forward changes its input in place (mark_dirty); "
             "let it return a new tensor"
         )
 
-    def run(*given: torch.Tensor) -> _Results:
-        found = cls.apply(*_fill(args, given))
-        return tuple(t for t in _as_tuple(found) if isinstance(t, torch.Tensor))
+    def run(*tensors: torch.Tensor) -> _Results:
+        results = cls.apply(*_fill(args, tensors))
+        return tuple(t for t in _as_tuple(results) if isinstance(t, torch.Tensor))
 
-    def fake(*given: torch.Tensor) -> _Results:
-        found = _forward(cls, _Context([False] * len(args)), _fill(args, given))
-        return tuple(t for t in _as_tuple(found) if isinstance(t, torch.Tensor))
+    def fake(*tensors: torch.Tensor) -> _Results:
+        results = _forward(cls, _Context([False] * len(args)), _fill(args, tensors))
+        return tuple(t for t in _as_tuple(results) if isinstance(t, torch.Tensor))
 
     outputs = _as_tuple(example)
     count = sum(isinstance(t, torch.Tensor) for t in outputs)
@@ -106,7 +106,7 @@ def operator_for(
     *,
     random: bool = False,
 ) -> Any:
-    """The operator that stands for a function with some constant arguments.
+    """The operator for a function with some constant arguments.
 
     Args:
         run: tensors in, tensors out; autograd goes through it.
@@ -125,26 +125,26 @@ def operator_for(
     _LIBRARY.define(f"{key}({parameters}) -> ({results})", tags=tags)
     op = getattr(torch.ops.autopar_functions, key).default
 
-    def unpacked(found: _Results) -> Any:
-        return found[0] if outputs == 1 else found
+    def unpacked(results: _Results) -> Any:
+        return results[0] if outputs == 1 else results
 
-    def with_autograd(*given: torch.Tensor) -> Any:
+    def with_autograd(*tensors: torch.Tensor) -> Any:
         if capturing():
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*given)
-        return unpacked(run(*given))
+                return op(*tensors)
+        return unpacked(run(*tensors))
 
-    _LIBRARY.impl(key, lambda *given: unpacked(run(*given)), "CompositeExplicitAutograd")
+    _LIBRARY.impl(key, lambda *tensors: unpacked(run(*tensors)), "CompositeExplicitAutograd")
     _LIBRARY.impl(key, with_autograd, "Autograd")
     torch.library.register_fake(
-        f"autopar_functions::{key}", lambda *given: unpacked(fake(*given)), lib=_LIBRARY
+        f"autopar_functions::{key}", lambda *tensors: unpacked(fake(*tensors)), lib=_LIBRARY
     )
-    _OPERATORS[key] = (lambda *given: (op(*given),)) if outputs == 1 else op
+    _OPERATORS[key] = (lambda *tensors: (op(*tensors),)) if outputs == 1 else op
     return _OPERATORS[key]
 
 
 class _Context(SimpleNamespace):
-    """Stands in for the `ctx` of a forward that is run for its results only."""
+    """The `ctx` of a forward that runs without autograd."""
 
     def __init__(self, needs_input_grad: list[bool]) -> None:
         super().__init__()

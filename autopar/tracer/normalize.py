@@ -1,13 +1,15 @@
-"""From an exported program to a `ModelGraph`: one order of placeholders, one way of writing things.
+"""From an exported program to a `ModelGraph` in a normal form.
 
-* placeholders: parameters, buffers, constants, inputs; tied weights once;
-* `view` is `reshape`: strides on fake tensors can differ from a kernel's, and a `contiguous` that
-  was left out as needless may be needed;
-* `copy` is a conversion and an expansion: it has no derivative;
-* products that are cut into equal parts have these as a dim (`packed.py`);
-* what `no_grad` regions compute is detached;
-* assertions and dead code are dropped, draws of random numbers are kept, so that a generator is in
-  the same state after the graph as after the model.
+* Placeholders are parameters, buffers, constants and inputs, in this order; a tied weight is one.
+* `view` becomes `reshape`: strides on fake tensors can differ from a kernel's, and a `contiguous`
+that
+  was removed as redundant may be needed.
+* `copy` becomes a conversion and an expansion, because it has no derivative.
+* Products whose result is cut into equal parts get a dim for the parts (`packed.py`).
+* Results of `no_grad` regions are detached.
+* Assertions and dead code are removed. Random draws stay, so that a generator has the same state
+after
+  the graph as after the model.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from autopar.tracer.writes import take_out_writes
 
 aten = torch.ops.aten
 
-# Nodes that state what tracing already guarantees.
+# Nodes that assert what tracing already guarantees.
 _ASSERTIONS = {"aten._assert_tensor_metadata.default", "aten._assert_async.msg"}
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _SAME_AS = {
@@ -54,7 +56,7 @@ def model_graph(
 
     Args:
         example: the fake (args, kwargs) it was exported with.
-        extra: the program returns (results, a list of so many values that only keep draws alive).
+        extra: number of values after the results that the program returns to keep draws alive.
     """
     gm = program.graph_module
     parameters, buffers, constants = {}, {}, {}
@@ -117,7 +119,7 @@ def model_graph(
 
 
 def _merge_tied(graph: fx.Graph, parameters: dict[str, str]) -> None:
-    """A tied weight may be lifted once per name; keep the first: its gradient is one sum."""
+    """Merge a tied weight that was lifted once per name, so that its gradient is one sum."""
     first: dict[str, fx.Node] = {}
     for node in list(graph.find_nodes(op="placeholder")):
         name = parameters.get(str(node.target))
@@ -150,26 +152,26 @@ def _drop_results(graph: fx.Graph, count: int) -> None:
 
 
 def _rewrite(graph: fx.Graph) -> None:
-    """One operator for what several express."""
+    """Replace operators by equivalent ones that have rules and derivatives."""
     for node in graph.find_nodes(op="call_function", target=aten.copy.default):
         source = node.args[1]
         value = node.meta["val"]
         with graph.inserting_before(node):
             if source.meta["val"].dtype != value.dtype:
-                made = graph.create_node(
+                new = graph.create_node(
                     "call_function", aten._to_copy.default, (source,), {"dtype": value.dtype}, "to"
                 )
-                made.meta = dict(node.meta)
-                made.meta["val"] = source.meta["val"].to(value.dtype)
-                source = made
+                new.meta = dict(node.meta)
+                new.meta["val"] = source.meta["val"].to(value.dtype)
+                source = new
             if source.meta["val"].shape != value.shape:
                 sizes = list(value.shape)
-                made = graph.create_node(
+                new = graph.create_node(
                     "call_function", aten.expand.default, (source, sizes), name="expand"
                 )
-                made.meta = dict(node.meta)
-                made.meta["val"] = source.meta["val"].expand(sizes)
-                source = made
+                new.meta = dict(node.meta)
+                new.meta["val"] = source.meta["val"].expand(sizes)
+                source = new
         node.replace_all_uses_with(source)
         graph.erase_node(node)
     for node in graph.nodes:
@@ -178,7 +180,7 @@ def _rewrite(graph: fx.Graph) -> None:
 
 
 def _clean(gm: fx.GraphModule) -> None:
-    """Drop assertions and dead code, annotate where every node came from, check what is left."""
+    """Remove assertions and dead code, annotate the origin of every node, and check the rest."""
     graph = gm.graph
     for node in list(graph.nodes):
         if node.op == "call_function" and str(node.target) in _ASSERTIONS:
@@ -216,20 +218,23 @@ def _source_of(node: fx.Node) -> str:
     return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else "unknown source"
 
 
-def mend_users(gm: fx.GraphModule) -> None:
-    """Rebuild a graph whose nodes are not all among the users of their inputs: export leaves such
-    graphs behind where it cuts regions out (seen with torch 2.13), and erasing fails on them."""
+def rebuild_users(gm: fx.GraphModule) -> None:
+    """Rebuild a graph in which some node is not a user of its inputs.
+
+    Export produces such graphs where it cuts regions out (torch 2.13), and erasing nodes fails
+    there.
+    """
     if all(node in source.users for node in gm.graph.nodes for source in node.all_input_nodes):
         return
-    sound = fx.Graph()
+    rebuilt = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
-        copies[node] = sound.node_copy(node, copies.__getitem__)
-    gm.graph = sound
+        copies[node] = rebuilt.node_copy(node, copies.__getitem__)
+    gm.graph = rebuilt
 
 
 def detach_no_grad_regions(gm: fx.GraphModule) -> None:
-    """Make what `torch.no_grad()` does to gradients explicit: inlining such a region drops it."""
+    """Detach the results of `torch.no_grad()` regions, because inlining loses the grad mode."""
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or str(node.target) != "wrap_with_set_grad_enabled":
             continue

@@ -1,9 +1,9 @@
-"""Products whose result is cut into equal parts at once: query, key and value of one weight.
+"""Products whose result is immediately cut into equal parts: query, key and value of one weight.
 
-A weight `[k, 3 n]` that is split over its columns splits none of its parts: the first rank has the
-query, the last the value. The parts as a dim of their own, `[k, 3, n]`, can be split over n, which
-is heads or the features of a gated MLP. So such products become operators of a weight and a result
-that have the dim; the product itself stays the one that it was.
+If a weight `[k, 3 n]` is split over its columns, its parts are not split: the first rank has the
+query, the last has the value. With a dim for the parts, `[k, 3, n]`, the weight can be split over
+n: heads, or the features of a gated MLP. So such products become operators whose weight and result
+    have that dim.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _packed_addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> 
 _LIBRARY.impl("packed_linear", _packed_linear, "CompositeImplicitAutograd")
 _LIBRARY.impl("packed_addmm", _packed_addmm, "CompositeImplicitAutograd")
 
-# of a product: what it becomes, and the positions of weight, bias and the weight's dim to divide
+# per product: its packed operator, the positions of weight and bias, and the weight's dim to divide
 _PRODUCTS: dict[Any, tuple[Any, int, int, int]] = {
     aten.linear.default: (torch.ops.autopar.packed_linear.default, 1, 2, 0),
     aten.addmm.default: (torch.ops.autopar.packed_addmm.default, 2, 0, 1),
@@ -47,42 +47,42 @@ _PRODUCTS: dict[Any, tuple[Any, int, int, int]] = {
 
 
 def pack(graph: fx.Graph) -> None:
-    """Give the parts of every product that is cut into equal ones a dim of their own."""
+    """Add a dim for the parts to every product whose result is cut into equal parts."""
     for product in [n for n in graph.nodes if n.target in _PRODUCTS]:
         if all(isinstance(size, int) for size in product.meta["val"].shape):
             _pack(graph, product)
 
 
 def _pack(graph: fx.Graph, product: fx.Node) -> None:
-    whole = product
-    if list(whole.users) and next(iter(whole.users)).target is aten.reshape.default:
-        flat = next(iter(whole.users))
-        if flat.meta["val"].shape[-1:] == whole.meta["val"].shape[-1:]:
-            whole = flat  # of dims before the last
-    if len(product.users) != 1 or (whole is not product and len(whole.users) != 1):
+    result = product
+    if list(result.users) and next(iter(result.users)).target is aten.reshape.default:
+        flat = next(iter(result.users))
+        if flat.meta["val"].shape[-1:] == result.meta["val"].shape[-1:]:
+            result = flat  # only dims before the last change
+    if len(product.users) != 1 or (result is not product and len(result.users) != 1):
         return
-    cut = next(iter(whole.users))
-    parts = _split_into(cut, whole) or _regrouped_into(cut, whole)
+    cut = next(iter(result.users))
+    parts = _split_into(cut, result) or _regrouped_into(cut, result)
     if parts is None:
         return
     out = _packed_product(graph, product, parts)
-    if whole is not product:
-        shape = [*whole.meta["val"].shape[:-1], *out.meta["val"].shape[-2:]]
-        out = _call(graph, whole, aten.reshape.default, out, shape)
+    if result is not product:
+        shape = [*result.meta["val"].shape[:-1], *out.meta["val"].shape[-2:]]
+        out = _call(graph, result, aten.reshape.default, out, shape)
     if cut.target is aten.reshape.default:
-        cut.replace_input_with(whole, out)
+        cut.replace_input_with(result, out)
     else:
         cut.replace_all_uses_with(_call(graph, cut, aten.unbind.int, out, -2))
         graph.erase_node(cut)
-    for node in dict.fromkeys((whole, product)):
+    for node in dict.fromkeys((result, product)):
         graph.erase_node(node)
 
 
-def _split_into(cut: fx.Node, whole: fx.Node) -> int | None:
-    """Of a `split` of the last dim into equal parts: how many."""
-    if cut.target is not aten.split.Tensor or cut.args[0] is not whole:
+def _split_into(cut: fx.Node, result: fx.Node) -> int | None:
+    """Number of parts of a `split` of the last dim into equal parts; None for other nodes."""
+    if cut.target is not aten.split.Tensor or cut.args[0] is not result:
         return None
-    shape = whole.meta["val"].shape
+    shape = result.meta["val"].shape
     size, dim = cut.args[1], cut.args[2] if len(cut.args) > 2 else 0
     assert isinstance(size, int)
     assert isinstance(dim, int)
@@ -94,20 +94,21 @@ def _split_into(cut: fx.Node, whole: fx.Node) -> int | None:
     return int(shape[-1] // size)
 
 
-def _regrouped_into(cut: fx.Node, whole: fx.Node) -> int | None:
-    """Of a `reshape` of the last dim into (parts, ...), of which the parts are taken one by one."""
+def _regrouped_into(cut: fx.Node, result: fx.Node) -> int | None:
+    """Number of parts of a `reshape` of the last dim into (parts, ...) whose parts are read one by
+    one."""
     if cut.target is not aten.reshape.default:
         return None
-    shape, made = whole.meta["val"].shape, cut.meta["val"].shape
+    shape, regrouped = result.meta["val"].shape, cut.meta["val"].shape
     dim = len(shape) - 1
-    if made[:dim] != shape[:dim] or len(made) < dim + 2 or made[dim] < 2:
+    if regrouped[:dim] != shape[:dim] or len(regrouped) < dim + 2 or regrouped[dim] < 2:
         return None
     taken = all(_takes(user, cut, dim) for user in cut.users)
-    return int(made[dim]) if taken and cut.users else None
+    return int(regrouped[dim]) if taken and cut.users else None
 
 
 def _takes(user: fx.Node, source: fx.Node, dim: int) -> bool:
-    """Whether a node takes a value apart along a dim, which it may first move."""
+    """Whether a node reads a value part by part along a dim, which it may first move."""
     rank = source.meta["val"].ndim
     args: Any = user.args
     if user.target is aten.permute.default:
@@ -136,9 +137,9 @@ def _packed_product(graph: fx.Graph, product: fx.Node, parts: int) -> fx.Node:
 
 
 def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A call in a node's place, which comes from where that one does."""
+    """A call in a node's place, with that node's metadata."""
     with graph.inserting_before(like):
-        made = graph.call_function(target, args)
-    made.meta = dict(like.meta)
-    made.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
-    return made
+        call = graph.call_function(target, args)
+    call.meta = dict(like.meta)
+    call.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return call

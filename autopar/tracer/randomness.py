@@ -1,17 +1,16 @@
 """Python's and NumPy's random numbers in a forward: lifted into the graph, or refused.
 
-Drawn while a model is captured, they would be constants of every later step. While one is captured,
+If they were drawn during the capture, they would be constants of every later step. Instead:
 
-* a single uniform draw becomes a draw of the captured program (`torch.rand`), so that a branch on
-  it is seen to be random;
-* a function of the user's module level that draws, called with numbers and tensors, and that
-  returns an array, becomes one operator of the graph which calls it anew on each step (Hugging
-  Face's SpecAugment masks). The capture starts over with it wrapped: `Restart`;
-* any other draw is an error with its source line.
+* A single uniform draw becomes a draw of the captured program (`torch.rand`), so a branch on it is
+  known to be random.
+* A module-level function that draws, takes numbers and tensors and returns an array becomes one
+  operator, which calls the function on each step (Hugging Face's SpecAugment masks). The capture
+  starts over with the function wrapped (`Restart`).
+* Any other draw is an error with its source line.
 
-Functions of other libraries that models call on arrays (a table, `_HOST`) become operators too.
-
-What draws after a `seed()` of its own is not random and stays.
+Functions of other libraries that models call on arrays (the table `_HOST`) become operators too.
+Draws after the model's own call of `seed()` are not random and stay as they are.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.ir.guards import apart
+from autopar.ir.guards import on_own_thread
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.functions import operator_for
-from autopar.tracer.source import current_site, user_frame
+from autopar.tracer.source import current_line, user_frame
 
 _NUMPY = (
     "rand", "randn", "random", "random_sample", "uniform", "normal", "standard_normal", "randint",
@@ -123,7 +122,7 @@ def host_randomness(resolver: BranchResolver, lifted: set[HostFunction]) -> Iter
             if changed:
                 raise CaptureError(
                     "the model draws from Python's or NumPy's generator through a function that "
-                    "it took hold of before the capture (from random import random, say); the "
+                    "it imported before the capture (from random import random, say); the "
                     "numbers would be the same at every step. Call it as an attribute of its "
                     "module (random.random()), or draw with torch."
                 )
@@ -147,7 +146,7 @@ _HOST = {"linear_sum_assignment": _assignment}
 
 
 def _host_functions() -> list[tuple[dict[str, Any], str]]:
-    """Where loaded modules hold a function of the table."""
+    """Namespaces of loaded modules that hold a function of the table, and its name."""
     spaces = [vars(m) for m in list(sys.modules.values()) if isinstance(m, ModuleType)]
     return [(s, name) for s in spaces for name in _HOST if callable(s.get(name))]
 
@@ -164,8 +163,8 @@ def _host_operator(
         def run(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if isinstance(value, FakeTensor):
                 return tuple(fake(value))
-            found = original(value.detach().cpu().numpy(), *args[1:], **kwargs)
-            return tuple(torch.as_tensor(np.asarray(x)) for x in found)
+            arrays = original(value.detach().cpu().numpy(), *args[1:], **kwargs)
+            return tuple(torch.as_tensor(np.asarray(x)) for x in arrays)
 
         count = len(fake(args[0]))
         constants = (*args[1:], *kwargs.items())
@@ -176,20 +175,20 @@ def _host_operator(
 
 def _lift(frame: FrameType, what: str, lifted: set[HostFunction]) -> Exception:
     """Start over with the outermost module-level function around a draw, or refuse the draw."""
-    found: HostFunction | None = None
+    outermost: HostFunction | None = None
     current: FrameType | None = frame
     while current is not None:
         name = current.f_code.co_name
         function = current.f_globals.get(name)
         if getattr(function, "__code__", None) is not current.f_code:
             break
-        found = HostFunction(current.f_globals, name)
+        outermost = HostFunction(current.f_globals, name)
         current = current.f_back
-    if found is not None and found not in lifted:
-        return Restart(found)
-    site = current_site()
+    if outermost is not None and outermost not in lifted:
+        return Restart(outermost)
+    line = current_line()
     return CaptureError(
-        f"{site}: `{site.text}` draws from {what}; captured, the numbers would be the same at "
+        f"{line}: `{line.text}` draws from {what}; captured, the numbers would be the same at "
         "every step. Draw them with torch (torch.rand, torch.randint), pass them as an input, or "
         "draw them in a function of the module level that returns an array: it is called anew at "
         "each step."
@@ -208,8 +207,8 @@ def _operator(
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         constants = [x for x in leaves if not isinstance(x, torch.Tensor)]
 
-        def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            queue = iter(given)
+        def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            queue = iter(values)
             filled = [next(queue) if isinstance(x, torch.Tensor) else x for x in leaves]
             a, k = pytree.tree_unflatten(filled, spec)
             return (_drawn(original, a, k),)
@@ -224,10 +223,10 @@ def _operator(
             finally:
                 active[0] = True
 
-        found = apart(example)
+        result = on_own_thread(example)
 
-        def fake(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return (torch.empty(found.shape, dtype=found.dtype),)
+        def fake(*_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (torch.empty(result.shape, dtype=result.dtype),)
 
         op = operator_for(original, constants, len(tensors), 1, run, fake, random=True)
         return op(*tensors)[0]
@@ -236,7 +235,8 @@ def _operator(
 
 
 def _drawn(function: Callable[..., Any], args: Any, kwargs: Any) -> torch.Tensor:
-    """Call with host generators seeded from torch's: replayed and agreed upon as its draws are."""
+    """Call with host generators seeded from torch's, so that ranks agree and a replay repeats
+    it."""
     seed = int(torch.randint(2**31, ()))
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:

@@ -1,7 +1,7 @@
-"""Value ranges: bounds on what a captured scalar can be, whatever the inputs.
+"""Value ranges: bounds of a captured scalar for all inputs.
 
-Intervals are propagated through the few operators that predicates are made of; everything else is
-unbounded. Booleans are the intervals within [0, 1].
+Intervals are propagated through the few operators that predicates consist of; the results of others
+are unbounded. Booleans are intervals within [0, 1].
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _UNIT: Interval = (0.0, math.nextafter(1.0, 0.0))
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is known of a value.
+    """Bounds of a value.
 
     Args:
-        low, high: it lies within, both included.
-        assumes_finite: this holds only if the tensors it was computed from are finite.
+        low, high: least and greatest possible value.
+        assumes_finite: the bounds are valid only if the tensors it was computed from are finite.
     """
 
     low: float
@@ -37,7 +37,7 @@ class Bounds:
 
     @property
     def value(self) -> float | None:
-        """The only possible value, where there is only one."""
+        """The only possible value; None if there are several."""
         return self.low if self.low == self.high else None
 
 
@@ -136,7 +136,7 @@ def bounds(node: fx.Node, *, finite: bool = False) -> Bounds:
     """Bounds of a node's value from its operators alone.
 
     Args:
-        finite: take what `isfinite`, `isinf` and `isnan` test to be finite.
+        finite: assume that what `isfinite`, `isinf` and `isnan` test is finite.
     """
     memo: dict[fx.Node, Interval] = {}
     assumed = False

@@ -1,9 +1,9 @@
 """Settings of model libraries that decide whether a model captures, changed on the traced copy.
 
-Each changes how the library computes, not what. In Hugging Face's models, mixtures loop over their
-experts in Python in some families (`grouped_mm` is the same product without the loop), training
-carries a key-value cache that nothing reads, and attention masks that a run skips are built while
-a model is exported.
+Each setting changes how the library computes but not the result. In Hugging Face's models, some
+mixtures loop over their experts in Python (`grouped_mm` is the same product without the loop),
+training builds a key-value cache that nothing reads, and export builds attention masks that a run
+skips.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from autopar.ir.guards import Guard
 
 
 def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:
-    """Set what the libraries offer on a copy of a model; says what was changed."""
+    """Change the settings on a copy of a model; returns a guard for each change."""
     guards: list[Guard] = []
     module: Any
     for module in clone.modules():
@@ -42,19 +42,19 @@ def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:
     return tuple(unique.values())
 
 
-# Modules that ask whether they are traced, and build masks for every case then.
+# Modules that build masks for every case if they are being traced.
 _MASKS = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
 _ASKED = ("is_tracing", "is_torchdynamo_exporting", "is_torchdynamo_compiling")
 
 
 def masks_can_be_skipped() -> bool:
-    """Whether a library is loaded that decides about masks by what it is told of tracing."""
+    """Whether a library is loaded that builds other masks while it is traced."""
     return any(name in sys.modules for name in _MASKS)
 
 
 @contextmanager
 def masks_as_run() -> Iterator[None]:
-    """While on, masks are built or skipped as in a run: what that depends on becomes a guard."""
+    """While on, masks are built or skipped as in a run; a guard records the condition."""
     with ExitStack() as stack:
         for module in filter(None, map(sys.modules.get, _MASKS)):
             for name in _ASKED:

@@ -1,4 +1,4 @@
-"""Where in the user's code something happens: frames, lines, and what a branch there does."""
+"""Lines of the user's code: which one runs, which one failed, and what a branch there does."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def is_users(filename: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Site:
-    """A place in the source. `text` is the line, without indentation."""
+class SourceLine:
+    """A line of source code; `text` is stripped of indentation."""
 
     file: str
     line: int
@@ -34,8 +34,8 @@ class Site:
         return f"{self.file}:{self.line}"
 
 
-def _site(file: str, line: int) -> Site:
-    return Site(file, line, linecache.getline(file, line).strip())
+def _source_line(file: str, line: int) -> SourceLine:
+    return SourceLine(file, line, linecache.getline(file, line).strip())
 
 
 def user_frame() -> FrameType | None:
@@ -46,26 +46,26 @@ def user_frame() -> FrameType | None:
     return frame
 
 
-def current_site() -> Site:
+def current_line() -> SourceLine:
     """The user's line that is being executed."""
     frame = user_frame()
     if frame is None:
-        return Site("unknown source", 0, "")
-    return _site(frame.f_code.co_filename, frame.f_lineno)
+        return SourceLine("unknown source", 0, "")
+    return _source_line(frame.f_code.co_filename, frame.f_lineno)
 
 
-def failing_site(error: BaseException) -> Site | None:
+def failing_line(error: BaseException) -> SourceLine | None:
     """The innermost line of the user's code that an exception passed through."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if is_users(f.filename)]
-    return _site(own[-1].filename, own[-1].lineno or 0) if own else None
+    return _source_line(own[-1].filename, own[-1].lineno or 0) if own else None
 
 
 def harmless_side(frame: FrameType | None) -> bool | None:
-    """Which value of the tensor now being tested does not raise.
+    """The value of the tested tensor that raises nothing.
 
-    For an `if` whose body only raises (warnings before it are fine), or an `assert`, read off the
-    syntax tree; None where the statement does anything else.
+    For an `assert`, or an `if` whose body only raises (after warnings perhaps), by the syntax tree.
+    None if the statement does anything else.
     """
     if frame is None:
         return None
@@ -80,11 +80,11 @@ def harmless_side(frame: FrameType | None) -> bool | None:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Assert | ast.If):
             continue
-        # a test without `and` and `or` is attributed to its statement
-        whole = where == (node.lineno, node.col_offset)
-        if not whole and not _covers(node.test, where):
+        # Python attributes a test without `and` and `or` to its statement
+        entire = where == (node.lineno, node.col_offset)
+        if not entire and not _covers(node.test, where):
             continue
-        at = None if whole else where
+        at = None if entire else where
         if isinstance(node, ast.Assert):
             return _polarity(node.test, at, True)
         if _only_raises(node.body):
@@ -99,10 +99,10 @@ _Position = tuple[int, int]
 
 def _position(code: CodeType, lasti: int) -> _Position | None:
     """Line and column of the expression that an instruction belongs to."""
-    found = next(islice(code.co_positions(), lasti // 2, None), None)
-    if found is None or found[0] is None or found[2] is None:
+    position = next(islice(code.co_positions(), lasti // 2, None), None)
+    if position is None or position[0] is None or position[2] is None:
         return None
-    return found[0], found[2]
+    return position[0], position[2]
 
 
 def _covers(node: ast.expr, where: _Position) -> bool:
@@ -112,21 +112,21 @@ def _covers(node: ast.expr, where: _Position) -> bool:
 
 
 def _only_raises(body: list[ast.stmt]) -> bool:
-    """Raises in the end, and does nothing before that lasts (building a message, warning)."""
+    """Whether it ends in a raise, after nothing but messages and warnings."""
     return isinstance(body[-1], ast.Raise) and all(
         isinstance(s, ast.Expr | ast.Assign | ast.Raise) for s in body
     )
 
 
-def _polarity(test: ast.expr, where: _Position | None, wanted: bool) -> bool | None:
-    """The value that the part of `test` at `where` (None: any part) has if `test` is `wanted`."""
+def _polarity(test: ast.expr, where: _Position | None, value: bool) -> bool | None:
+    """The value that the part of `test` at `where` (None: any part) has if `test` is `value`."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return _polarity(test.operand, where, not wanted)
+        return _polarity(test.operand, where, not value)
     if isinstance(test, ast.BoolOp):
         parts = [v for v in test.values if where is None or _covers(v, where)]
-        found = {_polarity(v, where, wanted) for v in parts}
-        return found.pop() if len(found) == 1 else None
+        values = {_polarity(v, where, value) for v in parts}
+        return values.pop() if len(values) == 1 else None
     if isinstance(test, ast.Call) and isinstance(test.func, ast.Name) and test.func.id == "bool":
-        return _polarity(test.args[0], where, wanted)
+        return _polarity(test.args[0], where, value)
     plain = isinstance(test, ast.Call | ast.Compare | ast.Name | ast.Attribute | ast.Subscript)
-    return wanted if plain else None
+    return value if plain else None

@@ -1,13 +1,13 @@
 """`ColoTracer`: captures a module as a functional ATen training graph on fake tensors.
 
-The module is cloned with its parameters and buffers replaced by fake tensors, so that nothing of
-the user's is read, moved or modified, and a model on the meta device traces as one on the target
-device. `torch.export` (non-strict) captures the clone; functionalizing it with an empty
-decomposition table keeps linear, layer_norm, attention and losses whole and turns in-place buffer
-updates into outputs. What Python asks about values on the way is answered in `branches.py`.
+The module is cloned with fake tensors as parameters and buffers. So the user's module is not read,
+moved or modified, and a model on the meta device is traced like one on the target device.
+`torch.export` (non-strict) captures the clone. Functionalization with an empty decomposition table
+does not decompose linear, layer_norm, attention and losses, and turns in-place buffer updates into
+outputs. `branches.py` answers Python's questions about values during the trace.
 
-`torch.fx._lazy_graph_module._use_lazy_graph_module` is private (the same in torch 2.11 and 2.13):
-each of export's passes would write the program out as Python, a third of the time of a capture.
+`torch.fx._lazy_graph_module._use_lazy_graph_module` is private (the same in torch 2.11 and 2.13).
+Without it, each of export's passes generates Python source, a third of the time of a capture.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ from autopar.ir.guards import Guard
 from autopar.ir.randomness import keep_draws
 from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
-from autopar.tracer.copies import Copies
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
-from autopar.tracer.normalize import detach_no_grad_regions, mend_users, model_graph
+from autopar.tracer.normalize import detach_no_grad_regions, model_graph, rebuild_users
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
 from autopar.tracer.settings import apply_settings, masks_as_run, masks_can_be_skipped
-from autopar.tracer.source import failing_site
+from autopar.tracer.source import failing_line
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +58,11 @@ class ColoTracer:
     """Traces modules into `ModelGraph`s.
 
     Args:
-        device: device type the program is captured for; ops may branch on it.
-        assume: what tensors that Python asks for the value of are taken to be, where nothing else
-            decides it: by `file.py:line` or a piece of that line's text.
-        dynamic: keep the first two dims of every input symbolic where the model allows it; the
-            graph's `symbols` says which are batch and sequence. Such a graph can be profiled for
-            any size, not planned.
+        device: device type of the captured program; ops may branch on it.
+        assume: values of tensors that Python asks for and that nothing else decides, by
+            `file.py:line` or a piece of that line's text.
+        dynamic: keep the first two dims of every input symbolic if the model allows it; the graph's
+            `symbols` names them. Such a graph can be profiled for any size, but not planned.
     """
 
     def __init__(
@@ -86,47 +84,47 @@ class ColoTracer:
     ) -> ModelGraph:
         """Capture `model(*args, **kwargs)` in the model's current train/eval mode.
 
-        Nothing of the model is run or changed. The values of the inputs are looked at only where
-        the model's Python branches on them; the graph's `guards` say where.
+        The model is neither run nor changed. The values of inputs are read only if the model's
+        Python branches on them; each such branch is one of the graph's `guards`.
 
         Raises:
             CaptureError: a construct cannot be captured; the message has the user's source line.
         """
-        given = (tuple(args), dict(kwargs or {}))
-        _check_inputs(model, given)
+        example = (tuple(args), dict(kwargs or {}))
+        _check_inputs(model, example)
         try:
             with collection_paused():
                 if masks_can_be_skipped():
                     try:
                         with masks_as_run():
-                            return self._lifting(model, given)
+                            return self._lifting(model, example)
                     except CaptureError:
-                        pass  # what decides about masks has no value: build them for every case
-                return self._lifting(model, given)
+                        pass  # the condition has no value: build masks for every case
+                return self._lifting(model, example)
         except CaptureError:
             raise
         except Exception as error:
-            raise CaptureError(_explain(model, error, given)) from error
+            raise CaptureError(_explain(model, error, example)) from error
 
-    def _lifting(self, model: torch.nn.Module, given: Any) -> ModelGraph:
+    def _lifting(self, model: torch.nn.Module, example: Any) -> ModelGraph:
         """Capture, starting over with functions that draw host random numbers as operators."""
         lifted: set[HostFunction] = set()
         while True:
             try:
-                return self._capture(model, given, lifted)
+                return self._capture(model, example, lifted)
             except Restart as restart:
                 lifted.add(restart.function)
 
-    def _capture(self, model: torch.nn.Module, given: Any, lifted: set[HostFunction]) -> ModelGraph:
+    def _capture(
+        self, model: torch.nn.Module, example: Any, lifted: set[HostFunction]
+    ) -> ModelGraph:
         mode = FakeTensorMode(
             shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=not self.dynamic
         )
         clone = self._fake_clone(model, mode)
         settings = apply_settings(clone)
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._faker(mode), given)
-        resolver = BranchResolver(_examples(model, given), self.assume)
-        if not self.dynamic:
-            Copies(clone, resolver)
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._faker(mode), example)
+        resolver = BranchResolver(_examples(model, example), self.assume)
         _watch(clone, resolver)
         with (
             warnings.catch_warnings(),
@@ -137,21 +135,21 @@ class ColoTracer:
             warnings.simplefilter("ignore")
             with _use_lazy_graph_module(True):
                 program = torch.export.export(
-                    clone, args, kwargs, dynamic_shapes=self._dynamic_shapes(given), strict=False
+                    clone, args, kwargs, dynamic_shapes=self._dynamic_shapes(example), strict=False
                 )
-            mend_users(program.graph_module)
+            rebuild_users(program.graph_module)
             detach_no_grad_regions(program.graph_module)
             if self.dynamic or not make_functional(program):
                 keep_draws(program.graph_module)
                 program = program.run_decompositions({})
         guards = (*settings, *resolver.guards)
         for guard in guards:
-            # a layer that is never dropped trains differently: that must not pass unseen
+            # a layer that is never dropped trains differently, so warn
             log.log(logging.WARNING if guard.kind == "random" else logging.INFO, "%s", guard)
         return model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
 
-    def _dynamic_shapes(self, given: Any) -> Any:
-        """For every input, which dims are symbolic; None if none is."""
+    def _dynamic_shapes(self, example: Any) -> Any:
+        """Symbolic dims of every input; None if none is."""
         if not self.dynamic:
             return None
 
@@ -165,7 +163,7 @@ class ColoTracer:
                 )
             return dict.fromkeys(range(min(2, value.ndim)), torch.export.Dim.AUTO)
 
-        args, kwargs = pytree.tree_map(dims, given)
+        args, kwargs = pytree.tree_map(dims, example)
         if args and kwargs:
             raise CaptureError("dynamic=True takes either positional inputs or keyword ones")
         return kwargs or args
@@ -195,9 +193,9 @@ class ColoTracer:
             ) from error
 
 
-def _check_inputs(model: torch.nn.Module, given: Any) -> None:
-    """Refuse what cannot be an input, by name."""
-    for path, value in pytree.tree_flatten_with_path(given)[0]:
+def _check_inputs(model: torch.nn.Module, example: Any) -> None:
+    """Raise for a value that cannot be an input."""
+    for path, value in pytree.tree_flatten_with_path(example)[0]:
         if value is None or isinstance(value, torch.Tensor | bool | int | float | str):
             continue
         if isinstance(value, torch.dtype | torch.device | torch.layout | complex):
@@ -214,15 +212,15 @@ def _has_values(t: torch.Tensor) -> bool:
     return not t.is_meta and not isinstance(t, FakeTensor)
 
 
-def _examples(model: torch.nn.Module, given: Any) -> dict[tuple[str, Any], torch.Tensor | None]:
+def _examples(model: torch.nn.Module, example: Any) -> dict[tuple[str, Any], torch.Tensor | None]:
     """Values by role; None for tensors that have none."""
-    found: dict[tuple[str, Any], torch.Tensor | None] = {}
-    for i, value in enumerate(pytree.tree_leaves(given)):
+    values: dict[tuple[str, Any], torch.Tensor | None] = {}
+    for i, value in enumerate(pytree.tree_leaves(example)):
         if isinstance(value, torch.Tensor):
-            found["input", i] = value.detach() if _has_values(value) else None
+            values["input", i] = value.detach() if _has_values(value) else None
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        found["buffer", name] = buffer.detach() if _has_values(buffer) else None
-    return found
+        values["buffer", name] = buffer.detach() if _has_values(buffer) else None
+    return values
 
 
 def _watch(clone: torch.nn.Module, resolver: BranchResolver) -> None:
@@ -246,17 +244,19 @@ def _watch(clone: torch.nn.Module, resolver: BranchResolver) -> None:
         for name, b in clone.named_buffers(remove_duplicate=False):
             if shapes.get(name, b.shape) != b.shape:
                 note = "the module keeps its own; the program makes the new one at each step"
-                what = "buffer replaced by one of another shape"
-                resolver.guards.append(Guard("setting", name, what, tuple(b.shape), note))
-        # results as well, so that the draws stay in the program
+                text = "buffer replaced by one of another shape"
+                resolver.guards.append(Guard("setting", name, text, tuple(b.shape), note))
+        # returned too, so that the draws stay in the program
         return results, resolver.draws
 
     clone.forward = watched
 
 
 def _plain_results(results: Any) -> Any:
-    """Results as trees of tensors and numbers: data classes are registered as nodes, and what is
-    neither (a key-value cache, a statistics object) is left out."""
+    """Results as trees of tensors and numbers.
+
+    Data classes are registered as tree nodes. Other objects (a key-value cache) become None.
+    """
     _register_dataclasses(results)
 
     def keep(value: Any) -> Any:
@@ -280,7 +280,7 @@ def _register_dataclasses(value: Any) -> None:
             _register_dataclasses(item)
 
 
-# Errors that a graph cannot be made, whatever the inputs; others the model itself may raise.
+# Errors of capture, for all inputs; the model itself may raise others.
 _UNCAPTURABLE = (
     GuardOnDataDependentSymNode,
     DataDependentOutputException,
@@ -289,11 +289,11 @@ _UNCAPTURABLE = (
 )
 
 
-def _explain(model: torch.nn.Module, error: Exception, given: Any) -> str:
-    """What failed, at which line of the user's code, and what to do."""
+def _explain(model: torch.nn.Module, error: Exception, example: Any) -> str:
+    """What failed, at which line of the user's code, and the remedy."""
     recorded = [f"{f}:{n}" for f, n in _FRAME.findall(str(error)) if "/torch/" not in f]
-    site = failing_site(error)
-    where = f"{site}: `{site.text}`" if site else (recorded or ["unknown line"])[-1]
+    line = failing_line(error)
+    where = f"{line}: `{line.text}`" if line else (recorded or ["unknown line"])[-1]
     first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     if isinstance(error, _UNCAPTURABLE):
         remedy = (
@@ -303,8 +303,8 @@ def _explain(model: torch.nn.Module, error: Exception, given: Any) -> str:
         )
     else:
         remedy = (
-            f"The inputs were {_described(given)}. If the model fails on them without autopar "
-            "too, mend the inputs (shapes, dtypes, names) or the model."
+            f"The inputs were {_described(example)}. If the model fails on them without autopar "
+            "too, correct the inputs (shapes, dtypes, names) or the model."
         )
     return (
         f"cannot capture {type(model).__name__} as one graph: {type(error).__name__}: {first}\n"
@@ -312,9 +312,9 @@ def _explain(model: torch.nn.Module, error: Exception, given: Any) -> str:
     )
 
 
-def _described(given: Any) -> str:
+def _described(example: Any) -> str:
     parts = []
-    for path, value in pytree.tree_flatten_with_path(given)[0]:
+    for path, value in pytree.tree_flatten_with_path(example)[0]:
         what = (
             f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
             if isinstance(value, torch.Tensor)

@@ -1,10 +1,10 @@
-"""What a forward writes in place besides buffers: its parameters and its inputs.
+"""In-place writes of a forward into parameters and inputs.
 
-A parameter that is clamped in the forward (`self.weight.data.clamp_(-1, 1)`) changes before it is
-used, and its gradient is that of the changed value. Functionalized, the change would cut the
-parameter off from its gradient; it is therefore taken out of the graph, as an update to make before
-the program runs. That is right if the change is element by element and made before any other use;
-anything else is refused. Writes into inputs are dropped: the caller's tensors stay as they are.
+A forward may clamp a parameter (`self.weight.data.clamp_(-1, 1)`) before it uses it; the gradient
+is that of the clamped value. Functionalization would disconnect the parameter from its gradient. So
+the change leaves the graph and becomes an update that runs before the program. This is correct if
+the change is pointwise and comes before any other use; other writes are refused. Writes into inputs
+are dropped, so the caller's tensors do not change.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from autopar.ir.guards import Guard
 def take_out_writes(
     gm: fx.GraphModule, specs: Sequence[OutputSpec], placeholders: Mapping[str, fx.Node]
 ) -> tuple[dict[str, fx.GraphModule], tuple[Guard, ...]]:
-    """Leave buffer writes, then results, among the outputs of a program.
+    """Remove all outputs of a program except buffer writes and results, in this order.
 
     Args:
-        specs: what each output is.
+        specs: of the outputs.
         placeholders: by qualified parameter name.
 
     Returns:
-        updates of parameters to make first, by name, and what was dropped.
+        updates of parameters by name, and guards for dropped writes.
 
     Raises:
-        CaptureError: a parameter is written in another way.
+        CaptureError: the forward writes into a parameter in another way.
     """
     output = gm.graph.output_node()
     values = output.args[0]
@@ -50,10 +50,10 @@ def take_out_writes(
             dropped.append(Guard("setting", str(spec.target), "write into an input", None, note))
         else:
             by_kind.setdefault(spec.kind, []).append(value)
-    kept = by_kind.pop(OutputKind.BUFFER_MUTATION, [])
-    kept += by_kind.pop(OutputKind.USER_OUTPUT, [])
+    remaining = by_kind.pop(OutputKind.BUFFER_MUTATION, [])
+    remaining += by_kind.pop(OutputKind.USER_OUTPUT, [])
     assert not by_kind, f"outputs of kind {[*by_kind]}"
-    output.args = (tuple(kept),)
+    output.args = (tuple(remaining),)
     for name, value in written:
         updates[name] = _update(gm, name, placeholders[name], value)
         value.replace_all_uses_with(placeholders[name])
@@ -61,7 +61,7 @@ def take_out_writes(
 
 
 def _update(gm: fx.GraphModule, name: str, parameter: fx.Node, value: fx.Node) -> fx.GraphModule:
-    """The change of a parameter as a program of its own."""
+    """The change of a parameter as a separate program."""
     frontier = [value]
     chain: set[fx.Node] = set()
     while frontier:

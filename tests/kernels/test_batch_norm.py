@@ -39,15 +39,15 @@ def test_equals_what_was_captured(device):
     plain, ours = (fx.symbolic_trace(Norms(training=True)) for _ in range(2))
     use_library(ours)
     assert [n.target for n in ours.graph.find_nodes(op="call_function", target=OPERATORS[1])]
-    given = values(device)
-    wanted, found = plain(*given), ours(*given)
-    torch.testing.assert_close(found, wanted)
-    seed = torch.randn_like(wanted[0])
+    arguments = values(device)
+    expected, actual = plain(*arguments), ours(*arguments)
+    torch.testing.assert_close(actual, expected)
+    seed = torch.randn_like(expected[0])
     torch.testing.assert_close(
-        torch.autograd.grad(found[0], given[:3], seed),
-        torch.autograd.grad(wanted[0], given[:3], seed),
+        torch.autograd.grad(actual[0], arguments[:3], seed),
+        torch.autograd.grad(expected[0], arguments[:3], seed),
     )
-    assert torch.equal(given[3], torch.zeros_like(given[3]))
+    assert torch.equal(arguments[3], torch.zeros_like(arguments[3]))
 
 
 def test_evaluation_is_left_alone():

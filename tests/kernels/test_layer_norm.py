@@ -73,12 +73,12 @@ def check_values(
     assert_close(out, expected[0].to(dtype))
     assert_close(mean, expected[1].to(acc_dtype(dtype)))
     assert_close(rstd, expected[2].to(acc_dtype(dtype)))
-    for ours, theirs, wanted in zip(grads, expected_grads, mask, strict=True):
-        if wanted:
+    for ours, reference, needed in zip(grads, expected_grads, mask, strict=True):
+        if needed:
             # Sums may cancel, so errors are relative to the terms: of x̂, and in dx times rstd. They
             # add up like a random walk over the rows.
             scale = max(1.0, rstd.max().item(), rstd.numel() ** 0.5) if rstd.numel() else 1.0
-            assert_close(ours, theirs.to(dtype), **tolerance(dtype, scale))
+            assert_close(ours, reference.to(dtype), **tolerance(dtype, scale))
         else:
             assert ours.numel() == 0
 
@@ -208,7 +208,7 @@ def test_compiles_for_a_gpu(element) -> None:
 
 
 class Norms(nn.Module):
-    """Layer norms with every mixture of gradients wanted from them."""
+    """Layer norms with every combination of required gradients."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

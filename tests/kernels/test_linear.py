@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autopar.kernels.linear import _linear, add_bias_within
+from autopar.kernels.linear import add_bias_within, linear_operator
 
 aten = torch.ops.aten
-pytestmark = pytest.mark.skipif(_linear() is None, reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(linear_operator() is None, reason="torch without oneDNN")
 
 
 def linear(bias, x, weight):
@@ -22,20 +22,20 @@ def replaced(function, *arguments):
     gm = make_fx(function, tracing_mode="fake")(*arguments)
     before = len(gm.graph.nodes)
     gm = add_bias_within(gm)
-    done = bool(gm.graph.find_nodes(op="call_function", target=_linear()))
+    done = bool(gm.graph.find_nodes(op="call_function", target=linear_operator()))
     assert len(gm.graph.nodes) == before - done  # the weight needs no turning
     return gm, done
 
 
-@pytest.mark.parametrize(("rows", "given", "made"), [(1, 1, 1), (5, 3, 7), (64, 256, 130)])
-def test_the_same_product(rows, given, made):
-    arguments = torch.randn(made), torch.randn(rows, given), torch.randn(made, given)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (5, 3, 7), (64, 256, 130)])
+def test_the_same_product(rows, inputs, outputs):
+    arguments = torch.randn(outputs), torch.randn(rows, inputs), torch.randn(outputs, inputs)
     gm, done = replaced(linear, *arguments)
     assert done
-    found = gm(*arguments)
-    assert found.is_contiguous()
+    actual = gm(*arguments)
+    assert actual.is_contiguous()
     exact = linear(*(x.double() for x in arguments)).float()
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["double", "scaled", "rows of bias", "turned", "empty"])

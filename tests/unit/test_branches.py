@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from autopar import ColoTracer
 from autopar.errors import CaptureError
-from tests.unit.captures import LABELS, Holder, X, captured, check
+from tests.captures import LABELS, Holder, X, captured, check
 
 # -- inputs decide: guards ----------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ def test_other_host_draws_are_refused_by_line():
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
 def test_draws_by_another_name_are_found_out(draw):
-    with pytest.raises(CaptureError, match="took hold of before"):
+    with pytest.raises(CaptureError, match="imported before the capture"):
         captured(lambda m, x: m.linear(x) * draw(), X)
 
 

@@ -1,7 +1,7 @@
 """Layout conversion: every step on every spec, minima against brute force, and what compares.
 
 Any path is right if each of its steps is and they chain: so all steps out of all specs are run, the
-paths of all pairs are followed, and only a sample of whole paths is run besides.
+paths of all pairs are followed, and a sample of entire paths is run too.
 """
 
 import heapq
@@ -13,16 +13,16 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-import torch.fx as fx
 
 from autopar import ClusterInfo
 from autopar.cluster.link import Link
 from autopar.ir.spec import ShardingSpec, chunk, fills_every_rank, local_shape
-from autopar.passes.apply_sharding import _Rank, _Rewriter
+from autopar.passes.apply_sharding import step_call
 from autopar.runtime.distribute import shard_of
 from autopar.sharding.conversion.converter import LayoutConverter, Step
 from autopar.sharding.conversion.graph import KINDS
-from tests.unit.lockstep import Lockstep
+from benchmarks.conversion_baselines import axis_by_axis, greedy
+from tests.lockstep import Lockstep
 
 parse = ShardingSpec.parse
 
@@ -74,11 +74,11 @@ def _all_specs(shape, mesh):
 
 
 def _is_step(step: Step) -> bool:
-    """Whether source and target differ as the table in `conversion.py` says."""
+    """Whether source and target differ as the table of `converter.py` says."""
     a, b, axis = step.source, step.target, step.axis
     before, after = {
-        "gather": (f"S{step.dim}", "R"),
-        "gather_vary": (f"S{step.dim}", "V"),
+        "all_gather": (f"S{step.dim}", "R"),
+        "all_gather_vary": (f"S{step.dim}", "V"),
         "all_to_all": (f"S{step.dim}", f"S{step.to_dim}"),
         "all_reduce": ("P", "R"),
         "reduce_scatter": ("P", f"S{step.dim}"),
@@ -230,14 +230,14 @@ def test_never_above_greedy_or_axis_by_axis(mesh, shape, count):
     converter = converter_of(mesh)
     for source, target in _reachable(converter.specs(shape), count, 0):
         cost = converter.cost_us(shape, 4, source, target)
-        for other in (converter.heuristic, converter.axis_by_axis):
-            path = other(shape, source, target)
+        for baseline in (greedy, axis_by_axis):
+            path = baseline(converter, shape, source, target)
             assert _ends(path, source, target)
             assert cost <= _price(converter, shape, path) * (1 + 1e-12)
 
 
 def test_greedy_reproduces_the_known_example():
-    path = converter_of("2x4").heuristic((8, 8, 8), parse("S01RR"), parse("RS01R"))
+    path = greedy(converter_of("2x4"), (8, 8, 8), parse("S01RR"), parse("RS01R"))
     assert [str(s.target) for s in path] == ["S0RR", "RS0R", "RS01R"]
 
 
@@ -253,7 +253,7 @@ def test_greedy_reproduces_the_known_example():
     ],
 )
 def test_axis_by_axis_is_what_dtensor_does(source, target, through):
-    path = converter_of("2x4").axis_by_axis((16, 16), parse(source), parse(target))
+    path = axis_by_axis(converter_of("2x4"), (16, 16), parse(source), parse(target))
     assert [str(s.target) for s in path] == through
 
 
@@ -270,7 +270,7 @@ def test_an_illegal_spec_is_named():
 
 
 def test_the_order_of_axes_changes():
-    """S01 to S10: ranks swap whole shards, which takes the axes one after the other."""
+    """S01 to S10: ranks swap shards along one axis after the other."""
     converter = converter_of("2x2x2")
     for shape in [(64,), (64, 64), (64, 64, 64)]:
         rest = "R" * (len(shape) - 1)
@@ -288,10 +288,6 @@ class _Mesh:
         self.converter, self.shape = converter_of(mesh, "cpu"), shape
         self.mesh = self.converter.mesh
         self.world = Lockstep(self.mesh)
-        self.rewriters = [
-            _Rewriter(None, None, _Rank(self.mesh, c, self.world.names[c], self.converter), {})  # type: ignore[arg-type]
-            for c in self.world.ranks
-        ]
         generator = torch.Generator().manual_seed(0)
         self.x, self.weight = (
             torch.randint(-99, 99, shape, generator=generator).double() for _ in range(2)
@@ -300,13 +296,13 @@ class _Mesh:
 
     def _shards(self, which, dims, pending):
         """What each rank holds; of sums over `pending` axes, terms 3 x, -2 x and 0."""
-        found = []
+        shards = []
         for coords in self.world.ranks:
             shard = shard_of(getattr(self, which), ShardingSpec(dims), self.mesh, coords)
             for axis in pending:
                 shard = shard * (3, -2, *[0] * self.mesh[axis])[coords[axis]]
-            found.append(shard.contiguous())
-        return found
+            shards.append(shard.contiguous())
+        return shards
 
     def check(self, path, source, target):
         """Run the steps on all ranks, and the backward of sum(weight * value).
@@ -336,11 +332,10 @@ class _Mesh:
 
     def _calls(self, step, values):
         """The program's own call of the step, per rank."""
-        for rewriter, x in zip(self.rewriters, values, strict=True):
-            node = rewriter._step(rewriter.out.placeholder("x"), step, self.shape)
-            function, (_, *rest) = node.target, node.args
-            rewriter.out = fx.Graph()
-            yield lambda f=function, x=x, rest=rest: f(x, *rest)
+        for coords, x in zip(self.world.ranks, values, strict=True):
+            group = self.world.names[coords][step.axis]
+            function, rest = step_call(step, self.shape, self.mesh, coords, group)
+            yield partial(function, x, *rest)
 
     def _compare(self, which, got, dims, pending):
         total: dict[tuple[int, ...], torch.Tensor] = {}

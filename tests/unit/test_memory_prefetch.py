@@ -19,7 +19,7 @@ from autopar.schedule.prefetch import prefetched, step_us
 from autopar.schedule.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
 from autopar.schedule.simulate import check, peak_bytes, timeline
 from autopar.schedule.splits import _SPLITS, halves_of
-from tests.unit.lockstep import Lockstep
+from tests.lockstep import Lockstep
 
 GATHER, REDUCE = "autopar.all_gather.default", "autopar.reduce_scatter.default"
 BLOCKS = 3

@@ -19,9 +19,9 @@ from autopar.passes.verify import VerifyError, collective_signature, propagate_s
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.planner import Planned, make_plan
 from autopar.runtime.distribute import shard_of
+from tests.lockstep import Lockstep
 from tests.lowering import graphs_of
 from tests.models import CASES
-from tests.unit.lockstep import Lockstep
 
 MESH = (4,)
 ops = torch.ops.autopar

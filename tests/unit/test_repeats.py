@@ -19,7 +19,7 @@ def test_turns_of_a_loop_share_their_places():
 
 
 def test_what_is_no_loop_stays_apart():
-    assert folded("abcdabcd") == list(range(8))  # two turns
+    assert folded("abcdabcd") == list(range(8))  # two iterations
     assert folded("aaaa") == [0, 1, 2, 3]
     assert folded("abab") == [0, 1, 2, 3]
     assert folded("") == []
@@ -27,8 +27,8 @@ def test_what_is_no_loop_stays_apart():
 
 def test_loops_of_different_blocks_are_one():
     sequence = [(f"layers.{i}.mixer", op) for i in range(2) for op in "p" + "abcd" * 3]
-    found = places([*sequence, ("head", "p")])
-    assert found[-1] is None
-    assert found[:13] == found[13:26]
-    assert found[1] == found[5] == found[9] != found[2]
+    keys = places([*sequence, ("head", "p")])
+    assert keys[-1] is None
+    assert keys[:13] == keys[13:26]
+    assert keys[1] == keys[5] == keys[9] != keys[2]
     assert places([("loop", op) for op in "abcd" * 3])[0] is not None

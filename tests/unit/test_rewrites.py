@@ -9,7 +9,7 @@ from torch import nn
 
 from autopar import ColoTracer
 from autopar.errors import CaptureError
-from tests.unit.captures import LABELS, X, captured, check
+from tests.captures import LABELS, X, captured, check
 
 
 class Reversed(torch.autograd.Function):
@@ -104,7 +104,7 @@ def test_products_that_are_cut_have_their_parts_as_a_dim():
 
 
 def test_products_that_are_not_cut_stay():
-    def whole(m, x):
+    def full_buffers(m, x):
         h = m.linear(x)
         heads = h.view(6, 2, 2).transpose(0, 1)  # all of them go on
         one, rest = h.split([1, 3], dim=-1)
@@ -120,7 +120,7 @@ def test_products_that_are_not_cut_stay():
             + (early.sum())
         )
 
-    model, graph = captured(whole, X)
+    model, graph = captured(full_buffers, X)
     check(model, graph, X)
     assert len(_packed(graph)) == 1  # first and second
 
@@ -152,9 +152,9 @@ def test_draws_that_nobody_uses_are_made(writes):
     model, graph = captured(function, X)
     run = graph.bind(model)
     torch.manual_seed(5)
-    ours = run(X)
+    actual = run(X)
     torch.manual_seed(5)
-    assert torch.equal(ours, model(X))
+    assert torch.equal(actual, model(X))
 
 
 def test_a_parameter_that_is_clamped_in_the_forward_keeps_its_gradient():
@@ -165,12 +165,12 @@ def test_a_parameter_that_is_clamped_in_the_forward_keeps_its_gradient():
     model, graph = captured(function, X)
     assert list(graph.updates) == ["linear.weight"]
     alone = copy.deepcopy(model)
-    ours, theirs = graph.bind(model)(X), alone(X)
-    assert torch.equal(ours, theirs)
+    actual, expected = graph.bind(model)(X), alone(X)
+    assert torch.equal(actual, expected)
     assert torch.equal(model.linear.weight, alone.linear.weight)
     weights = [list(m.parameters()) for m in (model, alone)]
-    for a, b in zip(torch.autograd.grad(ours.sum(), weights[0]),
-                    torch.autograd.grad(theirs.sum(), weights[1]), strict=True):  # fmt: skip
+    for a, b in zip(torch.autograd.grad(actual.sum(), weights[0]),
+                    torch.autograd.grad(expected.sum(), weights[1]), strict=True):  # fmt: skip
         assert torch.equal(a, b) and a.abs().max() > 0
 
 
@@ -191,9 +191,9 @@ def test_the_callers_inputs_stay_as_they_are():
 
     model, graph = captured(function, X, LABELS.clone())
     labels = LABELS.clone()
-    ours = graph.bind(model)(X, labels)
+    actual = graph.bind(model)(X, labels)
     assert torch.equal(labels, LABELS)
-    assert torch.equal(ours, model(X, labels))
+    assert torch.equal(actual, model(X, labels))
     assert graph.guards[0].text == "write into an input"
 
 

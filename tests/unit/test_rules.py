@@ -1,4 +1,4 @@
-"""Every row of the rule table is right: random calls, meshes and strategies, rank by rank."""
+"""Every row of the rule table is correct: random calls, meshes and strategies, rank by rank."""
 
 import dataclasses
 import json
@@ -6,15 +6,16 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from autopar.sharding.lowerings.declared import has_declaration
 from autopar.sharding.rule import OpRule, Row, strategies
 from autopar.sharding.rules import registry
 from autopar.testing.rules import check, record
 from autopar.testing.rules.case import check_case
 from autopar.testing.rules.draw import Draw, Sample
-from autopar.testing.rules.missing import from_calls, look_at
+from autopar.testing.rules.missing import coverage_of, from_calls
 from autopar.testing.rules.one_op import one_op
 from autopar.testing.rules.propose import propose
 from autopar.testing.rules.samples import draw_sample, find_op, has_sampler, table_ops
@@ -39,6 +40,30 @@ def test_rules_hold(part, capsys):
     assert not [r.name for r in reports if not r.cases], "ops of which no case was run"
 
 
+def declaring_ops():
+    """Ops for which a drawn call has a strategy whose lowering declares collectives."""
+    names = []
+    for name in table_ops():
+        draw = Draw(random.Random(f"{SEED} {name}"))
+        for _ in range(4):
+            try:
+                rule, _ = one_op(draw_sample(find_op(name), draw), draw).rule
+            except (RuntimeError, IndexError, NotImplementedError, ValueError):
+                continue
+            if rule.lowering is not None and has_declaration(rule.lowering):
+                names.append(name)
+                break
+    return names
+
+
+def test_lowerings_run_the_collectives_that_they_declare():
+    names = declaring_ops()
+    assert len(names) > 25
+    for name in names:
+        report = check.prove_op(name, 12, SEED)
+        assert not report.failures, "\n\n".join(map(str, report.failures))
+
+
 def test_every_op_has_a_sampler():
     assert [name for name in table_ops() if not has_sampler(name)] == []
 
@@ -50,7 +75,7 @@ def test_rules_hold_for_what_hypothesis_draws(source, name):
     try:
         one = one_op(draw_sample(find_op(name), draw), draw)
     except (RuntimeError, IndexError, NotImplementedError, ValueError):
-        return  # torch refuses the call
+        assume(False)  # torch refuses the call
     mesh = draw.choice(check.MESHES)
     strategy = draw.choice(one.strategies(mesh))
     outcome = check_case(one, mesh, strategy, draw)
@@ -60,8 +85,8 @@ def test_rules_hold_for_what_hypothesis_draws(source, name):
 # -- the proof finds what is wrong --------------------------------------------------------------
 
 
-def wrong(monkeypatch, name: str, row: Row, **options) -> str:
-    """What the proof says of an op whose row is replaced."""
+def failures_of(monkeypatch, name: str, row: Row, **options) -> str:
+    """The proof's failures for an op whose row is replaced."""
     monkeypatch.setitem(registry.ROWS, name, row)
     monkeypatch.delitem(registry.DERIVED, name, raising=False)
     report = check.prove_op(name, options.get("cases", 60), 0)
@@ -70,19 +95,21 @@ def wrong(monkeypatch, name: str, row: Row, **options) -> str:
 
 
 def test_a_split_that_is_no_pending_sum_is_found(monkeypatch):
-    said = wrong(monkeypatch, "aten.amax.default", Row("*d r -> *d"))
-    assert "rule refuses" in said or "result 0" in said
+    text = failures_of(monkeypatch, "aten.amax.default", Row("*d r -> *d"))
+    assert "rule refuses" in text or "result 0" in text
 
 
 def test_a_wrong_linear_set_is_found(monkeypatch):
-    said = wrong(monkeypatch, "aten.mm.default", Row("m k, k n -> m n", linear=((0, 1),)))
-    assert "strategy '~0" in said
-    assert "result 0 on rank (0,): off by" in said
+    text = failures_of(monkeypatch, "aten.mm.default", Row("m k, k n -> m n", linear=((0, 1),)))
+    assert "strategy 'sum0" in text
+    assert "result 0 on rank (0,): off by" in text
 
 
 def test_a_gradient_that_is_summed_too_little_is_found(monkeypatch):
-    said = wrong(monkeypatch, "aten.mm.default", Row("m! k, k n -> m n", lowering=half_lost))
-    assert "gradient of operand 1" in said
+    text = failures_of(
+        monkeypatch, "aten.mm.default", Row("m:lowered k, k n -> m n", lowering=half_lost)
+    )
+    assert "gradient of operand 1" in text
 
 
 def half_lost(x, weight, *, shard):
@@ -91,22 +118,24 @@ def half_lost(x, weight, *, shard):
 
 def test_replicas_that_draw_differently_are_found(monkeypatch):
     name = "aten.native_dropout.default"
-    said = wrong(monkeypatch, name, Row("*d -> *d, *d", lowering=unseeded, always=True))
-    assert "result" in said
+    text = failures_of(monkeypatch, name, Row("*d -> *d, *d", lowering=unseeded, always=True))
+    assert "result" in text
 
 
-def unseeded(x, p, train=True, *, shard, seed, site):
+def unseeded(x, p, train=True, *, shard, seed, stream):
     keep = torch.rand(x.shape) >= p
     return x * keep / (1 - p), keep
 
 
 def test_shards_that_draw_alike_are_found(monkeypatch):
     name = "aten.native_dropout.default"
-    said = wrong(monkeypatch, name, Row("*d -> *d, *d", lowering=alike, always=True), cases=120)
-    assert "the same draw" in said
+    text = failures_of(
+        monkeypatch, name, Row("*d -> *d, *d", lowering=same_everywhere, always=True), cases=120
+    )
+    assert "the same draw" in text
 
 
-def alike(x, p, train=True, *, shard, seed, site):
+def same_everywhere(x, p, train=True, *, shard, seed, stream):
     if not train or p == 0:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
     keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(int(seed))) >= p
@@ -114,8 +143,10 @@ def alike(x, p, train=True, *, shard, seed, site):
 
 
 def test_a_rank_that_fails_does_not_hang_the_others(monkeypatch):
-    said = wrong(monkeypatch, "aten.mm.default", Row("m k!, k! n -> m n", lowering=deserter))
-    assert "RuntimeError: gone" in said
+    text = failures_of(
+        monkeypatch, "aten.mm.default", Row("m k:lowered, k n -> m n", lowering=deserter)
+    )
+    assert "RuntimeError: gone" in text
 
 
 def deserter(x, weight, *, shard):
@@ -123,6 +154,21 @@ def deserter(x, weight, *, shard):
 
     if not shard["k"][0]:
         raise RuntimeError("gone")
+    return total(x @ weight, groups_of(shard, "k"))
+
+
+def test_a_lowering_that_runs_other_collectives_than_it_declares_is_found(monkeypatch):
+    text = failures_of(
+        monkeypatch, "aten.mm.default", Row("m k:complete, k n -> m n", lowering=undeclared)
+    )
+    assert (
+        "the collectives on rank (0,): the forward declares none and runs 1 all_reduce of" in text
+    )
+
+
+def undeclared(x, weight, *, shard):
+    from autopar.sharding.lowerings.shard import groups_of, total
+
     return total(x @ weight, groups_of(shard, "k"))
 
 
@@ -192,16 +238,16 @@ def test_rows_are_found_again(make, notation, linear):
     for seed, sizes in enumerate([[4, 5, 6, 7], [7, 4, 5, 6], [6, 7, 4, 5]]):
         draw = Draw(random.Random(seed))
         ones.append(one_op(make(draw, sizes), draw))
-    ((dims, found),) = from_calls(ones, Draw(random.Random(0))).items()
-    row = propose(found, dims, [t.ndim for t in ones[0].outputs])
+    ((dims, evidence),) = from_calls(ones, Draw(random.Random(0))).items()
+    row = propose(evidence, dims, [t.ndim for t in ones[0].outputs])
     assert (row.notation, row.linear) == (notation, linear)
 
 
 def test_what_a_timid_row_leaves_out_is_told(monkeypatch):
     name = "aten.mm.default"
-    assert look_at(name, 0).left_out == ()
+    assert coverage_of(name, 0).omitted == ()
     monkeypatch.setitem(registry.ROWS, name, Row("m [k], [k] n -> m n", linear=((0,), (1,))))
-    assert [str(f.way) for f in look_at(name, 0).missing] == ["S1, S0 -> P"]
+    assert [str(f.strategy) for f in coverage_of(name, 0).missing] == ["S1, S0 -> P"]
 
 
 # `autopar rules check --discover` looks at all ops
@@ -217,17 +263,21 @@ def test_what_a_timid_row_leaves_out_is_told(monkeypatch):
     ],
 )  # fmt: skip
 def test_rows_leave_nothing_out(name):
-    looked = look_at(name, SEED, calls=16)
-    assert looked.ways and not looked.missing, [str(f.way) for f in looked.missing]
+    looked = coverage_of(name, SEED, calls=16)
+    assert looked.strategies and not looked.missing, [str(f.strategy) for f in looked.missing]
 
 
 def test_what_is_left_out_on_purpose_has_a_reason(monkeypatch):
-    (found,) = look_at("aten.rms_norm.default", 0).left_out
-    assert str(found.way) == "R, P -> P" and found.reason.startswith("weight and bias are param")
+    (evidence,) = coverage_of("aten.rms_norm.default", 0).omitted
+    assert str(evidence.strategy) == "R, P -> P" and evidence.reason.startswith(
+        "weight and bias are param"
+    )
     monkeypatch.setitem(
         registry.DERIVED, "aten.rms_norm.default", lambda call: replicated_like(call)
     )
-    assert "S0, R -> S0" in [str(f.way) for f in look_at("aten.rms_norm.default", 0).missing]
+    assert "S0, R -> S0" in [
+        str(f.strategy) for f in coverage_of("aten.rms_norm.default", 0).missing
+    ]
 
 
 def replicated_like(call):
@@ -240,7 +290,7 @@ def test_attention_with_split_values_repeats_the_scores():
     row = registry.ROWS["aten.scaled_dot_product_attention.default"][-1]
     rule = row.bind([shape, shape, shape, None], [shape])
     share = {s.name: s.share((2,)) for s in strategies(rule, (2,))}
-    assert share == {"-": 1.0, "b2": 0.5, "b1": 0.5, "q": 0.5, "e": 0.75, "~0": 1.0}
+    assert share == {"-": 1.0, "b2": 0.5, "b1": 0.5, "q": 0.5, "e": 0.75, "sum0": 1.0}
 
 
 # -- the record ---------------------------------------------------------------------------------

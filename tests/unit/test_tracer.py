@@ -129,7 +129,7 @@ def test_inputs_and_results_of_many_kinds():
     class Output:
         loss: torch.Tensor
         parts: tuple
-        note: str = "kept"
+        note: str = "plain"
 
     class Model(nn.Module):
         def __init__(self):
@@ -146,10 +146,13 @@ def test_inputs_and_results_of_many_kinds():
     x = torch.randn(3, 4, dtype=torch.float64)
     kwargs = {"table": {"scale": torch.tensor(2.0)}, "flag": True}
     graph = ColoTracer().trace(model, ((x, x + 1), None), kwargs)
-    ours, theirs = graph.bind(model)((x, x + 1), None, **kwargs), model((x, x + 1), None, **kwargs)
-    assert type(ours) is Output and ours.note == "kept" and ours.parts[1][1] is None
-    assert torch.equal(ours.loss, theirs.loss)
-    assert torch.equal(ours.parts[1][0], theirs.parts[1][0])
+    actual, expected = (
+        graph.bind(model)((x, x + 1), None, **kwargs),
+        model((x, x + 1), None, **kwargs),
+    )
+    assert type(actual) is Output and actual.note == "plain" and actual.parts[1][1] is None
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.parts[1][0], expected.parts[1][0])
 
 
 def test_recurrent_networks_and_ctc():
@@ -168,10 +171,10 @@ def test_recurrent_networks_and_ctc():
     x = torch.randn(2, 9, 4, dtype=torch.float64)
     batch = (x, torch.tensor([[1, 2, 3], [4, 1, 0]]), torch.tensor([3, 2]))
     graph = ColoTracer().trace(model, batch)
-    ours, theirs = graph.bind(model)(*batch), model(*batch)
-    assert abs(ours.item() - theirs.item()) < 1e-12
+    actual, expected = graph.bind(model)(*batch), model(*batch)
+    assert abs(actual.item() - expected.item()) < 1e-12
     weights = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(ours, weights), torch.autograd.grad(theirs, weights),
+    for a, b in zip(torch.autograd.grad(actual, weights), torch.autograd.grad(expected, weights),
                     strict=True):  # fmt: skip
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
     assert any("ctc_loss" in str(n.target) for n in graph.nodes)
@@ -181,7 +184,7 @@ def test_recurrent_networks_and_ctc():
     ("inputs", "message"),
     [
         ((np.ones((3, 4)),), "is a ndarray.*torch.as_tensor"),
-        ((torch.ones(3, 5),), r"float32\[3, 5\].*mend the inputs"),
+        ((torch.ones(3, 5),), r"float32\[3, 5\].*correct the inputs"),
         ((torch.ones(3, 4), torch.ones(7)), r"1: float32\[7\]"),
         ((), "missing a required argument: 'x'"),
     ],
@@ -273,6 +276,6 @@ def test_buffers_are_written_the_quick_way_as_the_long_one(monkeypatch, way):
     long = ColoTracer().trace(model, (x,))
     assert quick.fingerprint == long.fingerprint
     assert quick.mutations == long.mutations
-    ours, eager = copy.deepcopy(model), copy.deepcopy(model)
-    assert all(map(torch.equal, quick.bind(ours)(x), eager(x)))
-    assert all(map(torch.equal, ours.buffers(), eager.buffers()))
+    actual, eager = copy.deepcopy(model), copy.deepcopy(model)
+    assert all(map(torch.equal, quick.bind(actual)(x), eager(x)))
+    assert all(map(torch.equal, actual.buffers(), eager.buffers()))

@@ -1,4 +1,4 @@
-"""Families found by themselves: every model type of transformers, every architecture of timm.
+"""Families that are enumerated: every model type of transformers, every architecture of timm.
 
 A family is looked for in the worker that tries it: the head by which the library trains the type,
 the smallest configuration that runs forward and backward, a batch that fits it. What does not run
@@ -55,13 +55,13 @@ def hf_types() -> dict[str, tuple[str, str]]:
     """Model type to head and class name, for every type that has a head."""
     from transformers.models.auto import modeling_auto
 
-    found: dict[str, tuple[str, str]] = {}
+    heads: dict[str, tuple[str, str]] = {}
     for head in HEADS:
         names = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES")
         for kind, classes in names.items():
             name = classes if isinstance(classes, str) else classes[0]
-            found.setdefault(kind, (head, name))
-    return found
+            heads.setdefault(kind, (head, name))
+    return heads
 
 
 def hf_family(name: str) -> Family:

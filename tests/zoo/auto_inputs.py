@@ -1,6 +1,6 @@
 """Batches for model types that nobody has looked at: by head, names of arguments and trial.
 
-`DRAW` has, per head, the batches to try in turn; the first with which the model trains is kept.
+`DRAW` has, per head, the batches to try in turn; the first with which the model trains is used.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def detected_image(model: Any, generator: torch.Generator) -> Batch:
 
 
 def plain_image(model: Any, generator: torch.Generator) -> Batch:
-    """No labels: the loss is made of the results."""
+    """No labels: the loss is computed from the results."""
     return {"pixel_values": images(model, generator)}
 
 
@@ -172,29 +172,29 @@ def _captioned(pixels: Callable[[Any, torch.Generator], Batch]) -> Draw:
     """Text with as many placeholders in front as the model has features for an image."""
 
     def draw(model: Any, generator: torch.Generator) -> Batch:
-        given = pixels(model, generator)
+        base = pixels(model, generator)
         config = model.config
         token = getattr(config, "image_token_id", None) or getattr(
             config, "image_token_index", None
         )
         ids = inputs.tokens(config.get_text_config(), generator)
-        return _fitted(model, given, ids, token)
+        return _fitted(model, base, ids, token)
 
     return draw
 
 
-def _fitted(model: Any, given: Batch, ids: torch.Tensor, token: int | None) -> Batch:
+def _fitted(model: Any, base: Batch, ids: torch.Tensor, token: int | None) -> Batch:
     """The batch with the number of placeholders that the model asks for when it gets one."""
-    batch = given | {"input_ids": ids, "labels": ids.clone()}
+    batch = base | {"input_ids": ids, "labels": ids.clone()}
     if takes(model, "qformer_input_ids"):
         batch["qformer_input_ids"] = ids.clone()
     if token is None:
         return batch
     fitted, hidden = _with_placeholders(batch, token, 1), model.config.get_text_config().hidden_size
-    wanted = _FEATURES.search(_complaint(model, fitted) or "")
-    if wanted is None:
+    expected = _FEATURES.search(_complaint(model, fitted) or "")
+    if expected is None:
         return fitted
-    total = int(wanted[1]) // inputs.BATCH
+    total = int(expected[1]) // inputs.BATCH
     for count in (total, total // hidden):  # some count the numbers rather than the features
         fitted = _with_placeholders(batch, token, count)
         if _FEATURES.search(_complaint(model, fitted) or "") is None:
@@ -303,14 +303,14 @@ def _heard(features: Callable[[Any, torch.Generator], Batch]) -> Draw:
     """Text with as many placeholders in front as the model has features for the sound."""
 
     def draw(model: Any, generator: torch.Generator) -> Batch:
-        given = features(model, generator) | {"attention_mask": torch.ones(1)}
-        given.pop("labels")
+        base = features(model, generator) | {"attention_mask": torch.ones(1)}
+        base.pop("labels")
         config = model.config
         token = getattr(config, "audio_token_id", None) or getattr(
             config, "audio_token_index", None
         )
         ids = inputs.tokens(config.get_text_config(), generator)
-        return _fitted(model, given, ids, token)
+        return _fitted(model, base, ids, token)
 
     return draw
 

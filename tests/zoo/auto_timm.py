@@ -36,10 +36,10 @@ def modules() -> dict[str, tuple[str, ...]]:
     """File of timm.models to its entry points, those that sound small first."""
     import timm
 
-    found: dict[str, list[str]] = defaultdict(list)
+    by_module: dict[str, list[str]] = defaultdict(list)
     for entry in timm.list_models():
-        found[module_of(entry)].append(entry)
-    return {module: tuple(sorted(entries, key=_rank)) for module, entries in found.items()}
+        by_module[module_of(entry)].append(entry)
+    return {module: tuple(sorted(entries, key=_rank)) for module, entries in by_module.items()}
 
 
 def module_of(entry: str) -> str:
@@ -67,10 +67,10 @@ def family(module: str) -> Family:
         for shallow in _SHALLOW:
             for size in _SIZES:
                 make = functools.partial(_make, entry, size, shallow)
-                found = Family(module, "timm", entry, make, draw)
-                reason = why_not(found)
+                family = Family(module, "timm", entry, make, draw)
+                reason = why_not(family)
                 if reason is None:
-                    return found
+                    return family
                 reasons.append(f"{entry}, {shallow}, {size}: {reason}")
                 if "unexpected keyword" in reason or "multiple values" in reason:
                     break

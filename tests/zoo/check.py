@@ -97,40 +97,40 @@ def structure(value: Any) -> Any:
     return (type(value).__name__, parts) if parts else type(value).__name__
 
 
-def differences(found: Step, expected: Step) -> Iterator[tuple[str, float]]:
+def differences(actual: Step, expected: Step) -> Iterator[tuple[str, float]]:
     """Error of each number, relative to the larger of 1 and its size; inf where one is missing."""
-    if found.structure != expected.structure:
-        yield f"structure: {_first_difference(found.structure, expected.structure)}", math.inf
-    yield "loss", error(found.loss, expected.loss)
+    if actual.structure != expected.structure:
+        yield f"structure: {_first_difference(actual.structure, expected.structure)}", math.inf
+    yield "loss", error(actual.loss, expected.loss)
     for what in ("results", "gradients", "buffers"):
-        ours, theirs = getattr(found, what), getattr(expected, what)
-        for name in ours.keys() | theirs.keys():
-            if what != "buffers" or not _is_cache(ours.get(name), theirs.get(name)):
-                yield f"{what}: {name}", error(ours.get(name), theirs.get(name))
+        own, reference = getattr(actual, what), getattr(expected, what)
+        for name in own.keys() | reference.keys():
+            if what != "buffers" or not _is_cache(own.get(name), reference.get(name)):
+                yield f"{what}: {name}", error(own.get(name), reference.get(name))
 
 
-def _is_cache(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
+def _is_cache(actual: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
     """A buffer that the model's first call gave the shape its batch needs."""
-    return found is not None and expected is not None and found.shape != expected.shape
+    return actual is not None and expected is not None and actual.shape != expected.shape
 
 
-def error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+def error(actual: torch.Tensor | None, expected: torch.Tensor | None) -> float:
     """The largest deviation; a gradient that is absent is equal to one of zeros."""
-    present = [t for t in (found, expected) if t is not None]
+    present = [t for t in (actual, expected) if t is not None]
     if not present:
         return 0.0
     if len(present) == 1:
         return 0.0 if not present[0].any() else math.inf
-    assert found is not None and expected is not None
-    if found.shape != expected.shape or found.dtype != expected.dtype:
+    assert actual is not None and expected is not None
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return math.inf
     if not expected.is_floating_point():
-        return 0.0 if torch.equal(found, expected) else math.inf
+        return 0.0 if torch.equal(actual, expected) else math.inf
     if not expected.numel():
         return 0.0
-    same = (found == expected) | (found.isnan() & expected.isnan())
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
     scale = max(1.0, _finite_max(expected))
-    gap = torch.where(same, 0.0, (found - expected).abs() / scale)
+    gap = torch.where(same, 0.0, (actual - expected).abs() / scale)
     return math.inf if gap.isnan().any() else float(gap.max())
 
 
@@ -139,14 +139,14 @@ def _finite_max(value: torch.Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def _first_difference(found: Any, expected: Any, path: str = "") -> str:
-    both = isinstance(found, tuple) and isinstance(expected, tuple)
-    if both and isinstance(found[-1], dict) and isinstance(expected[-1], dict):
-        for name in [*expected[1], *(n for n in found[1] if n not in expected[1])]:
-            ours, theirs = found[1].get(name), expected[1].get(name)
-            if ours != theirs:
-                return _first_difference(ours, theirs, f"{path}.{name}")
-    return f"{path} is {found}, not {expected}"
+def _first_difference(actual: Any, expected: Any, path: str = "") -> str:
+    both = isinstance(actual, tuple) and isinstance(expected, tuple)
+    if both and isinstance(actual[-1], dict) and isinstance(expected[-1], dict):
+        for name in [*expected[1], *(n for n in actual[1] if n not in expected[1])]:
+            own, reference = actual[1].get(name), expected[1].get(name)
+            if own != reference:
+                return _first_difference(own, reference, f"{path}.{name}")
+    return f"{path} is {actual}, not {expected}"
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

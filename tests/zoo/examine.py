@@ -30,7 +30,7 @@ _AT = re.compile(r"\bat (/\S+?):(\d+)")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a family.
+    """Result of one family.
 
     Args:
         name, library, kind: of the family.
@@ -38,21 +38,21 @@ class Outcome:
         status: "close" is equal to the rounding of float32, in which a float64 model computes some
             of its steps; sums of gradients may be in another order. "own draws" runs, but its
             dropout is not the model's (`Family.not_replayed`). "wrong later" is equal on the batch
-            it was captured with, but not on the next, and no guard said so.
+            it was captured with, but not on the next, and all guards held.
         nodes: operators of the graph.
         capture_s: how long tracing took.
         error: largest of loss, results, gradients and buffers, on the batch it was captured with.
         worst: where.
-        guards: what the graph takes for granted about values.
-        refused: the guard that says that the graph is not for the next batch.
-        plans: how many were run on a simulated mesh, the solver's first; 0 where none was made.
-        plans_equal: how many of these gave one device's numbers to 1e-9.
+        guards: number of the graph's assumptions about values.
+        refused: source of the guard that fails on the next batch.
+        plans: how many ran on a simulated mesh, the solver's first.
+        plans_equal: how many of these equal one device to 1e-9.
         split: whether the solver's plan splits any operator.
         unruled: share of the predicted compute time of operators without a sharding rule.
         plan_s: how long planning took.
-        plan_reason: of what is wrong with a plan, a line.
-        reason: of what is wrong, a line.
-        source: of the user's statement that is to blame, `file:line`.
+        plan_reason: what is wrong with a plan, one line.
+        reason: what is wrong, one line.
+        source: `file:line` of the statement that caused it.
         snippet: that line.
     """
 
@@ -79,7 +79,7 @@ class Outcome:
 
 
 def examine(family: Family, *, dropout: bool = False) -> Outcome:
-    """Trace on one batch, compare on it and on the next with the eager model."""
+    """Trace on one batch; compare with the eager model on it and on the next."""
     from autopar import ColoTracer
     from autopar.errors import CaptureError
 
@@ -106,12 +106,12 @@ def examine(family: Family, *, dropout: bool = False) -> Outcome:
         guards=len(guards),
     )
     try:
-        found = check.step(graph.bind(model), model, batches[0])
+        actual = check.step(graph.bind(model), model, batches[0])
     except Exception as error:
         return replace(outcome, status="does not run", reason=first_line(error), **_blame(error))
     if dropout and family.not_replayed is not None:
         return replace(outcome, status="own draws", reason=family.not_replayed)
-    worst, size = max(check.differences(found, expected), key=lambda pair: pair[1])
+    worst, size = max(check.differences(actual, expected), key=lambda pair: pair[1])
     status = _verdict(size, family, graph)
     outcome = replace(outcome, error=size, worst=worst, status=status)
     if status not in GOOD:
@@ -130,7 +130,7 @@ def _verdict(size: float, family: Family, graph: Any) -> Status:
 def _next_batch(
     outcome: Outcome, family: Family, graph: Any, model: nn.Module, alone: nn.Module, batch: Batch
 ) -> Outcome:
-    """Whether a batch of other values gives its own numbers, or a guard refuses it."""
+    """Whether the graph equals the model on another batch, or a guard fails."""
     leaves = pytree.tree_leaves(((), batch))
     broken = [
         guard
@@ -141,10 +141,10 @@ def _next_batch(
         return replace(outcome, refused=broken[0].source)
     expected = check.step(alone, alone, batch)
     try:
-        found = check.step(graph.bind(model), model, batch)
+        actual = check.step(graph.bind(model), model, batch)
     except Exception as error:
         return replace(outcome, status="wrong later", reason=first_line(error), **_blame(error))
-    worst, size = max(check.differences(found, expected), key=lambda pair: pair[1])
+    worst, size = max(check.differences(actual, expected), key=lambda pair: pair[1])
     if _verdict(size, family, graph) not in GOOD:
         return replace(outcome, status="wrong later", reason=f"{worst[:100]}: {size:.1e}")
     return outcome

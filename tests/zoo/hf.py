@@ -15,7 +15,7 @@ from tests.zoo.shrink import shrunk
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelType:
     """A model type of transformers.
 
     Args:
@@ -41,8 +41,8 @@ class Row:
 
         head = getattr(transformers, self.head)
         assignment.install(head.__module__)
-        given = {"num_labels": inputs.LABELS} | OVERRIDES.get(self.name, {})
-        model = head(shrunk(head.config_class(), given))
+        settings = {"num_labels": inputs.LABELS} | OVERRIDES.get(self.name, {})
+        model = head(shrunk(head.config_class(), settings))
         if self.experts is not None:
             model.set_experts_implementation(self.experts)
         return model
@@ -95,40 +95,44 @@ _SINGLE = torch.float32
 _SPECAUGMENT = "SpecAugment draws its spans from NumPy"
 
 DECODERS = (
-    Row("gpt2", "GPT2LMHeadModel", inputs.text),
-    Row("gpt2", "GPT2LMHeadModel", inputs.masked_text, "gpt2 padded"),
-    Row("llama", "LlamaForCausalLM", inputs.text),
-    Row("llama", "LlamaForCausalLM", inputs.masked_text, "llama padded"),
-    Row("mistral", "MistralForCausalLM", inputs.text),
+    ModelType("gpt2", "GPT2LMHeadModel", inputs.text),
+    ModelType("gpt2", "GPT2LMHeadModel", inputs.masked_text, "gpt2 padded"),
+    ModelType("llama", "LlamaForCausalLM", inputs.text),
+    ModelType("llama", "LlamaForCausalLM", inputs.masked_text, "llama padded"),
+    ModelType("mistral", "MistralForCausalLM", inputs.text),
     # the experts' grouped products, which are the library's choice, do without float64
-    Row("mixtral", "MixtralForCausalLM", inputs.text, experts="eager"),
-    Row("mixtral", "MixtralForCausalLM", inputs.text, "mixtral batched", experts="batched_mm"),
-    Row("mixtral", "MixtralForCausalLM", inputs.text, "mixtral grouped", dtype=_SINGLE),
-    Row("qwen2", "Qwen2ForCausalLM", inputs.text),
-    Row("qwen3", "Qwen3ForCausalLM", inputs.text),
-    Row("gemma2", "Gemma2ForCausalLM", inputs.text),
-    Row("phi3", "Phi3ForCausalLM", inputs.text),
-    Row("opt", "OPTForCausalLM", inputs.text),
-    Row("bloom", "BloomForCausalLM", inputs.text),
-    Row("falcon", "FalconForCausalLM", inputs.text),
-    Row("gpt_neo", "GPTNeoForCausalLM", inputs.text),
-    Row("gptj", "GPTJForCausalLM", inputs.text),
-    Row("starcoder2", "Starcoder2ForCausalLM", inputs.text),
-    Row("olmo2", "Olmo2ForCausalLM", inputs.text),
-    Row("deepseek_v3", "DeepseekV3ForCausalLM", inputs.text, experts="eager"),
-    Row("deepseek_v3", "DeepseekV3ForCausalLM", inputs.text, "deepseek_v3 grouped", dtype=_SINGLE),
-    Row("mamba2", "Mamba2ForCausalLM", inputs.text),
-    Row("rwkv", "RwkvForCausalLM", inputs.text),
+    ModelType("mixtral", "MixtralForCausalLM", inputs.text, experts="eager"),
+    ModelType(
+        "mixtral", "MixtralForCausalLM", inputs.text, "mixtral batched", experts="batched_mm"
+    ),
+    ModelType("mixtral", "MixtralForCausalLM", inputs.text, "mixtral grouped", dtype=_SINGLE),
+    ModelType("qwen2", "Qwen2ForCausalLM", inputs.text),
+    ModelType("qwen3", "Qwen3ForCausalLM", inputs.text),
+    ModelType("gemma2", "Gemma2ForCausalLM", inputs.text),
+    ModelType("phi3", "Phi3ForCausalLM", inputs.text),
+    ModelType("opt", "OPTForCausalLM", inputs.text),
+    ModelType("bloom", "BloomForCausalLM", inputs.text),
+    ModelType("falcon", "FalconForCausalLM", inputs.text),
+    ModelType("gpt_neo", "GPTNeoForCausalLM", inputs.text),
+    ModelType("gptj", "GPTJForCausalLM", inputs.text),
+    ModelType("starcoder2", "Starcoder2ForCausalLM", inputs.text),
+    ModelType("olmo2", "Olmo2ForCausalLM", inputs.text),
+    ModelType("deepseek_v3", "DeepseekV3ForCausalLM", inputs.text, experts="eager"),
+    ModelType(
+        "deepseek_v3", "DeepseekV3ForCausalLM", inputs.text, "deepseek_v3 grouped", dtype=_SINGLE
+    ),
+    ModelType("mamba2", "Mamba2ForCausalLM", inputs.text),
+    ModelType("rwkv", "RwkvForCausalLM", inputs.text),
 )
 
 ENCODERS = (
-    Row("bert", "BertForMaskedLM", inputs.masked_text),
-    Row("distilbert", "DistilBertForMaskedLM", inputs.masked_text),
-    Row("albert", "AlbertForSequenceClassification", inputs.classified_text),
-    Row("deberta_v2", "DebertaV2ForMaskedLM", inputs.masked_text),
-    Row("xlm_roberta", "XLMRobertaForSequenceClassification", inputs.classified_text),
-    Row("longformer", "LongformerForMaskedLM", inputs.masked_text),
-    Row(
+    ModelType("bert", "BertForMaskedLM", inputs.masked_text),
+    ModelType("distilbert", "DistilBertForMaskedLM", inputs.masked_text),
+    ModelType("albert", "AlbertForSequenceClassification", inputs.classified_text),
+    ModelType("deberta_v2", "DebertaV2ForMaskedLM", inputs.masked_text),
+    ModelType("xlm_roberta", "XLMRobertaForSequenceClassification", inputs.classified_text),
+    ModelType("longformer", "LongformerForMaskedLM", inputs.masked_text),
+    ModelType(
         "longformer",
         "LongformerForSequenceClassification",
         inputs.classified_text,
@@ -137,21 +141,21 @@ ENCODERS = (
 )
 
 ENCODER_DECODERS = (
-    Row("t5", "T5ForConditionalGeneration", inputs.translated_text),
-    Row("bart", "BartForConditionalGeneration", inputs.translated_text),
-    Row("pegasus", "PegasusForConditionalGeneration", inputs.translated_text),
-    Row("whisper", "WhisperForConditionalGeneration", inputs.transcribed_features),
+    ModelType("t5", "T5ForConditionalGeneration", inputs.translated_text),
+    ModelType("bart", "BartForConditionalGeneration", inputs.translated_text),
+    ModelType("pegasus", "PegasusForConditionalGeneration", inputs.translated_text),
+    ModelType("whisper", "WhisperForConditionalGeneration", inputs.transcribed_features),
 )
 
 VISION_AND_SPEECH = (
-    Row("vit", "ViTForImageClassification", inputs.classified_image),
-    Row("swin", "SwinForImageClassification", inputs.classified_image),
-    Row("convnext", "ConvNextForImageClassification", inputs.classified_image),
-    Row("segformer", "SegformerForSemanticSegmentation", inputs.segmented_image),
+    ModelType("vit", "ViTForImageClassification", inputs.classified_image),
+    ModelType("swin", "SwinForImageClassification", inputs.classified_image),
+    ModelType("convnext", "ConvNextForImageClassification", inputs.classified_image),
+    ModelType("segformer", "SegformerForSemanticSegmentation", inputs.segmented_image),
     # its sine positions are float32, whatever the weights
-    Row("detr", "DetrForObjectDetection", inputs.detected_image, dtype=_SINGLE),
-    Row("clip", "CLIPModel", inputs.captioned_image),
-    Row("wav2vec2", "Wav2Vec2ForCTC", inputs.waveform, not_replayed=_SPECAUGMENT),
+    ModelType("detr", "DetrForObjectDetection", inputs.detected_image, dtype=_SINGLE),
+    ModelType("clip", "CLIPModel", inputs.captioned_image),
+    ModelType("wav2vec2", "Wav2Vec2ForCTC", inputs.waveform, not_replayed=_SPECAUGMENT),
 )
 
 _KINDS = {

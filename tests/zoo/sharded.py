@@ -71,8 +71,8 @@ def _in_double(graph: ModelGraph) -> ModelGraph:
             node.meta["val"] = pytree.tree_map(_wider, node.meta["val"])
         node.args = pytree.tree_map(_wider, node.args)
         node.kwargs = pytree.tree_map(_wider, node.kwargs)
-        made = node.op == "call_function" and not node.all_input_nodes
-        if made and getattr(node.meta["val"], "dtype", None) is torch.float64:
+        creates = node.op == "call_function" and not node.all_input_nodes
+        if creates and getattr(node.meta["val"], "dtype", None) is torch.float64:
             node.kwargs = {**node.kwargs, "dtype": torch.float64}  # not the default type
     graph.gm.recompile()
     constants = {name: _wider(value) for name, value in graph.constants.items()}
@@ -116,14 +116,14 @@ def plans_of(captured: Captured, mesh: str, *, random: int, time_limit: float = 
         plans.append(make_plan(every, choices, name))
     ops = [decision for decision in space.decisions if decision.kind == "op"]
     # the first strategy of every operator is full replication
-    whole = {decision.node: float(decision.parts["compute_us"][0]) for decision in ops}
-    unruled = sum(whole[node] for node in space.unruled)
+    compute_us = {decision.node: float(decision.parts["compute_us"][0]) for decision in ops}
+    unruled = sum(compute_us[node] for node in space.unruled)
     split = any(
         decision.candidates[choice].strategy.splits
         for decision, choice in zip(space.decisions, planned.choices, strict=True)
         if decision.kind == "op" and decision.candidates[choice].strategy is not None
     )
-    return Sharded(tuple(plans), unruled / max(sum(whole.values()), 1e-30), split)
+    return Sharded(tuple(plans), unruled / max(sum(compute_us.values()), 1e-30), split)
 
 
 def examine_plans(outcome: Outcome, family: Family, mesh: str, random: int) -> Outcome:
@@ -168,7 +168,7 @@ def worst_difference(captured: Captured, plan: ShardingPlan) -> tuple[str, float
 def steps_of(captured: Captured, plan: ShardingPlan) -> dict[tuple[int, ...], check.Step]:
     """One step of a plan on every simulated rank, by coordinates."""
     with SimulatedMesh(plan.mesh, timeout_s=RANK_TIMEOUT_S) as mesh:
-        ranks = {c: _Rank(captured, plan, c, groups) for c, groups in mesh.groups.items()}
+        ranks = {c: Rank(captured, plan, c, groups) for c, groups in mesh.groups.items()}
         return mesh.run(lambda coords: ranks[coords].step())
 
 
@@ -186,7 +186,7 @@ def _expected(captured: Captured, plan: ShardingPlan, coords: tuple[int, ...]) -
     )
 
 
-class _Rank:
+class Rank:
     """One rank: shards of the weights, the program of its place on the mesh."""
 
     def __init__(
@@ -203,19 +203,19 @@ class _Rank:
         self.program: LocalProgram = apply_sharding(
             graph, plan, coords=coords, groups=groups, trainable=trainable
         )
-        whole = dict(captured.model.named_parameters(remove_duplicate=False))
+        parameters = dict(captured.model.named_parameters(remove_duplicate=False))
         self.shards = {}
         for name in graph.parameters.values():
-            shard = self._part(whole[name].detach(), name).clone()
+            shard = self._part(parameters[name].detach(), name).clone()
             update = graph.updates.get(name)
             shard = shard if update is None else update(shard)
-            self.shards[name] = shard.requires_grad_(whole[name].requires_grad)
+            self.shards[name] = shard.requires_grad_(parameters[name].requires_grad)
         self.buffers = {
             n: b.clone() for n, b in captured.model.named_buffers(remove_duplicate=False)
         }
 
-    def _part(self, whole: torch.Tensor, name: str) -> torch.Tensor:
-        return shard_of(whole, self.specs[name], self.mesh, self.coords)
+    def _part(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        return shard_of(value, self.specs[name], self.mesh, self.coords)
 
     def step(self) -> check.Step:
         graph, leaves = self.captured.graph, pytree.tree_leaves(((), self.captured.batch))

@@ -2,7 +2,7 @@
 
 A configuration is built again from its class with small numbers, rather than changed in place, so
 that what the library derives (layer types, head sizes, stages) fits them. Where a model has several
-types of layer, one layer of each is kept.
+types of layer, one layer of each remains.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _WIDTHS: tuple[tuple[str, Rule], ...] = (
     (r"^(mamba_n_heads|mamba_d_head|mamba_d_state|mamba_chunk_size|context_size)$", 8),
     (r"^(indexer_n_heads|index_n_heads|linear_num_(key|value)_heads)$", HEADS),
 )
-# these have to be given where the default is None, or the model is as large as it can be
+# these must be set where the default is None, or the model is as large as it can be
 _FILLED = {
     "head_dim": HEAD,
     "num_key_value_heads": HEADS,
@@ -93,7 +93,7 @@ _FILLED = {
     "lru_width": WIDTH,
 }
 
-# first match wins; a field of another type, or already smaller, is left as it is
+# first match wins; a field of another type, or already smaller, does not change
 RULES = {"all": (*_COUNTS, *_WIDTHS), "depth": _COUNTS}
 
 
@@ -156,13 +156,13 @@ _TOKEN = re.compile(r"(_token_id|_token_index|_start_id|_end_id)$")
 
 
 def shrunk(config: Any, overrides: Mapping[str, Any] | None = None, *, level: str = "all") -> Any:
-    """A small configuration of the same class; `overrides` are set as given.
+    """A small configuration of the same class; `overrides` are set too.
 
     Level "depth" keeps the widths.
 
     An override whose name is that of a sub-configuration is a mapping of overrides for it.
     """
-    cls, given = type(config), dict(overrides or {})
+    cls, overriding = type(config), dict(overrides or {})
     plain = cls()
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in _DERIVED}
     kwargs: dict[str, Any] = {}
@@ -170,7 +170,7 @@ def shrunk(config: Any, overrides: Mapping[str, Any] | None = None, *, level: st
         value = _read(config, name)
         if name in config.sub_configs:
             if value is not None:
-                nested = given.pop(name, {})
+                nested = overriding.pop(name, {})
                 small = shrunk(value, nested, level=level) if isinstance(nested, dict) else nested
                 kwargs[name] = small
             continue
@@ -185,7 +185,7 @@ def shrunk(config: Any, overrides: Mapping[str, Any] | None = None, *, level: st
     kwargs |= EXTRAS.get(config.model_type, {})
     kwargs |= _layer_types(config, fields)
     kwargs |= _stages(config, plain, fields)
-    return cls(**(kwargs | _tokens(config, fields, kwargs) | given))
+    return cls(**(kwargs | _tokens(config, fields, kwargs) | overriding))
 
 
 def _read(config: Any, name: str) -> Any:
@@ -198,14 +198,14 @@ def _read(config: Any, name: str) -> Any:
 
 def _stages(config: Any, plain: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     """As many features of a backbone as its owner asks for, from a depth that has them."""
-    asked = getattr(config, "out_indices", None)
-    if asked is None or asked == getattr(plain, "out_indices", None):
+    indices = getattr(config, "out_indices", None)
+    if indices is None or indices == getattr(plain, "out_indices", None):
         return {}
     if "num_hidden_layers" not in fields:
-        return {"out_indices": list(asked)}
+        return {"out_indices": list(indices)}
     return {
-        "num_hidden_layers": max(2, len(asked)),
-        "out_indices": list(range(1, len(asked) + 1)),
+        "num_hidden_layers": max(2, len(indices)),
+        "out_indices": list(range(1, len(indices) + 1)),
     }
 
 

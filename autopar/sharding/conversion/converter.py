@@ -1,22 +1,21 @@
 """Layout conversion: the cheapest path of one-step collectives from one spec to another.
 
-All specs of a tensor form a graph whose edges are one-step transforms, each with a cost under the
-cluster's links, forward and backward together. Paths are exact minima, found per target
-when first asked for (`conversion_search.py`) and kept.
+All specs of a tensor form a graph. Its edges are one-step transforms with a cost, forward and
+backward together, on the cluster's links. Paths are exact minima. They are computed per target on
+first use (`autopar/sharding/conversion/search.py`) and memoized.
 
-    step            forward                 backward (the transpose)
-    gather          S(d) -> R  all-gather   slice
-    gather_vary     S(d) -> V  all-gather   reduce-scatter
-    slice           R -> S(d)  local        all-gather
-    vary            R -> V     identity     all-reduce
-    all_reduce      P -> R     all-reduce   identity
-    reduce_scatter  P -> S(d)  red.-scatter all-gather
-    all_to_all      S(i)-> S(j) all-to-all  all-to-all
-    inject          R -> P     first rank keeps, others zero; backward identity
+    step             transform      forward         backward (the transpose)
+    all_gather       S(d) -> R      all-gather      local slice
+    all_gather_vary  S(d) -> V      all-gather      reduce-scatter
+    slice            R -> S(d)      local slice     all-gather
+    vary             R -> V         identity        all-reduce
+    all_reduce       P -> R         all-reduce      identity
+    reduce_scatter   P -> S(d)      reduce-scatter  all-gather
+    all_to_all       S(i) -> S(j)   all-to-all      all-to-all
+    inject           R -> P         first rank keeps the value, others hold zero; backward identity
 
-Nothing leaves V. The order of axes inside a dim (S01 to S10) changes by these steps too: a
-permutation of whole shards would have to cross two axes at once, and communicators exist along one
-axis each.
+No step leaves V. These steps also change the order of axes inside a dim (S01 to S10). A direct
+permutation of shards would cross two axes at once, and a communicator spans one axis.
 """
 
 from __future__ import annotations
@@ -32,19 +31,18 @@ import numpy as np
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.spec import ShardingSpec, fills_every_rank
-from autopar.sharding.conversion.baselines import axis_by_axis, greedy
 from autopar.sharding.conversion.graph import KINDS, Edges, SpecGraph, spec_graph
 from autopar.sharding.conversion.search import LegalSteps, Search
 
 _FORWARD = {
-    "gather": "all_gather",
-    "gather_vary": "all_gather",
+    "all_gather": "all_gather",
+    "all_gather_vary": "all_gather",
     "all_reduce": "all_reduce",
     "reduce_scatter": "reduce_scatter",
     "all_to_all": "all_to_all",
 }
 _BACKWARD = {
-    "gather_vary": "reduce_scatter",
+    "all_gather_vary": "reduce_scatter",
     "slice": "all_gather",
     "vary": "all_reduce",
     "reduce_scatter": "all_gather",
@@ -55,7 +53,7 @@ Orders = tuple[frozenset[tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One transform: `kind` on mesh axis `axis`, splitting or unsplitting tensor dim `dim`."""
+    """One transform: `kind` on mesh axis `axis`, which splits or gathers tensor dim `dim`."""
 
     kind: str
     axis: int
@@ -71,10 +69,10 @@ class Step:
 class LayoutConverter:
     """Costs and paths of layout conversions on one cluster, memoized.
 
-    The path found is the exact minimum over all sequences of one-step transforms.
+    A path is the exact minimum over all sequences of one-step transforms.
 
     Args:
-        message_bytes: of a message that small weights share.
+        message_bytes: size of a message that small weights share.
     """
 
     def __init__(self, cluster: ClusterInfo, message_bytes: float = BUCKET_MEMBER_BYTES) -> None:
@@ -116,7 +114,7 @@ class LayoutConverter:
         """`cost_us` as a matrix [source, target]; infinite where no path exists.
 
         Args:
-            weight: whether messages may be shared with those of other weights.
+            weight: whether it is a weight, which may share messages with other weights.
 
         Raises:
             ValueError: a spec is illegal for the shape.
@@ -163,28 +161,6 @@ class LayoutConverter:
             parts //= self.mesh[step.axis]
         forward, backward = self._step_cost(step.kind, step.axis, size / parts)
         return float(forward), float(backward)
-
-    # -- for comparison -------------------------------------------------------------------------
-
-    def heuristic(
-        self, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
-    ) -> list[Step]:
-        """The greedy search of the literature: one step at a time, to the spec nearest the target.
-
-        Raises:
-            ValueError: it went round in circles.
-        """
-        return greedy(lambda spec: self.steps_from(shape, spec), source, target)
-
-    def axis_by_axis(
-        self, shape: Sequence[int], source: ShardingSpec, target: ShardingSpec
-    ) -> list[Step]:
-        """What DTensor does: every mesh axis by itself, with no search.
-
-        Raises:
-            ValueError: the source is varying where the target is not.
-        """
-        return axis_by_axis(lambda spec: self.steps_from(shape, spec), source, target)
 
     # -- search ---------------------------------------------------------------------------------
 
@@ -261,37 +237,40 @@ class LayoutConverter:
     def _step_cost(
         self, kind: str, axis: int, nbytes: np.ndarray | float, weight: bool = False
     ) -> tuple[np.ndarray | float, np.ndarray | float]:
-        """Microseconds forward and backward, of a value of which the other axes leave so many bytes
-        on a rank.
+        """Microseconds forward and backward.
 
-        An all-to-all has the axis split on both sides. Local copies go at memory speed.
+        Local copies run at memory speed.
+
+        Args:
+            nbytes: of the value on a rank, as the other axes split it; in an all-to-all, the axis
+                splits it too.
         """
         link, size = self.cluster.links[axis], self.mesh[axis]
         device = self.cluster.device
-        whole = np.divide(nbytes, size if kind == "all_to_all" else 1)
+        buffer = np.divide(nbytes, size if kind == "all_to_all" else 1)
 
         def collective(name: str | None) -> np.ndarray | float:
             if name is None:
                 return 0.0
             if weight:
-                return device.launch_us + link.bucketed_us(name, size, whole, self.message_bytes)
-            return device.launch_us + link.collective_us(name, size, whole)
+                return device.launch_us + link.bucketed_us(name, size, buffer, self.message_bytes)
+            return device.launch_us + link.collective_us(name, size, buffer)
 
         def copied(share: float) -> np.ndarray | float:
-            return device.launch_us + 2e6 * share * whole / device.bandwidth
+            return device.launch_us + 2e6 * share * buffer / device.bandwidth
 
         forward, backward = collective(_FORWARD.get(kind)), collective(_BACKWARD.get(kind))
         if kind == "inject":
-            forward = copied(1.0)  # dearer than a slice: no way to anything but a pending sum
+            forward = copied(1.0)
         if kind == "slice":
             forward = copied(1 / size)
-        if kind == "gather":
+        if kind == "all_gather":
             backward = copied(1 / size)
         return forward, backward
 
 
 def _read(graph: SpecGraph, edges: Edges, i: int) -> Step:
-    """A step of the graph, in the words of the mesh."""
+    """Edge number `i` as a step between specs."""
     return Step(
         KINDS[edges.kind[i]],
         graph.axes[edges.axis[i]],
@@ -305,10 +284,10 @@ def _read(graph: SpecGraph, edges: Edges, i: int) -> Step:
 def converter_for(
     cluster: ClusterInfo, small_bytes: float = BUCKET_MEMBER_BYTES
 ) -> LayoutConverter:
-    """The converter of a cluster, shared by all that ask for an equal one.
+    """The converter of a cluster; equal clusters share one.
 
     Args:
-        small_bytes: of all weights that share messages; no message is larger.
+        small_bytes: total size of the weights that share messages; no message is larger.
     """
     message = min(float(BUCKET_MEMBER_BYTES), small_bytes) or float(BUCKET_MEMBER_BYTES)
     key = f"{message} {cluster.to_dict()!r}"

@@ -1,7 +1,8 @@
-"""The graph of layouts that a conversion walks, in integers; `LayoutConverter` puts prices on it.
+"""The graph of layouts and steps that a conversion searches, as integer arrays.
 
-The specs of tensors with N dims over given mesh axes, and the steps among them, are the same
-whatever the sizes, so a graph is built once. Axes are numbered in it without those of one rank.
+The specs of tensors with N dims over given mesh axes, and the steps between them, do not depend on
+sizes, so a graph is built once. `LayoutConverter` prices its edges. The graph numbers the mesh axes
+without those of one rank.
 
 A spec is a row of digits: per dim the number of the *order* of axes that splits it, then the
 partial and the varying axes as bit masks. Read as one number, its `key`, the rows are sorted.
@@ -18,8 +19,8 @@ import numpy as np
 from autopar.ir.spec import ShardingSpec
 
 KINDS = (
-    "gather",
-    "gather_vary",
+    "all_gather",
+    "all_gather_vary",
     "all_to_all",
     "all_reduce",
     "reduce_scatter",
@@ -31,7 +32,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Edges:
-    """Steps as parallel arrays, by source and then in the order in which they are defined.
+    """Steps as parallel arrays, sorted by source and then in the order of definition.
 
     Args:
         source, target: numbers of specs.
@@ -53,7 +54,7 @@ class Edges:
         return len(self.source)
 
     def where(self, chosen: np.ndarray) -> Edges:
-        """Those at a mask or at positions."""
+        """The steps at a mask or at positions."""
         return Edges(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
@@ -103,10 +104,10 @@ class SpecGraph:
 
     def index(self, spec: ShardingSpec) -> int:
         """The number of a spec; -1 if it has other dims or axes than the graph."""
-        found = self._indices.get(spec)
-        if found is None:
-            found = self._indices[spec] = self._find(spec)
-        return found
+        index = self._indices.get(spec)
+        if index is None:
+            index = self._indices[spec] = self._find(spec)
+        return index
 
     def _find(self, spec: ShardingSpec) -> int:
         here = {axis: a for a, axis in enumerate(self.axes)}
@@ -121,15 +122,15 @@ class SpecGraph:
 
     def spec(self, index: int) -> ShardingSpec:
         """Inverse of `index`."""
-        found = self._specs.get(index)
-        if found is None:
+        spec = self._specs.get(index)
+        if spec is None:
             dims = tuple(self.axis_orders[o] for o in self.order[:, index])
             partial, varying = (
                 tuple(axis for a, axis in enumerate(self.axes) if mask[index] >> a & 1)
                 for mask in (self.partial, self.varying)
             )
-            found = self._specs[index] = ShardingSpec(dims, partial, varying)
-        return found
+            spec = self._specs[index] = ShardingSpec(dims, partial, varying)
+        return spec
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -163,8 +164,8 @@ class SpecGraph:
             rows = np.flatnonzero(self.order[dim])
             before = self.order[dim, rows]
             axis, undo = innermost[before], (outer[before] - before) * self._dim[dim]
-            add("gather", rows, axis, undo, dim)
-            add("gather_vary", rows, axis, undo + (self._varying << axis), dim)
+            add("all_gather", rows, axis, undo, dim)
+            add("all_gather_vary", rows, axis, undo + (self._varying << axis), dim)
             for to in range(self.ndim):
                 if to != dim:
                     add("all_to_all", rows, axis, undo + split(rows, axis, to), dim, to)

@@ -1,12 +1,12 @@
-"""Cheapest ways through a graph of layouts, for whole arrays of prices at once.
+"""Cheapest paths through a graph of layouts, for many targets at once.
 
 The distances to a target are the greatest fixpoint of
 
     D[target] = 0        D[s] = min(D[s], price(s -> t) + D[t])    over all steps s -> t
 
-and are found by applying the right-hand side until nothing changes (Bellman-Ford), to all specs and
-many targets in one NumPy expression. It takes as many rounds as the cheapest paths have steps, and
-a path is a handful of collectives.
+The right-hand side is applied until nothing changes (Bellman-Ford), to all specs and many targets
+in one NumPy expression. The number of rounds is the number of steps of the longest cheapest path,
+which is a handful of collectives.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from autopar.sharding.conversion.graph import SpecGraph
 
-# Targets solved for at once: bounds the memory where a mesh has many axes.
-_AT_ONCE = 256
+# Targets per batch: bounds the memory on meshes of many axes.
+_BATCH = 256
 
 
 class LegalSteps:
@@ -36,8 +36,9 @@ class LegalSteps:
         # steps first[s] : first[s + 1] leave spec s
         self.first = np.searchsorted(self.edges.source, np.arange(len(graph) + 1))
         count = np.diff(self.first)
-        # Specs by falling number of steps, so that those with a k-th step stand in front: `slots`
-        # has, for each k, where the k-th steps of these lead, and which steps they are.
+        # Specs in decreasing order of their number of steps, so that those with a k-th step come
+        # first. For each k, `slots` has the targets of their k-th steps and the numbers of the
+        # steps.
         self.by_count = np.argsort(-count, kind="stable")
         place = np.empty_like(self.by_count)
         place[self.by_count] = np.arange(len(graph))
@@ -60,13 +61,13 @@ class Search:
         self._to: dict[int, np.ndarray] = {}
 
     def distances(self, targets: Iterable[int]) -> list[np.ndarray]:
-        """Per target, the microseconds from every spec; infinite where there is no way."""
-        wanted = list(targets)
-        new = list(dict.fromkeys(t for t in wanted if t not in self._to))
-        for start in range(0, len(new), _AT_ONCE):
-            block = new[start : start + _AT_ONCE]
+        """Per target, the microseconds from every spec; infinite where there is no path."""
+        targets = list(targets)
+        new = list(dict.fromkeys(t for t in targets if t not in self._to))
+        for start in range(0, len(new), _BATCH):
+            block = new[start : start + _BATCH]
             self._to.update(zip(block, self._solve(np.array(block)), strict=True))
-        return [self._to[t] for t in wanted]
+        return [self._to[t] for t in targets]
 
     def _solve(self, targets: np.ndarray) -> np.ndarray:
         """[target, spec]."""
@@ -85,19 +86,19 @@ class Search:
                 np.minimum(here, through, out=here)
             if np.array_equal(before, distance):
                 break
-        found = np.empty_like(distance.T)
-        found[:, steps.by_count] = distance.T
-        return found
+        by_spec = np.empty_like(distance.T)
+        by_spec[:, steps.by_count] = distance.T
+        return by_spec
 
     def path(self, source: int, target: int) -> list[int]:
-        """Positions in `steps.edges` of the steps to take; the distance must be finite."""
+        """Positions in `steps.edges` of a cheapest path's steps; the distance must be finite."""
         (distance,) = self.distances([target])
         targets = self.steps.edges.target
         here, taken = source, []
         while here != target:
             start, end = self.steps.first[here : here + 2]
             through = self.price_us[start:end] + distance[targets[start:end]]
-            # of equally cheap steps the first, whatever rounding says
+            # the first of equally cheap steps, up to rounding
             taken.append(int(start + np.argmax(through <= distance[here] * (1 + 1e-12))))
             here = int(targets[taken[-1]])
         return taken

@@ -29,9 +29,9 @@ def causal_attention(
     enable_gqa: bool = False,
     shard: Shard,
 ) -> torch.Tensor:
-    """Causal attention of this rank's queries (q) to the keys before them; keys are whole."""
+    """Causal attention of this rank's queries (q) to the keys before them; keys are not split."""
     start, length, _, _ = shard["q"]
-    seen = min(start + length, key.shape[-2])  # nobody here looks any further
+    seen = min(start + length, key.shape[-2])  # no query of this rank attends further
     allowed = _causal(start, length, seen, query.device)
     return F.scaled_dot_product_attention(
         query,
@@ -55,7 +55,7 @@ def attention_with_dropout(
     enable_gqa: bool = False,
     shard: Shard,
     seed: torch.Tensor,
-    site: tuple[int, int],
+    stream: tuple[int, int],
 ) -> torch.Tensor:
     """Attention that drops probabilities by a replayable mask; the products are written out."""
     if enable_gqa:
@@ -71,5 +71,5 @@ def attention_with_dropout(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    keep = keep_mask(scores, list(scores.shape), dropout_p, seed, site[0], site[1])
+    keep = keep_mask(scores, list(scores.shape), dropout_p, seed, stream[0], stream[1])
     return (scores.softmax(-1) * keep * (1 / (1 - dropout_p))) @ value

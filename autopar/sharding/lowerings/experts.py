@@ -53,6 +53,6 @@ def _grouped(
         return product(x, weight, offs)
     rows = torch.arange(x.shape[0], device=x.device)
     front = x.index_select(0, (rows + first) % x.shape[0])
-    mine = (rows < offs[-1] - first).unsqueeze(-1)
-    out = product(front.where(mine, 0), weight, offs - first).where(mine, 0)
+    own = (rows < offs[-1] - first).unsqueeze(-1)
+    out = product(front.where(own, 0), weight, offs - first).where(own, 0)
     return out.index_select(0, (rows - first) % x.shape[0])

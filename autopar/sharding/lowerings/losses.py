@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from autopar.sharding.lowerings.declared import (
+    Collective,
+    Declared,
+    LocalCall,
+    all_reduces,
+    declares,
+    one_element,
+)
 from autopar.sharding.lowerings.shard import Shard, counted, groups_of, largest, share_of, total
 
 
@@ -22,10 +34,27 @@ def embedding(
     local = indices - start
     here = (local >= 0) & (local < length)
     padding = padding_idx - start if start <= padding_idx < start + length else -1
-    found = torch.ops.aten.embedding.default(weight, local.where(here, 0), padding)
-    return found.masked_fill(~here.unsqueeze(-1), 0)
+    rows = torch.ops.aten.embedding.default(weight, local.where(here, 0), padding)
+    return rows.masked_fill(~here.unsqueeze(-1), 0)
 
 
+def _cross_entropy(call: LocalCall) -> Declared:
+    """Along the vocabulary, per row: the peak, the normalizer, the class weight and the target's
+    logit; with label smoothing also the sum of logits. The mean counts the rows of all ranks."""
+    weight, target = call.operands[2], call.operands[1]
+    assert target is not None
+    smoothed = bool(call.arguments.get("label_smoothing"))
+    collectives = []
+    for axis in call.axes("v"):
+        collectives.append(Collective("all_reduce", axis, math.prod(target), 4 + smoothed))
+        if smoothed and weight is not None:
+            collectives.append(Collective("all_reduce", axis, 1, 1))
+    if call.arguments.get("reduction", 1) == 1:
+        collectives += [Collective("all_reduce", axis, 1, 1) for axis in call.axes("bs")]
+    return Declared(tuple(collectives))
+
+
+@declares(_cross_entropy)
 def cross_entropy(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -99,6 +128,7 @@ def _per_class(weight: torch.Tensor, ndim: int) -> torch.Tensor:
     return weight.view([-1] + [1] * (ndim - 2))
 
 
+@declares(all_reduces("bs", one_element, forward=1))
 def nll_loss(
     log_probabilities: torch.Tensor,
     target: torch.Tensor,
@@ -116,86 +146,11 @@ def nll_loss(
     return losses / counted(count, groups_of(shard, *shard))
 
 
-def mse_loss(
-    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, *, shard: Shard
-) -> torch.Tensor:
-    """Mean squared error with dims split: each rank's share of the mean, a pending sum."""
-    return F.mse_loss(x, target) * share_of(shard, shard)
+def share_of_mean(op: torch._ops.OpOverload) -> Callable[..., torch.Tensor]:
+    """A lowering of a mean with dims split: each rank's share of the mean, a pending sum."""
 
+    def lowering(*args: Any, shard: Shard, **kwargs: Any) -> torch.Tensor:
+        return op(*args, **kwargs) * share_of(shard, shard)
 
-def l1_loss(
-    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, *, shard: Shard
-) -> torch.Tensor:
-    """Mean absolute error with dims split: each rank's share of the mean, a pending sum."""
-    return F.l1_loss(x, target) * share_of(shard, shard)
-
-
-def smooth_l1_loss(
-    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, beta: float = 1.0, *, shard: Shard
-) -> torch.Tensor:
-    """Smooth L1 loss with dims split: each rank's share of the mean, a pending sum."""
-    return F.smooth_l1_loss(x, target, beta=beta) * share_of(shard, shard)
-
-
-def huber_loss(
-    x: torch.Tensor, target: torch.Tensor, reduction: int = 1, delta: float = 1.0, *, shard: Shard
-) -> torch.Tensor:
-    """Huber loss with dims split: each rank's share of the mean, a pending sum."""
-    return F.huber_loss(x, target, delta=delta) * share_of(shard, shard)
-
-
-def binary_cross_entropy(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    reduction: int = 1,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Cross-entropy of probabilities with dims split: each rank's share, a pending sum."""
-    return F.binary_cross_entropy(x, target, weight) * share_of(shard, shard)
-
-
-def binary_cross_entropy_with_logits(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    pos_weight: torch.Tensor | None = None,
-    reduction: int = 1,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Cross-entropy of logits with dims split: each rank's share of the mean, a pending sum."""
-    loss = F.binary_cross_entropy_with_logits(x, target, weight, pos_weight=pos_weight)
-    return loss * share_of(shard, shard)
-
-
-def kl_div(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    reduction: int = 1,
-    *,
-    log_target: bool = False,
-    shard: Shard,
-) -> torch.Tensor:
-    """Kullback-Leibler divergence with dims split: each rank's share, a pending sum."""
-    loss = F.kl_div(x, target, reduction="sum", log_target=log_target)
-    return loss / (x.numel() / share_of(shard, shard))
-
-
-def ctc_loss(
-    log_probabilities: torch.Tensor,
-    targets: torch.Tensor,
-    input_lengths: torch.Tensor,
-    target_lengths: torch.Tensor,
-    blank: int = 0,
-    reduction: int = 1,
-    zero_infinity: bool = False,
-    *,
-    shard: Shard,
-) -> torch.Tensor:
-    """Mean of the sequences' alignment losses with the batch split: each rank's share."""
-    loss = torch.ops.aten.ctc_loss.Tensor(
-        log_probabilities, targets, input_lengths, target_lengths, blank, reduction, zero_infinity
-    )
-    return loss * share_of(shard, shard)
+    lowering.__name__ = f"share_of_{op._opname}"
+    return lowering

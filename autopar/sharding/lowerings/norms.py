@@ -1,7 +1,8 @@
-"""Normalizations and softmax whose normalized dims are split: statistics of the whole on each rank.
+"""Normalizations and softmax whose normalized dims are split: every rank gets global statistics.
 
-Each rank sums over its part, the sums are reduced, and what comes back varies: every rank uses it
-for a part of its own, so that gradients of the statistics are summed again.
+Each rank sums over its shard, and the sums are all-reduced. The result is varying: every rank uses
+it
+for its own shard, so gradients of the statistics are all-reduced too.
 """
 
 from __future__ import annotations
@@ -12,18 +13,30 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from autopar.sharding.lowerings.declared import (
+    Declared,
+    LocalCall,
+    all_reduces,
+    declares,
+    first_result,
+    statistics_over,
+)
 from autopar.sharding.lowerings.shard import Shard, groups_of, largest, share_of, shared, total
 
 
-def _moments(
+def _centered(
     x: torch.Tensor, dims: list[int], shard: Shard, factors: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean, x minus its mean, and (biased) variance over `dims` as a whole; dims are kept."""
+    """Mean, x minus its mean, and (biased) variance over `dims` of all ranks; dims are kept."""
     groups = groups_of(shard, *factors)
     count = math.prod(x.shape[d] for d in dims) / share_of(shard, factors)
     mean = shared(x.sum(dims, keepdim=True), groups) / count
     centered = x - mean
     return mean, centered, shared(centered.square().sum(dims, keepdim=True), groups) / count
+
+
+# Passes over the operand, forward and backward, of a normalization that is written out.
+_PASSES = 12
 
 
 def _affine(
@@ -39,6 +52,7 @@ def _normalized(shape: Sequence[int]) -> tuple[list[int], list[str]]:
     return list(range(-len(shape), 0)), [f"h{i}" for i in range(len(shape))]
 
 
+@declares(all_reduces("h", statistics_over("h"), forward=2, backward=2, passes=_PASSES))
 def layer_norm(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
@@ -51,10 +65,11 @@ def layer_norm(
 ) -> torch.Tensor:
     """Layer normalization; the normalized dims are the factors h0, h1, ..."""
     dims, factors = _normalized(normalized_shape)
-    _, centered, variance = _moments(x, dims, shard, factors)
+    _, centered, variance = _centered(x, dims, shard, factors)
     return _affine(centered * (variance + eps).rsqrt(), weight, bias)
 
 
+@declares(all_reduces("h", statistics_over("h"), forward=1, backward=1, passes=_PASSES))
 def rms_norm(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
@@ -72,6 +87,13 @@ def rms_norm(
     )
 
 
+def _groups(call: LocalCall) -> int:
+    """Groups of channels of all samples on this rank."""
+    parts = math.prod(call.mesh[a] for a in call.axes("c"))
+    return call.first[0] * int(call.arguments["num_groups"]) // parts
+
+
+@declares(all_reduces("s", _groups, forward=2, backward=2, passes=_PASSES))
 def group_norm(
     x: torch.Tensor,
     num_groups: int,
@@ -82,13 +104,13 @@ def group_norm(
     *,
     shard: Shard,
 ) -> torch.Tensor:
-    """Group normalization with whole groups of channels (c) or the space (s0, s1, ...) split."""
+    """Group normalization with groups of channels (c) or the space (s0, s1, ...) split."""
     local = round(num_groups * share_of(shard, ["c"]))
     space = [name for name in shard if name.startswith("s")]
     if not space:
         return F.group_norm(x, local, weight, bias, eps)
     grouped = x.unflatten(1, (local, -1))
-    _, centered, variance = _moments(grouped, list(range(2, grouped.ndim)), shard, space)
+    _, centered, variance = _centered(grouped, list(range(2, grouped.ndim)), shard, space)
     shape = [-1] + [1] * (x.ndim - 2)
     out = (centered * (variance + eps).rsqrt()).flatten(1, 2)
     return _affine(
@@ -98,6 +120,14 @@ def group_norm(
     )
 
 
+_batch_statistics = all_reduces("ns", statistics_over("ns"), forward=2, backward=2)
+
+
+def _in_training(call: LocalCall) -> Declared:
+    return _batch_statistics(call) if call.arguments["training"] else Declared()
+
+
+@declares(_in_training)
 def batch_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -110,8 +140,8 @@ def batch_norm(
     *,
     shard: Shard,
 ) -> tuple[torch.Tensor, ...]:
-    """Batch normalization with batch (n) and space (s0, ...) split: statistics of the whole batch
-    on every rank; returns (result, mean, rstd, new running mean, new running variance)."""
+    """Batch normalization with batch (n) and space (s0, ...) split: statistics of the global
+    batch on every rank; returns (result, mean, rstd, new running mean, new running variance)."""
     if not training or not _batch_factors(shard):
         return torch.ops.aten._native_batch_norm_legit_functional.default(
             x, weight, bias, running_mean, running_var, training, momentum, eps
@@ -123,6 +153,7 @@ def batch_norm(
     return out, mean, (var + eps).rsqrt(), new_mean, new_var
 
 
+@declares(_batch_statistics)
 def batch_norm_without_running(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -133,7 +164,7 @@ def batch_norm_without_running(
     *,
     shard: Shard,
 ) -> tuple[torch.Tensor, ...]:
-    """As `batch_norm`, where no running statistics are kept; returns (result, mean, rstd)."""
+    """As `batch_norm`, without running statistics; returns (result, mean, rstd)."""
     out, mean, var, _ = _batch_norm(x, weight, bias, eps, shard)
     return out, mean, (var + eps).rsqrt()
 
@@ -152,7 +183,7 @@ def _batch_norm(
     """Result, mean and variance (without gradients), and the number of values per channel."""
     dims = [0, *range(2, x.ndim)]
     factors = _batch_factors(shard)
-    mean, centered, variance = _moments(x, dims, shard, factors)
+    mean, centered, variance = _centered(x, dims, shard, factors)
     shape = [1, -1] + [1] * (x.ndim - 2)
     out = _affine(
         centered * (variance + eps).rsqrt(),
@@ -163,6 +194,7 @@ def _batch_norm(
     return out, mean.detach().flatten(), variance.detach().flatten(), count
 
 
+@declares(all_reduces("s", statistics_over("s"), forward=2, backward=1, passes=_PASSES))
 def softmax(
     x: torch.Tensor, dim: int, dtype: torch.dtype | None = None, *, shard: Shard
 ) -> torch.Tensor:
@@ -170,6 +202,7 @@ def softmax(
     return log_softmax(x, dim, dtype, shard=shard).exp()
 
 
+@declares(all_reduces("s", statistics_over("s"), forward=2, backward=1, passes=_PASSES))
 def log_softmax(
     x: torch.Tensor, dim: int, dtype: torch.dtype | None = None, *, shard: Shard
 ) -> torch.Tensor:
@@ -205,6 +238,7 @@ def pool_to_one(x: torch.Tensor, output_size: Sequence[int], *, shard: Shard) ->
     return mean(x, list(range(-len(output_size), 0)), True, shard=shard)
 
 
+@declares(all_reduces("r", first_result, forward=1))
 def vector_norm(
     x: torch.Tensor,
     ord: float = 2,
@@ -219,5 +253,5 @@ def vector_norm(
     x = x if dtype is None else x.to(dtype)
     groups = groups_of(shard, *(name for name in shard if name[0] == "r"))
     squares = total(x.square().sum(dims, keepdim=keepdim), groups)
-    none = squares == 0  # where the root has no slope, and the norm takes 0 for it
+    none = squares == 0  # there the root has no derivative, and the norm uses 0
     return squares.masked_fill(none, 1).sqrt().masked_fill(none, 0)

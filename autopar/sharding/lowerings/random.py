@@ -1,4 +1,4 @@
-"""Random ops: masks and draws that are functions of the step's seed, alike on replicas."""
+"""Random ops: masks and draws are functions of the step's seed, and equal on replicas."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def native_dropout(
     *,
     shard: Shard,
     seed: torch.Tensor,
-    site: tuple[int, int],
+    stream: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`native_dropout`; also returns what was kept."""
+    """`native_dropout`; also returns the mask of kept elements."""
     if not train or p == 0:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
-    keep = keep_mask(x, list(x.shape), p, seed, site[0], site[1])
+    keep = keep_mask(x, list(x.shape), p, seed, stream[0], stream[1])
     scale = 0.0 if p == 1 else 1 / (1 - p)
     return x * keep * scale, keep
 
@@ -32,10 +32,10 @@ def dropout(
     *,
     shard: Shard,
     seed: torch.Tensor,
-    site: tuple[int, int],
+    stream: tuple[int, int],
 ) -> torch.Tensor:
     """`dropout`."""
-    return native_dropout(x, p, train, shard=shard, seed=seed, site=site)[0]
+    return native_dropout(x, p, train, shard=shard, seed=seed, stream=stream)[0]
 
 
 def bernoulli(
@@ -44,7 +44,7 @@ def bernoulli(
     *,
     shard: Shard,
     seed: torch.Tensor,
-    site: tuple[int, int],
+    stream: tuple[int, int],
 ) -> torch.Tensor:
     """`bernoulli.p`: ones with probability p, in the shape and dtype of x."""
-    return keep_mask(x, list(x.shape), 1 - p, seed, site[0], site[1]).to(x.dtype)
+    return keep_mask(x, list(x.shape), 1 - p, seed, stream[0], stream[1]).to(x.dtype)

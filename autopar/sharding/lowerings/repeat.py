@@ -1,4 +1,4 @@
-"""Repetition, where the call says how large the whole result is."""
+"""Repetition whose call states the extent of the global result."""
 
 from __future__ import annotations
 

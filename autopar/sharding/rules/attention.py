@@ -13,10 +13,10 @@ def _has_dropout(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("dropout_p"))
 
 
-# keys and values are whole where queries are split: they are gathered
+# if queries are split, keys and values are not: every rank needs all of them
 _SDPA = "*b q [d], *b [k] [d], *b [k] e, *b q [k] -> *b q e"
 _VALUES: tuple[tuple[int, ...], ...] = ((2,),)
-_SCORES_WHOLE = ("e",)
+_SCORES_REPEATED = ("e",)
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.scaled_dot_product_attention.default": (
@@ -27,12 +27,12 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
             when=_has_dropout,
         ),
         Row(
-            _SDPA.replace(" q ", " q! "),
+            _SDPA.replace(" q ", " q:lowered "),
             linear=_VALUES,
             lowering=attention.causal_attention,
-            half=_SCORES_WHOLE,
+            half=_SCORES_REPEATED,
             when=lambda a: bool(a.get("is_causal")),
         ),
-        Row(_SDPA, linear=_VALUES, half=_SCORES_WHOLE),
+        Row(_SDPA, linear=_VALUES, half=_SCORES_REPEATED),
     ),
 }

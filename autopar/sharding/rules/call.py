@@ -13,11 +13,11 @@ from autopar.sharding.rule import Shape
 
 @dataclass(frozen=True)
 class Call:
-    """One operator call, by shapes: all that a rule may depend on.
+    """One operator call, described by shapes.
 
     Args:
         op: the operator.
-        arguments: its arguments by schema name; tensors stand as their shapes.
+        arguments: its arguments by schema name; tensors are given as their shapes.
         inputs: shapes of the tensor operands in schema order (None: absent).
         outputs: shapes of the tensor results.
         masks: which operands are boolean.

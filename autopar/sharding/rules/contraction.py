@@ -9,10 +9,12 @@ from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
 
 # input [tokens sorted by expert, k], weight [experts, k, n], end of each expert's tokens [experts]
-_GROUPED = Row("s! k, e! k n, [x] -> s n", linear=((0,), (1,)), lowering=experts.grouped_mm)
+_GROUPED = Row(
+    "s:lowered k, e:lowered k n, [x] -> s n", linear=((0,), (1,)), lowering=experts.grouped_mm
+)
 # the same for types of 4 bytes and less, by a kernel
 _GROUPED_KERNEL = Row(
-    "s! k, e! k n, [x], +n -> s n",
+    "s:lowered k, e:lowered k n, [x], +n -> s n",
     linear=((0,), (1,)),
     lowering=experts.grouped_mm_kernel,
     when=lambda a: a.get("bias") is None,
@@ -61,16 +63,16 @@ def _einsum(call: Call) -> OpRule | None:
     letters = [t.removeprefix("...") for t in terms]
     if not arrow or any("." in t or len(set(t)) < len(t) for t in letters):
         return None
-    # einsum tells upper from lower case, a factor's name starts in lower case; what the dots stand
-    # for leads, as batch dims do
-    spelled = [
+    # einsum distinguishes cases, but a factor's name starts in lower case; the dims of the dots
+    # lead
+    patterns = [
         " ".join(
             ["*dots"] * t.startswith("...") + [c if c.islower() else f"u{c.lower()}" for c in rest]
         )
         for t, rest in zip(terms, letters, strict=True)
     ]
     linear = tuple((i,) for i in range(len(terms) - 1))
-    row = Row(f"{', '.join(spelled[:-1])} -> {spelled[-1]}", linear=linear)
+    row = Row(f"{', '.join(patterns[:-1])} -> {patterns[-1]}", linear=linear)
     return row.bind(call.inputs, call.outputs)
 
 

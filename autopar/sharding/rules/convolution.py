@@ -12,8 +12,13 @@ from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
 
 
-def _space(name: str, count: int, mark: str = "") -> str:
-    return " ".join(f"[{name}{i}]" if mark == "[]" else f"{name}{i}{mark}" for i in range(count))
+def _space(count: int, word: str = "") -> str:
+    """Dims of space: s0, s1, ..."""
+    return " ".join(f"s{i}{word}" for i in range(count))
+
+
+def _unsplit(count: int) -> str:
+    return " ".join(f"[x{i}]" for i in range(count))
 
 
 def _conv(call: Call) -> OpRule:
@@ -24,19 +29,19 @@ def _conv(call: Call) -> OpRule:
     groups = call.arguments.get("groups", 1)
     lead = len(call.outputs[0]) - rank - 1  # a single image has no batch
     n = "n" if lead else ""
-    window = _space("x", rank, "[]")
-    s = _space("s", rank, "~")
+    window, s = _unsplit(rank), _space(rank)
+    windows_over_s = _space(rank, ":window")
     if groups == 1:
-        notation = f"{n} c {s}, o c {window}, +o -> {n} o {s}"
+        notation = f"{n} c {windows_over_s}, o c {window}, +o -> {n} o {s}"
         row = Row(notation, linear=((0,), (1,)), lowering=windows.convolution)
         return row.bind(call.inputs, call.outputs)
-    notation = f"{n} g! {s}, g! [i] {window}, +g! -> {n} g! {s}"
+    notation = f"{n} g:lowered {windows_over_s}, g [i] {window}, +g -> {n} g {s}"
     row = Row(notation, linear=((0,),), lowering=windows.convolution)
     return _by_groups(row.bind(call.inputs, call.outputs), "g", groups)
 
 
 def _by_groups(rule: OpRule, name: str, groups: int) -> OpRule:
-    """Channels are split by whole groups only."""
+    """Channels are split between groups, never inside one."""
     if name not in rule.factors:
         return rule
     if groups == 1:
@@ -51,15 +56,15 @@ def _conv_transpose(call: Call) -> OpRule:
     assert weight is not None
     rank = len(weight) - 2
     n = "n" if len(call.outputs[0]) == rank + 2 else ""
-    x = _space("x", rank, "[]")
+    x = _unsplit(rank)
     assert call.inputs[0] is not None
     extents = zip(call.inputs[0][-rank:], weight[2:], call.outputs[0][-rank:], strict=True)
-    # as many results as inputs times the window, and that wherever the first one lies: side by side
+    # windows do not overlap if the stride is the window and nothing is cut off or added
     stride = windows.spread(call.arguments.get("stride", 1), rank)
-    apart = [
+    separate = [
         s == k and n > 1 and out == n * k for (n, k, out), s in zip(extents, stride, strict=True)
     ]
-    s = " ".join(f"s{i}" if alone else f"[s{i}]" for i, alone in enumerate(apart))
+    s = " ".join(f"s{i}" if alone else f"[s{i}]" for i, alone in enumerate(separate))
     if call.arguments.get("groups", 1) == 1:
         row = Row(f"{n} c {s}, c o {x}, +o -> {n} o {s}", linear=((0,), (1,)))
     else:
@@ -81,33 +86,38 @@ def _to_one(arguments: Mapping[str, Any]) -> bool:
     return math.prod(arguments["output_size"]) == 1
 
 
-_SPACE = {1: "*b s0~ -> *b s0~", 2: "*b s0~ s1~ -> *b s0~ s1~"}
-_UNSPLIT = {1: Row("*b [h] -> *b [i]"), 2: Row("*b [h] [w] -> *b [i] [j]")}
+_SPACE = {rank: f"*b {_space(rank, ':window')} -> *b {_space(rank)}" for rank in (1, 2)}
+_UNSPLIT_SPACE = {1: Row("*b [h] -> *b [i]"), 2: Row("*b [h] [w] -> *b [i] [j]")}
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     **{
         f"aten.max_pool{rank}d.default": (
             Row(_SPACE[rank], lowering=lowering, when=_no_ceil),
-            _UNSPLIT[rank],
+            _UNSPLIT_SPACE[rank],
         )
         for rank, lowering in ((1, windows.max_pool1d), (2, windows.max_pool2d))
     },
     **{
         f"aten.avg_pool{rank}d.default": (
             Row(_SPACE[rank], linear=((0,),), lowering=lowering, when=_plain_average),
-            replace(_UNSPLIT[rank], linear=((0,),)),
+            replace(_UNSPLIT_SPACE[rank], linear=((0,),)),
         )
         for rank, lowering in ((1, windows.avg_pool1d), (2, windows.avg_pool2d))
     },
     "aten.adaptive_avg_pool1d.default": (
-        Row("*b r0! -> *b [i]", linear=((0,),), lowering=norms.pool_to_one, when=_to_one),
-        replace(_UNSPLIT[1], linear=((0,),)),
+        Row("*b r0:lowered -> *b [i]", linear=((0,),), lowering=norms.pool_to_one, when=_to_one),
+        replace(_UNSPLIT_SPACE[1], linear=((0,),)),
     ),
     "aten.adaptive_avg_pool2d.default": (
-        Row("*b r0! r1! -> *b [i] [j]", linear=((0,),), lowering=norms.pool_to_one, when=_to_one),
-        replace(_UNSPLIT[2], linear=((0,),)),
+        Row(
+            "*b r0:lowered r1:lowered -> *b [i] [j]",
+            linear=((0,),),
+            lowering=norms.pool_to_one,
+            when=_to_one,
+        ),
+        replace(_UNSPLIT_SPACE[2], linear=((0,),)),
     ),
-    "aten._adaptive_avg_pool2d.default": replace(_UNSPLIT[2], linear=((0,),)),
+    "aten._adaptive_avg_pool2d.default": replace(_UNSPLIT_SPACE[2], linear=((0,),)),
     "aten.adaptive_max_pool2d.default": Row("*b [h] [w] -> *b [i] [j], *b [i] [j]"),
     "aten.max_pool2d_with_indices.default": Row("*b [h] [w] -> *b [i] [j], *b [i] [j]"),
     **dict.fromkeys(

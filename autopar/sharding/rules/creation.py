@@ -1,6 +1,7 @@
-"""Ops that make tensors from nothing but numbers: on every rank, which is free of communication.
+"""Ops that create tensors from numbers. Every rank creates the global tensor, without
+communication.
 
-Where an operand only says which dtype and device, its layout does not matter.
+If an operand only determines dtype and device, its layout does not matter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         ).split()
     },
     **{
-        f"aten.{name}.default": Row("*d= -> ...")
+        f"aten.{name}.default": Row("*d:complete -> ...")
         for name in ("new_zeros", "new_ones", "new_full", "new_empty")
     },
 }

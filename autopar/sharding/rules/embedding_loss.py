@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from autopar.sharding.lowerings import losses
 from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
+
+aten = torch.ops.aten
 
 _MEAN = 1  # torch.nn.functional's reduction enum: none, mean, sum
 
@@ -16,13 +20,17 @@ def _reduction(arguments: Mapping[str, Any]) -> int:
     return arguments.get("reduction", _MEAN)
 
 
-def _elementwise_loss(lowering: Callable[..., Any]) -> tuple[Row, ...]:
+def _elementwise_loss(op: torch._ops.OpOverload) -> tuple[Row, ...]:
     """A loss per element, or its sum, or its mean (of which each rank makes its share)."""
     return (
         Row("*d, *d, *d, *d -> *d", when=lambda a: _reduction(a) == 0),
         Row("*d, *d, *d, *d -> ", when=lambda a: _reduction(a) == 2),
         # weights may broadcast, but a mean over what is broadcast is the same share
-        Row("*d!, *d!, *d!, *d! -> ", lowering=lowering, when=lambda a: _reduction(a) == _MEAN),
+        Row(
+            "*d:lowered, *d, *d, *d -> ",
+            lowering=losses.share_of_mean(op),
+            when=lambda a: _reduction(a) == _MEAN,
+        ),
     )
 
 
@@ -30,19 +38,21 @@ def _by_class(
     call: Call,
     lowering: Callable[..., Any],
     vocabulary: str,
+    word: str = "",
     linear: tuple[tuple[int, ...], ...] = (),
 ) -> OpRule | None:
-    """Logits [b, v, space], classes [b, space], weights [v]."""
+    """Logits [b, v, space], classes [b, space], weights [v]; `word` stands behind v."""
     logits, target = call.inputs[:2]
     assert logits is not None
     assert target is not None
     if len(logits) < 2 or len(target) != len(logits) - 1:
         return None  # one row, or probabilities for targets
-    mark = {0: "", 2: "", _MEAN: "!"}[_reduction(call.arguments)]
-    space = [f"s{i}" for i in range(len(logits) - 2)]
-    marked = " ".join(s + mark for s in space)
-    out = " ".join(["b", *space]) if _reduction(call.arguments) == 0 else ""
-    notation = f"b{mark} {vocabulary} {marked}, b{mark} {marked}, {vocabulary.strip('=')} -> {out}"
+    of_rows = ":lowered" if _reduction(call.arguments) == _MEAN else ""
+    rows = ["b", *(f"s{i}" for i in range(len(logits) - 2))]
+    b, *space = (row + of_rows for row in rows)
+    out = " ".join(rows) if _reduction(call.arguments) == 0 else ""
+    classes = " ".join([b, vocabulary + word, *space])
+    notation = f"{classes}, {' '.join(rows)}, {vocabulary} -> {out}"
     return Row(notation, linear=linear, lowering=lowering).bind(call.inputs, call.outputs)
 
 
@@ -50,9 +60,9 @@ def _nll(call: Call) -> OpRule | None:
     return _by_class(call, losses.nll_loss, "[v]", linear=((0,),))
 
 
-def _ctc(out: str, mark: str = "") -> str:
+def _ctc(out: str, word: str = "") -> str:
     """Log probabilities [time, batch, class], targets, and a length of each per sequence."""
-    return f"[t] b{mark} [c], b{mark} [s], b{mark}, b{mark} -> {out}"
+    return f"[t] b{word} [c], b [s], b, b -> {out}"
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
@@ -62,29 +72,34 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
             linear=((0,),),
             when=lambda a: bool(a.get("scale_grad_by_freq") or a.get("sparse")),
         ),
-        Row("v! e, *b -> *b e", lowering=losses.embedding, linear=((0,),)),
+        Row("v:lowered e, *b -> *b e", lowering=losses.embedding, linear=((0,),)),
     ),
     "aten.one_hot.default": Row("*b -> *b [v]"),
-    "aten.mse_loss.default": _elementwise_loss(losses.mse_loss),
-    "aten.l1_loss.default": _elementwise_loss(losses.l1_loss),
-    "aten.smooth_l1_loss.default": _elementwise_loss(losses.smooth_l1_loss),
-    "aten.huber_loss.default": _elementwise_loss(losses.huber_loss),
-    "aten.binary_cross_entropy.default": _elementwise_loss(losses.binary_cross_entropy),
-    "aten.binary_cross_entropy_with_logits.default": _elementwise_loss(
-        losses.binary_cross_entropy_with_logits
-    ),
-    "aten.kl_div.default": _elementwise_loss(losses.kl_div),
+    **{
+        str(op): _elementwise_loss(op)
+        for op in (
+            aten.mse_loss.default,
+            aten.l1_loss.default,
+            aten.smooth_l1_loss.default,
+            aten.huber_loss.default,
+            aten.binary_cross_entropy.default,
+            aten.binary_cross_entropy_with_logits.default,
+            aten.kl_div.default,
+        )
+    },
     "aten.ctc_loss.Tensor": (
         # targets one after the other, without padding, lie anywhere
         Row("[t] *[b] [c], [s], *[b], *[b] -> ...", when=lambda a: len(a["targets"]) == 1),
         Row(_ctc("b"), when=lambda a: _reduction(a) == 0),
         Row(_ctc(""), when=lambda a: _reduction(a) == 2),
-        Row(_ctc("", "!"), lowering=losses.ctc_loss),
+        Row(_ctc("", ":lowered"), lowering=losses.share_of_mean(aten.ctc_loss.Tensor)),
     ),
 }
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
-    "aten.cross_entropy_loss.default": lambda call: _by_class(call, losses.cross_entropy, "v="),
+    "aten.cross_entropy_loss.default": lambda call: _by_class(
+        call, losses.cross_entropy, "v", ":complete"
+    ),
     "aten.nll_loss_nd.default": _nll,
     "aten.nll_loss.default": _nll,
     "aten.nll_loss2d.default": _nll,

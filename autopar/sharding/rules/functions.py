@@ -41,12 +41,12 @@ def _is_pointwise_throughout(
     op: torch._ops.OpOverload, shapes: tuple[Shape, ...], masks: tuple[bool, ...]
 ) -> bool:
     def step(*operands: torch.Tensor) -> list[torch.Tensor]:
-        found = op(*operands)
-        results = list(found) if isinstance(found, tuple | list) else [found]
+        value = op(*operands)
+        results = list(value) if isinstance(value, tuple | list) else [value]
         carried = [r for r in results if r.requires_grad]
-        wanted = [x for x in operands if x.requires_grad]
+        inputs = [x for x in operands if x.requires_grad]
         cotangents = [torch.ones_like(r) for r in carried]
-        grads = torch.autograd.grad(carried, wanted, cotangents, allow_unused=True)
+        grads = torch.autograd.grad(carried, inputs, cotangents, allow_unused=True)
         return results + [g for g in grads if g is not None]
 
     with FakeTensorMode():
@@ -66,5 +66,5 @@ def _pointwise_node(node: fx.Node) -> bool:
         return True
     op = node.target
     if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
-        return False  # a constant that the function made, of a shape of its own
+        return False  # a constant with a shape of its own
     return is_pointwise(op) or str(op) in _NEUTRAL

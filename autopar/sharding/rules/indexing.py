@@ -17,32 +17,32 @@ def _broadcast(shapes: Sequence[Shape]) -> int:
 def _index_names(call: Call) -> tuple[list[str], list[str], list[str]] | None:
     """Names of the indexed tensor's dims, of the indices, and of the result.
 
-    Indexed dims are whole; the indices' dims (i...) stand in the result where the first of them
-    was, or in front if the indexed dims are not neighbours. None for masks, whose result has a
-    shape that depends on values.
+    Indexed dims are not split. In the result, the dims of the indices (i...) replace the first
+    indexed dim, or lead if the indexed dims are not adjacent. None for masks, because the shape of
+    their result depends on values.
     """
     source = call.inputs[0]
     assert source is not None
     indices = call.arguments["indices"]
-    given = [d for d, index in enumerate(indices) if index is not None]
-    shapes = [indices[d] for d in given]
-    if not given or any(call.masks[1 : 1 + len(indices)]):
+    indexed = [d for d, index in enumerate(indices) if index is not None]
+    shapes = [indices[d] for d in indexed]
+    if not indexed or any(call.masks[1 : 1 + len(indices)]):
         return None
     rank = _broadcast(shapes)
-    adjacent = given == list(range(given[0], given[-1] + 1))
-    read = [f"[x{d}]" if d in given else f"d{d}" for d in range(len(source))]
-    wanted = [f"i{k}" for k in range(rank)]
-    rest = [f"d{d}" for d in range(len(source)) if d not in given]
-    before = given[0] if adjacent else 0
-    result = [*rest[:before], *wanted, *rest[before:]]
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    read = [f"[x{d}]" if d in indexed else f"d{d}" for d in range(len(source))]
+    index_dims = [f"i{k}" for k in range(rank)]
+    rest = [f"d{d}" for d in range(len(source)) if d not in indexed]
+    before = indexed[0] if adjacent else 0
+    result = [*rest[:before], *index_dims, *rest[before:]]
     # broadcasting aligns from the right
-    spelled = [" ".join(wanted[rank - len(s) :]) for s in shapes]
-    return read, spelled, result
+    patterns = [" ".join(index_dims[rank - len(s) :]) for s in shapes]
+    return read, patterns, result
 
 
-def _operands(call: Call, spelled: Sequence[str]) -> list[str]:
-    """Patterns of the index operands: the absent ones among them are operands too."""
-    queue = iter(spelled)
+def _operands(call: Call, patterns: Sequence[str]) -> list[str]:
+    """Patterns of all index operands, including the absent ones."""
+    queue = iter(patterns)
     return [next(queue) if i is not None else "" for i in call.arguments["indices"]]
 
 
@@ -50,36 +50,37 @@ def _index(call: Call) -> OpRule | None:
     names = _index_names(call)
     if names is None:
         return None
-    read, spelled, result = names
-    patterns = [" ".join(read), *_operands(call, spelled)]
-    row = Row(f"{', '.join(patterns)} -> {' '.join(result)}", linear=((0,),))
+    read, patterns, result = names
+    operand_patterns = [" ".join(read), *_operands(call, patterns)]
+    row = Row(f"{', '.join(operand_patterns)} -> {' '.join(result)}", linear=((0,),))
     return row.bind(call.inputs, call.outputs)
 
 
 def _index_put(call: Call) -> OpRule | None:
-    """What is added may be split over the indices, not what is written: the last one stays."""
+    """Values that are added may be split over the indices. Values that are written may not, because
+    the last one stays."""
     names, values = _index_names(call), call.inputs[-1]
     if names is None and values is not None:
         return _fill(call, values)
     if names is None or values is None:
         return None
-    read, spelled, result = names
+    read, patterns, result = names
     if len(values) > len(result):
         return None
     # values broadcast to the shape that reading would give
     written = " ".join(result[len(result) - len(values) :])
     base = " ".join(read)
     if call.arguments.get("accumulate"):
-        notation = f"+ {', '.join([base, *_operands(call, spelled), written])} -> {base}"
+        notation = f"+ {', '.join([base, *_operands(call, patterns), written])} -> {base}"
     else:
-        whole = [re.sub(r"\bi\d+", "[\\g<0>]", p) for p in (*_operands(call, spelled), written)]
-        notation = f"{', '.join([base, *whole])} -> {base}"
+        unsplit = [re.sub(r"\bi\d+", "[\\g<0>]", p) for p in (*_operands(call, patterns), written)]
+        notation = f"{', '.join([base, *unsplit])} -> {base}"
     row = Row(notation, linear=((0, len(call.inputs) - 1),))
     return row.bind(call.inputs, call.outputs)
 
 
 def _fill(call: Call, values: Shape) -> OpRule | None:
-    """One value wherever a mask over the leading dims says so: element by element."""
+    """One value written where a mask over the leading dims is true: pointwise."""
     mask = call.inputs[1]
     if math.prod(values) != 1 or mask is None or not call.masks[1] or len(call.inputs) != 3:
         return None
@@ -108,7 +109,7 @@ def _index_select(call: Call) -> OpRule:
 
 
 def _gather(call: Call) -> OpRule:
-    """Indices may be fewer than there are elements: such dims are whole."""
+    """A dim is not split if the index has fewer elements there."""
     dim = _dim(call)
     source, index = call.inputs[0], call.inputs[1]
     assert source is not None
@@ -121,8 +122,7 @@ def _gather(call: Call) -> OpRule:
 
 
 def _scatter(call: Call) -> OpRule:
-    """Index and source, split as the tensor where they are as large; what is added, also along
-    `dim`."""
+    """Index and source are split like the tensor where extents agree; a sum also along `dim`."""
     dim = _dim(call)
     source = call.inputs[0]
     assert source is not None
@@ -145,7 +145,7 @@ def _scatter(call: Call) -> OpRule:
 
 
 def _write(call: Call) -> OpRule:
-    """`slice_scatter`, `select_scatter`: what is written lies along `dim`."""
+    """`slice_scatter`, `select_scatter`: they write along `dim`."""
     names, dim = _dim_names(call)
     source, written = call.inputs[:2]
     assert source is not None
@@ -166,7 +166,7 @@ def _index_add(call: Call) -> OpRule:
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
-    # the values are taken one after the other, across all dims
+    # values are consumed in order, across all dims
     "aten.masked_scatter.default": Row("..., ..., ... -> ...", linear=((0, 2),)),
 }
 

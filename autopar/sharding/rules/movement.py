@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autopar.sharding.lowerings import repeat
-from autopar.sharding.rule import Dims, Factor, OpRule, Row
+from autopar.sharding.rule import Dims, OpRule, Row
 from autopar.sharding.rules.call import Call
-from autopar.sharding.rules.view import aligned, linear_rule, named
+from autopar.sharding.rules.view import aligned, linear_rule, named, numbered
 
 
 def _pad(call: Call) -> OpRule:
-    """Padded dims stay whole, also where what is cut off at the other end makes up for it."""
+    """Padded dims are not split, even if a negative padding at the other end keeps the extent."""
     pad, rank = call.arguments["pad"], len(call.outputs[0])
     padded = {rank - 1 - i // 2 for i, amount in enumerate(pad) if amount}
     rule = aligned(call).without(*(f"d{d}" for d in padded))
     if not call.arguments.get("value") or not padded:
         return rule
-    return OpRule(rule.inputs, rule.outputs, rule.factors)  # a pending sum would pad k times
+    return OpRule(
+        rule.inputs, rule.outputs, rule.factors
+    )  # the padding would be added once per rank
 
 
 def _cat(call: Call) -> OpRule:
-    """The dim along which tensors are joined stays whole, unless there is but one."""
+    """The dim along which tensors are joined is not split, unless there is one tensor."""
     out_shape = call.outputs[0]
     dim = call.arguments.get("dim", 0) % len(out_shape)
-    whole = dim if len(call.inputs) > 1 else None
-    names: Dims = tuple(None if d == whole or n == 1 else f"d{d}" for d, n in enumerate(out_shape))
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(out_shape) if names[d] is not None}
+    names, factors = numbered(out_shape, dim if len(call.inputs) > 1 else None)
     return linear_rule([names] * len(call.inputs), [names], factors)
 
 
@@ -35,13 +35,12 @@ def _stack(call: Call) -> OpRule:
     shape = call.inputs[0]
     assert shape is not None
     dim = call.arguments.get("dim", 0) % (len(shape) + 1)
-    names: Dims = tuple(None if n == 1 else f"d{d}" for d, n in enumerate(shape))
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    names, factors = numbered(shape)
     return linear_rule([names] * len(call.inputs), [(*names[:dim], None, *names[dim:])], factors)
 
 
-def _whole(dims: Callable[[Call, int], set[int]]) -> Callable[[Call], OpRule]:
-    """Same rank; the dims that `dims` (call, rank) names stay whole, and so do resized ones."""
+def _unsplit_dims(dims: Callable[[Call, int], set[int]]) -> Callable[[Call], OpRule]:
+    """Same rank; the dims that `dims` (call, rank) names are not split, nor are resized ones."""
 
     def bind(call: Call) -> OpRule:
         rule = aligned(call)
@@ -60,7 +59,7 @@ def _listed(call: Call, rank: int) -> set[int]:
 
 
 def _in_blocks(call: Call) -> OpRule:
-    """Every element along a dim becomes a block there, or every block an element."""
+    """Every element along a dim becomes a block, or every block becomes an element."""
     source, target = call.inputs[0], call.outputs[0]
     assert source is not None
     names = " ".join(
@@ -71,16 +70,17 @@ def _in_blocks(call: Call) -> OpRule:
 
 
 def _repeat_interleave(call: Call) -> OpRule:
-    """Without a dim the result is flat: the first dim comes in blocks. A size that is given is of
-    the whole result; a shard's is what it comes to."""
+    """Without a dim the result is flat and split by blocks of the first dim. An output size is that
+    of the global result, so the lowering leaves it out."""
     source = call.inputs[0]
     assert source is not None
     if call.arguments.get("dim") is not None:
         if call.arguments.get("output_size") is None:
             return _in_blocks(call)
-        whole = call.arguments["dim"] % len(source)
+        repeated = call.arguments["dim"] % len(source)
         names = " ".join(
-            f"d{d}{'!' if d == whole else ''}" if n > 1 else f"[d{d}]" for d, n in enumerate(source)
+            f"d{d}{':lowered' if d == repeated else ''}" if n > 1 else f"[d{d}]"
+            for d, n in enumerate(source)
         )
         row = Row(f"{names} -> {names}", linear=((0,),), lowering=repeat.interleave)
         return row.bind(call.inputs, call.outputs)
@@ -112,8 +112,7 @@ def _meshgrid(call: Call) -> OpRule:
     shape, places = call.outputs[0], list(range(len(call.inputs)))
     if call.arguments.get("indexing") == "xy":
         places[:2] = places[:2][::-1]
-    names: Dims = tuple(f"d{d}" if n > 1 else None for d, n in enumerate(shape))
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    names, factors = numbered(shape)
     inputs: list[Dims] = [
         (names[d],) if s else () for d, s in zip(places, call.inputs, strict=True)
     ]
@@ -126,11 +125,11 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.concat.default": _cat,
     "aten.concatenate.default": _cat,
     "aten.stack.default": _stack,
-    "aten.flip.default": _whole(_listed),
-    "aten.roll.default": _whole(_listed),
-    "aten.fft_fftn.default": _whole(_listed),
-    "aten.tril.default": _whole(lambda call, rank: {rank - 1, rank - 2}),
-    "aten.triu.default": _whole(lambda call, rank: {rank - 1, rank - 2}),
+    "aten.flip.default": _unsplit_dims(_listed),
+    "aten.roll.default": _unsplit_dims(_listed),
+    "aten.fft_fftn.default": _unsplit_dims(_listed),
+    "aten.tril.default": _unsplit_dims(lambda call, rank: {rank - 1, rank - 2}),
+    "aten.triu.default": _unsplit_dims(lambda call, rank: {rank - 1, rank - 2}),
     "aten.repeat_interleave.self_int": _repeat_interleave,
     "aten.repeat.default": _repeat,
     "aten.tile.default": _repeat,

@@ -9,8 +9,8 @@ from autopar.sharding.lowerings import norms
 from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
 
-# (result, mean, rstd, running mean, running variance) of the whole batch
-_BATCH_NORM = "n= c *s=, c, c, c, c -> n c *s, c, c, c, c"
+# (result, mean, rstd, running mean, running variance) of the global batch
+_BATCH_NORM = "n:complete c *s:complete, c, c, c, c -> n c *s, c, c, c, c"
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten._native_batch_norm_legit_functional.default": (
@@ -19,7 +19,8 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row(_BATCH_NORM.replace("*s, c, c,", "*s, [y], [z],"), lowering=norms.batch_norm),
     ),
     "aten._native_batch_norm_legit.no_stats": Row(
-        "n= c *s=, c, c -> n c *s, c, c", lowering=norms.batch_norm_without_running
+        "n:complete c *s:complete, c, c -> n c *s, c, c",
+        lowering=norms.batch_norm_without_running,
     ),
     # as captured in eval mode
     "aten.batch_norm.default": (
@@ -27,31 +28,37 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row("[n] c *[s], c, c, c, c -> [n] c *[s]"),
     ),
     "aten._native_batch_norm_legit_no_training.default": Row(
-        "n= c *s=, c, c, c, c -> n c *s, [y], [z]"
+        "n:complete c *s:complete, c, c, c, c -> n c *s, [y], [z]"
     ),
 }
 
 
+def _normalized(call: Call) -> tuple[str, str]:
+    """The normalized dims h0, h1, ..., with and without the word."""
+    names = [f"h{i}" for i in range(len(call.arguments["normalized_shape"]))]
+    return " ".join(f"{name}:lowered" for name in names), " ".join(names)
+
+
 def _layer_norm(call: Call) -> OpRule:
-    h = " ".join(f"h{i}#" for i in range(len(call.arguments["normalized_shape"])))
-    row = Row(f"*b {h}, {h}, {h} -> *b {h}", lowering=norms.layer_norm)
+    normalized, h = _normalized(call)
+    row = Row(f"*b {normalized}, {h}, {h} -> *b {h}", lowering=norms.layer_norm)
     return row.bind(call.inputs, call.outputs)
 
 
 def _rms_norm(call: Call) -> OpRule:
-    h = " ".join(f"h{i}#" for i in range(len(call.arguments["normalized_shape"])))
-    row = Row(f"*b {h}, {h} -> *b {h}", lowering=norms.rms_norm)
+    normalized, h = _normalized(call)
+    row = Row(f"*b {normalized}, {h} -> *b {h}", lowering=norms.rms_norm)
     return row.bind(call.inputs, call.outputs)
 
 
 def _group_norm(call: Call) -> OpRule:
-    """Whole groups of channels, or the space."""
+    """Split between groups of channels, or over the space."""
     shape = call.inputs[0]
     assert shape is not None
-    s = " ".join(f"s{i}#" for i in range(len(shape) - 2))
-    rule = Row(f"n c! {s}, c!, c! -> n c! {s}", lowering=norms.group_norm).bind(
-        call.inputs, call.outputs
-    )
+    space = [f"s{i}" for i in range(len(shape) - 2)]
+    normalized = " ".join(f"{s}:lowered" for s in space)
+    notation = f"n c:lowered {normalized}, c, c -> n c {' '.join(space)}"
+    rule = Row(notation, lowering=norms.group_norm).bind(call.inputs, call.outputs)
     groups = call.arguments["num_groups"]
     if groups == 1 or "c" not in rule.factors:
         return rule.without("c")
@@ -65,7 +72,7 @@ def _over_dim(lowering: Callable) -> Callable[[Call], OpRule]:
     def bind(call: Call) -> OpRule:
         ndim = len(call.outputs[0])
         dim = call.arguments["dim"] % max(ndim, 1)
-        names = " ".join("s#" if d == dim else f"d{d}" for d in range(ndim))
+        names = " ".join("s:lowered" if d == dim else f"d{d}" for d in range(ndim))
         return Row(f"{names} -> {names}", lowering=lowering).bind(call.inputs, call.outputs)
 
     return bind

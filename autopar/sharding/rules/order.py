@@ -9,7 +9,7 @@ from autopar.sharding.rules.call import Call
 
 
 def _along(call: Call) -> OpRule:
-    """One dim whole; results keep the others (their extent along it may differ)."""
+    """One dim is not split; results keep the others (the extent along it may differ)."""
     return Row(_notation(call, -1)).bind(call.inputs, call.outputs)
 
 
@@ -22,13 +22,13 @@ def _notation(call: Call, default: int) -> str:
     shape = call.inputs[0]
     assert shape is not None
     dim = call.arguments.get("dim", call.arguments.get("axis", default))
-    whole = dim % max(len(shape), 1)
+    unsplit = dim % max(len(shape), 1)
     names = [f"d{d}" for d in range(len(shape))]
 
-    def spelled(name: str) -> str:
-        return " ".join(f"[{name}]" if d == whole else n for d, n in enumerate(names))
+    def pattern(name: str) -> str:
+        return " ".join(f"[{name}]" if d == unsplit else n for d, n in enumerate(names))
 
-    return f"{spelled('x')} -> " + ", ".join([spelled("y")] * len(call.outputs))
+    return f"{pattern('x')} -> " + ", ".join([pattern("y")] * len(call.outputs))
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
@@ -39,7 +39,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
     ),
     "aten.histc.default": (
         Row("*d -> [b]", when=lambda a: a.get("min", 0) != a.get("max", 0)),
-        Row("... -> [b]"),  # from the least to the greatest of all values
+        Row("... -> [b]"),  # the range is that of all values
     ),
     "aten.nonzero_static.default": Row("... -> [n] [d]"),
 }

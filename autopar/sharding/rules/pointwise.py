@@ -1,6 +1,6 @@
 """Pointwise ops: one rule for all of them, dims aligned from the right as broadcasting does.
 
-Which operands they are linear in is the only thing to know per op.
+The table `LINEAR` says per op which operands it is linear in.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ _NEW = ("zeros_like", "ones_like", "full_like", "empty_like")
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     **{f"aten.{name}.default": Row("*d -> *d") for name in _NEW},
-    # the second operand only says which dtype
-    "aten.type_as.default": Row("*d, *e= -> *d", linear=((0,),)),
+    # the second operand only determines the dtype
+    "aten.type_as.default": Row("*d, *e:complete -> *d", linear=((0,),)),
     "aten.isin.Tensor_Tensor": Row("*d, ... -> *d"),
     "aten.prelu.default": (
         Row("*d, [w] -> *d", when=lambda a: a["weight"] == (1,)),

@@ -19,13 +19,17 @@ def _reduced_dims(call: Call) -> set[int]:
     return {d % len(shape) for d in dims if shape}
 
 
-def _notation(call: Call, mark: str) -> str:
-    """Reduced dims are named r0, r1, ...; `mark` is what a split of them needs."""
+def _notation(call: Call, split: str) -> str:
+    """Reduced dims are named r0, r1, ...
+
+    Args:
+        split: what a split of them needs, as a word of the notation; "[]" for no split.
+    """
     shape = call.inputs[0]
     assert shape is not None
     reduced = _reduced_dims(call)
     names = [
-        (f"[r{d}]" if mark == "[]" else f"r{d}{mark}") if d in reduced else f"d{d}"
+        (f"[r{d}]" if split == "[]" else f"r{d}{split}") if d in reduced else f"d{d}"
         for d in range(len(shape))
     ]
     keep = call.arguments.get("keepdim", False)
@@ -42,12 +46,12 @@ def _sum(call: Call) -> OpRule:
 
 
 def _mean(call: Call) -> OpRule:
-    row = Row(_notation(call, "!"), linear=((0,),), lowering=norms.mean)
+    row = Row(_notation(call, ":lowered"), linear=((0,),), lowering=norms.mean)
     return row.bind(call.inputs, call.outputs)
 
 
 def _mean_of_all(call: Call) -> OpRule:
-    row = Row(_notation(call, "!"), linear=((0,),), lowering=norms.mean_of_all)
+    row = Row(_notation(call, ":lowered"), linear=((0,),), lowering=norms.mean_of_all)
     return row.bind(call.inputs, call.outputs)
 
 
@@ -56,7 +60,7 @@ def _norm(call: Call) -> OpRule:
     order = call.arguments.get("ord", call.arguments.get("p", 2))
     if order not in (1, 2, None):
         return _unsplit(call)
-    row = Row(_notation(call, "" if order == 1 else "="), lowering=norms.vector_norm)
+    row = Row(_notation(call, "" if order == 1 else ":complete"), lowering=norms.vector_norm)
     return row.bind(call.inputs, call.outputs)
 
 
@@ -64,7 +68,7 @@ def _over_ranks(lowering: Callable) -> Callable[[Call], OpRule]:
     """The ranks' results are reduced by the op itself."""
 
     def bind(call: Call) -> OpRule:
-        return Row(_notation(call, "="), lowering=lowering).bind(call.inputs, call.outputs)
+        return Row(_notation(call, ":complete"), lowering=lowering).bind(call.inputs, call.outputs)
 
     return bind
 

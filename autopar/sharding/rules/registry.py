@@ -31,11 +31,11 @@ _FAMILIES = (
 
 
 def _merged(tables: Iterator[Mapping]) -> dict:
-    found: dict = {}
+    merged: dict = {}
     for table in tables:
-        assert not found.keys() & table.keys(), found.keys() & table.keys()
-        found |= table
-    return found
+        assert not merged.keys() & table.keys(), merged.keys() & table.keys()
+        merged |= table
+    return merged
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = _merged(getattr(f, "ROWS", {}) for f in _FAMILIES)

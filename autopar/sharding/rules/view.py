@@ -1,7 +1,7 @@
 """Views: rules derived from the shapes of the call.
 
-A dim that is regrouped keeps its leading factor: merging [b, s] to [b*s] or splitting it again
-moves whole contiguous blocks as long as the number of parts divides b.
+A regrouped dim keeps its leading factor: merging [b, s] to [b*s], or the inverse, moves contiguous
+blocks if the number of parts divides b.
 """
 
 from __future__ import annotations
@@ -22,22 +22,29 @@ def linear_rule(
 
 
 def named(source: Shape, names: Sequence[int | None], target: Shape) -> tuple[Dims, Dims, dict]:
-    """`names[j]` is the input dim that output dim j carries whole, or None."""
-    kept = {i for j, i in enumerate(names) if i is not None and source[i] == target[j] != 1}
-    factors = {f"d{i}": Factor(source[i]) for i in sorted(kept)}
-    dims = tuple(f"d{i}" if i in kept else None for i in range(len(source)))
+    """`names[j]` is the input dim that output dim j carries unchanged, or None."""
+    carried = {i for j, i in enumerate(names) if i is not None and source[i] == target[j] != 1}
+    factors = {f"d{i}": Factor(source[i]) for i in sorted(carried)}
+    dims = tuple(f"d{i}" if i in carried else None for i in range(len(source)))
     out = tuple(
-        f"d{i}" if i is not None and i in kept and source[i] == target[j] else None
+        f"d{i}" if i is not None and i in carried and source[i] == target[j] else None
         for j, i in enumerate(names)
     )
     return dims, out, factors
+
+
+def numbered(shape: Shape, unsplit: int | None = None) -> tuple[Dims, dict[str, Factor]]:
+    """A factor d0, d1, ... per dim of more than one element."""
+    names = tuple(f"d{d}" if n > 1 and d != unsplit else None for d, n in enumerate(shape))
+    factors = {name: Factor(n) for name, n in zip(names, shape, strict=True) if name is not None}
+    return names, factors
 
 
 def _groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
     """Split both shapes into minimal runs of equal products, ignoring dims of size 1."""
     left = [i for i, n in enumerate(source) if n != 1]
     right = [j for j, n in enumerate(target) if n != 1]
-    found = []
+    groups = []
     i = j = 0
     while i < len(left) and j < len(right):
         a, b = [left[i]], [right[j]]
@@ -52,8 +59,8 @@ def _groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
                 q *= target[right[j]]
                 b.append(right[j])
                 j += 1
-        found.append((a, b))
-    return found
+        groups.append((a, b))
+    return groups
 
 
 def _reshape(call: Call) -> OpRule | None:
@@ -123,19 +130,19 @@ def _expand(call: Call) -> OpRule:
     assert source is not None
     lead = len(target) - len(source)
     carried = [j >= lead and source[j - lead] == target[j] for j in range(len(target))]
-    out = tuple(f"d{j}" if n > 1 else None for j, n in enumerate(target))
+    out, factors = numbered(target)
     dims = tuple(out[lead + d] if carried[lead + d] else None for d in range(len(source)))
-    return linear_rule([dims], [out], {f"d{j}": Factor(n) for j, n in enumerate(target) if n > 1})
+    return linear_rule([dims], [out], factors)
 
 
-# Told where to cut, but not beyond the end: they do with a shard where the whole dim is left.
+# Their bounds are clamped to the extent: if they keep the entire dim, they also keep a shard.
 _CLAMPED = frozenset(
     {"aten.slice.Tensor", "aten.split.Tensor", "aten.unsafe_split.Tensor", "aten.chunk.default"}
 )
 
 
 def _cut(call: Call) -> OpRule:
-    """A dim that is cut stays whole, even if what is left is all of it and the op would not see."""
+    """A dim that is cut is not split, even if the call keeps all of it."""
     source = call.inputs[0]
     assert source is not None
     rule = aligned(call)
@@ -145,12 +152,11 @@ def _cut(call: Call) -> OpRule:
 
 
 def _broadcast_tensors(call: Call) -> OpRule | None:
-    """Only where nothing is broadcast: every operand and result is split alike."""
+    """A rule if nothing is broadcast: every operand and result is split in the same way."""
     shape = call.outputs[0]
     if any(s != shape for s in call.inputs):
         return None
-    names = tuple(f"d{d}" if n > 1 else None for d, n in enumerate(shape))
-    factors = {f"d{d}": Factor(n) for d, n in enumerate(shape) if n > 1}
+    names, factors = numbered(shape)
     return linear_rule([names] * len(call.inputs), [names] * len(call.outputs), factors)
 
 
@@ -176,30 +182,31 @@ def _unfold(call: Call) -> OpRule:
     source = call.inputs[0]
     assert source is not None
     dim, size = call.arguments["dimension"] % len(source), call.arguments["size"]
-    apart = size == call.arguments["step"] and source[dim] % size == 0 and source[dim] > size
-    names = " ".join(f"d{d}" if d != dim or apart else f"[d{d}]" for d in range(len(source)))
+    separate = size == call.arguments["step"] and source[dim] % size == 0 and source[dim] > size
+    names = " ".join(f"d{d}" if d != dim or separate else f"[d{d}]" for d in range(len(source)))
     return Row(f"{names} -> {names} [w]", linear=((0,),)).bind(call.inputs, call.outputs)
 
 
 def _as_strided(call: Call) -> OpRule | None:
-    """The first dim that is read whole and in place: the others step over it, or stay within."""
+    """Split the first dim that is read completely and in place, if the others stride over it or
+    inside."""
     source, target, stride = call.inputs[0], call.outputs[0], call.arguments["stride"]
     assert source is not None
-    held = call.strides[0]
-    if not source or call.arguments.get("storage_offset") or held is None:
+    strides = call.strides[0]
+    if not source or call.arguments.get("storage_offset") or strides is None:
         return None
-    order = sorted(range(len(source)), key=lambda d: -held[d])
+    order = sorted(range(len(source)), key=lambda d: -strides[d])
     dense = all(
-        held[d] == math.prod(source[e] for e in order[i + 1 :]) for i, d in enumerate(order)
+        strides[d] == math.prod(source[e] for e in order[i + 1 :]) for i, d in enumerate(order)
     )
     for d in range(min(len(source), len(target))):
-        step, turn = held[d], held[d] * source[d]
+        step, period = strides[d], strides[d] * source[d]
         others = [(n, s) for e, (n, s) in enumerate(zip(target, stride, strict=True)) if e != d]
         within = sum((n - 1) * s for n, s in others if s < step)
-        steps_over = all(s % turn == 0 for _, s in others if s >= step)
+        steps_over = all(s % period == 0 for _, s in others if s >= step)
         same = source[d] == target[d] and stride[d] == step
         if dense and same and source[d] > 1 and within < step and steps_over:
-            names = [f"d{d}!" if e == d else f"[x{e}]" for e in range(len(source))]
+            names = [f"d{d}:lowered" if e == d else f"[x{e}]" for e in range(len(source))]
             out = [f"d{d}" if e == d else f"[y{e}]" for e in range(len(target))]
             row = Row(
                 f"{' '.join(names)} -> {' '.join(out)}",
@@ -210,7 +217,7 @@ def _as_strided(call: Call) -> OpRule | None:
     return None
 
 
-# Run as a reshape to the local shape: what they are told (a size, a dim to drop) is global.
+# Run as a reshape to the local shape, because their arguments (a size, a dim to drop) are global.
 RESHAPES = frozenset(
     {
         "aten.view.default",

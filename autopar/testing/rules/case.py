@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,10 +17,12 @@ from autopar.ir.graph import operands
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import MemoryEstimate, ShardingPlan, SolverRecord, TimeEstimate
+from autopar.sharding.node_rules import declared_of
 from autopar.sharding.rule import Strategy
+from autopar.testing.rules.collectives import Run, counted, undeclared
 from autopar.testing.rules.draw import Draw
 from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad, substituted
-from autopar.testing.rules.random_ops import RANDOM, UNDEFINED, kept, seed_torch
+from autopar.testing.rules.random_ops import RANDOM, UNDEFINED, kept_mask, seed_torch
 from autopar.testing.rules.shards import (
     TOLERANCE,
     Coords,
@@ -39,18 +42,26 @@ _SEED = 1234
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case showed: its largest error (0 if not in float64), and what was wrong."""
+    """Result of a case: its largest error (0 if not in float64), and the differences."""
 
     worst: float
     differences: tuple[Difference, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What one rank ended up with: results, and gradients of its operands (None: takes none)."""
+class _RankResult:
+    """Results of one rank.
+
+    Args:
+        results: of the forward.
+        gradients: of its operands; None for those that take none.
+        forward, backward: the collectives that each ran.
+    """
 
     results: Sequence[torch.Tensor]
     gradients: Sequence[torch.Tensor | None]
+    forward: Counter[Run]
+    backward: Counter[Run]
 
 
 def check_case(
@@ -64,14 +75,14 @@ def check_case(
     if transposed is None:
         transposed = draw.chance(25)
     try:
-        held = _run(one, mesh, strategy, draw, transposed)
-    except Exception as error:  # whatever a rank raises is the finding
+        by_rank = _run(one, mesh, strategy, draw, transposed)
+    except Exception as error:  # any exception of a rank is a failure
         if transposed and not _takes_any_strides(one):
             return check_case(one, mesh, strategy, draw, transposed=False)
         lines = str(error).strip().splitlines() or [""]
         text = f"{type(error).__name__}: {lines[0]}"
         return Outcome(math.inf, (Difference("the ranks' program", None, math.inf, text),))
-    return _compared(one, mesh, strategy, held)
+    return _compared(one, mesh, strategy, by_rank)
 
 
 # -- the ranks ----------------------------------------------------------------------------------
@@ -79,7 +90,7 @@ def check_case(
 
 def _run(
     one: OneOp, mesh: Mesh, strategy: Strategy, draw: Draw, transposed: bool
-) -> dict[Coords, _Held]:
+) -> dict[Coords, _RankResult]:
     plan = plan_of(one, mesh, strategy)
     inputs: list[Mapping[Coords, torch.Tensor] | None] = [
         None if x is None or spec is None else split(x, spec, mesh, draw)
@@ -91,12 +102,12 @@ def _run(
     ]
     groups = _simulated(mesh).groups if strategy.lowered else _silent_groups(mesh)
 
-    def rank(coords: Coords) -> _Held:
+    def rank(coords: Coords) -> _RankResult:
         program = apply_sharding(
             one.graph, plan, coords=coords, groups=groups[coords], output_specs=strategy.outputs
         )
         leaves = [
-            None if x is None else _laid_out(x[coords], transposed).requires_grad_(trained)
+            None if x is None else _with_strides(x[coords], transposed).requires_grad_(trained)
             for x, trained in zip(inputs, one.trained, strict=True)
         ]
         local = [None if c is None else c[coords] for c in cotangents]
@@ -112,28 +123,32 @@ def _step(
     program: LocalProgram,
     leaves: Sequence[torch.Tensor | None],
     cotangents: Sequence[torch.Tensor | None],
-) -> _Held:
+) -> _RankResult:
     """Forward and backward of one rank."""
     name_of = {n.name: x for n, x in zip(operands(one.node), leaves, strict=True) if n is not None}
     arguments = [name_of[name] for name in one.placeholders]
     if program.takes_seed:
         arguments.append(torch.tensor(_SEED))
     seed_torch(str(one.sample.op))
-    results = program.gm(*arguments)
-    return _Held([r.detach() for r in results], grad(results, cotangents, leaves))
+    with counted() as forward:
+        results = program.gm(*arguments)
+    with counted() as backward:
+        gradients = grad(results, cotangents, leaves)
+    return _RankResult([r.detach() for r in results], gradients, forward, backward)
 
 
-def _laid_out(x: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """A copy; with strides as a transposed producer leaves them, since shards may have any."""
+def _with_strides(x: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """A copy; if `transposed`, with the strides of a transposed producer, since shards may have
+    any."""
     if transposed and x.ndim > 2:
         return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def _takes_any_strides(one: OneOp) -> bool:
-    """Whether the op itself, on whole tensors, can do with such strides."""
+    """Whether the op supports such strides on global tensors."""
     leaves = [
-        None if x is None else _laid_out(x, True).requires_grad_(trained)
+        None if x is None else _with_strides(x, True).requires_grad_(trained)
         for x, trained in zip(one.inputs, one.trained, strict=True)
     ]
     try:
@@ -143,13 +158,13 @@ def _takes_any_strides(one: OneOp) -> bool:
     return True
 
 
-def _in_threads(rank: Callable[[Coords], _Held], mesh: Mesh) -> dict[Coords, _Held]:
+def _in_threads(rank: Callable[[Coords], _RankResult], mesh: Mesh) -> dict[Coords, _RankResult]:
     """All ranks at once."""
     return _simulated(mesh).run(rank)
 
 
 def plan_of(one: OneOp, mesh: Mesh, strategy: Strategy) -> ShardingPlan:
-    """The plan that states exactly the strategy: no conversions are left to make."""
+    """A plan with exactly this strategy, so that no conversions are necessary."""
     choices = {one.node.name: strategy.name}
     for operand, spec, trained in zip(
         operands(one.node), strategy.inputs, one.trained, strict=True
@@ -183,7 +198,7 @@ def _simulated(mesh: Mesh) -> SimulatedMesh:
 
 @lru_cache
 def _silent_groups(mesh: Mesh) -> dict[Coords, tuple[str, ...]]:
-    """Where nothing is lowered there is nothing to communicate: collectives raise."""
+    """Groups whose collectives raise: without a lowering there is no communication."""
     prefix = f"proof-silent/{'x'.join(map(str, mesh))}"
     return {coords: planning_groups(mesh, coords, prefix) for coords in ranks(mesh)}
 
@@ -191,55 +206,65 @@ def _silent_groups(mesh: Mesh) -> dict[Coords, tuple[str, ...]]:
 # -- the comparison -----------------------------------------------------------------------------
 
 
-def _compared(one: OneOp, mesh: Mesh, strategy: Strategy, held: Mapping[Coords, _Held]) -> Outcome:
+def _compared(
+    one: OneOp, mesh: Mesh, strategy: Strategy, by_rank: Mapping[Coords, _RankResult]
+) -> Outcome:
     name = str(one.sample.op)
     results = [
-        {coords: h.results[i] for coords, h in held.items()} for i in range(len(one.outputs))
+        {coords: h.results[i] for coords, h in by_rank.items()} for i in range(len(one.outputs))
     ]
     outputs, gradients = list(one.outputs), list(one.gradients)
     if one.rule[0].always:
-        wholes = [
-            joined(pieces, spec, mesh, whole.shape)
-            for pieces, spec, whole in zip(results, strategy.outputs, one.outputs, strict=True)
+        full_results = [
+            joined(pieces, spec, mesh, full.shape)
+            for pieces, spec, full in zip(results, strategy.outputs, one.outputs, strict=True)
         ]
-        outputs, gradients = _with_draw(one, name, wholes)
+        outputs, gradients = _with_draw(one, name, full_results)
     if name in UNDEFINED:
         outputs = [w.new_zeros(w.shape) for w in outputs]
         results = [{c: torch.zeros_like(p) for c, p in pieces.items()} for pieces in results]
     tolerance = tolerance_of([*one.inputs, *one.outputs])
     worst = 0.0
-    found: list[Difference] = []
-    for i, (pieces, spec, whole) in enumerate(zip(results, strategy.outputs, outputs, strict=True)):
-        error, off = differences(f"result {i}", pieces, spec, spec.partial, whole, mesh, tolerance)
-        worst, found = max(worst, error), found + off
-    for i, (whole_grad, spec_in) in enumerate(zip(gradients, strategy.inputs, strict=True)):
-        if whole_grad is None or spec_in is None:
+    differing: list[Difference] = []
+    for i, (pieces, spec, full) in enumerate(zip(results, strategy.outputs, outputs, strict=True)):
+        error, off = differences(f"result {i}", pieces, spec, spec.partial, full, mesh, tolerance)
+        worst, differing = max(worst, error), differing + off
+    for i, (full_grad, spec_in) in enumerate(zip(gradients, strategy.inputs, strict=True)):
+        if full_grad is None or spec_in is None:
             continue
-        pieces = {c: g for c, h in held.items() if (g := h.gradients[i]) is not None}
+        pieces = {c: g for c, h in by_rank.items() if (g := h.gradients[i]) is not None}
         error, off = differences(
             f"gradient of operand {i}",
             pieces,
             spec_in,
             spec_in.varying,
-            whole_grad,
+            full_grad,
             mesh,
             tolerance,
         )
-        worst, found = max(worst, error), found + off
+        worst, differing = max(worst, error), differing + off
     if one.rule[0].always:
-        found += _draw_findings(one, name, strategy, mesh, results)
-    return Outcome(worst if tolerance == TOLERANCE[torch.float64] else 0.0, tuple(found))
+        differing += _draw_findings(one, name, strategy, mesh, results)
+    if strategy.lowered:
+        carries = bool(one.trained and one.trained[0]) and any(
+            c is not None for c in one.cotangents
+        )
+        for coords, rank in by_rank.items():
+            declared = declared_of(one.node, strategy, mesh, coords)
+            for detail in undeclared(declared, rank.forward, rank.backward, carries=carries):
+                differing.append(Difference("the collectives", coords, math.inf, detail))
+    return Outcome(worst if tolerance == TOLERANCE[torch.float64] else 0.0, tuple(differing))
 
 
 def _with_draw(
-    one: OneOp, name: str, wholes: Sequence[torch.Tensor]
+    one: OneOp, name: str, full_results: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """What the op gives, and its gradients, for the draw that the ranks made."""
+    """Results and gradients of the op for the ranks' draw."""
     leaves = [
         None if x is None else x.detach().requires_grad_(trained)
         for x, trained in zip(one.inputs, one.trained, strict=True)
     ]
-    results = RANDOM[name](wholes, substituted(one.node, leaves))
+    results = RANDOM[name](full_results, substituted(one.node, leaves))
     return [r.detach() for r in results], list(grad(results, one.cotangents, leaves))
 
 
@@ -250,14 +275,14 @@ def _draw_findings(
     mesh: Mesh,
     results: Sequence[Mapping[Coords, torch.Tensor]],
 ) -> list[Difference]:
-    """Ranks that hold different shards draw different numbers, and as many as they should."""
+    """Errors of the draw: a wrong share of kept elements, or the same draw on different shards."""
     arguments = substituted(one.node, list(one.inputs))
-    found: list[Difference] = []
-    whole = [
+    differing: list[Difference] = []
+    full = [
         joined(p, s, mesh, o.shape)
         for p, s, o in zip(results, strategy.outputs, one.outputs, strict=True)
     ]
-    drawn = kept(name, whole, arguments)
+    drawn = kept_mask(name, full, arguments)
     if drawn is None:
         return []
     mask, share = drawn
@@ -265,18 +290,18 @@ def _draw_findings(
     spread = 6 * math.sqrt(share * (1 - share) / max(count, 1)) + 1e-9
     if abs(float(mask.double().mean()) - share) > spread:
         detail = f"{float(mask.double().mean()):.3f} of {count} kept, expected {share:.3f}"
-        found.append(Difference("the draw", None, math.inf, detail))
+        differing.append(Difference("the draw", None, math.inf, detail))
     seen: dict[tuple[int, ...], tuple[Coords, torch.Tensor]] = {}
     for coords in ranks(mesh):
         pieces = [p[coords] for p in results]
-        local = kept(name, pieces, arguments)
+        local = kept_mask(name, pieces, arguments)
         assert local is not None
         key = tuple(coords[a] for axes in strategy.splits.values() for a in axes)
         for other, (where, earlier) in seen.items():
-            # 40 equal coin tosses do not happen
+            # so many equal draws do not occur by chance
             likely = min(share, 1 - share) > 0.2 and earlier.numel() >= 150
             if other != key and likely and torch.equal(earlier, local[0]):
                 detail = f"the same draw as on rank {where}, which holds another shard"
-                found.append(Difference("the draw", coords, math.inf, detail))
+                differing.append(Difference("the draw", coords, math.inf, detail))
         seen.setdefault(key, (coords, local[0]))
-    return found
+    return differing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import multiprocessing
 import os
@@ -25,18 +24,18 @@ from autopar.testing.rules.one_op import OneOp, one_op
 from autopar.testing.rules.samples import draw_sample, find_op, table_ops
 from autopar.testing.rules.shards import Mesh
 
-# Small meshes are most of what can go wrong, and larger ones show the order of axes.
+# Small meshes find most errors, and larger ones test the order of axes.
 MESHES: tuple[Mesh, ...] = (
     (2,), (3,), (4,), (2,), (3,), (2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (2, 2, 2), (2, 1, 3),
 )  # fmt: skip
 _POINTWISE_SHARE = 0.35  # of the cases that an op with a row of its own gets
 _SHRINK_S = 4.0
-_DISTINCT = 3  # failures told of per op
+_DISTINCT = 3  # failures reported per op
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A case that came out wrong, as small as it was found."""
+    """A failed case, as small as the search could make it."""
 
     call: str
     mesh: Mesh
@@ -54,16 +53,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class OpReport:
-    """What was shown of one op.
+    """The proof of one op.
 
     Args:
-        cases: how many were run.
-        covered, possible: kinds of strategies ("row 0: m", "~1") that were run, that there are.
-        rows: alternatives of the row that calls reached, and how many there are (0: derived).
-        worst: largest error of the cases that hold, of those in float64.
-        failed: number of cases that do not.
-        failures: the distinct ones among them.
-        refused, unruled: calls that torch refused, that no rule covers.
+        cases: number of cases that ran.
+        covered, possible: kinds of strategies ("row 0: m", "sum1") that ran, and that exist.
+        rows: indices of the row's alternatives that calls reached.
+        alternatives: number of alternatives.
+        worst: largest error of the correct cases in float64.
+        failed: number of failed cases.
+        failures: distinct failures.
+        refused, unruled: number of calls that torch refused, and that no rule covers.
     """
 
     name: str
@@ -89,7 +89,7 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
     rows: set[int] = set()
     done = refused = unruled = failed = calls = 0
     worst = 0.0
-    found: dict[str, Failure] = {}
+    failures: dict[str, Failure] = {}
     began = time.perf_counter()
     while done < cases and calls < 3 * cases + 20:
         calls += 1
@@ -103,7 +103,7 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
         except Exception as error:
             failed, done = failed + 1, done + 1
             what = f"the rule refuses the call: {type(error).__name__}: {error}"
-            found.setdefault("", Failure(str(one.sample), (), "", "", (what,)))
+            failures.setdefault("", Failure(str(one.sample), (), "", "", (what,)))
             continue
         if not ruled:
             unruled += 1
@@ -119,13 +119,13 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
                 continue
             failed += 1
             key = " ".join(sorted(kinds(strategy, row)))
-            if key not in found and len(found) < _DISTINCT:
-                found[key] = _smallest(one, mesh, strategy, outcome, f"{seed} {name}")
+            if key not in failures and len(failures) < _DISTINCT:
+                failures[key] = _smallest(one, mesh, strategy, outcome, f"{seed} {name}")
             if done >= cases:
                 break
     return OpReport(
         name, done, frozenset(used), frozenset(possible), frozenset(rows), _alternatives(name),
-        worst, failed, tuple(found.values()), refused, unruled, time.perf_counter() - began,
+        worst, failed, tuple(failures.values()), refused, unruled, time.perf_counter() - began,
     )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def _drawn(op: torch._ops.OpOverload, draw: Draw) -> OneOp | None:
 
 
 def alternative(one: OneOp) -> int:
-    """Which row of the op's alternatives holds for a call; 0 for derived rules."""
+    """Index of the op's row that applies to a call; 0 for derived rules."""
     rows = ROWS.get(str(one.sample.op))
     if not isinstance(rows, tuple) or str(one.sample.op) in DERIVED:
         return 0
@@ -153,7 +153,7 @@ def _alternatives(name: str) -> int:
 
 
 def kinds(strategy: Strategy, row: int) -> set[str]:
-    """What a strategy does: the factors it splits and the sums that it lets through."""
+    """Kinds of a strategy: the factors it splits and the sums that pass through it."""
     tokens = {t.partition(":")[0] for t in strategy.name.split()} - {"-"}
     return {f"row {row}: {t}" if row else t for t in tokens}
 
@@ -161,7 +161,7 @@ def kinds(strategy: Strategy, row: int) -> set[str]:
 def _cases(
     one: OneOp, row: int, draw: Draw, used: Counter[str], possible: set[str]
 ) -> Iterator[tuple[Mesh, Strategy]]:
-    """Strategies of one call, those first whose kinds were run least."""
+    """Strategies of one call, with the least-tested kinds first."""
     mesh = draw.choice(MESHES)
     strategies = one.strategies(mesh)
     by_kind: dict[str, list[Strategy]] = {}
@@ -184,7 +184,7 @@ def _cases(
 def _smallest(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome, seed: str) -> Failure:
     """The failure, or one of the same kind on a smaller call or mesh."""
     best = one, mesh, strategy, outcome
-    wanted = {_family(k) for k in kinds(strategy, 0)}
+    kinds_to_keep = {_family(k) for k in kinds(strategy, 0)}
     deadline = time.perf_counter() + _SHRINK_S
     for attempt in range(400):
         if time.perf_counter() > deadline:
@@ -196,7 +196,7 @@ def _smallest(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome, seed
         size = math.prod(where)
         if small is None or _weight(small) * size >= _weight(best[0]) * math.prod(best[1]):
             continue
-        for other in _within(small, where, wanted)[:4]:
+        for other in _within(small, where, kinds_to_keep)[:4]:
             again = check_case(small, where, other, draw)
             if again.differences and again.differences[0].what == outcome.differences[0].what:
                 best = small, where, other, again
@@ -204,19 +204,21 @@ def _smallest(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome, seed
     return _failure(*best)
 
 
-def _within(one: OneOp, mesh: Mesh, wanted: set[str]) -> list[Strategy]:
-    """Strategies that do nothing but what is wanted."""
+def _within(one: OneOp, mesh: Mesh, allowed: set[str]) -> list[Strategy]:
+    """Strategies of these kinds only."""
     if not _ruled(one):
         return []
     return [
-        s for s in one.strategies(mesh) if {_family(k) for k in kinds(s, 0)} <= wanted or not wanted
+        s
+        for s in one.strategies(mesh)
+        if {_family(k) for k in kinds(s, 0)} <= allowed or not allowed
     ]
 
 
 def _ruled(one: OneOp) -> bool:
     try:
         return one.rule[1]
-    except Exception:  # told of elsewhere
+    except Exception:  # reported elsewhere
         return False
 
 
@@ -240,7 +242,7 @@ def _failure(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome) -> Fa
     return Failure(str(one.sample), mesh, strategy.name, layouts, tuple(shown))
 
 
-# -- the whole table ----------------------------------------------------------------------------
+# -- the table ----------------------------------------------------------------------------------
 
 
 def shares(names: Sequence[str], cases: int) -> dict[str, int]:
@@ -259,10 +261,10 @@ def matching(pattern: str | None) -> list[str]:
     names = table_ops()
     if pattern is None:
         return list(names)
-    found = [n for n in names if n == pattern] or [n for n in names if pattern in n]
-    if not found:
+    matches = [n for n in names if n == pattern] or [n for n in names if pattern in n]
+    if not matches:
         raise ValueError(f"no op of the rule table is called {pattern!r}; see autopar rules list")
-    return found
+    return matches
 
 
 def prove(
@@ -272,20 +274,19 @@ def prove(
     jobs: int,
     done: Callable[[OpReport], None] = lambda report: None,
 ) -> list[OpReport]:
-    """Run all cases, in `jobs` processes; the findings do not depend on their number."""
+    """Run all cases in `jobs` processes; the reports do not depend on their number."""
     work = [(n, count, seed) for n, count in shares(names, cases).items()]
-    found = []
+    reports: list[OpReport] = []
     if jobs == 1:
         torch.set_num_threads(1)
-        reports: Iterator[OpReport] = itertools.starmap(prove_op, work)
-        for report in reports:
-            found.append(report)
-            done(report)
-        return sorted(found, key=lambda r: r.name)
+        for item in work:
+            reports.append(prove_op(*item))
+            done(reports[-1])
+        return sorted(reports, key=lambda r: r.name)
     os.environ["OMP_NUM_THREADS"] = "1"  # read when the processes import torch
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
         for future in as_completed([pool.submit(prove_op, *item) for item in work]):
-            found.append(future.result())
-            done(found[-1])
-    return sorted(found, key=lambda r: r.name)
+            reports.append(future.result())
+            done(reports[-1])
+    return sorted(reports, key=lambda r: r.name)

@@ -1,8 +1,8 @@
-"""Strategies that are right, found by trying: operands split, or given as terms of a sum, the op
-run on the parts, and its results put together again.
+"""Correct strategies of an op along one axis, found by trial.
 
-A rule that leaves out what is right costs time on every mesh; an op without a rule can be given the
-one that is found.
+Operands are split or replaced by terms of a sum, the op runs on the parts, and its results are
+joined and compared. If a rule omits a correct strategy, every plan with the op may be slower. For
+an op without a rule, a rule can be proposed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad
 from autopar.testing.rules.shards import largest_error, ranks, split, tolerance_of
 
 PARTS = (2, 3)
-_MOST = 4000  # ways to split a call that are tried
+_MOST = 4000  # combinations tried per call
 ABSENT = ""
 
 # Per operand and per result: "R", "S<dim>", "P", and for results also "max" and "min".
@@ -30,8 +30,8 @@ States = tuple[str, ...]
 
 
 @dataclass(frozen=True, order=True)
-class Way:
-    """How the operands of a call may be held along one axis, and what the results then are."""
+class AxisStrategy:
+    """States of a call's operands along one axis, and the resulting states of its results."""
 
     inputs: States
     outputs: States
@@ -42,15 +42,17 @@ class Way:
 
     @property
     def special(self) -> bool:
-        """Results are maxima or minima over the ranks, for which there is no layout."""
+        """Whether results are maxima or minima over the ranks, for which there is no layout."""
         return not {"max", "min"}.isdisjoint(self.outputs)
 
 
-def ways(one: OneOp, parts: int, draw: Draw, *, careful: bool = False) -> set[Way]:
-    """All ways that are right for the call, with its dims in so many parts.
+def correct_strategies(
+    one: OneOp, parts: int, draw: Draw, *, careful: bool = False
+) -> set[AxisStrategy]:
+    """All strategies that are correct for the call with this number of parts.
 
     Args:
-        careful: split dims of equal extents together only: torch does not check some ops' sizes.
+        careful: split dims of equal extents together, because torch does not check some ops' sizes.
     """
     options = [list(options_of(x, trained, parts)) for x, trained in zip(one.inputs, one.trained)]  # noqa: B905
     count = 1
@@ -60,17 +62,17 @@ def ways(one: OneOp, parts: int, draw: Draw, *, careful: bool = False) -> set[Wa
     if count > _MOST:
         chosen = set(draw.source.sample(range(count), _MOST))
         combinations = (c for i, c in enumerate(itertools.product(*options)) if i in chosen)
-    found = set()
+    correct = set()
     for states in combinations:
         if all(s in ("R", ABSENT) for s in states) or not compatible(one, states, parts):
             continue
-        if careful and not _alike(one, states):
+        if careful and not _together(one, states):
             continue
-        for dim in _told_sizes(one):
+        for dim in _result_dims(one):
             outputs = _tried(one, states, parts, dim, draw)
             if outputs is not None and compatible(one, (*states, *outputs), parts):
-                found.add(Way(states, outputs))
-    return found
+                correct.add(AxisStrategy(states, outputs))
+    return correct
 
 
 def options_of(x: torch.Tensor | None, trained: bool, parts: int) -> Iterator[str]:
@@ -86,8 +88,10 @@ def options_of(x: torch.Tensor | None, trained: bool, parts: int) -> Iterator[st
 
 
 def compatible(one: OneOp, states: States, parts: int) -> bool:
-    """Dims split together, of operands and (if states are given) results, are equal, or are split
-    evenly: uneven parts of different dims fit each other by chance at most."""
+    """Whether the split dims of operands and results are equal or split evenly.
+
+    Uneven parts of different extents fit each other by chance only.
+    """
     extents = {
         x.shape[int(s[1:])]
         for x, s in zip((*one.inputs, *one.outputs), states, strict=False)
@@ -96,8 +100,8 @@ def compatible(one: OneOp, states: States, parts: int) -> bool:
     return len(extents) < 2 or all(n % parts == 0 for n in extents)
 
 
-def _alike(one: OneOp, states: States) -> bool:
-    """One extent is split, in every operand that has it."""
+def _together(one: OneOp, states: States) -> bool:
+    """Whether one extent is split, in every operand that has it."""
     pairs = [(x, s) for x, s in zip(one.inputs, states, strict=True) if x is not None]
     extents = {x.shape[int(s[1:])] for x, s in pairs if s.startswith("S")}
     return len(extents) < 2 and all(
@@ -105,8 +109,8 @@ def _alike(one: OneOp, states: States) -> bool:
     )
 
 
-def _told_sizes(one: OneOp) -> list[int | None]:
-    """Result dims that are to be split, for ops that are told their result's size."""
+def _result_dims(one: OneOp) -> list[int | None]:
+    """Result dims to split, for ops with an argument for the result's size."""
     if _size_argument(one) is None and str(one.sample.op) not in RESHAPES:
         return [None]
     return list(range(one.outputs[0].ndim)) or [None]
@@ -125,7 +129,7 @@ def _spec(state: str, ndim: int) -> ShardingSpec:
 
 
 def _tried(one: OneOp, states: States, parts: int, dim: int | None, draw: Draw) -> States | None:
-    """What the results are, if this way of splitting is right in values and gradients."""
+    """States of the results, if values and gradients are correct; else None."""
     mesh = (parts,)
     pieces = [
         None if x is None else split(x, _spec(s, x.ndim), mesh, draw)
@@ -146,15 +150,15 @@ def _tried(one: OneOp, states: States, parts: int, dim: int | None, draw: Draw) 
         return None
     tolerance = tolerance_of([*one.inputs, *one.outputs])
     outputs = []
-    for i, whole in enumerate(one.outputs):
-        state = _state([r[i].detach() for r in results], whole, tolerance)
+    for i, full in enumerate(one.outputs):
+        state = _state([r[i].detach() for r in results], full, tolerance)
         if state is None or (dim is not None and i == 0 and state != f"S{dim}"):
             return None
         outputs.append(state)
-    found = tuple(outputs)
-    if Way(states, found).special:
-        return found
-    return found if _gradients_hold(one, states, found, leaves, results, tolerance) else None
+    out = tuple(outputs)
+    if AxisStrategy(states, out).special:
+        return out
+    return out if _gradients_hold(one, states, out, leaves, results, tolerance) else None
 
 
 def _run(
@@ -172,34 +176,34 @@ def _run(
     name = _size_argument(one)
     assert name is not None
     arguments = bound_arguments(one.node) | {name: shape}
-    given = iter(leaves)
-    values = {k: next(given) if hasattr(v, "users") else v for k, v in arguments.items()}
+    tensors = iter(leaves)
+    values = {k: next(tensors) if hasattr(v, "users") else v for k, v in arguments.items()}
     return flat_tensors(one.sample.op(**values))
 
 
-def _state(pieces: Sequence[torch.Tensor], whole: torch.Tensor, tolerance: float) -> str | None:
-    """How the parts' results make up the whole one."""
-    if any(p.dtype != whole.dtype or p.ndim != whole.ndim for p in pieces):
+def _state(pieces: Sequence[torch.Tensor], full: torch.Tensor, tolerance: float) -> str | None:
+    """State of a result, by its parts and its global value; None if none fits."""
+    if any(p.dtype != full.dtype or p.ndim != full.ndim for p in pieces):
         return None
-    for dim, size in enumerate(whole.shape):
+    for dim, size in enumerate(full.shape):
         if not fills_every_rank(size, (0,), (len(pieces),)):
             continue
-        chunks = whole.chunk(len(pieces), dim)
+        chunks = full.chunk(len(pieces), dim)
         if len(chunks) == len(pieces) and all(map(_near(tolerance), pieces, chunks)):
             return f"S{dim}"
-    if any(p.shape != whole.shape for p in pieces):
+    if any(p.shape != full.shape for p in pieces):
         return None
     near = _near(tolerance)
-    if all(near(p, whole) for p in pieces):
+    if all(near(p, full) for p in pieces):
         return "R"
     stacked = torch.stack(list(pieces))
-    if whole.dtype != torch.bool and near(stacked.sum(0).to(whole.dtype), whole):
-        return "P" if whole.dtype.is_floating_point or whole.dtype.is_complex else None
-    if whole.dtype.is_complex or not whole.numel():
+    if full.dtype != torch.bool and near(stacked.sum(0).to(full.dtype), full):
+        return "P" if full.dtype.is_floating_point or full.dtype.is_complex else None
+    if full.dtype.is_complex or not full.numel():
         return None
-    if near(stacked.amax(0), whole):
+    if near(stacked.amax(0), full):
         return "max"
-    return "min" if near(stacked.amin(0), whole) else None
+    return "min" if near(stacked.amin(0), full) else None
 
 
 def _near(tolerance: float) -> Any:
@@ -225,31 +229,31 @@ def _gradients_hold(
         for c, s in zip(one.cotangents, outputs, strict=True)
     ]  # fmt: skip
     try:
-        found = [
+        gradients = [
             grad(r, [s[i] for s in shares], leaf)
             for i, (r, leaf) in enumerate(zip(results, leaves, strict=True))
         ]
     except RuntimeError:
         return False
-    for k, (whole, state) in enumerate(zip(one.gradients, states, strict=True)):
-        if whole is None:
+    for k, (full, state) in enumerate(zip(one.gradients, states, strict=True)):
+        if full is None:
             continue
-        local = [g for f in found if (g := f[k]) is not None]
+        local = [g for f in gradients if (g := f[k]) is not None]
         if state.startswith("S"):
-            held = all(map(near, local, whole.chunk(parts, int(state[1:]))))
+            held = all(map(near, local, full.chunk(parts, int(state[1:]))))
         elif state == "P":
-            held = all(near(g, whole) for g in local)
-        else:  # R, or V: then the gradients are terms of a sum
-            held = all(near(g, whole) for g in local) or near(torch.stack(local).sum(0), whole)
+            held = all(near(g, full) for g in local)
+        else:  # R, or V, whose gradients are terms of a sum
+            held = all(near(g, full) for g in local) or near(torch.stack(local).sum(0), full)
         if not held:
             return False
     return True
 
 
-def recheck(one: OneOp, way: Way, parts: int, draw: Draw) -> set[Way]:
-    found = set()
-    for dim in _told_sizes(one):
-        outputs = _tried(one, way.inputs, parts, dim, draw)
+def recheck(one: OneOp, strategy: AxisStrategy, parts: int, draw: Draw) -> set[AxisStrategy]:
+    correct = set()
+    for dim in _result_dims(one):
+        outputs = _tried(one, strategy.inputs, parts, dim, draw)
         if outputs is not None:
-            found.add(Way(way.inputs, outputs))
-    return found
+            correct.add(AxisStrategy(strategy.inputs, outputs))
+    return correct

@@ -1,7 +1,7 @@
-"""What samplers draw from, and the table of samplers.
+"""Random choices for samplers, and the table of samplers.
 
 A sampler is a short function from a `Draw` to the arguments of one call. Its choices come from a
-`random.Random`, so that the command line can seed it and hypothesis can stand in for it.
+`random.Random`, which the command line seeds and hypothesis replaces.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Draw:
     """Random choices of a sampler.
 
     Args:
-        source: where they come from.
-        largest: upper bound of `size()`; failures are looked for again below smaller bounds.
+        source: of the choices.
+        largest: upper bound of `size()`; failures are searched again with smaller bounds.
     """
 
     def __init__(self, source: random.Random, largest: int = LARGEST) -> None:
@@ -92,8 +92,8 @@ class Draw:
 
     def dims(self, ndim: int, low: int = 1) -> list[int]:
         """Distinct dims, counted from either end."""
-        found = sorted(self.source.sample(range(ndim), self.integer(low, ndim)))
-        return [d - ndim if self.chance(30) else d for d in found]
+        dims = sorted(self.source.sample(range(ndim), self.integer(low, ndim)))
+        return [d - ndim if self.chance(30) else d for d in dims]
 
     # -- tensors --------------------------------------------------------------------------------
 
@@ -135,8 +135,8 @@ class Draw:
 
     def broadcast(self, shape: Shape) -> list[int]:
         """A shape that broadcasts to `shape`."""
-        found = [1 if self.chance(20) else n for n in shape]
-        return found[self.integer(0, len(found)) :] if self.chance(20) else found
+        dims = [1 if self.chance(20) else n for n in shape]
+        return dims[self.integer(0, len(dims)) :] if self.chance(20) else dims
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

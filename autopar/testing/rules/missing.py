@@ -1,4 +1,4 @@
-"""What an op's rule leaves out, or should say: the ways that hold on several drawn calls."""
+"""Correct strategies that an op's rule omits, by trial on several drawn calls."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import torch
 from autopar.testing.rules.discover import (
     ABSENT,
     PARTS,
-    Way,
+    AxisStrategy,
     compatible,
+    correct_strategies,
     options_of,
     recheck,
-    ways,
 )
 from autopar.testing.rules.draw import Draw, Sample
-from autopar.testing.rules.explained import why_left_out
+from autopar.testing.rules.explained import why_omitted
 from autopar.testing.rules.one_op import OneOp, one_op
 from autopar.testing.rules.random_ops import UNDEFINED
 from autopar.testing.rules.samples import draw_sample, find_op
 
-_Kind = tuple[tuple[int, ...], Way]
+_Kind = tuple[tuple[int, ...], AxisStrategy]
 
 _SIZE = 6  # of dims: enough for uneven parts
 
 
 @dataclass(frozen=True)
-class Found:
-    """A way that held in `held` of `tried` calls, and why the table may leave it out."""
+class Evidence:
+    """A strategy, correct in `held` of `tried` trials, and the reason why the rule omits it."""
 
-    way: Way
+    strategy: AxisStrategy
     held: int
     tried: int
     example: str
@@ -42,44 +42,45 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Looked:
-    """How many ways are right for an op, and those of them that its rule leaves out."""
+class Coverage:
+    """Number of correct strategies of an op, and those that its rule omits."""
 
-    ways: int
-    left_out: tuple[Found, ...]
+    strategies: int
+    omitted: tuple[Evidence, ...]
 
     @property
-    def missing(self) -> list[Found]:
-        """Those for which there is no reason."""
-        return [f for f in self.left_out if f.reason is None]
+    def missing(self) -> list[Evidence]:
+        """Omitted strategies without a reason."""
+        return [f for f in self.omitted if f.reason is None]
 
 
-def stated(one: OneOp, parts: int) -> set[Way]:
-    """The ways that the table's rule has."""
-    found = set()
+def rule_strategies(one: OneOp, parts: int) -> set[AxisStrategy]:
+    """The strategies of the op's rule."""
+    own = set()
     for strategy in one.strategies((parts,)):
         sides = [
             tuple(ABSENT if s is None else s.state(0).replace("V", "R") for s in specs)
             for specs in (strategy.inputs, strategy.outputs)
         ]
-        found.add(Way(sides[0], sides[1]))
-    return found
+        own.add(AxisStrategy(sides[0], sides[1]))
+    return own
 
 
 def discover(
     name: str, seed: int, calls: int = 12, *, careful: bool = False
-) -> tuple[dict[tuple[int, ...], list[Found]], dict[tuple[int, ...], list[int]]]:
-    """What holds for an op's random calls, by the numbers of dims of its operands; and of results.
+) -> tuple[dict[tuple[int, ...], list[Evidence]], dict[tuple[int, ...], list[int]]]:
+    """Strategies that are correct for random calls, and result dims, by the operands' numbers of
+    dims.
 
     Raises:
-        KeyError: the op does not exist, or nothing is known about its arguments.
+        KeyError: the op does not exist, or there is no sampler for its arguments.
     """
     op = find_op(name)
     if op is None:
         raise KeyError(f"this torch has no op {name}")
     ones = []
-    for turn in range(4 * calls):
-        draw = Draw(random.Random(f"{seed} {name} {turn}"), _SIZE)
+    for number in range(4 * calls):
+        draw = Draw(random.Random(f"{seed} {name} {number}"), _SIZE)
         sample = draw_sample(op, draw)
         try:
             ones.append(one_op(sample, draw))
@@ -98,42 +99,44 @@ def dims_of(one: OneOp) -> tuple[int, ...]:
 
 def from_calls(
     ones: Sequence[OneOp], draw: Draw, *, careful: bool = False
-) -> dict[tuple[int, ...], list[Found]]:
-    """As `discover`, of given calls."""
-    held: dict[tuple[int, ...], dict[Way, list[OneOp]]] = defaultdict(lambda: defaultdict(list))
+) -> dict[tuple[int, ...], list[Evidence]]:
+    """As `discover`, for these calls."""
+    held: dict[tuple[int, ...], dict[AxisStrategy, list[OneOp]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for one in ones:
         again = _shuffled(one, draw)
         for parts in PARTS:
-            for way in ways(one, parts, draw, careful=careful):
-                if again is None or way in recheck(again, way, parts, draw):
-                    held[dims_of(one)][way].append(one)
+            for strategy in correct_strategies(one, parts, draw, careful=careful):
+                if again is None or strategy in recheck(again, strategy, parts, draw):
+                    held[dims_of(one)][strategy].append(one)
     return {
         key: sorted(
             (
-                Found(
-                    way,
+                Evidence(
+                    strategy,
                     len(calls),
-                    _eligible(way, [one for one in ones if dims_of(one) == key]),
+                    _eligible(strategy, [one for one in ones if dims_of(one) == key]),
                     str(calls[0].sample),
                 )
-                for way, calls in found.items()
+                for strategy, calls in by_way.items()
             ),
-            key=lambda f: f.way,
+            key=lambda f: f.strategy,
         )
-        for key, found in held.items()
+        for key, by_way in held.items()
     }
 
 
-def _eligible(way: Way, ones: Sequence[OneOp]) -> int:
-    """In how many (call, parts) the way could be tried at all."""
+def _eligible(strategy: AxisStrategy, ones: Sequence[OneOp]) -> int:
+    """Number of (call, parts) in which the strategy could be tried."""
     count = 0
     for one in ones:
         for parts in PARTS:
             possible = all(
                 s in options_of(x, t, parts)
-                for x, s, t in zip(one.inputs, way.inputs, one.trained, strict=True)
+                for x, s, t in zip(one.inputs, strategy.inputs, one.trained, strict=True)
             )
-            count += possible and compatible(one, (*way.inputs, *way.outputs), parts)
+            count += possible and compatible(one, (*strategy.inputs, *strategy.outputs), parts)
     return count
 
 
@@ -157,75 +160,80 @@ def _shuffled(one: OneOp, draw: Draw) -> OneOp | None:
         return None
 
 
-def look_at(name: str, seed: int, calls: int = 24, *, careful: bool = False) -> Looked:
-    """Ways that are right for an op, and which of them its rule leaves out.
+def coverage_of(name: str, seed: int, calls: int = 24, *, careful: bool = False) -> Coverage:
+    """Correct strategies of an op, and those that its rule omits.
 
-    Told are those that hold wherever they can be tried, and those that hold at times, by a split,
-    which a condition on the arguments might tell apart.
+    A strategy is reported if it is correct in all trials. A split is also reported if it is correct
+    in some, because a condition on the arguments might distinguish these.
     """
     if name in UNDEFINED:
-        return Looked(0, ())
+        return Coverage(0, ())
     op = find_op(name)
     assert op is not None
     offered: Counter[_Kind] = Counter()
-    left: dict[_Kind, list[OneOp]] = defaultdict(list)
+    omitted: dict[_Kind, list[OneOp]] = defaultdict(list)
     ones = []
     draw = Draw(random.Random(seed))
-    for turn in range(calls):
-        fresh = Draw(random.Random(f"{seed} {name} {turn}"), _SIZE)
+    for number in range(calls):
+        fresh = Draw(random.Random(f"{seed} {name} {number}"), _SIZE)
         try:
             one = one_op(draw_sample(op, fresh), fresh)
             known = one.rule[1]
         except (RuntimeError, IndexError, NotImplementedError, ValueError):
             continue
-        if not known or _proves_little(one) or (careful and _ambiguous(one)):
+        if not known or _has_few_elements(one) or (careful and _ambiguous(one)):
             continue
         ones.append(one)
         again = _shuffled(one, draw)
         for parts in PARTS:
-            table = stated(one, parts)
-            for way in ways(one, parts, draw, careful=careful):
-                kind = _calls_like(one, way), way
-                if _offers(table, way):
+            table = rule_strategies(one, parts)
+            for strategy in correct_strategies(one, parts, draw, careful=careful):
+                kind = _calls_like(one, strategy), strategy
+                if _offers(table, strategy):
                     offered[kind] += 1
-                elif again is None or way in recheck(again, way, parts, draw):
-                    left[kind].append(one)
-    found: dict[Way, Found] = {}
-    for (like, way), having in sorted(left.items(), key=lambda item: item[0]):
-        held = len(having) + offered[like, way]
-        tried = _eligible(way, [one for one in ones if _calls_like(one, way) == like])
-        reads = any(s != "R" for s in way.outputs)
-        at_times = 3 * held >= tried and held >= 4 and "P" not in way.inputs
+                elif again is None or strategy in recheck(again, strategy, parts, draw):
+                    omitted[kind].append(one)
+    evidence: dict[AxisStrategy, Evidence] = {}
+    for (like, strategy), having in sorted(omitted.items(), key=lambda item: item[0]):
+        held = len(having) + offered[like, strategy]
+        tried = _eligible(strategy, [one for one in ones if _calls_like(one, strategy) == like])
+        reads = any(s != "R" for s in strategy.outputs)
+        at_times = 3 * held >= tried and held >= 4 and "P" not in strategy.inputs
         if reads and len({id(one) for one in having}) > 1 and (held == tried or at_times):
-            before = found.get(way, Found(way, 0, 0, str(min(having, key=_weight).sample)))
-            found[way] = replace(before, held=before.held + held, tried=before.tried + tried)
-    told = tuple(replace(f, reason=why_left_out(name, f.way)) for f in found.values())
-    return Looked(len({way for _, way in offered} | found.keys()), told)
+            before = evidence.get(
+                strategy, Evidence(strategy, 0, 0, str(min(having, key=_weight).sample))
+            )
+            evidence[strategy] = replace(
+                before, held=before.held + held, tried=before.tried + tried
+            )
+    reports = tuple(replace(f, reason=why_omitted(name, f.strategy)) for f in evidence.values())
+    return Coverage(len({strategy for _, strategy in offered} | evidence.keys()), reports)
 
 
-def _calls_like(one: OneOp, way: Way) -> tuple[int, ...]:
-    """What calls must share for a way to be the same: dims where it splits them, else operands."""
-    splits = any(s.startswith("S") for s in (*way.inputs, *way.outputs))
+def _calls_like(one: OneOp, strategy: AxisStrategy) -> tuple[int, ...]:
+    """Key of calls that share a strategy: numbers of dims if it splits, else which operands
+    exist."""
+    splits = any(s.startswith("S") for s in (*strategy.inputs, *strategy.outputs))
     return dims_of(one) if splits else tuple(min(n, 0) for n in dims_of(one))
 
 
-def _offers(table: set[Way], way: Way) -> bool:
-    """Whether the rule has it, or the same but for sums: what is whole can be given as one."""
+def _offers(table: set[AxisStrategy], strategy: AxisStrategy) -> bool:
+    """Whether the rule has the strategy, or one that takes a sum where this takes a replica."""
     for t in table:
-        pairs = zip(t.inputs, way.inputs, strict=True)
+        pairs = zip(t.inputs, strategy.inputs, strict=True)
         weaker = all(a == b or (a, b) == ("P", "R") for a, b in pairs)
-        if t.inputs == way.inputs or (weaker and t.outputs == way.outputs):
+        if t.inputs == strategy.inputs or (weaker and t.outputs == strategy.outputs):
             return True
     return False
 
 
-def _proves_little(one: OneOp) -> bool:
-    """Few elements: much holds by chance."""
+def _has_few_elements(one: OneOp) -> bool:
+    """Whether strategies may be correct by chance."""
     return max((x.numel() for x in one.inputs if x is not None), default=0) < 6
 
 
 def _ambiguous(one: OneOp) -> bool:
-    """Dims that cannot be told apart by their extents."""
+    """Whether two dims of a tensor have the same extent."""
     return any(len(set(x.shape)) < x.ndim for x in one.inputs if x is not None)
 
 

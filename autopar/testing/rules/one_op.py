@@ -19,13 +19,13 @@ from autopar.testing.rules.random_ops import seed_torch
 
 _HERE = NodeInfo("", "autopar rules check")
 
-# What autograd says of ops, and of operands, that have no derivative.
+# Texts of autograd's errors for ops and operands without a derivative.
 _NO_DERIVATIVE = ("not implemented", "not differentiable", "does not require grad", "derivative")
 
 
 @dataclass(frozen=True)
 class OneOp:
-    """A call as the planner sees it, and what it computes on whole tensors.
+    """A call as the planner sees it, and its results on global tensors.
 
     Args:
         sample: the call.
@@ -62,7 +62,7 @@ class OneOp:
 
 
 def one_op(sample: Sample, draw: Draw) -> OneOp:
-    """The call as a graph, run on whole tensors with random cotangents.
+    """The call as a graph, run on global tensors with random cotangents.
 
     Raises:
         RuntimeError: the op refuses the arguments.
@@ -90,16 +90,16 @@ def _floating(x: torch.Tensor) -> bool:
 
 
 def _names(node: fx.Node) -> list[str]:
-    """Per operand, the argument it stands in."""
-    found = []
-    given = bound_arguments(node)
+    """Per operand, the name of its argument."""
+    names = []
+    arguments = bound_arguments(node)
     assert isinstance(node.target, torch._ops.OpOverload)
     for argument in node.target._schema.arguments:
         if "Tensor" in str(argument.type):
-            value = given.get(argument.name)
+            value = arguments.get(argument.name)
             items = value if isinstance(value, list | tuple) else [value]
-            found += [argument.name for i in items if i is None or isinstance(i, fx.Node)]
-    return found
+            names += [argument.name for i in items if i is None or isinstance(i, fx.Node)]
+    return names
 
 
 def _call_node(sample: Sample) -> tuple[fx.Node, dict[fx.Node, torch.Tensor]]:
@@ -140,7 +140,7 @@ def _cotangent(like: torch.Tensor, draw: Draw) -> torch.Tensor:
 
 
 def call(node: fx.Node, values: Sequence[torch.Tensor | None]) -> Any:
-    """Run the node's op on tensors in the place of its operands."""
+    """Run the node's op on tensors instead of its operands."""
     args, kwargs = map_operands(node, list(values))
     assert callable(node.target)
     seed_torch(str(node.target))
@@ -148,7 +148,7 @@ def call(node: fx.Node, values: Sequence[torch.Tensor | None]) -> Any:
 
 
 def substituted(node: fx.Node, values: Sequence[torch.Tensor | None]) -> dict[str, Any]:
-    """The call's arguments by schema name, with tensors in the place of its operands."""
+    """The call's arguments by schema name, with tensors instead of its operands."""
     assert isinstance(node.target, torch._ops.OpOverload)
     args, kwargs = map_operands(node, list(values))
     names = [a.name for a in node.target._schema.arguments]
@@ -170,14 +170,14 @@ def grad(
         for r, c in zip(results, cotangents, strict=True)
         if c is not None and r.requires_grad
     ]
-    wanted = [x for x in leaves if x is not None and x.requires_grad]
-    found: Sequence[torch.Tensor | None] = [None] * len(wanted)
-    if pairs and wanted:
-        found = torch.autograd.grad(
-            [r for r, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True
+    inputs = [x for x in leaves if x is not None and x.requires_grad]
+    gradients: Sequence[torch.Tensor | None] = [None] * len(inputs)
+    if pairs and inputs:
+        gradients = torch.autograd.grad(
+            [r for r, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True
         )
     queue = iter(
-        torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)
+        torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)
     )
     return tuple(next(queue) if x is not None and x.requires_grad else None for x in leaves)
 
@@ -188,7 +188,7 @@ def _finish(
     outputs: Sequence[torch.Tensor],
     differentiable: Sequence[bool],
 ) -> ModelGraph:
-    """Metadata, outputs and roles: what makes the call a `ModelGraph`."""
+    """The call as a `ModelGraph`, with metadata, outputs and roles."""
     graph = node.graph
     trained = {
         n for n, d in zip(operands(node), differentiable, strict=True) if n is not None and d

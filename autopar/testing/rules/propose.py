@@ -1,19 +1,19 @@
-"""A row in the notation of `autopar.sharding.rule`, made of what was discovered."""
+"""A row in the notation of `autopar.sharding.rule` that states discovered strategies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autopar.testing.rules.discover import Way
-from autopar.testing.rules.missing import Found
+from autopar.testing.rules.discover import AxisStrategy
+from autopar.testing.rules.missing import Evidence
 
 _LETTERS = "abcdefghijklmnopqrstuvw"
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What could be written into the table."""
+    """A row for the table."""
 
     notation: str
     linear: tuple[tuple[int, ...], ...]
@@ -24,24 +24,24 @@ class Proposal:
 
 
 def propose(
-    found: Sequence[Found], input_dims: Sequence[int], output_dims: Sequence[int]
+    evidence: Sequence[Evidence], input_dims: Sequence[int], output_dims: Sequence[int]
 ) -> Proposal:
     """The row of calls whose tensors have these numbers of dims (-1: absent).
 
-    Ways that hold wherever they could be tried become factors, the widest first; a dim has one
-    factor. Sums that pass through become linear sets.
+    Strategies that are correct in all trials become factors, those of most dims first; a dim has
+    one factor. Sums that pass through become linear sets.
     """
-    sure = [f.way for f in found if f.held >= max(1, f.tried) and not f.way.special]
+    sure = [f.strategy for f in evidence if f.held >= max(1, f.tried) and not f.strategy.special]
     splits = [w for w in sure if any(s.startswith("S") for s in (*w.inputs, *w.outputs))]
     splits.sort(key=lambda w: (-_dims(w), w))
     taken: dict[tuple[str, int, int], int] = {}
     terms: set[int] = set()
-    for number, way in enumerate(splits):
-        places = _places(way)
+    for number, strategy in enumerate(splits):
+        places = _places(strategy)
         if any(p in taken for p in places):
             continue
         taken |= dict.fromkeys(places, number)
-        terms |= {i for i, s in enumerate(way.inputs) if s == "P"}
+        terms |= {i for i, s in enumerate(strategy.inputs) if s == "P"}
     letters: dict[int, str] = {}
 
     def pattern(side: str, tensor: int, ndim: int) -> str:
@@ -65,14 +65,14 @@ def propose(
     return Proposal(f"{left} -> {right}", tuple(sorted(passing)))
 
 
-def _dims(way: Way) -> int:
-    return len(_places(way))
+def _dims(strategy: AxisStrategy) -> int:
+    return len(_places(strategy))
 
 
-def _places(way: Way) -> list[tuple[str, int, int]]:
+def _places(strategy: AxisStrategy) -> list[tuple[str, int, int]]:
     return [
         (side, i, int(s[1:]))
-        for side, states in (("in", way.inputs), ("out", way.outputs))
+        for side, states in (("in", strategy.inputs), ("out", strategy.outputs))
         for i, s in enumerate(states)
         if s.startswith("S")
     ]

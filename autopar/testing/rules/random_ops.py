@@ -1,8 +1,8 @@
-"""Ops that draw random numbers: what they must give for the draw that the ranks made.
+"""Ops that draw random numbers: their expected results for the ranks' draw.
 
-A rule with `always` replaces torch's generator by one of its own, so results cannot be compared
-with torch's number by number. The draw is read off the ranks' joined results; with it the op is an
-ordinary function, and what every rank holds is compared with that function's value.
+A rule with `always` replaces torch's generator, so results cannot be compared with torch's
+directly. The joined results of the ranks determine the draw. For a fixed draw the op is a
+deterministic function, and every rank's result is compared with that function's value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _native_dropout(results: Results, a: Mapping[str, Any]) -> Results:
 
 
 def _dropout(results: Results, a: Mapping[str, Any]) -> Results:
-    """Samplers draw no zeros, so zeros are what was dropped."""
+    """Samplers draw no zeros, so zeros are the dropped elements."""
     if not a["train"]:
         return [a["input"].clone()]
     return [a["input"] * (results[0] != 0) * _scale(a["p"])]
@@ -66,8 +66,10 @@ RANDOM: dict[str, Callable[[Results, Mapping[str, Any]], Results]] = {
 }
 
 
-def kept(name: str, results: Results, a: Mapping[str, Any]) -> tuple[torch.Tensor, float] | None:
-    """The draw as booleans, and the share that should be True; None where nothing is drawn."""
+def kept_mask(
+    name: str, results: Results, a: Mapping[str, Any]
+) -> tuple[torch.Tensor, float] | None:
+    """The draw as booleans, and the expected share of True; None if nothing is drawn."""
     if name == "aten.bernoulli.p":
         return results[0] != 0, a["p"]
     if name == "aten.native_dropout.default" and a.get("train", True):
@@ -77,13 +79,13 @@ def kept(name: str, results: Results, a: Mapping[str, Any]) -> tuple[torch.Tenso
     return None
 
 
-# Results whose elements mean nothing: only shapes and dtypes are compared.
+# Results with undefined elements: only shapes and dtypes are compared.
 UNDEFINED = frozenset(
     {"aten.empty_like.default", "aten.new_empty.default", "aten.empty.memory_format"}
 )
 
-# Random ops that run as they are on every rank, from torch's own generator, which the trainer seeds
-# alike on every rank: so does the proof.
+# Random ops that run on every rank with torch's generator. The trainer seeds it equally on all
+# ranks, and so does the proof.
 SEEDED = frozenset(
     {
         "aten.rand.default",
@@ -99,6 +101,6 @@ _SEED = 4321
 
 
 def seed_torch(name: str) -> None:
-    """Before a `SEEDED` op runs, on whole tensors or on a rank."""
+    """Seed torch before a `SEEDED` op runs, on global tensors or on a rank."""
     if name in SEEDED:
         torch.manual_seed(_SEED)

@@ -1,5 +1,8 @@
-"""What was proved, shipped with the package: per op the cases, the worst error, and a digest of
-what the proof was about, so that a rule that changed since is told from one that did not."""
+"""A file of what was proved: per op the number of cases, the largest error, and a digest of the
+rule.
+
+The digest tells a rule that has changed since its proof from one that has not.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
+
 from autopar.files import write_atomically
 from autopar.sharding.rule import Row
 from autopar.sharding.rules import pointwise
 from autopar.sharding.rules.registry import DERIVED, ROWS
 from autopar.testing.rules.check import OpReport
-
-RECORD = Path(__file__).with_name("record.json")
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,19 @@ class Proof:
     digest: str
 
 
-def load(path: Path = RECORD) -> dict[str, Proof]:
-    """The record; empty where nothing has been proved."""
-    if not path.exists():
-        return {}
-    data = json.loads(path.read_text())
-    return {name: Proof(**entry) for name, entry in data.items()}
+def load(path: Path) -> dict[str, Proof]:
+    """The record by op."""
+    return {name: Proof(**entry) for name, entry in json.loads(path.read_text()).items()}
 
 
-def save(reports: Iterable[OpReport], path: Path = RECORD) -> None:
-    """Enter the ops that hold, take out those that do not, and leave the others."""
-    found = load(path)
+def save(reports: Iterable[OpReport], path: Path) -> None:
+    """Enter the ops whose cases all hold, remove those of which one does not, keep the others."""
+    proofs = load(path) if path.exists() else {}
     for report in reports:
-        found.pop(report.name, None)
+        proofs.pop(report.name, None)
         if report.cases and not report.failed:
-            found[report.name] = Proof(report.cases, report.worst, digest(report.name))
-    body = ",\n".join(f' "{n}": {json.dumps(asdict(p))}' for n, p in sorted(found.items()))
+            proofs[report.name] = Proof(report.cases, report.worst, digest(report.name))
+    body = ",\n".join(f' "{n}": {json.dumps(asdict(p))}' for n, p in sorted(proofs.items()))
     write_atomically(path, f"{{\n{body}\n}}\n")
 
 
@@ -84,12 +84,12 @@ def _of_row(row: Row) -> list[str]:
 
 def sources(function: Callable[..., Any]) -> list[str]:
     """Source of a function and of all functions of the rule table that it calls."""
-    found: dict[str, str] = {}
-    _collect(function, found)
-    return [found[key] for key in sorted(found)]
+    by_name: dict[str, str] = {}
+    _collect(function, by_name)
+    return [by_name[key] for key in sorted(by_name)]
 
 
-def _collect(function: Any, found: dict[str, str]) -> None:
+def _collect(function: Any, by_name: dict[str, str]) -> None:
     function = inspect.unwrap(function)
     if not isinstance(function, FunctionType):
         return
@@ -99,21 +99,22 @@ def _collect(function: Any, found: dict[str, str]) -> None:
         return
     closed = [c.cell_contents for c in function.__closure__ or ()]
     key = f"{function.__module__}.{function.__qualname__}"
-    plain = [repr(c) for c in closed if isinstance(c, str | int | float | bool | tuple)]
-    if key in found:
+    kinds = str | int | float | bool | tuple | torch._ops.OpOverload
+    plain = [repr(c) for c in closed if isinstance(c, kinds)]
+    if key in by_name:
         return
-    found[key] = "\n".join([inspect.getsource(function), *plain])
+    by_name[key] = "\n".join([inspect.getsource(function), *plain])
     for used in closed:
-        _collect(used, found)
+        _collect(used, by_name)
     for name in _names(function.__code__):
         value = function.__globals__.get(name)
         if isinstance(value, FunctionType):
-            _collect(value, found)
+            _collect(value, by_name)
         elif isinstance(value, ModuleType):
             for attribute in _names(function.__code__):
                 member = getattr(value, attribute, None)
                 if isinstance(member, FunctionType):
-                    _collect(member, found)
+                    _collect(member, by_name)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -1,4 +1,4 @@
-"""The calls that each op is proved on: its own sampler, its schema, or its row's notation."""
+"""Random calls of each op, by its sampler, its schema, or its row's notation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def draw_sample(op: torch._ops.OpOverload, draw: Draw) -> Sample:
     """A random call.
 
     Raises:
-        KeyError: nothing is known about the op's arguments.
+        KeyError: there is no sampler for the op's arguments.
     """
     name = str(op)
     if name in SAMPLES:
@@ -103,7 +103,7 @@ def draw_from_notation(op: torch._ops.OpOverload, row: Row, draw: Draw) -> Argum
     sizes: dict[str, list[int]] = {}
 
     def extent(token: str) -> list[int]:
-        name = re.sub(r"[^a-z_0-9]", "", token.replace("...", "rest"))
+        name = re.sub(r"[^a-z_0-9]", "", token.partition(":")[0].replace("...", "rest"))
         if name not in sizes:
             many = "*" in token or token == "..."
             sizes[name] = draw.shape(0, 2) if many else [draw.size()]

@@ -36,13 +36,8 @@ def _counted(draw: Draw) -> Arguments:
     return (draw.size(),), {}
 
 
-@sampler("aten.eye.m")
-def _eye(draw: Draw) -> Arguments:
-    return (draw.size(), draw.size()), {}
-
-
-@sampler("aten.tril_indices.default", "aten.triu_indices.default")
-def _triangle(draw: Draw) -> Arguments:
+@sampler("aten.eye.m", "aten.tril_indices.default", "aten.triu_indices.default")
+def _two_sizes(draw: Draw) -> Arguments:
     return (draw.size(), draw.size()), {}
 
 

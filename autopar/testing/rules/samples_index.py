@@ -16,7 +16,7 @@ def _embedding(draw: Draw) -> Arguments:
     if draw.chance(30):
         args.append(draw.integer(0, rows - 1))
         if draw.chance(30):
-            args += [True]  # gradients scaled by frequency: the index is whole in the batch
+            args += [True]  # gradients scaled by frequency: the batch is not split
     return tuple(args), {}
 
 
@@ -66,9 +66,9 @@ def _index_select(draw: Draw) -> Arguments:
 
 def _smaller(draw: Draw, shape: list[int], dim: int) -> list[int]:
     """As large as `shape`, or at times smaller, and of any size along `dim`."""
-    found = [draw.integer(1, n) if draw.chance(20) else n for n in shape]
-    found[dim] = draw.integer(1, shape[dim])
-    return found
+    sizes = [draw.integer(1, n) if draw.chance(20) else n for n in shape]
+    sizes[dim] = draw.integer(1, shape[dim])
+    return sizes
 
 
 @sampler("aten.gather.default")

@@ -61,21 +61,11 @@ def _nll_images(draw: Draw) -> Arguments:
     return (draw.normal(*shape), target, None, draw.integer(0, 2)), {}
 
 
-def _pair(draw: Draw) -> list[Any]:
+@sampler(*(f"aten.{n}_loss.default" for n in ("mse", "l1", "smooth_l1", "huber")))
+def _elementwise_loss(draw: Draw) -> Arguments:
     shape = draw.shape(0, 4)
     rest: list[Any] = [] if draw.chance() else [draw.integer(0, 2)]
-    return [draw.normal(*shape), draw.normal(*shape), *rest]
-
-
-@sampler("aten.mse_loss.default", "aten.l1_loss.default")
-def _elementwise_loss(draw: Draw) -> Arguments:
-    return tuple(_pair(draw)), {}
-
-
-@sampler("aten.smooth_l1_loss.default", "aten.huber_loss.default")
-def _smooth_loss(draw: Draw) -> Arguments:
-    args = _pair(draw)
-    return tuple(args), {}
+    return (draw.normal(*shape), draw.normal(*shape), *rest), {}
 
 
 @sampler("aten.kl_div.default")

@@ -11,20 +11,20 @@ from autopar.testing.rules.draw import Arguments, Draw, sampler
 
 def regrouped(draw: Draw, shape: list[int]) -> list[int]:
     """Another shape of as many elements: dims merged, split, and dims of size 1 put in."""
-    found = list(shape)
+    sizes = list(shape)
     for _ in range(draw.integer(0, 3)):
         what = draw.integer(0, 2)
-        if what == 0 and len(found) > 1:
-            i = draw.integer(0, len(found) - 2)
-            found[i : i + 2] = [found[i] * found[i + 1]]
-        elif what == 1 and found:
-            i = draw.integer(0, len(found) - 1)
-            divisors = [d for d in range(1, found[i] + 1) if found[i] % d == 0]
+        if what == 0 and len(sizes) > 1:
+            i = draw.integer(0, len(sizes) - 2)
+            sizes[i : i + 2] = [sizes[i] * sizes[i + 1]]
+        elif what == 1 and sizes:
+            i = draw.integer(0, len(sizes) - 1)
+            divisors = [d for d in range(1, sizes[i] + 1) if sizes[i] % d == 0]
             d = draw.choice(divisors)
-            found[i : i + 1] = [d, found[i] // d]
-        elif len(found) < 5:
-            found.insert(draw.integer(0, len(found)), 1)
-    return found
+            sizes[i : i + 1] = [d, sizes[i] // d]
+        elif len(sizes) < 5:
+            sizes.insert(draw.integer(0, len(sizes)), 1)
+    return sizes
 
 
 @sampler("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")

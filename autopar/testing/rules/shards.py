@@ -1,4 +1,4 @@
-"""From whole tensors to what each rank holds, and back."""
+"""From global tensors to shards, and back."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Mesh = tuple[int, ...]
 Coords = tuple[int, ...]
 Pieces = Mapping[Coords, torch.Tensor]
 
-# Largest error, relative to max(1, |whole|), by float type.
+# Largest error, relative to max(1, |global value|), by float type.
 TOLERANCE = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4}
 COARSE = 5e-2  # half precision
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a rank holds something else than its strategy says.
+    """A rank's tensor that differs from what the strategy says.
 
     Args:
-        what: "result 0", "gradient of operand 1", or what was refused.
+        what: "result 0", "gradient of operand 1", or the step that failed.
         coords: the rank, None for what concerns all of them.
-        error: relative to max(1, |whole|); inf for shapes, dtypes and exceptions.
-        detail: what was expected and found.
+        error: relative to max(1, |global value|); inf for shapes, dtypes and exceptions.
+        detail: expected and actual value.
     """
 
     what: str
@@ -51,7 +51,7 @@ def ranks(mesh: Mesh) -> Iterator[Coords]:
 def split(
     x: torch.Tensor, spec: ShardingSpec, mesh: Mesh, draw: Draw
 ) -> dict[Coords, torch.Tensor]:
-    """What every rank holds of a whole tensor: shards, and random terms of pending sums."""
+    """Every rank's part of a global tensor: shards, and random terms of pending sums."""
     terms = _terms(x.detach(), [mesh[a] for a in spec.partial], draw)
     return {
         coords: shard_of(terms[tuple(coords[a] for a in spec.partial)], spec, mesh, coords)
@@ -73,7 +73,7 @@ def _terms(x: torch.Tensor, sizes: Sequence[int], draw: Draw) -> dict[Coords, to
 
 
 def _term(x: torch.Tensor, draw: Draw) -> torch.Tensor:
-    if x.dtype == torch.bool:  # one rank holds it, as `inject` leaves it
+    if x.dtype == torch.bool:  # one rank holds the value, as after `inject`
         return torch.zeros_like(x)
     if x.dtype.is_floating_point or x.dtype.is_complex:
         return draw.normal(*x.shape).to(x.dtype)
@@ -81,16 +81,16 @@ def _term(x: torch.Tensor, draw: Draw) -> torch.Tensor:
 
 
 def joined(pieces: Pieces, spec: ShardingSpec, mesh: Mesh, shape: Sequence[int]) -> torch.Tensor:
-    """The whole tensor that the ranks hold together; of replicas, the first rank's."""
+    """The global tensor of the ranks' parts; of replicas, the first rank's."""
     first = next(iter(pieces.values()))
-    whole = first.new_zeros(tuple(shape))
+    full = first.new_zeros(tuple(shape))
     used = {a for axes in spec.dims for a in axes} | set(spec.partial)
     for coords, piece in pieces.items():
         if any(c for a, c in enumerate(coords) if a not in used):
             continue
-        region = shard_of(whole, spec, mesh, coords)
-        region.copy_(region | piece if whole.dtype == torch.bool else region + piece)
-    return whole
+        part = shard_of(full, spec, mesh, coords)
+        part.copy_(part | piece if full.dtype == torch.bool else part + piece)
+    return full
 
 
 def differences(
@@ -98,11 +98,11 @@ def differences(
     pieces: Pieces,
     spec: ShardingSpec,
     summed: Sequence[int],
-    whole: torch.Tensor,
+    full: torch.Tensor,
     mesh: Mesh,
     tolerance: float,
 ) -> tuple[float, list[Difference]]:
-    """Compare every rank's tensor with its shard of the whole, after summing over some axes.
+    """Compare every rank's tensor with its shard of the global one, after sums over some axes.
 
     Args:
         spec: which dims are split; elsewhere every rank must hold the same.
@@ -110,45 +110,45 @@ def differences(
     """
     sums: dict[Coords, torch.Tensor] = {}
     for coords, piece in pieces.items():
-        expected = shard_of(whole, spec, mesh, coords)
+        expected = shard_of(full, spec, mesh, coords)
         if piece.shape != expected.shape or piece.dtype != expected.dtype:
             detail = (
                 f"expected {expected.dtype} of shape {tuple(expected.shape)}, "
-                f"found {piece.dtype} of shape {tuple(piece.shape)}"
+                f"got {piece.dtype} of shape {tuple(piece.shape)}"
             )
             return math.inf, [Difference(what, coords, math.inf, detail)]
         key = tuple(0 if a in summed else c for a, c in enumerate(coords))
         sums[key] = sums[key] + piece if key in sums else piece
-    worst, found = 0.0, []
+    worst, off = 0.0, []
     for coords, piece in sums.items():
-        expected = shard_of(whole, spec, mesh, coords)
+        expected = shard_of(full, spec, mesh, coords)
         error = largest_error(piece, expected)
         worst = max(worst, error)
         if not error <= tolerance:
             terms = f", summed over axes {list(summed)}," if summed else ""
-            detail = f"off by {error:.3g}{terms} from the shard {_range(whole, spec, mesh, coords)}"
-            found.append(Difference(what, coords, error, detail))
-    return worst, found
+            detail = f"off by {error:.3g}{terms} from the shard {_range(full, spec, mesh, coords)}"
+            off.append(Difference(what, coords, error, detail))
+    return worst, off
 
 
-def _range(whole: torch.Tensor, spec: ShardingSpec, mesh: Mesh, coords: Coords) -> str:
+def _range(full: torch.Tensor, spec: ShardingSpec, mesh: Mesh, coords: Coords) -> str:
     parts = []
-    for size, axes in zip(whole.shape, spec.dims, strict=True):
+    for size, axes in zip(full.shape, spec.dims, strict=True):
         start, length = local_range(size, axes, mesh, coords)
         parts.append(":" if length == size else f"{start}:{start + length}")
-    return f"[{', '.join(parts)}] of the whole"
+    return f"[{', '.join(parts)}] of the global tensor"
 
 
-def largest_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference relative to max(1, |expected|); equal infinities and NaNs agree."""
-    if not found.numel() or torch.equal(found, expected):
+    if not actual.numel() or torch.equal(actual, expected):
         return 0.0
-    if not (found.dtype.is_floating_point or found.dtype.is_complex):
-        return float((found != expected).double().max())
-    both = (found == expected) | (found.isnan() & expected.isnan())
-    if not (found.isfinite() & expected.isfinite() | both).all():
+    if not (actual.dtype.is_floating_point or actual.dtype.is_complex):
+        return float((actual != expected).double().max())
+    both = (actual == expected) | (actual.isnan() & expected.isnan())
+    if not (actual.isfinite() & expected.isfinite() | both).all():
         return math.inf
-    off = (found - expected).abs().masked_fill(both, 0)
+    off = (actual - expected).abs().masked_fill(both, 0)
     scale = expected.abs().masked_fill(both, 0).max().clamp(min=1)
     return float(off.max() / scale)
 

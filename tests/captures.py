@@ -1,4 +1,4 @@
-"""What the tests of capturing share: a module around a function, its capture, the comparison."""
+"""Shared by tests of the capture: a module around a function, its capture, the comparison."""
 
 import torch
 from torch import nn
@@ -27,11 +27,11 @@ def captured(function, *args, **options):
 
 def check(model, graph, *args):
     """Value and gradients equal eager's."""
-    ours, theirs = graph.bind(model)(*args), model(*args)
-    assert torch.equal(ours, theirs)
+    actual, expected = graph.bind(model)(*args), model(*args)
+    assert torch.equal(actual, expected)
     weights = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(ours.sum(), weights),
-                    torch.autograd.grad(theirs.sum(), weights), strict=True):  # fmt: skip
+    for a, b in zip(torch.autograd.grad(actual.sum(), weights),
+                    torch.autograd.grad(expected.sum(), weights), strict=True):  # fmt: skip
         assert torch.equal(a, b)
 
 
