@@ -131,17 +131,13 @@ MODELS = {
 }
 
 
-def work(case: Case) -> dict[str, Any]:
-    """Plan once, in this process; what was measured."""
-    start = time.perf_counter()
+def build(case: Case) -> tuple[Any, dict[str, Any]]:
+    """A model that returns its loss, on the meta device, and a batch."""
+    import logging
+
     import torch
 
-    from autopar import ClusterInfo, autoplan
     from benchmarks.losses import Classifier, LossOnly
-
-    imports = time.perf_counter() - start
-
-    import logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     model = MODELS[case.model]
@@ -149,12 +145,22 @@ def work(case: Case) -> dict[str, Any]:
         module = model.build(case.layers).to(getattr(torch, model.dtype)).train()
         if model.tokens:
             ids = torch.zeros(model.samples, model.tokens, dtype=torch.long)
-            module, batch = LossOnly(module), {"input_ids": ids, "labels": ids}
-        else:
-            shape = (model.samples, 3, model.pixels, model.pixels)
-            images = torch.zeros(shape, dtype=getattr(torch, model.dtype))
-            labels = torch.zeros(model.samples, dtype=torch.long)
-            module, batch = Classifier(module), {"images": images, "labels": labels}
+            return LossOnly(module), {"input_ids": ids, "labels": ids}
+        shape = (model.samples, 3, model.pixels, model.pixels)
+        images = torch.zeros(shape, dtype=getattr(torch, model.dtype))
+        labels = torch.zeros(model.samples, dtype=torch.long)
+        return Classifier(module), {"images": images, "labels": labels}
+
+
+def work(case: Case) -> dict[str, Any]:
+    """Plan once, in this process; return what was measured."""
+    start = time.perf_counter()
+    import torch  # noqa: F401
+
+    from autopar import ClusterInfo, autoplan
+
+    imports = time.perf_counter() - start
+    module, batch = build(case)
     cluster = ClusterInfo.of(case.mesh, DEVICE)
     say = (lambda line: print(line, file=sys.stderr)) if case.verbose else None
     start, busy = time.perf_counter(), time.process_time()

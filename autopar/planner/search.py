@@ -72,6 +72,7 @@ def search(
     time_limit: float,
     progress: Callable[[str], None] | None = None,
     only: Allowed | None = None,
+    disable: frozenset[str] = frozenset(),
 ) -> Found:
     """The fastest plan that is within the budget at every moment of the step.
 
@@ -97,7 +98,7 @@ def search(
 
     try:
         found = _solve(
-            alike, liveness, None, time_limit, progress, (), fallback=by_hand,
+            alike, liveness, None, time_limit, progress, (), fallback=by_hand, disable=disable,
             recombinations=2 if repeated else 6, regions=REGIONS if repeated else math.inf,
         )  # fmt: skip
     except InfeasibleError as error:
@@ -128,7 +129,7 @@ def search(
             return replace(before, near=())
         shared = Shared(problem, freer)
         starts = [shared.contract(c) for c in (best.choices, *before.near, *met)]
-        found = _solve(shared, liveness, before, left, progress, starts, **how)
+        found = _solve(shared, liveness, before, left, progress, starts, disable=disable, **how)
         found = replace(
             found,
             choices=shared.expand(found.choices),
@@ -156,7 +157,7 @@ def search(
             [kept.contract(c) for c in starts],
             separate=rows, prices=before.prices, rounds=6, gap=TARGET_GAP, say=say,
             enough_us=before.relaxed_us / (1 - TARGET_GAP),
-            expired=lambda: time.monotonic() - start > time_limit,
+            expired=lambda: time.monotonic() - start > time_limit, disable=disable,
         )  # fmt: skip
         choices = shared.expand(kept.expand(made))
         return choices if choices != best.choices else None
@@ -166,14 +167,16 @@ def search(
         ends = solve_freer(
             "first and last apart", freer, replace(found, near=()), recombinations=2,
             regions=MORE_REGIONS if closed else 0, met=[alike.expand(c) for c in found.met],
-            tree=_for_most(found.tree, classes, freer) if closed and found.tree else None,
+            tree=_for_most(found.tree, classes, freer) if closed and found.tree and "replay" not in disable else None,
         )  # fmt: skip
         apart = interleaved(freer, places(space, freer), PARTS) if ends.near else freer
-        better = mix(apart, ends) if ends.near else None
+        mixes = ends.near and not disable & {"interleaving", "restricted MIP"}
+        better = mix(apart, ends) if mixes else None
         if better is not None:
             solve_freer("every second apart", apart, ends, met=[better])
         elif ends.gap > TARGET_GAP:  # any share of the blocks is no better
-            solve_freer("first and last apart", freer, ends, recombinations=0, tree=ends.tree)
+            solve_freer("first and last apart", freer, ends, recombinations=0,
+                        tree=None if "replay" in disable else ends.tree)
     if best.choices != alike.expand(alike.contract(best.choices)):
         choices = _alike_where_equal(problem, liveness, classes, best.choices)
         best = replace(best, choices=choices)

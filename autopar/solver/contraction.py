@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.solver.messages import Core, Messages, minimize_core
+from autopar.solver.messages import SWEEPS, Core, Messages, minimize_core
 
 Pair = tuple[int, int, np.ndarray]
 
@@ -50,13 +50,14 @@ class Contraction:
         unary: Sequence[np.ndarray],
         pairs: Sequence[Pair],
         messages: Messages | None = None,
+        disable: frozenset[str] = frozenset(),
     ) -> None:
         self._unary = list(unary)
         self._tables: list[dict[int, np.ndarray]] = [{} for _ in unary]
         self._steps: list[_Step] = []
         for a, b, table in pairs:
             self._add(a, b, table)
-        constant = self._eliminate()
+        constant = 0.0 if "elimination" in disable else self._eliminate()
         gone = {s.node for s in self._steps}
         self._left = [v for v in range(len(unary)) if v not in gone]
         index = {v: i for i, v in enumerate(self._left)}
@@ -73,6 +74,7 @@ class Contraction:
                 for (a, b), moved in (messages or {}).items()
                 if a in index and b in index
             },
+            0 if "messages" in disable else SWEEPS,
         )
         self.bound = constant + self._core.bound
         self.cost = constant + self._core.cost

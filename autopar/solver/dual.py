@@ -51,8 +51,13 @@ class Pool:
         time_us, choices: of the best assignment; infinite and None before there is one.
     """
 
-    def __init__(self, problem: Problem, separate: Separate | None) -> None:
-        self.problem = problem
+    def __init__(
+        self,
+        problem: Problem,
+        separate: Separate | None,
+        disable: frozenset[str] = frozenset(),
+    ) -> None:
+        self.problem, self.disable = problem, disable
         self.rows: list[Row] = list(problem.rows)
         self.lines: dict[Choices, Line] = {}
         self.time_us = math.inf
@@ -169,7 +174,7 @@ class Region:
             for e, terms in edges.items():
                 tables[e] = tables[e] + price * terms
         pairs = [(a, b, t) for (a, b, _), t in zip(self._pairs, tables, strict=True)]
-        found = Contraction(unary, pairs, self._messages)
+        found = Contraction(unary, pairs, self._messages, self.pool.disable)
         self._messages = found.messages
         return found, constant
 

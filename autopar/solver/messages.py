@@ -46,7 +46,10 @@ class Core:
 
 
 def minimize_core(
-    unary: Sequence[np.ndarray], pairs: Sequence[Pair], messages: Messages | None = None
+    unary: Sequence[np.ndarray],
+    pairs: Sequence[Pair],
+    messages: Messages | None = None,
+    sweeps: int = SWEEPS,
 ) -> Core:
     """Bounds on min over x of sum_v unary_v[x_v] + sum_(u,v) pair[x_u, x_v].
 
@@ -54,6 +57,7 @@ def minimize_core(
         unary: per node its costs, infinite where forbidden.
         pairs: (u, v, [choices of u, choices of v]), at most one per pair of nodes.
         messages: to begin from, such as those of nearly the same costs; any give a bound.
+        sweeps: over all pairs, at most; with 0 no cost is moved.
     """
     if not unary:
         return Core(0.0, 0.0, (), (), {}, {})
@@ -66,8 +70,9 @@ def minimize_core(
         table.begin(nodes, (messages or {}).get((table.a, table.b)))
     best_cost, best = np.inf, None
     bound = -np.inf
-    for sweep in range(1, SWEEPS + 1):
-        _sweep(nodes, tables if sweep % 2 else tables[::-1])
+    for sweep in range(min(1, sweeps), sweeps + 1):
+        if sweep:
+            _sweep(nodes, tables if sweep % 2 else tables[::-1])
         if sweep not in (1, 2, 4, 8) and sweep % 16:
             continue
         before, bound = bound, _bound(nodes, tables)

@@ -38,7 +38,7 @@ def recombine(
     for _ in range(rounds):
         rows = len(pool.rows)
         kept = Kept(replace(pool.problem, rows=tuple(pool.rows)), used)
-        merged = Merged(kept.problem)
+        merged = Merged(kept.problem, "merging" not in pool.disable)
         say(f"integer program of {size_of(merged.problem)} variables")
         if size_of(merged.problem) > MAX_PROGRAM:
             return
@@ -74,6 +74,7 @@ def mixed(
     enough_us: float,
     expired: Callable[[], bool],
     say: Callable[[str], None],
+    disable: frozenset[str] = frozenset(),
 ) -> Choices:
     """The best assignment made of choices of those given, of a problem made for these alone.
 
@@ -84,7 +85,7 @@ def mixed(
         enough_us: stop at an assignment as fast as this.
         expired: whether time is over.
     """
-    pool = Pool(problem, separate)
+    pool = Pool(problem, separate, disable)
     for start in starts:
         pool.note(start)
     every = [np.arange(len(t)) for t in problem.time_us]

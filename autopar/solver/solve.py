@@ -26,6 +26,9 @@ from autopar.solver.problem import Branch, Choices, Problem, Row, Separate, Solu
 from autopar.solver.recombination import by_program, recombine
 from autopar.solver.reductions import Kept
 
+# What `disable` switches off, to measure what each earns; "replay" and "interleaving" are layers of
+# the search around the solver.
+LAYERS = ("elimination", "messages", "merging", "restricted MIP", "replay", "interleaving")
 TARGET_GAP = 9.9e-4
 # evaluations of the dual: at first, and in a half of a region
 PRICE_STEPS, BRANCH_STEPS = 60, 6
@@ -55,6 +58,7 @@ def solve(
     recombinations: int = 6,
     fallback: Callable[[], Iterable[Choices]] | None = None,
     progress: Callable[[str], None] | None = None,
+    disable: frozenset[str] = frozenset(),
 ) -> Solution:
     """The fastest assignment within the rows, with a certified gap.
 
@@ -82,10 +86,10 @@ def solve(
         gap,
         enough_us,
         regions,
-        recombinations,
+        0 if "restricted MIP" in disable else recombinations,
         fallback or (lambda: ()),
         progress or (lambda line: None),
-        Pool(problem, separate),
+        Pool(problem, separate, disable),
     )
     every = [np.flatnonzero(np.isfinite(t)) for t in problem.time_us]
     return search.run(starts, prices or {}, every, tree)
@@ -277,7 +281,7 @@ class _Search:
         if math.isfinite(self.regions) or region.sizes() > SMALL_PROGRAM // 3:
             return None
         kept = Kept(replace(self.problem, rows=tuple(self.pool.rows)), region.kept)
-        merged = Merged(kept.problem)
+        merged = Merged(kept.problem, "merging" not in self.pool.disable)
         return (kept, merged) if size_of(merged.problem) <= SMALL_PROGRAM else None
 
     def _enter(self, whole: Region) -> None:
@@ -338,6 +342,7 @@ class _Search:
             separate=violated,
             time_limit=min(limit, max(1.0, self.end - time.monotonic())),
             enough_us=1.0,
+            disable=self.pool.disable,
         )
         if found.time_us > 1 + 1e-9:
             needed = offset * found.time_us
