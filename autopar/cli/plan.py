@@ -18,7 +18,7 @@ from autopar.plan import Baseline, ParetoPoint, ShardingPlan
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.mesh_search import search_meshes
-from autopar.planner.pareto import front
+from autopar.planner.pareto import pareto_front
 from autopar.planner.planner import build_problem
 from autopar.report.html import render_html
 from autopar.report.text import WIDTH, render
@@ -135,8 +135,8 @@ def planned(
         experts = baseline_plans(found.space, time_limit=asked.time_limit)
         baselines = tuple(Baseline(e.name, e.time, e.memory, e.fits) for e in experts)
     if asked.front:
-        points = front(
-            found.space, time_limit=asked.time_limit, progress=say, only=found.only
+        points = pareto_front(
+            found.space, time_limit=asked.time_limit, progress=say, mask=found.mask
         ).points
     return replace(found.plan, baselines=baselines, pareto_front=points, source=asked.source)
 

@@ -197,7 +197,7 @@ def test_too_little_memory_is_not_blamed_on_constraints():
 
 def test_the_engine_takes_constraints_but_not_on_results():
     model = nn.Linear(4, 4)
-    with pytest.raises(ConstraintError, match="auto_engine gives results whole"):
+    with pytest.raises(ConstraintError, match="auto_engine returns global results"):
         auto_engine(model, None, "1", constraints={"outputs.0": "RR"})
     with pytest.raises(ConstraintError, match="nothing is called 'wieght'; did you mean 'weight'"):
         auto_engine(

@@ -11,7 +11,7 @@ from torch import nn
 
 from autopar import ShardingPlan, autoplan
 from autopar.errors import ConstraintError, PlanError
-from autopar.planner.diff import Change, _meet, diff
+from autopar.planner.diff import Change, diff, intersect
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.explain import explain
 from autopar.planner.planner import Planned, choices_of
@@ -103,8 +103,8 @@ def test_copies_are_forced_together(net):
     decisions = {s.name: i for i, s in enumerate(net.space.decisions)}
     found = explain(net, "blocks.1.up", limit=1)
     chosen = [net.choices[decisions[f"linear{k}"]] for k in ("", "_2", "_4", "_6")]
-    alike = sum(c == chosen[1] for c in chosen)
-    assert ("copies alike" in found.what) == (alike > 1)
+    same = sum(c == chosen[1] for c in chosen)
+    assert ("the same in" in found.what) == (same > 1)
     assert "aten.linear.default in blocks.*.up" in found.what
     assert "test_constraints.py" in found.what
 
@@ -119,7 +119,7 @@ def test_forced_plans_say_what_else_changes(net):
 
 
 def test_names_of_things_that_differ_or_are_not_there_are_refused(net):
-    with pytest.raises(ConstraintError, match=r"decisions that are not made alike: .* chooses"):
+    with pytest.raises(ConstraintError, match=r"decisions with different choices: .* chooses"):
         explain(net, "**.weight")
     with pytest.raises(ConstraintError, match=r"did you mean 'table\.weight'"):
         explain(net, "tabel.weight")
@@ -201,9 +201,9 @@ def test_plans_of_other_meshes_and_models_compare(net):
         ("", "", ""),
     ],
 )
-def test_patterns_meet(one, other, both):
-    assert _meet(one, other) == both
-    assert _meet(other, one) == both
+def test_patternsintersect(one, other, both):
+    assert intersect(one, other) == both
+    assert intersect(other, one) == both
 
 
 def test_random_plans_differ_where_their_choices_do(net):

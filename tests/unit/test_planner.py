@@ -165,11 +165,11 @@ def test_nobody_pays_for_the_wait_for_a_sum_that_is_only_returned():
     def sum_us(after: nn.Module) -> tuple[float, ClusterInfo]:
         model = nn.Sequential(nn.Linear(8, 8), Mean(), after)
         space = autoplan(model, (torch.zeros(16, 8),), cluster=ClusterInfo.of("2")).space
-        link = next(k for k in space.edges if space.decisions[k.source].node.name == "mean")
-        made, wanted = (space.decisions[i].candidates for i in (link.source, link.target))
-        given = next(i for i, c in enumerate(made) if c.outputs[0].partial)
-        want = next(i for i, c in enumerate(wanted) if c.inputs[0].is_replicated)
-        return float(space.edge_costs(link).forward_us[given, want]), space.cluster
+        edge = next(e for e in space.edges if space.decisions[e.source].node.name == "mean")
+        before, after = (space.decisions[i].candidates for i in (edge.source, edge.target))
+        partial = next(i for i, c in enumerate(before) if c.outputs[0].partial)
+        replicated = next(i for i, c in enumerate(after) if c.inputs[0].is_replicated)
+        return float(space.edge_costs(edge).forward_us[partial, replicated]), space.cluster
 
     launched, cluster = sum_us(nn.Identity())
     assert launched == cluster.device.launch_us

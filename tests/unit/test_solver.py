@@ -10,13 +10,14 @@ import pytest
 from autopar.errors import InfeasibleError
 from autopar.solver import PairCost, Problem, Row, solve
 from autopar.solver.contraction import Contraction
-from autopar.solver.dual import Pool, Region
+from autopar.solver.cutting_planes import CutPool
 from autopar.solver.ilp import solve_ilp
 from autopar.solver.merging import Merged
 from autopar.solver.messages import minimize_core
 from autopar.solver.problem import Branch
-from autopar.solver.recombination import mixed, recombine
-from autopar.solver.reductions import Kept, Shared
+from autopar.solver.reductions import RestrictedDomains, TiedVariables
+from autopar.solver.restricted_mip import combine, solve_restricted
+from autopar.solver.subproblem import Subproblem
 
 
 def budget_row(memory, edge_memory, budget):
@@ -97,7 +98,7 @@ def test_the_bound_is_one_however_large_a_gap_is_good_enough(seed, gap, program,
     """By branching alone, and with integer programs."""
     module = sys.modules[solve.__module__]  # the package has the function under its name
     monkeypatch.setattr(module, "SMALL_PROGRAM", program)
-    monkeypatch.setattr(sys.modules[recombine.__module__], "MAX_PROGRAM", program)
+    monkeypatch.setattr(sys.modules[solve_restricted.__module__], "MAX_PROGRAM", program)
     leanest, fastest = budgets(seed, 3)
     budget = leanest + 0.4 * (fastest - leanest)
     problem = random_problem(seed, nodes=6, budget=budget, late=3)
@@ -148,7 +149,7 @@ def test_branching_as_on_another_problem_gives_bounds(seed, monkeypatch):
     """However different the other one is."""
     module = sys.modules[solve.__module__]
     monkeypatch.setattr(module, "SMALL_PROGRAM", 0)
-    monkeypatch.setattr(sys.modules[recombine.__module__], "MAX_PROGRAM", 0)
+    monkeypatch.setattr(sys.modules[solve_restricted.__module__], "MAX_PROGRAM", 0)
     leanest, fastest = budgets(seed, 3)
     problem = random_problem(seed, budget=leanest + 0.4 * (fastest - leanest), late=3)
     best = brute_force(problem)
@@ -165,13 +166,13 @@ def test_branching_as_on_another_problem_gives_bounds(seed, monkeypatch):
     assert solution.time_us == pytest.approx(best)
     assert solution.bound_us <= best + 1e-6
     assert solution.gap <= 1e-6
-    few = solve(problem, gap=1e-6, tree=tree, regions=2)
+    few = solve(problem, gap=1e-6, tree=tree, subproblems=2)
     assert few.bound_us <= best + 1e-6
     assert few.time_us >= best - 1e-6
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_was_met_is_mixed(seed):
+def test_what_was_met_is_combine(seed):
     """The best of what consists of choices met, if it is better than those by the gap."""
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
@@ -182,7 +183,7 @@ def test_what_was_met_is_mixed(seed):
 
     def mix(starts, **how):
         how = {"gap": 1e-6, "enough_us": -np.inf, "rounds": 6, **how}
-        found = mixed(
+        found = combine(
             problem, starts, separate=lambda choices: (), prices={}, expired=lambda: False,
             say=lambda line: None, **how,
         )  # fmt: skip
@@ -195,7 +196,7 @@ def test_what_was_met_is_mixed(seed):
     some = fitting[-3:]
     made = product(*(sorted(set(column)) for column in zip(*some, strict=True)))
     best = min(t for t, excess in map(problem.evaluate, made) if excess <= 0)
-    fast = min(problem.busy_us(c) for c in some)
+    fast = min(problem.choices_us(c) for c in some)
     assert best - 1e-6 <= mix(some) <= problem.evaluate(some[0])[0]
     if fast == problem.evaluate(some[0])[0]:
         assert mix(some, gap=0.5) >= best
@@ -236,10 +237,10 @@ def test_what_is_not_found_in_time_is_asked_for(seed, monkeypatch):
     slowest = max(fitting, key=lambda c: problem.evaluate(c)[0])
     asked = []
 
-    def lost(self, rows, limit):
+    def lost(self, seconds):
         raise InfeasibleError("late", budget_bytes=1, smallest_bytes=2, proven=False)
 
-    monkeypatch.setattr(module._Search, "_within", lost)
+    monkeypatch.setattr(module._Search, "_least_excess", lost)
     found = solve(problem, fallback=lambda: asked.append(slowest) or asked)
     assert found.time_us == pytest.approx(brute_force(problem))
     if asked:  # the fastest of all does not fit
@@ -276,8 +277,8 @@ def test_contraction_equals_brute_force(seed, nodes):
     found = Contraction(problem.time_us, problem.pairs())
     assert found.exact
     assert found.cost == pytest.approx(brute_force(problem))
-    assert problem.busy_us(found.choices) == pytest.approx(found.cost)
-    times = {c: problem.busy_us(c) for c in product(*(range(len(t)) for t in problem.time_us))}
+    assert problem.choices_us(found.choices) == pytest.approx(found.cost)
+    times = {c: problem.choices_us(c) for c in product(*(range(len(t)) for t in problem.time_us))}
     for v, marginals in enumerate(found.min_marginals()):
         for i, marginal in enumerate(marginals):
             best = min(time for c, time in times.items() if c[v] == i)
@@ -310,7 +311,7 @@ def test_what_is_kept_costs_the_same(seed):
     problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
     rng = np.random.default_rng(seed)
     sizes = [len(t) for t in problem.time_us]
-    kept = Kept(problem, [np.sort(rng.permutation(n)[: 1 + n // 2]) for n in sizes])
+    kept = RestrictedDomains(problem, [np.sort(rng.permutation(n)[: 1 + n // 2]) for n in sizes])
     for c in product(*(range(len(t)) for t in kept.problem.time_us)):
         assert kept.problem.evaluate(c) == problem.evaluate(kept.expand(c))
 
@@ -331,22 +332,22 @@ def test_fixing_keeps_what_is_better(seed):
     """Every assignment that is faster than the best known is still there."""
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
-    pool = Pool(problem, None)
+    pool = CutPool(problem, None)
     rng = np.random.default_rng(seed)
     for _ in range(20):
-        pool.note(tuple(int(rng.integers(len(t))) for t in problem.time_us))
+        pool.visit(tuple(int(rng.integers(len(t))) for t in problem.time_us))
     if pool.choices is None:
         return
-    region = Region(pool, [np.arange(len(t)) for t in problem.time_us])
-    region.maximize(gap=1e-6, steps=20, done=lambda: False)
-    fixed = region.fixed()  # finds one more, perhaps
+    root = Subproblem(pool, [np.arange(len(t)) for t in problem.time_us])
+    root.maximize(gap=1e-6, steps=20, done=lambda: False)
+    fixed = root.fixed()  # finds one more, perhaps
     better = [
         c
         for c in product(*(range(len(t)) for t in problem.time_us))
         if problem.evaluate(c)[1] <= 0 and problem.evaluate(c)[0] < pool.time_us - 1e-6
     ]
     assert all(fixed.contains(c) for c in better)
-    assert region.bound <= brute_force(problem) + 1e-6
+    assert root.bound <= brute_force(problem) + 1e-6
     for half in fixed.branches():
         assert half.bound <= brute_force(problem) + 1e-6
 
@@ -369,7 +370,7 @@ def test_sharing_equals_the_restricted_problem(seed):
         tuple(PairCost(a, b, t) for (a, b), t in zip(ends, tables(ends), strict=True)),
         (row,),
     )
-    shared = Shared(problem, [7, 7, 8, 7])
+    shared = TiedVariables(problem, [7, 7, 8, 7])
     agreeing = [c for c in product(*map(range, sizes)) if c[0] == c[1] == c[3]]
     for c in agreeing:
         assert shared.expand(shared.contract(c)) == c
