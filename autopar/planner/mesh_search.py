@@ -8,7 +8,6 @@ far.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,18 +18,10 @@ from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, Device
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
 from autopar.plan import MeshResult
 from autopar.planner.constraints import Allowed, Constraints, masked
-from autopar.planner.decisions import Workload
-from autopar.planner.planner import (
-    ADAM_STATE,
-    Planned,
-    build_space,
-    decide,
-    make_plan,
-    trainable_inputs,
-)
+from autopar.planner.planner import ADAM_STATE, Planned, build_problem
 from autopar.planner.space import SearchSpace
 from autopar.solver.contraction import Contraction
-from autopar.tracer import ColoTracer, ModelGraph
+from autopar.tracer import ColoTracer
 from autopar.units import time_text
 
 MAX_AXES = 3
@@ -104,8 +95,6 @@ def search_meshes(
     say = progress or (lambda line: None)
     say("trace ...")
     graph = ColoTracer().trace(model, args, kwargs)
-    workload = Workload(trainable_inputs(graph, model), optimizer_state)
-    constraints = dict(constraints or {})
     tried: list[MeshResult] = []
     best: Planned | None = None
     errors: list[AutoparError] = []
@@ -115,50 +104,32 @@ def search_meshes(
         say(f"mesh {name} ({k + 1} of {len(shapes)}) ...")
         cluster = ClusterInfo.of(shape, device, node_size=per_node).with_memory(memory)
         try:
-            planned = _planned(graph, cluster, workload, constraints, best, time_limit, progress)
+            problem = build_problem(
+                model, graph=graph, cluster=cluster, optimizer_state=optimizer_state,
+                constraints=constraints, time_limit=time_limit, progress=progress,
+            )  # fmt: skip
+            bound = lower_bound_us(problem.space, problem.mask) if best is not None else -math.inf
+            if best is not None and bound >= best.plan.time.step_us:
+                note = "its bound is above the best"
+                tried.append(MeshResult(shape, math.inf, bound, math.nan, note))
+                continue
+            planned = problem.planned(problem.decide())
         except (InfeasibleError, ConstraintError) as error:
             errors.append(error)
             note = "no plan fits" if isinstance(error, InfeasibleError) else "lacks an axis"
             needed = getattr(error, "smallest_bytes", math.nan)
             tried.append(MeshResult(shape, math.inf, math.inf, needed, note))
             continue
-        if isinstance(planned, float):
-            note = "its bound is above the best"
-            tried.append(MeshResult(shape, math.inf, planned, math.nan, note))
-            continue
-        plan = replace(planned.plan, model=type(model).__name__)
-        bound = plan.solver.bound_us
-        tried.append(MeshResult(shape, plan.time.step_us, bound, plan.memory.total_bytes))
-        say(f"mesh {name}: {time_text(plan.time.step_us)}")
-        if best is None or plan.time.step_us < best.plan.time.step_us:
-            best = replace(planned, plan=plan)
+        plan = planned.plan
+        step_us = plan.time.step_us
+        tried.append(MeshResult(shape, step_us, plan.solver.bound_us, plan.memory.total_bytes))
+        say(f"mesh {name}: {time_text(step_us)}")
+        if best is None or step_us < best.plan.time.step_us:
+            best = planned
     if best is None:
         raise _closest(errors)
-    plan = replace(best.plan, meshes=tuple(tried), constraints=constraints)
+    plan = replace(best.plan, meshes=tuple(tried))
     return MeshSearch(replace(best, plan=plan), tuple(tried))
-
-
-def _planned(
-    graph: ModelGraph,
-    cluster: ClusterInfo,
-    workload: Workload,
-    constraints: Constraints,
-    best: Planned | None,
-    time_limit: float,
-    progress: Callable[[str], None] | None,
-) -> Planned | float:
-    """The plan on one mesh; or its lower bound, if that is above the best plan so far."""
-    start = time.perf_counter()
-    space, mask = build_space(graph, cluster, workload, constraints)
-    space.cost_edges()
-    if best is not None:
-        bound = lower_bound_us(space, mask)
-        if bound >= best.plan.time.step_us:
-            return bound
-    result = decide(space, mask, constraints, time_limit, progress)
-    record = result.record({"strategies, costs, solve": time.perf_counter() - start})
-    plan = make_plan(space, result.choices, "", record)
-    return Planned(plan, graph, space, result.choices, mask)
 
 
 def lower_bound_us(space: SearchSpace, mask: Allowed | None = None) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -89,10 +89,10 @@ class TiedVariables:
                 index = ends.setdefault((min(a, b), max(a, b)), len(ends))
                 self._edge_targets.append(Target(True, index, transposed=a > b))
         nodes, edges = self._sum(
-            dict(enumerate(problem.time_us)),
-            {e: edge.time_us for e, edge in enumerate(problem.edges)},
-            node_costs,
-            edge_costs,
+            enumerate(problem.time_us),
+            ((e, edge.time_us) for e, edge in enumerate(problem.edges)),
+            node_costs or range(len(problem.time_us)),
+            edge_costs or range(len(problem.edges)),
         )
         names = dict(zip(self._index[::-1], problem.names[::-1], strict=False))
         self.problem = Problem(
@@ -104,24 +104,14 @@ class TiedVariables:
 
     def _sum(
         self,
-        nodes: Mapping[int, np.ndarray],
-        edges: Mapping[int, np.ndarray],
-        node_costs: Sequence[int] | None = None,
-        edge_costs: Sequence[int] | None = None,
+        nodes: Iterable[tuple[int, np.ndarray]],
+        edges: Iterable[tuple[int, np.ndarray]],
+        node_costs: Sequence[int],
+        edge_costs: Sequence[int],
     ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-        groups = TermGroups(
-            [
-                *(
-                    (self._node_targets[v], ("node", node_costs[v] if node_costs else v), terms)
-                    for v, terms in nodes.items()
-                ),
-                *(
-                    (self._edge_targets[e], ("edge", edge_costs[e] if edge_costs else e), terms)
-                    for e, terms in edges.items()
-                ),
-            ]
-        )
-        return groups.sums(np.ones(groups.terms, dtype=bool))
+        terms = [(self._node_targets[v], ("node", node_costs[v]), terms) for v, terms in nodes]
+        terms += [(self._edge_targets[e], ("edge", edge_costs[e]), terms) for e, terms in edges]
+        return TermGroups(terms).sums(np.ones(len(terms), dtype=bool))
 
     def target(self, index: int, is_edge: bool) -> Target:
         """Where the terms of a node or of an edge are added."""
@@ -129,7 +119,8 @@ class TiedVariables:
 
     def row(self, row: Row) -> Row:
         """The row over the classes."""
-        nodes, edges = self._sum(row.nodes, row.edges)
+        each = range(len(self._index)), range(len(self._edge_targets))
+        nodes, edges = self._sum(row.nodes.items(), row.edges.items(), *each)
         return replace(row, nodes=nodes, edges=edges)
 
     def expand(self, choices: Sequence[int]) -> Choices:
@@ -148,9 +139,6 @@ class TermGroups:
     Args:
         terms: (target, key, values) of each; equal keys have equal values.
         restrict: applied to projected values, such as leaving out choices.
-
-    Attributes:
-        terms: how many there are.
     """
 
     def __init__(
@@ -166,7 +154,6 @@ class TermGroups:
             if group == len(self._distinct):
                 self._distinct.append((target, restrict(target, target.project(values))))
             group_of.append(group)
-        self.terms = len(group_of)
         self._group_of = np.array(group_of, dtype=np.int64)
 
     def sums(self, included: np.ndarray) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
