@@ -1,8 +1,8 @@
 """How long planning takes: from a module on the meta device to the plan, stage by stage.
 
 GPT-2, Llama 3, Mixtral and vision models at their published dimensions, planned for A100-80G. Every
-repetition is a process of its own, so that no trace, profile or conversion table is found ready;
-imports are measured apart. Medians are shown.
+repetition is a process of its own, so that nothing is cached; imports are measured separately. The
+table shows medians.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Case:
     Args:
         model: a key of `MODELS`.
         mesh: such as "2x4".
-        target_s: bound on the time from module to plan; None for none.
+        target_s: for the time from module to plan; None for none.
         layers: of the model; its own number if None.
         memory: budget per device; all of the device if None.
         verbose: print the planner's progress.
@@ -194,7 +194,7 @@ def rows_of(case: Case, runs: Sequence[dict[str, Any]]) -> list[Row]:
         Row(case.name, "processor time", median("busy_s"), "s"),
         *(Row(case.name, stage, seconds, "s") for stage, seconds in stages.items()),
         Row(case.name, "the plan's text and estimates", statistics.median(rest), "s"),
-        Row(case.name, "imports (torch, autopar), apart", median("imports_s"), "s"),
+        Row(case.name, "imports (torch, autopar), separate", median("imports_s"), "s"),
         Row(case.name, "gap to the bound", 100 * max(r["gap"] for r in runs), "%", GAP),
         Row(case.name, "predicted step", median("step_ms"), "ms"),
         Row(case.name, "predicted memory", median("memory_mib"), "MiB"),
