@@ -131,7 +131,7 @@ class _Trials:
     def add(self, limit: float, result: SearchResult) -> None:
         """Schedule a plan, unless that was done or it cannot be the fastest."""
         problem, space = self.problem, self.problem.space
-        choices = all_kept(space, result.choices)
+        choices = without_reshard(space, result.choices)
         if choices in self.tried:
             return
         us = estimate_time(space, choices, Liveness(space, math.inf)).step_us
@@ -176,14 +176,14 @@ class _Trials:
         return JointPlan(replace(planned, plan=plan), best.memory, best.step, trials)
 
 
-def all_kept(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:
+def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:
     """The choices without re-gathered parameters: the schedule decides on these."""
-    kept = []
+    kept_choices = []
     for decision, c in zip(space.decisions, choices, strict=True):
         names = [candidate.name for candidate in decision.candidates]
         name = names[c].removesuffix(" reshard")
-        kept.append(names.index(name) if name in names else c)
-    return tuple(kept)
+        kept_choices.append(names.index(name) if name in names else c)
+    return tuple(kept_choices)
 
 
 def _limited_plans(problem: PlanningProblem, needed: float) -> Iterator[tuple[float, SearchResult]]:
