@@ -28,7 +28,7 @@ IDS["labels"] = IDS["input_ids"]
 
 
 def test_an_uneven_vocabulary_is_split_when_memory_forbids_replicating_it():
-    """50257 is prime to 2 and 4; the embedding and its state take 617 MB whole."""
+    """50257 is prime to 2 and 4; the replicated embedding and its state take 617 MB."""
     planned = autoplan(gpt2(), (), IDS, cluster=ClusterInfo.of("2x4", "A100-40G"), memory="700MB")
     plan = planned.plan
     layout = plan.parameter_specs()["transformer.wte.weight"]
@@ -40,7 +40,7 @@ def test_an_uneven_vocabulary_is_split_when_memory_forbids_replicating_it():
         s for s in planned.space.decisions if s.node.name == "embedding" and s.kind == "op"
     )
     used = decision.candidates[held["embedding"]].inputs[0]
-    assert used.parts((2, 4)) > 1, "the lookup gathers the whole table"
+    assert used.parts((2, 4)) > 1, "the lookup gathers the table"
 
 
 def test_less_memory_never_costs_less_time_and_too_little_is_refused():
