@@ -11,10 +11,12 @@ import torch
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
+from autopar.comm.groups import planning_groups
 from autopar.errors import EngineError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
+from autopar.passes.local_step import fake_arguments
 from autopar.passes.lower import LoweredStep, lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.passes.verify import collective_signature
@@ -218,6 +220,27 @@ def compile_step(
     lowered = lower(traced, None if memory is None else memory.schedule)
     _check_agreement(place, lowered.forward, lowered.backward)
     return CompiledStep(graph, plan, local, lowered, memory)
+
+
+def compile_first_rank(joint: JointPlan, *, dump_passes: Path | None = None) -> CompiledStep:
+    """Compile the step of the first rank without processes, to look at its graphs.
+
+    Args:
+        dump_passes: folder for the graph before and after each pass.
+    """
+    planned = joint.planned
+    plan, trainable = planned.plan, planned.space.workload.trainable
+    coords = (0,) * len(plan.mesh)
+    return compile_step(
+        planned.graph,
+        lambda: StepPlan(plan, None if joint.step is None else joint.step.program, joint.memory),
+        Place(coords, planning_groups(plan.mesh, coords)),
+        lambda _, local: Arguments(fake_arguments(planned.graph, local, trainable)),
+        StepOptions(
+            planned.space.cluster, optimizer_state=plan.optimizer_state, dump_passes=dump_passes
+        ),
+        trainable=trainable,
+    )
 
 
 def _plan(decide: Callable[[], StepPlan], ranks: Ranks) -> StepPlan:

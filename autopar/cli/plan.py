@@ -14,7 +14,7 @@ from autopar.cli.common import DEFAULT_DEVICE
 from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.device import device as device_of
-from autopar.compile import autoplan, plan_step
+from autopar.compile import autoplan, compile_first_rank, plan_step
 from autopar.files import write_atomically
 from autopar.plan import Baseline, ParetoPoint, ShardingPlan
 from autopar.planner import pareto
@@ -85,6 +85,7 @@ def make_plan(
     pareto_front: bool,
     schedule: bool,
     trace: Path | None,
+    dump_passes: Path | None,
     **options: Any,
 ) -> ShardingPlan:
     """The plan, with what was requested beside it.
@@ -95,6 +96,7 @@ def make_plan(
         pareto_front: also find the fastest plans by budget.
         schedule: also schedule the step if everything fits the memory.
         trace: file for the predicted step.
+        dump_passes: folder for the first rank's graphs before and after each pass.
         options: of `build_problem` and `search_meshes`.
     """
     options["progress"] = say
@@ -109,6 +111,9 @@ def make_plan(
     planned, time_limit = joint.planned, options["time_limit"]
     if trace is not None and joint.memory is not None:
         joint.memory.timeline.save_trace(trace)
+    if dump_passes is not None:
+        say("passes ...")
+        compile_first_rank(joint, dump_passes=dump_passes)
     rows: tuple[Baseline, ...] = ()
     points: tuple[ParetoPoint, ...] = ()
     if baselines:

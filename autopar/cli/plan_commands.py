@@ -100,6 +100,13 @@ def plan(
             help="Write the predicted step here, operator by operator, for ui.perfetto.dev.",
         ),
     ] = None,
+    dump_passes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write the first rank's graphs here, before and after each compiler pass.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON instead of the report.")
     ] = False,
@@ -154,6 +161,7 @@ def plan(
                 pareto_front=front,
                 schedule=report is not None or trace is not None,
                 trace=trace,
+                dump_passes=dump_passes,
                 optimizer_state=state,
                 constraints=layouts,
                 time_limit=time_limit,

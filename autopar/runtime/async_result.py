@@ -1,8 +1,8 @@
 """A result whose sum over ranks may still run: the loss, while the backward runs.
 
-A program starts the sum and returns (`autopar/passes/async_sums.py`). The engine hands out torch's
-`AsyncCollectiveTensor`, which waits at the first use of its value. A backward that starts from it
-does not wait.
+A program starts the sum and returns (`autopar/passes/async_sums.py`). On CPUs, where a wait blocks
+the process, the caller gets torch's `AsyncCollectiveTensor`, which waits at the first use of its
+value. A backward that starts from it does not wait.
 
 `AsyncCollectiveTensor` is private to torch; tested with 2.11 and 2.13.
 """

@@ -60,7 +60,8 @@ class Program:
     def _result(self, position: int, x: Any) -> Any:
         """As the caller gets it."""
         if position in self.step.async_results:
-            return AsyncResult(x)
+            # a GPU waits for its communication stream, not the host
+            return AsyncResult(x) if x.device.type == "cpu" else wait(x)
         if isinstance(x, torch.Tensor) and x._is_view():  # of what only the program knows
             return torch.ops.aten._unsafe_view.default(x, x.shape)
         return x

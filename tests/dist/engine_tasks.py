@@ -395,3 +395,28 @@ def _ahead(gm: torch.fx.GraphModule) -> list[str]:
         if any(str(n.target).startswith("aten") and n.meta.get("makes") for n in between):
             ahead.append(str(start.target))
     return ahead
+
+
+def precision_error(mesh: str, autocast: bool) -> float:
+    """How far one step in bfloat16 is from a single device's, relative to the largest value of each
+    gradient."""
+    case, dtype = CASES["mlp"], torch.float32 if autocast else torch.bfloat16
+
+    def step(build: Any) -> tuple[nn.Module, torch.Tensor]:
+        model = build(case.build().to(dtype))
+        batch = {
+            k: x.to(dtype) if x.is_floating_point() else x for k, x in case.batch(0).items()
+        }
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**batch)
+        loss.backward()
+        return model, loss.detach()
+
+    alone, expected = step(lambda model: model)
+    engine, loss = step(lambda model: auto_engine(model, None, eager_to_shard(mesh))[0])
+    worst = abs(loss.item() - expected.item()) / abs(expected.item())
+    for p, q in zip(engine.parameters(), alone.parameters(), strict=True):
+        assert p.grad.dtype is q.grad.dtype is dtype
+        error = (p.grad.full_tensor() - q.grad).abs().max() / q.grad.abs().max()
+        worst = max(worst, error.item())
+    return worst

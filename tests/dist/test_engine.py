@@ -177,3 +177,10 @@ def test_replicated_draws_are_alike_on_all_ranks(pool):
     assert not np.array_equal(*ranks[0])
     for other in ranks[1:]:
         assert np.array_equal(ranks[0], other)
+
+
+@pytest.mark.parametrize("mesh", ["4", "2x2"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_lower_precision_is_that_of_a_single_device(pool, mesh, autocast):
+    """To the accuracy of bfloat16, which has eight bits of mantissa."""
+    assert max(pool.run(tasks.precision_error, mesh, autocast)) < 0.05
