@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from autopar.testing.rules.draw import Arguments, Draw, sampler
+from autopar.tracer import packed  # noqa: F401  (it defines the packed products)
 
 
 @sampler("aten.matmul.default")
