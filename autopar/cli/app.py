@@ -65,7 +65,7 @@ def rules_check(
     op: Annotated[
         str | None, typer.Option(metavar="NAME", help="An op, or a part of its name.  [all]")
     ] = None,
-    cases: Annotated[int, typer.Option(metavar="N", min=1, help="Number of cases in all.")] = 10_000,
+    cases: Annotated[int, typer.Option(metavar="N", min=1, help="Number of cases.")] = 10_000,
     seed: Annotated[int, typer.Option(metavar="S", help="Seed of the random cases.")] = 0,
     jobs: Annotated[int, typer.Option(metavar="J", min=1, help="Number of processes.")] = 1,
     discover: Annotated[
