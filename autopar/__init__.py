@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import ClusterInfo
+    from autopar.compile import autoplan
     from autopar.plan import ShardingPlan
-    from autopar.planner.planner import autoplan
     from autopar.runtime.engine import auto_engine
     from autopar.tracer import ColoTracer
 
@@ -20,7 +20,7 @@ _HOMES = {
     "ColoTracer": "autopar.tracer",
     "ShardingPlan": "autopar.plan",
     "auto_engine": "autopar.runtime.engine",
-    "autoplan": "autopar.planner.planner",
+    "autoplan": "autopar.compile",
 }
 
 

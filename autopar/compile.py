@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.fx as fx
@@ -19,7 +19,8 @@ from autopar.passes.lower import LoweredStep, lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
-from autopar.planner.planner import ADAM_STATE
+from autopar.planner.joint import JointPlan, plan_jointly
+from autopar.planner.planner import ADAM_STATE, Planned, build_problem
 from autopar.schedule.budget import MemoryPlan, StepBudget, describe
 from autopar.schedule.program import Program, Schedule, eager_schedule
 from autopar.schedule.simulate import peak_bytes
@@ -27,6 +28,51 @@ from autopar.schedule.transfers import large_parameters
 from autopar.units import bytes_text
 
 T = TypeVar("T")
+
+
+def autoplan(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    budget_bytes: float | None = None,
+    **options: Any,
+) -> Planned:
+    """Find the fastest plan for one training step of `model(*args, **kwargs)` that fits the memory.
+
+    Needs no GPU, no process group and no weights: the model may live on the meta device.
+
+    Args:
+        budget_bytes: per device, for this search; the memory of the cluster if None.
+        options: of `autopar.planner.planner.build_problem`: `cluster`, `memory`, `constraints`, ...
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        ConstraintError: a constraint has an unknown name or an impossible layout.
+        InfeasibleError: nothing fits the budget; a `ConflictError` if constraints are the reason.
+    """
+    problem = build_problem(model, args, kwargs, **options)  # trace, profile, space
+    return problem.planned(problem.decide(budget_bytes))  # solve, plan
+
+
+def plan_step(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    schedule: bool = False,
+    output_specs: Sequence[ShardingSpec] | None = None,
+    **options: Any,
+) -> JointPlan:
+    """The same, together with what the step keeps, recomputes and offloads within its memory.
+
+    Args:
+        schedule: also if everything fits the memory.
+        output_specs: layouts in which the caller wants the results; replicated if None.
+        options: of `build_problem`.
+    """
+    problem = build_problem(model, args, kwargs, **options)
+    return plan_jointly(problem, output_specs=output_specs, always=schedule)
 
 
 class Ranks(Protocol):

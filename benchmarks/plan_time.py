@@ -1,8 +1,8 @@
 """How long planning takes: from a module on the meta device to the plan, stage by stage.
 
 GPT-2, Llama 3, Mixtral and vision models at their published dimensions, planned for A100-80G. Every
-repetition is a process of its own, so that no trace, profile or conversion table is found ready;
-imports are measured apart. Medians are shown.
+repetition is a process of its own, so that nothing is cached; imports are measured separately. The
+table shows medians.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Case:
     Args:
         model: a key of `MODELS`.
         mesh: such as "2x4".
-        target_s: bound on the time from module to plan; None for none.
+        target_s: for the time from module to plan; None for none.
         layers: of the model; its own number if None.
         memory: budget per device; all of the device if None.
         verbose: print the planner's progress.
@@ -131,17 +131,13 @@ MODELS = {
 }
 
 
-def work(case: Case) -> dict[str, Any]:
-    """Plan once, in this process; what was measured."""
-    start = time.perf_counter()
+def build(case: Case) -> tuple[Any, dict[str, Any]]:
+    """A model that returns its loss, on the meta device, and a batch."""
+    import logging
+
     import torch
 
-    from autopar import ClusterInfo, autoplan
     from benchmarks.losses import Classifier, LossOnly
-
-    imports = time.perf_counter() - start
-
-    import logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     model = MODELS[case.model]
@@ -149,12 +145,22 @@ def work(case: Case) -> dict[str, Any]:
         module = model.build(case.layers).to(getattr(torch, model.dtype)).train()
         if model.tokens:
             ids = torch.zeros(model.samples, model.tokens, dtype=torch.long)
-            module, batch = LossOnly(module), {"input_ids": ids, "labels": ids}
-        else:
-            shape = (model.samples, 3, model.pixels, model.pixels)
-            images = torch.zeros(shape, dtype=getattr(torch, model.dtype))
-            labels = torch.zeros(model.samples, dtype=torch.long)
-            module, batch = Classifier(module), {"images": images, "labels": labels}
+            return LossOnly(module), {"input_ids": ids, "labels": ids}
+        shape = (model.samples, 3, model.pixels, model.pixels)
+        images = torch.zeros(shape, dtype=getattr(torch, model.dtype))
+        labels = torch.zeros(model.samples, dtype=torch.long)
+        return Classifier(module), {"images": images, "labels": labels}
+
+
+def work(case: Case) -> dict[str, Any]:
+    """Plan once, in this process; return what was measured."""
+    start = time.perf_counter()
+    import torch  # noqa: F401
+
+    from autopar import ClusterInfo, autoplan
+
+    imports = time.perf_counter() - start
+    module, batch = build(case)
     cluster = ClusterInfo.of(case.mesh, DEVICE)
     say = (lambda line: print(line, file=sys.stderr)) if case.verbose else None
     start, busy = time.perf_counter(), time.process_time()
@@ -188,7 +194,7 @@ def rows_of(case: Case, runs: Sequence[dict[str, Any]]) -> list[Row]:
         Row(case.name, "processor time", median("busy_s"), "s"),
         *(Row(case.name, stage, seconds, "s") for stage, seconds in stages.items()),
         Row(case.name, "the plan's text and estimates", statistics.median(rest), "s"),
-        Row(case.name, "imports (torch, autopar), apart", median("imports_s"), "s"),
+        Row(case.name, "imports (torch, autopar), separate", median("imports_s"), "s"),
         Row(case.name, "gap to the bound", 100 * max(r["gap"] for r in runs), "%", GAP),
         Row(case.name, "predicted step", median("step_ms"), "ms"),
         Row(case.name, "predicted memory", median("memory_mib"), "MiB"),

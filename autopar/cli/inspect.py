@@ -43,8 +43,8 @@ def explain_decision(
     say("strategies and costs ...")
     cluster = ClusterInfo.from_dict(plan.cluster)
     workload = Workload(trainable_inputs(graph, example.model), plan.optimizer_state)
-    space, only = build_space(graph, cluster, workload, plan.constraints)
-    planned = Planned(plan, graph, space, choices_of(space, plan), only)
+    space, mask = build_space(graph, cluster, workload, plan.constraints)
+    planned = Planned(plan, graph, space, choices_of(space, plan), mask)
     return explain(planned, node, limit=alternatives, time_limit=time_limit, progress=say)
 
 

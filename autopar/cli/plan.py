@@ -14,13 +14,13 @@ from autopar.cli.common import DEFAULT_DEVICE
 from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.device import device as device_of
+from autopar.compile import autoplan, plan_step
 from autopar.files import write_atomically
 from autopar.plan import Baseline, ParetoPoint, ShardingPlan
+from autopar.planner import pareto
 from autopar.planner.baselines import baseline_plans
-from autopar.planner.joint import JointPlan, plan_jointly
+from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
-from autopar.planner.pareto import front
-from autopar.planner.planner import build_problem
 from autopar.report.html import render_html
 from autopar.report.text import render, terminal_width
 
@@ -102,12 +102,10 @@ def make_plan(
     if isinstance(target, AnyMesh):
         options |= vars(target)
         joint = JointPlan(search_meshes(model, args, kwargs, **options).planned)
+    elif target.memory_bytes is None and not schedule:
+        joint = JointPlan(autoplan(model, args, kwargs, cluster=target, **options))
     else:
-        problem = build_problem(model, args, kwargs, cluster=target, **options)
-        if target.memory_bytes is None and not schedule:
-            joint = JointPlan(problem.planned(problem.decide()))
-        else:
-            joint = plan_jointly(problem, always=schedule)
+        joint = plan_step(model, args, kwargs, cluster=target, schedule=schedule, **options)
     planned, time_limit = joint.planned, options["time_limit"]
     if trace is not None and joint.memory is not None:
         joint.memory.timeline.save_trace(trace)
@@ -118,7 +116,9 @@ def make_plan(
         plans = baseline_plans(planned.space, time_limit=time_limit)
         rows = tuple(Baseline(b.name, b.time, b.memory, b.fits) for b in plans)
     if pareto_front:
-        points = front(planned.space, time_limit=time_limit, progress=say, only=planned.only).points
+        points = pareto.pareto_front(
+            planned.space, time_limit=time_limit, progress=say, mask=planned.mask
+        ).points
     return replace(planned.plan, baselines=rows, pareto_front=points)
 
 

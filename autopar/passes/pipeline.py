@@ -120,7 +120,7 @@ PIPELINE = (
           "Triton kernels replace slow ATen operators; a schedule must see their costs",
           when=lambda o: o.scheduled, arguments=_device),
     Entry("joint", bucket_collectives,
-          "few large messages are faster than many small; the forward's gathers stay apart, for the "
+          "few large messages beat many small ones; the forward's gathers stay apart, for the "
           "schedule to repeat",
           when=lambda o: o.scheduled, arguments=_of_forward),
     Entry("split", substitute_kernels,

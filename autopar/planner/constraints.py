@@ -1,10 +1,9 @@
-"""Constraints in the user's words: `{"transformer.h.*.mlp.c_fc.weight": "RS1", ...}`.
+"""Constraints by name: `{"transformer.h.*.mlp.c_fc.weight": "RS1", ...}`.
 
 Names are those of `autopar.planner.names`. A layout is a `ShardingSpec` as plans print it, or
-several with `|` between them; behind that of a parameter may stand `reshard` (gathered again for
-backward, ZeRO-3) or `keep` (ZeRO-2). A constraint leaves a decision with the candidates of these
-layouts; the others get infinite time in the solver's problem, so that every plan found is one of the
-space.
+several with `|` between them; that of a parameter may end in `reshard` (gathered again for the
+backward, ZeRO-3) or `keep` (ZeRO-2). A constraint masks the other candidates of a decision: they
+get infinite time in the solver's problem, so that every plan is one of the same space.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.planner.decisions import Candidate, Decision, FixedLayouts
 from autopar.planner.liveness import Liveness
-from autopar.planner.memory_rows import SharedRows
+from autopar.planner.liveness_rows import LivenessRows
 from autopar.planner.names import Names, output_names, suggestion
 from autopar.planner.space import SearchSpace
-from autopar.solver import Problem, solve
-from autopar.solver.reductions import Shared
+from autopar.solver import solve
+from autopar.solver.reductions import TiedProblem
 from autopar.units import bytes_text
 
 # Name or pattern to layouts.
 Constraints = Mapping[str, str]
-# Decision to which of its candidates are allowed; the others have all of theirs.
+# Decision to a mask over its candidates; decisions that are not listed may take any of theirs.
 Allowed = Mapping[int, np.ndarray]
 
 _OUTPUTS = "outputs."
@@ -74,8 +73,8 @@ class _Layout:
 
     Args:
         spec: None where none can be read from the text.
-        reshard_after_forward: of a parameter; None where it does not matter.
-        text: as given.
+        reshard_after_forward: of a parameter; None if the constraint leaves it open.
+        text: as the user wrote it.
         error: why there is no spec.
     """
 
@@ -105,7 +104,7 @@ class _Layout:
         ):
             return False
         spec = candidate.outputs[0]
-        # who does not speak of gradients means the value alone
+        # a layout without V constrains the value, not its gradient
         return self.spec == (spec if self.spec and self.spec.varying else spec.data())
 
 
@@ -114,34 +113,33 @@ def _layouts(text: str) -> list[_Layout]:
 
 
 def allowed(space: SearchSpace, constraints: Constraints) -> dict[int, np.ndarray]:
-    """Per constrained decision which of its candidates are left.
+    """Per constrained decision the mask over its candidates.
 
     Raises:
-        ConstraintError: a name that nothing has, or a layout that it cannot have.
-        ConflictError: two constraints leave a decision nothing.
+        ConstraintError: an unknown name, or a layout that is not a candidate.
+        ConflictError: two constraints exclude all candidates of a decision.
     """
     if not constraints:
         return {}
     names = Names(space)
-    found: dict[int, np.ndarray] = {}
+    masks: dict[int, np.ndarray] = {}
     by: dict[int, list[str]] = {}
     for name, text in constraints.items():
-        if name.startswith(_OUTPUTS):  # decided by fixed
+        if name.startswith(_OUTPUTS):  # see `fixed_outputs`
             continue
-        for place, (decision, mask) in _masks(
-            space, name, _found(names, space, name), text
-        ).items():
-            found[decision] = found[decision] & mask if decision in found else mask
+        matches = _matches(names, space, name)
+        for place, (decision, mask) in _masks(space, name, matches, text).items():
+            masks[decision] = masks[decision] & mask if decision in masks else mask
             by.setdefault(decision, []).append(f"{name}: {text}")
-            if not found[decision].any():
+            if not masks[decision].any():
                 raise _conflict(
                     f"{_list(by[decision])} leave no layout for {place}; keep one of them",
                     by[decision],
                 )
-    return found
+    return masks
 
 
-def _found(names: Names, space: SearchSpace, name: str) -> dict[str, int]:
+def _matches(names: Names, space: SearchSpace, name: str) -> dict[str, int]:
     try:
         return names.find(name)
     except ConstraintError as error:
@@ -154,14 +152,14 @@ def _found(names: Names, space: SearchSpace, name: str) -> dict[str, int]:
 
 
 def _masks(
-    space: SearchSpace, name: str, found: Mapping[str, int], text: str
+    space: SearchSpace, name: str, matches: Mapping[str, int], text: str
 ) -> dict[str, tuple[int, np.ndarray]]:
-    """Per place that a constraint names, the decision and which of its candidates have one of the
-    layouts. Every place has to have one of them, and each of them some place."""
+    """Per place that a constraint names, the decision and the mask of candidates with one of the
+    layouts. Every place must have one of the layouts, and every layout some place."""
     layouts = _layouts(text)
     masks: dict[str, tuple[int, np.ndarray]] = {}
     unused = dict(enumerate(layouts))
-    for place, i in found.items():
+    for place, i in matches.items():
         decision = space.decisions[i]
         each = np.array([[k.allows(c) for c in decision.candidates] for k in layouts])
         if not each.any():
@@ -169,7 +167,7 @@ def _masks(
         masks[place] = i, np.asarray(each.any(axis=0))
         unused = {k: layout for k, layout in unused.items() if not each[k].any()}
     for layout in unused.values():
-        place, i = next(iter(found.items()))
+        place, i = next(iter(matches.items()))
         raise ConstraintError(_refusal(space, space.decisions[i], name, place, layout))
     return masks
 
@@ -206,21 +204,23 @@ def _axes(spec: ShardingSpec) -> list[int]:
 def fixed_outputs(
     graph: ModelGraph, mesh: Sequence[int], constraints: Constraints, fixed: FixedLayouts | None
 ) -> FixedLayouts | None:
-    """The fixed, with the layouts in which results are wanted.
+    """The fixed layouts, with those that constraints demand of results.
 
     Raises:
-        ConstraintError: no such result, or it cannot have the layout.
+        ConstraintError: no such result, or the layout is not possible.
     """
-    wanted = {name: text for name, text in constraints.items() if name.startswith(_OUTPUTS)}
-    if not wanted:
+    constrained = {name: text for name, text in constraints.items() if name.startswith(_OUTPUTS)}
+    if not constrained:
         return fixed
     if fixed is not None and fixed.outputs is not None:
-        raise ConstraintError(f"constraint {next(iter(wanted))!r}: results are decided elsewhere")
+        raise ConstraintError(
+            f"constraint {next(iter(constrained))!r}: results are decided elsewhere"
+        )
     names = output_names(graph)
     values = [v for v in graph.output.args[0][len(graph.mutations) :] if hasattr(v, "meta")]  # type: ignore[index, union-attr]
     shapes = [shape_of(v.meta["val"]) for v in values]  # type: ignore[union-attr]
     specs = [ShardingSpec.replicated(len(shape)) for shape in shapes]
-    for name, text in wanted.items():
+    for name, text in constrained.items():
         if name not in names:
             raise ConstraintError(
                 f"constraint {name!r}: the model gives {len(names)} tensors"
@@ -252,11 +252,11 @@ def _output_spec(name: str, text: str, shape: tuple[int, ...], mesh: Sequence[in
 
 
 def refuse_outputs(constraints: Constraints | None) -> None:
-    """Raises ConstraintError for constraints on results, whose layout the engine decides."""
+    """Raise ConstraintError for constraints on results, whose layout the engine decides."""
     for name in constraints or {}:
         if name.startswith(_OUTPUTS):
             raise ConstraintError(
-                f"constraint {name!r}: auto_engine gives results whole, or with batch='local' as "
+                f"constraint {name!r}: auto_engine returns global results, or with batch='local' "
                 "each rank's samples; constrain the module or operator that makes the value"
             )
 
@@ -264,22 +264,28 @@ def refuse_outputs(constraints: Constraints | None) -> None:
 # -- in the problem -----------------------------------------------------------------------------
 
 
-def restricted(
-    problem: Problem, classes: Sequence[int], only: Allowed
-) -> tuple[Problem, list[int]]:
-    """The problem with what is not allowed forbidden; copies that may do different things are
-    no longer of one class."""
-    if not only:
-        return problem, list(classes)
+def masked(ties: TiedProblem, mask: Allowed) -> TiedProblem:
+    """The problem in which masked candidates are forbidden; copies with different masks are no
+    longer in one class."""
+    if not mask:
+        return ties
     times = tuple(
-        np.where(only[v], t, np.inf) if v in only else t for v, t in enumerate(problem.time_us)
+        np.where(mask[v], t, np.inf) if v in mask else t for v, t in enumerate(ties.problem.time_us)
     )
-    keys: dict[tuple[int, bytes], int] = {}
-    apart = [
-        keys.setdefault((c, only[v].tobytes() if v in only else b""), len(keys))
-        for v, c in enumerate(classes)
-    ]
-    return replace(problem, time_us=times), apart
+    keys = [mask[v].tobytes() if v in mask else b"" for v in range(len(times))]
+
+    def divided(classes: Sequence[int]) -> tuple[int, ...]:
+        numbers: dict[tuple[int, bytes], int] = {}
+        return tuple(
+            numbers.setdefault(pair, len(numbers)) for pair in zip(classes, keys, strict=True)
+        )
+
+    return replace(
+        ties,
+        problem=replace(ties.problem, time_us=times),
+        classes=divided(ties.classes),
+        node_costs=divided(ties.node_costs or range(len(times))),
+    )
 
 
 def conflict(
@@ -287,31 +293,31 @@ def conflict(
     constraints: Constraints,
     error: InfeasibleError,
     *,
+    budget_bytes: float,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
 ) -> InfeasibleError:
-    """The error for constraints with which nothing was found: it names those of them that are in
-    the way, found by leaving out one after the other as long as there is still no plan.
+    """The error for constraints without a plan: it names a smallest conflicting set, found by
+    dropping one constraint after the other while there is still no plan.
 
     Args:
         error: of the search with all of them.
         time_limit: seconds per attempt.
     """
-    left = {n: t for n, t in constraints.items() if not n.startswith(_OUTPUTS)}
+    conflicting = {n: t for n, t in constraints.items() if not n.startswith(_OUTPUTS)}
     say = progress or (lambda line: None)
-    if not left or not _feasible(space, {}, time_limit):
+    if not conflicting or not _feasible(space, {}, budget_bytes, time_limit):
         return error
-    for name in list(left):
-        say(f"is {name} in the way? ...")
-        fewer = {n: t for n, t in left.items() if n != name}
-        if not _feasible(space, allowed(space, fewer), time_limit):
-            left = fewer
-    named = [f"{name}: {text}" for name, text in left.items()]
+    for name in list(conflicting):
+        say(f"does {name} conflict? ...")
+        fewer = {n: t for n, t in conflicting.items() if n != name}
+        if not _feasible(space, allowed(space, fewer), budget_bytes, time_limit):
+            conflicting = fewer
+    named = [f"{name}: {text}" for name, text in conflicting.items()]
     if math.isfinite(error.smallest_bytes):
-        budget = bytes_text(error.budget_bytes)
         needed = bytes_text(error.smallest_bytes)
         remedy = f"relax one, or set the memory to at least {needed} ({error.smallest_bytes:.0f})"
-        within = f" within {budget} per device"
+        within = f" within {bytes_text(error.budget_bytes)} per device"
     else:
         remedy, within = "relax one", ""
     together = "these constraints together" if len(named) > 1 else "this constraint"
@@ -320,17 +326,16 @@ def conflict(
     return _conflict(f"{message}; {remedy}", named, error.budget_bytes, error.smallest_bytes)
 
 
-def _feasible(space: SearchSpace, only: Allowed, time_limit: float) -> bool:
+def _feasible(space: SearchSpace, mask: Allowed, budget_bytes: float, time_limit: float) -> bool:
     """Whether some plan is within the budget, however slow."""
-    problem, classes = restricted(*space.problem(), only)
-    shared, liveness = Shared(problem, classes), Liveness(space, space.cluster.budget_bytes)
+    tied = masked(space.problem(), mask).tied()
     try:
         solve(
-            shared.problem,
-            separate=SharedRows(liveness, shared),
+            tied.problem,
+            separate=LivenessRows(Liveness(space, budget_bytes), tied),
             time_limit=time_limit,
             enough_us=sys.float_info.max,
-            regions=0,
+            subproblems=0,
         )
     except InfeasibleError:
         return False

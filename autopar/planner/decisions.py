@@ -22,8 +22,8 @@ class Candidate:
         outputs: layouts of the decision's values.
         inputs: layouts it needs of its operands.
         strategy: of an operator call.
-        reshard_after_forward: a parameter gathered for forward is dropped and gathered again for backward
-            (ZeRO-3) instead of kept (ZeRO-2).
+        reshard_after_forward: of a parameter: the gathered copy is dropped after the forward and
+            gathered again for the backward (ZeRO-3), instead of kept (ZeRO-2).
     """
 
     name: str
@@ -38,12 +38,14 @@ class Decision:
     """One decision.
 
     Args:
-        kind: "parameter", "buffer", "input", "op", "fan" or "output".
-        node: the graph node; of a fan, the one whose value is shared.
-        result: of a fan, which result of the node.
+        kind: "parameter", "buffer", "input", "op", "shared" (layout of several users), "output".
+        node: the graph node; of a shared layout, the one whose value is shared.
         candidates: at least one.
         time_us, memory_bytes: per candidate.
-        parts: named shares of the costs, per candidate, for reports ("compute_us", ...).
+        candidates_class, cost_class: decisions with equal integers have equal candidates, or equal
+            times, bytes and parts.
+        parts: named shares of the costs, per candidate ("compute_us", ...).
+        result: of a shared layout, which result of the node.
         repeats: decisions with equal keys are copies in repeated blocks.
     """
 
@@ -52,18 +54,20 @@ class Decision:
     candidates: tuple[Candidate, ...]
     time_us: np.ndarray
     memory_bytes: np.ndarray
+    candidates_class: int
+    cost_class: int
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)
     result: int = 0
     repeats: Any = None
 
     @property
     def name(self) -> str:
-        return f"{self.node.name}#{self.result}" if self.kind == "fan" else self.node.name
+        return f"{self.node.name}#{self.result}" if self.kind == "shared" else self.node.name
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A value flowing from one decision to another.
+    """A value that flows from one decision to another.
 
     Args:
         result: which output of the source.
@@ -87,7 +91,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class FixedLayouts:
-    """Layouts decided from outside: by qualified parameter name, and by position of inputs and
+    """Layouts that the caller decides: by qualified parameter name, and by position of inputs and
     outputs (None: free)."""
 
     parameters: Mapping[str, ShardingSpec] = field(default_factory=dict)

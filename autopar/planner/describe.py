@@ -1,7 +1,7 @@
-"""What a plan does, module by module, in the words people use.
+"""A plan in words, module by module.
 
-Along each mesh axis an operator splits at most one factor. What people call that depends on which
-of its tensors have the factor:
+Along each mesh axis an operator splits at most one factor. The name of that depends on which of its
+tensors have the factor:
 
     in the weight and in the result     column   (tensor parallel)
     in the weight, summed over          row      (tensor parallel)
@@ -10,7 +10,7 @@ of its tensors have the factor:
     a middle dim of them                heads of attention, else sequence
     last dim of them                    features
 
-and a parameter that is stored split but consumed whole is ZeRO's.
+and a parameter that is stored split but consumed replicated is sharded as by ZeRO.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PRODUCTS = (
 _ATTENTION = "aten.scaled_dot_product_attention."
 _EMBEDDING = "aten.embedding."
 _LOSS = "aten.cross_entropy_loss."
-# The operators that a module is about; views and pointwise ops only speak for modules without any.
+# The operators that define what a module does; views and pointwise ops count where there are none.
 _ANCHORS = (*_PRODUCTS, _ATTENTION, _EMBEDDING, _LOSS, "aten.mse_loss.", "norm")
 
 _PHRASES = {
@@ -60,7 +60,7 @@ Roles = dict[int, tuple[str, ...]]
 
 @dataclass
 class _Module:
-    """What is known of one module while the decisions are walked."""
+    """Roles and costs of one module, collected from its decisions."""
 
     roles: list[tuple[Roles, float, bool]] = field(default_factory=list)  # us, anchor
     gathers: dict[int, bool] = field(default_factory=dict)  # axis to reshard_after_forward
@@ -73,8 +73,8 @@ class _Module:
 def describe(space: SearchSpace, choices: Sequence[int]) -> tuple[ModuleSummary, ...]:
     """Modules in the order of execution, copies in repeated blocks together.
 
-    A module that only holds others has an entry where they are tensor parallel as a pair. Times
-    and bytes are each module's own, so they add up to the plan's.
+    A module that only contains others has an entry where they are tensor parallel as a pair. Times
+    and bytes are each module's own, so that they add up to the plan's.
     """
     modules = _walk(space, choices)
     roles = {name: _roles_of(module) for name, module in modules.items()}
@@ -85,18 +85,17 @@ def describe(space: SearchSpace, choices: Sequence[int]) -> tuple[ModuleSummary,
         for entry in (name.rpartition(".")[0], name):
             if entry in pairs or entry == name:
                 module = modules.get(entry, _Module())
-                said = _together(pairs.get(entry, {}), roles.get(entry, {}))
-                entries.setdefault(
-                    entry, (_words(said, module.gathers, space.cluster.axis_names), module)
-                )
+                both = _together(pairs.get(entry, {}), roles.get(entry, {}))
+                words = _words(both, module.gathers, space.cluster.axis_names)
+                entries.setdefault(entry, (words, module))
     return tuple(_grouped(entries))
 
 
-# -- gathering what was done --------------------------------------------------------------------
+# -- roles of operators -------------------------------------------------------------------------
 
 
 def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
-    """Everything about each module, by qualified name, in the order of execution."""
+    """Modules by qualified name, in the order of execution."""
     chosen = [s.candidates[c] for s, c in zip(space.decisions, choices, strict=True)]
     owners = [_owner(space, decision) for decision in space.decisions]
     modules: dict[str, _Module] = {}
@@ -118,9 +117,9 @@ def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
             before = chosen[edge.source].outputs[edge.result]
             after = chosen[edge.target].inputs[edge.operand]
             if after is not None:
-                gone = {a for d in before.dims for a in d} - {a for d in after.dims for a in d}
+                gathered = {a for d in before.dims for a in d} - {a for d in after.dims for a in d}
                 modules[owners[origin]].gathers |= dict.fromkeys(
-                    gone, chosen[origin].reshard_after_forward
+                    gathered, chosen[origin].reshard_after_forward
                 )
     for i, (decision, owner, c) in enumerate(zip(space.decisions, owners, choices, strict=True)):
         module = modules[owner]
@@ -141,8 +140,8 @@ def _owner(space: SearchSpace, decision: Decision) -> str:
     node = decision.node
     if node.op == "placeholder":
         target = str(node.target)
-        held = space.graph.parameters.get(target) or space.graph.buffers.get(target, "")
-        return held.rpartition(".")[0]
+        name = space.graph.parameters.get(target) or space.graph.buffers.get(target, "")
+        return name.rpartition(".")[0]
     return "" if node.op == "output" else space.graph.info(node).module
 
 
@@ -151,17 +150,17 @@ def _is_anchor(name: str) -> bool:
 
 
 def _op_roles(decision: Decision, candidate: Candidate, weights: Sequence[int]) -> Roles:
-    """What an operator does along each axis."""
+    """The role of an operator along each axis."""
     assert candidate.strategy is not None
     rule, _ = rule_of(decision.node)
-    found: Roles = {}
+    roles: Roles = {}
     for factor, axes in candidate.strategy.splits.items():
         role = _factor_role(decision.node, rule, factor, weights)
-        found |= dict.fromkeys(axes, (role,))
+        roles |= dict.fromkeys(axes, (role,))
     for axis, choice in enumerate(candidate.strategy.name.split()):
         if passes_sum(choice):
-            found[axis] = ("partial",)
-    return found
+            roles[axis] = ("partial",)
+    return roles
 
 
 def _factor_role(node: fx.Node, rule: OpRule, factor: str, weights: Sequence[int]) -> str:
@@ -185,7 +184,7 @@ def _factor_role(node: fx.Node, rule: OpRule, factor: str, weights: Sequence[int
 
 
 def _table_role(node: fx.Node) -> str:
-    """What the rows of an embedding's table are: words, or positions, looked up once per batch."""
+    """Whether rows of an embedding's table are words, or positions: looked up once per batch."""
     index = operands(node)[1]
     assert index is not None
     shape = shape_of(index.meta["val"])
@@ -199,17 +198,17 @@ def _roles_of(module: _Module) -> Roles:
     if anchors:
         every = {a: [role for roles in anchors for role in roles.get(a, ())] for a in axes}
         return {axis: tuple(dict.fromkeys(roles)) for axis, roles in every.items() if roles}
-    found: Roles = {}
+    longest: Roles = {}
     for axis in axes:
         spent: dict[tuple[str, ...], float] = defaultdict(float)
         for roles, time_us, _ in module.roles:
             spent[roles.get(axis, ())] += time_us
         if most := max(spent, key=lambda role: spent[role]):
-            found[axis] = most
-    return found
+            longest[axis] = most
+    return longest
 
 
-# -- saying it ----------------------------------------------------------------------------------
+# -- phrases ------------------------------------------------------------------------------------
 
 
 def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str]) -> str:
@@ -250,9 +249,9 @@ def _pairs(parent: str, roles: Mapping[str, Roles]) -> Roles:
     """Axes along which the children of a module are tensor parallel as a pair."""
     prefix = f"{parent}." if parent else ""
     order: dict[int, list[str]] = defaultdict(list)
-    for name, found in roles.items():
+    for name, own in roles.items():
         if name.startswith(prefix) and name != parent and "." not in name[len(prefix) :]:
-            for axis, names in found.items():
+            for axis, names in own.items():
                 order[axis] += [n for n in names if n in ("column", "row")]
     unique = {axis: tuple(dict.fromkeys(names)) for axis, names in order.items()}
     return {axis: names for axis, names in unique.items() if len(names) == 2}
@@ -268,14 +267,14 @@ _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 
 def _grouped(entries: Mapping[str, tuple[str, _Module]]) -> Iterable[ModuleSummary]:
-    """Copies that do alike as one entry, named with `*` for all and `{0,2-5}` for some."""
-    alike: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
+    """Copies with the same words as one entry, named with `*` for all and `{0,2-5}` for some."""
+    same: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
     copies: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for name, (words, module) in entries.items():
         pattern = _INDEX.sub("*", name)
-        alike[pattern, words, tuple(module.kinds)].append(name)
+        same[pattern, words, tuple(module.kinds)].append(name)
         copies[pattern].append(_indices(name))
-    for (pattern, words, _), names in alike.items():
+    for (pattern, words, _), names in same.items():
         for box in _boxes([_indices(name) for name in names]):
             members = [
                 entries[name][1]
@@ -293,20 +292,20 @@ def _grouped(entries: Mapping[str, tuple[str, _Module]]) -> Iterable[ModuleSumma
 
 
 def grouped_names(names: Sequence[str], every: Sequence[str]) -> list[tuple[str, int]]:
-    """Names as patterns, each with how many it stands for.
+    """Names as patterns, each with the number of names it stands for.
 
     Args:
-        every: all names there are, so that `*` can stand for all copies.
+        every: all existing names, so that `*` can stand for all copies.
     """
-    alike: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    same: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for name in names:
-        alike[_INDEX.sub("*", name)].append(_indices(name))
+        same[_INDEX.sub("*", name)].append(_indices(name))
     copies: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for name in every:
         copies[_INDEX.sub("*", name)].append(_indices(name))
     return [
         (_named(pattern, box, copies[pattern]), math.prod(map(len, box)))
-        for pattern, points in alike.items()
+        for pattern, points in same.items()
         for box in _boxes(points)
     ]
 

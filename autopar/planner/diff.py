@@ -1,4 +1,4 @@
-"""What differs between two plans, in words."""
+"""The differences between two plans, in words."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from autopar.units import bytes_text, time_text
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is not the same.
+    """One difference.
 
     Args:
-        what: a name, or a pattern for several alike.
+        what: a name, or a pattern for several with the same difference.
         before, after: of the first and of the second plan.
-        count: how many things the pattern stands for.
+        count: of the names that the pattern stands for.
     """
 
     what: str
@@ -33,14 +33,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between two plans; empty where nothing does.
+    """The differences between two plans; empty if there are none.
 
     Args:
-        setting: what the plans were made for.
-        figures: time and memory, in words; kinds that are the same are left out.
+        setting: model, cluster, budget and constraints.
+        figures: time and memory, in words; equal kinds are left out.
         parameters: how they are stored.
-        modules: what is done in them.
-        decisions: operators, inputs and shared values, by decision.
+        modules: their words.
+        decisions: operators, inputs and shared layouts.
     """
 
     setting: tuple[Change, ...]
@@ -51,7 +51,7 @@ class Difference:
 
     @property
     def choices(self) -> tuple[Change, ...]:
-        """What is decided differently: in modules, else in parameters, else anywhere."""
+        """Different choices: of modules, else of parameters, else of any decision."""
         return self.modules or self.parameters or self.decisions
 
     def __bool__(self) -> bool:
@@ -59,7 +59,7 @@ class Difference:
 
 
 def diff(a: ShardingPlan, b: ShardingPlan) -> Difference:
-    """What changes from plan `a` to plan `b`."""
+    """The changes from plan `a` to plan `b`."""
     names = {k.partition("#")[0] for k in (*a.choices, *b.choices)}
     stored = {f"p_{n.replace('.', '_')}" for n in (*a.parameters, *b.parameters)} & names
     inner = [{k: _decision(p, k) for k in p.choices if k not in stored} for p in (a, b)]
@@ -91,26 +91,26 @@ def _setting(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
 
 
 def _figures(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
-    found = [_figure("step", a.time.step_us, b.time.step_us, time_text)]
-    found += [
+    changes = [_figure("step", a.time.step_us, b.time.step_us, time_text)]
+    changes += [
         _figure(kind, getattr(a.time, key), getattr(b.time, key), time_text)
         for kind, key in TIME_KINDS.items()
     ]
-    found.append(_figure("memory", a.memory.total_bytes, b.memory.total_bytes, bytes_text))
-    found += [
+    changes.append(_figure("memory", a.memory.total_bytes, b.memory.total_bytes, bytes_text))
+    changes += [
         _figure(kind, getattr(a.memory, key), getattr(b.memory, key), bytes_text)
         for kind, key in MEMORY_KINDS.items()
     ]
-    return [c for c in found if c is not None]
+    return [c for c in changes if c is not None]
 
 
 def _figure(what: str, before: float, after: float, text: object) -> Change | None:
-    """None where a reader would see no difference."""
+    """None for a difference that is not visible in the text."""
     assert callable(text)
     if abs(after - before) <= 1e-6 * max(abs(before), abs(after)):
         return None
-    said = f"{text(after)} ({after / before - 1:+.1%})" if before else text(after)
-    return Change(what, text(before), said)
+    relative = f" ({after / before - 1:+.1%})" if before else ""
+    return Change(what, text(before), text(after) + relative)
 
 
 def _storage(plan: ShardingPlan) -> dict[str, str]:
@@ -127,16 +127,16 @@ def _decision(plan: ShardingPlan, decision: str) -> str:
 
 
 def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Change, ...]:
-    """Those that differ, copies in repeated blocks together."""
-    alike: dict[tuple[str, str], list[str]] = {}
+    """The entries that differ, copies in repeated blocks together."""
+    same: dict[tuple[str, str], list[str]] = {}
     for name in dict.fromkeys((*a, *b)):
         before, after = a.get(name, "absent"), b.get(name, "absent")
         if before != after:
-            alike.setdefault((before, after), []).append(name)
+            same.setdefault((before, after), []).append(name)
     every = list(dict.fromkeys((*a, *b)))
     return tuple(
         Change(pattern, before, after, count)
-        for (before, after), names in alike.items()
+        for (before, after), names in same.items()
         for pattern, count in grouped_names(names, every)
     )
 
@@ -145,33 +145,33 @@ def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Change, ...]:
 
 
 def _modules(a: Sequence[ModuleSummary], b: Sequence[ModuleSummary]) -> list[Change]:
-    """Modules about which the plans say different words. Their names are patterns, which the two
-    plans may have cut differently: what both speak of is compared."""
-    found = []
+    """Modules with different words. Their names are patterns, which may overlap: the intersection
+    of two patterns is compared."""
+    changes = []
     for one in a:
         for other in b:
-            name = _meet(one.name, other.name)
+            name = intersect(one.name, other.name)
             if name is not None and one.words != other.words:
-                found.append(Change(name or "(model)", one.words, other.words))
-    lonely = [(m.name, m.words, "absent") for m in a if not _speaks_of(b, m.name)]
-    lonely += [(m.name, "absent", m.words) for m in b if not _speaks_of(a, m.name)]
-    return found + [Change(name or "(model)", x, y) for name, x, y in lonely]
+                changes.append(Change(name or "(model)", one.words, other.words))
+    unmatched = [(m.name, m.words, "absent") for m in a if not _has_match(b, m.name)]
+    unmatched += [(m.name, "absent", m.words) for m in b if not _has_match(a, m.name)]
+    return changes + [Change(name or "(model)", x, y) for name, x, y in unmatched]
 
 
-def _speaks_of(modules: Sequence[ModuleSummary], name: str) -> bool:
-    return any(_meet(m.name, name) is not None for m in modules)
+def _has_match(modules: Sequence[ModuleSummary], name: str) -> bool:
+    return any(intersect(m.name, name) is not None for m in modules)
 
 
-def _meet(one: str, other: str) -> str | None:
-    """The pattern for what both patterns stand for; None if that is nothing."""
+def intersect(one: str, other: str) -> str | None:
+    """The intersection of two patterns; None if it is empty."""
     parts, others = one.split("."), other.split(".")
     if len(parts) != len(others):
         return None
-    met = [_meet_part(x, y) for x, y in zip(parts, others, strict=True)]
-    return None if None in met else ".".join(str(part) for part in met)
+    common = [_common_part(x, y) for x, y in zip(parts, others, strict=True)]
+    return None if None in common else ".".join(str(part) for part in common)
 
 
-def _meet_part(x: str, y: str) -> str | None:
+def _common_part(x: str, y: str) -> str | None:
     if x == y:
         return x
     if "*" in (x, y):
@@ -182,7 +182,7 @@ def _meet_part(x: str, y: str) -> str | None:
 
 
 def _numbers(part: str) -> set[int]:
-    """Of an index, or a list of them; none of a word."""
+    """The numbers of an index or a list of them; none for a word."""
     if part.isdigit():
         return {int(part)}
     return copies_in(part) if part.startswith("{") else set()

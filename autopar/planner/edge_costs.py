@@ -1,4 +1,4 @@
-"""What converting a value costs, for every pair of candidates of the two decisions it joins."""
+"""Costs of converting a value, for every pair of candidates of the two decisions it connects."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from autopar.sharding.conversion.converter import LayoutConverter
 
 @dataclass(frozen=True)
 class EdgeCosts:
-    """Conversions on a edge, all [source candidate, target candidate].
+    """Costs of the conversions on an edge, all [source candidate, target candidate].
 
     Args:
-        forward_us, backward_us: of the value and of its gradient; infinite where there is no way.
-        again_us: of the value once more, before backward.
-        memory_bytes: of the copy that the conversion makes, where one is kept.
+        cost_class: edges with equal integers have equal costs.
+        forward_us, backward_us: of the value and of its gradient; infinite without a conversion.
+        again_us: of the second gather of a parameter, before its backward.
+        memory_bytes: of the converted copy, where one is kept.
     """
+
+    cost_class: int
 
     forward_us: np.ndarray
     backward_us: np.ndarray
@@ -37,12 +40,12 @@ class EdgeCosts:
 
     @cached_property
     def hidden_us(self) -> np.ndarray:
-        """Of a conversion that hides behind compute: nothing, where there is a way."""
+        """Times where conversions overlap with compute: zero, or infinite without a conversion."""
         return np.where(np.isfinite(self.time_us), 0.0, np.inf)
 
     @cached_property
     def queued_us(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Forward, backward and again; nothing where there is no way, which is forbidden anyway."""
+        """Forward, backward and again; zero where a conversion does not exist."""
         forward, backward, again = (
             np.where(np.isfinite(us), us, 0.0)
             for us in (self.forward_us, self.backward_us, self.again_us)
@@ -51,17 +54,17 @@ class EdgeCosts:
 
     @cached_property
     def released_us(self) -> np.ndarray:
-        """Backward and again, in one queue."""
+        """Backward and again."""
         _, backward, again = self.queued_us
         return backward + again
 
 
 class EdgeCostTable:
-    """Memoized costs of links.
+    """Costs of edges, computed once per class.
 
     Args:
         converter: of the cluster.
-        costs: of the operators, for what a layout leaves on one device.
+        costs: of the operators; gives the local bytes of layouts.
     """
 
     def __init__(self, converter: LayoutConverter, costs: OpCosts) -> None:
@@ -69,52 +72,54 @@ class EdgeCostTable:
         self._known: dict[Hashable, EdgeCosts] = {}
 
     def of(self, edge: Edge, source: Decision, target: Decision) -> EdgeCosts:
-        """Of one edge. Sites that are alike have the same candidates, not equal ones, so links of
-        repeated blocks are priced once."""
+        """Costs of one edge."""
         key = (
-            id(source.candidates), edge.result, id(target.candidates), edge.operand,
+            source.candidates_class, edge.result, target.candidates_class, edge.operand,
             edge.shape, edge.itemsize, edge.grad, edge.saved, edge.weight, target.kind == "output",
         )  # fmt: skip
         if key not in self._known:
-            self._known[key] = self._priced(edge, source, target)
+            self._known[key] = self._computed(len(self._known), edge, source, target)
         return self._known[key]
 
-    def _priced(self, edge: Edge, source: Decision, target: Decision) -> EdgeCosts:
+    def _computed(
+        self, cost_class: int, edge: Edge, source: Decision, target: Decision
+    ) -> EdgeCosts:
         rows, row_of = _unique(c.outputs[edge.result] for c in source.candidates)
         columns, column_of = _unique(c.inputs[edge.operand] for c in target.candidates)
         every = np.ix_(row_of, column_of)
-        wanted = [rows[0] if spec is None else spec for spec in columns]
+        specs = [rows[0] if spec is None else spec for spec in columns]
 
         def convert(grad: bool) -> np.ndarray:
-            found = self._converter.costs_us(
-                edge.shape, edge.itemsize, rows, wanted, grad=grad, weight=edge.weight
+            costs = self._converter.costs_us(
+                edge.shape, edge.itemsize, rows, specs, grad=grad, weight=edge.weight
             )
-            return found[every]
+            return costs[every]
 
         forward = convert(grad=False)
         possible = np.where(np.isfinite(forward), forward, 0.0)
-        nowhere = np.where(np.isfinite(forward), 0.0, np.inf)
-        backward = convert(grad=True) - possible if edge.grad else nowhere
-        # nobody waits for the sum of a loss that is only returned
+        forbidden = np.where(np.isfinite(forward), 0.0, np.inf)
+        backward = convert(grad=True) - possible if edge.grad else forbidden
+        # a small sum that is only returned (the loss) runs asynchronously
         if (
             target.kind == "output"
             and edge.grad
             and edge.itemsize * prod(edge.shape) <= ASYNC_SUM_BYTES
         ):
-            late = np.array([[bool(a.partial) and a.dims == b.dims for b in wanted] for a in rows])
-            forward = np.where(late[every], self._costs.cluster.device.launch_us, forward)
+            sums = np.array([[bool(a.partial) and a.dims == b.dims for b in specs] for a in rows])
+            forward = np.where(sums[every], self._costs.cluster.device.launch_us, forward)
         reshards = np.array([[c.reshard_after_forward] for c in source.candidates])
         memory = None
         if edge.saved or target.kind == "output":
-            held = [
+            local_bytes = [
                 0 if spec is None else self._costs.local_bytes(edge.shape, edge.itemsize, spec)
                 for spec in columns
             ]
-            moved = np.array([[a.dims != b.dims for b in wanted] for a in rows])
-            # gathered for forward and dropped, the copy is not kept; the caller keeps results
-            kept = (target.kind == "output") | ~reshards
-            memory = kept * (moved * np.array(held, dtype=np.float64))[every]
-        return EdgeCosts(forward, backward, reshards * possible + nowhere, memory)
+            converts = np.array([[a.dims != b.dims for b in specs] for a in rows])
+            # a copy that is dropped after the forward is not kept; the caller keeps results
+            keeps = (target.kind == "output") | ~reshards
+            memory = keeps * (converts * np.array(local_bytes, dtype=np.float64))[every]
+        again = reshards * possible + forbidden
+        return EdgeCosts(cost_class, forward, backward, again, memory)
 
 
 def _unique(items: Iterable[Any]) -> tuple[list[Any], list[int]]:

@@ -1,7 +1,8 @@
-"""What a plan costs: predicted time and memory of a full choice of candidates."""
+"""Predicted time and memory of a plan, given as a full choice of candidates."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,11 +15,11 @@ from autopar.planner.space import SearchSpace
 def estimate_time(
     space: SearchSpace, choices: Sequence[int], liveness: Liveness | None = None
 ) -> TimeEstimate:
-    """Compute, and communication split into what is exposed and what hides behind compute.
+    """Compute, and communication split into exposed and overlapped.
 
     Conversions of weights (gathers before use, gradient reductions after) do not wait for the
-    activations beside them; on devices that communicate beside compute they take time only where
-    they are late.
+    activations beside them; on devices that communicate beside compute only the part that compute
+    waits for takes time.
     """
     compute = exposed = weights = 0.0
     for decision, c in zip(space.decisions, choices, strict=True):
@@ -32,19 +33,19 @@ def estimate_time(
             weights += time
         else:
             exposed += time
-    if not space.weights_hide:
+    if not space.weights_overlap:
         return TimeEstimate(compute, exposed + weights, 0.0, weights)
-    late = (liveness or Liveness(space, np.inf)).late_us(choices)
-    return TimeEstimate(compute, exposed + late, max(0.0, weights - late), weights)
+    waiting = (liveness or Liveness(space, math.inf)).exposed_us(choices)
+    return TimeEstimate(compute, exposed + waiting, max(0.0, weights - waiting), weights)
 
 
 def estimate_memory(
     space: SearchSpace, choices: Sequence[int], liveness: Liveness | None = None
 ) -> MemoryEstimate:
-    """Bytes per device by kind at the moment of the peak, on the fullest rank."""
-    series = (liveness or Liveness(space, np.inf)).memory
-    moment = int(np.argmax(series.values(space, choices)))
-    kinds = series.kinds(space, choices, moment)
+    """Bytes per device by kind at the program point of the peak, on the fullest rank."""
+    series = (liveness or Liveness(space, math.inf)).memory
+    peak = int(np.argmax(series.values(choices)))
+    kinds = series.breakdown(choices, peak, lambda item: item.kind)
     return MemoryEstimate(
         kinds.get("parameters", 0.0),
         kinds.get("gradients", 0.0),

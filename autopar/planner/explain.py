@@ -1,9 +1,8 @@
-"""Why this choice and not that one: what the best plan costs with an alternative forced.
+"""Why a choice was made: the cost of the best plan with each alternative forced.
 
-Each alternative of a decision is forced (in all copies in repeated blocks that now do alike) and
-the rest is solved for again. Where that is too much to ask, bounds stand in: the least time of any
-assignment that makes the choice, without rows on memory and late weights, is read off one
-elimination as its min-marginals, and no plan with the choice is below it.
+Each alternative of a decision is forced (in all copies in repeated blocks that make the same
+choice) and the rest is solved again. Where that takes too long, lower bounds are given: the
+min-marginals of one elimination, without rows on memory and exposed communication.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 from autopar.errors import ConstraintError, InfeasibleError
 from autopar.ir.repeats import pattern
 from autopar.plan import ShardingPlan
-from autopar.planner.constraints import Allowed, restricted
+from autopar.planner.constraints import Allowed, masked
 from autopar.planner.describe import grouped_names
 from autopar.planner.diff import diff
 from autopar.planner.names import Names
@@ -27,7 +26,6 @@ from autopar.planner.planner import Planned, make_plan
 from autopar.planner.search import search
 from autopar.planner.space import SearchSpace
 from autopar.solver.contraction import Contraction
-from autopar.solver.reductions import Shared
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,10 @@ class Alternative:
     Args:
         choice: as plans name it.
         layouts: of its results.
-        step_us: of the best plan found; infinite where none fits, NaN where none was looked for.
+        step_us: of the best plan; infinite where none fits, NaN where none was searched.
         bound_us: no plan with this choice is faster.
         memory_bytes: of that plan.
-        changes: what it does differently, in words, the nearest modules first.
+        changes: to the explained plan, in words, the nearest modules first.
         chosen: whether it is the plan's own choice.
     """
 
@@ -55,13 +53,13 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All alternatives of one decision, the fastest first, those that were not solved last.
+    """All alternatives of one decision, the fastest first; those that were not solved come last.
 
     Args:
         name: of the decision.
         what: a line about it.
         plan: the plan that is explained.
-        alternatives: its own choice among them.
+        alternatives: including its own choice.
     """
 
     name: str
@@ -82,57 +80,55 @@ def explain(
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
 ) -> Explanation:
-    """The alternatives of a decision, and what forcing them costs.
+    """The alternatives of a decision, and the cost of forcing them.
 
     Args:
         planned: a plan with its space.
-        name: of a parameter, input, module or operator, or a pattern for copies that do alike
-            (`autopar.planner.names`).
+        name: of a parameter, input, module or operator, or a pattern for copies with the same
+            choice (`autopar.planner.names`).
         limit: solve for this many alternatives, those of the lowest bounds; the others only get
             their bound.
         time_limit: seconds for each of them.
         progress: called with a line per alternative.
 
     Raises:
-        ConstraintError: nothing is called so, or things that differ.
+        ConstraintError: the name is unknown, or stands for different choices.
     """
     space, say = planned.space, progress or (lambda line: None)
     decision, copies = _decision(planned, name)
     say("bounds ...")
-    bounds = _bounds(space, decision, copies, planned.only)
+    bounds = _bounds(space, decision, copies, planned.mask)
     own = planned.choices[decision]
-    here = space.decisions[decision]
-    legal = planned.only.get(decision, np.ones(len(here.candidates), dtype=bool))
+    candidates = space.decisions[decision].candidates
+    legal = planned.mask.get(decision, np.ones(len(candidates), dtype=bool))
     order = [int(c) for c in np.argsort(bounds, kind="stable") if legal[c] and c != own]
-    wanted = order[:limit]
-    found = [_own(planned, decision)]
-    for k, c in enumerate(wanted):
-        say(f"{here.candidates[c].name} forced ({k + 1} of {len(wanted)}) ...")
-        found.append(_forced(planned, decision, copies, c, bounds[c], time_limit))
-    for c in order[len(wanted) :]:
-        candidate, bound = here.candidates[c], float(bounds[c])
+    solved = order[:limit]
+    alternatives = [_own(planned, decision)]
+    for k, c in enumerate(solved):
+        say(f"{candidates[c].name} forced ({k + 1} of {len(solved)}) ...")
+        alternatives.append(_forced(planned, decision, copies, c, bounds[c], time_limit))
+    for c in order[len(solved) :]:
+        candidate, bound = candidates[c], float(bounds[c])
         step = math.nan if math.isfinite(bound) else math.inf
-        found.append(Alternative(candidate.name, _layouts(candidate), step, bound, math.inf))
-    # a plan that is as fast as the one explained comes behind it
-    found.sort(
+        alternatives.append(Alternative(candidate.name, _layouts(candidate), step, bound, math.inf))
+    # the sort is stable: an alternative as fast as the explained plan comes after it
+    alternatives.sort(
         key=lambda a: (math.isnan(a.step_us), a.bound_us if math.isnan(a.step_us) else a.step_us)
     )
-    return Explanation(name, _what(planned, decision, copies), planned.plan, tuple(found))
+    return Explanation(name, _what(planned, decision, copies), planned.plan, tuple(alternatives))
 
 
 def _decision(planned: Planned, name: str) -> tuple[int, list[int]]:
-    """The decision, and all that it is made together with: copies with the same choice."""
+    """The decision, and all copies of it with the same choice."""
     space, choices = planned.space, planned.choices
-    _, classes = restricted(*space.problem(), planned.only)
+    classes = masked(space.problem(), planned.mask).classes
     named = {n: _anchor(space, n, i) for n, i in Names(space).find(name).items()}
-    found = dict.fromkeys(named.values())
-    decided = {(classes[i], choices[i]) for i in found}
-    if len(decided) > 1:
+    if len({(classes[i], choices[i]) for i in named.values()}) > 1:
         raise ConstraintError(
-            f"{name!r} stands for {len(named)} decisions that are not made alike: "
+            f"{name!r} stands for {len(named)} decisions with different choices: "
             f"{_groups(planned, named)}; name one of them"
         )
-    decision = next(iter(found))
+    decision = next(iter(named.values()))
     copies = [
         i
         for i, c in enumerate(classes)
@@ -143,13 +139,13 @@ def _decision(planned: Planned, name: str) -> tuple[int, list[int]]:
 
 def _groups(planned: Planned, named: dict[str, int]) -> str:
     """`blocks.0.up chooses n b1, blocks.{1-3}.up chooses b1 b1`."""
-    said: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for name, i in named.items():
         candidate = planned.space.decisions[i].candidates[planned.choices[i]]
-        said.setdefault(candidate.name, []).append(name)
+        names_of.setdefault(candidate.name, []).append(name)
     groups = [
         f"{group} chooses {choice}"
-        for choice, names in said.items()
+        for choice, names in names_of.items()
         for group, _ in grouped_names(names, list(named))
     ]
     more = f" and {len(groups) - 4} more" if len(groups) > 4 else ""
@@ -157,25 +153,23 @@ def _groups(planned: Planned, named: dict[str, int]) -> str:
 
 
 def _anchor(space: SearchSpace, name: str, decision: int) -> int:
-    """Of a module, the operator that takes longest: what it is about."""
-    mine = [
+    """For a module, its operator that takes longest; else the decision itself."""
+    operators = [
         i
         for i, s in enumerate(space.decisions)
         if s.kind == "op" and space.graph.info(s.node).module == name
     ]
-    return max(mine, key=lambda i: float(space.decisions[i].time_us.max()), default=decision)
+    return max(operators, key=lambda i: float(space.decisions[i].time_us.max()), default=decision)
 
 
-def _bounds(space: SearchSpace, decision: int, copies: list[int], only: Allowed) -> np.ndarray:
-    """Per candidate of the decision a lower bound on every plan that makes it in all copies."""
-    problem, classes = restricted(*space.problem(), only)
-    mine = set(copies)
-    # the copies have a class of their own
-    apart = [(c, v in mine) for v, c in enumerate(classes)]
-    shared = Shared(problem, apart)
-    index = list(dict.fromkeys(apart)).index((classes[decision], True))
-    relaxed = Contraction(shared.problem.time_us, shared.problem.pairs())
-    return relaxed.min_marginals()[index]
+def _bounds(space: SearchSpace, decision: int, copies: list[int], mask: Allowed) -> np.ndarray:
+    """Per candidate of a decision a lower bound on every plan that chooses it in all copies."""
+    ties = masked(space.problem(), mask)
+    # the copies are a class of their own
+    classes = [(c, v in copies) for v, c in enumerate(ties.classes)]
+    index = list(dict.fromkeys(classes)).index(classes[decision])
+    problem = ties.tied(classes).problem
+    return Contraction(problem.time_us, problem.pairs()).min_marginals()[index]
 
 
 def _own(planned: Planned, decision: int) -> Alternative:
@@ -192,22 +186,23 @@ def _forced(
 ) -> Alternative:
     space = planned.space
     candidate = space.decisions[decision].candidates[c]
-    only = dict(planned.only)
+    mask = dict(planned.mask)
     for v in copies:
-        only[v] = np.arange(len(space.decisions[v].candidates)) == c
+        mask[v] = np.arange(len(space.decisions[v].candidates)) == c
+    budget = space.cluster.budget_bytes
     try:
-        found = search(space, time_limit=time_limit, only=only)
+        result = search(space, budget_bytes=budget, time_limit=time_limit, mask=mask)
     except InfeasibleError as error:
         return Alternative(
             candidate.name, _layouts(candidate), math.inf, math.inf, error.smallest_bytes
         )
-    plan = make_plan(space, found.choices, planned.plan.model, found.record({}))
+    plan = make_plan(space, result.choices, planned.plan.model, result.record({}))
     near = _module(space, decision)
     changes = sorted(
         diff(planned.plan, plan).choices, key=lambda change: -_common(near, _general(change.what))
     )
     return Alternative(
-        candidate.name, _layouts(candidate), plan.time.step_us, max(bound, found.bound_us),
+        candidate.name, _layouts(candidate), plan.time.step_us, max(bound, result.bound_us),
         plan.memory.total_bytes, tuple(map(str, changes)),
     )  # fmt: skip
 
@@ -221,7 +216,7 @@ def _module(space: SearchSpace, decision: int) -> str:
 
 
 def _common(one: str, other: str) -> int:
-    """How many parts two names have in common at their head."""
+    """The number of leading parts that two names have in common."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -238,13 +233,13 @@ def _layouts(candidate: object) -> str:
 def _what(planned: Planned, decision: int, copies: list[int]) -> str:
     space = planned.space
     s = space.decisions[decision]
-    alike = f", in {len(copies)} copies alike" if len(copies) > 1 else ""
+    tied = f", the same in {len(copies)} copies" if len(copies) > 1 else ""
     if s.kind == "parameter":
-        return f"parameter {pattern(space.graph.parameters[str(s.node.target)])}{alike}"
+        return f"parameter {pattern(space.graph.parameters[str(s.node.target)])}{tied}"
     if s.kind == "input":
         return f"input {s.node.target}"
     info = space.graph.info(s.node)
     module = f" in {pattern(info.module)}" if info.module else ""
-    if s.kind == "fan":
-        return f"what the users of {s.name.partition('#')[0]}{module} share{alike}"
-    return f"{s.name}: {s.node.target}{module}{alike}, {info.source}"
+    if s.kind == "shared":
+        return f"layout that the users of {s.name.partition('#')[0]}{module} share{tied}"
+    return f"{s.name}: {s.node.target}{module}{tied}, {info.source}"

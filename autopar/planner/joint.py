@@ -1,10 +1,10 @@
-"""The fastest pair within a budget: how a model is sharded, and what its step keeps.
+"""The joint plan: how a model is sharded and what its step keeps, decided together.
 
-Less memory can be had by splitting more and by computing again, and which is cheaper shows only
-when both are known. So sharding plans are made for several limits of memory, each of them is
-scheduled within the true budget, and the pair with the least time wins. Among them are the plan
-without any limit (sharding first, what is kept after it) and the one that fits as it is, so that
-no pair is slower than either.
+Less memory can be had by sharding more or by recomputing more, and which is faster shows only when
+both are known. So sharding plans are made for several memory limits, each is scheduled within the
+true budget, and the fastest combination is chosen. Among them are the plan without a limit
+(sharding first, the schedule after it) and the one that fits without a schedule, so that the joint
+plan is no slower than either.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from autopar.errors import InfeasibleError
 from autopar.ir.spec import ShardingSpec
@@ -20,27 +20,25 @@ from autopar.passes.local_step import LocalStep, local_step
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.liveness import Liveness
-from autopar.planner.pareto import with_budget
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
-from autopar.planner.search import Found, search
+from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text
 
-_UNLIMITED = 2.0**60  # bytes; more than any device has
 _BETWEEN = 2  # limits between none and the budget
-_EVEN = 5e-3  # of a step: what fitting the budget may cost without other plans being looked for
+_EVEN = 5e-3  # of a step: the cost of fitting the budget at which no other plans are tried
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A sharding plan with the schedule that it gets.
+class Trial:
+    """A sharding plan with its schedule.
 
     Args:
         limit_bytes: that the plan was made for; infinite for none.
-        plan_us: of a step in which everything is kept.
-        added_us: by what is computed, gathered or fetched again within the budget; infinite where
-            no schedule fits, not a number where `plan_us` alone was too much.
+        plan_us: step that keeps everything.
+        added_us: by recomputation, re-gathers and reloads within the budget; infinite where no
+            schedule fits, NaN where `plan_us` alone was too much.
     """
 
     limit_bytes: float
@@ -54,19 +52,19 @@ class Tried:
 
 @dataclass(frozen=True)
 class JointPlan:
-    """A plan and what its step keeps.
+    """A plan and its schedule.
 
     Args:
         planned: its time and memory are those of the schedule, if there is one.
-        memory: the schedule; None where the plan fits as it is, and nothing was scheduled.
-        step: what the schedule is of.
-        tried: all pairs, sharding first being the first of them.
+        memory: the schedule; None where the plan fits without one.
+        step: that is scheduled.
+        tried: all trials; sharding first is the first of them.
     """
 
     planned: Planned
     memory: MemoryPlan | None = None
     step: LocalStep | None = None
-    tried: tuple[Tried, ...] = ()
+    tried: tuple[Trial, ...] = ()
 
 
 def plan_jointly(
@@ -75,153 +73,155 @@ def plan_jointly(
     output_specs: Sequence[ShardingSpec] | None = None,
     always: bool = False,
 ) -> JointPlan:
-    """The fastest pair found within the budget of the space.
+    """The fastest joint plan within the budget of a problem.
 
     Args:
-        output_specs: layouts in which the caller wants the results; replicated if None.
+        output_specs: layouts in which the caller gets the results; replicated if None.
         always: schedule even where memory does not bind.
 
     Raises:
-        InfeasibleError: no pair fits; it names the smallest budget of those tried.
+        InfeasibleError: no joint plan fits; it names the smallest budget of those tried.
     """
-    free = problem.decide(with_budget(problem.space, _UNLIMITED))
-    needed = estimate_memory(problem.space, free.choices).total_bytes
-    binds = needed > problem.space.cluster.budget_bytes
+    unlimited = problem.decide(math.inf)
+    needed = estimate_memory(problem.space, unlimited.choices).total_bytes
+    binds = needed > problem.budget_bytes
     if not binds and not always:
-        return JointPlan(problem.planned(free))
-    pairs = _Pairs(problem, output_specs)
-    pairs.add(math.inf, free)
+        return JointPlan(problem.planned(unlimited))
+    trials = _Trials(problem, output_specs)
+    trials.add(math.inf, unlimited)
     start = time.monotonic()
-    limited = _limited(problem, needed)
+    limited = _limited_plans(problem, needed)
     # no plan is faster than the one without a limit
-    while pairs.best is None or (binds and pairs.best.tried.added_us > _EVEN * free.step_us):
-        late = time.monotonic() - start > problem.time_limit
-        limit, found = (math.inf, None) if late else next(limited, (math.inf, None))
-        if found is None:
+    while trials.best is None or (binds and trials.best.trial.added_us > _EVEN * unlimited.step_us):
+        if time.monotonic() - start > problem.time_limit:
             break
-        pairs.add(limit, found)
-    return pairs.chosen()
+        limit_and_result = next(limited, None)
+        if limit_and_result is None:
+            break
+        trials.add(*limit_and_result)
+    return trials.fastest()
 
 
 @dataclass(frozen=True)
 class _Scheduled:
-    """A pair that fits."""
+    """A joint plan that fits."""
 
-    tried: Tried
-    found: Found
+    trial: Trial
+    result: SearchResult
     step: LocalStep
     memory: MemoryPlan
 
 
-class _Pairs:
-    """The pairs of one model and budget.
+@dataclass
+class _Trials:
+    """The trials for one model and budget.
 
     Attributes:
         best: the fastest so far.
+        seconds: of scheduling.
     """
 
-    def __init__(
-        self, problem: PlanningProblem, output_specs: Sequence[ShardingSpec] | None
-    ) -> None:
-        self.problem, self.output_specs = problem, output_specs
-        self.best: _Scheduled | None = None
-        self._tried: dict[tuple[int, ...], Tried] = {}
-        self._refused: list[InfeasibleError] = []
+    problem: PlanningProblem
+    output_specs: Sequence[ShardingSpec] | None
+    best: _Scheduled | None = None
+    seconds: float = 0.0
+    tried: dict[tuple[int, ...], Trial] = field(default_factory=dict)
+    errors: list[InfeasibleError] = field(default_factory=list)
 
-    def add(self, limit: float, found: Found) -> None:
-        """Schedule a plan, unless that was done or cannot be the fastest."""
+    def add(self, limit: float, result: SearchResult) -> None:
+        """Schedule a plan, unless that was done or it cannot be the fastest."""
         problem, space = self.problem, self.problem.space
-        choices = all_kept(space, found.choices)
-        if choices in self._tried:
+        choices = without_reshard(space, result.choices)
+        if choices in self.tried:
             return
         us = estimate_time(space, choices, Liveness(space, math.inf)).step_us
-        if self.best is not None and us >= self.best.tried.step_us:
-            self._tried[choices] = Tried(limit, us, math.nan)
+        if self.best is not None and us >= self.best.trial.step_us:
+            self.tried[choices] = Trial(limit, us, math.nan)
             return
-        with problem.clock("schedule"):
-            step = local_step(
-                space.graph, make_plan(space, choices, problem.model),
-                trainable=space.workload.trainable, output_specs=self.output_specs,
-            )  # fmt: skip
-            try:
-                memory = _budget(space, step).choose(step.program)
-            except InfeasibleError as error:
-                self._refused.append(error)
-                self._tried[choices] = Tried(limit, us, math.inf)
-                return
-        tried = self._tried[choices] = Tried(limit, us, memory.added_us)
-        where = "no limit" if math.isinf(limit) else bytes_text(limit)
-        problem.clock.say(f"planned for {where}: {us:.0f} us, and {memory.added_us:.0f} us to fit")
-        if self.best is None or tried.step_us < self.best.tried.step_us:
-            self.best = _Scheduled(tried, replace(found, choices=choices), step, memory)
+        problem.say("schedule ...")
+        start = time.perf_counter()
+        plan = make_plan(space, choices, problem.model)
+        step = local_step(
+            space.graph, plan, trainable=space.workload.trainable, output_specs=self.output_specs
+        )
+        try:
+            memory = _step_budget(problem, step).choose(step.program)
+        except InfeasibleError as error:
+            self.errors.append(error)
+            self.tried[choices] = Trial(limit, us, math.inf)
+            return
+        finally:
+            self.seconds += time.perf_counter() - start
+        trial = self.tried[choices] = Trial(limit, us, memory.added_us)
+        text = "no limit" if math.isinf(limit) else bytes_text(limit)
+        problem.say(f"planned for {text}: {us:.0f} us, and {memory.added_us:.0f} us to fit")
+        if self.best is None or trial.step_us < self.best.trial.step_us:
+            self.best = _Scheduled(trial, replace(result, choices=choices), step, memory)
 
-    def chosen(self) -> JointPlan:
-        """The fastest.
+    def fastest(self) -> JointPlan:
+        """The fastest joint plan.
 
         Raises:
-            InfeasibleError: the smallest of those that say what they lack.
+            InfeasibleError: none fits; the error with the smallest budget.
         """
         if self.best is None:
-            raise min(self._refused, key=lambda error: error.smallest_bytes)
+            raise min(self.errors, key=lambda error: error.smallest_bytes)
         best, problem = self.best, self.problem
-        planned = problem.planned(best.found)
-        plan = _with_schedule(planned.plan, best, _budget(problem.space, best.step))
-        if len(self._tried) > 1:
-            method = (
-                f"{plan.solver.method}; the fastest of {len(self._tried)} pairs with a schedule"
-            )
+        planned = problem.planned(best.result, {"schedule": self.seconds})
+        plan = _with_schedule(planned.plan, best, _step_budget(problem, best.step))
+        if len(self.tried) > 1:
+            method = f"{plan.solver.method}; the fastest of {len(self.tried)} joint plans"
             plan = replace(plan, solver=replace(plan.solver, method=method))
-        tried = tuple(self._tried.values())
-        return JointPlan(replace(planned, plan=plan), best.memory, best.step, tried)
+        trials = tuple(self.tried.values())
+        return JointPlan(replace(planned, plan=plan), best.memory, best.step, trials)
 
 
-def all_kept(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:
-    """The choices with no parameter gathered again: that is for the schedule to say."""
-    kept = []
+def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:
+    """The choices without re-gathered parameters: the schedule decides on these."""
+    kept_choices = []
     for decision, c in zip(space.decisions, choices, strict=True):
         names = [candidate.name for candidate in decision.candidates]
         name = names[c].removesuffix(" reshard")
-        kept.append(names.index(name) if name in names else c)
-    return tuple(kept)
+        kept_choices.append(names.index(name) if name in names else c)
+    return tuple(kept_choices)
 
 
-def _limited(problem: PlanningProblem, needed: float) -> Iterator[tuple[float, Found]]:
+def _limited_plans(problem: PlanningProblem, needed: float) -> Iterator[tuple[float, SearchResult]]:
     """Plans for the budget (or the smallest limit that has one), and for limits between that and
-    what is needed without a limit."""
+    the memory of the plan without a limit."""
 
-    def within(limit: float) -> Found | float:
-        space = with_budget(problem.space, limit)
+    def within(limit: float) -> SearchResult | float:
         try:
-            return search(space, time_limit=problem.time_limit, only=problem.only)
+            return search(
+                problem.space, budget_bytes=limit, time_limit=problem.time_limit, mask=problem.mask
+            )
         except InfeasibleError as error:
             return error.smallest_bytes
 
-    low = problem.space.cluster.budget_bytes
-    found = within(low)
-    if isinstance(found, float) and math.isfinite(found):
-        low = found
-        found = within(low)
-    if isinstance(found, Found):
-        yield low, found
-        low = estimate_memory(problem.space, found.choices).total_bytes
+    low = problem.budget_bytes
+    result = within(low)
+    if isinstance(result, float) and math.isfinite(result):
+        low = result
+        result = within(low)
+    if isinstance(result, SearchResult):
+        yield low, result
+        low = estimate_memory(problem.space, result.choices).total_bytes
     for k in range(1, _BETWEEN + 1):
         limit = needed * (low / needed) ** (k / (_BETWEEN + 1))
         between = within(limit)
-        if isinstance(between, Found):
+        if isinstance(between, SearchResult):
             yield limit, between
 
 
-def _budget(space: SearchSpace, step: LocalStep) -> StepBudget:
-    cluster = space.cluster
-    state = space.workload.state_bytes_per_param_byte
-    return StepBudget.of(
-        step.arguments, cluster.budget_bytes, state, step.copied_bytes, cluster.host_link
-    )
+def _step_budget(problem: PlanningProblem, step: LocalStep) -> StepBudget:
+    state = problem.space.workload.state_bytes_per_param_byte
+    link = problem.space.cluster.host_link
+    return StepBudget.of(step.arguments, problem.budget_bytes, state, step.copied_bytes, link)
 
 
-def _with_schedule(plan: ShardingPlan, pair: _Scheduled, budget: StepBudget) -> ShardingPlan:
+def _with_schedule(plan: ShardingPlan, joint: _Scheduled, budget: StepBudget) -> ShardingPlan:
     """The plan with the time and the memory of its schedule."""
-    memory, program = pair.memory, pair.step.program
+    memory, program = joint.memory, joint.step.program
     time_us = replace(
         plan.time,
         compute_us=plan.time.compute_us + memory.added_us - memory.exposed_us,
@@ -231,8 +231,8 @@ def _with_schedule(plan: ShardingPlan, pair: _Scheduled, budget: StepBudget) -> 
     sequence = memory.schedule.forward + memory.schedule.backward
     at = memory.timeline.peak_at
     away = sum(moment.away_bytes for moment in memory.timeline.events[at : at + 1])
-    made = {s for i in sequence[: at + 1] for s in program.ops[i].makes}
-    gradients = float(sum(n for s, n in program.stays.items() if s in made))
+    storages = {s for i in sequence[: at + 1] for s in program.ops[i].makes}
+    gradients = float(sum(n for s, n in program.stays.items() if s in storages))
     estimate = MemoryEstimate(
         parameters_bytes=budget.parameters_bytes - away,
         gradients_bytes=gradients,

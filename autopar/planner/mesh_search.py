@@ -1,14 +1,13 @@
 """The mesh as a decision: the plan of the best logical mesh over a number of devices.
 
-Ranks of a node are neighbours, so inner axes have the faster links, and meshes that differ in the
-order of their axes differ in what runs where. All factorizations are looked at, except those whose
-lower bound is above the best plan found so far.
+Ranks of a node are neighbours, so that inner axes have the faster links, and the order of the axes
+matters. All factorizations are planned, except those whose lower bound is above the best plan so
+far.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,19 +18,11 @@ from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
 from autopar.cluster.device import Device
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
 from autopar.plan import MeshResult
-from autopar.planner.constraints import Allowed, Constraints, restricted
-from autopar.planner.decisions import Workload
-from autopar.planner.planner import (
-    ADAM_STATE,
-    Planned,
-    build_space,
-    decide,
-    make_plan,
-    trainable_inputs,
-)
+from autopar.planner.constraints import Allowed, Constraints, masked
+from autopar.planner.planner import ADAM_STATE, Planned, build_problem
 from autopar.planner.space import SearchSpace
 from autopar.solver.contraction import Contraction
-from autopar.tracer import ColoTracer, ModelGraph
+from autopar.tracer import ColoTracer
 from autopar.units import time_text
 
 MAX_AXES = 3
@@ -60,11 +51,11 @@ def _products(number: int, factors: int) -> Iterator[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class MeshSearch:
-    """The best plan, and what was found on every mesh.
+    """The best plan, and the result of every mesh.
 
     Args:
         planned: its plan holds `tried` as `meshes`.
-        tried: in the order in which they were looked at.
+        tried: in the order of planning.
     """
 
     planned: Planned
@@ -89,24 +80,22 @@ def search_meshes(
     """Plan on every mesh of that many devices, and keep the fastest plan.
 
     Args:
-        devices: how many.
-        device: of the table, or described.
+        devices: their number.
+        device: a name of the table of devices, or a description.
         per_node: devices that fast links join.
-        constraints: of `autoplan`; meshes that lack an axis they name are passed over.
+        constraints: of `autoplan`; meshes that lack an axis they name are skipped.
         time_limit: seconds for the solver, per mesh.
         progress: called with a line per mesh, and per stage of its planning.
 
     Raises:
         InfeasibleError: no mesh has a plan that fits the memory.
-        MeshError: no mesh.
+        MeshError: there is no such mesh.
     """
     if devices < 1 or per_node < 1:
         raise MeshError(f"{devices} devices, {per_node} per node: give at least one of each")
     say = progress or (lambda line: None)
     say("trace ...")
     graph = ColoTracer().trace(model, args, kwargs)
-    workload = Workload(trainable_inputs(graph, model), optimizer_state)
-    wanted = dict(constraints or {})
     tried: list[MeshResult] = []
     best: Planned | None = None
     errors: list[AutoparError] = []
@@ -116,62 +105,41 @@ def search_meshes(
         say(f"mesh {name} ({k + 1} of {len(shapes)}) ...")
         cluster = ClusterInfo.of(shape, device, node_size=per_node).with_memory(memory)
         try:
-            found = _planned(graph, cluster, workload, wanted, best, time_limit, progress)
+            problem = build_problem(
+                model, graph=graph, cluster=cluster, optimizer_state=optimizer_state,
+                constraints=constraints, time_limit=time_limit, progress=progress,
+            )  # fmt: skip
+            bound = lower_bound_us(problem.space, problem.mask) if best is not None else -math.inf
+            if best is not None and bound >= best.plan.time.step_us:
+                note = "its bound is above the best"
+                tried.append(MeshResult(shape, math.inf, bound, math.nan, note))
+                continue
+            planned = problem.planned(problem.decide())
         except (InfeasibleError, ConstraintError) as error:
             errors.append(error)
             note = "no plan fits" if isinstance(error, InfeasibleError) else "lacks an axis"
             needed = getattr(error, "smallest_bytes", math.nan)
             tried.append(MeshResult(shape, math.inf, math.inf, needed, note))
             continue
-        if isinstance(found, float):
-            tried.append(
-                MeshResult(shape, math.inf, found, math.nan, "its bound is above the best")
-            )
-            continue
-        plan = replace(found.plan, model=type(model).__name__)
-        bound = plan.solver.bound_us
-        tried.append(MeshResult(shape, plan.time.step_us, bound, plan.memory.total_bytes))
-        say(f"mesh {name}: {time_text(plan.time.step_us)}")
-        if best is None or plan.time.step_us < best.plan.time.step_us:
-            best = replace(found, plan=plan)
+        plan = planned.plan
+        step_us = plan.time.step_us
+        tried.append(MeshResult(shape, step_us, plan.solver.bound_us, plan.memory.total_bytes))
+        say(f"mesh {name}: {time_text(step_us)}")
+        if best is None or step_us < best.plan.time.step_us:
+            best = planned
     if best is None:
         raise _closest(errors)
-    return MeshSearch(
-        replace(best, plan=replace(best.plan, meshes=tuple(tried), constraints=wanted)),
-        tuple(tried),
-    )
+    plan = replace(best.plan, meshes=tuple(tried))
+    return MeshSearch(replace(best, plan=plan), tuple(tried))
 
 
-def _planned(
-    graph: ModelGraph,
-    cluster: ClusterInfo,
-    workload: Workload,
-    constraints: Constraints,
-    best: Planned | None,
-    time_limit: float,
-    progress: Callable[[str], None] | None,
-) -> Planned | float:
-    """The plan on one mesh; or its lower bound, where that is above the best plan so far."""
-    start = time.perf_counter()
-    space, only = build_space(graph, cluster, workload, constraints)
-    space.cost_edges()
-    if best is not None:
-        bound = lower_bound_us(space, only)
-        if bound >= best.plan.time.step_us:
-            return bound
-    found = decide(space, only, constraints, time_limit, progress)
-    record = found.record({"strategies, costs, solve": time.perf_counter() - start})
-    plan = make_plan(space, found.choices, "", record)
-    return Planned(plan, graph, space, found.choices, only)
-
-
-def lower_bound_us(space: SearchSpace, only: Allowed | None = None) -> float:
-    """Below what the search finds: one elimination, without memory and late weights."""
-    problem, _ = restricted(*space.problem(), only or {})
+def lower_bound_us(space: SearchSpace, mask: Allowed | None = None) -> float:
+    """A lower bound on every plan: one elimination, without memory and exposed communication."""
+    problem = masked(space.problem(), mask or {}).problem
     return Contraction(problem.time_us, problem.pairs()).bound
 
 
 def _closest(errors: Sequence[AutoparError]) -> AutoparError:
-    """Of why no mesh has a plan, the one to tell: that of the mesh that needs the least memory."""
+    """The error to raise if no mesh has a plan: that of the mesh that needs the least memory."""
     infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
     return min(infeasible, key=lambda e: e.smallest_bytes) if infeasible else errors[0]

@@ -1,4 +1,4 @@
-"""What users call the decisions of a plan, and the patterns that stand for several of them.
+"""Names of decisions for users, and patterns that stand for several of them.
 
 transformer.h.0.mlp.c_fc.weight     a parameter: how it is stored
 inputs.input_ids, inputs.0          an input, by name or position: how it is split
@@ -23,13 +23,13 @@ _MARK = re.compile(r"\*\*|\*|\{[\d,\- ]+\}")
 
 
 def matcher(name: str) -> re.Pattern[str]:
-    """What a name with marks in it stands for, as a regular expression over whole names."""
-    found, position = "", 0
+    """A name with wildcards as a regular expression over full names."""
+    expression, position = "", 0
     for mark in _MARK.finditer(name):
-        found += re.escape(name[position : mark.start()])
-        found += {"*": r"[^.]+", "**": r".+"}.get(mark[0]) or _copies(mark[0])
+        expression += re.escape(name[position : mark.start()])
+        expression += {"*": r"[^.]+", "**": r".+"}.get(mark[0]) or _copies(mark[0])
         position = mark.end()
-    return re.compile(found + re.escape(name[position:]))
+    return re.compile(expression + re.escape(name[position:]))
 
 
 def _copies(mark: str) -> str:
@@ -43,20 +43,21 @@ def copies_in(mark: str) -> set[int]:
     Raises:
         ConstraintError: it is no such list.
     """
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in mark.strip("{}").replace(" ", "").split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None:
             raise ConstraintError(f"cannot read {mark}; write numbers and ranges, as in {{0,2-5}}")
-        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return found
+        numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return numbers
 
 
 class Names:
     """Every name of a space's decisions.
 
     Attributes:
-        decisions: name to index of a decision; parameters, inputs, modules, then operators and fans.
+        decisions: name to index of a decision; parameters, inputs and modules take precedence over
+            operators and shared layouts.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -77,7 +78,7 @@ class Names:
                 for module in _parents(graph.info(decision.node).module):
                     modules[module] = i
                 others[decision.name] = i
-            elif decision.kind == "fan":
+            elif decision.kind == "shared":
                 others[decision.name] = i
         for alias, owner in graph.aliases.items():
             if owner in self.decisions:
@@ -92,11 +93,11 @@ class Names:
         """
         if name in self.decisions:
             return {name: self.decisions[name]}
-        wanted = matcher(name)
-        found = {n: i for n, i in self.decisions.items() if wanted.fullmatch(n)}
-        if not found:
+        expression = matcher(name)
+        matches = {n: i for n, i in self.decisions.items() if expression.fullmatch(n)}
+        if not matches:
             raise ConstraintError(f"nothing is called {name!r}{suggestion(name, self.decisions)}")
-        return found
+        return matches
 
 
 def output_names(graph: ModelGraph) -> list[str]:
@@ -110,9 +111,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     names = [n for n in known if not re.fullmatch(r"inputs\.\d+", n)]
     marked = _MARK.search(name) is not None
     pool = dict.fromkeys(pattern(n) if marked else n for n in names)
-    # the marks of a pattern count for little in a comparison
-    wanted = _MARK.sub("*", name) if marked else name
-    near = get_close_matches(wanted, pool, n=2, cutoff=0.6)
+    # wildcards count for little in a comparison
+    near = get_close_matches(_MARK.sub("*", name) if marked else name, pool, n=2, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
     last = [n for n in pool if n.rpartition(".")[2] == name.rpartition(".")[2]]

@@ -1,4 +1,4 @@
-"""What a strategy of an operator costs one device: time by the time model, bytes by its layouts."""
+"""Costs of an operator's strategies on one device: time by the time model, bytes by the layouts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from autopar.planner.decisions import Workload
 from autopar.planner.saved_values import SavedValues
 from autopar.profiler.profile import NodeProfile
 from autopar.profiler.tape import OWN, Event, Tape
-from autopar.profiler.time_model import Kernel, kernels_of, node_us
+from autopar.profiler.time_model import kernels_of, node_us
 from autopar.sharding.node_rules import declared_of, results
 from autopar.sharding.rule import Strategy
 
-# Passes over the parameter that one step of torch's optimizers makes, by the state they keep: SGD
-# reads both and writes one; with momentum 8; Adam's eight operators 19.
+# Passes over the parameter that one step of torch's optimizers makes, by the state per byte of
+# parameter: SGD 3 (two reads, one write), with momentum 8, Adam's eight operators 19.
 _STEP = ((0.0, 3.0), (1.0, 8.0), (2.0, 19.0))
 
 
@@ -30,7 +30,7 @@ class OpCosts:
     Args:
         cluster: the devices.
         profile: costs of every operator call at global shapes.
-        saved: which values backward keeps.
+        saved: which values the backward needs.
     """
 
     def __init__(
@@ -38,7 +38,6 @@ class OpCosts:
     ) -> None:
         self.cluster, self.profile, self.saved = cluster, profile, saved
         self.mesh = cluster.mesh
-        self._kernels_by_profile: dict[int, tuple[tuple[Kernel, ...], tuple[Kernel, ...]]] = {}
         self.local_bytes = lru_cache(maxsize=None)(self._local_bytes)
 
     def _local_bytes(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> int:
@@ -46,13 +45,15 @@ class OpCosts:
         first = (0,) * len(self.mesh)
         return itemsize * int(np.prod(local_shape(shape, spec, self.mesh, first), dtype=np.int64))
 
-    def compute_us(self, node: fx.Node, found: Sequence[Strategy]) -> tuple[np.ndarray, np.ndarray]:
+    def compute_us(
+        self, node: fx.Node, strategies: Sequence[Strategy]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Forward and backward, by `profiler.time_model`: the larger of arithmetic and memory
         traffic, plus launches."""
         fakes = [n.meta["val"] if n is not None else None for n in operands(node)]
         outs = results(node)
-        whole = sum(t.numel() * t.element_size() for t in (*fakes, *outs) if t is not None) or 1
-        share = np.array([s.share(self.mesh) for s in found])
+        total = sum(t.numel() * t.element_size() for t in (*fakes, *outs) if t is not None) or 1
+        share = np.array([s.share(self.mesh) for s in strategies])
         local = np.array(
             [
                 sum(
@@ -60,11 +61,11 @@ class OpCosts:
                     for t, spec in zip((*fakes, *outs), (*s.inputs, *s.outputs), strict=True)
                     if t is not None and spec is not None
                 )
-                for s in found
+                for s in strategies
             ]
         )
-        forward, backward = self._kernels(node)
-        device, traffic = self.cluster.device, local / whole
+        forward, backward = kernels_of(node, self.profile[node], self.cluster.device)
+        device, traffic = self.cluster.device, local / total
         return node_us(forward, device, share, traffic), node_us(backward, device, share, traffic)
 
     def step_us(self, nbytes: np.ndarray, state: float) -> np.ndarray:
@@ -81,18 +82,10 @@ class OpCosts:
         return passes * nbytes / device.bandwidth * 1e6 + launches
 
     def step_copies(self, workload: Workload) -> float:
-        """Bytes that the step holds besides, per byte of parameter: torch's implementation over
-        lists of tensors, the default on GPUs, takes the root of all second liveness at once."""
+        """Temporary bytes of the step, per byte of parameter: torch's implementation over lists of
+        tensors, the default on GPUs, takes the root of all second moments at once."""
         fused = self.cluster.device.kind == "cpu" or workload.state_bytes_per_param_byte < 2
         return 0.0 if fused else 1.0
-
-    def _kernels(self, node: fx.Node) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
-        """Forward and backward; calls that are alike share a profile."""
-        profile = self.profile[node]
-        key = id(profile)
-        if key not in self._kernels_by_profile:
-            self._kernels_by_profile[key] = kernels_of(node, profile, self.cluster.device)
-        return self._kernels_by_profile[key]
 
     def lowering_us(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
         """What lowerings take beyond the operator's own kernels: collectives, and passes over the
@@ -116,15 +109,15 @@ class OpCosts:
         moved = device.bytes_curve("read").us(nbytes) + device.bytes_curve("write").us(nbytes)
         return total + work.passes * (float(moved) + device.launch_us)
 
-    def saved_bytes(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
-        """What backward keeps of an operator, each value counted where it is first saved."""
+    def saved_bytes(self, node: fx.Node, strategies: Sequence[Strategy]) -> np.ndarray:
+        """Bytes saved for an operator's backward, each value counted where it is first saved."""
         profile = self.profile[node]
         ins, outs = operands(node), results(node)
-        mine = [i for i in profile.tape.saved_operands if self.saved.counted_here(node, i)]
-        total = np.zeros(len(found))
-        for k, s in enumerate(found):
+        counted = [i for i in profile.tape.saved_operands if self.saved.counted_here(node, i)]
+        total = np.zeros(len(strategies))
+        for k, s in enumerate(strategies):
             nbytes = profile.tape.saved_own_bytes * s.share(self.mesh)
-            for i in mine:
+            for i in counted:
                 value, spec = ins[i], s.inputs[i]
                 assert value is not None
                 assert spec is not None
@@ -137,22 +130,21 @@ class OpCosts:
             total[k] = nbytes
         return total
 
-    def working_bytes(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
-        """What an operator has alive while it runs, beside what is saved: in backward the gradients
-        of its results, those it makes for its operands, and its own temporaries; in forward the
-        latter."""
+    def working_bytes(self, node: fx.Node, strategies: Sequence[Strategy]) -> np.ndarray:
+        """Bytes alive while an operator runs, beside saved values: in backward the gradients of its
+        results and of its operands, and its temporaries; in forward its temporaries."""
         profile = self.profile[node]
         tape = profile.tape
         ins, outs = operands(node), results(node)
-        made = {e.storage: e.operand for e in tape.emitted if e.storage.owner == OWN}
-        own = _highest(tape, tape.backward) - sum(tape.sizes[s.number] for s in made)
+        gradients = {e.storage: e.operand for e in tape.emitted if e.storage.owner == OWN}
+        own = _highest(tape, tape.backward) - sum(tape.sizes[s.number] for s in gradients)
         forward = profile.forward_transient_bytes
         arriving = [i for i, carries in enumerate(profile.carries) if carries]
-        total = np.zeros(len(found))
-        for k, strategy in enumerate(found):
+        total = np.zeros(len(strategies))
+        for k, strategy in enumerate(strategies):
             share = strategy.share(self.mesh)
             nbytes = max(0.0, float(own)) * share
-            for operand in made.values():
+            for operand in gradients.values():
                 value, spec = ins[operand], strategy.inputs[operand]
                 assert value is not None
                 assert spec is not None

@@ -1,4 +1,4 @@
-"""How much state torch's optimizers keep, found by stepping a copy on small parameters."""
+"""Bytes of optimizer state, measured by stepping a copy of the optimizer on small parameters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-# Sizes of a probe's dims, all different, so that the dims of its state can be told apart.
+# Sizes of a probe's dims, all different, so that its state shows which dims it has.
 _PROBE = (3, 5, 7, 11, 13, 17, 19, 23)
 
-# Those that the command line knows by name.
+# Names for the command line.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -34,23 +34,23 @@ def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:
     State may be smaller than its parameter: Adafactor's (Shazeer and Stern, 2018) has a number per
     row and per column. State of no dims (counters) is left out.
     """
-    held = total = 0.0
+    state = total = 0.0
     for group in optimizer.param_groups if optimizer is not None else ():
         twin = _twin_of(optimizer, group)
         for p in group["params"]:
             if p.requires_grad:
-                held += sum(
+                state += sum(
                     itemsize * math.prod(p.shape[dim] for dim in dims)
                     for dims, itemsize in twin(p.ndim, p.dtype)
                 )
                 total += p.numel() * p.element_size()
-    return held / total if total else 0.0
+    return state / total if total else 0.0
 
 
 def _twin_of(
     optimizer: Any, group: dict[str, Any]
 ) -> Callable[[int, torch.dtype], list[tuple[list[int], int]]]:
-    """For a number of dims and a dtype, what is kept of such a parameter: per tensor of state the
+    """A function of a number of dims and a dtype: per tensor of the state of such a parameter, the
     parameter's dims that it has, and its bytes per element."""
     options = {k: v for k, v in group.items() if k in optimizer.defaults}
 
@@ -60,7 +60,7 @@ def _twin_of(
         probe.grad = torch.zeros_like(probe)
         twin = type(optimizer)([{"params": [probe], **options}])
         twin.step()
-        kept = [v for v in twin.state[probe].values() if isinstance(v, torch.Tensor) and v.ndim]
-        return [([_PROBE.index(n) for n in v.shape if n > 1], v.element_size()) for v in kept]
+        tensors = [v for v in twin.state[probe].values() if isinstance(v, torch.Tensor) and v.ndim]
+        return [([_PROBE.index(n) for n in v.shape if n > 1], v.element_size()) for v in tensors]
 
     return state

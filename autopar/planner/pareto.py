@@ -1,17 +1,16 @@
-"""The time-memory front: the fastest plan for each of several budgets, from none to the smallest.
+"""The Pareto front of time and memory: the fastest plan for each of several budgets.
 
-Every plan found is a candidate for every budget that it fits, so that more memory never costs more
-time, whatever the gap of a single solve; and no plan within a budget is faster than the bound of a
-larger one.
+Every plan is a candidate for every budget that it fits, so that more memory never costs more time,
+whatever the gap of a single solve; and no plan within a budget is faster than the bound of a larger
+one.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,20 +26,18 @@ from autopar.units import bytes_text
 
 POINTS = 12
 
-# More than any device has.
-_UNLIMITED = 2.0**60
-# What is added where the smallest budget is not met, to be met.
+# The factor by which a budget grows until a plan is found at the lower end.
 _ROOM = 1.001
-# What a budget that changes nothing is worth, of a step.
+# The weight of a difference in memory without one in time, of a step.
 _EVEN = 1e-4
 
 
 @dataclass(frozen=True)
-class Front:
+class ParetoFront:
     """Fastest plans by budget.
 
     Args:
-        points: from no limit to the smallest budget, with what the plans cost.
+        points: from no limit to the smallest budget, with the costs of the plans.
         choices: of the plan of each point.
     """
 
@@ -49,74 +46,70 @@ class Front:
 
 
 @dataclass(frozen=True)
-class _Met:
-    """A plan that was found."""
-
+class _CostedPlan:
     choices: tuple[int, ...]
     step_us: float
     memory_bytes: float
 
 
-def with_budget(space: SearchSpace, budget_bytes: float) -> SearchSpace:
-    """The same space under another budget; candidates and costs are shared."""
-    other = copy.copy(space)
-    other.cluster = replace(space.cluster, memory_bytes=budget_bytes)
-    return other
-
-
-def front(
+def pareto_front(
     space: SearchSpace,
     *,
     points: int = POINTS,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
-    only: Allowed | None = None,
-) -> Front:
+    mask: Allowed | None = None,
+) -> ParetoFront:
     """Tighten the budget from unlimited to the smallest that has a plan.
 
-    Each budget is below what the plan of the one before needs, by equal ratios of what is left, so
-    that a plan which stays the fastest for a while takes one step, not many. Steps that this saves
+    Each budget is below the memory of the plan before, by equal ratios of the remaining range, so
+    that a plan that stays the fastest for a while takes one solve, not many. Solves that this saves
     go where time and memory change most.
 
     Args:
         points: budgets, both ends included; fewer where the two ends meet.
         time_limit: seconds for the solver, per budget.
         progress: called with a line per budget.
-        only: candidates per decision, where not all of them are allowed.
+        mask: candidates per decision, where not all of them are allowed.
     """
     if points < 2:
-        raise ValueError(f"a front has two points or more, not {points}")
+        raise ValueError(f"a Pareto front has two points or more, not {points}")
     say = progress or (lambda line: None)
-    met: list[_Met] = []
+    plans: list[_CostedPlan] = []
     bounds: dict[float, float] = {}
 
-    def look(budget: float) -> float:
-        text = "without limit" if budget == _UNLIMITED else f"within {bytes_text(budget)}"
+    def solve_within(budget: float) -> float:
+        """The memory of the plan for a budget."""
+        text = "without limit" if math.isinf(budget) else f"within {bytes_text(budget)}"
         say(f"{text} ({len(bounds) + 1} of {points}) ...")
-        found = search(with_budget(space, budget), time_limit=time_limit, only=only)
-        met.append(_costed(space, found.choices))
-        bounds[budget] = found.bound_us
-        return met[-1].memory_bytes
+        result = search(space, budget_bytes=budget, time_limit=time_limit, mask=mask)
+        liveness = Liveness(space, math.inf)
+        memory = estimate_memory(space, result.choices, liveness).total_bytes
+        step_us = estimate_time(space, result.choices, liveness).step_us
+        plans.append(_CostedPlan(result.choices, step_us, memory))
+        bounds[budget] = result.bound_us
+        return memory
 
-    needed = look(_UNLIMITED)
-    smallest = _look_from(_smallest(space, time_limit, only, say), look)
+    needed = solve_within(math.inf)
+    say("the smallest budget ...")
+    smallest = _solve_smallest(space, time_limit, mask, solve_within)
     while len(bounds) < points:
-        left = points - len(bounds) + 1
+        remaining = points - len(bounds) + 1
         if needed > smallest * _ROOM:
-            budget = needed * (smallest / needed) ** (1 / left)
+            budget = needed * (smallest / needed) ** (1 / remaining)
         else:
-            budget = _widest(sorted(bounds, reverse=True), met)
+            budget = _widest_gap(sorted(bounds, reverse=True), plans)
         if budget in bounds or budget <= smallest:
             break
-        needed = min(needed, look(budget))
-    return _chosen(space, sorted(bounds, reverse=True), met, bounds)
+        needed = min(needed, solve_within(budget))
+    return _front(space, plans, bounds)
 
 
-def _widest(budgets: list[float], met: list[_Met]) -> float:
-    """A budget between the two neighbours that differ most in time and memory. From a budget down
-    to what its plan needs there is nothing to find, so it is the last place to look."""
-    best = [_best(met, budget) for budget in budgets]
-    budgets = [max(m.memory_bytes for m in met), *budgets[1:]]
+def _widest_gap(budgets: list[float], plans: list[_CostedPlan]) -> float:
+    """A budget between the two neighbours that differ most in time and memory. Between a budget and
+    the memory of its plan nothing new is found, so that range comes last."""
+    best = [_best(plans, budget) for budget in budgets]
+    budgets = [max(p.memory_bytes for p in plans), *budgets[1:]]
     steps = [less.step_us - more.step_us for more, less in itertools.pairwise(best)]
 
     def widest(upper: list[float]) -> float | None:
@@ -128,71 +121,58 @@ def _widest(budgets: list[float], met: list[_Met]) -> float:
         k = int(np.argmax(gaps))
         return math.sqrt(upper[k] * budgets[k + 1]) if gaps[k] > 0 else None
 
-    return widest([m.memory_bytes for m in best]) or widest(budgets) or budgets[-1]
+    return widest([p.memory_bytes for p in best]) or widest(budgets) or budgets[-1]
 
 
-def _smallest(
-    space: SearchSpace, time_limit: float, only: Allowed | None, say: Callable[[str], None]
+def _solve_smallest(
+    space: SearchSpace,
+    time_limit: float,
+    mask: Allowed | None,
+    solve_within: Callable[[float], float],
 ) -> float:
-    """The smallest budget with a plan: what is needed when there is a single byte."""
-    say("the smallest budget ...")
+    """The smallest budget with a plan: a search within one byte names it."""
+    smallest = 1.0
     try:
-        search(with_budget(space, 1.0), time_limit=time_limit, only=only)
+        search(space, budget_bytes=1.0, time_limit=time_limit, mask=mask)
     except InfeasibleError as error:
-        return error.smallest_bytes
-    return 1.0
-
-
-def _look_from(smallest: float, look: Callable[[float], float]) -> float:
-    """The first budget from the smallest on at which a plan is found again."""
+        smallest = error.smallest_bytes
     while True:
         try:
-            look(smallest)
+            solve_within(smallest)
         except InfeasibleError as error:
             smallest = max(error.smallest_bytes, smallest * _ROOM)
         else:
             return smallest
 
 
-def _costed(space: SearchSpace, choices: tuple[int, ...]) -> _Met:
-    liveness = Liveness(space, math.inf)
-    memory = estimate_memory(space, choices, liveness).total_bytes
-    return _Met(choices, estimate_time(space, choices, liveness).step_us, memory)
-
-
-def _best(met: list[_Met], budget: float) -> _Met:
+def _best(plans: list[_CostedPlan], budget: float) -> _CostedPlan:
     """The fastest of the plans that fit."""
-    fitting = [m for m in met if m.memory_bytes <= budget * (1 + 1e-9)]
-    return min(fitting, key=lambda m: (m.step_us, m.memory_bytes))
+    fitting = [p for p in plans if p.memory_bytes <= budget * (1 + 1e-9)]
+    return min(fitting, key=lambda p: (p.step_us, p.memory_bytes))
 
 
-def _chosen(
-    space: SearchSpace, budgets: list[float], met: list[_Met], bounds: dict[float, float]
-) -> Front:
+def _front(space: SearchSpace, plans: list[_CostedPlan], bounds: dict[float, float]) -> ParetoFront:
     points, choices = [], []
     bound = 0.0
-    for budget in budgets:
+    for budget in sorted(bounds, reverse=True):
         bound = max(bound, bounds[budget])
-        best = _best(met, budget)
-        limit = math.inf if budget == _UNLIMITED else budget
+        best = _best(plans, budget)
+        words = _main_layout(space, best.choices)
         points.append(
-            ParetoPoint(
-                limit, best.step_us, best.memory_bytes, min(bound, best.step_us),
-                _words(space, best.choices),
-            )
-        )  # fmt: skip
+            ParetoPoint(budget, best.step_us, best.memory_bytes, min(bound, best.step_us), words)
+        )
         choices.append(best.choices)
-    return Front(tuple(points), tuple(choices))
+    return ParetoFront(tuple(points), tuple(choices))
 
 
-def _words(space: SearchSpace, choices: tuple[int, ...]) -> str:
+def _main_layout(space: SearchSpace, choices: tuple[int, ...]) -> str:
     """What the plan does where it holds most parameters."""
-    modules = [m for m in describe(space, choices) if m.parameters]
-    if not modules:
-        return ""
     counted: dict[str, int] = {}
-    for m in modules:
-        counted[m.words] = counted.get(m.words, 0) + m.parameters
+    for module in describe(space, choices):
+        if module.parameters:
+            counted[module.words] = counted.get(module.words, 0) + module.parameters
+    if not counted:
+        return ""
     share = np.array(list(counted.values())) / sum(counted.values())
     most = int(np.argmax(share))
     return f"{list(counted)[most]} ({share[most]:.0%} of the parameters)"

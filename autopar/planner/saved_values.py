@@ -1,4 +1,4 @@
-"""What the backward keeps: every stored value counted once, wherever it is saved."""
+"""Values saved for the backward, each counted once, however many operators save it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autopar.sharding.node_rules import results
 
 
 class SavedValues:
-    """Which values backward keeps, each counted once however many ops save it."""
+    """Which values are saved for the backward, and at which operator each is counted."""
 
     def __init__(self, graph: ModelGraph, profile: Mapping[fx.Node, NodeProfile]) -> None:
         self._root: dict[fx.Node, fx.Node] = {}
@@ -58,10 +58,11 @@ class SavedValues:
         return self._root.get(value, value)
 
     def any(self, root: fx.Node) -> bool:
+        """Some operator saves the value, or a view of it."""
         return root in self._first
 
     def needs(self, node: fx.Node, operand: int) -> bool:
-        """Backward keeps this operand, and it is counted elsewhere, so a converted copy adds up."""
+        """The operand is saved but counted elsewhere, so that a converted copy adds memory."""
         return (node, operand) in self._saves and not self.counted_here(node, operand)
 
     def counted_here(self, node: fx.Node, operand: int) -> bool:
@@ -74,13 +75,13 @@ class SavedValues:
         return (node, result) in self._output_first
 
     def counted(self, node: fx.Node) -> tuple[int, ...]:
-        """What of the node's values is counted at the node: operands, and results as ~index."""
+        """The values that are counted at the node: operands, and results as ~index."""
         ins = (i for i, n in enumerate(operands(node)) if n is not None)
         outs = (~i for i in range(len(results(node))) if self.output_counted(node, i))
         return (*(i for i in ins if self.counted_here(node, i)), *outs)
 
     def key(self, node: fx.Node) -> tuple[Any, ...]:
-        """Distinguishes copies of a block that save different things."""
+        """Differs between copies of a block that save different values."""
         return tuple(sorted(self._first_of.get(node, ())))
 
 

@@ -1,10 +1,10 @@
-"""The search: the solver over the space, first with repeated blocks alike, then less so.
+"""The search: the solver over the space, first with repeated blocks tied, then less so.
 
-Copies in repeated blocks share one decision, so that depth costs nothing. That is a restriction:
-the first and the last block, whose neighbours are others, are then let free. Where bound and plan
-are apart still, every second block decides apart, and so on, so that a choice can be made for any
-share of the blocks. Each problem begins from the choices and the prices of the one before. What
-each wins says what sharing decisions costs.
+Tied copies of a block are one decision, so that depth costs nothing. That is a restriction: the
+first and the last block, whose neighbours differ, are untied next. If a gap remains, every second
+block is untied, and so on, so that any share of the blocks can make a choice. Each problem starts
+from the choices and the prices of the one before. The steps of all problems are recorded: they show
+what tying costs.
 """
 
 from __future__ import annotations
@@ -12,270 +12,353 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from autopar.errors import InfeasibleError
+from autopar.ir.repeats import pattern
 from autopar.plan import SolverRecord
 from autopar.planner.baselines import baseline_plans
-from autopar.planner.constraints import Allowed, restricted
-from autopar.planner.liveness import Liveness
-from autopar.planner.memory_rows import SharedRows
-from autopar.planner.repeats import ends_apart, interleaved, places
+from autopar.planner.constraints import Allowed, masked
+from autopar.planner.liveness import Item, Liveness
+from autopar.planner.liveness_rows import LivenessRows
 from autopar.planner.space import SearchSpace
+from autopar.planner.tied_repeats import block_positions, interleave, untie_ends
 from autopar.solver import PairCost, Problem, Solution, solve
 from autopar.solver.problem import Branch, Choices
-from autopar.solver.recombination import mixed
-from autopar.solver.reductions import Kept, Shared
+from autopar.solver.reductions import RestrictedDomains, TiedProblem, TiedVariables
+from autopar.solver.restricted_mip import combine
 from autopar.solver.solve import TARGET_GAP
 from autopar.units import bytes_text
 
-# Blocks that differ have to win at least this share of a step.
+# Untied blocks have to save at least this share of a step.
 SIMPLER = 1e-4
-# Parts of a half, a quarter, ... of the blocks that decide apart; rows are then looked for in so
-# many segments of the step.
+# Parts (a half, a quarter, ...) into which blocks are untied, and segments of the step in which
+# rows are separated then.
 PARTS, SEGMENTS = 4, 16
-# Closing a gap may take so many times as long as what came before, and so many seconds at least.
+# Closing a gap may take this many times as long as all before, and at least these seconds.
 CLOSING, CLOSING_S = 4.0, 6.0
-# Parts of the choices that branching looks at: with all alike, to see whether it closes the gap,
-# and with first and last apart, where it did.
-REGIONS, MORE_REGIONS = 24, 96
+# Subproblems that branching explores: with all blocks tied, to see whether that closes the gap, and
+# with the ends untied, where it did.
+SUBPROBLEMS, MORE_SUBPROBLEMS = 24, 96
 
 
 @dataclass(frozen=True)
-class Found:
-    """Choices per decision, with what is known of their quality.
+class SearchResult:
+    """Choices per decision, and their quality.
 
     Args:
-        sharing: what copies shared their decisions, and the best step found so; freer and freer.
+        sharing: which copies were tied, and the best step with that, from all tied to least tied.
+        seconds: that the search took.
     """
 
-    choices: tuple[int, ...]
+    choices: Choices
     step_us: float
     bound_us: float
     method: str
     sharing: tuple[tuple[str, float], ...] = ()
+    seconds: float = 0.0
 
-    def record(self, seconds: dict[str, float]) -> SolverRecord:
+    def record(self, seconds: Mapping[str, float]) -> SolverRecord:
+        """The entry of a plan.
+
+        Args:
+            seconds: by stage.
+        """
         gap = max(0.0, 1 - self.bound_us / self.step_us) if self.step_us else 0.0
         return SolverRecord(
-            self.method, self.step_us, self.bound_us, gap, seconds, dict(self.sharing)
-        )  # fmt: skip
+            self.method, self.step_us, self.bound_us, gap, dict(seconds), dict(self.sharing)
+        )
 
 
 def search(
     space: SearchSpace,
     *,
+    budget_bytes: float,
     time_limit: float,
     progress: Callable[[str], None] | None = None,
-    only: Allowed | None = None,
-) -> Found:
-    """The fastest plan that is within the budget at every moment of the step.
+    mask: Allowed | None = None,
+    disable: frozenset[str] = frozenset(),
+) -> SearchResult:
+    """The fastest plan within the budget at every program point of the step.
 
     Args:
-        only: candidates per decision, where not all of them are allowed.
+        budget_bytes: per device; infinite for no limit.
+        time_limit: seconds.
+        mask: candidates per decision, where not all of them are allowed.
+        disable: names of `solver.LAYERS` to switch off, to measure what they earn.
 
     Raises:
         InfeasibleError: naming the smallest feasible budget.
     """
-    say = progress or (lambda line: None)
-    start = time.monotonic()
-    budget = space.cluster.budget_bytes
-    liveness = Liveness(space, budget)
-    problem, classes = restricted(*space.problem(), only or {})
-    alike, freer = Shared(problem, classes), ends_apart(classes)
-    repeated = freer != classes
+    return _Search(
+        space,
+        Liveness(space, budget_bytes),
+        masked(space.problem(), mask or {}),
+        mask or {},
+        time_limit,
+        progress or (lambda line: None),
+        disable,
+    ).run()
 
-    def by_hand() -> Iterator[Choices]:
-        """What people write, where the search alone finds nothing that fits for a while."""
-        say("nothing that fits was found yet: hand-written plans ...")
-        for expert in baseline_plans(space, time_limit=time_limit / 8, only=only):
-            yield alike.contract(expert.choices)
 
-    try:
-        found = _solve(
-            alike, liveness, None, time_limit, progress, (), fallback=by_hand,
-            recombinations=2 if repeated else 6, regions=REGIONS if repeated else math.inf,
-        )  # fmt: skip
-    except InfeasibleError as error:
-        if not math.isfinite(error.smallest_bytes):
-            raise
-        mesh = space.cluster.mesh_text
-        raise InfeasibleError(
-            f"no plan fits {bytes_text(budget)} per device on mesh {mesh}: the smallest budget "
-            f"with a plan is {bytes_text(error.smallest_bytes)} ({error.smallest_bytes:.0f} "
-            f"bytes), {_dominating(liveness, alike.expand(error.choices))}. Set the memory to at "
-            "least that, use more devices, or make the batch smaller.",
-            budget_bytes=budget,
-            smallest_bytes=error.smallest_bytes,
-        ) from None
-    best = Found(alike.expand(found.choices), found.time_us, found.bound_us, found.method)
-    steps = {"all alike": found.time_us}
+@dataclass
+class _Search:
+    """State of a search.
 
-    def solve_freer(
-        what: str, freer: Sequence[int], before: Solution, met: Sequence[Choices] = (), **how: Any
+    Attributes:
+        best: the plan so far.
+        steps: the best step of each problem.
+    """
+
+    space: SearchSpace
+    liveness: Liveness
+    ties: TiedProblem
+    mask: Allowed
+    time_limit: float
+    say: Callable[[str], None]
+    disable: frozenset[str]
+    start: float = field(default_factory=time.monotonic)
+    best: SearchResult = field(init=False)
+    steps: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.start
+
+    def run(self) -> SearchResult:
+        classes, ends = list(self.ties.classes), untie_ends(self.ties.classes)
+        repeated = ends != classes
+        tied = self.ties.tied()
+        solution = self._all_tied(tied, repeated)
+        if repeated:
+            closed = solution.gap <= TARGET_GAP  # else branching does not close that of untied ends
+            replay = closed and solution.tree is not None and "replay" not in self.disable
+            untied = self._solve_relaxed(
+                "first and last untied", ends, replace(solution, near=()), mip_rounds=2,
+                subproblems=MORE_SUBPROBLEMS if closed else 0,
+                more_starts=[tied.expand(c) for c in solution.visited],
+                tree=_for_middle_copies(solution.tree, classes, ends) if replay else None,
+            )  # fmt: skip
+            self._close_gap(ends, untied)
+        if self.best.choices != tied.expand(tied.contract(self.best.choices)):
+            self.best = replace(self.best, choices=self._tied_where_equal(self.best.choices))
+        return replace(self.best, sharing=tuple(self.steps.items()), seconds=self.spent)
+
+    def _all_tied(self, tied: TiedVariables, repeated: bool) -> Solution:
+        """Solve with all copies of a block tied.
+
+        Raises:
+            InfeasibleError: naming the smallest feasible budget.
+        """
+
+        def baselines() -> Iterator[Choices]:
+            self.say("no plan that fits is known yet: baselines ...")
+            limit = self.time_limit / 8
+            for baseline in baseline_plans(self.space, time_limit=limit, mask=self.mask):
+                yield tied.contract(baseline.choices)
+
+        try:
+            solution = self._solve(
+                tied, None, self.time_limit, (), fallback=baselines,
+                mip_rounds=2 if repeated else 6, subproblems=SUBPROBLEMS if repeated else math.inf,
+            )  # fmt: skip
+        except InfeasibleError as error:
+            if not math.isfinite(error.smallest_bytes):
+                raise
+            budget, smallest = self.liveness.memory.limit, error.smallest_bytes
+            mesh = "x".join(map(str, self.space.mesh))
+            breakdown = _peak_breakdown(self.liveness, tied.expand(error.choices))
+            raise InfeasibleError(
+                f"no plan fits {bytes_text(budget)} per device on mesh {mesh}: the smallest "
+                f"budget with a plan is {bytes_text(smallest)} ({smallest:.0f} bytes), "
+                f"{breakdown}. Set the memory to at least that, use more devices, or make the "
+                "batch smaller.",
+                budget_bytes=budget,
+                smallest_bytes=smallest,
+            ) from None
+        choices, method = tied.expand(solution.choices), solution.method
+        self.best = SearchResult(choices, solution.time_us, solution.bound_us, method)
+        self.steps["all blocks tied"] = solution.time_us
+        return solution
+
+    def _close_gap(self, ends: Sequence[int], solution: Solution) -> None:
+        """Untie every second block and so on if that helps; else branch on with the ends untied."""
+        if solution.near and not self.disable & {"interleaving", "restricted MIP"}:
+            classes = interleave(ends, block_positions(self.space, ends), PARTS)
+            better = self._combined(classes, solution)
+            if better is not None:
+                self._solve_relaxed("every second untied", classes, solution, more_starts=[better])
+                return
+        if solution.gap > TARGET_GAP:
+            tree = None if "replay" in self.disable else solution.tree
+            self._solve_relaxed("first and last untied", ends, solution, mip_rounds=0, tree=tree)
+
+    def _solve_relaxed(
+        self,
+        name: str,
+        classes: Sequence[int],
+        before: Solution,
+        more_starts: Sequence[Choices] = (),
+        **options: Any,
     ) -> Solution:
-        """From the choices and prices of a solution over all decisions; takes what is better."""
-        nonlocal best
-        spent = time.monotonic() - start
-        left = time_limit - spent
-        if how.get("regions") is None:
-            left = min(left, max(CLOSING * spent, CLOSING_S))
-        if left <= 0:
+        """Solve with fewer copies tied, and update the best plan.
+
+        Args:
+            before: of the problem before, over all decisions; its choices and prices are the start.
+            more_starts: over all decisions.
+        """
+        seconds = self.time_limit - self.spent
+        if options.get("subproblems") is None:
+            seconds = min(seconds, max(CLOSING * self.spent, CLOSING_S))
+        if seconds <= 0:
             return replace(before, near=())
-        shared = Shared(problem, freer)
-        starts = [shared.contract(c) for c in (best.choices, *before.near, *met)]
-        found = _solve(shared, liveness, before, left, progress, starts, **how)
-        found = replace(
-            found,
-            choices=shared.expand(found.choices),
-            near=tuple(shared.expand(c) for c in found.near),
+        tied = self.ties.tied(classes)
+        starts = [tied.contract(c) for c in (self.best.choices, *before.near, *more_starts)]
+        solution = self._solve(tied, before, seconds, starts, **options)
+        solution = replace(
+            solution,
+            choices=tied.expand(solution.choices),
+            near=tuple(tied.expand(c) for c in solution.near),
         )
-        if math.isfinite(found.bound_us):
-            steps[what] = found.time_us
-            say("blocks " + ", ".join(f"{name} {us:.0f} us" for name, us in steps.items()))
-            # what is not better reads better with fewer blocks apart; the bound of the freer holds
-            better = found.time_us < best.step_us * (1 - SIMPLER)
-            plan = found if better else replace(found, choices=best.choices, time_us=best.step_us)
-            bound_us = min(found.bound_us, plan.time_us)
-            best = Found(plan.choices, plan.time_us, bound_us, found.method)
-        return found
+        if math.isfinite(solution.bound_us):
+            self.steps[name] = solution.time_us
+            steps = ", ".join(f"{name} {us:.0f} us" for name, us in self.steps.items())
+            self.say(f"blocks: {steps}")
+            # a plan with more blocks tied reads better; the bound is that of the relaxed problem
+            best, choices = self.best.step_us, self.best.choices
+            if solution.time_us < best * (1 - SIMPLER):
+                best, choices = solution.time_us, solution.choices
+            self.best = SearchResult(choices, best, min(solution.bound_us, best), solution.method)
+        return solution
 
-    def mix(freer: Sequence[int], before: Solution) -> Choices | None:
-        """What choices met before make when less of them are shared, if that is good enough or
-        better by as much as is; over all decisions."""
-        shared = Shared(problem, freer)
-        starts = [shared.contract(c) for c in (best.choices, *before.near)]
-        kept = Kept(shared.problem, [np.unique(column) for column in zip(*starts, strict=True)])
-        rows = SharedRows(liveness, shared, SEGMENTS, kept)
-        made = mixed(
-            replace(kept.problem, rows=tuple(map(rows.named, before.prices))),
-            [kept.contract(c) for c in starts],
-            separate=rows, prices=before.prices, rounds=6, gap=TARGET_GAP, say=say,
+    def _combined(self, classes: Sequence[int], before: Solution) -> Choices | None:
+        """The best plan, over all decisions, made of choices visited before when fewer copies are
+        tied; None if none is better by the gap or as good as the bound allows."""
+        tied = self.ties.tied(classes)
+        starts = [tied.contract(c) for c in (self.best.choices, *before.near)]
+        restricted = RestrictedDomains(
+            tied.problem, [np.unique(column) for column in zip(*starts, strict=True)]
+        )
+        rows = LivenessRows(self.liveness, tied, SEGMENTS, restricted)
+        combined = combine(
+            replace(restricted.problem, rows=tuple(map(rows.named, before.prices))),
+            [restricted.contract(c) for c in starts],
+            separate=rows, prices=before.prices, rounds=6, gap=TARGET_GAP, say=self.say,
             enough_us=before.relaxed_us / (1 - TARGET_GAP),
-            expired=lambda: time.monotonic() - start > time_limit,
+            expired=lambda: self.spent > self.time_limit, disable=self.disable,
         )  # fmt: skip
-        choices = shared.expand(kept.expand(made))
-        return choices if choices != best.choices else None
+        choices = tied.expand(restricted.expand(combined))
+        return choices if choices != self.best.choices else None
 
-    if repeated:
-        closed = found.gap <= TARGET_GAP  # else branching does not close that of freer blocks
-        ends = solve_freer(
-            "first and last apart", freer, replace(found, near=()), recombinations=2,
-            regions=MORE_REGIONS if closed else 0, met=[alike.expand(c) for c in found.met],
-            tree=_for_most(found.tree, classes, freer) if closed and found.tree else None,
+    def _solve(
+        self,
+        tied: TiedVariables,
+        before: Solution | None,
+        seconds: float,
+        starts: Sequence[Choices],
+        tree: Branch | None = None,
+        **options: Any,
+    ) -> Solution:
+        """Solve, from the prices of a more restricted problem, if there was one."""
+        prices = before.prices if before is not None else {}
+        rows = LivenessRows(self.liveness, tied)
+        names = dict.fromkeys([*prices, *_priced_rows(tree)])
+        return solve(
+            replace(tied.problem, rows=tuple(map(rows.named, names))),
+            separate=rows, starts=starts, prices=prices, tree=tree, time_limit=seconds,
+            progress=self.say, disable=self.disable, **options,
         )  # fmt: skip
-        apart = interleaved(freer, places(space, freer), PARTS) if ends.near else freer
-        better = mix(apart, ends) if ends.near else None
-        if better is not None:
-            solve_freer("every second apart", apart, ends, met=[better])
-        elif ends.gap > TARGET_GAP:  # any share of the blocks is no better
-            solve_freer("first and last apart", freer, ends, recombinations=0, tree=ends.tree)
-    if best.choices != alike.expand(alike.contract(best.choices)):
-        choices = _alike_where_equal(problem, liveness, classes, best.choices)
-        best = replace(best, choices=choices)
-    return replace(best, sharing=tuple(steps.items()))
+
+    def _tied_where_equal(self, choices: Choices) -> Choices:
+        """The choices, with each copy tied to those in the middle where that costs nothing: plans
+        that differ for no reason are hard to read."""
+        problem = self.ties.problem
+        copies: dict[int, list[int]] = defaultdict(list)
+        for v, c in enumerate(self.ties.classes):
+            copies[c].append(v)
+        touching = _edges_by_node(problem)
+        current = list(choices)
+
+        def local_us(v: int) -> float:
+            around = sum(
+                float(e.time_us[current[e.source], current[e.target]]) for e in touching[v]
+            )
+            return float(problem.time_us[v][current[v]]) + around
+
+        def exposed_and_excess() -> tuple[float, float]:
+            excess = self.liveness.memory.values(current).max() - self.liveness.memory.limit
+            return self.liveness.exposed_us(current), max(0.0, float(excess))
+
+        exposed, excess = exposed_and_excess()
+        for nodes in copies.values():
+            usual = current[nodes[len(nodes) // 2]]
+            for v in nodes:
+                before, own = local_us(v), current[v]
+                if own == usual:
+                    continue
+                current[v] = usual
+                if local_us(v) > before + 1e-9 * max(1.0, abs(before)):
+                    current[v] = own
+                    continue
+                after = exposed_and_excess()
+                if after[0] > exposed + 1e-9 * max(1.0, exposed) or after[1] > excess:
+                    current[v] = own
+        return tuple(current)
 
 
-def _for_most(tree: Branch, classes: Sequence[int], freer: Sequence[int]) -> Branch:
-    """How branching divided the choices of classes, for those of most of their copies."""
-    copies: dict[int, list[int]] = defaultdict(list)
-    order = {c: i for i, c in enumerate(dict.fromkeys(freer))}
-    for c, free in zip(classes, freer, strict=True):
-        copies[c].append(order[free])
-    middle = [same[len(same) // 2] for same in copies.values()]
-
-    def moved(branch: Branch) -> Branch:
-        decided = {middle[v]: among for v, among in branch.decided.items()}
-        return Branch(decided, branch.prices, tuple(map(moved, branch.parts)))
-
-    return moved(tree)
-
-
-def _priced(tree: Branch | None) -> list[str]:
-    """The names of the rows that have prices in a tree."""
-    parts = [name for part in tree.parts for name in _priced(part)] if tree else []
-    return [*tree.prices, *parts] if tree else []
-
-
-def _dominating(liveness: Liveness, choices: Choices) -> str:
-    """What the memory of a plan is made of at its peak: kinds, and where most of it is."""
-    space, series = liveness.space, liveness.memory
-    moment = int(np.argmax(series.values(space, choices)))
-    kinds, where = series.kinds(space, choices, moment), series.where(space, choices, moment)
-    parts = sorted(kinds.items(), key=lambda kind: -kind[1])
-    most = sorted(where.items(), key=lambda place: -place[1])[:3]
-    made = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in parts if n)
-    held = ", ".join(f"{bytes_text(n)} in {place}" for place, n in most)
-    return f"of which {made}; most of it {held}"
-
-
-def _solve(
-    shared: Shared,
-    liveness: Liveness,
-    before: Solution | None,
-    time_limit: float,
-    progress: Callable[[str], None] | None,
-    starts: Sequence[Choices],
-    *,
-    segments: int = 1,
-    tree: Branch | None = None,
-    **how: Any,
-) -> Solution:
-    """Solve, from the choices and the prices of a more restricted problem, if there was one."""
-    prices = before.prices if before is not None else {}
-    rows = SharedRows(liveness, shared, segments)
-    names = dict.fromkeys([*prices, *_priced(tree)])
-    problem = replace(shared.problem, rows=tuple(map(rows.named, names)))
-    return solve(
-        problem,
-        separate=rows,
-        starts=starts,
-        prices=prices,
-        tree=tree,
-        time_limit=time_limit,
-        progress=progress,
-        **how,
-    )
-
-
-def _alike_where_equal(
-    problem: Problem, liveness: Liveness, classes: Sequence[int], choices: Choices
-) -> Choices:
-    """Where a copy's choice costs nothing more than its own, the choice of the copies in the
-    middle: plans that differ for no reason are hard to read."""
-    copies: dict[int, list[int]] = defaultdict(list)
-    for v, c in enumerate(classes):
-        copies[c].append(v)
+def _edges_by_node(problem: Problem) -> dict[int, list[PairCost]]:
     touching: dict[int, list[PairCost]] = defaultdict(list)
     for edge in problem.edges:
         touching[edge.source].append(edge)
         touching[edge.target].append(edge)
-    now = list(choices)
+    return touching
 
-    def local_us(v: int) -> float:
-        around = sum(float(e.time_us[now[e.source], now[e.target]]) for e in touching[v])
-        return float(problem.time_us[v][now[v]]) + around
 
-    def rest() -> tuple[float, float]:
-        excess = liveness.memory.values(liveness.space, now).max() - liveness.memory.limit
-        return liveness.late_us(now), max(0.0, float(excess))
+def _for_middle_copies(
+    tree: Branch | None, classes: Sequence[int], relaxed: Sequence[int]
+) -> Branch | None:
+    """A branching tree over classes, over the relaxed classes of their middle copies."""
+    if tree is None:
+        return None
+    copies: dict[int, list[int]] = defaultdict(list)
+    order = {c: i for i, c in enumerate(dict.fromkeys(relaxed))}
+    for c, new in zip(classes, relaxed, strict=True):
+        copies[c].append(order[new])
+    middle = [same[len(same) // 2] for same in copies.values()]
 
-    late, excess = rest()
-    for same in copies.values():
-        usual = now[same[len(same) // 2]]
-        for v in same:
-            before, kept = local_us(v), now[v]
-            if kept == usual:
-                continue
-            now[v] = usual
-            if local_us(v) > before + 1e-9 * max(1.0, abs(before)):
-                now[v] = kept
-                continue
-            then = rest()
-            if then[0] > late + 1e-9 * max(1.0, late) or then[1] > excess:
-                now[v] = kept
-    return tuple(now)
+    def translated(branch: Branch) -> Branch:
+        decided = {middle[v]: side for v, side in branch.decided.items()}
+        return Branch(decided, branch.prices, tuple(map(translated, branch.parts)))
+
+    return translated(tree)
+
+
+def _priced_rows(tree: Branch | None) -> list[str]:
+    """The names of the rows that have prices in a tree."""
+    if tree is None:
+        return []
+    return [*tree.prices, *(name for part in tree.parts for name in _priced_rows(part))]
+
+
+def _peak_breakdown(liveness: Liveness, choices: Choices) -> str:
+    """The memory of a plan at its peak: kinds, and the modules with most of it."""
+    space, series = liveness.space, liveness.memory
+
+    def module(item: Item) -> str:
+        decision = space.decisions[item.decisions[-1]]
+        if decision.kind == "output":
+            return "the results for the caller"
+        parameter = space.graph.parameters.get(str(decision.node.target), "")
+        return pattern(parameter or space.graph.info(decision.node).module) or decision.node.name
+
+    peak = int(np.argmax(series.values(choices)))
+    kinds = series.breakdown(choices, peak, lambda item: item.kind)
+    parts = sorted(kinds.items(), key=lambda entry: -entry[1])
+    most = sorted(series.breakdown(choices, peak, module).items(), key=lambda entry: -entry[1])[:3]
+    by_kind = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in parts if n)
+    by_module = ", ".join(f"{bytes_text(n)} in {name}" for name, n in most)
+    return f"of which {by_kind}; most of it {by_module}"

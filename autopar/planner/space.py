@@ -1,9 +1,9 @@
-"""The search space of a graph: a decision each, with its candidates and their costs.
+"""The search space of a graph: decisions with their candidates and costs.
 
-Sites are the parameters (where they are stored), the inputs (how they are split), every operator
-call (its strategy), every value with several users (the layout they share: converted to once, with
-one gradient reduction), and the outputs. A plan is one candidate per decision; the solver's `Problem`
-and random plans are both read off the space.
+Decisions are the parameters (where they are stored), the inputs (how they are split), every
+operator call (its strategy), every value with several users (the layout they share: one conversion,
+and one gradient reduction), and the outputs. A plan is one candidate per decision; the solver's
+problem and random plans are both made from the space.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from autopar.sharding.node_rules import call_of, results, rule_of, strategies_of
 from autopar.sharding.rule import Strategy
 from autopar.sharding.rules import describe_missing
 from autopar.solver import PairCost, Problem
+from autopar.solver.reductions import TiedProblem
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class SearchSpace:
     Args:
         any_order: offer dims that several axes split in every order of the axes, not the ascending
             one alone. Operators cost the same in every order and parameters are stored in one, so
-            that little can be won; on three axes planning takes several times as long.
+            little can be won; on three axes planning takes several times as long.
     """
 
     def __init__(
@@ -60,15 +61,14 @@ class SearchSpace:
         self.mesh = cluster.mesh
         self.profile = profile_graph(graph, set(workload.trainable))
         self.grads = requires_grad_map(graph, set(workload.trainable))
-        # what is alike is made once, and its costs are known by its identity
-        self._known_strategies: dict[int, list[Strategy]] = {}
-        self._known_operators: dict[Hashable, Decision] = {}
-        self._known_parameters: dict[Hashable, Decision] = {}
-        self._known_fans: dict[Hashable, tuple[Candidate, ...]] = {}
-        self._known_candidates: dict[Hashable, tuple[Candidate, ...]] = {}
-        self._known_gradients: dict[Hashable, np.ndarray] = {}
-        self._kinds: dict[Hashable, int] = {}
-        self._kind_of: dict[fx.Node, int] = {}
+        # what is equal is made once, and known by an integer
+        self._classes: dict[Hashable, int] = {}
+        self._call_class: dict[fx.Node, int] = {}
+        self._strategies_of: dict[int, list[Strategy]] = {}
+        self._operators: dict[Hashable, Decision] = {}
+        self._parameters: dict[Hashable, Decision] = {}
+        self._shared: dict[Hashable, tuple[int, tuple[Candidate, ...]]] = {}
+        self._gradients: dict[Hashable, np.ndarray] = {}
         self.unruled = [n for n in graph.compute_nodes() if not rule_of(n)[1]]
         for node in self.unruled:
             log.info("%s", describe_missing(call_of(node), graph.info(node).source))
@@ -76,7 +76,7 @@ class SearchSpace:
         self._costs = OpCosts(cluster, self.profile, self._saved)
         weights = [int(graph.placeholders[p].meta["val"].nbytes) for p in graph.parameters]
         small = sum(n for n in weights if n <= BUCKET_MEMBER_BYTES)
-        self._prices = EdgeCostTable(converter_for(cluster, small), self._costs)
+        self._edge_costs = EdgeCostTable(converter_for(cluster, small), self._costs)
         self.decisions: list[Decision] = []
         self.edges: list[Edge] = []
         self._decision_of: dict[tuple[fx.Node, int], int] = {}
@@ -85,29 +85,32 @@ class SearchSpace:
     # -- public ---------------------------------------------------------------------------------
 
     @property
-    def weights_hide(self) -> bool:
+    def weights_overlap(self) -> bool:
         """Whether conversions of weights run beside compute."""
         return self.cluster.device.runs_beside
 
-    def problem(self) -> tuple[Problem, list[int]]:
-        """The SPMD problem without rows (`liveness.Liveness` makes them) and, per decision, the class of
-        the copies it shares its choice with. Weights that hide are not in its times."""
-        problem = Problem(
-            tuple(s.time_us for s in self.decisions),
-            tuple(PairCost(k.source, k.target, self._exposed_us(k)) for k in self.edges),
-            (),
-            tuple(s.name for s in self.decisions),
+    def problem(self) -> TiedProblem:
+        """The SPMD problem without rows (`liveness.Liveness` makes them), with copies in repeated
+        blocks in one class. Communication that overlaps with compute is not in its times."""
+        ties: dict[Hashable, int] = {}
+        return TiedProblem(
+            Problem(
+                tuple(d.time_us for d in self.decisions),
+                tuple(PairCost(e.source, e.target, self._edge_us(e)) for e in self.edges),
+                (),
+                tuple(d.name for d in self.decisions),
+            ),
+            tuple(
+                ties.setdefault(d.repeats if d.repeats is not None else ("decision", i), len(ties))
+                for i, d in enumerate(self.decisions)
+            ),
+            tuple(d.cost_class for d in self.decisions),
+            tuple(self.edge_costs(e).cost_class for e in self.edges),
         )
-        keys: dict[Any, int] = {}
-        classes = [
-            keys.setdefault(s.repeats if s.repeats is not None else ("decision", i), len(keys))
-            for i, s in enumerate(self.decisions)
-        ]
-        return problem, classes
 
-    def _exposed_us(self, edge: Edge) -> np.ndarray:
+    def _edge_us(self, edge: Edge) -> np.ndarray:
         costs = self.edge_costs(edge)
-        return costs.hidden_us if edge.weight and self.weights_hide else costs.time_us
+        return costs.hidden_us if edge.weight and self.weights_overlap else costs.time_us
 
     def cost_edges(self) -> None:
         """Compute all conversion costs now (they are memoized)."""
@@ -115,59 +118,59 @@ class SearchSpace:
             self.edge_costs(edge)
 
     def edge_costs(self, edge: Edge) -> EdgeCosts:
-        """What the conversions on a edge cost, for every pair of candidates."""
-        return self._prices.of(edge, self.decisions[edge.source], self.decisions[edge.target])
+        """Costs of the conversions on an edge, for every pair of candidates."""
+        return self._edge_costs.of(edge, self.decisions[edge.source], self.decisions[edge.target])
 
     def conversion_costs(self, edge: Edge, choices: Sequence[int]) -> tuple[float, float]:
-        """Time and memory of the conversion on a edge under a full choice."""
+        """Time and memory of the conversion on an edge under a full choice."""
         costs = self.edge_costs(edge)
         pair = choices[edge.source], choices[edge.target]
         memory = costs.memory_bytes
         return float(costs.time_us[pair]), 0.0 if memory is None else float(memory[pair])
 
     def random_choices(self, rng: np.random.Generator) -> tuple[int, ...]:
-        """A uniformly drawn candidate per decision, redrawn where no conversion exists."""
-        costs = [(edge, self.edge_costs(edge).time_us) for edge in self.edges]
-        touching: dict[int, list[tuple[Edge, np.ndarray]]] = defaultdict(list)
-        for edge, cost in costs:
-            touching[edge.source].append((edge, cost))
-            touching[edge.target].append((edge, cost))
-        choices = [int(rng.integers(len(s.candidates))) for s in self.decisions]
-        order = sorted(range(len(self.decisions)), key=lambda i: self.decisions[i].kind == "fan")
-        for i in order:
-            allowed = np.ones(len(self.decisions[i].candidates), dtype=bool)
-            if self.decisions[i].kind == "fan":
-                for edge, cost in touching[i]:
-                    line = (
-                        cost[:, choices[edge.target]]
-                        if edge.source == i
-                        else cost[choices[edge.source], :]
-                    )
-                    allowed &= np.isfinite(line)
+        """A uniformly drawn candidate per decision; shared layouts are drawn last, among those that
+        all conversions exist for."""
+        touching: dict[int, list[Edge]] = defaultdict(list)
+        for edge in self.edges:
+            touching[edge.source].append(edge)
+            touching[edge.target].append(edge)
+        choices = [int(rng.integers(len(d.candidates))) for d in self.decisions]
+        for i, decision in enumerate(self.decisions):
+            if decision.kind == "shared":
+                allowed = np.ones(len(decision.candidates), dtype=bool)
+                for edge in touching[i]:
+                    time_us = self.edge_costs(edge).time_us
+                    if edge.source == i:
+                        allowed &= np.isfinite(time_us[:, choices[edge.target]])
+                    else:
+                        allowed &= np.isfinite(time_us[choices[edge.source]])
                 choices[i] = int(rng.choice(np.flatnonzero(allowed)))
         return tuple(choices)
 
     # -- construction ---------------------------------------------------------------------------
 
     def _splits(self, shape: tuple[int, ...]) -> list[ShardingSpec]:
-        """Every placement of a stored tensor: each axis splits one dim or none.
-
-        Axes of one dim in ascending order only: DTensor's placements cannot say another.
-        """
-        found = [ShardingSpec.replicated(len(shape))]
+        """Every placement of a stored tensor: each axis splits one dim or none. The axes of a dim
+        are in ascending order: DTensor's placements cannot express another."""
+        specs = [ShardingSpec.replicated(len(shape))]
         for axis, size in enumerate(self.mesh):
             if size == 1:
                 continue
-            found += [
+            specs += [
                 ShardingSpec(tuple((*a, axis) if e == d else a for e, a in enumerate(s.dims)))
-                for s in found
+                for s in specs
                 for d in range(len(shape))
             ]
         return [
             s
-            for s in found
+            for s in specs
             if all(fills_every_rank(n, a, self.mesh) for n, a in zip(shape, s.dims, strict=True))
         ]
+
+    def _class(self, *key: Hashable) -> int:
+        """An integer for a key, equal for equal keys."""
+        return self._classes.setdefault(key, len(self._classes))
 
     def _add(self, decision: Decision, *values: int) -> int:
         self.decisions.append(decision)
@@ -198,7 +201,7 @@ class SearchSpace:
                 continue
             for result in range(len(results(node))):
                 if len(users[node, result]) > 1:
-                    self._add_fan(node, result, users[node, result])
+                    self._add_shared_layout(node, result, users[node, result])
         self._outputs()
 
     def _connect(self, value: fx.Node, target: int, operand: int) -> None:
@@ -209,12 +212,12 @@ class SearchSpace:
         parameter = root.op == "placeholder" and root.target in self.graph.parameters
         is_op = self.decisions[target].kind == "op"
         converts_for_saver = is_op and self._saved.needs(self.decisions[target].node, operand)
-        fan = self.decisions[source].kind == "fan"
+        shared = self.decisions[source].kind == "shared"
         self.edges.append(
             Edge(
                 source,
                 target,
-                0 if fan else result,
+                0 if shared else result,
                 operand,
                 shape_of(fake),
                 fake.element_size(),
@@ -228,7 +231,6 @@ class SearchSpace:
         name = str(node.target)
         fake = node.meta["val"]
         shape, itemsize = shape_of(fake), fake.element_size()
-        whole = ShardingSpec.replicated(len(shape))
         if name in self.graph.parameters:
             return self._parameter(node, shape, itemsize)
         if name in input_names:
@@ -237,25 +239,28 @@ class SearchSpace:
             specs = self._splits(shape) if spec is None else [spec]
             kind = "input"
         else:
-            specs, kind = [whole], "buffer"
+            specs, kind = [ShardingSpec.replicated(len(shape))], "buffer"
         candidates = tuple(Candidate(str(s) or "scalar", (s,)) for s in specs)
-        held = np.array([float(self._costs.local_bytes(shape, itemsize, s)) for s in specs])
-        return Decision(kind, node, candidates, np.zeros(len(specs)), held, {"buffers_bytes": held})
+        nbytes = np.array([float(self._costs.local_bytes(shape, itemsize, s)) for s in specs])
+        return Decision(
+            kind, node, candidates, np.zeros(len(specs)), nbytes, self._class(kind, *specs),
+            self._class("cost", kind, shape, itemsize, *specs), {"buffers_bytes": nbytes},
+        )  # fmt: skip
 
     def _parameter(self, node: fx.Node, shape: tuple[int, ...], itemsize: int) -> Decision:
         qualified = self.graph.parameters[str(node.target)]
         fixed = self.fixed.parameters.get(qualified)
         trains = node.target in self.workload.trainable
         key = shape, itemsize, fixed, trains
-        if key not in self._known_parameters:
-            self._known_parameters[key] = self._parameter_alike(node, *key)
-        decision = self._known_parameters[key]
+        if key not in self._parameters:
+            self._parameters[key] = self._new_parameter(node, *key)
+        decision = self._parameters[key]
         repeats = None
         if has_index(qualified):
             repeats = ("parameter", pattern(qualified), shape, len(decision.candidates), trains)
         return replace(decision, node=node, repeats=repeats)
 
-    def _parameter_alike(
+    def _new_parameter(
         self,
         node: fx.Node,
         shape: tuple[int, ...],
@@ -264,27 +269,30 @@ class SearchSpace:
         trains: bool,
     ) -> Decision:
         specs = [fixed] if fixed is not None else self._splits(shape)
-        every = []
+        candidates = []
         for spec in specs:
-            every.append(Candidate(str(spec) or "scalar", (spec,)))
+            candidates.append(Candidate(str(spec) or "scalar", (spec,)))
             if not spec.is_replicated:
-                every.append(Candidate(f"{spec} reshard", (spec,), reshard_after_forward=True))
-        candidates = self._known_candidates.setdefault(("parameter", *specs), tuple(every))
-        held = np.array(
+                candidates.append(Candidate(f"{spec} reshard", (spec,), reshard_after_forward=True))
+        nbytes = np.array(
             [float(self._costs.local_bytes(shape, itemsize, c.outputs[0])) for c in candidates]
         )
         parts = {
-            "parameters_bytes": held,
-            "gradients_bytes": held * trains,
-            "optimizer_bytes": held * trains * self.workload.state_bytes_per_param_byte,
+            "parameters_bytes": nbytes,
+            "gradients_bytes": nbytes * trains,
+            "optimizer_bytes": nbytes * trains * self.workload.state_bytes_per_param_byte,
         }
-        kept = sum(parts.values(), np.zeros(len(held)))
-        step = self._costs.step_us(held * trains, self.workload.state_bytes_per_param_byte)
+        memory = sum(parts.values(), np.zeros(len(nbytes)))
+        step = self._costs.step_us(nbytes * trains, self.workload.state_bytes_per_param_byte)
         parts |= {
             "step_us": step * trains,
-            "step_bytes": held * trains * self._costs.step_copies(self.workload),
+            "step_bytes": nbytes * trains * self._costs.step_copies(self.workload),
         }
-        return Decision("parameter", node, candidates, parts["step_us"], kept, parts)
+        return Decision(
+            "parameter", node, tuple(candidates), parts["step_us"], memory,
+            self._class("parameter", *specs),
+            self._class("cost", "parameter", shape, itemsize, fixed, trains), parts,
+        )  # fmt: skip
 
     def _operator(self, node: fx.Node, place: Any) -> Decision:
         repeats = None
@@ -294,15 +302,17 @@ class SearchSpace:
             repeats = (
                 "op", place, str(call.op), call.inputs, call.outputs, count, self._saved.key(node),
             )  # fmt: skip
-        key = (self._alike(node), id(self.profile[node]), self._saved.counted(node))
-        if key in self._known_operators:
-            return replace(self._known_operators[key], node=node, repeats=repeats)
-        found = self._strategies(node)
-        candidates = tuple(Candidate(s.name, s.outputs, s.inputs, s) for s in found)
-        forward, backward = self._costs.compute_us(node, found)
-        communicate = self._costs.lowering_us(node, found)
-        saved = self._costs.saved_bytes(node, found)
-        working = self._costs.working_bytes(node, found)
+        number = self._class(
+            "op", self._class_of(node), self.profile[node], self._saved.counted(node)
+        )
+        if number in self._operators:
+            return replace(self._operators[number], node=node, repeats=repeats)
+        strategies = self._strategies(node)
+        candidates = tuple(Candidate(s.name, s.outputs, s.inputs, s) for s in strategies)
+        forward, backward = self._costs.compute_us(node, strategies)
+        communicate = self._costs.lowering_us(node, strategies)
+        saved = self._costs.saved_bytes(node, strategies)
+        working = self._costs.working_bytes(node, strategies)
         parts = {
             "compute_us": forward + backward,
             "forward_us": forward,
@@ -312,97 +322,102 @@ class SearchSpace:
             "working": working,
         }
         if len(results(node)) == 1 and self.grads[node]:
-            parts["gradient"] = self._gradient_bytes(node, 0, candidates)
+            parts["gradient"] = self._gradient_bytes(node, 0, number, candidates)
         time = parts["compute_us"] + communicate
-        decision = Decision("op", node, candidates, time, saved, parts, repeats=repeats)
-        self._known_operators[key] = decision
+        decision = Decision(
+            "op", node, candidates, time, saved, number, number, parts, repeats=repeats
+        )
+        self._operators[number] = decision
         return decision
 
-    def _alike(self, node: fx.Node) -> int:
-        """Equal for calls that have the same strategies at the same costs."""
-        if node not in self._kind_of:
-            self._kind_of[node] = self._kinds.setdefault(self._described(node), len(self._kinds))
-        return self._kind_of[node]
-
-    def _described(self, node: fx.Node) -> Hashable:
-        call = self._calls[node]
-        kinds = tuple(str(t.dtype) for t in results(node))
-        given = tuple(None if n is None else str(n.meta["val"].dtype) for n in operands(node))
-        return (
-            call.op, repr(call.arguments), call.inputs, call.outputs, call.masks, call.strides,
-            kinds, given,
-        )  # fmt: skip
+    def _class_of(self, node: fx.Node) -> int:
+        """Equal for calls that have the same strategies."""
+        if node not in self._call_class:
+            call = self._calls[node]
+            values = [*results(node), *(n.meta["val"] if n else None for n in operands(node))]
+            types = [None if v is None else str(v.dtype) for v in values]
+            self._call_class[node] = self._class(
+                "call", call.op, repr(call.arguments), call.inputs, call.outputs, call.masks,
+                call.strides, *types,
+            )  # fmt: skip
+        return self._call_class[node]
 
     def _strategies(self, node: fx.Node) -> list[Strategy]:
-        key = self._alike(node)
-        if key not in self._known_strategies:
-            found = strategies_of(node, self.mesh, any_order=self.any_order)
-            self._known_strategies[key] = found
-        return self._known_strategies[key]
+        number = self._class_of(node)
+        if number not in self._strategies_of:
+            self._strategies_of[number] = strategies_of(node, self.mesh, any_order=self.any_order)
+        return self._strategies_of[number]
 
     def _gradient_bytes(
-        self, node: fx.Node, result: int, candidates: Sequence[Candidate]
+        self, node: fx.Node, result: int, number: int, candidates: Sequence[Candidate]
     ) -> np.ndarray:
-        """Of the gradient of a decision's value, while it waits for the operator that made it."""
+        """Per candidate the bytes of the gradient of a value.
+
+        Args:
+            number: class of the candidates.
+        """
         fake = results(node)[result]
         shape, itemsize = shape_of(fake), fake.element_size()
         index = result if len(candidates[0].outputs) > 1 else 0
-        key = shape, itemsize, index, id(candidates)
-        if key not in self._known_gradients:
+        key = shape, itemsize, index, number
+        if key not in self._gradients:
             local = [self._costs.local_bytes(shape, itemsize, c.outputs[index]) for c in candidates]
-            self._known_gradients[key] = np.array(local, dtype=float)
-        return self._known_gradients[key]
+            self._gradients[key] = np.array(local, dtype=float)
+        return self._gradients[key]
 
-    def _add_fan(self, node: fx.Node, result: int, users: Sequence[tuple[fx.Node, int]]) -> None:
-        """A shared layout for a value with several users; its candidates are what any side has."""
+    def _add_shared_layout(
+        self, node: fx.Node, result: int, users: Sequence[tuple[fx.Node, int]]
+    ) -> None:
+        """Add the decision on the layout that the users of a value share."""
         source = self._decision_of[node, result]
         grad = self.grads[node]
-        candidates = self._fan_candidates(source, result, users, grad)
-        zero = np.zeros(len(candidates))
+        number, candidates = self._shared_candidates(source, result, users, grad)
         copies = self.decisions[source].repeats
-        repeats = None
-        if copies is not None:
-            repeats = ("fan", result, copies, id(candidates))  # equal ones are made once
+        repeats = None if copies is None else ("shared", result, copies, number)
         fake = results(node)[result]
-        value = node
-        root = self._saved.root(value) if len(results(node)) == 1 else node
+        shape, itemsize = shape_of(fake), fake.element_size()
+        root = self._saved.root(node) if len(results(node)) == 1 else node
         parameter = root.op == "placeholder" and root.target in self.graph.parameters
         parts = {}
         if grad and not parameter:
-            parts["gradient"] = self._gradient_bytes(node, result, candidates)
-        decision = Decision("fan", node, candidates, zero, zero, parts, result, repeats)
-        index = len(self.decisions)
-        self.edges.append(
-            Edge(
-                source, index, result, 0, shape_of(fake), fake.element_size(), grad, parameter,
-                saved=parameter and self._saved.any(root),
-            )
+            parts["gradient"] = self._gradient_bytes(node, result, number, candidates)
+        zero = np.zeros(len(candidates))
+        cost_class = self._class("cost", "shared", number, shape, itemsize, *parts)
+        decision = Decision(
+            "shared", node, candidates, zero, zero, number, cost_class, parts, result, repeats
+        )
+        edge = Edge(
+            source, len(self.decisions), result, 0, shape, itemsize, grad, parameter,
+            saved=parameter and self._saved.any(root),
         )  # fmt: skip
+        self.edges.append(edge)
         self._add(decision, result)
 
-    def _fan_candidates(
+    def _shared_candidates(
         self, source: int, result: int, users: Sequence[tuple[fx.Node, int]], grad: bool
-    ) -> tuple[Candidate, ...]:
-        """Every layout that the value is made in or wanted in."""
-        made = self.decisions[source].candidates
-        wanted = [(self._strategies(user), i) for user, i in users if user.op != "output"]
-        # both are known by identity, and stay
-        key = id(made), result, grad, *((id(found), i) for found, i in wanted)
-        if key not in self._known_fans:
-            specs = dict.fromkeys(c.outputs[result] for c in made)
-            for found, operand in wanted:
-                for strategy in found:
+    ) -> tuple[int, tuple[Candidate, ...]]:
+        """Every layout that the value is made in or that a user takes, and a class for them."""
+        decision = self.decisions[source]
+        calls = [(user, operand) for user, operand in users if user.op != "output"]
+        key = (
+            decision.candidates_class, result, grad,
+            *((self._class_of(user), operand) for user, operand in calls),
+        )  # fmt: skip
+        if key not in self._shared:
+            specs = dict.fromkeys(c.outputs[result] for c in decision.candidates)
+            for user, operand in calls:
+                for strategy in self._strategies(user):
                     spec = strategy.inputs[operand]
                     assert spec is not None
                     specs.setdefault(spec)
             if not grad:
                 specs = dict.fromkeys(s.data() for s in specs)
-            named = tuple(Candidate(str(s) or "scalar", (s,), (s,)) for s in specs)
-            self._known_fans[key] = self._known_candidates.setdefault(("fan", *specs), named)
-        return self._known_fans[key]
+            candidates = tuple(Candidate(str(s) or "scalar", (s,), (s,)) for s in specs)
+            self._shared[key] = self._class("shared", *specs), candidates
+        return self._shared[key]
 
     def _outputs(self) -> None:
-        """Mutated buffers and results, each in the layout that the caller expects."""
+        """Add the mutated buffers and the results, each in the layout that the caller expects."""
         values = [v for v in self.graph.output.args[0] if isinstance(v, fx.Node)]  # type: ignore[union-attr]
         buffers = len(self.graph.mutations)
         specs = []
@@ -413,19 +428,22 @@ class SearchSpace:
             specs.append(spec)
         zero = np.zeros(1)
         candidate = Candidate("outputs", (), tuple(specs))
-        index = self._add(Decision("output", self.graph.output, (candidate,), zero, zero))
+        number = self._class("output")
+        index = self._add(
+            Decision("output", self.graph.output, (candidate,), zero, zero, number, number)
+        )
         for i, value in enumerate(values):
             self._connect(value, index, i)
 
 
 def _user_edges(graph: ModelGraph) -> dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]]:
     """Per value its users as (node, operand); the output node counts as a user."""
-    found: dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]] = defaultdict(list)
+    users: dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]] = defaultdict(list)
     for node in graph.compute_nodes():
         for i, operand in enumerate(operands(node)):
             if operand is not None:
-                found[producer(operand)].append((node, i))
+                users[producer(operand)].append((node, i))
     for i, value in enumerate(graph.output.args[0]):  # type: ignore[arg-type]
         if isinstance(value, fx.Node):
-            found[producer(value)].append((graph.output, i))
-    return found
+            users[producer(value)].append((graph.output, i))
+    return users

@@ -278,7 +278,7 @@ def solver_table(plan: ShardingPlan) -> Table:
         ("objective", f"{time_text(solver.objective_us)} per step, overlap deducted"),
         ("bound", f"no plan of the search space is below {time_text(solver.bound_us)}"),
         ("gap", f"{solver.gap:.3%}"),
-        *((f"blocks {how}", time_text(step)) for how, step in solver.sharing_us.items()),
+        *((how, time_text(step)) for how, step in solver.sharing_us.items()),
         *((stage, f"{seconds:.2f} s") for stage, seconds in solver.seconds.items()),
     ]
     return Table("Solver", ("", "value"), tuple(rows))

@@ -9,6 +9,7 @@ with the parameters' layouts fixed.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ from autopar.compile import (
     Place,
     StepOptions,
     StepPlan,
+    autoplan,
     compile_step,
+    plan_step,
 )
 from autopar.errors import EngineError, MeshError
 from autopar.ir.graph import ModelGraph
@@ -39,9 +42,8 @@ from autopar.passes.apply_sharding import LocalProgram
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.decisions import FixedLayouts
-from autopar.planner.joint import plan_jointly
 from autopar.planner.optimizer_state import optimizer_state_ratio
-from autopar.planner.planner import build_problem, trainable_inputs
+from autopar.planner.planner import trainable_inputs
 from autopar.runtime.agree import WorldRanks
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
@@ -408,22 +410,20 @@ class Engine(torch.nn.Module):
             name = type(self._model).__name__
             options.plan.check(fingerprint=graph.fingerprint, mesh=cluster.mesh, model=name)
             return StepPlan(options.plan)
+        planning: dict[str, Any] = {
+            "graph": graph,
+            "cluster": cluster,
+            "optimizer_state": options.step.optimizer_state,
+            "fixed": fixed,
+            "constraints": options.constraints,
+            "time_limit": options.time_limit,
+            "progress": options.progress,
+        }
         scheduled = cluster.memory_bytes is not None and options.step.lowered
-        if scheduled and cluster.world_size == 1:  # nothing to shard, and the schedule comes later
-            cluster = replace(cluster, memory_bytes=2.0**60)
-        problem = build_problem(
-            self._model,
-            graph=graph,
-            cluster=cluster,
-            optimizer_state=options.step.optimizer_state,
-            fixed=fixed,
-            constraints=options.constraints,
-            time_limit=options.time_limit,
-            progress=options.progress,
-        )
-        if not scheduled:
-            return StepPlan(problem.planned(problem.decide()).plan)
-        joint = plan_jointly(problem, output_specs=fixed.outputs)
+        if not scheduled or cluster.world_size == 1:  # the schedule of one device comes later
+            unlimited = math.inf if scheduled else None
+            return StepPlan(autoplan(self._model, budget_bytes=unlimited, **planning).plan)
+        joint = plan_step(self._model, output_specs=fixed.outputs, **planning)
         program = None if joint.step is None else joint.step.program
         return StepPlan(joint.planned.plan, program, joint.memory)
 

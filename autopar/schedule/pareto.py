@@ -75,7 +75,7 @@ class Front:
         self.candidates.append(self._point(name, schedule))
 
     def _baselines(self, stages: Sequence[Stage]) -> None:
-        """What users do: checkpoint every block, every second, √n of them; keep what is expensive."""
+        """What users do: checkpoint every block, every second, √n of them; keep matrix products."""
         program = self.program
         borders = [s.input for s in stages if s.input >= 0]
         common = self._common(stages)

@@ -1,4 +1,4 @@
-"""Rotor: which stages of a chain to keep, to checkpoint or to run again, by dynamic programming.
+"""Rotor: which stages of a chain to keep, to checkpoint or to recompute, by dynamic programming.
 
 A chain of stages 0..n-1 runs forward and then backward. A stage's forward runs in one of three
 ways: F_all keeps one of the stage's options for its backward, F_ck keeps the stage's input to start
@@ -186,25 +186,25 @@ class ChainTable:
             self._again[i, j + 1] = again
 
     def _read(self, i: int, j: int, m: int) -> Plan:
-        found: list[Keep | Checkpoint] = []
+        plan: list[Keep | Checkpoint] = []
         while True:
             choice = int(self._choice[i, j, m])
             if choice < 0:
                 c = -choice
                 later = self._read(c, j, m - self._up(self.stages[c].input))
                 again = self._read(i, c - 1, m - self._up(self.stages[c - 1].gradient))
-                return (*found, Checkpoint(i, c, later, again))
-            found.append(Keep(i, choice))
+                return (*plan, Checkpoint(i, c, later, again))
+            plan.append(Keep(i, choice))
             option = self.stages[i].options[choice]
             i += option.span
             if i > j:
-                return tuple(found)
+                return tuple(plan)
             m -= self._up(option.kept + self.stages[i].input)
 
 
 def _paid(cost: np.ndarray, slots: int) -> np.ndarray:
-    """The cost for a budget of which some slots are gone."""
-    found = np.full(cost.shape, np.inf)
+    """The cost for a budget of which some slots are used."""
+    paid = np.full(cost.shape, np.inf)
     if slots < len(cost):
-        found[slots:] = cost[: len(cost) - slots]
-    return found
+        paid[slots:] = cost[: len(cost) - slots]
+    return paid

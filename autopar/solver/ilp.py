@@ -1,20 +1,18 @@
-"""The SPMD problem as an integer linear program (PuLP; HiGHS, or CBC where HiGHS is missing).
+"""The SPMD problem as an integer linear program.
 
 x[v, i] in {0, 1}    node v takes choice i                  (one_choice)
-y[e, i, j] >= 0      edge e sees the pair (i, j)            (marginals: sums to x on both ends)
+y[e, i, j] >= 0      edge e sees the pair (i, j)            (marginals: sums to x at both ends)
 sum a x + sum a y <= limit + slack                          (within)
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import numpy as np
-import pulp
 
+from autopar.solver.linear_program import LinearProgram
 from autopar.solver.problem import Choices, Problem, Row
 
 
@@ -22,26 +20,8 @@ class NothingFaster(ValueError):
     """A program is infeasible: proof that nothing within its rows is faster than its cutoff."""
 
 
-def available_backend() -> str:
-    """`"HiGHS"` where highspy is installed, else `"CBC"`."""
-    return "HiGHS" if find_spec("highspy") is not None else "CBC"
-
-
-def solver_of(
-    *, time_limit: float, gap: float, backend: str | None = None, cutoff: float = math.inf
-) -> pulp.LpSolver:
-    """PuLP's solver object, silent."""
-    if (backend or available_backend()) != "HiGHS":
-        return pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap)
-    # a restart costs more than it wins in programs of seconds
-    return pulp.HiGHS(
-        msg=False, timeLimit=time_limit, gapRel=gap, objective_bound=cutoff,
-        mip_allow_restart=False,
-    )  # fmt: skip
-
-
 def size_of(problem: Problem) -> int:
-    """How many variables the program would have."""
+    """The number of variables of the program."""
     pairs = sum(int(np.isfinite(e.time_us).sum()) for e in problem.edges)
     return pairs + sum(int(np.isfinite(t).sum()) for t in problem.time_us)
 
@@ -59,58 +39,50 @@ def solve_ilp(
 
     Args:
         rows: beside the problem's own.
-        cutoff: microseconds; what is not faster need not be found.
+        cutoff: microseconds; assignments that are not faster need not be found.
+        backend: of `linear_program.available_backend`.
 
     Raises:
         NothingFaster: nothing within the rows is faster than the cutoff.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3 announces PuLP 4
-        program = _Program(problem, (*problem.rows, *rows))
-        solver = solver_of(time_limit=time_limit, gap=gap, backend=backend, cutoff=cutoff)
-        return program.solve(solver, gap)
+    program = _Program(problem, (*problem.rows, *rows))
+    return program.solve(time_limit=time_limit, gap=gap, cutoff=cutoff, backend=backend)
 
 
 class _Program:
     def __init__(self, problem: Problem, rows: Sequence[Row]) -> None:
-        self._problem = problem
-        self._program = pulp.LpProblem("spmd", pulp.LpMinimize)
-        self._cost: list[tuple[pulp.LpVariable, float]] = []
+        self._problem, self._program = problem, LinearProgram()
         self._x = [self.one_choice(v) for v in range(len(problem.time_us))]
         self._y = [self.marginals(e) for e in range(len(problem.edges))]
-        slacks = {row.slack for row in rows if row.slack}
-        self._slack = {name: pulp.LpVariable(f"slack_{i}", 0) for i, name in enumerate(slacks)}
-        self._cost += [(variable, 1.0) for variable in self._slack.values()]
+        slacks = dict.fromkeys(row.slack for row in rows if row.slack)
+        self._slack = {name: self._program.variable(1.0) for name in slacks}
         for row in rows:
             self.within(row)
-        self._program.setObjective(pulp.LpAffineExpression(self._cost))
 
-    def one_choice(self, v: int) -> dict[int, pulp.LpVariable]:
+    def one_choice(self, v: int) -> dict[int, int]:
         time = self._problem.time_us[v]
-        variables = {
-            int(i): pulp.LpVariable(f"x_{v}_{i}", cat="Binary")
+        x = {
+            int(i): self._program.variable(float(time[i]), upper=1.0, integer=True)
             for i in np.flatnonzero(np.isfinite(time))
         }
-        self._program.addConstraint(pulp.lpSum(variables.values()) == 1)
-        self._cost += [(x, float(time[i])) for i, x in variables.items() if time[i]]
-        return variables
+        self._program.row([(variable, 1.0) for variable in x.values()], lower=1.0, upper=1.0)
+        return x
 
-    def marginals(self, e: int) -> dict[tuple[int, int], pulp.LpVariable]:
+    def marginals(self, e: int) -> dict[tuple[int, int], int]:
         edge = self._problem.edges[e]
         rows, columns = self._x[edge.source], self._x[edge.target]
         y = {
-            (i, j): pulp.LpVariable(f"y_{e}_{i}_{j}", 0, 1)
+            (i, j): self._program.variable(float(edge.time_us[i, j]), upper=1.0)
             for i in rows
             for j in columns
             if np.isfinite(edge.time_us[i, j])
         }
         for i, variable in rows.items():
-            terms = [y[i, j] for j in columns if (i, j) in y]
-            self._program.addConstraint(pulp.lpSum(terms) == variable)
+            terms = [(y[i, j], 1.0) for j in columns if (i, j) in y]
+            self._program.row([*terms, (variable, -1.0)], lower=0.0, upper=0.0)
         for j, variable in columns.items():
-            terms = [y[i, j] for i in rows if (i, j) in y]
-            self._program.addConstraint(pulp.lpSum(terms) == variable)
-        self._cost += [(v, float(edge.time_us[p])) for p, v in y.items() if edge.time_us[p]]
+            terms = [(y[i, j], 1.0) for i in rows if (i, j) in y]
+            self._program.row([*terms, (variable, -1.0)], lower=0.0, upper=0.0)
         return y
 
     def within(self, row: Row) -> None:
@@ -118,30 +90,32 @@ class _Program:
         largest = max((float(np.abs(t).max()) for t in row.nodes.values()), default=1.0)
         unit = 1.0 if row.slack else max(1.0, abs(row.limit), largest)
         terms = [
-            (x, float(row.nodes[v][i]) / unit)
-            for v in row.nodes
-            for i, x in self._x[v].items()
-            if row.nodes[v][i]
+            (x, float(row.nodes[v][i]) / unit) for v in row.nodes for i, x in self._x[v].items()
         ]
         terms += [
             (y, float(row.edges[e][pair]) / unit)
             for e in row.edges
             for pair, y in self._y[e].items()
-            if row.edges[e][pair]
         ]
         if row.slack:
             terms.append((self._slack[row.slack], -1.0))
-        self._program.addConstraint(pulp.LpAffineExpression(terms) <= row.limit / unit)
+        self._program.row(terms, upper=row.limit / unit)
 
-    def solve(self, solver: pulp.LpSolver, gap: float) -> tuple[Choices | None, float]:
-        status = self._program.solve(solver)
-        if status == pulp.LpStatusInfeasible:
+    def solve(
+        self, *, time_limit: float, gap: float, cutoff: float, backend: str | None
+    ) -> tuple[Choices | None, float]:
+        solution = self._program.minimize(
+            time_limit=time_limit, gap=gap, cutoff=cutoff, backend=backend
+        )
+        if solution.status == "infeasible":
             raise NothingFaster("the SPMD problem is infeasible within its rows")
-        values = [[v.value() or 0.0 for v in variables.values()] for variables in self._x]
-        if any(max(v) < 0.5 for v in values):  # none was found
+        values = solution.values
+        choices = tuple(max(x, key=lambda i: values[x[i]]) for x in self._x)
+        if any(values[x[c]] < 0.5 for x, c in zip(self._x, choices, strict=True)):
             return None, -math.inf
-        choices = tuple(max(c, key=lambda i: c[i].value()) for c in self._x)
-        objective = pulp.value(self._program.objective)
-        optimal = self._program.sol_status == pulp.LpSolutionOptimal
-        proven = status == pulp.LpStatusOptimal and optimal
-        return choices, objective - gap * abs(objective) if proven else -math.inf
+        if solution.status != "optimal":
+            return choices, -math.inf
+        objective = sum(
+            c * float(value) for c, value in zip(self._program.costs, values, strict=True)
+        )
+        return choices, objective - gap * abs(objective)

@@ -32,7 +32,7 @@ class Merged:
         problem: the smaller one.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, merge: bool = True) -> None:
         self._rows = problem.rows
         count = 1 + len(problem.rows)
         # costs stacked: time, then rows; [1 + rows, choices]
@@ -55,7 +55,8 @@ class Merged:
         # per node left: for every choice the choices of the nodes that it stands for
         self._members = {v: [v] for v in self._node}
         self._stands = {v: np.arange(s.shape[1])[:, None] for v, s in self._node.items()}
-        self._merge()
+        if merge:
+            self._merge()
         self._left = sorted(self._node)
         self.problem = self._smaller(problem)
 

@@ -1,9 +1,9 @@
-"""Lower and upper bounds on a pairwise cost by dual block-coordinate ascent.
+"""Lower and upper bounds on a pairwise cost: message passing by dual block-coordinate ascent.
 
 Costs are moved between nodes and pairs without changing the cost of any assignment, so that the sum
 of the parts' minima, a lower bound, never falls (the "handshake" of MPLP++: Tourani, Shekhovtsov,
-Rother, Savchynskyy, ECCV 2018). Choices whose bound exceeds a known assignment go; what is left is
-mostly small enough to be solved exactly.
+Rother, Savchynskyy, ECCV 2018). Choices whose bound exceeds a known assignment are dropped; the
+rest is mostly small enough to be solved exactly.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.solver.elimination import MAX_ENTRIES, Elimination, TooWide
+from autopar.solver.elimination import MAX_ENTRIES, TooWide, eliminate
 
 Pair = tuple[int, int, np.ndarray]
-# Per pair (u, v) what of its cost was moved to u and to v, by choice.
+# Per pair (u, v) the cost that was moved from it to u and to v, by choice.
 Messages = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 
 SWEEPS = 160
-# Assignments are looked for among so many of the best choices of each node, in tables of so many
-# entries.
+# Assignments are searched among this many of the best choices of each node, in tables of at most
+# this many entries.
 _TRIED, _TRIED_ENTRIES = (12, 6, 3, 1), 50_000
 
 
 @dataclass(frozen=True)
 class Core:
-    """What is known of the least cost.
+    """Bounds on the least cost.
 
     Args:
         bound: no assignment costs less.
-        cost, choices: of the best assignment found; infinite and None if there was none.
-        marginals: per node and choice, a lower bound on assignments that make it.
+        cost, choices: of the best known assignment; infinite and None without one.
+        marginals: per node and choice, a lower bound on the assignments that make it.
         pair_marginals: the same per pair of choices, for every pair with a table.
-        messages: with which the bound was reached.
+        messages: that reached the bound.
     """
 
     bound: float
@@ -46,14 +46,18 @@ class Core:
 
 
 def minimize_core(
-    unary: Sequence[np.ndarray], pairs: Sequence[Pair], messages: Messages | None = None
+    unary: Sequence[np.ndarray],
+    pairs: Sequence[Pair],
+    messages: Messages | None = None,
+    sweeps: int = SWEEPS,
 ) -> Core:
     """Bounds on min over x of sum_v unary_v[x_v] + sum_(u,v) pair[x_u, x_v].
 
     Args:
         unary: per node its costs, infinite where forbidden.
         pairs: (u, v, [choices of u, choices of v]), at most one per pair of nodes.
-        messages: to begin from, such as those of nearly the same costs; any give a bound.
+        messages: to start from, such as those of similar costs; any give a valid bound.
+        sweeps: over all pairs, at most; with 0 no cost is moved.
     """
     if not unary:
         return Core(0.0, 0.0, (), (), {}, {})
@@ -66,8 +70,9 @@ def minimize_core(
         table.begin(nodes, (messages or {}).get((table.a, table.b)))
     best_cost, best = np.inf, None
     bound = -np.inf
-    for sweep in range(1, SWEEPS + 1):
-        _sweep(nodes, tables if sweep % 2 else tables[::-1])
+    for sweep in range(min(1, sweeps), sweeps + 1):
+        if sweep:
+            _sweep(nodes, tables if sweep % 2 else tables[::-1])
         if sweep not in (1, 2, 4, 8) and sweep % 16:
             continue
         before, bound = bound, _bound(nodes, tables)
@@ -81,7 +86,7 @@ def minimize_core(
         if solved is not None:
             if solved[0] < best_cost:
                 best_cost, best = solved
-            # every assignment that costs less than `best_cost` was among those looked at
+            # the restricted problem had every assignment that costs less than `best_cost`
             bound = max(bound, min(best_cost, solved[0]))
             break
         if sweep > 32 and bound - before <= 1e-6 * max(1.0, abs(bound)):
@@ -105,8 +110,8 @@ def _without_infinity(costs: np.ndarray, forbidden: float) -> np.ndarray:
 
 
 class _Table:
-    """The cost of a pair of nodes, and what of it was moved to either; both stay apart, so that
-    the table is only read.
+    """The cost of a pair of nodes, and the part of it that was moved to either. They are stored
+    separately, so that the table is never written.
 
     Args:
         a, b: the nodes.
@@ -119,7 +124,7 @@ class _Table:
         self._work = np.empty_like(cost)
 
     def begin(self, nodes: list[np.ndarray], moved: tuple[np.ndarray, np.ndarray] | None) -> None:
-        """Move what was moved before."""
+        """Apply messages of an earlier run."""
         if moved is None or (len(moved[0]), len(moved[1])) != self.cost.shape:
             return
         self.to_a, self.to_b = moved
@@ -127,8 +132,8 @@ class _Table:
         nodes[self.b] = nodes[self.b] + self.to_b
 
     def handshake(self, nodes: list[np.ndarray]) -> None:
-        """All cost to the pair, half of it back to one node, then all that can go to the other,
-        then the rest to the first."""
+        """Move all cost to the pair, half of it back to one node, as much as possible to the other,
+        and the rest to the first."""
         rest_a, rest_b = nodes[self.a] - self.to_a, nodes[self.b] - self.to_b
         half = 0.5 * (self._over_b(rest_b) + rest_a)
         np.add(self.cost, (rest_a - half)[:, None], out=self._work)
@@ -137,8 +142,8 @@ class _Table:
         nodes[self.a], nodes[self.b] = to_a, to_b
         self.to_a, self.to_b = to_a - rest_a, to_b - rest_b
 
-    def left(self) -> np.ndarray:
-        """The cost that was not moved; valid until the next call."""
+    def remaining(self) -> np.ndarray:
+        """The cost that was not moved; overwritten by the next call."""
         np.subtract(self.cost, self.to_a[:, None], out=self._work)
         return np.subtract(self._work, self.to_b[None, :], out=self._work)
 
@@ -153,46 +158,46 @@ def _sweep(nodes: list[np.ndarray], tables: Sequence[_Table]) -> None:
 
 
 def _bound(nodes: Sequence[np.ndarray], tables: Sequence[_Table]) -> float:
-    return float(sum(n.min() for n in nodes) + sum(t.left().min() for t in tables))
+    return float(sum(n.min() for n in nodes) + sum(t.remaining().min() for t in tables))
 
 
 def _marginals(
     nodes: Sequence[np.ndarray], tables: Sequence[_Table], bound: float
 ) -> tuple[np.ndarray, ...]:
-    found = [bound + n - n.min() for n in nodes]
+    marginals = [bound + n - n.min() for n in nodes]
     for table in tables:
-        left = table.left()
-        least = left.min(axis=1)
-        found[table.a] = found[table.a] + least - least.min()
-        least = left.min(axis=0)
-        found[table.b] = found[table.b] + least - least.min()
-    return tuple(found)
+        remaining = table.remaining()
+        least = remaining.min(axis=1)
+        marginals[table.a] = marginals[table.a] + least - least.min()
+        least = remaining.min(axis=0)
+        marginals[table.b] = marginals[table.b] + least - least.min()
+    return tuple(marginals)
 
 
 def _pair_marginals(
     nodes: Sequence[np.ndarray], tables: Sequence[_Table], bound: float
 ) -> dict[tuple[int, int], np.ndarray]:
     over = [n - n.min() for n in nodes]
-    found = {}
+    marginals = {}
     for table in tables:
-        a, b, left = table.a, table.b, table.left()
-        found[a, b] = left + (bound - left.min() + over[a])[:, None] + over[b][None, :]
-    return found
+        a, b, cost = table.a, table.b, table.remaining()
+        marginals[a, b] = cost + (bound - cost.min() + over[a])[:, None] + over[b][None, :]
+    return marginals
 
 
 def _among_best(
     unary: Sequence[np.ndarray], pairs: Sequence[Pair], nodes: Sequence[np.ndarray]
 ) -> tuple[float, tuple[int, ...] | None]:
-    """The best assignment among the choices that the nodes' own costs favour."""
+    """The best assignment among the cheapest choices of each node."""
     ranked = [np.argsort(n, kind="stable") for n in nodes]
     for count in _TRIED:
-        kept = [np.sort(r[:count]) for r in ranked]
+        domains = [np.sort(r[:count]) for r in ranked]
         try:
-            found = _restricted(unary, pairs, kept, _TRIED_ENTRIES)
+            cost, choices = _restricted(unary, pairs, domains, _TRIED_ENTRIES)
         except TooWide:
             continue
-        if np.isfinite(found[0]):
-            return found
+        if np.isfinite(cost):
+            return cost, choices
     return np.inf, None
 
 
@@ -202,14 +207,16 @@ def _exactly(
     marginals: Sequence[np.ndarray],
     best_cost: float,
 ) -> tuple[float, tuple[int, ...] | None] | None:
-    """The optimum among all choices that can be part of a better assignment; None if too wide."""
+    """The optimum over all choices that a better assignment may contain; None if tables get too
+    large."""
     if not np.isfinite(best_cost):
         return None
-    kept = [np.flatnonzero(m <= best_cost + 1e-9 * max(1.0, abs(best_cost))) for m in marginals]
-    if any(not len(k) for k in kept):
+    limit = best_cost + 1e-9 * max(1.0, abs(best_cost))
+    domains = [np.flatnonzero(m <= limit) for m in marginals]
+    if any(not len(d) for d in domains):
         return best_cost, None
     try:
-        return _restricted(unary, pairs, kept, MAX_ENTRIES)
+        return _restricted(unary, pairs, domains, MAX_ENTRIES)
     except TooWide:
         return None
 
@@ -217,14 +224,15 @@ def _exactly(
 def _restricted(
     unary: Sequence[np.ndarray],
     pairs: Sequence[Pair],
-    kept: Sequence[np.ndarray],
+    domains: Sequence[np.ndarray],
     largest: float,
 ) -> tuple[float, tuple[int, ...] | None]:
-    found = Elimination(
-        [u[k] for u, k in zip(unary, kept, strict=True)],
-        [(a, b, p[np.ix_(kept[a], kept[b])]) for a, b, p in pairs],
+    """The optimum over the choices in `domains` (indices)."""
+    minimum, choices = eliminate(
+        [u[d] for u, d in zip(unary, domains, strict=True)],
+        [(a, b, p[np.ix_(domains[a], domains[b])]) for a, b, p in pairs],
         largest=largest,
     )
-    if not np.isfinite(found.minimum):
+    if not np.isfinite(minimum):
         return np.inf, None
-    return found.minimum, tuple(int(k[c]) for k, c in zip(kept, found.argmin(), strict=True))
+    return minimum, tuple(int(d[c]) for d, c in zip(domains, choices, strict=True))

@@ -4,9 +4,10 @@
     subject to  sum_v a_v[x_v] + sum_e a_e[x_u, x_v]  <=  limit                 for each hard row
                 sum_v a_v[x_v] + sum_e a_e[x_u, x_v]  <=  limit + slack_s       for each soft row
 
-x_v is the choice made for node v; infinite time forbids a choice. Hard rows bound the memory at one
-moment of the step. Soft rows are communication that hides behind compute as far as it lasts: rows
-of one slack are different moments at which it may be late, and the latest counts.
+x_v is the choice of node v; infinite time forbids a choice. A hard row bounds the memory at one
+program point of the step. A soft row is communication that overlaps with compute: the excess over
+the limit is exposed. Rows that share a slack are different program points, and the largest excess
+counts.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ class Row:
     """A linear expression in the choices, and its limit.
 
     Args:
-        name: for messages.
+        name: unique.
         limit: bound on the expression, in its own unit (bytes; microseconds for soft rows).
-        nodes: per node that takes part, its terms [choices].
-        edges: per edge (an index into `Problem.edges`), its terms [source, target], finite.
-        slack: empty for a hard row; else the slack that takes what exceeds the limit, at one
-            microsecond per unit.
+        nodes: terms [choices] per node.
+        edges: terms [source, target] per edge (an index into `Problem.edges`), finite.
+        slack: empty for a hard row; else the slack that absorbs the excess, at one microsecond per
+            unit.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Row:
     slack: str = ""
 
 
-# The rows that choices violate most, of each kind; rows need not be listed beforehand.
+# A separation oracle: the rows that choices violate most, of each kind. Rows need not be listed.
 Separate = Callable[[Choices], Sequence[Row]]
 
 
@@ -66,7 +67,7 @@ class Problem:
         time_us: per node the time of each choice.
         edges: pairwise times; several edges between the same nodes add up.
         rows: limits.
-        names: per node, for messages.
+        names: per node, for error messages.
     """
 
     time_us: tuple[np.ndarray, ...]
@@ -117,15 +118,15 @@ class Problem:
             total += float(terms[choices[self.edges[e].source], choices[self.edges[e].target]])
         return total - row.limit
 
-    def busy_us(self, choices: Sequence[int]) -> float:
-        """Time of a full assignment without slacks."""
+    def choices_us(self, choices: Sequence[int]) -> float:
+        """Time of a full assignment, without slacks."""
         time = sum(float(t[c]) for t, c in zip(self.time_us, choices, strict=True))
         return time + sum(
             float(e.time_us[choices[e.source], choices[e.target]]) for e in self.edges
         )
 
     def evaluate(self, choices: Sequence[int], more: Sequence[Row] = ()) -> tuple[float, float]:
-        """Time in microseconds with slacks, and by how much hard rows are exceeded at most.
+        """Time in microseconds with slacks, and the largest excess over a hard row.
 
         Args:
             more: rows beside the problem's own.
@@ -138,17 +139,17 @@ class Problem:
                 slacks[row.slack] = max(slacks.get(row.slack, 0.0), usage)
             else:
                 excess = max(excess, usage)
-        return self.busy_us(choices) + sum(slacks.values()), excess
+        return self.choices_us(choices) + sum(slacks.values()), excess
 
 
 @dataclass(frozen=True)
 class Branch:
-    """How branching divided assignments, and the prices that bounded each part.
+    """A node of the branching tree.
 
     Args:
-        decided: per node that was divided its choices in this part (indices).
-        prices: by the row's name.
-        parts: what it was divided into.
+        decided: per node that was branched on, its choices in this part (indices).
+        prices: that bounded this part, by row name.
+        parts: its children.
     """
 
     decided: Mapping[int, np.ndarray]
@@ -163,14 +164,14 @@ class Solution:
     Args:
         choices: per node.
         time_us: of the choices, slacks included.
-        bound_us: no assignment within the rows is faster than this.
-        method: what certified it ("elimination", "prices", "ilp (HiGHS)").
-        prices: what a unit of each row is worth, by the row's name.
-        relaxed_us: the bound that prices alone reached.
-        near: where that and the time are apart, the assignments met that are faster than this one
+        bound_us: no assignment within the rows is faster.
+        method: what certified the gap ("elimination", "Lagrangian prices", "ilp (HiGHS)").
+        prices: Lagrangian prices, by row name.
+        relaxed_us: the bound at these prices alone.
+        near: if that does not close the gap, the visited assignments that are faster than this one
             at these prices.
-        tree: how branching went, if there was any.
-        met: the assignments that were met.
+        tree: of branching, if there was any.
+        visited: assignments that were evaluated.
     """
 
     choices: Choices
@@ -181,7 +182,7 @@ class Solution:
     relaxed_us: float = -math.inf
     near: tuple[Choices, ...] = ()
     tree: Branch | None = None
-    met: tuple[Choices, ...] = ()
+    visited: tuple[Choices, ...] = ()
 
     @property
     def gap(self) -> float:

@@ -1,8 +1,8 @@
-"""Smaller problems: each is made from one and reads its choices back."""
+"""Smaller problems: each is made from one, and reads its choices back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,57 +11,88 @@ from autopar.solver.problem import Choices, PairCost, Problem, Row
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the terms of a node or of an edge go when copies share their choices.
+class Target:
+    """Where the terms of a node or of an edge are added when nodes are tied.
 
     Args:
-        is_edge: to an edge between classes, or else to a class.
+        is_edge: to an edge between classes; else to a class.
         index: of the edge, or of the class.
-        turned: the edge's ends are the other way around.
-        inside: an edge between copies, which make the same choice on both ends.
+        transposed: the edge between the classes points the other way.
+        diagonal: an edge inside a class, both ends of which take the same choice.
     """
 
     is_edge: bool
     index: int
-    turned: bool = False
-    inside: bool = False
+    transposed: bool = False
+    diagonal: bool = False
 
-    def seen(self, terms: np.ndarray) -> np.ndarray:
+    def project(self, terms: np.ndarray) -> np.ndarray:
         """The terms over the choices of the class, or of the two classes."""
-        return np.diagonal(terms) if self.inside else terms.T if self.turned else terms
+        return np.diagonal(terms) if self.diagonal else terms.T if self.transposed else terms
 
 
-class Shared:
+@dataclass(frozen=True)
+class TiedProblem:
+    """A problem, and which of its nodes may be tied.
+
+    Args:
+        problem: over all nodes.
+        classes: per node; nodes of one class may be tied.
+        node_costs, edge_costs: as for `TiedVariables`.
+    """
+
+    problem: Problem
+    classes: tuple[int, ...]
+    node_costs: tuple[int, ...] | None = None
+    edge_costs: tuple[int, ...] | None = None
+
+    def tied(self, classes: Sequence[Hashable] | None = None) -> TiedVariables:
+        """The problem with its classes, or with others, tied."""
+        if classes is None:
+            classes = self.classes
+        return TiedVariables(self.problem, classes, self.node_costs, self.edge_costs)
+
+
+class TiedVariables:
     """Nodes of one class take the same choice (repeated blocks): their costs add up.
 
-    Exact for the restricted problem in which classes agree. Nodes of a class must have equally many
-    choices.
+    Exact for the restricted problem in which the nodes of a class agree. They must have equally
+    many choices.
 
     Args:
         problem: over all nodes.
         classes: per node.
+        node_costs, edge_costs: per node and per edge an integer; those with equal integers have
+            equal costs, which are then counted instead of added one by one.
 
     Attributes:
         problem: over the classes, in the order in which they first occur.
     """
 
-    def __init__(self, problem: Problem, classes: Sequence[Hashable]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        classes: Sequence[Hashable],
+        node_costs: Sequence[int] | None = None,
+        edge_costs: Sequence[int] | None = None,
+    ) -> None:
         order = {c: i for i, c in enumerate(dict.fromkeys(classes))}
-        self._whole = problem
         self._index = [order[c] for c in classes]
+        self._node_targets = [Target(False, i) for i in self._index]
+        self._edge_targets: list[Target] = []
         ends: dict[tuple[int, int], int] = {}
-        classes_at = [Place(False, i) for i in range(len(order))]
-        self._nodes = [classes_at[i] for i in self._index]
-        self._edges: list[Place] = []
         for edge in problem.edges:
             a, b = self._index[edge.source], self._index[edge.target]
             if a == b:
-                self._edges.append(Place(False, a, inside=True))
+                self._edge_targets.append(Target(False, a, diagonal=True))
             else:
                 index = ends.setdefault((min(a, b), max(a, b)), len(ends))
-                self._edges.append(Place(True, index, turned=a > b))
+                self._edge_targets.append(Target(True, index, transposed=a > b))
         nodes, edges = self._sum(
-            dict(enumerate(problem.time_us)), {e: x.time_us for e, x in enumerate(problem.edges)}
+            enumerate(problem.time_us),
+            ((e, edge.time_us) for e, edge in enumerate(problem.edges)),
+            node_costs or range(len(problem.time_us)),
+            edge_costs or range(len(problem.edges)),
         )
         names = dict(zip(self._index[::-1], problem.names[::-1], strict=False))
         self.problem = Problem(
@@ -72,20 +103,24 @@ class Shared:
         )
 
     def _sum(
-        self, nodes: Mapping[int, np.ndarray], edges: Mapping[int, np.ndarray]
+        self,
+        nodes: Iterable[tuple[int, np.ndarray]],
+        edges: Iterable[tuple[int, np.ndarray]],
+        node_costs: Sequence[int],
+        edge_costs: Sequence[int],
     ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-        places = [(self._nodes[v], terms) for v, terms in nodes.items()]
-        places += [(self._edges[e], terms) for e, terms in edges.items()]
-        groups = Groups(places)
-        return groups.sums(groups.counts(np.arange(len(places))))
+        terms = [(self._node_targets[v], ("node", node_costs[v]), terms) for v, terms in nodes]
+        terms += [(self._edge_targets[e], ("edge", edge_costs[e]), terms) for e, terms in edges]
+        return TermGroups(terms).sums(np.ones(len(terms), dtype=bool))
 
-    def place(self, index: int, is_edge: bool) -> Place:
-        """Where the terms of a node or of an edge go."""
-        return (self._edges if is_edge else self._nodes)[index]
+    def target(self, index: int, is_edge: bool) -> Target:
+        """Where the terms of a node or of an edge are added."""
+        return (self._edge_targets if is_edge else self._node_targets)[index]
 
     def row(self, row: Row) -> Row:
         """The row over the classes."""
-        nodes, edges = self._sum(row.nodes, row.edges)
+        each = range(len(self._index)), range(len(self._edge_targets))
+        nodes, edges = self._sum(row.nodes.items(), row.edges.items(), *each)
         return replace(row, nodes=nodes, edges=edges)
 
     def expand(self, choices: Sequence[int]) -> Choices:
@@ -94,64 +129,59 @@ class Shared:
 
     def contract(self, choices: Sequence[int]) -> Choices:
         """The choice of every class, from those of nodes that agree."""
-        found = dict(zip(self._index[::-1], choices[::-1], strict=True))
-        return tuple(found[i] for i in range(len(found)))
+        by_class = dict(zip(self._index[::-1], choices[::-1], strict=True))
+        return tuple(by_class[i] for i in range(len(by_class)))
 
 
-class Groups:
-    """Terms with their places, by what they add where: what adds the same is counted, so that
-    copies cost nothing. Copies have the same arrays, not equal ones.
+class TermGroups:
+    """Terms with equal values and the same target, counted, so that copies of a block cost nothing.
 
     Args:
-        terms: (place, values) of each.
-        cut: what is done to values where they go, such as leaving some out.
+        terms: (target, key, values) of each; equal keys have equal values.
+        restrict: applied to projected values, such as leaving out choices.
     """
 
     def __init__(
         self,
-        terms: Iterable[tuple[Place, np.ndarray]],
-        cut: Callable[[Place, np.ndarray], np.ndarray] = lambda place, seen: seen,
+        terms: Iterable[tuple[Target, Hashable, np.ndarray]],
+        restrict: Callable[[Target, np.ndarray], np.ndarray] = lambda target, values: values,
     ) -> None:
-        known: dict[tuple[Place, int], int] = {}
-        self._distinct: list[tuple[Place, np.ndarray]] = []
-        of = []
-        for place, values in terms:
-            key = place, id(values)
-            if key not in known:
-                known[key] = len(known)
-                self._distinct.append((place, cut(place, place.seen(values))))
-            of.append(known[key])
-        self._of = np.array(of, dtype=np.int64)
+        groups: dict[tuple[Target, Hashable], int] = {}
+        self._distinct: list[tuple[Target, np.ndarray]] = []
+        group_of = []
+        for target, key, values in terms:
+            group = groups.setdefault((target, key), len(groups))
+            if group == len(self._distinct):
+                self._distinct.append((target, restrict(target, target.project(values))))
+            group_of.append(group)
+        self._group_of = np.array(group_of, dtype=np.int64)
 
-    def counts(self, some: np.ndarray) -> np.ndarray:
-        """[groups]: how many of some terms (their indices, or a mask) are of each group."""
-        return np.bincount(self._of[some], minlength=len(self._distinct))
-
-    def sums(self, counts: np.ndarray) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-        """Per class and per edge between classes, what so many of each group add up to."""
+    def sums(self, included: np.ndarray) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """Per class, and per edge between classes, the sum of its included terms ([terms] mask)."""
+        counts = np.bincount(self._group_of[included], minlength=len(self._distinct))
         nodes: dict[int, np.ndarray] = {}
         edges: dict[int, np.ndarray] = {}
         for g in np.flatnonzero(counts):
-            place, seen = self._distinct[g]
-            found, more = (edges if place.is_edge else nodes), seen * float(counts[g])
-            found[place.index] = found[place.index] + more if place.index in found else more
+            target, values = self._distinct[g]
+            sums, more = (edges if target.is_edge else nodes), values * float(counts[g])
+            sums[target.index] = sums[target.index] + more if target.index in sums else more
         return nodes, edges
 
 
-class Kept:
-    """Only the choices `kept[v]` (indices) of each node remain.
+class RestrictedDomains:
+    """Only the choices `domains[v]` (indices) of each node remain.
 
     Attributes:
-        problem: over the choices kept.
+        problem: over the choices that remain.
     """
 
-    def __init__(self, problem: Problem, kept: Sequence[np.ndarray]) -> None:
+    def __init__(self, problem: Problem, domains: Sequence[np.ndarray]) -> None:
         self._ends = [(e.source, e.target) for e in problem.edges]
-        self._kept = kept
+        self._domains = domains
         self.problem = Problem(
-            tuple(t[k] for t, k in zip(problem.time_us, kept, strict=True)),
+            tuple(t[d] for t, d in zip(problem.time_us, domains, strict=True)),
             tuple(
-                replace(e, time_us=e.time_us[np.ix_(kept[e.source], kept[e.target])])
+                replace(e, time_us=self._select(e.time_us, e.source, e.target))
                 for e in problem.edges
             ),
             tuple(map(self.row, problem.rows)),
@@ -159,23 +189,24 @@ class Kept:
         )
 
     def row(self, row: Row) -> Row:
-        """The row over the choices kept."""
-        nodes = {v: self._cut(terms, v) for v, terms in row.nodes.items()}
-        edges = {e: self._cut(terms, *self._ends[e]) for e, terms in row.edges.items()}
+        """The row over the choices that remain."""
+        nodes = {v: self._select(terms, v) for v, terms in row.nodes.items()}
+        edges = {e: self._select(terms, *self._ends[e]) for e, terms in row.edges.items()}
         return replace(row, nodes=nodes, edges=edges)
 
-    def _cut(self, terms: np.ndarray, *nodes: int) -> np.ndarray:
-        return terms[np.ix_(*(self._kept[v] for v in nodes))]
+    def _select(self, terms: np.ndarray, *nodes: int) -> np.ndarray:
+        return terms[np.ix_(*(self._domains[v] for v in nodes))]
 
-    def cut(self, place: Place, terms: np.ndarray) -> np.ndarray:
-        """Terms over all choices of a node, or of the ends of an edge, over the choices kept."""
-        nodes = self._ends[place.index] if place.is_edge else (place.index,)
-        return self._cut(terms, *nodes)
+    def restrict(self, target: Target, terms: np.ndarray) -> np.ndarray:
+        """Terms of a node, or of the ends of an edge, over the choices that remain."""
+        nodes = self._ends[target.index] if target.is_edge else (target.index,)
+        return self._select(terms, *nodes)
 
     def expand(self, choices: Sequence[int]) -> Choices:
-        """Indices among all choices, from those among the kept."""
-        return tuple(int(self._kept[v][c]) for v, c in enumerate(choices))
+        """Indices among all choices, from those among the choices that remain."""
+        return tuple(int(self._domains[v][c]) for v, c in enumerate(choices))
 
     def contract(self, choices: Sequence[int]) -> Choices:
-        """Indices among the kept, from those among all choices."""
-        return tuple(int(np.searchsorted(k, c)) for k, c in zip(self._kept, choices, strict=True))
+        """Indices among the choices that remain, from those among all choices."""
+        pairs = zip(self._domains, choices, strict=True)
+        return tuple(int(np.searchsorted(domain, c)) for domain, c in pairs)

@@ -1,10 +1,10 @@
-"""`solve(problem) -> solution`: prices for a bound, fixing by it, and branching on what is left.
+"""`solve(problem) -> solution`: Lagrangian bounds, variable fixing, and branch and bound.
 
-`dual` finds the best lower bound that prices on rows can give, and meets good assignments on the
-way. Every choice goes whose min-marginal under these prices exceeds what is better than the best
-assignment by the gap. While bound and best assignment differ, the region with the lowest bound is
-solved as an integer program, if it has become small, or else divided in two. How it was divided
-leads the branching of a problem that is nearly the same.
+Cutting planes find the best lower bound that prices on rows can give, and visit good assignments on
+the way. A choice is dropped when its min-marginal under these prices exceeds the best assignment
+less the gap. While the bound and the best assignment differ, the subproblem with the lowest bound
+is solved as an integer program if it is small, and divided in two if not. Its branching tree guides
+the branching of a similar problem.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from autopar.errors import InfeasibleError
-from autopar.solver.dual import Pool, Region
-from autopar.solver.ilp import available_backend, size_of
+from autopar.solver.cutting_planes import CutPool
+from autopar.solver.ilp import size_of
+from autopar.solver.linear_program import available_backend
 from autopar.solver.merging import Merged
 from autopar.solver.problem import Branch, Choices, Problem, Row, Separate, Solution
-from autopar.solver.recombination import by_program, recombine
-from autopar.solver.reductions import Kept
+from autopar.solver.reductions import RestrictedDomains
+from autopar.solver.restricted_mip import solve_restricted, visit_optimum
+from autopar.solver.subproblem import Subproblem
 
+# What `disable` switches off, to measure what each earns. "replay" and "interleaving" are layers of
+# `planner.search`.
+LAYERS = ("elimination", "messages", "merging", "restricted MIP", "replay", "interleaving")
 TARGET_GAP = 9.9e-4
-# evaluations of the dual: at first, and in a half of a region
-PRICE_STEPS, BRANCH_STEPS = 60, 6
-# A region is narrowed where bound and best assignment are this close, and closer by this than when
-# it was narrowed last.
-NARROW_GAP, NARROWED = 0.2, 0.7
-# In times of all that is done, for all that was too much: prices at which the hard rows are mostly
-# met.
-ENTERING_PRICES = (1.0, 4.0)
-# Of the time, what is spent on finding an assignment within the hard rows before `fallback` helps.
-ENTERING = 0.25
-# variables of an integer program that is solved rather than divided
+# evaluations of the dual: of the root, and of a branch
+ROOT_STEPS, BRANCH_STEPS = 60, 6
+# Choices are fixed where bound and best assignment are this close, and closer by this factor than
+# when they were fixed last.
+FIX_GAP, FIX_PROGRESS = 0.2, 0.7
+# Prices of hard rows, in steps per largest excess, at which most assignments are within them.
+FEASIBILITY_PRICES = (1.0, 4.0)
+# The share of the time spent on finding an assignment within the hard rows before `fallback`.
+FEASIBILITY_SHARE = 0.25
+# variables of an integer program that is solved, not divided
 SMALL_PROGRAM = 4000
 
 
@@ -51,51 +55,51 @@ def solve(
     time_limit: float = 60.0,
     gap: float = TARGET_GAP,
     enough_us: float = -math.inf,
-    regions: float = math.inf,
-    recombinations: int = 6,
+    subproblems: float = math.inf,
+    mip_rounds: int = 6,
     fallback: Callable[[], Iterable[Choices]] | None = None,
     progress: Callable[[str], None] | None = None,
+    disable: frozenset[str] = frozenset(),
 ) -> Solution:
     """The fastest assignment within the rows, with a certified gap.
 
     Args:
-        separate: rows are made when needed: for choices, those they violate most, of each kind.
-        starts: assignments to begin from.
-        prices: of rows, by name, to begin from.
-        tree: how branching went on a problem that is nearly the same.
-        time_limit: seconds; afterwards the best found is returned with its gap.
-        gap: good enough.
+        separate: makes rows when they are needed.
+        starts: assignments to visit first.
+        prices: by row name, to start from.
+        tree: of branching on a similar problem, to follow.
+        time_limit: seconds; afterwards the best assignment is returned with its gap.
+        gap: relative, at which to stop.
         enough_us: stop at an assignment as fast as this.
-        regions: that branching looks at, at most, to close the gap that prices leave; if there is
-            a limit, none is solved as an integer program.
-        recombinations: of what was met, at most; each as rows turn up that the one before violates.
-        fallback: asked for assignments where none within the hard rows is found for a while.
-        progress: called with a line for each phase.
+        subproblems: that branch and bound explores, at most; with a limit, none is solved as an
+            integer program.
+        mip_rounds: of the restricted MIP, at most; each has the rows that the last one violated.
+        fallback: gives assignments where none within the hard rows is found for a while.
+        progress: called with a line per phase.
+        disable: names of `LAYERS` to switch off.
 
     Raises:
-        InfeasibleError: no assignment is within the hard rows; says how far the best is outside.
+        InfeasibleError: no assignment is within the hard rows; has the smallest excess.
     """
     search = _Search(
-        problem,
+        CutPool(problem, separate, disable),
         separate,
         time.monotonic() + time_limit,
         gap,
         enough_us,
-        regions,
-        recombinations,
+        subproblems,
+        0 if "restricted MIP" in disable else mip_rounds,
         fallback or (lambda: ()),
         progress or (lambda line: None),
-        Pool(problem, separate),
     )
-    every = [np.flatnonzero(np.isfinite(t)) for t in problem.time_us]
-    return search.run(starts, prices or {}, every, tree)
+    return search.run(starts, prices or {}, tree)
 
 
 @dataclass(eq=False)
 class _Node:
-    """A region in the tree of branching."""
+    """A subproblem in the branching tree."""
 
-    region: Region
+    subproblem: Subproblem
     parts: list[_Node] = field(default_factory=list)
 
     def leaves(self) -> list[_Node]:
@@ -103,212 +107,203 @@ class _Node:
 
     def branch(self) -> Branch:
         parts = tuple(part.branch() for part in self.parts)
-        return Branch(self.region.decided, self.region.prices, parts)
+        return Branch(self.subproblem.decided, self.subproblem.prices, parts)
 
 
 @dataclass
 class _Search:
-    problem: Problem
+    pool: CutPool
     separate: Separate | None
     end: float
     gap: float
     enough_us: float
-    regions: float
-    recombinations: int
+    subproblems: float
+    mip_rounds: int
     fallback: Callable[[], Iterable[Choices]]
     say: Callable[[str], None]
-    pool: Pool
     bound: float = -math.inf
 
     @property
     def margin(self) -> float:
-        """What is better by less is left aside; rounding may not make it more than the gap."""
+        """Improvements by less are dropped: the gap, and room for rounding."""
         return self.gap * (1 - 1e-6)
 
     def run(
-        self,
-        starts: Sequence[Choices],
-        prices: Mapping[str, float],
-        kept: Sequence[np.ndarray],
-        tree: Branch | None,
+        self, starts: Sequence[Choices], prices: Mapping[str, float], tree: Branch | None
     ) -> Solution:
-        pool, problem = self.pool, self.problem
+        pool, problem = self.pool, self.pool.problem
         for start in starts:
-            pool.note(start)
-        whole = Region(pool, kept)
-        known = {row.name for row in pool.rows}
-        whole.prices = {name: price for name, price in prices.items() if name in known}
-        if whole.evaluate(whole.prices).choices is None:
+            pool.visit(start)
+        root = Subproblem(pool, [np.flatnonzero(np.isfinite(t)) for t in problem.time_us])
+        root.prices = pool.known_prices(prices)
+        if root.evaluate(root.prices).choices is None:
             raise InfeasibleError(
                 "no assignment satisfies the constraints on layouts, whatever the memory",
                 budget_bytes=math.inf,
                 smallest_bytes=math.inf,
             )
-        self.say(
-            f"{len(problem.time_us)} nodes, {whole.sizes()} choices: at least {whole.bound:.0f} us"
-        )
+        nodes, bound = len(problem.time_us), root.bound
+        self.say(f"{nodes} nodes, {root.size()} choices: at least {bound:.0f} us")
         if pool.choices is None:
-            self._enter(whole)
+            self._find_feasible(root)
         if tree is not None:
-            return self._branch_and_bound(whole, self._replayed(whole, tree))
-        region = self._raise(whole, PRICE_STEPS)
-        self.bound = region.lowest
+            return self._branch_and_bound(root, self._replayed(root, tree))
+        root = self._tighten_bound(root, ROOT_STEPS)
+        self.bound = root.lowest
         if self._done():
-            return self._solution(region, "prices" if region.prices else "elimination")
-        self.say(f"{pool.time_us:.0f} us found, bound {self.bound:.0f} us")
-        self._recombine(region)
-        if self._done() or not self.regions:
-            return self._solution(region, "prices")
-        return self._branch_and_bound(region, _Node(region.fixed(self.margin)))
+            return self._solution(root, "Lagrangian prices" if root.prices else "elimination")
+        self.say(f"best {pool.time_us:.0f} us, bound {self.bound:.0f} us")
+        self._restricted_mip(root)
+        if self._done() or not self.subproblems:
+            return self._solution(root, "Lagrangian prices")
+        return self._branch_and_bound(root, _Node(root.fixed(self.margin)))
 
-    def _replayed(self, region: Region, tree: Branch) -> _Node:
-        """A region divided as another was, at the prices that bounded the parts of that one."""
-        if not self._worthwhile(region) or not tree.parts:
-            return _Node(region)
-        region = region.fixed(self.margin)
-        known = {row.name for row in self.pool.rows}
+    def _replayed(self, subproblem: Subproblem, tree: Branch) -> _Node:
+        """A subproblem divided as in another tree, each part bounded at its prices there."""
+        if not self._worthwhile(subproblem) or not tree.parts:
+            return _Node(subproblem)
+        subproblem = subproblem.fixed(self.margin)
         parts = []
         for branch in tree.parts:
-            part = region.part(branch.decided)
-            if all(map(len, part.kept)):
-                prices = {name: price for name, price in branch.prices.items() if name in known}
-                part.evaluate(prices)
+            part = subproblem.part(branch.decided)
+            if all(map(len, part.domains)):
+                part.evaluate(self.pool.known_prices(branch.prices))
                 parts.append(self._replayed(part, branch))
-        return _Node(region, parts)
+        return _Node(subproblem, parts)
 
     def _done(self) -> bool:
         best = self.pool.time_us
         closed = best - self.bound <= self.gap * abs(best) or best <= self.enough_us
         return closed or time.monotonic() > self.end
 
-    def _solution(self, root: Region, method: str, tree: Branch | None = None) -> Solution:
+    def _solution(self, root: Subproblem, method: str, tree: Branch | None = None) -> Solution:
         pool = self.pool
         assert pool.choices is not None
-        apart = pool.time_us - root.bound > self.gap * abs(pool.time_us)
+        open_gap = pool.time_us - root.bound > self.gap * abs(pool.time_us)
         return Solution(
             pool.choices, pool.time_us, min(self.bound, pool.time_us), method, root.prices,
             root.bound,
-            tuple(root.near() if apart else ()),
-            tree, tuple(pool.lines),
+            tuple(root.near() if open_gap else ()),
+            tree, tuple(pool.planes),
         )  # fmt: skip
 
-    def _raise(self, region: Region, steps: int) -> Region:
-        """Raise a region's bound, and narrow it whenever that has become possible."""
-        while steps > 0 and self._worthwhile(region) and not self._done():
+    def _tighten_bound(self, subproblem: Subproblem, steps: int) -> Subproblem:
+        """Raise the bound of a subproblem, and fix choices whenever that has become possible."""
+        while steps > 0 and self._worthwhile(subproblem) and not self._done():
             best = self.pool.time_us
-            apart = best - region.bound
-            if apart <= min(NARROW_GAP * abs(best), NARROWED * (best - region.narrowed_at)):
-                region = region.fixed(self.margin)
-            before = region.bound, len(self.pool.lines)
-            region.maximize(gap=self.gap, steps=1, done=self._done)
+            distance = best - subproblem.bound
+            progress = FIX_PROGRESS * (best - subproblem.fixed_at)
+            if distance <= min(FIX_GAP * abs(best), progress):
+                subproblem = subproblem.fixed(self.margin)
+            before = subproblem.bound, len(self.pool.planes)
+            subproblem.maximize(gap=self.gap, steps=1, done=self._done)
             steps -= 1
-            if (region.bound, len(self.pool.lines)) == before:
+            if (subproblem.bound, len(self.pool.planes)) == before:
                 break
-        return region
+        return subproblem
 
-    def _recombine(self, region: Region) -> None:
-        """The best assignment made of choices that occur together in the mixture that reaches the
-        bound, and in the best known one."""
-        recombine(
-            self.pool, region.used(), rounds=self.recombinations, gap=self.gap / 4,
+    def _restricted_mip(self, subproblem: Subproblem) -> None:
+        """Visit the best assignment made of the choices of the best known and of those near it."""
+        solve_restricted(
+            self.pool, subproblem.near_domains(), rounds=self.mip_rounds, gap=self.gap / 4,
             done=self._done, say=self.say,
         )  # fmt: skip
 
-    def _branch_and_bound(self, root: Region, tree: _Node) -> Solution:
-        """Best bound first.
+    def _branch_and_bound(self, root: Subproblem, tree: _Node) -> Solution:
+        """Lowest bound first.
 
         Args:
             root: all assignments.
-            tree: what of them may be better than the best known, divided already or not.
+            tree: those of them that may be better than the best known, divided already or not.
         """
         order = itertools.count()
         leaves = tree.leaves()
-        self.bound = max(self.bound, min(leaf.region.lowest for leaf in leaves))
+        self.bound = max(self.bound, min(leaf.subproblem.lowest for leaf in leaves))
         best = self.pool.choices
         if tree.parts and best is not None:
             for leaf in leaves:
-                if leaf.region.covers(best) and self._worthwhile(leaf.region):
-                    leaf.region = self._raise(leaf.region, BRANCH_STEPS)
-                    self._recombine(leaf.region)
-        heap = [(leaf.region.lowest, next(order), leaf) for leaf in leaves]
+                if leaf.subproblem.covers(best) and self._worthwhile(leaf.subproblem):
+                    leaf.subproblem = self._tighten_bound(leaf.subproblem, BRANCH_STEPS)
+                    self._restricted_mip(leaf.subproblem)
+        heap = [(leaf.subproblem.lowest, next(order), leaf) for leaf in leaves]
         heapq.heapify(heap)
-        looked, programs = 0, 0
-        left = math.inf  # the lowest bound of parts that hold nothing better by the gap
-        while heap and not self._done() and looked < self.regions:
+        explored, programs = 0, 0
+        closed = math.inf  # the lowest bound of parts in which nothing is better by the gap
+        while heap and not self._done() and explored < self.subproblems:
             _, _, node = heapq.heappop(heap)
             if node is not tree:
-                node.region = self._raise(node.region, BRANCH_STEPS)
-            looked += 1
-            region = node.region
-            if self._worthwhile(region):
-                small = self._small(region)
+                node.subproblem = self._tighten_bound(node.subproblem, BRANCH_STEPS)
+            explored += 1
+            subproblem = node.subproblem
+            parts: list[_Node] = []
+            if self._worthwhile(subproblem):
+                small = self._small_program(subproblem)
                 if small is not None:
                     programs += 1
                     seconds = max(1.0, self.end - time.monotonic())
-                    bound = by_program(
+                    bound = visit_optimum(
                         self.pool, *small, gap=self.gap / 4, seconds=seconds, better_by=self.gap / 2
                     )
-                    region.bound = max(region.bound, bound)
-                    again = [node] if self._worthwhile(region) else []  # rows were missing
+                    subproblem.bound = max(subproblem.bound, bound)
+                    parts = [node] if self._worthwhile(subproblem) else []  # rows were missing
                 else:
-                    again = node.parts = [_Node(half) for half in region.branches()]
-                for part in again:
-                    heapq.heappush(heap, (part.region.lowest, next(order), part))
-                if not again:  # a single assignment, too large for a program
-                    left = min(left, region.lowest)
-            else:
-                left = min(left, region.lowest)
-            lowest = min(left, heap[0][0] if heap else math.inf)
+                    parts = node.parts = [_Node(half) for half in subproblem.branches()]
+            for part in parts:
+                heapq.heappush(heap, (part.subproblem.lowest, next(order), part))
+            if not parts:
+                closed = min(closed, subproblem.lowest)
+            lowest = min(closed, heap[0][0] if heap else math.inf)
             self.bound = max(self.bound, min(lowest, self.pool.time_us))
-            if looked % 16 == 0:
+            if explored % 16 == 0:
                 self.say(
-                    f"{self.pool.time_us:.0f} us found, bound {self.bound:.0f} us, "
-                    f"{len(heap)} regions"
+                    f"best {self.pool.time_us:.0f} us, bound {self.bound:.0f} us, "
+                    f"{len(heap)} open subproblems"
                 )
         method = f"ilp ({available_backend()})" if programs else "branch and bound"
         return self._solution(root, method, tree.branch())
 
-    def _worthwhile(self, region: Region) -> bool:
+    def _worthwhile(self, subproblem: Subproblem) -> bool:
+        """Whether it may hold an assignment that is better by the gap."""
         best = self.pool.time_us
-        return best == math.inf or best - region.bound > self.margin * abs(best)
+        return best == math.inf or best - subproblem.bound > self.margin * abs(best)
 
-    def _small(self, region: Region) -> tuple[Kept, Merged] | None:
-        """The region's integer program, if it is small."""
-        if math.isfinite(self.regions) or region.sizes() > SMALL_PROGRAM // 3:
+    def _small_program(self, subproblem: Subproblem) -> tuple[RestrictedDomains, Merged] | None:
+        """The integer program of a subproblem, if it is small."""
+        if math.isfinite(self.subproblems) or subproblem.size() > SMALL_PROGRAM // 3:
             return None
-        kept = Kept(replace(self.problem, rows=tuple(self.pool.rows)), region.kept)
-        merged = Merged(kept.problem)
-        return (kept, merged) if size_of(merged.problem) <= SMALL_PROGRAM else None
+        problem = replace(self.pool.problem, rows=tuple(self.pool.rows))
+        restricted = RestrictedDomains(problem, subproblem.domains)
+        merged = Merged(restricted.problem, "merging" not in self.pool.disable)
+        return (restricted, merged) if size_of(merged.problem) <= SMALL_PROGRAM else None
 
-    def _enter(self, whole: Region) -> None:
-        """Find an assignment within the hard rows: at high prices for them, or else by itself."""
+    def _find_feasible(self, root: Subproblem) -> None:
+        """Visit an assignment within the hard rows: at high prices for them, or else by minimizing
+        the largest excess."""
         pool = self.pool
-        for price in ENTERING_PRICES:
-            whole.evaluate(whole.hard_prices(price))
+        for price in FEASIBILITY_PRICES:
+            root.evaluate(pool.hard_prices(price))
             if pool.choices is not None:
                 return
-        left = self.end - time.monotonic()
+        seconds = self.end - time.monotonic()
         try:
-            pool.note(self._within(pool.rows, ENTERING * left))
+            pool.visit(self._least_excess(FEASIBILITY_SHARE * seconds))
         except InfeasibleError as error:
             if error.proven:
                 raise
             for choices in self.fallback():
-                pool.note(choices)
+                pool.visit(choices)
             if pool.choices is None:
-                pool.note(self._within(pool.rows, math.inf))
+                pool.visit(self._least_excess(math.inf))
 
-    def _within(self, rows: Sequence[Row], limit: float) -> Choices:
-        """An assignment within the hard rows: least is by how much the largest exceeds its limit.
-
-        Args:
-            limit: seconds.
+    def _least_excess(self, seconds: float) -> Choices:
+        """An assignment within the hard rows, found by minimizing the largest excess over a limit.
 
         Raises:
             InfeasibleError: that excess is positive.
         """
-        # slacks are not negative, but what is left of a limit may be: counted from its other end.
-        # Bytes run to 1e11, so that they are counted in units of the largest limit.
+        rows, problem = self.pool.rows, self.pool.problem
+        # A slack is not negative, but an excess may be: it is counted from minus the largest limit.
+        # Bytes run to 1e11, so they are counted in units of that limit.
         offset = max(1.0, *(abs(row.limit) for row in rows if not row.slack))
 
         def soft(row: Row) -> Row:
@@ -324,29 +319,30 @@ class _Search:
             return np.where(np.isfinite(costs), 0.0, np.inf)
 
         def violated(choices: Choices) -> list[Row]:
-            found = self.separate(choices) if self.separate is not None else ()
-            return [soft(row) for row in found if not row.slack]
+            rows = self.separate(choices) if self.separate is not None else ()
+            return [soft(row) for row in rows if not row.slack]
 
-        loose = Problem(
-            tuple(map(free, self.problem.time_us)),
-            tuple(replace(e, time_us=free(e.time_us)) for e in self.problem.edges),
+        relaxed = Problem(
+            tuple(map(free, problem.time_us)),
+            tuple(replace(e, time_us=free(e.time_us)) for e in problem.edges),
             tuple(soft(row) for row in rows if not row.slack),
-            self.problem.names,
+            problem.names,
         )
-        found = solve(
-            loose,
+        solution = solve(
+            relaxed,
             separate=violated,
-            time_limit=min(limit, max(1.0, self.end - time.monotonic())),
+            time_limit=min(seconds, max(1.0, self.end - time.monotonic())),
             enough_us=1.0,
+            disable=self.pool.disable,
         )
-        if found.time_us > 1 + 1e-9:
-            needed = offset * found.time_us
+        if solution.time_us > 1 + 1e-9:
+            needed = offset * solution.time_us
             raise InfeasibleError(
                 f"no assignment is within the limits: the largest needs {needed:.6g}, and has "
                 f"{offset:.6g}",
                 budget_bytes=offset,
                 smallest_bytes=needed,
-                proven=found.bound_us > 1,
-                choices=found.choices,
+                proven=solution.bound_us > 1,
+                choices=solution.choices,
             )
-        return found.choices
+        return solution.choices

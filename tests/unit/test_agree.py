@@ -4,10 +4,10 @@ import pytest
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.groups import planning_groups
-from autopar.compile import Arguments, OneRank, Place, StepOptions, StepPlan, compile_step
+from autopar.compile import Arguments, OneRank, Place, StepOptions, StepPlan, autoplan, compile_step
 from autopar.errors import EngineError
 from autopar.passes.local_step import fake_arguments
-from autopar.planner.planner import autoplan, trainable_inputs
+from autopar.planner.planner import trainable_inputs
 from tests.models import CASES
 
 

@@ -1,4 +1,4 @@
-"""Constraints: the plan keeps to them, is the best that does, and what cannot be is said why."""
+"""Constraints: the plan obeys them and is the fastest that does; errors say what is possible."""
 
 import pytest
 import torch
@@ -57,11 +57,11 @@ def free() -> Planned:
     return plan()
 
 
-def layouts(found: Planned, name: str) -> set[str]:
+def layouts(result: Planned, name: str) -> set[str]:
     """Of everything that a name stands for: what the plan file says."""
-    names = Names(found.space).find(name)
-    decisions = [found.space.decisions[i] for i in names.values()]
-    return {(found.plan.layouts[s.name].split() or [""])[0] for s in decisions}
+    names = Names(result.space).find(name)
+    decisions = [result.space.decisions[i] for i in names.values()]
+    return {(result.plan.layouts[s.name].split() or [""])[0] for s in decisions}
 
 
 @pytest.mark.parametrize(
@@ -82,15 +82,15 @@ def layouts(found: Planned, name: str) -> set[str]:
     ],
 )
 def test_plans_keep_to_constraints(free, name, layout, count):
-    found = plan({name: layout})
-    assert len(set(Names(found.space).find(name).values())) == count
-    assert {x.replace("V0", "").replace("V1", "") for x in layouts(found, name)} == {layout}
-    assert found.plan.constraints == {name: layout}
-    assert found.plan.time.step_us >= free.plan.time.step_us * (1 - found.plan.solver.gap - 1e-9)
+    result = plan({name: layout})
+    assert len(set(Names(result.space).find(name).values())) == count
+    assert {x.replace("V0", "").replace("V1", "") for x in layouts(result, name)} == {layout}
+    assert result.plan.constraints == {name: layout}
+    assert result.plan.time.step_us >= free.plan.time.step_us * (1 - result.plan.solver.gap - 1e-9)
 
 
-def test_a_constraint_costs_what_pinning_costs():
-    """FixedLayouts build a smaller space; constraints forbid within the whole one. Both solve the same."""
+def test_a_constraint_costs_the_same_as_a_fixed_layout():
+    """Fixed layouts build a smaller space; constraints mask candidates of the full one."""
     for layout in ("RR", "S0R", "S1S0"):
         spec = ShardingSpec.parse(layout)
         one = plan({"blocks.2.down.weight": layout}).plan
@@ -98,11 +98,11 @@ def test_a_constraint_costs_what_pinning_costs():
         assert one.time.step_us == pytest.approx(other.time.step_us, rel=1e-3)
 
 
-def test_only_the_named_copy_is_bound(free):
+def test_constraints_bind_the_named_copy_alone(free):
     odd = next(s for s in ("RR", "S0R") if layouts(free, "blocks.2.up.weight") != {s})
-    found = plan({"blocks.2.up.weight": odd})
-    assert layouts(found, "blocks.2.up.weight") == {odd}
-    assert layouts(found, "blocks.1.up.weight") == layouts(free, "blocks.1.up.weight")
+    result = plan({"blocks.2.up.weight": odd})
+    assert layouts(result, "blocks.2.up.weight") == {odd}
+    assert layouts(result, "blocks.1.up.weight") == layouts(free, "blocks.1.up.weight")
 
 
 def test_layouts_may_be_several_and_say_when_to_gather():
@@ -113,17 +113,17 @@ def test_layouts_may_be_several_and_say_when_to_gather():
     assert layouts(mixed, "blocks.1.up.bias") == {"S1"}
     again = plan({"table.weight": "S0R reshard"}).plan
     assert "table.weight" in again.reshard_after_forward
-    kept = plan({"table.weight": "S0R keep", "**.up.weight": "S0R reshard"}).plan
-    assert "table.weight" not in kept.reshard_after_forward
-    assert len([n for n in kept.reshard_after_forward if n.endswith("up.weight")]) == 4
+    mixed = plan({"table.weight": "S0R keep", "**.up.weight": "S0R reshard"}).plan
+    assert "table.weight" not in mixed.reshard_after_forward
+    assert len([n for n in mixed.reshard_after_forward if n.endswith("up.weight")]) == 4
 
 
-def test_results_come_in_the_layout_asked_for(free):
-    found = plan({"outputs.1": "S0R"})
-    output = next(s for s in found.space.decisions if s.kind == "output")
+def test_results_have_the_layout_of_their_constraint(free):
+    result = plan({"outputs.1": "S0R"})
+    output = next(s for s in result.space.decisions if s.kind == "output")
     assert [str(spec) for spec in output.candidates[0].inputs] == ["", "S0R"]
     # what nobody gathers costs nothing
-    assert found.plan.time.step_us <= free.plan.time.step_us * (1 + 1e-9)
+    assert result.plan.time.step_us <= free.plan.time.step_us * (1 + 1e-9)
 
 
 # -- what cannot be -----------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_too_little_memory_is_not_blamed_on_constraints():
 
 def test_the_engine_takes_constraints_but_not_on_results():
     model = nn.Linear(4, 4)
-    with pytest.raises(ConstraintError, match="auto_engine gives results whole"):
+    with pytest.raises(ConstraintError, match="auto_engine returns global results"):
         auto_engine(model, None, "1", constraints={"outputs.0": "RR"})
     with pytest.raises(ConstraintError, match="nothing is called 'wieght'; did you mean 'weight'"):
         auto_engine(

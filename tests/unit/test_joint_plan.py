@@ -12,7 +12,6 @@ from autopar.cluster.link import Link
 from autopar.errors import InfeasibleError
 from autopar.planner.estimate import estimate_memory
 from autopar.planner.joint import plan_jointly
-from autopar.planner.pareto import with_budget
 from autopar.planner.planner import PlanningProblem, build_problem
 from autopar.report.html import render_html
 from autopar.report.text import render
@@ -34,35 +33,35 @@ def problem() -> PlanningProblem:
 
 
 def within(problem: PlanningProblem, budget: float) -> PlanningProblem:
-    return replace(problem, space=with_budget(problem.space, budget))
+    return replace(problem, budget_bytes=budget)
 
 
 def test_where_memory_does_not_bind_nothing_is_scheduled(problem):
-    pair = plan_jointly(within(problem, 2.0**40))
-    assert pair.memory is None and pair.planned.plan.step is None
-    assert pair.planned.plan.choices == problem.planned(problem.decide()).plan.choices
+    joint = plan_jointly(within(problem, math.inf))
+    assert joint.memory is None and joint.planned.plan.step is None
+    assert joint.planned.plan.choices == problem.planned(problem.decide()).plan.choices
 
 
-def test_the_pair_is_no_slower_than_sharding_first_and_fits(problem):
-    free = problem.decide(with_budget(problem.space, 2.0**40))
+def test_the_joint_plan_is_no_slower_than_sharding_first_and_fits(problem):
+    free = problem.decide(math.inf)
     needed = estimate_memory(problem.space, free.choices).total_bytes
     with pytest.raises(InfeasibleError, match=r"parameters take .* Give ") as error:
         plan_jointly(within(problem, 1000.0))
     smallest = error.value.smallest_bytes
     assert smallest < needed
     for budget in (smallest, (smallest + needed) / 2):
-        pair = plan_jointly(within(problem, budget))
-        first, best = pair.tried[0], min(t.step_us for t in pair.tried if t.added_us >= 0)
+        joint = plan_jointly(within(problem, budget))
+        first, best = joint.tried[0], min(t.step_us for t in joint.tried if t.added_us >= 0)
         assert math.isinf(first.limit_bytes) and best <= first.step_us
-        plan = pair.planned.plan
+        plan = joint.planned.plan
         assert plan.time.step_us == pytest.approx(best)
         assert plan.memory.total_bytes <= budget
-        assert plan.step.peak_bytes == peak_bytes(pair.step.program, pair.memory.schedule)
+        assert plan.step.peak_bytes == peak_bytes(joint.step.program, joint.memory.schedule)
         assert not plan.reshard_after_forward
 
 
 def test_a_plan_with_its_step_is_json_and_a_page(problem):
-    plan = plan_jointly(within(problem, 2.0**40), always=True).planned.plan
+    plan = plan_jointly(within(problem, math.inf), always=True).planned.plan
     assert ShardingPlan.from_json(plan.to_json()) == replace(plan, mesh=plan.mesh)
     assert json.loads(plan.to_json())["plan"]["step"]["added_us"] == 0
     assert "From forward to backward" in render(plan)

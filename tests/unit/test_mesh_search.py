@@ -25,23 +25,23 @@ BATCH = (torch.zeros(64, 512),)
 @pytest.mark.parametrize("devices", [1, 2, 7, 12, 30, 64])
 def test_meshes_are_all_factorizations_in_order(devices):
     divisors = [d for d in range(2, devices + 1) if devices % d == 0]
-    wanted = {
+    expected = {
         shape
         for axes in (1, 2, 3)
         for shape in itertools.product(divisors, repeat=axes)
         if math.prod(shape) == devices
     } or {(1,)}
-    found = list(meshes(devices))
-    assert len(found) == len(set(found))
-    assert set(found) == wanted
-    assert [len(m) for m in found] == sorted(len(m) for m in found)
+    result = list(meshes(devices))
+    assert len(result) == len(set(result))
+    assert set(result) == expected
+    assert [len(m) for m in result] == sorted(len(m) for m in result)
     assert all(len(m) <= 2 for m in meshes(devices, 2))
 
 
 @pytest.mark.parametrize("memory", [None, "5.1MiB"])
 @pytest.mark.parametrize("per_node", [8, 2])
 def test_the_best_mesh_equals_exhaustive_enumeration(per_node, memory):
-    found = search_meshes(
+    result = search_meshes(
         model(), BATCH, devices=8, device="H100", per_node=per_node, memory=memory
     )
     steps = {}
@@ -53,17 +53,17 @@ def test_the_best_mesh_equals_exhaustive_enumeration(per_node, memory):
             steps[shape] = math.inf
         else:
             steps[shape] = plan.time.step_us
-    plan = found.planned.plan
+    plan = result.planned.plan
     assert plan.time.step_us == min(steps.values())
     assert steps[plan.mesh] == plan.time.step_us
-    assert {t.mesh for t in found.tried} == set(steps)
-    for t in found.tried:
+    assert {t.mesh for t in result.tried} == set(steps)
+    for t in result.tried:
         assert t.bound_us <= steps[t.mesh] * (1 + 1e-9)
         if math.isinf(t.step_us):  # passed over, rightly
             assert t.bound_us >= plan.time.step_us
         else:
             assert t.step_us == steps[t.mesh]
-    assert plan.meshes == found.tried
+    assert plan.meshes == result.tried
     assert plan.model == "Sequential"
     assert ShardingPlan.from_json(plan.to_json()) == plan
 
@@ -73,15 +73,15 @@ def test_bounds_pass_meshes_over():
     lines: list[str] = []
     layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96), nn.Linear(96, 64))
     batch = (torch.zeros(4096, 64, device="meta"),)
-    found = search_meshes(layers, batch, devices=16, progress=lines.append)
-    assert sum("mesh" in line and "..." in line for line in lines) == len(found.tried) == 7
-    passed = [t for t in found.tried if t.note]
+    result = search_meshes(layers, batch, devices=16, progress=lines.append)
+    assert sum("mesh" in line and "..." in line for line in lines) == len(result.tried) == 7
+    passed = [t for t in result.tried if t.note]
     assert passed
     for t in passed:
         assert t.note == "its bound is above the best"
-        assert t.bound_us >= found.planned.plan.time.step_us
+        assert t.bound_us >= result.planned.plan.time.step_us
         step = autoplan(layers, batch, cluster=ClusterInfo.of(t.mesh)).plan.time.step_us
-        assert step >= found.planned.plan.time.step_us
+        assert step >= result.planned.plan.time.step_us
 
 
 def test_nodes_decide_the_links():
@@ -103,10 +103,12 @@ def test_nothing_fits_anywhere():
 
 
 def test_constraints_that_name_an_axis_need_a_mesh_with_it():
-    found = search_meshes(model(), BATCH, devices=4, device="H100", constraints={"0.weight": "S1R"})
-    assert found.planned.plan.mesh == (2, 2)
-    assert found.planned.plan.parameters["0.weight"] == "S1R"
-    assert [t.note for t in found.tried if t.mesh == (4,)] == ["lacks an axis"]
+    result = search_meshes(
+        model(), BATCH, devices=4, device="H100", constraints={"0.weight": "S1R"}
+    )
+    assert result.planned.plan.mesh == (2, 2)
+    assert result.planned.plan.parameters["0.weight"] == "S1R"
+    assert [t.note for t in result.tried if t.mesh == (4,)] == ["lacks an axis"]
     with pytest.raises(ConstraintError, match="nothing is called 'x'"):
         search_meshes(model(), BATCH, devices=2, constraints={"x": "R"})
 

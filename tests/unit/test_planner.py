@@ -28,7 +28,7 @@ IDS["labels"] = IDS["input_ids"]
 
 
 def test_an_uneven_vocabulary_is_split_when_memory_forbids_replicating_it():
-    """50257 is prime to 2 and 4; the embedding and its state take 617 MB whole."""
+    """50257 is prime to 2 and 4; the replicated embedding and its state take 617 MB."""
     planned = autoplan(gpt2(), (), IDS, cluster=ClusterInfo.of("2x4", "A100-40G"), memory="700MB")
     plan = planned.plan
     layout = plan.parameter_specs()["transformer.wte.weight"]
@@ -40,7 +40,7 @@ def test_an_uneven_vocabulary_is_split_when_memory_forbids_replicating_it():
         s for s in planned.space.decisions if s.node.name == "embedding" and s.kind == "op"
     )
     used = decision.candidates[held["embedding"]].inputs[0]
-    assert used.parts((2, 4)) > 1, "the lookup gathers the whole table"
+    assert used.parts((2, 4)) > 1, "the lookup gathers the table"
 
 
 def test_less_memory_never_costs_less_time_and_too_little_is_refused():
@@ -165,11 +165,11 @@ def test_nobody_pays_for_the_wait_for_a_sum_that_is_only_returned():
     def sum_us(after: nn.Module) -> tuple[float, ClusterInfo]:
         model = nn.Sequential(nn.Linear(8, 8), Mean(), after)
         space = autoplan(model, (torch.zeros(16, 8),), cluster=ClusterInfo.of("2")).space
-        link = next(k for k in space.edges if space.decisions[k.source].node.name == "mean")
-        made, wanted = (space.decisions[i].candidates for i in (link.source, link.target))
-        given = next(i for i, c in enumerate(made) if c.outputs[0].partial)
-        want = next(i for i, c in enumerate(wanted) if c.inputs[0].is_replicated)
-        return float(space.edge_costs(link).forward_us[given, want]), space.cluster
+        edge = next(e for e in space.edges if space.decisions[e.source].node.name == "mean")
+        before, after = (space.decisions[i].candidates for i in (edge.source, edge.target))
+        partial = next(i for i, c in enumerate(before) if c.outputs[0].partial)
+        replicated = next(i for i, c in enumerate(after) if c.inputs[0].is_replicated)
+        return float(space.edge_costs(edge).forward_us[partial, replicated]), space.cluster
 
     launched, cluster = sum_us(nn.Identity())
     assert launched == cluster.device.launch_us

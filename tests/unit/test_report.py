@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from autopar.cluster.cluster import ClusterInfo
+from autopar.compile import autoplan
 from autopar.plan import Baseline, ShardingPlan
 from autopar.planner import describe as words
 from autopar.planner.baselines import baseline_plans
-from autopar.planner.planner import Planned, autoplan, make_plan
+from autopar.planner.planner import Planned, make_plan
 from autopar.report.html import render_html
 from autopar.report.text import render
 from autopar.units import bytes_text, count_text, time_text

@@ -10,13 +10,14 @@ import pytest
 from autopar.errors import InfeasibleError
 from autopar.solver import PairCost, Problem, Row, solve
 from autopar.solver.contraction import Contraction
-from autopar.solver.dual import Pool, Region
+from autopar.solver.cutting_planes import CutPool
 from autopar.solver.ilp import solve_ilp
 from autopar.solver.merging import Merged
 from autopar.solver.messages import minimize_core
 from autopar.solver.problem import Branch
-from autopar.solver.recombination import mixed, recombine
-from autopar.solver.reductions import Kept, Shared
+from autopar.solver.reductions import RestrictedDomains, TiedVariables
+from autopar.solver.restricted_mip import combine, solve_restricted
+from autopar.solver.subproblem import Subproblem
 
 
 def budget_row(memory, edge_memory, budget):
@@ -63,8 +64,8 @@ def brute_force(problem: Problem) -> float:
 def budgets(seed: int, late: int = 0) -> tuple[float, float]:
     """The least memory of any assignment, and of the fastest."""
     priced = random_problem(seed, budget=0.0, late=late)
-    found = every(priced)
-    return min(m for _, m in found), min(found)[1]
+    outcomes = every(priced)
+    return min(m for _, m in outcomes), min(outcomes)[1]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -97,11 +98,13 @@ def test_the_bound_is_one_however_large_a_gap_is_good_enough(seed, gap, program,
     """By branching alone, and with integer programs."""
     module = sys.modules[solve.__module__]  # the package has the function under its name
     monkeypatch.setattr(module, "SMALL_PROGRAM", program)
-    monkeypatch.setattr(sys.modules[recombine.__module__], "MAX_PROGRAM", program)
+    monkeypatch.setattr(sys.modules[solve_restricted.__module__], "MAX_PROGRAM", program)
     leanest, fastest = budgets(seed, 3)
     budget = leanest + 0.4 * (fastest - leanest)
     problem = random_problem(seed, nodes=6, budget=budget, late=3)
     if not np.isfinite(brute_force(problem)):
+        with pytest.raises(InfeasibleError):
+            solve(problem, gap=gap)
         return
     solution = solve(problem, gap=gap)
     best = brute_force(problem)
@@ -128,12 +131,14 @@ def test_rows_made_when_needed_are_as_good_as_rows_listed(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_time_leaves_is_the_best_found_and_its_gap(seed):
+def test_out_of_time_the_best_assignment_has_its_gap(seed):
     """Given no time at all, the first that fits, and a bound that is one."""
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, nodes=6, budget=(leanest + fastest) / 2, late=2)
     best = brute_force(problem)
     if not np.isfinite(best):
+        with pytest.raises(InfeasibleError):
+            solve(problem)
         return
     solution = solve(problem, gap=1e-6, time_limit=0.0)
     time_us, excess = problem.evaluate(solution.choices)
@@ -148,11 +153,13 @@ def test_branching_as_on_another_problem_gives_bounds(seed, monkeypatch):
     """However different the other one is."""
     module = sys.modules[solve.__module__]
     monkeypatch.setattr(module, "SMALL_PROGRAM", 0)
-    monkeypatch.setattr(sys.modules[recombine.__module__], "MAX_PROGRAM", 0)
+    monkeypatch.setattr(sys.modules[solve_restricted.__module__], "MAX_PROGRAM", 0)
     leanest, fastest = budgets(seed, 3)
     problem = random_problem(seed, budget=leanest + 0.4 * (fastest - leanest), late=3)
     best = brute_force(problem)
     if not np.isfinite(best):
+        with pytest.raises(InfeasibleError):
+            solve(problem)
         return
     rng = np.random.default_rng(seed)
     other = replace(
@@ -165,37 +172,36 @@ def test_branching_as_on_another_problem_gives_bounds(seed, monkeypatch):
     assert solution.time_us == pytest.approx(best)
     assert solution.bound_us <= best + 1e-6
     assert solution.gap <= 1e-6
-    few = solve(problem, gap=1e-6, tree=tree, regions=2)
+    few = solve(problem, gap=1e-6, tree=tree, subproblems=2)
     assert few.bound_us <= best + 1e-6
     assert few.time_us >= best - 1e-6
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_was_met_is_mixed(seed):
+def test_what_was_met_is_combine(seed):
     """The best of what consists of choices met, if it is better than those by the gap."""
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
     every_one = product(*(range(len(t)) for t in problem.time_us))
     fitting = [c for c in every_one if problem.evaluate(c)[1] <= 0]
-    if not fitting:
-        return
+    assert fitting
 
     def mix(starts, **how):
         how = {"gap": 1e-6, "enough_us": -np.inf, "rounds": 6, **how}
-        found = mixed(
+        choices = combine(
             problem, starts, separate=lambda choices: (), prices={}, expired=lambda: False,
             say=lambda line: None, **how,
         )  # fmt: skip
-        return problem.evaluate(found)[0]
+        return problem.evaluate(choices)[0]
 
     fitting.sort(key=lambda c: problem.evaluate(c)[0])
     assert mix(fitting) == pytest.approx(brute_force(problem))
     slowest = problem.evaluate(fitting[-1])[0]
     assert mix(fitting[-1:]) == pytest.approx(slowest)
     some = fitting[-3:]
-    made = product(*(sorted(set(column)) for column in zip(*some, strict=True)))
-    best = min(t for t, excess in map(problem.evaluate, made) if excess <= 0)
-    fast = min(problem.busy_us(c) for c in some)
+    combinations = product(*(sorted(set(column)) for column in zip(*some, strict=True)))
+    best = min(t for t, excess in map(problem.evaluate, combinations) if excess <= 0)
+    fast = min(problem.choices_us(c) for c in some)
     assert best - 1e-6 <= mix(some) <= problem.evaluate(some[0])[0]
     if fast == problem.evaluate(some[0])[0]:
         assert mix(some, gap=0.5) >= best
@@ -212,22 +218,22 @@ def test_any_messages_give_a_bound(seed):
         return [(a, b, rng.random((4, 4))) for a, b in ends]
 
     before, pairs = minimize_core(unary, costs()), costs()
-    found = minimize_core(unary, pairs, before.messages)
+    result = minimize_core(unary, pairs, before.messages)
     total = {
         c: sum(u[i] for u, i in zip(unary, c, strict=True))
         + sum(t[c[a], c[b]] for a, b, t in pairs)
         for c in product(range(4), repeat=5)
     }
-    assert found.bound <= min(total.values()) + 1e-9
-    assert found.cost == pytest.approx(min(total.values()))
-    for v, marginals in enumerate(found.marginals):
+    assert result.bound <= min(total.values()) + 1e-9
+    assert result.cost == pytest.approx(min(total.values()))
+    for v, marginals in enumerate(result.marginals):
         for i, marginal in enumerate(marginals):
             assert marginal <= min(cost for c, cost in total.items() if c[v] == i) + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_is_not_found_in_time_is_asked_for(seed, monkeypatch):
-    """A slow plan that fits, where none is found otherwise, is where the search begins."""
+def test_the_fallback_gives_a_start(seed, monkeypatch):
+    """The search starts from a slow assignment that fits, if it finds none itself in time."""
     module = sys.modules[solve.__module__]
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
@@ -236,12 +242,12 @@ def test_what_is_not_found_in_time_is_asked_for(seed, monkeypatch):
     slowest = max(fitting, key=lambda c: problem.evaluate(c)[0])
     asked = []
 
-    def lost(self, rows, limit):
+    def out_of_time(*arguments, **options):
         raise InfeasibleError("late", budget_bytes=1, smallest_bytes=2, proven=False)
 
-    monkeypatch.setattr(module._Search, "_within", lost)
-    found = solve(problem, fallback=lambda: asked.append(slowest) or asked)
-    assert found.time_us == pytest.approx(brute_force(problem))
+    monkeypatch.setattr(module, "solve", out_of_time)  # the one that minimizes the excess
+    result = solve(problem, fallback=lambda: asked.append(slowest) or asked)
+    assert result.time_us == pytest.approx(brute_force(problem))
     if asked:  # the fastest of all does not fit
         with pytest.raises(InfeasibleError, match="late"):
             solve(problem)
@@ -273,16 +279,16 @@ def test_too_small_a_budget_names_the_smallest(seed, unit):
 @pytest.mark.parametrize("nodes", [5, 7])
 def test_contraction_equals_brute_force(seed, nodes):
     problem = random_problem(seed, nodes=nodes)
-    found = Contraction(problem.time_us, problem.pairs())
-    assert found.exact
-    assert found.cost == pytest.approx(brute_force(problem))
-    assert problem.busy_us(found.choices) == pytest.approx(found.cost)
-    times = {c: problem.busy_us(c) for c in product(*(range(len(t)) for t in problem.time_us))}
-    for v, marginals in enumerate(found.min_marginals()):
+    result = Contraction(problem.time_us, problem.pairs())
+    assert result.exact
+    assert result.cost == pytest.approx(brute_force(problem))
+    assert problem.choices_us(result.choices) == pytest.approx(result.cost)
+    times = {c: problem.choices_us(c) for c in product(*(range(len(t)) for t in problem.time_us))}
+    for v, marginals in enumerate(result.min_marginals()):
         for i, marginal in enumerate(marginals):
             best = min(time for c, time in times.items() if c[v] == i)
             assert marginal <= best + 1e-9
-            if not found.core_size:
+            if not result.core_size:
                 assert marginal == pytest.approx(best)
 
 
@@ -294,25 +300,27 @@ def test_wide_cores_are_bounded_and_mostly_solved(seed):
     pairs = [(a, b, rng.random((5, 5))) for a in range(6) for b in range(a)]
     for _a, _b, table in pairs[::3]:
         table[rng.random((5, 5)) < 0.2] = np.inf
-    found = Contraction(unary, pairs)
+    result = Contraction(unary, pairs)
     best = min(
         sum(u[i] for u, i in zip(unary, c, strict=True)) + sum(t[c[a], c[b]] for a, b, t in pairs)
         for c in product(range(5), repeat=6)
     )
-    assert found.bound <= best + 1e-9
-    assert found.cost == pytest.approx(best)
-    assert found.exact
+    assert result.bound <= best + 1e-9
+    assert result.cost == pytest.approx(best)
+    assert result.exact
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_is_kept_costs_the_same(seed):
+def test_restricted_domains_cost_the_same(seed):
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
     rng = np.random.default_rng(seed)
     sizes = [len(t) for t in problem.time_us]
-    kept = Kept(problem, [np.sort(rng.permutation(n)[: 1 + n // 2]) for n in sizes])
-    for c in product(*(range(len(t)) for t in kept.problem.time_us)):
-        assert kept.problem.evaluate(c) == problem.evaluate(kept.expand(c))
+    restricted = RestrictedDomains(
+        problem, [np.sort(rng.permutation(n)[: 1 + n // 2]) for n in sizes]
+    )
+    for c in product(*(range(len(t)) for t in restricted.problem.time_us)):
+        assert restricted.problem.evaluate(c) == problem.evaluate(restricted.expand(c))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -327,32 +335,36 @@ def test_merging_keeps_the_optimum(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_fixing_keeps_what_is_better(seed):
+def test_fixing_keeps_better_assignments(seed):
     """Every assignment that is faster than the best known is still there."""
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
-    pool = Pool(problem, None)
+    pool = CutPool(problem, None)
     rng = np.random.default_rng(seed)
     for _ in range(20):
-        pool.note(tuple(int(rng.integers(len(t))) for t in problem.time_us))
-    if pool.choices is None:
-        return
-    region = Region(pool, [np.arange(len(t)) for t in problem.time_us])
-    region.maximize(gap=1e-6, steps=20, done=lambda: False)
-    fixed = region.fixed()  # finds one more, perhaps
+        pool.visit(tuple(int(rng.integers(len(t))) for t in problem.time_us))
+    pool.visit(
+        min(
+            product(*(range(len(t)) for t in problem.time_us)), key=lambda c: problem.evaluate(c)[1]
+        )
+    )
+    assert pool.choices is not None
+    root = Subproblem(pool, [np.arange(len(t)) for t in problem.time_us])
+    root.maximize(gap=1e-6, steps=20, done=lambda: False)
+    fixed = root.fixed()  # finds one more, perhaps
     better = [
         c
         for c in product(*(range(len(t)) for t in problem.time_us))
         if problem.evaluate(c)[1] <= 0 and problem.evaluate(c)[0] < pool.time_us - 1e-6
     ]
     assert all(fixed.contains(c) for c in better)
-    assert region.bound <= brute_force(problem) + 1e-6
+    assert root.bound <= brute_force(problem) + 1e-6
     for half in fixed.branches():
         assert half.bound <= brute_force(problem) + 1e-6
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_sharing_equals_the_restricted_problem(seed):
+def test_tied_variables_equal_the_restricted_problem(seed):
     rng = np.random.default_rng(seed)
     sizes = [3, 3, 2, 3]
 
@@ -369,14 +381,14 @@ def test_sharing_equals_the_restricted_problem(seed):
         tuple(PairCost(a, b, t) for (a, b), t in zip(ends, tables(ends), strict=True)),
         (row,),
     )
-    shared = Shared(problem, [7, 7, 8, 7])
+    tied = TiedVariables(problem, [7, 7, 8, 7])
     agreeing = [c for c in product(*map(range, sizes)) if c[0] == c[1] == c[3]]
     for c in agreeing:
-        assert shared.expand(shared.contract(c)) == c
-        assert shared.problem.evaluate(shared.contract(c)) == pytest.approx(problem.evaluate(c))
+        assert tied.expand(tied.contract(c)) == c
+        assert tied.problem.evaluate(tied.contract(c)) == pytest.approx(problem.evaluate(c))
     within = [t for t, excess in map(problem.evaluate, agreeing) if excess <= 0]
     if within:
-        assert solve(shared.problem).time_us == pytest.approx(min(within))
+        assert solve(tied.problem).time_us == pytest.approx(min(within))
 
 
 @pytest.mark.parametrize("backend", ["HiGHS", "CBC"])

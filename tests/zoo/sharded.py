@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autopar import ColoTracer
+from autopar.compile import autoplan
 from autopar.ir.graph import ModelGraph
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
-from autopar.planner.planner import autoplan, make_plan, trainable_inputs
+from autopar.planner.planner import make_plan, trainable_inputs
 from autopar.planner.space import SearchSpace
 from autopar.runtime.distribute import shard_of
 from autopar.testing.simulated_ranks import SimulatedMesh

@@ -1,4 +1,4 @@
-"""Blocks that decide as one: all, all but the ends, every second; what each of them costs."""
+"""Tied blocks: all, all but the ends, every second; what each of them costs."""
 
 import numpy as np
 import pytest
@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from autopar import ClusterInfo, autoplan
-from autopar.planner.repeats import ends_apart, interleaved, places
+from autopar.planner.tied_repeats import block_positions, interleave, untie_ends
 from autopar.solver import PairCost, Problem, Row, solve
-from autopar.solver.reductions import Shared
+from autopar.solver.reductions import TiedVariables
 
 
 def test_every_second_copy_of_what_is_left_is_a_part():
     classes = [0, *[1] * 8, 2, *[3] * 7]
     where = [None, *(("h.", k) for k in range(8)), None, *(("h.", k) for k in range(1, 8))]
-    found = interleaved(classes, where, 3)
+    found = interleave(classes, where, 3)
     part = {c: i for i, c in enumerate(dict.fromkeys(found[1:9]))}
     assert [part[c] for c in found[1:9]] == [0, 1, 0, 2, 0, 1, 0, 2]
     assert len(set(found)) == 2 + 3 + 3  # single nodes stay one class each
@@ -22,7 +22,7 @@ def test_every_second_copy_of_what_is_left_is_a_part():
         assert {c for d, c in zip(found, classes, strict=True) if d == a} == {b}
 
 
-def test_places_are_the_numbers_that_differ():
+def test_positions_are_the_numbers_that_differ():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -37,8 +37,8 @@ def test_places_are_the_numbers_that_differ():
             return x.sum()
 
     space = autoplan(Model(), (torch.zeros(8, 8),), cluster=ClusterInfo.of("2")).space
-    _, classes = space.problem()
-    found = {s.name: p for s, p in zip(space.decisions, places(space, classes), strict=True)}
+    positions = block_positions(space, space.problem().classes)
+    found = {d.name: p for d, p in zip(space.decisions, positions, strict=True)}
     assert found["linear_2"] == ("stages.0.", 2)
     assert found["p_stages_0_3_0_weight"] == ("stages.0.", 3)
     assert found["sum_1"] is None
@@ -55,23 +55,23 @@ def chain(seed, copies):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_freer_classes_are_never_slower_and_bounded(seed):
+def test_relaxed_classes_are_never_slower_and_bounded(seed):
     problem, classes = chain(seed, 7)
     where = [("h.", k) for k in range(7)]
-    alike = solve(Shared(problem, classes).problem, gap=1e-6)
-    ends = solve(Shared(problem, ends_apart(classes)).problem, gap=1e-6)
-    halves = interleaved(ends_apart(classes), where, 2)
-    divided = solve(Shared(problem, halves).problem, gap=1e-6)
+    tied = solve(TiedVariables(problem, classes).problem, gap=1e-6)
+    ends = solve(TiedVariables(problem, untie_ends(classes)).problem, gap=1e-6)
+    halves = interleave(untie_ends(classes), where, 2)
+    divided = solve(TiedVariables(problem, halves).problem, gap=1e-6)
     free = solve(problem, gap=1e-6)
-    steps = [s.time_us for s in (alike, ends, divided, free)]
+    steps = [s.time_us for s in (tied, ends, divided, free)]
     assert steps == sorted(steps, reverse=True)
     assert free.bound_us <= free.time_us
 
 
-def test_the_record_says_what_sharing_costs():
+def test_the_record_says_what_tying_costs():
     blocks = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(4)))
     plan = autoplan(blocks, (torch.zeros(64, 64),), cluster=ClusterInfo.of("4")).plan
     steps = plan.solver.sharing_us
-    assert list(steps)[:2] == ["all alike", "first and last apart"]
-    assert min(steps.values()) <= steps["all alike"] * (1 + 1e-9)
-    assert plan.solver.objective_us <= steps["all alike"] * (1 + 1e-9)
+    assert list(steps)[:2] == ["all blocks tied", "first and last untied"]
+    assert min(steps.values()) <= steps["all blocks tied"] * (1 + 1e-9)
+    assert plan.solver.objective_us <= steps["all blocks tied"] * (1 + 1e-9)

@@ -1,8 +1,8 @@
-"""The time-memory front: monotone, within its budgets, and down to the smallest."""
+"""The Pareto front of time and memory: monotone, within its budgets, and down to the smallest."""
 
 import itertools
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
@@ -10,9 +10,10 @@ import autopar.planner.pareto
 from autopar import ShardingPlan, autoplan
 from autopar.errors import InfeasibleError
 from autopar.planner.estimate import estimate_memory, estimate_time
-from autopar.planner.pareto import POINTS, Front, front, with_budget
+from autopar.planner.pareto import POINTS, ParetoFront, pareto_front
 from autopar.planner.planner import Planned
 from autopar.planner.search import search
+from autopar.report.html import render_html
 from autopar.report.text import render
 from tests.clusters import eager_to_shard
 from tests.unit.test_constraints import BATCH, Net
@@ -24,12 +25,12 @@ def net() -> Planned:
 
 
 @pytest.fixture(scope="module")
-def whole(net) -> Front:
-    return front(net.space)
+def full(net) -> ParetoFront:
+    return pareto_front(net.space)
 
 
-def test_less_memory_never_costs_less_time(whole):
-    points = whole.points
+def test_less_memory_never_costs_less_time(full):
+    points = full.points
     assert len(points) == POINTS
     assert math.isinf(points[0].budget_bytes)
     for more, less in itertools.pairwise(points):
@@ -40,8 +41,8 @@ def test_less_memory_never_costs_less_time(whole):
     assert points[-1].step_us > points[0].step_us
 
 
-def test_points_are_plans_that_cost_what_they_say_and_fit(net, whole):
-    for point, choices in zip(whole.points, whole.choices, strict=True):
+def test_points_are_plans_that_cost_what_they_say_and_fit(net, full):
+    for point, choices in zip(full.points, full.choices, strict=True):
         memory = estimate_memory(net.space, choices).total_bytes
         assert memory == pytest.approx(point.memory_bytes)
         assert memory <= point.budget_bytes * (1 + 1e-9)
@@ -50,45 +51,40 @@ def test_points_are_plans_that_cost_what_they_say_and_fit(net, whole):
         assert "% of the parameters)" in point.words
 
 
-def test_the_last_budget_is_the_smallest(net, whole):
-    smallest = whole.points[-1].budget_bytes
+def test_the_last_budget_is_the_smallest(net, full):
+    smallest = full.points[-1].budget_bytes
     with pytest.raises(InfeasibleError):
-        search(with_budget(net.space, 0.98 * smallest), time_limit=60)
+        search(net.space, budget_bytes=0.98 * smallest, time_limit=60)
 
 
-def test_the_budget_of_the_space_plays_no_part(net, whole):
-    other = front(with_budget(net.space, 1.0), points=3)
-    assert other.points[0].step_us == pytest.approx(whole.points[0].step_us, rel=1e-3)
-    assert other.points[-1].budget_bytes == pytest.approx(whole.points[-1].budget_bytes, rel=2e-3)
-    assert net.space.cluster.memory_bytes is None
+def test_the_memory_of_the_cluster_does_not_matter(full):
+    lean = autoplan(Net(), (), BATCH, cluster=eager_to_shard("2x2"), memory=3e5)
+    other = pareto_front(lean.space, points=3)
+    assert other.points[0].step_us == pytest.approx(full.points[0].step_us, rel=1e-3)
+    assert other.points[-1].budget_bytes == pytest.approx(full.points[-1].budget_bytes, rel=2e-3)
 
 
 def test_monotone_whatever_the_search_returns(net, monkeypatch):
-    """A search that is worst where there is most room: plans of smaller budgets stand in."""
-    lean = front(net.space, points=2).choices[-1]
+    """A search that finds nothing good in smaller budgets: the plans of others stand in."""
+    lean = pareto_front(net.space, points=2).choices[-1]
 
-    def lazy(space, **options):
-        found = search(space, **options)
-        if space.cluster.budget_bytes > 1e15:
-            return found
-        return SimpleNamespace(choices=lean, bound_us=0.0) if lean else found
+    def lazy(space, *, budget_bytes, **options):
+        result = search(space, budget_bytes=budget_bytes, **options)
+        unlimited = math.isinf(budget_bytes)
+        return result if unlimited else replace(result, choices=lean, bound_us=0.0)
 
     monkeypatch.setattr(autopar.planner.pareto, "search", lazy)
-    steps = [p.step_us for p in front(net.space, points=6).points]
+    steps = [p.step_us for p in pareto_front(net.space, points=6).points]
     assert steps == sorted(steps)
 
 
-def test_a_front_needs_two_ends(net):
+def test_a_pareto_front_needs_two_ends(net):
     with pytest.raises(ValueError, match="two points or more, not 1"):
-        front(net.space, points=1)
+        pareto_front(net.space, points=1)
 
 
-def test_reports_show_the_front(net, whole, tmp_path):
-    from dataclasses import replace
-
-    from autopar.report.html import render_html
-
-    plan = replace(net.plan, pareto_front=whole.points)
+def test_reports_show_the_pareto_front(net, full, tmp_path):
+    plan = replace(net.plan, pareto_front=full.points)
     text, page = render(plan), render_html(plan)
     assert "Time and memory" in text
     assert "none" in text.partition("Time and memory")[2]

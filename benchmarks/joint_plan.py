@@ -1,12 +1,12 @@
-"""Sharding and scheduling as one decision, against sharding first and checkpointing after.
+"""The joint plan of sharding and schedule, compared with sharding first and recomputing after.
 
-Planned, not run: a GPT-2 and a Llama stack on four L4 over PCIe, at three budgets between what the
-fastest plan needs and its parameters, gradients and optimizer state. Per budget the predicted step
-(the plan's, and what is computed, gathered or fetched again) of
+Planned, not run: a GPT-2 and a Llama stack on four L4 over PCIe, at three budgets between the
+memory of the fastest plan and that of its parameters and optimizer state. Per budget the predicted
+step (the plan's, and what recomputation, re-gathers and reloads add) of
 
 * sharding first: the fastest plan without a limit, scheduled within the budget;
-* nothing again: the fastest plan that fits as it is;
-* the pair that is chosen (`autopar/planner/joint.py`).
+* no schedule: the fastest plan that fits without one;
+* the joint plan (`autopar/planner/joint.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks import common
 from benchmarks.common import Row, console
 
 MODELS = ("GPT-2", "Llama")
-SHARES = (0.75, 0.5, 0.35)  # of what the step of the fastest plan makes
+SHARES = (0.75, 0.5, 0.35)  # of what the fastest plan needs beside parameters and state
 MESH, DEVICE = "4", "L4"
 
 
@@ -59,35 +59,34 @@ def compare(name: str, quick: bool) -> list[Row]:
     from autopar.errors import InfeasibleError
     from autopar.planner.estimate import estimate_memory
     from autopar.planner.joint import plan_jointly
-    from autopar.planner.pareto import with_budget
     from autopar.planner.planner import build_problem
 
     model, batch = build(name, quick)
     problem = build_problem(model, (), batch, cluster=ClusterInfo.of(MESH, DEVICE))
-    free = problem.decide(with_budget(problem.space, 2.0**60))
-    memory = estimate_memory(problem.space, free.choices)
+    unlimited = problem.decide(math.inf)
+    memory = estimate_memory(problem.space, unlimited.choices)
     state = memory.parameters_bytes + memory.optimizer_bytes + memory.buffers_bytes
     rows = []
     for share in SHARES:
         budget = state + share * (memory.total_bytes - state)
         start = time.process_time()
         case = f"{name}, {budget / 2**20:.0f} MiB of {memory.total_bytes / 2**20:.0f}"
-        tight = replace(problem, space=with_budget(problem.space, budget))
+        limited = replace(problem, budget_bytes=budget)
         try:
-            pair = plan_jointly(tight)
+            joint = plan_jointly(limited)
         except InfeasibleError as error:
             console.print(f"{case}: {error}", markup=False)
             continue
-        first = pair.tried[0].step_us
-        best = min(t.step_us for t in pair.tried if not math.isnan(t.added_us))
+        first = joint.tried[0].step_us
+        best = min(t.step_us for t in joint.tried if not math.isnan(t.added_us))
         try:
-            fitting = tight.decide().step_us
+            fitting = limited.decide().step_us
         except InfeasibleError:
             fitting = math.inf
-        for what, us in (("sharding first", first), ("nothing again", fitting)):
+        for what, us in (("sharding first", first), ("no schedule", fitting)):
             rows.append(Row(case, what, us * 1e-3, "ms"))
         fastest = min(first, fitting) * 1e-3
-        rows.append(Row(case, "pair", best * 1e-3, "ms", round(fastest + 5e-4, 3)))
+        rows.append(Row(case, "joint plan", best * 1e-3, "ms", round(fastest + 5e-4, 3)))
         rows.append(Row(case, "planned in", time.process_time() - start, "s"))
     return rows
 
@@ -97,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = common.parser(__doc__ or "").parse_args(arguments)
     console.print(common.machine(), markup=False)
     rows = [row for name in MODELS for row in compare(name, options.quick)]
-    pairs = [r for r in rows if r.metric == "pair"]
+    joint = [r for r in rows if r.metric == "joint plan"]
     firsts = [r for r in rows if r.metric == "sharding first"]
-    gains = [100 * (1 - p.value / f.value) for p, f in zip(pairs, firsts, strict=True)]
+    gains = [100 * (1 - p.value / f.value) for p, f in zip(joint, firsts, strict=True)]
     headline = (
-        f"pairs take up to {max(gains, default=0.0):.1f}% less than sharding first, and "
-        f"{sum(bool(r.ok) for r in pairs)} of {len(pairs)} no more than either alone"
+        f"joint plans take up to {max(gains, default=0.0):.1f}% less than sharding first, and "
+        f"{sum(bool(r.ok) for r in joint)} of {len(joint)} no more than either alone"
     )
     return common.finish("Sharding and scheduling", rows, headline, options.json)
 

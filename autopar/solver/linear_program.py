@@ -1,0 +1,135 @@
+"""Linear and integer programs, solved by HiGHS, or by CBC through PuLP where HiGHS is missing."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ProgramSolution:
+    """The answer of a backend.
+
+    Args:
+        status: "stopped" where a limit of time or of the objective ended the search.
+        values: per variable; zeros where no solution is known.
+    """
+
+    status: Literal["optimal", "infeasible", "stopped"]
+    values: np.ndarray
+
+
+def available_backend() -> str:
+    """`"HiGHS"` where highspy is installed, else `"CBC"`."""
+    return "HiGHS" if find_spec("highspy") is not None else "CBC"
+
+
+class LinearProgram:
+    """minimize cost x subject to lower <= A x <= upper; variables and rows are added one by one."""
+
+    def __init__(self) -> None:
+        self.costs: list[float] = []
+        self._bounds: list[tuple[float, float]] = []
+        self._integer: list[bool] = []
+        self._rows: list[list[tuple[int, float]]] = []
+        self._row_bounds: list[tuple[float, float]] = []
+
+    def variable(
+        self, cost: float = 0.0, lower: float = 0.0, upper: float = math.inf, integer: bool = False
+    ) -> int:
+        """Add a variable; returns its index."""
+        self.costs.append(cost)
+        self._bounds.append((lower, upper))
+        self._integer.append(integer)
+        return len(self.costs) - 1
+
+    def row(
+        self, terms: Iterable[tuple[int, float]], lower: float = -math.inf, upper: float = math.inf
+    ) -> None:
+        """Add a row of (variable, coefficient) terms."""
+        self._rows.append([term for term in terms if term[1]])
+        self._row_bounds.append((lower, upper))
+
+    def minimize(
+        self,
+        *,
+        time_limit: float = 10.0,
+        gap: float = 0.0,
+        cutoff: float = math.inf,
+        backend: str | None = None,
+    ) -> ProgramSolution:
+        """Solve.
+
+        Args:
+            time_limit: seconds.
+            gap: relative, at which an integer program may stop.
+            cutoff: solutions above this need not be found (HiGHS only).
+            backend: of `available_backend`.
+        """
+        if (backend or available_backend()) == "HiGHS":
+            return self._by_highs(time_limit, gap, cutoff)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3 announces PuLP 4
+            return self._by_cbc(time_limit, gap)
+
+    def _by_highs(self, time_limit: float, gap: float, cutoff: float) -> ProgramSolution:
+        import highspy
+
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = len(self.costs), len(self._rows)
+        lp.col_cost_ = self.costs
+        lp.col_lower_, lp.col_upper_ = np.array(self._bounds).reshape(-1, 2).T
+        lp.row_lower_, lp.row_upper_ = np.array(self._row_bounds).reshape(-1, 2).T
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.start_ = np.cumsum([0, *map(len, self._rows)])
+        lp.a_matrix_.index_ = [variable for row in self._rows for variable, _ in row]
+        lp.a_matrix_.value_ = [coefficient for row in self._rows for _, coefficient in row]
+        if any(self._integer):
+            kinds = highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger
+            lp.integrality_ = [kinds[integer] for integer in self._integer]
+        highs = highspy.Highs()
+        # a restart costs more than it wins in programs of seconds
+        options: dict[str, Any] = {
+            "output_flag": False, "time_limit": time_limit, "mip_rel_gap": gap,
+            "objective_bound": cutoff, "mip_allow_restart": False,
+        }  # fmt: skip
+        for option, value in options.items():
+            highs.setOptionValue(option, value)
+        highs.passModel(lp)
+        highs.run()
+        values = np.array(highs.getSolution().col_value)
+        if len(values) != len(self.costs):
+            values = np.zeros(len(self.costs))
+        status, statuses = highs.getModelStatus(), highspy.HighsModelStatus
+        if status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
+            return ProgramSolution("infeasible", values)
+        return ProgramSolution("optimal" if status == statuses.kOptimal else "stopped", values)
+
+    def _by_cbc(self, time_limit: float, gap: float) -> ProgramSolution:
+        import pulp
+
+        program = pulp.LpProblem("program", pulp.LpMinimize)
+        x = []
+        for i, bounds in enumerate(self._bounds):
+            lower, upper = (bound if math.isfinite(bound) else None for bound in bounds)
+            kind = "Integer" if self._integer[i] else "Continuous"
+            x.append(pulp.LpVariable(f"x{i}", lower, upper, kind))
+        program.setObjective(pulp.LpAffineExpression(zip(x, self.costs, strict=True)))
+        for row, (lower, upper) in zip(self._rows, self._row_bounds, strict=True):
+            expression = pulp.LpAffineExpression([(x[i], c) for i, c in row])
+            if math.isfinite(upper):
+                program.addConstraint(expression <= upper)
+            if math.isfinite(lower):
+                program.addConstraint(expression >= lower)
+        status = program.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap))
+        values = np.array([v.value() or 0.0 for v in x])
+        if status == pulp.LpStatusInfeasible:
+            return ProgramSolution("infeasible", values)
+        optimal = status == pulp.LpStatusOptimal and program.sol_status == pulp.LpSolutionOptimal
+        return ProgramSolution("optimal" if optimal else "stopped", values)
