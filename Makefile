@@ -49,8 +49,8 @@ demo: venv ## Train a small GPT-2 on four local processes
 
 bench: venv ## Say how to run the benchmarks
 	@echo "Run one of these; --help says what it measures:"
-	@for f in benchmarks/*.py; do n=$$(basename $$f .py); case $$n in __init__|common) ;; \
-		*) echo "  $(BIN)/python -m benchmarks.$$n" ;; esac; done
+	@for f in $$(grep -l __main__ benchmarks/*.py); do \
+		echo "  $(BIN)/python -m benchmarks.$$(basename $$f .py)"; done
 
 clean: ## Remove .venv, caches and build products
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -65,19 +65,19 @@ def rules_check(
     op: Annotated[
         str | None, typer.Option(metavar="NAME", help="An op, or a part of its name.  [all]")
     ] = None,
-    cases: Annotated[int, typer.Option(metavar="N", min=1, help="Cases in all.")] = 10_000,
-    seed: Annotated[int, typer.Option(metavar="S", help="The same cases for the same seed.")] = 0,
-    jobs: Annotated[int, typer.Option(metavar="J", min=1, help="Processes.")] = 1,
+    cases: Annotated[int, typer.Option(metavar="N", min=1, help="Number of cases.")] = 10_000,
+    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the random cases.")] = 0,
+    jobs: Annotated[int, typer.Option(metavar="J", min=1, help="Number of processes.")] = 1,
     discover: Annotated[
-        bool, typer.Option("--discover", help="Look for right strategies that rules leave out.")
+        bool, typer.Option("--discover", help="Look for correct strategies that rules lack.")
     ] = False,
     record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Enter the outcome into this file.")
     ] = None,
 ) -> None:
-    """Prove rules: ops on random shards, rank by rank, forward and gradient, against the op itself.
+    """Prove rules: run ops on random shards, rank by rank, and compare with the op itself.
 
-    Exit code 1: some rule is wrong.
+    Results and gradients are compared. The exit code is 1 if a rule is wrong.
     """
     with progress() as say, contextlib.redirect_stdout(sys.stderr), short_errors(ValueError):
         if discover:
