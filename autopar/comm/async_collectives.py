@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from autopar.comm.collectives import (
+from autopar.comm.functional import (
     join_parts,
     operator,
     own_numel,

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from autopar.comm import collectives
+from autopar.comm import collectives  # noqa: F401  (defines the operators)
 from autopar.comm.groups import find_group
 from autopar.ir.spec import chunk
+
+_OPS = torch.ops.autopar
 
 
 def _narrow(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
@@ -25,7 +27,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
         ctx.args = dim, group
-        return collectives.all_gather(x, dim, size, group)
+        return _OPS.all_gather(x, dim, size, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -36,11 +38,11 @@ class _AllGatherVary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
         ctx.args = dim, group
-        return collectives.all_gather(x, dim, size, group)
+        return _OPS.all_gather(x, dim, size, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return collectives.reduce_scatter(grad, *ctx.args), None, None, None
+        return _OPS.reduce_scatter(grad, *ctx.args), None, None, None
 
 
 class _Slice(torch.autograd.Function):
@@ -51,7 +53,7 @@ class _Slice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return collectives.all_gather(grad, *ctx.args), None, None
+        return _OPS.all_gather(grad, *ctx.args), None, None
 
 
 class _Vary(torch.autograd.Function):
@@ -62,13 +64,13 @@ class _Vary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return collectives.all_reduce(grad, "sum", ctx.group), None
+        return _OPS.all_reduce(grad, "sum", ctx.group), None
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
-        return collectives.all_reduce(x, "sum", group)
+        return _OPS.all_reduce(x, "sum", group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -79,11 +81,11 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
         ctx.args = dim, x.shape[dim], group
-        return collectives.reduce_scatter(x, dim, group)
+        return _OPS.reduce_scatter(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return collectives.all_gather(grad, *ctx.args), None, None
+        return _OPS.all_gather(grad, *ctx.args), None, None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -92,11 +94,11 @@ class _AllToAll(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, dim: int, size: int, to_dim: int, group: str
     ) -> torch.Tensor:
         ctx.args = to_dim, x.shape[to_dim], dim, group
-        return collectives.all_to_all(x, dim, size, to_dim, group)
+        return _OPS.all_to_all(x, dim, size, to_dim, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return collectives.all_to_all(grad, *ctx.args), None, None, None, None
+        return _OPS.all_to_all(grad, *ctx.args), None, None, None, None
 
 
 class _Inject(torch.autograd.Function):

@@ -25,16 +25,9 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.comm import world
 from autopar.comm.offloaded_parameters import offloadable, reload_all
-from autopar.compile import (
-    Arguments,
-    CompiledStep,
-    Place,
-    StepOptions,
-    StepPlan,
-    autoplan,
-    compile_step,
-    plan_step,
-)
+from autopar.comm.ranks import WorldRanks
+from autopar.compile import autoplan, compile_step, plan_step
+from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
 from autopar.errors import EngineError, MeshError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
@@ -44,7 +37,6 @@ from autopar.planner.constraints import refuse_outputs
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.optimizer_state import optimizer_state_ratio
 from autopar.planner.planner import trainable_inputs
-from autopar.runtime.agree import WorldRanks
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.distribute import check_optimizer, distribute, shards, stored_specs

@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 from torch.distributed.tensor import DTensor
 
-from autopar.comm.collectives import wait
+from autopar.comm.functional import wait
 from autopar.comm.world import explained_failures
 from autopar.errors import EngineError
 from autopar.passes.inductor import compile_graph

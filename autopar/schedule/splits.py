@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from autopar.comm.async_collectives import numbers_of
-from autopar.comm.groups import find_group
+from autopar.comm.functional import gathers_rows
 from autopar.ir.fx_calls import add_call
 from autopar.schedule.joint import JointProgram
 from autopar.schedule.program import Op, Resource, Split
@@ -32,7 +32,7 @@ def _all_reduce(node: fx.Node) -> tuple[Any, _Finish]:
 
 def _all_gather(node: fx.Node) -> tuple[Any, _Finish]:
     _, dim, size, group = node.args
-    if dim == 0 and size % find_group(str(group)).size == 0:  # type: ignore[operator]
+    if gathers_rows(dim, size, str(group)):  # type: ignore[arg-type]
         return _OPS.start_gather_rows.default, None
     return _OPS.start_all_gather.default, (_OPS.finish_all_gather.default, (dim, size))
 

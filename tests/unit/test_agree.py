@@ -4,14 +4,16 @@ import pytest
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.groups import planning_groups
-from autopar.compile import Arguments, OneRank, Place, StepOptions, StepPlan, autoplan, compile_step
+from autopar.comm.ranks import Ranks
+from autopar.compile import autoplan, compile_step
+from autopar.compiled_step import Arguments, Place, StepOptions, StepPlan
 from autopar.errors import EngineError
 from autopar.passes.local_step import fake_arguments
 from autopar.planner.planner import trainable_inputs
 from tests.models import CASES
 
 
-class Differing(OneRank):
+class Differing(Ranks):
     """Rank 0, and another that differs the n-th time they compare: first their local programs, then
     what a schedule decides on."""
 
@@ -23,7 +25,7 @@ class Differing(OneRank):
         return [1] if not self.left else []
 
 
-def compiled(ranks: OneRank, memory: float | None):
+def compiled(ranks: Ranks, memory: float | None):
     case = CASES["mlp"]
     model = case.build()
     planned = autoplan(model, (), case.batch(0), cluster="1")

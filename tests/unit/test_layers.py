@@ -11,6 +11,7 @@ ROOT = Path(autopar.__file__).parent
 LAYERS = (
     "errors", "units", "files", "gc_utils", "ir", "cluster", "tracer", "solver",
     "plan", "comm", "profiler", "sharding", "schedule", "kernels", "passes", "planner",
+    "compiled_step",
     "compile", "runtime", "testing", "report", "cli",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run decide alike."""
+"""How the ranks of a run decide alike."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from autopar.errors import AutoparError
 T = TypeVar("T")
 
 
-class WorldRanks:
+class Ranks:
+    """One rank, which decides by itself; for planning."""
+
+    def from_rank_zero(self, decide: Callable[[], T]) -> T:
+        """Rank 0's decision, or its error, on every rank."""
+        return decide()
+
+    def differing(self, signature: str) -> list[int]:
+        """Ranks whose signature is not that of rank 0; the same on all ranks."""
+        return []
+
+
+class WorldRanks(Ranks):
     """All ranks of the process group."""
 
     def from_rank_zero(self, decide: Callable[[], T]) -> T:
-        """Decide on rank 0; its result, or its error, on every rank."""
         box: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
@@ -30,7 +41,6 @@ class WorldRanks:
         return box[0]
 
     def differing(self, signature: str) -> list[int]:
-        """Ranks whose signature is not that of rank 0; the same on all ranks."""
         if dist.get_world_size() == 1:
             return []
         signatures: list[Any] = [None] * dist.get_world_size()

@@ -1,0 +1,177 @@
+"""The values between the stages of `autopar/compile.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.fx as fx
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.comm.ranks import Ranks
+from autopar.errors import EngineError
+from autopar.ir.graph import ModelGraph
+from autopar.passes.apply_sharding import LocalProgram
+from autopar.passes.lower import LoweredStep
+from autopar.passes.pipeline import LowerOptions
+from autopar.passes.verify import collective_signature
+from autopar.plan import ShardingPlan
+from autopar.planner.planner import ADAM_STATE
+from autopar.schedule.budget import MemoryPlan, StepBudget
+from autopar.schedule.program import Program
+from autopar.schedule.transfers import large_parameters
+
+
+@dataclass(frozen=True)
+class Place:
+    """The rank that a step is compiled for.
+
+    Args:
+        coords: on the mesh.
+        groups: names of its process groups, one per mesh axis.
+        device_type: of its tensors.
+        ranks: all ranks of the run.
+    """
+
+    coords: tuple[int, ...]
+    groups: tuple[str, ...]
+    device_type: str = "cpu"
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def check_agreement(self, *graphs: fx.GraphModule | None) -> None:
+        """Refuse graphs that communicate in another order than rank 0's: they would deadlock.
+
+        Raises:
+            EngineError: on all ranks, naming those that differ.
+        """
+        signatures = (collective_signature(gm, self.groups) for gm in graphs if gm is not None)
+        differing = self.ranks.differing(" ".join(signatures))
+        if differing:
+            raise EngineError(
+                f"ranks {differing} built another sequence of collectives than rank 0; they must "
+                "run the same model, batch shapes and autopar version"
+            )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A plan, with the schedule of its step if planning has made one.
+
+    Args:
+        program: of the first rank's step.
+        memory: its schedule.
+    """
+
+    plan: ShardingPlan
+    program: Program | None = None
+    memory: MemoryPlan | None = None
+
+    @staticmethod
+    def of_rank_zero(decide: Callable[[], StepPlan], ranks: Ranks) -> StepPlan:
+        """Rank 0's plan on every rank; its schedule stays on rank 0."""
+        decided: list[StepPlan] = []
+
+        def on_rank_zero() -> str:
+            decided.append(decide())
+            return decided[0].plan.to_json()
+
+        text = ranks.from_rank_zero(on_rank_zero)
+        return decided[0] if decided else StepPlan(ShardingPlan.from_json(text))
+
+    def schedule_of(self, program: Program) -> MemoryPlan | None:
+        """The schedule, if it is of that program."""
+        same = self.program is not None and self.program.same_as(program)
+        return self.memory if same else None
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a rank's program is called with.
+
+    Args:
+        tensors: of the shapes, dtypes and grad flags of the call; may be fake.
+        offloadable: names of the parameters that may be on the host for a part of the step.
+    """
+
+    tensors: Sequence[torch.Tensor]
+    offloadable: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """One rank's step for one shape of inputs.
+
+    Args:
+        graph: the captured model.
+        plan: of all ranks.
+        local: this rank's forward program.
+        lowered: its forward and backward graph; None if the local program runs eagerly.
+        memory: what the step keeps, recomputes and offloads; None without a budget.
+    """
+
+    graph: ModelGraph
+    plan: ShardingPlan
+    local: LocalProgram
+    lowered: LoweredStep | None
+    memory: MemoryPlan | None
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step is compiled.
+
+    Args:
+        cluster: what the step runs on; its memory is the budget that a schedule keeps to, and
+            without one the step keeps what eager PyTorch keeps.
+        lowered: False leaves the local program as it is, to run eagerly (debugging).
+        compile: Inductor runs the graphs.
+        optimizer_state: bytes of optimizer state per byte of trainable parameter.
+        dump_passes: folder for the graph before and after each pass.
+    """
+
+    cluster: ClusterInfo
+    lowered: bool = True
+    compile: bool = False
+    optimizer_state: float = ADAM_STATE
+    dump_passes: Path | None = None
+
+    def budget(
+        self, graph: ModelGraph, plan: ShardingPlan, arguments: Arguments
+    ) -> StepBudget | None:
+        """The budget of this run, or of the plan if its step was scheduled."""
+        memory_bytes = self.cluster.memory_bytes
+        if memory_bytes is None and plan.step is not None:
+            memory_bytes = plan.budget_bytes
+        if memory_bytes is None:
+            return None
+        copied = sum(graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders)
+        return StepBudget.of(
+            arguments.tensors, memory_bytes, self.optimizer_state, copied, self.cluster.host_link
+        )
+
+    def lowering(
+        self,
+        graph: ModelGraph,
+        plan: ShardingPlan,
+        place: Place,
+        arguments: Arguments,
+        *,
+        scheduled: bool,
+    ) -> LowerOptions:
+        """The options of the passes."""
+        position = {name: k for k, name in enumerate(graph.parameters.values())}
+        large = large_parameters(graph)
+        return LowerOptions(
+            device_type=place.device_type,
+            cluster=self.cluster,
+            scheduled=scheduled,
+            compile=self.compile,
+            reshard_after_forward=frozenset(
+                position[n] for n in plan.reshard_after_forward if n in position
+            ),
+            offloadable={k: name for k, name in large.items() if name in arguments.offloadable},
+            awaited_results=len(graph.mutations),
+            dump=self.dump_passes,
+        )
