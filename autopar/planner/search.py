@@ -170,7 +170,7 @@ class _Search:
             if not math.isfinite(error.smallest_bytes):
                 raise
             budget, smallest = self.liveness.memory.limit, error.smallest_bytes
-            mesh = "x".join(map(str, self.space.mesh))
+            mesh = self.space.cluster.mesh_text
             breakdown = _peak_breakdown(self.liveness, tied.expand(error.choices))
             raise InfeasibleError(
                 f"no plan fits {bytes_text(budget)} per device on mesh {mesh}: the smallest "
