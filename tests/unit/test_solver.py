@@ -249,15 +249,15 @@ def test_the_fallback_gives_a_start(seed, monkeypatch):
     every_one = product(*(range(len(t)) for t in problem.time_us))
     fitting = [c for c in every_one if problem.evaluate(c)[1] <= 0]
     slowest = max(fitting, key=lambda c: problem.evaluate(c)[0])
-    asked = []
+    calls = []
 
     def out_of_time(*arguments, **options):
         raise InfeasibleError("out of time", budget_bytes=1, smallest_bytes=2, proven=False)
 
     monkeypatch.setattr(module, "solve", out_of_time)  # the one that minimizes the excess
-    result = solve(problem, fallback=lambda: asked.append(slowest) or asked)
+    result = solve(problem, fallback=lambda: calls.append(slowest) or calls)
     assert result.time_us == pytest.approx(brute_force(problem))
-    if asked:  # the fastest of all does not fit
+    if calls:  # the fastest of all does not fit
         with pytest.raises(InfeasibleError, match="out of time"):
             solve(problem)
 
