@@ -55,7 +55,7 @@ def work(case: Case) -> dict[str, Any]:
 
 
 def rows_of(case: Case, runs: dict[str, dict[str, float]]) -> list[Row]:
-    """Time, gap and plan without each layer, compared with those of the whole solver."""
+    """Time, gap and plan without each layer, compared with those of all layers."""
     full = runs[""]
     rows = [
         Row(case.name, "all layers: search", full["seconds"], "s"),

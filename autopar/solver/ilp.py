@@ -8,7 +8,6 @@ sum a x + sum a y <= limit + slack                          (within)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,7 +27,6 @@ def size_of(problem: Problem) -> int:
 
 def solve_ilp(
     problem: Problem,
-    rows: Sequence[Row] = (),
     *,
     time_limit: float,
     gap: float = 1e-6,
@@ -38,25 +36,23 @@ def solve_ilp(
     """Choices (None if none was found in time) and a lower bound on the time in microseconds.
 
     Args:
-        rows: beside the problem's own.
         cutoff: microseconds; assignments that are not faster need not be found.
         backend: of `linear_program.available_backend`.
 
     Raises:
         NothingFaster: nothing within the rows is faster than the cutoff.
     """
-    program = _Program(problem, (*problem.rows, *rows))
-    return program.solve(time_limit=time_limit, gap=gap, cutoff=cutoff, backend=backend)
+    return _Program(problem).solve(time_limit=time_limit, gap=gap, cutoff=cutoff, backend=backend)
 
 
 class _Program:
-    def __init__(self, problem: Problem, rows: Sequence[Row]) -> None:
+    def __init__(self, problem: Problem) -> None:
         self._problem, self._program = problem, LinearProgram()
         self._x = [self.one_choice(v) for v in range(len(problem.time_us))]
         self._y = [self.marginals(e) for e in range(len(problem.edges))]
-        slacks = dict.fromkeys(row.slack for row in rows if row.slack)
+        slacks = dict.fromkeys(row.slack for row in problem.rows if row.slack)
         self._slack = {name: self._program.variable(1.0) for name in slacks}
-        for row in rows:
+        for row in problem.rows:
             self.within(row)
 
     def one_choice(self, v: int) -> dict[int, int]:

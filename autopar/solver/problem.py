@@ -125,15 +125,11 @@ class Problem:
             float(e.time_us[choices[e.source], choices[e.target]]) for e in self.edges
         )
 
-    def evaluate(self, choices: Sequence[int], more: Sequence[Row] = ()) -> tuple[float, float]:
-        """Time in microseconds with slacks, and the largest excess over a hard row.
-
-        Args:
-            more: rows beside the problem's own.
-        """
+    def evaluate(self, choices: Sequence[int]) -> tuple[float, float]:
+        """Time in microseconds with slacks, and the largest excess over a hard row."""
         slacks: dict[str, float] = {}
         excess = -math.inf
-        for row in (*self.rows, *more):
+        for row in self.rows:
             usage = self.usage(row, choices)
             if row.slack:
                 slacks[row.slack] = max(slacks.get(row.slack, 0.0), usage)

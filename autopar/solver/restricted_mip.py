@@ -12,7 +12,6 @@ import numpy as np
 
 from autopar.solver.cutting_planes import CutPool
 from autopar.solver.ilp import NothingFaster, size_of, solve_ilp
-from autopar.solver.merging import Merged
 from autopar.solver.problem import Choices, Problem, Separate
 from autopar.solver.reductions import RestrictedDomains
 from autopar.solver.subproblem import Subproblem
@@ -42,11 +41,11 @@ def solve_restricted(
     for _ in range(rounds):
         rows = len(pool.rows)
         restricted = RestrictedDomains(replace(pool.problem, rows=tuple(pool.rows)), domains)
-        merged = Merged(restricted.problem, "merging" not in pool.disable)
-        say(f"restricted MIP of {size_of(merged.problem)} variables")
-        if size_of(merged.problem) > MAX_PROGRAM:
+        variables = size_of(restricted.problem)
+        say(f"restricted MIP of {variables} variables")
+        if variables > MAX_PROGRAM:
             return
-        visit_optimum(pool, restricted, merged, gap=gap, seconds=SECONDS, better_by=better_by)
+        visit_optimum(pool, restricted, gap=gap, seconds=SECONDS, better_by=better_by)
         say(f"restricted MIP: best {pool.time_us:.0f} us")
         if done() or len(pool.rows) == rows:
             return
@@ -55,7 +54,6 @@ def solve_restricted(
 def visit_optimum(
     pool: CutPool,
     restricted: RestrictedDomains,
-    merged: Merged,
     *,
     gap: float,
     seconds: float,
@@ -65,11 +63,11 @@ def visit_optimum(
     those better than the best known by a share, under the rows that were known."""
     cutoff = pool.time_us - better_by * abs(pool.time_us)
     try:
-        choices, bound = solve_ilp(merged.problem, time_limit=seconds, gap=gap, cutoff=cutoff)
+        choices, bound = solve_ilp(restricted.problem, time_limit=seconds, gap=gap, cutoff=cutoff)
     except NothingFaster:
         return cutoff
     if choices is not None:
-        pool.visit(restricted.expand(merged.expand(choices)))
+        pool.visit(restricted.expand(choices))
     return min(bound, cutoff)
 
 

@@ -22,7 +22,6 @@ from autopar.errors import InfeasibleError
 from autopar.solver.cutting_planes import CutPool
 from autopar.solver.ilp import size_of
 from autopar.solver.linear_program import available_backend
-from autopar.solver.merging import Merged
 from autopar.solver.problem import Branch, Choices, Problem, Row, Separate, Solution
 from autopar.solver.reductions import RestrictedDomains
 from autopar.solver.restricted_mip import solve_restricted, visit_optimum
@@ -30,7 +29,7 @@ from autopar.solver.subproblem import Subproblem
 
 # What `disable` switches off, to measure what each earns. "replay" and "interleaving" are layers of
 # `planner.search`.
-LAYERS = ("elimination", "messages", "merging", "restricted MIP", "replay", "interleaving")
+LAYERS = ("elimination", "messages", "restricted MIP", "replay", "interleaving")
 TARGET_GAP = 9.9e-4
 # evaluations of the dual: of the root, and of a branch
 ROOT_STEPS, BRANCH_STEPS = 60, 6
@@ -81,6 +80,7 @@ def solve(
     Raises:
         InfeasibleError: no assignment is within the hard rows; has the smallest excess.
     """
+    assert disable <= {*LAYERS}, f"{disable} are not all among {LAYERS}"
     search = _Search(
         CutPool(problem, separate, disable),
         separate,
@@ -242,7 +242,7 @@ class _Search:
                     programs += 1
                     seconds = max(1.0, self.end - time.monotonic())
                     bound = visit_optimum(
-                        self.pool, *small, gap=self.gap / 4, seconds=seconds, better_by=self.gap / 2
+                        self.pool, small, gap=self.gap / 4, seconds=seconds, better_by=self.gap / 2
                     )
                     subproblem.bound = max(subproblem.bound, bound)
                     parts = [node] if self._worthwhile(subproblem) else []  # rows were missing
@@ -267,14 +267,13 @@ class _Search:
         best = self.pool.time_us
         return best == math.inf or best - subproblem.bound > self.margin * abs(best)
 
-    def _small_program(self, subproblem: Subproblem) -> tuple[RestrictedDomains, Merged] | None:
+    def _small_program(self, subproblem: Subproblem) -> RestrictedDomains | None:
         """The integer program of a subproblem, if it is small."""
         if math.isfinite(self.subproblems) or subproblem.size() > SMALL_PROGRAM // 3:
             return None
         problem = replace(self.pool.problem, rows=tuple(self.pool.rows))
         restricted = RestrictedDomains(problem, subproblem.domains)
-        merged = Merged(restricted.problem, "merging" not in self.pool.disable)
-        return (restricted, merged) if size_of(merged.problem) <= SMALL_PROGRAM else None
+        return restricted if size_of(restricted.problem) <= SMALL_PROGRAM else None
 
     def _find_feasible(self, root: Subproblem) -> None:
         """Visit an assignment within the hard rows: at high prices for them, or else by minimizing

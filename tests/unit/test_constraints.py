@@ -172,7 +172,7 @@ def smallest(constraints=None) -> float:
 
 
 def test_memory_conflicts_name_a_smallest_set():
-    """Whole `up` weights, or whole `down` weights, leave too little room; together with harmless
+    """Replicated `up` weights, or `down` weights, leave too little room; together with harmless
     ones the message names the one, or the pair, that does not fit."""
     harmless = {"inputs.y": "S0 | R", "blocks.3.up.bias": "R | S0"}
     one = {"blocks.*.up.weight": "RR"}

@@ -1,4 +1,4 @@
-"""Alternatives cost what the best plan with them costs, and differences are said in words."""
+"""The cost of an alternative is that of the best plan with it; differences are put into words."""
 
 import itertools
 import math

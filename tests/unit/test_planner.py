@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,24 @@ def test_repeated_blocks_share_their_choices():
     layouts = planned.plan.parameters
     for name in ("attn.c_attn.weight", "mlp.c_fc.weight", "mlp.c_proj.weight", "ln_1.weight"):
         assert len({layouts[f"transformer.h.{i}.{name}"] for i in range(1, 4)}) == 1
+
+
+def test_equal_classes_have_equal_costs():
+    """Whatever the solver counts instead of adding is equal."""
+    space = autoplan(gpt2(3, 1024), (), IDS, cluster=ClusterInfo.of("2x2", "A100-40G")).space
+    first = {}
+    for decision in space.decisions:
+        same = first.setdefault(("costs", decision.cost_class), decision)
+        assert decision.parts.keys() == same.parts.keys()
+        for part, values in decision.parts.items():
+            assert np.array_equal(values, same.parts[part])
+        same = first.setdefault(("candidates", decision.candidates_class), decision)
+        assert decision.candidates == same.candidates
+    assert len(first) < len(space.decisions)  # copies of blocks
+    for edge in space.edges:
+        costs = space.edge_costs(edge)
+        same = first.setdefault(("edge", costs.cost_class), costs)
+        assert np.array_equal(costs.time_us, same.time_us)
 
 
 @pytest.fixture(scope="module")

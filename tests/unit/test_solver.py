@@ -12,7 +12,6 @@ from autopar.solver import PairCost, Problem, Row, solve
 from autopar.solver.contraction import Contraction
 from autopar.solver.cutting_planes import CutPool
 from autopar.solver.ilp import solve_ilp
-from autopar.solver.merging import Merged
 from autopar.solver.messages import minimize_core
 from autopar.solver.problem import Branch
 from autopar.solver.reductions import RestrictedDomains, TiedVariables
@@ -24,8 +23,8 @@ def budget_row(memory, edge_memory, budget):
     return Row("memory", budget, dict(enumerate(memory)), edge_memory)
 
 
-def random_problem(seed: int, *, nodes: int = 5, budget: float = np.inf, late: int = 0) -> Problem:
-    """Memory as one hard row where a budget is given, and `late` soft rows of one slack."""
+def random_problem(seed: int, *, nodes: int = 5, budget: float = np.inf, soft: int = 0) -> Problem:
+    """Memory as one hard row where a budget is given, and `soft` soft rows of one slack."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 5, nodes)
     time = tuple(rng.integers(0, 50, n).astype(float) for n in sizes)
@@ -39,12 +38,12 @@ def random_problem(seed: int, *, nodes: int = 5, budget: float = np.inf, late: i
             edges.append(PairCost(a, b, cost))
     rows = [
         Row(
-            f"late {i}",
+            f"soft {i}",
             float(rng.integers(0, 60)),
             {v: rng.integers(-30, 50, n).astype(float) for v, n in enumerate(sizes)},
-            slack="late",
+            slack="soft",
         )
-        for i in range(late)
+        for i in range(soft)
     ]
     if np.isfinite(budget):
         rows.append(budget_row(memory, edge_memory, budget))
@@ -61,9 +60,9 @@ def brute_force(problem: Problem) -> float:
     return min((t for t, excess in every(problem) if excess <= 0), default=np.inf)
 
 
-def budgets(seed: int, late: int = 0) -> tuple[float, float]:
+def budgets(seed: int, soft: int = 0) -> tuple[float, float]:
     """The least memory of any assignment, and of the fastest."""
-    priced = random_problem(seed, budget=0.0, late=late)
+    priced = random_problem(seed, budget=0.0, soft=soft)
     outcomes = every(priced)
     return min(m for _, m in outcomes), min(outcomes)[1]
 
@@ -77,17 +76,27 @@ def test_equals_brute_force_without_a_budget(seed):
 
 
 @pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize("soft", [0, 3])
 @pytest.mark.parametrize("tightness", [0.2, 0.5, 0.8])
-def test_equals_brute_force_within_rows(seed, late, tightness):
-    leanest, fastest = budgets(seed, late)
-    problem = random_problem(seed, budget=leanest + tightness * (fastest - leanest), late=late)
+def test_equals_brute_force_within_rows(seed, soft, tightness):
+    leanest, fastest = budgets(seed, soft)
+    problem = random_problem(seed, budget=leanest + tightness * (fastest - leanest), soft=soft)
     solution = solve(problem, gap=1e-6)
     time_us, excess = problem.evaluate(solution.choices)
     assert excess <= 0
     assert solution.time_us == pytest.approx(time_us)
     assert solution.time_us == pytest.approx(brute_force(problem))
     assert solution.bound_us <= solution.time_us * (1 + 1e-9)
+    assert solution.gap <= 1e-6
+
+
+@pytest.mark.parametrize("layer", ["elimination", "messages", "restricted MIP"])
+@pytest.mark.parametrize("seed", range(10))
+def test_no_layer_is_needed_for_the_optimum(seed, layer):
+    leanest, fastest = budgets(seed, 3)
+    problem = random_problem(seed, budget=leanest + 0.4 * (fastest - leanest), soft=3)
+    solution = solve(problem, gap=1e-6, disable=frozenset({layer}))
+    assert solution.time_us == pytest.approx(brute_force(problem))
     assert solution.gap <= 1e-6
 
 
@@ -101,7 +110,7 @@ def test_the_bound_is_one_however_large_a_gap_is_good_enough(seed, gap, program,
     monkeypatch.setattr(sys.modules[solve_restricted.__module__], "MAX_PROGRAM", program)
     leanest, fastest = budgets(seed, 3)
     budget = leanest + 0.4 * (fastest - leanest)
-    problem = random_problem(seed, nodes=6, budget=budget, late=3)
+    problem = random_problem(seed, nodes=6, budget=budget, soft=3)
     if not np.isfinite(brute_force(problem)):
         with pytest.raises(InfeasibleError):
             solve(problem, gap=gap)
@@ -116,7 +125,7 @@ def test_the_bound_is_one_however_large_a_gap_is_good_enough(seed, gap, program,
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_made_when_needed_are_as_good_as_rows_listed(seed):
     leanest, fastest = budgets(seed, 3)
-    listed = random_problem(seed, budget=(leanest + fastest) / 2, late=3)
+    listed = random_problem(seed, budget=(leanest + fastest) / 2, soft=3)
 
     def separate(choices):
         kinds = {}
@@ -134,7 +143,7 @@ def test_rows_made_when_needed_are_as_good_as_rows_listed(seed):
 def test_out_of_time_the_best_assignment_has_its_gap(seed):
     """Given no time at all, the first that fits, and a bound that is one."""
     leanest, fastest = budgets(seed, 2)
-    problem = random_problem(seed, nodes=6, budget=(leanest + fastest) / 2, late=2)
+    problem = random_problem(seed, nodes=6, budget=(leanest + fastest) / 2, soft=2)
     best = brute_force(problem)
     if not np.isfinite(best):
         with pytest.raises(InfeasibleError):
@@ -155,7 +164,7 @@ def test_branching_as_on_another_problem_gives_bounds(seed, monkeypatch):
     monkeypatch.setattr(module, "SMALL_PROGRAM", 0)
     monkeypatch.setattr(sys.modules[solve_restricted.__module__], "MAX_PROGRAM", 0)
     leanest, fastest = budgets(seed, 3)
-    problem = random_problem(seed, budget=leanest + 0.4 * (fastest - leanest), late=3)
+    problem = random_problem(seed, budget=leanest + 0.4 * (fastest - leanest), soft=3)
     best = brute_force(problem)
     if not np.isfinite(best):
         with pytest.raises(InfeasibleError):
@@ -181,7 +190,7 @@ def test_branching_as_on_another_problem_gives_bounds(seed, monkeypatch):
 def test_what_was_met_is_combine(seed):
     """The best of what consists of choices met, if it is better than those by the gap."""
     leanest, fastest = budgets(seed, 2)
-    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
+    problem = random_problem(seed, budget=(leanest + fastest) / 2, soft=2)
     every_one = product(*(range(len(t)) for t in problem.time_us))
     fitting = [c for c in every_one if problem.evaluate(c)[1] <= 0]
     assert fitting
@@ -236,20 +245,20 @@ def test_the_fallback_gives_a_start(seed, monkeypatch):
     """The search starts from a slow assignment that fits, if it finds none itself in time."""
     module = sys.modules[solve.__module__]
     leanest, fastest = budgets(seed, 2)
-    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
+    problem = random_problem(seed, budget=(leanest + fastest) / 2, soft=2)
     every_one = product(*(range(len(t)) for t in problem.time_us))
     fitting = [c for c in every_one if problem.evaluate(c)[1] <= 0]
     slowest = max(fitting, key=lambda c: problem.evaluate(c)[0])
-    asked = []
+    calls = []
 
     def out_of_time(*arguments, **options):
-        raise InfeasibleError("late", budget_bytes=1, smallest_bytes=2, proven=False)
+        raise InfeasibleError("out of time", budget_bytes=1, smallest_bytes=2, proven=False)
 
     monkeypatch.setattr(module, "solve", out_of_time)  # the one that minimizes the excess
-    result = solve(problem, fallback=lambda: asked.append(slowest) or asked)
+    result = solve(problem, fallback=lambda: calls.append(slowest) or calls)
     assert result.time_us == pytest.approx(brute_force(problem))
-    if asked:  # the fastest of all does not fit
-        with pytest.raises(InfeasibleError, match="late"):
+    if calls:  # the fastest of all does not fit
+        with pytest.raises(InfeasibleError, match="out of time"):
             solve(problem)
 
 
@@ -258,7 +267,7 @@ def test_the_fallback_gives_a_start(seed, monkeypatch):
 def test_too_small_a_budget_names_the_smallest(seed, unit):
     """In bytes by the thousand million too, where solvers round."""
     leanest, _ = budgets(seed, 2)
-    problem = random_problem(seed, budget=leanest - 1, late=2)
+    problem = random_problem(seed, budget=leanest - 1, soft=2)
     large = tuple(
         replace(
             row,
@@ -313,7 +322,7 @@ def test_wide_cores_are_bounded_and_mostly_solved(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_restricted_domains_cost_the_same(seed):
     leanest, fastest = budgets(seed, 2)
-    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
+    problem = random_problem(seed, budget=(leanest + fastest) / 2, soft=2)
     rng = np.random.default_rng(seed)
     sizes = [len(t) for t in problem.time_us]
     restricted = RestrictedDomains(
@@ -323,22 +332,11 @@ def test_restricted_domains_cost_the_same(seed):
         assert restricted.problem.evaluate(c) == problem.evaluate(restricted.expand(c))
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_merging_keeps_the_optimum(seed):
-    leanest, fastest = budgets(seed, 2)
-    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
-    merged = Merged(problem)
-    assert len(merged.problem.time_us) <= len(problem.time_us)
-    assert brute_force(merged.problem) == pytest.approx(brute_force(problem))
-    for c in product(*(range(len(t)) for t in merged.problem.time_us)):
-        assert merged.problem.evaluate(c) == pytest.approx(problem.evaluate(merged.expand(c)))
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_fixing_keeps_better_assignments(seed):
     """Every assignment that is faster than the best known is still there."""
     leanest, fastest = budgets(seed, 2)
-    problem = random_problem(seed, budget=(leanest + fastest) / 2, late=2)
+    problem = random_problem(seed, budget=(leanest + fastest) / 2, soft=2)
     pool = CutPool(problem, None)
     rng = np.random.default_rng(seed)
     for _ in range(20):
@@ -394,7 +392,7 @@ def test_tied_variables_equal_the_restricted_problem(seed):
 @pytest.mark.parametrize("backend", ["HiGHS", "CBC"])
 @pytest.mark.parametrize("seed", range(8))
 def test_backends_agree(seed, backend):
-    problem = random_problem(seed, budget=110.0, late=2)
+    problem = random_problem(seed, budget=110.0, soft=2)
     expected = brute_force(problem)
     if not np.isfinite(expected):
         with pytest.raises(ValueError, match="infeasible"):

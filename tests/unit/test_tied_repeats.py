@@ -14,12 +14,12 @@ from autopar.solver.reductions import TiedVariables
 def test_every_second_copy_of_what_is_left_is_a_part():
     classes = [0, *[1] * 8, 2, *[3] * 7]
     where = [None, *(("h.", k) for k in range(8)), None, *(("h.", k) for k in range(1, 8))]
-    found = interleave(classes, where, 3)
-    part = {c: i for i, c in enumerate(dict.fromkeys(found[1:9]))}
-    assert [part[c] for c in found[1:9]] == [0, 1, 0, 2, 0, 1, 0, 2]
-    assert len(set(found)) == 2 + 3 + 3  # single nodes stay one class each
-    for a, b in zip(found, classes, strict=True):
-        assert {c for d, c in zip(found, classes, strict=True) if d == a} == {b}
+    divided = interleave(classes, where, 3)
+    part = {c: i for i, c in enumerate(dict.fromkeys(divided[1:9]))}
+    assert [part[c] for c in divided[1:9]] == [0, 1, 0, 2, 0, 1, 0, 2]
+    assert len(set(divided)) == 2 + 3 + 3  # single nodes stay one class each
+    for a, b in zip(divided, classes, strict=True):
+        assert {c for d, c in zip(divided, classes, strict=True) if d == a} == {b}
 
 
 def test_positions_are_the_numbers_that_differ():
@@ -38,10 +38,10 @@ def test_positions_are_the_numbers_that_differ():
 
     space = autoplan(Model(), (torch.zeros(8, 8),), cluster=ClusterInfo.of("2")).space
     positions = block_positions(space, space.problem().classes)
-    found = {d.name: p for d, p in zip(space.decisions, positions, strict=True)}
-    assert found["linear_2"] == ("stages.0.", 2)
-    assert found["p_stages_0_3_0_weight"] == ("stages.0.", 3)
-    assert found["sum_1"] is None
+    position_of = {d.name: p for d, p in zip(space.decisions, positions, strict=True)}
+    assert position_of["linear_2"] == ("stages.0.", 2)
+    assert position_of["p_stages_0_3_0_weight"] == ("stages.0.", 3)
+    assert position_of["sum_1"] is None
 
 
 def chain(seed, copies):
