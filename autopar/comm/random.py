@@ -1,4 +1,4 @@
-"""Random masks that are a function of (step seed, stream, shard): replayable, and alike on ranks
+"""Random masks that are a function of (step seed, stream, shard): replayable, and equal on ranks
 that hold the same shard, independent on ranks that hold different ones."""
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def apply_sharding(
         trainable: placeholder names that carry gradients; all parameters if None.
 
     Raises:
-        PlanError: the plan names a site or strategy that the graph does not have.
+        PlanError: the plan names an operator or a strategy that the graph does not have.
     """
     converter = converter_for(ClusterInfo.from_dict(plan.cluster))
     rank = _Rank(plan.mesh, tuple(coords), groups, converter)
@@ -116,7 +116,7 @@ class _Rewriter:
     layout: dict[tuple[fx.Node, int], ShardingSpec] = field(default_factory=dict)
     values: dict[tuple[fx.Node, int, ShardingSpec], fx.Node] = field(default_factory=dict)
     seed: fx.Node | None = None
-    sites: int = 0
+    streams: int = 0  # of random operators, numbered
 
     def run(
         self,
@@ -151,11 +151,13 @@ class _Rewriter:
 
     # -- plan look-ups --------------------------------------------------------------------------
 
-    def _choice(self, site: str) -> str:
+    def _choice(self, decision: str) -> str:
         try:
-            return self.plan.choices[site]
+            return self.plan.choices[decision]
         except KeyError:
-            raise PlanError(f"the plan decides nothing for {site}; plan this model again") from None
+            raise PlanError(
+                f"the plan decides nothing for {decision}; plan this model again"
+            ) from None
 
     def _placeholder_spec(self, node: fx.Node) -> ShardingSpec:
         text = self._choice(node.name).removesuffix(" reshard")
@@ -239,7 +241,7 @@ class _Rewriter:
             target = rule.lowering
             kwargs = {**kwargs, **self._lowering_arguments(rule, strategy)}
         elif str(target) in RESHAPES:
-            # a shard's strides may differ from the whole tensor's: let the view copy if it must
+            # a shard's strides may differ from the global tensor's: let the view copy if it must
             shape = local_shape(
                 shape_of(results(node)[0]), strategy.outputs[0], self.rank.mesh, self.rank.coords
             )
@@ -298,16 +300,16 @@ class _Rewriter:
             start, length = local_range(size, axes, mesh, coords)
             # tuples and numbers only: a graph's arguments print as Python
             shard[name] = (start, length, size, tuple(groups[a] for a in axes))
-        found: dict[str, Any] = {"shard": shard}
+        arguments: dict[str, Any] = {"shard": shard}
         if rule.always:
             number = 0
             for axes in strategy.splits.values():
                 for axis in axes:
                     number = number * mesh[axis] + coords[axis]
             assert self.seed is not None
-            found |= {"seed": self.seed, "stream": (self.sites, number)}
-            self.sites += 1
-        return found
+            arguments |= {"seed": self.seed, "stream": (self.streams, number)}
+            self.streams += 1
+        return arguments
 
     def _outputs(self, output_specs: Sequence[ShardingSpec] | None) -> None:
         flat: list[Any] = []

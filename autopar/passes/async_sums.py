@@ -79,8 +79,8 @@ def _is_small_sum(node: Any) -> bool:
 
 
 def _over_all(node: fx.Node) -> tuple[Any, str]:
-    """What a sum is taken of, and over which group: sums over one axis after the other, of all axes
-    of a mesh, are one over all ranks."""
+    """The operand and the group of a sum. Sums over one axis after the other, of all axes of a
+    mesh, are one sum over all ranks."""
     chain: list[Any] = [node]
     while _is_small_sum(before := chain[-1].args[0]) and len(before.users) == 1:
         chain.append(before)
@@ -91,29 +91,29 @@ def _over_all(node: fx.Node) -> tuple[Any, str]:
 
 
 def _computation(value: fx.Node) -> list[fx.Node] | None:
-    """The operators that a value is made by from what the forward is given, in order; None where
-    they are many, communicate or draw."""
-    found: set[fx.Node] = set()
+    """The operators that compute a value from arguments, in order; None if they are many,
+    communicate or draw random numbers."""
+    operators: set[fx.Node] = set()
     stack = [value]
     while stack:
         node = stack.pop()
-        if node in found or (node.op == "placeholder" and "tangents" not in str(node.target)):
+        if node in operators or (node.op == "placeholder" and "tangents" not in str(node.target)):
             continue
         if (
             node.op == "placeholder"
             or communicates(node)
             or draws(node)
             or node.is_impure()
-            or len(found) == _FEW
+            or len(operators) == _FEW
         ):
             return None
-        found.add(node)
+        operators.add(node)
         stack += node.all_input_nodes
-    return [n for n in value.graph.nodes if n in found]
+    return [n for n in value.graph.nodes if n in operators]
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:
-    """Take a node's place, and drop what made it and is for nothing else."""
+    """Replace a sum, and erase it with the sums that only it read."""
     new.meta = {**node.meta, "val": new.meta["val"]}
     node.replace_all_uses_with(new)
     unused: Any = node

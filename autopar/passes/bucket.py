@@ -1,4 +1,4 @@
-"""Buckets: many small collectives of one group, with the same need, become one."""
+"""Buckets: many small collectives of one group become one message."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def bucket_collectives(
     bucket_bytes: int = BUCKET_BYTES,
     apart: Collection[fx.Node] = frozenset(),
 ) -> fx.GraphModule:
-    """Merge gathers of what the program is given (weights), at the first of them; and reductions
-    whose results are only returned (gradients), at the last; over every axis of a mesh.
+    """Merge gathers of arguments (weights), at the first of them, and reductions whose results are
+    only returned (gradients), at the last; on every axis of a mesh.
 
     Values of one group and dtype share a buffer of at most `bucket_bytes`; the sum of every element
     is over the same ranks as before.
 
     Args:
-        apart: nodes that stay as they are (of a joint graph, the forward's: what is gathered
-            together could only be gathered again together).
+        apart: nodes to leave as they are (of a joint graph, those of the forward: gathers that are
+            merged can only be repeated together).
     """
     graph = gm.graph
     _bucket_gathers(graph, bucket_bytes, apart)
@@ -55,15 +55,15 @@ def bucket_collectives(
 def _bucket_gathers(graph: fx.Graph, bucket_bytes: int, apart: Collection[fx.Node]) -> None:
     """Those of weights; then those of what these have gathered over one axis, over the next."""
     ((one, many, common),) = _GATHERS
-    given = given_values(graph)
+    arguments = argument_views(graph)
     done: set[fx.Node] = set(apart)
-    while level := [n for n in _calls(graph, one) if n not in done and n.args[0] in given]:
-        made = set(level)
+    while level := [n for n in _calls(graph, one) if n not in done and n.args[0] in arguments]:
+        gathered = set(level)
         for members in list(_filled(level, common, bucket_bytes)):
-            made -= set(members)
-            made |= set(_gather_together(graph, members, many, common).users)
-        done |= made
-        given = given_values(graph, given | made)
+            gathered -= set(members)
+            gathered |= set(_gather_together(graph, members, many, common).users)
+        done |= gathered
+        arguments = argument_views(graph, arguments | gathered)
 
 
 def _bucket_reductions(graph: fx.Graph, bucket_bytes: int, apart: Collection[fx.Node]) -> None:
@@ -92,13 +92,13 @@ def _calls(graph: fx.Graph, target: Any) -> Iterator[fx.Node]:
     return (n for n in graph.nodes if n.target is target)
 
 
-def given_values(graph: fx.Graph, more: Collection[fx.Node] = frozenset()) -> set[fx.Node]:
-    """What the program is called with, and more, with views of them."""
-    found: set[fx.Node] = set(more)
+def argument_views(graph: fx.Graph, more: Collection[fx.Node] = frozenset()) -> set[fx.Node]:
+    """The arguments of the program, and more values, with views of them."""
+    views: set[fx.Node] = set(more)
     for node in graph.nodes:
-        if node.op == "placeholder" or (is_view(node) and found.issuperset(node.all_input_nodes)):
-            found.add(node)
-    return found
+        if node.op == "placeholder" or (is_view(node) and views.issuperset(node.all_input_nodes)):
+            views.add(node)
+    return views
 
 
 def _filled(
@@ -193,12 +193,12 @@ def _put_off(results: Sequence[fx.Node]) -> None:
 def bring_forward(place: fx.Node, needed: Sequence[Any]) -> None:
     """Views that a merged gather reads move to before it."""
     position = {node: i for i, node in enumerate(place.graph.nodes)}
-    late: set[fx.Node] = set()
+    later: set[fx.Node] = set()
     stack = list(needed)
     while stack:
         node = stack.pop()
-        if node.op != "placeholder" and position[node] > position[place] and node not in late:
-            late.add(node)
+        if node.op != "placeholder" and position[node] > position[place] and node not in later:
+            later.add(node)
             stack += node.all_input_nodes
-    for node in sorted(late, key=position.__getitem__):
+    for node in sorted(later, key=position.__getitem__):
         place.prepend(node)

@@ -73,7 +73,7 @@ def _fake_like(t: torch.Tensor) -> torch.Tensor:
 
 
 def _inline(node: fx.Node, body: fx.Graph) -> None:
-    """A graph in the place of a node; what the node is said to be is said of its result."""
+    """Replace a node by a graph; its result takes over the metadata of the node."""
     placeholders = body.find_nodes(op="placeholder")
     env = dict(zip(placeholders, node.all_input_nodes, strict=True))
     with node.graph.inserting_before(node):
@@ -100,7 +100,7 @@ def _inline(node: fx.Node, body: fx.Graph) -> None:
 
 
 def _described(node: fx.Node, new: fx.Node) -> dict[str, Any]:
-    """What was noted of a node, but for the operator that it was."""
+    """The metadata of a node, but for what describes its operator."""
     return {k: v for k, v in node.meta.items() if k != "makes"} | {"val": new.meta["val"]}
 
 

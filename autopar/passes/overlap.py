@@ -1,7 +1,6 @@
-"""Overlaps collectives with compute in graphs that no schedule made: each is started ahead of where
-it is waited for.
+"""Overlap collectives with compute in graphs without a schedule: start each ahead of its wait.
 
-Where there is a schedule, that has them split already (`autopar/schedule/prefetch.py`).
+A schedule has split them already (`autopar/schedule/prefetch.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch.fx as fx
 
 from autopar.ir.aliasing import is_view
 from autopar.ir.fx_calls import add_call
-from autopar.passes.bucket import bring_forward, given_values
+from autopar.passes.bucket import argument_views, bring_forward
 from autopar.schedule.splits import halves_of
 
 _OPS = torch.ops.autopar
@@ -21,19 +20,19 @@ _GATHERS = {_OPS.all_gather.default, _OPS.all_gather_many.default}
 
 
 def overlap_collectives(gm: fx.GraphModule) -> fx.GraphModule:
-    """Split collectives in two: reductions are waited for before their first use, and gathers of
-    what the program is given (weights) start before the first use of the gather before them.
+    """Split collectives in two: wait for reductions before their first use, and start gathers of
+    arguments (weights) before the first use of the gather before them.
 
     So one gather at a time is under way, with its buffer; where a weight is gathered twice, along
     two axes, one along each.
     """
     graph = gm.graph
-    whole = []
+    replaced = []
     for node in list(graph.nodes):
         if node.target not in _GATHERS and halves_of(node) is not None:
-            whole += _wait_later(graph, node)
-    whole += _start_earlier(graph)
-    for node in reversed(whole):
+            replaced += _wait_later(graph, node)
+    replaced += _start_earlier(graph)
+    for node in reversed(replaced):
         graph.erase_node(node)
     graph.lint()
     gm.recompile()
@@ -65,22 +64,22 @@ def _start_earlier(graph: fx.Graph) -> list[fx.Node]:
     chains = _chains(graph)
     first = [min(chain[-1].users, key=position.__getitem__) for chain in chains]
     order = sorted(range(len(chains)), key=lambda k: position[first[k]])
-    given = given_values(graph)
-    begin = next(n for n in graph.nodes if n not in given)
+    arguments = argument_views(graph)
+    begin = next(n for n in graph.nodes if n not in arguments)
     # a gather that others follow in its chain is done before they start: one place ahead of them
     places = [first[k] for k in order]
     for at, k in enumerate(order):
         for lead, node in reversed(list(enumerate(reversed(chains[k])))):
             start = places[at - lead - 1] if at > lead else begin
             done = places[at - lead] if at >= lead else begin
-            bring_forward(start, [n for n in node.all_input_nodes if n in given])
+            bring_forward(start, [n for n in node.all_input_nodes if n in arguments])
             _split(graph, node, start, done)
     return [node for chain in chains for node in chain]
 
 
 def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
-    """Gathers of what is given, each behind those that make what it gathers."""
-    given = given_values(graph)
+    """Gathers of arguments, each behind the gathers whose result it gathers."""
+    arguments = argument_views(graph)
     chains: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target not in _GATHERS or not node.users:
@@ -88,7 +87,7 @@ def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
         sources = node.all_input_nodes
         if len(sources) == 1 and sources[0] in chains and len(sources[0].users) == 1:
             chains[node] = [*chains.pop(sources[0]), node]
-        elif given.issuperset(sources):
+        elif arguments.issuperset(sources):
             chains[node] = [node]
     return list(chains.values())
 

@@ -41,8 +41,8 @@ def overwrite(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _write_over(node: fx.Node, operand: fx.Node) -> None:
-    found = variant(node.target, node.args.index(operand), node.meta["val"].device.type)
-    assert found is not None
-    node.target, result = found
+    overload = variant(node.target, node.args.index(operand), node.meta["val"].device.type)
+    assert overload is not None
+    node.target, result = overload
     if result is not None:
         node.kwargs = {**node.kwargs, result: operand}

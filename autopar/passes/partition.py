@@ -36,9 +36,9 @@ def split_as_eager(
     forward = _forward_nodes(graph, outputs[:count], tangents)
     again = _recomputed(forward, primals, reshard_after_forward)
     body, saved = _backward_body(outputs[count:], forward, again, set(tangents))
-    kept = [n for n in graph.nodes if n in saved]
-    forward_gm = _extract(joint.gm, primals, forward, outputs[:count] + kept)
-    backward_gm = _extract(joint.gm, kept + tangents, body, outputs[count:])
+    saved_nodes = [n for n in graph.nodes if n in saved]
+    forward_gm = _extract(joint.gm, primals, forward, outputs[:count] + saved_nodes)
+    backward_gm = _extract(joint.gm, saved_nodes + tangents, body, outputs[count:])
     return forward_gm, backward_gm
 
 
@@ -110,8 +110,7 @@ def _backward_body(
         node = stack.pop()
         if node in body or node in saved or node in tangents:
             continue
-        kept = node.op == "placeholder" or (node in forward and node not in again)
-        if kept:
+        if node.op == "placeholder" or (node in forward and node not in again):
             saved.add(node)
         else:
             body.add(node)

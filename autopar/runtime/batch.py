@@ -82,7 +82,7 @@ class BatchLayout:
         return pytree.tree_map_only(torch.Tensor, self.gather, (args, kwargs))
 
     def gather(self, x: Any) -> Any:
-        """The whole of an input that every rank passes a part of."""
+        """The global input of which every rank passes a part."""
         if not self.local or not x.ndim or x.shape[0] != self.samples:
             return x
         parts = [torch.empty_like(x) for _ in range(self.cluster.world_size)]
@@ -95,7 +95,7 @@ class BatchLayout:
         return tuple(self._split(shape, self.samples) for shape in self.shapes)
 
     def fixed_outputs(self, graph: ModelGraph) -> tuple[ShardingSpec, ...] | None:
-        """Results come back whole, or with local batches as this rank's samples."""
+        """Results are replicated, or with local batches this rank's samples."""
         if not self.local or self.samples is None:
             return None
         total = self.samples * self.cluster.world_size

@@ -20,12 +20,12 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
         group = groups[target.dtype]
         group[0].append(target)
         group[1].append(source)
-    for alike in groups.values():
-        torch._foreach_copy_(*alike)
+    for targets_and_sources in groups.values():
+        torch._foreach_copy_(*targets_and_sources)
 
 
 def copies_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Clones."""
-    made = [torch.empty_like(t) for t in tensors]
-    copy_all(made, tensors)
-    return made
+    copies = [torch.empty_like(t) for t in tensors]
+    copy_all(copies, tensors)
+    return copies

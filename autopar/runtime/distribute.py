@@ -18,7 +18,7 @@ from autopar.ir.spec import ShardingSpec, local_range
 def shard_of(
     x: torch.Tensor, spec: ShardingSpec, mesh: tuple[int, ...], coords: tuple[int, ...]
 ) -> torch.Tensor:
-    """This rank's shard of a whole tensor (a view)."""
+    """This rank's shard of a global tensor (a view)."""
     for dim, axes in enumerate(spec.dims):
         if axes:
             x = x.narrow(dim, *local_range(x.shape[dim], axes, mesh, coords))
@@ -26,9 +26,9 @@ def shard_of(
 
 
 def _as_dtensor(
-    whole: torch.Tensor, spec: ShardingSpec, mesh: DeviceMesh, coords: tuple[int, ...]
+    full: torch.Tensor, spec: ShardingSpec, mesh: DeviceMesh, coords: tuple[int, ...]
 ) -> DTensor:
-    local = shard_of(whole, spec, tuple(mesh.shape), coords)
+    local = shard_of(full, spec, tuple(mesh.shape), coords)
     if any(spec.dims):
         local = local.clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(
@@ -36,8 +36,8 @@ def _as_dtensor(
         mesh,
         spec.to_placements(mesh.ndim),
         run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
+        shape=full.shape,
+        stride=full.stride(),
     )
 
 
@@ -58,10 +58,10 @@ class _Shards(torch.autograd.Function):
     def forward(ctx: Any, *parameters: DTensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.parameters = parameters
-        found = tuple(p._local_tensor.detach() for p in parameters)
-        frozen = (x for x, p in zip(found, parameters, strict=True) if not p.requires_grad)
+        locals_ = tuple(p._local_tensor.detach() for p in parameters)
+        frozen = (x for x, p in zip(locals_, parameters, strict=True) if not p.requires_grad)
         ctx.mark_non_differentiable(*frozen)
-        return found
+        return locals_
 
     @staticmethod
     @once_differentiable
@@ -72,8 +72,8 @@ class _Shards(torch.autograd.Function):
 def shards(flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors, with this rank's shards in the place of DTensors, to which their gradients flow."""
     parameters = [x for x in flat if isinstance(x, DTensor)]
-    found = iter(_Shards.apply(*parameters) if parameters else ())
-    return [next(found) if isinstance(x, DTensor) else x for x in flat]
+    local = iter(_Shards.apply(*parameters) if parameters else ())
+    return [next(local) if isinstance(x, DTensor) else x for x in flat]
 
 
 def gradients(
@@ -92,7 +92,7 @@ def gradients(
         taken: addresses of memory that no gradient may lie in.
     """
     held = set(taken)
-    made: list[torch.Tensor | None] = []
+    dtensors: list[torch.Tensor | None] = []
     for p, grad in zip(parameters, grads, strict=True):
         if grad is not None and isinstance(p, DTensor):
             # two gradients of one value: autograd cannot see that the DTensors share their memory
@@ -101,8 +101,8 @@ def gradients(
                 grad = torch.empty_like(p._local_tensor).copy_(grad)
             held.add(grad.data_ptr())
             grad = DTensor.__new__(DTensor, grad, p._spec, requires_grad=False)
-        made.append(grad)
-    return made
+        dtensors.append(grad)
+    return dtensors
 
 
 def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -62,7 +62,7 @@ class Program:
         if position in self.step.async_results:
             # a GPU waits for its communication stream, not the host
             return AsyncResult(x) if x.device.type == "cpu" else wait(x)
-        if isinstance(x, torch.Tensor) and x._is_view():  # of what only the program knows
+        if isinstance(x, torch.Tensor) and x._is_view():  # of a value inside the program
             return torch.ops.aten._unsafe_view.default(x, x.shape)
         return x
 
@@ -100,8 +100,8 @@ def _laid_out(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """A gradient with the strides that the backward graph expects; zeros if there is none."""
     if grad is not None and grad.stride() == like.stride():
         return grad
-    made = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=like.device)
-    return made.zero_() if grad is None else made.copy_(grad)
+    copy = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=like.device)
+    return copy.zero_() if grad is None else copy.copy_(grad)
 
 
 class _Run(torch.autograd.Function):

@@ -28,8 +28,10 @@ class StepOnShards:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._whole: list[list[torch.Tensor]] | None = None  # of each group, while a step runs
-        self._state: defaultdict[torch.Tensor, Any] = defaultdict(dict)  # theirs, meanwhile
+        self._dtensors: list[list[torch.Tensor]] | None = None  # of each group, while a step runs
+        self._state: defaultdict[torch.Tensor, Any] = defaultdict(
+            dict
+        )  # of the DTensors, meanwhile
         if type(optimizer) not in _ELEMENTWISE:
             return
         optimizer.register_step_pre_hook(self._before_step)
@@ -43,9 +45,9 @@ class StepOnShards:
         groups = optimizer.param_groups
         if closure is not None or any(g.get("differentiable") for g in groups):
             return
-        self._whole = [g["params"] for g in groups]
+        self._dtensors = [g["params"] for g in groups]
         self._state, optimizer.state = optimizer.state, defaultdict(dict)
-        for group, params in zip(groups, self._whole, strict=True):
+        for group, params in zip(groups, self._dtensors, strict=True):
             group["params"] = [self._shard(p) for p in params]
 
     def _shard(self, p: torch.Tensor) -> torch.Tensor:
@@ -61,10 +63,10 @@ class StepOnShards:
 
     @torch.no_grad()
     def _back(self) -> None:
-        if self._whole is None:
+        if self._dtensors is None:
             return
         stepped, self._optimizer.state = self._optimizer.state, self._state
-        for group, params in zip(self._optimizer.param_groups, self._whole, strict=True):
+        for group, params in zip(self._optimizer.param_groups, self._dtensors, strict=True):
             for p, shard in zip(params, group["params"], strict=True):
                 now = stepped.get(shard)
                 if now is not None:
@@ -72,7 +74,7 @@ class StepOnShards:
                 if shard is not p:
                     shard.grad = None
             group["params"] = params
-        self._whole, self._state = None, defaultdict(dict)
+        self._dtensors, self._state = None, defaultdict(dict)
 
     def _keep(self, p: torch.Tensor, now: dict[str, Any]) -> None:
         """A shard's state after the step as its parameter's; it is mostly written in place."""
