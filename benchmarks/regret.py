@@ -1,4 +1,4 @@
-"""What autopar's plan loses against the best of the plans that people write by hand.
+"""The step time of autopar's plan against the best baseline, on the same transport.
 
 Training steps (forward, backward, optimizer) of eight models on 2 and 4 Gloo processes with one
 thread each, of autopar's plan and of DistributedDataParallel, FSDP2, tensor parallelism by
@@ -36,7 +36,7 @@ TIE = 0.05
 
 
 @dataclass(frozen=True)
-class Made:
+class CasePlans:
     """Plans of one case.
 
     Args:
@@ -59,63 +59,63 @@ def clusters(world: int, folder: Path, quick: bool) -> dict[str, Path]:
     from autopar.cluster.cluster import ClusterInfo, parse_mesh
     from autopar.profiler.measure_links import measure_cluster
 
-    found = {}
+    files = {}
     for mesh in MESHES[world]:
-        found[mesh] = folder / f"cluster-{mesh}.yaml"
-        if not found[mesh].exists():
+        files[mesh] = folder / f"cluster-{mesh}.yaml"
+        if not files[mesh].exists():
             console.print(f"measure the machine for mesh {mesh} ...", markup=False)
             measured = measure_cluster(parse_mesh(mesh)[0], "cpu", quick=quick)
             assert measured is not None
-            first = found[MESHES[world][0]]
+            first = files[MESHES[world][0]]
             if first.exists():
                 device = ClusterInfo.load(first).device
                 measured = replace(measured, cluster=replace(measured.cluster, device=device))
-            write_measured(measured, found[mesh])
-    return found
+            write_measured(measured, files[mesh])
+    return files
 
 
-def make_plans(name: str, files: Mapping[str, Path], folder: Path, *, experts: bool) -> Made:
+def make_plans(name: str, files: Mapping[str, Path], folder: Path, *, baselines: bool) -> CasePlans:
     """Plan one case on every mesh.
 
     Args:
-        experts: also write the experts' plans, for autopar's runtime to race them.
+        baselines: also write the baselines' plans, for autopar's runtime to run them.
     """
     from autopar import ClusterInfo, autoplan
     from autopar.planner.baselines import baseline_plans
     from autopar.planner.planner import make_plan
     from benchmarks.regret_cases import case
 
-    of = case(name)
-    model, batch = of.build(), of.batch()
+    selected = case(name)
+    model, batch = selected.build(), selected.batch()
     predicted: dict[str, float] = {}
     plans: dict[str, tuple[str, str]] = {}
     words, best = "", float("inf")
     for mesh, file in files.items():
-        found = autoplan(model, (), batch, cluster=ClusterInfo.load(file))
-        step = found.plan.time.step_us
+        planned = autoplan(model, (), batch, cluster=ClusterInfo.load(file))
+        step = planned.plan.time.step_us
         if step < (1 - TIE) * best:
-            best, words = step, f"mesh {mesh}: {_words(found.plan)}"
-            found.plan.save(folder / "plan.json")
+            best, words = step, f"mesh {mesh}: {_words(planned.plan)}"
+            planned.plan.save(folder / "plan.json")
             predicted[OURS] = step
             plans[OURS] = (str(file), str(folder / "plan.json"))
-        for expert in baseline_plans(found.space):
-            called = _SAME.get((mesh, expert.name))
-            if called is None:
+        for baseline in baseline_plans(planned.space):
+            contestant = _SAME.get((mesh, baseline.name))
+            if contestant is None:
                 continue
-            predicted[called] = expert.time.step_us
-            if experts:
-                path = folder / f"expert{len(plans)}.json"
-                make_plan(found.space, expert.choices, found.plan.model).save(path)
-                plans[f"{called} by autopar"] = (str(file), str(path))
-                predicted[f"{called} by autopar"] = expert.time.step_us
-    return Made(plans, predicted, words)
+            predicted[contestant] = baseline.time.step_us
+            if baselines:
+                path = folder / f"baseline{len(plans)}.json"
+                make_plan(planned.space, baseline.choices, planned.plan.model).save(path)
+                plans[f"{contestant} by autopar"] = (str(file), str(path))
+                predicted[f"{contestant} by autopar"] = baseline.time.step_us
+    return CasePlans(plans, predicted, words)
 
 
-# The expert's plan that is like a contestant.
+# The contestant that a baseline's plan corresponds to.
 _SAME = {
-    (mesh, expert): name
+    (mesh, baseline): name
     for mesh in ("2", "4")
-    for expert, name in (("DDP", "DDP"), ("FSDP (ZeRO-3)", "FSDP2"), ("Megatron TP", "TP"))
+    for baseline, name in (("DDP", "DDP"), ("FSDP (ZeRO-3)", "FSDP2"), ("Megatron TP", "TP"))
 } | {("2x2", "Megatron TP, FSDP"): "FSDP2 + TP"}
 
 
@@ -123,23 +123,23 @@ def _words(plan: Any) -> str:
     return "; ".join(f"{m.name or 'model'} {m.words}" for m in plan.modules if m.words)
 
 
-def race(name: str, world: int, made: Made, rounds: int, folder: Path) -> dict[str, Any]:
-    """Run the contestants; what `regret_ranks.measure` found."""
+def race(name: str, world: int, case_plans: CasePlans, rounds: int, folder: Path) -> dict[str, Any]:
+    """Run the contestants; the measurements of `regret_ranks.measure`."""
     job = folder / "job.json"
-    job.write_text(json.dumps({"case": name, "plans": dict(made.plans), "rounds": rounds}))
+    job.write_text(json.dumps({"case": name, "plans": dict(case_plans.plans), "rounds": rounds}))
     return common.on_ranks("benchmarks.regret", world, str(job))
 
 
-def rows_of(case: str, made: Made, found: Mapping[str, Any]) -> Iterator[Row]:
+def rows_of(case: str, case_plans: CasePlans, measured: Mapping[str, Any]) -> Iterator[Row]:
     """Times beside predictions, and the ratio to the best other contestant."""
-    names = list(found["names"])
-    seconds = np.array(found["seconds"])
-    processor = np.array(found["processor"])
+    names = list(measured["names"])
+    seconds = np.array(measured["seconds"])
+    processor = np.array(measured["processor"])
     ours = seconds[:, names.index(OURS)]
     for i, name in enumerate(names):
         yield Row(case, f"{name}", 1e3 * float(np.median(seconds[:, i])), "ms")
-        if name in made.predicted_us:
-            yield Row(case, f"{name}, predicted", 1e-3 * made.predicted_us[name], "ms")
+        if name in case_plans.predicted_us:
+            yield Row(case, f"{name}, predicted", 1e-3 * case_plans.predicted_us[name], "ms")
         yield Row(case, f"{name}, processor", 1e3 * float(np.median(processor[:, i])), "ms")
     others = [i for i, name in enumerate(names) if OURS not in name]
     best = max(others, key=lambda i: float(np.median(ours / seconds[:, i])))
@@ -161,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--clusters", type=Path, help="folder with cluster-MESH.yaml; what is missing is measured"
     )
     parser.add_argument(
-        "--experts", action="store_true", help="race the experts' plans by autopar's runtime too"
+        "--baselines",
+        action="store_true",
+        help="also run the baselines' plans by autopar's runtime",
     )
     options = parser.parse_args(arguments)
     console.print(common.machine(), markup=False)
@@ -187,10 +189,12 @@ def _all(options: argparse.Namespace, names: Sequence[str], scratch: Path) -> li
     for world in worlds:
         files = clusters(world, kept, options.quick)
         for name in names:
-            made = make_plans(name, files, scratch, experts=options.experts)
-            found = race(name, world, made, rounds, scratch)
-            rows += rows_of(f"{name}, {world} ranks", made, found)
-            console.print(f"{name}, {world} ranks: {made.words}", markup=False, soft_wrap=True)
+            case_plans = make_plans(name, files, scratch, baselines=options.baselines)
+            measured = race(name, world, case_plans, rounds, scratch)
+            rows += rows_of(f"{name}, {world} ranks", case_plans, measured)
+            console.print(
+                f"{name}, {world} ranks: {case_plans.words}", markup=False, soft_wrap=True
+            )
             console.print(f"  {rows[-2].metric} {rows[-2].value:.2f}", markup=False)
     return rows
 

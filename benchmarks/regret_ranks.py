@@ -130,10 +130,10 @@ def _fully_sharded(model: nn.Module, of: Case, mesh: DeviceMesh) -> nn.Module:
 def _agreed(losses: Mapping[str, list[float]]) -> None:
     """Raises RuntimeError if contestants train differently."""
     reference = losses["DDP"]
-    for name, found in losses.items():
-        off = max(abs(a / b - 1) for a, b in zip(found, reference, strict=True))
+    for name, own in losses.items():
+        off = max(abs(a / b - 1) for a, b in zip(own, reference, strict=True))
         if not off < AGREE:
-            raise RuntimeError(f"{name} loses {found}, DDP {reference}: not the same training")
+            raise RuntimeError(f"{name} has losses {own}, DDP {reference}: not the same training")
 
 
 @contextmanager
@@ -183,8 +183,8 @@ def run(file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        found = measure(json.loads(Path(file).read_text()))
-        if found is not None:
-            common.answer(found)
+        measured = measure(json.loads(Path(file).read_text()))
+        if measured is not None:
+            common.answer(measured)
     finally:
         dist.destroy_process_group()

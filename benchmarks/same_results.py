@@ -144,6 +144,22 @@ def records() -> Iterator[tuple[str, Any]]:
     yield from plan_records()
 
 
+def _changes(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    """The values that differ, a line each."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _changes(before.get(key), now.get(key), f"{path}/{key}")
+    elif before != now:
+        yield f"{path}: {_readable(before)} -> {_readable(now)}"
+
+
+def _readable(value: Any) -> str:
+    try:
+        return f"{float.fromhex(value):.10g}"
+    except (TypeError, ValueError):
+        return str(value)[:60]
+
+
 def main() -> int:
     parser = common.parser(__doc__ or "")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the record here")
@@ -159,7 +175,7 @@ def main() -> int:
         verdict = "recorded" if name not in before else "same" if same else "CHANGED"
         print(f"{name}: {verdict}", flush=True)
         if not same:
-            print(f"  before {before[name]}\n  now    {now[name]}")
+            print("\n".join(f"  {line}" for line in _changes(before[name], now[name])))
     if options.save:
         options.save.write_text(json.dumps(now, indent=1))
     print(f"{len(now)} results, {changed} changed")
