@@ -1,22 +1,19 @@
-"""Trace a sharded forward program to a joint graph of forward and backward, by AOTAutograd.
-
-`_aot_export_function` is private to torch; tested with 2.11 and 2.13.
-"""
+"""Trace a sharded forward program to a joint graph of forward and backward, by AOTAutograd."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx as fx
 import torch.fx.traceback
-from torch._functorch.aot_autograd import _aot_export_function
+from functorch.compile import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.ir.joint_graph import JointGraph, Result
+from autopar.passes.partition import split_as_eager
 from autopar.passes.verify import propagate_shapes, verify
 
 # Tracing uses process-wide state; simulated ranks are threads.
@@ -43,14 +40,35 @@ def trace_joint(
         verify(propagate_shapes(gm, fakes))
         _copy_aliased_results(gm, fakes)
         function = _with_modules(gm) if name_modules else gm
-        graph, metadata, *_ = _aot_export_function(function, tuple(fakes))
-    joint = JointGraph(cast(fx.GraphModule, graph), (), torch._C._is_any_autocast_enabled())
-    tangents = iter([n.meta["val"] for n in joint.tangents])
-    results = tuple(
-        Result(info.requires_grad, next(tangents) if info.requires_grad else None)
-        for info in metadata.output_info
+        graph, values = _traced(function, fakes)
+    autocasts = torch._C._is_any_autocast_enabled()
+    tangents = iter([n.meta["val"] for n in JointGraph(graph, (), autocasts).tangents])
+    results = []
+    for value in values:
+        differentiable = isinstance(value, torch.Tensor) and value.requires_grad
+        results.append(Result(differentiable, next(tangents) if differentiable else None))
+    return JointGraph(graph, tuple(results), autocasts)
+
+
+def _traced(
+    function: Callable[..., Any], arguments: Sequence[torch.Tensor]
+) -> tuple[fx.GraphModule, Sequence[Any]]:
+    """The joint graph, or the forward graph if no result carries a gradient; and the results on the
+    fake arguments."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    def keep_joint(gm: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
+        graphs.append(gm)
+        return split_as_eager(JointGraph(gm, (Result(False, None),) * num_fwd_outputs, False))
+
+    values = aot_function(function, fw_compiler=keep, bw_compiler=keep, partition_fn=keep_joint)(
+        *arguments
     )
-    return replace(joint, results=results)
+    return graphs[0], values
 
 
 def _fake_like(t: torch.Tensor) -> torch.Tensor:
