@@ -49,7 +49,7 @@ from autopar.passes.pipeline import LowerOptions
 from autopar.runtime.live_trace import LiveTrace, StepFlops
 from autopar.runtime.program import bind, boxed
 from autopar.schedule.order import in_order
-from autopar.schedule.pareto import Front, Point
+from autopar.schedule.pareto import ScheduleFront, SchedulePoint
 from autopar.schedule.program import Schedule
 from benchmarks import common
 from benchmarks.common import Row, console
@@ -351,12 +351,12 @@ def compare(case: Case, torch_budgets: Sequence[float]) -> tuple[list[Line], lis
     return lines, rows
 
 
-def solve(captured: Captured, budgets: Sequence[float]) -> tuple[list[Point | None], float]:
+def solve(captured: Captured, budgets: Sequence[float]) -> tuple[list[SchedulePoint | None], float]:
     """The Pareto front at the budgets, by FLOPs, and the seconds that took."""
     program = captured.traced().program
     start = time.perf_counter()
     program = in_order(program.without_gradients())
-    front = Front(program, {i: op.flops for i, op in enumerate(program.ops)})
+    front = ScheduleFront(program, {i: op.flops for i, op in enumerate(program.ops)})
     points = list(front.solve(budgets))
     return points, time.perf_counter() - start
 

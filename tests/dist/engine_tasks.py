@@ -326,8 +326,8 @@ def recomputed(
         "measured": measured,
         "ahead": [_ahead(graph) for graph in graphs],
         "whole": whole.memory_plan.peak_bytes,
-        "again": [m.name for m in events if m.again],
-        "gathered": sum(m.again and m.resource == "communication" for m in events),
+        "again": [m.name for m in events if m.recomputed],
+        "gathered": sum(m.recomputed and m.resource == "communication" for m in events),
     }
 
 

@@ -143,7 +143,7 @@ def test_through_the_host(name, compiled):
     near = replace(cluster, host_link=FAST)
     model, optimizer = engine(name, near, memory=1.01 * low, compile=compiled)
     plan = model.memory_plan
-    moved = sum(m.moves_bytes for m in plan.timeline.moments)
+    moved = sum(m.offloads_bytes for m in plan.timeline.events)
     assert moved > 0 or plan.state_on_host
     found, peak = train(model, optimizer, name)
     equal(found, expected)

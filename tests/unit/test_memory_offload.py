@@ -8,11 +8,12 @@ import torch
 
 from autopar import ClusterInfo
 from autopar.cluster.link import Link
-from autopar.schedule.offload import host_bytes, waited_us
+from autopar.schedule.offload import host_bytes
 from autopar.schedule.order import in_order
-from autopar.schedule.pareto import Front
+from autopar.schedule.pareto import ScheduleFront
 from autopar.schedule.program import SIDE, Program, Resource
 from autopar.schedule.simulate import check, peak_bytes, timeline
+from autopar.schedule.streams import host_wait_us
 from tests import lowering
 from tests.unit.test_memory_schedule import step_of
 
@@ -30,7 +31,7 @@ def program_of(name: str, cluster: ClusterInfo = FAST) -> Program:
 
 def between(program: Program, share: float) -> float:
     """A budget between the smallest peak without the host, and everything kept."""
-    alone = Front(replace(program, transfers={}))
+    alone = ScheduleFront(replace(program, transfers={}))
     smallest = alone.smallest().peak_bytes
     return smallest + share * (alone.eager_bytes - smallest)
 
@@ -39,12 +40,12 @@ def between(program: Program, share: float) -> float:
 def test_exact_to_the_bit_and_as_predicted(name):
     step, program = step_of(name), program_of(name)
     _, expected, buffers = step.run(step.lowered())
-    (point,) = Front(program).solve([between(program, 0.2)])
+    (point,) = ScheduleFront(program).solve([between(program, 0.2)])
     check(program, point.schedule)
-    assert point.schedule.moved(program)
+    assert point.schedule.offloaded(program)
     lowered = step.lowered(point.schedule, cluster=FAST)
     calls = [str(n.target) for n in lowered.step.backward.graph.nodes]
-    moved = len(point.schedule.moved(program))
+    moved = len(point.schedule.offloaded(program))
     assert calls.count("autopar.reload.default") == moved
     assert calls.count("autopar.finish_reload.default") == moved
     peak, grads, updated = step.run(lowered)
@@ -56,7 +57,7 @@ def test_exact_to_the_bit_and_as_predicted(name):
 def test_a_full_host_takes_no_more():
     program = replace(program_of("gpt2"), host_bytes=20_000)
     budget = between(program, 0.2)
-    (point,) = Front(program).solve([budget])
+    (point,) = ScheduleFront(program).solve([budget])
     assert 0 < host_bytes(program, point.schedule) <= 20_000
     assert point.peak_bytes <= budget
 
@@ -64,8 +65,8 @@ def test_a_full_host_takes_no_more():
 def test_where_copies_run_beside_compute_they_are_hidden_or_waited_for():
     program = replace(program_of("gpt2"), beside=SIDE)
     budget = between(program, 0.3)
-    (point,) = Front(program).solve([budget])
-    assert point.schedule.moved(program)
+    (point,) = ScheduleFront(program).solve([budget])
+    assert point.schedule.offloaded(program)
     found = timeline(program, point.schedule)
     assert found.exposed_us(Resource.HOST) < 1e-4 * found.us
     # the same copies by a link on which one takes as long as the whole step
@@ -74,16 +75,16 @@ def test_where_copies_run_beside_compute_they_are_hidden_or_waited_for():
         replace(op, us=whole) if op.resource is Resource.HOST else op for op in program.ops
     )
     late = replace(program, ops=slow)
-    assert waited_us(late, point.schedule) > whole
+    assert host_wait_us(late, point.schedule) > whole
     # so there, values are computed again instead
-    (again,) = Front(late).solve([budget])
-    assert not again.schedule.moved(late)
-    assert again.cost < waited_us(late, point.schedule)
+    (again,) = ScheduleFront(late).solve([budget])
+    assert not again.schedule.offloaded(late)
+    assert again.cost < host_wait_us(late, point.schedule)
     assert peak_bytes(late, again.schedule) <= budget
 
 
 def test_below_what_computing_again_can_reach():
     """The host holds what would have to be there all the time."""
     program = program_of("gpt2")
-    smallest = Front(replace(program, transfers={})).smallest().peak_bytes
-    assert Front(program).smallest().peak_bytes <= smallest
+    smallest = ScheduleFront(replace(program, transfers={})).smallest().peak_bytes
+    assert ScheduleFront(program).smallest().peak_bytes <= smallest

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar.schedule.build import schedule_of
-from autopar.schedule.pareto import Front, undominated
+from autopar.schedule.pareto import ScheduleFront, undominated
 from autopar.schedule.program import Program, eager_schedule
-from autopar.schedule.simulate import lives, peak_bytes
+from autopar.schedule.simulate import live_ranges, peak_bytes
 from tests.models import CASES
 from tests.unit.test_memory_schedule import Step, step_of
 
@@ -67,12 +67,12 @@ def blocks() -> Program:
 
 def test_no_choice_of_what_is_kept_is_better():
     program = step_of("mlp").program
-    front = Front(program)
+    front = ScheduleFront(program)
     values = [s for s in program.forward_made if program.nbytes[s]]
     points = []
     for count in range(len(values) + 1):
         for kept in itertools.combinations(values, count):
-            points.append(front._point("kept", schedule_of(program, kept)))
+            points.append(front.point("kept", schedule_of(program, kept)))
     best = undominated(points)
     for point, found in zip(best, front.solve([p.peak_bytes for p in best]), strict=True):
         assert found is not None
@@ -155,7 +155,7 @@ def _gradients(program: Program) -> tuple[list[int], list[int]]:
     first = len(schedule.forward)
     count = len(schedule.backward)
     before, during = [0] * count, [0] * count
-    for s, start, end, _ in zip(*lives(program, schedule, overwrite=False), strict=True):
+    for s, start, end, _ in zip(*live_ranges(program, schedule, overwrite=False), strict=True):
         if start >= first:
             for t in range(start - first, end - first + 1):
                 during[t] += program.nbytes[s]
@@ -166,7 +166,7 @@ def _gradients(program: Program) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_within_one_percent_of_the_optimum(blocks, share):
     pytest.importorskip("highspy")
-    front = Front(blocks)
+    front = ScheduleFront(blocks)
     eager, smallest = front.eager_bytes, front.smallest().peak_bytes
     budget = smallest + share * (eager - smallest)
     (found,) = front.solve([budget])

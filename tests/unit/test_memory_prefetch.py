@@ -15,10 +15,11 @@ from autopar.ir.spec import chunk
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
 from autopar.schedule.order import in_order
-from autopar.schedule.prefetch import prefetched, step_us
+from autopar.schedule.prefetch import prefetched
 from autopar.schedule.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
 from autopar.schedule.simulate import check, peak_bytes, timeline
 from autopar.schedule.splits import _SPLITS, halves_of
+from autopar.schedule.streams import step_us
 from tests.lockstep import Lockstep
 
 GATHER, REDUCE = "autopar.all_gather.default", "autopar.reduce_scatter.default"
@@ -159,7 +160,7 @@ def test_what_hides_is_gathered_again_at_no_price():
         plan_memory(replace(program, beside=beside), kept - 30) for beside in (SIDE, frozenset())
     )
     for plan in (found, still):
-        assert plan.peak_bytes <= kept - 30 and plan.schedule.again(program)
+        assert plan.peak_bytes <= kept - 30 and plan.schedule.recomputed(program)
     assert found.added_us == found.exposed_us == 0 and still.added_us > 0
 
 

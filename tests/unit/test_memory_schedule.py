@@ -15,10 +15,10 @@ from autopar.runtime.live_trace import LiveTrace
 from autopar.runtime.program import Program as RunnableStep
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
-from autopar.schedule.order import in_order, ordered_backward
-from autopar.schedule.pareto import Front
+from autopar.schedule.order import in_order
+from autopar.schedule.pareto import ScheduleFront
 from autopar.schedule.program import Op, Program, Schedule, eager_schedule
-from autopar.schedule.simulate import check, lives, peak_bytes, timeline
+from autopar.schedule.simulate import check, live_ranges, peak_bytes, timeline
 from autopar.schedule.stages import linearize
 from tests.lowering import lowered, program_of
 from tests.models import CASES, LanguageModel
@@ -67,8 +67,8 @@ class Step:
         return in_order(program_of(self.gm, self.arguments).without_gradients())
 
     @functools.cached_property
-    def front(self) -> Front:
-        return Front(self.program)
+    def front(self) -> ScheduleFront:
+        return ScheduleFront(self.program)
 
     def lowered(self, schedule: Schedule | None = None, **options) -> RunnableStep:
         return lowered(self.gm, self.arguments, schedule, **options)
@@ -123,7 +123,7 @@ def test_dropout_is_replayed(dropout):
     step = step_of("gpt2", dropout)
     _, expected, _ = step.run(step.lowered())
     nothing_kept = schedule_of(step.program, ())
-    names = [step.program.ops[i].name for i in nothing_kept.again(step.program)]
+    names = [step.program.ops[i].name for i in nothing_kept.recomputed(step.program)]
     assert any("keep_mask" in n for n in names)
     _, grads, _ = step.run(step.lowered(nothing_kept))
     for found, wanted in zip(grads, expected, strict=True):
@@ -137,13 +137,13 @@ def test_what_is_computed_again_is_in_the_backward_graph():
     lowered_step = step.lowered(smallest)
     calls = [n for n in lowered_step.step.backward.graph.nodes if n.op == "call_function"]
     attention = [n for n in calls if "attention_for_cpu.default" in str(n.target)]
-    again = [i for i in smallest.again(program) if "attention" in program.ops[i].name]
+    again = [i for i in smallest.recomputed(program) if "attention" in program.ops[i].name]
     assert len(attention) == len(again) > 0
 
 
 def test_the_front_is_never_worse_than_what_users_do():
     front = step_of("gpt2").front
-    for point in [c for c in front.candidates if c.name == "by hand"]:
+    for point in [c for c in front.candidates if c.name == "checkpointing"]:
         (best,) = front.solve([point.peak_bytes])
         assert best is not None and best.cost <= point.cost
 
@@ -164,7 +164,7 @@ def test_writing_over_operands_saves_memory_and_changes_nothing():
 
 def test_a_budget_too_small_is_refused_with_the_smallest():
     program = step_of("resnet").program
-    with pytest.raises(InfeasibleError, match="smallest found, whatever") as error:
+    with pytest.raises(InfeasibleError, match="smallest peak the search found") as error:
         plan_memory(program, 1000.0)
     plan = plan_memory(program, error.value.smallest_bytes)
     assert plan.peak_bytes <= error.value.smallest_bytes
@@ -204,13 +204,13 @@ def test_live_bytes_by_hand():
     program = chain([4, 2, 1])
     schedule = eager_schedule(program)
     # f0: a; f1: a b; f2: a b c; b2 (reads b, makes 1): a b c' ; b1 (reads a): a + 1 + 2; b0: 2 + 0
-    assert timeline(program, schedule).during_bytes == (4, 6, 7, 7, 7, 2)
-    assert schedule.kept(program) == (1, 2)
+    assert timeline(program, schedule).live_bytes == (4, 6, 7, 7, 7, 2)
+    assert schedule.saved(program) == (1, 2)
     again = Schedule((0, 1, 2), (3, 0, 4, 5))
-    assert again.again(program) == (0,)
-    assert again.kept(program) == (2,)
+    assert again.recomputed(program) == (0,)
+    assert again.saved(program) == (2,)
     check(program, again)
-    assert again.added(program) == 10.0
+    assert again.recompute_cost(program) == 10.0
     with pytest.raises(AssertionError, match="that are not there"):
         check(program, Schedule((0, 1, 2), (4, 3, 5)))
 
@@ -227,7 +227,7 @@ def test_an_order_in_which_less_is_alive():
     program = Program(
         ops, (0, 1), (0, 100, 1, 0, 50, 0, 0), frozenset({2}), frozenset({5, 6}), frozenset({3})
     )
-    assert ordered_backward(program) == (3, 2, 4)
+    assert in_order(program).order == (3, 2, 4)
     better = in_order(program)
     assert peak_bytes(better, eager_schedule(better)) < peak_bytes(program, eager_schedule(program))
-    assert len(lives(better, eager_schedule(better)).storage) == 5
+    assert len(live_ranges(better, eager_schedule(better)).storage) == 5

@@ -5,11 +5,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from autopar.runtime.local_step import local_step
 
 from autopar import ClusterInfo, autoplan
 from autopar.cluster.curve import Curve
 from autopar.cluster.link import Link
+from autopar.passes.local_step import local_step
 from autopar.planner.planner import trainable_inputs
 from autopar.report.charts import live_figure, modules_figure
 from autopar.schedule.budget import describe
@@ -32,11 +32,11 @@ def checkpointed() -> tuple:
 
 def test_parts_add_up_to_what_is_alive(checkpointed):
     program, schedule, found = checkpointed
-    assert found.during_bytes == tuple(live_bytes(program, schedule))
-    assert all(m.again_bytes == 0 for m in found.events[: found.forward])
-    names = [m.name for m in found.events if m.again]
-    assert names == [program.ops[i].name for i in schedule.again(program)]
-    kept = sum(program.nbytes[s] for s in schedule.kept(program))
+    assert found.live_bytes == tuple(live_bytes(program, schedule))
+    assert all(m.recomputed_bytes == 0 for m in found.events[: found.forward])
+    names = [m.name for m in found.events if m.recomputed]
+    assert names == [program.ops[i].name for i in schedule.recomputed(program)]
+    kept = sum(program.nbytes[s] for s in schedule.saved(program))
     assert found.events[found.forward - 1].kept_bytes <= kept
     assert found.events[found.forward].kept_bytes == kept
     assert found.us == pytest.approx(sum(m.us for m in found.events))
@@ -50,8 +50,10 @@ def test_modules_share_out_what_is_kept_and_computed_again(checkpointed):
     assert [m for m in modules if m.endswith((".h.0", ".h.1"))] == [
         "gpt2.transformer.h.0", "gpt2.transformer.h.1",
     ]  # fmt: skip
-    assert sum(r.kept_bytes for r in rows) == sum(program.nbytes[s] for s in schedule.kept(program))
-    assert sum(r.again_flops for r in rows) == schedule.added(program)
+    assert sum(r.kept_bytes for r in rows) == sum(
+        program.nbytes[s] for s in schedule.saved(program)
+    )
+    assert sum(r.recompute_flops for r in rows) == schedule.recompute_cost(program)
 
 
 def test_blocks():
@@ -69,12 +71,12 @@ def test_a_trace_is_a_row_and_counters(checkpointed, tmp_path):
     assert [e["name"] for e in calls] == [m.name for m in found.events]
     for before, after in itertools.pairwise(calls):  # one stream: nothing overlaps
         assert before["ts"] + before["dur"] == pytest.approx(after["ts"])
-    assert {e["cat"] for e in calls} == {"forward", "backward", "again"}
+    assert {e["cat"] for e in calls} == {"forward", "backward", "recompute"}
     live = [e for e in events if e["ph"] == "C" and e["name"] == "live bytes"]
     assert max(e["args"]["bytes"] for e in live) == found.peak_bytes
     assert live[-1]["args"]["bytes"] == 0
     parts = [e for e in events if e["name"] == "live by origin"]
-    assert [sum(e["args"].values()) for e in parts] == list(found.during_bytes)
+    assert [sum(e["args"].values()) for e in parts] == list(found.live_bytes)
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"predicted step", "compute"}
 
 
@@ -102,7 +104,7 @@ def test_an_eager_step_computes_nothing_again():
     program = chain([4, 2, 1])
     found = timeline(program, eager_schedule(program))
     assert [m.kept_bytes for m in found.events] == [4, 6, 6, 6, 4, 0]
-    assert not any(m.again or m.again_bytes for m in found.events)
+    assert not any(m.recomputed or m.recomputed_bytes for m in found.events)
     assert str(Timeline((), 0)) == "an empty step"
 
 

@@ -23,10 +23,10 @@ from autopar.report.content import step_table
 from autopar.runtime.memory import LiveBytes
 from autopar.schedule.budget import MemoryPlan, StepBudget, describe, plan_memory
 from autopar.schedule.build import schedule_of
-from autopar.schedule.offload import host_bytes, moved
+from autopar.schedule.offload import host_bytes, with_offload
 from autopar.schedule.program import Program, Schedule, eager_schedule
 from autopar.schedule.refine import Refiner
-from autopar.schedule.simulate import check, live_bytes, lives
+from autopar.schedule.simulate import check, live_bytes, live_ranges
 from autopar.schedule.streams import run_times
 from tests.models import Classifier, words
 
@@ -141,7 +141,7 @@ def test_the_report_names_them():
     assert "head.weight" in names
     assert all(name in table.note and name in str(found.memory) for name in names)
     moments = {m.name: m for m in found.memory.timeline.events}
-    assert moments["head.weight gone"].start_us < moments["head.weight back"].start_us
+    assert moments["head.weight evicted"].start_us < moments["head.weight reloaded"].start_us
     assert moments["head.weight to the host"].module == "head"
 
 
@@ -153,8 +153,8 @@ def test_a_full_host_takes_no_more():
 
 def simulated(program: Program, schedule: Schedule) -> list[int]:
     """Bytes of parameters that are missing at every position, found a second way."""
-    left = {program.transfers[s].left: p.nbytes for s, p in program.parameters.items()}
-    back = {program.transfers[s].back: p.nbytes for s, p in program.parameters.items()}
+    left = {program.transfers[s].evict: p.nbytes for s, p in program.parameters.items()}
+    back = {program.transfers[s].reload: p.nbytes for s, p in program.parameters.items()}
     missing, found = 0, []
     for i in schedule.forward + schedule.backward:
         missing -= back.get(i, 0)
@@ -171,13 +171,13 @@ def wandering(program: Program, seed: int) -> Iterator[Schedule]:
     schedule = schedule_of(program, set()) if seed % 2 else eager_schedule(program)
     for _ in range(20):
         sequence = schedule.forward + schedule.backward
-        own = zip(*lives(program, schedule)[:3], strict=True)
+        own = zip(*live_ranges(program, schedule)[:3], strict=True)
         s, start, end = draw.choice([x for x in own if x[0] in program.parameters])
         at, ops = draw.randint(start, end), [program.ops[i] for i in sequence]
-        gap = refiner.gap(ops, len(schedule.forward), s, start, end, at)
-        if gap is not None:
-            busy = run_times(program, sequence)
-            schedule = moved(program, schedule, busy, s, gap, np.array([at]))
+        interval = refiner.idle_interval(ops, len(schedule.forward), s, start, end, at)
+        if interval is not None:
+            times = run_times(program, sequence)
+            schedule = with_offload(program, schedule, times, s, interval, np.array([at]))
             # behind the two copies
             assert simulated(program, schedule)[at + 2] >= program.parameters[s].nbytes
             yield schedule
