@@ -25,7 +25,7 @@ from torch import nn
 from autopar import ClusterInfo, auto_engine
 from autopar.errors import InfeasibleError
 from autopar.profiler.measure_links import measure_cluster
-from autopar.runtime.memory import LiveBytes
+from autopar.testing.live_memory import LiveMemory
 from benchmarks import common
 from benchmarks.common import Row, console
 from benchmarks.recompute import Case, checkpointed, gpt2, images, llama
@@ -99,7 +99,7 @@ class Method:
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         if self.device.type == "cpu":
-            with LiveBytes() as live:
+            with LiveMemory() as live:
                 self.step()
             self.peak = live.peak
         else:

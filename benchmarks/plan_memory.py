@@ -73,7 +73,7 @@ def train(name: str, mesh: str, overlaps: bool = False, **options: Any) -> tuple
     import torch
 
     from autopar import auto_engine
-    from autopar.runtime.memory import LiveBytes, training_state_bytes
+    from autopar.testing.live_memory import LiveMemory, training_state_bytes
     from tests.clusters import eager_to_shard
 
     built, batch = build(name)
@@ -83,7 +83,7 @@ def train(name: str, mesh: str, overlaps: bool = False, **options: Any) -> tuple
     )
     for _ in range(3):
         held = training_state_bytes(model, optimizer)
-        with LiveBytes() as live, warnings.catch_warnings():
+        with LiveMemory() as live, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(**batch).backward()
         optimizer.step()

@@ -3,7 +3,7 @@
 One training step (forward, backward, gradients made) in float32 on the CPU, without dropout. Per
 method, from real runs:
 
-* peak: live bytes (`autopar.runtime.live_trace.LiveTrace`: tensors made in the step, without
+* peak: live bytes (`autopar.testing.live_memory.LiveMemory`: tensors made in the step, without
   gradients of parameters), divided by eager PyTorch's.
 * added FLOPs: percent of eager's forward and backward. Operators without a formula (norms,
   activations, sums) count one per element, so that computing them again is not free.
@@ -43,14 +43,16 @@ from torch.utils.checkpoint import (
 
 from autopar import ClusterInfo, autoplan
 from autopar.comm.groups import planning_groups
+from autopar.ir.aliasing import tensors_of
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.passes.lower import TracedStep, lower, trace_step
 from autopar.passes.pipeline import LowerOptions
-from autopar.runtime.live_trace import LiveTrace, StepFlops
+from autopar.profiler.counting import Recorder
 from autopar.runtime.program import bind, boxed
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import ScheduleFront, SchedulePoint
 from autopar.schedule.program import Schedule
+from autopar.testing.live_memory import LiveMemory
 from benchmarks import common
 from benchmarks.common import Row, console
 
@@ -185,16 +187,36 @@ class Measured:
     flops: float
 
 
+class StepFlops(Recorder):
+    """Counts the FLOPs of what is dispatched, as `Op.flops` does.
+
+    Attributes:
+        total: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        work, _ = self.take()
+        if work.kernels:
+            elements = max((t.numel() for t in tensors_of((args, kwargs, out))), default=0)
+            self.total += float(work.flops or elements)
+        return out
+
+
 def measure(run: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> Measured:
     """Each figure from a step of its own, as the counters would disturb each other."""
     for p in parameters:
         p.grad = None
     gc.collect()
-    with LiveTrace() as live:
+    with LiveMemory() as live:
         loss = run()
         live.start_backward()
         loss.backward()
-    peak = live.peak_bytes(parameters)
+    peak = live.peak_without_gradients(parameters)
     for p in parameters:
         p.grad = None
     with StepFlops() as counter:

@@ -20,7 +20,7 @@ from autopar.cluster.local import as_cluster
 from autopar.comm import world as environment
 from autopar.comm.offloaded_parameters import EvictedShard
 from autopar.errors import InfeasibleError
-from autopar.runtime.memory import LiveBytes
+from autopar.testing.live_memory import LiveMemory
 from tests.models import CASES, OPTIMIZERS, Classifier, LanguageModel, words
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +61,7 @@ def train(
     for step in range(STEPS):
         optimizer.zero_grad()
         data = batch(name, step)
-        with LiveBytes() as live, warnings.catch_warnings():
+        with LiveMemory() as live, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = model(**data)
             loss.backward()
@@ -166,7 +166,7 @@ def steps_with_a_look(
     for step in range(count):
         optimizer.zero_grad()
         data = {k: v.cuda() for k, v in words(step, 2048).items()}
-        with LiveBytes() as live:
+        with LiveMemory() as live:
             loss = model(**data)
             if step % 2 == 0:
                 found.append(sum(values(p.pow(2).sum() for p in model.parameters())).detach())

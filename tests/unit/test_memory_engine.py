@@ -13,8 +13,7 @@ from autopar.comm import world as environment
 from autopar.errors import InfeasibleError
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.planner import build_problem
-from autopar.runtime.live_trace import LiveTrace
-from autopar.runtime.memory import training_state_bytes
+from autopar.testing.live_memory import LiveMemory, training_state_bytes
 from tests.models import CASES, OPTIMIZERS, LanguageModel
 
 STEPS = 2
@@ -40,7 +39,7 @@ def train(
     grads, peak = [], 0
     for step in range(STEPS):
         optimizer.zero_grad()
-        with LiveTrace() as live:
+        with LiveMemory() as live:
             loss = engine(**case.batch(step))
             away = engine.memory_plan.state_on_host
             if step:
@@ -48,7 +47,7 @@ def train(
                 assert (held == 0) is away
             live.start_backward()
             loss.backward()
-        peak = live.peak_bytes([p.to_local() for p in model.parameters()])
+        peak = live.peak_without_gradients([p.to_local() for p in model.parameters()])
         grads.append([p.grad.to_local().clone() for p in model.parameters()])
         optimizer.step()
     saved = optimizer.state_dict()["state"][0]["exp_avg"]

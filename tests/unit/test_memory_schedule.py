@@ -11,7 +11,6 @@ from autopar import ClusterInfo, autoplan
 from autopar.comm.groups import planning_groups
 from autopar.errors import InfeasibleError
 from autopar.passes.apply_sharding import apply_sharding
-from autopar.runtime.live_trace import LiveTrace
 from autopar.runtime.program import Program as RunnableStep
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
@@ -20,6 +19,7 @@ from autopar.schedule.pareto import ScheduleFront
 from autopar.schedule.program import Op, Program, Schedule, eager_schedule
 from autopar.schedule.simulate import check, live_ranges, peak_bytes, timeline
 from autopar.schedule.stages import linearize
+from autopar.testing.live_memory import LiveMemory
 from tests.lowering import lowered, program_of
 from tests.models import CASES, LanguageModel
 
@@ -77,7 +77,7 @@ class Step:
         """Peak, gradients, and updated buffers."""
         for p in self.trained:
             p.grad = None
-        with LiveTrace() as live:
+        with LiveMemory() as live:
             results = step(*self.arguments)
             loss = results[self.mutated]
             updated = [t.clone() for t in results[: self.mutated]]
@@ -85,7 +85,7 @@ class Step:
             live.start_backward()
             loss.backward()
         grads = [p.grad.clone() for p in self.trained if p.grad is not None]
-        return live.peak_bytes(self.trained), grads, updated
+        return live.peak_without_gradients(self.trained), grads, updated
 
 
 @functools.cache

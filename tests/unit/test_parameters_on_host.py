@@ -20,7 +20,6 @@ from autopar.errors import InfeasibleError
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.planner import build_problem
 from autopar.report.content import step_table
-from autopar.runtime.memory import LiveBytes
 from autopar.schedule.budget import MemoryPlan, StepBudget, describe, plan_memory
 from autopar.schedule.build import schedule_of
 from autopar.schedule.offload import host_bytes, with_offload
@@ -28,6 +27,7 @@ from autopar.schedule.program import Program, Schedule, eager_schedule
 from autopar.schedule.refine import Refiner
 from autopar.schedule.simulate import check, live_bytes, live_ranges
 from autopar.schedule.streams import run_times
+from autopar.testing.live_memory import LiveMemory
 from tests.models import Classifier, words
 
 ALONE = ClusterInfo.of("1")
@@ -94,7 +94,7 @@ def test_trains_alike_below_what_fits_otherwise():
         data = words(step)
         optimizer.zero_grad()
         beside.zero_grad()
-        with LiveBytes() as live:
+        with LiveMemory() as live:
             loss = model(**data)
             assert set(away(model)) <= set(model.memory_plan.parameters_on_host)
             assert away(model)
@@ -206,7 +206,7 @@ def test_such_schedules_run(monkeypatch, seed):
     (model, _), (alone, _) = engine(2.0**30), built()
     for step in range(2):
         data = words(step)
-        with LiveBytes() as live:
+        with LiveMemory() as live:
             model(**data).backward()
         alone(**data).backward()
     plan = model.memory_plan
