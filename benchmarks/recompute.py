@@ -52,9 +52,9 @@ from autopar.runtime.program import bind, boxed
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import ScheduleFront, SchedulePoint
 from autopar.schedule.program import Schedule
-from autopar.testing.live_memory import LiveMemory
 from benchmarks import common
 from benchmarks.common import Row, console
+from tests.memory import LiveActivations, without_gradients
 
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1)
 TORCH_BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
@@ -212,7 +212,7 @@ def measure(run: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor])
     for p in parameters:
         p.grad = None
     gc.collect()
-    with LiveMemory() as live:
+    with LiveActivations() as live:
         loss = run()
         live.start_backward()
         loss.backward()
@@ -377,7 +377,7 @@ def solve(captured: Captured, budgets: Sequence[float]) -> tuple[list[SchedulePo
     """The Pareto front at the budgets, by FLOPs, and the seconds that took."""
     program = captured.traced().program
     start = time.perf_counter()
-    program = in_order(program.without_gradients())
+    program = in_order(without_gradients(program))
     front = ScheduleFront(program, {i: op.flops for i, op in enumerate(program.ops)})
     points = list(front.solve(budgets))
     return points, time.perf_counter() - start

@@ -283,7 +283,6 @@ def _program(
         bases(tangents),
         beside=SIDE if reader.cluster.device.runs_beside else frozenset(),
         gradient_bytes=gradient_bytes,
-        terms=_terms(ops, forward, gradient_bytes, nbytes),
     )  # fmt: skip
 
 
@@ -296,27 +295,3 @@ def _in_modules(ops: Sequence[Op]) -> list[Op]:
         named.append(replace(op, module=module))
         reader |= dict.fromkeys(op.reads, module)
     return named[::-1]
-
-
-def _terms(
-    ops: Sequence[Op], forward: set[int], gradients: Mapping[int, int], sizes: Sequence[int]
-) -> frozenset[int]:
-    """The terms that gradients of shared parameters are sums of."""
-    maker = {s: i for i, op in enumerate(ops) for s in op.makes}
-    readers: dict[int, int] = {}
-    for op in ops:
-        for s in op.reads:
-            readers[s] = readers.get(s, 0) + 1
-    terms: set[int] = set()
-    stack = list(gradients.items())
-    while stack:
-        total, nbytes = stack.pop()
-        op = ops[maker[total]]
-        if not op.kind.startswith("aten.add.Tensor "):
-            continue
-        for s in op.reads:
-            own = maker.get(s, INPUT) not in (INPUT, *forward) and readers[s] == 1
-            if own and s not in terms and sizes[s] == nbytes:
-                terms.add(s)
-                stack.append((s, nbytes))
-    return frozenset(terms)

@@ -10,7 +10,7 @@ import enum
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -111,7 +111,6 @@ class Program:
         tangents: gradients of results, with which the backward starts.
         beside: resources that run beside compute; operators of others block compute.
         gradient_bytes: by storage, of gradients of parameters, which stay until the step ends.
-        terms: storages whose only use is to be summed to a gradient of a parameter.
         order: the backward's operators as they run, if not as in `ops`.
         transfers: by storage; not in forward or backward unless a schedule uses them.
         parameters: by storage, those that have a transfer. They exist before and after the step, so
@@ -128,7 +127,6 @@ class Program:
     tangents: frozenset[int] = frozenset()
     beside: frozenset[Resource] = SIDE
     gradient_bytes: Mapping[int, int] = field(default_factory=dict)
-    terms: frozenset[int] = frozenset()
     order: tuple[int, ...] = ()
     transfers: Mapping[int, Transfer] = field(default_factory=dict)
     parameters: Mapping[int, Parameter] = field(default_factory=dict)
@@ -175,11 +173,6 @@ class Program:
         for s, parameter in self.parameters.items():
             sizes[s] += parameter.nbytes
         return sizes
-
-    def without_gradients(self) -> Program:
-        """The same, where gradients of parameters and the terms they are sums of do not count."""
-        counted = (0 if s in self.terms else n for s, n in enumerate(self.nbytes))
-        return replace(self, nbytes=tuple(counted), gradient_bytes={})
 
     @cached_property
     def backward(self) -> tuple[int, ...]:

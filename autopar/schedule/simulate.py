@@ -34,12 +34,8 @@ class LiveRanges(NamedTuple):
     over: list[int]
 
 
-def live_ranges(program: Program, schedule: Schedule, *, overwrite: bool = True) -> LiveRanges:
-    """The live ranges of a schedule.
-
-    Args:
-        overwrite: results are written over operands where that is possible.
-    """
+def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
+    """The live ranges of a schedule."""
     accesses, nbytes = program.accesses, program.nbytes
     forward = len(schedule.forward)
     storage: list[int] = list(program.parameters)
@@ -53,7 +49,7 @@ def live_ranges(program: Program, schedule: Schedule, *, overwrite: bool = True)
         for s in reads:
             if s in current:
                 end[current[s]] = at
-        if overwrites and overwrite:
+        if overwrites:
             operands = tuple([current[s] for s in overwrites if s in current])
             writers.append((len(storage), at, operands))
         for s in makes:
@@ -102,14 +98,14 @@ def _alive(schedule: Schedule, ranges: LiveRanges, nbytes: np.ndarray) -> np.nda
     return np.cumsum(change[:count])
 
 
-def live_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) -> np.ndarray:
+def live_bytes(program: Program, schedule: Schedule) -> np.ndarray:
     """Bytes alive at every position."""
-    return occupancy(program, schedule, live_ranges(program, schedule, overwrite=overwrite))
+    return occupancy(program, schedule, live_ranges(program, schedule))
 
 
-def peak_bytes(program: Program, schedule: Schedule, *, overwrite: bool = True) -> int:
+def peak_bytes(program: Program, schedule: Schedule) -> int:
     """The most bytes that are alive at a time."""
-    return int(live_bytes(program, schedule, overwrite=overwrite).max(initial=0))
+    return int(live_bytes(program, schedule).max(initial=0))
 
 
 def timeline(program: Program, schedule: Schedule) -> Timeline:

@@ -94,13 +94,6 @@ class Timeline:
         """How long compute waits for a resource."""
         return dict(self.waited_us).get(resource, 0.0)
 
-    def __str__(self) -> str:
-        if not self.events:
-            return "an empty step"
-        at = self.peak_at
-        phase = "forward" if at < self.forward else "backward"
-        return f"{self.peak_bytes} bytes at {self.events[at].name} ({phase})"
-
     def by_module(self) -> tuple[ModuleMemory, ...]:
         """What is kept, offloaded and recomputed, per block, in the order of the forward."""
         blocks: dict[str, list[TimelineEvent]] = {

@@ -21,46 +21,32 @@ class LiveMemory(TorchDispatchMode):
     negatively while it is offloaded.
 
     It keeps nothing alive, and sees what kernels return, not their scratch space.
+
+    Attributes:
+        changes: number of a storage and its bytes, negative when it is freed, in order.
+        numbers: of live storages, by address.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # (number of a storage, bytes; negative when it is freed)
-        self._changes: list[tuple[int, int]] = []
-        self._shapes: list[tuple[int, ...]] = []  # of the tensor that each storage was made for
-        self._numbers: dict[int, int] = {}  # of live storages, by address
-        self._backward = 0
+        self.changes: list[tuple[int, int]] = []
+        self.numbers: dict[int, int] = {}
+        self._count = 0
 
     @property
     def peak(self) -> int:
         """The most bytes that were alive at a time."""
-        return max(itertools.accumulate((n for _, n in self._changes), initial=0))
-
-    def start_backward(self) -> None:
-        """Storages made from here on may be gradients of parameters."""
-        self._backward = len(self._shapes)
-
-    def peak_without_gradients(self, parameters: Iterable[torch.Tensor]) -> int:
-        """The peak without gradients of parameters: those in `.grad`, and what the backward made
-        in the shape of a parameter (terms of a gradient that is a sum)."""
-        parameters = list(parameters)
-        shapes = {tuple(p.shape) for p in parameters}
-        gradients = [p.grad for p in parameters if p.is_leaf and p.grad is not None]
-        addresses = {g.untyped_storage()._cdata for g in gradients}
-        ignored = {self._numbers[a] for a in addresses if a in self._numbers}
-        backward = range(self._backward, len(self._shapes))
-        ignored.update(k for k in backward if self._shapes[k] in shapes)
-        counted = (n for number, n in self._changes if number not in ignored)
-        return max(itertools.accumulate(counted, initial=0))
+        return max(itertools.accumulate((n for _, n in self.changes), initial=0))
 
     def _record(self, nbytes: int, shape: tuple[int, ...] = ()) -> int:
-        self._changes.append((len(self._shapes), nbytes))
-        self._shapes.append(shape)
-        return len(self._shapes) - 1
+        """Record a storage; returns its number."""
+        self._count += 1
+        self.changes.append((self._count, nbytes))
+        return self._count
 
     def _freed(self, address: int, number: int, nbytes: int) -> None:
-        self._numbers.pop(address, None)
-        self._changes.append((number, -nbytes))
+        self.numbers.pop(address, None)
+        self.changes.append((number, -nbytes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,9 +61,9 @@ class LiveMemory(TorchDispatchMode):
                 continue
             storage = t.untyped_storage()
             address, nbytes = storage._cdata, storage.nbytes()
-            if t.device.type == "meta" or address in self._numbers or address in before:
+            if t.device.type == "meta" or address in self.numbers or address in before:
                 continue
-            number = self._numbers[address] = self._record(nbytes, tuple(t.shape))
+            number = self.numbers[address] = self._record(nbytes, tuple(t.shape))
             weakref.finalize(storage, self._freed, address, number, nbytes)
         return out
 

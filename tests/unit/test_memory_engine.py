@@ -45,9 +45,8 @@ def train(
             if step:
                 held = training_state_bytes(engine, optimizer)["optimizer"]
                 assert (held == 0) is away
-            live.start_backward()
             loss.backward()
-        peak = live.peak_without_gradients([p.to_local() for p in model.parameters()])
+        peak = live.peak
         grads.append([p.grad.to_local().clone() for p in model.parameters()])
         optimizer.step()
     saved = optimizer.state_dict()["state"][0]["exp_avg"]

@@ -15,7 +15,7 @@ from autopar.schedule.program import SIDE, Program, Resource
 from autopar.schedule.simulate import check, peak_bytes, timeline
 from autopar.schedule.streams import host_wait_us
 from tests import lowering
-from tests.unit.test_memory_schedule import step_of
+from tests.memory import step_of, without_gradients
 
 # copies take next to nothing, so that moving a value costs less than computing it again
 FAST = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
@@ -25,7 +25,7 @@ FAST = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
 def program_of(name: str, cluster: ClusterInfo = FAST) -> Program:
     step = step_of(name)
     return in_order(
-        lowering.program_of(step.gm, step.arguments, cluster=cluster).without_gradients()
+        without_gradients(lowering.program_of(step.gm, step.arguments, cluster=cluster))
     )
 
 

@@ -21,7 +21,6 @@ where there_t,i,s = hold_t,s, and + run_t,maker(s) if maker(s) comes before i.
 
 import itertools
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pulp
@@ -34,8 +33,8 @@ from autopar.schedule.build import schedule_of
 from autopar.schedule.pareto import ScheduleFront, undominated
 from autopar.schedule.program import Program, eager_schedule
 from autopar.schedule.simulate import live_ranges, peak_bytes
+from tests.memory import Step, step_of, without_overwriting
 from tests.models import CASES
-from tests.unit.test_memory_schedule import Step, step_of
 
 WITHIN = 1.01
 
@@ -62,7 +61,7 @@ def blocks() -> Program:
     it."""
     torch.manual_seed(0)
     program = Step(Blocks(3).double(), CASES["mlp"].batch(0)).program
-    return replace(program, ops=tuple(replace(op, overwrites=()) for op in program.ops))
+    return without_overwriting(program)
 
 
 def test_no_choice_of_what_is_kept_is_better():
@@ -155,7 +154,7 @@ def _gradients(program: Program) -> tuple[list[int], list[int]]:
     first = len(schedule.forward)
     count = len(schedule.backward)
     before, during = [0] * count, [0] * count
-    for s, start, end, _ in zip(*live_ranges(program, schedule, overwrite=False), strict=True):
+    for s, start, end, _ in zip(*live_ranges(program, schedule), strict=True):
         if start >= first:
             for t in range(start - first, end - first + 1):
                 during[t] += program.nbytes[s]

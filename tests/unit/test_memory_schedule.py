@@ -1,102 +1,17 @@
 """Memory schedules: prediction against measurement, exact gradients, and the front."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from autopar import ClusterInfo, autoplan
-from autopar.comm.groups import planning_groups
 from autopar.errors import InfeasibleError
-from autopar.passes.apply_sharding import apply_sharding
-from autopar.runtime.program import Program as RunnableStep
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
 from autopar.schedule.order import in_order
-from autopar.schedule.pareto import ScheduleFront
 from autopar.schedule.program import Op, Program, Schedule, eager_schedule
 from autopar.schedule.simulate import check, live_ranges, peak_bytes, timeline
 from autopar.schedule.stages import linearize
-from autopar.testing.live_memory import LiveMemory
-from tests.lowering import lowered, program_of
-from tests.models import CASES, LanguageModel
-
-SEED = 1234
-
-
-class Mixture(nn.Module):
-    """Hugging Face Mixtral: grouped products of its experts, which do without float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers import MixtralConfig, MixtralForCausalLM
-
-        config = MixtralConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, vocab_size=101,
-            max_position_embeddings=64, use_cache=False,
-        )  # fmt: skip
-        self.mixtral = MixtralForCausalLM(config)
-
-    def forward(self, input_ids, labels=None):
-        return self.mixtral(input_ids=input_ids, labels=labels).loss
-
-
-class Step:
-    """A model's local program on one device, to be lowered with schedules."""
-
-    def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-        planned = autoplan(model, (), batch, cluster=ClusterInfo.of("1"))
-        groups = planning_groups((1,), (0,))
-        program = apply_sharding(planned.graph, planned.plan, coords=(0,), groups=groups)
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        self.gm, self.mutated = program.gm, len(planned.graph.mutations)
-        self.arguments = [
-            *(parameters[n] for n in planned.graph.parameters.values()),
-            *(buffers[n] for n in planned.graph.buffers.values()),
-            *planned.graph.constants.values(),
-            *batch.values(),
-            *([torch.tensor(SEED)] if program.takes_seed else []),
-        ]
-        self.trained = [t for t in self.arguments if t.requires_grad]
-
-    @functools.cached_property
-    def program(self) -> Program:
-        return in_order(program_of(self.gm, self.arguments).without_gradients())
-
-    @functools.cached_property
-    def front(self) -> ScheduleFront:
-        return ScheduleFront(self.program)
-
-    def lowered(self, schedule: Schedule | None = None, **options) -> RunnableStep:
-        return lowered(self.gm, self.arguments, schedule, **options)
-
-    def run(self, step: RunnableStep) -> tuple[int, list[torch.Tensor], list[torch.Tensor]]:
-        """Peak, gradients, and updated buffers."""
-        for p in self.trained:
-            p.grad = None
-        with LiveMemory() as live:
-            results = step(*self.arguments)
-            loss = results[self.mutated]
-            updated = [t.clone() for t in results[: self.mutated]]
-            del results
-            live.start_backward()
-            loss.backward()
-        grads = [p.grad.clone() for p in self.trained if p.grad is not None]
-        return live.peak_without_gradients(self.trained), grads, updated
-
-
-@functools.cache
-def step_of(name: str, dropout: float = 0.0) -> Step:
-    case = CASES.get(name, CASES["gpt2"])
-    torch.manual_seed(0)
-    if name == "gpt2":
-        model = LanguageModel(layers=2, dropout=dropout).double()
-    else:
-        model = Mixture() if name == "mixtral" else case.build()
-    return Step(model.train(), case.batch(0))
+from tests.memory import chain, step_of, without_overwriting
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "resnet", "vit", "mixtral"])
@@ -157,7 +72,7 @@ def test_writing_over_operands_saves_memory_and_changes_nothing():
     peak_apart, grads_apart, _ = step.run(apart)
     assert peak_over < peak_apart
     assert peak_apart == pytest.approx(
-        peak_bytes(step.program, schedule, overwrite=False), rel=0.03
+        peak_bytes(without_overwriting(step.program), schedule), rel=0.03
     )
     assert all(map(torch.equal, grads_over, grads_apart))
 
@@ -178,26 +93,6 @@ def test_blocks_are_one_kind_and_the_backward_is_divided_among_them():
     assert max(map(kinds.count, kinds)) >= 2
     assert [i for s in stages for i in s.forward] == list(program.forward)
     assert sorted(i for s in stages for i in s.backward) == sorted(program.backward)
-
-
-def chain(sizes: list[int]) -> Program:
-    """x -> a -> b -> loss and back: the backward of an operator reads its input and a gradient.
-
-    Storages: 0 is given, then one per forward operator, the tangent, one per backward operator.
-    """
-    n = len(sizes)
-    forward = [Op(f"f{k}", "f", (k,), (k + 1,), 10.0, 1.0) for k in range(n)]
-    tangent = n + 1
-    backward = []
-    for m, k in enumerate(reversed(range(n))):
-        gradient = tangent if m == 0 else tangent + m
-        backward.append(Op(f"b{k}", "b", (gradient, k), (tangent + m + 1,), 20.0, 2.0))
-    nbytes = [0, *sizes, 0, *reversed(sizes)]
-    nbytes[tangent + n] = 0
-    return Program(
-        (*forward, *backward), tuple(range(n)), tuple(nbytes), frozenset({n}),
-        frozenset({tangent + n}), frozenset({tangent}),
-    )  # fmt: skip
 
 
 def test_live_bytes_by_hand():
