@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,12 +118,9 @@ class StepBudget:
 
     @staticmethod
     def of(
-        arguments: Sequence[torch.Tensor],
-        memory_bytes: float,
-        optimizer_state: float,
-        copied_bytes: float = 0.0,
-        host: Link | None = None,
-    ) -> StepBudget:
+        arguments: Sequence[torch.Tensor], memory_bytes: float, optimizer_state: float,
+        copied_bytes: float = 0.0, host: Link | None = None,
+    ) -> StepBudget:  # fmt: skip
         """The budget of a program with these arguments.
 
         Args:
@@ -217,17 +214,13 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
     )
 
 
-def plan_memory(
-    program: Program, budget_bytes: float, *, cost: Mapping[int, float] | None = None
-) -> MemoryPlan:
+def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
     """The fastest schedule whose peak is within the budget, with its collectives split where that
     hides them. Schedules for somewhat less memory are also tried: they leave room for gathers in
     flight.
 
     Args:
         budget_bytes: for what the step makes.
-        cost: of running each operator again; by default its predicted time, or for gathers the
-            exposed part of it.
 
     Raises:
         InfeasibleError: no schedule fits; it names the smallest budget with one.
@@ -237,7 +230,7 @@ def plan_memory(
     eager_bytes = peak_bytes(program, eager)
     if eager_bytes <= budget_bytes:
         return describe(program, prefetched(program, eager, budget_bytes))
-    front = ScheduleFront(program, cost or _costs(program))
+    front = ScheduleFront(program, _costs(program))
     step = (max(1.0, budget_bytes) / eager_bytes) ** (1 / _RUNGS)
     ladder = [eager_bytes * step**k for k in range(1, _RUNGS)]
     budgets = [*ladder, budget_bytes, *_with_room(program, budget_bytes)]

@@ -25,12 +25,9 @@ _SPANS = (2, 3, 4, 5, 6)  # stages between which nothing need be kept
 
 
 def chain_schedules(
-    program: Program,
-    stages: Sequence[Stage],
-    common: frozenset[int],
-    cost: Mapping[int, float],
+    program: Program, stages: Sequence[Stage], common: frozenset[int], cost: Mapping[int, float],
     memory: float,
-) -> Iterator[Schedule]:
+) -> Iterator[Schedule]:  # fmt: skip
     """A schedule for every cost that the chain can have.
 
     Args:
@@ -113,17 +110,10 @@ def _twins(program: Program, first: Stage, other: Stage) -> dict[int, int]:
 
 
 def _schedule_of_plan(
-    program: Program,
-    stages: Sequence[Stage],
-    options: Sequence[Sequence[StageOption]],
-    common: frozenset[int],
-    plan: Plan,
-) -> Schedule:
-    """Write out a plan of the chain.
-
-    Args:
-        common: storages that stay whatever the plan.
-    """
+    program: Program, stages: Sequence[Stage], options: Sequence[Sequence[StageOption]],
+    common: frozenset[int], plan: Plan,
+) -> Schedule:  # fmt: skip
+    """Write out a plan of the chain."""
     backward = BackwardBuilder(program, common)
     made = [frozenset(s for i in stage.forward for s in program.ops[i].makes) for stage in stages]
 

@@ -135,14 +135,12 @@ class _Reader:
         return self.numbers[key], True
 
     def _input(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            value = node.meta["val"]
-            if isinstance(value, torch.Tensor):
-                value = torch.empty_strided(
-                    value.size(), value.stride(), dtype=value.dtype, device=value.device
-                )
-        else:
-            value = getattr(self.joint, str(node.target))
+        argument = node.op == "placeholder"
+        value = node.meta["val"] if argument else getattr(self.joint, str(node.target))
+        if argument and isinstance(value, torch.Tensor):
+            value = torch.empty_strided(
+                value.size(), value.stride(), dtype=value.dtype, device=value.device
+            )
         self.env[node] = value
         if isinstance(value, torch.Tensor):
             self.base[node], _ = self._storage(value)
@@ -176,19 +174,11 @@ class _Reader:
         self.calls.append(node)
         self.ops.append(
             Op(
-                name=node.name,
-                kind=_kind(node),
-                reads=self._reads(node),
-                makes=tuple(makes),
-                flops=flops,
-                us=us,
-                replays=_may_replay(node),
-                overwrites=self._overwrites(node, makes),
-                carries=node in self.carrying,
-                module=_module(node),
-                resource=resource,
+                node.name, _kind(node), self._reads(node), tuple(makes), flops, us,
+                replays=_may_replay(node), overwrites=self._overwrites(node, makes),
+                carries=node in self.carrying, module=_module(node), resource=resource,
             )
-        )
+        )  # fmt: skip
 
     def _cost(
         self, node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tensor], work: Work,

@@ -39,13 +39,9 @@ def host_bytes(program: Program, schedule: Schedule) -> int:
 
 
 def with_offload(
-    program: Program,
-    schedule: Schedule,
-    times: ResourceTimes,
-    storage: int,
-    interval: IdleInterval,
-    full: np.ndarray,
-) -> Schedule | None:
+    program: Program, schedule: Schedule, times: ResourceTimes, storage: int,
+    interval: IdleInterval, full: np.ndarray,
+) -> Schedule | None:  # fmt: skip
     """The schedule with a storage on the host in an idle interval.
 
     Args:

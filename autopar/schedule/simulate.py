@@ -133,23 +133,16 @@ def timeline(program: Program, schedule: Schedule) -> Timeline:
         offloads = s is not None and program.transfers[s].offload == i and i not in seen
         events.append(
             TimelineEvent(
-                op.name,
-                op.module,
-                run.start,
-                op.us,
-                kept_bytes[at],
-                recomputed_bytes[at],
-                other_bytes[at],
+                op.name, op.module, run.start, op.us,
+                kept_bytes[at], recomputed_bytes[at], other_bytes[at],
                 evicted_bytes=before - present_bytes[at],
                 recomputed=s is None and program.started.get(i, i) in seen,
                 saves_bytes=int(saved[at]) if at < first else 0,
                 offloads_bytes=int(program.sizes[s]) if offloads else 0,
                 parameter=s in program.parameters,
-                flops=op.flops,
-                resource=op.resource,
-                issued_us=run.issued,
+                flops=op.flops, resource=op.resource, issued_us=run.issued,
             )
-        )
+        )  # fmt: skip
         seen.add(program.started.get(i, i))
     waited = tuple((resource, us) for resource, us in times.waited.items() if us)
     return Timeline(tuple(events), first, waited)

@@ -53,7 +53,7 @@ def _reduce_scatter_many(node: fx.Node) -> tuple[Any, _Finish]:
     return _OPS.start_reduce_scatter_many.default, (finish, (dims, ranks, sizes, group))
 
 
-_SPLITS: dict[Any, Callable[[fx.Node], tuple[Any, _Finish]]] = {
+SPLITS: dict[Any, Callable[[fx.Node], tuple[Any, _Finish]]] = {
     _OPS.all_reduce.default: lambda _: (_OPS.start_all_reduce.default, None),
     _OPS.all_gather.default: _all_gather,
     _OPS.reduce_scatter.default: _reduce_scatter,
@@ -70,9 +70,9 @@ def halves_of(node: fx.Node) -> tuple[Any, _Finish] | None:
     Returns:
         None if the collective cannot be split.
     """
-    if node.target not in _SPLITS or _dtype(node) is torch.bool:
+    if node.target not in SPLITS or _dtype(node) is torch.bool:
         return None
-    return _SPLITS[node.target](node)
+    return SPLITS[node.target](node)
 
 
 def with_splits(joint: JointProgram, graph: fx.Graph) -> JointProgram:

@@ -18,7 +18,7 @@ from autopar.schedule.order import in_order
 from autopar.schedule.prefetch import prefetched
 from autopar.schedule.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
 from autopar.schedule.simulate import check, peak_bytes, timeline
-from autopar.schedule.splits import _SPLITS, halves_of
+from autopar.schedule.splits import SPLITS, halves_of
 from autopar.schedule.streams import step_us
 from tests.lockstep import Lockstep
 
@@ -196,7 +196,7 @@ def call(kind: str, x: torch.Tensor, dim: int, size: int, group: str) -> tuple[A
     return whole, ([x, x + 1] if many else x, *rest, group)
 
 
-KINDS = sorted({target._opname for target in _SPLITS})
+KINDS = sorted({target._opname for target in SPLITS})
 
 
 @pytest.mark.parametrize("size", [6, 7])
