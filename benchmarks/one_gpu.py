@@ -1,10 +1,10 @@
-"""One GPU: step time and peak memory of eager PyTorch, checkpointing and autopar under
-budgets, and what was predicted of autopar's; with --compile, torch.compile and autopar's too.
+"""One GPU: step time and peak memory of eager PyTorch, checkpointing and autopar under budgets, and
+autopar's predictions; with --compile, torch.compile and compiled autopar too.
 
 A step is forward and backward, gradients made. Times are medians over rounds in which every method
-runs once, in turn. The peak is the allocator's, beyond what is allocated between
-steps. Budgets are shares of what eager takes. The cluster is measured first (`autopar cluster`'s
-figures), or read from --cluster. Runs on the CPU too, with --quick, where peaks are of live bytes.
+runs once, in turn. The peak is the allocator's, beyond what is allocated between steps. Budgets are
+shares of eager's peak. The cluster is measured first (`autopar cluster`'s figures), or read from
+--cluster. Runs on the CPU too, with --quick, where peaks are of live bytes.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class MemoryPlan:
             us=self.timeline.us,
             backward_us=events[first].issued_us if first < len(events) else 0.0,
             added_us=self.added_us,
-            waited_us={str(resource): us for resource, us in self.timeline.waited_us},
+            waited_us={str(r): us for r, us in self.timeline.waited_us.items() if us},
             peak_bytes=self.peak_bytes,
             eager_bytes=self.eager_bytes,
             peak_at="" if peak is None else _place(peak.name, peak.module),
@@ -201,7 +201,9 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
     eager, offloaded = eager_schedule(program), schedule.offloaded(program)
     scheduled = timeline(program, schedule)
     fastest = timeline(program, prefetched(program, eager, math.inf))
-    communication = Resource.COMMUNICATION
+    exposed_us, least_exposed_us = (
+        t.waited_us[Resource.COMMUNICATION] for t in (scheduled, fastest)
+    )
     return MemoryPlan(
         schedule,
         scheduled,
@@ -209,7 +211,7 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
         schedule.recompute_cost(program),
         program.flops(range(len(program.ops))),
         max(0.0, scheduled.us - fastest.us),
-        max(0.0, scheduled.exposed_us(communication) - fastest.exposed_us(communication)),
+        max(0.0, exposed_us - least_exposed_us),
         parameters_on_host=tuple(p.name for s, p in program.parameters.items() if s in offloaded),
     )
 

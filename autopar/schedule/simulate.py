@@ -144,8 +144,7 @@ def timeline(program: Program, schedule: Schedule) -> Timeline:
             )
         )  # fmt: skip
         seen.add(program.started.get(i, i))
-    waited = tuple((resource, us) for resource, us in times.waited.items() if us)
-    return Timeline(tuple(events), first, waited)
+    return Timeline(tuple(events), first, times.waited)
 
 
 def check(program: Program, schedule: Schedule) -> None:

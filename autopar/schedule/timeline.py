@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Timeline:
 
     events: tuple[TimelineEvent, ...]
     forward: int
-    waited_us: tuple[tuple[Resource, float], ...] = ()
+    waited_us: Mapping[Resource, float] = field(default_factory=dict)
 
     @cached_property
     def live_bytes(self) -> tuple[int, ...]:
@@ -89,10 +89,6 @@ class Timeline:
     def us(self) -> float:
         """Of the whole step, until all resources are done."""
         return max((event.start_us + event.us for event in self.events), default=0.0)
-
-    def exposed_us(self, resource: Resource) -> float:
-        """How long compute waits for a resource."""
-        return dict(self.waited_us).get(resource, 0.0)
 
     def by_module(self) -> tuple[ModuleMemory, ...]:
         """What is kept, offloaded and recomputed, per block, in the order of the forward."""

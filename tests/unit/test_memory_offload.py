@@ -1,4 +1,4 @@
-"""Moving values to the host: exact, within the budget as predicted, and hidden where it can be."""
+"""Offloading values: exact, within the budget as predicted, and hidden where it can be."""
 
 import functools
 from dataclasses import replace
@@ -17,7 +17,7 @@ from autopar.schedule.streams import host_wait_us
 from tests import lowering
 from tests.memory import step_of, without_gradients
 
-# copies take next to nothing, so that moving a value costs less than computing it again
+# copies take next to nothing, so that moving a value costs less than recomputing it
 FAST = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
 
 
@@ -50,8 +50,8 @@ def test_exact_to_the_bit_and_as_predicted(name):
     assert calls.count("autopar.finish_reload.default") == moved
     peak, grads, updated = step.run(lowered)
     assert peak == pytest.approx(point.peak_bytes, rel=0.03, abs=2048)
-    for found, wanted in zip((*grads, *updated), (*expected, *buffers), strict=True):
-        assert torch.equal(found, wanted)
+    for actual, reference in zip((*grads, *updated), (*expected, *buffers), strict=True):
+        assert torch.equal(actual, reference)
 
 
 def test_a_full_host_takes_no_more():
@@ -67,24 +67,24 @@ def test_where_copies_run_beside_compute_they_are_hidden_or_waited_for():
     budget = between(program, 0.3)
     (point,) = ScheduleFront(program).solve([budget])
     assert point.schedule.offloaded(program)
-    found = timeline(program, point.schedule)
-    assert found.exposed_us(Resource.HOST) < 1e-4 * found.us
-    # the same copies by a link on which one takes as long as the whole step
-    whole = found.us
+    predicted = timeline(program, point.schedule)
+    assert predicted.waited_us[Resource.HOST] < 1e-4 * predicted.us
+    # the same copies by a link on which one takes as long as the step_us step
+    step_us = predicted.us
     slow = tuple(
-        replace(op, us=whole) if op.resource is Resource.HOST else op for op in program.ops
+        replace(op, us=step_us) if op.resource is Resource.HOST else op for op in program.ops
     )
-    late = replace(program, ops=slow)
-    assert host_wait_us(late, point.schedule) > whole
-    # so there, values are computed again instead
-    (again,) = ScheduleFront(late).solve([budget])
-    assert not again.schedule.offloaded(late)
-    assert again.cost < host_wait_us(late, point.schedule)
-    assert peak_bytes(late, again.schedule) <= budget
+    delayed = replace(program, ops=slow)
+    assert host_wait_us(delayed, point.schedule) > step_us
+    # so values are recomputed instead
+    (recomputing,) = ScheduleFront(delayed).solve([budget])
+    assert not recomputing.schedule.offloaded(delayed)
+    assert recomputing.cost < host_wait_us(delayed, point.schedule)
+    assert peak_bytes(delayed, recomputing.schedule) <= budget
 
 
-def test_below_what_computing_again_can_reach():
-    """The host holds what would have to be there all the time."""
+def test_offloading_needs_less_than_recomputing():
+    """The host holds values that would stay on the device otherwise."""
     program = program_of("gpt2")
     smallest = ScheduleFront(replace(program, transfers={})).smallest().peak_bytes
     assert ScheduleFront(program).smallest().peak_bytes <= smallest

@@ -1,11 +1,11 @@
-"""The front against the optimum, where that can be had: by brute force over what is kept, and by an
-exact integer program over what is held and computed again before every operator of the backward.
+"""The Pareto front against the optimum: by brute force over what is kept, and by an exact integer
+program over what is held and recomputed before every operator of the backward.
 
 The integer program (after Checkmate, Jain et al. 2020; the order is given, and forward values may
-be computed again before any operator b_t of the backward, as often as one likes):
+be recomputed before any operator b_t of the backward, as often as one likes):
 
     hold_t,s   storage s of the forward is alive when b_t's turn comes; hold_0 is what is kept
-    run_t,i    operator i of the forward runs again before b_t
+    run_t,i    operator i of the forward is recomputed before b_t
     alive_t,i,s  s is alive while i would run there; i = end is b_t itself
 
     min  Σ cost_i run_t,i
@@ -73,9 +73,9 @@ def test_no_choice_of_what_is_kept_is_better():
         for kept in itertools.combinations(values, count):
             points.append(front.point("kept", schedule_of(program, kept)))
     best = undominated(points)
-    for point, found in zip(best, front.solve([p.peak_bytes for p in best]), strict=True):
-        assert found is not None
-        assert found.cost <= WITHIN * point.cost
+    for point, solved in zip(best, front.solve([p.peak_bytes for p in best]), strict=True):
+        assert solved is not None
+        assert solved.cost <= WITHIN * point.cost
 
 
 def optimum(program: Program, budget: float) -> float:
@@ -168,9 +168,9 @@ def test_within_one_percent_of_the_optimum(blocks, share):
     front = ScheduleFront(blocks)
     eager, smallest = front.eager_bytes, front.smallest().peak_bytes
     budget = smallest + share * (eager - smallest)
-    (found,) = front.solve([budget])
-    assert found is not None and found.peak_bytes <= budget
-    assert found.peak_bytes == peak_bytes(blocks, found.schedule)
+    (solved,) = front.solve([budget])
+    assert solved is not None and solved.peak_bytes <= budget
+    assert solved.peak_bytes == peak_bytes(blocks, solved.schedule)
     best = optimum(blocks, budget)
-    print(f"{share}: {found.cost:.2f} us, optimum {best:.2f} us")
-    assert found.cost <= WITHIN * best + 1e-9
+    print(f"{share}: {solved.cost:.2f} us, optimum {best:.2f} us")
+    assert solved.cost <= WITHIN * best + 1e-9

@@ -1,4 +1,4 @@
-"""Memory schedules: prediction against measurement, exact gradients, and the front."""
+"""Memory schedules: prediction against measurement, exact gradients, and the Pareto front."""
 
 import numpy as np
 import pytest
@@ -27,10 +27,10 @@ def test_measured_as_predicted_and_exact_to_the_bit(name):
         peak, grads, updated = step.run(step.lowered(point.schedule))
         assert point.peak_bytes <= budget
         assert peak == pytest.approx(point.peak_bytes, rel=0.03, abs=2048)
-        for found, wanted in zip(grads, expected, strict=True):
-            assert torch.equal(found, wanted)
-        for found, wanted in zip(updated, buffers, strict=True):  # statistics updated once
-            assert torch.equal(found, wanted)
+        for actual, reference in zip(grads, expected, strict=True):
+            assert torch.equal(actual, reference)
+        for actual, reference in zip(updated, buffers, strict=True):  # statistics updated once
+            assert torch.equal(actual, reference)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5])
@@ -41,22 +41,22 @@ def test_dropout_is_replayed(dropout):
     names = [step.program.ops[i].name for i in nothing_kept.recomputed(step.program)]
     assert any("keep_mask" in n for n in names)
     _, grads, _ = step.run(step.lowered(nothing_kept))
-    for found, wanted in zip(grads, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    for actual, reference in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=0, atol=1e-9)
 
 
-def test_what_is_computed_again_is_in_the_backward_graph():
+def test_recomputed_operators_are_in_the_backward_graph():
     step = step_of("gpt2")
     program = step.program
     smallest = schedule_of(program, ())
     lowered_step = step.lowered(smallest)
     calls = [n for n in lowered_step.step.backward.graph.nodes if n.op == "call_function"]
     attention = [n for n in calls if "attention_for_cpu.default" in str(n.target)]
-    again = [i for i in smallest.recomputed(program) if "attention" in program.ops[i].name]
-    assert len(attention) == len(again) > 0
+    recomputed = [i for i in smallest.recomputed(program) if "attention" in program.ops[i].name]
+    assert len(attention) == len(recomputed) > 0
 
 
-def test_the_front_is_never_worse_than_what_users_do():
+def test_the_pareto_front_is_never_worse_than_checkpointing():
     front = step_of("gpt2").front
     for point in [c for c in front.candidates if c.name == "checkpointing"]:
         (best,) = front.solve([point.peak_bytes])
@@ -95,22 +95,22 @@ def test_blocks_are_one_kind_and_the_backward_is_divided_among_them():
     assert sorted(i for s in stages for i in s.backward) == sorted(program.backward)
 
 
-def test_live_bytes_by_hand():
+def test_live_bytes_of_a_chain():
     program = chain([4, 2, 1])
     schedule = eager_schedule(program)
     # f0: a; f1: a b; f2: a b c; b2 (reads b, makes 1): a b c' ; b1 (reads a): a + 1 + 2; b0: 2 + 0
     assert timeline(program, schedule).live_bytes == (4, 6, 7, 7, 7, 2)
     assert schedule.saved(program) == (1, 2)
-    again = Schedule((0, 1, 2), (3, 0, 4, 5))
-    assert again.recomputed(program) == (0,)
-    assert again.saved(program) == (2,)
-    check(program, again)
-    assert again.recompute_cost(program) == 10.0
+    recomputing = Schedule((0, 1, 2), (3, 0, 4, 5))
+    assert recomputing.recomputed(program) == (0,)
+    assert recomputing.saved(program) == (2,)
+    check(program, recomputing)
+    assert recomputing.recompute_cost(program) == 10.0
     with pytest.raises(AssertionError, match="that are not there"):
         check(program, Schedule((0, 1, 2), (4, 3, 5)))
 
 
-def test_an_order_in_which_less_is_alive():
+def test_an_order_in_which_fewer_bytes_are_alive():
     # two readers of the same gradient: the one that ends the life of a large value goes first
     ops = (
         Op("f0", "f", (0,), (1,), 1.0, 1.0),
