@@ -254,7 +254,7 @@ def _gathers(program: Program) -> list[int]:
 
 
 def _costs(program: Program) -> dict[int, float]:
-    """Of running operators again: their time, and of gathers the part of it that is exposed if all
+    """Of recomputing operators: their time, and of gathers the part of it that is exposed if all
     of them are re-gathered."""
     times = {i: op.us for i, op in enumerate(program.ops)}
     gathers = set(program.forward).intersection(_gathers(program))

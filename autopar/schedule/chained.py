@@ -32,7 +32,7 @@ def chain_schedules(
 
     Args:
         common: storages that are kept whatever the plan.
-        cost: of running each operator again.
+        cost: of recomputing each operator.
         memory: the largest budget, in bytes.
     """
     options = _options(program, stages, cost)

@@ -44,7 +44,7 @@ def stage_options(
     """The options of a stage that are not dominated by another one.
 
     Args:
-        cost: of running each operator again.
+        cost: of recomputing each operator.
     """
     model = StageModel(program, stage, cost)
     options: dict[frozenset[int], ChainOption] = {}

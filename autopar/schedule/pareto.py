@@ -49,7 +49,7 @@ class ScheduleFront:
     """Schedules of a program for all budgets.
 
     Args:
-        cost: of running each operator again; its predicted time if None.
+        cost: of recomputing each operator; its predicted time if None.
     """
 
     def __init__(self, program: Program, cost: Mapping[int, float] | None = None) -> None:

@@ -43,7 +43,7 @@ class Refiner:
     """Refines schedules of one program.
 
     Args:
-        cost: of running each operator.
+        cost: of recomputing each operator.
     """
 
     def __init__(self, program: Program, cost: Mapping[int, float]) -> None:

@@ -185,13 +185,15 @@ def wandering(program: Program, seed: int) -> Iterator[Schedule]:
 
 def test_offloaded_parameters_are_reloaded_for_their_readers():
     program = joint_plan(smallest()).step.program
-    stays = replace(program, parameters={})
+    without_offload = replace(program, parameters={})
     count = 0
     for seed in range(20):
         for schedule in wandering(program, seed):
             check(program, schedule)
             missing = simulated(program, schedule)
-            assert (live_bytes(program, schedule) == live_bytes(stays, schedule) - missing).all()
+            assert (
+                live_bytes(program, schedule) == live_bytes(without_offload, schedule) - missing
+            ).all()
             count += 1
     assert count > 100
 
