@@ -26,7 +26,7 @@ from tests.models import CASES, OPTIMIZERS, Classifier, LanguageModel, words
 pytestmark = pytest.mark.gpu
 
 STEPS = 3
-# copies take next to nothing, so that moving a value costs less than computing it again
+# copies take next to nothing, so offloading a value costs less than recomputing it
 FAST = Link(1e-9, 1e-15)
 
 
