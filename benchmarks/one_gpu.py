@@ -1,10 +1,10 @@
-"""One GPU: step time and peak memory of eager PyTorch, checkpointing by hand and autopar under
-budgets, and what was predicted of autopar's; with --compile, torch.compile and autopar's too.
+"""One GPU: step time and peak memory of eager PyTorch, checkpointing and autopar under budgets, and
+autopar's predictions; with --compile, torch.compile and compiled autopar too.
 
 A step is forward and backward, gradients made. Times are medians over rounds in which every method
-runs once, in turn. The peak is the allocator's, of what a step takes beyond what lies there between
-steps. Budgets are shares of what eager takes. The cluster is measured first (`autopar cluster`'s
-figures), or read from --cluster. Runs on the CPU too, with --quick, where peaks are of live bytes.
+runs once, in turn. The peak is the allocator's, beyond what is allocated between steps. Budgets are
+shares of eager's peak. The cluster is measured first (`autopar cluster`'s figures), or read from
+--cluster. Runs on the CPU too, with --quick, where peaks are of live bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from autopar import ClusterInfo, auto_engine
 from autopar.errors import InfeasibleError
 from autopar.profiler.measure_links import measure_cluster
-from autopar.runtime.memory import LiveBytes
+from autopar.testing.live_memory import LiveMemory
 from benchmarks import common
 from benchmarks.common import Row, console
 from benchmarks.recompute import Case, checkpointed, gpt2, images, llama
@@ -67,7 +67,7 @@ class Method:
 
     Attributes:
         seconds: of each round.
-        peak: bytes beyond what lies there between steps.
+        peak: bytes beyond what is allocated between steps.
     """
 
     def __init__(self, name: str, model: nn.Module, batch: Sequence[torch.Tensor]) -> None:
@@ -99,7 +99,7 @@ class Method:
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         if self.device.type == "cpu":
-            with LiveBytes() as live:
+            with LiveMemory() as live:
                 self.step()
             self.peak = live.peak
         else:
@@ -116,15 +116,15 @@ def planned(
     case: Case, base: nn.Module, batch: Sequence[torch.Tensor], cluster: ClusterInfo,
     step_bytes: float, compiled: bool,
 ) -> tuple[nn.Module, float]:  # fmt: skip
-    """autopar's step within a budget for what it makes, and the seconds until it was there.
+    """autopar's step within a budget for what it makes, and the seconds to plan and build it.
 
     Raises:
         InfeasibleError: no schedule fits.
     """
     model = copy.deepcopy(base)
     copied = sum(b.nbytes for b in model.buffers())
-    there = (*model.parameters(), *model.buffers(), *batch)
-    memory = sum(t.nbytes for t in there) + copied + step_bytes
+    resident = (*model.parameters(), *model.buffers(), *batch)
+    memory = sum(t.nbytes for t in resident) + copied + step_bytes
     begin = time.perf_counter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     engine, _ = auto_engine(
@@ -141,17 +141,17 @@ def compare(case: Case, cluster: ClusterInfo, rounds: int, compiled_too: bool) -
     batch = tuple(t.to(device) for t in case.batch())
     eager = Method("eager", copy.deepcopy(base), batch)
     eager.weigh()
-    hand = Method("checkpoint every block", checkpointed(base, case, 1), batch)
-    methods = [eager, hand]
+    checkpointing = Method("checkpoint every block", checkpointed(base, case, 1), batch)
+    methods = [eager, checkpointing]
     alone = replace(cluster, host_link=None)
-    wanted = [(f"autopar, {share:g}", alone, share, False) for share in (2.0, *SHARES)]
-    wanted += [(f"autopar, {SHARES[-1]:g}, host too", cluster, SHARES[-1], False)]
+    runs = [(f"autopar, {share:g}", alone, share, False) for share in (2.0, *SHARES)]
+    runs += [(f"autopar, {SHARES[-1]:g}, host too", cluster, SHARES[-1], False)]
     if compiled_too:
         methods.append(Method("torch.compile", torch.compile(copy.deepcopy(base)), batch))
-        wanted += [(f"autopar, {s:g}, compiled", alone, s, True) for s in (2.0, SHARES[-1])]
+        runs += [(f"autopar, {s:g}, compiled", alone, s, True) for s in (2.0, SHARES[-1])]
     rows = []
     engines = {}
-    for name, where, share, compiled in wanted:
+    for name, where, share, compiled in runs:
         if where.host_link is None and where is cluster:
             continue
         try:
@@ -180,11 +180,11 @@ def compare(case: Case, cluster: ClusterInfo, rounds: int, compiled_too: bool) -
         ms = 1e3 * statistics.median(method.seconds)
         rows.append(Row(case.name, f"{method.name}: step", ms, "ms"))
         rows.append(Row(case.name, f"{method.name}: peak", method.peak / 2**20, "MiB"))
-        found = engines.get(method.name)
-        if found is None or "compiled" in method.name:
+        engine = engines.get(method.name)
+        if engine is None or "compiled" in method.name:
             continue
-        plan = found.memory_plan
-        copied = sum(b.nbytes for b in found.buffers())
+        plan = engine.memory_plan
+        copied = sum(b.nbytes for b in engine.buffers())
         off = 100 * ((plan.peak_bytes + copied) / method.peak - 1)
         rows.append(Row(case.name, f"{method.name}: peak predicted off by", off, "%"))
         rows.append(Row(case.name, f"{method.name}: step predicted", plan.timeline.us / 1e3, "ms"))
@@ -204,9 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cluster is not None:
         cluster = ClusterInfo.load(options.cluster)
     else:
-        found = measure_cluster((1,), kind, quick=options.quick)
-        assert found is not None  # this is rank 0
-        cluster = found.cluster
+        measured = measure_cluster((1,), kind, quick=options.quick)
+        assert measured is not None  # this is rank 0
+        cluster = measured.cluster
     cases = QUICK if options.quick or kind == "cpu" else CASES
     if options.only:
         cases = tuple(c for c in cases if any(word in c.name for word in options.only))

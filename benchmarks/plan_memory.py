@@ -3,13 +3,13 @@
 Models of a few million parameters train three steps on one device, and on a 2x2 mesh over Gloo by
 the solver's plan for fast links. Measured is the most that is alive during forward and backward of
 the last step: parameters, optimizer state, buffers, and every tensor that the step makes; on a mesh
-on the fullest rank. It is held against
+on the fullest rank. It is compared with
 
-* the plan: what the search expects of its own choices, before the program exists (on the mesh);
+* the plan: what the search predicts for its own choices, before the program exists (on the mesh);
 * the schedule that keeps everything, and one for three quarters of what that makes (or the smallest
-  there is): the operator by operator simulation of the program that runs. "step" is what the step
-  makes, by itself. The latter on the mesh once more as on devices that communicate beside compute,
-  with gathers under way ahead of their use ("ahead").
+  schedule): the simulation of the program that runs, operator by operator. "step" is what the step
+  makes, by itself. On the mesh, the tighter schedule runs once more as on devices that communicate
+  beside compute, with prefetched gathers ("ahead").
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def train(name: str, mesh: str, overlaps: bool = False, **options: Any) -> tuple
     import torch
 
     from autopar import auto_engine
-    from autopar.runtime.memory import LiveBytes, training_state_bytes
+    from autopar.testing.live_memory import LiveMemory, training_state_bytes
     from tests.clusters import eager_to_shard
 
     built, batch = build(name)
@@ -83,7 +83,7 @@ def train(name: str, mesh: str, overlaps: bool = False, **options: Any) -> tuple
     )
     for _ in range(3):
         held = training_state_bytes(model, optimizer)
-        with LiveBytes() as live, warnings.catch_warnings():
+        with LiveMemory() as live, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(**batch).backward()
         optimizer.step()
@@ -98,24 +98,24 @@ def rank(name: str, mesh: str) -> None:
 
     from autopar.errors import InfeasibleError
 
-    found: dict[str, tuple[float, float]] = {}  # predicted, measured
+    peaks: dict[str, tuple[float, float]] = {}  # predicted, measured
 
-    def note(what: str, predicted: float, measured: float) -> None:
+    def record(what: str, predicted: float, measured: float) -> None:
         values = torch.tensor([predicted, measured], dtype=torch.float64)
         dist.all_reduce(values, dist.ReduceOp.MAX)
-        found[what] = tuple(values.tolist())
+        peaks[what] = tuple(values.tolist())
 
     def scheduled(what: str, **options: Any) -> tuple[Any, float, float]:
-        model, held, made = train(name, mesh, **options)
+        model, held, peak = train(name, mesh, **options)
         copied = sum(b.nbytes for b in model.buffers())
         expected = model.memory_plan.peak_bytes + copied
-        note(f"{what}, step", expected, made)
-        note(what, held + expected, held + made)
+        record(f"{what}, step", expected, peak)
+        record(what, held + expected, held + peak)
         return model, held, expected
 
     if mesh != "1":
-        model, held, made = train(name, mesh)
-        note("plan", model.plan.memory.total_bytes, held + made)
+        model, held, peak = train(name, mesh)
+        record("plan", model.plan.memory.total_bytes, held + peak)
     model, held, expected = scheduled("all kept", memory=_AMPLE)
     budget = torch.tensor(held + _TIGHT * expected)
     dist.all_reduce(budget, dist.ReduceOp.MAX)
@@ -124,10 +124,10 @@ def rank(name: str, mesh: str) -> None:
         options = {"overlaps": overlaps, "plan": model.plan}
         try:
             scheduled(f"3/4 of the step{suffix}", memory=memory, **options)
-        except InfeasibleError as error:  # what cannot hold is refused; all ranks see the same
+        except InfeasibleError as error:  # on all ranks alike
             scheduled(f"the smallest{suffix}", memory=error.smallest_bytes, **options)
     if dist.get_rank() == 0:
-        common.answer(found)
+        common.answer(peaks)
     dist.destroy_process_group()
 
 
@@ -143,9 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = tuple(n for n in names if any(word in n for word in options.only))
     for name in names:
         for mesh, count in (("1", 1), ("2x2", 4)):
-            found = common.on_ranks("benchmarks.plan_memory", count, name, mesh)
+            peaks = common.on_ranks("benchmarks.plan_memory", count, name, mesh)
             case = f"{name}, mesh {mesh}"
-            for what, (predicted, measured) in found.items():
+            for what, (predicted, measured) in peaks.items():
                 console.print(
                     f"{case}, {what}: {measured / 2**20:.1f} MiB measured, "
                     f"{predicted / 2**20:.1f} predicted", markup=False,

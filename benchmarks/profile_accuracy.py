@@ -8,7 +8,7 @@ Per model, on one training step (forward, backward, gradients made) with real te
   `autopar.profiler.counting`.
 * saved: bytes of the distinct storages that `torch.autograd.graph.saved_tensors_hooks` sees,
   without parameters.
-* peak: live bytes of storages that the step makes, tracked by `autopar.runtime.memory.LiveBytes`.
+* peak: live bytes of storages that the step makes (`autopar.testing.live_memory.LiveMemory`).
   Under such a mode autograd sums gradients out of place, and so does the prediction that is
   compared with it. The peak of the CPU's allocator without a mode (torch.profiler; sums in place)
   is shown too. It includes the kernels' scratch space, which no profile of operators knows.
@@ -35,7 +35,7 @@ from autopar.errors import CaptureError
 from autopar.planner.planner import trainable_inputs
 from autopar.profiler.counting import missing_flops
 from autopar.profiler.model import profile_model
-from autopar.runtime.memory import LiveBytes
+from autopar.testing.live_memory import LiveMemory
 from autopar.tracer.settings import apply_settings
 from benchmarks import common
 from benchmarks.common import Row, console
@@ -76,7 +76,7 @@ def measure(model: nn.Module, run: Run) -> Measured:
     model.zero_grad()
     saved = saved_bytes(model, run)
     model.zero_grad()
-    with LiveBytes() as live:
+    with LiveMemory() as live:
         returned = run()
         differentiate(returned)
     del returned

@@ -1,16 +1,16 @@
-"""Peak memory against added FLOPs: autopar's schedules, checkpointing by hand, torch's partitioner.
+"""Peak memory against added FLOPs: autopar's schedules, checkpointing, torch's partitioner.
 
 One training step (forward, backward, gradients made) in float32 on the CPU, without dropout. Per
 method, from real runs:
 
-* peak: live bytes (`autopar.runtime.live_trace.LiveTrace`: tensors made in the step, without
+* peak: live bytes (`autopar.testing.live_memory.LiveMemory`: tensors made in the step, without
   gradients of parameters), divided by eager PyTorch's.
 * added FLOPs: percent of eager's forward and backward. Operators without a formula (norms,
-  activations, sums) count one per element, so that computing them again is not free.
+  activations, sums) count one per element, so that recomputing them is not free.
 
-autopar is asked for ten budgets, and for the peak of every other method: there it must not add more
-FLOPs than that method. `known` are points of an earlier study, whose models are not known in all
-detail (vocabulary, batch).
+autopar gets ten budgets, and the peak of every other method: there it must not add more FLOPs than
+that method. `known` are points of an earlier study, whose models are not known in every detail
+(vocabulary, batch).
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ from torch.utils.checkpoint import (
 
 from autopar import ClusterInfo, autoplan
 from autopar.comm.groups import planning_groups
+from autopar.ir.aliasing import tensors_of
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.passes.lower import TracedStep, lower, trace_step
 from autopar.passes.pipeline import LowerOptions
-from autopar.runtime.live_trace import LiveTrace, StepFlops
+from autopar.profiler.counting import Recorder
 from autopar.runtime.program import bind, boxed
 from autopar.schedule.order import in_order
-from autopar.schedule.pareto import Front, Point
+from autopar.schedule.pareto import ScheduleFront, SchedulePoint
 from autopar.schedule.program import Schedule
 from benchmarks import common
 from benchmarks.common import Row, console
+from tests.memory import LiveActivations, without_gradients
 
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1)
 TORCH_BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
@@ -185,16 +187,36 @@ class Measured:
     flops: float
 
 
+class StepFlops(Recorder):
+    """Counts the FLOPs of what is dispatched, as `Op.flops` does.
+
+    Attributes:
+        total: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        work, _ = self.take()
+        if work.kernels:
+            elements = max((t.numel() for t in tensors_of((args, kwargs, out))), default=0)
+            self.total += float(work.flops or elements)
+        return out
+
+
 def measure(run: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> Measured:
     """Each figure from a step of its own, as the counters would disturb each other."""
     for p in parameters:
         p.grad = None
     gc.collect()
-    with LiveTrace() as live:
+    with LiveActivations() as live:
         loss = run()
         live.start_backward()
         loss.backward()
-    peak = live.peak_bytes(parameters)
+    peak = live.peak_without_gradients(parameters)
     for p in parameters:
         p.grad = None
     with StepFlops() as counter:
@@ -227,8 +249,8 @@ def checkpointed(model: nn.Module, case: Case, group: int, every: int = 1, **opt
         segments = [blocks[k : k + group] for k in range(0, len(blocks), group)]
         parts = [_Segment(s, **options) if k % every == 0 else s[0] for k, s in enumerate(segments)]
         kind = type(model.get_submodule(path))
-        made = nn.ModuleList(parts) if kind is nn.ModuleList else nn.Sequential(*parts)
-        setattr(model.get_submodule(parent), name, made)
+        segmented = nn.ModuleList(parts) if kind is nn.ModuleList else nn.Sequential(*parts)
+        setattr(model.get_submodule(parent), name, segmented)
     return model
 
 
@@ -237,8 +259,8 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def by_hand(model: nn.Module, case: Case) -> list[tuple[str, nn.Module]]:
-    """What users do with `torch.utils.checkpoint`."""
+def checkpoint_policies(model: nn.Module, case: Case) -> list[tuple[str, nn.Module]]:
+    """Common uses of `torch.utils.checkpoint`."""
     count = sum(len(list(model.get_submodule(path))) for path in case.blocks)
     root = max(1, round(math.sqrt(count)))
     selective = partial(create_selective_checkpoint_contexts, _policy)
@@ -296,7 +318,7 @@ class Captured:
 
 
 @dataclass(frozen=True)
-class Line:
+class MethodResult:
     """A method on a model: peak over eager's, added FLOPs in percent; predicted for autopar."""
 
     method: str
@@ -305,86 +327,85 @@ class Line:
     predicted: float | None = None
 
 
-def compare(case: Case, torch_budgets: Sequence[float]) -> tuple[list[Line], list[Row]]:
+def compare(case: Case, torch_budgets: Sequence[float]) -> tuple[list[MethodResult], list[Row]]:
     """All methods on one model."""
     torch.manual_seed(0)
     model, batch = case.make().train(), case.batch()
     parameters = list(model.parameters())
     eager = measure(lambda: model(*batch), parameters)
-    lines = [Line("eager", 1.0, 0.0)]
+    results = [MethodResult("eager", 1.0, 0.0)]
 
-    def add(method: str, found: Measured, predicted: float | None = None) -> Line:
-        share = found.peak_bytes / eager.peak_bytes
-        line = Line(method, share, 100 * (found.flops / eager.flops - 1), predicted)
-        lines.append(line)
-        return line
+    def add(method: str, step: Measured, predicted: float | None = None) -> MethodResult:
+        share = step.peak_bytes / eager.peak_bytes
+        result = MethodResult(method, share, 100 * (step.flops / eager.flops - 1), predicted)
+        results.append(result)
+        return result
 
-    for method, other in by_hand(model, case):
+    for method, other in checkpoint_policies(model, case):
         add(method, measure(partial(other, *batch), list(other.parameters())))
     captured = Captured(model, batch)
     for budget in torch_budgets:
-        found = measure(captured.partitioned(budget), parameters)
-        add(f"torch, budget {budget:g}", found)
-    others = lines[1:]
-    asked = [*BUDGETS, *(line.peak for line in others), *(peak for peak, _ in case.known)]
-    points, seconds = solve(captured, [share * eager.peak_bytes for share in asked])
+        add(f"torch, budget {budget:g}", measure(captured.partitioned(budget), parameters))
+    others = results[1:]
+    shares = [*BUDGETS, *(result.peak for result in others), *(peak for peak, _ in case.known)]
+    points, seconds = solve(captured, [share * eager.peak_bytes for share in shares])
     rows = [Row(case.name, "solve", seconds, "s", SOLVE_S)]
-    measured: dict[Schedule, Line] = {}
+    measured: dict[Schedule, MethodResult] = {}
     worst = 0.0
-    for share, point in zip(asked, points, strict=True):
+    for share, point in zip(shares, points, strict=True):
         if point is None:
             continue
         if point.schedule not in measured:
-            found = measure(captured.scheduled(point.schedule), parameters)
+            step = measure(captured.scheduled(point.schedule), parameters)
             predicted = point.peak_bytes / eager.peak_bytes
-            measured[point.schedule] = add(f"autopar, budget {share:.3f}", found, predicted)
-        line = measured[point.schedule]
-        worst = max(worst, 100 * abs(line.predicted / line.peak - 1))
+            measured[point.schedule] = add(f"autopar, budget {share:.3f}", step, predicted)
+        result = measured[point.schedule]
+        worst = max(worst, 100 * abs(result.predicted / result.peak - 1))
     rows.append(Row(case.name, "predicted peak off by", worst, "%", 3.0))
-    bars = [(line.method, line.peak, line.added) for line in others]
+    bars = [(result.method, result.peak, result.added) for result in others]
     bars += [("known", peak, added) for peak, added in case.known]
     for (method, peak, added), point in zip(bars, points[len(BUDGETS) :], strict=True):
-        mine = math.inf if point is None else measured[point.schedule].added
+        own = math.inf if point is None else measured[point.schedule].added
         rows.append(
-            Row(case.name, f"at {peak:.3f} of {method}", mine, "% added", round(added + 5e-3, 2))
+            Row(case.name, f"at {peak:.3f} of {method}", own, "% added", round(added + 5e-3, 2))
         )
-    return lines, rows
+    return results, rows
 
 
-def solve(captured: Captured, budgets: Sequence[float]) -> tuple[list[Point | None], float]:
+def solve(captured: Captured, budgets: Sequence[float]) -> tuple[list[SchedulePoint | None], float]:
     """The Pareto front at the budgets, by FLOPs, and the seconds that took."""
     program = captured.traced().program
     start = time.perf_counter()
-    program = in_order(program.without_gradients())
-    front = Front(program, {i: op.flops for i, op in enumerate(program.ops)})
+    program = in_order(without_gradients(program))
+    front = ScheduleFront(program, {i: op.flops for i, op in enumerate(program.ops)})
     points = list(front.solve(budgets))
     return points, time.perf_counter() - start
 
 
-def show(case: Case, lines: Sequence[Line]) -> None:
+def show(case: Case, results: Sequence[MethodResult]) -> None:
     """The table of a model."""
     table = Table(title=case.name, title_justify="left", box=None, header_style="dim")
     table.add_column("method", no_wrap=True)
     for column in ("peak / eager's", "predicted", "added FLOPs"):
         table.add_column(column, justify="right", no_wrap=True)
-    for line in lines:
-        predicted = "" if line.predicted is None else f"{line.predicted:.3f}"
-        table.add_row(line.method, f"{line.peak:.3f}", predicted, f"{line.added:.2f}%")
+    for result in results:
+        predicted = "" if result.predicted is None else f"{result.predicted:.3f}"
+        table.add_row(result.method, f"{result.peak:.3f}", predicted, f"{result.added:.2f}%")
     console.print(table)
 
 
-def plot(found: Sequence[tuple[Case, Sequence[Line]]]) -> go.Figure:
+def plot(measured: Sequence[tuple[Case, Sequence[MethodResult]]]) -> go.Figure:
     """A chart per model: peak memory across, added FLOPs up; autopar's measured points joined."""
     figure = plotly.subplots.make_subplots(
-        rows=len(found), cols=1, subplot_titles=[case.name for case, _ in found]
+        rows=len(measured), cols=1, subplot_titles=[case.name for case, _ in measured]
     )
-    for row, (case, lines) in enumerate(found, start=1):
-        mine = sorted((x for x in lines if x.method.startswith("autopar")), key=lambda x: x.peak)
-        families: dict[str, list[Line]] = {
-            "autopar": mine,
-            "torch's partitioner": [x for x in lines if x.method.startswith("torch")],
-            "by hand": [x for x in lines if not x.method.startswith(("autopar", "torch"))],
-            "earlier study": [Line("earlier study", *point) for point in case.known],
+    for row, (case, results) in enumerate(measured, start=1):
+        own = sorted((x for x in results if x.method.startswith("autopar")), key=lambda x: x.peak)
+        families: dict[str, list[MethodResult]] = {
+            "autopar": own,
+            "torch's partitioner": [x for x in results if x.method.startswith("torch")],
+            "checkpointing": [x for x in results if not x.method.startswith(("autopar", "torch"))],
+            "earlier study": [MethodResult("earlier study", *point) for point in case.known],
         }
         for (name, points), color in zip(families.items(), _COLORS, strict=True):
             figure.add_scatter(
@@ -397,7 +418,7 @@ def plot(found: Sequence[tuple[Case, Sequence[Line]]]) -> go.Figure:
             )  # fmt: skip
     figure.update_xaxes(title="peak / eager's", rangemode="tozero")
     figure.update_yaxes(title="added FLOPs, %", rangemode="tozero")
-    figure.update_layout(template="plotly_white", height=420 * len(found))
+    figure.update_layout(template="plotly_white", height=420 * len(measured))
     return figure
 
 
@@ -412,12 +433,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = tuple(c for c in cases if any(name in c.name for name in options.only))
     console.print(common.machine(), markup=False)
     rows: list[Row] = []
-    charts: list[tuple[Case, Sequence[Line]]] = []
+    charts: list[tuple[Case, Sequence[MethodResult]]] = []
     for case in cases:
-        lines, found = compare(case, TORCH_BUDGETS[2:3] if options.quick else TORCH_BUDGETS)
-        show(case, lines)
-        rows += found
-        charts.append((case, lines))
+        results, case_rows = compare(case, TORCH_BUDGETS[2:3] if options.quick else TORCH_BUDGETS)
+        show(case, results)
+        rows += case_rows
+        charts.append((case, results))
     if options.plot is not None:
         plot(charts).write_html(options.plot)
     bars = [r for r in rows if r.unit == "% added"]

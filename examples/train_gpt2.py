@@ -24,7 +24,7 @@ from autopar import auto_engine
 from autopar.files import write_atomically
 from autopar.report.html import render_html
 from autopar.report.text import render
-from autopar.runtime.memory import LiveBytes, training_state_bytes
+from autopar.testing.live_memory import LiveMemory, training_state_bytes
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 TOLERANCE = 1e-4
@@ -107,7 +107,7 @@ def main() -> None:
 def measure_memory(model, optimizer, ids) -> dict[str, float]:
     """Live bytes of one forward and backward, with what is held between steps."""
     held = training_state_bytes(model, optimizer)
-    with LiveBytes() as live:
+    with LiveMemory() as live:
         model(input_ids=ids, labels=ids).loss.backward()
     optimizer.zero_grad()
     return {**held, "step": live.peak, "total": sum(held.values()) + live.peak}

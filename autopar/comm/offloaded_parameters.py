@@ -174,7 +174,7 @@ _RESIZE = {torch.ops.autopar.evict.default, torch.ops.autopar.prefetch.default}
 
 
 @contextmanager
-def counted_resizes(func: Any, args: Sequence[Any], count: Callable[[int], None]) -> Iterator[None]:
+def counted_resizes(func: Any, args: Sequence[Any], count: Callable[[int], Any]) -> Iterator[None]:
     """Count the bytes by which a shard's storage grows while an operator runs (negative where it is
     evicted); nothing for other operators."""
     storage = args[0].untyped_storage() if func in _RESIZE else None

@@ -230,9 +230,9 @@ def _with_schedule(plan: ShardingPlan, joint: _Scheduled, budget: StepBudget) ->
     budget = replace(budget, state_on_host=memory.state_on_host)
     sequence = memory.schedule.forward + memory.schedule.backward
     at = memory.timeline.peak_at
-    away = sum(moment.away_bytes for moment in memory.timeline.events[at : at + 1])
+    away = sum(event.evicted_bytes for event in memory.timeline.events[at : at + 1])
     storages = {s for i in sequence[: at + 1] for s in program.ops[i].makes}
-    gradients = float(sum(n for s, n in program.stays.items() if s in storages))
+    gradients = float(sum(n for s, n in program.gradient_bytes.items() if s in storages))
     estimate = MemoryEstimate(
         parameters_bytes=budget.parameters_bytes - away,
         gradients_bytes=gradients,

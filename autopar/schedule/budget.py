@@ -1,10 +1,10 @@
-"""From a joint graph and a budget to the schedule that runs."""
+"""From a program and a memory budget to the schedule that runs."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,34 +14,33 @@ from autopar.errors import InfeasibleError
 from autopar.plan import StepSummary
 from autopar.schedule.build import schedule_of
 from autopar.schedule.order import in_order
-from autopar.schedule.pareto import Front
-from autopar.schedule.prefetch import GATHER, exposed_share, prefetched, step_us
+from autopar.schedule.pareto import ScheduleFront
+from autopar.schedule.prefetch import GATHER, exposed_share, prefetched
 from autopar.schedule.program import Program, Resource, Schedule, eager_schedule
-from autopar.schedule.simulate import timeline
+from autopar.schedule.simulate import peak_bytes, timeline
+from autopar.schedule.streams import step_us
 from autopar.schedule.timeline import Timeline
 from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
 
-_RUNGS = 8  # budgets from keeping everything down to the one asked for
-_AHEAD = (1, 2)  # gathers under way for which a schedule leaves room
-_LEAST_SHARE = 0.02  # of its time that a gather costs, if it hides
+_RUNGS = 8  # budgets that refining goes through, from keeping everything to the true one
+_AHEAD = (1, 2)  # gathers in flight for which a schedule leaves room
+_LEAST_SHARE = 0.02  # of its time that a hidden gather costs
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a step keeps and computes again.
+    """A schedule, with what it is predicted to take.
 
     Args:
-        schedule: what runs, in order.
-        timeline: its live bytes, predicted.
+        timeline: of the schedule.
         eager_bytes: the peak if everything were kept.
-        added_flops, step_flops: computed again, and of the step without that.
-        added_us: how much longer the step is predicted to take than with everything kept, by what
-            runs again and what compute waits for.
-        exposed_us: of that, by waiting for collectives.
-        state_on_host: the optimizer's state is on the host but for its step.
-        parameters_on_host: names of those that are there for a part of the step.
+        added_flops, step_flops: of recomputation, and of the step without that.
+        added_us: how much longer the step takes than with everything kept.
+        exposed_us: the part of that spent waiting for collectives.
+        state_on_host: the optimizer's state is on the host outside of the optimizer step.
+        parameters_on_host: names of parameters that are on the host for a part of the step.
     """
 
     schedule: Schedule
@@ -59,37 +58,39 @@ class MemoryPlan:
         return self.timeline.peak_bytes
 
     def summary(self, resident_bytes: float) -> StepSummary:
-        """In short.
+        """The summary that a plan holds.
 
         Args:
-            resident_bytes: what is there before the step.
+            resident_bytes: in use before the step.
         """
-        found = self.timeline
-        events = found.events
-        at = events[found.peak_at] if events else None
+        events, first = self.timeline.events, self.timeline.forward
+        peak = events[self.timeline.peak_at] if events else None
         return StepSummary(
-            us=found.us,
-            backward_us=events[found.forward].issued_us if found.forward < len(events) else 0.0,
+            us=self.timeline.us,
+            backward_us=events[first].issued_us if first < len(events) else 0.0,
             added_us=self.added_us,
-            waited_us={str(resource): us for resource, us in found.waited_us},
-            peak_bytes=found.peak_bytes,
+            waited_us={str(r): us for r, us in self.timeline.waited_us.items() if us},
+            peak_bytes=self.peak_bytes,
             eager_bytes=self.eager_bytes,
-            peak_at="" if at is None else at.name + (f" of {at.module}" if at.module else ""),
+            peak_at="" if peak is None else _place(peak.name, peak.module),
             resident_bytes=resident_bytes,
             state_on_host=self.state_on_host,
             parameters_on_host=self.parameters_on_host,
             live=tuple(
-                (round(m.issued_us, 2), m.kept_bytes, m.again_bytes, m.other_bytes, m.away_bytes)
-                for m in events
+                (
+                    round(e.issued_us, 2), e.kept_bytes, e.recomputed_bytes, e.other_bytes,
+                    e.evicted_bytes,
+                )
+                for e in events
             ),
-            modules=found.by_module(),
-        )
+            modules=self.timeline.by_module(),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         share = 100 * self.added_flops / max(1.0, self.step_flops)
         state = ", the optimizer's state on the host" if self.state_on_host else ""
         if self.parameters_on_host:
-            state += f", parameters on the host meanwhile: {', '.join(self.parameters_on_host)}"
+            state += f", parameters offloaded: {', '.join(self.parameters_on_host)}"
         return (
             f"peak {bytes_text(self.peak_bytes)} (everything kept: "
             f"{bytes_text(self.eager_bytes)}), {share:.1f}% more FLOPs{state}"
@@ -98,14 +99,13 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class StepBudget:
-    """A device's memory, and what the step cannot decide about. Bytes.
+    """A device's memory, and what a schedule cannot change. Bytes.
 
     Args:
         memory_bytes: of the device, for this model.
-        parameters_bytes, gradients_bytes, optimizer_bytes: of the parameters.
         other_bytes: inputs, buffers and constants, and copies of buffers that the step updates.
         host: the link to the host, if there is one.
-        state_on_host: the optimizer's state is there while the model runs.
+        state_on_host: the optimizer's state is on the host while the model runs.
     """
 
     memory_bytes: float
@@ -118,13 +118,10 @@ class StepBudget:
 
     @staticmethod
     def of(
-        arguments: Sequence[torch.Tensor],
-        memory_bytes: float,
-        optimizer_state: float,
-        copied_bytes: float = 0.0,
-        host: Link | None = None,
-    ) -> StepBudget:
-        """Of the program that takes these arguments.
+        arguments: Sequence[torch.Tensor], memory_bytes: float, optimizer_state: float,
+        copied_bytes: float = 0.0, host: Link | None = None,
+    ) -> StepBudget:  # fmt: skip
+        """The budget of a program with these arguments.
 
         Args:
             optimizer_state: bytes per byte of a trainable parameter.
@@ -136,35 +133,34 @@ class StepBudget:
 
     @property
     def resident_bytes(self) -> float:
-        """What is there while the model runs."""
+        """In use while the model runs."""
         state = 0.0 if self.state_on_host else self.optimizer_bytes
         return self.parameters_bytes + state + self.other_bytes
 
     @property
     def step_bytes(self) -> float:
-        """What is left for all that the step makes, gradients of parameters included."""
+        """Left for what the step makes, gradients of parameters included."""
         return self.memory_bytes - self.resident_bytes
 
     def choose(self, program: Program) -> MemoryPlan:
-        """The schedule that runs, with the optimizer's state here or on the host, whichever costs
-        less.
+        """The fastest schedule, with the optimizer's state on the device or on the host.
 
         Raises:
-            InfeasibleError: no schedule fits the memory; it names the smallest that does.
+            InfeasibleError: no schedule fits the memory; it names the smallest budget that does.
         """
-        away = self._away(program)
+        offloading = self._with_state_on_host(program)
         try:
-            here = self._plan(program)
+            plan = self._plan(program)
         except InfeasibleError:
-            if away is None:
+            if offloading is None:
                 raise
-            return away._plan(program)
-        if away is None or here.added_us <= away._round_trip_us:
-            return here
-        return min(here, away._plan(program), key=lambda plan: plan.added_us)
+            return offloading._plan(program)
+        if offloading is None or plan.added_us <= offloading._round_trip_us:
+            return plan
+        return min(plan, offloading._plan(program), key=lambda plan: plan.added_us)
 
-    def _away(self, program: Program) -> StepBudget | None:
-        """With the optimizer's state on the host; None where it cannot be."""
+    def _with_state_on_host(self, program: Program) -> StepBudget | None:
+        """None if the optimizer's state cannot be on the host."""
         step = self.resident_bytes + self.gradients_bytes
         fits = step <= self.memory_bytes and self.optimizer_bytes <= program.host_bytes
         if self.host is None or not self.optimizer_bytes or not fits:
@@ -173,7 +169,7 @@ class StepBudget:
 
     @property
     def _round_trip_us(self) -> float:
-        """Of the optimizer's state, before and after its step, when nothing else runs."""
+        """Of the optimizer's state, before and after its step."""
         if self.host is None or not self.state_on_host:
             return 0.0
         return 2e6 * (self.host.alpha + self.host.beta * self.optimizer_bytes)
@@ -201,50 +197,44 @@ class StepBudget:
 
 
 def describe(program: Program, schedule: Schedule) -> MemoryPlan:
-    """A schedule with its figures."""
-    kept = eager_schedule(program)
-    found, eager = timeline(program, schedule), timeline(program, kept)
-    free = timeline(program, prefetched(program, kept, math.inf))
-    communication = Resource.COMMUNICATION
+    """Simulate a schedule, and compare it with keeping everything."""
+    eager, offloaded = eager_schedule(program), schedule.offloaded(program)
+    scheduled = timeline(program, schedule)
+    fastest = timeline(program, prefetched(program, eager, math.inf))
+    exposed_us, least_exposed_us = (
+        t.waited_us[Resource.COMMUNICATION] for t in (scheduled, fastest)
+    )
     return MemoryPlan(
         schedule,
-        found,
-        eager.peak_bytes,
-        schedule.added(program),
+        scheduled,
+        peak_bytes(program, eager),
+        schedule.recompute_cost(program),
         program.flops(range(len(program.ops))),
-        max(0.0, found.us - free.us),
-        max(0.0, found.exposed_us(communication) - free.exposed_us(communication)),
-        parameters_on_host=tuple(
-            parameter.name
-            for s, parameter in program.parameters.items()
-            if s in schedule.moved(program)
-        ),
+        max(0.0, scheduled.us - fastest.us),
+        max(0.0, exposed_us - least_exposed_us),
+        parameters_on_host=tuple(p.name for s, p in program.parameters.items() if s in offloaded),
     )
 
 
-def plan_memory(
-    program: Program, budget_bytes: float, *, cost: Mapping[int, float] | None = None
-) -> MemoryPlan:
-    """The cheapest schedule found whose peak is within the budget, with its collectives split where
-    that hides them (`prefetch.py`). So also schedules for somewhat less memory are looked at, which
-    leave room for gathers under way.
+def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
+    """The fastest schedule whose peak is within the budget, with its collectives split where that
+    hides them. Schedules for somewhat less memory are also tried: they leave room for gathers in
+    flight.
 
     Args:
-        budget_bytes: for all that the step makes.
-        cost: of running each operator again; if None its predicted time, of a gather what does not
-            hide.
+        budget_bytes: for what the step makes.
 
     Raises:
-        InfeasibleError: no schedule was found; it names the smallest budget with one.
+        InfeasibleError: no schedule fits; it names the smallest budget with one.
     """
     program = in_order(program)
     eager = eager_schedule(program)
-    whole = timeline(program, eager)
-    if whole.peak_bytes <= budget_bytes:
+    eager_bytes = peak_bytes(program, eager)
+    if eager_bytes <= budget_bytes:
         return describe(program, prefetched(program, eager, budget_bytes))
-    front = Front(program, cost or _costs(program))
-    step = (max(1.0, budget_bytes) / whole.peak_bytes) ** (1 / _RUNGS)
-    ladder = [whole.peak_bytes * step**k for k in range(1, _RUNGS)]
+    front = ScheduleFront(program, _costs(program))
+    step = (max(1.0, budget_bytes) / eager_bytes) ** (1 / _RUNGS)
+    ladder = [eager_bytes * step**k for k in range(1, _RUNGS)]
     budgets = [*ladder, budget_bytes, *_with_room(program, budget_bytes)]
     points = [point for point in front.solve(budgets)[len(ladder) :] if point is not None]
     if not points:
@@ -253,21 +243,21 @@ def plan_memory(
             raise _infeasible(program, smallest.schedule, budget_bytes)
         points = [front.grown(smallest, budget_bytes)]
     schedules = [prefetched(program, point.schedule, budget_bytes) for point in points]
-    best = min(schedules, key=lambda schedule: step_us(program, schedule))
-    plan = describe(program, best)
+    plan = describe(program, min(schedules, key=lambda schedule: step_us(program, schedule)))
     log.info("memory: %s", plan)
     return plan
 
 
+def _gathers(program: Program) -> list[int]:
+    """Gathers that can be split."""
+    return [i for i in program.splits if program.ops[i].kind.startswith(GATHER)]
+
+
 def _costs(program: Program) -> dict[int, float]:
-    """Of running operators again: their time, and of gathers the part of it that does not hide, if
-    all are run again."""
+    """Of recomputing operators: their time, and of gathers the part of it that is exposed if all
+    of them are re-gathered."""
     times = {i: op.us for i, op in enumerate(program.ops)}
-    gathers = {
-        i
-        for i in set(program.forward) & program.splits.keys()
-        if program.ops[i].kind.startswith(GATHER)
-    }
+    gathers = set(program.forward).intersection(_gathers(program))
     if not gathers:
         return times
     kept = {s for s in program.needed if program.maker[s] not in gathers}
@@ -276,30 +266,27 @@ def _costs(program: Program) -> dict[int, float]:
 
 
 def _with_room(program: Program, budget_bytes: float) -> list[float]:
-    """The budget but for the largest buffers of gathers."""
-    largest = max(
-        (
-            sum(program.nbytes[s] for s in program.ops[split.start].makes)
-            for i, split in program.splits.items()
-            if program.ops[i].kind.startswith(GATHER)
-        ),
-        default=0,
-    )
+    """The budget less one or two of the largest buffers of gathers."""
+    starts = (program.ops[program.splits[i].start] for i in _gathers(program))
+    largest = max((sum(program.nbytes[s] for s in op.makes) for op in starts), default=0)
     rooms = (budget_bytes - count * largest for count in _AHEAD)
     return [room for room in rooms if largest and room > 0]
 
 
 def _infeasible(program: Program, smallest: Schedule, budget_bytes: float) -> InfeasibleError:
-    found = timeline(program, smallest)
-    op = program.ops[(smallest.forward + smallest.backward)[found.peak_at]]
-    read = sum(program.nbytes[s] for s in op.reads)
-    made = sum(program.nbytes[s] for s in op.makes)
-    where = f" of {op.module}" if op.module else ""
+    simulated = timeline(program, smallest)
+    op = program.ops[(smallest.forward + smallest.backward)[simulated.peak_at]]
+    read = bytes_text(sum(program.nbytes[s] for s in op.reads))
+    made = bytes_text(sum(program.nbytes[s] for s in op.makes))
     return InfeasibleError(
-        f"the step needs {bytes_text(found.peak_bytes)} for what it makes, and there is "
-        f"{bytes_text(max(0.0, budget_bytes))}. That is the smallest found, whatever is computed "
-        f"again; it is reached at {op.name}{where}, which alone reads {bytes_text(read)} and "
-        f"makes {bytes_text(made)}",
+        f"the step needs {bytes_text(simulated.peak_bytes)} for what it makes, and there is "
+        f"{bytes_text(max(0.0, budget_bytes))}. That is the smallest peak the search found with "
+        f"recomputation; it is reached at {_place(op.name, op.module)}, which alone reads {read} "
+        f"and makes {made}",
         budget_bytes=budget_bytes,
-        smallest_bytes=found.peak_bytes,
+        smallest_bytes=simulated.peak_bytes,
     )
+
+
+def _place(name: str, module: str) -> str:
+    return f"{name} of {module}" if module else name

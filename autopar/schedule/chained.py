@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from autopar.schedule.build import schedule_of_plan
-from autopar.schedule.options import THROUGH, forward_peak, span_option, stage_options, through
+from autopar.schedule.build import BackwardBuilder
+from autopar.schedule.options import (
+    KEPT_SHARES,
+    StageOption,
+    forward_peak,
+    kept_without_output,
+    span_option,
+    stage_options,
+)
 from autopar.schedule.program import Program, Schedule
 from autopar.schedule.stages import Stage
-from autopar.solver.chain import ChainOption, ChainStage, ChainTable
+from autopar.solver.chain import ChainStage, ChainTable, Keep, Plan
 
 T = TypeVar("T")
 
@@ -18,97 +24,130 @@ _SLOTS = 400
 _SPANS = (2, 3, 4, 5, 6)  # stages between which nothing need be kept
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """An option of a stage: what it keeps, and its numbers."""
-
-    kept: frozenset[int]
-    numbers: ChainOption
-
-
 def chain_schedules(
-    program: Program,
-    stages: Sequence[Stage],
-    common: frozenset[int],
-    cost: Mapping[int, float],
+    program: Program, stages: Sequence[Stage], common: frozenset[int], cost: Mapping[int, float],
     memory: float,
-) -> Iterator[Schedule]:
+) -> Iterator[Schedule]:  # fmt: skip
     """A schedule for every cost that the chain can have.
 
     Args:
         common: storages that are kept whatever the plan.
-        cost: of running each operator again.
+        cost: of recomputing each operator.
         memory: the largest budget, in bytes.
     """
-    choices = _choices(program, stages, cost)
+    options = _options(program, stages, cost)
     chain = [
         ChainStage(
             program.nbytes[stage.input] if stage.input >= 0 else 0,
             program.nbytes[stage.output] if stage.output >= 0 else 0,
             sum(cost[i] for i in stage.forward),
             forward_peak(program, stage, frozenset()),
-            tuple(c.numbers for c in mine),
+            tuple(option.costs for option in choices),
         )
-        for stage, mine in zip(stages, choices, strict=True)
+        for stage, choices in zip(stages, options, strict=True)
     ]
-    options = [[(c.kept, c.numbers.span) for c in mine] for mine in choices]
     reserved = sum(program.nbytes[s] for s in common)
     table = ChainTable(chain, max(1.0, memory - reserved), _SLOTS)
     for budget in table.budgets():
-        yield schedule_of_plan(program, stages, options, common, table.plan(budget))
+        yield _schedule_of_plan(program, stages, options, common, table.plan(budget))
 
 
-def _choices(
+def _options(
     program: Program, stages: Sequence[Stage], cost: Mapping[int, float]
-) -> list[list[_Choice]]:
-    """Of every stage, its own options and those that span stages after it. Each kind of stage is
-    looked at once."""
+) -> list[list[StageOption]]:
+    """Per stage, its own options and those that span it and stages after it. Each kind of stage is
+    solved once."""
     own = _per_kind(program, stages, lambda stage: stage_options(program, stage, cost))
-    passing = _per_kind(program, stages, lambda stage: through(program, stage, cost))
-    levels = [
-        [frozenset(twin[s] for s in kept) for kept in found] for found, twin in passing
-    ]  # of every stage and share, what it keeps where its output is not kept
-    spans: dict[str, list[ChainOption]] = {}
-    choices = []
-    for k, (options, twin) in enumerate(own):
-        mine = [_Choice(frozenset(twin[s] for s in o.kept), o.numbers) for o in options]
+    levels = [  # per stage and share, what it keeps if its output is not kept
+        [frozenset(twin[s] for s in kept) for kept in kinds]
+        for kinds, twin in _per_kind(
+            program, stages, lambda stage: kept_without_output(program, stage, cost)
+        )
+    ]
+    spans: dict[str, list[StageOption]] = {}
+    options = []
+    for k, (kinds, twin) in enumerate(own):
+        choices = [StageOption(frozenset(twin[s] for s in o.kept), o.costs) for o in kinds]
         for length in _SPANS:
             joined = stages[k : k + length]
             if len(joined) < length:
                 break
-            kept = [
+            kept_sets = [
                 frozenset[int]().union(*(levels[m][share] for m in range(k, k + length)))
                 - {joined[-1].output}
-                for share in range(len(THROUGH))
+                for share in range(len(KEPT_SHARES))
             ]
             kind = "\n\n".join(s.kind for s in joined)
             if kind not in spans:
-                spans[kind] = [span_option(program, joined, each, cost).numbers for each in kept]
-            mine += map(_Choice, kept, spans[kind])
-        choices.append(mine)
-    return choices
+                spans[kind] = [span_option(program, joined, kept, cost) for kept in kept_sets]
+            choices += [
+                StageOption(kept, o.costs) for kept, o in zip(kept_sets, spans[kind], strict=True)
+            ]
+        options.append(choices)
+    return options
 
 
 def _per_kind(
-    program: Program, stages: Sequence[Stage], find: Callable[[Stage], T]
+    program: Program, stages: Sequence[Stage], solve: Callable[[Stage], T]
 ) -> list[tuple[T, dict[int, int]]]:
-    """Something of every stage, found once per kind, and how its storages are called there."""
-    known: dict[str, tuple[Stage, T]] = {}
+    """A result for every stage, computed once per kind; and that stage's storages, by those of the
+    stage it was computed for."""
+    solved: dict[str, tuple[Stage, T]] = {}
     for stage in stages:
-        if stage.kind not in known:
-            known[stage.kind] = stage, find(stage)
-    return [(known[s.kind][1], _twins(program, known[s.kind][0], s)) for s in stages]
+        if stage.kind not in solved:
+            solved[stage.kind] = stage, solve(stage)
+    return [(solved[s.kind][1], _twins(program, solved[s.kind][0], s)) for s in stages]
 
 
 def _twins(program: Program, first: Stage, other: Stage) -> dict[int, int]:
     """Storages of a stage to those of another of its kind."""
-    pairs = zip((*first.forward, *first.backward), (*other.forward, *other.backward), strict=True)
-    return {
-        s: t
-        for i, j in pairs
-        for s, t in zip(
-            (*program.ops[i].reads, *program.ops[i].makes),
-            (*program.ops[j].reads, *program.ops[j].makes),
-            strict=True,
-        )
-    }
+
+    def storages(stage: Stage) -> Iterator[int]:
+        for i in (*stage.forward, *stage.backward):
+            yield from (*program.ops[i].reads, *program.ops[i].makes)
+
+    return dict(zip(storages(first), storages(other), strict=True))
+
+
+def _schedule_of_plan(
+    program: Program, stages: Sequence[Stage], options: Sequence[Sequence[StageOption]],
+    common: frozenset[int], plan: Plan,
+) -> Schedule:  # fmt: skip
+    """Write out a plan of the chain."""
+    backward = BackwardBuilder(program, common)
+    made = [frozenset(s for i in stage.forward for s in program.ops[i].makes) for stage in stages]
+
+    def free(first: int, end: int, kept: Iterable[int]) -> None:
+        backward.alive -= frozenset[int]().union(*made[first:end]) - common - frozenset(kept)
+
+    def play(plan: Plan, last: int, saved: bool) -> None:
+        """Run the backward of a plan; what it keeps is saved by the forward, or recomputed here."""
+        steps: list[tuple[int, int]] = []
+        for step in plan:
+            if isinstance(step, Keep):
+                i, option = step.stage, options[step.stage][step.option]
+                end = i + option.costs.span
+                kept = option.kept | ({stages[end - 1].output} if end <= last else set())
+                if saved:
+                    backward.alive |= kept
+                elif end <= last:
+                    backward.recompute(sorted(kept, key=lambda s: (program.maker[s], s)))
+                    free(i, end, kept)
+                steps.append((i, end))
+                continue
+            border = stages[step.then].input
+            if saved:
+                backward.alive.add(border)
+            else:
+                backward.recompute([border])
+                free(step.first, step.then, [border])
+            play(step.later, last, saved)
+            backward.alive.discard(border)
+            play(step.again, step.then - 1, False)
+        for i, end in reversed(steps):
+            for stage in reversed(stages[i:end]):
+                backward.run(stage.backward)
+            free(i, end, ())
+
+    play(plan, len(stages) - 1, True)
+    return backward.schedule()

@@ -1,4 +1,4 @@
-"""From a joint graph to a `Program`: its operators, the storages they make, and what they cost."""
+"""From a joint graph to a `Program`: its operators, the storages they make, and their costs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from autopar.ir.joint_graph import JointGraph
 from autopar.ir.randomness import draws
 from autopar.profiler.counting import Recorder, Work
 from autopar.profiler.time_model import Kernel, KernelLog, node_us
-from autopar.schedule.program import GIVEN, SIDE, Op, Program, Resource
+from autopar.schedule.program import INPUT, SIDE, Op, Program, Resource
 
 
 @dataclass(frozen=True)
 class JointProgram:
-    """A joint graph, read.
+    """The program of a joint graph.
 
     Args:
-        program: its operators and storages.
         calls: the node of every operator.
         base: the storage of every node that holds one tensor.
         owner: the node that stands for a storage: the tensor that was made with it.
-        kept_random: operators that draw random numbers and cannot be run again.
+        kept_random: operators that draw random numbers and cannot be replayed.
     """
 
     program: Program
@@ -40,16 +39,50 @@ class JointProgram:
     kept_random: tuple[str, ...] = ()
 
 
+class Extension:
+    """Adds operators to a joint program and its graph, for schedules to use."""
+
+    def __init__(self, joint: JointProgram, graph: fx.Graph) -> None:
+        self.joint, self.graph = joint, graph
+        self.ops, self.calls = list(joint.program.ops), list(joint.calls)
+        self.nbytes = list(joint.program.nbytes)
+        self.base, self.owner = dict(joint.base), dict(joint.owner)
+
+    def storage(self, nbytes: int, owner: fx.Node) -> int:
+        """Add a storage."""
+        self.nbytes.append(nbytes)
+        self.base[owner] = len(self.nbytes) - 1
+        self.owner[self.base[owner]] = owner
+        return self.base[owner]
+
+    def add(self, node: fx.Node, op: Op, like: fx.Node) -> int:
+        """Add an operator, with its node in the same module as another node."""
+        node.meta["nn_module_stack"] = like.meta.get("nn_module_stack") or {}
+        self.ops.append(op)
+        self.calls.append(node)
+        return len(self.ops) - 1
+
+    def extended(self, **fields: Any) -> JointProgram:
+        """The joint program with the additions, and these fields of its program."""
+        program = replace(
+            self.joint.program, ops=tuple(self.ops), nbytes=tuple(self.nbytes),
+            order=self.joint.program.backward, **fields,
+        )  # fmt: skip
+        return replace(
+            self.joint, program=program, calls=tuple(self.calls), base=self.base, owner=self.owner
+        )
+
+
 def read_joint(joint: JointGraph, forward: set[fx.Node], cluster: ClusterInfo) -> JointProgram:
-    """Run the joint graph on fake tensors and record its storages and its work.
+    """Run the joint graph on fake tensors and record its operators and storages.
 
     Args:
         forward: nodes that the forward computes.
-        cluster: times are predicted for it.
+        cluster: whose times are predicted.
     """
     outputs, count = joint.outputs, len(joint.results)
     reader = _Reader(joint.gm, cluster, forward, _carrying(joint.primals, outputs[count:]))
-    reader.run(_reachable([n for n in outputs if isinstance(n, fx.Node)]))
+    reader.run([n for n in outputs if isinstance(n, fx.Node)])
     program = _program(reader, outputs, count, joint.tangents)
     return JointProgram(
         program, tuple(reader.calls), reader.base, reader.owner, tuple(reader.random)
@@ -58,7 +91,7 @@ def read_joint(joint: JointGraph, forward: set[fx.Node], cluster: ClusterInfo) -
 
 @dataclass
 class _Reader:
-    """Runs the nodes in order, on fake tensors that all stay alive: storages keep their address."""
+    """Runs the nodes in order, on fake tensors that stay alive, so that addresses identify them."""
 
     joint: fx.GraphModule
     cluster: ClusterInfo
@@ -75,18 +108,21 @@ class _Reader:
     of_forward: list[int] = field(default_factory=list)
     random: list[str] = field(default_factory=list)
 
-    def run(self, wanted: set[fx.Node]) -> None:
-        """Read all nodes.
-
-        Args:
-            wanted: those that something returned depends on.
-        """
+    def run(self, outputs: Iterable[fx.Node]) -> None:
+        """Read all nodes that the outputs depend on."""
+        reachable: set[fx.Node] = set()
+        stack = list(outputs)
+        while stack:
+            node = stack.pop()
+            if node not in reachable:
+                reachable.add(node)
+                stack += node.all_input_nodes
         recorder = KernelLog() if self.cluster.device.measured else Recorder()
         with FakeTensorMode(allow_non_fake_inputs=True), recorder:
             for node in self.joint.graph.nodes:
                 if node.op in ("placeholder", "get_attr"):
-                    self._given(node)
-                elif node.op == "call_function" and (node in wanted or node.is_impure()):
+                    self._input(node)
+                elif node.op == "call_function" and (node in reachable or node.is_impure()):
                     self._call(node, recorder)
 
     def _storage(self, t: torch.Tensor) -> tuple[int, bool]:
@@ -98,11 +134,13 @@ class _Reader:
         self.sizes.append(int(t.untyped_storage().nbytes()))
         return self.numbers[key], True
 
-    def _given(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            value = _like(node.meta["val"])
-        else:
-            value = getattr(self.joint, str(node.target))
+    def _input(self, node: fx.Node) -> None:
+        argument = node.op == "placeholder"
+        value = node.meta["val"] if argument else getattr(self.joint, str(node.target))
+        if argument and isinstance(value, torch.Tensor):
+            value = torch.empty_strided(
+                value.size(), value.stride(), dtype=value.dtype, device=value.device
+            )
         self.env[node] = value
         if isinstance(value, torch.Tensor):
             self.base[node], _ = self._storage(value)
@@ -111,45 +149,36 @@ class _Reader:
     def _call(self, node: fx.Node, recorder: Recorder) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
         value = self.env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        work, kernels = _taken(recorder)
+        work, kernels = _recorded(recorder)
         results = tensors_of(value)
-        made: list[int] = []
+        makes: list[int] = []
         for t in results:
             number, new = self._storage(t)
             self.parts.setdefault(node, []).append(number)
             if new:
-                made.append(number)
+                makes.append(number)
                 self.owner[number] = node  # a getitem of it takes over
         if isinstance(value, torch.Tensor):
             self.base[node] = self.parts[node][0]
         if node.target is operator.getitem:
-            if self.owner.get(self.base.get(node, GIVEN)) is node.args[0]:
+            if self.owner.get(self.base.get(node, INPUT)) is node.args[0]:
                 self.owner[self.base[node]] = node
             return
-        if not made and not node.is_impure():
+        if not makes and not node.is_impure():
             return  # a view
         if draws(node):
             self.random.append(node.name)
         if node in self.forward:
             self.of_forward.append(len(self.ops))
-        reads = self._reads(node)
         resource, flops, us = self._cost(node, tensors_of((args, kwargs)), results, work, kernels)
         self.calls.append(node)
         self.ops.append(
             Op(
-                name=node.name,
-                kind=_kind(node),
-                reads=reads,
-                makes=tuple(made),
-                flops=flops,
-                us=us,
-                replays=_may_replay(node),
-                overwrites=self._overwrites(node, made),
-                carries=node in self.carrying,
-                module=_module(node),
-                resource=resource,
+                node.name, _kind(node), self._reads(node), tuple(makes), flops, us,
+                replays=_may_replay(node), overwrites=self._overwrites(node, makes),
+                carries=node in self.carrying, module=_module(node), resource=resource,
             )
-        )
+        )  # fmt: skip
 
     def _cost(
         self, node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tensor], work: Work,
@@ -165,48 +194,29 @@ class _Reader:
         return Resource.COMPUTE, float(work.flops or elements), us
 
     def _reads(self, node: fx.Node) -> tuple[int, ...]:
-        found: dict[int, None] = {}
+        reads: dict[int, None] = {}
         for n in node.all_input_nodes:  # of a tuple, all its tensors
-            numbers = [self.base[n]] if n in self.base else self.parts.get(n, [])
-            found |= dict.fromkeys(numbers)
-        return tuple(found)
+            reads |= dict.fromkeys([self.base[n]] if n in self.base else self.parts.get(n, []))
+        return tuple(reads)
 
-    def _overwrites(self, node: fx.Node, made: Sequence[int]) -> tuple[int, ...]:
-        if len(made) != 1 or not isinstance(node.meta.get("val"), torch.Tensor):
+    def _overwrites(self, node: fx.Node, makes: Sequence[int]) -> tuple[int, ...]:
+        if len(makes) != 1 or not isinstance(node.meta.get("val"), torch.Tensor):
             return ()
-        found = []
+        overwrites: dict[int, None] = {}
         for operand in overwritable(node):
             number = self.base[operand]
-            same = [n for n in node.all_input_nodes if self.base.get(n) == number]
-            if len(same) == 1 and self.sizes[number] == self.sizes[made[0]]:
-                found.append(number)
-        return tuple(dict.fromkeys(found))
+            aliases = [n for n in node.all_input_nodes if self.base.get(n) == number]
+            if len(aliases) == 1 and self.sizes[number] == self.sizes[makes[0]]:
+                overwrites[number] = None
+        return tuple(overwrites)
 
 
-def _taken(recorder: Recorder) -> tuple[Work, Sequence[Kernel] | None]:
-    """The work of an operator, and its kernels where the device is known well enough to tell them
-    apart."""
+def _recorded(recorder: Recorder) -> tuple[Work, Sequence[Kernel] | None]:
+    """The work of the last operator; and its kernels, if the device's kernels were measured."""
     if not isinstance(recorder, KernelLog):
         return recorder.take()[0], None
-    seen, recorder.kernels = recorder.kernels, []
-    return sum((work for work, _ in seen), Work()), [kernel for _, kernel in seen]
-
-
-def _like(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
-
-
-def _reachable(outputs: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(outputs)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
+    log, recorder.kernels = recorder.kernels, []
+    return sum((work for work, _ in log), Work()), [kernel for _, kernel in log]
 
 
 def _carrying(primals: Sequence[fx.Node], gradients: Sequence[Any]) -> set[fx.Node]:
@@ -219,8 +229,9 @@ def _carrying(primals: Sequence[fx.Node], gradients: Sequence[Any]) -> set[fx.No
 
 
 def _may_replay(node: fx.Node) -> bool:
-    """Not what writes or draws; a mask drawn from the step's seed is a function of it. Collectives
-    may, as all ranks run the same schedule, but for those that others wait for elsewhere."""
+    """Operators that write or draw random numbers may not; a mask drawn from the step's seed is a
+    function of it. Collectives may, because all ranks run the same schedule, unless they are waited
+    for elsewhere."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target in STARTS:
         return False
@@ -236,7 +247,7 @@ def _kind(node: fx.Node) -> str:
 
 
 def _module(node: fx.Node) -> str:
-    # of the backward, the module whose forward it belongs to
+    # in the backward, the module whose forward it belongs to
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     return list(stack.values())[-1][0] if stack else ""
 
@@ -247,61 +258,30 @@ def _program(
     def bases(nodes: Sequence[Any]) -> frozenset[int]:
         return frozenset(reader.base[n] for n in nodes if isinstance(n, fx.Node))
 
-    ops, forward = reader.ops, reader.of_forward
+    ops, forward = reader.ops, set(reader.of_forward)
     gradients = bases(outputs[num_fwd_outputs:])
-    sizes = [0] * len(reader.sizes)
-    for op in ops:
+    nbytes, gradient_bytes = [0] * len(reader.sizes), {}
+    for i, op in enumerate(ops):
         for s in op.makes:
-            sizes[s] = reader.sizes[s]
-    first = set(forward)
-    stays = {
-        s: sizes[s]
-        for i, op in enumerate(ops)
-        for s in op.makes
-        if i not in first and s in gradients
-    }
-    for s in stays:
-        sizes[s] = 0
+            if i not in forward and s in gradients:
+                gradient_bytes[s] = reader.sizes[s]
+            else:
+                nbytes[s] = reader.sizes[s]
     results = bases(outputs[:num_fwd_outputs])
-    ops = _in_modules(ops)
     return Program(
-        tuple(ops), tuple(forward), tuple(sizes), results, gradients, bases(tangents),
+        tuple(_in_modules(ops)), tuple(reader.of_forward), tuple(nbytes), results, gradients,
+        bases(tangents),
         beside=SIDE if reader.cluster.device.runs_beside else frozenset(),
-        stays=stays,
-        terms=_terms(ops, first, stays, sizes),
+        gradient_bytes=gradient_bytes,
     )  # fmt: skip
 
 
 def _in_modules(ops: Sequence[Op]) -> list[Op]:
-    """What no module called (gathers of parameters) belongs to that of its first reader."""
+    """Operators that no module called (gathers of parameters) belong to their first reader's."""
     reader: dict[int, str] = {}
-    found = []
+    named = []
     for op in reversed(ops):
         module = op.module or next((reader[s] for s in op.makes if reader.get(s)), "")
-        found.append(replace(op, module=module))
+        named.append(replace(op, module=module))
         reader |= dict.fromkeys(op.reads, module)
-    return found[::-1]
-
-
-def _terms(
-    ops: Sequence[Op], forward: set[int], gradients: Mapping[int, int], sizes: Sequence[int]
-) -> frozenset[int]:
-    """What gradients of parameters are sums of (of shared parameters)."""
-    maker = {s: i for i, op in enumerate(ops) for s in op.makes}
-    readers: dict[int, int] = {}
-    for op in ops:
-        for s in op.reads:
-            readers[s] = readers.get(s, 0) + 1
-    found: set[int] = set()
-    stack = list(gradients.items())
-    while stack:
-        total, nbytes = stack.pop()
-        op = ops[maker[total]]
-        if not op.kind.startswith("aten.add.Tensor "):
-            continue
-        for s in op.reads:
-            own = maker.get(s, GIVEN) not in (GIVEN, *forward) and readers[s] == 1
-            if own and s not in found and sizes[s] == nbytes:
-                found.add(s)
-                stack.append((s, nbytes))
-    return frozenset(found)
+    return named[::-1]

@@ -1,9 +1,9 @@
-"""Where in a schedule a value leaves for the host, and where it comes back.
+"""Where in a schedule a storage is offloaded, evicted and reloaded.
 
-A value leaves when it is made, a parameter so that the copy is done when it is read last. It is
-gone at the first operator by which the copy is done, but in any case before the peak that it is to
-relieve: what the copy lacks until then, compute waits for. It comes back as late as the copy takes,
-and as early as there is room.
+The copy of a value to the host starts when the value is made; that of a parameter, so that it is
+done at the last read before the gap. The storage is evicted at the first operator by which the copy
+is done, but before the peak that it is to relieve: compute waits for the rest of the copy. The
+reload starts as late as the copy takes, and as early as there is room.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.schedule.program import Op, Program, Resource, Schedule
-from autopar.schedule.streams import Busy, run_times
+from autopar.schedule.streams import ResourceTimes
 
-BEFORE = -1  # the position of what was there before the step
+BEFORE = -1  # the position of what exists before the step
 
 
-class Gap(NamedTuple):
-    """Between two uses of a storage, it may be on the host.
+class IdleInterval(NamedTuple):
+    """Between two uses of a storage; it may be on the host meanwhile.
 
     Args:
-        made: the position that makes it or brings it back; `BEFORE` for a parameter that did not
-            leave yet.
-        at: a position between the uses, at which it is not to be there.
-        use: its first reader behind that; the length of the sequence where only the caller reads.
+        made: the position that makes or reloads it; `BEFORE` for a parameter not yet offloaded.
+        at: a position between the uses, at which it is not to be on the device.
+        use: its first reader behind that; the length of the sequence if only the caller reads it.
     """
 
     made: int
@@ -35,68 +34,64 @@ class Gap(NamedTuple):
 
 
 def host_bytes(program: Program, schedule: Schedule) -> int:
-    """What a schedule holds on the host."""
-    return int(sum(program.sizes[s] for s in schedule.moved(program)))
+    """Bytes that a schedule holds on the host."""
+    return int(sum(program.sizes[s] for s in schedule.offloaded(program)))
 
 
-def waited_us(program: Program, schedule: Schedule) -> float:
-    """How long compute waits for copies."""
-    if not schedule.moved(program):
-        return 0.0
-    return run_times(program, schedule.forward + schedule.backward).waited[Resource.HOST]
-
-
-def moved(
-    program: Program, schedule: Schedule, busy: Busy, storage: int, gap: Gap, crowded: np.ndarray
-) -> Schedule | None:
-    """The schedule with a storage on the host in a gap.
+def with_offload(
+    program: Program, schedule: Schedule, times: ResourceTimes, storage: int,
+    interval: IdleInterval, full: np.ndarray,
+) -> Schedule | None:  # fmt: skip
+    """The schedule with a storage on the host in an idle interval.
 
     Args:
-        busy: the times of the schedule.
-        crowded: positions at which there is no room for it, in ascending order.
+        times: of the schedule.
+        full: positions at which there is no room for the storage, in ascending order.
 
     Returns:
-        None where there is no place for the copies.
+        None if there is no place for the copies.
     """
-    out, left, back = program.transfers[storage]
+    offload, evict, reload = program.transfers[storage]
     sequence, first = schedule.forward + schedule.backward, len(schedule.forward)
-    made, at, use = gap
-    own = storage in program.parameters
-    ops, us = [program.ops[i] for i in sequence], program.ops[out].us
-    issued = [*(run.issued for run in busy.runs), busy.end]
+    made, at, use = interval
+    ops, us = [program.ops[i] for i in sequence], program.ops[offload].us
+    issued = [*(run.issued for run in times.runs), times.end]
     read = max((p for p in range(made + 1, at) if storage in ops[p].reads), default=made)
-    if own:
-        leaves = _ahead(issued, ops, read + 1, us, made + 1)
+    if storage in program.parameters:
+        offload_at = _copy_start(issued, ops, read + 1, us, made + 1)
         earliest = at + 1
-        ready = issued[leaves]
+        ready = issued[offload_at]
     else:
-        leaves = made + 1
+        offload_at = made + 1
         earliest = max(at + 1, first)
-        ready = busy.runs[made].end
-    queue = [busy.runs[p].end for p in range(leaves) if ops[p].resource is Resource.HOST]
-    done = max([ready, *queue[-1:]]) + us
-    gone = next((p for p in range(read + 1, at) if issued[p] >= done), at)
-    if crowded.size and (before := crowded[crowded < use]).size:
-        earliest = max(earliest, int(before[-1]) + 1)
+        ready = times.runs[made].end
+    copies = [times.runs[p].end for p in range(offload_at) if ops[p].resource is Resource.HOST]
+    done = max([ready, *copies[-1:]]) + us
+    evict_at = next((p for p in range(read + 1, at) if issued[p] >= done), at)
+    full = full[full < use]
+    if full.size:
+        earliest = max(earliest, int(full[-1]) + 1)
     if earliest > use:
         return None
-    start = _ahead(issued, ops, use, us, earliest)
-    inserted = sorted([(leaves, 0, out), (gone, 1, left), (start, 2, back)], reverse=True)
+    reload_at = _copy_start(issued, ops, use, us, earliest)
+    inserted = [(offload_at, 0, offload), (evict_at, 1, evict), (reload_at, 2, reload)]
     forward, backward = list(schedule.forward), list(schedule.backward)
-    for position, _, i in inserted:
-        if position > first or (position == first and i == back):
+    for position, _, i in sorted(inserted, reverse=True):
+        if position > first or (position == first and i == reload):
             backward.insert(position - first, i)
         else:
             forward.insert(position, i)
     return Schedule(tuple(forward), tuple(backward))
 
 
-def _ahead(issued: Sequence[float], ops: Sequence[Op], end: int, us: float, earliest: int) -> int:
-    """The last position from which a copy is done by another one, or the earliest.
+def _copy_start(
+    issued: Sequence[float], ops: Sequence[Op], end: int, us: float, earliest: int
+) -> int:
+    """The last position from which a copy is done by position `end`, or the earliest.
 
     Args:
         issued: when every position is reached, and the end.
-        us: that the copy takes; to that come the copies that are begun behind it.
+        us: of the copy; copies that start after it add to that.
     """
     start = end
     while start > earliest and issued[end] - issued[start] < us:
@@ -106,10 +101,10 @@ def _ahead(issued: Sequence[float], ops: Sequence[Op], end: int, us: float, earl
     return start
 
 
-def without(program: Program, schedule: Schedule, storage: int) -> Schedule:
+def without_offload(program: Program, schedule: Schedule, storage: int) -> Schedule:
     """The schedule in which a storage stays on the device."""
-    gone = set(program.transfers[storage])
+    transfer = program.transfers[storage]
     return Schedule(
-        tuple(i for i in schedule.forward if i not in gone),
-        tuple(i for i in schedule.backward if i not in gone),
+        tuple(i for i in schedule.forward if i not in transfer),
+        tuple(i for i in schedule.backward if i not in transfer),
     )

@@ -1,134 +1,118 @@
-"""What a stage may keep: a family of choices from everything to nothing, made by small integer
-programs at the level of operators, and shared by all stages of the same kind.
+"""What a stage may keep: choices from everything to nothing, found by small integer programs over
+operators, and shared by all stages of the same kind.
 
-    keep_v  storage v of the stage is kept        run_o  operator o runs again in the backward
+    keep_v  storage v of the stage is kept        run_o  operator o is recomputed in the backward
 
     min  Σ cost_o run_o + ε Σ bytes_v keep_v
-    s.t. keep_v + run_maker(v) >= 1                 backward reads v             _needs
-         keep_u + run_maker(u) >= run_o             o reads u                    _needs
-         Σ bytes_v keep_v <= budget                                              _within
-         live_t(keep, run) <= cap                   at every operator t          _below
+    s.t. keep_v + run_maker(v) >= 1                 backward reads v
+         keep_u + run_maker(u) >= run_o             o reads u
+         Σ bytes_v keep_v <= budget
+         live_t(keep, run) <= cap                   at every operator t
 
-Without the last, this is a minimum cut for every price of a byte. In `live_t` what runs again is
-alive from its first possible reader to its last; the exact peak comes from simulating the stage.
+Without the last, this is a minimum cut for every price of a byte. In `live_t`, what is recomputed
+is alive from its first possible reader to its last; simulating the stage gives the exact peak.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import astuple, dataclass, replace
 
-import pulp
-
-from autopar.schedule.build import Backward
-from autopar.schedule.program import GIVEN, Program
+from autopar.schedule.build import BackwardBuilder
+from autopar.schedule.program import INPUT, Program
 from autopar.schedule.stages import Stage, join
 from autopar.solver.chain import ChainOption
+from autopar.solver.linear_program import LinearProgram
 
 _BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
-THROUGH = (0.0, 0.25, 0.4, 0.55, 0.75)
+KEPT_SHARES = (0.0, 0.25, 0.4, 0.55, 0.75)  # of stages whose output is not kept
 _CAPS = (0.6, 0.8)  # of the backward's peak when nothing is kept
 
 
 @dataclass(frozen=True)
 class StageOption:
-    """An option with the storages that it keeps."""
+    """The storages that an option keeps, and its costs for the chain."""
 
     kept: frozenset[int]
-    numbers: ChainOption
+    costs: ChainOption
 
 
 def stage_options(
     program: Program, stage: Stage, cost: Mapping[int, float]
 ) -> tuple[StageOption, ...]:
-    """The options of a stage that no other one of them is better than.
+    """The options of a stage that are not dominated by another one.
 
     Args:
-        cost: of running each operator again.
+        cost: of recomputing each operator.
     """
-    model = Model(program, stage, cost)
-    found: dict[frozenset[int], ChainOption] = {}
-    everything = sum(program.nbytes[s] for s in model.direct)
+    model = StageModel(program, stage, cost)
+    options: dict[frozenset[int], ChainOption] = {}
+
+    def add(share: float, cap: float = math.inf) -> None:
+        kept = model.solve(share * model.needed_bytes, cap)
+        if kept is not None and kept not in options:
+            options[kept] = model.costs(kept)
+
     for share in _BUDGETS:
-        kept = model.solve(share * everything)
-        if kept is not None and kept not in found:
-            found[kept] = model.numbers(kept)
-    top = max((o.backward for o in found.values()), default=0.0)
+        add(share)
+    top = max((o.backward for o in options.values()), default=0.0)
     for cap in _CAPS:
         for share in (0.0, 0.35):
-            kept = model.solve(share * everything, cap * top)
-            if kept is not None and kept not in found:
-                found[kept] = model.numbers(kept)
+            add(share, cap * top)
     return tuple(
         StageOption(kept, option)
-        for kept, option in found.items()
-        if not any(_better(other, option) for other in found.values())
+        for kept, option in options.items()
+        if not any(_dominates(other, option) for other in options.values())
     )
 
 
-def through(
+def kept_without_output(
     program: Program, stage: Stage, cost: Mapping[int, float]
 ) -> tuple[frozenset[int], ...]:
-    """What a stage keeps where its output is not kept either, but computed again from that: one
-    choice for every share in `THROUGH`."""
-    model = Model(program, stage, cost, output=True)
-    everything = sum(program.nbytes[s] for s in model.direct)
-    found = [model.solve(share * everything) for share in THROUGH]
-    return tuple(kept if kept is not None else frozenset() for kept in found)
+    """What a stage keeps if its output is recomputed from that: one choice per share in
+    `KEPT_SHARES`."""
+    model = StageModel(program, stage, cost, output=True)
+    choices = [model.solve(share * model.needed_bytes) for share in KEPT_SHARES]
+    return tuple(kept if kept is not None else frozenset() for kept in choices)
 
 
 def span_option(
     program: Program, stages: Sequence[Stage], kept: frozenset[int], cost: Mapping[int, float]
 ) -> StageOption:
-    """The option that keeps these storages of several stages, and not what they hand on."""
-    model = Model(program, join(program, stages), cost)
-    return StageOption(kept, replace(model.numbers(kept), span=len(stages)))
+    """The option that keeps these storages of several stages, and no output of theirs."""
+    model = StageModel(program, join(program, stages), cost)
+    return StageOption(kept, replace(model.costs(kept), span=len(stages)))
 
 
-def _solver(seconds: float) -> pulp.LpSolver:
-    make = pulp.HiGHS if find_spec("highspy") is not None else pulp.PULP_CBC_CMD
-    return make(msg=False, timeLimit=seconds, gapRel=1e-3)
+def _dominates(a: ChainOption, b: ChainOption) -> bool:
+    return a != b and all(x <= y for x, y in zip(astuple(a), astuple(b), strict=True))
 
 
-def _better(a: ChainOption, b: ChainOption) -> bool:
-    return a != b and all(
-        x <= y
-        for x, y in (
-            (a.kept, b.kept), (a.forward, b.forward), (a.backward, b.backward), (a.cost, b.cost)
-        )
-    )  # fmt: skip
+class StageModel:
+    """The integer program of one stage, or of the whole program as one stage.
 
-
-class Model:
-    """The integer program of one stage, or of the whole program as one."""
+    Args:
+        output: the stage's output may be recomputed, like its other storages.
+    """
 
     def __init__(
-        self,
-        program: Program,
-        stage: Stage,
-        cost: Mapping[int, float],
-        *,
-        output: bool = False,
+        self, program: Program, stage: Stage, cost: Mapping[int, float], *, output: bool = False
     ) -> None:
         self.program, self.stage, self.cost = program, stage, cost
         self.made = {s for i in stage.forward for s in program.ops[i].makes}
-        self.direct = self._read_by(stage.backward)
+        read = (s for i in stage.backward for s in program.ops[i].reads)
+        self.needed = [s for s in dict.fromkeys(read) if s in self.made]
         if not output:
             self.made.discard(stage.output)
-            self.direct = [s for s in self.direct if s != stage.output]
-        elif stage.output >= 0 and stage.output not in self.direct:
-            self.direct.append(stage.output)
-        self.again = [i for i in stage.forward if program.ops[i].replays]
+            self.needed = [s for s in self.needed if s != stage.output]
+        elif stage.output >= 0 and stage.output not in self.needed:
+            self.needed.append(stage.output)
+        self.needed_bytes = sum(program.nbytes[s] for s in self.needed)
         self.spans = self._spans()
 
-    def _read_by(self, ops: Iterable[int]) -> list[int]:
-        found = {s: None for i in ops for s in self.program.ops[i].reads if s in self.made}
-        return list(found)
-
     def _spans(self) -> dict[int, tuple[int, int]]:
-        """Of every storage, the first and last operator of the backward that may need it."""
+        """Per storage, the first and last operator of the backward that may need it."""
         first: dict[int, int] = {}
         last: dict[int, int] = {}
         for t, i in enumerate(self.stage.backward):
@@ -136,7 +120,7 @@ class Model:
                 if s in self.made:
                     first.setdefault(s, t)
                     last[s] = t
-        for s in self.direct:  # the output, where the stage's own backward does not read it
+        for s in self.needed:  # the output, if the stage's own backward does not read it
             first.setdefault(s, 0)
             last.setdefault(s, 0)
         for i in reversed(self.stage.forward):
@@ -149,111 +133,85 @@ class Model:
         return {s: (first[s], last[s]) for s in first}
 
     def solve(
-        self, budget: float, cap: float | None = None, *, seconds: float = 1.0
+        self, budget: float, cap: float = math.inf, *, seconds: float = 1.0
     ) -> frozenset[int] | None:
-        """The cheapest choice that keeps at most `budget` bytes, None if there is none."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3 announces PuLP 4
-            return self._solve(budget, cap, seconds)
-
-    def _solve(self, budget: float, cap: float | None, seconds: float) -> frozenset[int] | None:
-        program, nbytes = self.program, self.program.nbytes
-        problem = pulp.LpProblem("stage", pulp.LpMinimize)
-        reach = self.spans
-        keep = {s: pulp.LpVariable(f"k{s}", cat="Binary") for s in reach}
-        run = {
-            i: pulp.LpVariable(f"r{i}", cat="Binary")
-            for i in self.again
-            if any(s in reach for s in program.ops[i].makes)
+        """The cheapest choice that keeps at most `budget` bytes; None if there is none."""
+        if not self.spans:
+            return frozenset()
+        ops, nbytes, maker = self.program.ops, self.program.nbytes, self.program.maker
+        replayable = [
+            i
+            for i in self.stage.forward
+            if ops[i].replays and any(s in self.spans for s in ops[i].makes)
+        ]
+        scale = sum(self.cost[i] for i in replayable) or 1.0
+        total = sum(nbytes[s] for s in self.spans) or 1
+        problem = LinearProgram()
+        keep = {
+            s: problem.variable(1e-6 * nbytes[s] / total, upper=1.0, integer=True)
+            for s in sorted(self.spans, key=str)
         }
-        scale = sum(self.cost[i] for i in run) or 1.0
-        total = sum(nbytes[s] for s in keep) or 1
-        problem += pulp.lpSum(self.cost[i] / scale * v for i, v in run.items()) + pulp.lpSum(
-            1e-6 * nbytes[s] / total * v for s, v in keep.items()
-        )
-        self._needs(problem, keep, run)
-        free = sum(nbytes[s] for s in keep if program.maker[s] not in run)
-        problem += (
-            pulp.lpSum(nbytes[s] / total * v for s, v in keep.items())
-            <= max(budget, free) / total + 1e-9
-        )
-        if cap is not None:
-            self._below(problem, keep, run, cap)
-        problem.solve(_solver(seconds))
-        if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-            return None
-        return frozenset(s for s, v in keep.items() if (v.value() or 0) > 0.5)
+        run = {
+            i: problem.variable(self.cost[i] / scale, upper=1.0, integer=True)
+            for i in sorted(replayable, key=str)
+        }
 
-    def _needs(
-        self,
-        problem: pulp.LpProblem,
-        keep: Mapping[int, pulp.LpVariable],
-        run: Mapping[int, pulp.LpVariable],
-    ) -> None:
-        maker, ops = self.program.maker, self.program.ops
-        for s in self.direct:
-            problem += keep[s] + run.get(maker[s], 0) >= 1
-        for i, v in run.items():
+        def present(s: int) -> list[tuple[int, float]]:
+            return [(keep[s], 1.0)] + ([(run[maker[s]], 1.0)] if maker[s] in run else [])
+
+        for s in self.needed:
+            problem.row(present(s), lower=1.0)
+        for i in replayable:
             for s in ops[i].reads:
                 if s in keep:
-                    problem += keep[s] + run.get(maker[s], 0) >= v
-
-    def _below(
-        self,
-        problem: pulp.LpProblem,
-        keep: Mapping[int, pulp.LpVariable],
-        run: Mapping[int, pulp.LpVariable],
-        cap: float,
-    ) -> None:
-        nbytes, maker = self.program.nbytes, self.program.maker
-        for t, gradients in enumerate(_gradients(self.program, self.stage)):
+                    problem.row([*present(s), (run[i], -1.0)], lower=0.0)
+        not_replayable = sum(nbytes[s] for s in self.spans if maker[s] not in run)
+        problem.row(
+            [(keep[s], nbytes[s] / total) for s in self.spans],
+            upper=max(budget, not_replayable) / total + 1e-9,
+        )
+        for t, gradients in enumerate(self._gradient_bytes() if math.isfinite(cap) else ()):
             terms = []
             for s, (first, last) in self.spans.items():
                 if t <= last and nbytes[s]:
-                    terms.append(nbytes[s] / cap * keep[s])
+                    terms.append((keep[s], nbytes[s] / cap))
                     if first <= t and maker[s] in run:
-                        terms.append(nbytes[s] / cap * run[maker[s]])
-            problem += pulp.lpSum(terms) <= 1 - gradients / cap
+                        terms.append((run[maker[s]], nbytes[s] / cap))
+            problem.row(terms, upper=1 - gradients / cap)
+        solution = problem.minimize(time_limit=seconds, gap=1e-3)
+        unsolved = solution.status == "stopped" and not solution.values.any()
+        if solution.status == "infeasible" or unsolved:
+            return None
+        return frozenset(s for s, variable in keep.items() if solution.values[variable] > 0.5)
 
-    def numbers(self, kept: frozenset[int]) -> ChainOption:
-        """What the option costs, from a simulation of the stage alone."""
+    def costs(self, kept: frozenset[int]) -> ChainOption:
+        """The costs of keeping these storages, from a simulation of the stage alone."""
         program, stage = self.program, self.stage
-        backward = Backward(program, self._outside() | kept)
-        for i in stage.backward:
-            backward.run(i)
+        read = {s for i in (*stage.forward, *stage.backward) for s in program.ops[i].reads}
+        own = {s for i in stage.backward for s in program.ops[i].makes}
+        backward = BackwardBuilder(program, (read - self.made - own) | kept)
+        backward.run(stage.backward)
         sequence = backward.sequence
-        own = set(stage.backward)
-        cost = sum(self.cost[i] for i in sequence if i not in own)
+        required = set(stage.backward)
+        start = {s: program.nbytes[s] for s in (*_incoming(program, stage), *kept)}
         return ChainOption(
             sum(program.nbytes[s] for s in kept),
             forward_peak(program, stage, kept),
-            _backward_peak(program, stage, sequence, kept),
-            cost,
+            max(_live(program, sequence, start, _outgoing(program, stage)), default=0),
+            sum(self.cost[i] for i in sequence if i not in required),
         )
 
-    def _outside(self) -> set[int]:
-        """All that the stage reads and others make."""
-        read = {
-            s
-            for i in (*self.stage.forward, *self.stage.backward)
-            for s in self.program.ops[i].reads
-        }
-        own = {s for i in self.stage.backward for s in self.program.ops[i].makes}
-        return read - self.made - own
+    def _gradient_bytes(self) -> list[int]:
+        """Bytes of gradients alive at every operator of the stage's backward."""
+        program, stage = self.program, self.stage
+        start = {s: program.nbytes[s] for s in _incoming(program, stage)}
+        outgoing = _outgoing(program, stage)
+        return _live(program, stage.backward, start, outgoing, skip=program.forward_made)
 
 
 def forward_peak(program: Program, stage: Stage, kept: frozenset[int]) -> float:
-    """The most alive while the stage's forward runs, of what it makes itself."""
-    stay = kept | {stage.output}
-    return max(_live(program, stage.forward, {}, stay), default=0)
-
-
-def _backward_peak(
-    program: Program, stage: Stage, sequence: Sequence[int], kept: frozenset[int]
-) -> float:
-    """The most alive while the stage's backward runs: gradients, what was kept, what runs again."""
-    start = {s: program.nbytes[s] for s in (*_incoming(program, stage), *kept)}
-    return max(_live(program, sequence, start, _outgoing(program, stage)), default=0)
+    """The most bytes alive while the stage's forward runs, of what it makes itself."""
+    return max(_live(program, stage.forward, {}, kept | {stage.output}), default=0)
 
 
 def _incoming(program: Program, stage: Stage) -> set[int]:
@@ -261,7 +219,7 @@ def _incoming(program: Program, stage: Stage) -> set[int]:
     forward = program.forward_made
     own = {s for i in stage.backward for s in program.ops[i].makes}
     read = {s for i in stage.backward for s in program.ops[i].reads}
-    return {s for s in read - own if program.maker[s] != GIVEN and s not in forward}
+    return {s for s in read - own if program.maker[s] != INPUT and s not in forward}
 
 
 def _outgoing(program: Program, stage: Stage) -> set[int]:
@@ -271,45 +229,38 @@ def _outgoing(program: Program, stage: Stage) -> set[int]:
     return {s for i in stage.backward for s in program.ops[i].makes if s in read}
 
 
-def _gradients(program: Program, stage: Stage) -> list[int]:
-    """Bytes of gradients alive at every operator of the stage's backward."""
-    forward = program.forward_made
-    start = {s: program.nbytes[s] for s in _incoming(program, stage)}
-    return _live(program, stage.backward, start, _outgoing(program, stage), skip=forward)
-
-
 def _live(
     program: Program,
     sequence: Sequence[int],
     start: Mapping[int, int],
-    stay: Iterable[int],
+    end: Iterable[int],
     skip: frozenset[int] = frozenset(),
 ) -> list[int]:
-    """Bytes alive at every operator of a piece, results written over operands that die.
+    """Bytes alive at every operator of a piece; results are written over operands that die.
 
     Args:
         start: alive at its beginning, with their bytes.
-        stay: alive after its end.
+        end: alive after it.
+        skip: do not count.
     """
-    stay = set(stay)
+    end = set(end)
     last: dict[int, int] = {}
     for t, i in enumerate(sequence):
         last |= dict.fromkeys(program.ops[i].reads, t)
     alive = dict(start)
     own: set[int] = set()
-    now, found = sum(alive.values()), []
+    now, live = sum(alive.values()), []
     for t, i in enumerate(sequence):
         op = program.ops[i]
-        over = next(
-            (s for s in op.overwrites if s in own and last[s] == t and s not in stay and alive[s]),
-            None,
+        in_place = any(
+            s in own and last[s] == t and s not in end and alive[s] for s in op.overwrites
         )
         made = {s: program.nbytes[s] for s in op.makes if s not in skip}
-        found.append(now + (sum(made.values()) if over is None else 0))
+        live.append(now + (0 if in_place else sum(made.values())))
         now += sum(n - alive.get(s, 0) for s, n in made.items())
         alive |= made
         own.update(made)
         for s in (*op.reads, *made):
-            if s in alive and s not in stay and last.get(s, t) <= t:
+            if s in alive and s not in end and last.get(s, t) <= t:
                 now -= alive.pop(s)
-    return found
+    return live

@@ -1,9 +1,9 @@
-"""An order of the backward in which less is alive.
+"""An order of the backward in which fewer bytes are alive.
 
-Autograd's order is that of the forward, reversed. Within it, an operator may move to where it frees
-earlier (a gradient of a weight, which ends the life of an activation) or makes later. A move is
-taken if it lowers the bytes alive summed over time; so many small steps find what matters: weight
-gradients first, then the gradient that is passed on.
+Autograd's order is that of the forward, reversed. An operator may move to where it frees operands
+earlier (the gradient of a weight, which is the last reader of an activation) or makes results
+later. A move is taken if it lowers the sum of live bytes over time. In effect, gradients of weights
+come before the gradient that is passed on.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import replace
 from autopar.schedule.program import Program
 
 _ROUNDS = 4
-_FAR = 200  # no operator gains by moving down so many places
+_FURTHEST = 200  # no operator gains by moving down further
 
 
-def ordered_backward(program: Program) -> tuple[int, ...]:
-    """The operators of the backward in the new order."""
+def in_order(program: Program) -> Program:
+    """The program with its backward in that order."""
     mover = _Mover(program)
     for _ in range(_ROUNDS):
         before = list(mover.order)
@@ -25,11 +25,11 @@ def ordered_backward(program: Program) -> tuple[int, ...]:
             mover.move(i)
         if mover.order == before:
             break
-    return tuple(mover.order)
+    return replace(program, order=tuple(mover.order))
 
 
 class _Mover:
-    """The order, and where every operator stands in it."""
+    """The order, and every operator's position in it."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -41,47 +41,42 @@ class _Mover:
                 self.readers.setdefault(s, []).append(i)
 
     def move(self, i: int) -> None:
-        """Move one operator to the best place among those that its operands and readers leave."""
+        """Move one operator to the best position that its operands and readers allow."""
         op, at = self.program.ops[i], self.at[i]
         maker, nbytes = self.program.maker, self.program.nbytes
         made_at = [self.at[m] for s in op.reads if (m := maker[s]) in self.at]
         read_at = [self.at[r] for s in op.makes for r in self.readers.get(s, ())]
         low = max(made_at, default=-1) + 1
         high = min(read_at, default=len(self.order)) - 1
-        if i not in self.program.flows:  # as late as possible, like all that is computed again
+        if i not in self.program.flows:  # as late as possible, like recomputation
             self._to(i, high)
             return
         returned = self.program.gradients
         made = sum(nbytes[s] for s in op.makes if s not in returned)
-        # where each operand is read last by others; from the forward, it is alive before
+        # the last other reader of each operand; -1 if the forward alone reads it
         last = [
             (max((self.at[r] for r in self.readers[s] if r != i), default=-1), nbytes[s])
             for s in op.reads
             if s not in returned and nbytes[s]
         ]
-        best, where, gain = 0, at, 0
+        best, best_at, gain = 0, at, 0
         for p in range(at - 1, low - 1, -1):
             gain += sum(n for read, n in last if read < p) - made
             if gain > best:
-                best, where = gain, p
+                best, best_at = gain, p
         gain = 0
         for p in range(at + 1, high + 1):
             gain += made - sum(n for read, n in last if read < p)
             if gain > best:
-                best, where = gain, p
-            if p - at > _FAR:
+                best, best_at = gain, p
+            if p - at > _FURTHEST:
                 break
-        self._to(i, where)
+        self._to(i, best_at)
 
-    def _to(self, i: int, where: int) -> None:
+    def _to(self, i: int, new: int) -> None:
         at = self.at[i]
-        if where == at:
+        if new == at:
             return
-        self.order.insert(where, self.order.pop(at))
-        for k in range(min(at, where), max(at, where) + 1):
+        self.order.insert(new, self.order.pop(at))
+        for k in range(min(at, new), max(at, new) + 1):
             self.at[self.order[k]] = k
-
-
-def in_order(program: Program) -> Program:
-    """The program with its backward in the better order."""
-    return replace(program, order=ordered_backward(program))

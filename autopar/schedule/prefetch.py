@@ -1,13 +1,13 @@
 """Which collectives of a schedule are split, where they start, and where they are waited for.
 
-A gather starts ahead of its place, by as much compute as takes its time, or as far as there is room
-for its buffer. A reduction starts in its place and is waited for behind as much compute, at the
+A gather starts ahead of its place, by as much compute as it takes time, or as far as there is room
+for its buffer. A reduction starts in its place and is waited for after as much compute, at the
 latest where its result is read.
 
-Compute hides one of them at a time. Reductions come first, each from where it starts. What then can
-hide of every gather is found from the first to the last, one after another as early as can be; and
-from the last to the first they are moved as late as this lets them, so that they start in the order
-in which they are needed, and hold their buffers no longer than that takes.
+Compute hides one collective at a time. Reductions are placed first, each from where it starts. Then
+the time of every gather that can be hidden is computed from the first to the last, each as early as
+possible. From the last to the first, gathers are placed as late as this allows: they start in the
+order in which they are needed, and hold their buffers no longer than that takes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from autopar.schedule.program import GIVEN, Program, Resource, Schedule
+from autopar.schedule.program import INPUT, Program, Resource, Schedule
 from autopar.schedule.simulate import live_bytes
-from autopar.schedule.streams import run_times
+from autopar.schedule.streams import step_us
 
 _ATTEMPTS = 3
 GATHER = "autopar.all_gather"  # begins the kind of all gathers
-
-
-def step_us(program: Program, schedule: Schedule) -> float:
-    """Time of a step, predicted."""
-    return run_times(program, schedule.forward + schedule.backward).end
 
 
 def prefetched(program: Program, schedule: Schedule, budget_bytes: float) -> Schedule:
@@ -43,22 +38,25 @@ def prefetched(program: Program, schedule: Schedule, budget_bytes: float) -> Sch
     before = step_us(program, schedule)
     allowed = budget_bytes
     for _ in range(_ATTEMPTS):
-        found = _Placing(program, schedule, allowed).placed()
-        # what is written over what may have changed, and the peak with it
-        over = live_bytes(program, found).max(initial=0) - budget_bytes
-        if over <= 0:
-            return found if step_us(program, found) < before else schedule
-        allowed -= over
+        candidate = _Placement(program, schedule, allowed).placed()
+        # the operands that are written over may have changed, and the peak with them
+        excess = live_bytes(program, candidate).max(initial=0) - budget_bytes
+        if excess <= 0:
+            return candidate if step_us(program, candidate) < before else schedule
+        allowed -= excess
     return schedule
 
 
-class _Placing:
+class _Placement:
     """A schedule while its collectives are split.
 
     Attributes:
-        hides: at every position, the time of compute that hides nothing yet.
-        wanted: of every gather, the time that is to hide.
+        free_us: at every position, the time of compute that hides nothing yet.
+        hideable_us: of every gather, the time that can be hidden.
         room: at every position, bytes that are free.
+        wait_at: of a reduction, the position before which it is waited for.
+        replaced: by position, the operators that run instead of the one there.
+        inserted: by (whether in the backward, position), the operators that run before that one.
     """
 
     def __init__(self, program: Program, schedule: Schedule, budget_bytes: float) -> None:
@@ -66,7 +64,7 @@ class _Placing:
         self.first = len(schedule.forward)
         self.sequence = schedule.forward + schedule.backward
         self.ops = [program.ops[i] for i in self.sequence]
-        self.hides = [op.us if op.resource is Resource.COMPUTE else 0.0 for op in self.ops]
+        self.free_us = [op.us if op.resource is Resource.COMPUTE else 0.0 for op in self.ops]
         self.room = budget_bytes - live_bytes(program, schedule)
         self.made: dict[int, list[int]] = defaultdict(list)
         self.read: dict[int, list[int]] = defaultdict(list)
@@ -75,10 +73,9 @@ class _Placing:
                 self.read[s].append(p)
             for s in op.makes:
                 self.made[s].append(p)
-        self.late: dict[int, int] = {}  # of a reduction, before which position it is waited for
-        # what runs in the place of an operator; and before it, by the part and the position
-        self.instead: dict[int, tuple[int, ...]] = {}
-        self.ahead: dict[tuple[bool, int], list[int]] = defaultdict(list)
+        self.wait_at: dict[int, int] = {}
+        self.replaced: dict[int, tuple[int, ...]] = {}
+        self.inserted: dict[tuple[bool, int], list[int]] = defaultdict(list)
 
     def placed(self) -> Schedule:
         gathers = []
@@ -88,10 +85,10 @@ class _Placing:
                     gathers.append(p)
                 else:
                     self._wait_later(p)
-        self.wanted = self._hidden_at_most(gathers)
+        self.hideable_us = self._hideable_us(gathers)
         for p in reversed(gathers):
-            if p not in self.instead:
-                self._start_earlier(p, p, along=False)
+            if p not in self.replaced:
+                self._start_earlier(p, p, moves=False)
         return Schedule(
             tuple(self._written(range(self.first), False)),
             tuple(self._written(range(self.first, len(self.sequence)), True)),
@@ -99,27 +96,27 @@ class _Placing:
 
     def _written(self, positions: range, backward: bool) -> Iterable[int]:
         for p in positions:
-            yield from self.ahead.get((backward, p), ())
-            yield from self.instead.get(p, (self.sequence[p],))
-        yield from self.ahead.get((backward, positions.stop), ())
+            yield from self.inserted.get((backward, p), ())
+            yield from self.replaced.get(p, (self.sequence[p],))
+        yield from self.inserted.get((backward, positions.stop), ())
 
-    def _hidden_at_most(self, gathers: Iterable[int]) -> dict[int, float]:
-        """Of every gather the time that hides, if each starts as soon as the one before it ends."""
-        left, q = list(self.hides), 0
-        found = {}
+    def _hideable_us(self, gathers: Iterable[int]) -> dict[int, float]:
+        """Per gather, the time that is hidden if each starts when the one before it ends."""
+        free_us, q = list(self.free_us), 0
+        hideable_us = {}
         for p in gathers:
-            wanted = self.ops[p].us
+            exposed = self.ops[p].us
             q = max(q, min(p, max(self._earliest(k) for k in (p, *self._chain(p)))))
-            while q < p and wanted > 0:
-                hidden = min(left[q], wanted)
-                left[q] -= hidden
-                wanted -= hidden
-                q += wanted > 0
-            found[p] = self.ops[p].us - wanted
-        return found
+            while q < p and exposed > 0:
+                hidden = min(free_us[q], exposed)
+                free_us[q] -= hidden
+                exposed -= hidden
+                q += exposed > 0
+            hideable_us[p] = self.ops[p].us - exposed
+        return hideable_us
 
     def _buffer_bytes(self, p: int) -> float:
-        """What is alive besides the result at the finish: nothing, where the buffer becomes it."""
+        """Bytes alive besides the result at the finish: none if the buffer becomes the result."""
         program, i = self.program, self.sequence[p]
         (buffer,) = program.ops[program.splits[i].start].makes
         return 0.0 if buffer in program.ops[i].makes else float(program.sizes[buffer])
@@ -127,106 +124,107 @@ class _Placing:
     def _bytes(self, p: int) -> float:
         return float(sum(self.program.sizes[s] for s in self.ops[p].makes))
 
-    def _hidden(self, p: int, us: float) -> float:
-        """What a position hides of a time."""
-        found = min(self.hides[p], us)
-        self.hides[p] -= found
-        return found
+    def _hide(self, p: int, us: float) -> float:
+        """Let a position hide as much of a time as it can."""
+        hidden = min(self.free_us[p], us)
+        self.free_us[p] -= hidden
+        return hidden
 
     def _wait_later(self, p: int) -> None:
-        """Split a reduction, if compute is behind it before its result is read."""
+        """Split a reduction, if there is compute between it and the first reader of its result."""
         op, split, backward = self.ops[p], self.program.splits[self.sequence[p]], p >= self.first
         end = len(self.sequence) if backward else self.first
         until = min(_next(at[s], p, end) for at in (self.read, self.made) for s in op.makes)
-        nbytes, wanted, q = self._buffer_bytes(p), op.us, p + 1
+        nbytes, exposed, q = self._buffer_bytes(p), op.us, p + 1
         if self.room[p] < nbytes:
             return
-        while q < until and wanted > 0 and self.room[q] >= nbytes:
-            wanted -= self._hidden(q, wanted)
+        while q < until and exposed > 0 and self.room[q] >= nbytes:
+            exposed -= self._hide(q, exposed)
             q += 1
-        if wanted < op.us:
+        if exposed < op.us:
             self.room[p:q] -= nbytes
-            self.instead[p] = (split.start,)
-            self.ahead[backward, q].append(split.finish)
-            self.late[p] = q
+            self.replaced[p] = (split.start,)
+            self.inserted[backward, q].append(split.finish)
+            self.wait_at[p] = q
 
-    def _start_earlier(self, p: int, at: int, *, along: bool) -> None:
-        """Split a gather, if compute is ahead of it and there is room.
+    def _start_earlier(self, p: int, at: int, *, moves: bool) -> None:
+        """Split a gather, if there is room and compute ahead of it.
 
         Args:
-            at: before which position it is to be done.
-            along: it leaves its place for that, along with what reads it; else that is its place.
+            at: the position before which it must be done.
+            moves: it moves there with its reader; if not, that is its own position.
         """
         i, backward = self.sequence[p], p >= self.first
         chain = self._chain(p)
         start = self._start(p, at, chain) if i in self.program.splits else at
-        if along:
-            self.instead[p] = ()
+        if moves:
+            self.replaced[p] = ()
             self.room[at:p] -= self._bytes(p)
         if start == at:
-            if along:
-                self.ahead[backward, at].insert(0, i)
+            if moves:
+                self.inserted[backward, at].insert(0, i)
         else:
-            split, extra = self.program.splits[i], self._buffer_bytes(p)
-            self.room[start:at] -= extra or self._bytes(p)
-            self.room[at] -= extra
-            if along:
-                self.ahead[backward, at].insert(0, split.finish)
+            split, buffer = self.program.splits[i], self._buffer_bytes(p)
+            self.room[start:at] -= buffer or self._bytes(p)
+            self.room[at] -= buffer
+            if moves:
+                self.inserted[backward, at].insert(0, split.finish)
             else:
-                self.instead[p] = (split.finish,)
-            self.ahead[backward, start].insert(0, split.start)
+                self.replaced[p] = (split.finish,)
+            self.inserted[backward, start].insert(0, split.start)
         if chain and start <= chain[0]:
-            self._start_earlier(chain[0], start, along=True)
+            self._start_earlier(chain[0], start, moves=True)
 
     def _start(self, p: int, at: int, chain: Sequence[int]) -> int:
-        """Where a gather starts; `at` if nothing hides it.
+        """The position at which a gather starts; `at` if nothing hides it.
 
         Args:
-            chain: what makes its operand, and comes along.
+            chain: the positions that make its operand, and move with it.
         """
-        extra = self._buffer_bytes(p)
-        nbytes, wanted, q, start = extra or self._bytes(p), self.wanted[p], at, at
-        if self.room[at] < extra:
+        buffer = self._buffer_bytes(p)
+        nbytes, exposed, q, start = buffer or self._bytes(p), self.hideable_us[p], at, at
+        if self.room[at] < buffer:
             return at
         earliest = max(self._earliest(k) for k in (p, *chain))
         if chain and earliest > chain[0]:
             earliest = max(self._earliest(p), chain[0] + 1)
-        while q > earliest and wanted > 0:
+        while q > earliest and exposed > 0:
             q -= 1
             if self.room[q] < nbytes + (self._bytes(chain[0]) if chain and q <= chain[0] else 0.0):
                 break
-            hidden = 0.0 if q in chain else self._hidden(q, wanted)
-            wanted -= hidden
+            hidden = 0.0 if q in chain else self._hide(q, exposed)
+            exposed -= hidden
             start = q if hidden else start
         return start
 
     def _maker(self, p: int) -> int | None:
-        """The position of what makes an operator's only operand, for it alone, and may move."""
-        operand, *more = self.ops[p].reads or (GIVEN,)
+        """The position that makes an operator's only operand, if no other one reads it and it may
+        move."""
+        operand, *more = self.ops[p].reads or (INPUT,)
         program, end = self.program, len(self.sequence)
-        if more or operand == GIVEN or program.maker[operand] == GIVEN:
+        if more or operand == INPUT or program.maker[operand] == INPUT:
             return None
         m = _last(self.made[operand], p)
         read, made = self.read[operand], self.made[operand]
-        alone = _next(read, m, end) == p and _next(read, p, end) >= _next(made, p, end)
-        held = operand in program.results | program.gradients
+        only_reader = _next(read, m, end) == p and _next(read, p, end) >= _next(made, p, end)
+        returned = operand in program.results | program.gradients
         op, same_part = self.ops[m], (m >= self.first) == (p >= self.first)
-        moves = op.replays and len(op.reads) == len(op.makes) == 1 and m not in self.instead
-        return m if alone and not held and same_part and moves else None
+        movable = op.replays and len(op.reads) == len(op.makes) == 1 and m not in self.replaced
+        return m if only_reader and not returned and same_part and movable else None
 
     def _chain(self, p: int) -> tuple[int, ...]:
-        """The positions of what makes an operator's operand for it alone, the last one first."""
+        """The positions that make an operator's operand for it alone, the last one first."""
         maker = self._maker(p)
         return () if maker is None else (maker, *self._chain(maker))
 
     def _earliest(self, p: int) -> int:
-        """The first position at which operands are there that come not along, and what was in the
-        place of the results is read no more."""
+        """The first position at which an operator may run: after the operands that do not move
+        with it are made, and its results' storages are no longer read."""
         op = self.ops[p]
         bounds = [self.first if p >= self.first else 0]
         if self._maker(p) is None:
             made = [_last(self.made[s], p) for s in op.reads]
-            bounds += [self.late.get(m, m) + 1 for m in made]
+            bounds += [self.wait_at.get(m, m) + 1 for m in made]
         for s in op.makes:
             bounds += [_last(self.made[s], p) + 1, _last(self.read[s], p) + 1]
         return max(bounds)
@@ -238,24 +236,23 @@ def _last(positions: list[int], before: int) -> int:
     return positions[k - 1] if k else -1
 
 
-def _next(positions: list[int], behind: int, end: int) -> int:
-    """The first of the positions behind one, at most `end`."""
-    k = bisect_right(positions, behind)
+def _next(positions: list[int], after: int, end: int) -> int:
+    """The first of the positions after one, at most `end`."""
+    k = bisect_right(positions, after)
     return min(positions[k], end) if k < len(positions) else end
 
 
-def exposed_share(program: Program, eager: Schedule, again: Schedule) -> float:
-    """The share of its time that a gather costs if it is run again in the backward, on the whole:
-    the rest hides.
+def exposed_share(program: Program, eager: Schedule, regathered: Schedule) -> float:
+    """The share of its time that re-gathering in the backward costs on average; the rest is hidden.
 
     Args:
-        eager: without any run again.
-        again: with all run again.
+        eager: re-gathers nothing.
+        regathered: re-gathers everything.
     """
-    times = [program.ops[i].us for i in again.again(program) if i in program.splits]
+    times = [program.ops[i].us for i in regathered.recomputed(program) if i in program.splits]
     if not times:
         return 1.0
-    longer = step_us(program, prefetched(program, again, np.inf)) - step_us(
+    longer = step_us(program, prefetched(program, regathered, np.inf)) - step_us(
         program, prefetched(program, eager, np.inf)
     )
     return min(1.0, max(0.0, longer / sum(times)))

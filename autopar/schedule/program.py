@@ -1,8 +1,7 @@
-"""The joint graph as plain numbers: operators, the storages they read and make, what they cost.
+"""The joint graph as plain numbers: operators, the storages they read and make, and their costs.
 
-A view makes no storage, so it is no operator here: whoever reads a view reads its base. All that
-schedules (`simulate.py`, `search.py`, ...) works on a `Program` and knows no torch;
-`realize.py` turns the schedule found back into graphs.
+A view makes no storage and is no operator here: whoever reads a view reads its base. Schedules are
+found on a `Program`, without torch; `realize.py` turns a schedule into graphs.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import enum
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-GIVEN = -1  # the maker of a storage that was there before the step
+INPUT = -1  # stands for the maker of a storage that exists before the step
 
 
 class Resource(enum.StrEnum):
@@ -37,18 +36,17 @@ class Op:
 
     Args:
         name: of its node.
-        kind: equal for calls that differ in their operands' values only.
+        kind: equal for calls that differ in the values of their operands only.
         reads: storages, each once.
         makes: storages.
-        flops: as torch counts them; of an operator without a formula, its largest operand's or
-            result's elements.
+        flops: as torch counts them; without a formula, the elements of the largest operand or
+            result.
         us: time on its resource, microseconds.
-        replays: run again on the same operands it gives the same results, and does nothing else.
-        overwrites: storages it reads in whose place its one result may be written.
+        replays: it may run twice: the same operands give the same results, without side effects.
+        overwrites: storages it reads that its one result may be written over.
         carries: a gradient flows through it.
         module: path of the module that called it.
-        resource: what it occupies.
-        beside: compute goes on while it runs, where the device can; what reads its results waits.
+        beside: compute goes on while it runs, if the device supports that.
     """
 
     name: str
@@ -66,38 +64,33 @@ class Op:
 
 
 class Transfer(NamedTuple):
-    """The operators that move a storage to the host and back; schedules run all or none, for a
-    parameter as often as it leaves.
+    """The operators that move a storage to the host and back. A schedule runs all or none of them;
+    for a parameter, as often as it is offloaded.
 
     Args:
-        out: starts the copy to the host.
-        left: it is done, and the storage may go.
-        back: starts the copy back, into a storage that takes the place of the first.
+        offload: starts the copy to the host.
+        evict: waits for that copy; then the storage is freed.
+        reload: starts the copy back, into a storage that replaces the first.
     """
 
-    out: int
-    left: int
-    back: int
+    offload: int
+    evict: int
+    reload: int
 
 
 class Parameter(NamedTuple):
-    """A shard of a parameter that may be on the host for a part of the step.
-
-    Args:
-        name: of the parameter.
-        nbytes: of the shard.
-    """
+    """The shard of a parameter that may be on the host for a part of the step."""
 
     name: str
     nbytes: int
 
 
 class Split(NamedTuple):
-    """A collective in two operators, which stand for it where compute is to go on between them.
+    """Two operators that may replace a collective, so that compute runs between them.
 
     Args:
-        start: reads what the collective reads; it makes the buffer that is under way.
-        finish: waits for that, and makes what the collective makes, if that is not the buffer.
+        start: reads what the collective reads and makes a buffer.
+        finish: waits, and makes the results, unless the buffer becomes the result.
     """
 
     start: int
@@ -109,24 +102,21 @@ class Program:
     """A training step.
 
     Args:
-        ops: in the order in which the joint graph has them.
-        forward: the operators of the forward, in order; all others are the backward's.
-        nbytes: of every storage that schedules decide about; 0 for given ones and gradients of
-            parameters.
+        ops: in the order of the joint graph.
+        forward: the operators of the forward, in order; all others belong to the backward.
+        nbytes: of every storage that schedules decide about; 0 for inputs of the step and gradients
+            of parameters.
         results: storages that the forward returns.
         gradients: storages that the backward returns.
         tangents: gradients of results, with which the backward starts.
-        beside: resources that run beside compute; operators of others occupy compute as well.
-        stays: bytes by storage of what stays until the step ends, once it is made: gradients of
-            parameters.
-        terms: storages that are summed to a gradient of a parameter and nothing else.
-        order: the backward's operators as they run, if not as `ops` has them.
-        transfers: by storage, the operators that move it to the host; no part of forward or
-            backward unless a schedule takes them in.
-        parameters: by storage, those that have a transfer. They are there before the step and after
-            it, so their bytes count only where they are missing.
-        splits: by collective, the operators that a schedule may have in its place.
-        host_bytes: of the host, for what is moved.
+        beside: resources that run beside compute; operators of others block compute.
+        gradient_bytes: by storage, of gradients of parameters, which stay until the step ends.
+        order: the backward's operators as they run, if not as in `ops`.
+        transfers: by storage; not in forward or backward unless a schedule uses them.
+        parameters: by storage, those that have a transfer. They exist before and after the step, so
+            their bytes count only (negatively) while they are offloaded.
+        splits: by collective; a schedule may use them instead of it.
+        host_bytes: available on the host.
     """
 
     ops: tuple[Op, ...]
@@ -136,8 +126,7 @@ class Program:
     gradients: frozenset[int]
     tangents: frozenset[int] = frozenset()
     beside: frozenset[Resource] = SIDE
-    stays: Mapping[int, int] = field(default_factory=dict)
-    terms: frozenset[int] = frozenset()
+    gradient_bytes: Mapping[int, int] = field(default_factory=dict)
     order: tuple[int, ...] = ()
     transfers: Mapping[int, Transfer] = field(default_factory=dict)
     parameters: Mapping[int, Parameter] = field(default_factory=dict)
@@ -145,69 +134,63 @@ class Program:
     host_bytes: float = math.inf
 
     @cached_property
-    def touched(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]:
+    def accesses(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]:
         """What each operator reads, makes and may overwrite, for the simulation's inner loop."""
         return tuple((op.reads, op.makes, op.overwrites) for op in self.ops)
 
     @cached_property
-    def moves(self) -> Mapping[int, int]:
+    def transferred(self) -> Mapping[int, int]:
         """The storage that each operator of a transfer moves."""
         return {i: s for s, transfer in self.transfers.items() for i in transfer}
 
     @cached_property
     def started(self) -> Mapping[int, int]:
-        """The collective that each start of one stands for."""
+        """The collective that each start belongs to."""
         return {split.start: i for i, split in self.splits.items()}
 
     @cached_property
     def halves(self) -> Mapping[int, int]:
-        """The collective that each start and finish of one belongs to."""
+        """The collective that each start and each finish belongs to."""
         return {half: i for i, split in self.splits.items() for half in split}
 
     @cached_property
     def maker(self) -> tuple[int, ...]:
-        """The operator that makes each storage, not one that brings it back or stands for that;
-        `GIVEN` for those that were there."""
-        found = [GIVEN] * len(self.nbytes)
+        """The operator that makes each storage, not one that reloads it or half of a collective;
+        `INPUT` for those that exist before the step."""
+        makers = [INPUT] * len(self.nbytes)
         for i, op in enumerate(self.ops):
             for s in op.makes:
-                if found[s] == GIVEN and s not in self.parameters:
-                    found[s] = i
-        return tuple(found)
+                if makers[s] == INPUT and s not in self.parameters:
+                    makers[s] = i
+        return tuple(makers)
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """`nbytes`, `stays` and those of `parameters` as an array."""
-        found = np.array(self.nbytes, dtype=np.float64)
-        for s, n in self.stays.items():
-            found[s] += n
+        """`nbytes`, `gradient_bytes` and those of `parameters` as an array."""
+        sizes = np.array(self.nbytes, dtype=np.float64)
+        for s, n in self.gradient_bytes.items():
+            sizes[s] += n
         for s, parameter in self.parameters.items():
-            found[s] += parameter.nbytes
-        return found
-
-    def without_gradients(self) -> Program:
-        """The same where gradients of parameters are there before and after, and do not count, nor
-        do the terms that they are sums of."""
-        counted = (0 if s in self.terms else n for s, n in enumerate(self.nbytes))
-        return replace(self, nbytes=tuple(counted), stays={})
+            sizes[s] += parameter.nbytes
+        return sizes
 
     @cached_property
     def backward(self) -> tuple[int, ...]:
         """The operators of the backward, in order."""
-        mine = set(self.forward)
-        return self.order or tuple(i for i in range(len(self.ops)) if i not in mine)
+        forward = set(self.forward)
+        return self.order or tuple(i for i in range(len(self.ops)) if i not in forward)
 
     @cached_property
     def flows(self) -> frozenset[int]:
-        """Operators of the backward through which a gradient flows; the others compute something
-        from the forward's values alone."""
+        """Operators of the backward through which a gradient flows; the others depend on the
+        forward's values alone."""
         carried = set(self.tangents)
-        found: set[int] = set()
+        flows: set[int] = set()
         for i in self.backward:
             if any(s in carried for s in self.ops[i].reads):
-                found.add(i)
+                flows.add(i)
                 carried.update(self.ops[i].makes)
-        return frozenset(found)
+        return frozenset(flows)
 
     @cached_property
     def forward_made(self) -> frozenset[int]:
@@ -216,16 +199,15 @@ class Program:
 
     @cached_property
     def needed(self) -> frozenset[int]:
-        """Storages of the forward that operators of the backward read: what may be kept."""
-        return frozenset(
-            s for i in self.backward for s in self.ops[i].reads if s in self.forward_made
-        )
+        """Storages of the forward that the backward reads."""
+        read = {s for i in self.backward for s in self.ops[i].reads}
+        return frozenset(read & self.forward_made)
 
     @cached_property
     def signature(self) -> str:
-        """Equal for programs that one schedule fits: operators that read and make the same
-        storages, and communicate alike. Those of the ranks of a mesh differ in sizes, where dims
-        are split unevenly, and in a few operators that only the first rank computes."""
+        """Equal for programs that one schedule fits: their operators read and make the same
+        storages and communicate alike. The programs of a mesh's ranks differ in sizes, if dims are
+        split unevenly, and in a few operators that only the first rank computes."""
         digest = hashlib.sha256(repr((self.forward, sorted(self.results))).encode())
         for op in self.ops:
             what = op.kind.split()[0] if op.resource is Resource.COMMUNICATION else ""
@@ -233,9 +215,10 @@ class Program:
         return digest.hexdigest()[:16]
 
     def same_as(self, other: Program) -> bool:
-        """Whether the schedules of one, and what they need, are those of the other."""
-        mine, theirs = ((p.signature, p.nbytes, p.parameters) for p in (self, other))
-        return mine == theirs
+        """Whether both have the same schedules, and these need the same memory."""
+        return (self.signature, self.nbytes, self.parameters) == (
+            other.signature, other.nbytes, other.parameters,
+        )  # fmt: skip
 
     def flops(self, sequence: Sequence[int]) -> float:
         """FLOPs of a sequence of operators."""
@@ -244,9 +227,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What runs, in order. An operator may occur more than once: every operator reads what was made
-    last before it, so that what is computed again need not be kept until then. What the backward
-    reads and does not make before is kept from the forward.
+    """What runs, in order. An operator may occur more than once, and reads what was made last
+    before it. The forward saves what the backward reads without making it first.
 
     Args:
         forward, backward: operators of a `Program`.
@@ -255,43 +237,41 @@ class Schedule:
     forward: tuple[int, ...]
     backward: tuple[int, ...]
 
-    def kept(self, program: Program) -> tuple[int, ...]:
-        """Storages handed from the forward to the backward, in the order of their making; without
-        what was there before."""
-        before = {s for i in self.forward for s in program.ops[i].makes}
-        before -= program.parameters.keys()
+    def saved(self, program: Program) -> tuple[int, ...]:
+        """Storages that the forward makes and the backward needs, in the order of their making."""
         made: set[int] = set()
-        found: set[int] = set()
+        needed: set[int] = set()
         for i in self.backward:
-            op = program.ops[i]
-            found.update(s for s in op.reads if s not in made and s in before)
-            made.update(op.makes)
-        found |= {s for s in program.gradients if s not in made and s in before}
-        made_in_order = (s for i in self.forward for s in program.ops[i].makes)
-        return tuple(dict.fromkeys(s for s in made_in_order if s in found))
+            needed.update(s for s in program.ops[i].reads if s not in made)
+            made.update(program.ops[i].makes)
+        needed |= program.gradients - made
+        needed -= program.parameters.keys()
+        forward = dict.fromkeys(s for i in self.forward for s in program.ops[i].makes)
+        return tuple(s for s in forward if s in needed)
 
-    def moved(self, program: Program) -> frozenset[int]:
-        """Storages that go to the host."""
+    def offloaded(self, program: Program) -> frozenset[int]:
+        """Storages that move to the host."""
+        transferred = program.transferred
         sequence = self.forward + self.backward
-        return frozenset(program.moves[i] for i in sequence if i in program.moves)
+        return frozenset(transferred[i] for i in sequence if i in transferred)
 
-    def again(self, program: Program) -> tuple[int, ...]:
-        """Operators of the backward that ran before, as often as they do; copies are no such."""
+    def recomputed(self, program: Program) -> tuple[int, ...]:
+        """Operators of the backward that ran before, each time they do; without transfers."""
         seen = {program.started.get(i, i) for i in self.forward}
-        found = []
+        recomputed = []
         for i in self.backward:
-            whole = program.started.get(i, i)
-            if whole in seen and i not in program.moves:
-                found.append(i)
-            seen.add(whole)
-        return tuple(found)
+            collective = program.started.get(i, i)
+            if collective in seen and i not in program.transferred:
+                recomputed.append(i)
+            seen.add(collective)
+        return tuple(recomputed)
 
-    def added(self, program: Program, cost: Mapping[int, float] | None = None) -> float:
-        """FLOPs (or `cost`) of what is computed again."""
-        again = self.again(program)
-        return program.flops(again) if cost is None else sum(cost[i] for i in again)
+    def recompute_cost(self, program: Program, cost: Mapping[int, float] | None = None) -> float:
+        """FLOPs (or `cost`) of what is recomputed."""
+        recomputed = self.recomputed(program)
+        return program.flops(recomputed) if cost is None else sum(cost[i] for i in recomputed)
 
 
 def eager_schedule(program: Program) -> Schedule:
-    """Everything is kept that the backward needs."""
+    """Keeps everything that the backward needs."""
     return Schedule(program.forward, program.backward)

@@ -1,8 +1,7 @@
 """A schedule as a forward and a backward graph.
 
 Every occurrence of an operator becomes a node of its own, in the schedule's order; views of a
-value are made next to whoever reads them. The copies are nodes, not calls that a later pass could
-recognize as the same: nothing after this eliminates common subexpressions.
+value are made next to their readers. No later pass may eliminate common subexpressions.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch.fx as fx
 
 from autopar.ir.joint_graph import JointGraph
 from autopar.schedule.joint import JointProgram
-from autopar.schedule.program import GIVEN, Schedule
+from autopar.schedule.program import INPUT, Schedule
 
 
 class _Writer:
@@ -25,7 +24,7 @@ class _Writer:
     def __init__(self, joint: JointProgram, inputs: Sequence[fx.Node]) -> None:
         self.joint = joint
         self.graph = fx.Graph()
-        # the latest node for every value; views are dropped when their base is made again
+        # the latest node for every value; views are dropped when their base is recomputed
         self.env: dict[fx.Node, fx.Node] = {}
         self.views: dict[int, list[fx.Node]] = {}
         self.loading: set[int] = set()  # storages that are being reloaded from the host
@@ -41,11 +40,11 @@ class _Writer:
         base = self.joint.base
         parts = [base[n] for n in (node, *node.users) if n in base]
         if node in base or node.target is not operator.getitem:
-            self.views.setdefault(parts[0] if parts else GIVEN, []).append(node)
+            self.views.setdefault(parts[0] if parts else INPUT, []).append(node)
         return new
 
     def _copy(self, node: fx.Node, makes: tuple[int, ...] = ()) -> fx.Node:
-        for s in {self.joint.base.get(n, GIVEN) for n in node.all_input_nodes} & self.loading:
+        for s in {self.joint.base.get(n, INPUT) for n in node.all_input_nodes} & self.loading:
             self.wait(s)
         new = self.graph.node_copy(node, self.value)
         new.meta["makes"] = makes
@@ -54,14 +53,14 @@ class _Writer:
     def wait(self, s: int) -> None:
         """Wait for a storage that is being reloaded from the host."""
         self.loading.discard(s)
-        own = s in self.joint.program.parameters
+        parameter = s in self.joint.program.parameters
         ops = torch.ops.autopar
-        wait = ops.finish_prefetch.default if own else ops.finish_reload.default
+        wait = ops.finish_prefetch.default if parameter else ops.finish_reload.default
         node = self.graph.call_function(wait, (self.env[self.joint.owner[s]],))
         node.meta = {"makes": ()}
 
-    def call(self, index: int) -> fx.Node:
-        """Write an operator; what it makes replaces what was there under its names."""
+    def call(self, index: int) -> None:
+        """Write an operator; its results replace earlier ones of the same storages."""
         op, node = self.joint.program.ops[index], self.joint.calls[index]
         new = self._copy(node, op.makes)
         for s in op.makes:
@@ -69,22 +68,21 @@ class _Writer:
                 self.env.pop(view, None)
         self.env[node] = new
         halves = self.joint.program.halves
-        if index in halves:  # what makes the results takes the place of the whole
-            whole = halves[index]
-            if not set(op.makes) & set(self.joint.program.ops[whole].makes):
-                return new
-            node = self.joint.calls[whole]
+        if index in halves:  # the half that makes the results replaces the collective
+            collective = halves[index]
+            if not set(op.makes) & set(self.joint.program.ops[collective].makes):
+                return
+            node = self.joint.calls[collective]
             self.env[node] = new
-        if index in self.joint.program.moves:
-            for s in op.makes:  # what came back takes the place of what left
+        if index in self.joint.program.transferred:
+            for s in op.makes:  # what is reloaded replaces what was offloaded
                 if s not in self.joint.program.parameters:
                     self.env[self.joint.owner[s]] = new
             self.loading.update(s for s in op.makes if self.joint.owner[s] is not node)
-            return new
+            return
         for user in node.users:
             if user.target is operator.getitem and self.joint.base.get(user) in op.makes:
                 self.env[user] = self._copy(user)
-        return new
 
     def finish(self, values: Sequence[Any], module: fx.GraphModule) -> fx.GraphModule:
         """Return the values."""
@@ -96,20 +94,16 @@ class _Writer:
 def realize(
     joint: JointGraph, joint_program: JointProgram, schedule: Schedule
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The forward and the backward graph of a schedule.
-
-    Args:
-        joint_program: of the joint graph.
-    """
+    """The forward and the backward graph of a schedule."""
     program, count = joint_program.program, len(joint.results)
-    saved = [joint_program.owner[s] for s in schedule.kept(program)]
+    saved = [joint_program.owner[s] for s in schedule.saved(program)]
     passed = [*_backward_inputs(joint_program, schedule, joint.primals), *saved]
     forward = _Writer(joint_program, joint.primals)
     for i in schedule.forward:
         forward.call(i)
     forward_gm = forward.finish([*joint.outputs[:count], *passed], joint.gm)
     backward = _Writer(joint_program, [*passed, *joint.tangents])
-    backward.loading = forward.loading  # parameters; the forward reloads no other value
+    backward.loading = forward.loading  # of parameters; the forward reloads nothing else
     for i in schedule.backward:
         backward.call(i)
     for s in sorted(backward.loading & program.parameters.keys()):
@@ -120,9 +114,9 @@ def realize(
 def _backward_inputs(
     joint_program: JointProgram, schedule: Schedule, primals: Sequence[fx.Node]
 ) -> list[fx.Node]:
-    """Arguments that the backward reads, or prefetches."""
+    """Arguments that the backward reads or reloads."""
     program = joint_program.program
     ops = [program.ops[i] for i in schedule.backward]
     read = {s for op in ops for s in (*op.reads, *op.makes)} | program.gradients
-    owners = {joint_program.owner[s] for s in read if program.maker[s] == GIVEN}
+    owners = {joint_program.owner[s] for s in read if program.maker[s] == INPUT}
     return [n for n in primals if n in owners]

@@ -1,176 +1,174 @@
 """Makes a schedule fit a budget, and spends what the budget leaves, an operator at a time.
 
-`shrink` takes a value that is alive at the peak and not used there, and computes it again before
-its next use, or has it on the host until then. `grow` leaves out what is computed again or moved
-where the room to keep it is there. Both look at the simulated peak, so what the models before them
-round or leave out is repaired here.
+`shrink` takes a value that is alive at the peak and not used there, and recomputes or reloads it
+before its next use. `grow` leaves out recomputation and transfers if there is room to keep the
+value. Both follow the simulated peak, which repairs what the models before them leave out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from autopar.schedule.offload import BEFORE, Gap, host_bytes, moved, waited_us, without
-from autopar.schedule.program import GIVEN, Op, Program, Schedule
-from autopar.schedule.simulate import Lives, lives, occupancy
-from autopar.schedule.streams import run_times
+from autopar.schedule.offload import (
+    BEFORE,
+    IdleInterval,
+    host_bytes,
+    with_offload,
+    without_offload,
+)
+from autopar.schedule.program import INPUT, Op, Program, Schedule
+from autopar.schedule.simulate import LiveRanges, live_ranges, occupancy
+from autopar.schedule.streams import host_wait_us, run_times
 
-_CONE = 64  # a value that takes more operators to compute again is not tried
-_TRIED = 4  # candidates per step, by bytes for their cost
+_MOST_OPS = 64  # a value that takes more operators to recompute is not tried
+_TRIED = 4  # candidates per step, by bytes per cost
 
 
 class _Simulated(NamedTuple):
-    """A schedule with its lives and the bytes alive at every position."""
+    """A schedule with its live ranges and the bytes alive at every position."""
 
     schedule: Schedule
-    found: Lives
+    ranges: LiveRanges
     live: np.ndarray
+
+    def each(self) -> Iterator[tuple[int, int, int]]:
+        """Storage, start and end of every live range."""
+        return zip(*self.ranges[:3], strict=True)
 
 
 class Refiner:
     """Refines schedules of one program.
 
     Args:
-        cost: of running each operator.
+        cost: of recomputing each operator.
     """
 
     def __init__(self, program: Program, cost: Mapping[int, float]) -> None:
         self.program, self.cost = program, cost
-        self._free = 1e-6 * sum(cost.values()) / max(1, len(cost))
+        self._least_cost = 1e-6 * sum(cost.values()) / max(1, len(cost))
 
-    def shrink(
-        self, schedule: Schedule, budget: float, *, most: float = np.inf, steps: int = 60
-    ) -> Schedule | None:
-        """Compute more again until the peak is within the budget.
+    def _simulated(self, schedule: Schedule) -> _Simulated:
+        ranges = live_ranges(self.program, schedule)
+        return _Simulated(schedule, ranges, occupancy(self.program, schedule, ranges))
 
-        Args:
-            most: give up when what is added costs more.
-
-        Returns:
-            None if that does not succeed.
-        """
-        found = lives(self.program, schedule)
-        live = occupancy(self.program, schedule, found)
-        spent = 0.0
+    def shrink(self, schedule: Schedule, budget: float, *, steps: int = 60) -> Schedule | None:
+        """Recompute or offload more until the peak is within the budget; None if that fails."""
+        now = self._simulated(schedule)
         for _ in range(steps):
-            excess = np.maximum(live - budget, 0)
+            excess = np.maximum(now.live - budget, 0)
             if not excess.any():
-                return schedule
-            best: tuple[float, float, Schedule, Lives, np.ndarray] | None = None
+                return now.schedule
+            best: tuple[float, _Simulated] | None = None
             at = int(excess.argmax())
-            candidates = self._dropped(schedule, found, at)
+            candidates = self._with_recomputation(now, at)
             if self.program.transfers:
-                candidates += self._moved(schedule, found, live, budget, at)
+                candidates += self._with_offload(now, budget, at)
             for added, candidate in candidates:
-                if spent + added > most:
-                    continue
-                new = lives(self.program, candidate)
-                trace = occupancy(self.program, candidate, new)
-                left = np.maximum(trace - budget, 0)
-                gain = float(excess.max() - left.max())
-                # of a plateau: fewer places at the top
-                gain += float(excess.sum() - left.sum()) / len(live)
+                new = self._simulated(candidate)
+                remaining = np.maximum(new.live - budget, 0)
+                gain = float(excess.max() - remaining.max())
+                # of a plateau: fewer positions at the top
+                gain += float(excess.sum() - remaining.sum()) / len(now.live)
                 if gain > 0 and (best is None or gain / added > best[0]):
-                    best = gain / added, added, candidate, new, trace
+                    best = gain / added, new
             if best is None:
                 return None
-            _, added, schedule, found, live = best
-            spent += added
+            now = best[1]
         return None
 
-    def _dropped(self, schedule: Schedule, found: Lives, at: int) -> list[tuple[float, Schedule]]:
-        """Schedules in which a value is not alive at a position, and what they cost more."""
-        program, forward = self.program, len(schedule.forward)
-        sequence = schedule.forward + schedule.backward
+    def _with_recomputation(self, now: _Simulated, at: int) -> list[tuple[float, Schedule]]:
+        """Schedules in which a value is recomputed, and so not alive at a position; with the cost
+        that each adds."""
+        program, schedule = self.program, now.schedule
+        forward, sequence = len(schedule.forward), schedule.forward + schedule.backward
         ranked = []
         alive: dict[int, set[int]] = {}  # before a position
-        for s, start, end in zip(*found[:3], strict=True):
+        for s, start, end in now.each():
             if not start < at < end or not program.nbytes[s] or s in program.results:
                 continue
             maker = program.maker[s]
             if not program.ops[maker].replays or s in program.ops[sequence[at]].reads:
                 continue
             use = at
-            while s not in program.touched[sequence[use]][0]:
+            while s not in program.accesses[sequence[use]][0]:
                 use += 1
             if use < forward:
                 continue
             if use not in alive:
-                alive[use] = {
-                    s for s, start, end in zip(*found[:3], strict=True) if start < use <= end
-                }
-            cone = self._cone(alive[use] - {s}, maker)
-            if cone is not None:
-                added = sum(self.cost[i] for i in cone) + self._free
-                ranked.append((program.nbytes[s] / added, added, use, cone))
+                alive[use] = {s for s, start, end in now.each() if start < use <= end}
+            ops = self._recomputation(alive[use] - {s}, maker)
+            if ops is not None:
+                added = sum(self.cost[i] for i in ops) + self._least_cost
+                ranked.append((program.nbytes[s] / added, added, use, ops))
         ranked.sort(key=lambda r: -r[0])
         return [
-            (added, Schedule(schedule.forward, (*sequence[forward:use], *cone, *sequence[use:])))
-            for _, added, use, cone in ranked[:_TRIED]
+            (added, Schedule(schedule.forward, (*sequence[forward:use], *ops, *sequence[use:])))
+            for _, added, use, ops in ranked[:_TRIED]
         ]
 
-    def _moved(
-        self, schedule: Schedule, found: Lives, live: np.ndarray, budget: float, at: int
+    def _with_offload(
+        self, now: _Simulated, budget: float, at: int
     ) -> list[tuple[float, Schedule]]:
         """Schedules in which a value or a parameter is on the host at a position, and how much
-        longer they wait."""
-        program = self.program
+        longer each waits."""
+        program, schedule = self.program, now.schedule
         ops = [program.ops[i] for i in schedule.forward + schedule.backward]
-        gone, room = schedule.moved(program), program.host_bytes - host_bytes(program, schedule)
+        offloaded = schedule.offloaded(program)
+        room = program.host_bytes - host_bytes(program, schedule)
         ranked = []
-        for s, start, end in zip(*found[:3], strict=True):
+        for s, start, end in now.each():
             if s not in program.transfers or not start <= at <= end:
                 continue
-            if program.sizes[s] <= room if s not in gone else s in program.parameters:
-                gap = self.gap(ops, len(schedule.forward), s, start, end, at)
-                if gap is not None:
-                    ranked.append((program.sizes[s], s, gap))
-        busy = run_times(program, schedule.forward + schedule.backward)
-        crowded, before = np.flatnonzero(live > budget), waited_us(program, schedule)
+            if program.sizes[s] <= room if s not in offloaded else s in program.parameters:
+                interval = self.idle_interval(ops, len(schedule.forward), s, start, end, at)
+                if interval is not None:
+                    ranked.append((program.sizes[s], s, interval))
+        times = run_times(program, schedule.forward + schedule.backward)
+        full, before = np.flatnonzero(now.live > budget), host_wait_us(program, schedule)
         candidates = []
-        for _, s, gap in sorted(ranked, reverse=True)[:_TRIED]:
-            candidate = moved(program, schedule, busy, s, gap, crowded)
+        for _, s, interval in sorted(ranked, reverse=True)[:_TRIED]:
+            candidate = with_offload(program, schedule, times, s, interval, full)
             if candidate is not None:
-                waits = waited_us(program, candidate) - before
-                candidates.append((max(waits, 0.0) + self._free, candidate))
+                waits = host_wait_us(program, candidate) - before
+                candidates.append((max(waits, 0.0) + self._least_cost, candidate))
         return candidates
 
-    def gap(
+    def idle_interval(
         self, ops: Sequence[Op], forward: int, s: int, start: int, end: int, at: int
-    ) -> Gap | None:
-        """Around a position, where a storage is not used: of a value from forward to backward, of a
-        parameter anywhere.
+    ) -> IdleInterval | None:
+        """The interval around a position in which a storage is not used: for a value, from forward
+        to backward; for a parameter, anywhere.
 
         Args:
-            ops: of the schedule, the first of them the forward's.
-            start, end: a life of the storage that goes on at the position.
+            ops: of the schedule; the first `forward` of them are the forward's.
+            start, end: the live range of the storage that contains the position.
         """
         use = next((p for p in range(at, end + 1) if s in ops[p].reads), len(ops))
         if use == at:
             return None
         if s not in self.program.parameters:
-            between = start < min(at, forward) and forward < use < len(ops)
-            return Gap(start, at, use) if between else None
+            spans = start < min(at, forward) and forward < use < len(ops)
+            return IdleInterval(start, at, use) if spans else None
         made = start or BEFORE
         if made != BEFORE and not any(s in op.reads for op in ops[made + 1 : at]):
-            return None  # it is back for this use
-        return Gap(made, at, use)
+            return None  # it was reloaded for this use
+        return IdleInterval(made, at, use)
 
-    def _cone(self, alive: set[int], maker: int) -> list[int] | None:
-        """Operators to run for one operator's results to be there.
+    def _recomputation(self, alive: set[int], maker: int) -> list[int] | None:
+        """The operators that recompute one operator's results; None if that is not possible.
 
         Args:
-            alive: storages that are.
+            alive: storages that exist.
         """
-        program, cone = self.program, dict[int, None]()
+        program, ops = self.program, dict[int, None]()
 
-        def need(i: int) -> bool:
-            if i in cone:
+        def add(i: int) -> bool:
+            if i in ops:
                 return True
-            if len(cone) > _CONE:
+            if len(ops) > _MOST_OPS:
                 return False
             for s in program.ops[i].reads:
                 source = program.maker[s]
@@ -178,87 +176,83 @@ class Refiner:
                     continue
                 if s in program.parameters:  # on the host
                     return False
-                if source == GIVEN or not program.ops[source].replays:
+                if source == INPUT or not program.ops[source].replays:
                     continue
-                if not need(source):
+                if not add(source):
                     return False
-            cone[i] = None
+            ops[i] = None
             return True
 
-        return list(cone) if need(maker) else None
+        return list(ops) if add(maker) else None
 
     def grow(self, schedule: Schedule, budget: float) -> Schedule:
-        """Keep what is computed again or moved, the dearest first, as far as the budget allows."""
-        rejected: set[tuple[int, int]] = set()
-        for s in sorted(schedule.moved(self.program), key=lambda s: -self.program.sizes[s]):
-            candidate = without(self.program, schedule, s)
-            if occupancy(self.program, candidate, lives(self.program, candidate)).max() <= budget:
+        """Keep what is recomputed or offloaded, the most expensive first, within the budget."""
+        program = self.program
+        for s in sorted(schedule.offloaded(program), key=lambda s: -program.sizes[s]):
+            candidate = without_offload(program, schedule, s)
+            if self._simulated(candidate).live.max() <= budget:
                 schedule = candidate
-        found = lives(self.program, schedule)
-        now: _Simulated | None = _Simulated(
-            schedule, found, occupancy(self.program, schedule, found)
-        )
-        while now is not None:
-            schedule = now.schedule
-            now = self._grown(now, budget, rejected)
-        return schedule
+        rejected: set[tuple[int, int]] = set()
+        now = self._simulated(schedule)
+        while (larger := self._with_one_less(now, budget, rejected)) is not None:
+            now = larger
+        return now.schedule
 
-    def _grown(
+    def _with_one_less(
         self, now: _Simulated, budget: float, rejected: set[tuple[int, int]]
     ) -> _Simulated | None:
-        """One operator less.
+        """Leave out one recomputed operator.
 
         Args:
-            rejected: operators, with the position from the end, that were tried in vain; added to.
+            rejected: operators, with their position from the end, that need not be tried; those
+                tried here are added.
         """
-        program, (schedule, found, live) = self.program, now
+        program, schedule = self.program, now.schedule
         forward = len(schedule.forward)
-        before: dict[int, int] = {}
-        gaps: dict[int, list[tuple[int, int, int]]] = {}
-        for life, (s, start, end) in enumerate(zip(*found[:3], strict=True)):
-            if s in before and end > start:
-                gaps.setdefault(start, []).append((found.end[before[s]], start, program.nbytes[s]))
-            before[s] = life
+        previous: dict[int, int] = {}  # the end of the live range before, by storage
+        idle: dict[int, list[tuple[int, int]]] = {}  # by start: end of the range before, bytes
+        for s, start, end in now.each():
+            if s in previous and end > start:
+                idle.setdefault(start, []).append((previous[s], program.nbytes[s]))
+            previous[s] = end
         seen = set(schedule.forward)
-        again = []
+        recomputed = []
         for k, i in enumerate(schedule.backward):
             if i in seen:
-                again.append((self.cost[i], k))
+                recomputed.append((self.cost[i], k))
             seen.add(i)
-        for _, k in sorted(again, reverse=True):
+        for _, k in sorted(recomputed, reverse=True):
             i, at = schedule.backward[k], forward + k
             key = (i, len(schedule.backward) - k)
             if key in rejected:
                 continue
             rejected.add(key)
-            need = np.zeros(len(live))
-            for end, start, nbytes in gaps.get(at, ()):
-                need[end + 1 : start] += nbytes
-            if (live + need)[:at].max(initial=0) > budget:
+            need = np.zeros(len(now.live))
+            for end, nbytes in idle.get(at, ()):
+                need[end + 1 : at] += nbytes
+            if (now.live + need)[:at].max(initial=0) > budget:
                 continue
             backward = (*schedule.backward[:k], *schedule.backward[k + 1 :])
-            candidate = self.without_unread(Schedule(schedule.forward, backward))
-            new = lives(program, candidate)
-            trace = occupancy(program, candidate, new)
-            if trace.max() <= budget:
-                return _Simulated(candidate, new, trace)
+            larger = self._simulated(self._without_unread(Schedule(schedule.forward, backward)))
+            if larger.live.max() <= budget:
+                return larger
         return None
 
-    def without_unread(self, schedule: Schedule) -> Schedule:
-        """Leave out what is computed again or comes back, and is read by nobody."""
+    def _without_unread(self, schedule: Schedule) -> Schedule:
+        """Leave out what is recomputed or reloaded and never read."""
         program = self.program
-        wanted = set(program.gradients) | program.parameters.keys()
-        own = set(program.backward) | {t.left for t in program.transfers.values()}
-        kept: list[int] = []
+        needed = set(program.gradients) | program.parameters.keys()
+        required = set(program.backward) | {t.evict for t in program.transfers.values()}
+        backward: list[int] = []
         for i in reversed(schedule.backward):
             op = program.ops[i]
-            if i not in own and wanted.isdisjoint(op.makes):
+            if i not in required and needed.isdisjoint(op.makes):
                 continue
-            kept.append(i)
-            wanted.difference_update(op.makes)
-            wanted.update(op.reads)
-        schedule = Schedule(schedule.forward, tuple(reversed(kept)))
-        for s in schedule.moved(program):
-            if program.transfers[s].back not in (*schedule.forward, *kept):
-                schedule = without(program, schedule, s)
+            backward.append(i)
+            needed.difference_update(op.makes)
+            needed.update(op.reads)
+        schedule = Schedule(schedule.forward, tuple(reversed(backward)))
+        for s in schedule.offloaded(program):
+            if program.transfers[s].reload not in schedule.forward + schedule.backward:
+                schedule = without_offload(program, schedule, s)
         return schedule

@@ -1,4 +1,4 @@
-"""Collectives as a start and a finish in a joint graph, for schedules to choose."""
+"""Collectives as a start and a finish in a joint graph, for schedules to use."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ import torch.fx as fx
 from autopar.comm.async_collectives import numbers_of
 from autopar.comm.functional import gathers_rows
 from autopar.ir.fx_calls import add_call
-from autopar.schedule.joint import JointProgram
+from autopar.schedule.joint import Extension, JointProgram
 from autopar.schedule.program import Op, Resource, Split
 
 _OPS: Any = torch.ops.autopar
 
-# What finishes a collective: an operator, and its arguments but for the buffer. None: the buffer
+# The operator that finishes a collective, and its arguments after the buffer; None if the buffer
 # becomes the result.
 _Finish = tuple[Any, tuple[Any, ...]] | None
 
 
 def _shape(node: fx.Node) -> Sequence[int]:
     return tuple(node.meta["val"].shape)
-
-
-def _all_reduce(node: fx.Node) -> tuple[Any, _Finish]:
-    return _OPS.start_all_reduce.default, None
 
 
 def _all_gather(node: fx.Node) -> tuple[Any, _Finish]:
@@ -41,10 +37,6 @@ def _reduce_scatter(node: fx.Node) -> tuple[Any, _Finish]:
     x, dim, group = node.args
     finish = _OPS.finish_reduce_scatter.default
     return _OPS.start_reduce_scatter.default, (finish, (dim, _shape(x)[dim], group))  # type: ignore[arg-type, index]
-
-
-def _all_reduce_many(node: fx.Node) -> tuple[Any, _Finish]:
-    return _OPS.start_all_reduce_many.default, None
 
 
 def _all_gather_many(node: fx.Node) -> tuple[Any, _Finish]:
@@ -61,41 +53,38 @@ def _reduce_scatter_many(node: fx.Node) -> tuple[Any, _Finish]:
     return _OPS.start_reduce_scatter_many.default, (finish, (dims, ranks, sizes, group))
 
 
-_SPLITS: dict[Any, Callable[[fx.Node], tuple[Any, _Finish]]] = {
-    _OPS.all_reduce.default: _all_reduce,
+SPLITS: dict[Any, Callable[[fx.Node], tuple[Any, _Finish]]] = {
+    _OPS.all_reduce.default: lambda _: (_OPS.start_all_reduce.default, None),
     _OPS.all_gather.default: _all_gather,
     _OPS.reduce_scatter.default: _reduce_scatter,
-    _OPS.all_reduce_many.default: _all_reduce_many,
+    _OPS.all_reduce_many.default: lambda _: (_OPS.start_all_reduce_many.default, None),
     _OPS.all_gather_many.default: _all_gather_many,
     _OPS.reduce_scatter_many.default: _reduce_scatter_many,
 }
 
 
 def halves_of(node: fx.Node) -> tuple[Any, _Finish] | None:
-    """What starts a collective, called as the collective is; and what finishes it, called with the
-    buffer and more arguments, or None where the buffer becomes the result (`arrived_here` waits).
+    """The operator that starts a collective, with the same arguments; and the one that finishes it,
+    with its arguments after the buffer, or None if the buffer becomes the result.
 
     Returns:
-        None where it is one operator.
+        None if the collective cannot be split.
     """
-    if node.target not in _SPLITS or _dtype(node) is torch.bool:
+    if node.target not in SPLITS or _dtype(node) is torch.bool:
         return None
-    return _SPLITS[node.target](node)
+    return SPLITS[node.target](node)
 
 
 def with_splits(joint: JointProgram, graph: fx.Graph) -> JointProgram:
-    """The same, with two operators for each collective that compute can run beside.
-
-    Nothing runs them unless a schedule does.
+    """The same, with two operators for each collective that may run beside compute.
 
     Args:
-        graph: the joint graph; it gets their nodes.
+        graph: the joint graph; their nodes are added.
     """
     program = joint.program
     if Resource.COMMUNICATION not in program.beside:
         return joint
-    ops, calls, nbytes = list(program.ops), list(joint.calls), list(program.nbytes)
-    base, owner = dict(joint.base), dict(joint.owner)
+    extension = Extension(joint, graph)
     splits: dict[int, Split] = {}
     for i, (op, node) in enumerate(zip(program.ops, joint.calls, strict=True)):
         halves = halves_of(node) if op.replays else None
@@ -105,31 +94,25 @@ def with_splits(joint: JointProgram, graph: fx.Graph) -> JointProgram:
         with graph.inserting_before(graph.output_node()):
             start = add_call(graph, target, node.args)
             if finish is None:
-                buffer = op.makes[0]
+                buffer = extension.base[start] = op.makes[0]
                 done = graph.call_function(_OPS.wait_in_place.default, (start,))
             else:
-                buffer = len(nbytes)
-                nbytes.append(int(start.meta["val"].untyped_storage().nbytes()))
-                owner[buffer] = start
+                nbytes = int(start.meta["val"].untyped_storage().nbytes())
+                buffer = extension.storage(nbytes, start)
                 done = add_call(graph, finish[0], (start, *finish[1]))
-        base[start] = buffer
         if isinstance(done.meta.get("val"), torch.Tensor):
-            base[done] = op.makes[0]
-        for half in (start, done):
-            half.meta["nn_module_stack"] = node.meta.get("nn_module_stack") or {}
-        splits[i] = Split(len(ops), len(ops) + 1)
-        ops += [
-            replace(op, name=start.name, kind=f"{target} {op.kind}", makes=(buffer,), beside=True),
-            Op(
-                done.name, str(done.target), (buffer,), () if finish is None else op.makes,
-                0.0, 0.0, replays=False, carries=op.carries, module=op.module,
-            ),
-        ]  # fmt: skip
-        calls += [start, done]
-    program = replace(
-        program, ops=tuple(ops), nbytes=tuple(nbytes), order=program.backward, splits=splits
-    )
-    return replace(joint, program=program, calls=tuple(calls), base=base, owner=owner)
+            extension.base[done] = op.makes[0]
+        start_op = replace(
+            op, name=start.name, kind=f"{target} {op.kind}", makes=(buffer,), beside=True
+        )
+        finish_op = Op(
+            done.name, str(done.target), (buffer,), () if finish is None else op.makes,
+            0.0, 0.0, replays=False, carries=op.carries, module=op.module,
+        )  # fmt: skip
+        splits[i] = Split(
+            extension.add(start, start_op, node), extension.add(done, finish_op, node)
+        )
+    return extension.extended(splits=splits)
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

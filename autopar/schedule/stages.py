@@ -1,9 +1,9 @@
-"""The forward as a chain of stages, and which of the backward belongs to each.
+"""The forward as a chain of stages, and the operators of the backward that belong to each.
 
-A stage ends where all that flows on flows through one operator: a dominator of the result. What
-would bridge the whole chain is left out of the flow: values without a gradient (masks, rotary
+A stage ends at an operator that everything flows through: a dominator of the result. Values that
+would bridge the whole chain are left out of the flow: those without a gradient (masks, rotary
 tables), small ones (a router's logits on their way to the loss), and those that many stages read (a
-position bias). They are propagated: whoever needs them finds them kept, or computes them again.
+position bias). They are kept, or recomputed where they are needed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from autopar.schedule.program import GIVEN, Program
+from autopar.schedule.program import INPUT, Program
 
-# Of all that the forward makes: less than this does not decide where stages end.
+# Of all bytes that the forward makes; smaller values do not decide where stages end.
 _SMALL_SHARE = 1 / 4096
-_SOURCE = -2  # of the flow graph, beside the operators
-_MOST = 0.6  # of the stages
-# A value read at this many places, over this share of the forward, belongs to no stage.
+_SOURCE = -2  # of the flow graph; all other nodes are operators
+_MOST_STAGES = 0.6  # the share of stages that a repetition must cover
+# A value read by this many operators, over this share of the forward, belongs to no stage.
 _MANY_READERS, _LONG_SHARE = 4, 0.3
 
 
@@ -29,9 +29,9 @@ class Stage:
 
     Args:
         forward, backward: its operators, in order.
-        input: the storage it takes from the stage before; -1 for the first.
-        output: the storage it hands on; -1 for the last.
-        kind: equal for stages that differ in nothing but their storages.
+        input: the storage it reads from the stage before; -1 for the first.
+        output: the storage that the next stage reads; -1 for the last.
+        kind: equal for stages that differ in their storages only.
     """
 
     forward: tuple[int, ...]
@@ -50,23 +50,20 @@ def join(program: Program, stages: Sequence[Stage]) -> Stage:
 
 
 def linearize(program: Program) -> tuple[Stage, ...]:
-    """Cut the forward at its dominators; stages that repeat together (attention and MLP of a block)
-    become one if that is what most of the program consists of."""
-    ends = _dominators(program)
+    """Cut the forward at its dominators. Stages that repeat together (attention and MLP of a block)
+    become one if most of the program consists of them."""
     forward = program.forward
-    place = {i: k for k, i in enumerate(forward)}
-    cuts = [place[i] for i in ends if i in place]
+    position = {i: k for k, i in enumerate(forward)}
     pieces: list[tuple[int, ...]] = []
     start = 0
-    for cut in cuts:
-        if cut + 1 < len(forward):
-            pieces.append(tuple(forward[start : cut + 1]))
-            start = cut + 1
-    pieces.append(tuple(forward[start:]))
-    pieces = _joined_small(program, pieces)
-    stages = _stages(program, pieces)
+    for end in (position[i] + 1 for i in _dominators(program)):
+        if end < len(forward):
+            pieces.append(forward[start:end])
+            start = end
+    pieces.append(forward[start:])
+    stages = _stages(program, _joined_small(program, pieces))
     period = _period([s.kind for s in stages])
-    if period is None or period[1] * period[2] < _MOST * len(stages):
+    if period is None or period[1] * period[2] < _MOST_STAGES * len(stages):
         return stages
     start, length, count = period
     end = start + length * count
@@ -75,11 +72,10 @@ def linearize(program: Program) -> tuple[Stage, ...]:
 
 
 def _dominators(program: Program) -> list[int]:
-    """Operators through which everything flows, in order."""
-    ops, nbytes = program.ops, program.nbytes
+    """Operators of the forward that everything flows through, in order."""
+    ops, nbytes, forward = program.ops, program.nbytes, program.forward
     small = sum(nbytes[s] for s in program.forward_made) * _SMALL_SHARE
-    forward = list(program.forward)
-    place = {i: k for k, i in enumerate(forward)}
+    position = {i: k for k, i in enumerate(forward)}
     readers: dict[int, list[int]] = {}
     for i in forward:
         for s in ops[i].reads:
@@ -88,20 +84,20 @@ def _dominators(program: Program) -> list[int]:
     graph.add_nodes_from((_SOURCE, *forward))
     for s, users in readers.items():
         maker = program.maker[s]
-        if maker == GIVEN or not ops[maker].carries:
+        if maker == INPUT or not ops[maker].carries:
             continue
-        span = place[users[-1]] - place[maker]
+        span = position[users[-1]] - position[maker]
         if len(users) >= _MANY_READERS and span > _LONG_SHARE * len(forward):
             continue
         if nbytes[s] < small and span > 0.05 * len(forward):
             continue
         graph.add_edges_from((maker, user) for user in users)
-    results = [s for s in program.results if program.maker[s] in place]
+    results = [s for s in program.results if program.maker[s] in position]
     if not results:
         return []
     sink = max(program.maker[s] for s in results)
     for i in forward:
-        makers = {program.maker[s] for s in ops[i].reads} - {GIVEN}
+        makers = {program.maker[s] for s in ops[i].reads} - {INPUT}
         if ops[i].carries and not any(ops[m].carries for m in makers):
             graph.add_edge(_SOURCE, i)
     if not nx.has_path(graph, _SOURCE, sink):
@@ -116,21 +112,20 @@ def _dominators(program: Program) -> list[int]:
 
 
 def _joined_small(program: Program, pieces: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Pieces that make little are joined to the next: a chain of single operators has no inner
-    choice to make."""
+    """Join pieces that make little to the next one: a stage of one operator has no options."""
     total = sum(program.nbytes[s] for s in program.forward_made)
     enough = total / (8 * max(1, len(pieces)))
-    found: list[tuple[int, ...]] = []
+    joined: list[tuple[int, ...]] = []
     waiting: tuple[int, ...] = ()
     for piece in pieces:
         waiting += piece
-        made = sum(program.nbytes[s] for i in waiting for s in program.ops[i].makes)
-        if made >= enough and len(waiting) > 1:
-            found.append(waiting)
+        nbytes = sum(program.nbytes[s] for i in waiting for s in program.ops[i].makes)
+        if nbytes >= enough and len(waiting) > 1:
+            joined.append(waiting)
             waiting = ()
     if waiting:
-        found.append(waiting)
-    return found
+        joined.append(waiting)
+    return joined
 
 
 def _stages(program: Program, pieces: Sequence[tuple[int, ...]]) -> tuple[Stage, ...]:
@@ -139,32 +134,30 @@ def _stages(program: Program, pieces: Sequence[tuple[int, ...]]) -> tuple[Stage,
     backward = _backward(program, pieces, of)
     borders = [-1]
     for k in range(1, len(pieces)):
-        # the largest that is handed over; others are propagated
-        handed = {s for p in pieces[k:] for i in p for s in ops[i].reads if of.get(s, k) == k - 1}
-        borders.append(max(handed, key=lambda s: (program.nbytes[s], s), default=-1))
+        # the largest storage that later stages read; others are propagated
+        read = {s for p in pieces[k:] for i in p for s in ops[i].reads if of.get(s, k) == k - 1}
+        borders.append(max(read, key=lambda s: (program.nbytes[s], s), default=-1))
     borders.append(-1)
-    return tuple(
-        Stage(
-            piece, backward[k], borders[k], borders[k + 1],
-            _kind(program, piece, backward[k], borders[k], borders[k + 1]),
-        )
-        for k, piece in enumerate(pieces)
-    )  # fmt: skip
+    stages = []
+    for k, piece in enumerate(pieces):
+        border = borders[k], borders[k + 1]
+        kind = _kind(program, piece, backward[k], *border)
+        stages.append(Stage(piece, backward[k], *border, kind))
+    return tuple(stages)
 
 
 def _backward(
     program: Program, pieces: Sequence[tuple[int, ...]], of: dict[int, int]
 ) -> list[tuple[int, ...]]:
-    """The stage of every operator of the backward: the last whose values it reads, but never after
-    the stage of the operator before it. What needs no gradient
-    stands before its first reader, and goes with it."""
+    """The operators of the backward, by stage: that of the last values they read, but never after
+    the stage of the operator before. Operators without a gradient go with their first reader."""
     ops, flows = program.ops, program.flows
-    given: dict[int, set[int]] = {}
+    readers: dict[int, set[int]] = {}  # stages, by storage
     for k, piece in enumerate(pieces):
         for i in piece:
             for s in ops[i].reads:
-                given.setdefault(s, set()).add(k)
-    found: list[list[int]] = [[] for _ in pieces]
+                readers.setdefault(s, set()).add(k)
+    backward: list[list[int]] = [[] for _ in pieces]
     now = len(pieces) - 1
     waiting: list[int] = []
     for i in program.backward:
@@ -174,42 +167,37 @@ def _backward(
         hints: list[int] = []
         for s in ops[i].reads:
             if s in of:
-                # what is handed over is read by the next stage
-                users = [k for k in given.get(s, ()) if k > of[s]]
+                users = [k for k in readers.get(s, ()) if k > of[s]]
                 if len(users) <= 1:
                     hints.append(*(users or [of[s]]))
-            elif program.maker[s] == GIVEN and len(given.get(s, ())) == 1:
-                hints.append(*given[s])
+            elif program.maker[s] == INPUT and len(readers.get(s, ())) == 1:
+                hints.append(*readers[s])
         if hints:
             now = min(now, max(hints))
-        found[now] += [*waiting, i]
+        backward[now] += [*waiting, i]
         waiting = []
-    return [tuple(f) for f in found]
+    return [tuple(piece) for piece in backward]
 
 
 def _kind(program: Program, forward: Sequence[int], backward: Sequence[int], *border: int) -> str:
-    """A description in which storages are numbered as they appear."""
+    """A description that numbers storages in the order of their appearance."""
     numbers: dict[int, int] = {}
     lines = []
     for i in (*forward, *backward):
         op = program.ops[i]
-        named = [numbers.setdefault(s, len(numbers)) for s in (*op.reads, *op.makes)]
-        lines.append(f"{op.kind} {named} {op.replays}")
+        storages = [numbers.setdefault(s, len(numbers)) for s in (*op.reads, *op.makes)]
+        lines.append(f"{op.kind} {storages} {op.replays}")
     return "\n".join([*lines, str([numbers.get(s, -1) for s in border])])
 
 
 def _period(kinds: Sequence[str]) -> tuple[int, int, int] | None:
     """Start, length and count of the repetition that covers most stages."""
-    best: tuple[int, tuple[int, int, int]] | None = None
+    best: tuple[int, int, int] | None = None
     for length in range(2, 9):
         for start in range(len(kinds) - 2 * length + 1):
-            count = 1
-            while (
-                kinds[start + count * length : start + (count + 1) * length]
-                == (kinds[start : start + length])
-            ):
+            pattern, count = kinds[start : start + length], 1
+            while kinds[start + count * length : start + (count + 1) * length] == pattern:
                 count += 1
-            covered = count * length
-            if count > 1 and (best is None or covered > best[0]):
-                best = covered, (start, length, count)
-    return best[1] if best is not None else None
+            if count > 1 and (best is None or length * count > best[1] * best[2]):
+                best = start, length, count
+    return best

@@ -1,12 +1,11 @@
 """When the operators of a schedule run: every resource is a queue, in the schedule's order.
 
-The program issues operators one after another. Compute starts when its operands are there and
-compute is free. The start of a collective, or a copy to the host, begins where it stands, when the
-compute before it is done (so the streams of a GPU are made to wait for each other), its operands
-are there and its own stream is free; the compute after it goes on, and whoever reads its results
-waits for them. So it hides as far as it stands ahead of its first reader. A collective that is not
-split occupies compute as well, and so does all that would run beside compute where the device
-cannot do that (CPUs that copy, or whose threads send).
+The program issues operators one after another. Compute starts when its operands are ready and the
+device is free. The start of a collective, or a copy to or from the host, begins at its place in the
+sequence: when the compute before it is done, its operands are ready and its own stream is free. The
+compute after it goes on; whoever reads its results waits. So it is hidden as far as it is issued
+ahead of its first reader. A collective in one piece blocks compute. So does everything on devices
+that cannot run anything beside compute, such as CPUs.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from autopar.schedule.program import Program, Resource
+from autopar.schedule.program import Program, Resource, Schedule
 
 
 class Run(NamedTuple):
     """When an operator runs. Microseconds from the start of the step.
 
     Args:
-        issued: the program reaches it: what it makes is alive from then on.
-        start, end: it runs.
+        issued: when the program reaches it, and its results are allocated.
+        start, end: when it runs.
     """
 
     issued: float
@@ -30,13 +29,12 @@ class Run(NamedTuple):
     end: float
 
 
-class Busy(NamedTuple):
+class ResourceTimes(NamedTuple):
     """A step in time.
 
     Args:
         runs: of every operator of the sequence.
-        waited: what each operator kept compute waiting for, which is the time from when compute
-            was free to when the operator that needed it could start; by the resource waited for.
+        waited: by resource, how long compute waited for it.
         end: of the last operator.
     """
 
@@ -45,7 +43,7 @@ class Busy(NamedTuple):
     end: float
 
 
-def run_times(program: Program, sequence: Sequence[int]) -> Busy:
+def run_times(program: Program, sequence: Sequence[int]) -> ResourceTimes:
     """Play a sequence of operators on the resources."""
     free = dict.fromkeys(Resource, 0.0)
     ready: dict[int, tuple[float, Resource]] = {}  # of a storage, and what makes it
@@ -70,4 +68,16 @@ def run_times(program: Program, sequence: Sequence[int]) -> Busy:
     end, last = max((free[r], r) for r in Resource)
     if last is not Resource.COMPUTE:
         waited[last] += end - free[Resource.COMPUTE]
-    return Busy(runs, waited, end)
+    return ResourceTimes(runs, waited, end)
+
+
+def step_us(program: Program, schedule: Schedule) -> float:
+    """Predicted time of a step."""
+    return run_times(program, schedule.forward + schedule.backward).end
+
+
+def host_wait_us(program: Program, schedule: Schedule) -> float:
+    """How long compute waits for copies to and from the host."""
+    if not schedule.offloaded(program):
+        return 0.0
+    return run_times(program, schedule.forward + schedule.backward).waited[Resource.HOST]

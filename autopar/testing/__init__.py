@@ -1,1 +1,1 @@
-"""Development tools: proofs of the sharding rules."""
+"""Tools for development and tests: proofs of the sharding rules, simulated ranks, live memory."""

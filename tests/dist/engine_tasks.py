@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.cluster.link import Link
-from autopar.runtime.memory import LiveBytes, training_state_bytes
+from autopar.testing.live_memory import LiveMemory, training_state_bytes
 from autopar.comm.offloaded_parameters import EvictedShard
 from tests.clusters import eager_to_shard
 from tests.models import CASES, MLP, Classifier, LanguageModel, words
@@ -185,7 +185,7 @@ def memory(mesh: str, budget: str | None) -> dict[str, float]:
     ids = torch.randint(0, 101, (16, 16), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         held = training_state_bytes(model, optimizer)
-        with LiveBytes() as live, warnings.catch_warnings():
+        with LiveMemory() as live, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(input_ids=ids, labels=ids).backward()
         optimizer.step()
@@ -298,7 +298,7 @@ def recomputed(
         found = []
         for step in range(2):
             optimizer.zero_grad()
-            with LiveBytes() as live:
+            with LiveMemory() as live:
                 engine(**case.batch(step)).backward()
             found += [p.grad.to_local().clone() for p in made.parameters()]
             optimizer.step()
@@ -326,8 +326,8 @@ def recomputed(
         "measured": measured,
         "ahead": [_ahead(graph) for graph in graphs],
         "whole": whole.memory_plan.peak_bytes,
-        "again": [m.name for m in events if m.again],
-        "gathered": sum(m.again and m.resource == "communication" for m in events),
+        "again": [m.name for m in events if m.recomputed],
+        "gathered": sum(m.recomputed and m.resource == "communication" for m in events),
     }
 
 
@@ -354,7 +354,7 @@ def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
     error = 0.0
     for step in range(3):
         data = words(step)
-        with LiveBytes() as live:
+        with LiveMemory() as live:
             loss = model(**data)
             away = [n for n, p in model.named_parameters() if isinstance(p._local_tensor, EvictedShard)]
             loss.backward()

@@ -20,13 +20,13 @@ from autopar.cluster.local import as_cluster
 from autopar.comm import world as environment
 from autopar.comm.offloaded_parameters import EvictedShard
 from autopar.errors import InfeasibleError
-from autopar.runtime.memory import LiveBytes
+from autopar.testing.live_memory import LiveMemory
 from tests.models import CASES, OPTIMIZERS, Classifier, LanguageModel, words
 
 pytestmark = pytest.mark.gpu
 
 STEPS = 3
-# copies take next to nothing, so that moving a value costs less than computing it again
+# copies take next to nothing, so offloading a value costs less than recomputing it
 FAST = Link(1e-9, 1e-15)
 
 
@@ -61,7 +61,7 @@ def train(
     for step in range(STEPS):
         optimizer.zero_grad()
         data = batch(name, step)
-        with LiveBytes() as live, warnings.catch_warnings():
+        with LiveMemory() as live, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = model(**data)
             loss.backward()
@@ -143,7 +143,7 @@ def test_through_the_host(name, compiled):
     near = replace(cluster, host_link=FAST)
     model, optimizer = engine(name, near, memory=1.01 * low, compile=compiled)
     plan = model.memory_plan
-    moved = sum(m.moves_bytes for m in plan.timeline.moments)
+    moved = sum(m.offloads_bytes for m in plan.timeline.events)
     assert moved > 0 or plan.state_on_host
     found, peak = train(model, optimizer, name)
     equal(found, expected)
@@ -166,7 +166,7 @@ def steps_with_a_look(
     for step in range(count):
         optimizer.zero_grad()
         data = {k: v.cuda() for k, v in words(step, 2048).items()}
-        with LiveBytes() as live:
+        with LiveMemory() as live:
             loss = model(**data)
             if step % 2 == 0:
                 found.append(sum(values(p.pow(2).sum() for p in model.parameters())).detach())

@@ -40,17 +40,17 @@ def all_plans(stages, i: int, j: int):
 
     @cache
     def plans(i: int, j: int) -> list[Plan]:
-        found: list[Plan] = []
+        schedules: list[Plan] = []
         for k, option in enumerate(stages[i].options):
             end = i + option.span
             if end > j + 1:
                 continue
             rest = plans(end, j) if end <= j else [()]
-            found += [(Keep(i, k), *r) for r in rest]
+            schedules += [(Keep(i, k), *r) for r in rest]
         for c in range(i + 1, j + 1):
             for later in plans(c, j):
-                found += [(Checkpoint(i, c, later, again),) for again in plans(i, c - 1)]
-        return found
+                schedules += [(Checkpoint(i, c, later, again),) for again in plans(i, c - 1)]
+        return schedules
 
     return plans(i, j)
 

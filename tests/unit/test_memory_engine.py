@@ -13,8 +13,7 @@ from autopar.comm import world as environment
 from autopar.errors import InfeasibleError
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.planner import build_problem
-from autopar.runtime.live_trace import LiveTrace
-from autopar.runtime.memory import training_state_bytes
+from autopar.testing.live_memory import LiveMemory, training_state_bytes
 from tests.models import CASES, OPTIMIZERS, LanguageModel
 
 STEPS = 2
@@ -40,15 +39,14 @@ def train(
     grads, peak = [], 0
     for step in range(STEPS):
         optimizer.zero_grad()
-        with LiveTrace() as live:
+        with LiveMemory() as live:
             loss = engine(**case.batch(step))
-            away = engine.memory_plan.state_on_host
+            on_host = engine.memory_plan.state_on_host
             if step:
                 held = training_state_bytes(engine, optimizer)["optimizer"]
-                assert (held == 0) is away
-            live.start_backward()
+                assert (held == 0) is on_host
             loss.backward()
-        peak = live.peak_bytes([p.to_local() for p in model.parameters()])
+        peak = live.peak
         grads.append([p.grad.to_local().clone() for p in model.parameters()])
         optimizer.step()
     saved = optimizer.state_dict()["state"][0]["exp_avg"]
@@ -58,15 +56,15 @@ def train(
 
 @pytest.mark.parametrize(("name", "dropout"), [("gpt2", 0.3), ("resnet", 0.0)])
 def test_the_smallest_budget_trains_alike(name, dropout):
-    expected, buffers, whole = train(name, 2**30, dropout)
+    expected, buffers, eager_peak = train(name, 2**30, dropout)
     with pytest.raises(InfeasibleError, match=r"parameters take .* Give ") as error:
         train(name, 1000, dropout)
     smallest = error.value.smallest_bytes
     grads, updated, peak = train(name, smallest, dropout)
-    assert peak < whole
-    for mine, theirs in zip(grads, expected, strict=True):
-        for found, wanted in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    assert peak < eager_peak
+    for step_grads, reference_grads in zip(grads, expected, strict=True):
+        for grad, reference in zip(step_grads, reference_grads, strict=True):
+            torch.testing.assert_close(grad, reference, rtol=0, atol=1e-9)
     assert all(torch.equal(updated[n], buffers[n]) for n in buffers)
 
 
@@ -80,9 +78,9 @@ def test_the_optimizers_state_goes_to_the_host():
     with pytest.raises(InfeasibleError):
         train("mlp", budget)
     grads, _, _ = train("mlp", budget, cluster=host)
-    for mine, theirs in zip(grads, expected, strict=True):
-        for found, wanted in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    for step_grads, reference_grads in zip(grads, expected, strict=True):
+        for grad, reference in zip(step_grads, reference_grads, strict=True):
+            torch.testing.assert_close(grad, reference, rtol=0, atol=1e-9)
 
 
 def test_a_plan_with_a_schedule_keeps_to_its_budget():
@@ -90,13 +88,13 @@ def test_a_plan_with_a_schedule_keeps_to_its_budget():
     model = case.build()
     cluster = ClusterInfo.of("1")
 
-    def pair(budget: float) -> JointPlan:
+    def joint_plan(budget: float) -> JointPlan:
         problem = build_problem(model, (), case.batch(0), cluster=cluster.with_memory(budget))
         return plan_jointly(problem)
 
     with pytest.raises(InfeasibleError) as error:
-        pair(1000)
-    plan = pair(error.value.smallest_bytes).planned.plan
+        joint_plan(1000)
+    plan = joint_plan(error.value.smallest_bytes).planned.plan
     assert plan.step.added_us > 0
     engine, _ = auto_engine(model, OPTIMIZERS["adamw"](list(model.parameters())), "1", plan=plan)
     engine.plan_for(**case.batch(0))

@@ -1,4 +1,4 @@
-"""Moving values to the host: exact, within the budget as predicted, and hidden where it can be."""
+"""Offloading values: exact, within the budget as predicted, and hidden where it can be."""
 
 import functools
 from dataclasses import replace
@@ -8,15 +8,16 @@ import torch
 
 from autopar import ClusterInfo
 from autopar.cluster.link import Link
-from autopar.schedule.offload import host_bytes, waited_us
+from autopar.schedule.offload import host_bytes
 from autopar.schedule.order import in_order
-from autopar.schedule.pareto import Front
+from autopar.schedule.pareto import ScheduleFront
 from autopar.schedule.program import SIDE, Program, Resource
 from autopar.schedule.simulate import check, peak_bytes, timeline
+from autopar.schedule.streams import host_wait_us
 from tests import lowering
-from tests.unit.test_memory_schedule import step_of
+from tests.memory import step_of, without_gradients
 
-# copies take next to nothing, so that moving a value costs less than computing it again
+# copies take next to nothing, so that moving a value costs less than recomputing it
 FAST = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
 
 
@@ -24,13 +25,13 @@ FAST = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
 def program_of(name: str, cluster: ClusterInfo = FAST) -> Program:
     step = step_of(name)
     return in_order(
-        lowering.program_of(step.gm, step.arguments, cluster=cluster).without_gradients()
+        without_gradients(lowering.program_of(step.gm, step.arguments, cluster=cluster))
     )
 
 
 def between(program: Program, share: float) -> float:
     """A budget between the smallest peak without the host, and everything kept."""
-    alone = Front(replace(program, transfers={}))
+    alone = ScheduleFront(replace(program, transfers={}))
     smallest = alone.smallest().peak_bytes
     return smallest + share * (alone.eager_bytes - smallest)
 
@@ -39,24 +40,24 @@ def between(program: Program, share: float) -> float:
 def test_exact_to_the_bit_and_as_predicted(name):
     step, program = step_of(name), program_of(name)
     _, expected, buffers = step.run(step.lowered())
-    (point,) = Front(program).solve([between(program, 0.2)])
+    (point,) = ScheduleFront(program).solve([between(program, 0.2)])
     check(program, point.schedule)
-    assert point.schedule.moved(program)
+    assert point.schedule.offloaded(program)
     lowered = step.lowered(point.schedule, cluster=FAST)
     calls = [str(n.target) for n in lowered.step.backward.graph.nodes]
-    moved = len(point.schedule.moved(program))
+    moved = len(point.schedule.offloaded(program))
     assert calls.count("autopar.reload.default") == moved
     assert calls.count("autopar.finish_reload.default") == moved
     peak, grads, updated = step.run(lowered)
     assert peak == pytest.approx(point.peak_bytes, rel=0.03, abs=2048)
-    for found, wanted in zip((*grads, *updated), (*expected, *buffers), strict=True):
-        assert torch.equal(found, wanted)
+    for actual, reference in zip((*grads, *updated), (*expected, *buffers), strict=True):
+        assert torch.equal(actual, reference)
 
 
 def test_a_full_host_takes_no_more():
     program = replace(program_of("gpt2"), host_bytes=20_000)
     budget = between(program, 0.2)
-    (point,) = Front(program).solve([budget])
+    (point,) = ScheduleFront(program).solve([budget])
     assert 0 < host_bytes(program, point.schedule) <= 20_000
     assert point.peak_bytes <= budget
 
@@ -64,26 +65,26 @@ def test_a_full_host_takes_no_more():
 def test_where_copies_run_beside_compute_they_are_hidden_or_waited_for():
     program = replace(program_of("gpt2"), beside=SIDE)
     budget = between(program, 0.3)
-    (point,) = Front(program).solve([budget])
-    assert point.schedule.moved(program)
-    found = timeline(program, point.schedule)
-    assert found.exposed_us(Resource.HOST) < 1e-4 * found.us
-    # the same copies by a link on which one takes as long as the whole step
-    whole = found.us
+    (point,) = ScheduleFront(program).solve([budget])
+    assert point.schedule.offloaded(program)
+    predicted = timeline(program, point.schedule)
+    assert predicted.waited_us[Resource.HOST] < 1e-4 * predicted.us
+    # the same copies by a link on which one takes as long as the step_us step
+    step_us = predicted.us
     slow = tuple(
-        replace(op, us=whole) if op.resource is Resource.HOST else op for op in program.ops
+        replace(op, us=step_us) if op.resource is Resource.HOST else op for op in program.ops
     )
-    late = replace(program, ops=slow)
-    assert waited_us(late, point.schedule) > whole
-    # so there, values are computed again instead
-    (again,) = Front(late).solve([budget])
-    assert not again.schedule.moved(late)
-    assert again.cost < waited_us(late, point.schedule)
-    assert peak_bytes(late, again.schedule) <= budget
+    delayed = replace(program, ops=slow)
+    assert host_wait_us(delayed, point.schedule) > step_us
+    # so values are recomputed instead
+    (recomputing,) = ScheduleFront(delayed).solve([budget])
+    assert not recomputing.schedule.offloaded(delayed)
+    assert recomputing.cost < host_wait_us(delayed, point.schedule)
+    assert peak_bytes(delayed, recomputing.schedule) <= budget
 
 
-def test_below_what_computing_again_can_reach():
-    """The host holds what would have to be there all the time."""
+def test_offloading_needs_less_than_recomputing():
+    """The host holds values that would stay on the device otherwise."""
     program = program_of("gpt2")
-    smallest = Front(replace(program, transfers={})).smallest().peak_bytes
-    assert Front(program).smallest().peak_bytes <= smallest
+    smallest = ScheduleFront(replace(program, transfers={})).smallest().peak_bytes
+    assert ScheduleFront(program).smallest().peak_bytes <= smallest

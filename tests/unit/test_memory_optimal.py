@@ -1,11 +1,11 @@
-"""The front against the optimum, where that can be had: by brute force over what is kept, and by an
-exact integer program over what is held and computed again before every operator of the backward.
+"""The Pareto front against the optimum: by brute force over what is kept, and by an exact integer
+program over what is held and recomputed before every operator of the backward.
 
 The integer program (after Checkmate, Jain et al. 2020; the order is given, and forward values may
-be computed again before any operator b_t of the backward, as often as one likes):
+be recomputed before any operator b_t of the backward, as often as one likes):
 
     hold_t,s   storage s of the forward is alive when b_t's turn comes; hold_0 is what is kept
-    run_t,i    operator i of the forward runs again before b_t
+    run_t,i    operator i of the forward is recomputed before b_t
     alive_t,i,s  s is alive while i would run there; i = end is b_t itself
 
     min  Σ cost_i run_t,i
@@ -21,7 +21,6 @@ where there_t,i,s = hold_t,s, and + run_t,maker(s) if maker(s) comes before i.
 
 import itertools
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pulp
@@ -31,11 +30,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar.schedule.build import schedule_of
-from autopar.schedule.pareto import Front, undominated
+from autopar.schedule.pareto import ScheduleFront, undominated
 from autopar.schedule.program import Program, eager_schedule
-from autopar.schedule.simulate import lives, peak_bytes
+from autopar.schedule.simulate import live_ranges, peak_bytes
+from tests.memory import Step, step_of, without_overwriting
 from tests.models import CASES
-from tests.unit.test_memory_schedule import Step, step_of
 
 WITHIN = 1.01
 
@@ -62,21 +61,21 @@ def blocks() -> Program:
     it."""
     torch.manual_seed(0)
     program = Step(Blocks(3).double(), CASES["mlp"].batch(0)).program
-    return replace(program, ops=tuple(replace(op, overwrites=()) for op in program.ops))
+    return without_overwriting(program)
 
 
 def test_no_choice_of_what_is_kept_is_better():
     program = step_of("mlp").program
-    front = Front(program)
+    front = ScheduleFront(program)
     values = [s for s in program.forward_made if program.nbytes[s]]
     points = []
     for count in range(len(values) + 1):
         for kept in itertools.combinations(values, count):
-            points.append(front._point("kept", schedule_of(program, kept)))
+            points.append(front.point("kept", schedule_of(program, kept)))
     best = undominated(points)
-    for point, found in zip(best, front.solve([p.peak_bytes for p in best]), strict=True):
-        assert found is not None
-        assert found.cost <= WITHIN * point.cost
+    for point, solved in zip(best, front.solve([p.peak_bytes for p in best]), strict=True):
+        assert solved is not None
+        assert solved.cost <= WITHIN * point.cost
 
 
 def optimum(program: Program, budget: float) -> float:
@@ -155,7 +154,7 @@ def _gradients(program: Program) -> tuple[list[int], list[int]]:
     first = len(schedule.forward)
     count = len(schedule.backward)
     before, during = [0] * count, [0] * count
-    for s, start, end, _ in zip(*lives(program, schedule, overwrite=False), strict=True):
+    for s, start, end, _ in zip(*live_ranges(program, schedule), strict=True):
         if start >= first:
             for t in range(start - first, end - first + 1):
                 during[t] += program.nbytes[s]
@@ -166,12 +165,12 @@ def _gradients(program: Program) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_within_one_percent_of_the_optimum(blocks, share):
     pytest.importorskip("highspy")
-    front = Front(blocks)
+    front = ScheduleFront(blocks)
     eager, smallest = front.eager_bytes, front.smallest().peak_bytes
     budget = smallest + share * (eager - smallest)
-    (found,) = front.solve([budget])
-    assert found is not None and found.peak_bytes <= budget
-    assert found.peak_bytes == peak_bytes(blocks, found.schedule)
+    (solved,) = front.solve([budget])
+    assert solved is not None and solved.peak_bytes <= budget
+    assert solved.peak_bytes == peak_bytes(blocks, solved.schedule)
     best = optimum(blocks, budget)
-    print(f"{share}: {found.cost:.2f} us, optimum {best:.2f} us")
-    assert found.cost <= WITHIN * best + 1e-9
+    print(f"{share}: {solved.cost:.2f} us, optimum {best:.2f} us")
+    assert solved.cost <= WITHIN * best + 1e-9

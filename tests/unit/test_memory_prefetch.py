@@ -1,4 +1,4 @@
-"""Collectives in two operators: what they compute, and where a schedule has them."""
+"""Split collectives: what they compute, and where a schedule places them."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,10 +15,11 @@ from autopar.ir.spec import chunk
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
 from autopar.schedule.order import in_order
-from autopar.schedule.prefetch import prefetched, step_us
+from autopar.schedule.prefetch import prefetched
 from autopar.schedule.program import SIDE, Op, Program, Resource, Schedule, Split, eager_schedule
 from autopar.schedule.simulate import check, peak_bytes, timeline
-from autopar.schedule.splits import _SPLITS, halves_of
+from autopar.schedule.splits import SPLITS, halves_of
+from autopar.schedule.streams import step_us
 from tests.lockstep import Lockstep
 
 GATHER, REDUCE = "autopar.all_gather.default", "autopar.reduce_scatter.default"
@@ -36,7 +37,7 @@ def step(*, staged: bool = False, chained: bool = False) -> Program:
     """
     ops: list[Op] = []
     nbytes: list[int] = []
-    wholes: list[int] = []
+    collectives: list[int] = []
 
     def storage(n: int) -> int:
         nbytes.append(n)
@@ -45,7 +46,7 @@ def step(*, staged: bool = False, chained: bool = False) -> Program:
     def op(kind: str, reads: tuple, n: int, us: float, resource=Resource.COMPUTE) -> int:
         ops.append(Op(f"{kind}{len(ops)}", kind, reads, (storage(n),), 1.0, us, resource=resource))
         if resource is not Resource.COMPUTE:
-            wholes.append(len(ops) - 1)
+            collectives.append(len(ops) - 1)
         return ops[-1].makes[0]
 
     shards = [storage(0) for _ in range(BLOCKS)]
@@ -66,13 +67,13 @@ def step(*, staged: bool = False, chained: bool = False) -> Program:
         gradients.append(op(REDUCE, (of_weight,), 5, 10, Resource.COMMUNICATION))
     splits = {}
     order = tuple(range(len(forward_ops), len(ops)))
-    for i in wholes:
-        whole = ops[i]
-        own = staged or whole.kind == REDUCE
-        buffer = storage(40) if own else whole.makes[0]
+    for i in collectives:
+        collective = ops[i]
+        own = staged or collective.kind == REDUCE
+        buffer = storage(40) if own else collective.makes[0]
         splits[i] = Split(len(ops), len(ops) + 1)
-        ops.append(replace(whole, name=f"start{i}", makes=(buffer,), beside=True))
-        makes = whole.makes if own else ()
+        ops.append(replace(collective, name=f"start{i}", makes=(buffer,), beside=True))
+        makes = collective.makes if own else ()
         ops.append(Op(f"finish{i}", "finish", (buffer,), makes, 0.0, 0.0, replays=False))
     return Program(
         tuple(ops), tuple(forward_ops), tuple(nbytes), frozenset(), frozenset(gradients),
@@ -80,31 +81,31 @@ def step(*, staged: bool = False, chained: bool = False) -> Program:
     )  # fmt: skip
 
 
-def gathered_again(program: Program) -> Schedule:
+def regathered(program: Program) -> Schedule:
     """Every block gathers its parameter right before it is used in the backward."""
     gathered = {s for i in program.forward for s in program.ops[i].makes if i in program.splits}
     return schedule_of(program, program.needed - gathered)
 
 
 def computed(program: Program, schedule: Schedule) -> dict[int, Any]:
-    """What every gradient is computed from; nothing is read while it is under way."""
+    """What every gradient is computed from; nothing is read while it is in flight."""
     values: dict[int, Any] = {}
-    under_way: dict[int, Any] = {}
+    in_flight: dict[int, Any] = {}
     for i in (*schedule.forward, *schedule.backward):
-        op, whole = program.ops[i], program.started.get(i, program.halves.get(i, i))
+        op, collective = program.ops[i], program.started.get(i, program.halves.get(i, i))
         finishes = i in program.halves and i not in program.started
-        assert finishes or under_way.keys().isdisjoint(op.reads)
-        assert under_way.keys().isdisjoint(op.makes)
-        found = (
-            under_way.pop(op.reads[0])
+        assert finishes or in_flight.keys().isdisjoint(op.reads)
+        assert in_flight.keys().isdisjoint(op.makes)
+        value = (
+            in_flight.pop(op.reads[0])
             if finishes
-            else (whole, *(values.get(s, s) for s in op.reads))
+            else (collective, *(values.get(s, s) for s in op.reads))
         )
         if i in program.started:
-            under_way[op.makes[0]] = found
+            in_flight[op.makes[0]] = value
         else:
-            values |= dict.fromkeys(program.ops[whole].makes, found)
-    assert not under_way
+            values |= dict.fromkeys(program.ops[collective].makes, value)
+    assert not in_flight
     return {s: values[s] for s in program.gradients}
 
 
@@ -112,68 +113,69 @@ def computed(program: Program, schedule: Schedule) -> dict[int, Any]:
 @pytest.mark.parametrize("chained", [False, True])
 def test_gathers_start_ahead_in_both_directions_where_there_is_room(staged, chained):
     program = step(staged=staged, chained=chained)
-    whole = gathered_again(program)
-    found = prefetched(program, whole, 1e9)
-    check(program, found)
-    assert computed(program, found) == computed(program, whole)
-    names = [[program.ops[i].name for i in part] for part in (found.forward, found.backward)]
+    schedule = regathered(program)
+    split = prefetched(program, schedule, 1e9)
+    check(program, split)
+    assert computed(program, split) == computed(program, schedule)
+    names = [[program.ops[i].name for i in part] for part in (split.forward, split.backward)]
     for part, count in zip(names, (BLOCKS - 1, BLOCKS), strict=True):
         starts = [n for n in part if n.startswith("start") and f"finish{n[5:]}" in part]
         far = [n for n in starts if part.index(f"finish{n[5:]}") > part.index(n) + 1]
         assert len(far) >= count  # nothing is ahead of the first one in the forward
-    # all of it hides but the first gather, and the last reduction, which nothing follows; and where
-    # the backward has one operator ahead of its first gather, one of the two in a chain
-    first, again = (13, 3) if chained else (10, 0)
-    assert timeline(program, found).exposed_us(Resource.COMMUNICATION) == first + again + 10
-    assert step_us(program, found) == step_us(program, whole) - 5 * first + again - 2 * 10
+    # hidden is all but the first gather, and the last reduction, which nothing follows; and one
+    # of the two gathers in a chain, if the backward has one operator ahead of them
+    first, second = (13, 3) if chained else (10, 0)
+    assert timeline(program, split).waited_us[Resource.COMMUNICATION] == first + second + 10
+    assert step_us(program, split) == step_us(program, schedule) - 5 * first + second - 2 * 10
     # the same communication in the same order
-    calls = [program.started.get(i, i) for i in (*found.forward, *found.backward)]
+    calls = [program.started.get(i, i) for i in (*split.forward, *split.backward)]
     of = [i for i in calls if i in program.splits]
     assert [i for i in of if program.ops[i].kind == REDUCE] == [
-        i for i in whole.backward if program.ops[i].kind == REDUCE
+        i for i in schedule.backward if program.ops[i].kind == REDUCE
     ]
 
 
 def test_no_further_than_the_budget():
     program = step(chained=True)
-    whole = gathered_again(program)
-    least = peak_bytes(program, whole)
-    assert prefetched(program, whole, least - 1) == whole
-    times = [step_us(program, whole)]
+    schedule = regathered(program)
+    least = peak_bytes(program, schedule)
+    assert prefetched(program, schedule, least - 1) == schedule
+    times = [step_us(program, schedule)]
     for budget in range(least, least + 100, 10):
-        found = prefetched(program, whole, budget)
-        check(program, found)
-        assert computed(program, found) == computed(program, whole)
-        assert peak_bytes(program, found) <= budget
-        times.append(step_us(program, found))
+        split = prefetched(program, schedule, budget)
+        check(program, split)
+        assert computed(program, split) == computed(program, schedule)
+        assert peak_bytes(program, split) <= budget
+        times.append(step_us(program, split))
     assert times == sorted(times, reverse=True) and times[-1] < times[0]
-    still = replace(program, beside=frozenset())
-    assert prefetched(still, whole, 1e9) == whole
+    blocking = replace(program, beside=frozenset())
+    assert prefetched(blocking, schedule, 1e9) == schedule
 
 
-def test_what_hides_is_gathered_again_at_no_price():
-    """Kept parameters do not fit; gathered again they cost nothing where compute hides them."""
+def test_hidden_gathers_are_repeated_at_no_cost():
+    """Kept parameters do not fit; re-gathers cost nothing if compute hides them."""
     program = step()
     kept = peak_bytes(program, eager_schedule(in_order(program)))
-    found, still = (
-        plan_memory(replace(program, beside=beside), kept - 30) for beside in (SIDE, frozenset())
+    beside, blocking = (
+        plan_memory(replace(program, beside=resources), kept - 30)
+        for resources in (SIDE, frozenset())
     )
-    for plan in (found, still):
-        assert plan.peak_bytes <= kept - 30 and plan.schedule.again(program)
-    assert found.added_us == found.exposed_us == 0 and still.added_us > 0
+    for plan in (beside, blocking):
+        assert plan.peak_bytes <= kept - 30 and plan.schedule.recomputed(program)
+    assert beside.added_us == beside.exposed_us == 0 and blocking.added_us > 0
 
 
 def in_two(whole: Any, arguments: tuple) -> Any:
-    """A collective as a start and a finish, as a graph has them."""
+    """A collective as a start and a finish, as in a graph."""
     with FakeTensorMode() as mode:
         fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
         value = whole(*fakes)
     graph = torch.fx.Graph()
 
     def placeholder(fake: torch.Tensor) -> torch.fx.Node:
-        made = graph.placeholder("x")
-        made.meta["val"] = fake
-        return made
+        node = graph.placeholder("x")
+        node.meta["val"] = fake
+        return node
 
     nodes = pytree.tree_map_only(torch.Tensor, placeholder, fakes)
     node = graph.call_function(whole, nodes)
@@ -187,7 +189,7 @@ def in_two(whole: Any, arguments: tuple) -> Any:
 
 
 def call(kind: str, x: torch.Tensor, dim: int, size: int, group: str) -> tuple[Any, tuple]:
-    """A collective and arguments for it; `size` is the extent of the dim when it is whole."""
+    """A collective and arguments for it; `size` is the global extent of the dim."""
     many = kind.endswith("many")
     dims = ([dim] * 2, [size] * 2) if many else (dim, size)
     rest = dims if "gather" in kind else dims[:1] if "scatter" in kind else ("sum",)
@@ -195,7 +197,7 @@ def call(kind: str, x: torch.Tensor, dim: int, size: int, group: str) -> tuple[A
     return whole, ([x, x + 1] if many else x, *rest, group)
 
 
-KINDS = sorted({target._opname for target in _SPLITS})
+KINDS = sorted({target._opname for target in SPLITS})
 
 
 @pytest.mark.parametrize("size", [6, 7])
@@ -212,9 +214,9 @@ def test_two_operators_are_the_collective(kind, size):
             x = torch.randn(shape, dtype=torch.float64)
             calls.append(call(kind, x, dim, size, name))
         expected = world.run([partial(whole, *arguments) for whole, arguments in calls])
-        found = world.run([partial(in_two, *each) for each in calls])
-        for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        results = world.run([partial(in_two, *each) for each in calls])
+        for actual, reference in zip(results, expected, strict=True):
+            torch.testing.assert_close(actual, reference, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

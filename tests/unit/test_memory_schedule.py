@@ -1,102 +1,17 @@
-"""Memory schedules: prediction against measurement, exact gradients, and the front."""
-
-import functools
+"""Memory schedules: prediction against measurement, exact gradients, and the Pareto front."""
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from autopar import ClusterInfo, autoplan
-from autopar.comm.groups import planning_groups
 from autopar.errors import InfeasibleError
-from autopar.passes.apply_sharding import apply_sharding
-from autopar.runtime.live_trace import LiveTrace
-from autopar.runtime.program import Program as RunnableStep
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
-from autopar.schedule.order import in_order, ordered_backward
-from autopar.schedule.pareto import Front
+from autopar.schedule.order import in_order
 from autopar.schedule.program import Op, Program, Schedule, eager_schedule
-from autopar.schedule.simulate import check, lives, peak_bytes, timeline
+from autopar.schedule.simulate import check, live_ranges, peak_bytes, timeline
 from autopar.schedule.stages import linearize
-from tests.lowering import lowered, program_of
-from tests.models import CASES, LanguageModel
-
-SEED = 1234
-
-
-class Mixture(nn.Module):
-    """Hugging Face Mixtral: grouped products of its experts, which do without float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers import MixtralConfig, MixtralForCausalLM
-
-        config = MixtralConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, vocab_size=101,
-            max_position_embeddings=64, use_cache=False,
-        )  # fmt: skip
-        self.mixtral = MixtralForCausalLM(config)
-
-    def forward(self, input_ids, labels=None):
-        return self.mixtral(input_ids=input_ids, labels=labels).loss
-
-
-class Step:
-    """A model's local program on one device, to be lowered with schedules."""
-
-    def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-        planned = autoplan(model, (), batch, cluster=ClusterInfo.of("1"))
-        groups = planning_groups((1,), (0,))
-        program = apply_sharding(planned.graph, planned.plan, coords=(0,), groups=groups)
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        self.gm, self.mutated = program.gm, len(planned.graph.mutations)
-        self.arguments = [
-            *(parameters[n] for n in planned.graph.parameters.values()),
-            *(buffers[n] for n in planned.graph.buffers.values()),
-            *planned.graph.constants.values(),
-            *batch.values(),
-            *([torch.tensor(SEED)] if program.takes_seed else []),
-        ]
-        self.trained = [t for t in self.arguments if t.requires_grad]
-
-    @functools.cached_property
-    def program(self) -> Program:
-        return in_order(program_of(self.gm, self.arguments).without_gradients())
-
-    @functools.cached_property
-    def front(self) -> Front:
-        return Front(self.program)
-
-    def lowered(self, schedule: Schedule | None = None, **options) -> RunnableStep:
-        return lowered(self.gm, self.arguments, schedule, **options)
-
-    def run(self, step: RunnableStep) -> tuple[int, list[torch.Tensor], list[torch.Tensor]]:
-        """Peak, gradients, and updated buffers."""
-        for p in self.trained:
-            p.grad = None
-        with LiveTrace() as live:
-            results = step(*self.arguments)
-            loss = results[self.mutated]
-            updated = [t.clone() for t in results[: self.mutated]]
-            del results
-            live.start_backward()
-            loss.backward()
-        grads = [p.grad.clone() for p in self.trained if p.grad is not None]
-        return live.peak_bytes(self.trained), grads, updated
-
-
-@functools.cache
-def step_of(name: str, dropout: float = 0.0) -> Step:
-    case = CASES.get(name, CASES["gpt2"])
-    torch.manual_seed(0)
-    if name == "gpt2":
-        model = LanguageModel(layers=2, dropout=dropout).double()
-    else:
-        model = Mixture() if name == "mixtral" else case.build()
-    return Step(model.train(), case.batch(0))
+from tests.memory import chain, step_of, without_overwriting
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "resnet", "vit", "mixtral"])
@@ -112,10 +27,10 @@ def test_measured_as_predicted_and_exact_to_the_bit(name):
         peak, grads, updated = step.run(step.lowered(point.schedule))
         assert point.peak_bytes <= budget
         assert peak == pytest.approx(point.peak_bytes, rel=0.03, abs=2048)
-        for found, wanted in zip(grads, expected, strict=True):
-            assert torch.equal(found, wanted)
-        for found, wanted in zip(updated, buffers, strict=True):  # statistics updated once
-            assert torch.equal(found, wanted)
+        for actual, reference in zip(grads, expected, strict=True):
+            assert torch.equal(actual, reference)
+        for actual, reference in zip(updated, buffers, strict=True):  # statistics updated once
+            assert torch.equal(actual, reference)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5])
@@ -123,27 +38,27 @@ def test_dropout_is_replayed(dropout):
     step = step_of("gpt2", dropout)
     _, expected, _ = step.run(step.lowered())
     nothing_kept = schedule_of(step.program, ())
-    names = [step.program.ops[i].name for i in nothing_kept.again(step.program)]
+    names = [step.program.ops[i].name for i in nothing_kept.recomputed(step.program)]
     assert any("keep_mask" in n for n in names)
     _, grads, _ = step.run(step.lowered(nothing_kept))
-    for found, wanted in zip(grads, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    for actual, reference in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=0, atol=1e-9)
 
 
-def test_what_is_computed_again_is_in_the_backward_graph():
+def test_recomputed_operators_are_in_the_backward_graph():
     step = step_of("gpt2")
     program = step.program
     smallest = schedule_of(program, ())
     lowered_step = step.lowered(smallest)
     calls = [n for n in lowered_step.step.backward.graph.nodes if n.op == "call_function"]
     attention = [n for n in calls if "attention_for_cpu.default" in str(n.target)]
-    again = [i for i in smallest.again(program) if "attention" in program.ops[i].name]
-    assert len(attention) == len(again) > 0
+    recomputed = [i for i in smallest.recomputed(program) if "attention" in program.ops[i].name]
+    assert len(attention) == len(recomputed) > 0
 
 
-def test_the_front_is_never_worse_than_what_users_do():
+def test_the_pareto_front_is_never_worse_than_checkpointing():
     front = step_of("gpt2").front
-    for point in [c for c in front.candidates if c.name == "by hand"]:
+    for point in [c for c in front.candidates if c.name == "checkpointing"]:
         (best,) = front.solve([point.peak_bytes])
         assert best is not None and best.cost <= point.cost
 
@@ -157,14 +72,14 @@ def test_writing_over_operands_saves_memory_and_changes_nothing():
     peak_apart, grads_apart, _ = step.run(apart)
     assert peak_over < peak_apart
     assert peak_apart == pytest.approx(
-        peak_bytes(step.program, schedule, overwrite=False), rel=0.03
+        peak_bytes(without_overwriting(step.program), schedule), rel=0.03
     )
     assert all(map(torch.equal, grads_over, grads_apart))
 
 
 def test_a_budget_too_small_is_refused_with_the_smallest():
     program = step_of("resnet").program
-    with pytest.raises(InfeasibleError, match="smallest found, whatever") as error:
+    with pytest.raises(InfeasibleError, match="smallest peak the search found") as error:
         plan_memory(program, 1000.0)
     plan = plan_memory(program, error.value.smallest_bytes)
     assert plan.peak_bytes <= error.value.smallest_bytes
@@ -180,42 +95,22 @@ def test_blocks_are_one_kind_and_the_backward_is_divided_among_them():
     assert sorted(i for s in stages for i in s.backward) == sorted(program.backward)
 
 
-def chain(sizes: list[int]) -> Program:
-    """x -> a -> b -> loss and back: the backward of an operator reads its input and a gradient.
-
-    Storages: 0 is given, then one per forward operator, the tangent, one per backward operator.
-    """
-    n = len(sizes)
-    forward = [Op(f"f{k}", "f", (k,), (k + 1,), 10.0, 1.0) for k in range(n)]
-    tangent = n + 1
-    backward = []
-    for m, k in enumerate(reversed(range(n))):
-        gradient = tangent if m == 0 else tangent + m
-        backward.append(Op(f"b{k}", "b", (gradient, k), (tangent + m + 1,), 20.0, 2.0))
-    nbytes = [0, *sizes, 0, *reversed(sizes)]
-    nbytes[tangent + n] = 0
-    return Program(
-        (*forward, *backward), tuple(range(n)), tuple(nbytes), frozenset({n}),
-        frozenset({tangent + n}), frozenset({tangent}),
-    )  # fmt: skip
-
-
-def test_live_bytes_by_hand():
+def test_live_bytes_of_a_chain():
     program = chain([4, 2, 1])
     schedule = eager_schedule(program)
     # f0: a; f1: a b; f2: a b c; b2 (reads b, makes 1): a b c' ; b1 (reads a): a + 1 + 2; b0: 2 + 0
-    assert timeline(program, schedule).during_bytes == (4, 6, 7, 7, 7, 2)
-    assert schedule.kept(program) == (1, 2)
-    again = Schedule((0, 1, 2), (3, 0, 4, 5))
-    assert again.again(program) == (0,)
-    assert again.kept(program) == (2,)
-    check(program, again)
-    assert again.added(program) == 10.0
+    assert timeline(program, schedule).live_bytes == (4, 6, 7, 7, 7, 2)
+    assert schedule.saved(program) == (1, 2)
+    recomputing = Schedule((0, 1, 2), (3, 0, 4, 5))
+    assert recomputing.recomputed(program) == (0,)
+    assert recomputing.saved(program) == (2,)
+    check(program, recomputing)
+    assert recomputing.recompute_cost(program) == 10.0
     with pytest.raises(AssertionError, match="that are not there"):
         check(program, Schedule((0, 1, 2), (4, 3, 5)))
 
 
-def test_an_order_in_which_less_is_alive():
+def test_an_order_in_which_fewer_bytes_are_alive():
     # two readers of the same gradient: the one that ends the life of a large value goes first
     ops = (
         Op("f0", "f", (0,), (1,), 1.0, 1.0),
@@ -227,7 +122,7 @@ def test_an_order_in_which_less_is_alive():
     program = Program(
         ops, (0, 1), (0, 100, 1, 0, 50, 0, 0), frozenset({2}), frozenset({5, 6}), frozenset({3})
     )
-    assert ordered_backward(program) == (3, 2, 4)
+    assert in_order(program).order == (3, 2, 4)
     better = in_order(program)
     assert peak_bytes(better, eager_schedule(better)) < peak_bytes(program, eager_schedule(program))
-    assert len(lives(better, eager_schedule(better)).storage) == 5
+    assert len(live_ranges(better, eager_schedule(better)).storage) == 5

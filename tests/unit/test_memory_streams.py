@@ -32,36 +32,36 @@ def step(*forward: int, beside: frozenset = SIDE) -> tuple[Program, Schedule]:
     return program, Schedule(forward, ())
 
 
-def starts(found) -> dict[str, float]:
-    return {m.name: m.start_us for m in found.events}
+def starts(predicted) -> dict[str, float]:
+    return {m.name: m.start_us for m in predicted.events}
 
 
 def test_what_stands_ahead_of_its_reader_hides():
-    found = timeline(*step(0, 1, 2, 3, 5))
-    assert starts(found) == {"gather": 0, "other": 0, "product": 10, "reduce": 15, "last": 15}
-    assert found.exposed_us(COMMUNICATION) == 4 + 3  # before the product, and at the end
-    assert found.busy_us(COMMUNICATION) == 17
-    assert found.us == 22 == found.busy_us(COMPUTE) + found.exposed_us(COMMUNICATION)
+    predicted = timeline(*step(0, 1, 2, 3, 5))
+    assert starts(predicted) == {"gather": 0, "other": 0, "product": 10, "reduce": 15, "last": 15}
+    assert predicted.waited_us[COMMUNICATION] == 4 + 3  # before the product, and at the end
+    assert sum(e.us for e in predicted.events if e.resource is COMMUNICATION) == 17
+    assert predicted.us == 22 == 6 + 5 + 4 + predicted.waited_us[COMMUNICATION]
 
 
 def test_what_stands_before_its_reader_does_not():
-    found = timeline(*step(1, 0, 2, 5))
-    assert starts(found) == {"other": 0, "gather": 6, "product": 16, "last": 21}
-    assert found.exposed_us(COMMUNICATION) == 10
+    predicted = timeline(*step(1, 0, 2, 5))
+    assert starts(predicted) == {"other": 0, "gather": 6, "product": 16, "last": 21}
+    assert predicted.waited_us[COMMUNICATION] == 10
 
 
 def test_a_stream_serves_in_order_and_resources_are_apart():
-    found = timeline(*step(1, 4, 0, 2, 3, 5))
-    assert starts(found)["fetch"] == starts(found)["gather"] == 6
-    assert found.us == 36  # the copy ends last
-    assert found.exposed_us(COMMUNICATION) == 10 and found.exposed_us(HOST) == 36 - 25
+    predicted = timeline(*step(1, 4, 0, 2, 3, 5))
+    assert starts(predicted)["fetch"] == starts(predicted)["gather"] == 6
+    assert predicted.us == 36  # the copy ends last
+    assert predicted.waited_us[COMMUNICATION] == 10 and predicted.waited_us[HOST] == 36 - 25
 
 
 def test_without_streams_everything_occupies_compute():
-    found = timeline(*step(0, 1, 4, 2, 3, 5, beside=frozenset()))
-    assert found.us == sum(o.us for o in OPS)
-    assert found.exposed_us(COMMUNICATION) == 17 and found.exposed_us(HOST) == 30
-    assert [m.start_us for m in found.events] == [0, 10, 16, 46, 51, 58]
+    predicted = timeline(*step(0, 1, 4, 2, 3, 5, beside=frozenset()))
+    assert predicted.us == sum(o.us for o in OPS)
+    assert predicted.waited_us[COMMUNICATION] == 17 and predicted.waited_us[HOST] == 30
+    assert [m.start_us for m in predicted.events] == [0, 10, 16, 46, 51, 58]
 
 
 def test_a_trace_has_a_row_per_resource():

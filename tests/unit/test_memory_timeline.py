@@ -5,11 +5,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from autopar.runtime.local_step import local_step
 
 from autopar import ClusterInfo, autoplan
 from autopar.cluster.curve import Curve
 from autopar.cluster.link import Link
+from autopar.passes.local_step import local_step
 from autopar.planner.planner import trainable_inputs
 from autopar.report.charts import live_figure, modules_figure
 from autopar.schedule.budget import describe
@@ -17,8 +17,8 @@ from autopar.schedule.build import schedule_of
 from autopar.schedule.program import eager_schedule
 from autopar.schedule.simulate import live_bytes, timeline
 from autopar.schedule.timeline import Timeline, block_of
+from tests.memory import chain, step_of
 from tests.models import CASES
-from tests.unit.test_memory_schedule import chain, step_of
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +31,28 @@ def checkpointed() -> tuple:
 
 
 def test_parts_add_up_to_what_is_alive(checkpointed):
-    program, schedule, found = checkpointed
-    assert found.during_bytes == tuple(live_bytes(program, schedule))
-    assert all(m.again_bytes == 0 for m in found.events[: found.forward])
-    names = [m.name for m in found.events if m.again]
-    assert names == [program.ops[i].name for i in schedule.again(program)]
-    kept = sum(program.nbytes[s] for s in schedule.kept(program))
-    assert found.events[found.forward - 1].kept_bytes <= kept
-    assert found.events[found.forward].kept_bytes == kept
-    assert found.us == pytest.approx(sum(m.us for m in found.events))
-    assert found.events[found.peak_at].name in str(found)
+    program, schedule, predicted = checkpointed
+    assert predicted.live_bytes == tuple(live_bytes(program, schedule))
+    assert all(m.recomputed_bytes == 0 for m in predicted.events[: predicted.forward])
+    names = [m.name for m in predicted.events if m.recomputed]
+    assert names == [program.ops[i].name for i in schedule.recomputed(program)]
+    kept = sum(program.nbytes[s] for s in schedule.saved(program))
+    assert predicted.events[predicted.forward - 1].kept_bytes <= kept
+    assert predicted.events[predicted.forward].kept_bytes == kept
+    assert predicted.us == pytest.approx(sum(m.us for m in predicted.events))
 
 
-def test_modules_share_out_what_is_kept_and_computed_again(checkpointed):
-    program, schedule, found = checkpointed
-    rows = found.by_module()
+def test_modules_share_out_what_is_kept_and_recomputed(checkpointed):
+    program, schedule, predicted = checkpointed
+    rows = predicted.by_module()
     modules = [r.module for r in rows]
     assert [m for m in modules if m.endswith((".h.0", ".h.1"))] == [
         "gpt2.transformer.h.0", "gpt2.transformer.h.1",
     ]  # fmt: skip
-    assert sum(r.kept_bytes for r in rows) == sum(program.nbytes[s] for s in schedule.kept(program))
-    assert sum(r.again_flops for r in rows) == schedule.added(program)
+    assert sum(r.kept_bytes for r in rows) == sum(
+        program.nbytes[s] for s in schedule.saved(program)
+    )
+    assert sum(r.recompute_flops for r in rows) == schedule.recompute_cost(program)
 
 
 def test_blocks():
@@ -61,30 +62,30 @@ def test_blocks():
 
 
 def test_a_trace_is_a_row_and_counters(checkpointed, tmp_path):
-    *_, found = checkpointed
-    found.save_trace(tmp_path / "step.json")
+    *_, predicted = checkpointed
+    predicted.save_trace(tmp_path / "step.json")
     trace = json.loads((tmp_path / "step.json").read_text())
     events = trace["traceEvents"]
     calls = [e for e in events if e["ph"] == "X"]
-    assert [e["name"] for e in calls] == [m.name for m in found.events]
+    assert [e["name"] for e in calls] == [m.name for m in predicted.events]
     for before, after in itertools.pairwise(calls):  # one stream: nothing overlaps
         assert before["ts"] + before["dur"] == pytest.approx(after["ts"])
-    assert {e["cat"] for e in calls} == {"forward", "backward", "again"}
+    assert {e["cat"] for e in calls} == {"forward", "backward", "recompute"}
     live = [e for e in events if e["ph"] == "C" and e["name"] == "live bytes"]
-    assert max(e["args"]["bytes"] for e in live) == found.peak_bytes
+    assert max(e["args"]["bytes"] for e in live) == predicted.peak_bytes
     assert live[-1]["args"]["bytes"] == 0
     parts = [e for e in events if e["name"] == "live by origin"]
-    assert [sum(e["args"].values()) for e in parts] == list(found.during_bytes)
+    assert [sum(e["args"].values()) for e in parts] == list(predicted.live_bytes)
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"predicted step", "compute"}
 
 
 def test_charts_show_the_numbers(checkpointed):
-    program, schedule, found = checkpointed
+    program, schedule, predicted = checkpointed
     plan = describe(program, schedule)
     step = plan.summary(2.0**20)
     figure = live_figure(step)
     stacked = [sum(ys) for ys in zip(*(trace.y for trace in figure.data), strict=True)]
-    assert max(stacked) * 2**20 == pytest.approx(found.peak_bytes)
+    assert max(stacked) * 2**20 == pytest.approx(predicted.peak_bytes)
     bars = {t.name: sum(t.x) for t in modules_figure(step).data}
     assert set(bars) == {
         "kept",
@@ -93,17 +94,17 @@ def test_charts_show_the_numbers(checkpointed):
         "recomputed",
         "re-gathered",
     }
-    assert bars["kept"] * 2**20 == pytest.approx(sum(r.kept_bytes for r in found.by_module()))
+    assert bars["kept"] * 2**20 == pytest.approx(sum(r.kept_bytes for r in predicted.by_module()))
     assert bars["recomputed"] * 1e3 == pytest.approx(plan.added_us)
-    assert found.events[found.peak_at].name in step.peak_at
+    assert predicted.events[predicted.peak_at].name in step.peak_at
 
 
-def test_an_eager_step_computes_nothing_again():
+def test_an_eager_step_recomputes_nothing():
     program = chain([4, 2, 1])
-    found = timeline(program, eager_schedule(program))
-    assert [m.kept_bytes for m in found.events] == [4, 6, 6, 6, 4, 0]
-    assert not any(m.again or m.again_bytes for m in found.events)
-    assert str(Timeline((), 0)) == "an empty step"
+    predicted = timeline(program, eager_schedule(program))
+    assert [m.kept_bytes for m in predicted.events] == [4, 6, 6, 6, 4, 0]
+    assert not any(m.recomputed or m.recomputed_bytes for m in predicted.events)
+    assert Timeline((), 0).peak_bytes == 0
 
 
 def test_a_measured_device_has_one_time_for_plans_and_schedules():
@@ -121,7 +122,7 @@ def test_a_measured_device_has_one_time_for_plans_and_schedules():
         planned = autoplan(model, (), case.batch(0), cluster=cluster)
         trainable = trainable_inputs(planned.graph, model)
         program = local_step(planned.graph, planned.plan, trainable=trainable).program
-        found = timeline(program, eager_schedule(program))
-        assert found.us == pytest.approx(planned.plan.time.compute_us, rel=0.1)
-        times.append(found.us)
+        predicted = timeline(program, eager_schedule(program))
+        assert predicted.us == pytest.approx(planned.plan.time.compute_us, rel=0.1)
+        times.append(predicted.us)
     assert times[1] > 1.1 * times[0]

@@ -6,7 +6,7 @@ import torch.fx as fx
 
 from autopar.ir.aliasing import storages
 from tests.lowering import lowered
-from tests.unit.test_memory_schedule import Step, step_of
+from tests.memory import Step, step_of
 
 
 def writes(gm: fx.GraphModule) -> list[fx.Node]:

@@ -20,18 +20,18 @@ from autopar.errors import InfeasibleError
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.planner import build_problem
 from autopar.report.content import step_table
-from autopar.runtime.memory import LiveBytes
 from autopar.schedule.budget import MemoryPlan, StepBudget, describe, plan_memory
 from autopar.schedule.build import schedule_of
-from autopar.schedule.offload import host_bytes, moved
+from autopar.schedule.offload import host_bytes, with_offload
 from autopar.schedule.program import Program, Schedule, eager_schedule
 from autopar.schedule.refine import Refiner
-from autopar.schedule.simulate import check, live_bytes, lives
+from autopar.schedule.simulate import check, live_bytes, live_ranges
 from autopar.schedule.streams import run_times
+from autopar.testing.live_memory import LiveMemory
 from tests.models import Classifier, words
 
 ALONE = ClusterInfo.of("1")
-# copies take next to nothing, so that moving costs less than computing again
+# copies take next to nothing, so that moving costs less than recomputing
 FAST = replace(ALONE, host_link=Link(1e-9, 1e-15))
 SMALL = replace(FAST, host_memory_bytes=250_000.0)
 CLUSTERS = {"alone": ALONE, "fast": FAST, "small": SMALL}
@@ -50,7 +50,7 @@ def built() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 
 @functools.cache
-def pair(budget: float, name: str = "fast", count: int = 128) -> JointPlan:
+def joint_plan(budget: float, name: str = "fast", count: int = 128) -> JointPlan:
     model, _ = built()
     cluster = CLUSTERS[name].with_memory(budget)
     return plan_jointly(
@@ -61,7 +61,7 @@ def pair(budget: float, name: str = "fast", count: int = 128) -> JointPlan:
 @functools.cache
 def smallest(name: str = "fast", count: int = 128) -> float:
     with pytest.raises(InfeasibleError) as error:
-        pair(1000.0, name, count)
+        joint_plan(1000.0, name, count)
     assert error.value.smallest_bytes is not None
     return error.value.smallest_bytes
 
@@ -70,7 +70,7 @@ def engine(budget: float) -> tuple:
     return auto_engine(*built(), FAST, memory=budget)
 
 
-def away(model: torch.nn.Module) -> list[str]:
+def offloaded(model: torch.nn.Module) -> list[str]:
     """Parameters that are on the host now."""
     return [n for n, p in model.named_parameters() if isinstance(p._local_tensor, EvictedShard)]
 
@@ -94,12 +94,12 @@ def test_trains_alike_below_what_fits_otherwise():
         data = words(step)
         optimizer.zero_grad()
         beside.zero_grad()
-        with LiveBytes() as live:
+        with LiveMemory() as live:
             loss = model(**data)
-            assert set(away(model)) <= set(model.memory_plan.parameters_on_host)
-            assert away(model)
+            assert set(offloaded(model)) <= set(model.memory_plan.parameters_on_host)
+            assert offloaded(model)
             loss.backward()
-        assert not away(model)
+        assert not offloaded(model)
         alone(**data).backward()
         assert_same(model, alone)
         optimizer.step()
@@ -118,7 +118,7 @@ def test_beside_the_optimizers_state():
     for step in range(3):
         data = words(step, count)
         loss = model(**data)
-        assert away(model)
+        assert offloaded(model)
         loss.backward()
         alone(**data).backward()
         assert_same(model, alone)
@@ -129,69 +129,71 @@ def test_beside_the_optimizers_state():
 
 
 def test_the_report_names_them():
-    found = pair(smallest())
-    plan, program = found.planned.plan, found.step.program
+    joint = joint_plan(smallest())
+    plan, program = joint.planned.plan, joint.step.program
     held = sum(p.nbytes for p in program.parameters.values())
     assert plan.memory.parameters_bytes < held <= plan.step.resident_bytes
     assert plan.memory.total_bytes <= smallest()
     table = step_table(plan)
     column = table.columns.index("on the host>")
     assert table.rows[table.total][column].endswith(" of parameters")
-    names = found.memory.parameters_on_host
+    names = joint.memory.parameters_on_host
     assert "head.weight" in names
-    assert all(name in table.note and name in str(found.memory) for name in names)
-    moments = {m.name: m for m in found.memory.timeline.events}
-    assert moments["head.weight gone"].start_us < moments["head.weight back"].start_us
-    assert moments["head.weight to the host"].module == "head"
+    assert all(name in table.note and name in str(joint.memory) for name in names)
+    events = {m.name: m for m in joint.memory.timeline.events}
+    assert events["head.weight evicted"].start_us < events["head.weight reloaded"].start_us
+    assert events["head.weight to the host"].module == "head"
 
 
 def test_a_full_host_takes_no_more():
-    found = pair(smallest("small"), "small")
+    joint = joint_plan(smallest("small"), "small")
     assert smallest() < smallest("small")
-    assert 0 < host_bytes(found.step.program, found.memory.schedule) <= SMALL.host_memory_bytes
+    assert 0 < host_bytes(joint.step.program, joint.memory.schedule) <= SMALL.host_memory_bytes
 
 
 def simulated(program: Program, schedule: Schedule) -> list[int]:
-    """Bytes of parameters that are missing at every position, found a second way."""
-    left = {program.transfers[s].left: p.nbytes for s, p in program.parameters.items()}
-    back = {program.transfers[s].back: p.nbytes for s, p in program.parameters.items()}
-    missing, found = 0, []
+    """Bytes of parameters that are missing at every position, computed a second way."""
+    evicts = {program.transfers[s].evict: p.nbytes for s, p in program.parameters.items()}
+    reloads = {program.transfers[s].reload: p.nbytes for s, p in program.parameters.items()}
+    missing, at_position = 0, []
     for i in schedule.forward + schedule.backward:
-        missing -= back.get(i, 0)
-        found.append(missing)
-        missing += left.get(i, 0)
+        missing -= reloads.get(i, 0)
+        at_position.append(missing)
+        missing += evicts.get(i, 0)
     assert missing == 0
-    return found
+    return at_position
 
 
 def wandering(program: Program, seed: int) -> Iterator[Schedule]:
-    """Parameters leave one after the other, at random positions, some more than once."""
+    """Parameters are offloaded one after the other, at random positions, some more than once."""
     refiner = Refiner(program, {i: op.us for i, op in enumerate(program.ops)})
     draw = random.Random(seed)
     schedule = schedule_of(program, set()) if seed % 2 else eager_schedule(program)
     for _ in range(20):
         sequence = schedule.forward + schedule.backward
-        own = zip(*lives(program, schedule)[:3], strict=True)
+        own = zip(*live_ranges(program, schedule)[:3], strict=True)
         s, start, end = draw.choice([x for x in own if x[0] in program.parameters])
         at, ops = draw.randint(start, end), [program.ops[i] for i in sequence]
-        gap = refiner.gap(ops, len(schedule.forward), s, start, end, at)
-        if gap is not None:
-            busy = run_times(program, sequence)
-            schedule = moved(program, schedule, busy, s, gap, np.array([at]))
+        interval = refiner.idle_interval(ops, len(schedule.forward), s, start, end, at)
+        if interval is not None:
+            times = run_times(program, sequence)
+            schedule = with_offload(program, schedule, times, s, interval, np.array([at]))
             # behind the two copies
             assert simulated(program, schedule)[at + 2] >= program.parameters[s].nbytes
             yield schedule
 
 
-def test_wherever_parameters_leave_they_are_back_for_their_readers():
-    program = pair(smallest()).step.program
-    stays = replace(program, parameters={})
+def test_offloaded_parameters_are_reloaded_for_their_readers():
+    program = joint_plan(smallest()).step.program
+    without_offload = replace(program, parameters={})
     count = 0
     for seed in range(20):
         for schedule in wandering(program, seed):
             check(program, schedule)
             missing = simulated(program, schedule)
-            assert (live_bytes(program, schedule) == live_bytes(stays, schedule) - missing).all()
+            assert (
+                live_bytes(program, schedule) == live_bytes(without_offload, schedule) - missing
+            ).all()
             count += 1
     assert count > 100
 
@@ -206,7 +208,7 @@ def test_such_schedules_run(monkeypatch, seed):
     (model, _), (alone, _) = engine(2.0**30), built()
     for step in range(2):
         data = words(step)
-        with LiveBytes() as live:
+        with LiveMemory() as live:
             model(**data).backward()
         alone(**data).backward()
     plan = model.memory_plan
@@ -221,8 +223,8 @@ def plan_of(program: Program, share: float) -> MemoryPlan:
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.6, 0.55])
-def test_what_is_computed_again_finds_its_weights(share):
-    program = pair(smallest()).step.program
+def test_recomputed_operators_find_their_weights(share):
+    program = joint_plan(smallest()).step.program
     check(program, plan_of(program, share).schedule)
 
 
@@ -239,12 +241,12 @@ def trains_again(model, alone):
 def evaluates(model, alone):
     with torch.no_grad():
         assert model(**words(9)) == alone(**words(9))
-    assert not away(model)
+    assert not offloaded(model)
 
 
 def prepares(model, alone):
     model.plan_for(**words(9, count=64))
-    assert not away(model)
+    assert not offloaded(model)
 
 
 def reads(model, alone):
@@ -263,7 +265,7 @@ def keeps_an_array(model, alone):
     """NumPy holds what it was given, so that the weight stays on the device from here on."""
     array = model.head.weight.to_local().detach().numpy()
     forwards_again(model, alone)
-    assert "head.weight" not in away(model)
+    assert "head.weight" not in offloaded(model)
     assert (array == alone.head.weight.detach().numpy()).all()
 
 
@@ -273,7 +275,7 @@ def keeps_an_array(model, alone):
 def test_between_forward_and_backward(happens):
     (model, _), (alone, _) = engine(smallest()), built()
     loss, expected = model(**words(0)), alone(**words(0))
-    assert away(model)
+    assert offloaded(model)
     happens(model, alone)
     loss.backward()
     expected.backward()
@@ -294,10 +296,10 @@ def test_a_loss_that_is_dropped_and_a_backward_that_fails():
     model(**words(0)).backward()
     alone(**words(0)).backward()
     model(**words(1))
-    assert away(model)
+    assert offloaded(model)
     optimizer.step()  # with the gradients of before
     beside.step()
-    assert not away(model)
+    assert not offloaded(model)
     assert_same(model, alone)
 
     def fails(grad):
@@ -307,9 +309,9 @@ def test_a_loss_that_is_dropped_and_a_backward_that_fails():
     loss.register_hook(fails)
     with pytest.raises(OSError):
         loss.backward()
-    assert away(model)
+    assert offloaded(model)
     assert_same(model, alone)
-    assert not away(model)
+    assert not offloaded(model)
 
 
 def test_a_step_between_forward_and_backward_is_refused_as_ever():
@@ -337,7 +339,7 @@ def test_what_others_hold_stays():
 
     flat, tied, buffer = torch.zeros(8), torch.zeros(4), torch.zeros(4)
     array = torch.from_numpy(np.zeros(4))
-    found = {
+    parameters = {
         "own": parameter(torch.zeros(2, 3)),
         "flat.a": parameter(flat[:4]),
         "flat.b": parameter(flat[4:]),
@@ -346,4 +348,4 @@ def test_what_others_hold_stays():
         "buffer": parameter(buffer),
         "array": parameter(array),
     }
-    assert offloadable(found, [buffer]) == {"own"}
+    assert offloadable(parameters, [buffer]) == {"own"}
