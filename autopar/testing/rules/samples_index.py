@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from autopar.testing.rules.draw import Arguments, Draw, sampler
+from autopar.testing.rules.rows import at_times, calls, integer, normal
 
 
 @sampler("aten.embedding.default")
@@ -157,11 +158,6 @@ def _masked_scatter(draw: Draw) -> Arguments:
     return (x, draw.booleans(shape), draw.normal(x.numel() + 1)), {}
 
 
-@sampler("aten.bucketize.Tensor")
-def _bucketize(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 3)), draw.normal(draw.size()).sort().values), {}
-
-
 @sampler("aten.searchsorted.Tensor")
 def _searchsorted(draw: Draw) -> Arguments:
     n = draw.size()
@@ -171,12 +167,6 @@ def _searchsorted(draw: Draw) -> Arguments:
     return (draw.normal(*lead, n).sort().values, draw.normal(*lead, draw.size())), {}
 
 
-@sampler("aten.histc.default")
-def _histc(draw: Draw) -> Arguments:
-    bounds = [] if draw.chance(30) else [0, 1]
-    return (draw.uniform(draw.shape(0, 3)), draw.integer(2, 5), *bounds), {}
-
-
-@sampler("aten.nonzero_static.default")
-def _nonzero(draw: Draw) -> Arguments:
-    return (draw.booleans(draw.shape(1, 3)),), {"size": draw.integer(1, 5)}
+calls("bucketize.Tensor", (0, 3), normal, lambda draw, _: draw.normal(draw.size()).sort().values)
+calls("histc.default", (0, 3), Draw.uniform, integer(2, 5), at_times(70, 0, 1))
+calls("nonzero_static.default", (1, 3), Draw.booleans, size=integer(1, 5))

@@ -7,6 +7,58 @@ import math
 import torch
 
 from autopar.testing.rules.draw import Arguments, Draw, sampler
+from autopar.testing.rules.rows import (
+    any_kind,
+    at_times,
+    calls,
+    dim,
+    dims,
+    integer,
+    new_dim,
+    normal,
+    one_of,
+    with_ones,
+)  # fmt: skip
+
+calls("unsqueeze.default", (0, 4), any_kind, new_dim)
+calls("squeeze.dim", with_ones(1, 4), any_kind, dim)
+calls("squeeze.dims", with_ones(1, 4), any_kind, dims)
+calls("squeeze.default", with_ones(0, 4), any_kind)
+calls("transpose.int swapaxes.default movedim.int", (1, 4), any_kind, dim, dim)
+calls("t.default", (0, 2), any_kind)
+calls("contiguous.default alias.default detach.default", (0, 4), any_kind)
+calls(
+    "_to_copy.default", (0, 4), any_kind,
+    dtype=one_of(torch.float64, torch.float32, torch.int64, torch.bool, torch.bfloat16),
+)  # fmt: skip
+calls("chunk.default", (1, 4), any_kind, integer(1, 4), dim)
+calls("unbind.int", (1, 4), any_kind, dim)
+calls("flip.default", (1, 4), any_kind, dims)
+calls("tril.default triu.default", (2, 4), any_kind, integer(-2, 2))
+calls("diag.default diagonal.default diag_embed.default", (2, 2), normal)
+calls("expand_as.default", (0, 4), lambda draw, shape: draw.normal(*draw.broadcast(shape)), normal)
+
+
+def _padding(draw: Draw, shape: list[int]) -> list[int]:
+    """Amounts per padded dim, from the last on."""
+    amounts: list[int] = []
+    for _ in range(draw.integer(1, len(shape))):
+        amounts += [0, 0] if draw.chance(40) else [draw.integer(0, 3), draw.integer(0, 3)]
+    return amounts
+
+
+calls("constant_pad_nd.default", (1, 4), normal, _padding, at_times(66, one_of(0.0, -1.5)))
+
+
+@sampler("aten.pad.default")
+def _pad(draw: Draw) -> Arguments:
+    if draw.chance(70):
+        shape = draw.shape(1, 4)
+        value = draw.choice([{}, {"value": 0.0}, {"value": -1.5}])
+        return (draw.normal(*shape), _padding(draw, shape)), value
+    shape = [draw.size(), draw.size(), draw.size(3)]
+    mode = draw.choice(["reflect", "replicate", "circular"])
+    return (draw.normal(*shape), [draw.integer(0, 2), draw.integer(0, 2)], mode), {}
 
 
 def regrouped(draw: Draw, shape: list[int]) -> list[int]:
@@ -55,44 +107,6 @@ def _unflatten(draw: Draw) -> Arguments:
     return (draw.any_kind(shape), dim, inner), {}
 
 
-@sampler("aten.unsqueeze.default")
-def _unsqueeze(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 4)
-    return (draw.any_kind(shape), draw.dim(len(shape) + 1)), {}
-
-
-def _with_ones(draw: Draw, low: int, high: int) -> list[int]:
-    return [1 if draw.chance(40) else n for n in draw.shape(low, high)]
-
-
-@sampler("aten.squeeze.dim")
-def _squeeze_dim(draw: Draw) -> Arguments:
-    shape = _with_ones(draw, 1, 4)
-    return (draw.any_kind(shape), draw.dim(len(shape))), {}
-
-
-@sampler("aten.squeeze.dims")
-def _squeeze_dims(draw: Draw) -> Arguments:
-    shape = _with_ones(draw, 1, 4)
-    return (draw.any_kind(shape), draw.dims(len(shape))), {}
-
-
-@sampler("aten.squeeze.default")
-def _squeeze(draw: Draw) -> Arguments:
-    return (draw.any_kind(_with_ones(draw, 0, 4)),), {}
-
-
-@sampler("aten.transpose.int", "aten.swapaxes.default")
-def _transpose(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.any_kind(shape), draw.dim(len(shape)), draw.dim(len(shape))), {}
-
-
-@sampler("aten.t.default")
-def _t(draw: Draw) -> Arguments:
-    return (draw.any_kind(draw.shape(0, 2)),), {}
-
-
 @sampler("aten.permute.default")
 def _permute(draw: Draw) -> Arguments:
     shape = draw.shape(0, 4)
@@ -101,53 +115,12 @@ def _permute(draw: Draw) -> Arguments:
     return (draw.any_kind(shape), [d - len(shape) if draw.chance(30) else d for d in order]), {}
 
 
-@sampler("aten.movedim.int")
-def _movedim(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.any_kind(shape), draw.dim(len(shape)), draw.dim(len(shape))), {}
-
-
 @sampler("aten.expand.default")
 def _expand(draw: Draw) -> Arguments:
-    shape = _with_ones(draw, 0, 3)
+    shape = with_ones(0, 3)(draw)
     target = [draw.size() if n == 1 else n for n in shape]
     size = [-1 if s == n and draw.chance(30) else n for s, n in zip(shape, target, strict=True)]
     return (draw.any_kind(shape), [*draw.shape(0, 1), *size]), {}
-
-
-@sampler("aten.expand_as.default")
-def _expand_as(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 4)
-    return (draw.normal(*draw.broadcast(shape)), draw.normal(*shape)), {}
-
-
-@sampler("aten.constant_pad_nd.default")
-def _constant_pad(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    pad = []
-    for _ in range(draw.integer(1, len(shape))):
-        pad += [0, 0] if draw.chance(40) else [draw.integer(0, 3), draw.integer(0, 3)]
-    return (draw.normal(*shape), pad), draw.choice([{}, {"value": 0.0}, {"value": -1.5}])
-
-
-@sampler("aten.pad.default")
-def _pad(draw: Draw) -> Arguments:
-    if draw.chance(70):
-        return _constant_pad(draw)
-    shape = [draw.size(), draw.size(), draw.size(3)]
-    mode = draw.choice(["reflect", "replicate", "circular"])
-    return (draw.normal(*shape), [draw.integer(0, 2), draw.integer(0, 2)], mode), {}
-
-
-@sampler("aten.contiguous.default", "aten.alias.default", "aten.detach.default")
-def _same(draw: Draw) -> Arguments:
-    return (draw.any_kind(draw.shape(0, 4)),), {}
-
-
-@sampler("aten._to_copy.default")
-def _to_copy(draw: Draw) -> Arguments:
-    dtype = draw.choice([torch.float64, torch.float32, torch.int64, torch.bool, torch.bfloat16])
-    return (draw.any_kind(draw.shape(0, 4)),), {"dtype": dtype}
 
 
 def _bounds(draw: Draw, size: int) -> tuple[int, int]:
@@ -193,18 +166,6 @@ def _split_with_sizes(draw: Draw) -> Arguments:
     return (draw.any_kind(shape), sizes, dim), {}
 
 
-@sampler("aten.chunk.default")
-def _chunk(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.any_kind(shape), draw.integer(1, 4), draw.dim(len(shape))), {}
-
-
-@sampler("aten.unbind.int")
-def _unbind(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.any_kind(shape), draw.dim(len(shape))), {}
-
-
 @sampler("aten.broadcast_tensors.default")
 def _broadcast_tensors(draw: Draw) -> Arguments:
     shape = draw.shape(0, 4)
@@ -235,12 +196,6 @@ def _stack(draw: Draw) -> Arguments:
     return (tensors, draw.dim(len(shape) + 1)), {}
 
 
-@sampler("aten.flip.default")
-def _flip(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.any_kind(shape), draw.dims(len(shape))), {}
-
-
 @sampler("aten.roll.default")
 def _roll(draw: Draw) -> Arguments:
     shape = draw.shape(1, 4)
@@ -256,11 +211,6 @@ def _fft(draw: Draw) -> Arguments:
     return (draw.normal(*shape),), {"dim": draw.dims(len(shape))} if draw.chance(70) else {}
 
 
-@sampler("aten.tril.default", "aten.triu.default")
-def _tril(draw: Draw) -> Arguments:
-    return (draw.any_kind(draw.shape(2, 4)), draw.integer(-2, 2)), {}
-
-
 @sampler("aten.repeat_interleave.self_int")
 def _repeat_interleave(draw: Draw) -> Arguments:
     shape = draw.shape(1, 4)
@@ -273,7 +223,7 @@ def _repeat_interleave(draw: Draw) -> Arguments:
 
 @sampler("aten.repeat.default", "aten.tile.default")
 def _repeat(draw: Draw) -> Arguments:
-    shape = _with_ones(draw, 0, 3)
+    shape = with_ones(0, 3)(draw)
     times = [draw.choice([1, 1, 2, 3]) for _ in range(len(shape) + draw.integer(0, 1))]
     return (draw.any_kind(shape), times), {}
 
@@ -297,11 +247,6 @@ def _as_strided(draw: Draw) -> Arguments:
         return (draw.normal(rows, columns), [columns, rows], [1, columns]), {}
     width = draw.integer(1, columns)
     return (draw.normal(rows, columns), [rows, columns - width + 1, width], [columns, 1, 1]), {}
-
-
-@sampler("aten.diag.default", "aten.diagonal.default", "aten.diag_embed.default")
-def _diag(draw: Draw) -> Arguments:
-    return (draw.normal(draw.size(), draw.size()),), {}
 
 
 @sampler("aten.meshgrid.indexing")
