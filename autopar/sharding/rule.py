@@ -99,6 +99,13 @@ class OpRule:
             factors={n: f for n, f in self.factors.items() if n not in names},
         )
 
+    def by_groups(self, name: str, groups: int) -> OpRule:
+        """The same, with the channels of a factor split between groups, never inside one."""
+        if groups == 1 or name not in self.factors:
+            return self.without(name)
+        factor = replace(self.factors[name], size=groups, even=True)
+        return replace(self, factors={**self.factors, name: factor})
+
 
 @dataclass(frozen=True)
 class Strategy:

@@ -92,8 +92,7 @@ def _topk(draw: Draw) -> Arguments:
 
 @sampler("aten.glu.default")
 def _glu(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 4)
     shape[dim] *= 2
     return (draw.normal(*shape), dim), {}
 

@@ -8,6 +8,7 @@ import torch
 
 from autopar.testing.rules.draw import Arguments, Draw, sampler
 from autopar.testing.rules.rows import (
+    Several,
     any_kind,
     at_times,
     calls,
@@ -19,6 +20,28 @@ from autopar.testing.rules.rows import (
     one_of,
     with_ones,
 )  # fmt: skip
+
+
+def _two(draw: Draw, shape: list[int]) -> list[torch.Tensor]:
+    """Of this shape, or broadcast to it."""
+    same = draw.chance()
+    return [draw.normal(*(shape if same else draw.broadcast(shape))) for _ in range(2)]
+
+
+def _up_to_three(draw: Draw, shape: list[int]) -> list[torch.Tensor]:
+    return [draw.normal(*shape) for _ in range(draw.integer(1, 3))]
+
+
+def _one_per_dim(draw: Draw, shape: list[int]) -> list[torch.Tensor]:
+    return [draw.normal(n) for n in shape]
+
+
+def _first_and_last(draw: Draw, shape: list[int]) -> Several:
+    """A range of dims."""
+    start = draw.integer(0, len(shape) - 1)
+    end = draw.integer(start, len(shape) - 1)
+    return Several((start, end - len(shape) if draw.chance() else end))
+
 
 calls("unsqueeze.default", (0, 4), any_kind, new_dim)
 calls("squeeze.dim", with_ones(1, 4), any_kind, dim)
@@ -36,6 +59,11 @@ calls("unbind.int", (1, 4), any_kind, dim)
 calls("flip.default", (1, 4), any_kind, dims)
 calls("tril.default triu.default", (2, 4), any_kind, integer(-2, 2))
 calls("diag.default diagonal.default diag_embed.default", (2, 2), normal)
+calls("fft_fftn.default", (1, 3), normal, None, at_times(70, dims))
+calls("broadcast_tensors.default", (0, 4), _two)
+calls("meshgrid.indexing", (1, 3), _one_per_dim, indexing=one_of("ij", "ij", "xy"))
+calls("stack.default", (0, 3), _up_to_three, new_dim)
+calls("flatten.using_ints", (1, 4), any_kind, _first_and_last)
 calls("expand_as.default", (0, 4), lambda draw, shape: draw.normal(*draw.broadcast(shape)), normal)
 
 
@@ -88,18 +116,9 @@ def _reshape(draw: Draw) -> Arguments:
     return (draw.any_kind(shape), target), {}
 
 
-@sampler("aten.flatten.using_ints")
-def _flatten(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    start = draw.integer(0, len(shape) - 1)
-    end = draw.integer(start, len(shape) - 1)
-    return (draw.any_kind(shape), start, end - len(shape) if draw.chance() else end), {}
-
-
 @sampler("aten.unflatten.int")
 def _unflatten(draw: Draw) -> Arguments:
-    shape, dim = draw.shape(1, 3), 0
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 3)
     inner = [draw.size(), draw.size()]
     shape[dim] = math.prod(inner)
     if draw.chance(30):
@@ -123,92 +142,62 @@ def _expand(draw: Draw) -> Arguments:
     return (draw.any_kind(shape), [*draw.shape(0, 1), *size]), {}
 
 
-def _bounds(draw: Draw, size: int) -> tuple[int, int]:
-    start = draw.integer(0, size - 1)
-    end = draw.choice([draw.integer(start + 1, size), 9223372036854775807])
-    return (start - size if draw.chance(20) and start else start), end
-
-
 @sampler("aten.slice.Tensor")
 def _slice(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
-    start, end = _bounds(draw, shape[dim])
-    rest = (draw.integer(1, 3),) if draw.chance(30) else ()
-    return (draw.any_kind(shape), dim, start, end, *rest), {}
+    shape, dim = draw.along(1, 4)
+    size = shape[dim]
+    start = draw.integer(0, size - 1)
+    end = draw.choice([draw.integer(start + 1, size), 9223372036854775807])
+    first = start - size if draw.chance(20) and start else start
+    steps = (draw.integer(1, 3),) if draw.chance(30) else ()
+    return (draw.any_kind(shape), dim, first, end, *steps), {}
 
 
 @sampler("aten.narrow.default")
 def _narrow(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 4)
     start = draw.integer(0, shape[dim] - 1)
     return (draw.any_kind(shape), dim, start, draw.integer(1, shape[dim] - start)), {}
 
 
-@sampler("aten.split.Tensor", "aten.unsafe_split.Tensor")
-def _split(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
-    size = draw.integer(1, shape[dim])
-    x = draw.any_kind(shape)
-    if dim == 0 and draw.chance():
-        return (x, size), {}
-    return (x, size, dim), {}
-
-
-@sampler("aten.split_with_sizes.default")
-def _split_with_sizes(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
-    sizes = [draw.integer(1, 4) for _ in range(draw.integer(1, 3))]
-    shape[dim] = sum(sizes)
-    return (draw.any_kind(shape), sizes, dim), {}
-
-
-@sampler("aten.broadcast_tensors.default")
-def _broadcast_tensors(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 4)
-    same = draw.chance()
-    return ([draw.normal(*(shape if same else draw.broadcast(shape))) for _ in range(2)],), {}
-
-
 @sampler("aten.select.int")
 def _select(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 4)
     return (draw.any_kind(shape), dim, draw.dim(shape[dim])), {}
-
-
-@sampler("aten.cat.default", "aten.concat.default", "aten.concatenate.default")
-def _cat(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
-    sizes = [draw.size() for _ in range(draw.integer(1, 3))]
-    shapes = [[n if d != dim % len(shape) else s for d, n in enumerate(shape)] for s in sizes]
-    return ([draw.normal(*s) for s in shapes], dim), {}
-
-
-@sampler("aten.stack.default")
-def _stack(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 3)
-    tensors = [draw.normal(*shape) for _ in range(draw.integer(1, 3))]
-    return (tensors, draw.dim(len(shape) + 1)), {}
 
 
 @sampler("aten.roll.default")
 def _roll(draw: Draw) -> Arguments:
     shape = draw.shape(1, 4)
-    if draw.chance(20):
-        return (draw.any_kind(shape), [draw.integer(-2, 3)]), {}
-    dims = draw.dims(len(shape))
-    return (draw.any_kind(shape), [draw.integer(-2, 3) for _ in dims], dims), {}
+    dims = () if draw.chance(20) else (draw.dims(len(shape)),)
+    return (
+        draw.any_kind(shape),
+        [draw.integer(-2, 3) for _ in (dims[0] if dims else [0])],
+        *dims,
+    ), {}
 
 
-@sampler("aten.fft_fftn.default")
-def _fft(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 3)
-    return (draw.normal(*shape),), {"dim": draw.dims(len(shape))} if draw.chance(70) else {}
+@sampler("aten.split.Tensor", "aten.unsafe_split.Tensor")
+def _split(draw: Draw) -> Arguments:
+    shape, dim = draw.along(1, 4)
+    rest = () if dim == 0 and draw.chance() else (dim,)
+    return (draw.any_kind(shape), draw.integer(1, shape[dim]), *rest), {}
+
+
+@sampler("aten.split_with_sizes.default")
+def _split_with_sizes(draw: Draw) -> Arguments:
+    shape, dim = draw.along(1, 4)
+    sizes = [draw.integer(1, 4) for _ in range(draw.integer(1, 3))]
+    shape[dim] = sum(sizes)
+    return (draw.any_kind(shape), sizes, dim), {}
+
+
+@sampler("aten.cat.default", "aten.concat.default", "aten.concatenate.default")
+def _cat(draw: Draw) -> Arguments:
+    shape, dim = draw.along(1, 4)
+    sizes = [draw.size() for _ in range(draw.integer(1, 3))]
+    shapes = [[n if d != dim % len(shape) else s for d, n in enumerate(shape)] for s in sizes]
+    return ([draw.normal(*s) for s in shapes], dim), {}
 
 
 @sampler("aten.repeat_interleave.self_int")
@@ -230,8 +219,7 @@ def _repeat(draw: Draw) -> Arguments:
 
 @sampler("aten.unfold.default")
 def _unfold(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 3)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 3)
     if draw.chance(30):  # windows side by side
         size = draw.integer(1, 3)
         shape[dim] *= size
@@ -247,9 +235,3 @@ def _as_strided(draw: Draw) -> Arguments:
         return (draw.normal(rows, columns), [columns, rows], [1, columns]), {}
     width = draw.integer(1, columns)
     return (draw.normal(rows, columns), [rows, columns - width + 1, width], [columns, 1, 1]), {}
-
-
-@sampler("aten.meshgrid.indexing")
-def _meshgrid(draw: Draw) -> Arguments:
-    tensors = [draw.normal(draw.size()) for _ in range(draw.integer(1, 3))]
-    return (tensors,), {"indexing": draw.choice(["ij", "ij", "xy"])}
