@@ -57,6 +57,10 @@ class OneOp:
         """The rule, and whether the table had one."""
         return rule_of(self.node)
 
+    def elements(self) -> int:
+        """Of all operands."""
+        return sum(x.numel() for x in self.inputs if x is not None)
+
     def strategies(self, mesh: Sequence[int]) -> list[Strategy]:
         return strategies_of(self.node, mesh)
 
