@@ -4,11 +4,9 @@ If a branch of the user's Python depends on tensor values, the graph contains on
 such decision is a `Guard` of one of these kinds:
 
 * ``input``: computed from inputs and buffers alone. `holds` computes the value on another batch
-with
-  the model's own operators. If it differs, the graph does not apply to that batch.
+  with the model's own operators. If it differs, the graph does not apply to that batch.
 * ``random``: decided by a random draw (layer drop). The graph contains the likelier side and no
-longer
-  draws.
+  longer draws.
 * ``check``: a check on activations that only raises or replaces infinities; assumed to pass.
 * ``assumed``: decided by `ColoTracer(assume=...)`.
 * ``setting``: a library's setting that the capture changed without changing the mathematics.
