@@ -19,11 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import (
-    Work,
-    _register_process_group,
-    _unregister_process_group,
-)
+from torch._C._distributed_c10d import Work, _register_process_group, _unregister_process_group
 
 from autopar.comm.groups import register_mesh
 

@@ -66,11 +66,7 @@ class ColoTracer:
     """
 
     def __init__(
-        self,
-        device: str = "cpu",
-        *,
-        assume: Mapping[str, Any] | None = None,
-        dynamic: bool = False,
+        self, device: str = "cpu", *, assume: Mapping[str, Any] | None = None, dynamic: bool = False
     ) -> None:
         self.device = device
         self.assume = dict(assume or {})

@@ -147,7 +147,7 @@ def _index_add(call: Call) -> OpRule:
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     # values are consumed in order, across all dims
-    "aten.masked_scatter.default": Row("..., ..., ... -> ...", linear=((0, 2),)),
+    "aten.masked_scatter.default": Row("..., ..., ... -> ...", linear=((0, 2),))
 }
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {

@@ -18,8 +18,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row(_BATCH_NORM.replace("*s, c, c,", "*s, [y], [z],"), lowering=norms.batch_norm),
     ),
     "aten._native_batch_norm_legit.no_stats": Row(
-        "n:complete c *s:complete, c, c -> n c *s, c, c",
-        lowering=norms.batch_norm_without_running,
+        "n:complete c *s:complete, c, c -> n c *s, c, c", lowering=norms.batch_norm_without_running
     ),
     # as captured in eval mode
     "aten.batch_norm.default": (

@@ -197,9 +197,7 @@ def _as_strided(call: Call) -> OpRule | None:
             names = [f"d{d}:lowered" if e == d else f"[x{e}]" for e in range(len(source))]
             out = [f"d{d}" if e == d else f"[y{e}]" for e in range(len(target))]
             return call.bind(
-                f"{' '.join(names)} -> {' '.join(out)}",
-                linear=((0,),),
-                lowering=windows.as_strided,
+                f"{' '.join(names)} -> {' '.join(out)}", linear=((0,),), lowering=windows.as_strided
             )
     return None
 

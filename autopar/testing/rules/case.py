@@ -234,13 +234,7 @@ def _compared(
             continue
         pieces = {c: g for c, h in by_rank.items() if (g := h.gradients[i]) is not None}
         error, off = differences(
-            f"gradient of operand {i}",
-            pieces,
-            spec_in,
-            spec_in.varying,
-            full_grad,
-            mesh,
-            tolerance,
+            f"gradient of operand {i}", pieces, spec_in, spec_in.varying, full_grad, mesh, tolerance
         )
         worst, differing = max(worst, error), differing + off
     if one.rule[0].always:

@@ -122,10 +122,7 @@ def _call_node(sample: Sample) -> tuple[fx.Node, dict[fx.Node, torch.Tensor]]:
 
 
 def _backward(
-    node: fx.Node,
-    inputs: Sequence[torch.Tensor | None],
-    differentiable: Sequence[bool],
-    draw: Draw,
+    node: fx.Node, inputs: Sequence[torch.Tensor | None], differentiable: Sequence[bool], draw: Draw
 ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...], tuple[Any, ...]]:
     leaves = [
         None if x is None else x.detach().requires_grad_(d)
