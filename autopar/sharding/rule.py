@@ -161,6 +161,10 @@ class Row:
     half: tuple[str, ...] = ()
     when: Callable[[Mapping[str, Any]], bool] | None = None
 
+    def applies(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the row holds for a call with these arguments."""
+        return self.when is None or self.when(arguments)
+
     def bind(self, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -> OpRule:
         """The rule for operands and results of these shapes.
 

@@ -82,8 +82,7 @@ def write_back(gm: fx.GraphModule, written: Written) -> None:
     with gm.graph.inserting_before(output):
         for buffer, value in written.items():
             copied = gm.graph.call_function(aten.copy_.default, (buffer, value))
-            copied.meta = dict(value.meta)
-            copied.meta["val"] = buffer.meta["val"]
+            copied.meta = {**value.meta, "val": buffer.meta["val"]}
 
 
 def buffer_results(
@@ -128,6 +127,15 @@ def _arguments(functional: Any, node: fx.Node) -> tuple[Any, ...]:
     remaining = [(a, b) for a, b in pairs if a.name not in node.kwargs][len(node.args) :]
     missing = [a for a, b in remaining if a.has_default_value() and not b.has_default_value()]
     return (*node.args, *(a.default_value for a in missing))
+
+
+def call_like(
+    like: fx.Node, op: Any, args: tuple[Any, ...], kwargs: Any = None, name: str | None = None
+) -> fx.Node:
+    """A call at the graph's insertion point, with a node's metadata and a result of its own."""
+    call = like.graph.create_node("call_function", op, args, kwargs or {}, name)
+    call.meta = {**like.meta, "val": computed(op, args, kwargs or {})}
+    return call
 
 
 def computed(op: Any, args: Any, kwargs: Any) -> Any:

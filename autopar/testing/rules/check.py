@@ -63,7 +63,6 @@ class OpReport:
         worst: largest error of the correct cases in float64.
         failed: number of failed cases.
         failures: distinct failures.
-        refused, unruled: number of calls that torch refused, and that no rule covers.
     """
 
     name: str
@@ -75,8 +74,6 @@ class OpReport:
     worst: float
     failed: int
     failures: tuple[Failure, ...]
-    refused: int
-    unruled: int
     seconds: float
 
 
@@ -84,10 +81,11 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
     """Run random cases of one op; the same seed runs the same cases."""
     op = find_op(name)
     assert op is not None, name
+    alternatives = 1 if name in DERIVED else len(ROWS.get(name, (None,)))
     used: Counter[str] = Counter()
     possible: set[str] = set()
     rows: set[int] = set()
-    done = refused = unruled = failed = calls = 0
+    done = failed = calls = 0
     worst = 0.0
     failures: dict[str, Failure] = {}
     began = time.perf_counter()
@@ -96,7 +94,6 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
         draw = Draw(random.Random(f"{seed} {name} {calls}"))
         one = draw_call(op, draw)
         if one is None:
-            refused += 1
             continue
         try:
             ruled, row = one.rule[1], alternative(one)
@@ -106,9 +103,8 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
             failures.setdefault("", Failure(str(one.sample), (), "", "", (what,)))
             continue
         if not ruled:
-            unruled += 1
             continue
-        if row in rows and len(rows) < _alternatives(name) and calls % 8:
+        if row in rows and len(rows) < alternatives and calls % 8:
             continue  # until every alternative has been reached
         rows.add(row)
         for mesh, strategy in _cases(one, row, draw, used, possible):
@@ -124,24 +120,16 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
             if done >= cases:
                 break
     return OpReport(
-        name, done, frozenset(used), frozenset(possible), frozenset(rows), _alternatives(name),
-        worst, failed, tuple(failures.values()), refused, unruled, time.perf_counter() - began,
+        name, done, frozenset(used), frozenset(possible), frozenset(rows), alternatives, worst,
+        failed, tuple(failures.values()), time.perf_counter() - began,
     )  # fmt: skip
 
 
 def alternative(one: OneOp) -> int:
     """Index of the op's row that applies to a call; 0 for derived rules."""
-    rows = ROWS.get(str(one.sample.op))
-    if not isinstance(rows, tuple) or str(one.sample.op) in DERIVED:
-        return 0
-    arguments = call_of(one.node).arguments
-    held = (i for i, row in enumerate(rows) if row.when is None or row.when(arguments))
-    return next(held, 0)
-
-
-def _alternatives(name: str) -> int:
-    rows = ROWS.get(name)
-    return len(rows) if isinstance(rows, tuple) and name not in DERIVED else 1
+    name, arguments = str(one.sample.op), call_of(one.node).arguments
+    rows = () if name in DERIVED else ROWS.get(name, ())
+    return next((i for i, row in enumerate(rows) if row.applies(arguments)), 0)
 
 
 def kinds(strategy: Strategy, row: int) -> set[str]:

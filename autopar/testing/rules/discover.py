@@ -8,6 +8,7 @@ an op without a rule, a rule can be proposed.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 
 from autopar.ir.graph import bound_arguments
 from autopar.ir.spec import ShardingSpec, fills_every_rank, local_shape
+from autopar.sharding.node_rules import is_floating
 from autopar.sharding.rules.view import RESHAPES
 from autopar.testing.rules.draw import Draw
-from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad
+from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad, leaves_of
 from autopar.testing.rules.shards import largest_error, ranks, split, tolerance_of
 
 PARTS = (2, 3)
@@ -55,9 +57,7 @@ def correct_strategies(
         careful: split dims of equal extents together, because torch does not check some ops' sizes.
     """
     options = [list(options_of(x, trained, parts)) for x, trained in zip(one.inputs, one.trained)]  # noqa: B905
-    count = 1
-    for choices in options:
-        count *= len(choices)
+    count = math.prod(map(len, options))
     combinations: Iterator[States] = itertools.product(*options)
     if count > _MOST:
         chosen = set(draw.source.sample(range(count), _MOST))
@@ -136,10 +136,7 @@ def _tried(one: OneOp, states: States, parts: int, dim: int | None, draw: Draw) 
         for x, s in zip(one.inputs, states, strict=True)
     ]
     leaves = [
-        [
-            None if p is None else p[c].clone().requires_grad_(trained)
-            for p, trained in zip(pieces, one.trained, strict=True)
-        ]
+        leaves_of([None if p is None else p[c].clone() for p in pieces], one.trained)
         for c in ranks(mesh)
     ]
     try:
@@ -198,7 +195,7 @@ def _state(pieces: Sequence[torch.Tensor], full: torch.Tensor, tolerance: float)
         return "R"
     stacked = torch.stack(list(pieces))
     if full.dtype != torch.bool and near(stacked.sum(0).to(full.dtype), full):
-        return "P" if full.dtype.is_floating_point or full.dtype.is_complex else None
+        return "P" if is_floating(full) else None
     if full.dtype.is_complex or not full.numel():
         return None
     if near(stacked.amax(0), full):

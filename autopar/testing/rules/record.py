@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from autopar.files import write_atomically
-from autopar.sharding.rule import Row
 from autopar.sharding.rules import pointwise
 from autopar.sharding.rules.registry import DERIVED, ROWS
 from autopar.testing.rules.check import OpReport
@@ -66,20 +65,13 @@ def digest(name: str) -> str:
     if name in DERIVED:
         parts += sources(DERIVED[name])
     elif name in ROWS:
-        rows = ROWS[name]
-        for row in rows if isinstance(rows, tuple) else (rows,):
-            parts += _of_row(row)
+        for row in ROWS[name]:
+            parts += [row.notation, repr(row.linear), repr(row.always)]
+            for function in filter(None, (row.lowering, row.when)):
+                parts += sources(function)
     else:
         parts += [repr(pointwise.LINEAR.get(name, ())), *sources(pointwise.bind_pointwise)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _of_row(row: Row) -> list[str]:
-    parts = [row.notation, repr(row.linear), repr(row.always)]
-    for function in (row.lowering, row.when):
-        if function is not None:
-            parts += sources(function)
-    return parts
 
 
 def sources(function: Callable[..., Any]) -> list[str]:

@@ -100,7 +100,7 @@ def _plain(name: str) -> Row | None:
             argument.has_default_value()
         ):
             return None
-    return rows[0] if isinstance(rows, tuple) else rows
+    return rows[0]
 
 
 _INDEX = re.compile(r"ind(ex|ices)|target")
