@@ -150,17 +150,17 @@ def _without_shape_operands(node: fx.Node) -> tuple[Any, Any, Any]:
         return node.target, node.args, node.kwargs
     shape = list(value.shape)
     kinds = {"dtype": value.dtype, "device": value.device}
+    aten = torch.ops.aten
     if name == "expand_as":
-        return torch.ops.aten.expand.default, (node.args[0], shape), {}
+        return aten.expand.default, (node.args[0], shape), {}
     if name in ("view_as", "reshape_as"):
-        return torch.ops.aten.reshape.default, (node.args[0], shape), {}
+        return aten.reshape.default, (node.args[0], shape), {}
     if name in ("zeros_like", "new_zeros"):
-        return torch.ops.aten.zeros.default, (shape,), kinds
+        return aten.zeros.default, (shape,), kinds
     if name in ("ones_like", "new_ones"):
-        return torch.ops.aten.ones.default, (shape,), kinds
+        return aten.ones.default, (shape,), kinds
     if name in ("full_like", "new_full"):
-        fill = node.args[1 if name == "full_like" else 2]
-        return torch.ops.aten.full.default, (shape, fill), kinds
+        return aten.full.default, (shape, node.args[1 if name == "full_like" else 2]), kinds
     return node.target, node.args, node.kwargs
 
 
@@ -181,11 +181,9 @@ def _writes(node: fx.Node) -> set[int]:
     """Storages that an operator writes into."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return set()
-    changed = set()
-    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-        if argument.is_write and isinstance(value, fx.Node):
-            changed |= _storages(value)
-    return changed
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    written = [x for a, x in arguments if a.is_write and isinstance(x, fx.Node)]
+    return {s for x in written for s in _storages(x)}
 
 
 def on_own_thread(function: Callable[[], T]) -> T:

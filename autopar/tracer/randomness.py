@@ -118,7 +118,8 @@ def host_randomness(resolver: BranchResolver, lifted: set[HostFunction]) -> Iter
         try:
             yield
             changed = random.getstate() != python_state and not seeded["python"]
-            changed |= _differ(np.random.get_state(), numpy_state) and not seeded["numpy"]
+            same = map(np.array_equal, np.random.get_state(), numpy_state)
+            changed |= not all(same) and not seeded["numpy"]
             if changed:
                 raise CaptureError(
                     "the model draws from Python's or NumPy's generator through a function that "
@@ -129,10 +130,6 @@ def host_randomness(resolver: BranchResolver, lifted: set[HostFunction]) -> Iter
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-def _differ(a: Any, b: Any) -> bool:
-    return any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _assignment(cost: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:

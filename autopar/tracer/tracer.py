@@ -255,11 +255,8 @@ def _plain_results(results: Any) -> Any:
     """
     _register_dataclasses(results)
 
-    def keep(value: Any) -> Any:
-        plain = value is None or isinstance(value, torch.Tensor | bool | int | float | str)
-        return value if plain else None
-
-    return pytree.tree_map(keep, results)
+    plain = torch.Tensor | bool | int | float | str
+    return pytree.tree_map(lambda x: x if isinstance(x, plain) else None, results)
 
 
 def _register_dataclasses(value: Any) -> None:
@@ -268,11 +265,8 @@ def _register_dataclasses(value: Any) -> None:
             torch.export.register_dataclass(type(value))
         for field in dataclasses.fields(value):
             _register_dataclasses(getattr(value, field.name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _register_dataclasses(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
+    elif isinstance(value, list | tuple | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
             _register_dataclasses(item)
 
 
