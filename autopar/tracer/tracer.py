@@ -119,7 +119,9 @@ class ColoTracer:
         )
         clone = self._fake_clone(model, mode)
         settings = apply_settings(clone)
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._faker(mode), example)
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, functools.partial(self._fake, mode), example
+        )
         resolver = BranchResolver(_examples(model, example), self.assume)
         _watch(clone, resolver)
         with (
@@ -164,20 +166,14 @@ class ColoTracer:
             raise CaptureError("dynamic=True takes either positional inputs or keyword ones")
         return kwargs or args
 
-    def _faker(self, mode: FakeTensorMode) -> Any:
-        def fake(t: torch.Tensor) -> torch.Tensor:
-            with mode:
-                return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self.device)
-
-        return fake
+    def _fake(self, mode: FakeTensorMode, t: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self.device)
 
     def _fake_clone(self, model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
-        fake = self._faker(mode)
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = {id(b): self._fake(mode, b) for b in model.buffers()}
         for p in model.parameters():
-            memo[id(p)] = torch.nn.Parameter(fake(p), requires_grad=p.requires_grad)
-        for b in model.buffers():
-            memo[id(b)] = fake(b)
+            memo[id(p)] = torch.nn.Parameter(self._fake(mode, p), requires_grad=p.requires_grad)
         try:
             return copy.deepcopy(model, memo)
         except Exception as error:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -58,13 +57,14 @@ def correct_strategies(
     """
     options = [list(options_of(x, trained, parts)) for x, trained in zip(one.inputs, one.trained)]  # noqa: B905
     count = math.prod(map(len, options))
-    combinations: Iterator[States] = itertools.product(*options)
-    if count > _MOST:
-        chosen = set(draw.source.sample(range(count), _MOST))
-        combinations = (c for i, c in enumerate(itertools.product(*options)) if i in chosen)
+    chosen = set(draw.source.sample(range(count), min(count, _MOST)))
     correct = set()
-    for states in combinations:
-        if all(s in ("R", ABSENT) for s in states) or not compatible(one, states, parts):
+    for number, states in enumerate(itertools.product(*options)):
+        if (
+            number not in chosen
+            or all(s in ("R", ABSENT) for s in states)
+            or not compatible(one, states, parts)
+        ):
             continue
         if careful and not _together(one, states):
             continue
@@ -182,15 +182,15 @@ def _state(pieces: Sequence[torch.Tensor], full: torch.Tensor, tolerance: float)
     """State of a result, by its parts and its global value; None if none fits."""
     if any(p.dtype != full.dtype or p.ndim != full.ndim for p in pieces):
         return None
+    near = _near(tolerance)
     for dim, size in enumerate(full.shape):
         if not fills_every_rank(size, (0,), (len(pieces),)):
             continue
         chunks = full.chunk(len(pieces), dim)
-        if len(chunks) == len(pieces) and all(map(_near(tolerance), pieces, chunks)):
+        if len(chunks) == len(pieces) and all(map(near, pieces, chunks)):
             return f"S{dim}"
     if any(p.shape != full.shape for p in pieces):
         return None
-    near = _near(tolerance)
     if all(near(p, full) for p in pieces):
         return "R"
     stacked = torch.stack(list(pieces))
@@ -203,11 +203,8 @@ def _state(pieces: Sequence[torch.Tensor], full: torch.Tensor, tolerance: float)
     return "min" if near(stacked.amin(0), full) else None
 
 
-def _near(tolerance: float) -> Any:
-    def near(a: torch.Tensor, b: torch.Tensor) -> bool:
-        return a.shape == b.shape and largest_error(a, b) <= tolerance
-
-    return near
+def _near(tolerance: float) -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    return lambda a, b: a.shape == b.shape and largest_error(a, b) <= tolerance
 
 
 def _gradients_hold(
@@ -221,15 +218,11 @@ def _gradients_hold(
     parts = len(leaves)
     near = _near(tolerance)
     shares = [
-        [None] * parts if c is None else
-        list(c.chunk(parts, int(s[1:]))) if s.startswith("S") else [c] * parts
+        list(c.chunk(parts, int(s[1:]))) if c is not None and s.startswith("S") else [c] * parts
         for c, s in zip(one.cotangents, outputs, strict=True)
-    ]  # fmt: skip
+    ]
     try:
-        gradients = [
-            grad(r, [s[i] for s in shares], leaf)
-            for i, (r, leaf) in enumerate(zip(results, leaves, strict=True))
-        ]
+        gradients = list(map(grad, results, zip(*shares, strict=True), leaves))
     except RuntimeError:
         return False
     for k, (full, state) in enumerate(zip(one.gradients, states, strict=True)):
@@ -248,9 +241,6 @@ def _gradients_hold(
 
 
 def recheck(one: OneOp, strategy: AxisStrategy, parts: int, draw: Draw) -> set[AxisStrategy]:
-    correct = set()
-    for dim in _result_dims(one):
-        outputs = _tried(one, strategy.inputs, parts, dim, draw)
-        if outputs is not None:
-            correct.add(AxisStrategy(strategy.inputs, outputs))
-    return correct
+    """The correct strategies of a call that have the operands' states of this one."""
+    tried = (_tried(one, strategy.inputs, parts, dim, draw) for dim in _result_dims(one))
+    return {AxisStrategy(strategy.inputs, outputs) for outputs in tried if outputs is not None}

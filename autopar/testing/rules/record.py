@@ -98,21 +98,18 @@ def _collect(function: Any, by_name: dict[str, str]) -> None:
     by_name[key] = "\n".join([inspect.getsource(function), *plain])
     for used in closed:
         _collect(used, by_name)
-    for name in _names(function.__code__):
+    names = _names(function.__code__)
+    for name in names:
         value = function.__globals__.get(name)
-        if isinstance(value, FunctionType):
-            _collect(value, by_name)
-        elif isinstance(value, ModuleType):
-            for attribute in _names(function.__code__):
-                member = getattr(value, attribute, None)
-                if isinstance(member, FunctionType):
-                    _collect(member, by_name)
+        members = [value]
+        if isinstance(value, ModuleType):
+            members = [getattr(value, attribute, None) for attribute in names]
+        for member in members:
+            if isinstance(member, FunctionType):
+                _collect(member, by_name)
 
 
 def _names(code: CodeType) -> set[str]:
     """Globals and attributes that a function uses, and those within it."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names(constant)
-    return names
+    inner = (_names(c) for c in code.co_consts if isinstance(c, CodeType))
+    return set(code.co_names).union(*inner)

@@ -56,7 +56,7 @@ def draw_pointwise(op: torch._ops.OpOverload, draw: Draw) -> Arguments:
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     tensors = 0
-    for argument in op._schema.arguments:
+    for position, argument in enumerate(op._schema.arguments):
         kind = str(argument.type)
         value: Any
         if "Tensor" in kind:
@@ -81,15 +81,11 @@ def draw_pointwise(op: torch._ops.OpOverload, draw: Draw) -> Arguments:
             value = _number(name, argument.name, draw, integer, booleans)
         else:
             continue
-        if argument.kwarg_only or len(args) < _position(op, argument.name):
+        if argument.kwarg_only or len(args) < position:
             kwargs[argument.name] = value
         else:
             args.append(value)
     return tuple(args), kwargs
-
-
-def _position(op: torch._ops.OpOverload, name: str) -> int:
-    return [a.name for a in op._schema.arguments].index(name)
 
 
 def _tensor(
