@@ -131,7 +131,7 @@ def _closure(node: fx.Node) -> list[fx.Node]:
     needed = {node}
     while True:
         size = len(needed)
-        storages = {s for n in needed for s in _storages(n)}
+        storages = {s for n in needed if (s := storage_of(n)) is not None}
         for n in reversed(before):
             if n in needed or (_writes(n) & storages):
                 needed.add(n)
@@ -172,18 +172,13 @@ def storage_of(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata
 
 
-def _storages(node: fx.Node) -> set[int]:
-    storage = storage_of(node)
-    return set() if storage is None else {storage}
-
-
 def _writes(node: fx.Node) -> set[int]:
     """Storages that an operator writes into."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return set()
     arguments = zip(node.target._schema.arguments, node.args, strict=False)
     written = [x for a, x in arguments if a.is_write and isinstance(x, fx.Node)]
-    return {s for x in written for s in _storages(x)}
+    return {s for x in written if (s := storage_of(x)) is not None}
 
 
 def on_own_thread(function: Callable[[], T]) -> T:

@@ -60,7 +60,8 @@ def out_of_place(gm: fx.GraphModule, buffers: Mapping[fx.Node, str]) -> Written:
         seen_later = any(order[u] > order[node] for n in others for u in n.users)
         outside = [n for n in sharers if n.op != "call_function"]
         # all of the buffer, not a view of it, and its values, not its strides
-        entire = len(outside) == 1 and outside[0] in buffers and not _views(functional)
+        views = any(r.alias_info is not None for r in functional._schema.returns)
+        entire = len(outside) == 1 and outside[0] in buffers and not views
         entire = entire and written.get(outside[0], outside[0]) is target
         args = _arguments(functional, node)
         if (outside and not entire) or seen_later:
@@ -113,10 +114,6 @@ def _functional_variant(node: fx.Node) -> Any:
         return None
     names, functional_names = ([a.name for a in o._schema.arguments] for o in (op, functional))
     return functional if names == functional_names else None
-
-
-def _views(op: Any) -> bool:
-    return any(r.alias_info is not None for r in op._schema.returns)
 
 
 def _arguments(functional: Any, node: fx.Node) -> tuple[Any, ...]:

@@ -100,9 +100,9 @@ def from_calls(
             correct[dims_of(one)][strategy].append(one)
     evidence = {}
     for dims, by_strategy in correct.items():
-        alike = [one for one in ones if dims_of(one) == dims]
+        similar = [one for one in ones if dims_of(one) == dims]
         evidence[dims] = [
-            Evidence(strategy, len(calls), _eligible(strategy, alike), str(calls[0].sample))
+            Evidence(strategy, len(calls), _eligible(strategy, similar), str(calls[0].sample))
             for strategy, calls in sorted(by_strategy.items())
         ]
     return evidence
