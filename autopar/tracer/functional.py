@@ -97,8 +97,7 @@ def _narrow(node: fx.Node) -> _Call:
 
 
 def _reversed_dims(node: fx.Node) -> _Call:
-    dims = list(reversed(range(node.meta["val"].ndim)))
-    return aten.permute.default, (node.args[0], dims), {}
+    return aten.permute.default, (node.args[0], list(range(node.meta["val"].ndim))[::-1]), {}
 
 
 _REWRITES: dict[Any, _Rewrite] = {

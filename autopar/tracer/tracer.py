@@ -200,19 +200,18 @@ def _check_inputs(model: torch.nn.Module, example: Any) -> None:
         )
 
 
-def _has_values(t: torch.Tensor) -> bool:
-    return not t.is_meta and not isinstance(t, FakeTensor)
-
-
 def _examples(model: torch.nn.Module, example: Any) -> dict[tuple[str, Any], torch.Tensor | None]:
     """Values by role; None for tensors that have none."""
-    values: dict[tuple[str, Any], torch.Tensor | None] = {}
-    for i, value in enumerate(pytree.tree_leaves(example)):
-        if isinstance(value, torch.Tensor):
-            values["input", i] = value.detach() if _has_values(value) else None
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        values["buffer", name] = buffer.detach() if _has_values(buffer) else None
-    return values
+    leaves = enumerate(pytree.tree_leaves(example))
+    tensors: dict[tuple[str, Any], torch.Tensor] = {
+        ("input", i): t for i, t in leaves if isinstance(t, torch.Tensor)
+    }
+    tensors |= {("buffer", n): b for n, b in model.named_buffers(remove_duplicate=False)}
+
+    def known(t: torch.Tensor) -> bool:
+        return not t.is_meta and not isinstance(t, FakeTensor)
+
+    return {role: t.detach() if known(t) else None for role, t in tensors.items()}
 
 
 def _watch(clone: torch.nn.Module, resolver: BranchResolver) -> None:
