@@ -58,20 +58,17 @@ def variant(target: Any, operand: int, device_type: str) -> tuple[Any, str | Non
     by_rows = target in _BY_ROWS
     if not by_rows and torch.Tag.pointwise not in target.tags:
         return None
-    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
     if operand == 0 and not by_rows:
-        packet = getattr(aten, f"{target._opname}_", None)
-        found = getattr(packet, target._overloadname, None) if packet is not None else None
-        if found is not None and _has_kernel(found, device_type):
-            return found, None
-    packet = target.overloadpacket
-    for name in packet.overloads():
-        other = getattr(packet, name)
-        rest = [a for a in other._schema.arguments if not a.is_out]
-        outs = [a for a in other._schema.arguments if a.is_out]
-        same = [(a.name, str(a.type)) for a in rest] == wanted
-        if same and len(outs) == 1 and _has_kernel(other, device_type):
-            return other, outs[0].name
+        in_place = getattr(getattr(aten, f"{target._opname}_", None), target._overloadname, None)
+        if in_place is not None and _has_kernel(in_place, device_type):
+            return in_place, None
+    arguments = [(a.name, str(a.type)) for a in target._schema.arguments]
+    for name in target.overloadpacket.overloads():
+        other = getattr(target.overloadpacket, name)
+        outs = [a.name for a in other._schema.arguments if a.is_out]
+        others = [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out]
+        if others == arguments and len(outs) == 1 and _has_kernel(other, device_type):
+            return other, outs[0]
     return None
 
 
@@ -90,41 +87,40 @@ def overwritable(node: fx.Node) -> list[fx.Node]:
     out = node.meta.get("val")
     if not isinstance(out, torch.Tensor):
         return []
-    found = []
-    for k, argument in enumerate(node.args):
-        if not isinstance(argument, fx.Node):
-            continue
-        value = argument.meta.get("val")
-        if (
+
+    def fits(argument: Any) -> bool:
+        value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+        return (
             isinstance(value, torch.Tensor)
-            and value.dtype == out.dtype
-            and value.shape == out.shape
-            and value.stride() == out.stride()
+            and (value.dtype, value.shape, value.stride()) == (out.dtype, out.shape, out.stride())
             and value.numel() > 1
             and value.untyped_storage().nbytes() == value.numel() * value.element_size()
-            and variant(node.target, k, out.device.type) is not None
-        ):
-            found.append(argument)
-    return found
+        )
+
+    return [
+        argument  # type: ignore[misc]
+        for k, argument in enumerate(node.args)
+        if fits(argument) and variant(node.target, k, out.device.type) is not None
+    ]
 
 
 def storages(graph: fx.Graph) -> dict[fx.Node, Storage]:
     """The storage that every node lies in, by the schemas of operators: a result is a view of an
     argument, or has memory of its own."""
-    found: dict[fx.Node, Storage] = {}
+    storage: dict[fx.Node, Storage] = {}
     for node in graph.nodes:
         if node.op != "call_function":
-            found[node] = (node, 0)
+            storage[node] = (node, 0)
         elif node.target is operator.getitem:
             of, number = node.args
-            found[node] = (of, number) if found[of] == (of, 0) else found[of]
+            storage[node] = (of, number) if storage[of] == (of, 0) else storage[of]
         elif not isinstance(node.target, torch._ops.OpOverload):
-            found[node] = None
+            storage[node] = None
         elif shown := _shown(node):
-            found[node] = found[shown]
+            storage[node] = storage[shown]
         else:
-            found[node] = None if _is_composite(node.target) else (node, 0)
-    return found
+            storage[node] = None if _is_composite(node.target) else (node, 0)
+    return storage
 
 
 def _shown(node: fx.Node) -> fx.Node | None:
@@ -135,8 +131,8 @@ def _shown(node: fx.Node) -> fx.Node | None:
     if not any(result.alias_info for result in target._schema.returns):
         return None
     declared = {a.name: a for a in target._schema.arguments}
-    given = dict(zip(declared, node.args, strict=False)) | node.kwargs
-    return next(value for name, value in given.items() if declared[name].alias_info)
+    arguments = dict(zip(declared, node.args, strict=False)) | node.kwargs
+    return next(value for name, value in arguments.items() if declared[name].alias_info)
 
 
 @functools.cache

@@ -202,7 +202,7 @@ def shape_of(value: Any) -> tuple[int, ...]:
 
 def operands(node: fx.Node) -> list[fx.Node | None]:
     """Tensor operands of an operator call in schema order; lists flattened, None where absent."""
-    return [value for _, value in _tensor_arguments(node)]
+    return [value for _, value in named_operands(node)]
 
 
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
@@ -218,7 +218,8 @@ def _schema(op: torch._ops.OpOverload) -> dict[str, bool]:
     return {a.name: "Tensor" in str(a.type) for a in op._schema.arguments}
 
 
-def _tensor_arguments(node: fx.Node) -> list[tuple[str, fx.Node | None]]:
+def named_operands(node: fx.Node) -> list[tuple[str, fx.Node | None]]:
+    """As `operands`, each with the name of its argument."""
     assert isinstance(node.target, torch._ops.OpOverload), node.format_node()
     arguments = bound_arguments(node)
     tensors: list[tuple[str, fx.Node | None]] = []
@@ -227,11 +228,7 @@ def _tensor_arguments(node: fx.Node) -> list[tuple[str, fx.Node | None]]:
             continue
         value = arguments.get(name)
         items = value if isinstance(value, list | tuple) else [value]
-        for item in items:
-            if isinstance(item, fx.Node):
-                tensors.append((name, item))
-            elif item is None:
-                tensors.append((name, None))
+        tensors += [(name, i) for i in items if i is None or isinstance(i, fx.Node)]
     return tensors
 
 

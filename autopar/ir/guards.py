@@ -4,11 +4,9 @@ If a branch of the user's Python depends on tensor values, the graph contains on
 such decision is a `Guard` of one of these kinds:
 
 * ``input``: computed from inputs and buffers alone. `holds` computes the value on another batch
-with
-  the model's own operators. If it differs, the graph does not apply to that batch.
+  with the model's own operators. If it differs, the graph does not apply to that batch.
 * ``random``: decided by a random draw (layer drop). The graph contains the likelier side and no
-longer
-  draws.
+  longer draws.
 * ``check``: a check on activations that only raises or replaces infinities; assumed to pass.
 * ``assumed``: decided by `ColoTracer(assume=...)`.
 * ``setting``: a library's setting that the capture changed without changing the mathematics.
@@ -133,7 +131,7 @@ def _closure(node: fx.Node) -> list[fx.Node]:
     needed = {node}
     while True:
         size = len(needed)
-        storages = {s for n in needed for s in _storages(n)}
+        storages = {s for n in needed if (s := storage_of(n)) is not None}
         for n in reversed(before):
             if n in needed or (_writes(n) & storages):
                 needed.add(n)
@@ -152,17 +150,17 @@ def _without_shape_operands(node: fx.Node) -> tuple[Any, Any, Any]:
         return node.target, node.args, node.kwargs
     shape = list(value.shape)
     kinds = {"dtype": value.dtype, "device": value.device}
+    aten = torch.ops.aten
     if name == "expand_as":
-        return torch.ops.aten.expand.default, (node.args[0], shape), {}
+        return aten.expand.default, (node.args[0], shape), {}
     if name in ("view_as", "reshape_as"):
-        return torch.ops.aten.reshape.default, (node.args[0], shape), {}
+        return aten.reshape.default, (node.args[0], shape), {}
     if name in ("zeros_like", "new_zeros"):
-        return torch.ops.aten.zeros.default, (shape,), kinds
+        return aten.zeros.default, (shape,), kinds
     if name in ("ones_like", "new_ones"):
-        return torch.ops.aten.ones.default, (shape,), kinds
+        return aten.ones.default, (shape,), kinds
     if name in ("full_like", "new_full"):
-        fill = node.args[1 if name == "full_like" else 2]
-        return torch.ops.aten.full.default, (shape, fill), kinds
+        return aten.full.default, (shape, node.args[1 if name == "full_like" else 2]), kinds
     return node.target, node.args, node.kwargs
 
 
@@ -174,20 +172,13 @@ def storage_of(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata
 
 
-def _storages(node: fx.Node) -> set[int]:
-    storage = storage_of(node)
-    return set() if storage is None else {storage}
-
-
 def _writes(node: fx.Node) -> set[int]:
     """Storages that an operator writes into."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return set()
-    changed = set()
-    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-        if argument.is_write and isinstance(value, fx.Node):
-            changed |= _storages(value)
-    return changed
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    written = [x for a, x in arguments if a.is_write and isinstance(x, fx.Node)]
+    return {s for x in written if (s := storage_of(x)) is not None}
 
 
 def on_own_thread(function: Callable[[], T]) -> T:

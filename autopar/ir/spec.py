@@ -14,6 +14,7 @@ state of its gradient.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,11 +114,7 @@ class ShardingSpec:
 
     def parts(self, mesh: Sequence[int]) -> int:
         """Number of distinct shards."""
-        count = 1
-        for axes in self.dims:
-            for axis in axes:
-                count *= mesh[axis]
-        return count
+        return math.prod(mesh[axis] for axes in self.dims for axis in axes)
 
     def to_placements(self, mesh_ndim: int) -> list[Any]:
         """DTensor placements, one per mesh axis.

@@ -10,10 +10,11 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import bound_arguments, operands, shape_of
-from autopar.ir.spec import local_shape
+from autopar.ir.spec import ShardingSpec, local_shape
 from autopar.sharding.lowerings.declared import Declared, LocalCall, declared
-from autopar.sharding.rule import OpRule, Strategy, named_strategy, strategies
+from autopar.sharding.rule import OpRule, Shape, Strategy, named_strategy, strategies
 from autopar.sharding.rules import Call, bind
 
 _RULE = "autopar_rule"
@@ -21,7 +22,7 @@ _RULE = "autopar_rule"
 
 def results(node: fx.Node) -> list[torch.Tensor]:
     """The fake tensors a node produces."""
-    return [t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor)]
+    return tensors_of(node.meta["val"])
 
 
 def call_of(node: fx.Node) -> Call:
@@ -67,16 +68,17 @@ def _summable(node: fx.Node, rule: OpRule) -> tuple[frozenset[int], ...]:
     return tuple(
         group
         for group in rule.linear
-        if all((n := tensors[i]) is None or _is_floating(n.meta["val"]) for i in group)
+        if all((n := tensors[i]) is None or is_floating(n.meta["val"]) for i in group)
     )
 
 
-def _is_floating(t: torch.Tensor) -> bool:
+def is_floating(t: torch.Tensor) -> bool:
+    """Whether it is real or complex rather than an integer or a boolean."""
     return t.dtype.is_floating_point or t.dtype.is_complex
 
 
 def _floating(node: fx.Node) -> list[bool]:
-    return [_is_floating(t) for t in results(node)]
+    return [is_floating(t) for t in results(node)]
 
 
 def strategies_of(node: fx.Node, mesh: Sequence[int], *, any_order: bool = True) -> list[Strategy]:
@@ -103,26 +105,24 @@ def declared_of(
         return Declared()
     where = (0,) * len(mesh) if coords is None else tuple(coords)
     call = call_of(node)
-    local_operands = tuple(
-        None if shape is None or spec is None else local_shape(shape, spec, mesh, where)
-        for shape, spec in zip(call.inputs, strategy.inputs, strict=True)
-    )
-    local_results = tuple(
-        local_shape(shape, spec, mesh, where)
-        for shape, spec in zip(call.outputs, strategy.outputs, strict=True)
-    )
+
+    def local(shape: Shape | None, spec: ShardingSpec | None) -> Any:
+        if shape is None or spec is None:
+            return None
+        return local_shape(shape, spec, mesh, where)
+
     first = next((n for n in operands(node) if n is not None), None)
     return declared(
         rule.lowering,
         LocalCall(
             call.arguments,
-            local_operands,
-            local_results,
+            tuple(map(local, call.inputs, strategy.inputs)),
+            tuple(map(local, call.outputs, strategy.outputs)),
             rule.inputs,
             {name: rule.factors[name].size for name in strategy.splits},
             strategy.splits,
             tuple(mesh),
             where,
-            first is not None and _is_floating(first.meta["val"]),
+            first is not None and is_floating(first.meta["val"]),
         ),
     )

@@ -99,6 +99,13 @@ class OpRule:
             factors={n: f for n, f in self.factors.items() if n not in names},
         )
 
+    def by_groups(self, name: str, groups: int) -> OpRule:
+        """The same, with the channels of a factor split between groups, never inside one."""
+        if groups == 1 or name not in self.factors:
+            return self.without(name)
+        factor = replace(self.factors[name], size=groups, even=True)
+        return replace(self, factors={**self.factors, name: factor})
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -153,6 +160,10 @@ class Row:
     always: bool = False
     half: tuple[str, ...] = ()
     when: Callable[[Mapping[str, Any]], bool] | None = None
+
+    def applies(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the row holds for a call with these arguments."""
+        return self.when is None or self.when(arguments)
 
     def bind(self, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -> OpRule:
         """The rule for operands and results of these shapes.

@@ -19,11 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import (
-    Work,
-    _register_process_group,
-    _unregister_process_group,
-)
+from torch._C._distributed_c10d import Work, _register_process_group, _unregister_process_group
 
 from autopar.comm.groups import register_mesh
 
@@ -74,6 +70,11 @@ class _ThreadGroup(dist.ProcessGroup):
         self.sent_bytes += share * (self.size() - 1) * x.nbytes
         return self._meeting.exchange(self._rank, x.detach().clone())
 
+    def _own_parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """This rank's part of the tensors of all ranks."""
+        tensors = self._all(x.reshape(-1), 1 / self.size())
+        return [t.chunk(self.size())[self._rank] for t in tensors]
+
     def allreduce(  # type: ignore[override]
         self, tensors: list[torch.Tensor], opts: Any = None
     ) -> Work:
@@ -94,19 +95,14 @@ class _ThreadGroup(dist.ProcessGroup):
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
     ) -> Work:
         for output, x in zip(outputs, inputs, strict=True):
-            parts = [
-                t.chunk(self.size())[self._rank] for t in self._all(x.reshape(-1), 1 / self.size())
-            ]
+            parts = self._own_parts(x)
             output.copy_(torch.stack(parts).sum(0).to(output.dtype).view_as(output))
         return _Done()
 
     def alltoall_base(  # type: ignore[override]
         self, output: torch.Tensor, x: torch.Tensor, output_sizes: Any, input_sizes: Any, opts: Any
     ) -> Work:
-        parts = [
-            t.chunk(self.size())[self._rank] for t in self._all(x.reshape(-1), 1 / self.size())
-        ]
-        output.copy_(torch.cat(parts).view_as(output))
+        output.copy_(torch.cat(self._own_parts(x)).view_as(output))
         return _Done()
 
 

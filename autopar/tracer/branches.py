@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import CaptureError
 from autopar.ir.graph import mark_leaf
 from autopar.ir.guards import Guard, Slice, as_python, on_own_thread, same_value
-from autopar.tracer.ranges import bounds
+from autopar.tracer.ranges import only_value
 from autopar.tracer.source import current_line, harmless_side, user_frame
 
 # An outcome of a draw with at most this probability is a rare event (layer drop).
@@ -131,7 +131,7 @@ class BranchResolver(TorchFunctionMode):
         part = Slice(node, self._roles)
         if part.random and scalar:
             self.draws.append(t)
-        if scalar and (value := bounds(node).value) is not None:
+        if scalar and (value := only_value(node)) is not None:
             return _cast(value, t.dtype)
         if part.random and not part.sources:
             rare = self._rare(part, tracer) if t.dtype == torch.bool and scalar else None
@@ -157,9 +157,9 @@ class BranchResolver(TorchFunctionMode):
             side = harmless_side(user_frame())
             if side is not None:
                 return self._record("check", side, "a check that only raises; not made")
-            mended = bounds(node, finite=True).value
-            if mended is not None:
-                return self._record("check", bool(mended), "activations are taken to be finite")
+            value = only_value(node, finite=True)
+            if value is not None:
+                return self._record("check", bool(value), "activations are taken to be finite")
         for key, value in self._assume.items():
             if str(line).endswith(key) or key in line.text:
                 return self._record("assumed", value, f"by assume[{key!r}]")
@@ -224,13 +224,13 @@ class BranchResolver(TorchFunctionMode):
             return t  # so that a comparison with it is known to be random
         if t.numel() != 1:
             return func(*args, **kwargs)
-        if isinstance(t, FakeTensor) and t.dtype.is_floating_point and func.__name__ == "item":
-            try:
-                value = self.value(t.reshape(()) if t.ndim else t)
-            except CaptureError:
-                return func(*args, **kwargs)  # a symbolic number may suffice
-        else:
+        floating = isinstance(t, FakeTensor) and t.dtype.is_floating_point
+        try:
             value = self.value(t.reshape(()) if t.ndim else t)
+        except CaptureError:
+            if floating and func.__name__ == "item":
+                return func(*args, **kwargs)  # a symbolic number may suffice
+            raise
         cast = _CASTS.get(func.__name__)
         return value if cast is None else cast(value)
 
@@ -258,13 +258,16 @@ class BranchResolver(TorchFunctionMode):
 
     def _select(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Indexing: masks by their indices, tensors as slice ends by their values."""
+
+        def number(end: Any) -> Any:
+            return int(self.value(end)) if isinstance(end, torch.Tensor) else end
+
         source, index = args
         items = list(index) if isinstance(index, tuple) else [index]
         plain: list[Any] = []
         for item in items:
             if isinstance(item, slice):
-                ends = (item.start, item.stop, item.step)
-                plain.append(slice(*(self._slice_end(e) for e in ends)))
+                plain.append(slice(*map(number, (item.start, item.stop, item.step))))
             elif _is_mask(item):
                 plain += self._indices(item).unbind(1)
             else:
@@ -279,9 +282,6 @@ class BranchResolver(TorchFunctionMode):
         """`x[torch.where(mask)] = value` is `x[mask] = value`."""
         target, index, value = args
         return func(target, index.mask if isinstance(index, _Places) else index, value)
-
-    def _slice_end(self, end: Any) -> Any:
-        return int(self.value(end)) if isinstance(end, torch.Tensor) else end
 
     def _masked_select(self, func: Any, args: Any, kwargs: Any) -> Any:
         source, mask = args
@@ -327,17 +327,23 @@ class BranchResolver(TorchFunctionMode):
     def _example_result(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Operators whose result has a data-dependent shape: the result on the example batch."""
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
-        if not tensors or (
-            func.__name__ == "repeat_interleave" and _has_plain_repeats(args, kwargs)
-        ):
+        repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
+        known_size = isinstance(repeats, int) or kwargs.get("output_size") is not None
+        if not tensors or (func.__name__ == "repeat_interleave" and known_size):
             return func(*args, **kwargs)
         values = iter([self.value(t) for t in tensors])
 
         def real(x: Any) -> Any:
             return torch.as_tensor(next(values)) if isinstance(x, FakeTensor) else x
 
-        return _constant(
+        results = on_own_thread(
             lambda: func(*pytree.tree_map(real, args), **pytree.tree_map(real, kwargs))
+        )
+        # as constants of the graph
+        return pytree.tree_map_only(
+            torch.Tensor,
+            lambda t: torch.tensor(t.tolist(), dtype=t.dtype, device=t.device),
+            results,
         )
 
 
@@ -360,19 +366,6 @@ class _Places(tuple[Any, ...]):
 
     def __len__(self) -> int:
         return self.mask.ndim
-
-
-def _constant(make: Callable[[], Any]) -> Any:
-    """Computed values as constants of the graph."""
-    values = on_own_thread(make)
-    return pytree.tree_map_only(
-        torch.Tensor, lambda t: torch.tensor(t.tolist(), dtype=t.dtype, device=t.device), values
-    )
-
-
-def _has_plain_repeats(args: Any, kwargs: Any) -> bool:
-    repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
-    return isinstance(repeats, int) or kwargs.get("output_size") is not None
 
 
 def _is_mask(item: Any) -> bool:

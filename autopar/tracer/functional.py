@@ -26,6 +26,7 @@ from autopar.tracer.inplace import (
     Written,
     buffer_results,
     buffers_of,
+    call_like,
     computed,
     out_of_place,
     write_back,
@@ -41,11 +42,11 @@ _Rewrite = Callable[[fx.Node], _Call | fx.Node]
 def _cast(node: fx.Node) -> _Call | fx.Node:
     source, value = _operand(node), node.meta["val"]
     before = source.meta["val"]
-    changes: dict[str, Any] = {}
-    if before.dtype != value.dtype:
-        changes["dtype"] = value.dtype
-    if before.device != value.device:
-        changes["device"] = value.device
+    changes = {
+        name: getattr(value, name)
+        for name in ("dtype", "device")
+        if getattr(before, name) != getattr(value, name)
+    }
     return (aten._to_copy.default, (source,), changes) if changes else source
 
 
@@ -71,12 +72,12 @@ def _chunk(node: fx.Node) -> _Call:
     return aten.split.Tensor, (source, size, dim), {}
 
 
-def _reshape(node: fx.Node) -> _Call:
-    return aten.reshape.default, (node.args[0], list(node.meta["val"].shape)), {}
+def _to_shape(op: Any) -> _Rewrite:
+    """The operator with the shape of the result for an argument."""
+    return lambda node: (op, (node.args[0], list(node.meta["val"].shape)), {})
 
 
-def _expand(node: fx.Node) -> _Call:
-    return aten.expand.default, (node.args[0], list(node.meta["val"].shape)), {}
+_reshape, _expand = _to_shape(aten.reshape.default), _to_shape(aten.expand.default)
 
 
 def _batch_norm(node: fx.Node) -> _Call:
@@ -96,8 +97,7 @@ def _narrow(node: fx.Node) -> _Call:
 
 
 def _reversed_dims(node: fx.Node) -> _Call:
-    dims = list(reversed(range(node.meta["val"].ndim)))
-    return aten.permute.default, (node.args[0], dims), {}
+    return aten.permute.default, (node.args[0], list(range(node.meta["val"].ndim))[::-1]), {}
 
 
 _REWRITES: dict[Any, _Rewrite] = {
@@ -176,10 +176,7 @@ def make_functional(program: torch.export.ExportedProgram) -> bool:
 
 
 def _item(node: fx.Node, index: int) -> fx.Node:
-    item = node.graph.call_function(operator.getitem, (node, index))
-    item.meta = dict(node.meta)
-    item.meta["val"] = node.meta["val"][index]
-    return item
+    return call_like(node, operator.getitem, (node, index))
 
 
 def _update_statistics(result: fx.Node, statistics: Written) -> None:
@@ -190,10 +187,7 @@ def _update_statistics(result: fx.Node, statistics: Written) -> None:
         assert isinstance(old, fx.Node)
         dtype = old.meta["val"].dtype
         if new.meta["val"].dtype != dtype:
-            cast = norm.graph.call_function(aten._to_copy.default, (new,), {"dtype": dtype})
-            cast.meta = dict(new.meta)
-            cast.meta["val"] = old.meta["val"]
-            new = cast
+            new = call_like(new, aten._to_copy.default, (new,), {"dtype": dtype})
         statistics[buffers.get(old, old)] = new
 
 

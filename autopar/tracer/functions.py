@@ -80,19 +80,15 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         )
 
     def run(*tensors: torch.Tensor) -> _Results:
-        results = cls.apply(*_fill(args, tensors))
-        return tuple(t for t in _as_tuple(results) if isinstance(t, torch.Tensor))
+        return _tensors(cls.apply(*_fill(args, tensors)))
 
     def fake(*tensors: torch.Tensor) -> _Results:
-        results = _forward(cls, _Context([False] * len(args)), _fill(args, tensors))
-        return tuple(t for t in _as_tuple(results) if isinstance(t, torch.Tensor))
+        return _tensors(_forward(cls, _Context([False] * len(args)), _fill(args, tensors)))
 
     outputs = _as_tuple(example)
-    count = sum(isinstance(t, torch.Tensor) for t in outputs)
     constants = [a for a in args if not isinstance(a, torch.Tensor)]
-    op = operator_for(cls, constants, len(tensors), count, run, fake)
-    results = iter(op(*tensors))
-    filled = [next(results) if isinstance(t, torch.Tensor) else t for t in outputs]
+    op = operator_for(cls, constants, len(tensors), len(_tensors(outputs)), run, fake)
+    filled = _fill(outputs, op(*tensors))
     return tuple(filled) if isinstance(example, tuple | list) else filled[0]
 
 
@@ -177,6 +173,10 @@ def _forward(cls: Any, context: _Context, args: Sequence[Any]) -> Any:
 def _fill(template: Sequence[Any], tensors: Sequence[torch.Tensor]) -> list[Any]:
     queue = iter(tensors)
     return [next(queue) if isinstance(a, torch.Tensor) else a for a in template]
+
+
+def _tensors(value: Any) -> _Results:
+    return tuple(t for t in _as_tuple(value) if isinstance(t, torch.Tensor))
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -60,7 +60,8 @@ def out_of_place(gm: fx.GraphModule, buffers: Mapping[fx.Node, str]) -> Written:
         seen_later = any(order[u] > order[node] for n in others for u in n.users)
         outside = [n for n in sharers if n.op != "call_function"]
         # all of the buffer, not a view of it, and its values, not its strides
-        entire = len(outside) == 1 and outside[0] in buffers and not _views(functional)
+        views = any(r.alias_info is not None for r in functional._schema.returns)
+        entire = len(outside) == 1 and outside[0] in buffers and not views
         entire = entire and written.get(outside[0], outside[0]) is target
         args = _arguments(functional, node)
         if (outside and not entire) or seen_later:
@@ -82,8 +83,7 @@ def write_back(gm: fx.GraphModule, written: Written) -> None:
     with gm.graph.inserting_before(output):
         for buffer, value in written.items():
             copied = gm.graph.call_function(aten.copy_.default, (buffer, value))
-            copied.meta = dict(value.meta)
-            copied.meta["val"] = buffer.meta["val"]
+            copied.meta = {**value.meta, "val": buffer.meta["val"]}
 
 
 def buffer_results(
@@ -116,10 +116,6 @@ def _functional_variant(node: fx.Node) -> Any:
     return functional if names == functional_names else None
 
 
-def _views(op: Any) -> bool:
-    return any(r.alias_info is not None for r in op._schema.returns)
-
-
 def _arguments(functional: Any, node: fx.Node) -> tuple[Any, ...]:
     """Arguments for the functional variant, which may lack defaults that the in-place operator
     has."""
@@ -128,6 +124,15 @@ def _arguments(functional: Any, node: fx.Node) -> tuple[Any, ...]:
     remaining = [(a, b) for a, b in pairs if a.name not in node.kwargs][len(node.args) :]
     missing = [a for a, b in remaining if a.has_default_value() and not b.has_default_value()]
     return (*node.args, *(a.default_value for a in missing))
+
+
+def call_like(
+    like: fx.Node, op: Any, args: tuple[Any, ...], kwargs: Any = None, name: str | None = None
+) -> fx.Node:
+    """A call at the graph's insertion point, with a node's metadata and a result of its own."""
+    call = like.graph.create_node("call_function", op, args, kwargs or {}, name)
+    call.meta = {**like.meta, "val": computed(op, args, kwargs or {})}
+    return call
 
 
 def computed(op: Any, args: Any, kwargs: Any) -> Any:

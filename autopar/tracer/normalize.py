@@ -1,15 +1,13 @@
 """From an exported program to a `ModelGraph` in a normal form.
 
 * Placeholders are parameters, buffers, constants and inputs, in this order; a tied weight is one.
-* `view` becomes `reshape`: strides on fake tensors can differ from a kernel's, and a `contiguous`
-that
-  was removed as redundant may be needed.
+* `view` becomes `reshape`: strides on fake tensors can differ from a kernel's, and a
+  `contiguous` that was removed as redundant may be needed.
 * `copy` becomes a conversion and an expansion, because it has no derivative.
 * Products whose result is cut into equal parts get a dim for the parts (`packed.py`).
 * Results of `no_grad` regions are detached.
 * Assertions and dead code are removed. Random draws stay, so that a generator has the same state
-after
-  the graph as after the model.
+  after the graph as after the model.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph, NodeInfo, is_marked_leaf
 from autopar.ir.guards import Guard
 from autopar.ir.randomness import draws
+from autopar.tracer.inplace import call_like
 from autopar.tracer.packed import pack
 from autopar.tracer.source import is_users
 from autopar.tracer.writes import take_out_writes
@@ -109,7 +108,9 @@ def model_graph(
         program.graph_signature.output_specs,
         {name: placeholders[target] for target, name in parameters.items()},
     )
-    _drop_results(gm.graph, extra)
+    output = gm.graph.output_node()
+    results: Any = output.args[0]
+    output.args = (tuple(results[: len(results) - extra]),)
     _clean(gm)
     out_spec, _ = program.call_spec.out_spec.children()
     return ModelGraph(
@@ -144,13 +145,6 @@ def _order_placeholders(graph: fx.Graph, kinds: list[Any]) -> None:
         before.append(node)
 
 
-def _drop_results(graph: fx.Graph, count: int) -> None:
-    output = graph.output_node()
-    results = output.args[0]
-    assert isinstance(results, tuple | list)
-    output.args = (tuple(results[: len(results) - count]),)
-
-
 def _rewrite(graph: fx.Graph) -> None:
     """Replace operators by equivalent ones that have rules and derivatives."""
     for node in graph.find_nodes(op="call_function", target=aten.copy.default):
@@ -158,20 +152,11 @@ def _rewrite(graph: fx.Graph) -> None:
         value = node.meta["val"]
         with graph.inserting_before(node):
             if source.meta["val"].dtype != value.dtype:
-                new = graph.create_node(
-                    "call_function", aten._to_copy.default, (source,), {"dtype": value.dtype}, "to"
-                )
-                new.meta = dict(node.meta)
-                new.meta["val"] = source.meta["val"].to(value.dtype)
-                source = new
+                dtype = {"dtype": value.dtype}
+                source = call_like(node, aten._to_copy.default, (source,), dtype, "to")
             if source.meta["val"].shape != value.shape:
-                sizes = list(value.shape)
-                new = graph.create_node(
-                    "call_function", aten.expand.default, (source, sizes), name="expand"
-                )
-                new.meta = dict(node.meta)
-                new.meta["val"] = source.meta["val"].expand(sizes)
-                source = new
+                shape = list(value.shape)
+                source = call_like(node, aten.expand.default, (source, shape), name="expand")
         node.replace_all_uses_with(source)
         graph.erase_node(node)
     for node in graph.nodes:
@@ -248,9 +233,6 @@ def detach_no_grad_regions(gm: fx.GraphModule) -> None:
             if not isinstance(t, torch.Tensor) or not t.dtype.is_floating_point:
                 continue
             with body.graph.inserting_before(output):
-                detached = body.graph.create_node(
-                    "call_function", aten.detach.default, (value,), name="detach"
-                )
-            detached.meta = dict(value.meta)
+                detached = call_like(value, aten.detach.default, (value,), name="detach")
             output.replace_input_with(value, detached)
         body.recompile()

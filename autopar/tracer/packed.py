@@ -3,7 +3,7 @@
 If a weight `[k, 3 n]` is split over its columns, its parts are not split: the first rank has the
 query, the last has the value. With a dim for the parts, `[k, 3, n]`, the weight can be split over
 n: heads, or the features of a gated MLP. So such products become operators whose weight and result
-    have that dim.
+have that dim.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
+
+from autopar.tracer.inplace import call_like
 
 aten = torch.ops.aten
 
@@ -139,7 +141,4 @@ def _packed_product(graph: fx.Graph, product: fx.Node, parts: int) -> fx.Node:
 def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     """A call in a node's place, with that node's metadata."""
     with graph.inserting_before(like):
-        call = graph.call_function(target, args)
-    call.meta = dict(like.meta)
-    call.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
-    return call
+        return call_like(like, target, args)

@@ -102,9 +102,8 @@ def host_randomness(resolver: BranchResolver, lifted: set[HostFunction]) -> Iter
 
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
-        for library, module, names in (
-            ("numpy", np.random, _NUMPY), ("python", random, _PYTHON),
-        ):  # fmt: skip
+        libraries = ("numpy", np.random, _NUMPY), ("python", random, _PYTHON)
+        for library, module, names in libraries:
             stack.enter_context(mock.patch.object(module, "seed", seed(library, module)))
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, watch(library, module, name)))
@@ -112,13 +111,16 @@ def host_randomness(resolver: BranchResolver, lifted: set[HostFunction]) -> Iter
             original = function.namespace[function.name]
             wrapped = _operator(original, resolver, active)
             stack.enter_context(mock.patch.dict(function.namespace, {function.name: wrapped}))
-        for namespace, name in _host_functions():
-            wrapped = _host_operator(namespace[name], _HOST[name], resolver)
-            stack.enter_context(mock.patch.dict(namespace, {name: wrapped}))
+        for module in [m for m in list(sys.modules.values()) if isinstance(m, ModuleType)]:
+            for name, fake in _HOST.items():
+                if callable(original := vars(module).get(name)):
+                    wrapped = _host_operator(original, fake, resolver)
+                    stack.enter_context(mock.patch.dict(vars(module), {name: wrapped}))
         try:
             yield
             changed = random.getstate() != python_state and not seeded["python"]
-            changed |= _differ(np.random.get_state(), numpy_state) and not seeded["numpy"]
+            same = map(np.array_equal, np.random.get_state(), numpy_state)
+            changed |= not all(same) and not seeded["numpy"]
             if changed:
                 raise CaptureError(
                     "the model draws from Python's or NumPy's generator through a function that "
@@ -131,10 +133,6 @@ def host_randomness(resolver: BranchResolver, lifted: set[HostFunction]) -> Iter
             np.random.set_state(numpy_state)
 
 
-def _differ(a: Any, b: Any) -> bool:
-    return any(not np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 def _assignment(cost: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
     """Row and column indices of `scipy.optimize.linear_sum_assignment`."""
     size = min(cost.shape)
@@ -143,12 +141,6 @@ def _assignment(cost: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, .
 
 # Functions of other libraries that models call on arrays, by name, with the results' shapes.
 _HOST = {"linear_sum_assignment": _assignment}
-
-
-def _host_functions() -> list[tuple[dict[str, Any], str]]:
-    """Namespaces of loaded modules that hold a function of the table, and its name."""
-    spaces = [vars(m) for m in list(sys.modules.values()) if isinstance(m, ModuleType)]
-    return [(s, name) for s in spaces for name in _HOST if callable(s.get(name))]
 
 
 def _host_operator(

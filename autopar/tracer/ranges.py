@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,51 +21,12 @@ _BOOL: Interval = (0.0, 1.0)
 _UNIT: Interval = (0.0, math.nextafter(1.0, 0.0))
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Bounds of a value.
-
-    Args:
-        low, high: least and greatest possible value.
-        assumes_finite: the bounds are valid only if the tensors it was computed from are finite.
-    """
-
-    low: float
-    high: float
-    assumes_finite: bool = False
-
-    @property
-    def value(self) -> float | None:
-        """The only possible value; None if there are several."""
-        return self.low if self.low == self.high else None
-
-
 def _compare(test: Callable[[Interval, Interval], tuple[bool, bool]]) -> Callable[..., Interval]:
     def rule(a: Interval, b: Interval, *_: Any) -> Interval:
         always, never = test(a, b)
         return (1.0, 1.0) if always else (0.0, 0.0) if never else _BOOL
 
     return rule
-
-
-def _less(a: Interval, b: Interval) -> tuple[bool, bool]:
-    return a[1] < b[0], a[0] >= b[1]
-
-
-def _less_equal(a: Interval, b: Interval) -> tuple[bool, bool]:
-    return a[1] <= b[0], a[0] > b[1]
-
-
-def _equal(a: Interval, b: Interval) -> tuple[bool, bool]:
-    return a[0] == a[1] == b[0] == b[1], a[1] < b[0] or a[0] > b[1]
-
-
-def _flip(rule: Callable[..., Interval]) -> Callable[..., Interval]:
-    return lambda a, b, *_: rule(b, a)
-
-
-def _negate(rule: Callable[..., Interval]) -> Callable[..., Interval]:
-    return lambda *args: _not(rule(*args))
 
 
 def _not(a: Interval, *_: Any) -> Interval:
@@ -93,7 +53,9 @@ def _times(a: Interval, b: Interval, *_: Any) -> Interval:
     return _ANY if any(math.isnan(e) for e in ends) else (min(ends), max(ends))
 
 
-_lt, _le, _eq = _compare(_less), _compare(_less_equal), _compare(_equal)
+_lt = _compare(lambda a, b: (a[1] < b[0], a[0] >= b[1]))
+_le = _compare(lambda a, b: (a[1] <= b[0], a[0] > b[1]))
+_eq = _compare(lambda a, b: (a[0] == a[1] == b[0] == b[1], a[1] < b[0] or a[0] > b[1]))
 
 # operator name to interval rule; element-wise ones also hold for tensors
 _RULES: dict[str, Callable[..., Interval]] = {
@@ -101,22 +63,16 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "rand_like": lambda *_: _UNIT,
     "lt": _lt,
     "le": _le,
-    "gt": _flip(_lt),
-    "ge": _flip(_le),
+    "gt": lambda a, b, *_: _lt(b, a),
+    "ge": lambda a, b, *_: _le(b, a),
     "eq": _eq,
-    "ne": _negate(_eq),
+    "ne": lambda a, b, *_: _not(_eq(a, b)),
     "add": lambda a, b, *_: (a[0] + b[0], a[1] + b[1]),
     "sub": lambda a, b, *_: (a[0] - b[1], a[1] - b[0]),
     "rsub": lambda a, b, *_: (b[0] - a[1], b[1] - a[0]),
     "mul": _times,
     "neg": lambda a, *_: (-a[1], -a[0]),
-    "abs": lambda a, *_: (
-        (a[0], a[1])
-        if a[0] >= 0
-        else (-a[1], -a[0])
-        if a[1] <= 0
-        else (0.0, max(-a[0], a[1]))
-    ),
+    "abs": lambda a, *_: (max(0.0, a[0], -a[1]), max(-a[0], a[1])),
     "logical_not": _not,
     "logical_or": _or,
     "logical_and": _and,
@@ -132,17 +88,15 @@ _RULES: dict[str, Callable[..., Interval]] = {
 _FINITE = {"isfinite": 1.0, "isinf": 0.0, "isnan": 0.0}
 
 
-def bounds(node: fx.Node, *, finite: bool = False) -> Bounds:
-    """Bounds of a node's value from its operators alone.
+def only_value(node: fx.Node, *, finite: bool = False) -> float | None:
+    """The only value that a node can have, by its operators alone; None if there are several.
 
     Args:
         finite: assume that what `isfinite`, `isinf` and `isnan` test is finite.
     """
     memo: dict[fx.Node, Interval] = {}
-    assumed = False
 
     def visit(arg: Any) -> Interval:
-        nonlocal assumed
         if isinstance(arg, bool | int | float):
             return float(arg), float(arg)
         if not isinstance(arg, fx.Node):
@@ -152,7 +106,6 @@ def bounds(node: fx.Node, *, finite: bool = False) -> Bounds:
         memo[arg] = _ANY
         name = arg.target._opname if isinstance(arg.target, torch._ops.OpOverload) else ""
         if finite and name in _FINITE:
-            assumed = True
             memo[arg] = (_FINITE[name],) * 2
         elif name in _RULES:
             memo[arg] = _RULES[name](*(visit(a) for a in arg.args))
@@ -161,4 +114,4 @@ def bounds(node: fx.Node, *, finite: bool = False) -> Bounds:
         return memo[arg]
 
     low, high = visit(node)
-    return Bounds(low, high, assumed)
+    return low if low == high else None

@@ -38,8 +38,7 @@ def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:
         if clone.training and getattr(config, "use_cache", False) is True:
             config.use_cache = False
             guards.append(_guard(where, "use_cache", False))
-    unique = {(g.source, g.text): g for g in guards}
-    return tuple(unique.values())
+    return tuple({(g.source, g.text): g for g in guards}.values())
 
 
 # Modules that build masks for every case if they are being traced.

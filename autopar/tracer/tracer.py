@@ -66,11 +66,7 @@ class ColoTracer:
     """
 
     def __init__(
-        self,
-        device: str = "cpu",
-        *,
-        assume: Mapping[str, Any] | None = None,
-        dynamic: bool = False,
+        self, device: str = "cpu", *, assume: Mapping[str, Any] | None = None, dynamic: bool = False
     ) -> None:
         self.device = device
         self.assume = dict(assume or {})
@@ -123,7 +119,9 @@ class ColoTracer:
         )
         clone = self._fake_clone(model, mode)
         settings = apply_settings(clone)
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._faker(mode), example)
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, functools.partial(self._fake, mode), example
+        )
         resolver = BranchResolver(_examples(model, example), self.assume)
         _watch(clone, resolver)
         with (
@@ -168,20 +166,14 @@ class ColoTracer:
             raise CaptureError("dynamic=True takes either positional inputs or keyword ones")
         return kwargs or args
 
-    def _faker(self, mode: FakeTensorMode) -> Any:
-        def fake(t: torch.Tensor) -> torch.Tensor:
-            with mode:
-                return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self.device)
-
-        return fake
+    def _fake(self, mode: FakeTensorMode, t: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self.device)
 
     def _fake_clone(self, model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
-        fake = self._faker(mode)
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = {id(b): self._fake(mode, b) for b in model.buffers()}
         for p in model.parameters():
-            memo[id(p)] = torch.nn.Parameter(fake(p), requires_grad=p.requires_grad)
-        for b in model.buffers():
-            memo[id(b)] = fake(b)
+            memo[id(p)] = torch.nn.Parameter(self._fake(mode, p), requires_grad=p.requires_grad)
         try:
             return copy.deepcopy(model, memo)
         except Exception as error:
@@ -208,19 +200,18 @@ def _check_inputs(model: torch.nn.Module, example: Any) -> None:
         )
 
 
-def _has_values(t: torch.Tensor) -> bool:
-    return not t.is_meta and not isinstance(t, FakeTensor)
-
-
 def _examples(model: torch.nn.Module, example: Any) -> dict[tuple[str, Any], torch.Tensor | None]:
     """Values by role; None for tensors that have none."""
-    values: dict[tuple[str, Any], torch.Tensor | None] = {}
-    for i, value in enumerate(pytree.tree_leaves(example)):
-        if isinstance(value, torch.Tensor):
-            values["input", i] = value.detach() if _has_values(value) else None
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        values["buffer", name] = buffer.detach() if _has_values(buffer) else None
-    return values
+    leaves = enumerate(pytree.tree_leaves(example))
+    tensors: dict[tuple[str, Any], torch.Tensor] = {
+        ("input", i): t for i, t in leaves if isinstance(t, torch.Tensor)
+    }
+    tensors |= {("buffer", n): b for n, b in model.named_buffers(remove_duplicate=False)}
+
+    def known(t: torch.Tensor) -> bool:
+        return not t.is_meta and not isinstance(t, FakeTensor)
+
+    return {role: t.detach() if known(t) else None for role, t in tensors.items()}
 
 
 def _watch(clone: torch.nn.Module, resolver: BranchResolver) -> None:
@@ -259,11 +250,8 @@ def _plain_results(results: Any) -> Any:
     """
     _register_dataclasses(results)
 
-    def keep(value: Any) -> Any:
-        plain = value is None or isinstance(value, torch.Tensor | bool | int | float | str)
-        return value if plain else None
-
-    return pytree.tree_map(keep, results)
+    plain = torch.Tensor | bool | int | float | str
+    return pytree.tree_map(lambda x: x if isinstance(x, plain) else None, results)
 
 
 def _register_dataclasses(value: Any) -> None:
@@ -272,11 +260,8 @@ def _register_dataclasses(value: Any) -> None:
             torch.export.register_dataclass(type(value))
         for field in dataclasses.fields(value):
             _register_dataclasses(getattr(value, field.name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _register_dataclasses(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
+    elif isinstance(value, list | tuple | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
             _register_dataclasses(item)
 
 

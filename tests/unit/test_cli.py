@@ -381,7 +381,7 @@ def test_rules_check_fails_with_a_reproduction(monkeypatch):
     from autopar.sharding.rules import registry
 
     row = Row("m k, k n -> m n", linear=((0, 1),))
-    monkeypatch.setitem(registry.ROWS, "aten.mm.default", row)
+    monkeypatch.setitem(registry.ROWS, "aten.mm.default", (row,))
     result = run("rules", "check", "--op", "aten.mm.default", "--cases", "30", code=1)
     assert "aten.mm.default(float64[" in result.stdout
     assert "strategy 'sum0" in result.stdout

@@ -87,7 +87,7 @@ def test_rules_hold_for_what_hypothesis_draws(source, name):
 
 def failures_of(monkeypatch, name: str, row: Row, **options) -> str:
     """The proof's failures for an op whose row is replaced."""
-    monkeypatch.setitem(registry.ROWS, name, row)
+    monkeypatch.setitem(registry.ROWS, name, (row,))
     monkeypatch.delitem(registry.DERIVED, name, raising=False)
     report = check.prove_op(name, options.get("cases", 60), 0)
     assert report.failed
@@ -173,7 +173,8 @@ def undeclared(x, weight, *, shard):
 
 
 def test_failures_are_reproduced_smaller(monkeypatch):
-    monkeypatch.setitem(registry.ROWS, "aten.mm.default", Row("m k, k n -> m n", linear=((0, 1),)))
+    row = Row("m k, k n -> m n", linear=((0, 1),))
+    monkeypatch.setitem(registry.ROWS, "aten.mm.default", (row,))
     report = check.prove_op("aten.mm.default", 60, 3)
     call = report.failures[0].call
     sizes = [int(n) for n in call.replace("[", " ").replace("]", " ").replace(",", " ").split()
@@ -246,7 +247,8 @@ def test_rows_are_found_again(make, notation, linear):
 def test_what_a_timid_row_leaves_out_is_told(monkeypatch):
     name = "aten.mm.default"
     assert coverage_of(name, 0).omitted == ()
-    monkeypatch.setitem(registry.ROWS, name, Row("m [k], [k] n -> m n", linear=((0,), (1,))))
+    row = Row("m [k], [k] n -> m n", linear=((0,), (1,)))
+    monkeypatch.setitem(registry.ROWS, name, (row,))
     assert [str(f.strategy) for f in coverage_of(name, 0).missing] == ["S1, S0 -> P"]
 
 
@@ -305,7 +307,7 @@ def test_record_tells_a_rule_that_changed(tmp_path, monkeypatch):
     assert json.loads(path.read_text())[name]["cases"] == 6
     assert record.status(name, proofs).startswith("proved (6 cases, ")
     assert record.status("aten.bmm.default", proofs) == "not proved"
-    monkeypatch.setitem(registry.ROWS, name, Row("m k, k n -> m n"))
+    monkeypatch.setitem(registry.ROWS, name, (Row("m k, k n -> m n"),))
     assert record.status(name, proofs) == "changed since proof"
     record.save([dataclasses.replace(report, failed=1)], path)
     assert record.load(path) == {}

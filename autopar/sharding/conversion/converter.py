@@ -31,7 +31,7 @@ import numpy as np
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.spec import ShardingSpec, fills_every_rank
-from autopar.sharding.conversion.graph import KINDS, Edges, SpecGraph, spec_graph
+from autopar.sharding.conversion.graph import KINDS, spec_graph
 from autopar.sharding.conversion.search import LegalSteps, Search
 
 _FORWARD = {
@@ -82,7 +82,6 @@ class LayoutConverter:
         self._legal = lru_cache(maxsize=None)(self._legal_orders)
         self._steps = lru_cache(maxsize=None)(self._legal_steps)
         self._search = lru_cache(maxsize=None)(self._priced)
-        self._path = lru_cache(maxsize=None)(self._cheapest_path)
         self._prices = lru_cache(maxsize=None)(self._price_table)
 
     # -- public ---------------------------------------------------------------------------------
@@ -97,9 +96,7 @@ class LayoutConverter:
         grad: bool = True,
     ) -> float:
         """Microseconds of the cheapest conversion, forward plus (with `grad`) backward."""
-        search = self._search_of(shape, itemsize, grad)
-        end = self._index(search.steps, shape, target)
-        return float(search.distances((end,))[0][self._index(search.steps, shape, source)])
+        return float(self.costs_us(shape, itemsize, (source,), (target,), grad=grad)[0, 0])
 
     def costs_us(
         self,
@@ -140,7 +137,12 @@ class LayoutConverter:
         Raises:
             ValueError: no path exists (a varying or illegal spec).
         """
-        return self._path(tuple(shape), itemsize, source, target, grad)
+        search = self._search_of(shape, itemsize, grad)
+        steps = search.steps
+        start, end = (self._index(steps, shape, spec) for spec in (source, target))
+        if not np.isfinite(search.distances((end,))[0][start]):
+            raise ValueError(f"no sequence of collectives converts {source} to {target}")
+        return tuple(_read(steps, i) for i in search.path(start, end))
 
     def specs(self, shape: Sequence[int]) -> list[ShardingSpec]:
         """All specs under which every rank holds an element."""
@@ -151,7 +153,7 @@ class LayoutConverter:
         """Every one-step transform out of a spec."""
         steps = self._steps(self._legal(tuple(shape)))
         here = self._index(steps, shape, spec)
-        return [_read(steps.graph, steps.edges, i) for i in range(*steps.first[here : here + 2])]
+        return [_read(steps, i) for i in range(*steps.first[here : here + 2])]
 
     def step_us(self, shape: Sequence[int], itemsize: int, step: Step) -> tuple[float, float]:
         """Forward and backward microseconds of one step."""
@@ -178,21 +180,6 @@ class LayoutConverter:
                 "some rank would hold no element, or an axis does not exist"
             )
         return index
-
-    def _cheapest_path(
-        self,
-        shape: tuple[int, ...],
-        itemsize: int,
-        source: ShardingSpec,
-        target: ShardingSpec,
-        grad: bool,
-    ) -> tuple[Step, ...]:
-        search = self._search_of(shape, itemsize, grad)
-        steps = search.steps
-        start, end = (self._index(steps, shape, spec) for spec in (source, target))
-        if not np.isfinite(search.distances((end,))[0][start]):
-            raise ValueError(f"no sequence of collectives converts {source} to {target}")
-        return tuple(_read(steps.graph, steps.edges, i) for i in search.path(start, end))
 
     def _legal_orders(self, shape: tuple[int, ...]) -> Orders:
         """Per dim, the orders of axes that may split it."""
@@ -269,8 +256,9 @@ class LayoutConverter:
         return forward, backward
 
 
-def _read(graph: SpecGraph, edges: Edges, i: int) -> Step:
+def _read(steps: LegalSteps, i: int) -> Step:
     """Edge number `i` as a step between specs."""
+    graph, edges = steps.graph, steps.edges
     return Step(
         KINDS[edges.kind[i]],
         graph.axes[edges.axis[i]],

@@ -79,8 +79,7 @@ class SpecGraph:
             raise ValueError(f"a tensor of {ndim} dims on {count} mesh axes has too many layouts")
         self._enumerate()
         self.edges = self._connect()
-        self._indices: dict[ShardingSpec, int] = {}
-        self._specs: dict[int, ShardingSpec] = {}
+        self.index, self.spec = cache(self._index_of), cache(self._spec_of)
 
     # -- specs ----------------------------------------------------------------------------------
 
@@ -102,14 +101,8 @@ class SpecGraph:
     def __len__(self) -> int:
         return len(self._key)
 
-    def index(self, spec: ShardingSpec) -> int:
+    def _index_of(self, spec: ShardingSpec) -> int:
         """The number of a spec; -1 if it has other dims or axes than the graph."""
-        index = self._indices.get(spec)
-        if index is None:
-            index = self._indices[spec] = self._find(spec)
-        return index
-
-    def _find(self, spec: ShardingSpec) -> int:
         here = {axis: a for a, axis in enumerate(self.axes)}
         named = {axis for axes in (*spec.dims, spec.partial, spec.varying) for axis in axes}
         if spec.ndim != self.ndim or not named <= here.keys():
@@ -120,17 +113,14 @@ class SpecGraph:
             key += place * self.axis_orders.index(axes)
         return int(np.searchsorted(self._key, key))
 
-    def spec(self, index: int) -> ShardingSpec:
-        """Inverse of `index`."""
-        spec = self._specs.get(index)
-        if spec is None:
-            dims = tuple(self.axis_orders[o] for o in self.order[:, index])
-            partial, varying = (
-                tuple(axis for a, axis in enumerate(self.axes) if mask[index] >> a & 1)
-                for mask in (self.partial, self.varying)
-            )
-            spec = self._specs[index] = ShardingSpec(dims, partial, varying)
-        return spec
+    def _spec_of(self, index: int) -> ShardingSpec:
+        """Inverse of `_index_of`."""
+        dims = tuple(self.axis_orders[o] for o in self.order[:, index])
+        partial, varying = (
+            tuple(axis for a, axis in enumerate(self.axes) if mask[index] >> a & 1)
+            for mask in (self.partial, self.varying)
+        )
+        return ShardingSpec(dims, partial, varying)
 
     # -- steps ----------------------------------------------------------------------------------
 

@@ -116,16 +116,13 @@ def _split_vocabulary(
     scales = counted(scale, vocabulary)
     losses = scales * normalizer - total(picked.where(here, 0) * scale, vocabulary)
     if label_smoothing:
-        every = shifted if weight is None else shifted * _per_class(weight, logits.ndim)
+        per_class = [-1] + [1] * (logits.ndim - 2)
+        every = shifted if weight is None else shifted * weight.view(per_class)
         summed = total(every.sum(1), vocabulary)
         weights = float(size) if weight is None else counted(weight.sum(), vocabulary)
         smooth = (normalizer * weights - summed).where(valid, 0)
         losses = (1 - label_smoothing) * losses + label_smoothing / size * smooth
     return losses, scales
-
-
-def _per_class(weight: torch.Tensor, ndim: int) -> torch.Tensor:
-    return weight.view([-1] + [1] * (ndim - 2))
 
 
 @declares(all_reduces("bs", one_element, forward=1))
@@ -139,9 +136,7 @@ def nll_loss(
     shard: Shard,
 ) -> torch.Tensor:
     """Negative log likelihood [b, v, ...], [b, ...] with rows split: a pending sum."""
-    losses = F.nll_loss(
-        log_probabilities, target, weight, reduction="sum", ignore_index=ignore_index
-    )
+    losses = F.nll_loss(log_probabilities, target, weight, None, ignore_index, None, "sum")
     count = _scales(target, weight, ignore_index).sum()
     return losses / counted(count, groups_of(shard, *shard))
 

@@ -1,8 +1,7 @@
 """Normalizations and softmax whose normalized dims are split: every rank gets global statistics.
 
 Each rank sums over its shard, and the sums are all-reduced. The result is varying: every rank uses
-it
-for its own shard, so gradients of the statistics are all-reduced too.
+it for its own shard, so gradients of the statistics are all-reduced too.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from autopar.sharding.lowerings.declared import (
 )
 from autopar.sharding.lowerings.shard import Shard, groups_of, largest, share_of, shared, total
 
+Optional = torch.Tensor | None
+
 
 def _centered(
     x: torch.Tensor, dims: list[int], shard: Shard, factors: Sequence[str]
@@ -39,12 +40,17 @@ def _centered(
 _PASSES = 12
 
 
-def _affine(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _affine(x: torch.Tensor, weight: Optional, bias: Optional) -> torch.Tensor:
     if weight is not None:
         x = x * weight
     return x if bias is None else x + bias
+
+
+def _affine_by_channel(x: torch.Tensor, weight: Optional, bias: Optional) -> torch.Tensor:
+    """Of x [n, c, ...] with weight and bias [c]."""
+    shape = [-1] + [1] * (x.ndim - 2)
+    weight, bias = (None if t is None else t.view(shape) for t in (weight, bias))
+    return _affine(x, weight, bias)
 
 
 def _normalized(shape: Sequence[int]) -> tuple[list[int], list[str]]:
@@ -56,8 +62,8 @@ def _normalized(shape: Sequence[int]) -> tuple[list[int], list[str]]:
 def layer_norm(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    weight: Optional = None,
+    bias: Optional = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
     *,
@@ -73,7 +79,7 @@ def layer_norm(
 def rms_norm(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
-    weight: torch.Tensor | None = None,
+    weight: Optional = None,
     eps: float | None = None,
     *,
     shard: Shard,
@@ -97,8 +103,8 @@ def _groups(call: LocalCall) -> int:
 def group_norm(
     x: torch.Tensor,
     num_groups: int,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    weight: Optional = None,
+    bias: Optional = None,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
     *,
@@ -111,13 +117,7 @@ def group_norm(
         return F.group_norm(x, local, weight, bias, eps)
     grouped = x.unflatten(1, (local, -1))
     _, centered, variance = _centered(grouped, list(range(2, grouped.ndim)), shard, space)
-    shape = [-1] + [1] * (x.ndim - 2)
-    out = (centered * (variance + eps).rsqrt()).flatten(1, 2)
-    return _affine(
-        out,
-        None if weight is None else weight.view(shape),
-        None if bias is None else bias.view(shape),
-    )
+    return _affine_by_channel((centered * (variance + eps).rsqrt()).flatten(1, 2), weight, bias)
 
 
 _batch_statistics = all_reduces("ns", statistics_over("ns"), forward=2, backward=2)
@@ -130,8 +130,8 @@ def _in_training(call: LocalCall) -> Declared:
 @declares(_in_training)
 def batch_norm(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Optional,
+    bias: Optional,
     running_mean: torch.Tensor,
     running_var: torch.Tensor,
     training: bool,
@@ -156,8 +156,8 @@ def batch_norm(
 @declares(_batch_statistics)
 def batch_norm_without_running(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Optional,
+    bias: Optional,
     training: bool,
     momentum: float,
     eps: float,
@@ -174,22 +174,13 @@ def _batch_factors(shard: Shard) -> list[str]:
 
 
 def _batch_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    shard: Shard,
+    x: torch.Tensor, weight: Optional, bias: Optional, eps: float, shard: Shard
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Result, mean and variance (without gradients), and the number of values per channel."""
     dims = [0, *range(2, x.ndim)]
     factors = _batch_factors(shard)
     mean, centered, variance = _centered(x, dims, shard, factors)
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    out = _affine(
-        centered * (variance + eps).rsqrt(),
-        None if weight is None else weight.view(shape),
-        None if bias is None else bias.view(shape),
-    )
+    out = _affine_by_channel(centered * (variance + eps).rsqrt(), weight, bias)
     count = round(math.prod(x.shape[d] for d in dims) / share_of(shard, factors))
     return out, mean.detach().flatten(), variance.detach().flatten(), count
 
@@ -214,6 +205,10 @@ def log_softmax(
     return shifted - shared(shifted.exp().sum(dim, keepdim=True), groups).log()
 
 
+def _reduced(shard: Shard) -> list[str]:
+    return [name for name in shard if name[0] == "r"]
+
+
 def mean(
     x: torch.Tensor,
     dim: Sequence[int] | None = None,
@@ -223,9 +218,8 @@ def mean(
     shard: Shard,
 ) -> torch.Tensor:
     """Mean with reduced dims (r0, r1, ...) split: each rank's share of it, a pending sum."""
-    share = share_of(shard, [name for name in shard if name[0] == "r"])
-    dims = list(range(x.ndim)) if not dim else list(dim)
-    return torch.ops.aten.mean.dim(x, dims, keepdim, dtype=dtype) * share
+    share = share_of(shard, _reduced(shard))
+    return torch.ops.aten.mean.dim(x, list(dim or range(x.ndim)), keepdim, dtype=dtype) * share
 
 
 def mean_of_all(x: torch.Tensor, dtype: torch.dtype | None = None, *, shard: Shard) -> torch.Tensor:
@@ -249,9 +243,8 @@ def vector_norm(
     shard: Shard,
 ) -> torch.Tensor:
     """Euclidean norm with reduced dims (r0, ...) split; complete on every rank."""
-    dims = list(range(x.ndim)) if not dim else list(dim)
     x = x if dtype is None else x.to(dtype)
-    groups = groups_of(shard, *(name for name in shard if name[0] == "r"))
-    squares = total(x.square().sum(dims, keepdim=keepdim), groups)
+    squares = x.square().sum(list(dim or range(x.ndim)), keepdim=keepdim)
+    squares = total(squares, groups_of(shard, *_reduced(shard)))
     none = squares == 0  # there the root has no derivative, and the norm uses 0
     return squares.masked_fill(none, 1).sqrt().masked_fill(none, 0)

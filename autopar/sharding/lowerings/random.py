@@ -7,6 +7,8 @@ import torch
 from autopar.comm.random import keep_mask
 from autopar.sharding.lowerings.shard import Shard
 
+Stream = tuple[int, int]
+
 
 def native_dropout(
     x: torch.Tensor,
@@ -15,7 +17,7 @@ def native_dropout(
     *,
     shard: Shard,
     seed: torch.Tensor,
-    stream: tuple[int, int],
+    stream: Stream,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`native_dropout`; also returns the mask of kept elements."""
     if not train or p == 0:
@@ -26,25 +28,14 @@ def native_dropout(
 
 
 def dropout(
-    x: torch.Tensor,
-    p: float,
-    train: bool,
-    *,
-    shard: Shard,
-    seed: torch.Tensor,
-    stream: tuple[int, int],
+    x: torch.Tensor, p: float, train: bool, *, shard: Shard, seed: torch.Tensor, stream: Stream
 ) -> torch.Tensor:
     """`dropout`."""
     return native_dropout(x, p, train, shard=shard, seed=seed, stream=stream)[0]
 
 
 def bernoulli(
-    x: torch.Tensor,
-    p: float,
-    *,
-    shard: Shard,
-    seed: torch.Tensor,
-    stream: tuple[int, int],
+    x: torch.Tensor, p: float, *, shard: Shard, seed: torch.Tensor, stream: Stream
 ) -> torch.Tensor:
     """`bernoulli.p`: ones with probability p, in the shape and dtype of x."""
     return keep_mask(x, list(x.shape), 1 - p, seed, stream[0], stream[1]).to(x.dtype)

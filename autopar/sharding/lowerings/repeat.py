@@ -8,12 +8,7 @@ from autopar.sharding.lowerings.shard import Shard
 
 
 def interleave(
-    x: torch.Tensor,
-    repeats: int,
-    dim: int,
-    output_size: int | None = None,
-    *,
-    shard: Shard,
+    x: torch.Tensor, repeats: int, dim: int, output_size: int | None = None, *, shard: Shard
 ) -> torch.Tensor:
     """Every element `repeats` times; the size of a shard follows from its elements."""
     return torch.ops.aten.repeat_interleave.self_int(x, repeats, dim)

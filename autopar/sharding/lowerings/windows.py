@@ -131,12 +131,7 @@ def _gathered(
 
 
 def _with_edges(
-    x: torch.Tensor,
-    dim: int,
-    extents: Sequence[int],
-    groups: Sequence[str],
-    halo: _Halo,
-    me: int,
+    x: torch.Tensor, dim: int, extents: Sequence[int], groups: Sequence[str], halo: _Halo, me: int
 ) -> tuple[torch.Tensor, int]:
     """This shard between the rows that its neighbors hold, and where that starts."""
     length, start, width = x.shape[dim], halo.held[me][0], halo.before + halo.after
@@ -163,10 +158,7 @@ def spread(value: int | Sequence[int], count: int) -> list[int]:
 
 
 def _windowed(
-    x: torch.Tensor,
-    shard: Shard,
-    windows: Sequence[_Window],
-    fill: float,
+    x: torch.Tensor, shard: Shard, windows: Sequence[_Window], fill: float
 ) -> tuple[torch.Tensor, list[int]]:
     """Fetch along every split spatial dim (s0, s1, ...); returns the remaining padding."""
     remaining = [w.before for w in windows]
@@ -210,10 +202,7 @@ def _declared(call: LocalCall, windows: Sequence[_Window]) -> Declared:
 
 
 def _conv_windows(
-    kernels: Sequence[int],
-    stride: Extent,
-    padding: Extent | str,
-    dilation: Extent,
+    kernels: Sequence[int], stride: Extent, padding: Extent | str, dilation: Extent
 ) -> list[_Window]:
     strides, dilations = spread(stride, len(kernels)), spread(dilation, len(kernels))
     if isinstance(padding, str):  # "same" pads even windows by one more behind

@@ -34,5 +34,5 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
             when=lambda a: bool(a.get("is_causal")),
         ),
         Row(_SDPA, linear=_VALUES, half=_SCORES_REPEATED),
-    ),
+    )
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from autopar.sharding.rule import Shape
+from autopar.sharding.rule import OpRule, Row, Shape
 
 
 @dataclass(frozen=True)
@@ -30,3 +30,18 @@ class Call:
     outputs: tuple[Shape, ...]
     masks: tuple[bool, ...] = ()
     strides: tuple[Shape | None, ...] = ()
+
+    def operand(self, index: int) -> Shape:
+        """Shape of an operand that the op always has."""
+        shape = self.inputs[index]
+        assert shape is not None
+        return shape
+
+    def bind(
+        self,
+        notation: str,
+        linear: tuple[tuple[int, ...], ...] = (),
+        lowering: Callable[..., Any] | None = None,
+    ) -> OpRule:
+        """The rule of a row for this call, see `Row`."""
+        return Row(notation, linear, lowering).bind(self.inputs, self.outputs)

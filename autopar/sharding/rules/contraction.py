@@ -42,9 +42,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
 
 def _matmul(call: Call) -> OpRule:
     """Batch dims broadcast; a vector has only the summed dim."""
-    left, right = call.inputs
-    assert left is not None
-    assert right is not None
+    left, right = call.operand(0), call.operand(1)
     a = "k" if len(left) == 1 else "*b m k"
     b = "k" if len(right) == 1 else "*b k n"
     out = " ".join(
@@ -52,7 +50,7 @@ def _matmul(call: Call) -> OpRule:
         + (["m"] if len(left) > 1 else [])
         + (["n"] if len(right) > 1 else [])
     )
-    return Row(f"{a}, {b} -> {out}", linear=((0,), (1,))).bind(call.inputs, call.outputs)
+    return call.bind(f"{a}, {b} -> {out}", linear=((0,), (1,)))
 
 
 def _einsum(call: Call) -> OpRule | None:
@@ -72,8 +70,7 @@ def _einsum(call: Call) -> OpRule | None:
         for t, rest in zip(terms, letters, strict=True)
     ]
     linear = tuple((i,) for i in range(len(terms) - 1))
-    row = Row(f"{', '.join(patterns[:-1])} -> {patterns[-1]}", linear=linear)
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(f"{', '.join(patterns[:-1])} -> {patterns[-1]}", linear=linear)
 
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {

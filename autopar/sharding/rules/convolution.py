@@ -23,8 +23,7 @@ def _unsplit(count: int) -> str:
 
 def _conv(call: Call) -> OpRule:
     """[n, c, space], [o, c / groups, window], [o]; split space fetches its halo."""
-    weight = call.inputs[1]
-    assert weight is not None
+    weight = call.operand(1)
     rank = len(weight) - 2
     groups = call.arguments.get("groups", 1)
     lead = len(call.outputs[0]) - rank - 1  # a single image has no batch
@@ -33,32 +32,19 @@ def _conv(call: Call) -> OpRule:
     windows_over_s = _space(rank, ":window")
     if groups == 1:
         notation = f"{n} c {windows_over_s}, o c {window}, +o -> {n} o {s}"
-        row = Row(notation, linear=((0,), (1,)), lowering=windows.convolution)
-        return row.bind(call.inputs, call.outputs)
+        return call.bind(notation, linear=((0,), (1,)), lowering=windows.convolution)
     notation = f"{n} g:lowered {windows_over_s}, g [i] {window}, +g -> {n} g {s}"
-    row = Row(notation, linear=((0,),), lowering=windows.convolution)
-    return _by_groups(row.bind(call.inputs, call.outputs), "g", groups)
-
-
-def _by_groups(rule: OpRule, name: str, groups: int) -> OpRule:
-    """Channels are split between groups, never inside one."""
-    if name not in rule.factors:
-        return rule
-    if groups == 1:
-        return rule.without(name)
-    factor = replace(rule.factors[name], size=groups, even=True)
-    return replace(rule, factors={**rule.factors, name: factor})
+    rule = call.bind(notation, linear=((0,),), lowering=windows.convolution)
+    return rule.by_groups("g", groups)
 
 
 def _conv_transpose(call: Call) -> OpRule:
     """[n, c, space], [c, o / groups, window], [o]; space is split where windows do not overlap."""
-    weight = call.inputs[1]
-    assert weight is not None
+    weight = call.operand(1)
     rank = len(weight) - 2
     n = "n" if len(call.outputs[0]) == rank + 2 else ""
     x = _unsplit(rank)
-    assert call.inputs[0] is not None
-    extents = zip(call.inputs[0][-rank:], weight[2:], call.outputs[0][-rank:], strict=True)
+    extents = zip(call.operand(0)[-rank:], weight[2:], call.outputs[0][-rank:], strict=True)
     # windows do not overlap if the stride is the window and nothing is cut off or added
     stride = windows.spread(call.arguments.get("stride", 1), rank)
     separate = [
@@ -66,10 +52,8 @@ def _conv_transpose(call: Call) -> OpRule:
     ]
     s = " ".join(f"s{i}" if alone else f"[s{i}]" for i, alone in enumerate(separate))
     if call.arguments.get("groups", 1) == 1:
-        row = Row(f"{n} c {s}, c o {x}, +o -> {n} o {s}", linear=((0,), (1,)))
-    else:
-        row = Row(f"{n} [c] {s}, [c] [o] {x}, +[p] -> {n} [p] {s}", linear=((0,),))
-    return row.bind(call.inputs, call.outputs)
+        return call.bind(f"{n} c {s}, c o {x}, +o -> {n} o {s}", linear=((0,), (1,)))
+    return call.bind(f"{n} [c] {s}, [c] [o] {x}, +[p] -> {n} [p] {s}", linear=((0,),))
 
 
 def _no_ceil(arguments: Mapping[str, Any]) -> bool:

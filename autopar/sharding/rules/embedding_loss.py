@@ -42,9 +42,7 @@ def _by_class(
     linear: tuple[tuple[int, ...], ...] = (),
 ) -> OpRule | None:
     """Logits [b, v, space], classes [b, space], weights [v]; `word` stands behind v."""
-    logits, target = call.inputs[:2]
-    assert logits is not None
-    assert target is not None
+    logits, target = call.operand(0), call.operand(1)
     if len(logits) < 2 or len(target) != len(logits) - 1:
         return None  # one row, or probabilities for targets
     of_rows = ":lowered" if _reduction(call.arguments) == _MEAN else ""
@@ -53,7 +51,7 @@ def _by_class(
     out = " ".join(rows) if _reduction(call.arguments) == 0 else ""
     classes = " ".join([b, vocabulary + word, *space])
     notation = f"{classes}, {' '.join(rows)}, {vocabulary} -> {out}"
-    return Row(notation, linear=linear, lowering=lowering).bind(call.inputs, call.outputs)
+    return call.bind(notation, linear=linear, lowering=lowering)
 
 
 def _nll(call: Call) -> OpRule | None:

@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autopar.sharding.rule import OpRule, Row, Shape
+from autopar.sharding.rule import OpRule, Shape
 from autopar.sharding.rules.call import Call
 from autopar.sharding.rules.pointwise import is_pointwise
 
@@ -33,7 +33,7 @@ def bind_function(call: Call) -> OpRule | None:
     if not _is_pointwise_throughout(call.op, shapes, call.masks):
         return None
     notation = ", ".join(["*d"] * len(shapes)) + " -> " + ", ".join(["*d"] * len(call.outputs))
-    return Row(notation).bind(call.inputs, call.outputs)
+    return call.bind(notation)
 
 
 @cache

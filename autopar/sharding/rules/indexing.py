@@ -10,10 +10,6 @@ from autopar.sharding.rule import OpRule, Row, Shape
 from autopar.sharding.rules.call import Call
 
 
-def _broadcast(shapes: Sequence[Shape]) -> int:
-    return max(len(s) for s in shapes)
-
-
 def _index_names(call: Call) -> tuple[list[str], list[str], list[str]] | None:
     """Names of the indexed tensor's dims, of the indices, and of the result.
 
@@ -21,14 +17,13 @@ def _index_names(call: Call) -> tuple[list[str], list[str], list[str]] | None:
     indexed dim, or lead if the indexed dims are not adjacent. None for masks, because the shape of
     their result depends on values.
     """
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     indices = call.arguments["indices"]
     indexed = [d for d, index in enumerate(indices) if index is not None]
     shapes = [indices[d] for d in indexed]
     if not indexed or any(call.masks[1 : 1 + len(indices)]):
         return None
-    rank = _broadcast(shapes)
+    rank = max(map(len, shapes))
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
     read = [f"[x{d}]" if d in indexed else f"d{d}" for d in range(len(source))]
     index_dims = [f"i{k}" for k in range(rank)]
@@ -52,8 +47,7 @@ def _index(call: Call) -> OpRule | None:
         return None
     read, patterns, result = names
     operand_patterns = [" ".join(read), *_operands(call, patterns)]
-    row = Row(f"{', '.join(operand_patterns)} -> {' '.join(result)}", linear=((0,),))
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(f"{', '.join(operand_patterns)} -> {' '.join(result)}", linear=((0,),))
 
 
 def _index_put(call: Call) -> OpRule | None:
@@ -75,8 +69,7 @@ def _index_put(call: Call) -> OpRule | None:
     else:
         unsplit = [re.sub(r"\bi\d+", "[\\g<0>]", p) for p in (*_operands(call, patterns), written)]
         notation = f"{', '.join([base, *unsplit])} -> {base}"
-    row = Row(notation, linear=((0, len(call.inputs) - 1),))
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(notation, linear=((0, len(call.inputs) - 1),))
 
 
 def _fill(call: Call, values: Shape) -> OpRule | None:
@@ -86,9 +79,8 @@ def _fill(call: Call, values: Shape) -> OpRule | None:
         return None
     dims = [f"d{d}" for d in range(len(call.outputs[0]))]
     ones = " ".join(f"[v{d}]" for d in range(len(values)))
-    filled = " ".join(dims)
-    row = Row(f"{filled}, {' '.join(dims[: len(mask)])}, {ones} -> {filled}", linear=((0, 2),))
-    return row.bind(call.inputs, call.outputs)
+    masked, filled = " ".join(dims[: len(mask)]), " ".join(dims)
+    return call.bind(f"{filled}, {masked}, {ones} -> {filled}", linear=((0, 2),))
 
 
 def _dim(call: Call) -> int:
@@ -96,36 +88,29 @@ def _dim(call: Call) -> int:
 
 
 def _dim_names(call: Call) -> tuple[list[str], int]:
-    source, dim = call.inputs[0], _dim(call)
-    assert source is not None
+    source, dim = call.operand(0), _dim(call)
     return [f"[x{d}]" if d == dim else f"d{d}" for d in range(len(source))], dim
 
 
 def _index_select(call: Call) -> OpRule:
     names, dim = _dim_names(call)
     result = [*names[:dim], "i", *names[dim + 1 :]]
-    row = Row(f"{' '.join(names)}, i -> {' '.join(result)}", linear=((0,),))
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(f"{' '.join(names)}, i -> {' '.join(result)}", linear=((0,),))
 
 
 def _gather(call: Call) -> OpRule:
     """A dim is not split if the index has fewer elements there."""
-    dim = _dim(call)
-    source, index = call.inputs[0], call.inputs[1]
-    assert source is not None
-    assert index is not None
+    dim, source, index = _dim(call), call.operand(0), call.operand(1)
     same = [d != dim and source[d] == index[d] for d in range(len(source))]
     left = [f"d{d}" if ok else f"[x{d}]" for d, ok in enumerate(same)]
     right = [f"d{d}" if ok else (f"i{d}" if d == dim else f"[y{d}]") for d, ok in enumerate(same)]
-    row = Row(f"{' '.join(left)}, {' '.join(right)} -> {' '.join(right)}", linear=((0,),))
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(f"{' '.join(left)}, {' '.join(right)} -> {' '.join(right)}", linear=((0,),))
 
 
 def _scatter(call: Call) -> OpRule:
     """Index and source are split like the tensor where extents agree; a sum also along `dim`."""
     dim = _dim(call)
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     others = [s for s in call.inputs[1:] if s is not None]
     same = [
         d != dim and all(s[d] == source[d] for s in others if len(s) == len(source))
@@ -140,34 +125,29 @@ def _scatter(call: Call) -> OpRule:
     )
     patterns = [left, *(right if len(s) == len(source) else "" for s in others)]
     linear = ((0, 2),) if len(others) == 2 and how in ("", "add", "sum") else ()
-    row = Row(f"{'+ ' if adds else ''}{', '.join(patterns)} -> {left}", linear=linear)
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(f"{'+ ' if adds else ''}{', '.join(patterns)} -> {left}", linear=linear)
 
 
 def _write(call: Call) -> OpRule:
     """`slice_scatter`, `select_scatter`: they write along `dim`."""
     names, dim = _dim_names(call)
-    source, written = call.inputs[:2]
-    assert source is not None
-    assert written is not None
+    source, written = call.operand(0), call.operand(1)
     src = [n for d, n in enumerate(names) if d != dim or len(written) == len(source)]
     if len(written) == len(source):
         src[dim] = "[y]"
-    row = Row(f"{' '.join(names)}, {' '.join(src)} -> {' '.join(names)}", linear=((0, 1),))
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(f"{' '.join(names)}, {' '.join(src)} -> {' '.join(names)}", linear=((0, 1),))
 
 
 def _index_add(call: Call) -> OpRule:
     """Rows of the second tensor are added where the index says."""
     names, dim = _dim_names(call)
-    added = [*names[:dim], "i", *names[dim + 1 :]]
-    row = Row(f"+ {' '.join(names)}, i, {' '.join(added)} -> {' '.join(names)}", linear=((0, 2),))
-    return row.bind(call.inputs, call.outputs)
+    target, added = " ".join(names), " ".join([*names[:dim], "i", *names[dim + 1 :]])
+    return call.bind(f"+ {target}, i, {added} -> {target}", linear=((0, 2),))
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     # values are consumed in order, across all dims
-    "aten.masked_scatter.default": Row("..., ..., ... -> ...", linear=((0, 2),)),
+    "aten.masked_scatter.default": Row("..., ..., ... -> ...", linear=((0, 2),))
 }
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {

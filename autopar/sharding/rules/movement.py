@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autopar.sharding.lowerings import repeat
-from autopar.sharding.rule import Dims, OpRule, Row
+from autopar.sharding.rule import Dims, OpRule
 from autopar.sharding.rules.call import Call
 from autopar.sharding.rules.view import aligned, linear_rule, named, numbered
 
@@ -32,8 +32,7 @@ def _cat(call: Call) -> OpRule:
 
 def _stack(call: Call) -> OpRule:
     """A new dim, of the operands."""
-    shape = call.inputs[0]
-    assert shape is not None
+    shape = call.operand(0)
     dim = call.arguments.get("dim", 0) % (len(shape) + 1)
     names, factors = numbered(shape)
     return linear_rule([names] * len(call.inputs), [(*names[:dim], None, *names[dim:])], factors)
@@ -44,8 +43,7 @@ def _unsplit_dims(dims: Callable[[Call, int], set[int]]) -> Callable[[Call], OpR
 
     def bind(call: Call) -> OpRule:
         rule = aligned(call)
-        source = call.inputs[0]
-        assert source is not None
+        source = call.operand(0)
         return rule.without(*(f"d{d}" for d in dims(call, len(source))))
 
     return bind
@@ -60,20 +58,18 @@ def _listed(call: Call, rank: int) -> set[int]:
 
 def _in_blocks(call: Call) -> OpRule:
     """Every element along a dim becomes a block, or every block becomes an element."""
-    source, target = call.inputs[0], call.outputs[0]
-    assert source is not None
+    source, target = call.operand(0), call.outputs[0]
     names = " ".join(
         f"d{d}" if min(pair) > 1 else f"[d{d}]"
         for d, pair in enumerate(zip(source, target, strict=True))
     )
-    return Row(f"{names} -> {names}", linear=((0,),)).bind(call.inputs, call.outputs)
+    return call.bind(f"{names} -> {names}", linear=((0,),))
 
 
 def _repeat_interleave(call: Call) -> OpRule:
     """Without a dim the result is flat and split by blocks of the first dim. An output size is that
     of the global result, so the lowering leaves it out."""
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     if call.arguments.get("dim") is not None:
         if call.arguments.get("output_size") is None:
             return _in_blocks(call)
@@ -82,18 +78,16 @@ def _repeat_interleave(call: Call) -> OpRule:
             f"d{d}{':lowered' if d == repeated else ''}" if n > 1 else f"[d{d}]"
             for d, n in enumerate(source)
         )
-        row = Row(f"{names} -> {names}", linear=((0,),), lowering=repeat.interleave)
-        return row.bind(call.inputs, call.outputs)
+        return call.bind(f"{names} -> {names}", linear=((0,),), lowering=repeat.interleave)
     first = next((d for d, n in enumerate(source) if n > 1), None)
     names = " ".join("b" if d == first else f"[d{d}]" for d in range(len(source)))
     out = "[b]" if first is None else "b"
-    return Row(f"{names} -> {out}", linear=((0,),)).bind(call.inputs, call.outputs)
+    return call.bind(f"{names} -> {out}", linear=((0,),))
 
 
 def _repeat(call: Call) -> OpRule:
     """Dims that are repeated once are carried; of a repeated dim of one element, the copies."""
-    source, target = call.inputs[0], call.outputs[0]
-    assert source is not None
+    source, target = call.operand(0), call.outputs[0]
     lead = len(target) - len(source)
     names = [d - lead if d >= lead and source[d - lead] == n else None
              for d, n in enumerate(target)]  # fmt: skip

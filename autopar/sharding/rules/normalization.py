@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from autopar.sharding.lowerings import norms
 from autopar.sharding.rule import OpRule, Row
@@ -19,8 +18,7 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row(_BATCH_NORM.replace("*s, c, c,", "*s, [y], [z],"), lowering=norms.batch_norm),
     ),
     "aten._native_batch_norm_legit.no_stats": Row(
-        "n:complete c *s:complete, c, c -> n c *s, c, c",
-        lowering=norms.batch_norm_without_running,
+        "n:complete c *s:complete, c, c -> n c *s, c, c", lowering=norms.batch_norm_without_running
     ),
     # as captured in eval mode
     "aten.batch_norm.default": (
@@ -41,29 +39,22 @@ def _normalized(call: Call) -> tuple[str, str]:
 
 def _layer_norm(call: Call) -> OpRule:
     normalized, h = _normalized(call)
-    row = Row(f"*b {normalized}, {h}, {h} -> *b {h}", lowering=norms.layer_norm)
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(f"*b {normalized}, {h}, {h} -> *b {h}", lowering=norms.layer_norm)
 
 
 def _rms_norm(call: Call) -> OpRule:
     normalized, h = _normalized(call)
-    row = Row(f"*b {normalized}, {h} -> *b {h}", lowering=norms.rms_norm)
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(f"*b {normalized}, {h} -> *b {h}", lowering=norms.rms_norm)
 
 
 def _group_norm(call: Call) -> OpRule:
     """Split between groups of channels, or over the space."""
-    shape = call.inputs[0]
-    assert shape is not None
+    shape = call.operand(0)
     space = [f"s{i}" for i in range(len(shape) - 2)]
     normalized = " ".join(f"{s}:lowered" for s in space)
     notation = f"n c:lowered {normalized}, c, c -> n c {' '.join(space)}"
-    rule = Row(notation, lowering=norms.group_norm).bind(call.inputs, call.outputs)
-    groups = call.arguments["num_groups"]
-    if groups == 1 or "c" not in rule.factors:
-        return rule.without("c")
-    factor = replace(rule.factors["c"], size=groups, even=True)
-    return replace(rule, factors={**rule.factors, "c": factor})
+    rule = call.bind(notation, lowering=norms.group_norm)
+    return rule.by_groups("c", call.arguments["num_groups"])
 
 
 def _over_dim(lowering: Callable) -> Callable[[Call], OpRule]:
@@ -73,7 +64,7 @@ def _over_dim(lowering: Callable) -> Callable[[Call], OpRule]:
         ndim = len(call.outputs[0])
         dim = call.arguments["dim"] % max(ndim, 1)
         names = " ".join("s:lowered" if d == dim else f"d{d}" for d in range(ndim))
-        return Row(f"{names} -> {names}", lowering=lowering).bind(call.inputs, call.outputs)
+        return call.bind(f"{names} -> {names}", lowering=lowering)
 
     return bind
 
@@ -82,7 +73,7 @@ def _weight_norm(call: Call) -> OpRule:
     """v is normalized over every dim but one; g holds the norms along that one."""
     ndim, dim = len(call.outputs[0]), call.arguments.get("dim", 0)
     v = " ".join("k" if d == dim % ndim else f"[d{d}]" for d in range(ndim))
-    return Row(f"{v}, {v} -> {v}", linear=((1,),)).bind(call.inputs, call.outputs)
+    return call.bind(f"{v}, {v} -> {v}", linear=((1,),))
 
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {

@@ -10,17 +10,23 @@ from autopar.sharding.rules.call import Call
 
 def _along(call: Call) -> OpRule:
     """One dim is not split; results keep the others (the extent along it may differ)."""
-    return Row(_notation(call, -1)).bind(call.inputs, call.outputs)
+    return call.bind(_notation(call, -1))
 
 
 def _scan(call: Call) -> OpRule:
     """As `_along`, of an op that is linear."""
-    return Row(_notation(call, 0), linear=((0,),)).bind(call.inputs, call.outputs)
+    return call.bind(_notation(call, 0), linear=((0,),))
+
+
+def _diff(call: Call) -> OpRule | None:
+    """None if other tensors are joined to the operand."""
+    if sum(s is not None for s in call.inputs) > 1:
+        return None
+    return call.bind(_notation(call, -1), linear=((0,),))
 
 
 def _notation(call: Call, default: int) -> str:
-    shape = call.inputs[0]
-    assert shape is not None
+    shape = call.operand(0)
     dim = call.arguments.get("dim", call.arguments.get("axis", default))
     unsplit = dim % max(len(shape), 1)
     names = [f"d{d}" for d in range(len(shape))]
@@ -53,9 +59,5 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
         ).split()
     },
     "aten.cumsum.default": _scan,
-    "aten.diff.default": lambda call: (
-        Row(_notation(call, -1), linear=((0,),)).bind(call.inputs, call.outputs)
-        if sum(s is not None for s in call.inputs) == 1
-        else None
-    ),
+    "aten.diff.default": _diff,
 }

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autopar.sharding.lowerings import extremes, norms
-from autopar.sharding.rule import OpRule, Row
+from autopar.sharding.rule import OpRule
 from autopar.sharding.rules.call import Call
 
 
 def _reduced_dims(call: Call) -> set[int]:
-    shape = call.inputs[0]
-    assert shape is not None
+    shape = call.operand(0)
     dim = call.arguments.get("dim")
     if dim is None or dim == []:
         return set(range(len(shape)))
@@ -25,8 +24,7 @@ def _notation(call: Call, split: str) -> str:
     Args:
         split: what a split of them needs, as a word of the notation; "[]" for no split.
     """
-    shape = call.inputs[0]
-    assert shape is not None
+    shape = call.operand(0)
     reduced = _reduced_dims(call)
     names = [
         (f"[r{d}]" if split == "[]" else f"r{d}{split}") if d in reduced else f"d{d}"
@@ -41,18 +39,18 @@ def _notation(call: Call, split: str) -> str:
     return " ".join(names) + " -> " + ", ".join([out] * len(call.outputs))
 
 
-def _sum(call: Call) -> OpRule:
-    return Row(_notation(call, ""), linear=((0,),)).bind(call.inputs, call.outputs)
+def _reduces(
+    word: str, lowering: Callable | None = None, *, linear: bool = False
+) -> Callable[[Call], OpRule]:
+    """A rule whose reduced dims need `word`, see `_notation`."""
+
+    def bind(call: Call) -> OpRule:
+        return call.bind(_notation(call, word), ((0,),) if linear else (), lowering)
+
+    return bind
 
 
-def _mean(call: Call) -> OpRule:
-    row = Row(_notation(call, ":lowered"), linear=((0,),), lowering=norms.mean)
-    return row.bind(call.inputs, call.outputs)
-
-
-def _mean_of_all(call: Call) -> OpRule:
-    row = Row(_notation(call, ":lowered"), linear=((0,),), lowering=norms.mean_of_all)
-    return row.bind(call.inputs, call.outputs)
+_sum, _unsplit = _reduces("", linear=True), _reduces("[]")
 
 
 def _norm(call: Call) -> OpRule:
@@ -60,28 +58,19 @@ def _norm(call: Call) -> OpRule:
     order = call.arguments.get("ord", call.arguments.get("p", 2))
     if order not in (1, 2, None):
         return _unsplit(call)
-    row = Row(_notation(call, "" if order == 1 else ":complete"), lowering=norms.vector_norm)
-    return row.bind(call.inputs, call.outputs)
+    return call.bind(_notation(call, "" if order == 1 else ":complete"), lowering=norms.vector_norm)
 
 
 def _over_ranks(lowering: Callable) -> Callable[[Call], OpRule]:
     """The ranks' results are reduced by the op itself."""
-
-    def bind(call: Call) -> OpRule:
-        return Row(_notation(call, ":complete"), lowering=lowering).bind(call.inputs, call.outputs)
-
-    return bind
-
-
-def _unsplit(call: Call) -> OpRule:
-    return Row(_notation(call, "[]")).bind(call.inputs, call.outputs)
+    return _reduces(":complete", lowering)
 
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.sum.default": _sum,
     "aten.sum.dim_IntList": _sum,
-    "aten.mean.default": _mean_of_all,
-    "aten.mean.dim": _mean,
+    "aten.mean.default": _reduces(":lowered", norms.mean_of_all, linear=True),
+    "aten.mean.dim": _reduces(":lowered", norms.mean, linear=True),
     "aten.linalg_vector_norm.default": _norm,
     "aten.norm.ScalarOpt_dim": _norm,
     "aten.amax.default": _over_ranks(extremes.amax),

@@ -38,7 +38,11 @@ def _merged(tables: Iterator[Mapping]) -> dict:
     return merged
 
 
-ROWS: dict[str, Row | tuple[Row, ...]] = _merged(getattr(f, "ROWS", {}) for f in _FAMILIES)
+# The rows of an op; the first that applies to a call holds.
+ROWS: dict[str, tuple[Row, ...]] = {
+    name: rows if isinstance(rows, tuple) else (rows,)
+    for name, rows in _merged(getattr(f, "ROWS", {}) for f in _FAMILIES).items()
+}
 
 # Rules that follow from the arguments and shapes of the call rather than from a row.
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = _merged(
@@ -57,12 +61,9 @@ def bind(call: Call) -> OpRule | None:
     derived = DERIVED.get(name)
     if derived is not None:
         return derived(call)
-    rows = ROWS.get(name)
-    if rows is not None:
-        for row in rows if isinstance(rows, tuple) else (rows,):
-            if row.when is None or row.when(call.arguments):
-                return row.bind(call.inputs, call.outputs)
-        return None
+    if name in ROWS:
+        row = next((r for r in ROWS[name] if r.applies(call.arguments)), None)
+        return None if row is None else row.bind(call.inputs, call.outputs)
     if call.op.namespace == functions.NAMESPACE:
         return functions.bind_function(call)
     if pointwise.is_pointwise(call.op):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from autopar.sharding.lowerings import windows
-from autopar.sharding.rule import Dims, Factor, OpRule, Row, Shape
+from autopar.sharding.rule import Dims, Factor, OpRule, Shape
 from autopar.sharding.rules.call import Call
 
 
@@ -64,8 +64,7 @@ def _groups(source: Shape, target: Shape) -> list[tuple[list[int], list[int]]]:
 
 
 def _reshape(call: Call) -> OpRule | None:
-    source, target = call.inputs[0], call.outputs[0]
-    assert source is not None
+    source, target = call.operand(0), call.outputs[0]
     if math.prod(source) == 0:
         return None
     dims: list[str | None] = [None] * len(source)
@@ -83,15 +82,13 @@ def _reshape(call: Call) -> OpRule | None:
 
 
 def _permuted(call: Call, order: Sequence[int]) -> OpRule:
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     dims, out, factors = named(source, list(order), call.outputs[0])
     return linear_rule([dims], [out], factors)
 
 
 def _transpose(call: Call) -> OpRule:
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     order = list(range(len(source)))
     a, b = call.arguments["dim0"] % len(source), call.arguments["dim1"] % len(source)
     order[a], order[b] = order[b], order[a]
@@ -99,21 +96,18 @@ def _transpose(call: Call) -> OpRule:
 
 
 def _t(call: Call) -> OpRule:
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     return _permuted(call, list(range(len(source)))[::-1])
 
 
 def _permute(call: Call) -> OpRule:
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     return _permuted(call, [d % len(source) for d in call.arguments["dims"]])
 
 
 def aligned(call: Call) -> OpRule:
     """Same rank; dims whose size does not change are carried (slice, split, copies, ...)."""
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     lead = len(call.outputs[0]) - len(source)
     names = [None] * lead + list(range(len(source)))
     changed = {
@@ -126,8 +120,7 @@ def aligned(call: Call) -> OpRule:
 
 def _expand(call: Call) -> OpRule:
     """Repeated dims may be split too: the operand lacks them, so its gradient is summed."""
-    source, target = call.inputs[0], call.outputs[0]
-    assert source is not None
+    source, target = call.operand(0), call.outputs[0]
     lead = len(target) - len(source)
     carried = [j >= lead and source[j - lead] == target[j] for j in range(len(target))]
     out, factors = numbered(target)
@@ -143,8 +136,7 @@ _CLAMPED = frozenset(
 
 def _cut(call: Call) -> OpRule:
     """A dim that is cut is not split, even if the call keeps all of it."""
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     rule = aligned(call)
     if len(call.outputs) == 1 and str(call.op) in _CLAMPED:
         return rule
@@ -161,8 +153,7 @@ def _broadcast_tensors(call: Call) -> OpRule | None:
 
 
 def _select(call: Call) -> OpRule:
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     dim = call.arguments["dim"] % len(source)
     names = [d for d in range(len(source)) if d != dim]
     dims, out, factors = named(source, names, call.outputs[0])
@@ -170,8 +161,7 @@ def _select(call: Call) -> OpRule:
 
 
 def _unbind(call: Call) -> OpRule:
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     dim = call.arguments.get("dim", 0) % len(source)
     bound = named(source, [d for d in range(len(source)) if d != dim], call.outputs[0])
     return linear_rule([bound[0]], [bound[1]] * len(call.outputs), bound[2])
@@ -179,19 +169,17 @@ def _unbind(call: Call) -> OpRule:
 
 def _unfold(call: Call) -> OpRule:
     """Windows along one dim, which become the last; that dim is split where they do not overlap."""
-    source = call.inputs[0]
-    assert source is not None
+    source = call.operand(0)
     dim, size = call.arguments["dimension"] % len(source), call.arguments["size"]
     separate = size == call.arguments["step"] and source[dim] % size == 0 and source[dim] > size
     names = " ".join(f"d{d}" if d != dim or separate else f"[d{d}]" for d in range(len(source)))
-    return Row(f"{names} -> {names} [w]", linear=((0,),)).bind(call.inputs, call.outputs)
+    return call.bind(f"{names} -> {names} [w]", linear=((0,),))
 
 
 def _as_strided(call: Call) -> OpRule | None:
     """Split the first dim that is read completely and in place, if the others stride over it or
     inside."""
-    source, target, stride = call.inputs[0], call.outputs[0], call.arguments["stride"]
-    assert source is not None
+    source, target, stride = call.operand(0), call.outputs[0], call.arguments["stride"]
     strides = call.strides[0]
     if not source or call.arguments.get("storage_offset") or strides is None:
         return None
@@ -208,12 +196,9 @@ def _as_strided(call: Call) -> OpRule | None:
         if dense and same and source[d] > 1 and within < step and steps_over:
             names = [f"d{d}:lowered" if e == d else f"[x{e}]" for e in range(len(source))]
             out = [f"d{d}" if e == d else f"[y{e}]" for e in range(len(target))]
-            row = Row(
-                f"{' '.join(names)} -> {' '.join(out)}",
-                linear=((0,),),
-                lowering=windows.as_strided,
+            return call.bind(
+                f"{' '.join(names)} -> {' '.join(out)}", linear=((0,),), lowering=windows.as_strided
             )
-            return row.bind(call.inputs, call.outputs)
     return None
 
 

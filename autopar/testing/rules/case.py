@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,7 +21,7 @@ from autopar.sharding.node_rules import declared_of
 from autopar.sharding.rule import Strategy
 from autopar.testing.rules.collectives import Run, counted, undeclared
 from autopar.testing.rules.draw import Draw
-from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad, substituted
+from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad, leaves_of, substituted
 from autopar.testing.rules.random_ops import RANDOM, UNDEFINED, kept_mask, seed_torch
 from autopar.testing.rules.shards import (
     TOLERANCE,
@@ -106,16 +106,14 @@ def _run(
         program = apply_sharding(
             one.graph, plan, coords=coords, groups=groups[coords], output_specs=strategy.outputs
         )
-        leaves = [
-            None if x is None else _with_strides(x[coords], transposed).requires_grad_(trained)
-            for x, trained in zip(inputs, one.trained, strict=True)
-        ]
+        shards = [None if x is None else _with_strides(x[coords], transposed) for x in inputs]
+        leaves = leaves_of(shards, one.trained)
         local = [None if c is None else c[coords] for c in cotangents]
         return _step(one, program, leaves, local)
 
     if not strategy.lowered:
         return {coords: rank(coords) for coords in ranks(mesh)}
-    return _in_threads(rank, mesh)
+    return _simulated(mesh).run(rank)
 
 
 def _step(
@@ -147,20 +145,13 @@ def _with_strides(x: torch.Tensor, transposed: bool) -> torch.Tensor:
 
 def _takes_any_strides(one: OneOp) -> bool:
     """Whether the op supports such strides on global tensors."""
-    leaves = [
-        None if x is None else _with_strides(x, True).requires_grad_(trained)
-        for x, trained in zip(one.inputs, one.trained, strict=True)
-    ]
+    inputs = [None if x is None else _with_strides(x, True) for x in one.inputs]
+    leaves = leaves_of(inputs, one.trained)
     try:
         grad(flat_tensors(call(one.node, leaves)), one.cotangents, leaves)
     except RuntimeError:
         return False
     return True
-
-
-def _in_threads(rank: Callable[[Coords], _RankResult], mesh: Mesh) -> dict[Coords, _RankResult]:
-    """All ranks at once."""
-    return _simulated(mesh).run(rank)
 
 
 def plan_of(one: OneOp, mesh: Mesh, strategy: Strategy) -> ShardingPlan:
@@ -210,45 +201,37 @@ def _compared(
     one: OneOp, mesh: Mesh, strategy: Strategy, by_rank: Mapping[Coords, _RankResult]
 ) -> Outcome:
     name = str(one.sample.op)
-    results = [
-        {coords: h.results[i] for coords, h in by_rank.items()} for i in range(len(one.outputs))
-    ]
-    outputs, gradients = list(one.outputs), list(one.gradients)
-    if one.rule[0].always:
-        full_results = [
+    results = [{c: r.results[i] for c, r in by_rank.items()} for i in range(len(one.outputs))]
+    outputs, gradients = one.outputs, one.gradients
+    differing: list[Difference] = []
+    if one.rule[0].always:  # compare with the op for the ranks' draw
+        drawn = [
             joined(pieces, spec, mesh, full.shape)
-            for pieces, spec, full in zip(results, strategy.outputs, one.outputs, strict=True)
+            for pieces, spec, full in zip(results, strategy.outputs, outputs, strict=True)
         ]
-        outputs, gradients = _with_draw(one, name, full_results)
+        differing += _draw_differences(one, strategy, mesh, drawn, results)
+        leaves = leaves_of(one.inputs, one.trained)
+        outputs = tuple(RANDOM[name](drawn, substituted(one.node, leaves)))
+        gradients = grad(outputs, one.cotangents, leaves)
     if name in UNDEFINED:
-        outputs = [w.new_zeros(w.shape) for w in outputs]
+        outputs = tuple(x.new_zeros(x.shape) for x in outputs)
         results = [{c: torch.zeros_like(p) for c, p in pieces.items()} for pieces in results]
+    compared = [
+        (f"result {i}", results[i], spec, spec.partial, outputs[i].detach())
+        for i, spec in enumerate(strategy.outputs)
+    ]
+    for i, (gradient, layout) in enumerate(zip(gradients, strategy.inputs, strict=True)):
+        if gradient is not None and layout is not None:
+            pieces = {c: g for c, r in by_rank.items() if (g := r.gradients[i]) is not None}
+            what = f"gradient of operand {i}"
+            compared.append((what, pieces, layout, layout.varying, gradient))
     tolerance = tolerance_of([*one.inputs, *one.outputs])
     worst = 0.0
-    differing: list[Difference] = []
-    for i, (pieces, spec, full) in enumerate(zip(results, strategy.outputs, outputs, strict=True)):
-        error, off = differences(f"result {i}", pieces, spec, spec.partial, full, mesh, tolerance)
+    for what, pieces, spec, summed, full in compared:
+        error, off = differences(what, pieces, spec, summed, full, mesh, tolerance)
         worst, differing = max(worst, error), differing + off
-    for i, (full_grad, spec_in) in enumerate(zip(gradients, strategy.inputs, strict=True)):
-        if full_grad is None or spec_in is None:
-            continue
-        pieces = {c: g for c, h in by_rank.items() if (g := h.gradients[i]) is not None}
-        error, off = differences(
-            f"gradient of operand {i}",
-            pieces,
-            spec_in,
-            spec_in.varying,
-            full_grad,
-            mesh,
-            tolerance,
-        )
-        worst, differing = max(worst, error), differing + off
-    if one.rule[0].always:
-        differing += _draw_findings(one, name, strategy, mesh, results)
     if strategy.lowered:
-        carries = bool(one.trained and one.trained[0]) and any(
-            c is not None for c in one.cotangents
-        )
+        carries = any(one.trained[:1]) and any(c is not None for c in one.cotangents)
         for coords, rank in by_rank.items():
             declared = declared_of(one.node, strategy, mesh, coords)
             for detail in undeclared(declared, rank.forward, rank.backward, carries=carries):
@@ -256,32 +239,16 @@ def _compared(
     return Outcome(worst if tolerance == TOLERANCE[torch.float64] else 0.0, tuple(differing))
 
 
-def _with_draw(
-    one: OneOp, name: str, full_results: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Results and gradients of the op for the ranks' draw."""
-    leaves = [
-        None if x is None else x.detach().requires_grad_(trained)
-        for x, trained in zip(one.inputs, one.trained, strict=True)
-    ]
-    results = RANDOM[name](full_results, substituted(one.node, leaves))
-    return [r.detach() for r in results], list(grad(results, one.cotangents, leaves))
-
-
-def _draw_findings(
+def _draw_differences(
     one: OneOp,
-    name: str,
     strategy: Strategy,
     mesh: Mesh,
+    full: Sequence[torch.Tensor],
     results: Sequence[Mapping[Coords, torch.Tensor]],
 ) -> list[Difference]:
     """Errors of the draw: a wrong share of kept elements, or the same draw on different shards."""
-    arguments = substituted(one.node, list(one.inputs))
+    name, arguments = str(one.sample.op), substituted(one.node, list(one.inputs))
     differing: list[Difference] = []
-    full = [
-        joined(p, s, mesh, o.shape)
-        for p, s, o in zip(results, strategy.outputs, one.outputs, strict=True)
-    ]
     drawn = kept_mask(name, full, arguments)
     if drawn is None:
         return []
@@ -293,8 +260,7 @@ def _draw_findings(
         differing.append(Difference("the draw", None, math.inf, detail))
     seen: dict[tuple[int, ...], tuple[Coords, torch.Tensor]] = {}
     for coords in ranks(mesh):
-        pieces = [p[coords] for p in results]
-        local = kept_mask(name, pieces, arguments)
+        local = kept_mask(name, [pieces[coords] for pieces in results], arguments)
         assert local is not None
         key = tuple(coords[a] for axes in strategy.splits.values() for a in axes)
         for other, (where, earlier) in seen.items():

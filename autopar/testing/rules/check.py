@@ -20,8 +20,8 @@ from autopar.sharding.rule import Strategy
 from autopar.sharding.rules.registry import DERIVED, ROWS
 from autopar.testing.rules.case import Outcome, check_case
 from autopar.testing.rules.draw import Draw
-from autopar.testing.rules.one_op import OneOp, one_op
-from autopar.testing.rules.samples import draw_sample, find_op, table_ops
+from autopar.testing.rules.one_op import OneOp
+from autopar.testing.rules.samples import draw_call, find_op, table_ops
 from autopar.testing.rules.shards import Mesh
 
 # Small meshes find most errors, and larger ones test the order of axes.
@@ -63,7 +63,6 @@ class OpReport:
         worst: largest error of the correct cases in float64.
         failed: number of failed cases.
         failures: distinct failures.
-        refused, unruled: number of calls that torch refused, and that no rule covers.
     """
 
     name: str
@@ -75,8 +74,6 @@ class OpReport:
     worst: float
     failed: int
     failures: tuple[Failure, ...]
-    refused: int
-    unruled: int
     seconds: float
 
 
@@ -84,19 +81,19 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
     """Run random cases of one op; the same seed runs the same cases."""
     op = find_op(name)
     assert op is not None, name
+    alternatives = 1 if name in DERIVED else len(ROWS.get(name, (None,)))
     used: Counter[str] = Counter()
     possible: set[str] = set()
     rows: set[int] = set()
-    done = refused = unruled = failed = calls = 0
+    done = failed = calls = 0
     worst = 0.0
     failures: dict[str, Failure] = {}
     began = time.perf_counter()
     while done < cases and calls < 3 * cases + 20:
         calls += 1
         draw = Draw(random.Random(f"{seed} {name} {calls}"))
-        one = _drawn(op, draw)
+        one = draw_call(op, draw)
         if one is None:
-            refused += 1
             continue
         try:
             ruled, row = one.rule[1], alternative(one)
@@ -106,9 +103,8 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
             failures.setdefault("", Failure(str(one.sample), (), "", "", (what,)))
             continue
         if not ruled:
-            unruled += 1
             continue
-        if row in rows and len(rows) < _alternatives(name) and calls % 8:
+        if row in rows and len(rows) < alternatives and calls % 8:
             continue  # until every alternative has been reached
         rows.add(row)
         for mesh, strategy in _cases(one, row, draw, used, possible):
@@ -124,32 +120,16 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
             if done >= cases:
                 break
     return OpReport(
-        name, done, frozenset(used), frozenset(possible), frozenset(rows), _alternatives(name),
-        worst, failed, tuple(failures.values()), refused, unruled, time.perf_counter() - began,
+        name, done, frozenset(used), frozenset(possible), frozenset(rows), alternatives, worst,
+        failed, tuple(failures.values()), time.perf_counter() - began,
     )  # fmt: skip
-
-
-def _drawn(op: torch._ops.OpOverload, draw: Draw) -> OneOp | None:
-    """A random call; None where torch refuses it."""
-    try:
-        return one_op(draw_sample(op, draw), draw)
-    except (RuntimeError, IndexError, NotImplementedError, ValueError):
-        return None
 
 
 def alternative(one: OneOp) -> int:
     """Index of the op's row that applies to a call; 0 for derived rules."""
-    rows = ROWS.get(str(one.sample.op))
-    if not isinstance(rows, tuple) or str(one.sample.op) in DERIVED:
-        return 0
-    arguments = call_of(one.node).arguments
-    held = (i for i, row in enumerate(rows) if row.when is None or row.when(arguments))
-    return next(held, 0)
-
-
-def _alternatives(name: str) -> int:
-    rows = ROWS.get(name)
-    return len(rows) if isinstance(rows, tuple) and name not in DERIVED else 1
+    name, arguments = str(one.sample.op), call_of(one.node).arguments
+    rows = () if name in DERIVED else ROWS.get(name, ())
+    return next((i for i, row in enumerate(rows) if row.applies(arguments)), 0)
 
 
 def kinds(strategy: Strategy, row: int) -> set[str]:
@@ -191,10 +171,10 @@ def _smallest(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome, seed
             break
         largest = 2 + attempt // 60  # smaller calls first
         draw = Draw(random.Random(f"{seed} smaller {attempt}"), largest)
-        small = _drawn(one.sample.op, draw)
+        small = draw_call(one.sample.op, draw)
         where = draw.choice([(2,), (2,), (3,), mesh])
         size = math.prod(where)
-        if small is None or _weight(small) * size >= _weight(best[0]) * math.prod(best[1]):
+        if small is None or small.elements() * size >= best[0].elements() * math.prod(best[1]):
             continue
         for other in _within(small, where, kinds_to_keep)[:4]:
             again = check_case(small, where, other, draw)
@@ -205,29 +185,16 @@ def _smallest(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome, seed
 
 
 def _within(one: OneOp, mesh: Mesh, allowed: set[str]) -> list[Strategy]:
-    """Strategies of these kinds only."""
-    if not _ruled(one):
-        return []
-    return [
-        s
-        for s in one.strategies(mesh)
-        if {_family(k) for k in kinds(s, 0)} <= allowed or not allowed
-    ]
-
-
-def _ruled(one: OneOp) -> bool:
+    """Strategies of these kinds only, of any kind if there are none."""
     try:
-        return one.rule[1]
+        strategies = one.strategies(mesh) if one.rule[1] else []
     except Exception:  # reported elsewhere
-        return False
+        return []
+    return [s for s in strategies if not allowed or {_family(k) for k in kinds(s, 0)} <= allowed]
 
 
 def _family(kind: str) -> str:
     return re.sub(r"\d+$", "", kind)
-
-
-def _weight(one: OneOp) -> int:
-    return sum(t.numel() for t in one.inputs if t is not None)
 
 
 def _failure(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome) -> Failure:

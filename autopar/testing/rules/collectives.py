@@ -39,14 +39,10 @@ class _Count(TorchDispatchMode):
             names = [a.name for a in func._schema.arguments]
             group = (dict(zip(names, args, strict=False)) | (kwargs or {}))["group"]
             sides = (sum(t.numel() for t in tensors_of(side)) for side in (args, result))
-            self.runs[Run(func._opname, _axis(str(group)), max(sides))] += 1
+            axis = find_group(str(group)).axis
+            assert axis is not None, "lowerings communicate along mesh axes"
+            self.runs[Run(func._opname, axis, max(sides))] += 1
         return result
-
-
-def _axis(group: str) -> int:
-    axis = find_group(group).axis
-    assert axis is not None, "lowerings communicate along mesh axes"
-    return axis
 
 
 @contextmanager

@@ -8,17 +8,18 @@ an op without a rule, a rule can be proposed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from autopar.ir.graph import bound_arguments
 from autopar.ir.spec import ShardingSpec, fills_every_rank, local_shape
+from autopar.sharding.node_rules import is_floating
 from autopar.sharding.rules.view import RESHAPES
 from autopar.testing.rules.draw import Draw
-from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad
+from autopar.testing.rules.one_op import OneOp, call, flat_tensors, grad, leaves_of
 from autopar.testing.rules.shards import largest_error, ranks, split, tolerance_of
 
 PARTS = (2, 3)
@@ -55,16 +56,15 @@ def correct_strategies(
         careful: split dims of equal extents together, because torch does not check some ops' sizes.
     """
     options = [list(options_of(x, trained, parts)) for x, trained in zip(one.inputs, one.trained)]  # noqa: B905
-    count = 1
-    for choices in options:
-        count *= len(choices)
-    combinations: Iterator[States] = itertools.product(*options)
-    if count > _MOST:
-        chosen = set(draw.source.sample(range(count), _MOST))
-        combinations = (c for i, c in enumerate(itertools.product(*options)) if i in chosen)
+    count = math.prod(map(len, options))
+    chosen = set(draw.source.sample(range(count), min(count, _MOST)))
     correct = set()
-    for states in combinations:
-        if all(s in ("R", ABSENT) for s in states) or not compatible(one, states, parts):
+    for number, states in enumerate(itertools.product(*options)):
+        if (
+            number not in chosen
+            or all(s in ("R", ABSENT) for s in states)
+            or not compatible(one, states, parts)
+        ):
             continue
         if careful and not _together(one, states):
             continue
@@ -136,10 +136,7 @@ def _tried(one: OneOp, states: States, parts: int, dim: int | None, draw: Draw) 
         for x, s in zip(one.inputs, states, strict=True)
     ]
     leaves = [
-        [
-            None if p is None else p[c].clone().requires_grad_(trained)
-            for p, trained in zip(pieces, one.trained, strict=True)
-        ]
+        leaves_of([None if p is None else p[c].clone() for p in pieces], one.trained)
         for c in ranks(mesh)
     ]
     try:
@@ -185,20 +182,20 @@ def _state(pieces: Sequence[torch.Tensor], full: torch.Tensor, tolerance: float)
     """State of a result, by its parts and its global value; None if none fits."""
     if any(p.dtype != full.dtype or p.ndim != full.ndim for p in pieces):
         return None
+    near = _near(tolerance)
     for dim, size in enumerate(full.shape):
         if not fills_every_rank(size, (0,), (len(pieces),)):
             continue
         chunks = full.chunk(len(pieces), dim)
-        if len(chunks) == len(pieces) and all(map(_near(tolerance), pieces, chunks)):
+        if len(chunks) == len(pieces) and all(map(near, pieces, chunks)):
             return f"S{dim}"
     if any(p.shape != full.shape for p in pieces):
         return None
-    near = _near(tolerance)
     if all(near(p, full) for p in pieces):
         return "R"
     stacked = torch.stack(list(pieces))
     if full.dtype != torch.bool and near(stacked.sum(0).to(full.dtype), full):
-        return "P" if full.dtype.is_floating_point or full.dtype.is_complex else None
+        return "P" if is_floating(full) else None
     if full.dtype.is_complex or not full.numel():
         return None
     if near(stacked.amax(0), full):
@@ -206,11 +203,8 @@ def _state(pieces: Sequence[torch.Tensor], full: torch.Tensor, tolerance: float)
     return "min" if near(stacked.amin(0), full) else None
 
 
-def _near(tolerance: float) -> Any:
-    def near(a: torch.Tensor, b: torch.Tensor) -> bool:
-        return a.shape == b.shape and largest_error(a, b) <= tolerance
-
-    return near
+def _near(tolerance: float) -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    return lambda a, b: a.shape == b.shape and largest_error(a, b) <= tolerance
 
 
 def _gradients_hold(
@@ -224,15 +218,11 @@ def _gradients_hold(
     parts = len(leaves)
     near = _near(tolerance)
     shares = [
-        [None] * parts if c is None else
-        list(c.chunk(parts, int(s[1:]))) if s.startswith("S") else [c] * parts
+        list(c.chunk(parts, int(s[1:]))) if c is not None and s.startswith("S") else [c] * parts
         for c, s in zip(one.cotangents, outputs, strict=True)
-    ]  # fmt: skip
+    ]
     try:
-        gradients = [
-            grad(r, [s[i] for s in shares], leaf)
-            for i, (r, leaf) in enumerate(zip(results, leaves, strict=True))
-        ]
+        gradients = list(map(grad, results, zip(*shares, strict=True), leaves))
     except RuntimeError:
         return False
     for k, (full, state) in enumerate(zip(one.gradients, states, strict=True)):
@@ -251,9 +241,6 @@ def _gradients_hold(
 
 
 def recheck(one: OneOp, strategy: AxisStrategy, parts: int, draw: Draw) -> set[AxisStrategy]:
-    correct = set()
-    for dim in _result_dims(one):
-        outputs = _tried(one, strategy.inputs, parts, dim, draw)
-        if outputs is not None:
-            correct.add(AxisStrategy(strategy.inputs, outputs))
-    return correct
+    """The correct strategies of a call that have the operands' states of this one."""
+    tried = (_tried(one, strategy.inputs, parts, dim, draw) for dim in _result_dims(one))
+    return {AxisStrategy(strategy.inputs, outputs) for outputs in tried if outputs is not None}

@@ -90,6 +90,11 @@ class Draw:
         """A dim of a tensor, counted from either end."""
         return self.integer(-ndim, ndim - 1)
 
+    def along(self, low: int, high: int) -> tuple[list[int], int]:
+        """A shape of low, ..., high dims, and one of its dims."""
+        shape = self.shape(low, high)
+        return shape, self.dim(len(shape))
+
     def dims(self, ndim: int, low: int = 1) -> list[int]:
         """Distinct dims, counted from either end."""
         dims = sorted(self.source.sample(range(ndim), self.integer(low, ndim)))

@@ -26,11 +26,7 @@ _REASONS = (
     ),
     (r".*nextafter.*", r".*P.*", "the result differs from an operand in its last bit only"),
     (r".*xlog1?p?y.*", r"P.* -> P", "0 log 0 is 0, but terms of that 0 give infinities"),
-    (
-        r".*slice_scatter.*",
-        r"(S\d), \1 -> \1",
-        "what is written replaces the entire tensor",
-    ),
+    (r".*slice_scatter.*", r"(S\d), \1 -> \1", "what is written replaces the entire tensor"),
     (r".*roll.*", r"(S\d) -> \1", "the dim is rolled by zero"),
     (r".*_pool.*", r"(S\d) -> \1", "ceil mode without a remainder to round up"),
     (r".*im2col.*", r"S2 -> S2", "windows of a single row, which are a view"),

@@ -11,8 +11,8 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
-from autopar.ir.graph import ModelGraph, NodeInfo, bound_arguments, map_operands, operands
-from autopar.sharding.node_rules import rule_of, strategies_of
+from autopar.ir.graph import ModelGraph, NodeInfo, map_operands, named_operands, operands
+from autopar.sharding.node_rules import is_floating, rule_of, strategies_of
 from autopar.sharding.rule import OpRule, Strategy
 from autopar.testing.rules.draw import Draw, Sample
 from autopar.testing.rules.random_ops import seed_torch
@@ -57,6 +57,10 @@ class OneOp:
         """The rule, and whether the table had one."""
         return rule_of(self.node)
 
+    def elements(self) -> int:
+        """Of all operands."""
+        return sum(x.numel() for x in self.inputs if x is not None)
+
     def strategies(self, mesh: Sequence[int]) -> list[Strategy]:
         return strategies_of(self.node, mesh)
 
@@ -69,10 +73,9 @@ def one_op(sample: Sample, draw: Draw) -> OneOp:
     """
     node, values = _call_node(sample)
     inputs = tuple(None if n is None else values[n] for n in operands(node))
-    names = _names(node)
     differentiable = [
-        t is not None and _floating(t) and name not in sample.fixed
-        for t, name in zip(inputs, names, strict=True)
+        n is not None and is_floating(values[n]) and name not in sample.fixed
+        for name, n in named_operands(node)
     ]
     try:
         outputs, cotangents, gradients = _backward(node, inputs, differentiable, draw)
@@ -83,23 +86,6 @@ def one_op(sample: Sample, draw: Draw) -> OneOp:
         outputs, cotangents, gradients = _backward(node, inputs, differentiable, draw)
     graph = _finish(node, values, outputs, differentiable)
     return OneOp(sample, graph, node, inputs, tuple(differentiable), outputs, cotangents, gradients)
-
-
-def _floating(x: torch.Tensor) -> bool:
-    return x.dtype.is_floating_point or x.dtype.is_complex
-
-
-def _names(node: fx.Node) -> list[str]:
-    """Per operand, the name of its argument."""
-    names = []
-    arguments = bound_arguments(node)
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for argument in node.target._schema.arguments:
-        if "Tensor" in str(argument.type):
-            value = arguments.get(argument.name)
-            items = value if isinstance(value, list | tuple) else [value]
-            names += [argument.name for i in items if i is None or isinstance(i, fx.Node)]
-    return names
 
 
 def _call_node(sample: Sample) -> tuple[fx.Node, dict[fx.Node, torch.Tensor]]:
@@ -118,19 +104,23 @@ def _call_node(sample: Sample) -> tuple[fx.Node, dict[fx.Node, torch.Tensor]]:
 
 
 def _backward(
-    node: fx.Node,
-    inputs: Sequence[torch.Tensor | None],
-    differentiable: Sequence[bool],
-    draw: Draw,
+    node: fx.Node, inputs: Sequence[torch.Tensor | None], differentiable: Sequence[bool], draw: Draw
 ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...], tuple[Any, ...]]:
-    leaves = [
-        None if x is None else x.detach().requires_grad_(d)
-        for x, d in zip(inputs, differentiable, strict=True)
-    ]
+    leaves = leaves_of(inputs, differentiable)
     results = flat_tensors(call(node, leaves))
     cotangents = tuple(_cotangent(r, draw) if r.requires_grad else None for r in results)
     gradients = grad(results, cotangents, leaves)
     return tuple(r.detach() for r in results), cotangents, gradients
+
+
+def leaves_of(
+    tensors: Sequence[torch.Tensor | None], trained: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """The tensors as leaves of autograd's graph."""
+    return [
+        None if x is None else x.detach().requires_grad_(t)
+        for x, t in zip(tensors, trained, strict=True)
+    ]
 
 
 def _cotangent(like: torch.Tensor, draw: Draw) -> torch.Tensor:

@@ -35,12 +35,10 @@ def _dropout(results: Results, a: Mapping[str, Any]) -> Results:
 
 def _attention(results: Results, a: Mapping[str, Any]) -> Results:
     """Samplers take an identity for the values, so the result is the dropped probabilities."""
-    query, key = a["query"], a["key"]
+    query, key, value = a["query"], a["key"], a["value"]
     if a.get("enable_gqa"):
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    value = a["value"]
-    if a.get("enable_gqa"):
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     scale = a.get("scale")
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if a.get("is_causal"):
@@ -53,16 +51,12 @@ def _attention(results: Results, a: Mapping[str, Any]) -> Results:
     return [(scores.softmax(-1) * (results[0] != 0) * _scale(a["dropout_p"])) @ value]
 
 
-def _draw_alone(results: Results, a: Mapping[str, Any]) -> Results:
-    """The result is the draw: replicas agree, and there is no gradient."""
-    return list(results)
-
-
 RANDOM: dict[str, Callable[[Results, Mapping[str, Any]], Results]] = {
     "aten.native_dropout.default": _native_dropout,
     "aten.dropout.default": _dropout,
     "aten.scaled_dot_product_attention.default": _attention,
-    "aten.bernoulli.p": _draw_alone,
+    # the result is the draw: replicas agree, and there is no gradient
+    "aten.bernoulli.p": lambda results, arguments: results,
 }
 
 
@@ -87,15 +81,11 @@ UNDEFINED = frozenset(
 # Random ops that run on every rank with torch's generator. The trainer seeds it equally on all
 # ranks, and so does the proof.
 SEEDED = frozenset(
-    {
-        "aten.rand.default",
-        "aten.randn.default",
-        "aten.randint.default",
-        "aten.randint.low",
-        "aten.randperm.default",
-        "aten.rand_like.default",
-        "aten.randn_like.default",
-    }
+    f"aten.{name}"
+    for name in (
+        "rand.default randn.default randint.default randint.low randperm.default "
+        "rand_like.default randn_like.default"
+    ).split()
 )
 _SEED = 4321
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from autopar.files import write_atomically
-from autopar.sharding.rule import Row
 from autopar.sharding.rules import pointwise
 from autopar.sharding.rules.registry import DERIVED, ROWS
 from autopar.testing.rules.check import OpReport
@@ -66,20 +65,13 @@ def digest(name: str) -> str:
     if name in DERIVED:
         parts += sources(DERIVED[name])
     elif name in ROWS:
-        rows = ROWS[name]
-        for row in rows if isinstance(rows, tuple) else (rows,):
-            parts += _of_row(row)
+        for row in ROWS[name]:
+            parts += [row.notation, repr(row.linear), repr(row.always)]
+            for function in filter(None, (row.lowering, row.when)):
+                parts += sources(function)
     else:
         parts += [repr(pointwise.LINEAR.get(name, ())), *sources(pointwise.bind_pointwise)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _of_row(row: Row) -> list[str]:
-    parts = [row.notation, repr(row.linear), repr(row.always)]
-    for function in (row.lowering, row.when):
-        if function is not None:
-            parts += sources(function)
-    return parts
 
 
 def sources(function: Callable[..., Any]) -> list[str]:
@@ -106,21 +98,18 @@ def _collect(function: Any, by_name: dict[str, str]) -> None:
     by_name[key] = "\n".join([inspect.getsource(function), *plain])
     for used in closed:
         _collect(used, by_name)
-    for name in _names(function.__code__):
+    names = _names(function.__code__)
+    for name in names:
         value = function.__globals__.get(name)
-        if isinstance(value, FunctionType):
-            _collect(value, by_name)
-        elif isinstance(value, ModuleType):
-            for attribute in _names(function.__code__):
-                member = getattr(value, attribute, None)
-                if isinstance(member, FunctionType):
-                    _collect(member, by_name)
+        members = [value]
+        if isinstance(value, ModuleType):
+            members = [getattr(value, attribute, None) for attribute in names]
+        for member in members:
+            if isinstance(member, FunctionType):
+                _collect(member, by_name)
 
 
 def _names(code: CodeType) -> set[str]:
     """Globals and attributes that a function uses, and those within it."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names(constant)
-    return names
+    inner = (_names(c) for c in code.co_consts if isinstance(c, CodeType))
+    return set(code.co_names).union(*inner)

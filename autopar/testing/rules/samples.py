@@ -19,6 +19,7 @@ from autopar.testing.rules import (  # noqa: F401  (they register samplers)
     samples_view,
 )
 from autopar.testing.rules.draw import FIXED, SAMPLES, Arguments, Draw, Sample
+from autopar.testing.rules.one_op import OneOp, one_op
 from autopar.testing.rules.samples_pointwise import draw_pointwise
 
 
@@ -78,6 +79,14 @@ def draw_sample(op: torch._ops.OpOverload, draw: Draw) -> Sample:
     return Sample(op, args, kwargs, FIXED.get(name, frozenset()))
 
 
+def draw_call(op: torch._ops.OpOverload, draw: Draw) -> OneOp | None:
+    """A random call, run; None where torch refuses it."""
+    try:
+        return one_op(draw_sample(op, draw), draw)
+    except (RuntimeError, IndexError, NotImplementedError, ValueError):
+        return None
+
+
 # -- from a row's notation ----------------------------------------------------------------------
 
 
@@ -91,7 +100,7 @@ def _plain(name: str) -> Row | None:
             argument.has_default_value()
         ):
             return None
-    return rows[0] if isinstance(rows, tuple) else rows
+    return rows[0]
 
 
 _INDEX = re.compile(r"ind(ex|ices)|target")

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from autopar.testing.rules.draw import Arguments, Draw, sampler
+from autopar.testing.rules.rows import at_times, calls, integer, normal
 
 
 @sampler("aten.embedding.default")
 def _embedding(draw: Draw) -> Arguments:
     rows, width = draw.size(2), draw.size()
-    args: list[Any] = [draw.normal(rows, width), draw.integers(draw.shape(0, 3), 0, rows)]
-    if draw.chance(30):
-        args.append(draw.integer(0, rows - 1))
-        if draw.chance(30):
-            args += [True]  # gradients scaled by frequency: the batch is not split
-    return tuple(args), {}
+    indices = draw.integers(draw.shape(0, 3), 0, rows)
+    padding = draw.integer(0, rows - 1) if draw.chance(30) else -1
+    by_frequency = draw.chance(10)  # gradients scaled by it: the batch is not split
+    return (draw.normal(rows, width), indices, padding, by_frequency), {}
 
 
 @sampler("aten.one_hot.default")
@@ -36,9 +33,9 @@ def _index(draw: Draw) -> Arguments:
         for d in range(max(chosen) + 1)
     ]
     if draw.chance(10):
-        indices = [draw.booleans(shape[:1])]
-        if not indices[0].any():  # type: ignore[union-attr]
-            indices[0][0] = True  # type: ignore[index]
+        mask = draw.booleans(shape[:1])
+        mask[0] |= ~mask.any()
+        indices = [mask]
     return (draw.normal(*shape), indices), {}
 
 
@@ -59,8 +56,7 @@ def _index_put(draw: Draw) -> Arguments:
 
 @sampler("aten.index_select.default")
 def _index_select(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 4)
     return (draw.normal(*shape), dim, draw.integers([draw.size()], 0, shape[dim])), {}
 
 
@@ -73,8 +69,7 @@ def _smaller(draw: Draw, shape: list[int], dim: int) -> list[int]:
 
 @sampler("aten.gather.default")
 def _gather(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 4)
     index = _smaller(draw, shape, dim)
     if draw.chance(40):
         index[dim] = draw.size()
@@ -90,17 +85,9 @@ def _places(draw: Draw, shape: list[int], dim: int) -> torch.Tensor:
     return unit.argsort(dim).narrow(dim, 0, index[dim]).contiguous()
 
 
-@sampler("aten.scatter.value")
-def _scatter_value(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
-    return (draw.normal(*shape), dim, _places(draw, shape, dim), draw.choice([1, -0.5])), {}
-
-
 @sampler("aten.scatter.src", "aten.scatter_add.default")
 def _scatter(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 4)
     index = _places(draw, shape, dim)
     source = list(index.shape)
     if draw.chance(15):
@@ -108,23 +95,26 @@ def _scatter(draw: Draw) -> Arguments:
     return (draw.normal(*shape), dim, index, draw.normal(*source)), {}
 
 
+@sampler("aten.scatter.value")
+def _scatter_value(draw: Draw) -> Arguments:
+    (x, dim, index, _), _ = _scatter(draw)
+    return (x, dim, index, draw.choice([1, -0.5])), {}
+
+
 @sampler("aten.scatter.reduce")
 def _scatter_with(draw: Draw) -> Arguments:
-    args, _ = _scatter(draw)
-    return args, {"reduce": draw.choice(["add", "multiply"])}
+    return _scatter(draw)[0], {"reduce": draw.choice(["add", "multiply"])}
 
 
 @sampler("aten.scatter_reduce.two")
 def _scatter_reduce(draw: Draw) -> Arguments:
-    args, _ = _scatter(draw)
     how = draw.choice(["sum", "mean", "amax", "amin", "prod"])
-    return (*args, how), {"include_self": draw.chance()}
+    return (*_scatter(draw)[0], how), {"include_self": draw.chance()}
 
 
 @sampler("aten.slice_scatter.default")
 def _slice_scatter(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 4)
     start = draw.integer(0, shape[dim] - 1)
     source = list(shape)
     source[dim] = draw.integer(1, shape[dim] - start)
@@ -134,16 +124,14 @@ def _slice_scatter(draw: Draw) -> Arguments:
 
 @sampler("aten.select_scatter.default")
 def _select_scatter(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 4)
     source = [n for d, n in enumerate(shape) if d != dim % len(shape)]
     return (draw.normal(*shape), draw.normal(*source), dim, draw.dim(shape[dim])), {}
 
 
 @sampler("aten.index_add.default")
 def _index_add(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 3)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 3)
     index = draw.integers([draw.size()], 0, shape[dim])
     source = list(shape)
     source[dim] = len(index)
@@ -157,11 +145,6 @@ def _masked_scatter(draw: Draw) -> Arguments:
     return (x, draw.booleans(shape), draw.normal(x.numel() + 1)), {}
 
 
-@sampler("aten.bucketize.Tensor")
-def _bucketize(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 3)), draw.normal(draw.size()).sort().values), {}
-
-
 @sampler("aten.searchsorted.Tensor")
 def _searchsorted(draw: Draw) -> Arguments:
     n = draw.size()
@@ -171,12 +154,6 @@ def _searchsorted(draw: Draw) -> Arguments:
     return (draw.normal(*lead, n).sort().values, draw.normal(*lead, draw.size())), {}
 
 
-@sampler("aten.histc.default")
-def _histc(draw: Draw) -> Arguments:
-    bounds = [] if draw.chance(30) else [0, 1]
-    return (draw.uniform(draw.shape(0, 3)), draw.integer(2, 5), *bounds), {}
-
-
-@sampler("aten.nonzero_static.default")
-def _nonzero(draw: Draw) -> Arguments:
-    return (draw.booleans(draw.shape(1, 3)),), {"size": draw.integer(1, 5)}
+calls("bucketize.Tensor", (0, 3), normal, lambda draw, _: draw.normal(draw.size()).sort().values)
+calls("histc.default", (0, 3), Draw.uniform, integer(2, 5), at_times(70, 0, 1))
+calls("nonzero_static.default", (1, 3), Draw.booleans, size=integer(1, 5))

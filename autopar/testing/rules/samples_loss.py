@@ -7,6 +7,9 @@ from typing import Any
 import torch
 
 from autopar.testing.rules.draw import Arguments, Draw, sampler
+from autopar.testing.rules.rows import at_times, calls, integer, normal
+
+_REDUCTION = integer(0, 2)
 
 
 def _classes(draw: Draw, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,11 +64,10 @@ def _nll_images(draw: Draw) -> Arguments:
     return (draw.normal(*shape), target, None, draw.integer(0, 2)), {}
 
 
-@sampler(*(f"aten.{n}_loss.default" for n in ("mse", "l1", "smooth_l1", "huber")))
-def _elementwise_loss(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 4)
-    rest: list[Any] = [] if draw.chance() else [draw.integer(0, 2)]
-    return (draw.normal(*shape), draw.normal(*shape), *rest), {}
+calls(
+    "mse_loss.default l1_loss.default smooth_l1_loss.default huber_loss.default",
+    (0, 4), normal, normal, at_times(50, _REDUCTION),
+)  # fmt: skip
 
 
 @sampler("aten.kl_div.default")
@@ -77,19 +79,20 @@ def _kl_div(draw: Draw) -> Arguments:
     return (a, b, draw.integer(0, 2)), {}
 
 
-@sampler("aten.binary_cross_entropy.default", fixed=("target", "weight"))
-def _bce(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 3)
-    weight = draw.uniform(shape) if draw.chance(30) else None
-    return (draw.uniform(shape), draw.uniform(shape), weight, draw.integer(0, 2)), {}
+def _weights(draw: Draw, shape: list[int]) -> torch.Tensor | None:
+    return draw.uniform(shape) if draw.chance(30) else None
 
 
-@sampler("aten.binary_cross_entropy_with_logits.default", fixed=("target", "weight", "pos_weight"))
-def _bce_logits(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 3)
-    weight = draw.uniform(draw.broadcast(shape)) if draw.chance(30) else None
-    pos = draw.uniform(shape[-1:]) if draw.chance(30) and shape else None
-    return (draw.normal(*shape), draw.uniform(shape), weight, pos, draw.integer(0, 2)), {}
+calls(
+    "binary_cross_entropy.default",
+    (0, 3), Draw.uniform, Draw.uniform, _weights, _REDUCTION, fixed=("target", "weight"),
+)  # fmt: skip
+calls(
+    "binary_cross_entropy_with_logits.default", (0, 3), normal, Draw.uniform,
+    lambda draw, shape: _weights(draw, draw.broadcast(shape)),
+    lambda draw, shape: _weights(draw, shape[-1:]) if shape else None,
+    _REDUCTION, fixed=("target", "weight", "pos_weight"),
+)  # fmt: skip
 
 
 @sampler("aten.ctc_loss.Tensor")

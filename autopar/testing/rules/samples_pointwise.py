@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from autopar.testing.rules.draw import Arguments, Draw, sampler
+from autopar.testing.rules.draw import Arguments, Draw
+from autopar.testing.rules.rows import (
+    Argument,
+    any_kind,
+    calls,
+    flag,
+    integers,
+    normal,
+    one_of,
+    scalar,
+)  # fmt: skip
 
 # Defined, and smooth enough, on all numbers; the others draw from (0.1, 0.9).
 _TOTAL = frozenset(
@@ -46,7 +56,7 @@ def draw_pointwise(op: torch._ops.OpOverload, draw: Draw) -> Arguments:
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     tensors = 0
-    for argument in op._schema.arguments:
+    for position, argument in enumerate(op._schema.arguments):
         kind = str(argument.type)
         value: Any
         if "Tensor" in kind:
@@ -58,10 +68,9 @@ def draw_pointwise(op: torch._ops.OpOverload, draw: Draw) -> Arguments:
                 value = _tensor(name, argument.name, draw, shape, integer, booleans, tensors)
             tensors += 1
         elif argument.has_default_value() and argument.name not in _STRINGS and draw.chance(60):
-            if argument.name in ("min", "max") and argument.name == "min":
-                value = -0.3
-            else:
+            if argument.name != "min":
                 continue
+            value = -0.3
         elif argument.name in _STRINGS:
             value = draw.choice(_STRINGS[argument.name])
         elif argument.name in _INTS and "int" in kind:
@@ -72,15 +81,11 @@ def draw_pointwise(op: torch._ops.OpOverload, draw: Draw) -> Arguments:
             value = _number(name, argument.name, draw, integer, booleans)
         else:
             continue
-        if argument.kwarg_only or len(args) < _position(op, argument.name):
+        if argument.kwarg_only or len(args) < position:
             kwargs[argument.name] = value
         else:
             args.append(value)
     return tuple(args), kwargs
-
-
-def _position(op: torch._ops.OpOverload, name: str) -> int:
-    return [a.name for a in op._schema.arguments].index(name)
 
 
 def _tensor(
@@ -116,7 +121,7 @@ def _number(op: str, name: str, draw: Draw, integer: bool, booleans: bool) -> An
         return draw.integer(1, 2)
     if name in ("beta", "eps") and op.startswith("logit"):
         return 1e-3
-    if op in ("hardtanh",):
+    if op == "hardtanh":
         return -0.7 if name == "min_val" else 0.4
     if op in ("clamp", "clip"):
         return -0.5 if name == "min" else 0.6
@@ -128,110 +133,59 @@ def _number(op: str, name: str, draw: Draw, integer: bool, booleans: bool) -> An
         return draw.choice([0, -1.5, float("-inf")])
     if op == "where":
         return draw.choice([0, 0.0, 1.5])
-    if op == "hardshrink" or op == "softshrink":
+    if op in ("hardshrink", "softshrink"):
         return 0.3
     if op in _TOTAL:
         return draw.choice([2, 0.5, -1.5])
     return draw.choice([0.7, 2, 1.5])
 
 
-def _like(draw: Draw) -> torch.Tensor:
-    return draw.any_kind(draw.shape(0, 4))
+# -- ops whose schema does not tell enough --------------------------------------------------------
 
 
-@sampler("aten.zeros_like.default", "aten.ones_like.default", "aten.empty_like.default")
-def _new_like(draw: Draw) -> Arguments:
-    return (_like(draw),), draw.choice([{}, {"dtype": torch.int64}, {"pin_memory": False}])
+def _broadcasting(kind: Argument) -> Argument:
+    """Of a shape that broadcasts to the operand's."""
+    return lambda draw, shape: kind(draw, draw.broadcast(shape))
 
 
-@sampler("aten.full_like.default")
-def _full_like(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 4)), draw.choice([2, -1.5, float("-inf")])), {}
+def _complex(draw: Draw, shape: list[int]) -> torch.Tensor:
+    return torch.complex(draw.normal(*shape), draw.normal(*shape))
 
 
-@sampler("aten.rand_like.default", "aten.randn_like.default")
-def _rand_like(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 4)),), {}
+def _larger(draw: Draw) -> list[int]:
+    """Shapes with enough elements to tell two draws apart."""
+    return [n * draw.choice([1, 4]) for n in draw.shape(0, 4)]
 
 
-@sampler("aten.clone.default")
-def _clone(draw: Draw) -> Arguments:
-    return (_like(draw),), draw.choice([{}, {"memory_format": torch.contiguous_format}])
+_DTYPE = one_of(None, None, torch.int64)
 
-
-@sampler("aten.type_as.default")
-def _type_as(draw: Draw) -> Arguments:
-    other = draw.normal(*draw.shape(0, 3)).to(draw.choice([torch.float64, torch.float32]))
-    return (draw.any_kind(draw.shape(0, 4)), other), {}
-
-
-@sampler("aten.isin.Tensor_Tensor")
-def _isin(draw: Draw) -> Arguments:
-    return (draw.integers(draw.shape(0, 3), 0, 9), draw.integers(draw.shape(0, 2), 0, 9)), {}
-
-
-@sampler("aten.isin.Tensor_Scalar")
-def _isin_scalar(draw: Draw) -> Arguments:
-    return (draw.integers(draw.shape(0, 3), 0, 4), 2), {}
-
-
-@sampler("aten.fill.Scalar")
-def _fill(draw: Draw) -> Arguments:
-    return (draw.any_kind(draw.shape(0, 4)), draw.choice([0, 1])), {}
-
-
-@sampler("aten.fill.Tensor")
-def _fill_tensor(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 4)), draw.normal()), {}
-
-
-@sampler("aten.masked_fill.Tensor")
-def _masked_fill(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 4)
-    return (draw.normal(*shape), draw.booleans(draw.broadcast(shape)), draw.normal()), {}
-
-
-@sampler("aten.prelu.default")
-def _prelu(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    channels = shape[1] if len(shape) > 1 and draw.chance(70) else 1
-    return (draw.normal(*shape), draw.normal(channels)), {}
-
-
-@sampler("aten.view_as_real.default")
-def _view_as_real(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 3)
-    return (torch.complex(draw.normal(*shape), draw.normal(*shape)),), {}
-
-
-@sampler("aten.view_as_complex.default")
-def _view_as_complex(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 3), 2),), {}
-
-
-@sampler("aten.polar.default")
-def _polar(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 3)
-    return (draw.uniform(shape), draw.normal(*draw.broadcast(shape))), {}
-
-
-@sampler("aten.rrelu.default")
-def _rrelu(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 4)),), {}
-
-
-@sampler("aten.native_dropout.default")
-def _native_dropout(draw: Draw) -> Arguments:
-    shape = [n * draw.choice([1, 4]) for n in draw.shape(0, 4)]
-    return (draw.uniform(shape), draw.choice([0.0, 0.1, 0.5, 0.9]), draw.choice([True, False])), {}
-
-
-@sampler("aten.dropout.default", "aten.feature_alpha_dropout.default")
-def _dropout(draw: Draw) -> Arguments:
-    shape = [n * draw.choice([1, 4]) for n in draw.shape(0, 4)]
-    return (draw.uniform(shape), draw.choice([0.0, 0.1, 0.5]), draw.choice([True, False])), {}
-
-
-@sampler("aten.bernoulli.p")
-def _bernoulli(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 4)), draw.choice([0.1, 0.5, 0.8])), {}
+calls("zeros_like.default ones_like.default empty_like.default", (0, 4), any_kind, dtype=_DTYPE,
+      pin_memory=one_of(None, None, False))  # fmt: skip
+calls("full_like.default", (0, 4), normal, one_of(2, -1.5, float("-inf")))
+calls("rand_like.default randn_like.default rrelu.default", (0, 4), normal)
+calls("clone.default", (0, 4), any_kind, memory_format=one_of(None, torch.contiguous_format))
+calls(
+    "type_as.default", (0, 4), any_kind,
+    lambda draw, shape: draw.normal(*draw.shape(0, 3)).to(
+        draw.choice([torch.float64, torch.float32])
+    ),
+)  # fmt: skip
+calls("isin.Tensor_Tensor", (0, 3), integers(0, 9),
+      lambda draw, shape: draw.integers(draw.shape(0, 2), 0, 9))  # fmt: skip
+calls("isin.Tensor_Scalar", (0, 3), integers(0, 4), 2)
+calls("fill.Scalar", (0, 4), any_kind, one_of(0, 1))
+calls("fill.Tensor", (0, 4), normal, scalar)
+calls("masked_fill.Tensor", (0, 4), normal, _broadcasting(Draw.booleans), scalar)
+calls(
+    "prelu.default", (1, 4), normal,
+    lambda draw, shape: draw.normal(shape[1] if len(shape) > 1 and draw.chance(70) else 1),
+)  # fmt: skip
+calls("view_as_real.default", (0, 3), _complex)
+calls("view_as_complex.default", lambda draw: [*draw.shape(0, 3), 2], normal)
+calls("polar.default", (0, 3), Draw.uniform, _broadcasting(normal))
+calls("native_dropout.default", _larger, Draw.uniform, one_of(0.0, 0.1, 0.5, 0.9), flag)
+calls(
+    "dropout.default feature_alpha_dropout.default", _larger, Draw.uniform,
+    one_of(0.0, 0.1, 0.5), flag,
+)  # fmt: skip
+calls("bernoulli.p", (0, 4), normal, one_of(0.1, 0.5, 0.8))

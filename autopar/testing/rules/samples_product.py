@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from autopar.testing.rules.draw import Arguments, Draw, sampler
+from autopar.testing.rules.rows import Argument, calls, distinct, flag, normal, one_of
 from autopar.tracer import packed  # noqa: F401  (it defines the packed products)
 
 
@@ -17,6 +19,14 @@ def _matmul(draw: Draw) -> Arguments:
     left = [k] if draw.chance(15) else [*draw.broadcast(batch), m, k]
     right = [k] if draw.chance(15) else [*draw.broadcast(batch), k, n]
     return (draw.normal(*left), draw.normal(*right)), {}
+
+
+def _other_points(draw: Draw, shape: list[int]) -> torch.Tensor:
+    """As many batches and coordinates, and another number of points."""
+    return draw.normal(*shape[:-2], draw.size(), shape[-1])
+
+
+calls("cdist.default", (2, 3), normal, _other_points, one_of(1.0, 2.0))
 
 
 @sampler("autopar.packed_linear.default")
@@ -59,14 +69,6 @@ def _grouped_mm(draw: Draw) -> Arguments:
     return (draw.normal(rows, k), draw.normal(experts, k, n), offsets), {}
 
 
-@sampler("aten.cdist.default")
-def _cdist(draw: Draw) -> Arguments:
-    batch, k = draw.shape(0, 1), draw.size()
-    return (draw.normal(*batch, draw.size(), k), draw.normal(*batch, draw.size(), k)), {
-        "p": draw.choice([1.0, 2.0])
-    }
-
-
 @sampler("aten.scaled_dot_product_attention.default")
 def _attention(draw: Draw) -> Arguments:
     batch, heads, groups = draw.size(), draw.size(), draw.integer(1, 3)
@@ -84,9 +86,8 @@ def _attention(draw: Draw) -> Arguments:
         if mask.dtype == torch.bool:
             mask[..., 0] = True  # a row without a key has no value
         kwargs["attn_mask"] = mask
-    lead = (
-        [batch] if len(getattr(mask, "shape", [0, 0])) < 4 and draw.chance(20) else [batch, heads]
-    )
+    few_dims = mask is None or mask.ndim < 4
+    lead = [batch] if few_dims and draw.chance(20) else [batch, heads]
     gqa = gqa and len(lead) == 2
     if gqa:
         kwargs["enable_gqa"] = True
@@ -135,8 +136,8 @@ def _same_convolution(draw: Draw, rank: int) -> Arguments:
 
 
 for _rank in (1, 2, 3):
-    sampler(f"aten.conv{_rank}d.default")(lambda draw, rank=_rank: _convolution(draw, rank))  # type: ignore[misc]
-    sampler(f"aten.conv{_rank}d.padding")(lambda draw, rank=_rank: _same_convolution(draw, rank))  # type: ignore[misc]
+    sampler(f"aten.conv{_rank}d.default")(partial(_convolution, rank=_rank))
+    sampler(f"aten.conv{_rank}d.padding")(partial(_same_convolution, rank=_rank))
 
 
 def _conv_transpose(draw: Draw, rank: int) -> Arguments:
@@ -151,9 +152,8 @@ def _conv_transpose(draw: Draw, rank: int) -> Arguments:
     return (x, weight, bias, stride, [0] * rank, [0] * rank, groups), {}
 
 
-sampler("aten.conv_transpose1d.default")(lambda draw: _conv_transpose(draw, 1))
-sampler("aten.conv_transpose2d.input")(lambda draw: _conv_transpose(draw, 2))
-sampler("aten.conv_transpose3d.input")(lambda draw: _conv_transpose(draw, 3))
+for _rank, _overload in ((1, "default"), (2, "input"), (3, "input")):
+    sampler(f"aten.conv_transpose{_rank}d.{_overload}")(partial(_conv_transpose, rank=_rank))
 
 
 def _pooling(draw: Draw, rank: int, average: bool) -> Arguments:
@@ -171,50 +171,45 @@ def _pooling(draw: Draw, rank: int, average: bool) -> Arguments:
     return (x, window, stride, padding), kwargs
 
 
-for _name, _rank, _average in (
-    ("max_pool1d", 1, False),
-    ("max_pool2d", 2, False),
-    ("max_pool3d", 3, False),
-    ("max_pool2d_with_indices", 2, False),
-    ("avg_pool1d", 1, True),
-    ("avg_pool2d", 2, True),
-    ("avg_pool3d", 3, True),
+for _rank, _average, _names in (
+    (1, False, "max_pool1d"),
+    (2, False, "max_pool2d max_pool2d_with_indices"),
+    (3, False, "max_pool3d"),
+    (1, True, "avg_pool1d"),
+    (2, True, "avg_pool2d"),
+    (3, True, "avg_pool3d"),
 ):
-    sampler(f"aten.{_name}.default")(
-        lambda draw, rank=_rank, average=_average: _pooling(draw, rank, average)  # type: ignore[misc]
+    sampler(*(f"aten.{name}.default" for name in _names.split()))(
+        partial(_pooling, rank=_rank, average=_average)
     )
 
 
-def _adaptive(draw: Draw, rank: int) -> Arguments:
-    output = [1] * rank if draw.chance() else [draw.integer(1, 4) for _ in range(rank)]
-    space = [draw.size() for _ in range(rank)]
-    lead = draw.shape(1, 1) + ([draw.size()] if draw.chance(80) else [])
-    return (draw.permutation([*lead, *space]), output), {}
+def _sizes(count: int, most: int) -> Argument:
+    return lambda draw, shape: [draw.integer(1, most) for _ in range(count)]
 
 
-sampler("aten.adaptive_avg_pool1d.default")(lambda draw: _adaptive(draw, 1))
-sampler(
-    "aten.adaptive_avg_pool2d.default",
-    "aten._adaptive_avg_pool2d.default",
-    "aten.adaptive_max_pool2d.default",
-)(lambda draw: _adaptive(draw, 2))
+def _to_few(draw: Draw, shape: list[int], rank: int) -> list[int]:
+    return [1] * rank if draw.chance() else [draw.integer(1, 4) for _ in range(rank)]
 
 
-def _resampling(draw: Draw, rank: int, corners: bool) -> Arguments:
-    x = draw.normal(*draw.shape(2, 2), *(draw.size() for _ in range(rank)))
-    output = [draw.integer(1, 8) for _ in range(rank)]
-    return (x, output, *([draw.chance()] if corners else []), None), {}
+calls("adaptive_avg_pool1d.default", (2, 3), distinct, partial(_to_few, rank=1))
+calls(
+    "adaptive_avg_pool2d.default _adaptive_avg_pool2d.default adaptive_max_pool2d.default",
+    (3, 4), distinct, partial(_to_few, rank=2),
+)  # fmt: skip
 
 
-sampler("aten.upsample_nearest1d.vec")(lambda draw: _resampling(draw, 1, False))
-sampler("aten.upsample_linear1d.vec")(lambda draw: _resampling(draw, 1, True))
-sampler("aten.upsample_nearest2d.vec")(lambda draw: _resampling(draw, 2, False))
-sampler(
-    "aten.upsample_bilinear2d.vec",
-    "aten.upsample_bicubic2d.vec",
-    "aten._upsample_bilinear2d_aa.vec",
-    "aten._upsample_bicubic2d_aa.vec",
-)(lambda draw: _resampling(draw, 2, True))
+for _rank, _corners, _names in (
+    (1, False, "upsample_nearest1d"),
+    (1, True, "upsample_linear1d"),
+    (2, False, "upsample_nearest2d"),
+    (2, True, "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa "
+              "_upsample_bicubic2d_aa"),
+):  # fmt: skip
+    calls(
+        " ".join(f"{name}.vec" for name in _names.split()), (_rank + 2, _rank + 2), normal,
+        _sizes(_rank, 8), *([flag] if _corners else []), None,
+    )  # fmt: skip
 
 
 @sampler("aten.pixel_shuffle.default")

@@ -7,30 +7,26 @@ from typing import Any
 import torch
 
 from autopar.testing.rules.draw import Arguments, Draw, sampler
+from autopar.testing.rules.rows import (
+    at_times,
+    calls,
+    dim,
+    dims,
+    distinct,
+    flag,
+    integers,
+    normal,
+    one_of,
+    with_two,
+)  # fmt: skip
 
 
-def _named(*names: str) -> list[str]:
-    return [f"aten.{name}" for name in names]
+def _dims_or_all(*every: Any) -> Any:
+    """Dims, or one of the ways to name all of them."""
+    return lambda draw, shape: draw.choice(every) if draw.chance(10) else draw.dims(len(shape))
 
 
-def _several(draw: Draw, shape: list[int]) -> tuple[list[Any], dict[str, Any]]:
-    """dim (a list, or none of them) and keepdim."""
-    dims: Any = draw.dims(len(shape)) if shape else []
-    if draw.chance(10):
-        dims = draw.choice([None, []])
-    return [dims], {"keepdim": True} if draw.chance(40) else {}
-
-
-@sampler(*_named("sum.dim_IntList", "mean.dim"))
-def _sum(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    args, kwargs = _several(draw, shape)
-    if draw.chance(15):
-        kwargs["dtype"] = torch.float32
-    return (draw.normal(*shape), *args), kwargs
-
-
-def _extreme(draw: Draw, shape: list[int]) -> torch.Tensor:
+def _with_ties(draw: Draw, shape: list[int]) -> torch.Tensor:
     """At times with ties, which share the gradient."""
     if draw.chance(70):
         return draw.permutation(shape)
@@ -38,136 +34,54 @@ def _extreme(draw: Draw, shape: list[int]) -> torch.Tensor:
     return ties.to(draw.choice([torch.float64, torch.float64, torch.int64]))
 
 
-@sampler(*_named("amax.default", "amin.default"))
-def _amax(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    args, kwargs = _several(draw, shape)
-    args = [[] if args[0] is None else args[0]]
-    return (_extreme(draw, shape), *args), kwargs
+def _at_times_zero(draw: Draw, shape: list[int]) -> torch.Tensor:
+    """At times zeros, where a norm has no slope."""
+    return draw.normal(*shape) * draw.choice([1, 1, 1, 0])
 
 
-@sampler(*_named("sum.default", "mean.default", "prod.default"))
-def _sum_of_all(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 4)),), {}
+def _seldom_or_often(draw: Draw, shape: list[int]) -> torch.Tensor:
+    return draw.booleans(shape, draw.choice([0.05, 0.5, 0.95]))
 
 
-@sampler(*_named("max.default", "min.default"))
-def _max_of_all(draw: Draw) -> Arguments:
-    return (_extreme(draw, draw.shape(0, 4)),), {}
+_SINGLE = one_of(None, None, None, None, None, torch.float32)
+
+calls("sum.dim_IntList mean.dim", (1, 4), normal, _dims_or_all(None, []), flag, dtype=_SINGLE)
+calls("amax.default amin.default", (1, 4), _with_ties, _dims_or_all([]), flag)
+calls("sum.default mean.default prod.default", (0, 4), normal)
+calls("max.default min.default", (0, 4), _with_ties)
+calls("median.default", (0, 4), distinct)
+calls(
+    "var.correction std.correction var_mean.correction",
+    with_two(1, 3), normal, _dims_or_all([]), correction=one_of(None, 0), keepdim=flag,
+)  # fmt: skip
+calls("var.dim std.dim", with_two(1, 3), normal, dims, flag, flag)
+calls("max.dim min.dim median.dim", (1, 4), distinct, dim, flag)
+calls(
+    "argmax.default argmin.default sort.default argsort.default",
+    (1, 4), distinct, at_times(80, dim, flag),
+)  # fmt: skip
+calls("any.default all.default", (0, 3), _seldom_or_often)
+calls("any.dim all.dim", (1, 3), Draw.booleans, dim, flag)
+calls("any.dims all.dims", (1, 3), Draw.booleans, dims, flag)
+calls("logsumexp.default", (1, 4), normal, dims, flag)
+calls("prod.dim_int", (1, 4), normal, dim, flag)
+calls(
+    "linalg_vector_norm.default",
+    (1, 4), _at_times_zero, one_of(2, 2.0, 1, 3.0), _dims_or_all(None), flag,
+)  # fmt: skip
+calls(
+    "linalg_norm.default",
+    (1, 4), normal, None, lambda draw, shape: [draw.dim(len(shape))], flag,
+)  # fmt: skip
+calls("norm.ScalarOpt_dim", (1, 4), normal, one_of(2, 1), dims, flag)
+calls("norm.Scalar", (0, 3), normal, 2)
+calls("softmax.int log_softmax.int", (0, 4), normal, dim, dtype=_SINGLE)
+calls("cumsum.default cumprod.default logcumsumexp.default", (1, 4), normal, dim)
+calls("cummax.default cummin.default", (1, 4), distinct, dim)
+calls("sort.stable argsort.stable", (1, 4), integers(0, 5), stable=True, dim=dim)
 
 
-@sampler(*_named("median.default"))
-def _median_of_all(draw: Draw) -> Arguments:
-    return (draw.permutation(draw.shape(0, 4)),), {}
-
-
-@sampler(*_named("var.correction", "std.correction", "var_mean.correction"))
-def _var(draw: Draw) -> Arguments:
-    shape = [n + 1 for n in draw.shape(1, 3)]
-    args, kwargs = _several(draw, shape)
-    if args[0] is None:
-        args = [draw.dims(len(shape))]
-    return (draw.normal(*shape), *args), kwargs | draw.choice([{}, {"correction": 0}])
-
-
-@sampler(*_named("var.dim", "std.dim"))
-def _var_dim(draw: Draw) -> Arguments:
-    shape = [n + 1 for n in draw.shape(1, 3)]
-    return (draw.normal(*shape), draw.dims(len(shape)), draw.chance(), draw.chance()), {}
-
-
-@sampler(*_named("max.dim", "min.dim", "median.dim"))
-def _max_dim(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.permutation(shape), draw.dim(len(shape)), draw.chance()), {}
-
-
-@sampler(*_named("argmax.default", "argmin.default", "sort.default", "argsort.default"))
-def _along_a_dim(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    if draw.chance(20):
-        return (draw.permutation(shape),), {}
-    return (draw.permutation(shape), draw.dim(len(shape)), draw.chance()), {}
-
-
-@sampler(*_named("any.default", "all.default"))
-def _any(draw: Draw) -> Arguments:
-    return (draw.booleans(draw.shape(0, 3), draw.choice([0.05, 0.5, 0.95])),), {}
-
-
-@sampler(*_named("any.dim", "all.dim"))
-def _any_dim(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 3)
-    return (draw.booleans(shape), draw.dim(len(shape)), draw.chance()), {}
-
-
-@sampler(*_named("any.dims", "all.dims"))
-def _any_dims(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 3)
-    return (draw.booleans(shape), draw.dims(len(shape)), draw.chance()), {}
-
-
-@sampler(*_named("logsumexp.default"))
-def _logsumexp(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.normal(*shape), draw.dims(len(shape)), draw.chance()), {}
-
-
-@sampler(*_named("prod.dim_int"))
-def _prod(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.normal(*shape), draw.dim(len(shape)), draw.chance()), {}
-
-
-@sampler(*_named("linalg_vector_norm.default"))
-def _vector_norm(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    args, kwargs = _several(draw, shape)
-    args = [None if args[0] == [] else args[0]]
-    x = draw.normal(*shape) * draw.choice([1, 1, 1, 0])  # without a slope at 0
-    return (x, draw.choice([2, 2.0, 1, 3.0]), *args), kwargs
-
-
-@sampler(*_named("linalg_norm.default"))
-def _linalg_norm(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.normal(*shape), None, [draw.dim(len(shape))], draw.chance()), {}
-
-
-@sampler(*_named("norm.ScalarOpt_dim"))
-def _norm(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.normal(*shape), draw.choice([2, 1]), draw.dims(len(shape)), draw.chance()), {}
-
-
-@sampler(*_named("norm.Scalar"))
-def _norm_of_all(draw: Draw) -> Arguments:
-    return (draw.normal(*draw.shape(0, 3)), 2), {}
-
-
-# -- along one dim ------------------------------------------------------------------------------
-
-
-@sampler(*_named("softmax.int", "log_softmax.int"))
-def _softmax(draw: Draw) -> Arguments:
-    shape = draw.shape(0, 4)
-    kwargs = {"dtype": torch.float32} if draw.chance(15) else {}
-    return (draw.normal(*shape), draw.dim(max(len(shape), 1))), kwargs
-
-
-@sampler(*_named("cumsum.default", "cumprod.default", "logcumsumexp.default"))
-def _cumsum(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.normal(*shape), draw.dim(len(shape))), {}
-
-
-@sampler(*_named("cummax.default", "cummin.default"))
-def _cummax(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    return (draw.permutation(shape), draw.dim(len(shape))), {}
-
-
-@sampler(*_named("topk.default"))
+@sampler("aten.topk.default")
 def _topk(draw: Draw) -> Arguments:
     shape = draw.shape(1, 4)
     dim = -1 if draw.chance(40) else draw.dim(len(shape))
@@ -176,29 +90,14 @@ def _topk(draw: Draw) -> Arguments:
     return (draw.permutation(shape), k, *rest), {}
 
 
-@sampler(*_named("kthvalue.default"))
-def _kthvalue(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 3)
-    dim = draw.dim(len(shape))
-    return (draw.permutation(shape), draw.integer(1, shape[dim]), dim), {}
-
-
-@sampler(*_named("sort.stable", "argsort.stable"))
-def _sort_stable(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    kwargs: dict[str, Any] = {"stable": True, "dim": draw.dim(len(shape))}
-    return (draw.integers(shape, 0, 5).double(),), kwargs
-
-
-@sampler(*_named("glu.default"))
+@sampler("aten.glu.default")
 def _glu(draw: Draw) -> Arguments:
-    shape = draw.shape(1, 4)
-    dim = draw.dim(len(shape))
+    shape, dim = draw.along(1, 4)
     shape[dim] *= 2
     return (draw.normal(*shape), dim), {}
 
 
-@sampler(*_named("diff.default"))
+@sampler("aten.diff.default")
 def _diff(draw: Draw) -> Arguments:
     shape = [n + 1 for n in draw.shape(1, 3)]
     dim = draw.dim(len(shape))
@@ -216,7 +115,7 @@ def _maybe(draw: Draw, tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor if draw.chance(70) else None
 
 
-@sampler(*_named("layer_norm.default", "native_layer_norm.default"))
+@sampler("aten.layer_norm.default", "aten.native_layer_norm.default")
 def _layer_norm(draw: Draw) -> Arguments:
     shape = draw.shape(0, 2) + [n + 1 for n in draw.shape(1, 2)]
     count = 1 if draw.chance(60) else draw.integer(1, min(2, len(shape)))
@@ -225,13 +124,13 @@ def _layer_norm(draw: Draw) -> Arguments:
     return (draw.normal(*shape), h, weight, bias, 1e-5), {}
 
 
-@sampler(*_named("rms_norm.default"))
+@sampler("aten.rms_norm.default")
 def _rms_norm(draw: Draw) -> Arguments:
     (x, h, weight, _, _), _ = _layer_norm(draw)
     return (x, h, weight, *draw.choice([(), (1e-6,)])), {}
 
 
-@sampler(*_named("group_norm.default"))
+@sampler("aten.group_norm.default")
 def _group_norm(draw: Draw) -> Arguments:
     groups = draw.choice([1, 2, 4, 3])
     channels = groups * draw.integer(1, 3)
@@ -242,29 +141,29 @@ def _group_norm(draw: Draw) -> Arguments:
     return (x, groups, weight, bias, 1e-5), {}
 
 
+_RUNNING = ("running_mean", "running_var")
+
+
 def _batch(draw: Draw) -> tuple[torch.Tensor, list[torch.Tensor]]:
     channels = draw.size()
     x = draw.normal(draw.size() + 1, channels, *draw.shape(0, 2))
     return x, [draw.uniform([channels]) for _ in range(4)]
 
 
-@sampler(
-    *_named("_native_batch_norm_legit_functional.default"), fixed=("running_mean", "running_var")
-)
+@sampler("aten._native_batch_norm_legit_functional.default", fixed=_RUNNING)
 def _batch_norm_functional(draw: Draw) -> Arguments:
     x, (weight, bias, mean, var) = _batch(draw)
-    affine = draw.chance(80)
-    pair = (weight, bias) if affine else (None, None)
-    return (x, *pair, mean, var, draw.chance(60), 0.1, 1e-5), {}
+    affine = (weight, bias) if draw.chance(80) else (None, None)
+    return (x, *affine, mean, var, draw.chance(60), 0.1, 1e-5), {}
 
 
-@sampler(*_named("_native_batch_norm_legit.no_stats"))
+@sampler("aten._native_batch_norm_legit.no_stats")
 def _batch_norm_no_stats(draw: Draw) -> Arguments:
     x, (weight, bias, _, _) = _batch(draw)
     return (x, _maybe(draw, weight), _maybe(draw, bias), True, 0.0, 1e-5), {}
 
 
-@sampler(*_named("batch_norm.default"), fixed=("running_mean", "running_var"))
+@sampler("aten.batch_norm.default", fixed=_RUNNING)
 def _batch_norm(draw: Draw) -> Arguments:
     x, (weight, bias, mean, var) = _batch(draw)
     if draw.chance(20):
@@ -272,15 +171,13 @@ def _batch_norm(draw: Draw) -> Arguments:
     return (x, weight, bias, mean, var, False, 0.1, 1e-5, False), {}
 
 
-@sampler(
-    *_named("_native_batch_norm_legit_no_training.default"), fixed=("running_mean", "running_var")
-)
+@sampler("aten._native_batch_norm_legit_no_training.default", fixed=_RUNNING)
 def _batch_norm_no_training(draw: Draw) -> Arguments:
     x, (weight, bias, mean, var) = _batch(draw)
     return (x, weight, bias, mean, var, 0.1, 1e-5), {}
 
 
-@sampler(*_named("instance_norm.default"))
+@sampler("aten.instance_norm.default")
 def _instance_norm(draw: Draw) -> Arguments:
     channels = draw.size()
     x = draw.normal(draw.size(), channels, draw.size() + 1)
@@ -288,7 +185,7 @@ def _instance_norm(draw: Draw) -> Arguments:
     return (x, weight, bias, None, None, True, 0.1, 1e-5, False), {}
 
 
-@sampler(*_named("_weight_norm.default"))
+@sampler("aten._weight_norm.default")
 def _weight_norm(draw: Draw) -> Arguments:
     shape = draw.shape(2, 3)
     dim = draw.integer(0, len(shape) - 1)

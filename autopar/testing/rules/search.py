@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from autopar.sharding.rules.registry import has_rule
-from autopar.testing.rules.missing import Evidence, coverage_of, discover
+from autopar.testing.rules.missing import coverage_of, discover
 from autopar.testing.rules.propose import propose
 from autopar.testing.rules.samples import find_op
 
@@ -43,28 +43,23 @@ def _look(name: str, seed: int, careful: bool, to: Connection) -> None:
     op = find_op(name)
     if op is not None and has_rule(op):
         looked = coverage_of(name, seed, careful=careful)
-        missing = tuple(_line(f) for f in looked.missing)
-        explained = tuple((str(f.strategy), f.reason) for f in looked.omitted if f.reason)
+        missing = tuple(map(str, looked.missing))
+        explained = tuple((str(e.strategy), e.reason) for e in looked.omitted if e.reason)
         to.send(OpFindings(name, looked.strategies, missing, explained))
     else:
         to.send(_proposed(name, seed, careful))
 
 
-def _line(evidence: Evidence) -> str:
-    return (
-        f"{evidence.strategy}: in {evidence.held} of {evidence.tried} tries, "
-        f"such as {evidence.example}"
-    )
-
-
 def _proposed(name: str, seed: int, careful: bool) -> OpFindings:
     by_dims, results = discover(name, seed, careful=careful)
-    lines = tuple(
-        f"{propose(held, dims, results[dims])}, for calls such as {held[0].example}"
-        for dims, held in sorted(by_dims.items())
-    )
-    strategies = {f.strategy for each in by_dims.values() for f in each}
-    return OpFindings(name, len(strategies), lines or ("nothing can be split",))
+    lines = []
+    for dims, evidence in sorted(by_dims.items()):
+        row = propose(evidence, dims, results[dims])
+        linear = f", linear={row.linear}" if row.linear else ""
+        example = evidence[0].example
+        lines.append(f'Row("{row.notation}"{linear}), for calls such as {example}')
+    strategies = {e.strategy for each in by_dims.values() for e in each}
+    return OpFindings(name, len(strategies), tuple(lines) or ("nothing can be split",))
 
 
 def look(name: str, seed: int) -> OpFindings:

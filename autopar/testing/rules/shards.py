@@ -11,6 +11,7 @@ import torch
 
 from autopar.ir.spec import ShardingSpec, local_range
 from autopar.runtime.distribute import shard_of
+from autopar.sharding.node_rules import is_floating
 from autopar.testing.rules.draw import Draw
 
 Mesh = tuple[int, ...]
@@ -75,7 +76,7 @@ def _terms(x: torch.Tensor, sizes: Sequence[int], draw: Draw) -> dict[Coords, to
 def _term(x: torch.Tensor, draw: Draw) -> torch.Tensor:
     if x.dtype == torch.bool:  # one rank holds the value, as after `inject`
         return torch.zeros_like(x)
-    if x.dtype.is_floating_point or x.dtype.is_complex:
+    if is_floating(x):
         return draw.normal(*x.shape).to(x.dtype)
     return draw.integers(x.shape, -3, 4).to(x.dtype)
 
@@ -143,7 +144,7 @@ def largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference relative to max(1, |expected|); equal infinities and NaNs agree."""
     if not actual.numel() or torch.equal(actual, expected):
         return 0.0
-    if not (actual.dtype.is_floating_point or actual.dtype.is_complex):
+    if not is_floating(actual):
         return float((actual != expected).double().max())
     both = (actual == expected) | (actual.isnan() & expected.isnan())
     if not (actual.isfinite() & expected.isfinite() | both).all():
@@ -155,9 +156,5 @@ def largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def tolerance_of(tensors: Sequence[torch.Tensor | None]) -> float:
     """By the narrowest float type among the tensors of a call."""
-    floats = [
-        t.dtype
-        for t in tensors
-        if t is not None and (t.dtype.is_floating_point or t.dtype.is_complex)
-    ]
+    floats = [t.dtype for t in tensors if t is not None and is_floating(t)]
     return max((TOLERANCE.get(dtype, COARSE) for dtype in floats), default=1e-10)
