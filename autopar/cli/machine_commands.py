@@ -9,19 +9,12 @@ from typing import Annotated
 
 import typer
 
-from autopar.cli.common import (
-    DEFAULT_DEVICE,
-    OPTIMIZERS,
-    check_optimizer,
-    progress,
-    short_errors,
-)
+from autopar.cli.common import DEFAULT_DEVICE, OPTIMIZERS, check_optimizer, progress, short_errors
 
 
 def profile(
     model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL.py", help="Defines build_model() and example_inputs()."),
+        Path, typer.Argument(metavar="MODEL.py", help="Defines build_model() and example_inputs().")
     ],
     depth: Annotated[
         int | None,

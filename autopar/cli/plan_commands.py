@@ -10,13 +10,7 @@ from typing import Annotated
 
 import typer
 
-from autopar.cli.common import (
-    DEFAULT_DEVICE,
-    OPTIMIZERS,
-    check_optimizer,
-    progress,
-    short_errors,
-)
+from autopar.cli.common import DEFAULT_DEVICE, OPTIMIZERS, check_optimizer, progress, short_errors
 
 PlanFile = Annotated[
     Path, typer.Argument(metavar="PLAN.json", help="A file that `autopar plan -o` wrote.")

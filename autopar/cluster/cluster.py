@@ -157,10 +157,7 @@ class ClusterInfo:
 
     @staticmethod
     def of(
-        mesh: str | Sequence[int],
-        device_name: str | Device = "cpu",
-        *,
-        node_size: int = NODE_SIZE,
+        mesh: str | Sequence[int], device_name: str | Device = "cpu", *, node_size: int = NODE_SIZE
     ) -> ClusterInfo:
         """A cluster of one kind of device with the usual links.
 

@@ -77,11 +77,7 @@ class _Baseline:
 
 
 def baseline_plans(
-    space: SearchSpace,
-    *,
-    time_limit: float = 60.0,
-    mask: Allowed | None = None,
-    named: str = "",
+    space: SearchSpace, *, time_limit: float = 60.0, mask: Allowed | None = None, named: str = ""
 ) -> list[BaselinePlan]:
     """The plans of all baselines that exist on the mesh, solved without a memory limit.
 

@@ -224,10 +224,7 @@ def _fastest_baseline(
 
 
 def make_plan(
-    space: SearchSpace,
-    choices: Sequence[int],
-    model: str,
-    record: SolverRecord | None = None,
+    space: SearchSpace, choices: Sequence[int], model: str, record: SolverRecord | None = None
 ) -> ShardingPlan:
     """The plan of a full choice of candidates."""
     chosen = [(d, d.candidates[c]) for d, c in zip(space.decisions, choices, strict=True)]

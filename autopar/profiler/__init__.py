@@ -3,11 +3,4 @@
 from autopar.profiler.model import ModelProfile, largest, profile_model, substitute
 from autopar.profiler.profile import NodeProfile, profile_graph
 
-__all__ = [
-    "ModelProfile",
-    "NodeProfile",
-    "largest",
-    "profile_graph",
-    "profile_model",
-    "substitute",
-]
+__all__ = ["ModelProfile", "NodeProfile", "largest", "profile_graph", "profile_model", "substitute"]

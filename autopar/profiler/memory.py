@@ -24,12 +24,7 @@ import torch.fx as fx
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph, operands, producer
 from autopar.profiler.counting import count
-from autopar.profiler.profile import (
-    NodeProfile,
-    Value,
-    gradient_roots,
-    summed_strides,
-)
+from autopar.profiler.profile import NodeProfile, Value, gradient_roots, summed_strides
 from autopar.profiler.tape import (
     GRADIENT,
     OPERAND,

@@ -52,10 +52,7 @@ class CutPool:
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        separate: Separate | None,
-        disable: frozenset[str] = frozenset(),
+        self, problem: Problem, separate: Separate | None, disable: frozenset[str] = frozenset()
     ) -> None:
         self.problem, self.disable = problem, disable
         self.rows: list[Row] = list(problem.rows)
