@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -50,30 +49,31 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
+    version: bool = typer.Option(
+        False,
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        help="Print the version and exit.",
+    ),
 ) -> None:
     pass
 
 
 @rules.command("check")
 def rules_check(
-    op: Annotated[
-        str | None, typer.Option(metavar="NAME", help="An op, or a part of its name.  [all]")
-    ] = None,
-    cases: Annotated[int, typer.Option(metavar="N", min=1, help="Number of cases.")] = 10_000,
-    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the random cases.")] = 0,
-    jobs: Annotated[int, typer.Option(metavar="J", min=1, help="Number of processes.")] = 1,
-    discover: Annotated[
-        bool, typer.Option("--discover", help="Look for correct strategies that rules lack.")
-    ] = False,
-    record: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Enter the outcome into this file.")
-    ] = None,
+    op: str | None = typer.Option(
+        None, metavar="NAME", help="An op, or a part of its name.  [all]"
+    ),
+    cases: int = typer.Option(10_000, metavar="N", min=1, help="Number of cases."),
+    seed: int = typer.Option(0, metavar="S", help="Seed of the random cases."),
+    jobs: int = typer.Option(1, metavar="J", min=1, help="Number of processes."),
+    discover: bool = typer.Option(
+        False, "--discover", help="Look for correct strategies that rules lack."
+    ),
+    record: Path | None = typer.Option(
+        None, metavar="FILE", help="Enter the outcome into this file."
+    ),
 ) -> None:
     """Prove rules: run ops on random shards, rank by rank, and compare with the op itself.
 
@@ -104,15 +104,12 @@ def rules_check(
 
 @rules.command("list")
 def rules_list(
-    op: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="An op, or a part of its name.  [all]")
-    ] = None,
-    record: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Show what this file, by check --record, says is proved."
-        ),
-    ] = None,
+    op: str | None = typer.Option(
+        None, metavar="PATTERN", help="An op, or a part of its name.  [all]"
+    ),
+    record: Path | None = typer.Option(
+        None, metavar="FILE", help="Show what this file, by check --record, says is proved."
+    ),
 ) -> None:
     """Print the table: how each operator may be split."""
     with short_errors(OSError, ValueError):
