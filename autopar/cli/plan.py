@@ -103,7 +103,7 @@ def make_plan(
     model, args, kwargs = example.model, example.args, example.kwargs
     if isinstance(target, AnyMesh):
         options |= vars(target)
-        joint = JointPlan(search_meshes(model, args, kwargs, **options).planned)
+        joint = JointPlan(search_meshes(model, args, kwargs, **options))
     elif target.memory_bytes is None and not schedule:
         joint = JointPlan(autoplan(model, args, kwargs, cluster=target, **options))
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,19 +49,6 @@ def _products(number: int, factors: int) -> Iterator[tuple[int, ...]]:
                 yield (first, *rest)
 
 
-@dataclass(frozen=True)
-class MeshSearch:
-    """The best plan, and the result of every mesh.
-
-    Args:
-        planned: its plan holds `tried` as `meshes`.
-        tried: in the order of planning.
-    """
-
-    planned: Planned
-    tried: tuple[MeshResult, ...]
-
-
 def search_meshes(
     model: torch.nn.Module,
     args: Sequence[Any] = (),
@@ -70,14 +57,13 @@ def search_meshes(
     devices: int,
     device: str | Device = "cpu",
     per_node: int = NODE_SIZE,
-    max_axes: int = MAX_AXES,
     memory: str | float | None = None,
     optimizer_state: float = ADAM_STATE,
     constraints: Constraints | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
-) -> MeshSearch:
-    """Plan on every mesh of that many devices, and keep the fastest plan.
+) -> Planned:
+    """The fastest plan on a mesh of that many devices. Its `meshes` are the results of all meshes.
 
     Args:
         devices: their number.
@@ -99,7 +85,7 @@ def search_meshes(
     tried: list[MeshResult] = []
     best: Planned | None = None
     errors: list[AutoparError] = []
-    shapes = list(meshes(devices, max_axes))
+    shapes = list(meshes(devices))
     for k, shape in enumerate(shapes):
         name = "x".join(map(str, shape))
         say(f"mesh {name} ({k + 1} of {len(shapes)}) ...")
@@ -127,19 +113,13 @@ def search_meshes(
         say(f"mesh {name}: {time_text(step_us)}")
         if best is None or step_us < best.plan.time.step_us:
             best = planned
-    if best is None:
-        raise _closest(errors)
-    plan = replace(best.plan, meshes=tuple(tried))
-    return MeshSearch(replace(best, plan=plan), tuple(tried))
+    if best is None:  # the mesh that needs the least memory says why
+        infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
+        raise min(infeasible, key=lambda e: e.smallest_bytes, default=errors[0])
+    return replace(best, plan=replace(best.plan, meshes=tuple(tried)))
 
 
 def lower_bound_us(space: SearchSpace, mask: Allowed | None = None) -> float:
     """A lower bound on every plan: one elimination, without memory and exposed communication."""
     problem = masked(space.problem(), mask or {}).problem
     return Contraction(problem.time_us, problem.pairs()).bound
-
-
-def _closest(errors: Sequence[AutoparError]) -> AutoparError:
-    """The error to raise if no mesh has a plan: that of the mesh that needs the least memory."""
-    infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
-    return min(infeasible, key=lambda e: e.smallest_bytes) if infeasible else errors[0]

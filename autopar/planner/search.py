@@ -349,11 +349,10 @@ def _peak_breakdown(liveness: Liveness, choices: Choices) -> str:
     space, series = liveness.space, liveness.memory
 
     def module(item: Item) -> str:
-        decision = space.decisions[item.decisions[-1]]
-        if decision.kind == "output":
+        decision = item.decisions[-1]
+        if space.decisions[decision].kind == "output":
             return "the results for the caller"
-        parameter = space.graph.parameters.get(str(decision.node.target), "")
-        return pattern(parameter or space.graph.info(decision.node).module) or decision.node.name
+        return pattern(space.location(decision)) or space.decisions[decision].node.name
 
     peak = int(np.argmax(series.values(choices)))
     kinds = series.breakdown(choices, peak, lambda item: item.kind)

@@ -17,7 +17,7 @@ from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.report.text import render
 from tests.clusters import eager_to_shard
-from tests.unit.test_constraints import BATCH, Net
+from tests.planning import BATCH, Net
 
 GOOD = {
     "mesh": [2, 2],

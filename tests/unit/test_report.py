@@ -17,7 +17,7 @@ from autopar.planner.planner import Planned, make_plan
 from autopar.report.html import render_html
 from autopar.report.text import render
 from autopar.units import bytes_text, count_text, time_text
-from tests.unit.test_baselines import Classifier, by_name
+from tests.planning import Classifier, by_name, random_choices
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_words_of_a_language_model():
 
 def test_modules_add_up_for_any_plan(planned):
     for seed in range(5):
-        choices = planned.space.random_choices(np.random.default_rng(seed))
+        choices = random_choices(planned.space, np.random.default_rng(seed))
         any_plan = make_plan(planned.space, choices, "Classifier")
         decisions = list(zip(planned.space.decisions, choices, strict=True))
         moved = [planned.space.conversion_costs(link, choices) for link in planned.space.edges]
