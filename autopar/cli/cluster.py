@@ -103,7 +103,7 @@ def _links_table(measurement: Measurement) -> Table:
     ):
         if fit is not None:
             table.add_row(
-                cluster.axis_names[axis] if cluster.axis_names else str(axis),
+                cluster.axis_label(axis).removeprefix("axis "),
                 str(ranks),
                 f"{1e6 * link.alpha:.1f}",
                 f"{1e-9 / link.beta:.3g}",

@@ -122,15 +122,10 @@ def _missing(findings: Sequence[OpFindings]) -> list[str]:
 
 
 def _total(findings: Sequence[OpFindings]) -> str:
-    strategies, missing, explained = (
-        sum(counts)
-        for counts in zip(
-            *((f.strategies, len(f.missing), len(f.explained)) for f in findings), strict=True
-        )
-    )
     return (
-        f"{len(findings)} ops, {strategies} strategies found, {missing} missing, "
-        f"{explained} explained"
+        f"{len(findings)} ops, {sum(f.strategies for f in findings)} strategies found, "
+        f"{sum(len(f.missing) for f in findings)} missing, "
+        f"{sum(len(f.explained) for f in findings)} explained"
     )
 
 

@@ -86,30 +86,20 @@ class _Layout:
     @staticmethod
     def parse(text: str) -> _Layout:
         words = text.split()
-        reshard_after_forward = (
-            {"reshard": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
-        )
-        body = " ".join(words if reshard_after_forward is None else words[:-1])
+        reshard = {"reshard": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
+        body = " ".join(words if reshard is None else words[:-1])
         try:
-            return _Layout(
-                ShardingSpec.parse("" if body == "scalar" else body), reshard_after_forward, text
-            )
+            spec = ShardingSpec.parse("" if body == "scalar" else body)
         except ValueError as error:
-            return _Layout(None, reshard_after_forward, text, str(error))
+            return _Layout(None, reshard, text, str(error))
+        return _Layout(spec, reshard, text)
 
     def allows(self, candidate: Candidate) -> bool:
-        if (
-            self.reshard_after_forward is not None
-            and candidate.reshard_after_forward != self.reshard_after_forward
-        ):
+        if self.reshard_after_forward not in (None, candidate.reshard_after_forward):
             return False
         spec = candidate.outputs[0]
         # a layout without V constrains the value, not its gradient
         return self.spec == (spec if self.spec and self.spec.varying else spec.data())
-
-
-def _layouts(text: str) -> list[_Layout]:
-    return [_Layout.parse(part.strip()) for part in text.split("|")]
 
 
 def allowed(space: SearchSpace, constraints: Constraints) -> dict[int, np.ndarray]:
@@ -143,8 +133,7 @@ def _matches(names: Names, space: SearchSpace, name: str) -> dict[str, int]:
     try:
         return names.find(name)
     except ConstraintError as error:
-        buffers = [b for b in space.graph.buffers.values() if b == name]
-        if buffers:
+        if name in space.graph.buffers.values():
             raise ConstraintError(
                 f"constraint {name!r}: it is a buffer, and buffers are replicated"
             ) from error
@@ -156,7 +145,7 @@ def _masks(
 ) -> dict[str, tuple[int, np.ndarray]]:
     """Per place that a constraint names, the decision and the mask of candidates with one of the
     layouts. Every place must have one of the layouts, and every layout some place."""
-    layouts = _layouts(text)
+    layouts = [_Layout.parse(part.strip()) for part in text.split("|")]
     masks: dict[str, tuple[int, np.ndarray]] = {}
     unused = dict(enumerate(layouts))
     for place, i in matches.items():
@@ -166,15 +155,17 @@ def _masks(
             raise ConstraintError(_refusal(space, decision, name, place, layouts[0]))
         masks[place] = i, np.asarray(each.any(axis=0))
         unused = {k: layout for k, layout in unused.items() if not each[k].any()}
-    for layout in unused.values():
-        place, i = next(iter(matches.items()))
-        raise ConstraintError(_refusal(space, space.decisions[i], name, place, layout))
+    if unused:
+        (place, i), *_ = matches.items()
+        refusal = _refusal(space, space.decisions[i], name, place, next(iter(unused.values())))
+        raise ConstraintError(refusal)
     return masks
 
 
 def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layout: _Layout) -> str:
     kind = {"parameter": "parameter", "input": "input"}.get(decision.kind, "result")
-    shape = list(shape_of(_value(decision)))
+    value = decision.node.meta["val"]
+    shape = list(shape_of(value[decision.result] if isinstance(value, list | tuple) else value))
     mesh = space.cluster.mesh_text
     legal = list(dict.fromkeys(str(c.outputs[0].data()) or "scalar" for c in decision.candidates))
     more = f", and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
@@ -190,11 +181,6 @@ def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layo
         f"constraint {name!r}: {layout.text!r} {why}. {kind.capitalize()} {place} of shape {shape} "
         f"on mesh {mesh} can have {', '.join(legal[:_SHOWN])}{more}"
     )
-
-
-def _value(decision: Decision) -> object:
-    value = decision.node.meta["val"]
-    return value[decision.result] if isinstance(value, list | tuple) else value
 
 
 def _axes(spec: ShardingSpec) -> list[int]:

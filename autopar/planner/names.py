@@ -27,14 +27,10 @@ def matcher(name: str) -> re.Pattern[str]:
     expression, position = "", 0
     for mark in _MARK.finditer(name):
         expression += re.escape(name[position : mark.start()])
-        expression += {"*": r"[^.]+", "**": r".+"}.get(mark[0]) or _copies(mark[0])
+        wildcard = {"*": r"[^.]+", "**": r".+"}.get(mark[0])
+        expression += wildcard or f"(?:{'|'.join(map(str, sorted(copies_in(mark[0]))))})"
         position = mark.end()
     return re.compile(expression + re.escape(name[position:]))
-
-
-def _copies(mark: str) -> str:
-    """`{0,2-5}` as an expression."""
-    return "(?:" + "|".join(map(str, sorted(copies_in(mark)))) + ")"
 
 
 def copies_in(mark: str) -> set[int]:
@@ -71,15 +67,11 @@ class Names:
             if decision.kind == "parameter":
                 self.decisions[graph.parameters[target]] = i
             elif decision.kind == "input":
-                self.decisions[f"inputs.{target}"] = self.decisions[
-                    f"inputs.{positions[target]}"
-                ] = i
-            elif decision.kind == "op":
-                for module in _parents(graph.info(decision.node).module):
-                    modules[module] = i
+                self.decisions |= {f"inputs.{target}": i, f"inputs.{positions[target]}": i}
+            elif decision.kind in ("op", "shared"):
                 others[decision.name] = i
-            elif decision.kind == "shared":
-                others[decision.name] = i
+                if decision.kind == "op":
+                    modules |= dict.fromkeys(_parents(graph.info(decision.node).module), i)
         for alias, owner in graph.aliases.items():
             if owner in self.decisions:
                 self.decisions.setdefault(alias, self.decisions[owner])
@@ -113,11 +105,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     pool = dict.fromkeys(pattern(n) if marked else n for n in names)
     # wildcards count for little in a comparison
     near = get_close_matches(_MARK.sub("*", name) if marked else name, pool, n=2, cutoff=0.6)
+    near = near or [n for n in pool if n.rpartition(".")[2] == name.rpartition(".")[2]]
     if near:
-        return f"; did you mean {' or '.join(map(repr, near))}?"
-    last = [n for n in pool if n.rpartition(".")[2] == name.rpartition(".")[2]]
-    if last:
-        return f"; did you mean {' or '.join(map(repr, last[:2]))}?"
+        return f"; did you mean {' or '.join(map(repr, near[:2]))}?"
     return (
         "; names are those of parameters (as in named_parameters()), of modules, "
         "inputs.NAME, outputs.NUMBER, and of operators in the plan"

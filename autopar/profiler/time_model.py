@@ -86,10 +86,8 @@ def node_us(
         share: the device's share of the arithmetic.
         traffic: its share of the bytes.
     """
-    total = np.zeros(np.broadcast(share, traffic).shape)
-    for kernel in kernels:
-        total = total + kernel.us(device, share, traffic)
-    return total
+    none = np.zeros(np.broadcast(share, traffic).shape)
+    return sum((kernel.us(device, share, traffic) for kernel in kernels), none)
 
 
 def kernels_of(

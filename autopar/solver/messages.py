@@ -71,8 +71,8 @@ def minimize_core(
     best_cost, best = np.inf, None
     bound = -np.inf
     for sweep in range(min(1, sweeps), sweeps + 1):
-        if sweep:
-            _sweep(nodes, tables if sweep % 2 else tables[::-1])
+        for table in tables[:: 1 if sweep % 2 else -1] if sweep else ():
+            table.handshake(nodes)
         if sweep not in (1, 2, 4, 8) and sweep % 16:
             continue
         before, bound = bound, _bound(nodes, tables)
@@ -150,11 +150,6 @@ class _Table:
     def _over_b(self, costs: np.ndarray) -> np.ndarray:
         np.add(self.cost, costs[None, :], out=self._work)
         return self._work.min(axis=1)
-
-
-def _sweep(nodes: list[np.ndarray], tables: Sequence[_Table]) -> None:
-    for table in tables:
-        table.handshake(nodes)
 
 
 def _bound(nodes: Sequence[np.ndarray], tables: Sequence[_Table]) -> float:
