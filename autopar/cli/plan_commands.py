@@ -118,18 +118,11 @@ def plan(
             state = named_state_ratio(optimizer.lower(), example.model)
         with short_errors():
             result = make_plan(
-                example,
-                target,
-                say,
-                baselines=baselines,
-                pareto_front=front,
-                schedule=report is not None or trace is not None,
-                trace=trace,
-                dump_passes=dump_passes,
-                optimizer_state=state,
-                constraints=layouts,
+                example, target, say, baselines=baselines, pareto_front=front,
+                schedule=report is not None or trace is not None, trace=trace,
+                dump_passes=dump_passes, optimizer_state=state, constraints=layouts,
                 time_limit=time_limit,
-            )
+            )  # fmt: skip
             result = replace(result, source=str(model))
     with short_errors(OSError):
         if output is not None:

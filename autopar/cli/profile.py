@@ -145,14 +145,11 @@ def _print_profile(
     for path, copies, row in _grouped(numbers.modules(), depth):
         moved = sum(w.read_bytes + w.written_bytes for w in (row.forward, row.backward))
         table.add_row(
-            path or "(model)",
-            str(copies) if copies > 1 else "",
-            count_text(row.parameters) if row.parameters else "",
-            _nonzero(row.forward.flops),
-            _nonzero(row.backward.flops),
-            bytes_text(moved),
+            path or "(model)", str(copies) if copies > 1 else "",
+            count_text(row.parameters) if row.parameters else "", _nonzero(row.forward.flops),
+            _nonzero(row.backward.flops), bytes_text(moved),
             bytes_text(row.saved_bytes) if row.saved_bytes else "",
-        )
+        )  # fmt: skip
     console.print(table)
     console.print()
     if sizes:

@@ -54,13 +54,9 @@ def print_checked(reports: Sequence[OpReport]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for r in reports:
         table.add_row(
-            r.name,
-            str(r.cases),
-            f"{len(r.covered)}/{len(r.possible)}",
-            f"{len(r.rows)}/{r.alternatives}",
-            f"{r.worst:.1e}",
-            str(r.failed or ""),
-        )
+            r.name, str(r.cases), f"{len(r.covered)}/{len(r.possible)}",
+            f"{len(r.rows)}/{r.alternatives}", f"{r.worst:.1e}", str(r.failed or ""),
+        )  # fmt: skip
     console.print(table)
     for r in reports:
         for failure in r.failures:

@@ -23,7 +23,7 @@ from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.planner.decisions import Candidate, Decision, FixedLayouts
 from autopar.planner.liveness import Liveness
 from autopar.planner.liveness_rows import LivenessRows
-from autopar.planner.names import Names, output_names, suggestion
+from autopar.planner.names import Names, output_shapes, suggestion
 from autopar.planner.space import SearchSpace
 from autopar.solver import solve
 from autopar.solver.reductions import TiedProblem
@@ -202,19 +202,16 @@ def fixed_outputs(
         raise ConstraintError(
             f"constraint {next(iter(constrained))!r}: results are decided elsewhere"
         )
-    names = output_names(graph)
-    values = [v for v in graph.output.args[0][len(graph.mutations) :] if hasattr(v, "meta")]  # type: ignore[index, union-attr]
-    shapes = [shape_of(v.meta["val"]) for v in values]  # type: ignore[union-attr]
-    specs = [ShardingSpec.replicated(len(shape)) for shape in shapes]
+    shapes = output_shapes(graph)
+    specs = {name: ShardingSpec.replicated(len(shape)) for name, shape in shapes.items()}
     for name, text in constrained.items():
-        if name not in names:
+        if name not in shapes:
             raise ConstraintError(
-                f"constraint {name!r}: the model gives {len(names)} tensors"
-                f"{suggestion(name, names)}"
+                f"constraint {name!r}: the model gives {len(shapes)} tensors"
+                f"{suggestion(name, shapes)}"
             )
-        i = names.index(name)
-        specs[i] = _output_spec(name, text, shapes[i], mesh)
-    return replace(fixed or FixedLayouts(), outputs=tuple(specs))
+        specs[name] = _output_spec(name, text, shapes[name], mesh)
+    return replace(fixed or FixedLayouts(), outputs=tuple(specs.values()))
 
 
 def _output_spec(name: str, text: str, shape: tuple[int, ...], mesh: Sequence[int]) -> ShardingSpec:
@@ -317,12 +314,9 @@ def _feasible(space: SearchSpace, mask: Allowed, budget_bytes: float, time_limit
     tied = masked(space.problem(), mask).tied()
     try:
         solve(
-            tied.problem,
-            separate=LivenessRows(Liveness(space, budget_bytes), tied),
-            time_limit=time_limit,
-            enough_us=sys.float_info.max,
-            subproblems=0,
-        )
+            tied.problem, separate=LivenessRows(Liveness(space, budget_bytes), tied),
+            time_limit=time_limit, enough_us=sys.float_info.max, subproblems=0,
+        )  # fmt: skip
     except InfeasibleError:
         return False
     return True

@@ -64,12 +64,9 @@ def diff(a: ShardingPlan, b: ShardingPlan) -> Difference:
     stored = {f"p_{n.replace('.', '_')}" for n in (*a.parameters, *b.parameters)} & names
     inner = [{k: _decision(p, k) for k in p.choices if k not in stored} for p in (a, b)]
     return Difference(
-        tuple(_setting(a, b)),
-        tuple(_figures(a, b)),
-        _changes(_storage(a), _storage(b)),
-        tuple(_modules(a.modules, b.modules)),
-        _changes(inner[0], inner[1]),
-    )
+        tuple(_setting(a, b)), tuple(_figures(a, b)), _changes(_storage(a), _storage(b)),
+        tuple(_modules(a.modules, b.modules)), _changes(inner[0], inner[1]),
+    )  # fmt: skip
 
 
 def _setting(a: ShardingPlan, b: ShardingPlan) -> list[Change]:

@@ -60,12 +60,7 @@ class EdgeCosts:
 
 
 class EdgeCostTable:
-    """Costs of edges, computed once per class.
-
-    Args:
-        converter: of the cluster.
-        costs: of the operators; gives the local bytes of layouts.
-    """
+    """Costs of edges, computed once per class."""
 
     def __init__(self, converter: LayoutConverter, costs: OpCosts) -> None:
         self._converter, self._costs = converter, costs

@@ -54,14 +54,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All alternatives of one decision, the fastest first; those that were not solved come last.
-
-    Args:
-        name: of the decision.
-        what: a line about it.
-        plan: the plan that is explained.
-        alternatives: including its own choice.
-    """
+    """All alternatives of one decision with the plan's own choice, the fastest first; those that
+    were not solved come last. `what` is a line about the decision."""
 
     name: str
     what: str
@@ -84,13 +78,11 @@ def explain(
     """The alternatives of a decision, and the cost of forcing them.
 
     Args:
-        planned: a plan with its space.
         name: of a parameter, input, module or operator, or a pattern for copies with the same
             choice (`autopar.planner.names`).
         limit: solve for this many alternatives, those of the lowest bounds; the others only get
             their bound.
         time_limit: seconds for each of them.
-        progress: called with a line per alternative.
 
     Raises:
         ConstraintError: the name is unknown, or stands for different choices.

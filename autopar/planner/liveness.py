@@ -43,15 +43,8 @@ class Item:
 
 
 class Series:
-    """The same expression at every program point.
-
-    Args:
-        name: of the rows, with the program point behind it.
-        slack: of the rows.
-        limit: of the rows.
-        items: what counts when.
-        count: of program points.
-    """
+    """The same expression at every one of `count` program points; the rows have its name with the
+    point behind it, its slack and its limit."""
 
     def __init__(
         self, name: str, slack: str, limit: float, items: Sequence[Item], count: int
@@ -111,11 +104,7 @@ class _Table:
 
 
 class Liveness:
-    """All rows of a search space.
-
-    Args:
-        space: the decisions.
-        budget_bytes: of one device; infinite for no limit.
+    """All rows of a search space, for a budget per device (infinite for no limit).
 
     Attributes:
         memory: live bytes; the last program point is the optimizer's step.

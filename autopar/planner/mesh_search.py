@@ -7,6 +7,7 @@ far.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,20 +34,11 @@ def meshes(devices: int, max_axes: int = MAX_AXES) -> Iterator[tuple[int, ...]]:
     with the fewest axes first."""
     if devices == 1:
         yield (1,)
-        return
+    divisors = [size for size in range(2, devices + 1) if devices % size == 0]
     for axes in range(1, max_axes + 1):
-        yield from _products(devices, axes)
-
-
-def _products(number: int, factors: int) -> Iterator[tuple[int, ...]]:
-    if factors == 1:
-        if number > 1:
-            yield (number,)
-        return
-    for first in range(2, number // 2 + 1):
-        if number % first == 0:
-            for rest in _products(number // first, factors - 1):
-                yield (first, *rest)
+        for shape in itertools.product(divisors, repeat=axes):
+            if math.prod(shape) == devices:
+                yield shape
 
 
 def search_meshes(
@@ -66,12 +58,10 @@ def search_meshes(
     """The fastest plan on a mesh of that many devices. Its `meshes` are the results of all meshes.
 
     Args:
-        devices: their number.
         device: a name of the table of devices, or a description.
         per_node: devices that fast links join.
         constraints: of `autoplan`; meshes that lack an axis they name are skipped.
         time_limit: seconds for the solver, per mesh.
-        progress: called with a line per mesh, and per stage of its planning.
 
     Raises:
         InfeasibleError: no mesh has a plan that fits the memory.

@@ -14,8 +14,10 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+import torch.fx as fx
+
 from autopar.errors import ConstraintError
-from autopar.ir.graph import ModelGraph
+from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.repeats import pattern
 from autopar.planner.space import SearchSpace
 
@@ -92,10 +94,11 @@ class Names:
         return matches
 
 
-def output_names(graph: ModelGraph) -> list[str]:
-    """`outputs.0`, ...: the results that are tensors, in order."""
+def output_shapes(graph: ModelGraph) -> dict[str, tuple[int, ...]]:
+    """`outputs.0`, ...: the shapes of the results that are tensors, in order."""
     values = graph.output.args[0][len(graph.mutations) :]  # type: ignore[index]
-    return [f"outputs.{i}" for i in range(sum(hasattr(v, "meta") for v in values))]  # type: ignore[union-attr]
+    tensors = [v.meta["val"] for v in values if isinstance(v, fx.Node)]  # type: ignore[union-attr]
+    return {f"outputs.{i}": shape_of(tensor) for i, tensor in enumerate(tensors)}
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -27,13 +27,7 @@ _STEP = ((0.0, 3.0), (1.0, 8.0), (2.0, 19.0))
 
 
 class OpCosts:
-    """Costs of strategies on one cluster.
-
-    Args:
-        cluster: the devices.
-        profile: costs of every operator call at global shapes.
-        saved: which values the backward needs.
-    """
+    """Costs of strategies on one cluster, from profiles at global shapes."""
 
     def __init__(
         self, cluster: ClusterInfo, profile: Mapping[fx.Node, NodeProfile], saved: SavedValues

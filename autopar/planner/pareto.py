@@ -69,8 +69,6 @@ def pareto_front(
     Args:
         points: budgets, both ends included; fewer where the two ends meet.
         time_limit: seconds for the solver, per budget.
-        progress: called with a line per budget.
-        mask: candidates per decision, where not all of them are allowed.
     """
     if points < 2:
         raise ValueError(f"a Pareto front has two points or more, not {points}")

@@ -85,14 +85,10 @@ def effort_for(kind: str, quick: bool) -> Effort:
         return effort
     # a GPU is far from its peak at sizes that keep a CPU busy
     return replace(
-        effort,
-        bytes=(*effort.bytes, 1024 * MiB),
-        sides=(*effort.sides, 4096, 8192),
-        channels=(*effort.channels, 1024),
-        lengths=(*effort.lengths, 2048, 4096),
-        side=8192,
+        effort, bytes=(*effort.bytes, 1024 * MiB), sides=(*effort.sides, 4096, 8192),
+        channels=(*effort.channels, 1024), lengths=(*effort.lengths, 2048, 4096), side=8192,
         images=(64, 64, 112, 112),
-    )
+    )  # fmt: skip
 
 
 # -- the device ---------------------------------------------------------------------------------
@@ -131,16 +127,11 @@ def measure_device(
     largest = min(max(effort.bytes), 16 * MiB) if device.type == "cpu" else max(effort.bytes)
     copy = 1e-6 * float(traffic["read"].us(largest) + traffic["write"].us(largest))
     return Device(
-        name=device_name(device),
-        kind=device.type,
-        peak_flops=peaks,
+        name=device_name(device), kind=device.type, peak_flops=peaks,
         memory_bytes=device_memory(device) / (processes if device.type == "cpu" else 1),
-        bandwidth=_short(2 * largest / copy),
-        launch_us=_short(1e6 * in_step),
-        flops_by_size=flops,
-        bytes_by_size=traffic,
-        extra_ns=extra,
-    )
+        bandwidth=_short(2 * largest / copy), launch_us=_short(1e6 * in_step), flops_by_size=flops,
+        bytes_by_size=traffic, extra_ns=extra,
+    )  # fmt: skip
 
 
 def _short(value: float) -> float:

@@ -111,12 +111,7 @@ def _without_infinity(costs: np.ndarray, forbidden: float) -> np.ndarray:
 
 class _Table:
     """The cost of a pair of nodes, and the part of it that was moved to either. They are stored
-    separately, so that the table is never written.
-
-    Args:
-        a, b: the nodes.
-        cost: [choices of a, choices of b].
-    """
+    separately, so that the table [choices of a, choices of b] is never written."""
 
     def __init__(self, a: int, b: int, cost: np.ndarray) -> None:
         self.a, self.b, self.cost = a, b, cost
