@@ -31,13 +31,11 @@ rules = typer.Typer(
     rich_markup_mode=None,
 )
 
-app.command("plan")(plan_commands.plan)
-app.command("report")(plan_commands.report)
-app.command("explain")(plan_commands.explain)
-app.command("diff")(plan_commands.diff)
-app.command("profile")(machine_commands.profile)
-app.command("cluster")(machine_commands.cluster)
-app.command("devices")(machine_commands.devices)
+for command in (
+    plan_commands.plan, plan_commands.report, plan_commands.explain, plan_commands.diff,
+    machine_commands.profile, machine_commands.cluster, machine_commands.devices,
+):  # fmt: skip
+    app.command()(command)
 app.add_typer(rules)
 
 
@@ -50,11 +48,7 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def main(
     version: bool = typer.Option(
-        False,
-        "--version",
-        callback=_print_version,
-        is_eager=True,
-        help="Print the version and exit.",
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
     pass
@@ -80,20 +74,14 @@ def rules_check(
     Results and gradients are compared. The exit code is 1 if a rule is wrong.
     """
     with progress() as say, contextlib.redirect_stdout(sys.stderr), short_errors(ValueError):
-        if discover:
-            from autopar.cli.rules import discovered
+        from autopar.cli.rules import checked, discovered, print_checked
+        from autopar.testing.rules.record import save
 
-            text = discovered(op, seed, jobs, say)
-        else:
-            from autopar.cli.rules import checked
-
-            reports = checked(op, cases, seed, jobs, say)
+        text = discovered(op, seed, jobs, say) if discover else ""
+        reports = [] if discover else checked(op, cases, seed, jobs, say)
     if discover:
         sys.stdout.write(text)
         return
-    from autopar.cli.rules import print_checked
-    from autopar.testing.rules.record import save
-
     print_checked(reports)
     if record is not None:
         with short_errors(OSError, ValueError):

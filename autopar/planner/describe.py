@@ -15,7 +15,6 @@ and a parameter that is stored split but consumed replicated is sharded as by Ze
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -253,58 +252,53 @@ def _pairs(parent: str, roles: Mapping[str, Roles]) -> Roles:
 
 # -- repeated blocks ----------------------------------------------------------------------------
 
+# per place of a name the indices of some copies
+Box = tuple[frozenset[int], ...]
+
 _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
 
 def _grouped(entries: Mapping[str, tuple[str, _Module]]) -> Iterable[ModuleSummary]:
     """Copies with the same words as one entry, named with `*` for all and `{0,2-5}` for some."""
     same: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
-    copies: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    every: dict[str, list[str]] = defaultdict(list)
     for name, (words, module) in entries.items():
-        general = pattern(name)
-        same[general, words, tuple(module.kinds)].append(name)
-        copies[general].append(_indices(name))
+        same[pattern(name), words, tuple(module.kinds)].append(name)
+        every[pattern(name)].append(name)
     for (general, words, _), names in same.items():
-        for box in _boxes([_indices(name) for name in names]):
-            members = [
-                entries[name][1]
-                for name in names
-                if all(i in values for i, values in zip(_indices(name), box, strict=True))
-            ]
+        for text, copies in grouped_names(names, every[general]):
+            members = [entries[name][1] for name in copies]
             yield ModuleSummary(
-                _named(general, box, copies[general]),
-                words,
-                len(members),
-                sum(m.parameters for m in members),
-                sum(m.time_us for m in members),
-                sum(m.memory_bytes for m in members),
-            )
+                text, words, len(members), sum(m.parameters for m in members),
+                sum(m.time_us for m in members), sum(m.memory_bytes for m in members),
+            )  # fmt: skip
 
 
-def grouped_names(names: Sequence[str], every: Sequence[str]) -> list[tuple[str, int]]:
-    """Names as patterns, each with the number of names it stands for.
+def grouped_names(names: Sequence[str], every: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names as patterns, each with the names it stands for.
 
     Args:
         every: all existing names, so that `*` can stand for all copies.
     """
-    same: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for name in names:
-        same[pattern(name)].append(_indices(name))
     copies: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for name in every:
         copies[pattern(name)].append(_indices(name))
+    same: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
+    for name in names:
+        same[pattern(name)][_indices(name)] = name
     return [
-        (_named(general, box, copies[general]), math.prod(map(len, box)))
+        (_named(general, box, copies[general]), [n for p, n in points.items() if _inside(p, box)])
         for general, points in same.items()
-        for box in _boxes(points)
+        for box in _boxes(list(points))
     ]
+
+
+def _inside(point: tuple[int, ...], box: Box) -> bool:
+    return all(i in values for i, values in zip(point, box, strict=True))
 
 
 def _indices(name: str) -> tuple[int, ...]:
     return tuple(int(i) for i in _INDEX.findall(name))
-
-
-Box = tuple[frozenset[int], ...]
 
 
 def _boxes(points: Sequence[tuple[int, ...]]) -> list[Box]:

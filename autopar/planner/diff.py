@@ -129,9 +129,9 @@ def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Change, ...]:
             same.setdefault((before, after), []).append(name)
     every = list(dict.fromkeys((*a, *b)))
     return tuple(
-        Change(pattern, before, after, count)
+        Change(pattern, before, after, len(copies))
         for (before, after), names in same.items()
-        for pattern, count in grouped_names(names, every)
+        for pattern, copies in grouped_names(names, every)
     )
 
 

@@ -185,7 +185,7 @@ def _forced(
     plan = make_plan(space, result.choices, planned.plan.model, result.record({}))
     near = pattern(space.location(decision))
     changes = sorted(
-        diff(planned.plan, plan).choices, key=lambda change: -_common(near, _general(change.what))
+        diff(planned.plan, plan).choices, key=lambda change: -_common_parts(near, change.what)
     )
     return Alternative(
         candidate.name, _layouts(candidate), plan.time.step_us, max(bound, result.bound_us),
@@ -193,15 +193,11 @@ def _forced(
     )  # fmt: skip
 
 
-def _common(one: str, other: str) -> int:
-    """The number of leading parts that two names have in common."""
-    pairs = zip(one.split("."), other.split("."), strict=False)
+def _common_parts(module: str, name: str) -> int:
+    """How many leading parts a module, with `*` for its copy, has in common with a name."""
+    general = pattern(re.sub(r"\{[^}]*\}", "*", name))
+    pairs = zip(module.split("."), general.split("."), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _general(name: str) -> str:
-    """A pattern for some copies as one for all."""
-    return pattern(re.sub(r"\{[^}]*\}", "*", name))
 
 
 def _layouts(candidate: Candidate) -> str:

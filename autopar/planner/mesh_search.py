@@ -19,9 +19,8 @@ from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
 from autopar.cluster.device import Device
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
 from autopar.plan import MeshResult
-from autopar.planner.constraints import Allowed, Constraints, masked
+from autopar.planner.constraints import Constraints, masked
 from autopar.planner.planner import ADAM_STATE, Planned, build_problem
-from autopar.planner.space import SearchSpace
 from autopar.solver.contraction import Contraction
 from autopar.tracer import ColoTracer
 from autopar.units import time_text
@@ -85,11 +84,14 @@ def search_meshes(
                 model, graph=graph, cluster=cluster, optimizer_state=optimizer_state,
                 constraints=constraints, time_limit=time_limit, progress=progress,
             )  # fmt: skip
-            bound = lower_bound_us(problem.space, problem.mask) if best is not None else -math.inf
-            if best is not None and bound >= best.plan.time.step_us:
-                note = "its bound is above the best"
-                tried.append(MeshResult(shape, math.inf, bound, math.nan, note))
-                continue
+            if best is not None:
+                # one elimination, without memory and exposed communication
+                relaxed = masked(problem.space.problem(), problem.mask).problem
+                bound = Contraction(relaxed.time_us, relaxed.pairs()).bound
+                if bound >= best.plan.time.step_us:
+                    note = "its bound is above the best"
+                    tried.append(MeshResult(shape, math.inf, bound, math.nan, note))
+                    continue
             planned = problem.planned(problem.decide())
         except (InfeasibleError, ConstraintError) as error:
             errors.append(error)
@@ -107,9 +109,3 @@ def search_meshes(
         infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
         raise min(infeasible, key=lambda e: e.smallest_bytes, default=errors[0])
     return replace(best, plan=replace(best.plan, meshes=tuple(tried)))
-
-
-def lower_bound_us(space: SearchSpace, mask: Allowed | None = None) -> float:
-    """A lower bound on every plan: one elimination, without memory and exposed communication."""
-    problem = masked(space.problem(), mask or {}).problem
-    return Contraction(problem.time_us, problem.pairs()).bound

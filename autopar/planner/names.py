@@ -20,6 +20,7 @@ from autopar.errors import ConstraintError
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.repeats import pattern
 from autopar.planner.space import SearchSpace
+from autopar.profiler.modules import with_parents
 
 _MARK = re.compile(r"\*\*|\*|\{[\d,\- ]+\}")
 
@@ -73,10 +74,11 @@ class Names:
             elif decision.kind in ("op", "shared"):
                 others[decision.name] = i
                 if decision.kind == "op":
-                    modules |= dict.fromkeys(_parents(graph.info(decision.node).module), i)
+                    modules |= dict.fromkeys(with_parents(graph.info(decision.node).module), i)
         for alias, owner in graph.aliases.items():
             if owner in self.decisions:
                 self.decisions.setdefault(alias, self.decisions[owner])
+        modules.pop("", None)  # the model itself
         self.decisions = {**others, **modules, **self.decisions}
 
     def find(self, name: str) -> dict[str, int]:
@@ -115,9 +117,3 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         "; names are those of parameters (as in named_parameters()), of modules, "
         "inputs.NAME, outputs.NUMBER, and of operators in the plan"
     )
-
-
-def _parents(module: str) -> list[str]:
-    """The module and all that hold it, without the model itself."""
-    parts = module.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))] if module else []

@@ -125,10 +125,13 @@ def measure_device(
         if key.startswith("matmul.")
     }
     largest = min(max(effort.bytes), 16 * MiB) if device.type == "cpu" else max(effort.bytes)
+    memory = host_memory() / processes
+    if device.type == "cuda":
+        memory = float(torch.cuda.get_device_properties(device).total_memory)
     copy = 1e-6 * float(traffic["read"].us(largest) + traffic["write"].us(largest))
     return Device(
         name=device_name(device), kind=device.type, peak_flops=peaks,
-        memory_bytes=device_memory(device) / (processes if device.type == "cpu" else 1),
+        memory_bytes=memory,
         bandwidth=_short(2 * largest / copy), launch_us=_short(1e6 * in_step), flops_by_size=flops,
         bytes_by_size=traffic, extra_ns=extra,
     )  # fmt: skip
@@ -309,13 +312,6 @@ def host_memory() -> float:
         except (OSError, ValueError):  # no such limit
             continue
     return min(limits)
-
-
-def device_memory(device: torch.device) -> float:
-    """Bytes of memory of the device."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return host_memory()
 
 
 def device_name(device: torch.device) -> str:

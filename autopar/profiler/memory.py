@@ -194,7 +194,8 @@ class _Step:
         for storage in tape.saved:
             key = self._key(node, storage)
             self.live.hold(key)
-            if key not in self.saved and not self._is_parameter(key):
+            parameter = key[1] == "existing" and key[0].target in self.graph.parameters
+            if key not in self.saved and not parameter:
                 self.saved.add(key)
                 nbytes = self.saved_by.get(node.name, 0) + self._bytes(key)
                 self.saved_by[node.name] = nbytes
@@ -221,9 +222,6 @@ class _Step:
             assert operand is not None
             return self.storage[producer(operand)]
         return node, storage.number
-
-    def _is_parameter(self, key: Any) -> bool:
-        return key[1] == "existing" and key[0].target in self.graph.parameters
 
     def _bytes(self, key: Any) -> Count:
         node, number = key

@@ -181,11 +181,9 @@ def summed_strides(like: torch.Tensor, old: Strides, new: Strides) -> Strides:
 
 def _fake_mode(graph: ModelGraph) -> FakeTensorMode:
     """The mode in which the graph was captured; it has the graph's symbols."""
-    for node in graph.nodes:
-        for t in tensors_of(node.meta.get("val")):
-            if isinstance(t, FakeTensor):
-                return t.fake_mode
-    return FakeTensorMode()
+    tensors = (t for node in graph.nodes for t in tensors_of(node.meta.get("val")))
+    fakes = (t.fake_mode for t in tensors if isinstance(t, FakeTensor))
+    return next(fakes, None) or FakeTensorMode()
 
 
 def _signature(node: fx.Node, requires_grad: Sequence[bool], eager: bool, on_view: bool) -> str:

@@ -123,7 +123,7 @@ def test_copies_are_named_exactly(indices, patterns):
     every = [f"h.{'.'.join(p)}" for p in itertools.product("0123"[: 6 - 2 * digits], repeat=digits)]
     groups = words.grouped_names([f"h.{i}" for i in indices], every)
     assert [pattern for pattern, _ in groups] == patterns
-    assert sum(count for _, count in groups) == len(indices)
+    assert sum(len(copies) for _, copies in groups) == len(indices)
 
 
 def test_indices_read_as_ranges():
@@ -134,7 +134,9 @@ def test_indices_read_as_ranges():
 def test_names_are_grouped_over_copies():
     every = ["h.0.w", "h.1.w", "h.2.w", "h.0.b", "h.1.b", "h.2.b", "x"]
     grouped = words.grouped_names(["h.0.w", "h.1.w", "h.2.w", "h.1.b", "h.2.b", "x"], every)
-    assert grouped == [("h.*.w", 3), ("h.{1-2}.b", 2), ("x", 1)]
+    assert grouped == [
+        ("h.*.w", ["h.0.w", "h.1.w", "h.2.w"]), ("h.{1-2}.b", ["h.1.b", "h.2.b"]), ("x", ["x"]),
+    ]  # fmt: skip
 
 
 # -- text and page ------------------------------------------------------------------------------
