@@ -50,11 +50,7 @@ def write_measured(measurement: Measurement, path: Path) -> None:
 
 
 def print_measured(measurement: Measurement, path: Path | None) -> None:
-    """Print the measurement on stdout.
-
-    Args:
-        path: where it was written.
-    """
+    """Print the measurement on stdout, and where it was written."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     cluster, device = measurement.cluster, measurement.cluster.device
     show = partial(console.print, markup=False, soft_wrap=True)

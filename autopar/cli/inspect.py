@@ -68,11 +68,7 @@ def print_explanation(explanation: Explanation) -> None:
 
 
 def print_difference(difference: Difference, every: bool) -> None:
-    """Print how two plans differ.
-
-    Args:
-        every: list single decisions too.
-    """
+    """Print how two plans differ, with `every` single decisions too."""
     if difference:
         tables = difference_tables(difference, every=every)
         sys.stdout.write(render_tables(tables, width=terminal_width()))

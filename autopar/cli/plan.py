@@ -91,9 +91,6 @@ def make_plan(
     """The plan, with what was requested beside it.
 
     Args:
-        say: told the current stage.
-        baselines: also cost the standard plans.
-        pareto_front: also find the fastest plans by budget.
         schedule: also schedule the step if everything fits the memory.
         trace: file for the predicted step.
         dump_passes: folder for the first rank's graphs before and after each pass.

@@ -86,11 +86,8 @@ class Link:
     def from_dict(key: str, data: Any) -> Link:
         """Inverse of `data.plain`.
 
-        Args:
-            key: what errors call the link.
-
         Raises:
-            ValueError: the data is not a link.
+            ValueError: the data is not a link; the message calls it by the key.
         """
         known = {f.name for f in fields(Link)}
         if not isinstance(data, Mapping) or not {"alpha", "beta"} <= set(data) <= known:

@@ -1,4 +1,4 @@
-"""Baselines (DDP, FSDP, Megatron): hand-written plans as constraints on the same search space.
+"""Baselines: the plans of DDP, FSDP and Megatron as constraints on the same search space.
 
 A baseline penalizes the candidates and conversions that it would not use, and the solver completes
 it under the same costs as autopar's own plan. So the two differ in the choice, not in the cost

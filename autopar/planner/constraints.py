@@ -1,7 +1,7 @@
 """Constraints by name: `{"transformer.h.*.mlp.c_fc.weight": "RS1", ...}`.
 
 Names are those of `autopar.planner.names`. A layout is a `ShardingSpec` as plans print it, or
-several with `|` between them; that of a parameter may end in `reshard` (gathered again for the
+several with `|` between them; that of a parameter may end in `reshard` (re-gathered for the
 backward, ZeRO-3) or `keep` (ZeRO-2). A constraint masks the other candidates of a decision: they
 get infinite time in the solver's problem, so that every plan is one of the same space.
 """
@@ -285,7 +285,6 @@ def conflict(
 
     Args:
         error: of the search with all of them.
-        time_limit: seconds per attempt.
     """
     conflicting = {n: t for n, t in constraints.items() if not n.startswith(_OUTPUTS)}
     say = progress or (lambda line: None)

@@ -50,7 +50,7 @@ _PHRASES = {
     "partial": "pending sums carried over {}",
 }
 _ZERO = {
-    True: "ZeRO-3 (gathered again for backward)",
+    True: "ZeRO-3 (re-gathered for backward)",
     False: "ZeRO-2 (gathered once, kept for backward)",
 }
 
@@ -205,7 +205,7 @@ def _roles_of(module: _Module) -> Roles:
 
 
 def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str]) -> str:
-    """`data parallel on axis 0, ZeRO-3 (gathered again for backward); tensor parallel on ...`"""
+    """`data parallel on axis 0, ZeRO-3 (re-gathered for backward); tensor parallel on ...`"""
     phrases = []
     split: dict[str, list[int]] = defaultdict(list)
     for axis, names in roles.items():

@@ -102,11 +102,7 @@ class PlanningProblem:
         return SearchResult(best.choices, best.time.step_us, 0.0, method)
 
     def planned(self, result: SearchResult, seconds: Mapping[str, float] | None = None) -> Planned:
-        """The plan of a search result.
-
-        Args:
-            seconds: of stages after the search.
-        """
+        """The plan of a search result, with the seconds of stages after the search."""
         spent = {**self.seconds, "solve": result.seconds, **(seconds or {})}
         with existing_objects_frozen():
             plan = make_plan(self.space, result.choices, self.model, result.record(spent))
@@ -149,7 +145,6 @@ def build_problem(
             (`autopar.planner.names`): `{"h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`.
         time_limit: seconds for the solver. If they end before any plan fits, the fastest baseline
             that fits takes its place, and the record says so.
-        progress: called with a line per stage.
 
     Raises:
         CaptureError: the model cannot be captured.

@@ -103,12 +103,7 @@ def search(
 
 @dataclass
 class _Search:
-    """State of a search.
-
-    Attributes:
-        best: the plan so far.
-        steps: the best step of each problem.
-    """
+    """State of a search: the best plan so far, and the best step of each problem."""
 
     space: SearchSpace
     liveness: Liveness

@@ -101,7 +101,6 @@ def measure_device(
 
     Args:
         processes: number of processes on this host. They share its memory if the device is the CPU.
-        say: told the current stage.
     """
     say("launch overhead ...")
     in_step, single = _launch_seconds(device)

@@ -108,10 +108,8 @@ def measure_cluster(
     needs.
 
     Args:
-        mesh: sizes of the axes.
         kind: "cpu" or "cuda".
         quick: fewer sizes and repetitions.
-        say: told the current stage.
 
     Returns:
         The measurement on rank 0, None elsewhere.

@@ -142,7 +142,9 @@ class _Step:
         self._start_backward()
         for node in reversed(self.nodes):
             self.backward(node)
-        self._end_backward()
+        self.live.now = ("output", "backward")
+        for node, k in gradient_roots(self.graph, self._carries):
+            self.live.drop((node, k, "seed"))
         return MemoryTimeline(tuple(self.live.changes), self.saved_by)
 
     def _last_uses(self) -> dict[fx.Node, list[Value]]:
@@ -240,11 +242,6 @@ class _Step:
             self.live.hold(key)  # the caller of the backward, to the end
             self.shares[key] = 2
             self._receive((node, k), _Gradient(key, key, like.stride()))
-
-    def _end_backward(self) -> None:
-        self.live.now = ("output", "backward")
-        for node, k in gradient_roots(self.graph, self._carries):
-            self.live.drop((node, k, "seed"))
 
     def _carries(self, value: Value) -> bool:
         node, k = value

@@ -59,12 +59,10 @@ class Kernel:
             return np.zeros(np.broadcast(share, traffic).shape)
         flops = device.flops_curve(self.library, self.dtype)
         arithmetic = count * flops.us(np.multiply(self.work.flops / count, share))
+        directions = {"read": self.work.read_bytes, "write": self.work.written_bytes}
         moved = sum(
             count * device.bytes_curve(direction).us(np.multiply(nbytes / count, traffic))
-            for direction, nbytes in (
-                ("read", self.work.read_bytes),
-                ("write", self.work.written_bytes),
-            )
+            for direction, nbytes in directions.items()
         )
         expensive = sum(1e-3 * device.extra_ns.get(kind, 0.0) * n for kind, n in self.extra.items())
         work = np.maximum(arithmetic, moved) + np.multiply(expensive, share)

@@ -46,7 +46,7 @@ def descriptions(planned: Planned, prefix: str) -> dict[str, str]:
 def test_words_of_data_parallelism(planned):
     assert descriptions(planned, "DDP")["blocks.*.up"] == "data parallel on axes 0 and 1"
     assert descriptions(planned, "FSDP")["blocks.*.down"] == (
-        "data parallel on axes 0 and 1, ZeRO-3 (gathered again for backward)"
+        "data parallel on axes 0 and 1, ZeRO-3 (re-gathered for backward)"
     )
 
 
@@ -59,7 +59,7 @@ def test_words_of_tensor_parallelism(planned):
     assert plain["blocks.*.up"] == "data parallel on axis 0; tensor parallel on axis 1, column"
     assert plain["blocks.*.down"] == "data parallel on axis 0; tensor parallel on axis 1, row"
     assert plain["blocks.*.norm"] == "data parallel on axis 0"
-    assert "ZeRO-3 (gathered again for backward)" in sharded["blocks.*.down"]
+    assert "ZeRO-3 (re-gathered for backward)" in sharded["blocks.*.down"]
 
 
 def test_words_of_a_language_model():
