@@ -363,10 +363,8 @@ class SearchSpace:
         decision = Decision(
             "shared", node, candidates, zero, zero, number, cost_class, parts, result, repeats
         )
-        edge = Edge(
-            source, len(self.decisions), result, 0, shape, itemsize, grad, weight,
-            saved=weight and self._saved.any(root),
-        )  # fmt: skip
+        saved, index = weight and self._saved.any(root), len(self.decisions)
+        edge = Edge(source, index, result, 0, shape, itemsize, grad, weight, saved)
         self.edges.append(edge)
         self._add(decision, result)
 
@@ -400,12 +398,10 @@ class SearchSpace:
         specs = [ShardingSpec.replicated(value.meta["val"].ndim) for value in values]
         if self.fixed.outputs is not None:
             specs[buffers:] = self.fixed.outputs
-        zero = np.zeros(1)
-        candidate = Candidate("outputs", (), tuple(specs))
-        number = self._class("output")
-        index = self._add(
-            Decision("output", self.graph.output, (candidate,), zero, zero, number, number)
-        )
+        zero, number = np.zeros(1), self._class("output")
+        candidates = (Candidate("outputs", (), tuple(specs)),)
+        decision = Decision("output", self.graph.output, candidates, zero, zero, number, number)
+        index = self._add(decision)
         for i, value in enumerate(values):
             self._connect(value, index, i)
 

@@ -129,10 +129,9 @@ def measure_device(
         memory = float(torch.cuda.get_device_properties(device).total_memory)
     copy = 1e-6 * float(traffic["read"].us(largest) + traffic["write"].us(largest))
     return Device(
-        name=device_name(device), kind=device.type, peak_flops=peaks,
-        memory_bytes=memory,
-        bandwidth=_short(2 * largest / copy), launch_us=_short(1e6 * in_step), flops_by_size=flops,
-        bytes_by_size=traffic, extra_ns=extra,
+        name=device_name(device), kind=device.type, peak_flops=peaks, memory_bytes=memory,
+        bandwidth=_short(2 * largest / copy), launch_us=_short(1e6 * in_step),
+        flops_by_size=flops, bytes_by_size=traffic, extra_ns=extra,
     )  # fmt: skip
 
 
