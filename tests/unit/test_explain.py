@@ -106,7 +106,7 @@ def test_copies_are_forced_together(net):
     same = sum(c == chosen[1] for c in chosen)
     assert ("the same in" in result.what) == (same > 1)
     assert "aten.linear.default in blocks.*.up" in result.what
-    assert "test_constraints.py" in result.what
+    assert "tests/planning.py" in result.what
 
 
 def test_forced_plans_say_what_else_changes(net):
