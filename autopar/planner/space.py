@@ -112,11 +112,11 @@ class SearchSpace:
 
     def weight_operands(self) -> list[list[int]]:
         """Per decision the operands that are parameters, or views of one."""
-        operands: list[list[int]] = [[] for _ in self.decisions]
+        weights: list[list[int]] = [[] for _ in self.decisions]
         for edge in self.edges:
             if edge.weight:
-                operands[edge.target].append(edge.operand)
-        return operands
+                weights[edge.target].append(edge.operand)
+        return weights
 
     def location(self, decision: int) -> str:
         """The qualified name of a parameter; of other decisions, the module of their node."""
