@@ -231,7 +231,7 @@ class ShardingPlan:
         cluster: `ClusterInfo.to_dict()`.
         choices: decision name to candidate name, for every decision of the search space.
         parameters: qualified name to storage layout.
-        reshard_after_forward: parameters that are gathered again for the backward (ZeRO-3).
+        reshard_after_forward: parameters that are re-gathered for the backward (ZeRO-3).
         time, memory: predictions. They include the schedule of `step`.
         solver: how the plan was found.
         budget_bytes: memory per device.

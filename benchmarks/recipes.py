@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import common
@@ -115,31 +115,27 @@ def compare(recipe: Recipe, time_limit: float) -> Iterator[Row]:
     """Complete the recipe in the search space, and plan within its memory."""
     import torch
 
-    from autopar import ClusterInfo, ColoTracer
+    from autopar import ClusterInfo
     from autopar.errors import InfeasibleError
     from autopar.planner.baselines import baseline_plans
-    from autopar.planner.decisions import Workload
     from autopar.planner.diff import diff
-    from autopar.planner.planner import ADAM_STATE, build_space, decide, make_plan, trainable_inputs
+    from autopar.planner.planner import build_problem, make_plan
 
     of = MODELS[recipe.model]
     model = of.build(recipe.layers)
     with torch.device("meta"):
         ids = torch.zeros(recipe.samples, of.tokens, dtype=torch.int64)
-    graph = ColoTracer().trace(model, (), {"input_ids": ids, "labels": ids})
-    workload = Workload(trainable_inputs(graph, model), ADAM_STATE)
-    wide = ClusterInfo.of(recipe.mesh, DEVICE).with_memory(UNLIMITED)
-    space, _ = build_space(graph, wide, workload, {})
-    space.cost_edges()
+    batch = {"input_ids": ids, "labels": ids}
+    cluster = ClusterInfo.of(recipe.mesh, DEVICE).with_memory(UNLIMITED)
+    problem = build_problem(model, (), batch, cluster=cluster, time_limit=time_limit)
+    space = problem.space
     (baseline,) = baseline_plans(space, time_limit=time_limit, named=recipe.baseline)
     published = make_plan(space, baseline.choices, recipe.model)
-    space.cluster = replace(wide, memory_bytes=baseline.memory.total_bytes)
     try:
-        result = decide(space, {}, {}, time_limit, None)
+        result = problem.decide(budget_bytes=baseline.memory.total_bytes)
     except InfeasibleError as error:
         # the recipe's plan fits, so the solver missed it: the row of the memory shows that
-        space.cluster = replace(wide, memory_bytes=1.001 * error.smallest_bytes)
-        result = decide(space, {}, {}, time_limit, None)
+        result = problem.decide(budget_bytes=1.001 * error.smallest_bytes)
     ours = make_plan(space, result.choices, recipe.model, result.record({}))
     yield Row(recipe.name, "autopar", 1e-3 * ours.time.step_us, "ms")
     yield Row(recipe.name, baseline.name, 1e-3 * baseline.time.step_us, "ms")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -32,13 +31,11 @@ rules = typer.Typer(
     rich_markup_mode=None,
 )
 
-app.command("plan")(plan_commands.plan)
-app.command("report")(plan_commands.report)
-app.command("explain")(plan_commands.explain)
-app.command("diff")(plan_commands.diff)
-app.command("profile")(machine_commands.profile)
-app.command("cluster")(machine_commands.cluster)
-app.command("devices")(machine_commands.devices)
+for command in (
+    plan_commands.plan, plan_commands.report, plan_commands.explain, plan_commands.diff,
+    machine_commands.profile, machine_commands.cluster, machine_commands.devices,
+):  # fmt: skip
+    app.command()(command)
 app.add_typer(rules)
 
 
@@ -50,50 +47,41 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     pass
 
 
 @rules.command("check")
 def rules_check(
-    op: Annotated[
-        str | None, typer.Option(metavar="NAME", help="An op, or a part of its name.  [all]")
-    ] = None,
-    cases: Annotated[int, typer.Option(metavar="N", min=1, help="Number of cases.")] = 10_000,
-    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the random cases.")] = 0,
-    jobs: Annotated[int, typer.Option(metavar="J", min=1, help="Number of processes.")] = 1,
-    discover: Annotated[
-        bool, typer.Option("--discover", help="Look for correct strategies that rules lack.")
-    ] = False,
-    record: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Enter the outcome into this file.")
-    ] = None,
+    op: str | None = typer.Option(
+        None, metavar="NAME", help="An op, or a part of its name.  [all]"
+    ),
+    cases: int = typer.Option(10_000, metavar="N", min=1, help="Number of cases."),
+    seed: int = typer.Option(0, metavar="S", help="Seed of the random cases."),
+    jobs: int = typer.Option(1, metavar="J", min=1, help="Number of processes."),
+    discover: bool = typer.Option(
+        False, "--discover", help="Look for correct strategies that rules lack."
+    ),
+    record: Path | None = typer.Option(
+        None, metavar="FILE", help="Enter the outcome into this file."
+    ),
 ) -> None:
     """Prove rules: run ops on random shards, rank by rank, and compare with the op itself.
 
     Results and gradients are compared. The exit code is 1 if a rule is wrong.
     """
     with progress() as say, contextlib.redirect_stdout(sys.stderr), short_errors(ValueError):
-        if discover:
-            from autopar.cli.rules import discovered
+        from autopar.cli.rules import checked, discovered, print_checked
+        from autopar.testing.rules.record import save
 
-            text = discovered(op, seed, jobs, say)
-        else:
-            from autopar.cli.rules import checked
-
-            reports = checked(op, cases, seed, jobs, say)
+        text = discovered(op, seed, jobs, say) if discover else ""
+        reports = [] if discover else checked(op, cases, seed, jobs, say)
     if discover:
         sys.stdout.write(text)
         return
-    from autopar.cli.rules import print_checked
-    from autopar.testing.rules.record import save
-
     print_checked(reports)
     if record is not None:
         with short_errors(OSError, ValueError):
@@ -104,15 +92,12 @@ def rules_check(
 
 @rules.command("list")
 def rules_list(
-    op: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="An op, or a part of its name.  [all]")
-    ] = None,
-    record: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Show what this file, by check --record, says is proved."
-        ),
-    ] = None,
+    op: str | None = typer.Option(
+        None, metavar="PATTERN", help="An op, or a part of its name.  [all]"
+    ),
+    record: Path | None = typer.Option(
+        None, metavar="FILE", help="Show what this file, by check --record, says is proved."
+    ),
 ) -> None:
     """Print the table: how each operator may be split."""
     with short_errors(OSError, ValueError):

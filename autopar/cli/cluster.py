@@ -50,11 +50,7 @@ def write_measured(measurement: Measurement, path: Path) -> None:
 
 
 def print_measured(measurement: Measurement, path: Path | None) -> None:
-    """Print the measurement on stdout.
-
-    Args:
-        path: where it was written.
-    """
+    """Print the measurement on stdout, and where it was written."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     cluster, device = measurement.cluster, measurement.cluster.device
     show = partial(console.print, markup=False, soft_wrap=True)
@@ -103,7 +99,7 @@ def _links_table(measurement: Measurement) -> Table:
     ):
         if fit is not None:
             table.add_row(
-                cluster.axis_names[axis] if cluster.axis_names else str(axis),
+                cluster.axis_label(axis).removeprefix("axis "),
                 str(ranks),
                 f"{1e6 * link.alpha:.1f}",
                 f"{1e-9 / link.beta:.3g}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from autopar.cli.model_file import load_example
@@ -14,7 +14,6 @@ from autopar.planner.diff import Difference
 from autopar.planner.explain import Explanation, explain
 from autopar.planner.planner import Planned, build_space, choices_of, trainable_inputs
 from autopar.report.comparison import difference_tables, explanation_table
-from autopar.report.content import Table
 from autopar.report.text import render_tables, terminal_width
 from autopar.tracer import ColoTracer
 
@@ -65,20 +64,13 @@ def print_explanation(explanation: Explanation) -> None:
     """Print what was asked about, the plan's choice, and a table of the alternatives."""
     print(explanation.what)
     print(f"planned: {explanation.chosen.choice}")
-    _print_tables([explanation_table(explanation)])
+    sys.stdout.write(render_tables([explanation_table(explanation)], width=terminal_width()))
 
 
 def print_difference(difference: Difference, every: bool) -> None:
-    """Print how two plans differ.
-
-    Args:
-        every: list single decisions too.
-    """
+    """Print how two plans differ, with `every` single decisions too."""
     if difference:
-        _print_tables(difference_tables(difference, every=every))
+        tables = difference_tables(difference, every=every)
+        sys.stdout.write(render_tables(tables, width=terminal_width()))
     else:
         print("the plans do not differ")
-
-
-def _print_tables(tables: Sequence[Table]) -> None:
-    sys.stdout.write(render_tables(tables, width=terminal_width()))

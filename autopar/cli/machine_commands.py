@@ -5,47 +5,35 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from autopar.cli.common import (
-    DEFAULT_DEVICE,
-    OPTIMIZERS,
-    check_optimizer,
-    progress,
-    short_errors,
-)
+from autopar.cli.common import DEFAULT_DEVICE, OPTIMIZERS, check_optimizer, progress, short_errors
 
 
 def profile(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL.py", help="Defines build_model() and example_inputs()."),
-    ],
-    depth: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=0, help="Show modules down to this depth.  [default: all]"),
-    ] = None,
-    formulas: Annotated[
-        bool, typer.Option("--formulas", help="Also show formulas in batch and sequence.")
-    ] = False,
-    batch: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Batch to profile at.")
-    ] = None,
-    sequence: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Sequence length to profile at.")
-    ] = None,
-    fit: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Find the largest batch for this memory, as 40GiB."),
-    ] = None,
-    optimizer: Annotated[
-        str, typer.Option(help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}.")
-    ] = "adamw",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the profile as JSON instead of the table.")
-    ] = False,
+    model: Path = typer.Argument(
+        ..., metavar="MODEL.py", help="Defines build_model() and example_inputs()."
+    ),
+    depth: int | None = typer.Option(
+        None, metavar="N", min=0, help="Show modules down to this depth.  [default: all]"
+    ),
+    formulas: bool = typer.Option(
+        False, "--formulas", help="Also show formulas in batch and sequence."
+    ),
+    batch: int | None = typer.Option(None, metavar="N", min=1, help="Batch to profile at."),
+    sequence: int | None = typer.Option(
+        None, metavar="N", min=1, help="Sequence length to profile at."
+    ),
+    fit: str | None = typer.Option(
+        None, metavar="SIZE", help="Find the largest batch for this memory, as 40GiB."
+    ),
+    optimizer: str = typer.Option(
+        "adamw", help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}."
+    ),
+    as_json: bool = typer.Option(
+        False, "--json", help="Print the profile as JSON instead of the table."
+    ),
 ) -> None:
     """Say what a training step computes, moves and holds, per module. Nothing is run.
 
@@ -78,27 +66,21 @@ def profile(
 
 
 def cluster(
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZES",
-            help="Device mesh whose links are measured: 8, 2x4, or node=2,gpu=4 with names.  "
-            "[default: one device, or all processes of torchrun]",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE.yaml", help="Write it here, for plan --cluster."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="KIND", help="cpu or cuda.  [default: cuda if there is one]"),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer sizes and repetitions: seconds, not minutes.")
-    ] = False,
+    mesh: str | None = typer.Option(
+        None,
+        metavar="SIZES",
+        help="Device mesh whose links are measured: 8, 2x4, or node=2,gpu=4 with names.  "
+        "[default: one device, or all processes of torchrun]",
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="FILE.yaml", help="Write it here, for plan --cluster."
+    ),
+    device: str | None = typer.Option(
+        None, metavar="KIND", help="cpu or cuda.  [default: cuda if there is one]"
+    ),
+    quick: bool = typer.Option(
+        False, "--quick", help="Fewer sizes and repetitions: seconds, not minutes."
+    ),
 ) -> None:
     """Measure this machine: arithmetic, memory, launches, and the links of a mesh.
 

@@ -32,10 +32,8 @@ def load_example(path: Path) -> Example:
         ValueError: the file is missing, lacks a function, or fails; the message names the line.
     """
     module = _import(path)
-    build, inputs = (
-        _function(module, "build_model", path),
-        _function(module, "example_inputs", path),
-    )
+    build = _function(module, "build_model", path)
+    inputs = _function(module, "example_inputs", path)
 
     def on_meta() -> Any:
         with torch.device("meta"):

@@ -91,9 +91,6 @@ def make_plan(
     """The plan, with what was requested beside it.
 
     Args:
-        say: told the current stage.
-        baselines: also cost the standard plans.
-        pareto_front: also find the fastest plans by budget.
         schedule: also schedule the step if everything fits the memory.
         trace: file for the predicted step.
         dump_passes: folder for the first rank's graphs before and after each pass.
@@ -103,7 +100,7 @@ def make_plan(
     model, args, kwargs = example.model, example.args, example.kwargs
     if isinstance(target, AnyMesh):
         options |= vars(target)
-        joint = JointPlan(search_meshes(model, args, kwargs, **options).planned)
+        joint = JointPlan(search_meshes(model, args, kwargs, **options))
     elif target.memory_bytes is None and not schedule:
         joint = JointPlan(autoplan(model, args, kwargs, cluster=target, **options))
     else:

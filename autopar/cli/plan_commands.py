@@ -10,13 +10,7 @@ from typing import Annotated
 
 import typer
 
-from autopar.cli.common import (
-    DEFAULT_DEVICE,
-    OPTIMIZERS,
-    check_optimizer,
-    progress,
-    short_errors,
-)
+from autopar.cli.common import DEFAULT_DEVICE, OPTIMIZERS, check_optimizer, progress, short_errors
 
 PlanFile = Annotated[
     Path, typer.Argument(metavar="PLAN.json", help="A file that `autopar plan -o` wrote.")
@@ -24,111 +18,81 @@ PlanFile = Annotated[
 
 
 def plan(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL.py",
-            help="A Python file that defines build_model() and example_inputs(). The latter "
-            "returns keyword arguments (dict), positional ones (tuple), or (args, kwargs).",
-        ),
-    ],
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZES",
-            help="Device mesh: 8, 2x4, or node=2,gpu=4 with names. The last axis has the fastest "
-            "links. With auto, all meshes of --devices in up to three axes are compared.",
-        ),
-    ] = None,
-    devices: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Number of devices for --mesh auto.")
-    ] = None,
-    per_node: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Devices per node for --mesh auto.  [default: 8]"),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"A device that `autopar devices` lists.  [default: {DEFAULT_DEVICE}]",
-        ),
-    ] = None,
-    cluster: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.yaml",
-            help="A file with mesh, device and links, instead of --mesh and --device.",
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Budget per device: 20GiB, 512MB, or a share of the device's memory such as 0.8.  "
-            "[default: all of it]",
-        ),
-    ] = None,
-    optimizer: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}."
-        ),
-    ] = "adamw",
-    constraints: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.yaml",
-            help="Layouts that the plan must have, one per line, such as "
-            "'blocks.*.up.weight: S0R', 'inputs.x: S0R' or 'outputs.0: RR'.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="PLAN.json", help="Write the plan here, for auto_engine."
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.html", help="Write the report here, as one HTML page."),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.json",
-            help="Write the predicted step here, operator by operator, for ui.perfetto.dev.",
-        ),
-    ] = None,
-    dump_passes: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Write the first rank's graphs here, before and after each compiler pass.",
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the plan as JSON instead of the report.")
-    ] = False,
-    baselines: Annotated[
-        bool, typer.Option(help="Compare with standard plans: DDP, FSDP, Megatron.")
-    ] = True,
-    front: Annotated[
-        bool,
-        typer.Option(
-            "--front",
-            help="Also find the fastest plans within 12 budgets, from no limit to the smallest "
-            "feasible one.",
-        ),
-    ] = False,
-    time_limit: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            help="For each run of the solver, which then returns its best plan and the gap.",
-            min=0.1,
-        ),
-    ] = 60.0,
+    model: Path = typer.Argument(
+        ...,
+        metavar="MODEL.py",
+        help="A Python file that defines build_model() and example_inputs(). The latter "
+        "returns keyword arguments (dict), positional ones (tuple), or (args, kwargs).",
+    ),
+    mesh: str | None = typer.Option(
+        None,
+        metavar="SIZES",
+        help="Device mesh: 8, 2x4, or node=2,gpu=4 with names. The last axis has the fastest "
+        "links. With auto, all meshes of --devices in up to three axes are compared.",
+    ),
+    devices: int | None = typer.Option(
+        None, metavar="N", min=1, help="Number of devices for --mesh auto."
+    ),
+    per_node: int | None = typer.Option(
+        None, metavar="N", min=1, help="Devices per node for --mesh auto.  [default: 8]"
+    ),
+    device: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        help=f"A device that `autopar devices` lists.  [default: {DEFAULT_DEVICE}]",
+    ),
+    cluster: Path | None = typer.Option(
+        None,
+        metavar="FILE.yaml",
+        help="A file with mesh, device and links, instead of --mesh and --device.",
+    ),
+    memory: str | None = typer.Option(
+        None,
+        metavar="SIZE",
+        help="Budget per device: 20GiB, 512MB, or a share of the device's memory such as 0.8.  "
+        "[default: all of it]",
+    ),
+    optimizer: str = typer.Option(
+        "adamw", metavar="NAME", help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}."
+    ),
+    constraints: Path | None = typer.Option(
+        None,
+        metavar="FILE.yaml",
+        help="Layouts that the plan must have, one per line, such as "
+        "'blocks.*.up.weight: S0R', 'inputs.x: S0R' or 'outputs.0: RR'.",
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", metavar="PLAN.json", help="Write the plan here, for auto_engine."
+    ),
+    report: Path | None = typer.Option(
+        None, metavar="FILE.html", help="Write the report here, as one HTML page."
+    ),
+    trace: Path | None = typer.Option(
+        None,
+        metavar="FILE.json",
+        help="Write the predicted step here, operator by operator, for ui.perfetto.dev.",
+    ),
+    dump_passes: Path | None = typer.Option(
+        None,
+        metavar="DIR",
+        help="Write the first rank's graphs here, before and after each compiler pass.",
+    ),
+    as_json: bool = typer.Option(
+        False, "--json", help="Print the plan as JSON instead of the report."
+    ),
+    baselines: bool = typer.Option(True, help="Compare with standard plans: DDP, FSDP, Megatron."),
+    front: bool = typer.Option(
+        False,
+        "--front",
+        help="Also find the fastest plans within 12 budgets, from no limit to the smallest "
+        "feasible one.",
+    ),
+    time_limit: float = typer.Option(
+        60.0,
+        metavar="SECONDS",
+        help="For each run of the solver, which then returns its best plan and the gap.",
+        min=0.1,
+    ),
 ) -> None:
     """Find the fastest plan that fits the memory. It needs no GPU and no weights.
 
@@ -154,18 +118,11 @@ def plan(
             state = named_state_ratio(optimizer.lower(), example.model)
         with short_errors():
             result = make_plan(
-                example,
-                target,
-                say,
-                baselines=baselines,
-                pareto_front=front,
-                schedule=report is not None or trace is not None,
-                trace=trace,
-                dump_passes=dump_passes,
-                optimizer_state=state,
-                constraints=layouts,
+                example, target, say, baselines=baselines, pareto_front=front,
+                schedule=report is not None or trace is not None, trace=trace,
+                dump_passes=dump_passes, optimizer_state=state, constraints=layouts,
                 time_limit=time_limit,
-            )
+            )  # fmt: skip
             result = replace(result, source=str(model))
     with short_errors(OSError):
         if output is not None:
@@ -180,10 +137,9 @@ def plan(
 
 def report(
     plan: PlanFile,
-    html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.html", help="Write the report here, as one HTML page."),
-    ] = None,
+    html: Path | None = typer.Option(
+        None, metavar="FILE.html", help="Write the report here, as one HTML page."
+    ),
 ) -> None:
     """Show the report of a plan."""
     with short_errors(OSError):
@@ -198,32 +154,25 @@ def report(
 
 def explain(
     plan: PlanFile,
-    node: Annotated[
-        str,
-        typer.Argument(
-            metavar="NODE",
-            help="A parameter, a module, an operator by its name in the plan, or inputs.NAME. "
-            "blocks.*.up stands for copies with the same choice.",
-        ),
-    ],
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="MODEL.py", help="The model.  [default: the file it was planned from]"
-        ),
-    ] = None,
-    alternatives: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Number of alternatives to solve for, the most promising first; the others get "
-            "a bound.",
-        ),
-    ] = 8,
-    time_limit: Annotated[
-        float, typer.Option(metavar="SECONDS", help="For each alternative.", min=0.1)
-    ] = 60.0,
+    node: str = typer.Argument(
+        ...,
+        metavar="NODE",
+        help="A parameter, a module, an operator by its name in the plan, or inputs.NAME. "
+        "blocks.*.up stands for copies with the same choice.",
+    ),
+    model: Path | None = typer.Option(
+        None, metavar="MODEL.py", help="The model.  [default: the file it was planned from]"
+    ),
+    alternatives: int = typer.Option(
+        8,
+        metavar="N",
+        min=0,
+        help="Number of alternatives to solve for, the most promising first; the others get "
+        "a bound.",
+    ),
+    time_limit: float = typer.Option(
+        60.0, metavar="SECONDS", help="For each alternative.", min=0.1
+    ),
 ) -> None:
     """Say why a plan made a choice: what each alternative would cost.
 
@@ -245,11 +194,11 @@ def explain(
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A.json", help="A plan.")],
-    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another plan.")],
-    every: Annotated[
-        bool, typer.Option("--all", help="Also list every operator, input and shared value.")
-    ] = False,
+    first: Path = typer.Argument(..., metavar="A.json", help="A plan."),
+    second: Path = typer.Argument(..., metavar="B.json", help="Another plan."),
+    every: bool = typer.Option(
+        False, "--all", help="Also list every operator, input and shared value."
+    ),
 ) -> None:
     """Say how two plans differ: purpose, time, memory, modules, parameters."""
     with short_errors(OSError):

@@ -78,20 +78,6 @@ def _sizes(graph: Any) -> dict[str, int]:
     return sizes
 
 
-def batch_that_fits(profiled: Profiled, budget_bytes: float, sizes: Mapping[str, int]) -> int:
-    """The largest batch whose step fits a budget, with parameters, optimizer state and inputs.
-
-    Args:
-        sizes: other dynamic sizes; those of the example stand for missing ones.
-    """
-    others = {k: n for k, n in (dict(profiled.example) | dict(sizes)).items() if k != "batch"}
-    budget = budget_bytes - profiled.state_bytes
-    if budget <= 0:
-        return 0
-    per_sample = profiled.input_bytes / profiled.example["batch"]
-    return largest(profiled.profile, "batch", budget, others, input_bytes=per_sample)
-
-
 def show(
     profiled: Profiled,
     depth: int | None,
@@ -102,6 +88,11 @@ def show(
 ) -> str:
     """The command's output.
 
+    Args:
+        sizes: dynamic sizes; those of the example stand for missing ones.
+        budget_bytes: also find the largest batch whose step fits it, with parameters, optimizer
+            state and inputs.
+
     Raises:
         ValueError: a size is not dynamic in this model.
     """
@@ -110,39 +101,43 @@ def show(
             raise ValueError(
                 f"the model's {name} is not a dynamic size; there are {sorted(profiled.example)}"
             )
-    fits = None if budget_bytes is None else batch_that_fits(profiled, budget_bytes, sizes)
+    at = {**profiled.example, **sizes}
+    others = {name: size for name, size in at.items() if name != "batch"}
+    numbers = substitute(profiled.profile, at) if at else profiled.profile
+    batch = 0
+    if budget_bytes is not None and budget_bytes > profiled.state_bytes:
+        per_sample = profiled.input_bytes / profiled.example["batch"]
+        budget = budget_bytes - profiled.state_bytes
+        batch = largest(profiled.profile, "batch", budget, others, input_bytes=per_sample)
     if as_json:
-        rows = as_rows(profiled, sizes)
-        if fits is not None:
-            rows["largest_batch"] = fits
+        rows = _as_rows(profiled, numbers, at)
+        if budget_bytes is not None:
+            rows["largest_batch"] = batch
         return json.dumps(rows, indent=1) + "\n"
     text = io.StringIO()
     terminal = sys.stdout.isatty()
-    width = terminal_width()
-    console = Console(file=text, width=width, force_terminal=terminal, highlight=False)
-    print_profile(profiled, console, depth=depth, formulas=formulas, sizes=sizes)
-    if fits is not None:
-        others = {k: n for k, n in (dict(profiled.example) | dict(sizes)).items() if k != "batch"}
-        at = f" at {', '.join(f'{k} {n}' for k, n in others.items())}" if others else ""
-        console.print(f"fits        batch {fits} in {bytes_text(budget_bytes or 0)}{at}")
+    console = Console(file=text, width=terminal_width(), force_terminal=terminal, highlight=False)
+    _print_profile(profiled, numbers, at, console, depth)
+    if formulas:
+        _print_formulas(profiled, numbers, console, depth)
+    if budget_bytes is not None:
+        where = f" at {_sizes_text(others)}" if others else ""
+        console.print(f"fits        batch {batch} in {bytes_text(budget_bytes)}{where}")
     return text.getvalue()
 
 
-def print_profile(
-    profiled: Profiled,
-    console: Console,
-    *,
-    depth: int | None,
-    formulas: bool,
-    sizes: Mapping[str, int],
-) -> None:
-    """Print the table by module and the totals.
+def _sizes_text(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
-    Args:
-        sizes: dynamic sizes; those of the example stand for missing ones.
-    """
-    at = dict(profiled.example) | dict(sizes)
-    numbers = substitute(profiled.profile, at) if at else profiled.profile
+
+def _print_profile(
+    profiled: Profiled,
+    numbers: ModelProfile,
+    sizes: Mapping[str, int],
+    console: Console,
+    depth: int | None,
+) -> None:
+    """Print the table by module and the totals."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("module", no_wrap=True)
     for column in ("copies", "parameters", "forward", "backward", "read + written", "saved"):
@@ -150,25 +145,20 @@ def print_profile(
     for path, copies, row in _grouped(numbers.modules(), depth):
         moved = sum(w.read_bytes + w.written_bytes for w in (row.forward, row.backward))
         table.add_row(
-            path or "(model)",
-            str(copies) if copies > 1 else "",
-            count_text(row.parameters) if row.parameters else "",
-            _nonzero(row.forward.flops),
-            _nonzero(row.backward.flops),
-            bytes_text(moved),
+            path or "(model)", str(copies) if copies > 1 else "",
+            count_text(row.parameters) if row.parameters else "", _nonzero(row.forward.flops),
+            _nonzero(row.backward.flops), bytes_text(moved),
             bytes_text(row.saved_bytes) if row.saved_bytes else "",
-        )
+        )  # fmt: skip
     console.print(table)
     console.print()
-    if at:
-        console.print("at " + ", ".join(f"{k} {n}" for k, n in at.items()))
+    if sizes:
+        console.print(f"at {_sizes_text(sizes)}")
     console.print(f"step        {flops_text(numbers.flops)}, forward and backward")
     console.print(f"saved       {bytes_text(numbers.saved_bytes)} for backward")
     console.print(f"peak        {bytes_text(numbers.peak_bytes)} made during the step")
     state = bytes_text(profiled.state_bytes)
     console.print(f"held        {state} of parameters, buffers, optimizer state")
-    if formulas:
-        _print_formulas(profiled, numbers, console, depth)
 
 
 def _print_formulas(
@@ -214,12 +204,10 @@ def _formula(count: Count) -> str:
     return str(sympy.expand(count)).replace("**", "^")
 
 
-def as_rows(profiled: Profiled, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _as_rows(profiled: Profiled, numbers: ModelProfile, sizes: Mapping[str, int]) -> dict[str, Any]:
     """The profile as plain data, for `--json`."""
-    at = dict(profiled.example) | dict(sizes)
-    numbers = substitute(profiled.profile, at) if at else profiled.profile
     return {
-        "sizes": at,
+        "sizes": sizes,
         "flops": numbers.flops,
         "saved_bytes": numbers.saved_bytes,
         "peak_bytes": numbers.peak_bytes,

@@ -54,13 +54,9 @@ def print_checked(reports: Sequence[OpReport]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for r in reports:
         table.add_row(
-            r.name,
-            str(r.cases),
-            f"{len(r.covered)}/{len(r.possible)}",
-            f"{len(r.rows)}/{r.alternatives}",
-            f"{r.worst:.1e}",
-            str(r.failed or ""),
-        )
+            r.name, str(r.cases), f"{len(r.covered)}/{len(r.possible)}",
+            f"{len(r.rows)}/{r.alternatives}", f"{r.worst:.1e}", str(r.failed or ""),
+        )  # fmt: skip
     console.print(table)
     for r in reports:
         for failure in r.failures:
@@ -122,15 +118,10 @@ def _missing(findings: Sequence[OpFindings]) -> list[str]:
 
 
 def _total(findings: Sequence[OpFindings]) -> str:
-    strategies, missing, explained = (
-        sum(counts)
-        for counts in zip(
-            *((f.strategies, len(f.missing), len(f.explained)) for f in findings), strict=True
-        )
-    )
     return (
-        f"{len(findings)} ops, {strategies} strategies found, {missing} missing, "
-        f"{explained} explained"
+        f"{len(findings)} ops, {sum(f.strategies for f in findings)} strategies found, "
+        f"{sum(len(f.missing) for f in findings)} missing, "
+        f"{sum(len(f.explained) for f in findings)} explained"
     )
 
 

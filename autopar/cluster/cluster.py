@@ -119,10 +119,9 @@ class ClusterInfo:
             check_number(f"ClusterInfo: {name}.alpha", link.alpha, zero=True)
             check_number(f"ClusterInfo: {name}.beta", link.beta)
             check_number(f"ClusterInfo: {name}.ports", link.ports)
-        if self.host_memory_bytes is not None:
-            check_number("ClusterInfo: host_memory_bytes", self.host_memory_bytes)
-        if self.memory_bytes is not None:
-            check_number("ClusterInfo: memory_bytes", self.memory_bytes)
+        for name in ("host_memory_bytes", "memory_bytes"):
+            if getattr(self, name) is not None:
+                check_number(f"ClusterInfo: {name}", getattr(self, name))
 
     @property
     def world_size(self) -> int:
@@ -157,10 +156,7 @@ class ClusterInfo:
 
     @staticmethod
     def of(
-        mesh: str | Sequence[int],
-        device_name: str | Device = "cpu",
-        *,
-        node_size: int = NODE_SIZE,
+        mesh: str | Sequence[int], device_name: str | Device = "cpu", *, node_size: int = NODE_SIZE
     ) -> ClusterInfo:
         """A cluster of one kind of device with the usual links.
 
@@ -217,15 +213,13 @@ class ClusterInfo:
         )
         items = enumerate(data.get("links") or ())
         links = [Link.from_dict(f"links[{i}]", link) for i, link in items]
-        host, memory = data.get("host_link"), data.get("memory_bytes")
-        host_memory = data.get("host_memory_bytes")
-        return replace(
-            usual,
-            links=tuple(links) or usual.links,
-            memory_bytes=None if memory is None else parse_bytes(memory),
-            host_link=None if host is None else Link.from_dict("host_link", host),
-            host_memory_bytes=None if host_memory is None else parse_bytes(host_memory),
-        )
+        sizes = ("memory_bytes", "host_memory_bytes")
+        memory: dict[str, Any] = {
+            key: parse_bytes(data[key]) for key in sizes if data.get(key) is not None
+        }
+        host = data.get("host_link")
+        host_link = None if host is None else Link.from_dict("host_link", host)
+        return replace(usual, links=tuple(links) or usual.links, host_link=host_link, **memory)
 
     @staticmethod
     def load(path: str | Path) -> ClusterInfo:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from autopar.cluster.curve import Curve
-from autopar.cluster.data import check_number, curves_from, plain
+from autopar.cluster.data import check_number, curves_from
 
 GiB = 2**30
 
@@ -98,13 +98,9 @@ class Device:
         """Bytes/s by bytes that a kernel moves in a direction, `"read"` or `"write"`."""
         return self.bytes_by_size.get(direction) or Curve.constant(self.bandwidth)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without fields that have their default."""
-        return plain(self)
-
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Device:
-        """Inverse of `to_dict`.
+        """Inverse of `data.plain`.
 
         Raises:
             TypeError: a key is missing or unknown.

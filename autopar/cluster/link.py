@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from autopar.cluster.curve import Curve
-from autopar.cluster.data import curves_from, plain
+from autopar.cluster.data import curves_from
 
 # Passes over the ring. An all-reduce is a reduce-scatter and an all-gather.
 PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
@@ -82,19 +82,12 @@ class Link:
             ring = np.minimum(ring, tree)
         return 1e6 * ring
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without fields that have their default."""
-        return plain(self)
-
     @staticmethod
     def from_dict(key: str, data: Any) -> Link:
-        """Inverse of `to_dict`.
-
-        Args:
-            key: what errors call the link.
+        """Inverse of `data.plain`.
 
         Raises:
-            ValueError: the data is not a link.
+            ValueError: the data is not a link; the message calls it by the key.
         """
         known = {f.name for f in fields(Link)}
         if not isinstance(data, Mapping) or not {"alpha", "beta"} <= set(data) <= known:

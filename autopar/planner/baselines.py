@@ -1,4 +1,4 @@
-"""Baselines (DDP, FSDP, Megatron): hand-written plans as constraints on the same search space.
+"""Baselines: the plans of DDP, FSDP and Megatron as constraints on the same search space.
 
 A baseline penalizes the candidates and conversions that it would not use, and the solver completes
 it under the same costs as autopar's own plan. So the two differ in the choice, not in the cost
@@ -43,14 +43,8 @@ _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
 
 @dataclass(frozen=True)
 class BaselinePlan:
-    """The plan of a baseline.
-
-    Args:
-        name: of the baseline.
-        choices: candidate per decision of the space.
-        time, memory: predictions.
-        fits: whether the memory is within the cluster's budget.
-    """
+    """The plan of a baseline: a candidate per decision, predictions, and whether the memory is
+    within the cluster's budget."""
 
     name: str
     choices: tuple[int, ...]
@@ -64,7 +58,6 @@ class _Baseline:
     """What a baseline prescribes.
 
     Args:
-        name: as in the literature.
         data: mesh axes over which the batch is split and weights are consumed replicated.
         tensor: the axis of tensor parallelism, if any.
         sharded: whether parameters are stored split over the data axes.
@@ -77,11 +70,7 @@ class _Baseline:
 
 
 def baseline_plans(
-    space: SearchSpace,
-    *,
-    time_limit: float = 60.0,
-    mask: Allowed | None = None,
-    named: str = "",
+    space: SearchSpace, *, time_limit: float = 60.0, mask: Allowed | None = None, named: str = ""
 ) -> list[BaselinePlan]:
     """The plans of all baselines that exist on the mesh, solved without a memory limit.
 
@@ -132,7 +121,7 @@ def _baselines(mesh: Sequence[int]) -> list[_Baseline]:
 
 def _penalized(space: SearchSpace, baseline: _Baseline, ties: TiedProblem) -> TiedProblem:
     """The problem in which everything that the baseline would not do costs `PENALTY_US` more."""
-    problem, weights = ties.problem, _weight_operands(space)
+    problem, weights = ties.problem, space.weight_operands()
     time_us = tuple(
         t + PENALTY_US * _decision_penalties(baseline, decision, operands)
         for t, decision, operands in zip(problem.time_us, space.decisions, weights, strict=True)
@@ -144,15 +133,6 @@ def _penalized(space: SearchSpace, baseline: _Baseline, ties: TiedProblem) -> Ti
     return TiedProblem(replace(problem, time_us=time_us, edges=edges), ties.classes)
 
 
-def _weight_operands(space: SearchSpace) -> list[list[int]]:
-    """Per decision the operands that are parameters, or views of one."""
-    operands: list[list[int]] = [[] for _ in space.decisions]
-    for edge in space.edges:
-        if edge.weight:
-            operands[edge.target].append(edge.operand)
-    return operands
-
-
 def _decision_penalties(
     baseline: _Baseline, decision: Decision, weights: Sequence[int]
 ) -> np.ndarray:
@@ -162,7 +142,8 @@ def _decision_penalties(
     if decision.kind == "input":
         return _batch_penalties(baseline, decision)
     count = np.zeros(len(decision.candidates))
-    tensor = baseline.tensor
+    tensor, target = baseline.tensor, str(decision.node.target)
+    norm = decision.kind == "op" and any(name in target for name in _NORMS)
     for i, c in enumerate(decision.candidates):
         for spec in (c.inputs[operand] for operand in weights):
             if spec is not None:
@@ -172,15 +153,11 @@ def _decision_penalties(
                 count[i] += len(axes)
                 # ... and for the same samples along the tensor axis
                 count[i] += tensor in spec.varying
-        if tensor is not None and decision.kind == "op" and _is_norm(decision):
+        if tensor is not None and norm:
             # the residual stream is replicated along the tensor axis
             specs = (c.inputs[0], c.outputs[0])
             count[i] += sum(spec is not None and spec.state(tensor) != "R" for spec in specs)
     return count
-
-
-def _is_norm(decision: Decision) -> bool:
-    return any(name in str(decision.node.target) for name in _NORMS)
 
 
 def _storage_penalties(baseline: _Baseline, decision: Decision) -> np.ndarray:
@@ -190,25 +167,18 @@ def _storage_penalties(baseline: _Baseline, decision: Decision) -> np.ndarray:
     if not baseline.sharded:
         return np.array([float(len(axes)) for axes in split])
     # FSDP splits dim 0; beside tensor parallelism, the dim that this leaves free
-    preference = [
-        (
-            len(axes),
-            len(spec.dims[0]) if baseline.tensor is None and spec.dims else 0,
-            c.reshard_after_forward,
-        )
-        for axes, spec, c in zip(split, specs, decision.candidates, strict=True)
-    ]
+    first = [len(s.dims[0]) if baseline.tensor is None and s.dims else 0 for s in specs]
+    again = [c.reshard_after_forward for c in decision.candidates]
+    preference = list(zip(map(len, split), first, again, strict=True))
     return np.array([float(p < max(preference)) for p in preference])
 
 
 def _batch_penalties(baseline: _Baseline, decision: Decision) -> np.ndarray:
     """Of all but dim 0, the batch, split over as many data axes as possible."""
-    data, parts = {*baseline.data}, []
+    parts = []
     for dims in (c.outputs[0].dims for c in decision.candidates):
-        if dims and ({*dims[0]} - data or any(dims[1:])):
-            parts.append(-1)
-        else:
-            parts.append(len(dims[0]) if dims else 0)
+        other = dims and ({*dims[0]} - {*baseline.data} or any(dims[1:]))
+        parts.append(-1 if other else len(dims[0]) if dims else 0)
     return np.array([float(p < max(parts)) for p in parts])
 
 

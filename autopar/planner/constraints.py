@@ -1,7 +1,7 @@
 """Constraints by name: `{"transformer.h.*.mlp.c_fc.weight": "RS1", ...}`.
 
 Names are those of `autopar.planner.names`. A layout is a `ShardingSpec` as plans print it, or
-several with `|` between them; that of a parameter may end in `reshard` (gathered again for the
+several with `|` between them; that of a parameter may end in `reshard` (re-gathered for the
 backward, ZeRO-3) or `keep` (ZeRO-2). A constraint masks the other candidates of a decision: they
 get infinite time in the solver's problem, so that every plan is one of the same space.
 """
@@ -23,7 +23,7 @@ from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.planner.decisions import Candidate, Decision, FixedLayouts
 from autopar.planner.liveness import Liveness
 from autopar.planner.liveness_rows import LivenessRows
-from autopar.planner.names import Names, output_names, suggestion
+from autopar.planner.names import Names, output_shapes, suggestion
 from autopar.planner.space import SearchSpace
 from autopar.solver import solve
 from autopar.solver.reductions import TiedProblem
@@ -86,30 +86,20 @@ class _Layout:
     @staticmethod
     def parse(text: str) -> _Layout:
         words = text.split()
-        reshard_after_forward = (
-            {"reshard": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
-        )
-        body = " ".join(words if reshard_after_forward is None else words[:-1])
+        reshard = {"reshard": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
+        body = " ".join(words if reshard is None else words[:-1])
         try:
-            return _Layout(
-                ShardingSpec.parse("" if body == "scalar" else body), reshard_after_forward, text
-            )
+            spec = ShardingSpec.parse("" if body == "scalar" else body)
         except ValueError as error:
-            return _Layout(None, reshard_after_forward, text, str(error))
+            return _Layout(None, reshard, text, str(error))
+        return _Layout(spec, reshard, text)
 
     def allows(self, candidate: Candidate) -> bool:
-        if (
-            self.reshard_after_forward is not None
-            and candidate.reshard_after_forward != self.reshard_after_forward
-        ):
+        if self.reshard_after_forward not in (None, candidate.reshard_after_forward):
             return False
         spec = candidate.outputs[0]
         # a layout without V constrains the value, not its gradient
         return self.spec == (spec if self.spec and self.spec.varying else spec.data())
-
-
-def _layouts(text: str) -> list[_Layout]:
-    return [_Layout.parse(part.strip()) for part in text.split("|")]
 
 
 def allowed(space: SearchSpace, constraints: Constraints) -> dict[int, np.ndarray]:
@@ -143,8 +133,7 @@ def _matches(names: Names, space: SearchSpace, name: str) -> dict[str, int]:
     try:
         return names.find(name)
     except ConstraintError as error:
-        buffers = [b for b in space.graph.buffers.values() if b == name]
-        if buffers:
+        if name in space.graph.buffers.values():
             raise ConstraintError(
                 f"constraint {name!r}: it is a buffer, and buffers are replicated"
             ) from error
@@ -156,7 +145,7 @@ def _masks(
 ) -> dict[str, tuple[int, np.ndarray]]:
     """Per place that a constraint names, the decision and the mask of candidates with one of the
     layouts. Every place must have one of the layouts, and every layout some place."""
-    layouts = _layouts(text)
+    layouts = [_Layout.parse(part.strip()) for part in text.split("|")]
     masks: dict[str, tuple[int, np.ndarray]] = {}
     unused = dict(enumerate(layouts))
     for place, i in matches.items():
@@ -166,15 +155,17 @@ def _masks(
             raise ConstraintError(_refusal(space, decision, name, place, layouts[0]))
         masks[place] = i, np.asarray(each.any(axis=0))
         unused = {k: layout for k, layout in unused.items() if not each[k].any()}
-    for layout in unused.values():
-        place, i = next(iter(matches.items()))
-        raise ConstraintError(_refusal(space, space.decisions[i], name, place, layout))
+    if unused:
+        (place, i), *_ = matches.items()
+        refusal = _refusal(space, space.decisions[i], name, place, next(iter(unused.values())))
+        raise ConstraintError(refusal)
     return masks
 
 
 def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layout: _Layout) -> str:
     kind = {"parameter": "parameter", "input": "input"}.get(decision.kind, "result")
-    shape = list(shape_of(_value(decision)))
+    value = decision.node.meta["val"]
+    shape = list(shape_of(value[decision.result] if isinstance(value, list | tuple) else value))
     mesh = space.cluster.mesh_text
     legal = list(dict.fromkeys(str(c.outputs[0].data()) or "scalar" for c in decision.candidates))
     more = f", and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
@@ -190,11 +181,6 @@ def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layo
         f"constraint {name!r}: {layout.text!r} {why}. {kind.capitalize()} {place} of shape {shape} "
         f"on mesh {mesh} can have {', '.join(legal[:_SHOWN])}{more}"
     )
-
-
-def _value(decision: Decision) -> object:
-    value = decision.node.meta["val"]
-    return value[decision.result] if isinstance(value, list | tuple) else value
 
 
 def _axes(spec: ShardingSpec) -> list[int]:
@@ -216,19 +202,16 @@ def fixed_outputs(
         raise ConstraintError(
             f"constraint {next(iter(constrained))!r}: results are decided elsewhere"
         )
-    names = output_names(graph)
-    values = [v for v in graph.output.args[0][len(graph.mutations) :] if hasattr(v, "meta")]  # type: ignore[index, union-attr]
-    shapes = [shape_of(v.meta["val"]) for v in values]  # type: ignore[union-attr]
-    specs = [ShardingSpec.replicated(len(shape)) for shape in shapes]
+    shapes = output_shapes(graph)
+    specs = {name: ShardingSpec.replicated(len(shape)) for name, shape in shapes.items()}
     for name, text in constrained.items():
-        if name not in names:
+        if name not in shapes:
             raise ConstraintError(
-                f"constraint {name!r}: the model gives {len(names)} tensors"
-                f"{suggestion(name, names)}"
+                f"constraint {name!r}: the model gives {len(shapes)} tensors"
+                f"{suggestion(name, shapes)}"
             )
-        i = names.index(name)
-        specs[i] = _output_spec(name, text, shapes[i], mesh)
-    return replace(fixed or FixedLayouts(), outputs=tuple(specs))
+        specs[name] = _output_spec(name, text, shapes[name], mesh)
+    return replace(fixed or FixedLayouts(), outputs=tuple(specs.values()))
 
 
 def _output_spec(name: str, text: str, shape: tuple[int, ...], mesh: Sequence[int]) -> ShardingSpec:
@@ -302,7 +285,6 @@ def conflict(
 
     Args:
         error: of the search with all of them.
-        time_limit: seconds per attempt.
     """
     conflicting = {n: t for n, t in constraints.items() if not n.startswith(_OUTPUTS)}
     say = progress or (lambda line: None)
@@ -331,12 +313,9 @@ def _feasible(space: SearchSpace, mask: Allowed, budget_bytes: float, time_limit
     tied = masked(space.problem(), mask).tied()
     try:
         solve(
-            tied.problem,
-            separate=LivenessRows(Liveness(space, budget_bytes), tied),
-            time_limit=time_limit,
-            enough_us=sys.float_info.max,
-            subproblems=0,
-        )
+            tied.problem, separate=LivenessRows(Liveness(space, budget_bytes), tied),
+            time_limit=time_limit, enough_us=sys.float_info.max, subproblems=0,
+        )  # fmt: skip
     except InfeasibleError:
         return False
     return True

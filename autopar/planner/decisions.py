@@ -23,7 +23,7 @@ class Candidate:
         inputs: layouts it needs of its operands.
         strategy: of an operator call.
         reshard_after_forward: of a parameter: the gathered copy is dropped after the forward and
-            gathered again for the backward (ZeRO-3), instead of kept (ZeRO-2).
+            re-gathered for the backward (ZeRO-3), instead of kept (ZeRO-2).
     """
 
     name: str

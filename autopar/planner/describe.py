@@ -15,7 +15,6 @@ and a parameter that is stored split but consumed replicated is sharded as by Ze
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 import torch.fx as fx
 
 from autopar.ir.graph import operands, shape_of
+from autopar.ir.repeats import pattern
 from autopar.plan import ModuleSummary
 from autopar.planner.decisions import Candidate, Decision
 from autopar.planner.space import SearchSpace
@@ -50,7 +50,7 @@ _PHRASES = {
     "partial": "pending sums carried over {}",
 }
 _ZERO = {
-    True: "ZeRO-3 (gathered again for backward)",
+    True: "ZeRO-3 (re-gathered for backward)",
     False: "ZeRO-2 (gathered once, kept for backward)",
 }
 
@@ -85,7 +85,8 @@ def describe(space: SearchSpace, choices: Sequence[int]) -> tuple[ModuleSummary,
         for entry in (name.rpartition(".")[0], name):
             if entry in pairs or entry == name:
                 module = modules.get(entry, _Module())
-                both = _together(pairs.get(entry, {}), roles.get(entry, {}))
+                pair, own = pairs.get(entry, {}), roles.get(entry, {})
+                both = {axis: pair.get(axis, ()) + own.get(axis, ()) for axis in {**pair, **own}}
                 words = _words(both, module.gathers, space.cluster.axis_names)
                 entries.setdefault(entry, (words, module))
     return tuple(_grouped(entries))
@@ -98,13 +99,9 @@ def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
     """Modules by qualified name, in the order of execution."""
     chosen = [s.candidates[c] for s, c in zip(space.decisions, choices, strict=True)]
     owners = [_owner(space, decision) for decision in space.decisions]
-    modules: dict[str, _Module] = {}
-    for decision, owner in zip(space.decisions, owners, strict=True):
-        if decision.kind == "op":
-            modules.setdefault(owner, _Module())
-    for owner in owners:
-        modules.setdefault(owner, _Module())
-    weights: dict[int, list[int]] = defaultdict(list)
+    run = [o for d, o in zip(space.decisions, owners, strict=True) if d.kind == "op"]
+    modules = {owner: _Module() for owner in dict.fromkeys((*run, *owners))}
+    weights = space.weight_operands()
     root = {i: i for i, decision in enumerate(space.decisions) if decision.kind == "parameter"}
     for edge in space.edges:
         time_us, nbytes = space.conversion_costs(edge, choices)
@@ -112,7 +109,6 @@ def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
         module.time_us += time_us
         module.memory_bytes += nbytes
         if edge.weight:  # of a parameter, of a shared one, or of a view of one
-            weights[edge.target].append(edge.operand)
             origin = root.setdefault(edge.target, root[edge.source])
             before = chosen[edge.source].outputs[edge.result]
             after = chosen[edge.target].inputs[edge.operand]
@@ -131,7 +127,8 @@ def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
             name = str(decision.node.target)
             module.kinds.append(name)
             roles = _op_roles(decision, chosen[i], weights[i])
-            module.roles.append((roles, float(decision.time_us[c]), _is_anchor(name)))
+            is_anchor = any(anchor in name for anchor in _ANCHORS)
+            module.roles.append((roles, float(decision.time_us[c]), is_anchor))
     return modules
 
 
@@ -143,10 +140,6 @@ def _owner(space: SearchSpace, decision: Decision) -> str:
         name = space.graph.parameters.get(target) or space.graph.buffers.get(target, "")
         return name.rpartition(".")[0]
     return "" if node.op == "output" else space.graph.info(node).module
-
-
-def _is_anchor(name: str) -> bool:
-    return any(anchor in name for anchor in _ANCHORS)
 
 
 def _op_roles(decision: Decision, candidate: Candidate, weights: Sequence[int]) -> Roles:
@@ -212,7 +205,7 @@ def _roles_of(module: _Module) -> Roles:
 
 
 def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str]) -> str:
-    """`data parallel on axis 0, ZeRO-3 (gathered again for backward); tensor parallel on ...`"""
+    """`data parallel on axis 0, ZeRO-3 (re-gathered for backward); tensor parallel on ...`"""
     phrases = []
     split: dict[str, list[int]] = defaultdict(list)
     for axis, names in roles.items():
@@ -257,11 +250,10 @@ def _pairs(parent: str, roles: Mapping[str, Roles]) -> Roles:
     return {axis: names for axis, names in unique.items() if len(names) == 2}
 
 
-def _together(one: Roles, other: Roles) -> Roles:
-    return {axis: one.get(axis, ()) + other.get(axis, ()) for axis in {**one, **other}}
-
-
 # -- repeated blocks ----------------------------------------------------------------------------
+
+# per place of a name the indices of some copies
+Box = tuple[frozenset[int], ...]
 
 _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 
@@ -269,52 +261,44 @@ _INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 def _grouped(entries: Mapping[str, tuple[str, _Module]]) -> Iterable[ModuleSummary]:
     """Copies with the same words as one entry, named with `*` for all and `{0,2-5}` for some."""
     same: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
-    copies: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    every: dict[str, list[str]] = defaultdict(list)
     for name, (words, module) in entries.items():
-        pattern = _INDEX.sub("*", name)
-        same[pattern, words, tuple(module.kinds)].append(name)
-        copies[pattern].append(_indices(name))
-    for (pattern, words, _), names in same.items():
-        for box in _boxes([_indices(name) for name in names]):
-            members = [
-                entries[name][1]
-                for name in names
-                if all(i in values for i, values in zip(_indices(name), box, strict=True))
-            ]
+        same[pattern(name), words, tuple(module.kinds)].append(name)
+        every[pattern(name)].append(name)
+    for (general, words, _), names in same.items():
+        for text, copies in grouped_names(names, every[general]):
+            members = [entries[name][1] for name in copies]
             yield ModuleSummary(
-                _named(pattern, box, copies[pattern]),
-                words,
-                len(members),
-                sum(m.parameters for m in members),
-                sum(m.time_us for m in members),
-                sum(m.memory_bytes for m in members),
-            )
+                text, words, len(members), sum(m.parameters for m in members),
+                sum(m.time_us for m in members), sum(m.memory_bytes for m in members),
+            )  # fmt: skip
 
 
-def grouped_names(names: Sequence[str], every: Sequence[str]) -> list[tuple[str, int]]:
-    """Names as patterns, each with the number of names it stands for.
+def grouped_names(names: Sequence[str], every: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names as patterns, each with the names it stands for.
 
     Args:
         every: all existing names, so that `*` can stand for all copies.
     """
-    same: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for name in names:
-        same[_INDEX.sub("*", name)].append(_indices(name))
     copies: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for name in every:
-        copies[_INDEX.sub("*", name)].append(_indices(name))
+        copies[pattern(name)].append(_indices(name))
+    same: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
+    for name in names:
+        same[pattern(name)][_indices(name)] = name
     return [
-        (_named(pattern, box, copies[pattern]), math.prod(map(len, box)))
-        for pattern, points in same.items()
-        for box in _boxes(points)
+        (_named(general, box, copies[general]), [n for p, n in points.items() if _inside(p, box)])
+        for general, points in same.items()
+        for box in _boxes(list(points))
     ]
+
+
+def _inside(point: tuple[int, ...], box: Box) -> bool:
+    return all(i in values for i, values in zip(point, box, strict=True))
 
 
 def _indices(name: str) -> tuple[int, ...]:
     return tuple(int(i) for i in _INDEX.findall(name))
-
-
-Box = tuple[frozenset[int], ...]
 
 
 def _boxes(points: Sequence[tuple[int, ...]]) -> list[Box]:
@@ -329,8 +313,8 @@ def _boxes(points: Sequence[tuple[int, ...]]) -> list[Box]:
     return boxes
 
 
-def _named(pattern: str, box: Box, copies: Sequence[tuple[int, ...]]) -> str:
-    parts = pattern.split("*")
+def _named(general: str, box: Box, copies: Sequence[tuple[int, ...]]) -> str:
+    parts = general.split("*")
     name = parts[0]
     for place, (values, part) in enumerate(zip(box, parts[1:], strict=True)):
         others = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import ClusterInfo
@@ -64,12 +64,9 @@ def diff(a: ShardingPlan, b: ShardingPlan) -> Difference:
     stored = {f"p_{n.replace('.', '_')}" for n in (*a.parameters, *b.parameters)} & names
     inner = [{k: _decision(p, k) for k in p.choices if k not in stored} for p in (a, b)]
     return Difference(
-        tuple(_setting(a, b)),
-        tuple(_figures(a, b)),
-        _changes(_storage(a), _storage(b)),
-        tuple(_modules(a.modules, b.modules)),
-        _changes(inner[0], inner[1]),
-    )
+        tuple(_setting(a, b)), tuple(_figures(a, b)), _changes(_storage(a), _storage(b)),
+        tuple(_modules(a.modules, b.modules)), _changes(inner[0], inner[1]),
+    )  # fmt: skip
 
 
 def _setting(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
@@ -91,22 +88,19 @@ def _setting(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
 
 
 def _figures(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
-    changes = [_figure("step", a.time.step_us, b.time.step_us, time_text)]
-    changes += [
-        _figure(kind, getattr(a.time, key), getattr(b.time, key), time_text)
-        for kind, key in TIME_KINDS.items()
+    figures = [("step", a.time.step_us, b.time.step_us)]
+    figures += [(k, getattr(a.time, key), getattr(b.time, key)) for k, key in TIME_KINDS.items()]
+    changes = [_figure(*figure, time_text) for figure in figures]
+    figures = [("memory", a.memory.total_bytes, b.memory.total_bytes)]
+    figures += [
+        (k, getattr(a.memory, key), getattr(b.memory, key)) for k, key in MEMORY_KINDS.items()
     ]
-    changes.append(_figure("memory", a.memory.total_bytes, b.memory.total_bytes, bytes_text))
-    changes += [
-        _figure(kind, getattr(a.memory, key), getattr(b.memory, key), bytes_text)
-        for kind, key in MEMORY_KINDS.items()
-    ]
-    return [c for c in changes if c is not None]
+    changes += [_figure(*figure, bytes_text) for figure in figures]
+    return [change for change in changes if change is not None]
 
 
-def _figure(what: str, before: float, after: float, text: object) -> Change | None:
+def _figure(what: str, before: float, after: float, text: Callable[[float], str]) -> Change | None:
     """None for a difference that is not visible in the text."""
-    assert callable(text)
     if abs(after - before) <= 1e-6 * max(abs(before), abs(after)):
         return None
     relative = f" ({after / before - 1:+.1%})" if before else ""
@@ -135,9 +129,9 @@ def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Change, ...]:
             same.setdefault((before, after), []).append(name)
     every = list(dict.fromkeys((*a, *b)))
     return tuple(
-        Change(pattern, before, after, count)
+        Change(pattern, before, after, len(copies))
         for (before, after), names in same.items()
-        for pattern, count in grouped_names(names, every)
+        for pattern, copies in grouped_names(names, every)
     )
 
 
@@ -153,13 +147,12 @@ def _modules(a: Sequence[ModuleSummary], b: Sequence[ModuleSummary]) -> list[Cha
             name = intersect(one.name, other.name)
             if name is not None and one.words != other.words:
                 changes.append(Change(name or "(model)", one.words, other.words))
-    unmatched = [(m.name, m.words, "absent") for m in a if not _has_match(b, m.name)]
-    unmatched += [(m.name, "absent", m.words) for m in b if not _has_match(a, m.name)]
-    return changes + [Change(name or "(model)", x, y) for name, x, y in unmatched]
+    changes += [Change(m.name or "(model)", m.words, "absent") for m in _unmatched(a, b)]
+    return changes + [Change(m.name or "(model)", "absent", m.words) for m in _unmatched(b, a)]
 
 
-def _has_match(modules: Sequence[ModuleSummary], name: str) -> bool:
-    return any(intersect(m.name, name) is not None for m in modules)
+def _unmatched(a: Sequence[ModuleSummary], b: Sequence[ModuleSummary]) -> list[ModuleSummary]:
+    return [m for m in a if all(intersect(m.name, other.name) is None for other in b)]
 
 
 def intersect(one: str, other: str) -> str | None:

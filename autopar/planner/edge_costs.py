@@ -28,7 +28,6 @@ class EdgeCosts:
     """
 
     cost_class: int
-
     forward_us: np.ndarray
     backward_us: np.ndarray
     again_us: np.ndarray
@@ -46,10 +45,8 @@ class EdgeCosts:
     @cached_property
     def queued_us(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Forward, backward and again; zero where a conversion does not exist."""
-        forward, backward, again = (
-            np.where(np.isfinite(us), us, 0.0)
-            for us in (self.forward_us, self.backward_us, self.again_us)
-        )
+        parts = (self.forward_us, self.backward_us, self.again_us)
+        forward, backward, again = (np.where(np.isfinite(us), us, 0.0) for us in parts)
         return forward, backward, again
 
     @cached_property
@@ -60,12 +57,7 @@ class EdgeCosts:
 
 
 class EdgeCostTable:
-    """Costs of edges, computed once per class.
-
-    Args:
-        converter: of the cluster.
-        costs: of the operators; gives the local bytes of layouts.
-    """
+    """Costs of edges, computed once per class."""
 
     def __init__(self, converter: LayoutConverter, costs: OpCosts) -> None:
         self._converter, self._costs = converter, costs
@@ -100,11 +92,8 @@ class EdgeCostTable:
         forbidden = np.where(np.isfinite(forward), 0.0, np.inf)
         backward = convert(grad=True) - possible if edge.grad else forbidden
         # a small sum that is only returned (the loss) runs asynchronously
-        if (
-            target.kind == "output"
-            and edge.grad
-            and edge.itemsize * prod(edge.shape) <= ASYNC_SUM_BYTES
-        ):
+        small = edge.itemsize * prod(edge.shape) <= ASYNC_SUM_BYTES
+        if target.kind == "output" and edge.grad and small:
             sums = np.array([[bool(a.partial) and a.dims == b.dims for b in specs] for a in rows])
             forward = np.where(sums[every], self._costs.cluster.device.launch_us, forward)
         reshards = np.array([[c.reshard_after_forward] for c in source.candidates])

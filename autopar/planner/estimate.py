@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autopar.plan import MemoryEstimate, TimeEstimate
+from autopar.plan import MEMORY_KINDS, MemoryEstimate, TimeEstimate
 from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
 
@@ -47,10 +47,5 @@ def estimate_memory(
     peak = int(np.argmax(series.values(choices)))
     kinds = series.breakdown(choices, peak, lambda item: item.kind)
     return MemoryEstimate(
-        kinds.get("parameters", 0.0),
-        kinds.get("gradients", 0.0),
-        kinds.get("optimizer", 0.0),
-        kinds.get("activations", 0.0),
-        kinds.get("buffers", 0.0),
-        kinds.get("transient", 0.0),
+        **{key: kinds.get(key.removesuffix("_bytes"), 0.0) for key in MEMORY_KINDS.values()}
     )

@@ -19,6 +19,7 @@ from autopar.errors import ConstraintError, InfeasibleError
 from autopar.ir.repeats import pattern
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import Allowed, masked
+from autopar.planner.decisions import Candidate
 from autopar.planner.describe import grouped_names
 from autopar.planner.diff import diff
 from autopar.planner.names import Names
@@ -53,14 +54,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All alternatives of one decision, the fastest first; those that were not solved come last.
-
-    Args:
-        name: of the decision.
-        what: a line about it.
-        plan: the plan that is explained.
-        alternatives: including its own choice.
-    """
+    """All alternatives of one decision with the plan's own choice, the fastest first; those that
+    were not solved come last. `what` is a line about the decision."""
 
     name: str
     what: str
@@ -83,13 +78,11 @@ def explain(
     """The alternatives of a decision, and the cost of forcing them.
 
     Args:
-        planned: a plan with its space.
         name: of a parameter, input, module or operator, or a pattern for copies with the same
             choice (`autopar.planner.names`).
         limit: solve for this many alternatives, those of the lowest bounds; the others only get
             their bound.
         time_limit: seconds for each of them.
-        progress: called with a line per alternative.
 
     Raises:
         ConstraintError: the name is unknown, or stands for different choices.
@@ -103,7 +96,13 @@ def explain(
     legal = planned.mask.get(decision, np.ones(len(candidates), dtype=bool))
     order = [int(c) for c in np.argsort(bounds, kind="stable") if legal[c] and c != own]
     solved = order[:limit]
-    alternatives = [_own(planned, decision)]
+    plan = planned.plan
+    alternatives = [
+        Alternative(
+            candidates[own].name, _layouts(candidates[own]), plan.time.step_us,
+            plan.solver.bound_us, plan.memory.total_bytes, chosen=True,
+        )
+    ]  # fmt: skip
     for k, c in enumerate(solved):
         say(f"{candidates[c].name} forced ({k + 1} of {len(solved)}) ...")
         alternatives.append(_forced(planned, decision, copies, c, bounds[c], time_limit))
@@ -115,7 +114,7 @@ def explain(
     alternatives.sort(
         key=lambda a: (math.isnan(a.step_us), a.bound_us if math.isnan(a.step_us) else a.step_us)
     )
-    return Explanation(name, _what(planned, decision, copies), planned.plan, tuple(alternatives))
+    return Explanation(name, _what(planned, decision, copies), plan, tuple(alternatives))
 
 
 def _decision(planned: Planned, name: str) -> tuple[int, list[int]]:
@@ -129,12 +128,8 @@ def _decision(planned: Planned, name: str) -> tuple[int, list[int]]:
             f"{_groups(planned, named)}; name one of them"
         )
     decision = next(iter(named.values()))
-    copies = [
-        i
-        for i, c in enumerate(classes)
-        if c == classes[decision] and choices[i] == choices[decision]
-    ]
-    return decision, copies
+    pairs = list(zip(classes, choices, strict=True))
+    return decision, [i for i, pair in enumerate(pairs) if pair == pairs[decision]]
 
 
 def _groups(planned: Planned, named: dict[str, int]) -> str:
@@ -172,15 +167,6 @@ def _bounds(space: SearchSpace, decision: int, copies: list[int], mask: Allowed)
     return Contraction(problem.time_us, problem.pairs()).min_marginals()[index]
 
 
-def _own(planned: Planned, decision: int) -> Alternative:
-    candidate = planned.space.decisions[decision].candidates[planned.choices[decision]]
-    plan = planned.plan
-    return Alternative(
-        candidate.name, _layouts(candidate), plan.time.step_us, plan.solver.bound_us,
-        plan.memory.total_bytes, chosen=True,
-    )  # fmt: skip
-
-
 def _forced(
     planned: Planned, decision: int, copies: list[int], c: int, bound: float, time_limit: float
 ) -> Alternative:
@@ -197,9 +183,9 @@ def _forced(
             candidate.name, _layouts(candidate), math.inf, math.inf, error.smallest_bytes
         )
     plan = make_plan(space, result.choices, planned.plan.model, result.record({}))
-    near = _module(space, decision)
+    near = pattern(space.location(decision))
     changes = sorted(
-        diff(planned.plan, plan).choices, key=lambda change: -_common(near, _general(change.what))
+        diff(planned.plan, plan).choices, key=lambda change: -_common_parts(near, change.what)
     )
     return Alternative(
         candidate.name, _layouts(candidate), plan.time.step_us, max(bound, result.bound_us),
@@ -207,27 +193,15 @@ def _forced(
     )  # fmt: skip
 
 
-def _module(space: SearchSpace, decision: int) -> str:
-    """The module of a decision, with `*` for its copy."""
-    node = space.decisions[decision].node
-    parameter = space.graph.parameters.get(str(node.target), "")
-    inside = "" if node.op == "placeholder" else space.graph.info(node).module
-    return pattern(parameter or inside)
-
-
-def _common(one: str, other: str) -> int:
-    """The number of leading parts that two names have in common."""
-    pairs = zip(one.split("."), other.split("."), strict=False)
+def _common_parts(module: str, name: str) -> int:
+    """How many leading parts a module, with `*` for its copy, has in common with a name."""
+    general = pattern(re.sub(r"\{[^}]*\}", "*", name))
+    pairs = zip(module.split("."), general.split("."), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _general(name: str) -> str:
-    """A pattern for some copies as one for all."""
-    return pattern(re.sub(r"\{[^}]*\}", "*", name))
-
-
-def _layouts(candidate: object) -> str:
-    return " ".join(str(spec) or "scalar" for spec in candidate.outputs)  # type: ignore[attr-defined]
+def _layouts(candidate: Candidate) -> str:
+    return " ".join(str(spec) or "scalar" for spec in candidate.outputs)
 
 
 def _what(planned: Planned, decision: int, copies: list[int]) -> str:

@@ -178,12 +178,12 @@ class _Trials:
 
 def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:
     """The choices without re-gathered parameters: the schedule decides on these."""
-    kept_choices = []
+    stored = []
     for decision, c in zip(space.decisions, choices, strict=True):
         names = [candidate.name for candidate in decision.candidates]
         name = names[c].removesuffix(" reshard")
-        kept_choices.append(names.index(name) if name in names else c)
-    return tuple(kept_choices)
+        stored.append(names.index(name) if name in names else c)
+    return tuple(stored)
 
 
 def _limited_plans(problem: PlanningProblem, needed: float) -> Iterator[tuple[float, SearchResult]]:

@@ -43,28 +43,35 @@ class Item:
 
 
 class Series:
-    """The same expression at every program point.
-
-    Args:
-        name: of the rows, with the program point behind it.
-        slack: of the rows.
-        limit: of the rows.
-        items: what counts when.
-        count: of program points.
-    """
+    """The same expression at every one of `count` program points; the rows have its name with the
+    point behind it, its slack and its limit."""
 
     def __init__(
         self, name: str, slack: str, limit: float, items: Sequence[Item], count: int
     ) -> None:
         self.name, self.slack, self.limit, self.count = name, slack, limit, count
         self.items = [item for item in items if item.first <= item.last and item.values.any()]
-        self._first = np.array([item.first for item in self.items], dtype=np.int64)
-        self._last = np.array([item.last for item in self.items], dtype=np.int64)
-        self._table = _Table(self.items)
+        # the values of all items in one array, each class once
+        begins: dict[Hashable, int] = {}
+        parts: list[np.ndarray] = [np.zeros(0)]
+        rows, end = [], 0
+        for item in self.items:
+            if item.values_class not in begins:
+                begins[item.values_class] = end
+                parts.append(item.values.ravel())
+                end += item.values.size
+            source, target = item.decisions[0], item.decisions[-1]
+            width = item.values.shape[1] if item.is_edge else 1
+            begin = begins[item.values_class]
+            rows.append((item.first, item.last, begin, source, width, target, item.is_edge))
+        self._flat = np.concatenate(parts)
+        self._first, self._last, *self._address = np.array(rows, dtype=np.int64).reshape(-1, 7).T
 
     def values(self, choices: Sequence[int]) -> np.ndarray:
         """The expression at every program point, [count]."""
-        value = self._table.chosen(choices)
+        chosen = np.asarray(choices)
+        begin, source, width, target, is_edge = self._address
+        value = self._flat[begin + chosen[source] * width + chosen[target] * is_edge]
         steps = np.bincount(self._first, value, self.count + 1)
         steps -= np.bincount(self._last + 1, value, self.count + 1)
         return np.cumsum(steps)[:-1]
@@ -84,38 +91,8 @@ class Series:
         return (self._first <= point) & (point <= self._last)
 
 
-class _Table:
-    """The values of items in one array, each class once."""
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        begins: dict[Hashable, int] = {}
-        parts: list[np.ndarray] = []
-        rows, end = [], 0
-        for item in items:
-            if item.values_class not in begins:
-                begins[item.values_class] = end
-                parts.append(item.values.ravel())
-                end += item.values.size
-            source, target = item.decisions[0], item.decisions[-1]
-            width = item.values.shape[1] if item.is_edge else 1
-            rows.append((begins[item.values_class], source, width, target, item.is_edge))
-        self._flat = np.concatenate(parts) if parts else np.zeros(0)
-        columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
-        self._begin, self._source, self._width, self._target, self._is_edge = columns
-
-    def chosen(self, choices: Sequence[int]) -> np.ndarray:
-        """Per item its value."""
-        c = np.asarray(choices)
-        within = c[self._source] * self._width + c[self._target] * self._is_edge
-        return self._flat[self._begin + within]
-
-
 class Liveness:
-    """All rows of a search space.
-
-    Args:
-        space: the decisions.
-        budget_bytes: of one device; infinite for no limit.
+    """All rows of a search space, for a budget per device (infinite for no limit).
 
     Attributes:
         memory: live bytes; the last program point is the optimizer's step.

@@ -7,9 +7,10 @@ far.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,8 @@ from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
 from autopar.cluster.device import Device
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
 from autopar.plan import MeshResult
-from autopar.planner.constraints import Allowed, Constraints, masked
+from autopar.planner.constraints import Constraints, masked
 from autopar.planner.planner import ADAM_STATE, Planned, build_problem
-from autopar.planner.space import SearchSpace
 from autopar.solver.contraction import Contraction
 from autopar.tracer import ColoTracer
 from autopar.units import time_text
@@ -33,33 +33,11 @@ def meshes(devices: int, max_axes: int = MAX_AXES) -> Iterator[tuple[int, ...]]:
     with the fewest axes first."""
     if devices == 1:
         yield (1,)
-        return
+    divisors = [size for size in range(2, devices + 1) if devices % size == 0]
     for axes in range(1, max_axes + 1):
-        yield from _products(devices, axes)
-
-
-def _products(number: int, factors: int) -> Iterator[tuple[int, ...]]:
-    if factors == 1:
-        if number > 1:
-            yield (number,)
-        return
-    for first in range(2, number // 2 + 1):
-        if number % first == 0:
-            for rest in _products(number // first, factors - 1):
-                yield (first, *rest)
-
-
-@dataclass(frozen=True)
-class MeshSearch:
-    """The best plan, and the result of every mesh.
-
-    Args:
-        planned: its plan holds `tried` as `meshes`.
-        tried: in the order of planning.
-    """
-
-    planned: Planned
-    tried: tuple[MeshResult, ...]
+        for shape in itertools.product(divisors, repeat=axes):
+            if math.prod(shape) == devices:
+                yield shape
 
 
 def search_meshes(
@@ -70,22 +48,19 @@ def search_meshes(
     devices: int,
     device: str | Device = "cpu",
     per_node: int = NODE_SIZE,
-    max_axes: int = MAX_AXES,
     memory: str | float | None = None,
     optimizer_state: float = ADAM_STATE,
     constraints: Constraints | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
-) -> MeshSearch:
-    """Plan on every mesh of that many devices, and keep the fastest plan.
+) -> Planned:
+    """The fastest plan on a mesh of that many devices. Its `meshes` are the results of all meshes.
 
     Args:
-        devices: their number.
         device: a name of the table of devices, or a description.
         per_node: devices that fast links join.
         constraints: of `autoplan`; meshes that lack an axis they name are skipped.
         time_limit: seconds for the solver, per mesh.
-        progress: called with a line per mesh, and per stage of its planning.
 
     Raises:
         InfeasibleError: no mesh has a plan that fits the memory.
@@ -99,7 +74,7 @@ def search_meshes(
     tried: list[MeshResult] = []
     best: Planned | None = None
     errors: list[AutoparError] = []
-    shapes = list(meshes(devices, max_axes))
+    shapes = list(meshes(devices))
     for k, shape in enumerate(shapes):
         name = "x".join(map(str, shape))
         say(f"mesh {name} ({k + 1} of {len(shapes)}) ...")
@@ -109,11 +84,14 @@ def search_meshes(
                 model, graph=graph, cluster=cluster, optimizer_state=optimizer_state,
                 constraints=constraints, time_limit=time_limit, progress=progress,
             )  # fmt: skip
-            bound = lower_bound_us(problem.space, problem.mask) if best is not None else -math.inf
-            if best is not None and bound >= best.plan.time.step_us:
-                note = "its bound is above the best"
-                tried.append(MeshResult(shape, math.inf, bound, math.nan, note))
-                continue
+            if best is not None:
+                # one elimination, without memory and exposed communication
+                relaxed = masked(problem.space.problem(), problem.mask).problem
+                bound = Contraction(relaxed.time_us, relaxed.pairs()).bound
+                if bound >= best.plan.time.step_us:
+                    note = "its bound is above the best"
+                    tried.append(MeshResult(shape, math.inf, bound, math.nan, note))
+                    continue
             planned = problem.planned(problem.decide())
         except (InfeasibleError, ConstraintError) as error:
             errors.append(error)
@@ -127,19 +105,7 @@ def search_meshes(
         say(f"mesh {name}: {time_text(step_us)}")
         if best is None or step_us < best.plan.time.step_us:
             best = planned
-    if best is None:
-        raise _closest(errors)
-    plan = replace(best.plan, meshes=tuple(tried))
-    return MeshSearch(replace(best, plan=plan), tuple(tried))
-
-
-def lower_bound_us(space: SearchSpace, mask: Allowed | None = None) -> float:
-    """A lower bound on every plan: one elimination, without memory and exposed communication."""
-    problem = masked(space.problem(), mask or {}).problem
-    return Contraction(problem.time_us, problem.pairs()).bound
-
-
-def _closest(errors: Sequence[AutoparError]) -> AutoparError:
-    """The error to raise if no mesh has a plan: that of the mesh that needs the least memory."""
-    infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
-    return min(infeasible, key=lambda e: e.smallest_bytes) if infeasible else errors[0]
+    if best is None:  # the mesh that needs the least memory says why
+        infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
+        raise min(infeasible, key=lambda e: e.smallest_bytes, default=errors[0])
+    return replace(best, plan=replace(best.plan, meshes=tuple(tried)))

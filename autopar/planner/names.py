@@ -14,10 +14,13 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+import torch.fx as fx
+
 from autopar.errors import ConstraintError
-from autopar.ir.graph import ModelGraph
+from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.repeats import pattern
 from autopar.planner.space import SearchSpace
+from autopar.profiler.modules import with_parents
 
 _MARK = re.compile(r"\*\*|\*|\{[\d,\- ]+\}")
 
@@ -27,14 +30,10 @@ def matcher(name: str) -> re.Pattern[str]:
     expression, position = "", 0
     for mark in _MARK.finditer(name):
         expression += re.escape(name[position : mark.start()])
-        expression += {"*": r"[^.]+", "**": r".+"}.get(mark[0]) or _copies(mark[0])
+        wildcard = {"*": r"[^.]+", "**": r".+"}.get(mark[0])
+        expression += wildcard or f"(?:{'|'.join(map(str, sorted(copies_in(mark[0]))))})"
         position = mark.end()
     return re.compile(expression + re.escape(name[position:]))
-
-
-def _copies(mark: str) -> str:
-    """`{0,2-5}` as an expression."""
-    return "(?:" + "|".join(map(str, sorted(copies_in(mark)))) + ")"
 
 
 def copies_in(mark: str) -> set[int]:
@@ -71,18 +70,15 @@ class Names:
             if decision.kind == "parameter":
                 self.decisions[graph.parameters[target]] = i
             elif decision.kind == "input":
-                self.decisions[f"inputs.{target}"] = self.decisions[
-                    f"inputs.{positions[target]}"
-                ] = i
-            elif decision.kind == "op":
-                for module in _parents(graph.info(decision.node).module):
-                    modules[module] = i
+                self.decisions |= {f"inputs.{target}": i, f"inputs.{positions[target]}": i}
+            elif decision.kind in ("op", "shared"):
                 others[decision.name] = i
-            elif decision.kind == "shared":
-                others[decision.name] = i
+                if decision.kind == "op":
+                    modules |= dict.fromkeys(with_parents(graph.info(decision.node).module), i)
         for alias, owner in graph.aliases.items():
             if owner in self.decisions:
                 self.decisions.setdefault(alias, self.decisions[owner])
+        modules.pop("", None)  # the model itself
         self.decisions = {**others, **modules, **self.decisions}
 
     def find(self, name: str) -> dict[str, int]:
@@ -100,10 +96,11 @@ class Names:
         return matches
 
 
-def output_names(graph: ModelGraph) -> list[str]:
-    """`outputs.0`, ...: the results that are tensors, in order."""
+def output_shapes(graph: ModelGraph) -> dict[str, tuple[int, ...]]:
+    """`outputs.0`, ...: the shapes of the results that are tensors, in order."""
     values = graph.output.args[0][len(graph.mutations) :]  # type: ignore[index]
-    return [f"outputs.{i}" for i in range(sum(hasattr(v, "meta") for v in values))]  # type: ignore[union-attr]
+    tensors = [v.meta["val"] for v in values if isinstance(v, fx.Node)]  # type: ignore[union-attr]
+    return {f"outputs.{i}": shape_of(tensor) for i, tensor in enumerate(tensors)}
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -113,18 +110,10 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     pool = dict.fromkeys(pattern(n) if marked else n for n in names)
     # wildcards count for little in a comparison
     near = get_close_matches(_MARK.sub("*", name) if marked else name, pool, n=2, cutoff=0.6)
+    near = near or [n for n in pool if n.rpartition(".")[2] == name.rpartition(".")[2]]
     if near:
-        return f"; did you mean {' or '.join(map(repr, near))}?"
-    last = [n for n in pool if n.rpartition(".")[2] == name.rpartition(".")[2]]
-    if last:
-        return f"; did you mean {' or '.join(map(repr, last[:2]))}?"
+        return f"; did you mean {' or '.join(map(repr, near[:2]))}?"
     return (
         "; names are those of parameters (as in named_parameters()), of modules, "
         "inputs.NAME, outputs.NUMBER, and of operators in the plan"
     )
-
-
-def _parents(module: str) -> list[str]:
-    """The module and all that hold it, without the model itself."""
-    parts = module.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))] if module else []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import torch
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
@@ -14,7 +16,7 @@ from autopar.ir.spec import ShardingSpec, local_shape
 from autopar.planner.decisions import Workload
 from autopar.planner.saved_values import SavedValues
 from autopar.profiler.profile import NodeProfile
-from autopar.profiler.tape import OWN, Event, Tape
+from autopar.profiler.tape import OWN
 from autopar.profiler.time_model import kernels_of, node_us
 from autopar.sharding.node_rules import declared_of, results
 from autopar.sharding.rule import Strategy
@@ -25,13 +27,7 @@ _STEP = ((0.0, 3.0), (1.0, 8.0), (2.0, 19.0))
 
 
 class OpCosts:
-    """Costs of strategies on one cluster.
-
-    Args:
-        cluster: the devices.
-        profile: costs of every operator call at global shapes.
-        saved: which values the backward needs.
-    """
+    """Costs of strategies on one cluster, from profiles at global shapes."""
 
     def __init__(
         self, cluster: ClusterInfo, profile: Mapping[fx.Node, NodeProfile], saved: SavedValues
@@ -45,25 +41,24 @@ class OpCosts:
         first = (0,) * len(self.mesh)
         return itemsize * int(np.prod(local_shape(shape, spec, self.mesh, first), dtype=np.int64))
 
+    def _tensor_bytes(self, value: torch.Tensor, spec: ShardingSpec | None) -> int:
+        """Bytes of a value on the fullest rank; 0 for an operand without a layout."""
+        if spec is None:
+            return 0
+        return self.local_bytes(shape_of(value), value.element_size(), spec)
+
     def compute_us(
         self, node: fx.Node, strategies: Sequence[Strategy]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Forward and backward, by `profiler.time_model`: the larger of arithmetic and memory
         traffic, plus launches."""
-        fakes = [n.meta["val"] if n is not None else None for n in operands(node)]
-        outs = results(node)
-        total = sum(t.numel() * t.element_size() for t in (*fakes, *outs) if t is not None) or 1
+        values = [*_values(node), *results(node)]
+        total = sum(t.numel() * t.element_size() for t in values if t is not None) or 1
         share = np.array([s.share(self.mesh) for s in strategies])
-        local = np.array(
-            [
-                sum(
-                    self.local_bytes(shape_of(t), t.element_size(), spec)
-                    for t, spec in zip((*fakes, *outs), (*s.inputs, *s.outputs), strict=True)
-                    if t is not None and spec is not None
-                )
-                for s in strategies
-            ]
-        )
+        local = np.zeros(len(strategies), dtype=np.int64)
+        for k, s in enumerate(strategies):
+            pairs = zip(values, (*s.inputs, *s.outputs), strict=True)
+            local[k] = sum(self._tensor_bytes(t, spec) for t, spec in pairs if t is not None)
         forward, backward = kernels_of(node, self.profile[node], self.cluster.device)
         device, traffic = self.cluster.device, local / total
         return node_us(forward, device, share, traffic), node_us(backward, device, share, traffic)
@@ -87,10 +82,10 @@ class OpCosts:
         fused = self.cluster.device.kind == "cpu" or workload.state_bytes_per_param_byte < 2
         return 0.0 if fused else 1.0
 
-    def lowering_us(self, node: fx.Node, found: Sequence[Strategy]) -> np.ndarray:
+    def lowering_us(self, node: fx.Node, strategies: Sequence[Strategy]) -> np.ndarray:
         """What lowerings take beyond the operator's own kernels: collectives, and passes over the
         first operand that an operator as a whole does without."""
-        return np.array([self._lowering_us(node, s) if s.lowered else 0.0 for s in found])
+        return np.array([self._lowering_us(node, s) if s.lowered else 0.0 for s in strategies])
 
     def _lowering_us(self, node: fx.Node, strategy: Strategy) -> float:
         first, spec = operands(node)[0], strategy.inputs[0]
@@ -105,64 +100,41 @@ class OpCosts:
         if not work.passes:
             return total
         device = self.cluster.device
-        nbytes = self.local_bytes(shape_of(value), value.element_size(), spec)
+        nbytes = self._tensor_bytes(value, spec)
         moved = device.bytes_curve("read").us(nbytes) + device.bytes_curve("write").us(nbytes)
         return total + work.passes * (float(moved) + device.launch_us)
 
     def saved_bytes(self, node: fx.Node, strategies: Sequence[Strategy]) -> np.ndarray:
         """Bytes saved for an operator's backward, each value counted where it is first saved."""
-        profile = self.profile[node]
-        ins, outs = operands(node), results(node)
-        counted = [i for i in profile.tape.saved_operands if self.saved.counted_here(node, i)]
+        tape, values, outs = self.profile[node].tape, _values(node), results(node)
+        ins = [i for i in tape.saved_operands if self.saved.counted_here(node, i)]
+        own = [i for i in tape.saved_results if self.saved.output_counted(node, i)]
         total = np.zeros(len(strategies))
         for k, s in enumerate(strategies):
-            nbytes = profile.tape.saved_own_bytes * s.share(self.mesh)
-            for i in counted:
-                value, spec = ins[i], s.inputs[i]
-                assert value is not None
-                assert spec is not None
-                fake = value.meta["val"]
-                nbytes += self.local_bytes(shape_of(fake), fake.element_size(), spec)
-            for i in profile.tape.saved_results:
-                if self.saved.output_counted(node, i):
-                    t = outs[i]
-                    nbytes += self.local_bytes(shape_of(t), t.element_size(), s.outputs[i])
-            total[k] = nbytes
+            nbytes = tape.saved_own_bytes * s.share(self.mesh)
+            nbytes = sum((self._tensor_bytes(values[i], s.inputs[i]) for i in ins), nbytes)
+            total[k] = sum((self._tensor_bytes(outs[i], s.outputs[i]) for i in own), nbytes)
         return total
 
     def working_bytes(self, node: fx.Node, strategies: Sequence[Strategy]) -> np.ndarray:
         """Bytes alive while an operator runs, beside saved values: in backward the gradients of its
         results and of its operands, and its temporaries; in forward its temporaries."""
         profile = self.profile[node]
-        tape = profile.tape
-        ins, outs = operands(node), results(node)
-        gradients = {e.storage: e.operand for e in tape.emitted if e.storage.owner == OWN}
-        own = _highest(tape, tape.backward) - sum(tape.sizes[s.number] for s in gradients)
-        forward = profile.forward_transient_bytes
+        tape, values, outs = profile.tape, _values(node), results(node)
+        emitted = {e.storage: e.operand for e in tape.emitted if e.storage.owner == OWN}
+        own = max(tape.levels(tape.backward)) - sum(tape.sizes[s.number] for s in emitted)
         arriving = [i for i, carries in enumerate(profile.carries) if carries]
         total = np.zeros(len(strategies))
-        for k, strategy in enumerate(strategies):
-            share = strategy.share(self.mesh)
+        for k, s in enumerate(strategies):
+            share = s.share(self.mesh)
             nbytes = max(0.0, float(own)) * share
-            for operand in gradients.values():
-                value, spec = ins[operand], strategy.inputs[operand]
-                assert value is not None
-                assert spec is not None
-                fake = value.meta["val"]
-                nbytes += self.local_bytes(shape_of(fake), fake.element_size(), spec)
-            for i in arriving:
-                spec = strategy.outputs[i]
-                nbytes += self.local_bytes(shape_of(outs[i]), outs[i].element_size(), spec)
-            total[k] = max(nbytes, float(forward) * share)
+            operands_bytes = (self._tensor_bytes(values[i], s.inputs[i]) for i in emitted.values())
+            nbytes = sum(operands_bytes, nbytes)
+            nbytes = sum((self._tensor_bytes(outs[i], s.outputs[i]) for i in arriving), nbytes)
+            total[k] = max(nbytes, float(profile.forward_transient_bytes) * share)
         return total
 
 
-def _highest(tape: Tape, events: Sequence[Event]) -> float:
-    """The most bytes of its own storages that an operator has alive at once."""
-    alive = highest = 0.0
-    for event in events:
-        sign = {"make": 1, "free": -1}.get(event.what, 0)
-        if sign:
-            alive += sign * float(tape.sizes[event.number])
-            highest = max(highest, alive)
-    return highest
+def _values(node: fx.Node) -> list[Any]:
+    """The operands' tensors, None where an optional one is missing."""
+    return [n.meta["val"] if n is not None else None for n in operands(node)]

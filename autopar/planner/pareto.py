@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,8 +70,6 @@ def pareto_front(
     Args:
         points: budgets, both ends included; fewer where the two ends meet.
         time_limit: seconds for the solver, per budget.
-        progress: called with a line per budget.
-        mask: candidates per decision, where not all of them are allowed.
     """
     if points < 2:
         raise ValueError(f"a Pareto front has two points or more, not {points}")
@@ -157,22 +156,18 @@ def _front(space: SearchSpace, plans: list[_CostedPlan], bounds: dict[float, flo
     for budget in sorted(bounds, reverse=True):
         bound = max(bound, bounds[budget])
         best = _best(plans, budget)
-        words = _main_layout(space, best.choices)
-        points.append(
-            ParetoPoint(budget, best.step_us, best.memory_bytes, min(bound, best.step_us), words)
-        )
+        words, reached = _main_layout(space, best.choices), min(bound, best.step_us)
+        points.append(ParetoPoint(budget, best.step_us, best.memory_bytes, reached, words))
         choices.append(best.choices)
     return ParetoFront(tuple(points), tuple(choices))
 
 
 def _main_layout(space: SearchSpace, choices: tuple[int, ...]) -> str:
     """What the plan does where it holds most parameters."""
-    counted: dict[str, int] = {}
+    counted: Counter[str] = Counter()
     for module in describe(space, choices):
-        if module.parameters:
-            counted[module.words] = counted.get(module.words, 0) + module.parameters
-    if not counted:
+        counted[module.words] += module.parameters
+    if not counted.total():
         return ""
-    share = np.array(list(counted.values())) / sum(counted.values())
-    most = int(np.argmax(share))
-    return f"{list(counted)[most]} ({share[most]:.0%} of the parameters)"
+    [(words, most)] = counted.most_common(1)
+    return f"{words} ({most / counted.total():.0%} of the parameters)"

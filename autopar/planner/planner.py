@@ -68,21 +68,41 @@ class PlanningProblem:
     say: Callable[[str], None]
 
     def decide(self, budget_bytes: float | None = None) -> SearchResult:
-        """The fastest plan within the budget, or within another one."""
+        """The fastest plan within the budget, or within another one; or the fastest baseline, if
+        the search ran out of time.
+
+        Raises:
+            InfeasibleError: nothing fits; a `ConflictError` if constraints are the reason.
+        """
         self.say("solve ...")
         budget = self.budget_bytes if budget_bytes is None else budget_bytes
+        limits: dict[str, Any] = {"budget_bytes": budget, "time_limit": self.time_limit}
+        start = time.monotonic()
         with existing_objects_frozen():
-            return decide(
-                self.space, self.mask, self.constraints, self.time_limit, self.say,
-                budget_bytes=budget,
-            )  # fmt: skip
+            try:
+                return search(self.space, **limits, progress=self.say, mask=self.mask)
+            except InfeasibleError as error:
+                if time.monotonic() - start >= self.time_limit:
+                    baseline = self._fastest_baseline(budget)
+                    if baseline is not None:
+                        return baseline
+                raise conflict(
+                    self.space, self.constraints, error, **limits, progress=self.say
+                ) from None
+
+    def _fastest_baseline(self, budget_bytes: float) -> SearchResult | None:
+        """The fastest baseline that fits, named in the method."""
+        baselines = baseline_plans(self.space, time_limit=self.time_limit, mask=self.mask)
+        fitting = [b for b in baselines if b.memory.total_bytes <= budget_bytes]
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda b: b.time.step_us)
+        method = f"baseline {best.name}: {self.time_limit:g} s were too short to find a plan"
+        self.say(method)
+        return SearchResult(best.choices, best.time.step_us, 0.0, method)
 
     def planned(self, result: SearchResult, seconds: Mapping[str, float] | None = None) -> Planned:
-        """The plan of a search result.
-
-        Args:
-            seconds: of stages after the search.
-        """
+        """The plan of a search result, with the seconds of stages after the search."""
         spent = {**self.seconds, "solve": result.seconds, **(seconds or {})}
         with existing_objects_frozen():
             plan = make_plan(self.space, result.choices, self.model, result.record(spent))
@@ -125,7 +145,6 @@ def build_problem(
             (`autopar.planner.names`): `{"h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`.
         time_limit: seconds for the solver. If they end before any plan fits, the fastest baseline
             that fits takes its place, and the record says so.
-        progress: called with a line per stage.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -150,7 +169,8 @@ def build_problem(
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
         space, mask = build_space(graph, cluster, workload, constraints, fixed)
     with stage("conversion costs"), collection_paused():
-        space.cost_edges()
+        for edge in space.edges:
+            space.edge_costs(edge)  # memoized
     return PlanningProblem(
         type(model).__name__, space, mask, constraints, cluster.budget_bytes, time_limit, seconds,
         say,
@@ -170,64 +190,8 @@ def build_space(
     return space, allowed(space, constraints)
 
 
-def decide(
-    space: SearchSpace,
-    mask: Allowed,
-    constraints: Constraints,
-    time_limit: float,
-    progress: Callable[[str], None] | None,
-    *,
-    budget_bytes: float | None = None,
-) -> SearchResult:
-    """The fastest plan within a budget; or a baseline, if the search ran out of time.
-
-    Args:
-        budget_bytes: the cluster's if None.
-
-    Raises:
-        InfeasibleError: nothing fits; a `ConflictError` if constraints are the reason.
-    """
-    budget = space.cluster.budget_bytes if budget_bytes is None else budget_bytes
-    start = time.monotonic()
-    try:
-        return search(
-            space, budget_bytes=budget, time_limit=time_limit, progress=progress, mask=mask
-        )
-    except InfeasibleError as error:
-        if time.monotonic() - start >= time_limit:
-            baseline = _fastest_baseline(space, mask, budget, time_limit, progress)
-            if baseline is not None:
-                return baseline
-        raise conflict(
-            space, constraints, error, budget_bytes=budget, time_limit=time_limit,
-            progress=progress,
-        ) from None  # fmt: skip
-
-
-def _fastest_baseline(
-    space: SearchSpace,
-    mask: Allowed,
-    budget_bytes: float,
-    time_limit: float,
-    progress: Callable[[str], None] | None,
-) -> SearchResult | None:
-    """The fastest baseline that fits, named in the method."""
-    baselines = baseline_plans(space, time_limit=time_limit, mask=mask)
-    fitting = [b for b in baselines if b.memory.total_bytes <= budget_bytes]
-    if not fitting:
-        return None
-    best = min(fitting, key=lambda b: b.time.step_us)
-    method = f"baseline {best.name}: {time_limit:g} s were too short to find a plan"
-    if progress is not None:
-        progress(method)
-    return SearchResult(best.choices, best.time.step_us, 0.0, method)
-
-
 def make_plan(
-    space: SearchSpace,
-    choices: Sequence[int],
-    model: str,
-    record: SolverRecord | None = None,
+    space: SearchSpace, choices: Sequence[int], model: str, record: SolverRecord | None = None
 ) -> ShardingPlan:
     """The plan of a full choice of candidates."""
     chosen = [(d, d.candidates[c]) for d, c in zip(space.decisions, choices, strict=True)]

@@ -42,12 +42,13 @@ class SavedValues:
                 self._saves.add((node, i))
                 self._first.setdefault(self._root[value], (node, i))
             for i in profile[node].tape.saved_results:
-                value = node if len(results(node)) == 1 else _getitem(node, i)
-                root = self._root.get(value, value) if value is not None else None
+                results_of = (u for u in node.users if producer(u) == (node, i))
+                saved = node if len(results(node)) == 1 else next(results_of, None)
+                root = self._root.get(saved, saved) if saved is not None else None
                 if root is None or root not in self._first:
                     self._output_first.add((node, i))
-                    if value is not None:
-                        self._first.setdefault(value, (node, -1 - i))
+                    if saved is not None:
+                        self._first.setdefault(saved, (node, -1 - i))
 
         self._first_of: dict[fx.Node, list[int]] = defaultdict(list)
         for first_at, i in self._first.values():
@@ -83,7 +84,3 @@ class SavedValues:
     def key(self, node: fx.Node) -> tuple[Any, ...]:
         """Differs between copies of a block that save different values."""
         return tuple(sorted(self._first_of.get(node, ())))
-
-
-def _getitem(node: fx.Node, index: int) -> fx.Node | None:
-    return next((u for u in node.users if producer(u) == (node, index)), None)

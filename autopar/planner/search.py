@@ -27,7 +27,7 @@ from autopar.planner.liveness import Item, Liveness
 from autopar.planner.liveness_rows import LivenessRows
 from autopar.planner.space import SearchSpace
 from autopar.planner.tied_repeats import block_positions, interleave, untie_ends
-from autopar.solver import PairCost, Problem, Solution, solve
+from autopar.solver import PairCost, Solution, solve
 from autopar.solver.problem import Branch, Choices
 from autopar.solver.reductions import RestrictedDomains, TiedProblem, TiedVariables
 from autopar.solver.restricted_mip import combine
@@ -63,11 +63,7 @@ class SearchResult:
     seconds: float = 0.0
 
     def record(self, seconds: Mapping[str, float]) -> SolverRecord:
-        """The entry of a plan.
-
-        Args:
-            seconds: by stage.
-        """
+        """The entry of a plan, with the seconds by stage."""
         gap = max(0.0, 1 - self.bound_us / self.step_us) if self.step_us else 0.0
         return SolverRecord(
             self.method, self.step_us, self.bound_us, gap, dict(seconds), dict(self.sharing)
@@ -107,12 +103,7 @@ def search(
 
 @dataclass
 class _Search:
-    """State of a search.
-
-    Attributes:
-        best: the plan so far.
-        steps: the best step of each problem.
-    """
+    """State of a search: the best plan so far, and the best step of each problem."""
 
     space: SearchSpace
     liveness: Liveness
@@ -280,7 +271,10 @@ class _Search:
         copies: dict[int, list[int]] = defaultdict(list)
         for v, c in enumerate(self.ties.classes):
             copies[c].append(v)
-        touching = _edges_by_node(problem)
+        touching: dict[int, list[PairCost]] = defaultdict(list)
+        for edge in problem.edges:
+            touching[edge.source].append(edge)
+            touching[edge.target].append(edge)
         current = list(choices)
 
         def local_us(v: int) -> float:
@@ -308,14 +302,6 @@ class _Search:
                 if after[0] > exposed + 1e-9 * max(1.0, exposed) or after[1] > excess:
                     current[v] = own
         return tuple(current)
-
-
-def _edges_by_node(problem: Problem) -> dict[int, list[PairCost]]:
-    touching: dict[int, list[PairCost]] = defaultdict(list)
-    for edge in problem.edges:
-        touching[edge.source].append(edge)
-        touching[edge.target].append(edge)
-    return touching
 
 
 def _for_middle_copies(
@@ -349,16 +335,16 @@ def _peak_breakdown(liveness: Liveness, choices: Choices) -> str:
     space, series = liveness.space, liveness.memory
 
     def module(item: Item) -> str:
-        decision = space.decisions[item.decisions[-1]]
-        if decision.kind == "output":
+        decision = item.decisions[-1]
+        if space.decisions[decision].kind == "output":
             return "the results for the caller"
-        parameter = space.graph.parameters.get(str(decision.node.target), "")
-        return pattern(parameter or space.graph.info(decision.node).module) or decision.node.name
+        return pattern(space.location(decision)) or space.decisions[decision].node.name
 
-    peak = int(np.argmax(series.values(choices)))
-    kinds = series.breakdown(choices, peak, lambda item: item.kind)
-    parts = sorted(kinds.items(), key=lambda entry: -entry[1])
-    most = sorted(series.breakdown(choices, peak, module).items(), key=lambda entry: -entry[1])[:3]
-    by_kind = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in parts if n)
-    by_module = ", ".join(f"{bytes_text(n)} in {name}" for name, n in most)
+    def largest(label: Callable[[Item], str]) -> list[tuple[str, float]]:
+        parts = series.breakdown(choices, int(np.argmax(series.values(choices))), label)
+        return sorted(parts.items(), key=lambda entry: -entry[1])
+
+    kinds, modules = largest(lambda item: item.kind), largest(module)[:3]
+    by_kind = ", ".join(f"{kind} {bytes_text(n)}" for kind, n in kinds if n)
+    by_module = ", ".join(f"{bytes_text(n)} in {name}" for name, n in modules)
     return f"of which {by_kind}; most of it {by_module}"

@@ -2,8 +2,7 @@
 
 Decisions are the parameters (where they are stored), the inputs (how they are split), every
 operator call (its strategy), every value with several users (the layout they share: one conversion,
-and one gradient reduction), and the outputs. A plan is one candidate per decision; the solver's
-problem and random plans are both made from the space.
+and one gradient reduction), and the outputs. A plan is one candidate per decision.
 """
 
 from __future__ import annotations
@@ -93,29 +92,37 @@ class SearchSpace:
         """The SPMD problem without rows (`liveness.Liveness` makes them), with copies in repeated
         blocks in one class. Communication that overlaps with compute is not in its times."""
         ties: dict[Hashable, int] = {}
+        keys = [d.repeats or ("decision", i) for i, d in enumerate(self.decisions)]
+        edge_costs = [self.edge_costs(e) for e in self.edges]
+        hidden = [e.weight and self.weights_overlap for e in self.edges]
+        edges = zip(self.edges, edge_costs, hidden, strict=True)
         return TiedProblem(
             Problem(
                 tuple(d.time_us for d in self.decisions),
-                tuple(PairCost(e.source, e.target, self._edge_us(e)) for e in self.edges),
-                (),
-                tuple(d.name for d in self.decisions),
+                tuple(
+                    PairCost(e.source, e.target, costs.hidden_us if hide else costs.time_us)
+                    for e, costs, hide in edges
+                ),
+                names=tuple(d.name for d in self.decisions),
             ),
-            tuple(
-                ties.setdefault(d.repeats if d.repeats is not None else ("decision", i), len(ties))
-                for i, d in enumerate(self.decisions)
-            ),
+            tuple(ties.setdefault(key, len(ties)) for key in keys),
             tuple(d.cost_class for d in self.decisions),
-            tuple(self.edge_costs(e).cost_class for e in self.edges),
+            tuple(costs.cost_class for costs in edge_costs),
         )
 
-    def _edge_us(self, edge: Edge) -> np.ndarray:
-        costs = self.edge_costs(edge)
-        return costs.hidden_us if edge.weight and self.weights_overlap else costs.time_us
-
-    def cost_edges(self) -> None:
-        """Compute all conversion costs now (they are memoized)."""
+    def weight_operands(self) -> list[list[int]]:
+        """Per decision the operands that are parameters, or views of one."""
+        weights: list[list[int]] = [[] for _ in self.decisions]
         for edge in self.edges:
-            self.edge_costs(edge)
+            if edge.weight:
+                weights[edge.target].append(edge.operand)
+        return weights
+
+    def location(self, decision: int) -> str:
+        """The qualified name of a parameter; of other decisions, the module of their node."""
+        node = self.decisions[decision].node
+        parameter = self.graph.parameters.get(str(node.target))
+        return parameter or (self.graph.info(node).module if node.op == "call_function" else "")
 
     def edge_costs(self, edge: Edge) -> EdgeCosts:
         """Costs of the conversions on an edge, for every pair of candidates."""
@@ -127,26 +134,6 @@ class SearchSpace:
         pair = choices[edge.source], choices[edge.target]
         memory = costs.memory_bytes
         return float(costs.time_us[pair]), 0.0 if memory is None else float(memory[pair])
-
-    def random_choices(self, rng: np.random.Generator) -> tuple[int, ...]:
-        """A uniformly drawn candidate per decision; shared layouts are drawn last, among those that
-        all conversions exist for."""
-        touching: dict[int, list[Edge]] = defaultdict(list)
-        for edge in self.edges:
-            touching[edge.source].append(edge)
-            touching[edge.target].append(edge)
-        choices = [int(rng.integers(len(d.candidates))) for d in self.decisions]
-        for i, decision in enumerate(self.decisions):
-            if decision.kind == "shared":
-                allowed = np.ones(len(decision.candidates), dtype=bool)
-                for edge in touching[i]:
-                    time_us = self.edge_costs(edge).time_us
-                    if edge.source == i:
-                        allowed &= np.isfinite(time_us[:, choices[edge.target]])
-                    else:
-                        allowed &= np.isfinite(time_us[choices[edge.source]])
-                choices[i] = int(rng.choice(np.flatnonzero(allowed)))
-        return tuple(choices)
 
     # -- construction ---------------------------------------------------------------------------
 
@@ -209,23 +196,21 @@ class SearchSpace:
         source = self._decision_of[node, result]
         fake = value.meta["val"]
         root = self._saved.root(value)
-        parameter = root.op == "placeholder" and root.target in self.graph.parameters
+        weight = self._is_parameter(root)
         is_op = self.decisions[target].kind == "op"
         converts_for_saver = is_op and self._saved.needs(self.decisions[target].node, operand)
-        shared = self.decisions[source].kind == "shared"
+        if self.decisions[source].kind == "shared":
+            result = 0
+        saved = self._saved.any(root) if weight else converts_for_saver
         self.edges.append(
             Edge(
-                source,
-                target,
-                0 if shared else result,
-                operand,
-                shape_of(fake),
-                fake.element_size(),
-                self.grads[value],
-                parameter,
-                saved=self._saved.any(root) if parameter else converts_for_saver,
+                source, target, result, operand, shape_of(fake), fake.element_size(),
+                self.grads[value], weight, saved,
             )
-        )
+        )  # fmt: skip
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and node.target in self.graph.parameters
 
     def _placeholder(self, node: fx.Node, input_names: Sequence[str]) -> Decision:
         name = str(node.target)
@@ -310,24 +295,20 @@ class SearchSpace:
         strategies = self._strategies(node)
         candidates = tuple(Candidate(s.name, s.outputs, s.inputs, s) for s in strategies)
         forward, backward = self._costs.compute_us(node, strategies)
-        communicate = self._costs.lowering_us(node, strategies)
-        saved = self._costs.saved_bytes(node, strategies)
-        working = self._costs.working_bytes(node, strategies)
         parts = {
             "compute_us": forward + backward,
             "forward_us": forward,
             "backward_us": backward,
-            "communication_us": communicate,
-            "activations_bytes": saved,
-            "working": working,
+            "communication_us": self._costs.lowering_us(node, strategies),
+            "activations_bytes": self._costs.saved_bytes(node, strategies),
+            "working": self._costs.working_bytes(node, strategies),
         }
         if len(results(node)) == 1 and self.grads[node]:
             parts["gradient"] = self._gradient_bytes(node, 0, number, candidates)
-        time = parts["compute_us"] + communicate
-        decision = Decision(
+        time, saved = parts["compute_us"] + parts["communication_us"], parts["activations_bytes"]
+        self._operators[number] = decision = Decision(
             "op", node, candidates, time, saved, number, number, parts, repeats=repeats
         )
-        self._operators[number] = decision
         return decision
 
     def _class_of(self, node: fx.Node) -> int:
@@ -351,11 +332,7 @@ class SearchSpace:
     def _gradient_bytes(
         self, node: fx.Node, result: int, number: int, candidates: Sequence[Candidate]
     ) -> np.ndarray:
-        """Per candidate the bytes of the gradient of a value.
-
-        Args:
-            number: class of the candidates.
-        """
+        """Per candidate, of the class `number`, the bytes of the gradient of a value."""
         fake = results(node)[result]
         shape, itemsize = shape_of(fake), fake.element_size()
         index = result if len(candidates[0].outputs) > 1 else 0
@@ -377,19 +354,17 @@ class SearchSpace:
         fake = results(node)[result]
         shape, itemsize = shape_of(fake), fake.element_size()
         root = self._saved.root(node) if len(results(node)) == 1 else node
-        parameter = root.op == "placeholder" and root.target in self.graph.parameters
+        weight = self._is_parameter(root)
         parts = {}
-        if grad and not parameter:
+        if grad and not weight:
             parts["gradient"] = self._gradient_bytes(node, result, number, candidates)
         zero = np.zeros(len(candidates))
         cost_class = self._class("cost", "shared", number, shape, itemsize, *parts)
         decision = Decision(
             "shared", node, candidates, zero, zero, number, cost_class, parts, result, repeats
         )
-        edge = Edge(
-            source, len(self.decisions), result, 0, shape, itemsize, grad, parameter,
-            saved=parameter and self._saved.any(root),
-        )  # fmt: skip
+        saved, index = weight and self._saved.any(root), len(self.decisions)
+        edge = Edge(source, index, result, 0, shape, itemsize, grad, weight, saved)
         self.edges.append(edge)
         self._add(decision, result)
 
@@ -420,18 +395,13 @@ class SearchSpace:
         """Add the mutated buffers and the results, each in the layout that the caller expects."""
         values = [v for v in self.graph.output.args[0] if isinstance(v, fx.Node)]  # type: ignore[union-attr]
         buffers = len(self.graph.mutations)
-        specs = []
-        for i, value in enumerate(values):
-            spec = ShardingSpec.replicated(value.meta["val"].ndim)
-            if i >= buffers and self.fixed.outputs is not None:
-                spec = self.fixed.outputs[i - buffers]
-            specs.append(spec)
-        zero = np.zeros(1)
-        candidate = Candidate("outputs", (), tuple(specs))
-        number = self._class("output")
-        index = self._add(
-            Decision("output", self.graph.output, (candidate,), zero, zero, number, number)
-        )
+        specs = [ShardingSpec.replicated(value.meta["val"].ndim) for value in values]
+        if self.fixed.outputs is not None:
+            specs[buffers:] = self.fixed.outputs
+        zero, number = np.zeros(1), self._class("output")
+        candidates = (Candidate("outputs", (), tuple(specs)),)
+        decision = Decision("output", self.graph.output, candidates, zero, zero, number, number)
+        index = self._add(decision)
         for i, value in enumerate(values):
             self._connect(value, index, i)
 

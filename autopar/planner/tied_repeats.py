@@ -63,12 +63,7 @@ def interleave(classes: Sequence[int], positions: Sequence[BlockPosition], parts
 def block_positions(space: SearchSpace, classes: Sequence[int]) -> list[BlockPosition]:
     """Per decision its list of blocks and its number there: the first number in its name that
     differs between the copies of its class."""
-    names = []
-    for decision in space.decisions:
-        parameter = space.graph.parameters.get(str(decision.node.target), "")
-        names.append(
-            parameter or (space.graph.info(decision.node).module if decision.node.meta else "")
-        )
+    names = [space.location(i) for i in range(len(space.decisions))]
     by_class: dict[int, list[int]] = defaultdict(list)
     for v, c in enumerate(classes):
         by_class[c].append(v)

@@ -204,12 +204,8 @@ def _program(node: fx.Node, eager: bool) -> Any:
     if not eager:
         return node.target
     if node.target is aten.clone.default and origin_of(node) == "dropout":
-        return _identity  # a rate of 0
+        return lambda x: x  # a rate of 0
     return _EAGER.get(node.target, node.target)
-
-
-def _identity(x: Any) -> Any:
-    return x
 
 
 def _dropout(x: Any, p: float, train: Any) -> Any:

@@ -52,7 +52,9 @@ def _batch_seconds(call: Call, device: torch.device, count: int, ahead: float = 
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         if ahead:
-            _keep_busy(device, ahead)
+            x, product_seconds = _product(device)
+            for _ in range(1 + math.ceil(ahead / product_seconds)):
+                torch.mm(x, x, out=x)
         start.record()
         for _ in range(count):
             call()
@@ -73,12 +75,6 @@ def _threads_per_core() -> float:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return ranks * torch.get_num_threads() / (cores or 1)
-
-
-def _keep_busy(device: torch.device, seconds: float) -> None:
-    x, product_seconds = _product(device)
-    for _ in range(1 + math.ceil(seconds / product_seconds)):
-        torch.mm(x, x, out=x)
 
 
 @functools.cache

@@ -59,29 +59,21 @@ def _grouped_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * groups * a[-2] * a[-1] * b[-1]
 
 
-def _grouped_product_backward(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    return 2 * _grouped_product(a, b)
-
-
-_ATTENTION = (
-    "flash_attention_for_cpu",
-    "flash_attention",
-    "efficient_attention",
-    "cudnn_attention",
-)
+_ATTENTION = [
+    f"aten::_scaled_dot_product_{kind}_attention{device}"
+    for kind, device in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
+]
 
 # Formulas that torch's table lacks: attention on the CPU and with shared keys, by the convention of
 # its other attention kernels (the causal half is not discounted), and the grouped products of
 # mixtures of experts. Other operators can register one with
 # `torch.utils.flop_counter.register_flop_formula`.
 _MISSING: dict[str, Callable[..., int]] = {
-    **{f"aten::_scaled_dot_product_{kernel}": _attention for kernel in _ATTENTION},
-    **{
-        f"aten::_scaled_dot_product_{kernel}_backward": _attention_backward for kernel in _ATTENTION
-    },
+    **dict.fromkeys(_ATTENTION, _attention),
+    **{f"{kernel}_backward": _attention_backward for kernel in _ATTENTION},
     "aten::_grouped_mm": _grouped_product,
     "transformers::grouped_mm_fallback": _grouped_product,
-    "transformers::grouped_mm_fallback_backward": _grouped_product_backward,
+    "transformers::grouped_mm_fallback_backward": lambda *args, **_: 2 * _grouped_product(*args),
 }
 
 

@@ -143,7 +143,7 @@ def _trailing(dims: Sequence[int] | None, ndim: int) -> bool:
     return dims is None or sorted(d % ndim for d in dims) == list(range(ndim - len(dims), ndim))
 
 
-def _integral(t: torch.Tensor) -> bool:
+def _is_integer(t: torch.Tensor) -> bool:
     return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
 
 
@@ -151,7 +151,7 @@ def indices_of(func: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Operands that index another one: integers, in an operator that is not pointwise."""
     if torch.Tag.pointwise in func.tags or func._schema.name.startswith("prims::"):
         return []
-    return [t for t in inputs[1:] if _integral(t)]
+    return [t for t in inputs[1:] if _is_integer(t)]
 
 
 def _lookups(args: Any, indices: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> int:

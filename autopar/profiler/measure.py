@@ -85,14 +85,10 @@ def effort_for(kind: str, quick: bool) -> Effort:
         return effort
     # a GPU is far from its peak at sizes that keep a CPU busy
     return replace(
-        effort,
-        bytes=(*effort.bytes, 1024 * MiB),
-        sides=(*effort.sides, 4096, 8192),
-        channels=(*effort.channels, 1024),
-        lengths=(*effort.lengths, 2048, 4096),
-        side=8192,
+        effort, bytes=(*effort.bytes, 1024 * MiB), sides=(*effort.sides, 4096, 8192),
+        channels=(*effort.channels, 1024), lengths=(*effort.lengths, 2048, 4096), side=8192,
         images=(64, 64, 112, 112),
-    )
+    )  # fmt: skip
 
 
 # -- the device ---------------------------------------------------------------------------------
@@ -105,7 +101,6 @@ def measure_device(
 
     Args:
         processes: number of processes on this host. They share its memory if the device is the CPU.
-        say: told the current stage.
     """
     say("launch overhead ...")
     in_step, single = _launch_seconds(device)
@@ -129,18 +124,15 @@ def measure_device(
         if key.startswith("matmul.")
     }
     largest = min(max(effort.bytes), 16 * MiB) if device.type == "cpu" else max(effort.bytes)
+    memory = host_memory() / processes
+    if device.type == "cuda":
+        memory = float(torch.cuda.get_device_properties(device).total_memory)
     copy = 1e-6 * float(traffic["read"].us(largest) + traffic["write"].us(largest))
     return Device(
-        name=device_name(device),
-        kind=device.type,
-        peak_flops=peaks,
-        memory_bytes=device_memory(device) / (processes if device.type == "cpu" else 1),
-        bandwidth=_short(2 * largest / copy),
-        launch_us=_short(1e6 * in_step),
-        flops_by_size=flops,
-        bytes_by_size=traffic,
-        extra_ns=extra,
-    )
+        name=device_name(device), kind=device.type, peak_flops=peaks, memory_bytes=memory,
+        bandwidth=_short(2 * largest / copy), launch_us=_short(1e6 * in_step),
+        flops_by_size=flops, bytes_by_size=traffic, extra_ns=extra,
+    )  # fmt: skip
 
 
 def _short(value: float) -> float:
@@ -318,13 +310,6 @@ def host_memory() -> float:
         except (OSError, ValueError):  # no such limit
             continue
     return min(limits)
-
-
-def device_memory(device: torch.device) -> float:
-    """Bytes of memory of the device."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return host_memory()
 
 
 def device_name(device: torch.device) -> str:

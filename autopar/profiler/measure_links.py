@@ -108,10 +108,8 @@ def measure_cluster(
     needs.
 
     Args:
-        mesh: sizes of the axes.
         kind: "cpu" or "cuda".
         quick: fewer sizes and repetitions.
-        say: told the current stage.
 
     Returns:
         The measurement on rank 0, None elsewhere.
@@ -179,16 +177,12 @@ def _measure_local(
     if kind == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=DEFAULT_TIMEOUT,
-    )
+        "nccl" if kind == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank,
+        world_size=size, timeout=DEFAULT_TIMEOUT,
+    )  # fmt: skip
+    say = partial(print, file=sys.stderr, flush=True)
     try:
-        measurement = _measure_rank(
-            mesh, kind, quick, lambda line: print(line, file=sys.stderr, flush=True)
-        )
+        measurement = _measure_rank(mesh, kind, quick, say)
         if measurement is not None:
             (Path(folder) / _RESULT).write_bytes(pickle.dumps(measurement))
     finally:
@@ -205,7 +199,7 @@ def _measure_rank(
     effort = effort_for(kind, quick)
     shape = ClusterInfo.of(mesh, Device("measured", kind, {"float32": 1.0}, 1.0, 1.0, 1.0))
     device_mesh = start(shape, device)
-    say = say if dist.get_rank() == 0 else _quiet
+    say = say if dist.get_rank() == 0 else (lambda line: None)
     # all ranks at once, because in training, too, they share memory bandwidth and perhaps cores
     _barrier(device)
     single = _single_device(device, effort, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), say)
@@ -223,10 +217,6 @@ def _measure_rank(
     usual = _usual_links(mesh, single.device)
     links = tuple(fit.link if fit else link for fit, link in zip(fits, usual, strict=True))
     return Measurement(replace(single, mesh=mesh, links=links), tuple(fits))
-
-
-def _quiet(line: str) -> None:
-    pass
 
 
 def _barrier(device: torch.device) -> None:
@@ -290,15 +280,10 @@ def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: 
     times = [max(t - 1e-6 * launch_us, 0.1 * t) for _, _, t in samples]
     link, _ = fit_link(rows, times)
     predicted = (np.asarray(rows) @ (link.alpha, link.beta) + 1e-6 * launch_us).tolist()
-    curves = {
-        kind: Curve.fit(
-            *zip(
-                *[(s[1], t) for s, t in zip(samples, times, strict=True) if s[0] == kind],
-                strict=True,
-            )
-        )
-        for kind in calls
-    }
+    points: dict[str, dict[float, float]] = {kind: {} for kind in calls}
+    for (kind, nbytes, _), seconds_less_launch in zip(samples, times, strict=True):
+        points[kind][nbytes] = seconds_less_launch
+    curves = {kind: Curve.fit([*p], [*p.values()]) for kind, p in points.items()}
     link = replace(link, curves=curves)
     return LinkFit(link, tuple((*s, p) for s, p in zip(samples, predicted, strict=True)))
 

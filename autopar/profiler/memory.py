@@ -24,12 +24,7 @@ import torch.fx as fx
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph, operands, producer
 from autopar.profiler.counting import count
-from autopar.profiler.profile import (
-    NodeProfile,
-    Value,
-    gradient_roots,
-    summed_strides,
-)
+from autopar.profiler.profile import NodeProfile, Value, gradient_roots, summed_strides
 from autopar.profiler.tape import (
     GRADIENT,
     OPERAND,
@@ -147,7 +142,9 @@ class _Step:
         self._start_backward()
         for node in reversed(self.nodes):
             self.backward(node)
-        self._end_backward()
+        self.live.now = ("output", "backward")
+        for node, k in gradient_roots(self.graph, self._carries):
+            self.live.drop((node, k, "seed"))
         return MemoryTimeline(tuple(self.live.changes), self.saved_by)
 
     def _last_uses(self) -> dict[fx.Node, list[Value]]:
@@ -199,7 +196,8 @@ class _Step:
         for storage in tape.saved:
             key = self._key(node, storage)
             self.live.hold(key)
-            if key not in self.saved and not self._is_parameter(key):
+            parameter = key[1] == "existing" and key[0].target in self.graph.parameters
+            if key not in self.saved and not parameter:
                 self.saved.add(key)
                 nbytes = self.saved_by.get(node.name, 0) + self._bytes(key)
                 self.saved_by[node.name] = nbytes
@@ -227,9 +225,6 @@ class _Step:
             return self.storage[producer(operand)]
         return node, storage.number
 
-    def _is_parameter(self, key: Any) -> bool:
-        return key[1] == "existing" and key[0].target in self.graph.parameters
-
     def _bytes(self, key: Any) -> Count:
         node, number = key
         if number == "existing":
@@ -247,11 +242,6 @@ class _Step:
             self.live.hold(key)  # the caller of the backward, to the end
             self.shares[key] = 2
             self._receive((node, k), _Gradient(key, key, like.stride()))
-
-    def _end_backward(self) -> None:
-        self.live.now = ("output", "backward")
-        for node, k in gradient_roots(self.graph, self._carries):
-            self.live.drop((node, k, "seed"))
 
     def _carries(self, value: Value) -> bool:
         node, k = value

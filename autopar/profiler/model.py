@@ -54,12 +54,10 @@ class ModelProfile:
 
     @property
     def saved_bytes(self) -> Count:
-        """Bytes saved for the backward, without parameters."""
         return self.timeline.saved_bytes
 
     @property
     def peak_bytes(self) -> Count:
-        """The most live bytes during the step, without what exists before it."""
         return self.timeline.peak_bytes
 
     def modules(self) -> list[ModuleRow]:
@@ -103,7 +101,7 @@ def profile_model(
             "were profiled as if they always were; trace with example inputs of other sizes"
         )
     if symbolic:
-        values = {s: _symbol(name) for s, name in symbols.items()}
+        values = {s: sympy.Symbol(name, integer=True, positive=True) for s, name in symbols.items()}
     else:
         values = {s: sympy.Integer(n) for s, n in _example(graph).items()}
     return _replaced(ModelProfile(graph, nodes, timeline, {}), values)
@@ -160,10 +158,6 @@ def largest(
         middle = (low + high) // 2
         low, high = (middle, high) if peak(middle) <= budget_bytes else (low, middle)
     return low
-
-
-def _symbol(name: str) -> sympy.Symbol:
-    return sympy.Symbol(name, integer=True, positive=True)
 
 
 def _values(profile: ModelProfile, sizes: Mapping[str, int]) -> dict[sympy.Symbol, sympy.Integer]:

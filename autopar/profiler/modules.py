@@ -50,7 +50,8 @@ class ModuleRow:
         return len(self.path.split(".")) if self.path else 0
 
 
-def _with_parents(path: str) -> Iterator[str]:
+def with_parents(path: str) -> Iterator[str]:
+    """The model (""), and all modules on the way to this one."""
     yield ""
     parts = path.split(".") if path else []
     for i in range(len(parts)):
@@ -63,7 +64,7 @@ def module_table(
     """A row per module, parents before children, in the order of execution."""
     calls: dict[str, list[fx.Node]] = {"": []}
     for node in profiles:
-        for path in _with_parents(graph.info(node).module):
+        for path in with_parents(graph.info(node).module):
             calls.setdefault(path, []).append(node)
     parameters: dict[str, dict[str, int]] = {}
     names = {name: name for name in graph.parameters.values()} | dict(graph.aliases)
@@ -71,7 +72,7 @@ def module_table(
         name: int(graph.placeholders[p].meta["val"].numel()) for p, name in graph.parameters.items()
     }
     for name, owner in names.items():
-        for path in _with_parents(name.rpartition(".")[0]):
+        for path in with_parents(name.rpartition(".")[0]):
             parameters.setdefault(path, {})[owner] = size.get(owner, 0)
     return [
         ModuleRow(

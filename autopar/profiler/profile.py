@@ -22,7 +22,7 @@ from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph, operands, producer
 from autopar.profiler.call import Call, in_place_variant, origin_of
 from autopar.profiler.counting import Work
-from autopar.profiler.tape import OPERAND, Count, Strides, Tape
+from autopar.profiler.tape import OPERAND, Count, Strides, Tape, maximum
 
 # a result of an operator call or a placeholder: the node, and which of its results
 Value = tuple[fx.Node, int]
@@ -49,7 +49,8 @@ class NodeProfile:
     @cached_property
     def forward_transient_bytes(self) -> Count:
         """Peak of the forward's own bytes, above what remains of them."""
-        return self.tape.transient_bytes(self.tape.forward)
+        levels = self.tape.levels(self.tape.forward)
+        return maximum(levels) - levels[-1]
 
     @property
     def differentiable(self) -> bool:
@@ -180,11 +181,9 @@ def summed_strides(like: torch.Tensor, old: Strides, new: Strides) -> Strides:
 
 def _fake_mode(graph: ModelGraph) -> FakeTensorMode:
     """The mode in which the graph was captured; it has the graph's symbols."""
-    for node in graph.nodes:
-        for t in tensors_of(node.meta.get("val")):
-            if isinstance(t, FakeTensor):
-                return t.fake_mode
-    return FakeTensorMode()
+    tensors = (t for node in graph.nodes for t in tensors_of(node.meta.get("val")))
+    fakes = (t.fake_mode for t in tensors if isinstance(t, FakeTensor))
+    return next(fakes, None) or FakeTensorMode()
 
 
 def _signature(node: fx.Node, requires_grad: Sequence[bool], eager: bool, on_view: bool) -> str:

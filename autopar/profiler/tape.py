@@ -101,15 +101,11 @@ class Tape:
         numbers = {s.number for s in self.saved if s.owner == OWN and s not in self.results}
         return sum(self.sizes[i] for i in sorted(numbers))
 
-    def transient_bytes(self, events: tuple[Event, ...]) -> Count:
-        """The peak of own live bytes in `forward` or `backward`, above their level at its end."""
-        steps = [0, *(self._delta(e) for e in events)]
-        levels = list(accumulate(steps))
-        return maximum(levels) - levels[-1]
-
-    def _delta(self, event: Event) -> Count:
-        sign = {"make": 1, "free": -1}.get(event.what, 0)
-        return sign * self.sizes[event.number] if sign else 0
+    def levels(self, events: tuple[Event, ...]) -> list[Count]:
+        """Own live bytes before and after every allocation of `forward` or `backward`."""
+        signs = {"make": 1, "free": -1}
+        steps = (signs[e.what] * self.sizes[e.number] for e in events if e.what in signs)
+        return list(accumulate(steps, initial=0))
 
     def in_place(self) -> Tape:
         """The same call written over its first operand, if eager PyTorch could do that.

@@ -59,12 +59,10 @@ class Kernel:
             return np.zeros(np.broadcast(share, traffic).shape)
         flops = device.flops_curve(self.library, self.dtype)
         arithmetic = count * flops.us(np.multiply(self.work.flops / count, share))
+        directions = {"read": self.work.read_bytes, "write": self.work.written_bytes}
         moved = sum(
             count * device.bytes_curve(direction).us(np.multiply(nbytes / count, traffic))
-            for direction, nbytes in (
-                ("read", self.work.read_bytes),
-                ("write", self.work.written_bytes),
-            )
+            for direction, nbytes in directions.items()
         )
         expensive = sum(1e-3 * device.extra_ns.get(kind, 0.0) * n for kind, n in self.extra.items())
         work = np.maximum(arithmetic, moved) + np.multiply(expensive, share)
@@ -86,10 +84,8 @@ def node_us(
         share: the device's share of the arithmetic.
         traffic: its share of the bytes.
     """
-    total = np.zeros(np.broadcast(share, traffic).shape)
-    for kernel in kernels:
-        total = total + kernel.us(device, share, traffic)
-    return total
+    none = np.zeros(np.broadcast(share, traffic).shape)
+    return sum((kernel.us(device, share, traffic) for kernel in kernels), none)
 
 
 def kernels_of(

@@ -80,13 +80,9 @@ def modules_table(plan: ShardingPlan, *, fold: bool) -> Table:
     rows = [_module_row(m, total_us) for m in plan.modules if m not in small]
     if small:
         rest = ModuleSummary(
-            f"({len(small)} small ones)",
-            "",
-            sum(m.count for m in small),
-            0,
-            sum(m.time_us for m in small),
-            sum(m.memory_bytes for m in small),
-        )
+            f"({len(small)} small ones)", "", sum(m.count for m in small), 0,
+            sum(m.time_us for m in small), sum(m.memory_bytes for m in small),
+        )  # fmt: skip
         rows.append(_module_row(rest, total_us))
     return Table(
         "Modules",
@@ -112,36 +108,24 @@ def _module_row(m: ModuleSummary, total_us: float) -> tuple[str, ...]:
 
 def time_table(time: TimeEstimate) -> Table:
     """The predicted step time by kind."""
-    rows = [
-        (kind, time_text(getattr(time, key)), _percent(getattr(time, key), time.step_us))
-        for kind, key in TIME_KINDS.items()
-    ]
+    parts = {kind: getattr(time, key) for kind, key in TIME_KINDS.items()}
+    rows = [(kind, time_text(us), _percent(us, time.step_us)) for kind, us in parts.items()]
     rows.insert(-1, ("step", time_text(time.step_us), "100.0%"))
-    return Table(
-        "Step time",
-        ("", "time>", "of the step>"),
-        tuple(rows),
-        "Predicted. Overlapped communication runs beside compute and adds nothing to the step.",
-        total=len(rows) - 2,
-    )
+    note = "Predicted. Overlapped communication runs beside compute and adds nothing to the step."
+    return Table("Step time", ("", "time>", "of the step>"), tuple(rows), note, len(rows) - 2)
 
 
 def memory_table(memory: MemoryEstimate, budget_bytes: float) -> Table:
     """The predicted memory by kind."""
-    total = memory.total_bytes
-    rows = [
-        (kind, bytes_text(getattr(memory, key)), _percent(getattr(memory, key), budget_bytes))
-        for kind, key in MEMORY_KINDS.items()
-    ]
-    rows.append(("total", bytes_text(total), _percent(total, budget_bytes)))
-    return Table(
-        "Memory per device",
-        ("", "memory>", "of the budget>"),
-        tuple(rows),
+    parts = {kind: getattr(memory, key) for kind, key in MEMORY_KINDS.items()}
+    parts["total"] = memory.total_bytes
+    rows = tuple((kind, bytes_text(n), _percent(n, budget_bytes)) for kind, n in parts.items())
+    note = (
         "Predicted, at the peak of the device that holds most; the budget is "
-        f"{bytes_text(budget_bytes)}.",
-        total=len(rows) - 1,
+        f"{bytes_text(budget_bytes)}."
     )
+    columns = ("", "memory>", "of the budget>")
+    return Table("Memory per device", columns, rows, note, total=len(rows) - 1)
 
 
 def step_table(plan: ShardingPlan) -> Table | None:
@@ -156,17 +140,10 @@ def step_table(plan: ShardingPlan) -> Table | None:
             return text(amount) if amount else ""
 
         parameters = total("parameters_bytes", bytes_text)
-        on_host = (
-            total("offloaded_bytes", bytes_text),
-            f"{parameters} of parameters" if parameters else "",
-        )
-        return (
-            name,
-            total("kept_bytes", bytes_text),
-            " + ".join(filter(None, on_host)),
-            total("recompute_us", time_text),
-            total("regather_us", time_text),
-        )
+        parameters = parameters and f"{parameters} of parameters"
+        on_host = " + ".join(filter(None, (total("offloaded_bytes", bytes_text), parameters)))
+        kept, recomputed = total("kept_bytes", bytes_text), total("recompute_us", time_text)
+        return name, kept, on_host, recomputed, total("regather_us", time_text)
 
     rows = [row(m.module or "(model)", [m]) for m in step.modules]
     rows.append(row("total", step.modules))

@@ -44,12 +44,9 @@ def render_tables(
     """Tables as text, below each other."""
     buffer = io.StringIO()
     console = Console(
-        file=buffer,
-        width=width,
-        force_terminal=color,
-        color_system="auto" if color else None,
+        file=buffer, width=width, force_terminal=color, color_system="auto" if color else None,
         highlight=False,
-    )
+    )  # fmt: skip
     if head is not None:
         console.print(head)
     for table in shown:
@@ -62,13 +59,9 @@ def render_tables(
 
 def _rich_table(table: Table) -> RichTable:
     rich_table = RichTable(
-        title=table.title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        header_style="dim",
-    )
+        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        pad_edge=False, header_style="dim",
+    )  # fmt: skip
     for column in table.columns:
         number = column.endswith(">")
         rich_table.add_column(

@@ -62,21 +62,19 @@ class Contraction:
         eliminated = {s.node for s in self._steps}
         self._core_nodes = [v for v in range(len(unary)) if v not in eliminated]
         index = {v: i for i, v in enumerate(self._core_nodes)}
-        self._core: Core = minimize_core(
-            [self._unary[v] for v in self._core_nodes],
-            [
-                (index[a], index[b], table)
-                for a in self._core_nodes
-                for b, table in self._tables[a].items()
-                if a < b
-            ],
-            {
-                (index[a], index[b]): moved
-                for (a, b), moved in (messages or {}).items()
-                if a in index and b in index
-            },
-            0 if "messages" in disable else SWEEPS,
-        )
+        core_pairs = [
+            (index[a], index[b], table)
+            for a in self._core_nodes
+            for b, table in self._tables[a].items()
+            if a < b
+        ]
+        known = {
+            (index[a], index[b]): moved
+            for (a, b), moved in (messages or {}).items()
+            if a in index and b in index
+        }
+        core_unary, sweeps = [self._unary[v] for v in index], 0 if "messages" in disable else SWEEPS
+        self._core: Core = minimize_core(core_unary, core_pairs, known, sweeps)
         self.bound = constant + self._core.bound
         self.cost = constant + self._core.cost
         self.choices = self._read_back()
@@ -86,11 +84,6 @@ class Contraction:
         """Of the core, by pair of nodes."""
         nodes = self._core_nodes
         return {(nodes[i], nodes[j]): moved for (i, j), moved in self._core.messages.items()}
-
-    @property
-    def core_size(self) -> int:
-        """The number of nodes that could not be eliminated."""
-        return len(self._core_nodes)
 
     @property
     def exact(self) -> bool:

@@ -52,10 +52,7 @@ class CutPool:
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        separate: Separate | None,
-        disable: frozenset[str] = frozenset(),
+        self, problem: Problem, separate: Separate | None, disable: frozenset[str] = frozenset()
     ) -> None:
         self.problem, self.disable = problem, disable
         self.rows: list[Row] = list(problem.rows)
@@ -109,7 +106,10 @@ class CutPool:
         rows, program = self.rows, LinearProgram()
         scale = [self._scale(r, planes) for r in range(len(rows))]
         p = [program.variable(upper=1.0 if row.slack else MAX_PRICE) for row in rows]
-        value = program.variable(-1.0, lower=-math.inf, upper=self._ceiling(planes))
+        ceiling = self.time_us
+        if not math.isfinite(ceiling):
+            ceiling = 10.0 * max(abs(plane.choices_us) for plane in planes) + 1.0
+        value = program.variable(-1.0, lower=-math.inf, upper=ceiling)
         for plane in planes:
             terms = [(p[r], -u * scale[r]) for r, u in enumerate(plane.usage)]
             program.row([(value, 1.0), *terms], upper=plane.choices_us)
@@ -148,9 +148,3 @@ class CutPool:
             return 1.0
         excess = max(abs(plane.usage[r]) for plane in planes)
         return max(max(abs(plane.choices_us) for plane in planes), 1e-9) / max(excess, 1e-9)
-
-    def _ceiling(self, planes: Sequence[CuttingPlane]) -> float:
-        """Of the bound: the best known time, or else a multiple of the slowest visited one."""
-        if math.isfinite(self.time_us):
-            return self.time_us
-        return 10.0 * max(abs(plane.choices_us) for plane in planes) + 1.0

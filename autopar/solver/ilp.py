@@ -42,43 +42,56 @@ def solve_ilp(
     Raises:
         NothingFaster: nothing within the rows is faster than the cutoff.
     """
-    return _Program(problem).solve(time_limit=time_limit, gap=gap, cutoff=cutoff, backend=backend)
+    ilp = _Program(problem)
+    solution = ilp.program.minimize(time_limit=time_limit, gap=gap, cutoff=cutoff, backend=backend)
+    if solution.status == "infeasible":
+        raise NothingFaster("the SPMD problem is infeasible within its rows")
+    values = solution.values
+    choices = tuple(max(x, key=lambda i: values[x[i]]) for x in ilp.x)
+    if any(values[x[c]] < 0.5 for x, c in zip(ilp.x, choices, strict=True)):
+        return None, -math.inf
+    if solution.status != "optimal":
+        return choices, -math.inf
+    objective = sum(c * float(value) for c, value in zip(ilp.program.costs, values, strict=True))
+    return choices, objective - gap * abs(objective)
 
 
 class _Program:
+    """The program, and its variables: per node by choice, per edge by pair, per slack by name."""
+
     def __init__(self, problem: Problem) -> None:
-        self._problem, self._program = problem, LinearProgram()
-        self._x = [self.one_choice(v) for v in range(len(problem.time_us))]
-        self._y = [self.marginals(e) for e in range(len(problem.edges))]
+        self.problem, self.program = problem, LinearProgram()
+        self.x = [self.one_choice(v) for v in range(len(problem.time_us))]
+        self.y = [self.marginals(e) for e in range(len(problem.edges))]
         slacks = dict.fromkeys(row.slack for row in problem.rows if row.slack)
-        self._slack = {name: self._program.variable(1.0) for name in slacks}
+        self.slack = {name: self.program.variable(1.0) for name in slacks}
         for row in problem.rows:
             self.within(row)
 
     def one_choice(self, v: int) -> dict[int, int]:
-        time = self._problem.time_us[v]
+        time = self.problem.time_us[v]
         x = {
-            int(i): self._program.variable(float(time[i]), upper=1.0, integer=True)
+            int(i): self.program.variable(float(time[i]), upper=1.0, integer=True)
             for i in np.flatnonzero(np.isfinite(time))
         }
-        self._program.row([(variable, 1.0) for variable in x.values()], lower=1.0, upper=1.0)
+        self.program.row([(variable, 1.0) for variable in x.values()], lower=1.0, upper=1.0)
         return x
 
     def marginals(self, e: int) -> dict[tuple[int, int], int]:
-        edge = self._problem.edges[e]
-        rows, columns = self._x[edge.source], self._x[edge.target]
+        edge = self.problem.edges[e]
+        rows, columns = self.x[edge.source], self.x[edge.target]
         y = {
-            (i, j): self._program.variable(float(edge.time_us[i, j]), upper=1.0)
+            (i, j): self.program.variable(float(edge.time_us[i, j]), upper=1.0)
             for i in rows
             for j in columns
             if np.isfinite(edge.time_us[i, j])
         }
         for i, variable in rows.items():
             terms = [(y[i, j], 1.0) for j in columns if (i, j) in y]
-            self._program.row([*terms, (variable, -1.0)], lower=0.0, upper=0.0)
+            self.program.row([*terms, (variable, -1.0)], lower=0.0, upper=0.0)
         for j, variable in columns.items():
             terms = [(y[i, j], 1.0) for i in rows if (i, j) in y]
-            self._program.row([*terms, (variable, -1.0)], lower=0.0, upper=0.0)
+            self.program.row([*terms, (variable, -1.0)], lower=0.0, upper=0.0)
         return y
 
     def within(self, row: Row) -> None:
@@ -86,32 +99,13 @@ class _Program:
         largest = max((float(np.abs(t).max()) for t in row.nodes.values()), default=1.0)
         unit = 1.0 if row.slack else max(1.0, abs(row.limit), largest)
         terms = [
-            (x, float(row.nodes[v][i]) / unit) for v in row.nodes for i, x in self._x[v].items()
+            (x, float(row.nodes[v][i]) / unit) for v in row.nodes for i, x in self.x[v].items()
         ]
         terms += [
             (y, float(row.edges[e][pair]) / unit)
             for e in row.edges
-            for pair, y in self._y[e].items()
+            for pair, y in self.y[e].items()
         ]
         if row.slack:
-            terms.append((self._slack[row.slack], -1.0))
-        self._program.row(terms, upper=row.limit / unit)
-
-    def solve(
-        self, *, time_limit: float, gap: float, cutoff: float, backend: str | None
-    ) -> tuple[Choices | None, float]:
-        solution = self._program.minimize(
-            time_limit=time_limit, gap=gap, cutoff=cutoff, backend=backend
-        )
-        if solution.status == "infeasible":
-            raise NothingFaster("the SPMD problem is infeasible within its rows")
-        values = solution.values
-        choices = tuple(max(x, key=lambda i: values[x[i]]) for x in self._x)
-        if any(values[x[c]] < 0.5 for x, c in zip(self._x, choices, strict=True)):
-            return None, -math.inf
-        if solution.status != "optimal":
-            return choices, -math.inf
-        objective = sum(
-            c * float(value) for c, value in zip(self._program.costs, values, strict=True)
-        )
-        return choices, objective - gap * abs(objective)
+            terms.append((self.slack[row.slack], -1.0))
+        self.program.row(terms, upper=row.limit / unit)

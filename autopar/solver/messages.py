@@ -71,8 +71,8 @@ def minimize_core(
     best_cost, best = np.inf, None
     bound = -np.inf
     for sweep in range(min(1, sweeps), sweeps + 1):
-        if sweep:
-            _sweep(nodes, tables if sweep % 2 else tables[::-1])
+        for table in tables[:: 1 if sweep % 2 else -1] if sweep else ():
+            table.handshake(nodes)
         if sweep not in (1, 2, 4, 8) and sweep % 16:
             continue
         before, bound = bound, _bound(nodes, tables)
@@ -111,12 +111,7 @@ def _without_infinity(costs: np.ndarray, forbidden: float) -> np.ndarray:
 
 class _Table:
     """The cost of a pair of nodes, and the part of it that was moved to either. They are stored
-    separately, so that the table is never written.
-
-    Args:
-        a, b: the nodes.
-        cost: [choices of a, choices of b].
-    """
+    separately, so that the table [choices of a, choices of b] is never written."""
 
     def __init__(self, a: int, b: int, cost: np.ndarray) -> None:
         self.a, self.b, self.cost = a, b, cost
@@ -150,11 +145,6 @@ class _Table:
     def _over_b(self, costs: np.ndarray) -> np.ndarray:
         np.add(self.cost, costs[None, :], out=self._work)
         return self._work.min(axis=1)
-
-
-def _sweep(nodes: list[np.ndarray], tables: Sequence[_Table]) -> None:
-    for table in tables:
-        table.handshake(nodes)
 
 
 def _bound(nodes: Sequence[np.ndarray], tables: Sequence[_Table]) -> float:

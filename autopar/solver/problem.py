@@ -125,18 +125,6 @@ class Problem:
             float(e.time_us[choices[e.source], choices[e.target]]) for e in self.edges
         )
 
-    def evaluate(self, choices: Sequence[int]) -> tuple[float, float]:
-        """Time in microseconds with slacks, and the largest excess over a hard row."""
-        slacks: dict[str, float] = {}
-        excess = -math.inf
-        for row in self.rows:
-            usage = self.usage(row, choices)
-            if row.slack:
-                slacks[row.slack] = max(slacks.get(row.slack, 0.0), usage)
-            else:
-                excess = max(excess, usage)
-        return self.choices_us(choices) + sum(slacks.values()), excess
-
 
 @dataclass(frozen=True)
 class Branch:

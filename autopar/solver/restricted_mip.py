@@ -52,12 +52,7 @@ def solve_restricted(
 
 
 def visit_optimum(
-    pool: CutPool,
-    restricted: RestrictedDomains,
-    *,
-    gap: float,
-    seconds: float,
-    better_by: float,
+    pool: CutPool, restricted: RestrictedDomains, *, gap: float, seconds: float, better_by: float
 ) -> float:
     """Visit the optimum of an integer program. Returns a lower bound on its assignments, or on
     those better than the best known by a share, under the rows that were known."""

@@ -82,16 +82,10 @@ def solve(
     """
     assert disable <= {*LAYERS}, f"{disable} are not all among {LAYERS}"
     search = _Search(
-        CutPool(problem, separate, disable),
-        separate,
-        time.monotonic() + time_limit,
-        gap,
-        enough_us,
-        subproblems,
-        0 if "restricted MIP" in disable else mip_rounds,
-        fallback or (lambda: ()),
-        progress or (lambda line: None),
-    )
+        CutPool(problem, separate, disable), separate, time.monotonic() + time_limit, gap,
+        enough_us, subproblems, 0 if "restricted MIP" in disable else mip_rounds,
+        fallback or (lambda: ()), progress or (lambda line: None),
+    )  # fmt: skip
     return search.run(starts, prices or {}, tree)
 
 

@@ -10,6 +10,7 @@ from autopar.planner.planner import Planned, make_plan
 from tests.clusters import eager_to_shard
 from tests.dist.training import errors_of_plans
 from tests.models import CASES
+from tests.planning import random_choices
 
 pytestmark = pytest.mark.dist
 
@@ -38,7 +39,7 @@ def test_random_plans_equal_single_device(pool, name, mesh):
     space = planned(name, mesh).space
     plans = [
         (
-            make_plan(space, space.random_choices(np.random.default_rng(seed)), name).to_json(),
+            make_plan(space, random_choices(space, np.random.default_rng(seed)), name).to_json(),
             ["sgd", "adamw"][seed % 2],
         )
         for seed in SEEDS

@@ -10,6 +10,7 @@ from torch import nn
 
 import autopar.planner.planner
 from autopar import ClusterInfo, ShardingPlan, autoplan
+from autopar.cluster.data import plain
 from autopar.cluster.device import DEVICES
 from autopar.errors import InfeasibleError, MeshError
 from autopar.plan import Baseline, MeshResult, ParetoPoint
@@ -17,11 +18,11 @@ from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.report.text import render
 from tests.clusters import eager_to_shard
-from tests.unit.test_constraints import BATCH, Net
+from tests.planning import BATCH, Net
 
 GOOD = {
     "mesh": [2, 2],
-    "device": DEVICES["l4"].to_dict(),
+    "device": plain(DEVICES["l4"]),
     "links": [{"alpha": 1e-5, "beta": 1e-10}, {"alpha": 1e-5, "beta": 1e-10}],
     "host_link": {"alpha": 1e-5, "beta": 1e-10},
     "memory_bytes": 1e9,

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from autopar.cluster.cluster import ClusterInfo
@@ -12,27 +11,7 @@ from autopar.compile import autoplan
 from autopar.ir.spec import ShardingSpec
 from autopar.planner.baselines import BaselinePlan, baseline_plans
 from autopar.planner.planner import Planned
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-class Classifier(nn.Module):
-    def __init__(self, width: int, blocks: int = 2) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.head = nn.Linear(width, 1000)
-
-    def forward(self, x, y):
-        return F.cross_entropy(self.head(self.blocks(x)), y)
+from tests.planning import Classifier, by_name
 
 
 class Renormed(nn.Module):
@@ -53,10 +32,6 @@ def planned(mesh: str, *, width: int, batch: int, memory: str | None = None) -> 
     inputs = {"x": torch.zeros(batch, width), "y": torch.zeros(batch, dtype=torch.long)}
     cluster = ClusterInfo.of(mesh, "A100-40G")
     return autoplan(model, (), inputs, cluster=cluster, memory=memory)
-
-
-def by_name(plans: list[BaselinePlan], prefix: str) -> BaselinePlan:
-    return next(p for p in plans if p.name.startswith(prefix))
 
 
 def stored(result: Planned, baseline: BaselinePlan) -> dict[str, ShardingSpec]:

@@ -139,7 +139,7 @@ def test_explain_and_diff(tmp_path, tiny):
     shown = run("explain", str(first), "1.weight", "--alternatives", "2").stdout
     loaded = ShardingPlan.load(first)
     head, planned = shown.splitlines()[:2]
-    assert re.fullmatch(r"parameter (1|\*)\.weight(, in 2 copies alike)?", head)
+    assert re.fullmatch(r"parameter (1|\*)\.weight(, the same in 2 copies)?", head)
     assert planned == f"planned: {loaded.choices['p_1_weight']}"
     assert "the plan" in shown and ">= " in shown
     other = next(s for s in ("RR", "S0R") if s != loaded.parameters["1.weight"])

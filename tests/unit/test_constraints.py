@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from autopar import autoplan
@@ -14,35 +13,7 @@ from autopar.planner.names import Names, matcher
 from autopar.planner.planner import Planned
 from autopar.runtime.engine import auto_engine
 from tests.clusters import eager_to_shard
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
-
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(x)))
-
-
-class Net(nn.Module):
-    """Four blocks, a buffer, and a table that is used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(Block(16) for _ in range(4)))
-        self.table = nn.Embedding(32, 16)
-        self.head = nn.Linear(16, 32, bias=False)
-        self.head.weight = self.table.weight
-        self.register_buffer("scale", torch.ones(16))
-
-    def forward(self, ids, y):
-        logits = self.head(self.blocks(self.table(ids) * self.scale))
-        return F.cross_entropy(logits, y), logits
-
-
-BATCH = {"ids": torch.zeros(8, dtype=torch.long), "y": torch.zeros(8, dtype=torch.long)}
+from tests.planning import BATCH, Net
 
 
 def plan(constraints=None, memory=None, fixed=None, mesh="2x2") -> Planned:

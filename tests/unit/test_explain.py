@@ -17,7 +17,7 @@ from autopar.planner.explain import explain
 from autopar.planner.planner import Planned, choices_of
 from autopar.report.comparison import difference_tables, explanation_table
 from tests.clusters import eager_to_shard
-from tests.unit.test_constraints import BATCH, Net
+from tests.planning import BATCH, Net, random_choices
 
 
 def one_linear(memory: float | None = None, constraints=None) -> Planned:
@@ -106,7 +106,7 @@ def test_copies_are_forced_together(net):
     same = sum(c == chosen[1] for c in chosen)
     assert ("the same in" in result.what) == (same > 1)
     assert "aten.linear.default in blocks.*.up" in result.what
-    assert "test_constraints.py" in result.what
+    assert "tests/planning.py" in result.what
 
 
 def test_forced_plans_say_what_else_changes(net):
@@ -210,7 +210,7 @@ def test_random_plans_differ_where_their_choices_do(net):
     from autopar.planner.planner import make_plan
 
     rng = np.random.default_rng(0)
-    a, b = (make_plan(net.space, net.space.random_choices(rng), "Net") for _ in range(2))
+    a, b = (make_plan(net.space, random_choices(net.space, rng), "Net") for _ in range(2))
     result = diff(a, b)
     stored = {s.name for s in net.space.decisions if s.kind == "parameter"}
     wrong = {k for k in a.choices if a.choices[k] != b.choices[k]} - stored

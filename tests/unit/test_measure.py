@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from autopar.cli.app import app
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
+from autopar.cluster.data import plain
 from autopar.cluster.device import Device, device
 from autopar.cluster.link import Link
 from autopar.errors import EngineError, MeshError
@@ -136,7 +137,7 @@ def test_files_without_the_new_fields():
 )
 def test_bad_figures_are_refused(key, value, message):
     with pytest.raises(ValueError, match=message):
-        Device.from_dict(CPU.to_dict() | {key: value})
+        Device.from_dict(plain(CPU) | {key: value})
 
 
 # -- the time model -----------------------------------------------------------------------------

@@ -53,17 +53,16 @@ def test_the_best_mesh_equals_exhaustive_enumeration(per_node, memory):
             steps[shape] = math.inf
         else:
             steps[shape] = plan.time.step_us
-    plan = result.planned.plan
+    plan = result.plan
     assert plan.time.step_us == min(steps.values())
     assert steps[plan.mesh] == plan.time.step_us
-    assert {t.mesh for t in result.tried} == set(steps)
-    for t in result.tried:
+    assert {t.mesh for t in result.plan.meshes} == set(steps)
+    for t in result.plan.meshes:
         assert t.bound_us <= steps[t.mesh] * (1 + 1e-9)
         if math.isinf(t.step_us):  # passed over, rightly
             assert t.bound_us >= plan.time.step_us
         else:
             assert t.step_us == steps[t.mesh]
-    assert plan.meshes == result.tried
     assert plan.model == "Sequential"
     assert ShardingPlan.from_json(plan.to_json()) == plan
 
@@ -74,14 +73,14 @@ def test_bounds_pass_meshes_over():
     layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96), nn.Linear(96, 64))
     batch = (torch.zeros(4096, 64, device="meta"),)
     result = search_meshes(layers, batch, devices=16, progress=lines.append)
-    assert sum("mesh" in line and "..." in line for line in lines) == len(result.tried) == 7
-    passed = [t for t in result.tried if t.note]
+    assert sum("mesh" in line and "..." in line for line in lines) == len(result.plan.meshes) == 7
+    passed = [t for t in result.plan.meshes if t.note]
     assert passed
     for t in passed:
         assert t.note == "its bound is above the best"
-        assert t.bound_us >= result.planned.plan.time.step_us
+        assert t.bound_us >= result.plan.time.step_us
         step = autoplan(layers, batch, cluster=ClusterInfo.of(t.mesh)).plan.time.step_us
-        assert step >= result.planned.plan.time.step_us
+        assert step >= result.plan.time.step_us
 
 
 def test_nodes_decide_the_links():
@@ -106,9 +105,9 @@ def test_constraints_that_name_an_axis_need_a_mesh_with_it():
     result = search_meshes(
         model(), BATCH, devices=4, device="H100", constraints={"0.weight": "S1R"}
     )
-    assert result.planned.plan.mesh == (2, 2)
-    assert result.planned.plan.parameters["0.weight"] == "S1R"
-    assert [t.note for t in result.tried if t.mesh == (4,)] == ["lacks an axis"]
+    assert result.plan.mesh == (2, 2)
+    assert result.plan.parameters["0.weight"] == "S1R"
+    assert [t.note for t in result.plan.meshes if t.mesh == (4,)] == ["lacks an axis"]
     with pytest.raises(ConstraintError, match="nothing is called 'x'"):
         search_meshes(model(), BATCH, devices=2, constraints={"x": "R"})
 

@@ -16,7 +16,7 @@ from autopar.planner.search import search
 from autopar.report.html import render_html
 from autopar.report.text import render
 from tests.clusters import eager_to_shard
-from tests.unit.test_constraints import BATCH, Net
+from tests.planning import BATCH, Net
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from autopar.testing.simulated_ranks import SimulatedMesh
 from tests.clusters import eager_to_shard
 from tests.lowering import lowered as lowered_program
 from tests.models import CASES, OPTIMIZERS, reference
+from tests.planning import random_choices
 
 MESH = (2, 2, 2)
 STEPS = 3
@@ -115,7 +116,7 @@ def test_random_plans_equal_single_device(name, part):
     space = planned(name).space
     wrong = {}
     for seed in range(part, RANDOM_PLANS, PARTS):
-        plan = make_plan(space, space.random_choices(np.random.default_rng(seed)), name)
+        plan = make_plan(space, random_choices(space, np.random.default_rng(seed)), name)
         error = largest_error(name, plan, ["sgd", "adamw"][seed % 2])
         if not error < TOLERANCE:
             wrong[seed] = error

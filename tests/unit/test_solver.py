@@ -1,6 +1,8 @@
 """The solver against brute force: optimal, within the rows, and honest about its bound."""
 
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -17,6 +19,19 @@ from autopar.solver.problem import Branch
 from autopar.solver.reductions import RestrictedDomains, TiedVariables
 from autopar.solver.restricted_mip import combine, solve_restricted
 from autopar.solver.subproblem import Subproblem
+
+
+def evaluate(problem: Problem, choices: Sequence[int]) -> tuple[float, float]:
+    """Time in microseconds with slacks, and the largest excess over a hard row."""
+    slacks: dict[str, float] = {}
+    excess = -math.inf
+    for row in problem.rows:
+        usage = problem.usage(row, choices)
+        if row.slack:
+            slacks[row.slack] = max(slacks.get(row.slack, 0.0), usage)
+        else:
+            excess = max(excess, usage)
+    return problem.choices_us(choices) + sum(slacks.values()), excess
 
 
 def budget_row(memory, edge_memory, budget):
@@ -52,7 +67,7 @@ def random_problem(seed: int, *, nodes: int = 5, budget: float = np.inf, soft: i
 
 def every(problem: Problem) -> list[tuple[float, float]]:
     """Time and excess of all assignments."""
-    return [problem.evaluate(c) for c in product(*(range(len(t)) for t in problem.time_us))]
+    return [evaluate(problem, c) for c in product(*(range(len(t)) for t in problem.time_us))]
 
 
 def brute_force(problem: Problem) -> float:
@@ -82,7 +97,7 @@ def test_equals_brute_force_within_rows(seed, soft, tightness):
     leanest, fastest = budgets(seed, soft)
     problem = random_problem(seed, budget=leanest + tightness * (fastest - leanest), soft=soft)
     solution = solve(problem, gap=1e-6)
-    time_us, excess = problem.evaluate(solution.choices)
+    time_us, excess = evaluate(problem, solution.choices)
     assert excess <= 0
     assert solution.time_us == pytest.approx(time_us)
     assert solution.time_us == pytest.approx(brute_force(problem))
@@ -150,7 +165,7 @@ def test_out_of_time_the_best_assignment_has_its_gap(seed):
             solve(problem)
         return
     solution = solve(problem, gap=1e-6, time_limit=0.0)
-    time_us, excess = problem.evaluate(solution.choices)
+    time_us, excess = evaluate(problem, solution.choices)
     assert excess <= 0
     assert solution.time_us == pytest.approx(time_us)
     assert solution.bound_us <= best + 1e-6
@@ -192,7 +207,7 @@ def test_what_was_met_is_combine(seed):
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, soft=2)
     every_one = product(*(range(len(t)) for t in problem.time_us))
-    fitting = [c for c in every_one if problem.evaluate(c)[1] <= 0]
+    fitting = [c for c in every_one if evaluate(problem, c)[1] <= 0]
     assert fitting
 
     def mix(starts, **how):
@@ -201,18 +216,18 @@ def test_what_was_met_is_combine(seed):
             problem, starts, separate=lambda choices: (), prices={}, expired=lambda: False,
             say=lambda line: None, **how,
         )  # fmt: skip
-        return problem.evaluate(choices)[0]
+        return evaluate(problem, choices)[0]
 
-    fitting.sort(key=lambda c: problem.evaluate(c)[0])
+    fitting.sort(key=lambda c: evaluate(problem, c)[0])
     assert mix(fitting) == pytest.approx(brute_force(problem))
-    slowest = problem.evaluate(fitting[-1])[0]
+    slowest = evaluate(problem, fitting[-1])[0]
     assert mix(fitting[-1:]) == pytest.approx(slowest)
     some = fitting[-3:]
     combinations = product(*(sorted(set(column)) for column in zip(*some, strict=True)))
     best = min(t for t, excess in map(problem.evaluate, combinations) if excess <= 0)
     fast = min(problem.choices_us(c) for c in some)
-    assert best - 1e-6 <= mix(some) <= problem.evaluate(some[0])[0]
-    if fast == problem.evaluate(some[0])[0]:
+    assert best - 1e-6 <= mix(some) <= evaluate(problem, some[0])[0]
+    if fast == evaluate(problem, some[0])[0]:
         assert mix(some, gap=0.5) >= best
 
 
@@ -247,8 +262,8 @@ def test_the_fallback_gives_a_start(seed, monkeypatch):
     leanest, fastest = budgets(seed, 2)
     problem = random_problem(seed, budget=(leanest + fastest) / 2, soft=2)
     every_one = product(*(range(len(t)) for t in problem.time_us))
-    fitting = [c for c in every_one if problem.evaluate(c)[1] <= 0]
-    slowest = max(fitting, key=lambda c: problem.evaluate(c)[0])
+    fitting = [c for c in every_one if evaluate(problem, c)[1] <= 0]
+    slowest = max(fitting, key=lambda c: evaluate(problem, c)[0])
     calls = []
 
     def out_of_time(*arguments, **options):
@@ -297,7 +312,7 @@ def test_contraction_equals_brute_force(seed, nodes):
         for i, marginal in enumerate(marginals):
             best = min(time for c, time in times.items() if c[v] == i)
             assert marginal <= best + 1e-9
-            if not result.core_size:
+            if not result.messages:
                 assert marginal == pytest.approx(best)
 
 
@@ -329,7 +344,7 @@ def test_restricted_domains_cost_the_same(seed):
         problem, [np.sort(rng.permutation(n)[: 1 + n // 2]) for n in sizes]
     )
     for c in product(*(range(len(t)) for t in restricted.problem.time_us)):
-        assert restricted.problem.evaluate(c) == problem.evaluate(restricted.expand(c))
+        assert restricted.evaluate(problem, c) == evaluate(problem, restricted.expand(c))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -343,7 +358,8 @@ def test_fixing_keeps_better_assignments(seed):
         pool.visit(tuple(int(rng.integers(len(t))) for t in problem.time_us))
     pool.visit(
         min(
-            product(*(range(len(t)) for t in problem.time_us)), key=lambda c: problem.evaluate(c)[1]
+            product(*(range(len(t)) for t in problem.time_us)),
+            key=lambda c: evaluate(problem, c)[1],
         )
     )
     assert pool.choices is not None
@@ -353,7 +369,7 @@ def test_fixing_keeps_better_assignments(seed):
     better = [
         c
         for c in product(*(range(len(t)) for t in problem.time_us))
-        if problem.evaluate(c)[1] <= 0 and problem.evaluate(c)[0] < pool.time_us - 1e-6
+        if evaluate(problem, c)[1] <= 0 and evaluate(problem, c)[0] < pool.time_us - 1e-6
     ]
     assert all(fixed.contains(c) for c in better)
     assert root.bound <= brute_force(problem) + 1e-6
@@ -383,7 +399,7 @@ def test_tied_variables_equal_the_restricted_problem(seed):
     agreeing = [c for c in product(*map(range, sizes)) if c[0] == c[1] == c[3]]
     for c in agreeing:
         assert tied.expand(tied.contract(c)) == c
-        assert tied.problem.evaluate(tied.contract(c)) == pytest.approx(problem.evaluate(c))
+        assert tied.evaluate(problem, tied.contract(c)) == pytest.approx(evaluate(problem, c))
     within = [t for t, excess in map(problem.evaluate, agreeing) if excess <= 0]
     if within:
         assert solve(tied.problem).time_us == pytest.approx(min(within))
@@ -399,7 +415,7 @@ def test_backends_agree(seed, backend):
             solve_ilp(problem, time_limit=30, backend=backend)
         return
     choices, bound = solve_ilp(problem, time_limit=30, backend=backend)
-    assert problem.evaluate(choices)[0] == pytest.approx(expected)
+    assert evaluate(problem, choices)[0] == pytest.approx(expected)
     assert bound <= expected * (1 + 1e-6)
 
 

@@ -23,6 +23,7 @@ from autopar.planner.space import SearchSpace
 from autopar.runtime.distribute import shard_of
 from autopar.testing.simulated_ranks import SimulatedMesh
 from tests.clusters import eager_to_shard
+from tests.planning import random_choices
 from tests.zoo import check
 from tests.zoo.examine import Outcome, first_line
 from tests.zoo.family import Batch, Family
@@ -113,7 +114,7 @@ def plans_of(captured: Captured, mesh: str, *, random: int, time_limit: float = 
     any_order = len(space.mesh) < 3
     every = SearchSpace(captured.graph, space.cluster, space.workload, any_order=any_order)
     for seed in range(random):
-        choices = every.random_choices(np.random.default_rng(seed))
+        choices = random_choices(every, np.random.default_rng(seed))
         plans.append(make_plan(every, choices, name))
     ops = [decision for decision in space.decisions if decision.kind == "op"]
     # the first strategy of every operator is full replication
