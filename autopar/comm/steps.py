@@ -16,6 +16,25 @@ from autopar.comm.groups import find_group
 from autopar.ir.spec import chunk
 
 _OPS = torch.ops.autopar
+_Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map, given with its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, forward: _Map, transpose: _Map) -> torch.Tensor:
+        ctx.transpose = transpose
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.transpose(grad), None, None
+
+
+def linear(x: torch.Tensor, forward: _Map, transpose: _Map) -> torch.Tensor:
+    """A linear map of x whose gradient is the transpose of the result's."""
+    return _Linear.apply(x, forward, transpose)
 
 
 def _narrow(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
@@ -23,132 +42,70 @@ def _narrow(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
     return x.narrow(dim, *chunk(x.shape[dim], g.size, g.index)).contiguous()
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
-        ctx.args = dim, group
-        return _OPS.all_gather(x, dim, size, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _narrow(grad, *ctx.args), None, None, None
-
-
-class _AllGatherVary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
-        ctx.args = dim, group
-        return _OPS.all_gather(x, dim, size, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _OPS.reduce_scatter(grad, *ctx.args), None, None, None
-
-
-class _Slice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
-        ctx.args = dim, x.shape[dim], group
-        return _narrow(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _OPS.all_gather(grad, *ctx.args), None, None
-
-
-class _Vary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _OPS.all_reduce(grad, "sum", ctx.group), None
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
-        return _OPS.all_reduce(x, "sum", group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return grad, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
-        ctx.args = dim, x.shape[dim], group
-        return _OPS.reduce_scatter(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _OPS.all_gather(grad, *ctx.args), None, None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, dim: int, size: int, to_dim: int, group: str
-    ) -> torch.Tensor:
-        ctx.args = to_dim, x.shape[to_dim], dim, group
-        return _OPS.all_to_all(x, dim, size, to_dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _OPS.all_to_all(grad, *ctx.args), None, None, None, None
-
-
-class _Inject(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
-        return x.clone() if find_group(group).index == 0 else torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return grad, None
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def all_gather(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
     """S(dim) -> R; `size` is the extent of the dim on this rank when gathered."""
-    return _AllGather.apply(x, dim, size, group)
+    return linear(
+        x, lambda v: _OPS.all_gather(v, dim, size, group), lambda g: _narrow(g, dim, group)
+    )
 
 
 def all_gather_vary(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
     """S(dim) -> V: all-gather whose backward is reduce-scatter."""
-    return _AllGatherVary.apply(x, dim, size, group)
+    return linear(
+        x,
+        lambda v: _OPS.all_gather(v, dim, size, group),
+        lambda g: _OPS.reduce_scatter(g, dim, group),
+    )
 
 
 def slice_(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
     """R -> S(dim)."""
-    return _Slice.apply(x, dim, group)
+    size = x.shape[dim]
+    return linear(
+        x, lambda v: _narrow(v, dim, group), lambda g: _OPS.all_gather(g, dim, size, group)
+    )
 
 
 def vary(x: torch.Tensor, group: str) -> torch.Tensor:
     """R -> V: identity whose backward is all-reduce (Megatron's f)."""
-    return _Vary.apply(x, group) if x.requires_grad else x
+    if not x.requires_grad:
+        return x
+    return linear(x, lambda v: v.view_as(v), lambda g: _OPS.all_reduce(g, "sum", group))
 
 
 def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     """P -> R: all-reduce whose backward is the identity (Megatron's g)."""
-    return _AllReduce.apply(x, group)
+    return linear(x, lambda v: _OPS.all_reduce(v, "sum", group), _same)
 
 
 def reduce_scatter(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
     """P -> S(dim)."""
-    return _ReduceScatter.apply(x, dim, group)
+    size = x.shape[dim]
+    return linear(
+        x,
+        lambda v: _OPS.reduce_scatter(v, dim, group),
+        lambda g: _OPS.all_gather(g, dim, size, group),
+    )
 
 
 def all_to_all(x: torch.Tensor, dim: int, size: int, to_dim: int, group: str) -> torch.Tensor:
     """S(dim) -> S(to_dim); `size` is the extent of `dim` when gathered."""
-    return _AllToAll.apply(x, dim, size, to_dim, group)
+    to_size = x.shape[to_dim]
+    return linear(
+        x,
+        lambda v: _OPS.all_to_all(v, dim, size, to_dim, group),
+        lambda g: _OPS.all_to_all(g, to_dim, to_size, dim, group),
+    )
 
 
 def inject(x: torch.Tensor, group: str) -> torch.Tensor:
     """R -> P: the first rank keeps the value, the others hold zero."""
-    return _Inject.apply(x, group)
+    first = find_group(group).index == 0
+    return linear(x, torch.clone if first else torch.zeros_like, _same)
 
 
 # The steps, by the kind that a layout conversion gives them.

@@ -11,24 +11,11 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from autopar.cluster.cluster import ClusterInfo
+from autopar.comm.steps import linear
 from autopar.errors import MeshError
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.spec import ShardingSpec, local_shape
 from autopar.runtime.distribute import shard_of
-
-
-class _ScaleGrad(torch.autograd.Function):
-    """Identity whose gradient is scaled: a mean over this rank's samples is a share of the mean
-    over all, as in DDP."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return grad * ctx.scale, None
 
 
 @dataclass(frozen=True)
@@ -122,11 +109,13 @@ class BatchLayout:
         ]
 
     def give(self, results: Sequence[Any]) -> list[Any]:
-        """Results to the caller; gradients of this rank's samples weigh as in the global mean."""
+        """Results to the caller. Gradients of this rank's samples are scaled: as in DDP, a mean over
+        them is a share of the mean over all."""
         if not self.local:
             return list(results)
+        share = 1 / self.cluster.world_size
         return [
-            _ScaleGrad.apply(x, 1 / self.cluster.world_size)
+            linear(x, lambda v: v.view_as(v), lambda g: g * share)
             if isinstance(x, torch.Tensor) and x.ndim and x.requires_grad
             else x
             for x in results
