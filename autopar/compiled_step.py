@@ -172,6 +172,5 @@ class StepOptions:
                 position[n] for n in plan.reshard_after_forward if n in position
             ),
             offloadable={k: name for k, name in large.items() if name in arguments.offloadable},
-            awaited_results=len(graph.mutations),
             dump=self.dump_passes,
         )

@@ -75,7 +75,7 @@ def plan(
     dump_passes: Path | None = typer.Option(
         None,
         metavar="DIR",
-        help="Write the first rank's graphs here, before and after each compiler pass.",
+        help="Write the first rank's graphs here, as on CPUs, before and after each pass.",
     ),
     as_json: bool = typer.Option(
         False, "--json", help="Print the plan as JSON instead of the report."
@@ -112,6 +112,8 @@ def plan(
             target = target_of(mesh, devices, per_node, device, cluster, memory)
             if trace is not None and not isinstance(target, ClusterInfo):
                 raise ValueError("--trace shows the step on one mesh: give it with --mesh")
+            if dump_passes is not None:
+                dump_passes.mkdir(parents=True, exist_ok=True)
             layouts = {} if constraints is None else load_constraints(constraints)
             say("load model ...")
             example = load_example(model)

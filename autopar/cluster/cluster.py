@@ -109,7 +109,8 @@ class ClusterInfo:
         names = self.axis_names
         if names and not len(names) == len(set(names)) == len(self.mesh):
             raise MeshError(
-                f"mesh {self.mesh} needs a different name for each of its {len(self.mesh)} axes, "
+                f"mesh {'x'.join(map(str, self.mesh))} needs a different name for each of its "
+                f"{len(self.mesh)} axes, "
                 f"got {', '.join(names)}"
             )
         links = {f"links[{i}]": link for i, link in enumerate(self.links)}

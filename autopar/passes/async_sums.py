@@ -6,7 +6,6 @@ Both passes work on the joint graph, before it is split.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,31 +21,19 @@ _OPS = torch.ops.autopar
 _FEW = 16
 
 
-def async_results(gm: fx.GraphModule, *, results: Collection[int]) -> fx.GraphModule:
-    """Start sums that are only returned; the caller waits for them.
-
-    Args:
-        results: positions of the outputs that the caller can wait for.
-    """
+def returned_sums(gm: fx.GraphModule) -> fx.GraphModule:
+    """Sum what is only returned (the loss) once over all ranks, not along axis after axis."""
     output = gm.graph.output_node()
-    outputs: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-    for k in results:
-        node = outputs[k]
-        if not _is_small_sum(node) or not node.meta["val"].is_floating_point():
-            continue
-        if set(node.users) == {output} and outputs.count(node) == 1:
+    for node in output.all_input_nodes:
+        if _is_small_sum(node) and set(node.users) == {output}:
             operand, group = _over_all(node)
             with gm.graph.inserting_before(node):
-                started = add_call(
+                start = add_call(
                     gm.graph, _OPS.start_all_reduce.default, (operand, node.args[1], group)
                 )
-            _replace(node, started)
+                done = add_call(gm.graph, _OPS.finish_all_reduce.default, (start,))
+            _replace(node, done)
     return gm
-
-
-def is_async(node: Any) -> bool:
-    """Whether a result is a sum that may still run when the program returns."""
-    return getattr(node, "target", None) is _OPS.start_all_reduce.default
 
 
 def early_sums(gm: fx.GraphModule) -> fx.GraphModule:

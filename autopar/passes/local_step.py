@@ -62,7 +62,6 @@ def local_step(
         device_type=arguments[0].device.type if arguments else "cpu",
         cluster=ClusterInfo.from_dict(plan.cluster),
         offloadable=large_parameters(graph),
-        awaited_results=len(graph.mutations),
         scheduled=True,
     )
     return LocalStep(trace_step(local.gm, arguments, options).program, arguments, copied)

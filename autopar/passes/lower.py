@@ -14,7 +14,6 @@ import torch
 import torch.fx as fx
 
 from autopar.ir.joint_graph import JointGraph, Result
-from autopar.passes.async_sums import is_async
 from autopar.passes.joint import trace_joint
 from autopar.passes.partition import forward_nodes, split_as_eager
 from autopar.passes.pipeline import LowerOptions, run_stage
@@ -37,8 +36,6 @@ class LoweredStep:
         backward: takes that and the gradients of differentiable results, returns the gradients of
             the arguments. None if no result is differentiable.
         results: of the forward, without what the backward needs.
-        async_results: positions of the results whose sum over ranks may still run when the forward
-            returns.
         autocasts: autocast was on, so the casts are in the graphs.
         compile: Inductor is to run the graphs.
     """
@@ -46,7 +43,6 @@ class LoweredStep:
     forward: fx.GraphModule
     backward: fx.GraphModule | None
     results: tuple[Result, ...]
-    async_results: tuple[int, ...]
     autocasts: bool
     compile: bool
 
@@ -113,7 +109,6 @@ def lower(traced: TracedStep, schedule: Schedule | None = None) -> LoweredStep:
             eager autograd does if None.
     """
     joint, options = traced.joint, traced.options
-    async_results = tuple(k for k in range(len(joint.results)) if is_async(joint.outputs[k]))
     forward, backward = joint.gm, None
     if joint.differentiable and schedule is not None:
         assert traced.reading is not None, "a schedule is of a step that was read"
@@ -126,6 +121,4 @@ def lower(traced: TracedStep, schedule: Schedule | None = None) -> LoweredStep:
     forward = run_stage("split", forward, options, label="forward")
     if backward is not None:
         backward = run_stage("split", backward, options, label="backward")
-    return LoweredStep(
-        forward, backward, joint.results, async_results, joint.autocasts, options.compile
-    )
+    return LoweredStep(forward, backward, joint.results, joint.autocasts, options.compile)

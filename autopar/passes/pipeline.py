@@ -21,7 +21,7 @@ from autopar.ir.joint_graph import JointGraph
 from autopar.kernels.batch_norm import use_library
 from autopar.kernels.linear import add_bias_within
 from autopar.kernels.substitute import substitute_kernels
-from autopar.passes.async_sums import async_results, early_sums
+from autopar.passes.async_sums import early_sums, returned_sums
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.drop_views import drop_views
 from autopar.passes.functional_collectives import functional_collectives
@@ -46,8 +46,6 @@ class LowerOptions:
             for the backward. A schedule decides that itself.
         offloadable: names of the parameters that a schedule may have on the host for a part of the
             step, by their positions among the arguments.
-        awaited_results: how many results, the first ones, must be complete when the program
-            returns. Sums of the others may still run; the caller waits. None: all.
         disable: names of passes to leave out (debugging).
         dump: folder for the graph before and after each pass.
     """
@@ -58,7 +56,6 @@ class LowerOptions:
     compile: bool = False
     reshard_after_forward: frozenset[int] = frozenset()
     offloadable: Mapping[int, str] = field(default_factory=dict)
-    awaited_results: int | None = None
     disable: frozenset[str] = frozenset()
     dump: Path | None = None
 
@@ -94,12 +91,6 @@ def _device(o: LowerOptions, _: JointGraph | None) -> dict[str, Any]:
     return {"device_type": o.device_type}
 
 
-def _unawaited(o: LowerOptions, joint: JointGraph | None) -> dict[str, Any]:
-    assert joint is not None
-    count = len(joint.results)
-    return {"results": range(count if o.awaited_results is None else o.awaited_results, count)}
-
-
 def _of_forward(_: LowerOptions, joint: JointGraph | None) -> dict[str, Any]:
     assert joint is not None
     return {"apart": forward_nodes(joint)}
@@ -111,9 +102,8 @@ PIPELINE = (
           "cuDNN's BatchNorm keeps a workspace whose size only cuDNN knows", when=_on_gpu),
     Entry("joint", drop_views,
           "views that change nothing hide which operators read a value"),
-    Entry("joint", async_results,
-          "a loss is read after the backward: its sum over ranks need not block the forward",
-          when=lambda o: not o.compile, arguments=_unawaited),
+    Entry("joint", returned_sums,
+          "every sum is a point where all ranks wait: a loss needs one, not one per axis"),
     Entry("joint", early_sums,
           "sums of inputs (the count of targets) can start with the step and hide"),
     Entry("joint", substitute_kernels,

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 from autopar.cluster.curve import Curve
 from autopar.cluster.device import Device
-from autopar.cluster.link import Link
 from autopar.profiler.clock import seconds_of
 
 Progress = Callable[[str], None]
@@ -281,24 +280,6 @@ def _attention(n: int, dtype: str, device: torch.device) -> _Job:
 
 
 # -- the host -----------------------------------------------------------------------------------
-
-
-def measure_host_link(device: torch.device, effort: Effort) -> Link | None:
-    """The link of copies between pinned host memory and the device, from both directions together.
-    None for a CPU, whose memory is the host's."""
-    if device.type != "cuda":
-        return None
-    from autopar.profiler.measure_links import fit_link
-
-    rows, seconds = [], []
-    for nbytes in effort.messages:
-        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        for target, source in ((on_device, host), (host, on_device)):
-            copy = partial(target.copy_, source, non_blocking=True)
-            rows.append((1.0, float(nbytes)))
-            seconds.append(seconds_of(copy, device, effort.seconds))
-    return fit_link(rows, seconds)[0]
 
 
 def host_memory() -> float:

@@ -34,13 +34,13 @@ from autopar.cluster.link import PASSES, Link
 from autopar.comm.groups import Group, find_group
 from autopar.comm.world import DEFAULT_TIMEOUT, process_groups, start, stop
 from autopar.errors import EngineError, MeshError
+from autopar.profiler.clock import seconds_of
 from autopar.profiler.measure import (
     Effort,
     Progress,
     effort_for,
     host_memory,
     measure_device,
-    measure_host_link,
 )
 from autopar.units import mesh_text
 
@@ -241,6 +241,22 @@ def _single_device(
     link = measure_host_link(device, effort)
     memory = None if link is None else host_memory() / processes
     return ClusterInfo((1,), model, _usual_links((1,), model), None, link, memory)
+
+
+def measure_host_link(device: torch.device, effort: Effort) -> Link | None:
+    """The link of copies between pinned host memory and the device, from both directions together.
+    None for a CPU, whose memory is the host's."""
+    if device.type != "cuda":
+        return None
+    rows, seconds = [], []
+    for nbytes in effort.messages:
+        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        for target, source in ((on_device, host), (host, on_device)):
+            copy = partial(target.copy_, source, non_blocking=True)
+            rows.append((1.0, float(nbytes)))
+            seconds.append(seconds_of(copy, device, effort.seconds))
+    return fit_link(rows, seconds)[0]
 
 
 def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: float) -> LinkFit:

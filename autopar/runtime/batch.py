@@ -109,8 +109,8 @@ class BatchLayout:
         ]
 
     def give(self, results: Sequence[Any]) -> list[Any]:
-        """Results to the caller. Gradients of this rank's samples are scaled: as in DDP, a mean over
-        them is a share of the mean over all."""
+        """Results to the caller. Gradients of this rank's samples are scaled: as in DDP, a mean
+        over them is a share of the mean over all."""
         if not self.local:
             return list(results)
         share = 1 / self.cluster.world_size

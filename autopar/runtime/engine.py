@@ -208,7 +208,7 @@ class Engine(torch.nn.Module):
         hide(self, "_model", model)
         hide(self, "_optimizer", optimizer)
         self._options = options
-        self._steps: dict[Any, list[BoundStep]] = {}
+        self._programs: dict[Any, list[BoundStep]] = {}
         self._offloaded_state = None if optimizer is None else StateOnHost(optimizer)
         self._seeds_used = self._draws = 0
         cluster = options.step.cluster
@@ -258,7 +258,7 @@ class Engine(torch.nn.Module):
         return steps[-1].compiled.memory if steps else None
 
     def _compiled_steps(self) -> list[BoundStep]:
-        steps = (step for same_shape in self._steps.values() for step in same_shape)
+        steps = (step for same_shape in self._programs.values() for step in same_shape)
         return sorted(steps, key=lambda step: step.number)
 
     def plan_for(self, *args: Any, **kwargs: Any) -> None:
@@ -323,9 +323,9 @@ class Engine(torch.nn.Module):
 
     def _step(self, args: Any, kwargs: Any) -> BoundStep:
         """The step for inputs of these shapes, and of values that its guards allow."""
-        if any(s.offloads_parameters for steps in self._steps.values() for s in steps):
+        if any(s.offloads_parameters for steps in self._programs.values() for s in steps):
             self._reload_parameters()
-        steps = self._steps.setdefault(self._key(args, kwargs), [])
+        steps = self._programs.setdefault(self._key(args, kwargs), [])
         failed = None
         for step in steps:
             failed = self._failed_guard(step, args, kwargs)

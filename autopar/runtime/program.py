@@ -16,12 +16,10 @@ import torch
 import torch.fx as fx
 from torch.distributed.tensor import DTensor
 
-from autopar.comm.functional import wait
 from autopar.comm.world import explained_failures
 from autopar.errors import EngineError
 from autopar.passes.inductor import compile_graph
 from autopar.passes.lower import LoweredStep
-from autopar.runtime.async_result import AsyncResult
 from autopar.runtime.distribute import gradients
 
 # A graph is called by a list of tensors, which it empties so that they are freed at their last use.
@@ -46,7 +44,7 @@ class Program:
         if self.backward is None:
             with torch.no_grad():
                 outputs = self.run(self.forward, [_local(x) for x in flat])
-            return tuple(map(self._result, range(len(outputs)), outputs))
+            return tuple(map(_own, outputs))
         results: tuple[Any, ...] = _Run.apply(self, *flat)
         return results
 
@@ -56,15 +54,6 @@ class Program:
                 return graph(arguments)
             with torch._C._DisableAutocast():
                 return graph(arguments)
-
-    def _result(self, position: int, x: Any) -> Any:
-        """As the caller gets it."""
-        if position in self.step.async_results:
-            # a GPU waits for its communication stream, not the host
-            return AsyncResult(x) if x.device.type == "cpu" else wait(x)
-        if isinstance(x, torch.Tensor) and x._is_view():  # of a value inside the program
-            return torch.ops.aten._unsafe_view.default(x, x.shape)
-        return x
 
     def tangents(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """The gradients of the results as the backward graph reads them."""
@@ -104,6 +93,13 @@ def _laid_out(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return copy.zero_() if grad is None else copy.copy_(grad)
 
 
+def _own(x: Any) -> Any:
+    """A result that is a view of a value inside the program, as no view for the caller."""
+    if isinstance(x, torch.Tensor) and x._is_view():
+        return torch.ops.aten._unsafe_view.default(x, x.shape)
+    return x
+
+
 class _Run(torch.autograd.Function):
     boxed_grads_call = True  # gradients in a list, so that they are freed at their last use as well
 
@@ -117,8 +113,7 @@ class _Run(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.program = program
         ctx.parameters = [x if isinstance(x, DTensor) else None for x in flat]
-        ctx.running = [outputs[k] for k in program.step.async_results]
-        results = tuple(map(program._result, range(count), outputs[:count]))
+        results = tuple(map(_own, outputs[:count]))
         constant = (
             x
             for x, result in zip(results, program.step.results, strict=True)
@@ -142,8 +137,6 @@ class _Run(torch.autograd.Function):
             local = program.run(program.backward, arguments)
             parameter_grads = gradients(ctx.parameters, local, taken=callers)
             del local
-            for result in ctx.running:  # done by now; torch forgets the collective
-                wait(result)
         if torch.is_grad_enabled():  # create_graph=True
             anchor = torch.empty(0, requires_grad=True)
             parameter_grads = list(_Once.apply(anchor, *parameter_grads))
