@@ -80,7 +80,7 @@ def costs_of(case: Case, converter: LayoutConverter, pairs: Sequence[Pair]) -> C
         "axis by axis": axis_by_axis,
     }
     return Costs(
-        [converter.cost_us(case.shape, ITEMSIZE, a, b) for a, b in pairs],
+        [float(converter.costs_us(case.shape, ITEMSIZE, (a,), (b,))[0, 0]) for a, b in pairs],
         {
             name: [price(way(converter, case.shape, a, b)) for a, b in pairs]
             for name, way in ways.items()

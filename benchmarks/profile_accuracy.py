@@ -8,7 +8,7 @@ Per model, on one training step (forward, backward, gradients made) with real te
   `autopar.profiler.counting`.
 * saved: bytes of the distinct storages that `torch.autograd.graph.saved_tensors_hooks` sees,
   without parameters.
-* peak: live bytes of storages that the step makes (`autopar.testing.live_memory.LiveMemory`).
+* peak: live bytes of storages that the step makes (`tests.live_memory.LiveMemory`).
   Under such a mode autograd sums gradients out of place, and so does the prediction that is
   compared with it. The peak of the CPU's allocator without a mode (torch.profiler; sums in place)
   is shown too. It includes the kernels' scratch space, which no profile of operators knows.
@@ -33,12 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from autopar import ColoTracer
 from autopar.errors import CaptureError
 from autopar.planner.planner import trainable_inputs
-from autopar.profiler.counting import missing_flops
+from autopar.profiler.counting import MISSING_FLOPS
 from autopar.profiler.model import profile_model
-from autopar.testing.live_memory import LiveMemory
 from autopar.tracer.settings import apply_settings
 from benchmarks import common
 from benchmarks.common import Row, console
+from tests.live_memory import LiveMemory
 from tests.zoo import hf, timm_rows
 from tests.zoo.family import Family
 
@@ -48,6 +48,17 @@ QUICK = ("gpt2", "llama", "bert", "vit", "resnet50")
 HOOKED = ("gpt2", "llama", "vit", "swin", "resnet50", "mixer")
 
 Run = Callable[[], Any]
+
+
+def missing_flops() -> dict[Any, Callable[..., int]]:
+    """Formulas that torch's table lacks, for `FlopCounterMode(custom_mapping=...)`."""
+    formulas: dict[Any, Callable[..., int]] = {}
+    for name, formula in MISSING_FLOPS.items():
+        namespace, _, operator = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), operator, None)
+        if packet is not None:
+            formulas[packet] = formula
+    return formulas
 
 
 @dataclass(frozen=True)

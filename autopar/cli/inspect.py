@@ -62,7 +62,7 @@ def _source(plan: ShardingPlan, path: Path) -> Path:
 
 def print_explanation(explanation: Explanation) -> None:
     """Print what was asked about, the plan's choice, and a table of the alternatives."""
-    print(explanation.what)
+    print(explanation.description)
     print(f"planned: {explanation.chosen.choice}")
     sys.stdout.write(render_tables([explanation_table(explanation)], width=terminal_width()))
 

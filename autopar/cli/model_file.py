@@ -76,7 +76,7 @@ def _function(module: ModuleType, name: str, path: Path) -> Callable[[], Any]:
     return function
 
 
-def _call(function: Callable[[], Any], what: str, path: Path) -> Any:
+def _call(function: Callable[[], Any], name: str, path: Path) -> Any:
     """Run the user's code. An exception becomes a ValueError that names the line."""
     try:
         return function()
@@ -85,7 +85,7 @@ def _call(function: Callable[[], Any], what: str, path: Path) -> Any:
         inside = [f for f in frames if Path(f.filename).resolve() == path.resolve()]
         line = inside[-1].lineno if inside else getattr(error, "lineno", None)
         where = f" at {path}:{line}" if line is not None else ""
-        raise ValueError(f"{what} failed{where}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{name} failed{where}: {type(error).__name__}: {error}") from error
 
 
 def _arguments(value: Any, path: Path) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -168,13 +168,13 @@ def _print_formulas(
     for path, copies, row in _grouped(profiled.profile.modules(), depth):
         times = f" x {copies}" if copies > 1 else ""
         console.print(f"[bold]{path or '(model)'}{times}[/bold]")
-        for what, count in (
+        for name, count in (
             ("forward FLOPs", row.forward.flops),
             ("backward FLOPs", row.backward.flops),
             ("saved bytes", row.saved_bytes),
         ):
             if count:
-                console.print(f"  {what:15} {_formula(count)}", soft_wrap=True)
+                console.print(f"  {name:15} {_formula(count)}", soft_wrap=True)
     live = numbers.timeline.live_bytes
     peak = max(range(len(live)), key=lambda i: live[i])
     change = numbers.timeline.changes[peak]

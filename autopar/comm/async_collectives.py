@@ -13,7 +13,6 @@ import torch
 
 from autopar.comm.functional import (
     join_parts,
-    operator,
     own_numel,
     own_parts,
     padded_shard,
@@ -24,23 +23,26 @@ from autopar.comm.functional import (
     wait,
 )
 from autopar.comm.groups import find_group
+from autopar.comm.operators import operator
 from autopar.ir.spec import chunk
 
 
-@operator(lambda x: None, mutates=("x",))
+@operator(lambda x: None, mutates=("x",), inline=True)
 def wait_in_place(x: torch.Tensor) -> None:
     """Wait for the collective that writes to x. Declared as a mutation, although it changes nothing
     itself, so that it stays between the start and the readers."""
     wait(x)
 
 
-@operator(lambda x, op, group: torch.empty_like(x, memory_format=torch.contiguous_format))
+@operator(
+    lambda x, op, group: torch.empty_like(x, memory_format=torch.contiguous_format), inline=True
+)
 def start_all_reduce(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
     """`all_reduce` in a copy; finished by `wait_in_place`, or by the caller of the program."""
     return start_reduction(x, op, group, copy=True)
 
 
-@operator(torch.empty_like)
+@operator(torch.empty_like, inline=True)
 def finish_all_reduce(x: torch.Tensor) -> torch.Tensor:
     """`all_reduce`'s result in memory of its own, for small ones: unlike `wait_in_place` it may be
     run again, like its start."""
@@ -51,7 +53,7 @@ def _rows(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
     return x.new_empty((size, *x.shape[1:]))
 
 
-@operator(_rows)
+@operator(_rows, inline=True)
 def start_gather_rows(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
     """`all_gather` of equal parts along the first dim; finished by `wait_in_place`."""
     rows = start_gathering([x.reshape(-1)], find_group(group))
@@ -64,7 +66,7 @@ def _padded_parts(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Ten
     return x.new_empty((ranks, -(-size // ranks), *rest))
 
 
-@operator(_padded_parts)
+@operator(_padded_parts, inline=True)
 def start_all_gather(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
     """`all_gather` into parts, padded to equal sizes, [ranks, ceil(size / ranks), ...]."""
     g = find_group(group)
@@ -77,7 +79,7 @@ def _unpadded(parts: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     return parts.new_empty([*rest[:dim], size, *rest[dim:]])
 
 
-@operator(_unpadded)
+@operator(_unpadded, inline=True)
 def finish_all_gather(parts: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """What `all_gather` returns."""
     parts = wait(parts)
@@ -92,7 +94,7 @@ def _own_part(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
     return x.new_empty((ranks, -(-x.shape[dim] // ranks), *rest))[0]
 
 
-@operator(_own_part)
+@operator(_own_part, inline=True)
 def start_reduce_scatter(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
     """`reduce_scatter` in a copy, in parts padded to equal sizes; this rank's, [ceil(n / ranks),
     ...], in a buffer of all."""
@@ -107,7 +109,7 @@ def _unpadded_part(own: torch.Tensor, dim: int, size: int, group: str) -> torch.
     return own.new_empty([*rest[:dim], chunk(size, g.size, g.index)[1], *rest[dim:]])
 
 
-@operator(_unpadded_part)
+@operator(_unpadded_part, inline=True)
 def finish_reduce_scatter(own: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
     """What `reduce_scatter` returns, out of the buffer of `start_reduce_scatter`.
 
@@ -132,7 +134,7 @@ def numbers_of(shapes: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
     return [len(s) for s in shapes], [n for s in shapes for n in s]
 
 
-@operator(lambda xs, op, group: xs[0].new_empty(sum(x.numel() for x in xs)))
+@operator(lambda xs, op, group: xs[0].new_empty(sum(x.numel() for x in xs)), inline=True)
 def start_all_reduce_many(xs: Sequence[torch.Tensor], op: str, group: str) -> torch.Tensor:
     """`all_reduce_many`; finished by `wait_in_place`."""
     return start_reduction(torch.cat([x.reshape(-1) for x in xs]), op, group, copy=False)
@@ -149,7 +151,7 @@ def _row_per_rank(
     return xs[0].new_empty((ranks, numel))
 
 
-@operator(_row_per_rank)
+@operator(_row_per_rank, inline=True)
 def start_all_gather_many(
     xs: Sequence[torch.Tensor], dims: Sequence[int], sizes: Sequence[int], group: str
 ) -> torch.Tensor:
@@ -168,7 +170,7 @@ def _gathered(
     return [rows.new_empty(shape) for shape in _shapes(ranks, sizes)]
 
 
-@operator(_gathered)
+@operator(_gathered, inline=True)
 def finish_all_gather_many(
     rows: torch.Tensor, dims: Sequence[int], ranks: Sequence[int], sizes: Sequence[int]
 ) -> list[torch.Tensor]:
@@ -195,7 +197,7 @@ def _own_row(xs: Sequence[torch.Tensor], dims: Sequence[int], group: str) -> tor
     return xs[0].new_empty((ranks, numel))[0]
 
 
-@operator(_own_row)
+@operator(_own_row, inline=True)
 def start_reduce_scatter_many(
     xs: Sequence[torch.Tensor], dims: Sequence[int], group: str
 ) -> torch.Tensor:
@@ -213,7 +215,7 @@ def _unpadded_row(
     return row.new_empty(own_numel(_shapes(ranks, sizes), dims, find_group(group)))
 
 
-@operator(_unpadded_row)
+@operator(_unpadded_row, inline=True)
 def finish_reduce_scatter_many(
     row: torch.Tensor, dims: Sequence[int], ranks: Sequence[int], sizes: Sequence[int], group: str
 ) -> torch.Tensor:

@@ -30,7 +30,6 @@ from autopar.comm.async_collectives import (
 from autopar.comm.functional import (
     gathered_shape,
     gathers_rows,
-    operator,
     own_numel,
     pad,
     scattered_shape,
@@ -38,6 +37,7 @@ from autopar.comm.functional import (
     wait,
 )
 from autopar.comm.groups import find_group
+from autopar.comm.operators import operator
 from autopar.ir.spec import chunk
 
 _C10D = torch.ops._c10d_functional
@@ -46,7 +46,9 @@ _C10D = torch.ops._c10d_functional
 # -- one collective, one operator ---------------------------------------------------------------
 
 
-@operator(lambda x, op, group: torch.empty_like(x, memory_format=torch.contiguous_format))
+@operator(
+    lambda x, op, group: torch.empty_like(x, memory_format=torch.contiguous_format), inline=True
+)
 def all_reduce(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
     """Elementwise `op` ("sum" or "max") over the group."""
     if x.dtype is torch.bool:  # backends do not add truth values
@@ -54,7 +56,7 @@ def all_reduce(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
     return wait(start_all_reduce(x, op, group))
 
 
-@operator(lambda x, dim, size, group: x.new_empty(gathered_shape(x, dim, size)))
+@operator(lambda x, dim, size, group: x.new_empty(gathered_shape(x, dim, size)), inline=True)
 def all_gather(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
     """Concatenate the shards of `dim`, whose global size is `size`."""
     if gathers_rows(dim, size, group):
@@ -62,7 +64,7 @@ def all_gather(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor
     return finish_all_gather(start_all_gather(x, dim, size, group), dim, size)
 
 
-@operator(lambda x, dim, group: x.new_empty(scattered_shape(x, dim, group)))
+@operator(lambda x, dim, group: x.new_empty(scattered_shape(x, dim, group)), inline=True)
 def reduce_scatter(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
     """Sum over the group, each rank keeping its part of `dim`."""
     g = find_group(group)
@@ -84,7 +86,7 @@ def _exchanged_shape(
     return x.new_empty(shape)
 
 
-@operator(_exchanged_shape)
+@operator(_exchanged_shape, inline=True)
 def all_to_all(
     x: torch.Tensor, gather_dim: int, gather_size: int, split_dim: int, group: str
 ) -> torch.Tensor:
@@ -112,7 +114,7 @@ def all_to_all(
 # Reductions return one row, all results one behind the other, for the graph to take views of.
 
 
-@operator(lambda xs, op, group: xs[0].new_empty(sum(x.numel() for x in xs)))
+@operator(lambda xs, op, group: xs[0].new_empty(sum(x.numel() for x in xs)), inline=True)
 def all_reduce_many(xs: Sequence[torch.Tensor], op: str, group: str) -> torch.Tensor:
     """`all_reduce` of each, in a row."""
     if xs[0].dtype is torch.bool:
@@ -129,7 +131,7 @@ def _gathered_shapes(
     ]
 
 
-@operator(_gathered_shapes)
+@operator(_gathered_shapes, inline=True)
 def all_gather_many(
     xs: Sequence[torch.Tensor], dims: Sequence[int], sizes: Sequence[int], group: str
 ) -> list[torch.Tensor]:
@@ -142,7 +144,8 @@ def all_gather_many(
 @operator(
     lambda xs, dims, group: xs[0].new_empty(
         own_numel([x.shape for x in xs], dims, find_group(group))
-    )
+    ),
+    inline=True,
 )
 def reduce_scatter_many(
     xs: Sequence[torch.Tensor], dims: Sequence[int], group: str

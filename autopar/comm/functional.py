@@ -7,7 +7,7 @@ are short, so gathered parts concatenate to the dim followed by padding alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,6 @@ from autopar.comm.groups import Group, find_group
 from autopar.ir.spec import chunk
 
 _C10D = torch.ops._c10d_functional
-
-# An operator's implementation by functional collectives.
-IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 # Whether halves communicate in their buffer, which saves a copy, or in new tensors, which
 # Inductor's graphs need.
@@ -37,25 +34,6 @@ def out_of_place() -> Any:
         yield
     finally:
         _in_place = before
-
-
-def operator(
-    shapes: Callable[..., Any], mutates: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the implementation of `torch.ops.autopar.<its name>`.
-
-    Args:
-        shapes: the same on fake tensors.
-    """
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = function.__name__
-        registered = torch.library.custom_op(f"autopar::{name}", function, mutates_args=mutates)
-        registered.register_fake(shapes)
-        IMPLEMENTATIONS[getattr(torch.ops.autopar, name).default] = function
-        return function
-
-    return register
 
 
 # -- functional collectives ---------------------------------------------------------------------

@@ -12,6 +12,8 @@ import functools
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from autopar.comm.operators import operator
+
 # The copies that run, by the storage that they write to.
 _RUNNING = WeakIdKeyDictionary()
 
@@ -47,7 +49,7 @@ def _empty(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device)
 
 
-@torch.library.custom_op("autopar::offload", mutates_args=())
+@operator(lambda x: _empty(x, "cpu"))
 def offload(x: torch.Tensor) -> torch.Tensor:
     """Start to copy a tensor to the host; only `reload` may read the result."""
     flat = torch.empty(x.numel(), dtype=x.dtype, pin_memory=x.is_cuda)
@@ -56,27 +58,17 @@ def offload(x: torch.Tensor) -> torch.Tensor:
     return host
 
 
-@offload.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return _empty(x, "cpu")
-
-
 # The finishes are declared as mutations, although they change nothing, so that they stay in their
 # place among the readers.
 
 
-@torch.library.custom_op("autopar::finish_offload", mutates_args=("x",))
+@operator(lambda x, host: None, mutates=("x",))
 def finish_offload(x: torch.Tensor, host: torch.Tensor) -> None:
     """x, which was copied to the host, may be freed."""
     wait(host)
 
 
-@finish_offload.register_fake
-def _(x: torch.Tensor, host: torch.Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("autopar::reload", mutates_args=())
+@operator(_empty)
 def reload(host: torch.Tensor, device: str) -> torch.Tensor:
     """Start to copy back; nothing may read the result before `finish_reload`."""
     x = _empty(host, device)
@@ -84,20 +76,10 @@ def reload(host: torch.Tensor, device: str) -> torch.Tensor:
     return x
 
 
-@reload.register_fake
-def _(host: torch.Tensor, device: str) -> torch.Tensor:
-    return _empty(host, device)
-
-
-@torch.library.custom_op("autopar::finish_reload", mutates_args=("x",))
+@operator(lambda x: None, mutates=("x",))
 def finish_reload(x: torch.Tensor) -> None:
     """x, which was copied to the device, may be read."""
     wait(x)
-
-
-@finish_reload.register_fake
-def _(x: torch.Tensor) -> None:
-    return None
 
 
 # The result is on the host, also where that is a CPU's own memory.

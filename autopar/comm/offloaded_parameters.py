@@ -14,8 +14,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -122,13 +121,9 @@ def reload_all(parameters: Mapping[str, torch.Tensor], buffers: Iterable[torch.T
             _OWNERS[storage] = weakref.ref(p)
 
 
-def _owner(x: torch.Tensor) -> weakref.ref[DTensor] | None:
-    return _OWNERS.get(x.untyped_storage())
-
-
 def _evicted(x: torch.Tensor) -> EvictedShard | None:
     """What takes the place of a shard, if it is evicted."""
-    reference = _owner(x)
+    reference = _OWNERS.get(x.untyped_storage())
     parameter = None if reference is None else reference()
     shard = None if parameter is None else parameter._local_tensor
     return shard if isinstance(shard, EvictedShard) else None
@@ -137,7 +132,7 @@ def _evicted(x: torch.Tensor) -> EvictedShard | None:
 def _evict(x: torch.Tensor, host: torch.Tensor) -> None:
     """Empty a shard that was copied to the host, if it is a parameter's own still."""
     host_copies.wait(host)
-    storage, reference = x.untyped_storage(), _owner(x)
+    storage, reference = x.untyped_storage(), _OWNERS.get(x.untyped_storage())
     parameter = None if reference is None else reference()
     if reference is None or parameter is None or not storage.resizable():
         return
@@ -169,16 +164,3 @@ for _function, _more in ((_evict, _HOST), (_prefetch, _HOST), (_finish_prefetch,
     _LIBRARY.define(f"{_name}(Tensor(a!) x{_more}) -> ()")
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"autopar::{_name}", lambda *_: None, lib=_LIBRARY)
-
-_RESIZE = {torch.ops.autopar.evict.default, torch.ops.autopar.prefetch.default}
-
-
-@contextmanager
-def counted_resizes(func: Any, args: Sequence[Any], count: Callable[[int], Any]) -> Iterator[None]:
-    """Count the bytes by which a shard's storage grows while an operator runs (negative where it is
-    evicted); nothing for other operators."""
-    storage = args[0].untyped_storage() if func in _RESIZE else None
-    before = 0 if storage is None else storage.nbytes()
-    yield
-    if storage is not None:
-        count(storage.nbytes() - before)

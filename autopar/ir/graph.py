@@ -160,8 +160,8 @@ class ModelGraph:
             # a plan may run on another device type
             args = pytree.tree_map_only(torch.device, lambda d: None, args)
             # a placeholder's name may depend on how the batch was passed
-            what = "in" if node.op == "placeholder" else str(node.target)
-            digest.update(repr((node.op, what, shapes, args)).encode())
+            target = "in" if node.op == "placeholder" else str(node.target)
+            digest.update(repr((node.op, target, shapes, args)).encode())
         return digest.hexdigest()[:16]
 
 

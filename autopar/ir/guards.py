@@ -62,7 +62,7 @@ class Guard:
         """Whether the assumption is true for these inputs (flattened args and kwargs)."""
         if self.program is None:
             return True
-        arguments = [leaves[k] if what == "input" else buffers[k] for what, k in self.sources]
+        arguments = [leaves[k] if source == "input" else buffers[k] for source, k in self.sources]
         with torch.no_grad():
             return same_value(as_python(self.program(*arguments)), self.value)
 

@@ -21,10 +21,12 @@ _OPS = torch.ops.autopar
 _FEW = 16
 
 
-def returned_sums(gm: fx.GraphModule) -> fx.GraphModule:
-    """Sum what is only returned (the loss) once over all ranks, not along axis after axis."""
+def returned_sums(gm: fx.GraphModule, *, results: int) -> fx.GraphModule:
+    """Sum what is only returned (the loss) once over all ranks, not along axis after axis. The
+    first `results` outputs are the model's; gradients follow, whose sums go into buckets."""
     output = gm.graph.output_node()
-    for node in output.all_input_nodes:
+    outputs: Any = output.args[0]
+    for node in outputs[:results]:
         if _is_small_sum(node) and set(node.users) == {output}:
             operand, group = _over_all(node)
             with gm.graph.inserting_before(node):

@@ -14,7 +14,8 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autopar.comm.functional import IMPLEMENTATIONS, out_of_place
+from autopar.comm.functional import out_of_place
+from autopar.comm.operators import IMPLEMENTATIONS
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 _WAIT_IN_PLACE = "autopar.wait_in_place.default"

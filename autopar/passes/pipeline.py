@@ -76,7 +76,7 @@ class Entry:
     run: Callable[..., fx.GraphModule]
     reason: str
     when: Callable[[LowerOptions], bool] = lambda o: True
-    arguments: Callable[[LowerOptions, JointGraph | None], dict[str, Any]] = lambda o, j: {}
+    arguments: Callable[[LowerOptions, Any], dict[str, Any]] = lambda o, joint: {}
 
 
 def _on_gpu(o: LowerOptions) -> bool:
@@ -87,15 +87,6 @@ def _overlaps(o: LowerOptions) -> bool:
     return not o.scheduled and o.cluster.device.runs_beside
 
 
-def _device(o: LowerOptions, _: JointGraph | None) -> dict[str, Any]:
-    return {"device_type": o.device_type}
-
-
-def _of_forward(_: LowerOptions, joint: JointGraph | None) -> dict[str, Any]:
-    assert joint is not None
-    return {"apart": forward_nodes(joint)}
-
-
 # fmt: off
 PIPELINE = (
     Entry("program", use_library,
@@ -103,19 +94,20 @@ PIPELINE = (
     Entry("joint", drop_views,
           "views that change nothing hide which operators read a value"),
     Entry("joint", returned_sums,
-          "every sum is a point where all ranks wait: a loss needs one, not one per axis"),
+          "every sum is a point where all ranks wait: a loss needs one, not one per axis",
+          arguments=lambda o, joint: {"results": len(joint.results)}),
     Entry("joint", early_sums,
           "sums of inputs (the count of targets) can start with the step and hide"),
     Entry("joint", substitute_kernels,
           "Triton kernels replace slow ATen operators; a schedule must see their costs",
-          when=lambda o: o.scheduled, arguments=_device),
+          when=lambda o: o.scheduled, arguments=lambda o, _: {"device_type": o.device_type}),
     Entry("joint", bucket_collectives,
           "few large messages beat many small ones; the forward's gathers stay apart, for the "
           "schedule to repeat",
-          when=lambda o: o.scheduled, arguments=_of_forward),
+          when=lambda o: o.scheduled, arguments=lambda o, joint: {"apart": forward_nodes(joint)}),
     Entry("split", substitute_kernels,
           "Triton kernels replace slow ATen operators",
-          when=lambda o: not o.scheduled, arguments=_device),
+          when=lambda o: not o.scheduled, arguments=lambda o, _: {"device_type": o.device_type}),
     Entry("split", bucket_collectives,
           "few large messages are faster than many small", when=lambda o: not o.scheduled),
     Entry("split", overlap_collectives,
@@ -128,7 +120,7 @@ PIPELINE = (
           when=lambda o: not o.compile),
     Entry("split", functional_collectives,
           "torch's tools know `_c10d_functional` collectives",
-          arguments=lambda o, j: {"mutate": not o.compile}),
+          arguments=lambda o, _: {"mutate": not o.compile}),
 )
 # fmt: on
 

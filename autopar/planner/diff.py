@@ -17,18 +17,18 @@ class Change:
     """One difference.
 
     Args:
-        what: a name, or a pattern for several with the same difference.
+        name: a name, or a pattern for several with the same difference.
         before, after: of the first and of the second plan.
         count: of the names that the pattern stands for.
     """
 
-    what: str
+    name: str
     before: str
     after: str
     count: int = 1
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.before} -> {self.after}"
+        return f"{self.name}: {self.before} -> {self.after}"
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ def _figures(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
     return [change for change in changes if change is not None]
 
 
-def _figure(what: str, before: float, after: float, text: Callable[[float], str]) -> Change | None:
+def _figure(name: str, before: float, after: float, text: Callable[[float], str]) -> Change | None:
     """None for a difference that is not visible in the text."""
     if abs(after - before) <= 1e-6 * max(abs(before), abs(after)):
         return None
     relative = f" ({after / before - 1:+.1%})" if before else ""
-    return Change(what, text(before), text(after) + relative)
+    return Change(name, text(before), text(after) + relative)
 
 
 def _storage(plan: ShardingPlan) -> dict[str, str]:

@@ -55,10 +55,10 @@ class Alternative:
 @dataclass(frozen=True)
 class Explanation:
     """All alternatives of one decision with the plan's own choice, the fastest first; those that
-    were not solved come last. `what` is a line about the decision."""
+    were not solved come last. `description` is a line about the decision."""
 
     name: str
-    what: str
+    description: str
     plan: ShardingPlan
     alternatives: tuple[Alternative, ...]
 
@@ -185,7 +185,7 @@ def _forced(
     plan = make_plan(space, result.choices, planned.plan.model, result.record({}))
     near = pattern(space.location(decision))
     changes = sorted(
-        diff(planned.plan, plan).choices, key=lambda change: -_common_parts(near, change.what)
+        diff(planned.plan, plan).choices, key=lambda change: -_common_parts(near, change.name)
     )
     return Alternative(
         candidate.name, _layouts(candidate), plan.time.step_us, max(bound, result.bound_us),

@@ -35,13 +35,11 @@ class Trial:
     """A sharding plan with its schedule.
 
     Args:
-        limit_bytes: that the plan was made for; infinite for none.
         plan_us: step that keeps everything.
         added_us: by recomputation, re-gathers and reloads within the budget; infinite where no
             schedule fits, NaN where `plan_us` alone was too much.
     """
 
-    limit_bytes: float
     plan_us: float
     added_us: float
 
@@ -136,7 +134,7 @@ class _Trials:
             return
         us = estimate_time(space, choices, Liveness(space, math.inf)).step_us
         if self.best is not None and us >= self.best.trial.step_us:
-            self.tried[choices] = Trial(limit, us, math.nan)
+            self.tried[choices] = Trial(us, math.nan)
             return
         problem.say("schedule ...")
         start = time.perf_counter()
@@ -148,11 +146,11 @@ class _Trials:
             memory = _step_budget(problem, step).choose(step.program)
         except InfeasibleError as error:
             self.errors.append(error)
-            self.tried[choices] = Trial(limit, us, math.inf)
+            self.tried[choices] = Trial(us, math.inf)
             return
         finally:
             self.seconds += time.perf_counter() - start
-        trial = self.tried[choices] = Trial(limit, us, memory.added_us)
+        trial = self.tried[choices] = Trial(us, memory.added_us)
         text = "no limit" if math.isinf(limit) else bytes_text(limit)
         problem.say(f"planned for {text}: {us:.0f} us, and {memory.added_us:.0f} us to fit")
         if self.best is None or trial.step_us < self.best.trial.step_us:

@@ -68,7 +68,7 @@ _ATTENTION = [
 # its other attention kernels (the causal half is not discounted), and the grouped products of
 # mixtures of experts. Other operators can register one with
 # `torch.utils.flop_counter.register_flop_formula`.
-_MISSING: dict[str, Callable[..., int]] = {
+MISSING_FLOPS: dict[str, Callable[..., int]] = {
     **dict.fromkeys(_ATTENTION, _attention),
     **{f"{kernel}_backward": _attention_backward for kernel in _ATTENTION},
     "aten::_grouped_mm": _grouped_product,
@@ -77,24 +77,13 @@ _MISSING: dict[str, Callable[..., int]] = {
 }
 
 
-def missing_flops() -> dict[Any, Callable[..., int]]:
-    """Formulas that torch's table lacks, for `FlopCounterMode(custom_mapping=...)`."""
-    formulas: dict[Any, Callable[..., int]] = {}
-    for name, formula in _MISSING.items():
-        namespace, _, operator = name.partition("::")
-        packet = getattr(getattr(torch.ops, namespace), operator, None)
-        if packet is not None:
-            formulas[packet] = formula
-    return formulas
-
-
 def count(value: Any) -> Count:
     """A number as an int, a symbolic size as a sympy expression."""
     return value.node.expr if isinstance(value, torch.SymInt) else int(value)
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    formula = _MISSING.get(func._schema.name)
+    formula = MISSING_FLOPS.get(func._schema.name)
     if formula is not None:
         return formula(*pytree.tree_map_only(torch.Tensor, lambda t: t.shape, args))
     if func.overloadpacket in flop_registry:

@@ -209,8 +209,8 @@ class _Step:
     def _play_own(self, node: fx.Node, events: Iterable[Event]) -> list[int]:
         """Play the events; the result are the storages that are made and not freed."""
         alive: list[int] = []
-        for what, index in events:
-            if what == "make":
+        for kind, index in events:
+            if kind == "make":
                 self.live.make((node, index), self.profiles[node].tape.sizes[index])
                 alive.append(index)
             else:
@@ -263,18 +263,18 @@ class _Step:
         # what the call holds: incoming gradients and own storages
         held = {Storage(GRADIENT, k): g for k, g in incoming.items() if g is not None}
         unreleased = set(range(len(tape.saved)))
-        for what, index in tape.backward:
-            if what == "make":
+        for kind, index in tape.backward:
+            if kind == "make":
                 own = held[Storage(OWN, index)] = _Gradient((node, index), None, ())
                 self.live.make(own.storage, tape.sizes[index])
-            elif what == "emit":
+            elif kind == "emit":
                 self._emit(node, tape.emitted[index], incoming, held)
-            elif what == "release":
+            elif kind == "release":
                 unreleased.remove(index)
                 self.live.drop(self._key(node, tape.saved[index]))
             else:
                 # a storage of the forward is freed with its saved tensors
-                consumed = held.pop(Storage(OWN if what == "free" else GRADIENT, index), None)
+                consumed = held.pop(Storage(OWN if kind == "free" else GRADIENT, index), None)
                 if consumed is not None:
                     self._release(consumed)
         for gradient in held.values():

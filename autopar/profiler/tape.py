@@ -36,12 +36,12 @@ class Event(NamedTuple):
     """One change.
 
     Args:
-        what: an own storage is made or freed; autograd releases a saved tensor; the gradient of a
+        kind: an own storage is made or freed; autograd releases a saved tensor; the gradient of a
             result is spent (freed); the gradient of an operand is emitted.
         number: index in `Tape.sizes`, `Tape.saved`, the results, or `Tape.emitted`.
     """
 
-    what: Literal["make", "free", "release", "spend", "emit"]
+    kind: Literal["make", "free", "release", "spend", "emit"]
     number: int
 
 
@@ -104,7 +104,7 @@ class Tape:
     def levels(self, events: tuple[Event, ...]) -> list[Count]:
         """Own live bytes before and after every allocation of `forward` or `backward`."""
         signs = {"make": 1, "free": -1}
-        steps = (signs[e.what] * self.sizes[e.number] for e in events if e.what in signs)
+        steps = (signs[e.kind] * self.sizes[e.number] for e in events if e.kind in signs)
         return list(accumulate(steps, initial=0))
 
     def in_place(self) -> Tape:

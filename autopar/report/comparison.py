@@ -71,4 +71,4 @@ def difference_tables(difference: Difference, *, every: bool = False) -> list[Ta
 
 def _change_row(change: Change) -> tuple[str, str, str]:
     count = f" ({change.count})" if change.count > 1 else ""
-    return change.what + count, change.before, change.after
+    return change.name + count, change.before, change.after

@@ -142,16 +142,7 @@ def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The options of `auto_engine`.
-
-    Args:
-        step: how steps are compiled.
-        plan: for the first batch, instead of planning.
-        batch: "global" or "local".
-        constraints: layouts by name.
-        time_limit: seconds for the solver.
-        progress: called with a line per planning stage, on rank 0.
-    """
+    """The options of `auto_engine`, under its names; `step` says how steps are compiled."""
 
     step: StepOptions
     plan: ShardingPlan | None = None

@@ -66,14 +66,12 @@ class Program:
 
 def bind(step: LoweredStep) -> Program:
     """Make a lowered step callable."""
-    forward = _runnable(step.forward, compile=step.compile, backward=False)
-    if step.backward is None:
-        return Program(step, forward, None)
-    return Program(step, forward, _runnable(step.backward, compile=step.compile, backward=True))
 
+    def runnable(gm: fx.GraphModule, backward: bool) -> Boxed:
+        return compile_graph(gm, backward=backward) if step.compile else boxed(gm)
 
-def _runnable(gm: fx.GraphModule, *, compile: bool, backward: bool) -> Boxed:
-    return compile_graph(gm, backward=backward) if compile else boxed(gm)
+    backward = None if step.backward is None else runnable(step.backward, backward=True)
+    return Program(step, runnable(step.forward, backward=False), backward)
 
 
 def boxed(gm: fx.GraphModule) -> Boxed:

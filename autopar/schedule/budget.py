@@ -277,12 +277,12 @@ def _infeasible(program: Program, smallest: Schedule, budget_bytes: float) -> In
     simulated = timeline(program, smallest)
     op = program.ops[(smallest.forward + smallest.backward)[simulated.peak_at]]
     read = bytes_text(sum(program.nbytes[s] for s in op.reads))
-    made = bytes_text(sum(program.nbytes[s] for s in op.makes))
+    output = bytes_text(sum(program.nbytes[s] for s in op.makes))
     return InfeasibleError(
         f"the step needs {bytes_text(simulated.peak_bytes)} for what it makes, and there is "
         f"{bytes_text(max(0.0, budget_bytes))}. That is the smallest peak the search found with "
         f"recomputation; it is reached at {_place(op.name, op.module)}, which alone reads {read} "
-        f"and makes {made}",
+        f"and makes {output}",
         budget_bytes=budget_bytes,
         smallest_bytes=simulated.peak_bytes,
     )

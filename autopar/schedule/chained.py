@@ -115,10 +115,12 @@ def _schedule_of_plan(
 ) -> Schedule:  # fmt: skip
     """Write out a plan of the chain."""
     backward = BackwardBuilder(program, common)
-    made = [frozenset(s for i in stage.forward for s in program.ops[i].makes) for stage in stages]
+    written = [
+        frozenset(s for i in stage.forward for s in program.ops[i].makes) for stage in stages
+    ]
 
     def free(first: int, end: int, kept: Iterable[int]) -> None:
-        backward.alive -= frozenset[int]().union(*made[first:end]) - common - frozenset(kept)
+        backward.alive -= frozenset[int]().union(*written[first:end]) - common - frozenset(kept)
 
     def play(plan: Plan, last: int, saved: bool) -> None:
         """Run the backward of a plan; what it keeps is saved by the forward, or recomputed here."""

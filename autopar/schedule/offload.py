@@ -23,12 +23,12 @@ class IdleInterval(NamedTuple):
     """Between two uses of a storage; it may be on the host meanwhile.
 
     Args:
-        made: the position that makes or reloads it; `BEFORE` for a parameter not yet offloaded.
+        written: the position that writes or reloads it; `BEFORE` for a parameter not yet offloaded.
         at: a position between the uses, at which it is not to be on the device.
         use: its first reader behind that; the length of the sequence if only the caller reads it.
     """
 
-    made: int
+    written: int
     at: int
     use: int
 
@@ -53,18 +53,18 @@ def with_offload(
     """
     offload, evict, reload = program.transfers[storage]
     sequence, first = schedule.forward + schedule.backward, len(schedule.forward)
-    made, at, use = interval
+    written, at, use = interval
     ops, us = [program.ops[i] for i in sequence], program.ops[offload].us
     issued = [*(run.issued for run in times.runs), times.end]
-    read = max((p for p in range(made + 1, at) if storage in ops[p].reads), default=made)
+    read = max((p for p in range(written + 1, at) if storage in ops[p].reads), default=written)
     if storage in program.parameters:
-        offload_at = _copy_start(issued, ops, read + 1, us, made + 1)
+        offload_at = _copy_start(issued, ops, read + 1, us, written + 1)
         earliest = at + 1
         ready = issued[offload_at]
     else:
-        offload_at = made + 1
+        offload_at = written + 1
         earliest = max(at + 1, first)
-        ready = times.runs[made].end
+        ready = times.runs[written].end
     copies = [times.runs[p].end for p in range(offload_at) if ops[p].resource is Resource.HOST]
     done = max([ready, *copies[-1:]]) + us
     evict_at = next((p for p in range(read + 1, at) if issued[p] >= done), at)

@@ -100,11 +100,11 @@ class StageModel:
         self, program: Program, stage: Stage, cost: Mapping[int, float], *, output: bool = False
     ) -> None:
         self.program, self.stage, self.cost = program, stage, cost
-        self.made = {s for i in stage.forward for s in program.ops[i].makes}
+        self.written = {s for i in stage.forward for s in program.ops[i].makes}
         read = (s for i in stage.backward for s in program.ops[i].reads)
-        self.needed = [s for s in dict.fromkeys(read) if s in self.made]
+        self.needed = [s for s in dict.fromkeys(read) if s in self.written]
         if not output:
-            self.made.discard(stage.output)
+            self.written.discard(stage.output)
             self.needed = [s for s in self.needed if s != stage.output]
         elif stage.output >= 0 and stage.output not in self.needed:
             self.needed.append(stage.output)
@@ -117,7 +117,7 @@ class StageModel:
         last: dict[int, int] = {}
         for t, i in enumerate(self.stage.backward):
             for s in self.program.ops[i].reads:
-                if s in self.made:
+                if s in self.written:
                     first.setdefault(s, t)
                     last[s] = t
         for s in self.needed:  # the output, if the stage's own backward does not read it
@@ -127,7 +127,7 @@ class StageModel:
             op = self.program.ops[i]
             times = [first[s] for s in op.makes if s in first]
             for s in op.reads if times else ():
-                if s in self.made:
+                if s in self.written:
                     first[s] = min(first.get(s, times[0]), *times)
                     last[s] = max(last.get(s, times[0]), *times)
         return {s: (first[s], last[s]) for s in first}
@@ -189,7 +189,7 @@ class StageModel:
         program, stage = self.program, self.stage
         read = {s for i in (*stage.forward, *stage.backward) for s in program.ops[i].reads}
         own = {s for i in stage.backward for s in program.ops[i].makes}
-        backward = BackwardBuilder(program, (read - self.made - own) | kept)
+        backward = BackwardBuilder(program, (read - self.written - own) | kept)
         backward.run(stage.backward)
         sequence = backward.sequence
         required = set(stage.backward)
@@ -206,7 +206,7 @@ class StageModel:
         program, stage = self.program, self.stage
         start = {s: program.nbytes[s] for s in _incoming(program, stage)}
         outgoing = _outgoing(program, stage)
-        return _live(program, stage.backward, start, outgoing, skip=program.forward_made)
+        return _live(program, stage.backward, start, outgoing, skip=program.forward_storages)
 
 
 def forward_peak(program: Program, stage: Stage, kept: frozenset[int]) -> float:
@@ -216,7 +216,7 @@ def forward_peak(program: Program, stage: Stage, kept: frozenset[int]) -> float:
 
 def _incoming(program: Program, stage: Stage) -> set[int]:
     """Gradients that the stage's backward reads and others made."""
-    forward = program.forward_made
+    forward = program.forward_storages
     own = {s for i in stage.backward for s in program.ops[i].makes}
     read = {s for i in stage.backward for s in program.ops[i].reads}
     return {s for s in read - own if program.maker[s] != INPUT and s not in forward}
@@ -255,12 +255,12 @@ def _live(
         in_place = any(
             s in own and last[s] == t and s not in end and alive[s] for s in op.overwrites
         )
-        made = {s: program.nbytes[s] for s in op.makes if s not in skip}
-        live.append(now + (0 if in_place else sum(made.values())))
-        now += sum(n - alive.get(s, 0) for s, n in made.items())
-        alive |= made
-        own.update(made)
-        for s in (*op.reads, *made):
+        written = {s: program.nbytes[s] for s in op.makes if s not in skip}
+        live.append(now + (0 if in_place else sum(written.values())))
+        now += sum(n - alive.get(s, 0) for s, n in written.items())
+        alive |= written
+        own.update(written)
+        for s in (*op.reads, *written):
             if s in alive and s not in end and last.get(s, t) <= t:
                 now -= alive.pop(s)
     return live

@@ -52,7 +52,7 @@ class _Mover:
             self._to(i, high)
             return
         returned = self.program.gradients
-        made = sum(nbytes[s] for s in op.makes if s not in returned)
+        written = sum(nbytes[s] for s in op.makes if s not in returned)
         # the last other reader of each operand; -1 if the forward alone reads it
         last = [
             (max((self.at[r] for r in self.readers[s] if r != i), default=-1), nbytes[s])
@@ -61,12 +61,12 @@ class _Mover:
         ]
         best, best_at, gain = 0, at, 0
         for p in range(at - 1, low - 1, -1):
-            gain += sum(n for read, n in last if read < p) - made
+            gain += sum(n for read, n in last if read < p) - written
             if gain > best:
                 best, best_at = gain, p
         gain = 0
         for p in range(at + 1, high + 1):
-            gain += made - sum(n for read, n in last if read < p)
+            gain += written - sum(n for read, n in last if read < p)
             if gain > best:
                 best, best_at = gain, p
             if p - at > _FURTHEST:

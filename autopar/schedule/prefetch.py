@@ -66,13 +66,13 @@ class _Placement:
         self.ops = [program.ops[i] for i in self.sequence]
         self.free_us = [op.us if op.resource is Resource.COMPUTE else 0.0 for op in self.ops]
         self.room = budget_bytes - live_bytes(program, schedule)
-        self.made: dict[int, list[int]] = defaultdict(list)
+        self.written: dict[int, list[int]] = defaultdict(list)
         self.read: dict[int, list[int]] = defaultdict(list)
         for p, op in enumerate(self.ops):
             for s in op.reads:
                 self.read[s].append(p)
             for s in op.makes:
-                self.made[s].append(p)
+                self.written[s].append(p)
         self.wait_at: dict[int, int] = {}
         self.replaced: dict[int, tuple[int, ...]] = {}
         self.inserted: dict[tuple[bool, int], list[int]] = defaultdict(list)
@@ -134,7 +134,7 @@ class _Placement:
         """Split a reduction, if there is compute between it and the first reader of its result."""
         op, split, backward = self.ops[p], self.program.splits[self.sequence[p]], p >= self.first
         end = len(self.sequence) if backward else self.first
-        until = min(_next(at[s], p, end) for at in (self.read, self.made) for s in op.makes)
+        until = min(_next(at[s], p, end) for at in (self.read, self.written) for s in op.makes)
         nbytes, exposed, q = self._buffer_bytes(p), op.us, p + 1
         if self.room[p] < nbytes:
             return
@@ -204,9 +204,9 @@ class _Placement:
         program, end = self.program, len(self.sequence)
         if more or operand == INPUT or program.maker[operand] == INPUT:
             return None
-        m = _last(self.made[operand], p)
-        read, made = self.read[operand], self.made[operand]
-        only_reader = _next(read, m, end) == p and _next(read, p, end) >= _next(made, p, end)
+        m = _last(self.written[operand], p)
+        read, written = self.read[operand], self.written[operand]
+        only_reader = _next(read, m, end) == p and _next(read, p, end) >= _next(written, p, end)
         returned = operand in program.results | program.gradients
         op, same_part = self.ops[m], (m >= self.first) == (p >= self.first)
         movable = op.replays and len(op.reads) == len(op.makes) == 1 and m not in self.replaced
@@ -223,10 +223,10 @@ class _Placement:
         op = self.ops[p]
         bounds = [self.first if p >= self.first else 0]
         if self._maker(p) is None:
-            made = [_last(self.made[s], p) for s in op.reads]
-            bounds += [self.wait_at.get(m, m) + 1 for m in made]
+            written = [_last(self.written[s], p) for s in op.reads]
+            bounds += [self.wait_at.get(m, m) + 1 for m in written]
         for s in op.makes:
-            bounds += [_last(self.made[s], p) + 1, _last(self.read[s], p) + 1]
+            bounds += [_last(self.written[s], p) + 1, _last(self.read[s], p) + 1]
         return max(bounds)
 
 

@@ -193,7 +193,7 @@ class Program:
         return frozenset(flows)
 
     @cached_property
-    def forward_made(self) -> frozenset[int]:
+    def forward_storages(self) -> frozenset[int]:
         """Storages that the forward makes."""
         return frozenset(s for i in self.forward for s in self.ops[i].makes)
 
@@ -201,7 +201,7 @@ class Program:
     def needed(self) -> frozenset[int]:
         """Storages of the forward that the backward reads."""
         read = {s for i in self.backward for s in self.ops[i].reads}
-        return frozenset(read & self.forward_made)
+        return frozenset(read & self.forward_storages)
 
     @cached_property
     def signature(self) -> str:
@@ -210,8 +210,8 @@ class Program:
         split unevenly, and in a few operators that only the first rank computes."""
         digest = hashlib.sha256(repr((self.forward, sorted(self.results))).encode())
         for op in self.ops:
-            what = op.kind.split()[0] if op.resource is Resource.COMMUNICATION else ""
-            digest.update(repr((op.reads, op.makes, op.resource, op.replays, what)).encode())
+            kind = op.kind.split()[0] if op.resource is Resource.COMMUNICATION else ""
+            digest.update(repr((op.reads, op.makes, op.resource, op.replays, kind)).encode())
         return digest.hexdigest()[:16]
 
     def same_as(self, other: Program) -> bool:
@@ -239,12 +239,12 @@ class Schedule:
 
     def saved(self, program: Program) -> tuple[int, ...]:
         """Storages that the forward makes and the backward needs, in the order of their making."""
-        made: set[int] = set()
+        written: set[int] = set()
         needed: set[int] = set()
         for i in self.backward:
-            needed.update(s for s in program.ops[i].reads if s not in made)
-            made.update(program.ops[i].makes)
-        needed |= program.gradients - made
+            needed.update(s for s in program.ops[i].reads if s not in written)
+            written.update(program.ops[i].makes)
+        needed |= program.gradients - written
         needed -= program.parameters.keys()
         forward = dict.fromkeys(s for i in self.forward for s in program.ops[i].makes)
         return tuple(s for s in forward if s in needed)

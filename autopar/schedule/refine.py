@@ -152,10 +152,10 @@ class Refiner:
         if s not in self.program.parameters:
             spans = start < min(at, forward) and forward < use < len(ops)
             return IdleInterval(start, at, use) if spans else None
-        made = start or BEFORE
-        if made != BEFORE and not any(s in op.reads for op in ops[made + 1 : at]):
+        written = start or BEFORE
+        if written != BEFORE and not any(s in op.reads for op in ops[written + 1 : at]):
             return None  # it was reloaded for this use
-        return IdleInterval(made, at, use)
+        return IdleInterval(written, at, use)
 
     def _recomputation(self, alive: set[int], maker: int) -> list[int] | None:
         """The operators that recompute one operator's results; None if that is not possible.

@@ -116,7 +116,7 @@ def timeline(program: Program, schedule: Schedule) -> Timeline:
     nbytes = program.sizes[ranges.storage]
     parameter = np.isin(ranges.storage, list(program.parameters))
     kept = (start < first) & (end >= first) & ~parameter
-    recomputed = (start >= first) & np.isin(ranges.storage, list(program.forward_made))
+    recomputed = (start >= first) & np.isin(ranges.storage, list(program.forward_storages))
     kept_bytes, recomputed_bytes, other_bytes, present_bytes = (
         _alive(schedule, ranges, nbytes * mask).round().astype(int).tolist()
         for mask in (kept, recomputed, ~(kept | recomputed | parameter), parameter)

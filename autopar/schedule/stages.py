@@ -74,7 +74,7 @@ def linearize(program: Program) -> tuple[Stage, ...]:
 def _dominators(program: Program) -> list[int]:
     """Operators of the forward that everything flows through, in order."""
     ops, nbytes, forward = program.ops, program.nbytes, program.forward
-    small = sum(nbytes[s] for s in program.forward_made) * _SMALL_SHARE
+    small = sum(nbytes[s] for s in program.forward_storages) * _SMALL_SHARE
     position = {i: k for k, i in enumerate(forward)}
     readers: dict[int, list[int]] = {}
     for i in forward:
@@ -113,7 +113,7 @@ def _dominators(program: Program) -> list[int]:
 
 def _joined_small(program: Program, pieces: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Join pieces that make little to the next one: a stage of one operator has no options."""
-    total = sum(program.nbytes[s] for s in program.forward_made)
+    total = sum(program.nbytes[s] for s in program.forward_storages)
     enough = total / (8 * max(1, len(pieces)))
     joined: list[tuple[int, ...]] = []
     waiting: tuple[int, ...] = ()

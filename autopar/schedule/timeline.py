@@ -110,8 +110,8 @@ class Timeline:
         write_atomically(path, json.dumps(self.to_trace()) + "\n")
 
     def _names(self) -> Iterator[dict[str, Any]]:
-        def name(resource: Resource, what: str, text: str) -> dict[str, Any]:
-            return _ROWS[resource] | {"ph": "M", "name": what, "args": {"name": text}}
+        def name(resource: Resource, kind: str, text: str) -> dict[str, Any]:
+            return _ROWS[resource] | {"ph": "M", "name": kind, "args": {"name": text}}
 
         yield name(Resource.COMPUTE, "process_name", "predicted step")
         used = {event.resource for event in self.events} | {Resource.COMPUTE}

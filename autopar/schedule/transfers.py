@@ -61,9 +61,9 @@ def with_transfers(
             ("reloaded", (host,), (s,), us, Resource.HOST),
         )
         indices = []
-        for node, (what, reads, makes, op_us, resource) in zip(nodes, moves, strict=True):
+        for node, (move, reads, makes, op_us, resource) in zip(nodes, moves, strict=True):
             op = Op(
-                node.name if shard is None else f"{shard.name} {what}", str(node.target),
+                node.name if shard is None else f"{shard.name} {move}", str(node.target),
                 reads, makes, 0.0, op_us, replays=False, carries=False, module=module,
                 resource=resource, beside=resource is Resource.HOST,
             )  # fmt: skip
@@ -96,7 +96,7 @@ def _calls(graph: fx.Graph, source: fx.Node, shard: bool) -> tuple[fx.Node, fx.N
 
 def _module(program: Program, s: int) -> str:
     """The module that makes a value, or reads a parameter first."""
-    if s in program.forward_made:
+    if s in program.forward_storages:
         return program.ops[program.maker[s]].module
     return next(op.module for op in program.ops if s in op.reads)
 

@@ -42,7 +42,7 @@ class Contraction:
         disable: layers to switch off, to measure what they earn: "elimination", "messages".
 
     Attributes:
-        bound: a lower bound on the minimum, equal to it where `exact`.
+        bound: a lower bound on the minimum, equal to it where `cost` is.
         choices: an assignment, of cost `cost`; None if none of finite cost is known.
     """
 
@@ -84,10 +84,6 @@ class Contraction:
         """Of the core, by pair of nodes."""
         nodes = self._core_nodes
         return {(nodes[i], nodes[j]): moved for (i, j), moved in self._core.messages.items()}
-
-    @property
-    def exact(self) -> bool:
-        return self.cost <= self.bound + 1e-9 * max(1.0, abs(self.bound))
 
     def _add(self, a: int, b: int, table: np.ndarray) -> None:
         known = self._tables[a].get(b)

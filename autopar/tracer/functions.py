@@ -111,8 +111,13 @@ def operator_for(
     """
     name = re.sub(r"\W", "_", getattr(function, "__qualname__", "function"))
     plain = all(isinstance(c, bool | int | float | str | tuple | None) for c in constants)
-    what = (function.__module__, name, repr(list(constants)) if plain else next(_COUNTER), inputs)
-    key = f"{name}_{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
+    identity = (
+        function.__module__,
+        name,
+        repr(list(constants)) if plain else next(_COUNTER),
+        inputs,
+    )
+    key = f"{name}_{hashlib.sha256(repr(identity).encode()).hexdigest()[:8]}"
     if key in _OPERATORS:
         return _OPERATORS[key]
     parameters = ", ".join(f"Tensor a{i}" for i in range(inputs))

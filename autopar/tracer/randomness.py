@@ -165,7 +165,7 @@ def _host_operator(
     return call
 
 
-def _lift(frame: FrameType, what: str, lifted: set[HostFunction]) -> Exception:
+def _lift(frame: FrameType, source: str, lifted: set[HostFunction]) -> Exception:
     """Start over with the outermost module-level function around a draw, or refuse the draw."""
     outermost: HostFunction | None = None
     current: FrameType | None = frame
@@ -180,7 +180,7 @@ def _lift(frame: FrameType, what: str, lifted: set[HostFunction]) -> Exception:
         return Restart(outermost)
     line = current_line()
     return CaptureError(
-        f"{line}: `{line.text}` draws from {what}; captured, the numbers would be the same at "
+        f"{line}: `{line.text}` draws from {source}; captured, the numbers would be the same at "
         "every step. Draw them with torch (torch.rand, torch.randint), pass them as an input, or "
         "draw them in a function of the module level that returns an array: it is called anew at "
         "each step."

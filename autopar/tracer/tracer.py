@@ -300,10 +300,10 @@ def _explain(model: torch.nn.Module, error: Exception, example: Any) -> str:
 def _described(example: Any) -> str:
     parts = []
     for path, value in pytree.tree_flatten_with_path(example)[0]:
-        what = (
+        text = (
             f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
             if isinstance(value, torch.Tensor)
             else repr(value)
         )
-        parts.append(f"{pytree.keystr(path[1:]).strip('[]').strip(chr(39))}: {what}")
+        parts.append(f"{pytree.keystr(path[1:]).strip('[]').strip(chr(39))}: {text}")
     return ", ".join(parts) or "none"

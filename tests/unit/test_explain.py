@@ -104,9 +104,9 @@ def test_copies_are_forced_together(net):
     result = explain(net, "blocks.1.up", limit=1)
     chosen = [net.choices[decisions[f"linear{k}"]] for k in ("", "_2", "_4", "_6")]
     same = sum(c == chosen[1] for c in chosen)
-    assert ("the same in" in result.what) == (same > 1)
-    assert "aten.linear.default in blocks.*.up" in result.what
-    assert "tests/planning.py" in result.what
+    assert ("the same in" in result.description) == (same > 1)
+    assert "aten.linear.default in blocks.*.up" in result.description
+    assert "tests/planning.py" in result.description
 
 
 def test_forced_plans_say_what_else_changes(net):
@@ -157,19 +157,19 @@ def test_differences_are_those_that_were_made(net):
     ).plan  # fmt: skip
     result = diff(net.plan, other)
     assert bool(result)
-    assert [c.what for c in result.setting] == ["budget", "constraints"]
+    assert [c.name for c in result.setting] == ["budget", "constraints"]
     assert result.setting[1].before == "none"
-    stored = {c.what: c for c in result.parameters}
+    stored = {c.name: c for c in result.parameters}
     assert stored["blocks.{1-2}.up.weight"].after == "RR"
     assert stored["blocks.{1-2}.up.weight"].count == 2
     changed = {n for n, s in net.plan.parameters.items() if other.parameters[n] != s}
     again = set(net.plan.reshard_after_forward) ^ set(other.reshard_after_forward)
     assert sum(c.count for c in result.parameters) == len(changed | again)
-    step = next(c for c in result.figures if c.what == "step")
+    step = next(c for c in result.figures if c.name == "step")
     ratio = other.time.step_us / net.plan.time.step_us - 1
     assert step.after.endswith(f"({ratio:+.1%})")
-    assert any(c.what == "ids" for c in result.decisions)
-    assert not {c.what for c in result.decisions} & {"p_table_weight"}
+    assert any(c.name == "ids" for c in result.decisions)
+    assert not {c.name for c in result.decisions} & {"p_table_weight"}
     titles = [t.title for t in difference_tables(result)]
     assert titles[:2] == ["Made for", "Predicted"]
     assert "Decisions" in [t.title for t in difference_tables(result, every=True)]
@@ -180,9 +180,9 @@ def test_plans_of_other_meshes_and_models_compare(net):
         nn.Sequential(nn.Linear(4, 4)), (torch.zeros(4, 4),), cluster=eager_to_shard("4")
     ).plan
     result = diff(net.plan, other)
-    assert {"model", "mesh", "links"} <= {c.what for c in result.setting}
+    assert {"model", "mesh", "links"} <= {c.name for c in result.setting}
     absent = [c for c in result.parameters if c.after == "absent"]
-    assert "blocks.*.up.weight" in {c.what for c in absent}
+    assert "blocks.*.up.weight" in {c.name for c in absent}
     assert str(Change("a", "b", "c")) == "a: b -> c"
 
 
@@ -214,9 +214,9 @@ def test_random_plans_differ_where_their_choices_do(net):
     result = diff(a, b)
     stored = {s.name for s in net.space.decisions if s.kind == "parameter"}
     wrong = {k for k in a.choices if a.choices[k] != b.choices[k]} - stored
-    patterns = {c.what for c in result.decisions}
+    patterns = {c.name for c in result.decisions}
     assert len(wrong) >= len(patterns) > 0
-    assert {w for w in wrong if "#" not in w} <= {c.what for c in result.decisions}
+    assert {w for w in wrong if "#" not in w} <= {c.name for c in result.decisions}
 
 
 def test_functional_losses_are_named_too():

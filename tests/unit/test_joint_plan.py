@@ -52,7 +52,7 @@ def test_the_joint_plan_is_no_slower_than_sharding_first_and_fits(problem):
     for budget in (smallest, (smallest + needed) / 2):
         joint = plan_jointly(within(problem, budget))
         first, best = joint.tried[0], min(t.step_us for t in joint.tried if t.added_us >= 0)
-        assert math.isinf(first.limit_bytes) and best <= first.step_us
+        assert first.plan_us == pytest.approx(free.step_us) and best <= first.step_us
         plan = joint.planned.plan
         assert plan.time.step_us == pytest.approx(best)
         assert plan.memory.total_bytes <= budget

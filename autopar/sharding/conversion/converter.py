@@ -86,18 +86,6 @@ class LayoutConverter:
 
     # -- public ---------------------------------------------------------------------------------
 
-    def cost_us(
-        self,
-        shape: Sequence[int],
-        itemsize: int,
-        source: ShardingSpec,
-        target: ShardingSpec,
-        *,
-        grad: bool = True,
-    ) -> float:
-        """Microseconds of the cheapest conversion, forward plus (with `grad`) backward."""
-        return float(self.costs_us(shape, itemsize, (source,), (target,), grad=grad)[0, 0])
-
     def costs_us(
         self,
         shape: Sequence[int],
@@ -108,9 +96,10 @@ class LayoutConverter:
         grad: bool = True,
         weight: bool = False,
     ) -> np.ndarray:
-        """`cost_us` as a matrix [source, target]; infinite where no path exists.
+        """Microseconds of the cheapest conversions [source, target]; infinite where there is none.
 
         Args:
+            grad: add the backward's.
             weight: whether it is a weight, which may share messages with other weights.
 
         Raises:

@@ -89,19 +89,14 @@ Declaration = Callable[[LocalCall], Declared]
 Elements = Callable[[LocalCall], int]
 F = TypeVar("F", bound=Lowering)
 
-_DECLARATIONS: dict[Lowering, Declaration] = {}
-
-
-def has_declaration(lowering: Lowering) -> bool:
-    """Whether a lowering declares collectives or passes."""
-    return lowering in _DECLARATIONS
+DECLARATIONS: dict[Lowering, Declaration] = {}
 
 
 def declares(declaration: Declaration) -> Callable[[F], F]:
     """Decorates a lowering with its declaration."""
 
     def register(lowering: F) -> F:
-        _DECLARATIONS[lowering] = declaration
+        DECLARATIONS[lowering] = declaration
         return lowering
 
     return register
@@ -109,7 +104,7 @@ def declares(declaration: Declaration) -> Callable[[F], F]:
 
 def declared(lowering: Lowering, call: LocalCall) -> Declared:
     """The collectives that a lowering runs for a call, and its extra passes."""
-    declaration = _DECLARATIONS.get(lowering)
+    declaration = DECLARATIONS.get(lowering)
     return Declared() if declaration is None else declaration(call)
 
 

@@ -223,12 +223,12 @@ def _compared(
     for i, (gradient, layout) in enumerate(zip(gradients, strategy.inputs, strict=True)):
         if gradient is not None and layout is not None:
             pieces = {c: g for c, r in by_rank.items() if (g := r.gradients[i]) is not None}
-            what = f"gradient of operand {i}"
-            compared.append((what, pieces, layout, layout.varying, gradient))
+            value = f"gradient of operand {i}"
+            compared.append((value, pieces, layout, layout.varying, gradient))
     tolerance = tolerance_of([*one.inputs, *one.outputs])
     worst = 0.0
-    for what, pieces, spec, summed, full in compared:
-        error, off = differences(what, pieces, spec, summed, full, mesh, tolerance)
+    for value, pieces, spec, summed, full in compared:
+        error, off = differences(value, pieces, spec, summed, full, mesh, tolerance)
         worst, differing = max(worst, error), differing + off
     if strategy.lowered:
         carries = any(one.trained[:1]) and any(c is not None for c in one.cotangents)

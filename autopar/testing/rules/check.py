@@ -99,8 +99,8 @@ def prove_op(name: str, cases: int, seed: int) -> OpReport:
             ruled, row = one.rule[1], alternative(one)
         except Exception as error:
             failed, done = failed + 1, done + 1
-            what = f"the rule refuses the call: {type(error).__name__}: {error}"
-            failures.setdefault("", Failure(str(one.sample), (), "", "", (what,)))
+            reason = f"the rule refuses the call: {type(error).__name__}: {error}"
+            failures.setdefault("", Failure(str(one.sample), (), "", "", (reason,)))
             continue
         if not ruled:
             continue
@@ -178,7 +178,7 @@ def _smallest(one: OneOp, mesh: Mesh, strategy: Strategy, outcome: Outcome, seed
             continue
         for other in _within(small, where, kinds_to_keep)[:4]:
             again = check_case(small, where, other, draw)
-            if again.differences and again.differences[0].what == outcome.differences[0].what:
+            if again.differences and again.differences[0].value == outcome.differences[0].value:
                 best = small, where, other, again
                 break
     return _failure(*best)

@@ -28,20 +28,20 @@ class Difference:
     """A rank's tensor that differs from what the strategy says.
 
     Args:
-        what: "result 0", "gradient of operand 1", or the step that failed.
+        value: "result 0", "gradient of operand 1", or the step that failed.
         coords: the rank, None for what concerns all of them.
         error: relative to max(1, |global value|); inf for shapes, dtypes and exceptions.
         detail: expected and actual value.
     """
 
-    what: str
+    value: str
     coords: Coords | None
     error: float
     detail: str
 
     def __str__(self) -> str:
         rank = "" if self.coords is None else f" on rank {self.coords}"
-        return f"{self.what}{rank}: {self.detail}"
+        return f"{self.value}{rank}: {self.detail}"
 
 
 def ranks(mesh: Mesh) -> Iterator[Coords]:
@@ -95,7 +95,7 @@ def joined(pieces: Pieces, spec: ShardingSpec, mesh: Mesh, shape: Sequence[int])
 
 
 def differences(
-    what: str,
+    value: str,
     pieces: Pieces,
     spec: ShardingSpec,
     summed: Sequence[int],
@@ -117,7 +117,7 @@ def differences(
                 f"expected {expected.dtype} of shape {tuple(expected.shape)}, "
                 f"got {piece.dtype} of shape {tuple(piece.shape)}"
             )
-            return math.inf, [Difference(what, coords, math.inf, detail)]
+            return math.inf, [Difference(value, coords, math.inf, detail)]
         key = tuple(0 if a in summed else c for a, c in enumerate(coords))
         sums[key] = sums[key] + piece if key in sums else piece
     worst, off = 0.0, []
@@ -128,7 +128,7 @@ def differences(
         if not error <= tolerance:
             terms = f", summed over axes {list(summed)}," if summed else ""
             detail = f"off by {error:.3g}{terms} from the shard {_range(full, spec, mesh, coords)}"
-            off.append(Difference(what, coords, error, detail))
+            off.append(Difference(value, coords, error, detail))
     return worst, off
 
 

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.comm import host_copies
-from autopar.comm.offloaded_parameters import counted_resizes
+
+_RESIZE = {torch.ops.autopar.evict.default, torch.ops.autopar.prefetch.default}
 
 
 class LiveMemory(TorchDispatchMode):
@@ -54,8 +55,11 @@ class LiveMemory(TorchDispatchMode):
         if any(isinstance(t, DTensor) for t in tensors):
             return NotImplemented  # its operations on local shards are dispatched here as well
         before = {t.untyped_storage()._cdata for t in tensors}
-        with counted_resizes(func, args, self._record):
-            out = func(*args, **kwargs)
+        shard = args[0].untyped_storage() if func in _RESIZE else None
+        held = 0 if shard is None else shard.nbytes()
+        out = func(*args, **kwargs)
+        if shard is not None:  # negative where it is evicted
+            self._record(shard.nbytes() - held)
         for t in pytree.tree_leaves(out) if func is not host_copies.HOST else ():
             if not isinstance(t, torch.Tensor) or isinstance(t, DTensor):
                 continue
