@@ -124,7 +124,7 @@ def rank(name: str, mesh: str) -> None:
         options = {"overlaps": overlaps, "plan": model.plan}
         try:
             scheduled(f"3/4 of the step{suffix}", memory=memory, **options)
-        except InfeasibleError as error:  # on all ranks alike
+        except InfeasibleError as error:  # on all ranks
             scheduled(f"the smallest{suffix}", memory=error.smallest_bytes, **options)
     if dist.get_rank() == 0:
         common.answer(peaks)

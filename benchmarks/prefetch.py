@@ -137,7 +137,7 @@ def rank(name: str, mesh: str, rounds: str) -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    found: dict[str, dict[str, list[float]]] = {}
+    by_link: dict[str, dict[str, list[float]]] = {}
     for link, bytes_per_s in LINKS.items():
         cluster = ClusterInfo.of(mesh)
         if bytes_per_s is not None:
@@ -145,8 +145,8 @@ def rank(name: str, mesh: str, rounds: str) -> None:
             cluster = replace(cluster, links=links)
         model, batch = build(name)
         problem = build_problem(model, (), batch, cluster=cluster)
-        expert = next(e for e in baseline_plans(problem.space) if e.name.startswith("FSDP"))
-        plan = make_plan(problem.space, expert.choices, name)
+        baseline = next(e for e in baseline_plans(problem.space) if e.name.startswith("FSDP"))
+        plan = make_plan(problem.space, baseline.choices, name)
 
         def engine(memory: float, overlaps: bool, cluster=cluster, plan=plan) -> Any:
             made, _ = build(name)
@@ -176,13 +176,13 @@ def rank(name: str, mesh: str, rounds: str) -> None:
                     times[k, who] = time.perf_counter() - begin
         dist.all_reduce(times, dist.ReduceOp.MAX)
         planned = [racer[0].memory_plan for racer in racers]
-        found[link] = {
+        by_link[link] = {
             "measured": times.median(0).values.tolist(),
             "predicted": [1e-6 * p.timeline.us for p in planned],
             "peak": [p.peak_bytes / 2**20 for p in planned],
         }
     if dist.get_rank() == 0:
-        common.answer(found)
+        common.answer(by_link)
     dist.destroy_process_group()
 
 
@@ -202,15 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mesh in options.mesh[:1] if options.quick else options.mesh:
             count = math.prod(map(int, mesh.split("x")))
             steps = "3" if options.quick else "21"
-            found = common.on_ranks("benchmarks.prefetch", count, name, mesh, steps)
-            for link, figures in found.items():
+            by_link = common.on_ranks("benchmarks.prefetch", count, name, mesh, steps)
+            for link, figures in by_link.items():
                 case = f"{name}, mesh {mesh}, {link}"
-                for what in ("measured", "predicted"):
-                    whole, split = figures[what]
-                    rows.append(Row(case, f"{what}, in one piece", 1e3 * whole, "ms"))
-                    rows.append(Row(case, f"{what}, split", 1e3 * split, "ms"))
+                for kind in ("measured", "predicted"):
+                    whole, split = figures[kind]
+                    rows.append(Row(case, f"{kind}, in one piece", 1e3 * whole, "ms"))
+                    rows.append(Row(case, f"{kind}, split", 1e3 * split, "ms"))
                     console.print(
-                        f"{case}, {what}: {1e3 * whole:.0f} ms in one piece, "
+                        f"{case}, {kind}: {1e3 * whole:.0f} ms in one piece, "
                         f"{1e3 * split:.0f} ms split, {100 * (split / whole - 1):+.0f}%",
                         markup=False,
                     )

@@ -1,4 +1,4 @@
-"""How the ranks of a run decide alike."""
+"""How the ranks of a run take the same decisions."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def compile_graph(gm: fx.GraphModule, *, backward: bool) -> Callable[[list[Any]]
     options = {
         "fallback_random": True,  # random operators draw what they draw without Inductor
         "layout_optimization": False,
-        # the order is planned: for memory, and for collectives, alike on ranks of other sizes
+        # the order is planned: for memory, and for collectives, equally on ranks of other sizes
         "reorder_for_peak_memory": False,
     }
     with tracing, config.patch(options):

@@ -325,7 +325,7 @@ class Engine(torch.nn.Module):
         if failed is not None and len(steps) in _WARN_AT:
             log.warning(
                 "capturing the model again: this batch takes another branch than %d before it.\n"
-                "%s\nMove the decision out of the model, or make the batches alike in it.",
+                "%s\nMove the decision out of the model, or make all batches agree in it.",
                 len(steps), failed,
             )  # fmt: skip
         steps.append(self._compile(args, kwargs))

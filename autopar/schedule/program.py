@@ -206,8 +206,8 @@ class Program:
     @cached_property
     def signature(self) -> str:
         """Equal for programs that one schedule fits: their operators read and make the same
-        storages and communicate alike. The programs of a mesh's ranks differ in sizes, if dims are
-        split unevenly, and in a few operators that only the first rank computes."""
+        storages, with the same collectives. The programs of a mesh's ranks differ in sizes, if dims
+        are split unevenly, and in a few operators that only the first rank computes."""
         digest = hashlib.sha256(repr((self.forward, sorted(self.results))).encode())
         for op in self.ops:
             kind = op.kind.split()[0] if op.resource is Resource.COMMUNICATION else ""
