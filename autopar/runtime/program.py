@@ -70,8 +70,9 @@ def bind(step: LoweredStep) -> Program:
     def runnable(gm: fx.GraphModule, backward: bool) -> Boxed:
         return compile_graph(gm, backward=backward) if step.compile else boxed(gm)
 
+    forward = runnable(step.forward, backward=False)
     backward = None if step.backward is None else runnable(step.backward, backward=True)
-    return Program(step, runnable(step.forward, backward=False), backward)
+    return Program(step, forward, backward)
 
 
 def boxed(gm: fx.GraphModule) -> Boxed:

@@ -67,7 +67,7 @@ def blocks() -> Program:
 def test_no_choice_of_what_is_kept_is_better():
     program = step_of("mlp").program
     front = ScheduleFront(program)
-    values = [s for s in program.forward_made if program.nbytes[s]]
+    values = [s for s in program.forward_storages if program.nbytes[s]]
     points = []
     for count in range(len(values) + 1):
         for kept in itertools.combinations(values, count):
@@ -88,7 +88,7 @@ def optimum(program: Program, budget: float) -> float:
 def _optimum(program: Program, budget: float) -> float:
     ops, nbytes, maker = program.ops, program.nbytes, program.maker
     forward, backward = program.forward, program.backward
-    values = sorted(program.forward_made)
+    values = sorted(program.forward_storages)
     scale = sum(ops[i].us for i in forward)
     problem = pulp.LpProblem("optimum", pulp.LpMinimize)
 
