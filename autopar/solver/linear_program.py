@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -52,8 +53,11 @@ class LinearProgram:
     def row(
         self, terms: Iterable[tuple[int, float]], lower: float = -math.inf, upper: float = math.inf
     ) -> None:
-        """Add a row of (variable, coefficient) terms."""
-        self._rows.append([term for term in terms if term[1]])
+        """Add a row of (variable, coefficient) terms; those of the same variable add up."""
+        coefficients: dict[int, float] = defaultdict(float)
+        for variable, coefficient in terms:
+            coefficients[variable] += coefficient
+        self._rows.append([term for term in coefficients.items() if term[1]])
         self._row_bounds.append((lower, upper))
 
     def minimize(
@@ -101,7 +105,8 @@ class LinearProgram:
         }  # fmt: skip
         for option, value in options.items():
             highs.setOptionValue(option, value)
-        highs.passModel(lp)
+        if highs.passModel(lp) == highspy.HighsStatus.kError:
+            raise ValueError("HiGHS refused the program")
         highs.run()
         values = np.array(highs.getSolution().col_value)
         if len(values) != len(self.costs):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 900
+TIMEOUT_S = 480
 
 
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:

@@ -14,6 +14,7 @@ from autopar.solver import PairCost, Problem, Row, solve
 from autopar.solver.contraction import Contraction
 from autopar.solver.cutting_planes import CutPool
 from autopar.solver.ilp import solve_ilp
+from autopar.solver.linear_program import LinearProgram
 from autopar.solver.messages import minimize_core
 from autopar.solver.problem import Branch
 from autopar.solver.reductions import RestrictedDomains, TiedVariables
@@ -426,3 +427,15 @@ def test_bad_costs_are_refused():
         Problem((np.array([np.inf]),))
     with pytest.raises(ValueError, match="do not match"):
         Problem((np.zeros(2),), rows=(Row("memory", 1.0, {0: np.zeros(3)}),))
+
+
+@pytest.mark.parametrize("backend", ["HiGHS", "CBC"])
+def test_terms_of_a_variable_add_up(backend):
+    """An operator with several results is in a row once per result."""
+    program = LinearProgram()
+    x, y = program.variable(cost=-1.0, upper=1.0), program.variable(cost=-2.0, upper=1.0)
+    program.row([(x, 0.5), (y, 1.0), (x, 0.5)], upper=1.5)
+    program.row([(x, 1.0), (x, -1.0), (y, 1.0)], upper=0.75)
+    solution = program.minimize(backend=backend)
+    assert solution.status == "optimal"
+    assert solution.values == pytest.approx([0.75, 0.75])
