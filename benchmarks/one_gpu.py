@@ -25,10 +25,10 @@ from torch import nn
 from autopar import ClusterInfo, auto_engine
 from autopar.errors import InfeasibleError
 from autopar.profiler.measure_links import measure_cluster
+from autopar.testing.live_memory import LiveMemory
 from benchmarks import common
 from benchmarks.common import Row, console
 from benchmarks.recompute import Case, checkpointed, gpt2, images, llama
-from tests.live_memory import LiveMemory
 
 SHARES = (0.7, 0.45)
 _GPT2, _LLAMA = ("model.transformer.h",), ("model.model.layers",)

@@ -73,8 +73,8 @@ def train(name: str, mesh: str, overlaps: bool = False, **options: Any) -> tuple
     import torch
 
     from autopar import auto_engine
+    from autopar.testing.live_memory import LiveMemory, training_state_bytes
     from tests.clusters import eager_to_shard
-    from tests.live_memory import LiveMemory, training_state_bytes
 
     built, batch = build(name)
     optimizer = torch.optim.AdamW(built.parameters())

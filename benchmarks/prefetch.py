@@ -133,7 +133,7 @@ def rank(name: str, mesh: str, rounds: str) -> None:
     from autopar.cluster.link import Link as NetworkLink
     from autopar.planner.baselines import baseline_plans
     from autopar.planner.planner import build_problem, make_plan
-    from tests.live_memory import training_state_bytes
+    from autopar.testing.live_memory import training_state_bytes
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

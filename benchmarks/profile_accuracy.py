@@ -8,7 +8,7 @@ Per model, on one training step (forward, backward, gradients made) with real te
   `autopar.profiler.counting`.
 * saved: bytes of the distinct storages that `torch.autograd.graph.saved_tensors_hooks` sees,
   without parameters.
-* peak: live bytes of storages that the step makes (`tests.live_memory.LiveMemory`).
+* peak: live bytes of storages that the step makes (`autopar.testing.live_memory.LiveMemory`).
   Under such a mode autograd sums gradients out of place, and so does the prediction that is
   compared with it. The peak of the CPU's allocator without a mode (torch.profiler; sums in place)
   is shown too. It includes the kernels' scratch space, which no profile of operators knows.
@@ -35,10 +35,10 @@ from autopar.errors import CaptureError
 from autopar.planner.planner import trainable_inputs
 from autopar.profiler.counting import MISSING_FLOPS
 from autopar.profiler.model import profile_model
+from autopar.testing.live_memory import LiveMemory
 from autopar.tracer.settings import apply_settings
 from benchmarks import common
 from benchmarks.common import Row, console
-from tests.live_memory import LiveMemory
 from tests.zoo import hf, timm_rows
 from tests.zoo.family import Family
 

@@ -3,7 +3,7 @@
 One training step (forward, backward, gradients made) in float32 on the CPU, without dropout. Per
 method, from real runs:
 
-* peak: live bytes (`tests.live_memory.LiveMemory`: tensors made in the step, without
+* peak: live bytes (`autopar.testing.live_memory.LiveMemory`: tensors made in the step, without
   gradients of parameters), divided by eager PyTorch's.
 * added FLOPs: percent of eager's forward and backward. Operators without a formula (norms,
   activations, sums) count one per element, so that recomputing them is not free.

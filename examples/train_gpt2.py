@@ -24,7 +24,7 @@ from autopar import auto_engine
 from autopar.files import write_atomically
 from autopar.report.html import render_html
 from autopar.report.text import render
-from tests.live_memory import LiveMemory, training_state_bytes
+from autopar.testing.live_memory import LiveMemory, training_state_bytes
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 TOLERANCE = 1e-4

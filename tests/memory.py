@@ -18,7 +18,7 @@ from autopar.runtime.program import Program as RunnableStep
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import ScheduleFront
 from autopar.schedule.program import INPUT, Op, Program, Schedule
-from tests.live_memory import LiveMemory
+from autopar.testing.live_memory import LiveMemory
 from tests.lowering import lowered, program_of
 from tests.models import CASES, LanguageModel
 

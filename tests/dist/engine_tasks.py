@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.cluster.link import Link
-from tests.live_memory import LiveMemory, training_state_bytes
+from autopar.testing.live_memory import LiveMemory, training_state_bytes
 from autopar.comm.offloaded_parameters import EvictedShard
 from tests.clusters import eager_to_shard
 from tests.models import CASES, MLP, Classifier, LanguageModel, words

@@ -20,7 +20,7 @@ from autopar.cluster.local import as_cluster
 from autopar.comm import world as environment
 from autopar.comm.offloaded_parameters import EvictedShard
 from autopar.errors import InfeasibleError
-from tests.live_memory import LiveMemory
+from autopar.testing.live_memory import LiveMemory
 from tests.models import CASES, OPTIMIZERS, Classifier, LanguageModel, words
 
 pytestmark = pytest.mark.gpu

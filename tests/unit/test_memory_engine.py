@@ -13,7 +13,7 @@ from autopar.comm import world as environment
 from autopar.errors import InfeasibleError
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.planner import build_problem
-from tests.live_memory import LiveMemory, training_state_bytes
+from autopar.testing.live_memory import LiveMemory, training_state_bytes
 from tests.models import CASES, OPTIMIZERS, LanguageModel
 
 STEPS = 2

@@ -27,7 +27,7 @@ from autopar.schedule.program import Program, Schedule, eager_schedule
 from autopar.schedule.refine import Refiner
 from autopar.schedule.simulate import check, live_bytes, live_ranges
 from autopar.schedule.streams import run_times
-from tests.live_memory import LiveMemory
+from autopar.testing.live_memory import LiveMemory
 from tests.models import Classifier, words
 
 ALONE = ClusterInfo.of("1")
