@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,13 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autopar.comm import host_copies
 
 _RESIZE = {torch.ops.autopar.evict.default, torch.ops.autopar.prefetch.default}
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 
 class LiveMemory(TorchDispatchMode):
     """Records every storage made while it is active until it is freed; a parameter counts
     negatively while it is offloaded.
 
-    It keeps nothing alive, and sees what kernels return, not their scratch space.
+    It keeps nothing alive, and sees what kernels return, not their scratch space. A collective runs
+    to its end at once, on copies: a backend's threads hold its tensors a moment longer than the
+    program does, and how long depends on how busy the machine is.
 
     Attributes:
         changes: number of a storage and its bytes, negative when it is freed, in order.
@@ -57,7 +61,11 @@ class LiveMemory(TorchDispatchMode):
         before = {t.untyped_storage()._cdata for t in tensors}
         shard = args[0].untyped_storage() if func in _RESIZE else None
         held = 0 if shard is None else shard.nbytes()
-        out = func(*args, **kwargs)
+        collective = func.namespace == "_c10d_functional" and func is not _WAIT
+        if collective and not any(isinstance(t, FakeTensor) for t in tensors):
+            out = _finish_on_copies(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
         if shard is not None:  # negative where it is evicted
             self._record(shard.nbytes() - held)
         for t in pytree.tree_leaves(out) if func is not host_copies.HOST else ():
@@ -70,6 +78,19 @@ class LiveMemory(TorchDispatchMode):
             number = self.numbers[address] = self._record(nbytes, tuple(t.shape))
             weakref.finalize(storage, self._freed, address, number, nbytes)
         return out
+
+
+def _finish_on_copies(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a functional collective on copies of its tensors and wait for it."""
+    copied_args, copied_kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    out = func(*copied_args, **copied_kwargs)
+    out = pytree.tree_map_only(torch.Tensor, lambda t: _WAIT(t).clone(), out)
+    if not func._schema.is_mutable:
+        return out
+    written = kwargs.get("out", args[0])
+    for target, result in zip(pytree.tree_leaves(written), pytree.tree_leaves(out), strict=True):
+        target.copy_(result)
+    return written
 
 
 def training_state_bytes(

@@ -298,8 +298,9 @@ def recomputed(
         found = []
         for step in range(2):
             optimizer.zero_grad()
+            batch = case.batch(step)
             with LiveMemory() as live:
-                engine(**case.batch(step)).backward()
+                engine(**batch).backward()
             found += [p.grad.to_local().clone() for p in made.parameters()]
             optimizer.step()
         held = sum(training_state_bytes(made, optimizer).values())
@@ -324,11 +325,19 @@ def recomputed(
         "error": max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)),
         "peak": planned.peak_bytes,
         "measured": measured,
+        "buffer": max(map(_gathered_bytes, graphs)),
         "ahead": [_ahead(graph) for graph in graphs],
         "whole": whole.memory_plan.peak_bytes,
         "again": [m.name for m in events if m.recomputed],
         "gathered": sum(m.recomputed and m.resource == "communication" for m in events),
     }
+
+
+def _gathered_bytes(graph: torch.fx.GraphModule) -> int:
+    """Of the largest buffer that a gather writes to."""
+    gather = torch.ops._c10d_functional.all_gather_into_tensor_out.default
+    nodes = graph.graph.find_nodes(op="call_function", target=gather)
+    return max((n.meta["val"].untyped_storage().nbytes() for n in nodes), default=0)
 
 
 def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:

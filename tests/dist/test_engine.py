@@ -115,8 +115,9 @@ def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, over
     assert ranks[0]["again"]
     for ahead in ranks[0]["ahead"]:  # in forward and in backward
         assert any("gather" in name for name in ahead) == overlaps
-    if overlaps:  # buffers under way count
-        assert all(rank["measured"] == pytest.approx(rank["peak"], rel=0.01) for rank in ranks)
+    if overlaps:  # buffers under way count, but not the one inside of a gather that runs whole
+        for rank in ranks:
+            assert -64 <= rank["measured"] - rank["peak"] <= rank["buffer"]
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
