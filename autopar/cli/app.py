@@ -5,7 +5,6 @@ The commands import torch inside of their functions, so that `--help` is fast.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def rules_check(
 
     Results and gradients are compared. The exit code is 1 if a rule is wrong.
     """
-    with progress() as say, contextlib.redirect_stdout(sys.stderr), short_errors(ValueError):
+    with progress() as say, short_errors(ValueError):
         from autopar.cli.rules import checked, discovered, print_checked
         from autopar.testing.rules.record import save
 

@@ -23,14 +23,16 @@ def check_optimizer(optimizer: str) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A function that reports the current stage: a spinner on a terminal, else lines on stderr."""
+    """A function that reports the current stage: a spinner on a terminal, else lines on stderr.
+    What a model file prints meanwhile goes to stderr."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield lambda line: console.print(line, markup=False, soft_wrap=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield lambda line: console.print(line, markup=False, soft_wrap=True)
         return
-    with console.status("autopar ...") as status:
+    with console.status("autopar ...") as status, contextlib.redirect_stdout(sys.stderr):
         yield lambda line: status.update(line)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 
@@ -40,11 +39,7 @@ def profile(
     The step is that of one device, without sharding and recomputation. Formulas, --fit and other
     sizes than the example's need a model whose batch and sequence can be symbolic.
     """
-    with (
-        progress() as say,
-        contextlib.redirect_stdout(sys.stderr),
-        short_errors(ValueError, OSError),
-    ):
+    with progress() as say, short_errors(ValueError, OSError):
         check_optimizer(optimizer)
         from autopar.cli.model_file import load_example
         from autopar.cluster.cluster import parse_bytes
@@ -87,7 +82,7 @@ def cluster(
     On one host it starts the processes itself. On several hosts, run it under torchrun on each:
     torchrun ... --no-python autopar cluster --mesh 2x8 -o cluster.yaml.
     """
-    with progress() as say, contextlib.redirect_stdout(sys.stderr), short_errors(ValueError):
+    with progress() as say, short_errors(ValueError):
         from autopar.cli.cluster import measure
 
         measurement = measure(mesh, device, quick, say)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -99,8 +98,7 @@ def plan(
     The report goes to stdout, progress to stderr. The exit code is 1 if nothing fits the memory or
     the model cannot be captured, and 2 if the input is wrong.
     """
-    # what the model file prints goes to stderr
-    with progress() as say, contextlib.redirect_stdout(sys.stderr):
+    with progress() as say:
         with short_errors(ValueError, OSError):
             check_optimizer(optimizer)
             from autopar.cli.model_file import load_example
@@ -180,11 +178,7 @@ def explain(
 
     For each alternative it finds the best plan with that choice, and says what else changes.
     """
-    with (
-        progress() as say,
-        contextlib.redirect_stdout(sys.stderr),
-        short_errors(ValueError, OSError),
-    ):
+    with progress() as say, short_errors(ValueError, OSError):
         from autopar.cli.inspect import explain_decision
         from autopar.plan import ShardingPlan
 

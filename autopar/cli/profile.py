@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -20,14 +20,18 @@ from torch.utils import _pytree as pytree
 from autopar.cli.model_file import Example
 from autopar.ir.repeats import pattern
 from autopar.planner.planner import trainable_inputs
-from autopar.profiler.model import ModelProfile, largest, profile_model, substitute
+from autopar.profiler.model import (
+    ModelProfile,
+    example_sizes,
+    largest,
+    profile_model,
+    substitute,
+)
+from autopar.profiler.modules import ModuleRow
+from autopar.profiler.tape import Count
 from autopar.report.text import terminal_width
 from autopar.tracer import ColoTracer
 from autopar.units import bytes_text, count_text, flops_text
-
-if TYPE_CHECKING:
-    from autopar.profiler.modules import ModuleRow
-    from autopar.profiler.tape import Count
 
 
 @dataclass(frozen=True)
@@ -62,20 +66,10 @@ def profile_example(example: Example, *, dynamic: bool, optimizer_state: float) 
     inputs = [x for x in pytree.tree_leaves((example.args, example.kwargs)) if torch.is_tensor(x)]
     return Profiled(
         profile,
-        _sizes(graph) if dynamic else {},
+        example_sizes(graph) if dynamic else {},
         held + int(optimizer_state * trainable),
         sum(x.numel() * x.element_size() for x in inputs),
     )
-
-
-def _sizes(graph: Any) -> dict[str, int]:
-    """The example's sizes by the names of the dynamic dims."""
-    sizes: dict[str, int] = {}
-    for name in filter(None, graph.inputs):
-        for size in graph.placeholders[name].meta["val"].shape:
-            if isinstance(size, torch.SymInt) and str(size.node.expr) in graph.symbols:
-                sizes.setdefault(graph.symbols[str(size.node.expr)], int(size.node.hint))
-    return sizes
 
 
 def show(

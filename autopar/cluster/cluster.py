@@ -109,9 +109,8 @@ class ClusterInfo:
         names = self.axis_names
         if names and not len(names) == len(set(names)) == len(self.mesh):
             raise MeshError(
-                f"mesh {'x'.join(map(str, self.mesh))} needs a different name for each of its "
-                f"{len(self.mesh)} axes, "
-                f"got {', '.join(names)}"
+                f"mesh {mesh_text(self.mesh)} needs a different name for each of its "
+                f"{len(self.mesh)} axes, got {', '.join(names)}"
             )
         links = {f"links[{i}]": link for i, link in enumerate(self.links)}
         if self.host_link is not None:

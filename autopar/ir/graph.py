@@ -205,6 +205,13 @@ def operands(node: fx.Node) -> list[fx.Node | None]:
     return [value for _, value in named_operands(node)]
 
 
+def operand_at(node: fx.Node, index: int) -> fx.Node:
+    """One of the `operands`, which must not be absent."""
+    value = operands(node)[index]
+    assert value is not None
+    return value
+
+
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments by schema name, without defaults."""
     if not isinstance(node.target, torch._ops.OpOverload):

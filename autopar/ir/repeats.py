@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+# The number of a copy in a name.
+INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
+
 # A shorter body is more likely a few equal operators in a row than a loop.
 _SMALLEST_BODY = 4
 _LARGEST_BODY = 256
@@ -20,12 +23,12 @@ _FEWEST_ITERATIONS = 3
 
 def pattern(name: str) -> str:
     """`h.3.attn` to `h.*.attn`: the same name for every copy of a block."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+    return INDEX.sub("*", name)
 
 
 def has_index(name: str) -> bool:
     """Whether a module is part of a list of blocks."""
-    return pattern(name) != name
+    return INDEX.search(name) is not None
 
 
 def fold_loops(signatures: Sequence[Hashable]) -> list[tuple[int, bool]]:

@@ -196,24 +196,10 @@ def _backward_outputs(
     return dx, dw, db
 
 
-@layer_norm_fwd.register_fake
-def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_outputs(x)
-
-
-@layer_norm_bwd.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_outputs(x, weight, bias, output_mask)
+layer_norm_fwd.register_fake(lambda x, weight, bias, eps: _forward_outputs(x))
+layer_norm_bwd.register_fake(
+    lambda grad, x, mean, rstd, *operands_and_mask: _backward_outputs(x, *operands_and_mask)
+)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

@@ -27,7 +27,7 @@ from autopar.planner.names import Names, output_shapes, suggestion
 from autopar.planner.space import SearchSpace
 from autopar.solver import solve
 from autopar.solver.reductions import TiedProblem
-from autopar.units import bytes_text
+from autopar.units import bytes_text, mesh_text
 
 # Name or pattern to layouts.
 Constraints = Mapping[str, str]
@@ -227,7 +227,7 @@ def _output_spec(name: str, text: str, shape: tuple[int, ...], mesh: Sequence[in
     if not legal:
         raise ConstraintError(
             f"constraint {name!r}: {text!r} is not a layout of a result of shape {list(shape)} on "
-            f"mesh {'x'.join(map(str, mesh))}: one R or S with axes per dim, so that no rank is "
+            f"mesh {mesh_text(mesh)}: one R or S with axes per dim, so that no rank is "
             "without elements; a result has one layout"
         )
     assert spec is not None

@@ -15,15 +15,14 @@ and a parameter that is stored split but consumed replicated is sharded as by Ze
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from autopar.ir.graph import operands, shape_of
-from autopar.ir.repeats import pattern
+from autopar.ir.graph import operand_at, shape_of
+from autopar.ir.repeats import INDEX, pattern
 from autopar.plan import ModuleSummary
 from autopar.planner.decisions import Candidate, Decision
 from autopar.planner.space import SearchSpace
@@ -178,9 +177,7 @@ def _factor_role(node: fx.Node, rule: OpRule, factor: str, weights: Sequence[int
 
 def _table_role(node: fx.Node) -> str:
     """Whether rows of an embedding's table are words, or positions: looked up once per batch."""
-    index = operands(node)[1]
-    assert index is not None
-    shape = shape_of(index.meta["val"])
+    shape = shape_of(operand_at(node, 1).meta["val"])
     return "positions" if len(shape) > 1 and shape[0] == 1 else "vocabulary"
 
 
@@ -255,8 +252,6 @@ def _pairs(parent: str, roles: Mapping[str, Roles]) -> Roles:
 # per place of a name the indices of some copies
 Box = tuple[frozenset[int], ...]
 
-_INDEX = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
-
 
 def _grouped(entries: Mapping[str, tuple[str, _Module]]) -> Iterable[ModuleSummary]:
     """Copies with the same words as one entry, named with `*` for all and `{0,2-5}` for some."""
@@ -298,7 +293,7 @@ def _inside(point: tuple[int, ...], box: Box) -> bool:
 
 
 def _indices(name: str) -> tuple[int, ...]:
-    return tuple(int(i) for i in _INDEX.findall(name))
+    return tuple(int(i) for i in INDEX.findall(name))
 
 
 def _boxes(points: Sequence[tuple[int, ...]]) -> list[Box]:

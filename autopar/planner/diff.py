@@ -63,8 +63,10 @@ def diff(a: ShardingPlan, b: ShardingPlan) -> Difference:
     names = {k.partition("#")[0] for k in (*a.choices, *b.choices)}
     stored = {f"p_{n.replace('.', '_')}" for n in (*a.parameters, *b.parameters)} & names
     inner = [{k: _decision(p, k) for k in p.choices if k not in stored} for p in (a, b)]
+    times = _figures(a.time, b.time, {"step": "step_us"} | TIME_KINDS, time_text)
+    sizes = _figures(a.memory, b.memory, {"memory": "total_bytes"} | MEMORY_KINDS, bytes_text)
     return Difference(
-        tuple(_setting(a, b)), tuple(_figures(a, b)), _changes(_storage(a), _storage(b)),
+        tuple(_setting(a, b)), (*times, *sizes), _changes(_storage(a), _storage(b)),
         tuple(_modules(a.modules, b.modules)), _changes(inner[0], inner[1]),
     )  # fmt: skip
 
@@ -87,24 +89,18 @@ def _setting(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
     return [Change(key, one, other) for key, (one, other) in pairs.items() if one != other]
 
 
-def _figures(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
-    figures = [("step", a.time.step_us, b.time.step_us)]
-    figures += [(k, getattr(a.time, key), getattr(b.time, key)) for k, key in TIME_KINDS.items()]
-    changes = [_figure(*figure, time_text) for figure in figures]
-    figures = [("memory", a.memory.total_bytes, b.memory.total_bytes)]
-    figures += [
-        (k, getattr(a.memory, key), getattr(b.memory, key)) for k, key in MEMORY_KINDS.items()
-    ]
-    changes += [_figure(*figure, bytes_text) for figure in figures]
-    return [change for change in changes if change is not None]
-
-
-def _figure(name: str, before: float, after: float, text: Callable[[float], str]) -> Change | None:
-    """None for a difference that is not visible in the text."""
-    if abs(after - before) <= 1e-6 * max(abs(before), abs(after)):
-        return None
-    relative = f" ({after / before - 1:+.1%})" if before else ""
-    return Change(name, text(before), text(after) + relative)
+def _figures(
+    a: object, b: object, kinds: Mapping[str, str], text: Callable[[float], str]
+) -> list[Change]:
+    """The attributes that differ visibly in the text, by kind."""
+    changes = []
+    for name, key in kinds.items():
+        before, after = getattr(a, key), getattr(b, key)
+        if abs(after - before) <= 1e-6 * max(abs(before), abs(after)):
+            continue
+        relative = f" ({after / before - 1:+.1%})" if before else ""
+        changes.append(Change(name, text(before), text(after) + relative))
+    return changes
 
 
 def _storage(plan: ShardingPlan) -> dict[str, str]:

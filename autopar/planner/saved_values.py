@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from autopar.ir.graph import ModelGraph, operands, producer
+from autopar.ir.graph import ModelGraph, operand_at, operands, producer
 from autopar.profiler.profile import NodeProfile
 from autopar.sharding.node_rules import results
 
@@ -17,9 +17,9 @@ class SavedValues:
     """Which values are saved for the backward, and at which operator each is counted."""
 
     def __init__(self, graph: ModelGraph, profile: Mapping[fx.Node, NodeProfile]) -> None:
+        self._profile = profile
         self._root: dict[fx.Node, fx.Node] = {}
         self._first: dict[fx.Node, tuple[fx.Node, int]] = {}
-        self._saves: set[tuple[fx.Node, int]] = set()
         self._output_first: set[tuple[fx.Node, int]] = set()
         for node in graph.nodes:
             source, _ = producer(node)
@@ -32,15 +32,10 @@ class SavedValues:
                 aliased = profile[source].aliases_input
                 self._root[node] = self._root[source] if aliased else node
                 continue
-            ins = operands(node)
-            first = next((n for n in ins if n is not None), None)
-            alias = profile[node].aliases_input and first is not None
-            self._root[node] = self._root[first] if alias and first is not None else node
+            first = next((n for n in operands(node) if n is not None), node)
+            self._root[node] = self._root[first] if profile[node].aliases_input else node
             for i in profile[node].tape.saved_operands:
-                value = ins[i]
-                assert value is not None
-                self._saves.add((node, i))
-                self._first.setdefault(self._root[value], (node, i))
+                self._first.setdefault(self._root[operand_at(node, i)], (node, i))
             for i in profile[node].tape.saved_results:
                 results_of = (u for u in node.users if producer(u) == (node, i))
                 saved = node if len(results(node)) == 1 else next(results_of, None)
@@ -64,12 +59,11 @@ class SavedValues:
 
     def needs(self, node: fx.Node, operand: int) -> bool:
         """The operand is saved but counted elsewhere, so that a converted copy adds memory."""
-        return (node, operand) in self._saves and not self.counted_here(node, operand)
+        saved = self._profile[node].tape.saved_operands
+        return operand in saved and not self.counted_here(node, operand)
 
     def counted_here(self, node: fx.Node, operand: int) -> bool:
-        value = operands(node)[operand]
-        assert value is not None
-        root = self.root(value)
+        root = self.root(operand_at(node, operand))
         return root.op != "placeholder" and self._first.get(root) == (node, operand)
 
     def output_counted(self, node: fx.Node, result: int) -> bool:

@@ -8,13 +8,11 @@ compute to overlap with everywhere.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from autopar.ir.repeats import INDEX
 from autopar.planner.space import SearchSpace
-
-_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 # A list of blocks (the name before its number), and the number; None where there is none.
 BlockPosition = tuple[str, int] | None
@@ -69,7 +67,7 @@ def block_positions(space: SearchSpace, classes: Sequence[int]) -> list[BlockPos
         by_class[c].append(v)
     positions: list[BlockPosition] = [None] * len(names)
     for copies in by_class.values():
-        matches = [list(_NUMBER.finditer(names[v])) for v in copies]
+        matches = [list(INDEX.finditer(names[v])) for v in copies]
         if len({len(m) for m in matches}) != 1:
             continue
         numbers = [[int(m[0]) for m in ms] for ms in matches]

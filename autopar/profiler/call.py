@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.ir.aliasing import tensors_of
-from autopar.ir.graph import operands
+from autopar.ir.graph import operand_at, operands
 from autopar.profiler.counting import Recorder, Work
 from autopar.profiler.tape import GRADIENT, OPERAND, Emission, Event, Storage, Strides, Tape
 
@@ -87,8 +87,7 @@ class Call:
     def _view_first_operand(self, node: fx.Node) -> None:
         """Put a view in the place of the first operand. Autograd refuses to overwrite leaves, so it
         is a view of a copy, under the operand's name."""
-        first = operands(node)[0]
-        assert first is not None
+        first = operand_at(node, 0)
         base = self.fakes[first].clone()
         self.recorder.name(base, Storage(OPERAND, 0))
         self.fakes[first] = base.view_as(base)

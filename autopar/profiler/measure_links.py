@@ -129,10 +129,9 @@ def measure_cluster(
             if started and dist.is_initialized():
                 stop()
     if size == 1:
-        device = torch.device(kind)
-        single = _single_device(device, effort_for(kind, quick), 1, say)
-        links = _usual_links(mesh, single.device)
-        return Measurement(replace(single, mesh=tuple(mesh), links=links), (None,) * len(mesh))
+        effort = effort_for(kind, quick)
+        cluster = _cluster_with_usual_links(mesh, torch.device(kind), effort, 1, say)
+        return Measurement(cluster, (None,) * len(mesh))
     if kind == "cuda" and torch.cuda.device_count() < size:
         raise MeshError(
             f"mesh {mesh_text(mesh)} needs {size} CUDA devices but this host has "
@@ -202,7 +201,8 @@ def _measure_rank(
     say = say if dist.get_rank() == 0 else (lambda line: None)
     # all ranks at once, because in training, too, they share memory bandwidth and perhaps cores
     _barrier(device)
-    single = _single_device(device, effort, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), say)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cluster = _cluster_with_usual_links(mesh, device, effort, processes, say)
     _barrier(device)
     names = process_groups(device_mesh)
     fits: list[LinkFit | None] = []
@@ -211,12 +211,11 @@ def _measure_rank(
             fits.append(None)
             continue
         say(f"collectives of mesh axis {axis} ({mesh[axis]} ranks) ...")
-        fits.append(measure_axis(find_group(name), device, effort, single.device.launch_us))
+        fits.append(measure_axis(find_group(name), device, effort, cluster.device.launch_us))
     if dist.get_rank() != 0:
         return None
-    usual = _usual_links(mesh, single.device)
-    links = tuple(fit.link if fit else link for fit, link in zip(fits, usual, strict=True))
-    return Measurement(replace(single, mesh=mesh, links=links), tuple(fits))
+    links = tuple(fit.link if fit else link for fit, link in zip(fits, cluster.links, strict=True))
+    return Measurement(replace(cluster, links=links), tuple(fits))
 
 
 def _barrier(device: torch.device) -> None:
@@ -226,21 +225,17 @@ def _barrier(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _usual_links(mesh: Sequence[int], device: Device) -> tuple[Link, ...]:
-    """The table's links, for axes of one rank, along which nothing is sent."""
-    return ClusterInfo.of(tuple(mesh), device).links
-
-
-def _single_device(
-    device: torch.device, effort: Effort, processes: int, say: Progress
+def _cluster_with_usual_links(
+    mesh: Sequence[int], device: torch.device, effort: Effort, processes: int, say: Progress
 ) -> ClusterInfo:
-    """A cluster of this device alone."""
+    """A mesh of devices measured as this one. Its links are the table's, which stay for axes of one
+    rank, along which nothing is sent."""
     model = measure_device(device, effort, processes=processes, say=say)
     if device.type == "cuda":
         say("host link ...")
     link = measure_host_link(device, effort)
     memory = None if link is None else host_memory() / processes
-    return ClusterInfo((1,), model, _usual_links((1,), model), None, link, memory)
+    return replace(ClusterInfo.of(mesh, model), host_link=link, host_memory_bytes=memory)
 
 
 def measure_host_link(device: torch.device, effort: Effort) -> Link | None:
@@ -324,8 +319,8 @@ def _waiting_seconds(group: Group, device: torch.device, budget: float) -> float
     with_collective: list[float] = []
     rounds = max(5, min(25, int(budget / 0.01)))
     for _ in range(rounds):
-        compute.append(_loop_seconds(lambda: _compute(a)))
-        with_collective.append(_loop_seconds(lambda: [_compute(a), call()]))
+        compute.append(_slowest_seconds(lambda: _compute(a), device, 8))
+        with_collective.append(_slowest_seconds(lambda: [_compute(a), call()], device, 8))
     added = float(np.median(np.subtract(with_collective, compute)))
     return max(0.0, added - _collective_seconds(call, device, budget))
 
@@ -335,13 +330,15 @@ def _compute(a: torch.Tensor) -> list[torch.Tensor]:
     return [a @ a for _ in range(4)]
 
 
-def _loop_seconds(call: Callable[[], Any], repetitions: int = 8) -> float:
+def _slowest_seconds(call: Callable[[], Any], device: torch.device, repetitions: int) -> float:
     """Seconds of one call on the slowest rank."""
-    dist.barrier()
+    _barrier(device)
     begin = time.perf_counter()
     for _ in range(repetitions):
         call()
-    slowest = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    slowest = torch.tensor(time.perf_counter() - begin, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest) / repetitions
 
@@ -356,13 +353,6 @@ def _collective_seconds(call: Callable[[], Any], device: torch.device, budget: f
     times: list[float] = []
     spent = 0.0
     while len(times) < 15 or (spent < budget and len(times) < 50):
-        _barrier(device)
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        slowest = torch.tensor(time.perf_counter() - begin, dtype=torch.float64, device=device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        times.append(float(slowest))
+        times.append(_slowest_seconds(call, device, 1))
         spent += times[-1]
     return float(np.quantile(times, 0.25))

@@ -22,7 +22,7 @@ import torch
 import torch.fx as fx
 
 from autopar.ir.aliasing import tensors_of
-from autopar.ir.graph import ModelGraph, operands, producer
+from autopar.ir.graph import ModelGraph, operand_at, producer
 from autopar.profiler.counting import count
 from autopar.profiler.profile import NodeProfile, Value, gradient_roots, summed_strides
 from autopar.profiler.tape import (
@@ -125,10 +125,9 @@ class _Step:
         self.shares: Counter[Any] = Counter()  # places that hold a gradient tensor
         self.sums = 0
         self.awaited: Counter[Value] = Counter(
-            producer(operand)
+            producer(operand_at(node, e.operand))
             for node in self.nodes
             for e in profiles[node].tape.emitted
-            if (operand := operands(node)[e.operand]) is not None
         )
 
     def run(self) -> MemoryTimeline:
@@ -220,9 +219,7 @@ class _Step:
 
     def _key(self, node: fx.Node, storage: Storage) -> Any:
         if storage.owner == OPERAND:
-            operand = operands(node)[storage.number]
-            assert operand is not None
-            return self.storage[producer(operand)]
+            return self.storage[producer(operand_at(node, storage.number))]
         return node, storage.number
 
     def _bytes(self, key: Any) -> Count:
@@ -306,9 +303,7 @@ class _Step:
         self.shares[gradient.tensor] += 1
         if holder is not None:
             self._release(holder)
-        operand = operands(node)[emission.operand]
-        assert operand is not None
-        self._receive(producer(operand), gradient)
+        self._receive(producer(operand_at(node, emission.operand)), gradient)
 
     def _receive(self, value: Value, new: _Gradient) -> None:
         old = self.gradients.pop(value, None)

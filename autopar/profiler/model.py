@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -154,10 +155,7 @@ def largest(
         low, high = high, 2 * high
         if high > _MAX_SIZE:
             raise ValueError(f"the peak stays within {budget_bytes} bytes whatever {name} is")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if peak(middle) <= budget_bytes else (low, middle)
-    return low
+    return low + bisect_right(range(low + 1, high), budget_bytes, key=peak)
 
 
 def _values(profile: ModelProfile, sizes: Mapping[str, int]) -> dict[sympy.Symbol, sympy.Integer]:
@@ -212,6 +210,12 @@ def _input_values(graph: ModelGraph) -> Iterator[Any]:
 def _input_shapes(graph: ModelGraph) -> list[str]:
     """The shapes as text. They change if profiling finds that two sizes are the same."""
     return [str(value.shape) for value in _input_values(graph)]
+
+
+def example_sizes(graph: ModelGraph) -> dict[str, int]:
+    """The sizes of the example inputs, by the names of the dynamic dims."""
+    example = _example(graph)
+    return {name: example[symbol] for symbol, name in _dynamic_sizes(graph).items()}
 
 
 def _dynamic_sizes(graph: ModelGraph) -> dict[sympy.Symbol, str]:

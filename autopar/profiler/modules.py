@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch.fx as fx
 
@@ -53,9 +54,8 @@ class ModuleRow:
 def with_parents(path: str) -> Iterator[str]:
     """The model (""), and all modules on the way to this one."""
     yield ""
-    parts = path.split(".") if path else []
-    for i in range(len(parts)):
-        yield ".".join(parts[: i + 1])
+    if path:
+        yield from accumulate(path.split("."), "{}.{}".format)
 
 
 def module_table(

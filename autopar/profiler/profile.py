@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from autopar.ir.aliasing import tensors_of
-from autopar.ir.graph import ModelGraph, operands, producer
+from autopar.ir.graph import ModelGraph, operand_at, operands, producer
 from autopar.profiler.call import Call, in_place_variant, origin_of
 from autopar.profiler.counting import Work
 from autopar.profiler.tape import OPERAND, Count, Strides, Tape, maximum
@@ -160,8 +160,7 @@ class _Profiler:
             backward, tape = call.finish(incoming)
             self.profiles[key] = NodeProfile(call.work, backward, tape, carries, leaves)
         for emission in self.profiles[key].tape.emitted:
-            operand = operands(node)[emission.operand]
-            assert operand is not None
+            operand = operand_at(node, emission.operand)
             value = producer(operand)
             old, new = layouts.get(value), emission.strides
             layouts[value] = new if old is None else summed_strides(operand.meta["val"], old, new)
