@@ -353,20 +353,24 @@ class _Mesh:
 STEPS = [
     ("2x2", ()), ("3", (7,)), ("2x2", (4, 6)), ("2x3", (5, 7)), ("4x2", (9, 4)), ("2x2x2", (5,)),
     ("2x2x2", (8, 5)), ("2x3x2", (5, 7)),
-    pytest.param("2x2x2", (8, 9, 8, 9), marks=pytest.mark.slow),
+    ("2x2x2", (8, 9, 8, 9)),
 ]  # fmt: skip
+
+
+def _some_steps(converter, shape, most=400):
+    """The steps out of all specs, or as many of them by chance."""
+    steps = [s for spec in converter.specs(shape) for s in converter.steps_from(shape, spec)]
+    return random.Random(0).sample(steps, min(most, len(steps)))
 
 
 @pytest.mark.parametrize(("mesh", "shape"), STEPS)
 def test_every_step_gives_the_right_shards_and_gradients(mesh, shape):
-    """All steps out of all specs; sizes that do not divide among them."""
+    """All steps out of all specs, or a sample of them; sizes that do not divide among them."""
     simulated = _Mesh(mesh, shape)
-    count = 0
-    for spec in simulated.converter.specs(shape):
-        for step in simulated.converter.steps_from(shape, spec):
-            simulated.check([step], step.source, step.target)
-            count += 1
-    assert count > 3
+    steps = _some_steps(simulated.converter, shape)
+    assert len(steps) > 3
+    for step in steps:
+        simulated.check([step], step.source, step.target)
 
 
 @pytest.mark.parametrize(("mesh", "shape"), [("2x4", (8, 16)), ("2x3x2", (12, 24)), ("8", (8, 8))])
@@ -378,11 +382,10 @@ def test_every_step_is_charged_for_the_bytes_it_sends(mesh, shape):
     links = (Link(1e-99, 1e-6),) * len(cluster.mesh)
     converter = LayoutConverter(replace(cluster, device=device, links=links))
     seen = set()
-    for spec in converter.specs(shape):
-        for step in converter.steps_from(shape, spec):
-            sent = simulated.check([step], step.source, step.target)
-            assert converter.step_us(shape, 8, step) == pytest.approx(sent), str(step)
-            seen.add(step.kind)
+    for step in _some_steps(converter, shape):
+        sent = simulated.check([step], step.source, step.target)
+        assert converter.step_us(shape, 8, step) == pytest.approx(sent), str(step)
+        seen.add(step.kind)
     assert seen == set(KINDS)
 
 
