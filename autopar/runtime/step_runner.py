@@ -33,7 +33,7 @@ from autopar.runtime.agreement import Agreement
 from autopar.runtime.assumptions import Assumptions, precision_modes
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
-from autopar.runtime.distribute import adopt, distribute, shards, stored_specs
+from autopar.runtime.distribute import adopt, distribute, restore, shards, stored_specs
 from autopar.runtime.program import bind
 from autopar.runtime.sharded_values import SavedShard
 from autopar.runtime.state_on_host import StateOnHost
@@ -123,7 +123,7 @@ class StepRunner:
         )
         self._seed = int(ranks.from_rank_zero(lambda: torch.initial_seed() % 2**62))
         self._agreement = Agreement(same_batches=options.batch == "global")
-        adopt(model, optimizer, self._mesh)
+        self._moved = adopt(model, optimizer, self._mesh)
         if options.batch == "global":  # what the caller computes with parameters is replicated
             world.replicate_plain_tensors()
 
@@ -241,11 +241,24 @@ class StepRunner:
                 "capture costs seconds.", _reason(failed), len(steps),
             )  # fmt: skip
         # whatever mode the caller is in, the step is that of training
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), self._untouched_if_it_fails():
             steps.append(self._compile(args, kwargs))
         if steps[-1].offloads_parameters:
             self._reload_parameters()
         return steps[-1]
+
+    @contextmanager
+    def _untouched_if_it_fails(self) -> Iterator[None]:
+        """Adopt the model's parameters; give them back if its first step cannot be compiled."""
+        self._moved += adopt(self.model, self._optimizer, self._mesh)  # of replaced modules too
+        try:
+            yield
+        except BaseException:
+            if not self._laid_out:
+                restore(self.model, self._optimizer, self._moved)
+                self._moved = []
+            raise
+        self._moved = []
 
     def _key(self, args: Any, kwargs: Any) -> Any:
         leaves, spec = _leaves(args, kwargs)
@@ -274,7 +287,6 @@ class StepRunner:
 
     def _compile(self, args: Any, kwargs: Any) -> BoundStep:
         options = self._options
-        adopt(self.model, self._optimizer, self._mesh)  # what replaced modules bring
         layout = BatchLayout.of(options.batch, options.step.cluster, (args, kwargs))
         graph = self._place.ranks.together(
             lambda: ColoTracer(self._device.type).trace(
