@@ -178,6 +178,10 @@ class Engine(torch.nn.Module):
         """The steps compiled so far, in their order."""
         return self._runner.steps
 
+    @property
+    def _programs(self) -> list[BoundStep]:
+        return self.steps  # under the name that scripts have counted captures by
+
     def plan_for(self, *args: Any, **kwargs: Any) -> None:
         """Plan and distribute for inputs of these shapes, without running them."""
         self._runner.step_for(args, kwargs)

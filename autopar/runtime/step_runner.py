@@ -23,6 +23,7 @@ from autopar.comm.offloaded_parameters import offloadable, reload_all
 from autopar.comm.ranks import WorldRanks
 from autopar.compile import autoplan, compile_step, plan_step
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
+from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
 from autopar.passes.apply_sharding import LocalProgram
@@ -38,6 +39,7 @@ from autopar.runtime.program import bind
 from autopar.runtime.sharded_values import SavedShard
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_on_shards import StepOnShards
+from autopar.runtime.varying_numbers import VaryingNumbers
 from autopar.runtime.whole_parameters import whole_parameters
 from autopar.tracer import ColoTracer
 
@@ -122,6 +124,7 @@ class StepRunner:
             ranks,
         )
         self._seed = int(ranks.from_rank_zero(lambda: torch.initial_seed() % 2**62))
+        self._numbers = VaryingNumbers()
         self._agreement = Agreement(same_batches=options.batch == "global")
         self._moved = adopt(model, optimizer, self._mesh)
         if options.batch == "global":  # what the caller computes with parameters is replicated
@@ -163,7 +166,7 @@ class StepRunner:
         if self._whole and not trains:
             return self.model(*args, **kwargs)
         with world.explained_failures():
-            step = self.step_for(args, kwargs)
+            step, args, kwargs = self._with_numbers(args, kwargs)
         graph, program = step.compiled.graph, step.compiled.local
         if step.offloads_state and trains and self._offloaded_state is not None:
             self._offloaded_state.leave()
@@ -216,6 +219,18 @@ class StepRunner:
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed((self._seed + self._draws) % 2**62)
             yield
+
+    def _with_numbers(self, args: Any, kwargs: Any) -> tuple[BoundStep, Any, Any]:
+        """The step of a call, and its arguments with tensors for numbers that vary."""
+        lifted_args, lifted_kwargs = self._numbers.lift(self.model, args, kwargs)
+        if lifted_args is not args:
+            try:
+                step = self.step_for(lifted_args, lifted_kwargs)
+                return step, lifted_args, lifted_kwargs
+            except CaptureError as error:
+                log.info("a number stays a constant of the program: %s", error)
+                self._numbers.keep_constant(args, kwargs)
+        return self.step_for(args, kwargs), args, kwargs
 
     # -- compiling ------------------------------------------------------------------------------
 
@@ -321,7 +336,7 @@ class StepRunner:
         )
         train = _eager(compiled.local) if compiled.lowered is None else bind(compiled.lowered)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
-        assumptions = Assumptions.of(self.model, graph)
+        assumptions = Assumptions.of(self.model)
         return BoundStep(len(self.steps), compiled, train, layout, parameters, assumptions)
 
     def _differentiated(self, graph: ModelGraph, args: Any, kwargs: Any) -> frozenset[str]:
