@@ -17,6 +17,7 @@ import torch.fx as fx
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.steps import STEPS
 from autopar.errors import PlanError
+from autopar.ir.deferred_results import deferred_results
 from autopar.ir.graph import (
     ModelGraph,
     bound_arguments,
@@ -61,11 +62,14 @@ class LocalProgram:
             `takes_seed`, an int64 scalar; returns mutated buffers and results.
         input_specs: layout in which each tensor input enters.
         takes_seed: random ops draw from a seed that is the last argument.
+        deferred: layouts of the results that the caller gathers when it reads them, by position
+            among all that the program returns.
     """
 
     gm: fx.GraphModule
     input_specs: tuple[ShardingSpec, ...]
     takes_seed: bool
+    deferred: Mapping[int, ShardingSpec] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,7 +97,8 @@ def apply_sharding(
     Args:
         groups: names of this rank's communicators, one per mesh axis.
         input_specs: layouts in which the caller holds the inputs; as the plan splits them if None.
-        output_specs: layouts in which the caller wants the results; replicated if None.
+        output_specs: layouts in which the caller wants the results; if None, replicated or
+            deferred.
         trainable: placeholder names that carry gradients; all parameters if None.
 
     Raises:
@@ -137,7 +142,7 @@ class _Rewriter:
             self._share(node, 0)
         for node in self.graph.compute_nodes():
             self._call(node)
-        self._outputs(output_specs)
+        deferred = self._outputs(output_specs)
         takes_seed = bool(self.seed.users)
         if not takes_seed:
             self.out.erase_node(self.seed)
@@ -147,7 +152,7 @@ class _Rewriter:
             held.get(name) or self._placeholder_spec(self.graph.placeholders[name])
             for name in tensor_inputs
         )
-        return LocalProgram(gm, specs, takes_seed)
+        return LocalProgram(gm, specs, takes_seed, deferred)
 
     # -- plan look-ups --------------------------------------------------------------------------
 
@@ -311,9 +316,12 @@ class _Rewriter:
             self.streams += 1
         return arguments
 
-    def _outputs(self, output_specs: Sequence[ShardingSpec] | None) -> None:
+    def _outputs(self, output_specs: Sequence[ShardingSpec] | None) -> dict[int, ShardingSpec]:
+        """Return the results; the layouts of deferred ones."""
         flat: list[Any] = []
         buffers = len(self.graph.mutations)
+        waiting = deferred_results(self.graph) if output_specs is None else frozenset()
+        deferred: dict[int, ShardingSpec] = {}
         for i, value in enumerate(self.graph.output.args[0]):  # type: ignore[arg-type]
             if not isinstance(value, fx.Node):
                 flat.append(value)
@@ -321,5 +329,18 @@ class _Rewriter:
             spec = ShardingSpec.replicated(value.meta["val"].ndim)
             if output_specs is not None and i >= buffers:
                 spec = output_specs[i - buffers]
+            elif i in waiting:
+                spec = deferred[i] = self._most_split(*producer(value))
             flat.append(self._value(value, spec))
         self.out.output(tuple(flat))
+        return deferred
+
+    def _most_split(self, node: fx.Node, result: int) -> ShardingSpec:
+        """Of the layouts that a value is in, without sums that are due, the most split one."""
+        complete = [
+            spec
+            for n, k, spec in self.values
+            if (n, k) == (node, result) and not spec.partial and not spec.varying
+        ]
+        complete = complete or [ShardingSpec(self.layout[node, result].dims)]
+        return max(complete, key=lambda spec: sum(map(len, spec.dims)))

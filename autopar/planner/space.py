@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.cost import BUCKET_MEMBER_BYTES
+from autopar.ir.deferred_results import deferred_results
 from autopar.ir.graph import ModelGraph, operands, producer, shape_of
 from autopar.ir.repeats import has_index, pattern, places
 from autopar.ir.spec import ShardingSpec, fills_every_rank
@@ -172,7 +173,9 @@ class SearchSpace:
         signatures = [(str(c.op), c.inputs, c.outputs) for c in self._calls.values()]
         modules = [self.graph.info(n).module for n in calls]
         place = dict(zip(calls, places(zip(modules, signatures, strict=True)), strict=True))
-        users = _user_edges(self.graph)
+        free = self.fixed.outputs is None
+        deferred = deferred_results(self.graph) if free else frozenset()
+        users = _user_edges(self.graph, deferred)
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 if not results(node):  # a flag, specialized
@@ -189,7 +192,7 @@ class SearchSpace:
             for result in range(len(results(node))):
                 if len(users[node, result]) > 1:
                     self._add_shared_layout(node, result, users[node, result])
-        self._outputs()
+        self._outputs(deferred)
 
     def _connect(self, value: fx.Node, target: int, operand: int) -> None:
         node, result = producer(value)
@@ -391,9 +394,17 @@ class SearchSpace:
             self._shared[key] = self._class("shared", *specs), candidates
         return self._shared[key]
 
-    def _outputs(self) -> None:
-        """Add the mutated buffers and the results, each in the layout that the caller expects."""
-        values = [v for v in self.graph.output.args[0] if isinstance(v, fx.Node)]  # type: ignore[union-attr]
+    def _outputs(self, deferred: Collection[int]) -> None:
+        """Add the mutated buffers and the results, each in the layout that the caller expects.
+
+        Args:
+            deferred: positions of the results that stay as they are laid out.
+        """
+        values = [
+            v
+            for i, v in enumerate(self.graph.output.args[0])  # type: ignore[arg-type]
+            if isinstance(v, fx.Node) and i not in deferred
+        ]
         buffers = len(self.graph.mutations)
         specs = [ShardingSpec.replicated(value.meta["val"].ndim) for value in values]
         if self.fixed.outputs is not None:
@@ -406,14 +417,17 @@ class SearchSpace:
             self._connect(value, index, i)
 
 
-def _user_edges(graph: ModelGraph) -> dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]]:
-    """Per value its users as (node, operand); the output node counts as a user."""
+def _user_edges(
+    graph: ModelGraph, deferred: Collection[int]
+) -> dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]]:
+    """Per value its users as (node, operand); the output node counts as a user, but of deferred
+    results."""
     users: dict[tuple[fx.Node, int], list[tuple[fx.Node, int]]] = defaultdict(list)
     for node in graph.compute_nodes():
         for i, operand in enumerate(operands(node)):
             if operand is not None:
                 users[producer(operand)].append((node, i))
     for i, value in enumerate(graph.output.args[0]):  # type: ignore[arg-type]
-        if isinstance(value, fx.Node):
+        if isinstance(value, fx.Node) and i not in deferred:
             users[producer(value)].append((graph.output, i))
     return users

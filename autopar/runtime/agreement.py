@@ -55,18 +55,23 @@ class Agreement:
         if dist.get_world_size() == 1:
             return
         if key != self._last:
-            self._meet(key)
+            self.meet(f"calls the model with {_described(key)}")
             self._last = key
         calls, self._calls = self._calls, self._calls + 1
         if self._same_batches and (calls < _CHECKED_FIRST or calls % _CHECKED_EVERY == 0):
             self._check_batches(tensors)
 
-    def _meet(self, key: Any) -> None:
-        """Wait until every rank is about to run the same program."""
+    def meet(self, described: str) -> None:
+        """Wait until every rank is about to do the same.
+
+        Args:
+            described: what, as what this rank does.
+        """
+        if dist.get_world_size() == 1:
+            return
         self._switches += 1
         store, rank = world.store(), dist.get_rank()
         place = f"autopar/{self._engine}/{self._switches}"
-        described = _described(key)
         store.set(f"{place}/{rank}", described)
         others = [r for r in range(dist.get_world_size()) if r != rank]
         start, warned = time.monotonic(), False
@@ -74,21 +79,19 @@ class Agreement:
             waited = time.monotonic() - start
             if waited > _GIVE_UP_AFTER_S:
                 raise EngineError(
-                    f"rank {rank} calls the model with {described}, and ranks {missing} did not "
-                    f"call it within {waited:.0f} s; every rank must make the same calls, "
-                    "evaluation too, since each holds a part of the model"
+                    f"rank {rank} {described}, and ranks {missing} did not within {waited:.0f} s; "
+                    "every rank must make the same calls, evaluation too, and read the same "
+                    "results, since each holds a part of the model"
                 )
             if waited > _WARN_AFTER_S and not warned:
                 warned = True
-                log.warning(
-                    "rank %d waits for ranks %s to call the model with %s", rank, missing, described
-                )
+                log.warning("rank %d %s, and waits for ranks %s to do so", rank, described, missing)
             time.sleep(min(0.05, 0.0005 + waited / 20))
         for r in others:
             theirs = store.get(f"{place}/{r}").decode()
             if theirs == described:
                 continue
-            differ = f"rank {rank} calls the model with {described}, rank {r} with {theirs}"
+            differ = f"rank {rank} {described}, rank {r} {theirs}"
             if self._same_batches:
                 raise EngineError(
                     f"{differ}; every rank must pass the same global batch, or with batch='local' "

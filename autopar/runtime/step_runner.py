@@ -26,6 +26,7 @@ from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, S
 from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
+from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram
 from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
@@ -36,7 +37,7 @@ from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.distribute import adopt, distribute, restore, shards, stored_specs
 from autopar.runtime.program import bind
-from autopar.runtime.sharded_values import SavedShard
+from autopar.runtime.sharded_values import DeferredResult, SavedShard
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_on_shards import StepOnShards
 from autopar.runtime.varying_numbers import VaryingNumbers
@@ -177,7 +178,27 @@ class StepRunner:
         if mutated:
             with torch.no_grad():
                 copy_all(mutated, results[:count])
+        for position, spec in program.deferred.items():
+            results[position] = self._deferred(graph, results[position], position, spec)
         return pytree.tree_unflatten(step.layout.give(results[count:]), graph.out_spec)
+
+    def _deferred(
+        self, graph: ModelGraph, local: torch.Tensor, position: int, spec: ShardingSpec
+    ) -> torch.Tensor:
+        """A result that is gathered when the caller reads it."""
+        if not any(spec.dims):
+            return local
+        fake = graph.output.args[0][position].meta["val"]  # type: ignore[index,union-attr]
+        sharded = DTensor.from_local(
+            local, self._mesh, spec.to_placements(self._mesh.ndim), run_check=False,
+            shape=fake.shape, stride=fake.stride(),
+        )  # fmt: skip
+
+        def gather() -> torch.Tensor:
+            self._agreement.meet(f"reads result {position - len(graph.mutations)} of the model")
+            return sharded.full_tensor()
+
+        return DeferredResult.of(sharded, gather)
 
     def _flat(
         self, step: BoundStep, args: Any, kwargs: Any

@@ -1,0 +1,206 @@
+"""What the ranks run to try what scripts do around the step."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from autopar import auto_engine
+from autopar.errors import AutoparError
+from autopar.ir import deferred_results
+from autopar.runtime.sharded_values import DeferredResult
+from tests.clusters import eager_to_shard
+
+SHARDED = {"0.weight": "S0R", "2.weight": "RS0"}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)).double()
+
+
+def data(step: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach()
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def gap(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max((whole(p) - whole(q)).abs().max().item() for p, q in pairs)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def identity(mesh: str) -> dict[str, Any]:
+    """Objects from before `auto_engine`, and from before the first batch, go on working."""
+    reference = net()
+    model = copy.deepcopy(reference)
+    before = list(model.parameters())
+    watched = weakref.ref(before[0])
+    calls = []
+    for p in (next(reference.parameters()), before[0]):
+        p.register_hook(lambda g: 2 * g)
+        p.no_decay = True
+    before[0].register_post_accumulate_grad_hook(lambda p: calls.append(tuple(p.shape)))
+    engine, _ = auto_engine(model, None, eager_to_shard(mesh), constraints=SHARDED)
+    after = list(engine.parameters())
+    optimizers = [torch.optim.Adam(reference.parameters()), torch.optim.Adam(before)]
+    for step in range(3):
+        for module, optimizer, clipped in zip(
+            (reference, engine), optimizers, (reference.parameters(), before), strict=True
+        ):
+            optimizer.zero_grad()
+            F.mse_loss(module(data(step, 8, 16)), data(9 + step, 8, 8)).backward()
+            nn.utils.clip_grad_norm_(clipped, 0.1)
+            optimizer.step()
+    return {
+        "gap": gap(engine, reference),
+        "same objects": all(p is q for p, q in zip(after, engine.parameters(), strict=True)),
+        "weak reference": watched() is before[0],
+        "attribute": after[0].no_decay,
+        "hook calls": calls,
+        "class": isinstance(engine, nn.Sequential) and type(engine).__name__ == "Sequential",
+        "signature": str(inspect.signature(engine.forward)),
+        "indexed": engine[0] is model[0],
+    }
+
+
+def edits_of_gradients(mesh: str) -> dict[str, float]:
+    """Parts of a gradient that the script changes."""
+    edits: dict[str, Any] = {
+        "slice set": lambda g: g.__setitem__(slice(0, 5), 0),
+        "slice in place": lambda g: g[:5].zero_(),
+        "slice of a slice": lambda g: g[:5][2:].mul_(3),
+        "rows by number": lambda g: g.__setitem__(torch.arange(5), 1.5),
+        "data": lambda g: g.data.__setitem__(0, 0),
+        "whole": lambda g: g.mul_(torch.arange(32.0, dtype=torch.float64).unsqueeze(1)),
+        "noise": lambda g: g.add_(torch.ones(32, 16, dtype=torch.float64)),
+    }
+    gaps = {}
+    for name, edit in edits.items():
+        reference = net()
+        model = copy.deepcopy(reference)
+        optimizers = [sgd(reference.parameters()), sgd(model.parameters())]
+        engine, _ = auto_engine(model, optimizers[1], eager_to_shard(mesh), constraints=SHARDED)
+        for module, optimizer in zip((reference, engine), optimizers, strict=True):
+            F.mse_loss(module(data(0, 8, 16)), data(1, 8, 8)).backward()
+            edit(module[0].weight.grad)
+            optimizer.step()
+        gaps[name] = gap(engine, reference)
+    return gaps
+
+
+class Logits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.head(torch.tanh(self.embed(ids)))
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten()), logits
+
+
+def unread_results(mesh: str) -> dict[str, Any]:
+    """Large results beside a loss are gathered when they are read, with their gradient."""
+    deferred_results.MINIMUM_ELEMENTS = 64
+    torch.manual_seed(0)
+    reference = Logits().double()
+    model = copy.deepcopy(reference)
+    optimizers = [sgd(reference.parameters()), sgd(model.parameters())]
+    engine, _ = auto_engine(
+        model, optimizers[1], eager_to_shard(mesh), constraints={"head.weight": "S0R"}
+    )
+    kinds, differences = [], []
+    for step in range(3):
+        ids = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(step))
+        read = []
+        for module, optimizer in zip((reference, engine), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss, logits = module(ids)
+            kinds.append(type(logits) is DeferredResult)
+            if step == 1:
+                loss = loss + logits.pow(2).mean()
+            if step == 2:
+                read.append(logits[:, -1].detach())
+            loss.backward()
+            optimizer.step()
+        if read:
+            differences.append((read[0] - read[1]).abs().max().item())
+    return {"gap": gap(engine, reference), "deferred": kinds[1::2], "read": differences}
+
+
+def refusals(mesh: str) -> dict[str, str]:
+    """Messages of what is refused, on every rank."""
+    def engine(**options: Any) -> Any:
+        return auto_engine(net(), None, eager_to_shard(mesh), **options)[0]
+
+    first = dist.get_rank() == 0
+
+    def lazy() -> None:
+        auto_engine(nn.Sequential(nn.LazyLinear(4)), None, eager_to_shard(mesh))
+
+    def other_batches() -> None:
+        engine()(data(dist.get_rank(), 8, 16))
+
+    def other_shapes() -> None:
+        engine()(data(0, 8 if first else 4, 16))
+
+    acts = {
+        "lazy": lazy,
+        "batches": other_batches,
+        "shapes": other_shapes,
+        "pickle": lambda: pickle.dumps(engine()),
+        "shards": lambda: pickle.dumps(engine().state_dict()),
+        "half": lambda: engine().half(),
+    }
+    messages = {}
+    for name, act in acts.items():
+        try:
+            act()
+            messages[name] = "nothing was refused"
+        except AutoparError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def programs(mesh: str) -> dict[str, int]:
+    """How many programs a run of calls compiles."""
+    engine, _ = auto_engine(net(), None, eager_to_shard(mesh))
+    counts = {}
+
+    def count(name: str) -> None:
+        engine(data(0, 8, 16))
+        counts[name] = len(engine.steps)
+
+    count("first")
+    with torch.no_grad():
+        count("no_grad")
+    with torch.inference_mode():
+        count("inference_mode")
+    engine[0].requires_grad_(False)
+    count("frozen")
+    engine[0].requires_grad_(True)
+    count("thawed")
+    with torch.autocast("cpu", torch.bfloat16):
+        count("autocast")
+    count("back")
+    engine.eval()
+    count("eval")
+    engine[2] = nn.Linear(32, 4).double()
+    count("another head")
+    return counts

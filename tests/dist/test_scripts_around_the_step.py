@@ -1,0 +1,53 @@
+"""What scripts do around the step: identity, edits, unread results, modes, and refusals."""
+
+import pytest
+
+from tests.dist import script_tasks as tasks
+
+pytestmark = pytest.mark.dist
+
+
+def test_objects_from_before_go_on_working(pool):
+    for answer in pool.run(tasks.identity, "2x2"):
+        assert answer["gap"] < 1e-12
+        assert answer["same objects"]
+        assert answer["weak reference"]
+        assert answer["attribute"] is True
+        assert answer["hook calls"] == [(32, 16)] * 3
+        assert answer["class"]
+        assert answer["signature"] == "(input)"
+        assert answer["indexed"]
+
+
+def test_gradients_are_edited_in_part(pool):
+    for gaps in pool.run(tasks.edits_of_gradients, "2x2"):
+        assert all(gap < 1e-12 for gap in gaps.values()), gaps
+
+
+def test_results_are_gathered_when_they_are_read(pool):
+    for answer in pool.run(tasks.unread_results, "2x2"):
+        assert answer["gap"] < 1e-12
+        assert answer["deferred"] == [True] * 3
+        assert answer["read"] == [pytest.approx(0, abs=1e-12)]
+
+
+def test_refusals_say_what_to_do(pool):
+    words = {
+        "lazy": ["lazy module", "0.weight", "before auto_engine"],
+        "batches": ["different batches", "batch='local'"],
+        "shapes": ["[8, 16]", "[4, 16]", "same global batch"],
+        "pickle": ["cannot be pickled", "torch.distributed.checkpoint"],
+        "shards": ["shard", "full_state_dict"],
+        "half": ["float16", "before auto_engine"],
+    }
+    for messages in pool.run(tasks.refusals, "4"):
+        for name, message in messages.items():
+            assert all(word in message for word in words[name]), (name, message)
+
+
+def test_programs_follow_what_they_depend_on(pool):
+    for counts in pool.run(tasks.programs, "2x2"):
+        assert counts == {
+            "first": 1, "no_grad": 1, "inference_mode": 1, "frozen": 2, "thawed": 2,
+            "autocast": 3, "back": 3, "eval": 4, "another head": 5,
+        }  # fmt: skip
