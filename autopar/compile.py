@@ -25,8 +25,6 @@ def autoplan(
     model: torch.nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    budget_bytes: float | None = None,
     **options: Any,
 ) -> Planned:
     """Find the fastest plan for one training step of `model(*args, **kwargs)` that fits the memory.
@@ -34,7 +32,6 @@ def autoplan(
     Needs no GPU, no process group and no weights: the model may live on the meta device.
 
     Args:
-        budget_bytes: per device, for this search; the memory of the cluster if None.
         options: of `autopar.planner.planner.build_problem`: `cluster`, `memory`, `constraints`, ...
 
     Raises:
@@ -43,7 +40,7 @@ def autoplan(
         InfeasibleError: nothing fits the budget; a `ConflictError` if constraints are the reason.
     """
     problem = build_problem(model, args, kwargs, **options)  # trace, profile, space
-    return problem.planned(problem.decide(budget_bytes))  # solve, plan
+    return problem.planned(problem.decide())  # solve, plan
 
 
 def plan_step(

@@ -16,7 +16,7 @@ from autopar.files import write_atomically
 from autopar.ir.spec import ShardingSpec
 from autopar.units import mesh_text
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,6 @@ class Baseline:
     name: str
     time: TimeEstimate
     memory: MemoryEstimate
-    fits: bool
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def make_plan(
     if baselines:
         say("baselines ...")
         plans = baseline_plans(planned.space, time_limit=time_limit)
-        rows = tuple(Baseline(b.name, b.time, b.memory, b.fits) for b in plans)
+        rows = tuple(Baseline(b.name, b.time, b.memory) for b in plans)
     if pareto_front:
         points = pareto.pareto_front(
             planned.space, time_limit=time_limit, progress=say, mask=planned.mask

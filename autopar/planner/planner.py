@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,7 @@ def build_problem(
     cluster: ClusterInfo | str,
     graph: ModelGraph | None = None,
     memory: str | float | None = None,
+    budget_bytes: float | None = None,
     optimizer_state: float = ADAM_STATE,
     fixed: FixedLayouts | None = None,
     constraints: Constraints | None = None,
@@ -138,7 +140,8 @@ def build_problem(
     Args:
         cluster: or a mesh such as "2x4".
         graph: the captured model, if it was traced already.
-        memory: budget per device ("40GiB", bytes, or a share of the device).
+        memory: of the cluster, per device ("40GiB", bytes, or a share of the device).
+        budget_bytes: per device, that the plan keeps to; the memory of the cluster if None.
         optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
         fixed: layouts that the caller decides.
         constraints: layouts by the names of parameters, inputs, outputs, modules and operators
@@ -171,10 +174,10 @@ def build_problem(
     with stage("conversion costs"), collection_paused():
         for edge in space.edges:
             space.edge_costs(edge)  # memoized
+    budget = cluster.budget_bytes if budget_bytes is None else budget_bytes
     return PlanningProblem(
-        type(model).__name__, space, mask, constraints, cluster.budget_bytes, time_limit, seconds,
-        say,
-    )  # fmt: skip
+        type(model).__name__, space, mask, constraints, budget, time_limit, seconds, say
+    )
 
 
 def build_space(
@@ -193,12 +196,12 @@ def build_space(
 def make_plan(
     space: SearchSpace, choices: Sequence[int], model: str, record: SolverRecord | None = None
 ) -> ShardingPlan:
-    """The plan of a full choice of candidates."""
+    """The plan of a full choice of candidates, with the memory of the cluster for its budget."""
     chosen = [(d, d.candidates[c]) for d, c in zip(space.decisions, choices, strict=True)]
     stored = {
         space.graph.parameters[str(d.node.target)]: c for d, c in chosen if d.kind == "parameter"
     }
-    liveness = Liveness(space, space.cluster.budget_bytes)
+    liveness = Liveness(space, math.inf)
     time = estimate_time(space, choices, liveness)
     operators = {d.node: d for d in space.decisions if d.kind == "op"}
     return ShardingPlan(
