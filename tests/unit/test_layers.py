@@ -37,8 +37,8 @@ def _imports(source: str) -> Iterator[str]:
             for imported in (a.name for a in node.names):
                 own = f"{node.module}.{imported}"
                 # what `autopar` exports is defined elsewhere
-                home = autopar._HOMES.get(imported) if node.module == "autopar" else node.module
-                names.append(own if own in FILES else home or "autopar")
+                value = getattr(autopar, imported, None) if node.module == "autopar" else None
+                names.append(own if own in FILES else getattr(value, "__module__", node.module))
         yield from (name for name in names if name in FILES)
 
 
