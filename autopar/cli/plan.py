@@ -109,7 +109,8 @@ def make_plan(
     if trace is not None and joint.memory is not None:
         joint.memory.timeline.save_trace(trace)
     if dump_passes is not None:
-        say("passes ...")
+        on_gpu = planned.space.cluster.device.kind != "cpu"
+        say("passes, without kernels of GPUs ..." if on_gpu else "passes ...")
         compile_first_rank(joint, dump_passes=dump_passes)
     rows: tuple[Baseline, ...] = ()
     points: tuple[ParetoPoint, ...] = ()

@@ -74,7 +74,8 @@ def plan(
     dump_passes: Path | None = typer.Option(
         None,
         metavar="DIR",
-        help="Write the first rank's graphs here, as on CPUs, before and after each pass.",
+        help="Write the first rank's graphs here, before and after each pass; for GPUs without "
+        "their kernels.",
     ),
     as_json: bool = typer.Option(
         False, "--json", help="Print the plan as JSON instead of the report."

@@ -339,6 +339,16 @@ def test_profile_refuses_sizes_that_the_model_has_not(tiny):
 # -- the rest -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["cpu", "H100"])
+def test_dumped_passes_are_those_of_the_device(tmp_path, tiny, device):
+    options = ("--mesh", "2", "--device", device, "--no-baselines", "--dump-passes", str(tmp_path))
+    result = run("plan", str(tiny), *options)
+    assert ("without kernels of GPUs" in result.stderr) == (device == "H100")
+    files = sorted(tmp_path.glob("forward-*-after.py"))
+    assert any("add_bias_within" in f.name for f in files) == (device == "cpu")
+    assert ("mkldnn" in files[-1].read_text()) == (device == "cpu")
+
+
 def test_devices_are_listed():
     shown = run("devices").stdout
     for name in ("A100-80G", "H200", "cpu"):
