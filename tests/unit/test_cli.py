@@ -44,8 +44,9 @@ def tiny(tmp_path) -> Path:
 
 
 def test_plan_prints_a_report_and_writes_files(tmp_path):
-    plan, page = tmp_path / "out" / "plan.json", tmp_path / "plan.html"
-    result = run("plan", MLP, "--mesh", "2x2", "-o", str(plan), "--report", str(page))
+    plan, page, trace = (tmp_path / name for name in ("out/plan.json", "plan.html", "step.json"))
+    files = ("-o", str(plan), "--report", str(page), "--trace", str(trace))
+    result = run("plan", MLP, "--mesh", "2x2", *files)
     loaded = ShardingPlan.load(plan)
     assert loaded.mesh == (2, 2)
     assert loaded.cluster["device"]["name"] == "A100-80G"
@@ -53,6 +54,7 @@ def test_plan_prints_a_report_and_writes_files(tmp_path):
     assert result.stdout == render(loaded)
     assert "blocks." in page.read_text()
     assert "solve ..." in result.stderr
+    assert json.loads(trace.read_text())["traceEvents"]
     again = tmp_path / "again.html"
     assert run("report", str(plan), "--html", str(again)).stdout == render(loaded)
     assert len(again.read_text()) == len(page.read_text())
