@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from autopar.cluster.cluster import parse_mesh
 from autopar.files import write_atomically
 from autopar.profiler.measure_links import Measurement, measure_cluster
 from autopar.units import bytes_text, flops_text
@@ -34,11 +32,8 @@ def measure(
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"cannot measure a device {kind!r}; it is cpu or cuda")
-    sizes, axis_names = parse_mesh(mesh or os.environ.get("WORLD_SIZE", "1"))
-    measurement = measure_cluster(sizes, kind, quick=quick, say=say)
-    if measurement is None:
-        return None
-    return replace(measurement, cluster=replace(measurement.cluster, axis_names=axis_names))
+    mesh = mesh or os.environ.get("WORLD_SIZE", "1")
+    return measure_cluster(mesh, kind, quick=quick, say=say)
 
 
 def write_measured(measurement: Measurement, path: Path) -> None:

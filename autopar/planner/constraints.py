@@ -174,7 +174,8 @@ def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layo
     elif layout.spec.ndim != len(shape):
         why = f"has {layout.spec.ndim} dims, and {kind} {place} has {len(shape)}"
     elif axes := [a for a in _axes(layout.spec) if a >= len(space.mesh)]:
-        why = f"splits over axis {axes[0]}, and mesh {mesh} has axes 0 to {len(space.mesh) - 1}"
+        known = space.cluster.axes_text or f"0 to {len(space.mesh) - 1}"
+        why = f"splits over axis {axes[0]}, and mesh {mesh} has axes {known}"
     else:
         why = f"is not among the layouts of {kind} {place}"
     return (

@@ -338,7 +338,7 @@ def test_bad_options(arguments, message):
 def test_no_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MeshError, match="sees no CUDA device"):
-        measure_cluster((1,), "cuda")
+        measure_cluster("1", "cuda")
 
 
 def test_the_backward_of_a_grouped_convolution_costs_two_forwards():
