@@ -172,7 +172,7 @@ class ModuleMemory:
         offloaded_bytes: values that wait for the backward on the host.
         parameters_bytes: parameters that are on the host for a part of the step.
         recompute_us, recompute_flops: operators that run a second time.
-        regather_us: collectives that run a second time.
+        repeated_collectives_us: collectives that run a second time.
     """
 
     module: str
@@ -181,7 +181,7 @@ class ModuleMemory:
     parameters_bytes: int
     recompute_us: float
     recompute_flops: float
-    regather_us: float
+    repeated_collectives_us: float
 
 
 @dataclass(frozen=True)

@@ -181,13 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _all(options: argparse.Namespace, names: Sequence[str], scratch: Path) -> list[Row]:
-    kept = options.clusters or scratch
-    kept.mkdir(parents=True, exist_ok=True)
+    folder = options.clusters or scratch
+    folder.mkdir(parents=True, exist_ok=True)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     worlds = [options.ranks] if options.ranks else sorted(MESHES)[: 1 if options.quick else None]
     rows: list[Row] = []
     for world in worlds:
-        files = clusters(world, kept, options.quick)
+        files = clusters(world, folder, options.quick)
         for name in names:
             case_plans = make_plans(name, files, scratch, baselines=options.baselines)
             measured = race(name, world, case_plans, rounds, scratch)

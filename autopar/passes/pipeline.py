@@ -2,7 +2,8 @@
 
 A training step passes through three kinds of graph: the sharded forward program, the joint graph of
 forward and backward, and the two graphs that it is split into. Passes of the joint graph that come
-before a schedule make operators whose sizes and times the schedule depends on.
+before a schedule make operators whose sizes and times the schedule depends on. What leads from one
+kind of graph to the next is no pass: `trace_joint`, and `realize` or `split_as_eager`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class LowerOptions:
     def of(
         graph: ModelGraph, plan: ShardingPlan, offloadable: Collection[str] | None, **options: Any
     ) -> LowerOptions:
-        """The options for a plan. A run uses the schedule that planning made if both lower alike.
+        """The options for a plan: a run that lowers as planning did uses its schedule.
 
         Args:
             offloadable: names of the parameters that may be on the host for a part of the step;

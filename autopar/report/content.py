@@ -143,7 +143,7 @@ def step_table(plan: ShardingPlan) -> Table | None:
         parameters = parameters and f"{parameters} of parameters"
         on_host = " + ".join(filter(None, (total("offloaded_bytes", bytes_text), parameters)))
         kept, recomputed = total("kept_bytes", bytes_text), total("recompute_us", time_text)
-        return name, kept, on_host, recomputed, total("regather_us", time_text)
+        return name, kept, on_host, recomputed, total("repeated_collectives_us", time_text)
 
     rows = [row(m.module or "(model)", [m]) for m in step.modules]
     rows.append(row("total", step.modules))

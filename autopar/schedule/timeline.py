@@ -97,15 +97,15 @@ class Timeline:
 
 def _module_memory(block: str, events: Iterable[TimelineEvent]) -> ModuleMemory:
     recomputed = [e for e in events if e.recomputed]
-    regather_us = sum(e.us for e in recomputed if e.resource is Resource.COMMUNICATION)
+    repeated_collectives_us = sum(e.us for e in recomputed if e.resource is Resource.COMMUNICATION)
     return ModuleMemory(
         block,
         kept_bytes=sum(e.saves_bytes for e in events),
         offloaded_bytes=sum(e.offloads_bytes for e in events if not e.parameter),
         parameters_bytes=sum(e.offloads_bytes for e in events if e.parameter),
-        recompute_us=sum(e.us for e in recomputed) - regather_us,
+        recompute_us=sum(e.us for e in recomputed) - repeated_collectives_us,
         recompute_flops=sum(e.flops for e in recomputed),
-        regather_us=regather_us,
+        repeated_collectives_us=repeated_collectives_us,
     )
 
 

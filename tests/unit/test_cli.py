@@ -118,7 +118,7 @@ def test_constraints_are_kept_and_shown(tmp_path, tiny):
 def test_front_and_mesh_search(tmp_path, tiny):
     page, plan = tmp_path / "r.html", tmp_path / "plan.json"
     result = run(
-        "plan", str(tiny), "--mesh", "auto", "--devices", "4", "--per-node", "2", "--front",
+        "plan", str(tiny), "--mesh", "auto", "--devices", "4", "--per-node", "2", "--pareto-front",
         "--report", str(page), "-o", str(plan),
     )  # fmt: skip
     loaded = ShardingPlan.load(plan)
@@ -346,6 +346,8 @@ def test_dumped_passes_are_those_of_the_device(tmp_path, tiny, device):
     options = ("--mesh", "2", "--device", device, "--no-baselines", "--dump-passes", str(tmp_path))
     result = run("plan", str(tiny), *options)
     assert ("without kernels of GPUs" in result.stderr) == (device == "H100")
+    stages = {"program", "joint", "forward", "backward"}
+    assert {f.name.removesuffix("-input.py") for f in tmp_path.glob("*-input.py")} == stages
     files = sorted(tmp_path.glob("forward-*-after.py"))
     assert any("add_bias_within" in f.name for f in files) == (device == "cpu")
     assert ("mkldnn" in files[-1].read_text()) == (device == "cpu")

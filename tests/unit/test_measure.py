@@ -160,7 +160,7 @@ def profiled(rows: int = 32):
     return profile_graph(graph, set(graph.parameters))
 
 
-def test_dear_elements_are_counted_by_taking_kernels_apart():
+def test_expensive_elements_are_counted_by_taking_kernels_apart():
     n = 32 * 64
     extras = {}
     for node, profile in profiled().items():

@@ -85,7 +85,7 @@ def assert_same(model: torch.nn.Module, alone: torch.nn.Module) -> None:
         torch.testing.assert_close(whole(p.grad), whole(q.grad), rtol=0, atol=1e-12)
 
 
-def test_trains_alike_below_what_fits_otherwise():
+def test_training_is_the_same_below_what_fits_otherwise():
     low = smallest()
     assert low < 0.9 * smallest("alone")
     model, optimizer = engine(low)
