@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from autopar.files import write_atomically
 from autopar.profiler.measure_links import Measurement, measure_cluster
+from autopar.report.text import terminal_width
 from autopar.units import bytes_text, flops_text
 
 
@@ -46,7 +46,7 @@ def write_measured(measurement: Measurement, path: Path) -> None:
 
 def print_measured(measurement: Measurement, path: Path | None) -> None:
     """Print the measurement on stdout, and where it was written."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, width=terminal_width(160))
     cluster, device = measurement.cluster, measurement.cluster.device
     show = partial(console.print, markup=False, soft_wrap=True)
     show(

@@ -278,8 +278,8 @@ def conflict(
     error: InfeasibleError,
     *,
     budget_bytes: float,
-    time_limit: float = 60.0,
-    progress: Callable[[str], None] | None = None,
+    time_limit: float,
+    say: Callable[[str], None],
 ) -> InfeasibleError:
     """The error for constraints without a plan: it names a smallest conflicting set, found by
     dropping one constraint after the other while there is still no plan.
@@ -288,7 +288,6 @@ def conflict(
         error: of the search with all of them.
     """
     conflicting = {n: t for n, t in constraints.items() if not n.startswith(_OUTPUTS)}
-    say = progress or (lambda line: None)
     if not conflicting or not _feasible(space, {}, budget_bytes, time_limit):
         return error
     for name in list(conflicting):

@@ -88,7 +88,7 @@ class PlanningProblem:
                     if baseline is not None:
                         return baseline
                 raise conflict(
-                    self.space, self.constraints, error, **limits, progress=self.say
+                    self.space, self.constraints, error, **limits, say=self.say
                 ) from None
 
     def _fastest_baseline(self, budget_bytes: float) -> SearchResult | None:
@@ -169,8 +169,10 @@ def build_problem(
         if graph is None:
             graph = ColoTracer().trace(model, args, kwargs)
     with stage("profile and strategies"), collection_paused():
+        fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
-        space, mask = build_space(graph, cluster, workload, constraints, fixed)
+        space = SearchSpace(graph, cluster, workload, fixed)
+        mask = allowed(space, constraints)
     with stage("conversion costs"), collection_paused():
         for edge in space.edges:
             space.edge_costs(edge)  # memoized
@@ -178,19 +180,6 @@ def build_problem(
     return PlanningProblem(
         type(model).__name__, space, mask, constraints, budget, time_limit, seconds, say
     )
-
-
-def build_space(
-    graph: ModelGraph,
-    cluster: ClusterInfo,
-    workload: Workload,
-    constraints: Constraints,
-    fixed: FixedLayouts | None = None,
-) -> tuple[SearchSpace, Allowed]:
-    """The search space, and the mask that constraints put on it."""
-    fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
-    space = SearchSpace(graph, cluster, workload, fixed)
-    return space, allowed(space, constraints)
 
 
 def make_plan(

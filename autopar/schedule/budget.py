@@ -36,7 +36,6 @@ class MemoryPlan:
     Args:
         timeline: of the schedule.
         eager_bytes: the peak if everything were kept.
-        added_flops: of recomputation.
         added_us: how much longer the step takes than with everything kept.
         exposed_us: the part of that spent waiting for collectives.
         state_on_host: the optimizer's state is on the host outside of the optimizer step.
@@ -46,7 +45,6 @@ class MemoryPlan:
     schedule: Schedule
     timeline: Timeline
     eager_bytes: int
-    added_flops: float
     added_us: float
     exposed_us: float = 0.0
     state_on_host: bool = False
@@ -197,7 +195,6 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
         schedule,
         scheduled,
         peak_bytes(program, eager),
-        schedule.recompute_cost(program),
         max(0.0, scheduled.us - fastest.us),
         max(0.0, exposed_us - least_exposed_us),
         parameters_on_host=tuple(p.name for s, p in program.parameters.items() if s in offloaded),
@@ -232,8 +229,7 @@ def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
         points = [front.grown(smallest, budget_bytes)]
     schedules = [prefetched(program, point.schedule, budget_bytes) for point in points]
     plan = describe(program, min(schedules, key=lambda schedule: step_us(program, schedule)))
-    peaks = bytes_text(plan.peak_bytes), bytes_text(plan.eager_bytes)
-    log.info("the step's values peak at %s, with everything kept at %s", *peaks)
+    log.info("the step's values peak at %s", bytes_text(plan.peak_bytes))
     return plan
 
 
