@@ -39,6 +39,7 @@ _SHARE = 0.75
 def network(bytes_per_s: float | None) -> Iterator[None]:
     """Collectives take their time on a link, of which every rank has one: engines made meanwhile
     use process groups that delay torch's."""
+    import torch.distributed as dist
     from torch._C._distributed_c10d import _register_process_group, _resolve_process_group
 
     from autopar.comm import groups, world
@@ -49,14 +50,15 @@ def network(bytes_per_s: float | None) -> Iterator[None]:
     process_groups, registered = world.process_groups, []
 
     def delayed(mesh: Any) -> tuple[str, ...]:
-        names = process_groups(mesh)
-        link = SlowLink(bytes_per_s)
-        for name in names:
+        link, slow = SlowLink(bytes_per_s), []
+        for name in (*process_groups(mesh), dist.group.WORLD.group_name):
+            slow.append(f"delayed/{bytes_per_s:g}/{len(registered)}/{name}")
             registered.append(delayed_group(_resolve_process_group(name), link))
-            _register_process_group(f"delayed/{name}", registered[-1])
-        coords = tuple(mesh.get_coordinate())
-        slow = [f"delayed/{name}" for name in names]
-        return groups.register_mesh(tuple(mesh.shape), coords, slow, "delayed/all")
+            _register_process_group(slow[-1], registered[-1])
+        *along, of_all = slow
+        return groups.register_mesh(
+            tuple(mesh.shape), tuple(mesh.get_coordinate()), along, of_all, gathers_in_place=False
+        )
 
     with mock.patch.object(world, "process_groups", delayed):
         yield
