@@ -15,6 +15,7 @@ from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.local_step import fake_arguments
 from autopar.passes.lower import lower, trace_step
+from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.planner import Planned, build_problem
@@ -25,8 +26,6 @@ def autoplan(
     model: torch.nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    budget_bytes: float | None = None,
     **options: Any,
 ) -> Planned:
     """Find the fastest plan for one training step of `model(*args, **kwargs)` that fits the memory.
@@ -34,7 +33,6 @@ def autoplan(
     Needs no GPU, no process group and no weights: the model may live on the meta device.
 
     Args:
-        budget_bytes: per device, for this search; the memory of the cluster if None.
         options: of `autopar.planner.planner.build_problem`: `cluster`, `memory`, `constraints`, ...
 
     Raises:
@@ -43,7 +41,7 @@ def autoplan(
         InfeasibleError: nothing fits the budget; a `ConflictError` if constraints are the reason.
     """
     problem = build_problem(model, args, kwargs, **options)  # trace, profile, space
-    return problem.planned(problem.decide(budget_bytes))  # solve, plan
+    return problem.planned(problem.decide())  # solve, plan
 
 
 def plan_step(
@@ -98,7 +96,11 @@ def compile_step(
     if not options.lowered:
         return CompiledStep(graph, plan, local, None, None)
     budget = options.budget(graph, plan, called_with)
-    lowering = options.lowering(graph, plan, place, called_with, scheduled=budget is not None)
+    lowering = LowerOptions.of(
+        graph, plan, called_with.offloadable, device_type=place.device_type,
+        cluster=options.cluster, scheduled=budget is not None, compile=options.compile,
+        dump=options.dump_passes,
+    )  # fmt: skip
     traced = trace_step(local.gm, called_with.tensors, lowering)
     memory = None
     if budget is not None:
@@ -112,6 +114,8 @@ def compile_step(
 def compile_first_rank(joint: JointPlan, *, dump_passes: Path | None = None) -> CompiledStep:
     """Compile the step of the first rank without processes, to look at its graphs.
 
+    They are traced on CPU tensors: if the plan is for GPUs, kernels of these are left out.
+
     Args:
         dump_passes: folder for the graph before and after each pass.
     """
@@ -122,7 +126,7 @@ def compile_first_rank(joint: JointPlan, *, dump_passes: Path | None = None) -> 
     return compile_step(
         graph,
         lambda: StepPlan(plan, program, joint.memory),
-        Place(coords, planning_groups(plan.mesh, coords)),
+        Place(coords, planning_groups(plan.mesh, coords), cluster.device.kind),
         lambda _, local: Arguments(fake_arguments(graph, local, trainable)),
         StepOptions(cluster, optimizer_state=state, dump_passes=dump_passes),
         trainable=trainable,

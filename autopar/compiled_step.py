@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,13 @@ from autopar.errors import EngineError
 from autopar.ir.graph import ModelGraph
 from autopar.passes.apply_sharding import LocalProgram
 from autopar.passes.lower import LoweredStep
-from autopar.passes.pipeline import LowerOptions
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
 from autopar.planner.planner import ADAM_STATE
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.schedule.program import Program
-from autopar.schedule.transfers import large_parameters
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ class StepPlan:
 
     def schedule_of(self, program: Program) -> MemoryPlan | None:
         """The schedule, if it is of that program."""
-        same = self.program is not None and self.program.same_as(program)
-        return self.memory if same else None
+        if self.program is None or self.program.same_as(program):
+            return self.memory
+        log.info("the step was traced to another program than in planning: scheduled again")
+        return None
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,12 @@ class Arguments:
 
     Args:
         tensors: of the shapes, dtypes and grad flags of the call; may be fake.
-        offloadable: names of the parameters that may be on the host for a part of the step.
+        offloadable: names of the parameters that may be on the host for a part of the step; all
+            if None.
     """
 
     tensors: Sequence[torch.Tensor]
-    offloadable: frozenset[str] = frozenset()
+    offloadable: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,28 +153,4 @@ class StepOptions:
         copied = sum(graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders)
         return StepBudget.of(
             arguments.tensors, memory_bytes, self.optimizer_state, copied, self.cluster.host_link
-        )
-
-    def lowering(
-        self,
-        graph: ModelGraph,
-        plan: ShardingPlan,
-        place: Place,
-        arguments: Arguments,
-        *,
-        scheduled: bool,
-    ) -> LowerOptions:
-        """The options of the passes."""
-        position = {name: k for k, name in enumerate(graph.parameters.values())}
-        large = large_parameters(graph)
-        return LowerOptions(
-            device_type=place.device_type,
-            cluster=self.cluster,
-            scheduled=scheduled,
-            compile=self.compile,
-            reshard_after_forward=frozenset(
-                position[n] for n in plan.reshard_after_forward if n in position
-            ),
-            offloadable={k: name for k, name in large.items() if name in arguments.offloadable},
-            dump=self.dump_passes,
         )

@@ -16,7 +16,7 @@ from autopar.files import write_atomically
 from autopar.ir.spec import ShardingSpec
 from autopar.units import mesh_text
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,6 @@ class Baseline:
     name: str
     time: TimeEstimate
     memory: MemoryEstimate
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class ModuleMemory:
         offloaded_bytes: values that wait for the backward on the host.
         parameters_bytes: parameters that are on the host for a part of the step.
         recompute_us, recompute_flops: operators that run a second time.
-        regather_us: collectives that run a second time.
+        repeated_collectives_us: collectives that run a second time.
     """
 
     module: str
@@ -182,7 +181,7 @@ class ModuleMemory:
     parameters_bytes: int
     recompute_us: float
     recompute_flops: float
-    regather_us: float
+    repeated_collectives_us: float
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from autopar import ClusterInfo, auto_engine
 from autopar.errors import InfeasibleError
 from autopar.profiler.measure_links import measure_cluster
 from autopar.testing.live_memory import LiveMemory
+from autopar.units import bytes_text
 from benchmarks import common
 from benchmarks.common import Row, console
 from benchmarks.recompute import Case, checkpointed, gpt2, images, llama
@@ -163,8 +164,9 @@ def compare(case: Case, cluster: ClusterInfo, rounds: int, compiled_too: bool) -
         engines[name] = model
         methods.append(method)
         rows.append(Row(case.name, f"{name}: planned in", seconds, "s"))
+        peak = bytes_text(model.memory_plan.peak_bytes)
         console.print(
-            f"{case.name}, {name}: {model.memory_plan}; planned and built in {seconds:.1f} s",
+            f"{case.name}, {name}: predicted peak {peak}; planned and built in {seconds:.1f} s",
             markup=False,
         )
     for method in methods[1:]:
@@ -204,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cluster is not None:
         cluster = ClusterInfo.load(options.cluster)
     else:
-        measured = measure_cluster((1,), kind, quick=options.quick)
+        measured = measure_cluster("1", kind, quick=options.quick)
         assert measured is not None  # this is rank 0
         cluster = measured.cluster
     cases = QUICK if options.quick or kind == "cpu" else CASES

@@ -39,6 +39,7 @@ _SHARE = 0.75
 def network(bytes_per_s: float | None) -> Iterator[None]:
     """Collectives take their time on a link, of which every rank has one: engines made meanwhile
     use process groups that delay torch's."""
+    import torch.distributed as dist
     from torch._C._distributed_c10d import _register_process_group, _resolve_process_group
 
     from autopar.comm import groups, world
@@ -49,20 +50,21 @@ def network(bytes_per_s: float | None) -> Iterator[None]:
     process_groups, registered = world.process_groups, []
 
     def delayed(mesh: Any) -> tuple[str, ...]:
-        names = process_groups(mesh)
-        link = Link(bytes_per_s)
-        for name in names:
+        link, slow = SlowLink(bytes_per_s), []
+        for name in (*process_groups(mesh), dist.group.WORLD.group_name):
+            slow.append(f"delayed/{bytes_per_s:g}/{len(registered)}/{name}")
             registered.append(delayed_group(_resolve_process_group(name), link))
-            _register_process_group(f"delayed/{name}", registered[-1])
-        coords = tuple(mesh.get_coordinate())
-        slow = [f"delayed/{name}" for name in names]
-        return groups.register_mesh(tuple(mesh.shape), coords, slow, "delayed/all")
+            _register_process_group(slow[-1], registered[-1])
+        *along, of_all = slow
+        return groups.register_mesh(
+            tuple(mesh.shape), tuple(mesh.get_coordinate()), along, of_all, gathers_in_place=False
+        )
 
     with mock.patch.object(world, "process_groups", delayed):
         yield
 
 
-class Link:
+class SlowLink:
     """A link of a rank: one message after another takes its time."""
 
     def __init__(self, bytes_per_s: float) -> None:
@@ -75,7 +77,7 @@ class Link:
         return self.free
 
 
-def delayed_group(group: Any, link: Link) -> Any:
+def delayed_group(group: Any, link: SlowLink) -> Any:
     """A process group whose collectives are done at the earliest when a link has carried them."""
     import torch.distributed as dist
     from torch._C._distributed_c10d import Work
@@ -130,7 +132,7 @@ def rank(name: str, mesh: str, rounds: str) -> None:
     import torch.distributed as dist
 
     from autopar import ClusterInfo, auto_engine
-    from autopar.cluster.link import Link as NetworkLink
+    from autopar.cluster.link import Link
     from autopar.planner.baselines import baseline_plans
     from autopar.planner.planner import build_problem, make_plan
     from autopar.testing.live_memory import training_state_bytes
@@ -141,7 +143,7 @@ def rank(name: str, mesh: str, rounds: str) -> None:
     for link, bytes_per_s in LINKS.items():
         cluster = ClusterInfo.of(mesh)
         if bytes_per_s is not None:
-            links = tuple(NetworkLink(ALPHA_S, 1 / bytes_per_s) for _ in cluster.mesh)
+            links = tuple(Link(ALPHA_S, 1 / bytes_per_s) for _ in cluster.mesh)
             cluster = replace(cluster, links=links)
         model, batch = build(name)
         problem = build_problem(model, (), batch, cluster=cluster)
@@ -149,11 +151,11 @@ def rank(name: str, mesh: str, rounds: str) -> None:
         plan = make_plan(problem.space, baseline.choices, name)
 
         def engine(memory: float, overlaps: bool, cluster=cluster, plan=plan) -> Any:
-            made, _ = build(name)
-            optimizer = torch.optim.AdamW(made.parameters())
+            model, _ = build(name)
+            optimizer = torch.optim.AdamW(model.parameters())
             device = replace(cluster.device, overlaps=overlaps)
             described = replace(cluster, device=device)
-            return auto_engine(made, optimizer, described, plan=plan, memory=memory)
+            return auto_engine(model, optimizer, described, plan=plan, memory=memory)
 
         def step(racer: Any, batch=batch) -> None:
             racer[0](**batch).backward()
@@ -206,20 +208,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for link, figures in by_link.items():
                 case = f"{name}, mesh {mesh}, {link}"
                 for kind in ("measured", "predicted"):
-                    whole, split = figures[kind]
-                    rows.append(Row(case, f"{kind}, in one piece", 1e3 * whole, "ms"))
+                    joined, split = figures[kind]
+                    rows.append(Row(case, f"{kind}, in one piece", 1e3 * joined, "ms"))
                     rows.append(Row(case, f"{kind}, split", 1e3 * split, "ms"))
                     console.print(
-                        f"{case}, {kind}: {1e3 * whole:.0f} ms in one piece, "
-                        f"{1e3 * split:.0f} ms split, {100 * (split / whole - 1):+.0f}%",
+                        f"{case}, {kind}: {1e3 * joined:.0f} ms in one piece, "
+                        f"{1e3 * split:.0f} ms split, {100 * (split / joined - 1):+.0f}%",
                         markup=False,
                     )
                 console.print(
                     f"{case}: peak {figures['peak'][0]:.1f} MiB in one piece, "
                     f"{figures['peak'][1]:.1f} split; load {os.getloadavg()[0]:.1f}", markup=False,
                 )  # fmt: skip
-                whole, split = figures["measured"]
-                ratios.append(split / whole)
+                joined, split = figures["measured"]
+                ratios.append(split / joined)
     headline = f"split, a step takes {statistics.geometric_mean(ratios):.2f} of its time"
     return common.finish("Collectives split and ahead", rows, headline, options.json)
 

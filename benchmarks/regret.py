@@ -56,7 +56,7 @@ def clusters(world: int, folder: Path, quick: bool) -> dict[str, Path]:
     The device is the same in all: measured twice, it would decide between meshes by its noise.
     """
     from autopar.cli.cluster import write_measured
-    from autopar.cluster.cluster import ClusterInfo, parse_mesh
+    from autopar.cluster.cluster import ClusterInfo
     from autopar.profiler.measure_links import measure_cluster
 
     files = {}
@@ -64,7 +64,7 @@ def clusters(world: int, folder: Path, quick: bool) -> dict[str, Path]:
         files[mesh] = folder / f"cluster-{mesh}.yaml"
         if not files[mesh].exists():
             console.print(f"measure the machine for mesh {mesh} ...", markup=False)
-            measured = measure_cluster(parse_mesh(mesh)[0], "cpu", quick=quick)
+            measured = measure_cluster(mesh, "cpu", quick=quick)
             assert measured is not None
             first = files[MESHES[world][0]]
             if first.exists():
@@ -181,13 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _all(options: argparse.Namespace, names: Sequence[str], scratch: Path) -> list[Row]:
-    kept = options.clusters or scratch
-    kept.mkdir(parents=True, exist_ok=True)
+    folder = options.clusters or scratch
+    folder.mkdir(parents=True, exist_ok=True)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     worlds = [options.ranks] if options.ranks else sorted(MESHES)[: 1 if options.quick else None]
     rows: list[Row] = []
     for world in worlds:
-        files = clusters(world, kept, options.quick)
+        files = clusters(world, folder, options.quick)
         for name in names:
             case_plans = make_plans(name, files, scratch, baselines=options.baselines)
             measured = race(name, world, case_plans, rounds, scratch)

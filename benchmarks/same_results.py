@@ -78,9 +78,9 @@ def plan_records() -> Iterator[tuple[str, Any]]:
         module, batch = _build(model, layers)
         cluster = ClusterInfo.of(mesh, "A100-80G").with_memory(memory)
         problem = build_problem(module, (), batch, cluster=cluster, time_limit=600.0)
-        pair = plan_jointly(problem)
+        joint = plan_jointly(problem)
         name = f"{model}, {layers} layers, mesh {mesh}, {memory}"
-        yield name, _plan_record(pair.planned.plan)
+        yield name, _plan_record(joint.planned.plan)
         baselines = {
             e.name: _hex([asdict(e.time), asdict(e.memory)]) for e in baseline_plans(problem.space)
         }

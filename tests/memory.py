@@ -33,8 +33,8 @@ class LiveActivations(LiveMemory):
         self.shapes: dict[int, tuple[int, ...]] = {}  # of the tensors that storages were made for
         self.forward: set[int] = set()
 
-    def _record(self, nbytes: int, shape: tuple[int, ...] = ()) -> int:
-        number = super()._record(nbytes, shape)
+    def record(self, nbytes: int, shape: tuple[int, ...] = ()) -> int:
+        number = super().record(nbytes, shape)
         self.shapes[number] = shape
         return number
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from autopar.cluster.cluster import parse_mesh
 from autopar.files import write_atomically
 from autopar.profiler.measure_links import Measurement, measure_cluster
+from autopar.report.text import terminal_width
 from autopar.units import bytes_text, flops_text
 
 
@@ -34,11 +32,8 @@ def measure(
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"cannot measure a device {kind!r}; it is cpu or cuda")
-    sizes, axis_names = parse_mesh(mesh or os.environ.get("WORLD_SIZE", "1"))
-    measurement = measure_cluster(sizes, kind, quick=quick, say=say)
-    if measurement is None:
-        return None
-    return replace(measurement, cluster=replace(measurement.cluster, axis_names=axis_names))
+    mesh = mesh or os.environ.get("WORLD_SIZE", "1")
+    return measure_cluster(mesh, kind, quick=quick, say=say)
 
 
 def write_measured(measurement: Measurement, path: Path) -> None:
@@ -51,7 +46,7 @@ def write_measured(measurement: Measurement, path: Path) -> None:
 
 def print_measured(measurement: Measurement, path: Path | None) -> None:
     """Print the measurement on stdout, and where it was written."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, width=terminal_width(160))
     cluster, device = measurement.cluster, measurement.cluster.device
     show = partial(console.print, markup=False, soft_wrap=True)
     show(

@@ -9,10 +9,9 @@ from pathlib import Path
 from autopar.cli.model_file import load_example
 from autopar.cluster.cluster import ClusterInfo
 from autopar.plan import ShardingPlan
-from autopar.planner.decisions import Workload
 from autopar.planner.diff import Difference
 from autopar.planner.explain import Explanation, explain
-from autopar.planner.planner import Planned, build_space, choices_of, trainable_inputs
+from autopar.planner.planner import Planned, build_problem, choices_of
 from autopar.report.comparison import difference_tables, explanation_table
 from autopar.report.text import render_tables, terminal_width
 from autopar.tracer import ColoTracer
@@ -39,11 +38,11 @@ def explain_decision(
     say("trace ...")
     graph = ColoTracer().trace(example.model, example.args, example.kwargs)
     plan.check(fingerprint=graph.fingerprint, mesh=plan.mesh, model=type(example.model).__name__)
-    say("strategies and costs ...")
-    cluster = ClusterInfo.from_dict(plan.cluster)
-    workload = Workload(trainable_inputs(graph, example.model), plan.optimizer_state)
-    space, mask = build_space(graph, cluster, workload, plan.constraints)
-    planned = Planned(plan, graph, space, choices_of(space, plan), mask)
+    problem = build_problem(
+        example.model, graph=graph, cluster=ClusterInfo.from_dict(plan.cluster),
+        optimizer_state=plan.optimizer_state, constraints=plan.constraints, progress=say,
+    )  # fmt: skip
+    planned = Planned(plan, graph, problem.space, choices_of(problem.space, plan), problem.mask)
     return explain(planned, node, limit=alternatives, time_limit=time_limit, progress=say)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
 from autopar.report.html import render_html
 from autopar.report.text import render, terminal_width
+from autopar.report.trace import trace_of
 
 
 @dataclass(frozen=True)
@@ -107,16 +109,17 @@ def make_plan(
         joint = plan_step(model, args, kwargs, cluster=target, schedule=schedule, **options)
     planned, time_limit = joint.planned, options["time_limit"]
     if trace is not None and joint.memory is not None:
-        joint.memory.timeline.save_trace(trace)
+        write_atomically(trace, json.dumps(trace_of(joint.memory.timeline)) + "\n")
     if dump_passes is not None:
-        say("passes ...")
+        on_gpu = planned.space.cluster.device.kind != "cpu"
+        say("passes, without kernels of GPUs ..." if on_gpu else "passes ...")
         compile_first_rank(joint, dump_passes=dump_passes)
     rows: tuple[Baseline, ...] = ()
     points: tuple[ParetoPoint, ...] = ()
     if baselines:
         say("baselines ...")
         plans = baseline_plans(planned.space, time_limit=time_limit)
-        rows = tuple(Baseline(b.name, b.time, b.memory, b.fits) for b in plans)
+        rows = tuple(Baseline(b.name, b.time, b.memory) for b in plans)
     if pareto_front:
         points = pareto.pareto_front(
             planned.space, time_limit=time_limit, progress=say, mask=planned.mask

@@ -74,15 +74,16 @@ def plan(
     dump_passes: Path | None = typer.Option(
         None,
         metavar="DIR",
-        help="Write the first rank's graphs here, as on CPUs, before and after each pass.",
+        help="Write the first rank's graphs here, before and after each pass; for GPUs without "
+        "their kernels.",
     ),
     as_json: bool = typer.Option(
         False, "--json", help="Print the plan as JSON instead of the report."
     ),
     baselines: bool = typer.Option(True, help="Compare with standard plans: DDP, FSDP, Megatron."),
-    front: bool = typer.Option(
+    pareto_front: bool = typer.Option(
         False,
-        "--front",
+        "--pareto-front",
         help="Also find the fastest plans within 12 budgets, from no limit to the smallest "
         "feasible one.",
     ),
@@ -118,7 +119,7 @@ def plan(
             state = named_state_ratio(optimizer.lower(), example.model)
         with short_errors():
             result = make_plan(
-                example, target, say, baselines=baselines, pareto_front=front,
+                example, target, say, baselines=baselines, pareto_front=pareto_front,
                 schedule=report is not None or trace is not None, trace=trace,
                 dump_passes=dump_passes, optimizer_state=state, constraints=layouts,
                 time_limit=time_limit,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from autopar.report.text import terminal_width
 from autopar.sharding.rule import Row
 from autopar.sharding.rules.pointwise import LINEAR
 from autopar.sharding.rules.registry import DERIVED, ROWS
@@ -47,7 +47,7 @@ def checked(
 
 def print_checked(reports: Sequence[OpReport]) -> None:
     """Print a line per op, then the failures."""
-    console = _console()
+    console = Console(highlight=False, width=terminal_width(_WIDTH))
     table = Table(box=None, pad_edge=False)
     table.add_column("op", no_wrap=True)
     for column in ("cases", "kinds", "rows", "worst error", "wrong"):
@@ -144,7 +144,7 @@ def print_rules(pattern: str | None, proofs_file: Path | None = None) -> None:
         for i, line in enumerate(_lines(name)):
             status = [record.status(name, proofs)] if proofs is not None and not i else []
             table.add_row("" if i else name, *line, *status)
-    _console().print(table)
+    Console(highlight=False, width=terminal_width(_WIDTH)).print(table)
 
 
 def _lines(name: str) -> list[tuple[str, str, str]]:
@@ -196,7 +196,3 @@ def example(name: str) -> str:
                 texts.append(" ".join(names))
         sides.append(", ".join(texts))
     return f"{one.sample}: {' -> '.join(sides)}"
-
-
-def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)

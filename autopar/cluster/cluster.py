@@ -140,6 +140,11 @@ class ClusterInfo:
         """`gpu`, or `axis 1` if the axes have no names."""
         return self.axis_names[axis] if self.axis_names else f"axis {axis}"
 
+    @property
+    def axes_text(self) -> str:
+        """The numbers of axes in layouts: `0=node, 1=gpu`; empty if the axes have no names."""
+        return ", ".join(f"{axis}={name}" for axis, name in enumerate(self.axis_names))
+
     def coords(self, rank: int) -> tuple[int, ...]:
         """Mesh coordinates of a rank (row-major, as `init_device_mesh` lays ranks out)."""
         coords = []

@@ -91,6 +91,12 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
 
 
+def evicted_shard(parameter: DTensor) -> EvictedShard | None:
+    """What is in the place of a parameter's shard, if that is on the host."""
+    shard = parameter._local_tensor
+    return shard if isinstance(shard, EvictedShard) else None
+
+
 def offloadable(
     parameters: Mapping[str, torch.Tensor], buffers: Iterable[torch.Tensor]
 ) -> frozenset[str]:
@@ -111,8 +117,9 @@ def reload_all(parameters: Mapping[str, torch.Tensor], buffers: Iterable[torch.T
     """Reload all shards, and note which of them the step that follows may evict."""
     sharded = {n: p for n, p in parameters.items() if isinstance(p, DTensor)}
     for p in sharded.values():
-        if isinstance(p._local_tensor, EvictedShard):
-            p._local_tensor.reload()
+        evicted = evicted_shard(p)
+        if evicted is not None:
+            evicted.reload()
     names = offloadable(sharded, buffers)
     for name, p in sharded.items():
         storage = p._local_tensor.untyped_storage()
@@ -125,8 +132,7 @@ def _evicted(x: torch.Tensor) -> EvictedShard | None:
     """What takes the place of a shard, if it is evicted."""
     reference = _OWNERS.get(x.untyped_storage())
     parameter = None if reference is None else reference()
-    shard = None if parameter is None else parameter._local_tensor
-    return shard if isinstance(shard, EvictedShard) else None
+    return None if parameter is None else evicted_shard(parameter)
 
 
 def _evict(x: torch.Tensor, host: torch.Tensor) -> None:

@@ -19,7 +19,6 @@ from autopar.passes.lower import trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
 from autopar.schedule.program import Program
-from autopar.schedule.transfers import large_parameters
 from autopar.sharding.node_rules import results
 
 
@@ -58,11 +57,10 @@ def local_step(
     )  # fmt: skip
     arguments = fake_arguments(graph, local, trainable)
     copied = sum(graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders)
-    options = LowerOptions(
-        device_type=arguments[0].device.type if arguments else "cpu",
-        cluster=ClusterInfo.from_dict(plan.cluster),
-        offloadable=large_parameters(graph),
-        scheduled=True,
+    device_type = arguments[0].device.type if arguments else "cpu"
+    cluster = ClusterInfo.from_dict(plan.cluster)
+    options = LowerOptions.of(
+        graph, plan, None, device_type=device_type, cluster=cluster, scheduled=True
     )
     return LocalStep(trace_step(local.gm, arguments, options).program, arguments, copied)
 

@@ -2,12 +2,13 @@
 
 A training step passes through three kinds of graph: the sharded forward program, the joint graph of
 forward and backward, and the two graphs that it is split into. Passes of the joint graph that come
-before a schedule make operators whose sizes and times the schedule depends on.
+before a schedule make operators whose sizes and times the schedule depends on. What leads from one
+kind of graph to the next is no pass: `trace_joint`, and `realize` or `split_as_eager`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
+from autopar.ir.graph import ModelGraph
 from autopar.ir.joint_graph import JointGraph
 from autopar.kernels.batch_norm import use_library
 from autopar.kernels.linear import add_bias_within
@@ -29,6 +31,8 @@ from autopar.passes.overlap import overlap_collectives
 from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import forward_nodes
 from autopar.passes.runner import Pass, run_passes
+from autopar.plan import ShardingPlan
+from autopar.schedule.transfers import large_parameters
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,30 @@ class LowerOptions:
     offloadable: Mapping[int, str] = field(default_factory=dict)
     disable: frozenset[str] = frozenset()
     dump: Path | None = None
+
+    @staticmethod
+    def of(
+        graph: ModelGraph, plan: ShardingPlan, offloadable: Collection[str] | None, **options: Any
+    ) -> LowerOptions:
+        """The options for a plan: a run that lowers as planning did uses its schedule.
+
+        Args:
+            offloadable: names of the parameters that may be on the host for a part of the step;
+                all if None.
+            options: that neither the model nor its plan decides.
+        """
+        again = frozenset(plan.reshard_after_forward)
+        return LowerOptions(
+            reshard_after_forward=frozenset(
+                k for k, name in enumerate(graph.parameters.values()) if name in again
+            ),
+            offloadable={
+                k: name
+                for k, name in large_parameters(graph).items()
+                if offloadable is None or name in offloadable
+            },
+            **options,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +142,7 @@ PIPELINE = (
           "collectives run beside compute; a schedule has done that already", when=_overlaps),
     Entry("split", add_bias_within,
           "oneDNN adds the bias inside the product: one pass over memory less",
-          when=lambda o: not o.compile),
+          when=lambda o: o.device_type == "cpu" and not o.compile),
     Entry("split", overwrite,
           "a pointwise result can take its dying operand's memory; Inductor does this itself",
           when=lambda o: not o.compile),

@@ -37,8 +37,10 @@ def run_passes(
     Args:
         stage: of which graph this is, for file names.
         disable: names of passes to leave out (debugging).
-        dump: folder for the graph before and after each pass.
+        dump: folder for the graph at the start, and before and after each pass.
     """
+    if dump is not None:
+        _dump(gm, dump / f"{stage}-input.py")
     for number, function in enumerate(passes):
         name = pass_name(function)
         if name in disable:

@@ -43,14 +43,12 @@ _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
 
 @dataclass(frozen=True)
 class BaselinePlan:
-    """The plan of a baseline: a candidate per decision, predictions, and whether the memory is
-    within the cluster's budget."""
+    """The plan of a baseline: a candidate per decision, and predictions."""
 
     name: str
     choices: tuple[int, ...]
     time: TimeEstimate
     memory: MemoryEstimate
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,7 @@ def _completed(
     solution = solve(tied.problem, separate=LivenessRows(liveness, tied), time_limit=time_limit)
     choices = tied.expand(solution.choices)
     time = estimate_time(space, choices, liveness)
-    memory = estimate_memory(space, choices, liveness)
-    fits = memory.total_bytes <= space.cluster.budget_bytes
-    return BaselinePlan(baseline.name, choices, time, memory, fits)
+    return BaselinePlan(baseline.name, choices, time, estimate_memory(space, choices, liveness))
 
 
 def _baselines(mesh: Sequence[int]) -> list[_Baseline]:

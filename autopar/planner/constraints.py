@@ -174,7 +174,8 @@ def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layo
     elif layout.spec.ndim != len(shape):
         why = f"has {layout.spec.ndim} dims, and {kind} {place} has {len(shape)}"
     elif axes := [a for a in _axes(layout.spec) if a >= len(space.mesh)]:
-        why = f"splits over axis {axes[0]}, and mesh {mesh} has axes 0 to {len(space.mesh) - 1}"
+        known = space.cluster.axes_text or f"0 to {len(space.mesh) - 1}"
+        why = f"splits over axis {axes[0]}, and mesh {mesh} has axes {known}"
     else:
         why = f"is not among the layouts of {kind} {place}"
     return (
@@ -277,8 +278,8 @@ def conflict(
     error: InfeasibleError,
     *,
     budget_bytes: float,
-    time_limit: float = 60.0,
-    progress: Callable[[str], None] | None = None,
+    time_limit: float,
+    say: Callable[[str], None],
 ) -> InfeasibleError:
     """The error for constraints without a plan: it names a smallest conflicting set, found by
     dropping one constraint after the other while there is still no plan.
@@ -287,7 +288,6 @@ def conflict(
         error: of the search with all of them.
     """
     conflicting = {n: t for n, t in constraints.items() if not n.startswith(_OUTPUTS)}
-    say = progress or (lambda line: None)
     if not conflicting or not _feasible(space, {}, budget_bytes, time_limit):
         return error
     for name in list(conflicting):

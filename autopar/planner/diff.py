@@ -41,6 +41,7 @@ class Difference:
         parameters: how they are stored.
         modules: their words.
         decisions: operators, inputs and shared layouts.
+        axes: what the numbers of axes in layouts stand for, if the axes have names.
     """
 
     setting: tuple[Change, ...]
@@ -48,6 +49,7 @@ class Difference:
     parameters: tuple[Change, ...]
     modules: tuple[Change, ...]
     decisions: tuple[Change, ...]
+    axes: str = ""
 
     @property
     def choices(self) -> tuple[Change, ...]:
@@ -65,9 +67,11 @@ def diff(a: ShardingPlan, b: ShardingPlan) -> Difference:
     inner = [{k: _decision(p, k) for k in p.choices if k not in stored} for p in (a, b)]
     times = _figures(a.time, b.time, {"step": "step_us"} | TIME_KINDS, time_text)
     sizes = _figures(a.memory, b.memory, {"memory": "total_bytes"} | MEMORY_KINDS, bytes_text)
+    axes = [ClusterInfo.from_dict(plan.cluster).axes_text for plan in (a, b)]
     return Difference(
         tuple(_setting(a, b)), (*times, *sizes), _changes(_storage(a), _storage(b)),
         tuple(_modules(a.modules, b.modules)), _changes(inner[0], inner[1]),
+        "; ".join(dict.fromkeys(filter(None, axes))),
     )  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def _forced(
     mask = dict(planned.mask)
     for v in copies:
         mask[v] = np.arange(len(space.decisions[v].candidates)) == c
-    budget = space.cluster.budget_bytes
+    budget = planned.plan.budget_bytes
     try:
         result = search(space, budget_bytes=budget, time_limit=time_limit, mask=mask)
     except InfeasibleError as error:

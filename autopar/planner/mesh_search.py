@@ -19,8 +19,8 @@ from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
 from autopar.cluster.device import Device
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
 from autopar.plan import MeshResult
-from autopar.planner.constraints import Constraints, masked
-from autopar.planner.planner import ADAM_STATE, Planned, build_problem
+from autopar.planner.constraints import masked
+from autopar.planner.planner import Planned, build_problem
 from autopar.solver.contraction import Contraction
 from autopar.tracer import ColoTracer
 from autopar.units import time_text
@@ -49,18 +49,16 @@ def search_meshes(
     device: str | Device = "cpu",
     per_node: int = NODE_SIZE,
     memory: str | float | None = None,
-    optimizer_state: float = ADAM_STATE,
-    constraints: Constraints | None = None,
-    time_limit: float = 60.0,
     progress: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Planned:
     """The fastest plan on a mesh of that many devices. Its `meshes` are the results of all meshes.
 
     Args:
         device: a name of the table of devices, or a description.
         per_node: devices that fast links join.
-        constraints: of `autoplan`; meshes that lack an axis they name are skipped.
-        time_limit: seconds for the solver, per mesh.
+        options: of `build_problem`, for each mesh: `time_limit`, `constraints`, ... Meshes that
+            lack an axis that constraints name are skipped.
 
     Raises:
         InfeasibleError: no mesh has a plan that fits the memory.
@@ -81,9 +79,8 @@ def search_meshes(
         cluster = ClusterInfo.of(shape, device, node_size=per_node).with_memory(memory)
         try:
             problem = build_problem(
-                model, graph=graph, cluster=cluster, optimizer_state=optimizer_state,
-                constraints=constraints, time_limit=time_limit, progress=progress,
-            )  # fmt: skip
+                model, graph=graph, cluster=cluster, progress=progress, **options
+            )
             if best is not None:
                 # one elimination, without memory and exposed communication
                 relaxed = masked(problem.space.problem(), problem.mask).problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ class PlanningProblem:
                     if baseline is not None:
                         return baseline
                 raise conflict(
-                    self.space, self.constraints, error, **limits, progress=self.say
+                    self.space, self.constraints, error, **limits, say=self.say
                 ) from None
 
     def _fastest_baseline(self, budget_bytes: float) -> SearchResult | None:
@@ -127,6 +128,7 @@ def build_problem(
     cluster: ClusterInfo | str,
     graph: ModelGraph | None = None,
     memory: str | float | None = None,
+    budget_bytes: float | None = None,
     optimizer_state: float = ADAM_STATE,
     fixed: FixedLayouts | None = None,
     constraints: Constraints | None = None,
@@ -138,7 +140,8 @@ def build_problem(
     Args:
         cluster: or a mesh such as "2x4".
         graph: the captured model, if it was traced already.
-        memory: budget per device ("40GiB", bytes, or a share of the device).
+        memory: of the cluster, per device ("40GiB", bytes, or a share of the device).
+        budget_bytes: per device, that the plan keeps to; the memory of the cluster if None.
         optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
         fixed: layouts that the caller decides.
         constraints: layouts by the names of parameters, inputs, outputs, modules and operators
@@ -166,39 +169,28 @@ def build_problem(
         if graph is None:
             graph = ColoTracer().trace(model, args, kwargs)
     with stage("profile and strategies"), collection_paused():
+        fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
-        space, mask = build_space(graph, cluster, workload, constraints, fixed)
+        space = SearchSpace(graph, cluster, workload, fixed)
+        mask = allowed(space, constraints)
     with stage("conversion costs"), collection_paused():
         for edge in space.edges:
             space.edge_costs(edge)  # memoized
+    budget = cluster.budget_bytes if budget_bytes is None else budget_bytes
     return PlanningProblem(
-        type(model).__name__, space, mask, constraints, cluster.budget_bytes, time_limit, seconds,
-        say,
-    )  # fmt: skip
-
-
-def build_space(
-    graph: ModelGraph,
-    cluster: ClusterInfo,
-    workload: Workload,
-    constraints: Constraints,
-    fixed: FixedLayouts | None = None,
-) -> tuple[SearchSpace, Allowed]:
-    """The search space, and the mask that constraints put on it."""
-    fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
-    space = SearchSpace(graph, cluster, workload, fixed)
-    return space, allowed(space, constraints)
+        type(model).__name__, space, mask, constraints, budget, time_limit, seconds, say
+    )
 
 
 def make_plan(
     space: SearchSpace, choices: Sequence[int], model: str, record: SolverRecord | None = None
 ) -> ShardingPlan:
-    """The plan of a full choice of candidates."""
+    """The plan of a full choice of candidates, with the memory of the cluster for its budget."""
     chosen = [(d, d.candidates[c]) for d, c in zip(space.decisions, choices, strict=True)]
     stored = {
         space.graph.parameters[str(d.node.target)]: c for d, c in chosen if d.kind == "parameter"
     }
-    liveness = Liveness(space, space.cluster.budget_bytes)
+    liveness = Liveness(space, math.inf)
     time = estimate_time(space, choices, liveness)
     operators = {d.node: d for d in space.decisions if d.kind == "op"}
     return ShardingPlan(

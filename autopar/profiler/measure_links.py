@@ -11,6 +11,7 @@ time, as in a step.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import sys
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
-from autopar.cluster.cluster import ClusterInfo
+from autopar.cluster.cluster import ClusterInfo, parse_mesh
 from autopar.cluster.curve import Curve
 from autopar.cluster.device import Device
 from autopar.cluster.link import PASSES, Link
@@ -42,7 +43,6 @@ from autopar.profiler.measure import (
     host_memory,
     measure_device,
 )
-from autopar.units import mesh_text
 
 # the file by which rank 0 of local processes hands its measurement to the caller
 _RESULT = "measurement.pickle"
@@ -100,7 +100,7 @@ class Measurement:
 
 
 def measure_cluster(
-    mesh: Sequence[int], kind: str, *, quick: bool = False, say: Progress = lambda line: None
+    mesh: str, kind: str, *, quick: bool = False, say: Progress = lambda line: None
 ) -> Measurement | None:
     """Measure the machine for a mesh.
 
@@ -108,6 +108,7 @@ def measure_cluster(
     needs.
 
     Args:
+        mesh: as `"2x8"` or `"node=2,gpu=8"`.
         kind: "cpu" or "cuda".
         quick: fewer sizes and repetitions.
 
@@ -118,29 +119,30 @@ def measure_cluster(
         MeshError: the mesh does not fit the processes or devices.
         EngineError: a process died.
     """
-    size = int(np.prod(mesh))
+    sizes, _ = parse_mesh(mesh)
+    size = math.prod(sizes)
     if kind == "cuda" and not torch.cuda.is_available():
         raise MeshError("this process sees no CUDA device; measure with --device cpu")
     if "WORLD_SIZE" in os.environ:
         started = not dist.is_initialized()
         try:
-            return _measure_rank(tuple(mesh), kind, quick, say)
+            return _measure_rank(mesh, kind, quick, say)
         finally:
             if started and dist.is_initialized():
                 stop()
     if size == 1:
         effort = effort_for(kind, quick)
         cluster = _cluster_with_usual_links(mesh, torch.device(kind), effort, 1, say)
-        return Measurement(cluster, (None,) * len(mesh))
+        return Measurement(cluster, (None,) * len(sizes))
     if kind == "cuda" and torch.cuda.device_count() < size:
         raise MeshError(
-            f"mesh {mesh_text(mesh)} needs {size} CUDA devices but this host has "
+            f"mesh {mesh} needs {size} CUDA devices but this host has "
             f"{torch.cuda.device_count()}; run on every host: "
             "torchrun --nnodes ... --nproc-per-node ... --no-python autopar cluster --mesh ..."
         )
     say(f"start {size} processes ...")
     with tempfile.TemporaryDirectory() as folder:
-        run_local(_measure_local, size, (folder, tuple(mesh), kind, quick))
+        run_local(_measure_local, size, (folder, mesh, kind, quick))
         measurement: Measurement = pickle.loads((Path(folder) / _RESULT).read_bytes())
         return measurement
 
@@ -165,9 +167,7 @@ def run_local(function: Callable[..., None], size: int, args: tuple[Any, ...]) -
         ) from error
 
 
-def _measure_local(
-    rank: int, size: int, folder: str, mesh: tuple[int, ...], kind: str, quick: bool
-) -> None:
+def _measure_local(rank: int, size: int, folder: str, mesh: str, kind: str, quick: bool) -> None:
     """One of the processes that `measure_cluster` starts."""
     torch.set_num_threads(1)
     os.environ.update(
@@ -188,9 +188,7 @@ def _measure_local(
         stop()
 
 
-def _measure_rank(
-    mesh: tuple[int, ...], kind: str, quick: bool, say: Progress
-) -> Measurement | None:
+def _measure_rank(mesh: str, kind: str, quick: bool, say: Progress) -> Measurement | None:
     """Measure as one rank of a world. Rank 0 returns the result."""
     device = torch.device("cpu")
     if kind == "cuda":
@@ -207,10 +205,10 @@ def _measure_rank(
     names = process_groups(device_mesh)
     fits: list[LinkFit | None] = []
     for axis, name in enumerate(names):
-        if mesh[axis] == 1:
+        if cluster.mesh[axis] == 1:
             fits.append(None)
             continue
-        say(f"collectives of mesh axis {axis} ({mesh[axis]} ranks) ...")
+        say(f"collectives of {cluster.axis_label(axis)} ({cluster.mesh[axis]} ranks) ...")
         fits.append(measure_axis(find_group(name), device, effort, cluster.device.launch_us))
     if dist.get_rank() != 0:
         return None
@@ -226,7 +224,7 @@ def _barrier(device: torch.device) -> None:
 
 
 def _cluster_with_usual_links(
-    mesh: Sequence[int], device: torch.device, effort: Effort, processes: int, say: Progress
+    mesh: str, device: torch.device, effort: Effort, processes: int, say: Progress
 ) -> ClusterInfo:
     """A mesh of devices measured as this one. Its links are the table's, which stay for axes of one
     rank, along which nothing is sent."""

@@ -161,7 +161,7 @@ def modules_figure(step: StepSummary) -> go.Figure:
         ("x", "offloaded", _LIGHT, "offloaded_bytes"),
         ("x", "parameters on the host", _PALE, "parameters_bytes"),
         ("x2", "recomputed", _ORANGE, "recompute_us"),
-        ("x2", "re-gathered", _SAND, "regather_us"),
+        ("x2", "re-gathered", _SAND, "repeated_collectives_us"),
     ):
         unit, scale = ("MiB", 2.0**-20) if axis == "x" else ("ms", 1e-3)
         figure.add_bar(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from autopar.cluster.cluster import ClusterInfo
 from autopar.planner.diff import Change, Difference
 from autopar.planner.explain import Alternative, Explanation
 from autopar.report.content import Table
@@ -16,14 +17,14 @@ _SAME = 1e-6
 
 def explanation_table(explanation: Explanation, *, shown_changes: int = 2) -> Table:
     """The table of `autopar explain`."""
-    chosen = explanation.chosen
+    chosen, cluster = explanation.chosen, ClusterInfo.from_dict(explanation.plan.cluster)
     rows = tuple(_row(a, chosen, shown_changes) for a in explanation.alternatives)
     return Table(
         explanation.name,
         ("choice", "layout", "step>", "to the plan>", "memory>", "what else changes"),
         rows,
         "Each row is the best plan that makes this choice. A step with >= is a bound: it was not "
-        "solved for, and no plan with that choice is faster.",
+        "solved for, and no plan with that choice is faster." + _axes_note(cluster.axes_text),
     )
 
 
@@ -62,11 +63,19 @@ def difference_tables(difference: Difference, *, every: bool = False) -> list[Ta
     ]
     if every or not (difference.modules or difference.parameters):
         parts.append(("Decisions", "decision", difference.decisions))
+    note = _axes_note(difference.axes).strip()
     return [
-        Table(title, (head, "first plan", "second plan"), tuple(map(_change_row, changes)))
+        Table(
+            title, (head, "first plan", "second plan"), tuple(map(_change_row, changes)),
+            note if head in ("parameter", "decision") else "",
+        )
         for title, head, changes in parts
         if changes
-    ]
+    ]  # fmt: skip
+
+
+def _axes_note(axes: str) -> str:
+    return f" Mesh axes in layouts: {axes}." if axes else ""
 
 
 def _change_row(change: Change) -> tuple[str, str, str]:

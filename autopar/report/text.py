@@ -17,10 +17,10 @@ from autopar.report.content import Table, headline, tables
 WIDTH = 120
 
 
-def terminal_width() -> int:
-    """Columns of the terminal that stdout is; `WIDTH` if it is none."""
+def terminal_width(otherwise: int = WIDTH) -> int:
+    """Columns of the terminal that stdout is; `otherwise` if it is none."""
     if not sys.stdout.isatty():
-        return WIDTH
+        return otherwise
     return max(80, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 

@@ -390,7 +390,8 @@ class StepRunner:
         scheduled = cluster.memory_bytes is not None and options.step.lowered
         if not scheduled or cluster.world_size == 1:  # the schedule of one device comes later
             unlimited = math.inf if scheduled else None
-            return StepPlan(autoplan(self.model, budget_bytes=unlimited, **planning).plan)
+            plan = autoplan(self.model, budget_bytes=unlimited, **planning).plan
+            return StepPlan(replace(plan, budget_bytes=cluster.budget_bytes))
         joint = plan_step(self.model, output_specs=fixed.outputs, **planning)
         program = None if joint.step is None else joint.step.program
         return StepPlan(joint.planned.plan, program, joint.memory)

@@ -36,7 +36,6 @@ class MemoryPlan:
     Args:
         timeline: of the schedule.
         eager_bytes: the peak if everything were kept.
-        added_flops, step_flops: of recomputation, and of the step without that.
         added_us: how much longer the step takes than with everything kept.
         exposed_us: the part of that spent waiting for collectives.
         state_on_host: the optimizer's state is on the host outside of the optimizer step.
@@ -46,8 +45,6 @@ class MemoryPlan:
     schedule: Schedule
     timeline: Timeline
     eager_bytes: int
-    added_flops: float
-    step_flops: float
     added_us: float
     exposed_us: float = 0.0
     state_on_host: bool = False
@@ -85,16 +82,6 @@ class MemoryPlan:
             ),
             modules=self.timeline.by_module(),
         )  # fmt: skip
-
-    def __str__(self) -> str:
-        share = 100 * self.added_flops / max(1.0, self.step_flops)
-        state = ", the optimizer's state on the host" if self.state_on_host else ""
-        if self.parameters_on_host:
-            state += f", parameters offloaded: {', '.join(self.parameters_on_host)}"
-        return (
-            f"peak {bytes_text(self.peak_bytes)} (everything kept: "
-            f"{bytes_text(self.eager_bytes)}), {share:.1f}% more FLOPs{state}"
-        )
 
 
 @dataclass(frozen=True)
@@ -208,8 +195,6 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
         schedule,
         scheduled,
         peak_bytes(program, eager),
-        schedule.recompute_cost(program),
-        program.flops(range(len(program.ops))),
         max(0.0, scheduled.us - fastest.us),
         max(0.0, exposed_us - least_exposed_us),
         parameters_on_host=tuple(p.name for s, p in program.parameters.items() if s in offloaded),
@@ -244,7 +229,7 @@ def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
         points = [front.grown(smallest, budget_bytes)]
     schedules = [prefetched(program, point.schedule, budget_bytes) for point in points]
     plan = describe(program, min(schedules, key=lambda schedule: step_us(program, schedule)))
-    log.info("memory: %s", plan)
+    log.info("the step's values peak at %s", bytes_text(plan.peak_bytes))
     return plan
 
 

@@ -242,17 +242,17 @@ def _next(positions: list[int], after: int, end: int) -> int:
     return min(positions[k], end) if k < len(positions) else end
 
 
-def exposed_share(program: Program, eager: Schedule, regathered: Schedule) -> float:
+def exposed_share(program: Program, eager: Schedule, resharded: Schedule) -> float:
     """The share of its time that re-gathering in the backward costs on average; the rest is hidden.
 
     Args:
         eager: re-gathers nothing.
-        regathered: re-gathers everything.
+        resharded: re-gathers everything.
     """
-    times = [program.ops[i].us for i in regathered.recomputed(program) if i in program.splits]
+    times = [program.ops[i].us for i in resharded.recomputed(program) if i in program.splits]
     if not times:
         return 1.0
-    longer = step_us(program, prefetched(program, regathered, np.inf)) - step_us(
+    longer = step_us(program, prefetched(program, resharded, np.inf)) - step_us(
         program, prefetched(program, eager, np.inf)
     )
     return min(1.0, max(0.0, longer / sum(times)))

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-from autopar.files import write_atomically
 from autopar.plan import ModuleMemory
 from autopar.schedule.program import Resource
-
-_ROWS = {resource: {"pid": 0, "tid": row} for row, resource in enumerate(Resource)}
 
 
 @dataclass(frozen=True)
@@ -100,58 +94,18 @@ class Timeline:
                 blocks.setdefault(block_of(event.module), []).append(event)
         return tuple(_module_memory(block, events) for block, events in blocks.items() if events)
 
-    def to_trace(self) -> dict[str, Any]:
-        """As a Chrome trace, which Perfetto reads too: a row of operators per resource, and
-        counters of live bytes. Recomputed operators have a category of their own."""
-        return {"traceEvents": [*self._names(), *self._events()], "displayTimeUnit": "ms"}
-
-    def save_trace(self, path: str | Path) -> None:
-        """Write `to_trace` to a file; it opens in https://ui.perfetto.dev."""
-        write_atomically(path, json.dumps(self.to_trace()) + "\n")
-
-    def _names(self) -> Iterator[dict[str, Any]]:
-        def name(resource: Resource, kind: str, text: str) -> dict[str, Any]:
-            return _ROWS[resource] | {"ph": "M", "name": kind, "args": {"name": text}}
-
-        yield name(Resource.COMPUTE, "process_name", "predicted step")
-        used = {event.resource for event in self.events} | {Resource.COMPUTE}
-        for resource in Resource:
-            if resource in used:
-                yield name(resource, "thread_name", str(resource))
-
-    def _events(self) -> Iterator[dict[str, Any]]:
-        parameters = any(event.parameter for event in self.events)
-        for at, event in enumerate(self.events):
-            phase = "forward" if at < self.forward else "backward"
-            yield _ROWS[event.resource] | {
-                "ph": "X",
-                "name": event.name,
-                "cat": "recompute" if event.recomputed else phase,
-                "ts": event.start_us,
-                "dur": event.us,
-                "args": {"module": event.module, "live bytes": event.live_bytes},
-            }
-            yield _counter("live bytes", event.issued_us, bytes=event.live_bytes)
-            yield _counter(
-                "live by origin", event.issued_us, kept=event.kept_bytes,
-                recomputed=event.recomputed_bytes, other=event.other_bytes,
-            )  # fmt: skip
-            if parameters:
-                yield _counter("parameters on the host", event.issued_us, bytes=event.evicted_bytes)
-        yield _counter("live bytes", self.us, bytes=0)
-
 
 def _module_memory(block: str, events: Iterable[TimelineEvent]) -> ModuleMemory:
     recomputed = [e for e in events if e.recomputed]
-    regather_us = sum(e.us for e in recomputed if e.resource is Resource.COMMUNICATION)
+    repeated_collectives_us = sum(e.us for e in recomputed if e.resource is Resource.COMMUNICATION)
     return ModuleMemory(
         block,
         kept_bytes=sum(e.saves_bytes for e in events),
         offloaded_bytes=sum(e.offloads_bytes for e in events if not e.parameter),
         parameters_bytes=sum(e.offloads_bytes for e in events if e.parameter),
-        recompute_us=sum(e.us for e in recomputed) - regather_us,
+        recompute_us=sum(e.us for e in recomputed) - repeated_collectives_us,
         recompute_flops=sum(e.flops for e in recomputed),
-        regather_us=regather_us,
+        repeated_collectives_us=repeated_collectives_us,
     )
 
 
@@ -160,7 +114,3 @@ def block_of(module: str) -> str:
     parts = module.split(".")
     numbers = [k for k, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[0] + 1]) if numbers else module
-
-
-def _counter(name: str, at_us: float, **values: int) -> dict[str, Any]:
-    return {"ph": "C", "name": name, "pid": 0, "ts": at_us, "args": values}

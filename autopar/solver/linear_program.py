@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -78,9 +77,7 @@ class LinearProgram:
         """
         if (backend or available_backend()) == "HiGHS":
             return self._by_highs(time_limit, gap, cutoff)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3 announces PuLP 4
-            return self._by_cbc(time_limit, gap)
+        return self._by_cbc(time_limit, gap)
 
     def _by_highs(self, time_limit: float, gap: float, cutoff: float) -> ProgramSolution:
         import highspy
@@ -124,7 +121,7 @@ class LinearProgram:
         for i, bounds in enumerate(self._bounds):
             lower, upper = (bound if math.isfinite(bound) else None for bound in bounds)
             kind = "Integer" if self._integer[i] else "Continuous"
-            x.append(pulp.LpVariable(f"x{i}", lower, upper, kind))
+            x.append(program.add_variable(f"x{i}", lower, upper, kind))
         program.setObjective(pulp.LpAffineExpression(zip(x, self.costs, strict=True)))
         for row, (lower, upper) in zip(self._rows, self._row_bounds, strict=True):
             expression = pulp.LpAffineExpression([(x[i], c) for i, c in row])
@@ -132,7 +129,9 @@ class LinearProgram:
                 program.addConstraint(expression <= upper)
             if math.isfinite(lower):
                 program.addConstraint(expression >= lower)
-        status = program.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap))
+        cbc = pulp.PULP_CBC_CMD.pulp_cbc_path  # PuLP 3 comes with it
+        solver = pulp.COIN_CMD(path=cbc, msg=False, timeLimit=time_limit, gapRel=gap)
+        status = program.solve(solver)
         values = np.array([v.value() or 0.0 for v in x])
         if status == pulp.LpStatusInfeasible:
             return ProgramSolution("infeasible", values)

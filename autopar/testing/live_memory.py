@@ -43,8 +43,8 @@ class LiveMemory(TorchDispatchMode):
         """The most bytes that were alive at a time."""
         return max(itertools.accumulate((n for _, n in self.changes), initial=0))
 
-    def _record(self, nbytes: int, shape: tuple[int, ...] = ()) -> int:
-        """Record a storage; returns its number."""
+    def record(self, nbytes: int, shape: tuple[int, ...] = ()) -> int:
+        """Record a storage that was made for a tensor of that shape; returns its number."""
         self._count += 1
         self.changes.append((self._count, nbytes))
         return self._count
@@ -67,7 +67,7 @@ class LiveMemory(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         if shard is not None:  # negative where it is evicted
-            self._record(shard.nbytes() - held)
+            self.record(shard.nbytes() - held)
         for t in pytree.tree_leaves(out) if func is not host_copies.HOST else ():
             if not isinstance(t, torch.Tensor) or isinstance(t, DTensor):
                 continue
@@ -75,7 +75,7 @@ class LiveMemory(TorchDispatchMode):
             address, nbytes = storage._cdata, storage.nbytes()
             if t.device.type == "meta" or address in self.numbers or address in before:
                 continue
-            number = self.numbers[address] = self._record(nbytes, tuple(t.shape))
+            number = self.numbers[address] = self.record(nbytes, tuple(t.shape))
             weakref.finalize(storage, self._freed, address, number, nbytes)
         return out
 

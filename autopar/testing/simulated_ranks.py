@@ -1,7 +1,7 @@
 """All ranks of a mesh as threads of one process, on a `torch.distributed` backend of their own.
 
 Programs run as on real processes: functional collectives find the process groups by name. The
-threads of one group meet at every collective, exchange their tensors and compute the result
+threads of one group meet at every collective, share their tensors and compute the result
 themselves, in the order of the ranks.
 
 Python subclasses of `ProcessGroup` and their registration by name are private to torch; tested with
@@ -29,13 +29,13 @@ _NUMBERS = itertools.count()  # torch keeps one group per name
 
 
 class _Meeting:
-    """Where the threads of one group exchange tensors: every call takes those of all ranks."""
+    """Where the threads of one group meet: every call takes the tensors of all ranks."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.tensors: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout_s)
 
-    def exchange(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+    def gather(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
         self.tensors[rank] = x
         self.barrier.wait()
         tensors = list(self.tensors)
@@ -68,7 +68,7 @@ class _ThreadGroup(dist.ProcessGroup):
     def _all(self, x: torch.Tensor, share: float) -> list[torch.Tensor]:
         """The tensors of all ranks, of which a share goes over every link of the ring."""
         self.sent_bytes += share * (self.size() - 1) * x.nbytes
-        return self._meeting.exchange(self._rank, x.detach().clone())
+        return self._meeting.gather(self._rank, x.detach().clone())
 
     def _own_parts(self, x: torch.Tensor) -> list[torch.Tensor]:
         """This rank's part of the tensors of all ranks."""

@@ -20,7 +20,7 @@ from autopar import ShardingPlan, auto_engine
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.cluster.link import Link
 from autopar.testing.live_memory import LiveMemory, training_state_bytes
-from autopar.comm.offloaded_parameters import EvictedShard
+from autopar.comm.offloaded_parameters import evicted_shard
 from tests.clusters import eager_to_shard
 from tests.models import CASES, MLP, Classifier, LanguageModel, words
 
@@ -290,27 +290,27 @@ def recomputed(
 
     def train(memory: float, plan: ShardingPlan | None) -> tuple[Any, ...]:
         torch.manual_seed(0)
-        made: nn.Module = LanguageModel(dropout=dropout) if name == "gpt2" else case.make()
-        made = made.double().train()
-        optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2, eps=1e-3)
+        model: nn.Module = LanguageModel(dropout=dropout) if name == "gpt2" else case.make()
+        model = model.double().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
         cluster = eager_to_shard(mesh, overlaps=overlaps and plan is not None)
-        engine, optimizer = auto_engine(made, optimizer, cluster, memory=memory, plan=plan)
-        found = []
+        engine, optimizer = auto_engine(model, optimizer, cluster, memory=memory, plan=plan)
+        state = []
         for step in range(2):
             optimizer.zero_grad()
             batch = case.batch(step)
             with LiveMemory() as live:
                 engine(**batch).backward()
-            found += [p.grad.to_local().clone() for p in made.parameters()]
+            state += [p.grad.to_local().clone() for p in model.parameters()]
             optimizer.step()
-        held = sum(training_state_bytes(made, optimizer).values())
-        found += [b.clone() for b in made.buffers()]
-        return found, engine, held, live.peak
+        held = sum(training_state_bytes(model, optimizer).values())
+        state += [b.clone() for b in model.buffers()]
+        return state, engine, held, live.peak
 
-    expected, whole, held, _ = train(2**30, None)
-    most = torch.tensor(held + share * whole.memory_plan.peak_bytes)
+    expected, ample, held, _ = train(2**30, None)
+    most = torch.tensor(held + share * ample.memory_plan.peak_bytes)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    found, engine, _, measured = train(most.item(), whole.plan)
+    state, engine, _, measured = train(most.item(), ample.plan)
     planned = engine.memory_plan
     (step,) = engine.steps
     lowered, events = step.compiled.lowered, planned.timeline.events
@@ -322,12 +322,12 @@ def recomputed(
         wanted = Counter(_base(m.name) for m in computed)
         assert {k: calls[k] for k in wanted} == wanted  # the plan is in force: nothing is merged
     return {
-        "error": max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)),
+        "error": max((a - b).abs().max().item() for a, b in zip(state, expected, strict=True)),
         "peak": planned.peak_bytes,
         "measured": measured,
         "buffer": max(map(_gathered_bytes, graphs)),
         "ahead": [_ahead(graph) for graph in graphs],
-        "whole": whole.memory_plan.peak_bytes,
+        "ample": ample.memory_plan.peak_bytes,
         "again": [m.name for m in events if m.recomputed],
         "gathered": sum(m.recomputed and m.resource == "communication" for m in events),
     }
@@ -365,7 +365,7 @@ def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
         data = words(step)
         with LiveMemory() as live:
             loss = model(**data)
-            away = [n for n, p in model.named_parameters() if isinstance(p._local_tensor, EvictedShard)]
+            away = [n for n, p in model.named_parameters() if evicted_shard(p) is not None]
             loss.backward()
         alone(**data).backward()
         grads = zip(model.parameters(), alone.parameters(), strict=True)

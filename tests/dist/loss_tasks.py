@@ -49,12 +49,12 @@ def batch(step: int, form: str) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randint(0, 8, (8,), generator=generator)
 
 
-def loss_of(found: Any) -> torch.Tensor:
-    if isinstance(found, Answer):
-        return found.loss
-    if isinstance(found, dict):
-        return found["loss"]
-    return found[0] if isinstance(found, tuple) else found
+def loss_of(returned: Any) -> torch.Tensor:
+    if isinstance(returned, Answer):
+        return returned.loss
+    if isinstance(returned, dict):
+        return returned["loss"]
+    return returned[0] if isinstance(returned, tuple) else returned
 
 
 def engine_of(

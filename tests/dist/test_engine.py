@@ -35,7 +35,7 @@ def test_training_equals_a_single_device(pool, mesh, kind, how):
 
 
 @pytest.mark.parametrize("mesh", ["4", "2x2"])
-def test_dropout_is_alike_on_replicas_and_differs_between_shards(pool, mesh):
+def test_dropout_is_equal_on_replicas_and_differs_between_shards(pool, mesh):
     ranks = pool.run(tasks.dropout, mesh)
     first, second = ranks[0]["first"], ranks[0]["second"]
     assert any("d" in name for name in ranks[0]["choices"]["native_dropout"].split())
@@ -110,7 +110,7 @@ def test_predicted_memory_is_near_the_measured(pool, budget):
 def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, overlaps):
     ranks = pool.run(tasks.recomputed, name, dropout, share, "2x2", overlaps)
     assert all(rank["error"] < 1e-9 for rank in ranks)
-    assert all(rank["peak"] < rank["whole"] for rank in ranks)
+    assert all(rank["peak"] < rank["ample"] for rank in ranks)
     assert all(rank["again"] == ranks[0]["again"] for rank in ranks)
     assert ranks[0]["again"]
     for ahead in ranks[0]["ahead"]:  # in forward and in backward
@@ -173,7 +173,7 @@ def test_batches_that_take_another_branch_are_captured_anew(pool, mesh, how):
         assert rank["captures"][-1] == rank["captures"][2] >= 2  # and those seen again are known
 
 
-def test_replicated_draws_are_alike_on_all_ranks(pool):
+def test_replicated_draws_are_equal_on_all_ranks(pool):
     ranks = pool.run(tasks.draws, "2x2")
     assert not np.array_equal(*ranks[0])
     for other in ranks[1:]:

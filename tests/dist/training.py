@@ -51,8 +51,8 @@ def largest_error(
     engine_module.ColoTracer = CachingTracer
     model = case.build()
     opt = OPTIMIZERS[optimizer](list(model.parameters()))
-    given = ShardingPlan.from_json(plan) if plan else None
-    model, opt = auto_engine(model, opt, eager_to_shard(mesh), plan=given, lower=lower)
+    loaded = ShardingPlan.from_json(plan) if plan else None
+    model, opt = auto_engine(model, opt, eager_to_shard(mesh), plan=loaded, lower=lower)
     worst = 0.0
     for step in range(steps):
         loss = model(**case.batch(step))

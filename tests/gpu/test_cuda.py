@@ -18,7 +18,7 @@ from autopar import ClusterInfo, auto_engine
 from autopar.cluster.link import Link
 from autopar.cluster.local import as_cluster
 from autopar.comm import world as environment
-from autopar.comm.offloaded_parameters import EvictedShard
+from autopar.comm.offloaded_parameters import evicted_shard
 from autopar.errors import InfeasibleError
 from autopar.testing.live_memory import LiveMemory
 from tests.models import CASES, OPTIMIZERS, Classifier, LanguageModel, words
@@ -45,8 +45,8 @@ def built(name: str, dropout: float = 0.0) -> torch.nn.Module:
 
 def batch(name: str, step: int) -> dict[str, torch.Tensor]:
     """Large enough that what the step makes is more than blocks of the allocator."""
-    whole = CASES[name].batch(step)
-    return {k: v.repeat(32, *[1] * (v.ndim - 1)).cuda() for k, v in whole.items()}
+    small = CASES[name].batch(step)
+    return {k: v.repeat(32, *[1] * (v.ndim - 1)).cuda() for k, v in small.items()}
 
 
 def values(tensors: Any) -> list[torch.Tensor]:
@@ -57,7 +57,7 @@ def train(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, name: str
 ) -> tuple[list[torch.Tensor], int]:
     """Losses, then the last gradients, parameters and buffers; bytes that the last step made."""
-    found: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
     for step in range(STEPS):
         optimizer.zero_grad()
         data = batch(name, step)
@@ -66,11 +66,11 @@ def train(
             loss = model(**data)
             loss.backward()
         peak = live.peak
-        found.append(loss.detach())
+        losses.append(loss.detach())
         grads = values(p.grad for p in model.parameters())
         optimizer.step()
     state = [*grads, *values(model.parameters()), *values(model.buffers())]
-    return [*found, *(t.detach().clone() for t in state)], peak
+    return [*losses, *(t.detach().clone() for t in state)], peak
 
 
 def engine(
@@ -95,15 +95,15 @@ def smallest(name: str, cluster: ClusterInfo, dropout: float = 0.0) -> float:
     return error.value.smallest_bytes
 
 
-def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for mine, theirs in zip(found, expected, strict=True):
+def equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_a_mesh_by_name_is_of_the_gpu_that_is_here():
-    found = as_cluster("1").device
-    assert found.kind == "cuda"
-    assert found.memory_bytes == torch.cuda.get_device_properties(0).total_memory
+    device = as_cluster("1").device
+    assert device.kind == "cuda"
+    assert device.memory_bytes == torch.cuda.get_device_properties(0).total_memory
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
@@ -118,17 +118,17 @@ def test_equals_plain_training(name, compiled):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
 @pytest.mark.parametrize(("name", "dropout"), [("gpt2", 0.0), ("gpt2", 0.3), ("resnet", 0.0)])
-def test_the_smallest_budget_trains_alike(name, dropout, compiled):
+def test_training_is_the_same_in_the_smallest_budget(name, dropout, compiled):
     cluster = as_cluster("1")
-    expected, whole = train(*engine(name, cluster, dropout=dropout, memory="10GiB"), name)
+    expected, ample_peak = train(*engine(name, cluster, dropout=dropout, memory="10GiB"), name)
     environment.stop()
     memory = smallest(name, cluster, dropout)
     model, optimizer = engine(name, cluster, dropout=dropout, memory=memory, compile=compiled)
     assert model.memory_plan.added_us > 0
-    found, peak = train(model, optimizer, name)
-    equal(found, expected)
+    actual, peak = train(model, optimizer, name)
+    equal(actual, expected)
     if not compiled:  # what Inductor's kernels make is not dispatched
-        assert peak < whole
+        assert peak < ample_peak
         assert peak == pytest.approx(model.memory_plan.peak_bytes + copied(model), rel=0.03)
 
 
@@ -145,8 +145,8 @@ def test_through_the_host(name, compiled):
     plan = model.memory_plan
     moved = sum(m.offloads_bytes for m in plan.timeline.events)
     assert moved > 0 or plan.state_on_host
-    found, peak = train(model, optimizer, name)
-    equal(found, expected)
+    actual, peak = train(model, optimizer, name)
+    equal(actual, expected)
     if not compiled and not plan.state_on_host:
         assert peak == pytest.approx(plan.peak_bytes + copied(model), rel=0.03)
 
@@ -162,18 +162,18 @@ def steps_with_a_look(
 ) -> tuple[list[torch.Tensor], int]:
     """Losses and gradients of steps; in every second one, weights are read between forward and
     backward. Bytes that the last step made."""
-    found = []
+    actual = []
     for step in range(count):
         optimizer.zero_grad()
         data = {k: v.cuda() for k, v in words(step, 2048).items()}
         with LiveMemory() as live:
             loss = model(**data)
             if step % 2 == 0:
-                found.append(sum(values(p.pow(2).sum() for p in model.parameters())).detach())
+                actual.append(sum(values(p.pow(2).sum() for p in model.parameters())).detach())
             loss.backward()
-        found += [loss.detach(), *(g.clone() for g in values(p.grad for p in model.parameters()))]
+        actual += [loss.detach(), *(g.clone() for g in values(p.grad for p in model.parameters()))]
         optimizer.step()
-    return found, live.peak
+    return actual, live.peak
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
@@ -191,16 +191,15 @@ def test_parameters_through_the_host(compiled):
     )
     plan = model.memory_plan
     assert plan.parameters_on_host
-    found, peak = steps_with_a_look(model, optimizer, 8)
-    equal(found, expected)
+    actual, peak = steps_with_a_look(model, optimizer, 8)
+    equal(actual, expected)
     if not compiled:
         assert peak == pytest.approx(plan.peak_bytes, rel=0.03)
     loss = model(**example)
-    shards = [p._local_tensor for p in model.parameters()]
-    gone = [x.shard for x in shards if isinstance(x, EvictedShard)]
+    gone = [e.shard for e in map(evicted_shard, model.parameters()) if e is not None]
     assert gone and all(x.untyped_storage().nbytes() == 0 for x in gone)
     loss.backward()
-    assert not any(isinstance(p._local_tensor, EvictedShard) for p in model.parameters())
+    assert not any(evicted_shard(p) is not None for p in model.parameters())
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in gone)
 
 

@@ -1,4 +1,4 @@
-"""What ranks decide alike, without ranks."""
+"""What all ranks decide in the same way, without ranks."""
 
 import pytest
 

@@ -44,8 +44,9 @@ def tiny(tmp_path) -> Path:
 
 
 def test_plan_prints_a_report_and_writes_files(tmp_path):
-    plan, page = tmp_path / "out" / "plan.json", tmp_path / "plan.html"
-    result = run("plan", MLP, "--mesh", "2x2", "-o", str(plan), "--report", str(page))
+    plan, page, trace = (tmp_path / name for name in ("out/plan.json", "plan.html", "step.json"))
+    files = ("-o", str(plan), "--report", str(page), "--trace", str(trace))
+    result = run("plan", MLP, "--mesh", "2x2", *files)
     loaded = ShardingPlan.load(plan)
     assert loaded.mesh == (2, 2)
     assert loaded.cluster["device"]["name"] == "A100-80G"
@@ -53,6 +54,7 @@ def test_plan_prints_a_report_and_writes_files(tmp_path):
     assert result.stdout == render(loaded)
     assert "blocks." in page.read_text()
     assert "solve ..." in result.stderr
+    assert json.loads(trace.read_text())["traceEvents"]
     again = tmp_path / "again.html"
     assert run("report", str(plan), "--html", str(again)).stdout == render(loaded)
     assert len(again.read_text()) == len(page.read_text())
@@ -116,7 +118,7 @@ def test_constraints_are_kept_and_shown(tmp_path, tiny):
 def test_front_and_mesh_search(tmp_path, tiny):
     page, plan = tmp_path / "r.html", tmp_path / "plan.json"
     result = run(
-        "plan", str(tiny), "--mesh", "auto", "--devices", "4", "--per-node", "2", "--front",
+        "plan", str(tiny), "--mesh", "auto", "--devices", "4", "--per-node", "2", "--pareto-front",
         "--report", str(page), "-o", str(plan),
     )  # fmt: skip
     loaded = ShardingPlan.load(plan)
@@ -337,6 +339,18 @@ def test_profile_refuses_sizes_that_the_model_has_not(tiny):
 
 
 # -- the rest -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "H100"])
+def test_dumped_passes_are_those_of_the_device(tmp_path, tiny, device):
+    options = ("--mesh", "2", "--device", device, "--no-baselines", "--dump-passes", str(tmp_path))
+    result = run("plan", str(tiny), *options)
+    assert ("without kernels of GPUs" in result.stderr) == (device == "H100")
+    stages = {"program", "joint", "forward", "backward"}
+    assert {f.name.removesuffix("-input.py") for f in tmp_path.glob("*-input.py")} == stages
+    files = sorted(tmp_path.glob("forward-*-after.py"))
+    assert any("add_bias_within" in f.name for f in files) == (device == "cpu")
+    assert ("mkldnn" in files[-1].read_text()) == (device == "cpu")
 
 
 def test_devices_are_listed():

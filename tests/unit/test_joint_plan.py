@@ -7,14 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autopar import ClusterInfo, ShardingPlan
+from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.cluster.link import Link
+from autopar.compile import compile_first_rank, plan_step
 from autopar.errors import InfeasibleError
 from autopar.planner.estimate import estimate_memory
+from autopar.planner.explain import explain
 from autopar.planner.joint import plan_jointly
 from autopar.planner.planner import PlanningProblem, build_problem
 from autopar.report.html import render_html
 from autopar.report.text import render
+from autopar.schedule.program import Program
 from autopar.schedule.simulate import peak_bytes
 from tests.models import CASES
 
@@ -58,6 +61,36 @@ def test_the_joint_plan_is_no_slower_than_sharding_first_and_fits(problem):
         assert plan.memory.total_bytes <= budget
         assert plan.step.peak_bytes == peak_bytes(joint.step.program, joint.memory.schedule)
         assert not plan.reshard_after_forward
+
+
+def test_the_budget_is_an_argument_that_the_plan_records():
+    torch.manual_seed(0)
+    model, batch = CASES["mlp"].build(), CASES["mlp"].batch(0)
+    cluster = ClusterInfo.of("2", "A100-80G")
+    free = autoplan(model, (), batch, cluster=cluster).plan
+    budget = free.memory.total_bytes * 0.9
+    by_argument = autoplan(model, (), batch, cluster=cluster, budget_bytes=budget)
+    by_memory = autoplan(model, (), batch, cluster=cluster, memory=budget).plan
+    assert by_argument.plan.budget_bytes == by_memory.budget_bytes == budget
+    assert by_argument.plan.choices == by_memory.choices != free.choices
+    assert plan_step(model, (), batch, cluster=cluster, budget_bytes=budget).memory is not None
+    # an alternative has to fit as well
+    for a in explain(by_argument, next(iter(free.parameters))).alternatives:
+        assert a.memory_bytes <= budget or math.isinf(a.step_us)
+
+
+def test_the_step_is_compiled_with_the_schedule_of_its_plan(problem, caplog):
+    caplog.set_level("INFO", "autopar")
+    torch.manual_seed(0)
+    cluster = replace(problem.space.cluster, host_link=Link(1e-9, 1e-15))
+    model, batch = CASES["mlp"].build(), CASES["mlp"].batch(0)
+    joint = plan_step(model, (), batch, cluster=cluster, budget_bytes=14e3)
+    assert joint.step.program.parameters  # they could be on the host for a part of the step
+    assert compile_first_rank(joint).memory.schedule == joint.memory.schedule
+    assert "scheduled again" not in caplog.text
+    other = Program((), (), (), frozenset(), frozenset())
+    compile_first_rank(replace(joint, step=replace(joint.step, program=other)))
+    assert "scheduled again" in caplog.text
 
 
 def test_a_plan_with_its_step_is_json_and_a_page(problem):

@@ -34,8 +34,8 @@ def test_a_ring_leaves_a_node_by_all_ports():
     assert ClusterInfo.of("16x4", "H100").links[0].ports == 2
     gathered = [c.links[0].collective_us("all_gather", 64, 1e9) for c in (flat, nodes)]
     assert gathered[0] < gathered[1] / 5
-    exchanged = [c.links[0].collective_us("all_to_all", 64, 1e9) for c in (flat, nodes)]
-    assert exchanged[0] == exchanged[1]
+    all_to_all = [c.links[0].collective_us("all_to_all", 64, 1e9) for c in (flat, nodes)]
+    assert all_to_all[0] == all_to_all[1]
 
 
 def test_a_curve_goes_before_the_formula():

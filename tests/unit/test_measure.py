@@ -160,7 +160,7 @@ def profiled(rows: int = 32):
     return profile_graph(graph, set(graph.parameters))
 
 
-def test_dear_elements_are_counted_by_taking_kernels_apart():
+def test_expensive_elements_are_counted_by_taking_kernels_apart():
     n = 32 * 64
     extras = {}
     for node, profile in profiled().items():
@@ -338,7 +338,7 @@ def test_bad_options(arguments, message):
 def test_no_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MeshError, match="sees no CUDA device"):
-        measure_cluster((1,), "cuda")
+        measure_cluster("1", "cuda")
 
 
 def test_the_backward_of_a_grouped_convolution_costs_two_forwards():

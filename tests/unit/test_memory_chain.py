@@ -11,10 +11,10 @@ from autopar.solver.chain import ChainOption, ChainStage, ChainTable, Checkpoint
 def random_chain(rng: np.random.Generator, count: int, options: int) -> list[ChainStage]:
     stages = []
     for i in range(count):
-        made = []
+        choices = []
         for k in range(options):
             kept = int(rng.integers(0, 6))
-            made.append(
+            choices.append(
                 ChainOption(
                     kept,
                     kept + int(rng.integers(0, 4)),
@@ -29,7 +29,7 @@ def random_chain(rng: np.random.Generator, count: int, options: int) -> list[Cha
                 int(rng.integers(0, 3)),
                 float(rng.integers(1, 9)),
                 float(rng.integers(0, 6)),
-                tuple(made),
+                tuple(choices),
             )
         )
     return stages

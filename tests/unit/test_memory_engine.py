@@ -55,7 +55,7 @@ def train(
 
 
 @pytest.mark.parametrize(("name", "dropout"), [("gpt2", 0.3), ("resnet", 0.0)])
-def test_the_smallest_budget_trains_alike(name, dropout):
+def test_training_is_the_same_in_the_smallest_budget(name, dropout):
     expected, buffers, eager_peak = train(name, 2**30, dropout)
     with pytest.raises(InfeasibleError, match=r"parameters take .* Give ") as error:
         train(name, 1000, dropout)

@@ -81,7 +81,7 @@ def step(*, staged: bool = False, chained: bool = False) -> Program:
     )  # fmt: skip
 
 
-def regathered(program: Program) -> Schedule:
+def resharded(program: Program) -> Schedule:
     """Every block gathers its parameter right before it is used in the backward."""
     gathered = {s for i in program.forward for s in program.ops[i].makes if i in program.splits}
     return schedule_of(program, program.needed - gathered)
@@ -113,7 +113,7 @@ def computed(program: Program, schedule: Schedule) -> dict[int, Any]:
 @pytest.mark.parametrize("chained", [False, True])
 def test_gathers_start_ahead_in_both_directions_where_there_is_room(staged, chained):
     program = step(staged=staged, chained=chained)
-    schedule = regathered(program)
+    schedule = resharded(program)
     split = prefetched(program, schedule, 1e9)
     check(program, split)
     assert computed(program, split) == computed(program, schedule)
@@ -137,7 +137,7 @@ def test_gathers_start_ahead_in_both_directions_where_there_is_room(staged, chai
 
 def test_no_further_than_the_budget():
     program = step(chained=True)
-    schedule = regathered(program)
+    schedule = resharded(program)
     least = peak_bytes(program, schedule)
     assert prefetched(program, schedule, least - 1) == schedule
     times = [step_us(program, schedule)]

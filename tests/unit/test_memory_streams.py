@@ -1,8 +1,8 @@
 """Three resources as queues: what hides, and what compute waits for."""
 
 import itertools
-import json
 
+from autopar.report.trace import trace_of
 from autopar.schedule.program import SIDE, Op, Program, Resource, Schedule
 from autopar.schedule.simulate import timeline
 
@@ -65,7 +65,7 @@ def test_without_streams_everything_occupies_compute():
 
 
 def test_a_trace_has_a_row_per_resource():
-    trace = json.loads(json.dumps(timeline(*step(0, 1, 2, 3, 5)).to_trace()))["traceEvents"]
+    trace = trace_of(timeline(*step(0, 1, 2, 3, 5)))["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in trace if e["name"] == "thread_name"}
     rows = {names[e["tid"]]: [] for e in trace if e["ph"] == "X"}
     for e in trace:

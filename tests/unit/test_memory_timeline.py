@@ -1,7 +1,6 @@
 """The predicted timeline: its parts, its trace, its charts."""
 
 import itertools
-import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ from autopar.cluster.link import Link
 from autopar.passes.local_step import local_step
 from autopar.planner.planner import trainable_inputs
 from autopar.report.charts import live_figure, modules_figure
+from autopar.report.trace import trace_of
 from autopar.schedule.budget import describe
 from autopar.schedule.build import schedule_of
 from autopar.schedule.program import eager_schedule
@@ -61,11 +61,9 @@ def test_blocks():
     assert block_of("head") == "head"
 
 
-def test_a_trace_is_a_row_and_counters(checkpointed, tmp_path):
+def test_a_trace_is_a_row_and_counters(checkpointed):
     *_, predicted = checkpointed
-    predicted.save_trace(tmp_path / "step.json")
-    trace = json.loads((tmp_path / "step.json").read_text())
-    events = trace["traceEvents"]
+    events = trace_of(predicted)["traceEvents"]
     calls = [e for e in events if e["ph"] == "X"]
     assert [e["name"] for e in calls] == [m.name for m in predicted.events]
     for before, after in itertools.pairwise(calls):  # one stream: nothing overlaps

@@ -8,10 +8,13 @@ import torch
 from hypothesis import given, settings
 
 from autopar import ClusterInfo, auto_engine, autoplan
-from autopar.errors import InfeasibleError, MeshError
+from autopar.errors import ConstraintError, InfeasibleError, MeshError
 from autopar.plan import ShardingPlan
+from autopar.planner.constraints import Constraints
 from autopar.planner.diff import diff
+from autopar.planner.explain import explain
 from autopar.planner.planner import Planned
+from autopar.report.comparison import difference_tables, explanation_table
 from autopar.report.html import render_html
 from autopar.report.text import render
 from autopar.units import mesh_text
@@ -23,8 +26,8 @@ meshes = st.sampled_from(["2", "4", "2x2", "4x2", "2x2x2"])
 names = st.lists(st.from_regex(r"[A-Za-z_]\w{0,8}", fullmatch=True), min_size=3, unique=True)
 
 
-def plan_on(cluster: ClusterInfo) -> Planned:
-    return autoplan(CASE.build(), (), CASE.batch(0), cluster=cluster)
+def plan_on(cluster: ClusterInfo, constraints: Constraints | None = None) -> Planned:
+    return autoplan(CASE.build(), (), CASE.batch(0), cluster=cluster, constraints=constraints)
 
 
 @given(meshes, names)
@@ -72,6 +75,18 @@ def test_differences_and_errors_say_the_names(plan):
         )
     with pytest.raises(MeshError, match="name all axes"):
         ClusterInfo.of("node=2,2")
+
+
+def test_layouts_come_with_the_names_of_their_axes(plan):
+    note = "Mesh axes in layouts: 0=node, 1=gpu."
+    planned = plan_on(ClusterInfo.of("node=2,gpu=2"))
+    name = next(iter(planned.plan.parameters))
+    assert explanation_table(explain(planned, name, limit=0)).note.endswith(note)
+    other = replace(plan, parameters={name: "S1R"})
+    tables = difference_tables(diff(plan, other), every=True)
+    assert {t.title for t in tables if t.note == note} >= {"Parameters"}
+    with pytest.raises(ConstraintError, match="has axes 0=node, 1=gpu"):
+        plan_on(ClusterInfo.of("node=2,gpu=2"), {name: "S7R"})
 
 
 def test_the_engine_takes_a_named_mesh():

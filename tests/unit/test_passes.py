@@ -92,13 +92,13 @@ def test_gradient_reductions_are_bucketed(planned):
     assert rows_of_gradients(step) == {ops.all_reduce_many.default: 1}
     ahead = lowered(planned, plan, cluster=ClusterInfo.of("4", "A100-40G"))
     assert rows_of_gradients(ahead) == {ops.start_all_reduce_many.default: 1}
-    (arrived,) = ahead.backward.graph.find_nodes(
+    (finish,) = ahead.backward.graph.find_nodes(
         op="call_function", target=ops.wait_in_place.default
     )
-    (row,) = arrived.args
-    views = [n for n in row.users if n is not arrived]
+    (row,) = finish.args
+    views = [n for n in row.users if n is not finish]
     assert views
-    assert all(n > arrived for n in views)  # nothing reads it before it is there
+    assert all(n > finish for n in views)  # nothing reads it before it is there
 
 
 def test_gathers_and_scatters_of_weights_are_bucketed(planned):

@@ -7,7 +7,7 @@ def folded(text):
     return [place for place, _ in fold_loops(text)]
 
 
-def test_blocks_are_named_alike():
+def test_copies_of_a_block_share_a_name():
     assert pattern("h.3.attn.0") == "h.*.attn.*"
     assert pattern("layer3.attn") == "layer3.attn"
 

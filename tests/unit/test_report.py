@@ -31,7 +31,7 @@ def planned() -> Planned:
 @pytest.fixture(scope="module")
 def plan(planned) -> ShardingPlan:
     plans = baseline_plans(planned.space)
-    baselines = tuple(Baseline(b.name, b.time, b.memory, b.fits) for b in plans)
+    baselines = tuple(Baseline(b.name, b.time, b.memory) for b in plans)
     return replace(planned.plan, baselines=baselines)
 
 

@@ -127,7 +127,7 @@ def unseeded(x, p, train=True, *, shard, seed, stream):
     return x * keep / (1 - p), keep
 
 
-def test_shards_that_draw_alike_are_found(monkeypatch):
+def test_shards_that_draw_the_same_are_found(monkeypatch):
     name = "aten.native_dropout.default"
     text = failures_of(
         monkeypatch, name, Row("*d -> *d, *d", lowering=same_everywhere, always=True), cases=120

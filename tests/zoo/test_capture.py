@@ -1,6 +1,5 @@
 """Families of both libraries that autopar promises to capture: the graph equals the model."""
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -9,16 +8,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autopar import ColoTracer
-from tests.zoo import check, hf, timm_rows
+from tests.zoo import check
 from tests.zoo.examine import TOLERANCE
 from tests.zoo.family import Family
-
-FAMILIES = [
-    pytest.param(family, id=f"{family.library}-{family.name.replace(' ', '-')}")
-    for library, families in (("transformers", hf.FAMILIES), ("timm", timm_rows.FAMILIES))
-    if importlib.util.find_spec(library) is not None
-    for family in families
-]
+from tests.zoo.installed import INSTALLED
 
 
 def assert_equal(actual: check.Step, expected: check.Step, family: Family) -> None:
@@ -30,7 +23,7 @@ def assert_equal(actual: check.Step, expected: check.Step, family: Family) -> No
     assert not differing
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INSTALLED)
 def test_captured_graph_equals_the_model(family: Family) -> None:
     """Loss, results, every gradient and the buffers; on the next batch too, unless a guard
     fails."""
@@ -48,7 +41,7 @@ def test_captured_graph_equals_the_model(family: Family) -> None:
         assert_equal(check.step(run, model, other), check.step(alone, alone, other), family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INSTALLED)
 def test_captured_graph_draws_what_the_model_draws(family: Family) -> None:
     """From one seed, with the library's dropout: the same loss and the same gradients."""
     model, alone = family.build(dropout=True), family.build(dropout=True)
