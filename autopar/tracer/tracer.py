@@ -42,6 +42,7 @@ from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
+from autopar.tracer.modes import inference_regions
 from autopar.tracer.normalize import detach_no_grad_regions, model_graph, rebuild_users
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
 from autopar.tracer.settings import apply_settings, masks_as_run, masks_can_be_skipped
@@ -128,6 +129,7 @@ class ColoTracer:
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             opaque_functions(),
+            inference_regions(),
             host_randomness(resolver, lifted),
         ):
             warnings.simplefilter("ignore")
