@@ -12,34 +12,39 @@ does not have. `BranchResolver` answers in this order:
 Otherwise it raises `CaptureError`. Every answer except those by value ranges becomes a `Guard`.
 
 It is a torch-function mode that is on while the forward runs under `make_fx(pre_dispatch=True)`.
-The graph being built is reached through torch.fx.experimental.proxy_tensor (private; tested with
-torch 2.13).
+`proxies.py` reaches the graph being built, `hidden_writes.py` takes writes that autograd does not
+see.
 """
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode, get_proxy_slot
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.ir.graph import mark_leaf
 from autopar.ir.guards import Guard, Slice, as_python, on_own_thread, same_value
+from autopar.tracer.hidden_writes import HiddenWrites
+from autopar.tracer.proxies import current_tracer, slot_of
 from autopar.tracer.ranges import only_value
-from autopar.tracer.source import current_line, harmless_side, user_frame
+from autopar.tracer.source import asking_frame, current_line, harmless_side
 
 # An outcome of a draw with at most this probability is a rare event (layer drop).
 _RARE = 0.3
 _TRIALS = 400
+_UNCHECKED = "a check that only raises; not made"
 
 Role = tuple[str, Any]
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__
+_SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
 _REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__set__
 
 
@@ -54,7 +59,6 @@ class BranchResolver(TorchFunctionMode):
     Attributes:
         guards: assumptions, in order.
         draws: captured values that were decided by a random draw.
-        active: the forward is running.
     """
 
     def __init__(
@@ -67,10 +71,13 @@ class BranchResolver(TorchFunctionMode):
         self._known: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
         self.draws: list[torch.Tensor] = []
-        self.active = False
+        self._depth = 0
+        self._writes = HiddenWrites()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._writes.hides(func, args, kwargs):
+            return self._writes.write(func, args, kwargs)
         handler = _HANDLERS.get(getattr(func, "__name__", ""))
         if handler is None or not args:
             return func(*args, **kwargs)
@@ -80,17 +87,22 @@ class BranchResolver(TorchFunctionMode):
         """Register parameters, buffers and inputs, before the forward runs."""
         tracer = current_tracer()
         for role, t in tensors.items():
-            slot = _slot(t, tracer)
+            slot = slot_of(t, tracer)
             if slot is not None:
                 self._roles[slot.proxy.node] = role
 
     def __enter__(self) -> BranchResolver:
-        self.active = True
+        self._depth += 1
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self.active = False
+        self._depth -= 1
         super().__exit__(*error)
+
+    @property
+    def active(self) -> bool:
+        """Whether the forward is running."""
+        return self._depth > 0
 
     # -- values ---------------------------------------------------------------------------------
 
@@ -101,7 +113,7 @@ class BranchResolver(TorchFunctionMode):
             CaptureError: nothing decides it.
         """
         tracer = current_tracer()
-        slot = _slot(t, tracer)
+        slot = slot_of(t, tracer)
         constant = (
             t if not isinstance(t, FakeTensor) else t.constant if slot is None else slot.constant
         )
@@ -119,7 +131,7 @@ class BranchResolver(TorchFunctionMode):
 
     def is_random(self, t: torch.Tensor) -> bool:
         """Whether only random draws decide a tensor's value."""
-        slot = _slot(t, current_tracer())
+        slot = slot_of(t, current_tracer())
         if slot is None or slot.constant is not None:
             return False
         part = Slice(slot.proxy.node, self._roles)
@@ -154,9 +166,9 @@ class BranchResolver(TorchFunctionMode):
                     tuple(part.sources.values()), program,
                 )  # fmt: skip
         if scalar and t.dtype == torch.bool:
-            side = harmless_side(user_frame())
+            side = harmless_side(asking_frame())
             if side is not None:
-                return self._record("check", side, "a check that only raises; not made")
+                return self._record("check", side, _UNCHECKED)
             value = only_value(node, finite=True)
             if value is not None:
                 return self._record("check", bool(value), "activations are taken to be finite")
@@ -290,16 +302,44 @@ class BranchResolver(TorchFunctionMode):
 
     def _property(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`x.detach()` for `x.data`, which would leave the capture."""
-        return args[0].detach() if func == _DATA else func(*args, **kwargs)
+        return (
+            self._detach(torch.Tensor.detach, args, {}) if func == _DATA else func(*args, **kwargs)
+        )
+
+    def _detach(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return self._writes.detached(args[0], func(*args, **kwargs))
+
+    def _set(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`x.data = value` is a write into x."""
+        if func != _SET_DATA or slot_of(args[0], current_tracer()) is None:
+            return self._leaf(func, args, kwargs)
+        with self, torch.no_grad():
+            args[0].copy_(args[1])
+        return None
 
     def _leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Mark the leaf of `x.requires_grad = True`: eager PyTorch computes its gradient."""
         t, rest = args[0], [*args[1:], *kwargs.values()]
-        slot = _slot(t, current_tracer())
+        slot = slot_of(t, current_tracer())
         setter = func == _REQUIRES_GRAD or func.__name__ == "requires_grad_"
         if setter and rest in ([], [True]) and slot is not None and not t.requires_grad:
             mark_leaf(slot.proxy.node)
         return func(*args, **kwargs)
+
+    def _within(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function of torch that is written in Python and asks for values itself."""
+        with self:
+            return _body(func)(*args, **kwargs)
+
+    def _assert(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`torch._assert(condition, message)`."""
+        condition, message = args[0], args[1] if len(args) > 1 else kwargs.get("message", "")
+        if isinstance(condition, FakeTensor):
+            try:
+                condition = bool(self.value(condition))
+            except CaptureError:
+                condition = self._record("check", True, _UNCHECKED)
+        assert condition, message
 
     def _equal(self, func: Any, args: Any, kwargs: Any) -> Any:
         a, b = args
@@ -368,27 +408,22 @@ class _Places(tuple[Any, ...]):
         return self.mask.ndim
 
 
+@functools.cache
+def _body(func: Any) -> Any:
+    """A function of torch without its question whether a torch-function mode is on."""
+    asked = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names = func.__globals__ | dict.fromkeys(asked, lambda *_: False)
+    body = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
+
+
 def _is_mask(item: Any) -> bool:
     return isinstance(item, FakeTensor) and item.dtype in (torch.bool, torch.uint8)
 
 
 def _cast(value: float, dtype: torch.dtype) -> Any:
     return bool(value) if dtype == torch.bool else value if dtype.is_floating_point else int(value)
-
-
-def current_tracer() -> Any:
-    """The tracer of the graph being built."""
-    for mode in _get_current_function_mode_stack():
-        if isinstance(mode, PreDispatchTorchFunctionMode):
-            return mode.tracer
-    return None
-
-
-def _slot(t: Any, tracer: Any) -> Any:
-    """The tracer's record of a tensor: node and constant value; None if it has none."""
-    if tracer is None or not isinstance(t, FakeTensor):
-        return None
-    return get_proxy_slot(t, tracer, None)
 
 
 _CASTS: dict[str, Callable[[Any], Any]] = {
@@ -406,9 +441,13 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "__setitem__": _R._write,
     "masked_select": _R._masked_select,
     "equal": _R._equal,
+    "gaussian_nll_loss": _R._within,
+    "_assert": _R._assert,
     "__contains__": _R._contains,
     "__get__": _R._property,
-    **dict.fromkeys(("__set__", "requires_grad_"), _R._leaf),
+    "detach": _R._detach,
+    "__set__": _R._set,
+    "requires_grad_": _R._leaf,
     **dict.fromkeys(
         (*_RANGES, "tensor", "narrow", "split", "view", "reshape", "expand", "repeat", "pad",
          "new_zeros", "new_ones", "new_full", "new_empty", "interpolate"),

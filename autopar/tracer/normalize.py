@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph, NodeInfo, is_marked_leaf
-from autopar.ir.guards import Guard
+from autopar.ir.guards import Guard, is_mutating
 from autopar.ir.randomness import draws
 from autopar.tracer.inplace import call_like
 from autopar.tracer.packed import pack
@@ -232,7 +232,18 @@ def detach_no_grad_regions(gm: fx.GraphModule) -> None:
             t = value.meta.get("val")
             if not isinstance(t, torch.Tensor) or not t.dtype.is_floating_point:
                 continue
+            if _written_argument(value):  # a parameter, which keeps its gradient
+                continue
             with body.graph.inserting_before(output):
                 detached = call_like(value, aten.detach.default, (value,), name="detach")
             output.replace_input_with(value, detached)
         body.recompile()
+
+
+def _written_argument(value: fx.Node) -> bool:
+    """Whether a value is an argument of the graph after in-place writes into it."""
+    written = False
+    while is_mutating(value) and value.args:
+        written = True
+        value = value.args[0]  # type: ignore[assignment]
+    return written and value.op == "placeholder"

@@ -220,9 +220,7 @@ def _operator(
         def fake(*_: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return (torch.empty(result.shape, dtype=result.dtype),)
 
-        op = operator_for(
-            original, constants, len(tensors), 1, run, fake, random=True, opaque=True
-        )
+        op = operator_for(original, constants, len(tensors), 1, run, fake, random=True, opaque=True)
         return op(*tensors)[0]
 
     return call
