@@ -187,7 +187,7 @@ def is_mutating(node: fx.Node) -> bool:
 
 def _writes(node: fx.Node) -> set[int]:
     """Storages that an operator writes into."""
-    if not is_mutating(node):
+    if not isinstance(node.target, torch._ops.OpOverload) or not is_mutating(node):
         return set()
     arguments = zip(node.target._schema.arguments, node.args, strict=False)
     written = [x for a, x in arguments if a.is_write and isinstance(x, fx.Node)]

@@ -33,9 +33,10 @@ from autopar.errors import CaptureError
 from autopar.ir.graph import mark_leaf
 from autopar.ir.guards import Guard, Slice, as_python, on_own_thread, same_value
 from autopar.tracer.hidden_writes import HiddenWrites
+from autopar.tracer.hooks import GradientNode, ValueHooks
 from autopar.tracer.proxies import current_tracer, slot_of
 from autopar.tracer.ranges import only_value
-from autopar.tracer.source import asking_frame, current_line, harmless_side
+from autopar.tracer.source import asking_frame, current_line, harmless_side, user_frame
 
 # An outcome of a draw with at most this probability is a rare event (layer drop).
 _RARE = 0.3
@@ -45,6 +46,7 @@ _UNCHECKED = "a check that only raises; not made"
 Role = tuple[str, Any]
 _DATA: Any = vars(torch._C.TensorBase)["data"].__get__
 _SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
+_GRAD_FN: Any = vars(torch._C.TensorBase)["grad_fn"].__get__
 _REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__set__
 
 
@@ -55,6 +57,7 @@ class BranchResolver(TorchFunctionMode):
         examples: values on the example batch by role, ("input", position) or ("buffer", name);
             None where there are none.
         assume: answers by `file.py:line` or by a piece of the line's text.
+        modules: the user's modules, by the ids of those that are traced.
 
     Attributes:
         guards: assumptions, in order.
@@ -62,11 +65,15 @@ class BranchResolver(TorchFunctionMode):
     """
 
     def __init__(
-        self, examples: Mapping[Role, torch.Tensor | None], assume: Mapping[str, Any]
+        self,
+        examples: Mapping[Role, torch.Tensor | None],
+        assume: Mapping[str, Any],
+        modules: Mapping[int, torch.nn.Module],
     ) -> None:
         super().__init__()
         self._examples = examples
         self._assume = assume
+        self._hooks = ValueHooks(modules)
         self._roles: dict[fx.Node, Role] = {}
         self._known: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
@@ -302,9 +309,18 @@ class BranchResolver(TorchFunctionMode):
 
     def _property(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`x.detach()` for `x.data`, which would leave the capture."""
-        return (
-            self._detach(torch.Tensor.detach, args, {}) if func == _DATA else func(*args, **kwargs)
-        )
+        if func == _DATA:
+            return self._detach(torch.Tensor.detach, args, {})
+        value = func(*args, **kwargs)
+        asked = func == _GRAD_FN and value is not None and asking_frame() is user_frame()
+        return GradientNode(value) if asked else value
+
+    def _hook(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`x.register_hook(hook)`."""
+        t, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
+        if slot_of(t, current_tracer()) is None:
+            return func(*args, **kwargs)
+        return self._hooks.register(t, hook)
 
     def _detach(self, func: Any, args: Any, kwargs: Any) -> Any:
         return self._writes.detached(args[0], func(*args, **kwargs))
@@ -446,6 +462,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "__contains__": _R._contains,
     "__get__": _R._property,
     "detach": _R._detach,
+    "register_hook": _R._hook,
     "__set__": _R._set,
     "requires_grad_": _R._leaf,
     **dict.fromkeys(

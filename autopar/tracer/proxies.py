@@ -43,6 +43,6 @@ def aliases(t: torch.Tensor) -> Iterator[torch.Tensor]:
     """The captured tensors that still exist and share the memory of t, t included."""
     storage = t.untyped_storage()._cdata
     for other in list(current_tracer().tensor_tracker.keys()):
-        if isinstance(other, torch.Tensor) and torch._C._has_storage(other):
-            if other.untyped_storage()._cdata == storage:
-                yield other
+        has_memory = isinstance(other, torch.Tensor) and torch._C._has_storage(other)
+        if has_memory and other.untyped_storage()._cdata == storage:
+            yield other

@@ -42,6 +42,7 @@ from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
+from autopar.tracer.hooks import module_hooks, originals
 from autopar.tracer.modes import inference_regions
 from autopar.tracer.normalize import detach_no_grad_regions, model_graph, rebuild_users
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
@@ -123,13 +124,14 @@ class ColoTracer:
         args, kwargs = pytree.tree_map_only(
             torch.Tensor, functools.partial(self._fake, mode), example
         )
-        resolver = BranchResolver(_examples(model, example), self.assume)
+        resolver = BranchResolver(_examples(model, example), self.assume, originals(model, clone))
         _watch(clone, resolver)
         with (
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             opaque_functions(),
             inference_regions(),
+            module_hooks(model, clone),
             host_randomness(resolver, lifted),
         ):
             warnings.simplefilter("ignore")
