@@ -12,6 +12,7 @@ does not have. `BranchResolver` answers in this order:
 Otherwise it raises `CaptureError`. Every answer except those by value ranges becomes a `Guard`.
 
 It is a torch-function mode that is on while the forward runs under `make_fx(pre_dispatch=True)`.
+`torch.fx.experimental.symbolic_shapes.free_unbacked_symbols` is private (torch 2.11 and 2.13).
 `proxies.py` reaches the graph being built, `hidden_writes.py` takes writes that autograd does not
 see.
 """
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -248,7 +250,7 @@ class BranchResolver(TorchFunctionMode):
             value = self.value(t.reshape(()) if t.ndim else t)
         except CaptureError:
             if floating and func.__name__ == "item":
-                return func(*args, **kwargs)  # a symbolic number may suffice
+                return t.detach().reshape(()).clone()  # arithmetic on it needs no number
             raise
         cast = _CASTS.get(func.__name__)
         return value if cast is None else cast(value)
@@ -367,18 +369,24 @@ class BranchResolver(TorchFunctionMode):
     def _sizes(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Operators that take numbers: tensors of no dims by their values."""
 
+        unknown: list[CaptureError] = []
+
         def number(value: Any) -> Any:
             if not isinstance(value, FakeTensor) or value.ndim:
                 return value
             try:
                 return self.value(value)
-            except CaptureError:
+            except CaptureError as error:
+                unknown.append(error)
                 return value  # the operator may take it as it is
 
         # not the object of a method, nor what torch.tensor copies
         keep = int(isinstance(args[0], torch.Tensor) and func.__name__ not in _RANGES)
         rest, kwargs = pytree.tree_map(number, (tuple(args[keep:]), kwargs))
-        return func(*args[:keep], *rest, **kwargs)
+        result = func(*args[:keep], *rest, **kwargs)
+        if unknown and free_unbacked_symbols(pytree.tree_leaves(result)):
+            raise unknown[0]  # the value is a size
+        return result
 
     def _example_result(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Operators whose result has a data-dependent shape: the result on the example batch."""

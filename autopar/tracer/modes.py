@@ -1,7 +1,9 @@
-"""`torch.inference_mode()` regions of a forward, captured as the `no_grad` regions that they are.
+"""Regions of a forward that the capture would not see as eager PyTorch runs them.
 
-The capture sees changes of the grad mode, but not of the inference mode, which is set in C++. Both
-give the same values and no gradient. `torch.is_inference_mode_enabled()` stays true inside.
+* `torch.inference_mode()` is set in C++, where the capture does not see it. A region of it is
+  captured as a `no_grad` region, which gives the same values and no gradient.
+  `torch.is_inference_mode_enabled()` stays true inside.
+* `torch.cond` asks for its condition, as a Python `if` does, so that inputs may decide it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from autopar.tracer.functions import capturing
 
@@ -76,11 +79,27 @@ def _enabled(original: Any) -> Any:
     return lambda: (capturing() and getattr(_STATE, "inference", False)) or original()
 
 
+def _cond(original: Any) -> Any:
+    def cond(pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
+        if not capturing() or not isinstance(pred, torch.Tensor):
+            return original(pred, true_fn, false_fn, operands)
+        taken, other = (true_fn, false_fn) if pred else (false_fn, true_fn)
+        results = taken(*operands)
+        if getattr(other, "__closure__", None) is None and not hasattr(other, "__self__"):
+            return results
+        # what the other side refers to has zeros for a gradient, not none
+        take = torch.ones((), dtype=torch.bool, device=pred.device)
+        return pytree.tree_map(lambda x, y: torch.where(take, x, y), results, other(*operands))
+
+    return cond
+
+
 @contextmanager
-def inference_regions() -> Iterator[None]:
-    """While on, inference-mode regions of a captured forward set the grad mode."""
+def regions_as_run() -> Iterator[None]:
+    """While on, inference-mode regions and conditions of a captured forward are as above."""
     with (
         replaced(torch.inference_mode, "__enter__", _enter),
         replaced(torch, "is_inference_mode_enabled", _enabled),
+        replaced(torch, "cond", _cond),
     ):
         yield

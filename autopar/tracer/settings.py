@@ -49,6 +49,16 @@ def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:
     return tuple({(g.source, g.text): g for g in guards}.values())
 
 
+def computed_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Attributes of modules that an earlier forward computed from parameters.
+
+    `torch.nn.utils.weight_norm` and its like keep the weight so, and compute it anew before each
+    forward. Such tensors cannot be copied; the capture refuses a forward that reads them.
+    """
+    values = (v for module in model.modules() for v in vars(module).values())
+    return [v for v in values if isinstance(v, torch.Tensor) and not v.is_leaf]
+
+
 def _averages_all_batches(module: torch.nn.Module) -> bool:
     """Whether a batch norm in training keeps the mean of all batches' statistics."""
     return (
