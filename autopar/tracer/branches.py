@@ -39,6 +39,7 @@ from autopar.tracer.hooks import GradientNode, ValueHooks
 from autopar.tracer.proxies import current_tracer, slot_of
 from autopar.tracer.ranges import only_value
 from autopar.tracer.source import asking_frame, current_line, harmless_side, user_frame
+from autopar.tracer.statistics import instance_norm
 
 # An outcome of a draw with at most this probability is a rare event (layer drop).
 _RARE = 0.3
@@ -349,6 +350,10 @@ class BranchResolver(TorchFunctionMode):
         with self:
             return _body(func)(*args, **kwargs)
 
+    def _instance_norm(self, func: Any, args: Any, kwargs: Any) -> Any:
+        plain = func is torch.nn.functional.instance_norm
+        return (instance_norm if plain else func)(*args, **kwargs)
+
     def _assert(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`torch._assert(condition, message)`."""
         condition, message = args[0], args[1] if len(args) > 1 else kwargs.get("message", "")
@@ -467,6 +472,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "equal": _R._equal,
     "gaussian_nll_loss": _R._within,
     "_assert": _R._assert,
+    "instance_norm": _R._instance_norm,
     "__contains__": _R._contains,
     "__get__": _R._property,
     "detach": _R._detach,

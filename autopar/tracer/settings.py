@@ -4,9 +4,6 @@ Each setting changes how the library computes but not the result. In Hugging Fac
 mixtures loop over their experts in Python (`grouped_mm` is the same product without the loop),
 training builds a key-value cache that nothing reads, and export builds attention masks that a run
 skips.
-
-Batch norms with `momentum=None` average over all batches: torch divides by the counter as a Python
-number, so each step would be another program. On the copy they divide by the counter as a tensor.
 """
 
 from __future__ import annotations
@@ -19,10 +16,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from autopar.ir.guards import Guard
+from autopar.tracer.statistics import averages_all_batches, cumulative_batch_norm
 
 
 def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:
@@ -44,8 +40,8 @@ def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:
         if clone.training and getattr(config, "use_cache", False) is True:
             config.use_cache = False
             guards.append(_guard(where, "use_cache", False))
-        if _averages_all_batches(module):
-            module.forward = functools.partial(_cumulative_batch_norm, module)
+        if averages_all_batches(module):
+            module.forward = functools.partial(cumulative_batch_norm, module)
     return tuple({(g.source, g.text): g for g in guards}.values())
 
 
@@ -57,34 +53,6 @@ def computed_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
     """
     values = (v for module in model.modules() for v in vars(module).values())
     return [v for v in values if isinstance(v, torch.Tensor) and not v.is_leaf]
-
-
-def _averages_all_batches(module: torch.nn.Module) -> bool:
-    """Whether a batch norm in training keeps the mean of all batches' statistics."""
-    return (
-        isinstance(module, _BatchNorm)
-        and type(module).forward is _BatchNorm.forward
-        and module.momentum is None
-        and module.training
-        and module.running_mean is not None
-        and module.num_batches_tracked is not None
-    )
-
-
-def _cumulative_batch_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """`_BatchNorm.forward` with `momentum=None`, for an x of [n, c, *].
-
-    A momentum of 1 gives the batch's own statistics, in copies of the running ones.
-    """
-    module._check_input_dim(x)
-    mean, var = module.running_mean.clone(), module.running_var.clone()
-    result = F.batch_norm(x, mean, var, module.weight, module.bias, True, 1.0, module.eps)
-    with torch.no_grad():
-        module.num_batches_tracked.add_(1)
-        share = 1.0 / module.num_batches_tracked.double()
-        for running, batch in ((module.running_mean, mean), (module.running_var, var)):
-            running.copy_(share * batch + (1.0 - share) * running)
-    return result
 
 
 # Modules that build masks for every case if they are being traced.
