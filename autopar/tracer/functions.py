@@ -70,9 +70,11 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     # torch's own (derivatives of registered operators) are inlined correctly
     own = cls.__module__.startswith("torch.") or cls is _AsEager
-    if capturing() and cls is CheckpointFunction and _differentiable(tensors):
+    if capturing() and cls is CheckpointFunction:
         region, _preserve_generators, *operands = args
-        return region(*operands)
+        graded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        with torch.set_grad_enabled(graded):
+            return region(*operands)
     if own or not capturing() or not tensors or kwargs:
         return inner(*args, **kwargs)
     if any(isinstance(x, torch.nn.Module) for x in pytree.tree_leaves([args, kwargs])):
@@ -176,10 +178,6 @@ class _AsEager(torch.autograd.Function):
             *(t for i, t in enumerate(_as_tuple(results)) if i in without_gradient)
         )
         return results
-
-
-def _differentiable(tensors: Sequence[torch.Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 class _Context(SimpleNamespace):
