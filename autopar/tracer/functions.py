@@ -36,7 +36,8 @@ from autopar.errors import CaptureError
 from autopar.ir.guards import on_own_thread
 from autopar.tracer.source import current_line
 
-_LIBRARY = torch.library.Library("autopar_functions", "FRAGMENT")
+NAMESPACE = "autopar_functions"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _OPERATORS: dict[str, Any] = {}
 _COUNTER = itertools.count()
 _STATE = threading.local()
@@ -145,7 +146,7 @@ def operator_for(
     results = ", ".join(["Tensor"] * outputs)
     tags = (torch.Tag.nondeterministic_seeded,) if random else ()
     _LIBRARY.define(f"{key}({parameters}) -> ({results})", tags=tags)
-    op = getattr(torch.ops.autopar_functions, key).default
+    op = getattr(getattr(torch.ops, NAMESPACE), key).default
 
     def unpacked(results: _Results) -> Any:
         return results[0] if outputs == 1 else results
@@ -161,7 +162,7 @@ def operator_for(
     _LIBRARY.impl(key, lambda *tensors: unpacked(run(*tensors)), "CompositeExplicitAutograd")
     _LIBRARY.impl(key, with_autograd, "Autograd")
     torch.library.register_fake(
-        f"autopar_functions::{key}", lambda *tensors: unpacked(fake(*tensors)), lib=_LIBRARY
+        f"{NAMESPACE}::{key}", lambda *tensors: unpacked(fake(*tensors)), lib=_LIBRARY
     )
     _OPERATORS[key] = (lambda *tensors: (op(*tensors),)) if outputs == 1 else op
     return _OPERATORS[key]

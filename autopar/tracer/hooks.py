@@ -12,7 +12,6 @@ refers to is an operand.
 from __future__ import annotations
 
 import functools
-import itertools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +33,6 @@ from autopar.tracer.source import current_line
 # Gradients in, gradients out; None where there is none.
 Gradients = Sequence[torch.Tensor | None]
 OnGradients = Callable[[Gradients, Sequence[torch.Tensor]], Gradients]
-
-_NUMBERS = itertools.count()
 
 
 def watched(
@@ -101,7 +98,7 @@ def _gradient_operator(
 
 
 def _named(name: str) -> Any:
-    return types.SimpleNamespace(__qualname__=f"{name}_{next(_NUMBERS)}", __module__=__name__)
+    return types.SimpleNamespace(__qualname__=name, __module__=__name__)
 
 
 class _Watched(torch.autograd.Function):

@@ -28,6 +28,7 @@ from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph, NodeInfo, bound_arguments, is_marked_leaf
 from autopar.ir.guards import Guard, is_mutating
 from autopar.ir.randomness import draws
+from autopar.tracer.functions import NAMESPACE
 from autopar.tracer.inplace import call_like
 from autopar.tracer.packed import pack
 from autopar.tracer.source import is_users
@@ -216,6 +217,9 @@ def _clean(gm: fx.GraphModule) -> None:
     _rewrite(graph)
     pack(graph)
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or draws(n))
+    functions = (n for n in graph.nodes if getattr(n.target, "namespace", "") == NAMESPACE)
+    for i, node in enumerate(functions):
+        node._rename(f"function_{i}")  # the operator's own name depends on what was captured before
     for node in graph.nodes:
         node.meta["autopar"] = NodeInfo(_module_of(node), _source_of(node), is_marked_leaf(node))
         if node.op == "call_function" and node.target is not operator.getitem:
