@@ -13,7 +13,7 @@ Reentrant checkpointing is a custom function whose backward runs its region agai
 captured as if it were not there: the schedule decides what is recomputed.
 
 `torch.autograd.function._SingleLevelFunction`, the base that `Function.apply` goes through, is
-private (tested with torch 2.11 and 2.13).
+private (tested with torch 2.13).
 """
 
 from __future__ import annotations

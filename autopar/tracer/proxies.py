@@ -1,6 +1,6 @@
 """The graph being built by `make_fx`, and where a captured tensor stands in it.
 
-torch.fx.experimental.proxy_tensor is private (tested with torch 2.11 and 2.13).
+torch.fx.experimental.proxy_tensor is private (tested with torch 2.13).
 """
 
 from __future__ import annotations

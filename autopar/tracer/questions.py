@@ -2,7 +2,7 @@
 
 `HANDLERS` says by the name of a function what `BranchResolver` does when the forward calls it.
 
-`torch.fx.experimental.symbolic_shapes.free_unbacked_symbols` is private (torch 2.11 and 2.13).
+`torch.fx.experimental.symbolic_shapes.free_unbacked_symbols` is private (tested with torch 2.13).
 """
 
 from __future__ import annotations
