@@ -17,7 +17,8 @@ Storage = tuple[fx.Node, Any] | None
 
 # Not pointwise, but row by row: a row is read to its end before it is written, and the second pass
 # over it reads an element before it writes that (SoftMaxKernel.cpp and SoftMax.cu in ATen/native;
-# tests/gpu holds the latter to it).
+# tests/gpu holds the latter to it). They write into contiguous memory, whatever the strides of the
+# result argument say.
 _BY_ROWS = {
     aten._log_softmax.default,
     aten._log_softmax_backward_data.default,
@@ -86,6 +87,8 @@ def overwritable(node: fx.Node) -> list[fx.Node]:
     filling their storage."""
     out = node.meta.get("val")
     if not isinstance(out, torch.Tensor):
+        return []
+    if node.target in _BY_ROWS and not out.is_contiguous():
         return []
 
     def fits(argument: Any) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -63,8 +64,15 @@ class Guard:
         if self.program is None:
             return True
         arguments = [leaves[k] if source == "input" else buffers[k] for source, k in self.sources]
+        if self._writes:  # a counter that the forward advances before it reads it
+            arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
         with torch.no_grad():
             return same_value(as_python(self.program(*arguments)), self.value)
+
+    @cached_property
+    def _writes(self) -> bool:
+        """Whether the program has in-place operators, which may write into its arguments."""
+        return self.program is not None and any(map(is_mutating, self.program.graph.nodes))
 
     def __str__(self) -> str:
         return f"{self.source}: {self.text}\n  captured as {self.value}: {self.note}"
@@ -172,9 +180,14 @@ def storage_of(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata
 
 
+def is_mutating(node: fx.Node) -> bool:
+    """Whether a node is a call of an in-place operator."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _writes(node: fx.Node) -> set[int]:
     """Storages that an operator writes into."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not isinstance(node.target, torch._ops.OpOverload) or not is_mutating(node):
         return set()
     arguments = zip(node.target._schema.arguments, node.args, strict=False)
     written = [x for a, x in arguments if a.is_write and isinstance(x, fx.Node)]

@@ -133,7 +133,9 @@ class Call:
         tensors: list[weakref.ref[torch.Tensor]] = []
         passed: dict[int, weakref.ref[torch.Tensor]] = {}
 
-        def emit(i: int, gradient: torch.Tensor) -> None:
+        def emit(i: int, gradient: torch.Tensor | None) -> None:
+            if gradient is None:  # of a custom function
+                return
             number = next((~k for k, ref in passed.items() if ref() is gradient), None)
             if number is None:
                 number = next((m for m, r in enumerate(tensors) if r() is gradient), len(tensors))

@@ -254,13 +254,18 @@ def gradients(
 
 
 def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuse an optimizer that trains parameters of another model.
+    """Refuse an optimizer that trains parameters of another model, or takes sparse gradients alone.
 
     Raises:
         EngineError: naming the group and the shapes.
     """
     if optimizer is None:
         return
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise EngineError(
+            "SparseAdam takes sparse gradients, and a distributed program gives dense ones; use "
+            "Adam, SGD or Adagrad (SGD and Adagrad then make the same updates as with sparse ones)"
+        )
     known = {id(current(p)) for p in model.parameters()}
     for i, group in enumerate(optimizer.param_groups):
         strange = [tuple(p.shape) for p in group["params"] if id(current(p)) not in known]

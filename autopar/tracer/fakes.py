@@ -33,7 +33,7 @@ def _ctc_loss(
 def _ctc_loss_backward(
     mode: Any, func: Any, grad: torch.Tensor, log_probs: torch.Tensor, *_: Any, **__: Any
 ) -> torch.Tensor:
-    return torch.empty_like(log_probs)
+    return torch.empty_like(log_probs, memory_format=torch.contiguous_format)
 
 
 def register() -> None:

@@ -6,6 +6,12 @@ each call becomes a call of a new operator while a model is captured. The operat
 `ModelGraph`, and runs `Function.apply` when it is profiled or lowered.
 
 The operators are in the namespace `autopar_functions`, one per function and constant arguments.
+A result requires grad while a model is captured as it does in eager PyTorch, because models ask.
+Functions without a derivative (on the host) stay single nodes in the lowered program, too.
+
+Reentrant checkpointing is a custom function whose backward runs its region again. Its region is
+captured as if it were not there: the schedule decides what is recomputed.
+
 `torch.autograd.function._SingleLevelFunction`, the base that `Function.apply` goes through, is
 private (tested with torch 2.13).
 """
@@ -16,7 +22,7 @@ import hashlib
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +30,14 @@ from typing import Any
 import torch
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from autopar.errors import CaptureError
 from autopar.ir.guards import on_own_thread
 from autopar.tracer.source import current_line
 
-_LIBRARY = torch.library.Library("autopar_functions", "FRAGMENT")
+NAMESPACE = "autopar_functions"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _OPERATORS: dict[str, Any] = {}
 _COUNTER = itertools.count()
 _STATE = threading.local()
@@ -61,8 +69,13 @@ def capturing() -> bool:
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     inner = super(_SingleLevelFunction, cls).apply
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    # torch's own (checkpointing, derivatives of registered operators) are inlined correctly
-    own = cls.__module__.startswith("torch.")
+    # torch's own (derivatives of registered operators) are inlined correctly
+    own = cls.__module__.startswith("torch.") or cls is _AsEager
+    if capturing() and cls is CheckpointFunction:
+        region, _preserve_generators, *operands = args
+        graded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        with torch.set_grad_enabled(graded):
+            return region(*operands)
     if own or not capturing() or not tensors or kwargs:
         return inner(*args, **kwargs)
     if any(isinstance(x, torch.nn.Module) for x in pytree.tree_leaves([args, kwargs])):
@@ -87,7 +100,11 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
     outputs = _as_tuple(example)
     constants = [a for a in args if not isinstance(a, torch.Tensor)]
-    op = operator_for(cls, constants, len(tensors), len(_tensors(outputs)), run, fake)
+    results = _tensors(outputs)
+    without = [i for i, t in enumerate(results) if any(t is c for c in context.constant)]
+    op = operator_for(
+        cls, constants, len(tensors), len(results), run, fake, without_gradient=without
+    )
     filled = _fill(outputs, op(*tensors))
     return tuple(filled) if isinstance(example, tuple | list) else filled[0]
 
@@ -101,6 +118,8 @@ def operator_for(
     fake: Callable[..., _Results],
     *,
     random: bool = False,
+    opaque: bool = False,
+    without_gradient: Sequence[int] = (),
 ) -> Any:
     """The operator for a function with some constant arguments.
 
@@ -108,6 +127,8 @@ def operator_for(
         run: tensors in, tensors out; autograd goes through it.
         fake: the same for fake tensors.
         random: it draws random numbers.
+        opaque: `run` has no derivative and takes real values; it is called at each step.
+        without_gradient: results that never require grad.
     """
     name = re.sub(r"\W", "_", getattr(function, "__qualname__", "function"))
     plain = all(isinstance(c, bool | int | float | str | tuple | None) for c in constants)
@@ -116,6 +137,7 @@ def operator_for(
         name,
         repr(list(constants)) if plain else next(_COUNTER),
         inputs,
+        tuple(without_gradient),
     )
     key = f"{name}_{hashlib.sha256(repr(identity).encode()).hexdigest()[:8]}"
     if key in _OPERATORS:
@@ -124,24 +146,39 @@ def operator_for(
     results = ", ".join(["Tensor"] * outputs)
     tags = (torch.Tag.nondeterministic_seeded,) if random else ()
     _LIBRARY.define(f"{key}({parameters}) -> ({results})", tags=tags)
-    op = getattr(torch.ops.autopar_functions, key).default
+    op = getattr(getattr(torch.ops, NAMESPACE), key).default
 
     def unpacked(results: _Results) -> Any:
         return results[0] if outputs == 1 else results
 
     def with_autograd(*tensors: torch.Tensor) -> Any:
-        if capturing():
+        if opaque:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*tensors)
+        if capturing():
+            return _AsEager.apply(op, frozenset(without_gradient), *tensors)
         return unpacked(run(*tensors))
 
     _LIBRARY.impl(key, lambda *tensors: unpacked(run(*tensors)), "CompositeExplicitAutograd")
     _LIBRARY.impl(key, with_autograd, "Autograd")
     torch.library.register_fake(
-        f"autopar_functions::{key}", lambda *tensors: unpacked(fake(*tensors)), lib=_LIBRARY
+        f"{NAMESPACE}::{key}", lambda *tensors: unpacked(fake(*tensors)), lib=_LIBRARY
     )
     _OPERATORS[key] = (lambda *tensors: (op(*tensors),)) if outputs == 1 else op
     return _OPERATORS[key]
+
+
+class _AsEager(torch.autograd.Function):
+    """Calls an operator on fake tensors; the results require grad if an operand does."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, without_gradient: Set[int], *tensors: torch.Tensor) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = op(*tensors)
+        ctx.mark_non_differentiable(
+            *(t for i, t in enumerate(_as_tuple(results)) if i in without_gradient)
+        )
+        return results
 
 
 class _Context(SimpleNamespace):
@@ -152,6 +189,7 @@ class _Context(SimpleNamespace):
         self.needs_input_grad = tuple(needs_input_grad)
         self.saved_tensors: tuple[Any, ...] = ()
         self.dirty: tuple[Any, ...] = ()
+        self.constant: tuple[Any, ...] = ()
 
     def save_for_backward(self, *tensors: Any) -> None:
         self.saved_tensors = tensors
@@ -162,7 +200,7 @@ class _Context(SimpleNamespace):
         self.dirty = tensors
 
     def mark_non_differentiable(self, *tensors: Any) -> None:
-        pass
+        self.constant = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
         pass
@@ -171,7 +209,9 @@ class _Context(SimpleNamespace):
 def _forward(cls: Any, context: _Context, args: Sequence[Any]) -> Any:
     with torch.no_grad():
         if cls.setup_context is not torch.autograd.Function.setup_context:
-            return cls.forward(*args)
+            outputs = cls.forward(*args)
+            cls.setup_context(context, args, outputs)
+            return outputs
         return cls.forward(context, *args)
 
 

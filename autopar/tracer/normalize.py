@@ -21,12 +21,14 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.ir.graph import ModelGraph, NodeInfo, is_marked_leaf
-from autopar.ir.guards import Guard
+from autopar.ir.graph import ModelGraph, NodeInfo, bound_arguments, is_marked_leaf
+from autopar.ir.guards import Guard, is_mutating
 from autopar.ir.randomness import draws
+from autopar.tracer.functions import NAMESPACE
 from autopar.tracer.inplace import call_like
 from autopar.tracer.packed import pack
 from autopar.tracer.source import is_users
@@ -41,6 +43,10 @@ _SAME_AS = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
 }
+_EMBEDDINGS = {
+    aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx,
+    aten._embedding_bag.default, aten._embedding_bag_forward_only.default,
+}  # fmt: skip
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -111,11 +117,12 @@ def model_graph(
     output = gm.graph.output_node()
     results: Any = output.args[0]
     output.args = (tuple(results[: len(results) - extra]),)
+    dense = _dense_gradients(gm.graph)
     _clean(gm)
     out_spec, _ = program.call_spec.out_spec.children()
     return ModelGraph(
         gm, parameters, buffers, tuple(inputs), mutations, in_spec,
-        out_spec, constants, aliases, (*guards, *dropped), updates,
+        out_spec, constants, aliases, (*guards, *dropped, *dense), updates,
     )  # fmt: skip
 
 
@@ -159,9 +166,46 @@ def _rewrite(graph: fx.Graph) -> None:
                 source = call_like(node, aten.expand.default, (source, shape), name="expand")
         node.replace_all_uses_with(source)
         graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+        _drop_empty(node)
     for node in graph.nodes:
         if node.op == "call_function":
             node.target = _SAME_AS.get(node.target, node.target)
+
+
+def _dense_gradients(graph: fx.Graph) -> tuple[Guard, ...]:
+    """Have embeddings with `sparse=True` give dense gradients; a guard for each."""
+    guards = []
+    for node in graph.nodes:
+        if node.target not in _EMBEDDINGS or not bound_arguments(node).get("sparse"):
+            continue
+        position = [a.name for a in node.target._schema.arguments].index("sparse")
+        if "sparse" in node.kwargs:
+            node.kwargs = {**node.kwargs, "sparse": False}
+        else:
+            node.args = (*node.args[:position], False, *node.args[position + 1 :])
+        note = "gradients are dense, of the same values; an optimizer must take dense gradients"
+        guards.append(Guard("setting", _source_of(node), "sparse gradients", False, note))
+    return tuple(guards)
+
+
+def _drop_empty(cat: fx.Node) -> None:
+    """Leave empty tensors of one dim out of a concatenation.
+
+    torch lets them stand beside tensors of any rank (`torch.tensor([])`, to start a loop).
+    """
+    tensors: Any = cat.args[0]
+    kept = [t for t in tensors if t.meta["val"].shape != (0,)]
+    if not kept or len(kept) == len(tensors):
+        return
+    dtype = cat.meta["val"].dtype
+    with cat.graph.inserting_before(cat):
+        kept = [
+            t if t.meta["val"].dtype == dtype
+            else call_like(t, aten._to_copy.default, (t,), {"dtype": dtype}, "to")
+            for t in kept
+        ]  # fmt: skip
+    cat.args = (kept, *cat.args[1:])
 
 
 def _clean(gm: fx.GraphModule) -> None:
@@ -173,21 +217,45 @@ def _clean(gm: fx.GraphModule) -> None:
     _rewrite(graph)
     pack(graph)
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or draws(n))
+    functions = (n for n in graph.nodes if getattr(n.target, "namespace", "") == NAMESPACE)
+    for i, node in enumerate(functions):
+        node._rename(f"function_{i}")  # the operator's own name depends on what was captured before
     for node in graph.nodes:
         node.meta["autopar"] = NodeInfo(_module_of(node), _source_of(node), is_marked_leaf(node))
         if node.op == "call_function" and node.target is not operator.getitem:
             number = isinstance(node.meta.get("val"), _NUMBERS)
             if not isinstance(node.target, torch._ops.OpOverload) and not number:
-                raise CaptureError(
-                    f"{node.target} at {_source_of(node)} is not an operator (a higher-order op); "
-                    "autopar plans graphs of ATen and custom operators"
-                )
+                _refuse_higher_order(node)
         elif node.op == "get_attr":
+            for user in node.users:
+                _refuse_higher_order(user)
             raise CaptureError(
                 f"the model uses the constant {node.target} at {_source_of(node)}; "
                 "register it as a buffer"
             )
+        if free_unbacked_symbols(pytree.tree_leaves(node.meta.get("val"))):
+            raise CaptureError(
+                f"{node.name} at {_source_of(node)} has a size that depends on the values of "
+                "activations, which a plan does not know; use a size that inputs or shapes decide "
+                "(pad to the largest, and mask)"
+            )
     gm.recompile()
+
+
+def _refuse_higher_order(node: fx.Node) -> None:
+    """Raise for a call of an operator that takes functions.
+
+    Raises:
+        CaptureError: naming the call and its line.
+    """
+    if isinstance(node.target, torch._ops.OpOverload) or node.op != "call_function":
+        return
+    raise CaptureError(
+        f"{node.target} at {_source_of(node)} takes functions (torch.cond, while_loop, map, scan, "
+        "flex_attention), and autopar plans graphs of plain operators. Write Python's if and for, "
+        "which are captured if inputs decide; torch.where for both sides; torch.vmap for map; "
+        "F.scaled_dot_product_attention for flex_attention"
+    )
 
 
 def _module_of(node: fx.Node) -> str:
@@ -232,7 +300,18 @@ def detach_no_grad_regions(gm: fx.GraphModule) -> None:
             t = value.meta.get("val")
             if not isinstance(t, torch.Tensor) or not t.dtype.is_floating_point:
                 continue
+            if _written_argument(value):  # a parameter, which keeps its gradient
+                continue
             with body.graph.inserting_before(output):
                 detached = call_like(value, aten.detach.default, (value,), name="detach")
             output.replace_input_with(value, detached)
         body.recompile()
+
+
+def _written_argument(value: fx.Node) -> bool:
+    """Whether a value is an argument of the graph after in-place writes into it."""
+    written = False
+    while is_mutating(value) and value.args:
+        written = True
+        value = value.args[0]  # type: ignore[assignment]
+    return written and value.op == "placeholder"

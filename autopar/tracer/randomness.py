@@ -160,7 +160,7 @@ def _host_operator(
 
         count = len(fake(args[0]))
         constants = (*args[1:], *kwargs.items())
-        return operator_for(original, constants, 1, count, run, fake)(args[0])
+        return operator_for(original, constants, 1, count, run, fake, opaque=True)(args[0])
 
     return call
 
@@ -220,7 +220,7 @@ def _operator(
         def fake(*_: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return (torch.empty(result.shape, dtype=result.dtype),)
 
-        op = operator_for(original, constants, len(tensors), 1, run, fake, random=True)
+        op = operator_for(original, constants, len(tensors), 1, run, fake, random=True, opaque=True)
         return op(*tensors)[0]
 
     return call

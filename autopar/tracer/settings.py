@@ -8,6 +8,7 @@ skips.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 
 from autopar.ir.guards import Guard
+from autopar.tracer.statistics import averages_all_batches, cumulative_batch_norm
 
 
 def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:
@@ -38,7 +40,19 @@ def apply_settings(clone: torch.nn.Module) -> tuple[Guard, ...]:
         if clone.training and getattr(config, "use_cache", False) is True:
             config.use_cache = False
             guards.append(_guard(where, "use_cache", False))
+        if averages_all_batches(module):
+            module.forward = functools.partial(cumulative_batch_norm, module)
     return tuple({(g.source, g.text): g for g in guards}.values())
+
+
+def computed_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Attributes of modules that an earlier forward computed from parameters.
+
+    `torch.nn.utils.weight_norm` and its like keep the weight so, and compute it anew before each
+    forward. Such tensors cannot be copied; the capture refuses a forward that reads them.
+    """
+    values = (v for module in model.modules() for v in vars(module).values())
+    return [v for v in values if isinstance(v, torch.Tensor) and not v.is_leaf]
 
 
 # Modules that build masks for every case if they are being traced.

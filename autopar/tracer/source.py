@@ -46,6 +46,21 @@ def user_frame() -> FrameType | None:
     return frame
 
 
+# Code of torch that passes calls on, and asks for nothing itself.
+_PASSING = ("/torch/overrides.py", "/torch/_tensor.py", "/torch/_ops.py", "/torch/utils/")
+
+
+def asking_frame() -> FrameType | None:
+    """The frame whose code asks for a value: the user's, or a check inside of torch."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/autopar/" not in file and not any(part in file for part in _PASSING):
+            return frame
+        frame = frame.f_back
+    return None
+
+
 def current_line() -> SourceLine:
     """The user's line that is being executed."""
     frame = user_frame()

@@ -42,9 +42,17 @@ from autopar.tracer import fakes
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
+from autopar.tracer.hooks import module_hooks, originals
+from autopar.tracer.modes import regions_as_run
+from autopar.tracer.names import retraced
 from autopar.tracer.normalize import detach_no_grad_regions, model_graph, rebuild_users
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
-from autopar.tracer.settings import apply_settings, masks_as_run, masks_can_be_skipped
+from autopar.tracer.settings import (
+    apply_settings,
+    computed_tensors,
+    masks_as_run,
+    masks_can_be_skipped,
+)
 from autopar.tracer.source import failing_line
 
 log = logging.getLogger(__name__)
@@ -120,14 +128,16 @@ class ColoTracer:
         clone = self._fake_clone(model, mode)
         settings = apply_settings(clone)
         args, kwargs = pytree.tree_map_only(
-            torch.Tensor, functools.partial(self._fake, mode), example
+            torch.Tensor, lambda t: self._fake(mode, t).requires_grad_(t.requires_grad), example
         )
-        resolver = BranchResolver(_examples(model, example), self.assume)
+        resolver = BranchResolver(_examples(model, example), self.assume, originals(model, clone))
         _watch(clone, resolver)
         with (
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             opaque_functions(),
+            regions_as_run(),
+            module_hooks(model, clone),
             host_randomness(resolver, lifted),
         ):
             warnings.simplefilter("ignore")
@@ -139,7 +149,7 @@ class ColoTracer:
             detach_no_grad_regions(program.graph_module)
             if self.dynamic or not make_functional(program):
                 keep_draws(program.graph_module)
-                program = program.run_decompositions({})
+                program = retraced(program)
         guards = (*settings, *resolver.guards)
         for guard in guards:
             # a layer that is never dropped trains differently, so warn
@@ -174,6 +184,8 @@ class ColoTracer:
         memo: dict[int, Any] = {id(b): self._fake(mode, b) for b in model.buffers()}
         for p in model.parameters():
             memo[id(p)] = torch.nn.Parameter(self._fake(mode, p), requires_grad=p.requires_grad)
+        for t in computed_tensors(model):
+            memo[id(t)] = self._fake(mode, t)
         try:
             return copy.deepcopy(model, memo)
         except Exception as error:

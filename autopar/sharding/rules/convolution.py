@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from autopar.sharding.lowerings import norms, windows
 from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
@@ -36,6 +38,17 @@ def _conv(call: Call) -> OpRule:
     notation = f"{n} g:lowered {windows_over_s}, g [i] {window}, +g -> {n} g {s}"
     rule = call.bind(notation, linear=((0,),), lowering=windows.convolution)
     return rule.by_groups("g", groups)
+
+
+def _columns(call: Call) -> OpRule:
+    """Windows of an image as columns [n, c * window, l], and back; whole channels are split, which
+    are the leading part of the columns."""
+    image, columns = "c [h] [w]", "c [l]"
+    to_columns = call.op is torch.ops.aten.im2col.default
+    source, result = (image, columns) if to_columns else (columns, image)
+    channels = (call.operand(0) if to_columns else call.outputs[0])[-3]
+    n = "n" if len(call.outputs[0]) == len(result.split()) + 1 else ""
+    return call.bind(f"{n} {source} -> {n} {result}", linear=((0,),)).by_groups("c", channels)
 
 
 def _conv_transpose(call: Call) -> OpRule:
@@ -119,9 +132,6 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         Row("n c [h] [w] -> n c [i] [j]", linear=((0,),)),
     ),
     "aten.grid_sampler.default": Row("n c [h] [w], n i j [x] -> n c i j", linear=((0,),)),
-    # channels are the leading part of the columns
-    "aten.im2col.default": Row("n c [h] [w] -> n c [l]", linear=((0,),)),
-    "aten.col2im.default": Row("n c [l] -> n c [h] [w]", linear=((0,),)),
 }
 
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
@@ -130,6 +140,8 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
         for rank in (1, 2, 3)
         for overload in ("default", "padding")
     },
+    "aten.im2col.default": _columns,
+    "aten.col2im.default": _columns,
     "aten.conv_transpose1d.default": _conv_transpose,
     "aten.conv_transpose2d.input": _conv_transpose,
     "aten.conv_transpose3d.input": _conv_transpose,

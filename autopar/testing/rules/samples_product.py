@@ -237,7 +237,8 @@ def _grid_sampler(draw: Draw) -> Arguments:
 @sampler("aten.im2col.default")
 def _im2col(draw: Draw) -> Arguments:
     window = _window(draw, 2, 3)
-    x = draw.normal(*draw.shape(2, 2), *(_extent(draw, k) for k in window))
+    lead = draw.shape(2, 2)[draw.integer(0, 1) :]  # one image has no batch
+    x = draw.normal(*lead, *(_extent(draw, k) for k in window))
     return (x, window, [1, 1], [draw.integer(0, 1)] * 2, [draw.integer(1, 2)] * 2), {}
 
 
@@ -245,5 +246,7 @@ def _im2col(draw: Draw) -> Arguments:
 def _col2im(draw: Draw) -> Arguments:
     window, size = _window(draw, 2, 2), [draw.integer(3, 5), draw.integer(3, 5)]
     blocks = (size[0] - window[0] + 1) * (size[1] - window[1] + 1)
-    x = draw.normal(draw.size(), draw.size() * window[0] * window[1], blocks)
+    lead = [draw.size()][draw.integer(0, 1) :]
+    channels = draw.size() if draw.chance() else 1
+    x = draw.normal(*lead, channels * window[0] * window[1], blocks)
     return (x, size, window, [1, 1], [0, 0], [1, 1]), {}
