@@ -269,7 +269,7 @@ class Engine(torch.nn.Module):
         if mutated:
             with torch.no_grad():
                 copy_all(mutated, results[:count])
-        return pytree.tree_unflatten(step.layout.give(results[count:]), graph.out_spec)
+        return graph.carry_out(self._model, step.layout.give(results[count:]))
 
     def _flat(
         self, step: BoundStep, args: Any, kwargs: Any

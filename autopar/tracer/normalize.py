@@ -112,7 +112,7 @@ def model_graph(
     results: Any = output.args[0]
     output.args = (tuple(results[: len(results) - extra]),)
     _clean(gm)
-    out_spec, _ = program.call_spec.out_spec.children()
+    out_spec, *_ = program.call_spec.out_spec.children()
     return ModelGraph(
         gm, parameters, buffers, tuple(inputs), mutations, in_spec,
         out_spec, constants, aliases, (*guards, *dropped), updates,
