@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal
@@ -24,7 +24,7 @@ _PLAIN = (
 )  # fmt: skip
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_VERSION = operator.attrgetter("_version")
+_VERSION, _IS = operator.attrgetter("_version"), operator.is_
 
 
 class _Missing:
@@ -270,16 +270,16 @@ class _Prepared:
 
     def __init__(self, model: torch.nn.Module, reads: Reads) -> None:
         modules = [m.module for m in reads.modules]
-        self._children = [m._modules.values() for m in modules]
-        self._expected_children = tuple(chain.from_iterable(self._children))
         hooks = [getattr(m, kind) for m in modules for kind in _HOOKS]
-        self._no_hooks = [h for h in hooks if not h]
-        self._hooks = [h.values() for h in hooks if h]
-        self._expected_hooks = tuple(chain.from_iterable(self._hooks))
+        registries = [*(m._modules for m in modules), *hooks]
+        # most are empty, which costs least to see
+        self._empty = [d for d in registries if not d]
+        self._registries = [d.values() for d in registries if d]
+        self._registered = tuple(chain.from_iterable(self._registries))
 
-        owned: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        owned: dict[str, list[dict[str, Any]]] = {}
         self._absent: list[tuple[dict[str, Any], str]] = []
-        self._of_classes: list[tuple[Any, str, Any]] = []
+        of_classes: dict[tuple[type, str], Any] = {}
         self._replaced: list[tuple[dict[str, Any], str, AttributeRead]] = []
         self._containers: list[Any] = []
         self._tensors: list[torch.Tensor] = []
@@ -291,22 +291,16 @@ class _Prepared:
                 continue
             self._watch(read.value, read.now(_value(model, read.path, read.name)))
             if name in namespace:
-                owned.setdefault(id(namespace), (namespace, {}))[1][name] = namespace[name]
+                owned.setdefault(name, []).append(namespace)
                 continue
             self._absent.append((namespace, name))
-            self._of_classes.append((type(owner), name, getattr(type(owner), name, MISSING)))
-        by_names: dict[tuple[str, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-        for namespace, values in owned.values():
-            names = tuple(values)
-            # itemgetter returns a tuple only for two names and more
-            by_names.setdefault(names * 2 if len(names) == 1 else names, []).append(
-                (namespace, values)
-            )
-        self._groups = [
-            (operator.itemgetter(*names), [namespace for namespace, _ in owners])
-            for names, owners in by_names.items()
+            of_classes[type(owner), name] = getattr(type(owner), name, MISSING)
+        # by name: one getter for all owners is quicker than one for all names of an owner
+        self._owned = [
+            (operator.itemgetter(name), namespaces, [n[name] for n in namespaces])
+            for name, namespaces in owned.items()
         ]
-        self._expected = list(self._values())
+        self._of_classes = [(cls, name, value) for (cls, name), value in of_classes.items()]
         self._lengths = list(map(len, self._containers))
         self._expected_items = list(chain.from_iterable(self._containers))
         self._versions = list(map(_VERSION, self._tensors))
@@ -325,43 +319,38 @@ class _Prepared:
             for inner, inner_now in zip(read.items, now.items, strict=True):
                 self._watch(inner, inner_now)
 
-    def _values(self) -> Iterator[Any]:
-        return chain.from_iterable(
-            chain.from_iterable(map(getter, namespaces)) for getter, namespaces in self._groups
-        )
-
     def modules_are_same(self) -> bool:
         """Whether no module and no hook was replaced, added or removed."""
         return (
-            not any(self._no_hooks)
-            and tuple(chain.from_iterable(self._children)) == self._expected_children
-            and tuple(chain.from_iterable(self._hooks)) == self._expected_hooks
+            not any(self._empty)
+            and tuple(chain.from_iterable(self._registries)) == self._registered
         )
 
     def are_same(self) -> bool:
         """Whether all values are the same objects, unchanged."""
         try:
             return (
-                all(map(operator.is_, self._values(), self._expected))
+                all(all(map(_IS, map(get, owners), old)) for get, owners, old in self._owned)
                 and list(map(_VERSION, self._tensors)) == self._versions
                 and list(map(len, self._containers)) == self._lengths
-                and all(
-                    map(operator.is_, chain.from_iterable(self._containers), self._expected_items)
-                )
+                and all(map(_IS, chain.from_iterable(self._containers), self._expected_items))
                 and not any(name in namespace for namespace, name in self._absent)
-                and all(_equal(r.value, r.now(d[name])) for d, name, r in self._replaced)
                 and all(getattr(c, n, MISSING) is v for c, n, v in self._of_classes)
+                and all(_equal(r.value, r.now(d[name])) for d, name, r in self._replaced)
             )
         except KeyError:
             return False
 
     def may_be_equal(self) -> bool:
         """False if an attribute has another value; True asks for a comparison of all."""
-        try:
-            pairs = zip(self._values(), self._expected, strict=True)
-            return all(new is old or not is_plain(old) or _equal(old, new) for new, old in pairs)
-        except (KeyError, ValueError):
-            return False
+        for get, owners, expected in self._owned:
+            try:
+                pairs = zip(map(get, owners), expected, strict=True)
+                if any(n is not o and is_plain(o) and not _equal(o, n) for n, o in pairs):
+                    return False
+            except KeyError:
+                return False
+        return True
 
 
 def _hooks(module: torch.nn.Module) -> tuple[tuple[str, tuple[Any, ...]], ...]:

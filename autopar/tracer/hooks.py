@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -151,15 +152,15 @@ class ObservedHooks:
         self._calls: list[ObservedCall] = []
         self._acting: set[int] = set()
         self._count = 0
-        self._tensors: list[torch.Tensor] = []
         for path, module in clone.named_modules():
             for kind in KINDS:
                 hooks = getattr(module, kind)
                 for key, hook in hooks.items():
                     hooks[key] = partial(self._call, self._count, path, kind, key, hook)
                     self._count += 1
-        if self._count:
-            self._tensors = [*clone.parameters(), *clone.buffers()]
+        # the dicts, because export puts other tensors into them
+        registries = (d for m in clone.modules() for d in (m._parameters, m._buffers))
+        self._registries = [d for d in registries if d]
 
     def observing(self, acting: set[int]) -> set[int]:
         """Numbers of the hooks that only observe.
@@ -196,9 +197,11 @@ class ObservedHooks:
             self._calls.append(ObservedCall(number, path, kind, key, source, arguments))
         return result
 
-    def _versions(self, arguments: Any) -> list[int]:
-        tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)]
-        return [t._version for t in (*tensors, *self._tensors)]
+    def _versions(self, arguments: Any) -> list[tuple[int, int]]:
+        """Of the arguments, the parameters and the buffers."""
+        held = chain.from_iterable(d.values() for d in self._registries)
+        tensors = (x for x in chain(pytree.tree_leaves(arguments), held) if torch.is_tensor(x))
+        return [(id(t), t._version) for t in tensors]
 
 
 def source_of(hook: Any) -> str:
