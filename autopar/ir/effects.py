@@ -98,14 +98,15 @@ class Assignment:
 
 @dataclass(frozen=True)
 class HookCall:
-    """A call of a hook that observes: it returns None.
+    """A call of a hook that observes.
 
     Args:
         path: of the module.
         kind: the module's dict that holds the hook.
         key: of the hook in that dict.
-        arguments: of the hook, after the module.
+        arguments: of the hook, after the module; None for those that it does not use.
         source: `file:line` of the hook.
+        returns: it returns a value, too, which the program computes.
     """
 
     path: str
@@ -113,6 +114,7 @@ class HookCall:
     key: int
     arguments: Held
     source: str
+    returns: bool = False
 
     def carry_out(self, model: torch.nn.Module, results: Iterator[Any]) -> None:
         """Call the user's hook, if it is still there.
@@ -123,7 +125,7 @@ class HookCall:
         module = model.get_submodule(self.path)
         arguments = self.arguments.take(results)
         hook = getattr(module, self.kind).get(self.key)
-        if hook is not None and hook(module, *arguments) is not None:
+        if hook is not None and hook(module, *arguments) is not None and not self.returns:
             raise CaptureError(
                 f"the hook at {self.source} on {self.path or 'the model'} returned a value, but "
                 "returned None, or could not tell, when the model was captured: whether a hook "

@@ -12,7 +12,7 @@ import enum
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -146,6 +146,15 @@ class AttributeRecorder:
             if not same_items(items, c.items):
                 c.items = items
                 c.writers.add(writer)
+
+    def substitute(self, tensors: Mapping[int, torch.Tensor]) -> None:
+        """Replace tensors in lists and dicts, by identity: parameters by those of the capture."""
+        for c in self.containers:
+            if isinstance(c.value, list | dict):
+                pairs = c.value.items() if isinstance(c.value, dict) else enumerate(c.value)
+                for key, value in list(pairs):
+                    c.value[key] = tensors.get(id(value), value)
+                c.items = c.before = contents(c.value)
 
     # -- owners ---------------------------------------------------------------------------------
 

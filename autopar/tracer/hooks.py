@@ -3,12 +3,14 @@
 `copy.deepcopy` shares functions, so a hook of the copy would write fake tensors into the user's
 dicts. `isolate` gives the copy hooks whose closures, defaults and globals hold copies. A hook that
 returns a value, writes into a tensor, or assigns what the forward reads is part of the program. A
-hook that does none of this observes: each run calls the user's hook with real tensors.
+hook that does none of this observes: each run calls the user's hook with real tensors. A hook that
+returns a value and keeps one does both.
 """
 
 from __future__ import annotations
 
 import copy
+import dis
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.ir.effects import Held, HookCall
-from autopar.tracer.attributes import AttributeRecorder
+from autopar.tracer.attributes import CONTAINERS, AttributeRecorder, contents, same_items
 
 KINDS = ("_forward_pre_hooks", "_forward_hooks")
 _COPIED_GLOBALS = (list, dict, set)
@@ -131,6 +133,7 @@ class ObservedCall:
     Args:
         number: of the hook.
         arguments: fake.
+        returns: it returned a value.
     """
 
     number: int
@@ -139,9 +142,10 @@ class ObservedCall:
     key: int
     source: str
     arguments: Any
+    returns: bool
 
     def described(self, held: Held) -> HookCall:
-        return HookCall(self.path, self.kind, self.key, held, self.source)
+        return HookCall(self.path, self.kind, self.key, held, self.source, self.returns)
 
 
 class ObservedHooks:
@@ -150,7 +154,9 @@ class ObservedHooks:
     def __init__(self, clone: torch.nn.Module, recorder: AttributeRecorder) -> None:
         self._recorder = recorder
         self._calls: list[ObservedCall] = []
-        self._acting: set[int] = set()
+        self._returning: set[int] = set()
+        self._writing: set[int] = set()
+        self._keeping: set[int] = set()
         self._count = 0
         for path, module in clone.named_modules():
             for kind in KINDS:
@@ -163,12 +169,23 @@ class ObservedHooks:
         self._registries = [d for d in registries if d]
 
     def observing(self, acting: set[int]) -> set[int]:
-        """Numbers of the hooks that only observe.
+        """Numbers of the hooks that each run calls.
 
         Args:
-            acting: hooks that are part of the program for another reason.
+            acting: hooks that assigned what the forward read.
+
+        Raises:
+            CaptureError: a hook keeps values and changes others in place.
         """
-        return set(range(self._count)) - self._acting - acting
+        acting = acting | self._writing
+        for call in self._calls:
+            if call.number in acting & self._keeping:
+                raise CaptureError(
+                    f"the hook at {call.source} on {call.path or 'the model'} keeps values and "
+                    "changes others in place, so it can be neither captured nor called later; "
+                    "make it two hooks, or let it return the changed value"
+                )
+        return set(range(self._count)) - acting - (self._returning - self._keeping)
 
     def calls(self, observing: set[int]) -> Iterator[ObservedCall]:
         """The calls of these hooks, in order."""
@@ -181,6 +198,7 @@ class ObservedHooks:
         recorder = self._recorder
         recorder.look_at_containers(None)
         versions = self._versions(arguments)
+        held = _holdings(hook)
         outer, recorder.hook = recorder.hook, number
         try:
             result = hook(module, *arguments)
@@ -190,18 +208,72 @@ class ObservedHooks:
         finally:
             recorder.hook = outer
         recorder.look_at_containers(number)
-        if result is not None or versions != self._versions(arguments):
-            self._acting.add(number)
-        else:
-            source = source_of(hook)
-            self._calls.append(ObservedCall(number, path, kind, key, source, arguments))
+        now = _holdings(hook)
+        if held.keys() != now.keys() or not all(same_items(held[k], now[k]) for k in held):
+            self._keeping.add(number)
+        if versions != self._versions(arguments):
+            self._writing.add(number)
+        if result is not None:
+            self._returning.add(number)
+        used = tuple(
+            x if i in _used_arguments(hook, len(arguments)) else None
+            for i, x in enumerate(arguments)
+        )
+        call = ObservedCall(number, path, kind, key, source_of(hook), used, result is not None)
+        self._calls.append(call)
         return result
 
     def _versions(self, arguments: Any) -> list[tuple[int, int]]:
         """Of the arguments, the parameters and the buffers."""
         held = chain.from_iterable(d.values() for d in self._registries)
         tensors = (x for x in chain(pytree.tree_leaves(arguments), held) if torch.is_tensor(x))
-        return [(id(t), t._version) for t in tensors]
+        return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def _holdings(hook: Any) -> dict[int, list[Any]]:
+    """Shallow copies of the containers and objects that a hook holds, by identity."""
+    found: dict[int, list[Any]] = {}
+    waiting = [hook]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in found or isinstance(value, torch.Tensor | torch.nn.Module | type):
+            continue
+        if isinstance(value, types.FunctionType):
+            code, cells = value.__code__, value.__closure__ or ()
+            waiting += [c.cell_contents for c in cells if c != types.CellType()]
+            waiting += value.__defaults__ or ()
+            names = (n for n in code.co_names if n in value.__globals__)
+            used = (value.__globals__[n] for n in names)
+            waiting += [x for x in used if isinstance(x, _COPIED_GLOBALS)]
+        elif isinstance(value, types.MethodType):
+            waiting += [value.__func__, value.__self__]
+        elif isinstance(value, partial):
+            waiting += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, CONTAINERS):
+            found[id(value)] = contents(value)
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            found[id(value)] = contents(vars(value))
+            waiting += vars(value).values()
+    return found
+
+
+def _used_arguments(hook: Any, count: int) -> set[int]:
+    """Which arguments after the module a hook looks at; all if it is no plain function.
+
+    Args:
+        count: of the arguments after the module.
+    """
+    function = getattr(hook, "__func__", hook)
+    if not isinstance(function, types.FunctionType):
+        return set(range(count))
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount][1 + (function is not hook) :][:count]
+    loaded = {i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD")}
+    loaded |= {*code.co_cellvars}
+    if "locals" in code.co_names:
+        return set(range(count))
+    return {i for i in range(count) if i >= len(names) or names[i] in loaded}
 
 
 def source_of(hook: Any) -> str:

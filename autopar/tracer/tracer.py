@@ -250,6 +250,7 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
     recorder = AttributeRecorder(clone)
     hooks = ObservedHooks(clone, recorder)
     call = root_hooks(clone)
+    copies = _named_tensors(clone)
 
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -263,6 +264,8 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
             roles["buffer", name] = b
             shapes[name] = b.shape
         resolver.begin(roles)
+        now = _named_tensors(clone)
+        recorder.substitute({id(t): now[name] for name, t in copies.items()})
         with resolver, recorder.recording():
             results = _plain_results(call(*args, **kwargs))
         carried.append(collect(recorder, hooks, copied.originals))
@@ -276,6 +279,10 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
         return results, carried[-1].tensors, resolver.draws
 
     clone.forward = watched
+
+
+def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _plain_results(results: Any) -> Any:

@@ -248,6 +248,41 @@ def test_a_hook_on_a_module_called_twice_sees_both_calls():
     assert len(kept[0]) == 2
 
 
+def test_a_hook_that_keeps_and_changes_does_both():
+    values = []
+    for captured in (True, False):
+        model, kept = net(), []
+
+        def hook(module, args, result, kept=kept):
+            kept.append(result)
+            return result * 2
+
+        model[0].register_forward_hook(hook)
+        run = ColoTracer().trace(model, (X,)).bind(model) if captured else model
+        values.append([run(X), run(X + 1), *kept])
+    equal(*values)
+
+
+def test_arguments_that_a_hook_ignores_are_no_results():
+    model, kept = net(), {}
+    model[2][0].register_forward_hook(closure(kept))
+    graph = ColoTracer().trace(model, (X,))
+    assert len(graph.output.args[0]) == 2
+    assert graph.effects.hooks[0].arguments.leaves[0] is None
+
+
+def test_a_hook_that_keeps_and_writes_is_refused():
+    model, kept = net(), []
+
+    def hook(module, args, result):
+        kept.append(result)
+        result.mul_(2)
+
+    model[0].register_forward_hook(hook)
+    with pytest.raises(CaptureError, match=r"test_hooks.py:\d+ on 0 keeps values and changes"):
+        ColoTracer().trace(model, (X,))
+
+
 def test_hooks_set_and_removed_later_make_a_new_program():
     model, kept = net(), {}
     graph = ColoTracer().trace(model, (X,))
