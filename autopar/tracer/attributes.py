@@ -203,21 +203,21 @@ class AttributeRecorder:
         find, plain_get = self._by_namespace.get, object.__getattribute__
 
         def __getattribute__(obj: Any, name: str) -> Any:
+            if name in _STANDARD:  # most are, and this is called often
+                return get(obj, name)
             try:
                 value = get(obj, name)
             except AttributeError:
                 owner = find(id(plain_get(obj, "__dict__")))
-                if owner is not None and name not in _STANDARD:
+                if owner is not None:
                     self._missing(owner, name)
                 raise
-            if name not in _STANDARD:
-                namespace = plain_get(obj, "__dict__")
-                owner = find(id(namespace))
-                if owner is not None and (
-                    name in namespace
-                    or (not callable(value) and _of_class(type(obj), name) is value)
-                ):
-                    self._read(owner, name, value)
+            namespace = plain_get(obj, "__dict__")
+            owner = find(id(namespace))
+            if owner is not None and (
+                name in namespace or (not callable(value) and _of_class(type(obj), name) is value)
+            ):
+                self._read(owner, name, value)
             return value
 
         def __setattr__(obj: Any, name: str, value: Any) -> None:
