@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from autopar.errors import AutoparError
+from autopar.errors import AutoparError, EngineError
 
 T = TypeVar("T")
 
@@ -18,6 +18,10 @@ class Ranks:
     def from_rank_zero(self, decide: Callable[[], T]) -> T:
         """Rank 0's decision, or its error, on every rank."""
         return decide()
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Do the same on every rank; an error on one is an error on all."""
+        return act()
 
     def differing(self, signature: str) -> list[int]:
         """Ranks whose signature is not that of rank 0; the same on all ranks."""
@@ -34,11 +38,31 @@ class WorldRanks(Ranks):
                 box[0] = decide()
             except AutoparError as error:
                 box[1] = error
+            except Exception as error:
+                box[1] = EngineError(f"rank 0 failed: {type(error).__name__}: {error}")
+                box[1].__cause__ = error
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def together(self, act: Callable[[], T]) -> T:
+        if dist.get_world_size() == 1:
+            return act()
+        errors: list[Any] = [None] * dist.get_world_size()
+        mine: Exception | None = None
+        try:
+            result = act()
+        except Exception as error:
+            mine = error
+        dist.all_gather_object(errors, None if mine is None else f"{type(mine).__name__}: {mine}")
+        if mine is not None:
+            raise mine
+        failed = {rank: text for rank, text in enumerate(errors) if text is not None}
+        for rank, text in failed.items():
+            raise EngineError(f"rank {rank} failed, so all ranks stop: {text}")
+        return result
 
     def differing(self, signature: str) -> list[int]:
         if dist.get_world_size() == 1:

@@ -34,6 +34,8 @@ def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:
     State may be smaller than its parameter: Adafactor's (Shazeer and Stern, 2018) has a number per
     row and per column. State of no dims (counters) is left out.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):  # its history, and what it compares with
+        return 2.0 * optimizer.param_groups[0]["history_size"] + 3.0
     state = total = 0.0
     for group in optimizer.param_groups if optimizer is not None else ():
         twin = _twin_of(optimizer, group)

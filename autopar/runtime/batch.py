@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from autopar.cluster.cluster import ClusterInfo
@@ -16,6 +19,10 @@ from autopar.errors import MeshError
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.spec import ShardingSpec, local_shape
 from autopar.runtime.distribute import shard_of
+
+
+def _differentiated(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 @dataclass(frozen=True)
@@ -97,16 +104,37 @@ class BatchLayout:
         self,
         tensors: Sequence[torch.Tensor],
         specs: Sequence[ShardingSpec],
+        mesh: DeviceMesh,
         coords: tuple[int, ...],
         device: torch.device,
     ) -> list[torch.Tensor]:
-        """This rank's part of every tensor input."""
+        """This rank's part of every tensor input; gradients flow back to the whole ones."""
         if self.local:
-            return [x.to(device) for x in tensors]
+            return [self._own(x.to(device)) for x in tensors]
+
+        def part(x: torch.Tensor, spec: ShardingSpec) -> torch.Tensor:
+            return shard_of(x, spec, self.cluster.mesh, coords).to(device).contiguous()
+
+        def whole(shard: torch.Tensor, x: torch.Tensor, spec: ShardingSpec) -> torch.Tensor:
+            placements = spec.to_placements(mesh.ndim)
+            dtensor = DTensor.from_local(
+                shard, mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
+            )
+            return dtensor.full_tensor().to(x.device)
+
         return [
-            shard_of(x, spec, self.cluster.mesh, coords).to(device).contiguous()
+            linear(x, partial(part, spec=spec), partial(whole, x=x.detach(), spec=spec))
+            if _differentiated(x)
+            else part(x, spec)
             for x, spec in zip(tensors, specs, strict=True)
         ]
+
+    def _own(self, x: torch.Tensor) -> torch.Tensor:
+        """A local input. Its gradient is that of this rank's loss, of which `give` made a share."""
+        if not _differentiated(x):
+            return x
+        ranks = self.cluster.world_size
+        return linear(x, lambda v: v.view_as(v), lambda g: g * ranks)
 
     def give(self, results: Sequence[Any]) -> list[Any]:
         """Results to the caller. Gradients of this rank's samples are scaled: as in DDP, a mean

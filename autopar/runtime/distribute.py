@@ -1,7 +1,16 @@
-"""Moves a model's parameters and an optimizer's state into shards, as DTensors, all or nothing."""
+"""Moves a model's parameters and an optimizer's state into shards, as DTensors, all or nothing.
+
+Parameters become DTensors when the engine is made, replicated, and change their layout in place
+when a plan is known: from then on a parameter is one object, for optimizers, hooks and lists that
+hold it. What the caller held before is a `MovedParameter`, which stands for the DTensor.
+
+Private to torch here: `DTensor._local_tensor`, `_spec`, and `__new__` from both; tested with 2.11
+and 2.13.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +18,107 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parameter import UninitializedParameter
+from torch.utils import _pytree as pytree
 
 from autopar.errors import EngineError
 from autopar.ir.spec import ShardingSpec, local_range
+from autopar.runtime.sharded_values import ShardedGradient
+
+
+class MovedParameter(torch.nn.Parameter):
+    """A parameter object from before the engine was made. Whatever is asked of it is asked of the
+    DTensor that took its place; it holds no values itself."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(cls, current, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return copy.deepcopy(current(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return current(self).__reduce_ex__(protocol)
+
+
+def current(p: torch.Tensor) -> torch.Tensor:
+    """The parameter that an object stands for: itself, unless it was moved."""
+    return p.__dict__["_autopar_parameter"] if isinstance(p, MovedParameter) else p
+
+
+def adopt(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, mesh: DeviceMesh
+) -> None:
+    """Make a model's plain parameters replicated DTensors, also those in the optimizer.
+
+    Raises:
+        EngineError: a parameter has no values yet.
+    """
+    new: dict[int, Any] = {}
+    for name, p in model.named_parameters():
+        if p.is_meta or isinstance(p, UninitializedParameter):
+            raise EngineError(_no_values(name, p))
+        if isinstance(p, MovedParameter):
+            new[id(p)] = current(p)
+        elif not isinstance(p, DTensor):
+            new[id(p)] = torch.nn.Parameter(
+                _replicated(p.detach(), mesh), requires_grad=p.requires_grad
+            )
+    old: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) in new}
+    for module in model.modules():
+        for name, held in module._parameters.items():
+            if held is not None and id(held) in new:
+                module._parameters[name] = new[id(held)]
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group["params"] = [new.get(id(p), current(p)) for p in group["params"]]
+        state: dict[Any, Any] = optimizer.state
+        for trained in [p for p in state if id(p) in new]:
+            state[new[id(trained)]] = state.pop(trained)
+    for key, moved in old.items():
+        if not isinstance(moved, MovedParameter):
+            _move(moved, new[key], mesh)
+
+
+def _no_values(name: str, p: torch.Tensor) -> str:
+    if isinstance(p, UninitializedParameter):
+        return (
+            f"parameter {name} of a lazy module has no shape yet; run one batch through the model "
+            "before auto_engine"
+        )
+    return (
+        f"parameter {name} is on the meta device and has no values to distribute; "
+        "initialize the model on the CPU first, model.to_empty(device='cpu') and its "
+        "reset_parameters or load_state_dict"
+    )
+
+
+def _replicated(x: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    x = x if x.device.type == mesh.device_type else x.to(mesh.device_type)
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+@torch.no_grad()
+def _move(old: torch.nn.Parameter, new: torch.nn.Parameter, mesh: DeviceMesh) -> None:
+    """Let an object stand for the parameter in its place, which takes over its gradient, hooks and
+    attributes."""
+    if old.grad is not None:
+        new.grad = _replicated(old.grad, mesh)
+    new.__dict__.update(old.__dict__)
+    if old._backward_hooks:
+        new._backward_hooks = old._backward_hooks
+    hooks = getattr(old, "_post_accumulate_grad_hooks", None)
+    if hooks:
+        new._post_accumulate_grad_hooks = hooks
+    if type(old) is not torch.nn.Parameter:
+        return  # of a class with a layout of its own
+    old.grad = None
+    old.requires_grad_(False)
+    old.data = torch.empty(0, dtype=old.dtype)
+    old._autopar_parameter = new  # type: ignore[attr-defined]
+    old.__class__ = MovedParameter
 
 
 def shard_of(
@@ -43,7 +149,10 @@ def _as_dtensor(
 
 @torch.no_grad()
 def _agreed(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Rank 0's value on every rank."""
+    """Rank 0's value on every rank, whole."""
+    if isinstance(x, DTensor):
+        replicated = all(placement.is_replicate() for placement in x.placements)
+        x = x.to_local() if replicated else x.full_tensor()
     value = x.detach().to(device)
     if dist.get_world_size() > 1:
         value = value.clone(memory_format=torch.contiguous_format) if value is x else value
@@ -83,9 +192,7 @@ def gradients(
 ) -> list[torch.Tensor | None]:
     """Gradients of this rank's shards as those of the DTensors, laid out as they are.
 
-    `DTensor.to_local` works out the layout of every gradient anew, at some 0.2 ms each. DTensor's
-    `__new__` from a local tensor and a spec, and `_spec`, are private to torch; tested with 2.11
-    and 2.13.
+    `DTensor.to_local` works out the layout of every gradient anew, at some 0.2 ms each.
 
     Args:
         parameters: DTensors; None, and plain tensors, where a gradient is to stay as it is.
@@ -100,7 +207,7 @@ def gradients(
             if shared or grad.stride() != p._local_tensor.stride():
                 grad = torch.empty_like(p._local_tensor).copy_(grad)
             held.add(grad.data_ptr())
-            grad = DTensor.__new__(DTensor, grad, p._spec, requires_grad=False)
+            grad = ShardedGradient.of(grad, p._spec)
         dtensors.append(grad)
     return dtensors
 
@@ -113,9 +220,9 @@ def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
     """
     if optimizer is None:
         return
-    known = {id(p) for p in model.parameters()}
+    known = {id(current(p)) for p in model.parameters()}
     for i, group in enumerate(optimizer.param_groups):
-        strange = [tuple(p.shape) for p in group["params"] if id(p) not in known]
+        strange = [tuple(p.shape) for p in group["params"] if id(current(p)) not in known]
         if strange:
             raise EngineError(
                 f"optimizer param group {i} holds {len(strange)} parameter(s) that are not the "
@@ -125,7 +232,7 @@ def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
 
 
 def stored_specs(model: torch.nn.Module) -> dict[str, ShardingSpec]:
-    """How a distributed model's parameters are stored, by name; empty before `distribute`."""
+    """How a model's parameters are stored, by name."""
     return {
         name: ShardingSpec.from_placements(p.placements, p.ndim)
         for name, p in model.named_parameters()
@@ -141,53 +248,50 @@ def distribute(
     coords: tuple[int, ...],
     device: torch.device,
 ) -> None:
-    """Replace the model's parameters by DTensors, and those in the optimizer with their state.
+    """Lay the parameters of an adopted model out, and the optimizer's state with them, in place.
 
-    Everything is built first and swapped in at the end, so that a failure changes nothing.
+    Everything is built first and put in place at the end, so that a failure changes nothing.
 
     Args:
         specs: storage layout by qualified parameter name (parameters without one: replicated).
     """
-    new: dict[int, torch.nn.Parameter] = {}
-    for name, p in model.named_parameters():
-        if p.is_meta:
-            raise EngineError(
-                f"parameter {name} is on the meta device and has no values to distribute; "
-                "initialize the model on the CPU first, model.to_empty(device='cpu') and its "
-                "reset_parameters or load_state_dict"
-            )
-        spec = specs.get(name, ShardingSpec.replicated(p.ndim))
-        shard = _as_dtensor(_agreed(p, device), spec, mesh, coords)
-        new[id(p)] = torch.nn.Parameter(shard, requires_grad=p.requires_grad)
+    layout = {
+        id(p): specs.get(name, ShardingSpec.replicated(p.ndim))
+        for name, p in model.named_parameters()
+    }
+
+    def laid_out(x: torch.Tensor, p: torch.Tensor) -> DTensor:
+        return _as_dtensor(_agreed(x, device), layout[id(p)], mesh, coords)
+
+    parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
+    values = [laid_out(p, p) for p in parameters]
+    grads = [None if p.grad is None else laid_out(p.grad, p) for p in parameters]
     buffers = {id(b): _agreed(b, device) for b in model.buffers()}
     state: dict[torch.Tensor, Any] = {}
-    if optimizer is not None:
-        layout = {id(p): specs.get(n) for n, p in model.named_parameters()}
-        for old, entries in optimizer.state.items():
-            spec = layout.get(id(old)) or ShardingSpec.replicated(old.ndim)
-            state[new[id(old)]] = {
-                key: _as_dtensor(_agreed(value, device), spec, mesh, coords)
-                if isinstance(value, torch.Tensor) and value.shape == old.shape and old.ndim
-                else value
-                for key, value in entries.items()
+    for p, entries in optimizer.state.items() if optimizer is not None else ():
+        if id(p) in layout and p.ndim:
+            state[p] = {
+                key: laid_out(x, p) if isinstance(x, torch.Tensor) and x.shape == p.shape else x
+                for key, x in entries.items()
             }
-    _swap(model, new, buffers)
+    for p, value, grad in zip(parameters, values, grads, strict=True):
+        _lay_out(p, value, grad)
+    _put_buffers(model, buffers)
     if optimizer is not None:
-        for group in optimizer.param_groups:
-            group["params"] = [new[id(p)] for p in group["params"]]
-        optimizer.state.clear()
         optimizer.state.update(state)
 
 
-def _swap(
-    model: torch.nn.Module,
-    parameters: Mapping[int, torch.nn.Parameter],
-    buffers: Mapping[int, torch.Tensor],
-) -> None:
+@torch.no_grad()
+def _lay_out(p: DTensor, value: DTensor, grad: DTensor | None) -> None:
+    """Give a parameter the values and the layout of another DTensor."""
+    p.grad = None
+    p.data = value  # a device may have changed
+    p._local_tensor, p._spec = value._local_tensor, value._spec
+    p.grad = grad
+
+
+def _put_buffers(model: torch.nn.Module, buffers: Mapping[int, torch.Tensor]) -> None:
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = parameters[id(p)]
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue

@@ -58,7 +58,7 @@ class Program:
     def tangents(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """The gradients of the results as the backward graph reads them."""
         return [
-            _laid_out(grad, result.tangent)
+            _laid_out(_whole(grad), result.tangent)
             for grad, result in zip(grads, self.step.results, strict=True)
             if result.tangent is not None
         ]
@@ -82,6 +82,11 @@ def boxed(gm: fx.GraphModule) -> Boxed:
     gm.graph.set_codegen(fx.graph._BoxedCodeGen())
     gm.recompile()
     return functools.partial(type(gm).forward, gm)
+
+
+def _whole(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient as a plain tensor, also where the caller computed on with DTensors."""
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 
 def _laid_out(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

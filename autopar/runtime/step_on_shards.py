@@ -6,6 +6,7 @@ model of 20 parameters. Optimizers that treat each element by itself need none o
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from typing import Any
 
@@ -18,6 +19,9 @@ _ELEMENTWISE = {
     torch.optim.Adagrad, torch.optim.Adadelta,
 }  # fmt: skip
 
+# What a second engine of the same optimizer finds done.
+_ATTACHED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
 
 class StepOnShards:
     """Puts shards in the place of DTensors while an optimizer steps, and the DTensors back.
@@ -26,14 +30,19 @@ class StepOnShards:
     stay as they are.
     """
 
+    @classmethod
+    def attach(cls, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer step on shards, if each element is on its own to it."""
+        if type(optimizer) in _ELEMENTWISE and optimizer not in _ATTACHED:
+            _ATTACHED.add(optimizer)
+            cls(optimizer)
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._dtensors: list[list[torch.Tensor]] | None = None  # of each group, while a step runs
         self._state: defaultdict[torch.Tensor, Any] = defaultdict(
             dict
         )  # of the DTensors, meanwhile
-        if type(optimizer) not in _ELEMENTWISE:
-            return
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(lambda *_: self._back())
         # after a step that failed

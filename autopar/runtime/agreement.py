@@ -1,0 +1,127 @@
+"""Notices ranks that do not do the same, before they wait for each other for good.
+
+Each switch to another program is announced in the world's store, and a rank waits there until all
+have come to the same one. Batches that ought to be equal are compared by a hash, at the first calls
+and then now and again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from autopar.comm import world
+from autopar.errors import EngineError
+
+log = logging.getLogger(__name__)
+
+_CHECKED_FIRST, _CHECKED_EVERY = 3, 100
+_WARN_AFTER_S, _GIVE_UP_AFTER_S = 10.0, 60.0
+_engines = itertools.count()
+
+
+class Agreement:
+    """Of the ranks that call one engine.
+
+    Args:
+        same_batches: every rank passes the same batch.
+    """
+
+    def __init__(self, *, same_batches: bool) -> None:
+        self._same_batches = same_batches
+        self._engine = next(_engines)  # ranks make their engines in the same order
+        self._calls = self._switches = 0
+        self._last: Any = None
+
+    def check_call(self, key: Any, tensors: Sequence[torch.Tensor]) -> None:
+        """Compare a call with those of the other ranks.
+
+        Args:
+            key: of the program.
+            tensors: the inputs.
+
+        Raises:
+            EngineError: a rank does not come, calls with other shapes or modes, or passes another
+                batch where the same is expected.
+        """
+        if dist.get_world_size() == 1:
+            return
+        if key != self._last:
+            self._meet(key)
+            self._last = key
+        calls, self._calls = self._calls, self._calls + 1
+        if self._same_batches and (calls < _CHECKED_FIRST or calls % _CHECKED_EVERY == 0):
+            self._check_batches(tensors)
+
+    def _meet(self, key: Any) -> None:
+        """Wait until every rank is about to run the same program."""
+        self._switches += 1
+        store, rank = world.store(), dist.get_rank()
+        place = f"autopar/{self._engine}/{self._switches}"
+        described = _described(key)
+        store.set(f"{place}/{rank}", described)
+        others = [r for r in range(dist.get_world_size()) if r != rank]
+        start, warned = time.monotonic(), False
+        while missing := [r for r in others if not store.check([f"{place}/{r}"])]:
+            waited = time.monotonic() - start
+            if waited > _GIVE_UP_AFTER_S:
+                raise EngineError(
+                    f"rank {rank} calls the model with {described}, and ranks {missing} did not "
+                    f"call it within {waited:.0f} s; every rank must make the same calls, "
+                    "evaluation too, since each holds a part of the model"
+                )
+            if waited > _WARN_AFTER_S and not warned:
+                warned = True
+                log.warning(
+                    "rank %d waits for ranks %s to call the model with %s", rank, missing, described
+                )
+            time.sleep(min(0.05, 0.0005 + waited / 20))
+        for r in others:
+            theirs = store.get(f"{place}/{r}").decode()
+            if theirs != described:
+                raise EngineError(
+                    f"rank {rank} calls the model with {described}, and rank {r} with {theirs}; "
+                    "every rank must make the same calls. Pass the same global batch on all ranks, "
+                    "or batch='local' to auto_engine and batches of equal shapes (drop_last=True)"
+                )
+
+    def _check_batches(self, tensors: Sequence[torch.Tensor]) -> None:
+        digest = hashlib.blake2b(digest_size=8)
+        for x in tensors:
+            digest.update(_bytes(x))
+        mine = int.from_bytes(digest.digest()[:7], "little")
+        device = tensors[0].device if dist.get_backend() != "gloo" and tensors else "cpu"
+        extremes = torch.tensor([mine, -mine], dtype=torch.int64, device=device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        largest, smallest = extremes.tolist()
+        if largest != -smallest:
+            raise EngineError(
+                "ranks passed different batches, and batch='global' expects the same on every "
+                "rank, of which the engine takes each rank's part. Seed the loader alike on all "
+                "ranks, or pass batch='local' to auto_engine and each rank its own samples"
+            )
+
+
+def _bytes(x: torch.Tensor) -> bytes:
+    x = x.detach().cpu().contiguous()
+    return x.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _described(key: Any) -> str:
+    training, precision, _, leaves = key
+    shapes = ", ".join(
+        f"{str(x[1]).removeprefix('torch.')}{list(x[0])}{' with gradient' if x[2] else ''}"
+        if isinstance(x, tuple)
+        else str(x)
+        for x in leaves
+    )
+    dtype = precision[1]
+    autocast = "" if dtype is None else f" under autocast to {str(dtype).removeprefix('torch.')}"
+    return f"({shapes}) in {'training' if training else 'evaluation'}{autocast}"

@@ -1,0 +1,105 @@
+"""DTensors as the engine hands them out: where a plain DTensor would lose what the caller does to
+it, they carry it out or refuse.
+
+`DTensor.__new__` from a local tensor and a spec, and `_spec`, are private to torch; tested with
+2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from autopar.errors import EngineError
+
+
+class _Handed(DTensor):
+    """A DTensor of a class of its own."""
+
+    @classmethod
+    def of(cls, local: torch.Tensor, spec: Any) -> Any:
+        """A DTensor over a local tensor."""
+        # the wrapper takes over the offset, and one that has one cannot be copied
+        shell = local.new_empty(0) if local.storage_offset() else local
+        x = DTensor.__new__(cls, shell, spec, requires_grad=False)
+        x._local_tensor = local
+        return x
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = twin = type(self).of(self._local_tensor.detach().clone(), self._spec)
+        return twin
+
+
+class ShardedGradient(_Handed):
+    """A gradient whose parts may be changed, on all ranks alike."""
+
+    def __getitem__(self, index: Any) -> Any:
+        whole = self.full_tensor()
+        return _Part.of(whole[_whole(index)], whole, self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        whole = self.full_tensor()
+        whole[_whole(index)] = _whole(value)
+        self.copy_(whole)
+
+    @property
+    def data(self) -> Any:
+        return type(self).of(self._local_tensor.detach(), self._spec)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+
+def _whole(value: Any) -> Any:
+    return pytree.tree_map_only(DTensor, DTensor.full_tensor, value)
+
+
+class _Part(torch.Tensor):
+    """A view of a gathered gradient; what is written to it is written to the shards as well."""
+
+    _gathered: torch.Tensor
+    _gradient: ShardedGradient
+
+    @classmethod
+    def of(cls, x: torch.Tensor, gathered: torch.Tensor, gradient: ShardedGradient) -> Any:
+        if x.untyped_storage()._cdata != gathered.untyped_storage()._cdata:
+            return x  # indexed by tensors: a copy in eager PyTorch too
+        part = x.as_subclass(cls)
+        part._gathered, part._gradient = gathered, gradient
+        return part
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args and isinstance(args[0], cls) else None
+        args, kwargs = pytree.tree_map_only(
+            cls, lambda x: x.as_subclass(torch.Tensor), (args, kwargs or {})
+        )
+        out = func(*args, **kwargs)
+        if first is None:
+            return out
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            first._gradient.copy_(first._gathered)
+        return cls.of(out, first._gathered, first._gradient) if type(out) is torch.Tensor else out
+
+
+class SavedShard(_Handed):
+    """An entry of a state dict. Pickled, it would be one rank's shard under the whole's name."""
+
+    def _refuse(self) -> EngineError:
+        return EngineError(
+            f"this is a shard of a tensor of shape {list(self.shape)}, and saving it would lose "
+            "the other ranks' parts: save with torch.distributed.checkpoint, or get whole tensors "
+            "on all ranks with torch.distributed.checkpoint.state_dict.get_model_state_dict("
+            "engine, options=StateDictOptions(full_state_dict=True))"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self._refuse()
+
+    def untyped_storage(self) -> Any:
+        raise self._refuse()
