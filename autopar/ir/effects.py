@@ -40,13 +40,6 @@ class Held:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
 
-    @staticmethod
-    def of(value: Any) -> tuple[Held, list[torch.Tensor]]:
-        """The value, and its tensors."""
-        leaves, spec = pytree.tree_flatten(value)
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        return Held(spec, tuple(TENSOR if torch.is_tensor(x) else x for x in leaves)), tensors
-
     def take(self, results: Iterator[Any]) -> Any:
         """The value, with the next results."""
         leaves = [next(results) if x is TENSOR else x for x in self.leaves]

@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
-from autopar.ir.effects import DELETED, Assignment, Effects, Held
+from autopar.ir.effects import DELETED, TENSOR, Assignment, Effects, Held
 from autopar.ir.reads import MISSING, AttributeRead, Reads, is_plain, read_attribute, read_modules
 from autopar.tracer.attributes import AttributeRecorder, Container, Owner, contents
 from autopar.tracer.counters import only_counts
@@ -186,20 +186,25 @@ def _held(value: Any, what: str, originals: Originals) -> tuple[Held, list[torch
     Raises:
         CaptureError: an object of it has no original.
     """
-
-    def original(x: Any) -> Any:
-        if isinstance(x, torch.Tensor) or is_plain(x) or isinstance(x, _CONSTANT):
-            return x
+    leaves, spec = pytree.tree_flatten(value)
+    kept: list[Any] = []
+    tensors = []
+    for x in leaves:
         found = originals.get(x)
-        if found is MISSING:
+        if found is not MISSING:
+            kept.append(found)
+        elif isinstance(x, torch.Tensor):
+            kept.append(TENSOR)
+            tensors.append(x)
+        elif is_plain(x) or isinstance(x, _CONSTANT):
+            kept.append(x)
+        else:
             raise CaptureError(
                 f"{what} a {type(x).__name__}, which cannot be carried out of the capture; only "
                 "tensors, numbers, strings, and lists, tuples and dicts of them can. Keep the "
                 "tensors themselves, or assign it outside of the forward"
             )
-        return found
-
-    return Held.of(pytree.tree_map(original, value))
+    return Held(spec, tuple(kept)), tensors
 
 
 def _where(owner: Owner, name: str) -> str:

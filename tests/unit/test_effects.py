@@ -197,6 +197,17 @@ def test_state_between_calls_is_refused_with_its_line():
         ColoTracer().trace(model, (X,))
 
 
+def test_an_object_of_the_model_stays_itself():
+    def last(model, x):
+        model.last, model.current = model.mask, model.state
+        return model.linear(x) * model.mask
+
+    graph, model, _ = pair(last, mask=torch.ones(4, dtype=torch.float64), state=State())
+    graph.bind(model)(X)
+    assert model.block.last is model.block.mask
+    assert model.block.current is model.block.state
+
+
 def test_an_object_that_cannot_be_carried_out_is_refused():
     class Cache:
         def __init__(self, h):
