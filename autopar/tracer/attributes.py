@@ -184,8 +184,8 @@ class AttributeRecorder:
         namespace = getattr(value, "__dict__", None)
         if type(namespace) is not dict or id(namespace) in self._by_namespace:
             return
-        if owner.namespace.get(name) is not value:
-            return  # made by a property
+        if owner.before.get(name) is not value:
+            return  # made by the forward or a property
         try:
             self._patch(cls)
         except TypeError:

@@ -69,7 +69,7 @@ def harmless_side(frame: FrameType | None) -> bool | None:
     """
     if frame is None:
         return None
-    where = position_of(frame.f_code, frame.f_lasti)
+    where = _position(frame.f_code, frame.f_lasti)
     lines = linecache.getlines(frame.f_code.co_filename)
     if where is None or not lines:
         return None
@@ -97,7 +97,7 @@ def harmless_side(frame: FrameType | None) -> bool | None:
 _Position = tuple[int, int]
 
 
-def position_of(code: CodeType, lasti: int) -> _Position | None:
+def _position(code: CodeType, lasti: int) -> _Position | None:
     """Line and column of the expression that an instruction belongs to."""
     position = next(islice(code.co_positions(), lasti // 2, None), None)
     if position is None or position[0] is None or position[2] is None:

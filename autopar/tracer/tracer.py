@@ -266,10 +266,12 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
         resolver.begin(roles)
         now = _named_tensors(clone)
         recorder.substitute({id(t): now[name] for name, t in copies.items()})
-        with resolver, recorder.recording():
-            results = _plain_results(call(*args, **kwargs))
-        carried.append(collect(recorder, hooks, copied.originals))
-        recorder.restore()
+        try:
+            with resolver, recorder.recording():
+                results = _plain_results(call(*args, **kwargs))
+            carried.append(collect(recorder, hooks, copied.originals))
+        finally:
+            recorder.restore()  # the copy may share objects with the model
         for name, b in clone.named_buffers(remove_duplicate=False):
             if shapes.get(name, b.shape) != b.shape:
                 note = "the module keeps its own; the program makes the new one at each step"

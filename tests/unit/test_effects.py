@@ -147,6 +147,11 @@ def counted(model, x):
     return model.linear(x)
 
 
+def counted_in_an_object(model, x):
+    model.state.calls += 1
+    return model.linear(x)
+
+
 def counted_and_used(model, x):
     model.calls += 1
     return model.linear(x) * model.calls
@@ -170,7 +175,34 @@ def test_counters_count_and_make_no_new_program():
         assert model.block.calls == step + 1
 
 
-@pytest.mark.parametrize("function", [counted_and_used, counted_and_branched_on])
+def test_counters_of_objects_count():
+    state = State()
+    state.calls = 0
+    graph, model, alone = pair(counted_in_an_object, state=state)
+    for _ in range(3):
+        assert bind(model, graph.reads)()
+        graph.bind(model)(X)
+        alone(X)
+    assert model.block.state.calls == alone.block.state.calls == 3
+
+
+def counted_by_a_number_that_changes(model, x):
+    model.calls = model.calls + x.shape[0]
+    return model.linear(x)
+
+
+def assigned_from_a_counter(model, x):
+    model.other = model.calls = model.calls + 1
+    return model.linear(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        counted_and_used, counted_and_branched_on, counted_by_a_number_that_changes,
+        assigned_from_a_counter,
+    ],
+)  # fmt: skip
 def test_a_counter_that_is_used_is_a_read(function):
     graph, model, alone = pair(function, calls=0)
     for _ in range(4):
