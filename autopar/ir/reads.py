@@ -162,10 +162,15 @@ class ModuleRead:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a captured program depends on in its model besides tensors that are its arguments."""
+    """What a captured program depends on in its model besides tensors that are its arguments.
+
+    Args:
+        tensors: whose values are constants of the program, wherever the model holds them.
+    """
 
     attributes: tuple[AttributeRead, ...] = ()
     modules: tuple[ModuleRead, ...] = ()
+    tensors: tuple[TensorValue, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,10 @@ def first_change(model: torch.nn.Module, reads: Reads) -> Change | None:
         new_value = read.now(_value(model, read.path, read.name))
         if not _equal(read.value, new_value):
             return Change(str(read), read.value, new_value)
+    for was_tensor in reads.tensors:
+        now = TensorValue.of(was_tensor.tensor)
+        if now != was_tensor:
+            return Change("a tensor that the model holds", was_tensor, now)
     return None
 
 
@@ -301,6 +310,7 @@ class _Prepared:
             for name, namespaces in owned.items()
         ]
         self._of_classes = [(cls, name, value) for (cls, name), value in of_classes.items()]
+        self._tensors += [t.tensor for t in reads.tensors if not t.tensor.is_inference()]
         self._lengths = list(map(len, self._containers))
         self._expected_items = list(chain.from_iterable(self._containers))
         self._versions = list(map(_VERSION, self._tensors))

@@ -15,14 +15,14 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from types import CodeType
 from typing import Any
 
 import torch
 
 from autopar.ir.reads import MISSING
-from autopar.tracer.source import SourceLine, current_line
+from autopar.tracer.source import SourceLine, current_line, is_users
 
 # What every module has, except for `training`.
 _STANDARD = frozenset(vars(torch.nn.Module())) - {"training"} | frozenset(vars(torch.nn.Module))
@@ -204,6 +204,8 @@ class AttributeRecorder:
 
         def __getattribute__(obj: Any, name: str) -> Any:
             if name in _STANDARD:  # most are, and this is called often
+                if name == "__dict__" and _of_user(sys._getframe(1).f_code.co_filename):
+                    self._all_read(find(id(plain_get(obj, "__dict__"))))
                 return get(obj, name)
             try:
                 value = get(obj, name)
@@ -251,10 +253,18 @@ class AttributeRecorder:
         if hasattr(value, "__dict__"):
             self._watch_object(owner, name, value)
 
+    def _all_read(self, owner: Owner | None) -> None:
+        """The user's code asked for all attributes at once: `vars(self)`."""
+        if owner is not None and self._active:
+            owner.read |= {(n, self.hook) for n in owner.namespace if owner.records(n)}
+
     def _missing(self, owner: Owner, name: str) -> None:
         registries = map(owner.namespace.get, ("_parameters", "_buffers", "_modules"))
         if not name.startswith("__") and not any(r and name in r for r in registries):
             self._read(owner, name, MISSING)
+
+
+_of_user = lru_cache(is_users)
 
 
 def _of_class(cls: type, name: str) -> Any:

@@ -7,16 +7,25 @@ neither tensor nor plain value, cannot be carried out.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.ir.effects import DELETED, TENSOR, Assignment, Effects, Held
-from autopar.ir.reads import MISSING, AttributeRead, Reads, is_plain, read_attribute, read_modules
+from autopar.ir.reads import (
+    MISSING,
+    AttributeRead,
+    Reads,
+    TensorValue,
+    is_plain,
+    read_attribute,
+    read_modules,
+)
 from autopar.tracer.attributes import AttributeRecorder, Container, Owner, contents
 from autopar.tracer.counters import only_counts
 from autopar.tracer.hooks import ObservedHooks
@@ -57,15 +66,22 @@ class Carried:
         self.tensors += held[1]
         return held[0]
 
-    def reads_of(self, model: torch.nn.Module) -> Reads:
-        """What the program depends on, as the user's model has it."""
+    def reads_of(
+        self, model: torch.nn.Module, originals: Originals, constants: Mapping[str, torch.Tensor]
+    ) -> Reads:
+        """What the program depends on, as the user's model has it.
+
+        Args:
+            constants: of the graph.
+        """
         registered = {id(t) for t in (*model.parameters(), *model.buffers())}
         attributes: list[AttributeRead] = []
         for path, name in self.reads:
             compared = self.compared.get((path, name), "value")
             if compared is not None:
                 attributes.append(read_attribute(model, path, name, compared, registered))
-        return Reads(tuple(attributes), read_modules(model))
+        tensors = tuple(map(TensorValue.of, originals.of_storages(constants.values())))
+        return Reads(tuple(attributes), read_modules(model), tensors)
 
 
 class Originals:
@@ -74,10 +90,18 @@ class Originals:
     def __init__(self, memo: Mapping[int, Any]) -> None:
         known = [x for x in memo.get(id(memo), []) if id(x) in memo]
         self._found = {id(memo[id(x)]): x for x in known}
+        # parameters and buffers are fake in the copy, and arguments of the program
+        pairs = ((memo[id(x)], x) for x in known if isinstance(x, torch.Tensor))
+        self._tensors = [(c, x) for c, x in pairs if not isinstance(c, FakeTensor)]
 
     def get(self, copied: Any) -> Any:
         """The original; `MISSING` for what is no copy."""
         return self._found.get(id(copied), MISSING)
+
+    def of_storages(self, copies: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """The originals whose copies share memory with some of these."""
+        used = _memory(copies)
+        return [original for copied, original in self._tensors if _memory([copied]) & used]
 
 
 def collect(recorder: AttributeRecorder, hooks: ObservedHooks, originals: Originals) -> Carried:
@@ -122,15 +146,15 @@ def check_state(
     Raises:
         CaptureError: the graph uses one of them.
     """
-    used = {t.untyped_storage().data_ptr() for t in constants.values()}
+    used = _memory(constants.values())
     for k in kept:
-        if any(t.untyped_storage().data_ptr() in used for t in k.tensors):
+        if _memory(k.tensors) & used:
             raise CaptureError(
                 f"the forward uses {k.where}, a tensor that an earlier call left there, and "
                 f"replaces it{k.source}. State that goes from call to call must be a buffer "
                 "(self.register_buffer), or an argument and a result of the forward"
             )
-    if any(t.untyped_storage().data_ptr() in used for t in histories):
+    if _memory(histories) & used:
         raise CaptureError(
             "the forward uses a tensor with a gradient history that the model or one of its hooks "
             "holds; its gradient would be lost. Pass it as an argument, or detach it"
@@ -199,12 +223,20 @@ def _held(value: Any, what: str, originals: Originals) -> tuple[Held, list[torch
         elif is_plain(x) or isinstance(x, _CONSTANT):
             kept.append(x)
         else:
+            number = isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool)
+            kind = "number that is the value of a tensor (.item())" if number else type(x).__name__
             raise CaptureError(
-                f"{what} a {type(x).__name__}, which cannot be carried out of the capture; only "
+                f"{what} a {kind}, which cannot be carried out of the capture; only "
                 "tensors, numbers, strings, and lists, tuples and dicts of them can. Keep the "
-                "tensors themselves, or assign it outside of the forward"
+                "tensors themselves (detached for .item()), or assign it outside of the forward"
             )
     return Held(spec, tuple(kept)), tensors
+
+
+def _memory(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Addresses of the memory of tensors; fake, meta, sparse and empty ones have none."""
+    stored = (t for t in tensors if not isinstance(t, FakeTensor) and torch._C._has_storage(t))
+    return {t.untyped_storage().data_ptr() for t in stored} - {0}
 
 
 def _where(owner: Owner, name: str) -> str:

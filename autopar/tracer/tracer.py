@@ -152,7 +152,11 @@ class ColoTracer:
         graph = model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
         effects = carried[-1]
         check_state(effects.kept, copied.histories, graph.constants)
-        return dataclasses.replace(graph, reads=effects.reads_of(model), effects=effects.effects)
+        return dataclasses.replace(
+            graph,
+            reads=effects.reads_of(model, copied.originals, graph.constants),
+            effects=effects.effects,
+        )
 
     def _dynamic_shapes(self, example: Any) -> Any:
         """Symbolic dims of every input; None if none is."""

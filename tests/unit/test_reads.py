@@ -88,6 +88,44 @@ def test_a_change_of_what_was_read_is_noticed(traced, kind):
     assert first_change(model, graph.reads) is not None
 
 
+def test_reads_by_the_namespace_are_noticed():
+    class ByVars(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.k = 2.0
+
+        def forward(self, x):
+            return (x * vars(self)["k"]).sum()
+
+    model = ByVars()
+    holds = bind(model, ColoTracer().trace(model, (X,)).reads)
+    assert holds()
+    model.k = 3.0
+    assert not holds()
+
+
+def test_tensors_that_are_hidden_from_the_model_are_noticed():
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.hidden = nn.Linear(4, 4).double(), [nn.Linear(4, 4).double()]
+
+        def forward(self, x):
+            with torch.no_grad():
+                target = self.hidden[0](x)
+            return (self.linear(x) - target).pow(2).sum()
+
+    model = Teacher()
+    graph = ColoTracer().trace(model, (X,))
+    holds = bind(model, graph.reads)
+    assert holds()
+    with torch.no_grad():
+        model.hidden[0].weight.mul_(2)
+    assert not holds()
+    assert "a tensor that the model holds" in str(first_change(model, graph.reads))
+    assert torch.equal(ColoTracer().trace(model, (X,)).bind(model)(X), model(X))
+
+
 def test_what_was_not_read_may_change(traced):
     model, graph = traced
     holds = bind(model, graph.reads)
