@@ -2,16 +2,14 @@
 
 A number that the loop anneals, a flag, `training`, a mask that is a plain attribute, the modules
 and their hooks are constants of the captured program. The program serves a model as long as all of
-them are as they were. `bind` prepares the comparison for one model: reads of attributes are lists
-of dictionaries and keys, compared by identity in C. Equal numbers that are other objects take the
-slow path once.
+them are as they were (`bound_reads.py` checks that).
 """
 
 from __future__ import annotations
 
 import operator
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal
@@ -22,9 +20,8 @@ _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size,
     torch.layout, torch.memory_format,
 )  # fmt: skip
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_VERSION, _IS = operator.attrgetter("_version"), operator.is_
 
 
 class _Missing:
@@ -223,7 +220,7 @@ def read_attribute(
         registered: identities of parameters and buffers.
     """
     read = AttributeRead(path, name, None, compared)
-    return replace(read, value=read.now(_value(model, path, name), registered))
+    return replace(read, value=read.now(value_of(model, path, name), registered))
 
 
 def first_change(model: torch.nn.Module, reads: Reads) -> Change | None:
@@ -243,8 +240,8 @@ def first_change(model: torch.nn.Module, reads: Reads) -> Change | None:
             if not _same(old_hooks, new_hooks):
                 return Change(f"{kind} of {where}", list(old_hooks), list(new_hooks))
     for read in reads.attributes:
-        new_value = read.now(_value(model, read.path, read.name))
-        if not _equal(read.value, new_value):
+        new_value = read.now(value_of(model, read.path, read.name))
+        if not equal(read.value, new_value):
             return Change(str(read), read.value, new_value)
     for was_tensor in reads.tensors:
         now = TensorValue.of(was_tensor.tensor)
@@ -253,125 +250,15 @@ def first_change(model: torch.nn.Module, reads: Reads) -> Change | None:
     return None
 
 
-def bind(model: torch.nn.Module, reads: Reads) -> Callable[[], bool]:
-    """Whether all reads would give the same on a model; quick to call.
-
-    The model's modules are found once. A model whose modules were replaced since fails the check.
-    """
-    prepared: list[_Prepared] = []
-
-    def holds() -> bool:
-        if prepared and prepared[0].modules_are_same():
-            if prepared[0].are_same():
-                return True
-            if not prepared[0].may_be_equal():
-                return False
-        if first_change(model, reads) is not None:
-            return False
-        prepared[:] = [_Prepared(model, reads)]
-        return True
-
-    return holds
-
-
-class _Prepared:
-    """Lists that compare in C, for a model in which all reads are as they were."""
-
-    def __init__(self, model: torch.nn.Module, reads: Reads) -> None:
-        modules = [m.module for m in reads.modules]
-        hooks = [getattr(m, kind) for m in modules for kind in _HOOKS]
-        registries = [*(m._modules for m in modules), *hooks]
-        # most are empty, which costs least to see
-        self._empty = [d for d in registries if not d]
-        self._registries = [d.values() for d in registries if d]
-        self._registered = tuple(chain.from_iterable(self._registries))
-
-        owned: dict[str, list[dict[str, Any]]] = {}
-        self._absent: list[tuple[dict[str, Any], str]] = []
-        of_classes: dict[tuple[type, str], Any] = {}
-        self._replaced: list[tuple[dict[str, Any], str, AttributeRead]] = []
-        self._containers: list[Any] = []
-        self._tensors: list[torch.Tensor] = []
-        for read in reads.attributes:
-            owner, name = _owner(model, read.path, read.name)
-            namespace = vars(owner)
-            if read.compared != "value":
-                self._replaced.append((namespace, name, read))
-                continue
-            self._watch(read.value, read.now(_value(model, read.path, read.name)))
-            if name in namespace:
-                owned.setdefault(name, []).append(namespace)
-                continue
-            self._absent.append((namespace, name))
-            of_classes[type(owner), name] = getattr(type(owner), name, MISSING)
-        # by name: one getter for all owners is quicker than one for all names of an owner
-        self._owned = [
-            (operator.itemgetter(name), namespaces, [n[name] for n in namespaces])
-            for name, namespaces in owned.items()
-        ]
-        self._of_classes = [(cls, name, value) for (cls, name), value in of_classes.items()]
-        self._tensors += [t.tensor for t in reads.tensors if not t.tensor.is_inference()]
-        self._lengths = list(map(len, self._containers))
-        self._expected_items = list(chain.from_iterable(self._containers))
-        self._versions = list(map(_VERSION, self._tensors))
-
-    def _watch(self, read: Any, now: Any) -> None:
-        """Compare the versions of tensors and the items of containers, too."""
-        if isinstance(read, TensorValue):
-            if read.version is not None and not read.tensor.is_inference():
-                self._tensors.append(read.tensor)
-        elif isinstance(read, Contents):
-            container = now.container
-            if isinstance(container, dict):
-                self._containers += [container, container.values()]
-            else:
-                self._containers.append(container)
-            for inner, inner_now in zip(read.items, now.items, strict=True):
-                self._watch(inner, inner_now)
-
-    def modules_are_same(self) -> bool:
-        """Whether no module and no hook was replaced, added or removed."""
-        return (
-            not any(self._empty)
-            and tuple(chain.from_iterable(self._registries)) == self._registered
-        )
-
-    def are_same(self) -> bool:
-        """Whether all values are the same objects, unchanged."""
-        try:
-            return (
-                all(all(map(_IS, map(get, owners), old)) for get, owners, old in self._owned)
-                and list(map(_VERSION, self._tensors)) == self._versions
-                and list(map(len, self._containers)) == self._lengths
-                and all(map(_IS, chain.from_iterable(self._containers), self._expected_items))
-                and not any(name in namespace for namespace, name in self._absent)
-                and all(getattr(c, n, MISSING) is v for c, n, v in self._of_classes)
-                and all(_equal(r.value, r.now(d[name])) for d, name, r in self._replaced)
-            )
-        except KeyError:
-            return False
-
-    def may_be_equal(self) -> bool:
-        """False if an attribute has another value; True asks for a comparison of all."""
-        for get, owners, expected in self._owned:
-            try:
-                pairs = zip(map(get, owners), expected, strict=True)
-                if any(n is not o and is_plain(o) and not _equal(o, n) for n, o in pairs):
-                    return False
-            except KeyError:
-                return False
-        return True
-
-
 def _hooks(module: torch.nn.Module) -> tuple[tuple[str, tuple[Any, ...]], ...]:
-    return tuple((kind, tuple(getattr(module, kind).values())) for kind in _HOOKS)
+    return tuple((kind, tuple(getattr(module, kind).values())) for kind in HOOKS)
 
 
 def _items(container: Any) -> Iterable[Any]:
     return chain(container, container.values()) if isinstance(container, dict) else container
 
 
-def _owner(model: torch.nn.Module, path: str, name: str) -> tuple[Any, str]:
+def owner_of(model: torch.nn.Module, path: str, name: str) -> tuple[Any, str]:
     """The object that holds an attribute, and its name there."""
     owner: Any = model.get_submodule(path)
     *through, last = name.split(".")
@@ -380,9 +267,9 @@ def _owner(model: torch.nn.Module, path: str, name: str) -> tuple[Any, str]:
     return owner, last
 
 
-def _value(model: torch.nn.Module, path: str, name: str) -> Any:
+def value_of(model: torch.nn.Module, path: str, name: str) -> Any:
     try:
-        owner, last = _owner(model, path, name)
+        owner, last = owner_of(model, path, name)
     except (AttributeError, KeyError, TypeError):
         return MISSING
     namespace = vars(owner)
@@ -400,7 +287,7 @@ def _same_items(now: Iterable[tuple[str, Any]], was: Sequence[tuple[str, Any]]) 
     )
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Whether value `b` is as `a` was; numbers of other types differ, and NaN equals itself."""
     if a is b:
         return True
@@ -414,10 +301,10 @@ def _equal(a: Any, b: Any) -> bool:
         return (
             type(a.container) is type(b.container)
             and len(a.items) == len(b.items)
-            and all(map(_equal, a.items, b.items))
+            and all(map(equal, a.items, b.items))
         )
     if type(a) is tuple:
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(map(equal, a, b))
     if isinstance(a, float):
         return str(a) == str(b)
     return is_plain(a) and bool(a == b)

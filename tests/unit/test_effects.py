@@ -8,7 +8,7 @@ from torch import nn
 
 from autopar import ColoTracer
 from autopar.errors import CaptureError
-from autopar.ir.reads import bind
+from autopar.ir.bound_reads import bind
 
 X = torch.arange(12, dtype=torch.float64).reshape(3, 4) / 7
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from autopar import ColoTracer
-from autopar.ir.reads import MISSING, bind, first_change
+from autopar.ir.bound_reads import bind
+from autopar.ir.reads import MISSING, first_change
 
 X = torch.arange(12, dtype=torch.float64).reshape(3, 4) / 7
 
