@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from autopar.comm import world
-from autopar.errors import EngineError
+from autopar.errors import EngineError, MeshError
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Agreement:
             tensors: the inputs.
 
         Raises:
+            MeshError: local batches differ in shape.
             EngineError: a rank does not come, calls with other shapes or modes, or passes another
                 batch where the same is expected.
         """
@@ -85,12 +86,18 @@ class Agreement:
             time.sleep(min(0.05, 0.0005 + waited / 20))
         for r in others:
             theirs = store.get(f"{place}/{r}").decode()
-            if theirs != described:
+            if theirs == described:
+                continue
+            differ = f"rank {rank} calls the model with {described}, rank {r} with {theirs}"
+            if self._same_batches:
                 raise EngineError(
-                    f"rank {rank} calls the model with {described}, and rank {r} with {theirs}; "
-                    "every rank must make the same calls. Pass the same global batch on all ranks, "
-                    "or batch='local' to auto_engine and batches of equal shapes (drop_last=True)"
+                    f"{differ}; every rank must pass the same global batch, or with batch='local' "
+                    "to auto_engine its own samples"
                 )
+            raise MeshError(
+                f"local batches must have equal shapes on all ranks: {differ}; drop the last "
+                "incomplete batch (drop_last=True) or pass global batches"
+            )
 
     def _check_batches(self, tensors: Sequence[torch.Tensor]) -> None:
         digest = hashlib.blake2b(digest_size=8)

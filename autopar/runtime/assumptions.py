@@ -1,7 +1,7 @@
 """What a program takes for granted about the model, checked at every call.
 
-Structure (which module holds which parameter), `requires_grad` and dtypes of parameters, and modes
-are compared by C loops over prepared lists.
+Modes and `requires_grad` are compared by C loops over prepared lists. Modules and parameters that
+are replaced are told by torch's registration hooks, and looked for only then.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from autopar.ir.graph import ModelGraph
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 _requires_grad = operator.attrgetter("requires_grad")
-_dtype = operator.attrgetter("dtype")
 _training = operator.itemgetter("training")
 
 
@@ -29,56 +30,61 @@ def precision_modes(device_type: str) -> tuple[Any, ...]:
     )
 
 
-class _Entries:
-    """The entries of a table, equal to a table that holds the same objects."""
+class _Registrations:
+    """Counts the modules and parameters that any module takes in."""
 
-    __slots__ = ("held", "ids")
+    def __init__(self) -> None:
+        self.count = 0
 
-    def __init__(self, table: dict[str, Any]) -> None:
-        self.held = list(table.values())  # alive, so that ids stay theirs
-        self.ids = list(map(id, self.held))
-
-    def __eq__(self, table: object) -> bool:
-        return list(map(id, table.values())) == self.ids  # type: ignore[attr-defined]
+    def __call__(self, *_: Any) -> None:
+        self.count += 1
 
 
-@dataclass(frozen=True)
+_registrations = _Registrations()
+register_module_module_registration_hook(_registrations)
+register_module_parameter_registration_hook(_registrations)
+
+
+@dataclass
 class Assumptions:
     """The state of a model when its step was compiled.
 
     Args:
         tables: of every module, its submodules and its parameters by name.
-        entries: what those tables held.
+        entries: the objects that those tables held.
+        size: how many they held.
         attributes: every module's `__dict__`.
         training: their modes.
         parameters: each once.
         requires_grad: of the parameters.
-        dtypes: of the parameters.
+        seen: registrations when the tables were last compared.
     """
 
     tables: Sequence[dict[str, Any]]
-    entries: Sequence[_Entries]
+    entries: Sequence[list[Any]]
+    size: int
     attributes: Sequence[dict[str, Any]]
     training: Sequence[bool]
     parameters: Sequence[torch.Tensor]
     requires_grad: Sequence[bool]
-    dtypes: Sequence[torch.dtype]
+    seen: int
 
     @staticmethod
-    def of(model: torch.nn.Module, graph: ModelGraph) -> Assumptions:
+    def of(model: torch.nn.Module) -> Assumptions:
         """What holds now."""
         modules = list(model.modules())
-        tables = [t for m in modules for t in (m._modules, m._parameters) if t]
+        tables = [t for m in modules for t in (m._modules, m._parameters)]
         attributes = [m.__dict__ for m in modules]
         parameters = list(model.parameters())
         return Assumptions(
             tables,
-            [_Entries(t) for t in tables],
+            [list(t.values()) for t in tables],
+            sum(map(len, tables)),
             attributes,
             list(map(_training, attributes)),
             parameters,
             list(map(_requires_grad, parameters)),
-            list(map(_dtype, parameters)),
+            _registrations.count,
         )
 
     def changed(self) -> str | None:
@@ -87,8 +93,12 @@ class Assumptions:
             return "modules of the model changed between train() and eval()"
         if list(map(_requires_grad, self.parameters)) != self.requires_grad:
             return "parameters were frozen or unfrozen (requires_grad)"
-        if list(map(_dtype, self.parameters)) != self.dtypes:
-            return "parameters have another dtype"
-        if not all(map(operator.eq, self.entries, self.tables)):
-            return "a module or a parameter of the model was replaced"
+        if _registrations.count != self.seen or sum(map(len, self.tables)) != self.size:
+            if not all(map(_same, self.tables, self.entries)):
+                return "a module or a parameter of the model was replaced"
+            self.seen = _registrations.count
         return None
+
+
+def _same(table: dict[str, Any], entries: list[Any]) -> bool:
+    return list(map(id, table.values())) == list(map(id, entries))

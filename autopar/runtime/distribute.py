@@ -48,38 +48,76 @@ def current(p: torch.Tensor) -> torch.Tensor:
     return p.__dict__["_autopar_parameter"] if isinstance(p, MovedParameter) else p
 
 
+# An object that the caller holds, and the DTensor in its place.
+Moved = tuple[torch.nn.Parameter, torch.nn.Parameter]
+
+
 def adopt(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, mesh: DeviceMesh
-) -> None:
+) -> list[Moved]:
     """Make a model's plain parameters replicated DTensors, also those in the optimizer.
+
+    Returns:
+        what changed, for `restore`.
 
     Raises:
         EngineError: a parameter has no values yet.
     """
     new: dict[int, Any] = {}
+    moved: list[Moved] = []
     for name, p in model.named_parameters():
         if p.is_meta or isinstance(p, UninitializedParameter):
             raise EngineError(_no_values(name, p))
-        if isinstance(p, MovedParameter):
+        if isinstance(p, MovedParameter):  # put back into the model by the caller
             new[id(p)] = current(p)
         elif not isinstance(p, DTensor):
-            new[id(p)] = torch.nn.Parameter(
-                _replicated(p.detach(), mesh), requires_grad=p.requires_grad
-            )
-    old: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) in new}
+            new[id(p)] = _dtensor_for(p, mesh)
+            moved.append((p, new[id(p)]))
+    _exchange(model, optimizer, new)
+    for old, dtensor in moved:
+        _move(old, dtensor, mesh)
+    return moved
+
+
+def restore(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, moved: Sequence[Moved]
+) -> None:
+    """Undo `adopt`, if no layout was put in force since."""
+    _exchange(model, optimizer, {id(new): old for old, new in moved})
+    for old, new in moved:
+        if isinstance(old, MovedParameter):
+            old.__class__ = torch.nn.Parameter  # type: ignore[assignment]
+            old.data = new._local_tensor.detach()  # type: ignore[attr-defined]
+        _hand_over(new, old)
+        if new.grad is not None:
+            old.grad, new.grad = new.grad.to_local(), None  # type: ignore[attr-defined]
+
+
+def _exchange(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, new: Mapping[int, Any]
+) -> None:
+    """Put parameters, by the ids of those before, into the model and the optimizer."""
     for module in model.modules():
         for name, held in module._parameters.items():
             if held is not None and id(held) in new:
                 module._parameters[name] = new[id(held)]
-    if optimizer is not None:
-        for group in optimizer.param_groups:
-            group["params"] = [new.get(id(p), current(p)) for p in group["params"]]
-        state: dict[Any, Any] = optimizer.state
-        for trained in [p for p in state if id(p) in new]:
-            state[new[id(trained)]] = state.pop(trained)
-    for key, moved in old.items():
-        if not isinstance(moved, MovedParameter):
-            _move(moved, new[key], mesh)
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [new.get(id(p), current(p)) for p in group["params"]]
+    state: dict[Any, Any] = optimizer.state
+    for trained in [p for p in state if id(p) in new]:
+        state[new[id(trained)]] = state.pop(trained)
+
+
+def _dtensor_for(p: torch.nn.Parameter, mesh: DeviceMesh) -> torch.nn.Parameter:
+    """The DTensor in the place of a parameter; the same one again after `restore`."""
+    values = _replicated(p.detach(), mesh)
+    known = p.__dict__.pop("_autopar_parameter", None)
+    if known is None:
+        return torch.nn.Parameter(values, requires_grad=p.requires_grad)
+    _lay_out(known, values, None)
+    return known.requires_grad_(p.requires_grad)
 
 
 def _no_values(name: str, p: torch.Tensor) -> str:
@@ -102,23 +140,26 @@ def _replicated(x: torch.Tensor, mesh: DeviceMesh) -> DTensor:
 
 @torch.no_grad()
 def _move(old: torch.nn.Parameter, new: torch.nn.Parameter, mesh: DeviceMesh) -> None:
-    """Let an object stand for the parameter in its place, which takes over its gradient, hooks and
-    attributes."""
+    """Let an object stand for the parameter in its place."""
     if old.grad is not None:
-        new.grad = _replicated(old.grad, mesh)
+        new.grad, old.grad = _replicated(old.grad, mesh), None
+    _hand_over(old, new)
+    if type(old) is torch.nn.Parameter:  # others have a layout of their own
+        old.requires_grad_(False)
+        old.data = torch.empty(0, dtype=old.dtype)
+        old._autopar_parameter = new  # type: ignore[attr-defined]
+        old.__class__ = MovedParameter
+
+
+def _hand_over(old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
+    """Let a parameter take over another one's flag, hooks and attributes."""
+    new.requires_grad_(old.requires_grad)
     new.__dict__.update(old.__dict__)
     if old._backward_hooks:
         new._backward_hooks = old._backward_hooks
     hooks = getattr(old, "_post_accumulate_grad_hooks", None)
     if hooks:
         new._post_accumulate_grad_hooks = hooks
-    if type(old) is not torch.nn.Parameter:
-        return  # of a class with a layout of its own
-    old.grad = None
-    old.requires_grad_(False)
-    old.data = torch.empty(0, dtype=old.dtype)
-    old._autopar_parameter = new  # type: ignore[attr-defined]
-    old.__class__ = MovedParameter
 
 
 def shard_of(

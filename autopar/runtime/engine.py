@@ -26,7 +26,7 @@ from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
 from autopar.runtime.distribute import check_optimizer
-from autopar.runtime.step_runner import EngineOptions, StepRunner
+from autopar.runtime.step_runner import BoundStep, EngineOptions, StepRunner
 from autopar.schedule.budget import MemoryPlan
 
 
@@ -159,7 +159,7 @@ class Engine(torch.nn.Module):
         Raises:
             EngineError: no batch was seen yet.
         """
-        steps = self._runner.steps
+        steps = self.steps
         if not steps:
             raise EngineError(
                 "no plan yet: it is made at the first batch, or pass example_inputs= to auto_engine"
@@ -170,8 +170,17 @@ class Engine(torch.nn.Module):
     def memory_plan(self) -> MemoryPlan | None:
         """What the step that was compiled last keeps, recomputes and offloads; None without a
         budget."""
-        steps = self._runner.steps
+        steps = self.steps
         return steps[-1].compiled.memory if steps else None
+
+    @property
+    def steps(self) -> list[BoundStep]:
+        """The steps compiled so far, in their order."""
+        return self._runner.steps
+
+    @property
+    def _programs(self) -> list[BoundStep]:
+        return self.steps  # under the name that scripts have counted captures by
 
     def plan_for(self, *args: Any, **kwargs: Any) -> None:
         """Plan and distribute for inputs of these shapes, without running them."""

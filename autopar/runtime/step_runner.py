@@ -23,6 +23,7 @@ from autopar.comm.offloaded_parameters import offloadable, reload_all
 from autopar.comm.ranks import WorldRanks
 from autopar.compile import autoplan, compile_step, plan_step
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
+from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
 from autopar.passes.apply_sharding import LocalProgram
@@ -33,11 +34,12 @@ from autopar.runtime.agreement import Agreement
 from autopar.runtime.assumptions import Assumptions, precision_modes
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.buffers import copies_of, copy_all
-from autopar.runtime.distribute import adopt, distribute, shards, stored_specs
+from autopar.runtime.distribute import adopt, distribute, restore, shards, stored_specs
 from autopar.runtime.program import bind
 from autopar.runtime.sharded_values import SavedShard
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_on_shards import StepOnShards
+from autopar.runtime.varying_numbers import VaryingNumbers
 from autopar.runtime.whole_parameters import whole_parameters
 from autopar.tracer import ColoTracer
 
@@ -122,8 +124,9 @@ class StepRunner:
             ranks,
         )
         self._seed = int(ranks.from_rank_zero(lambda: torch.initial_seed() % 2**62))
+        self._numbers = VaryingNumbers()
         self._agreement = Agreement(same_batches=options.batch == "global")
-        adopt(model, optimizer, self._mesh)
+        self._moved = adopt(model, optimizer, self._mesh)
         if options.batch == "global":  # what the caller computes with parameters is replicated
             world.replicate_plain_tensors()
 
@@ -163,7 +166,7 @@ class StepRunner:
         if self._whole and not trains:
             return self.model(*args, **kwargs)
         with world.explained_failures():
-            step = self.step_for(args, kwargs)
+            step, args, kwargs = self._with_numbers(args, kwargs)
         graph, program = step.compiled.graph, step.compiled.local
         if step.offloads_state and trains and self._offloaded_state is not None:
             self._offloaded_state.leave()
@@ -217,6 +220,18 @@ class StepRunner:
             torch.manual_seed((self._seed + self._draws) % 2**62)
             yield
 
+    def _with_numbers(self, args: Any, kwargs: Any) -> tuple[BoundStep, Any, Any]:
+        """The step of a call, and its arguments with tensors for numbers that vary."""
+        lifted_args, lifted_kwargs = self._numbers.lift(self.model, args, kwargs)
+        if lifted_args is not args:
+            try:
+                step = self.step_for(lifted_args, lifted_kwargs)
+                return step, lifted_args, lifted_kwargs
+            except CaptureError as error:
+                log.info("a number stays a constant of the program: %s", error)
+                self._numbers.keep_constant(args, kwargs)
+        return self.step_for(args, kwargs), args, kwargs
+
     # -- compiling ------------------------------------------------------------------------------
 
     def step_for(self, args: Any, kwargs: Any) -> BoundStep:
@@ -241,11 +256,24 @@ class StepRunner:
                 "capture costs seconds.", _reason(failed), len(steps),
             )  # fmt: skip
         # whatever mode the caller is in, the step is that of training
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), self._untouched_if_it_fails():
             steps.append(self._compile(args, kwargs))
         if steps[-1].offloads_parameters:
             self._reload_parameters()
         return steps[-1]
+
+    @contextmanager
+    def _untouched_if_it_fails(self) -> Iterator[None]:
+        """Adopt the model's parameters; give them back if its first step cannot be compiled."""
+        self._moved += adopt(self.model, self._optimizer, self._mesh)  # of replaced modules too
+        try:
+            yield
+        except BaseException:
+            if not self._laid_out:
+                restore(self.model, self._optimizer, self._moved)
+                self._moved = []
+            raise
+        self._moved = []
 
     def _key(self, args: Any, kwargs: Any) -> Any:
         leaves, spec = _leaves(args, kwargs)
@@ -274,7 +302,6 @@ class StepRunner:
 
     def _compile(self, args: Any, kwargs: Any) -> BoundStep:
         options = self._options
-        adopt(self.model, self._optimizer, self._mesh)  # what replaced modules bring
         layout = BatchLayout.of(options.batch, options.step.cluster, (args, kwargs))
         graph = self._place.ranks.together(
             lambda: ColoTracer(self._device.type).trace(
@@ -309,7 +336,7 @@ class StepRunner:
         )
         train = _eager(compiled.local) if compiled.lowered is None else bind(compiled.lowered)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
-        assumptions = Assumptions.of(self.model, graph)
+        assumptions = Assumptions.of(self.model)
         return BoundStep(len(self.steps), compiled, train, layout, parameters, assumptions)
 
     def _differentiated(self, graph: ModelGraph, args: Any, kwargs: Any) -> frozenset[str]:

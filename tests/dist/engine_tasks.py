@@ -248,7 +248,7 @@ def branches(mesh: str, how: str) -> dict[str, Any]:
         worst = max(worst, abs(loss.item() - expected.item()))
         for p, q in zip(engine.parameters(), alone.parameters(), strict=True):
             worst = max(worst, (p.grad.full_tensor() - q.grad).abs().max().item())
-        seen.append(sum(map(len, engine._programs.values())))
+        seen.append(len(engine.steps))
     return {"error": worst, "captures": seen}
 
 
@@ -312,7 +312,7 @@ def recomputed(
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     found, engine, _, measured = train(most.item(), whole.plan)
     planned = engine.memory_plan
-    ((step,),) = engine._programs.values()
+    (step,) = engine.steps
     lowered, events = step.compiled.lowered, planned.timeline.events
     graphs = lowered.forward, lowered.backward
     scheduled = events[: planned.timeline.forward], events[planned.timeline.forward :]
