@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from autopar.ir.effects import Assignment, Effects
 from autopar.ir.guards import Guard
 from autopar.ir.randomness import draws
+from autopar.ir.reads import Reads
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class ModelGraph:
     """One training graph of a model, as the author wrote it (linear, layer_norm, ...).
 
     Placeholders come in the order parameters, buffers, inputs; outputs in the order mutated
-    buffers, results. Node `meta["val"]` holds fake tensors of global shape.
+    buffers, results, tensors of `effects`. Node `meta["val"]` holds fake tensors of global shape.
 
     Args:
         gm: the graph.
@@ -54,6 +56,8 @@ class ModelGraph:
         guards: assumptions about values.
         updates: pointwise changes of parameters (clamped weights), by qualified name, that the
             forward makes before it uses them; made in place before each run.
+        reads: what the program depends on in its model besides tensors that are its arguments.
+        effects: attributes that each run assigns, and hooks that it calls.
     """
 
     gm: fx.GraphModule
@@ -67,6 +71,8 @@ class ModelGraph:
     aliases: Mapping[str, str] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     updates: Mapping[str, fx.GraphModule] = field(default_factory=dict)
+    reads: Reads = field(default_factory=Reads)
+    effects: Effects = field(default_factory=Effects)
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -117,8 +123,23 @@ class ModelGraph:
         """Whether some operator draws random numbers."""
         return any(draws(node) for node in self.nodes)
 
+    @property
+    def assigned(self) -> tuple[Assignment, ...]:
+        """Attributes of modules that each run assigns."""
+        return self.effects.assigned
+
     def info(self, node: fx.Node) -> NodeInfo:
         return node.meta["autopar"]
+
+    def carry_out(self, model: torch.nn.Module, results: Sequence[Any]) -> Any:
+        """The user's results, after the effects of a run on the user's model.
+
+        Args:
+            results: of the program, after the mutated buffers.
+        """
+        count = self.out_spec.num_leaves
+        self.effects.carry_out(model, results[count:])
+        return pytree.tree_unflatten(list(results[:count]), self.out_spec)
 
     def bind(self, model: torch.nn.Module) -> Callable[..., Any]:
         """The captured program bound to a model's tensors, with the model's call signature.
@@ -142,7 +163,7 @@ class ModelGraph:
             with torch.no_grad():
                 for name, value in zip(self.mutations, results, strict=False):
                     buffers[name].copy_(value)
-            return pytree.tree_unflatten(results[len(self.mutations) :], self.out_spec)
+            return self.carry_out(model, results[len(self.mutations) :])
 
         return run
 

@@ -24,8 +24,10 @@ from autopar.comm.ranks import WorldRanks
 from autopar.compile import autoplan, compile_step, plan_step
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
 from autopar.errors import CaptureError
+from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
+from autopar.ir.reads import first_change
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram
 from autopar.plan import ShardingPlan
@@ -73,6 +75,7 @@ class BoundStep:
         layout: of its batches.
         parameters: in the order of the program, as their modules hold them.
         assumptions: about the model, under which it may run.
+        reads_hold: whether what the forward read of the model is as it was.
     """
 
     number: int
@@ -81,6 +84,7 @@ class BoundStep:
     layout: BatchLayout
     parameters: Sequence[tuple[torch.nn.Module, str]]
     assumptions: Assumptions
+    reads_hold: Callable[[], bool]
 
     @property
     def offloads_parameters(self) -> bool:
@@ -180,7 +184,7 @@ class StepRunner:
                 copy_all(mutated, results[:count])
         for position, spec in program.deferred.items():
             results[position] = self._deferred(graph, results[position], position, spec)
-        return pytree.tree_unflatten(step.layout.give(results[count:]), graph.out_spec)
+        return graph.carry_out(self.model, step.layout.give(results[count:]))
 
     def _deferred(
         self, graph: ModelGraph, local: torch.Tensor, position: int, spec: ShardingSpec
@@ -268,7 +272,7 @@ class StepRunner:
         self._agreement.check_call(key, self._tensors(args, kwargs))
         failed: Guard | str | None = None
         for step in steps:
-            failed = step.assumptions.changed() or self._failed_guard(step, args, kwargs)
+            failed = self._change(step) or self._failed_guard(step, args, kwargs)
             if failed is None:
                 return step
         if failed is not None and len(steps) in _WARN_AT:
@@ -309,6 +313,13 @@ class StepRunner:
 
     def _tensors(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
         return [x for x in _leaves(args, kwargs)[0] if isinstance(x, torch.Tensor)]
+
+    def _change(self, step: BoundStep) -> str | None:
+        """What of the model is not as the step found it; None if nothing."""
+        changed = step.assumptions.changed()
+        if changed or step.reads_hold():
+            return changed
+        return str(first_change(self.model, step.compiled.graph.reads))
 
     def _failed_guard(self, step: BoundStep, args: Any, kwargs: Any) -> Guard | None:
         """The first guard of a step that a batch violates; the same on every rank."""
@@ -357,8 +368,10 @@ class StepRunner:
         )
         train = _eager(compiled.local) if compiled.lowered is None else bind(compiled.lowered)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
-        assumptions = Assumptions.of(self.model)
-        return BoundStep(len(self.steps), compiled, train, layout, parameters, assumptions)
+        return BoundStep(
+            len(self.steps), compiled, train, layout, parameters, Assumptions.of(self.model),
+            bind_reads(self.model, graph.reads),
+        )  # fmt: skip
 
     def _differentiated(self, graph: ModelGraph, args: Any, kwargs: Any) -> frozenset[str]:
         """Placeholder names of the inputs whose gradients the caller wants."""

@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from autopar.errors import CaptureError
 from autopar.ir.guards import Guard, Slice, as_python, on_own_thread, same_value
+from autopar.tracer.gradient_hooks import ValueHooks
 from autopar.tracer.hidden_writes import HiddenWrites
-from autopar.tracer.hooks import ValueHooks
 from autopar.tracer.proxies import current_tracer, slot_of
 from autopar.tracer.questions import HANDLERS, UNCHECKED
 from autopar.tracer.ranges import only_value

@@ -119,7 +119,7 @@ def model_graph(
     output.args = (tuple(results[: len(results) - extra]),)
     dense = _dense_gradients(gm.graph)
     _clean(gm)
-    out_spec, _ = program.call_spec.out_spec.children()
+    out_spec, *_ = program.call_spec.out_spec.children()
     return ModelGraph(
         gm, parameters, buffers, tuple(inputs), mutations, in_spec,
         out_spec, constants, aliases, (*guards, *dropped, *dense), updates,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,13 +20,25 @@ from torch.utils import _pytree as pytree
 from autopar.errors import CaptureError
 from autopar.ir.graph import mark_leaf
 from autopar.ir.guards import on_own_thread
-from autopar.tracer.hooks import GradientNode
+from autopar.tracer.gradient_hooks import GradientNode, ValueHooks
+from autopar.tracer.hidden_writes import HiddenWrites
 from autopar.tracer.proxies import current_tracer, slot_of
 from autopar.tracer.source import asking_frame, current_line, user_frame
 from autopar.tracer.statistics import instance_norm
 
-if TYPE_CHECKING:
-    from autopar.tracer.branches import BranchResolver as Resolver
+
+class Resolver(Protocol):
+    """`BranchResolver`, as handlers use it."""
+
+    hooks: ValueHooks
+    writes: HiddenWrites
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> None: ...
+    def value(self, t: torch.Tensor) -> Any: ...
+    def is_random(self, t: torch.Tensor) -> bool: ...
+    def record(self, kind: Any, value: Any, note: str) -> Any: ...
+
 
 UNCHECKED = "a check that only raises; not made"
 
@@ -152,7 +164,7 @@ def _leaf(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _within(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
-    """A function of torch that is written in Python and asks for values itresolver."""
+    """A function of torch that is written in Python and asks for values itself."""
     with resolver:
         return _body(func)(*args, **kwargs)
 

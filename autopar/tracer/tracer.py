@@ -39,10 +39,13 @@ from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
 from autopar.ir.randomness import keep_draws
 from autopar.tracer import fakes
+from autopar.tracer.attributes import AttributeRecorder
 from autopar.tracer.branches import BranchResolver
+from autopar.tracer.effects import Carried, Originals, check_state, collect
+from autopar.tracer.forward_hooks import ObservedHooks, copied_tensors, isolate, root_hooks
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
-from autopar.tracer.hooks import module_hooks, originals
+from autopar.tracer.gradient_hooks import module_hooks, originals
 from autopar.tracer.modes import regions_as_run
 from autopar.tracer.names import retraced
 from autopar.tracer.normalize import detach_no_grad_regions, model_graph, rebuild_users
@@ -125,13 +128,15 @@ class ColoTracer:
         mode = FakeTensorMode(
             shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=not self.dynamic
         )
-        clone = self._fake_clone(model, mode)
+        copied = self._fake_clone(model, mode)
+        clone = copied.clone
         settings = apply_settings(clone)
         args, kwargs = pytree.tree_map_only(
             torch.Tensor, lambda t: self._fake(mode, t).requires_grad_(t.requires_grad), example
         )
         resolver = BranchResolver(_examples(model, example), self.assume, originals(model, clone))
-        _watch(clone, resolver)
+        carried: list[Carried] = []
+        _watch(copied, resolver, carried)
         with (
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
@@ -154,7 +159,14 @@ class ColoTracer:
         for guard in guards:
             # a layer that is never dropped trains differently, so warn
             log.log(logging.WARNING if guard.kind == "random" else logging.INFO, "%s", guard)
-        return model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
+        graph = model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
+        effects = carried[-1]
+        check_state(effects.kept, copied.histories, graph.constants)
+        return dataclasses.replace(
+            graph,
+            reads=effects.reads_of(model, copied.originals, graph.constants),
+            effects=effects.effects,
+        )
 
     def _dynamic_shapes(self, example: Any) -> Any:
         """Symbolic dims of every input; None if none is."""
@@ -180,20 +192,23 @@ class ColoTracer:
         with mode:
             return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self.device)
 
-    def _fake_clone(self, model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
+    def _fake_clone(self, model: torch.nn.Module, mode: FakeTensorMode) -> _Copied:
         memo: dict[int, Any] = {id(b): self._fake(mode, b) for b in model.buffers()}
         for p in model.parameters():
             memo[id(p)] = torch.nn.Parameter(self._fake(mode, p), requires_grad=p.requires_grad)
         for t in computed_tensors(model):
             memo[id(t)] = self._fake(mode, t)
         try:
-            return copy.deepcopy(model, memo)
+            with copied_tensors() as histories:
+                isolate(model, memo)
+                return _Copied(copy.deepcopy(model, memo), Originals(memo), histories)
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} cannot be copied for tracing: {error}. Something that it "
-                "holds besides parameters and buffers (a lock, a file, a process group, a tensor "
-                "with a gradient history) does not support copy.deepcopy; remove it, or give it "
-                "a __deepcopy__."
+                "holds besides parameters and buffers (a lock, a file, a process group) does not "
+                "support copy.deepcopy; remove it, or give it a __deepcopy__."
             ) from error
 
 
@@ -226,9 +241,32 @@ def _examples(model: torch.nn.Module, example: Any) -> dict[tuple[str, Any], tor
     return {role: t.detach() if known(t) else None for role, t in tensors.items()}
 
 
-def _watch(clone: torch.nn.Module, resolver: BranchResolver) -> None:
-    """Run the clone's forward under the resolver."""
+@dataclasses.dataclass(frozen=True)
+class _Copied:
+    """A copy of a model to trace.
+
+    Args:
+        originals: of the objects in the copy.
+        histories: copies of tensors that have a gradient history.
+    """
+
+    clone: torch.nn.Module
+    originals: Originals
+    histories: list[torch.Tensor]
+
+
+def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) -> None:
+    """Run the clone's forward, with its hooks, under the resolver and an `AttributeRecorder`.
+
+    Args:
+        carried: gets what the forward did.
+    """
+    clone = copied.clone
     forward = clone.forward
+    recorder = AttributeRecorder(clone)
+    hooks = ObservedHooks(clone, recorder, resolver.hooks)
+    call = root_hooks(clone)
+    copies = _named_tensors(clone)
 
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -242,17 +280,27 @@ def _watch(clone: torch.nn.Module, resolver: BranchResolver) -> None:
             roles["buffer", name] = b
             shapes[name] = b.shape
         resolver.begin(roles)
-        with resolver:
-            results = _plain_results(forward(*args, **kwargs))
+        now = _named_tensors(clone)
+        recorder.substitute({id(t): now[name] for name, t in copies.items()})
+        try:
+            with resolver, recorder.recording():
+                results = _plain_results(call(*args, **kwargs))
+            carried.append(collect(recorder, hooks, copied.originals))
+        finally:
+            recorder.restore()  # the copy may share objects with the model
         for name, b in clone.named_buffers(remove_duplicate=False):
             if shapes.get(name, b.shape) != b.shape:
                 note = "the module keeps its own; the program makes the new one at each step"
                 text = "buffer replaced by one of another shape"
                 resolver.guards.append(Guard("setting", name, text, tuple(b.shape), note))
-        # returned too, so that the draws stay in the program
-        return results, resolver.draws
+        # returned too, so that the effects' tensors and the draws stay in the program
+        return results, carried[-1].tensors, resolver.draws
 
     clone.forward = watched
+
+
+def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _plain_results(results: Any) -> Any:

@@ -235,7 +235,8 @@ class Rank:
         count = len(graph.mutations)
         for name, value in zip(graph.mutations, results[:count], strict=True):
             self.buffers[name] = value.detach()
-        returned = pytree.tree_unflatten(results[count:], graph.out_spec)
+        user = results[count : count + graph.out_spec.num_leaves]
+        returned = pytree.tree_unflatten(user, graph.out_spec)
         loss = check.loss_of(returned)
         loss.backward()
         return check.Step(

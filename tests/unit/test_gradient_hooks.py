@@ -198,7 +198,7 @@ def several(m, x):
     ],
 )
 def test_hooks_that_would_be_lost_are_refused_by_line(function, message):
-    with pytest.raises(CaptureError, match=rf"test_hooks\.py:\d+.*{message}"):
+    with pytest.raises(CaptureError, match=rf"test_gradient_hooks\.py:\d+.*{message}"):
         ColoTracer().trace(Hooked(function).double(), (X,))
 
 

@@ -129,6 +129,7 @@ class ValueHooks:
     """
 
     def __init__(self, modules: Mapping[int, torch.nn.Module]) -> None:
+        self.count = 0  # of hooks registered so far
         self._modules = modules
         self._hooks: dict[fx.Node, OrderedDict[int, Any]] = {}
 
@@ -158,6 +159,7 @@ class ValueHooks:
             )
         handle = RemovableHandle(hooks)
         hooks[handle.id] = made
+        self.count += 1
         return handle
 
 

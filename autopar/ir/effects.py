@@ -1,0 +1,146 @@
+"""What a captured forward does besides returning results: attributes it assigns, hooks it calls.
+
+Tensors of these effects are results of the program, after the user's. `carry_out` takes them off,
+sets the attributes of the user's modules and calls the user's hooks, so that an auxiliary loss that
+is kept on a module and an activation that a hook collects are real, with their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.utils import _pytree as pytree
+
+from autopar.errors import CaptureError
+
+
+class _Mark:
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+TENSOR = _Mark("<result>")
+DELETED = _Mark("<deleted>")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A value made of results of the program and of constants.
+
+    Args:
+        leaves: in the order of `spec`; `TENSOR` where the next result goes.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+    def take(self, results: Iterator[Any]) -> Any:
+        """The value, with the next results."""
+        leaves = [next(results) if x is TENSOR else x for x in self.leaves]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An attribute that the forward assigns.
+
+    Args:
+        path: of the module; "" is the model.
+        name: of the attribute; `state.h` for one of an object that the module holds.
+        value: what it holds after each run; None for a counter.
+        step: what each run adds to a counter.
+        in_place: the list or dict that the module holds is changed: "add" to it, or "replace" its
+            items.
+    """
+
+    path: str
+    name: str
+    value: Held | None
+    step: int | float = 0
+    in_place: Literal["", "add", "replace"] = ""
+
+    def carry_out(self, model: torch.nn.Module, results: Iterator[Any]) -> None:
+        """Set the attribute of the user's module."""
+        owner: Any = model.get_submodule(self.path)
+        *through, name = self.name.split(".")
+        for part in through:
+            owner = vars(owner)[part]
+        # not by setattr, which registers parameters
+        namespace = vars(owner)
+        if self.value is None:
+            namespace[name] = getattr(owner, name) + self.step
+            return
+        value = self.value.take(results)
+        if self.in_place:
+            container = namespace[name]
+            if self.in_place == "replace":
+                container.clear()
+            add = container.update if isinstance(container, dict) else container.extend
+            add(value)
+        elif value is DELETED:
+            namespace.pop(name, None)
+        else:
+            namespace[name] = value
+
+
+@dataclass(frozen=True)
+class HookCall:
+    """A call of a hook that observes.
+
+    Args:
+        path: of the module.
+        kind: the module's dict that holds the hook.
+        key: of the hook in that dict.
+        arguments: of the hook, after the module; None for those that it does not use.
+        source: `file:line` of the hook.
+        returns: it returns a value, too, which the program computes.
+    """
+
+    path: str
+    kind: str
+    key: int
+    arguments: Held
+    source: str
+    returns: bool = False
+
+    def carry_out(self, model: torch.nn.Module, results: Iterator[Any]) -> None:
+        """Call the user's hook, if it is still there.
+
+        Raises:
+            CaptureError: it returned a value, which it did not when the model was captured.
+        """
+        module = model.get_submodule(self.path)
+        arguments = self.arguments.take(results)
+        hook = getattr(module, self.kind).get(self.key)
+        if hook is not None and hook(module, *arguments) is not None and not self.returns:
+            raise CaptureError(
+                f"the hook at {self.source} on {self.path or 'the model'} returned a value, but "
+                "returned None, or could not tell, when the model was captured: whether a hook "
+                "changes a value must not depend on values of tensors. Return None always, or "
+                "compute the value with tensor operations (torch.where)"
+            )
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Of one run, in this order: attributes are assigned, then hooks are called."""
+
+    assigned: tuple[Assignment, ...] = ()
+    hooks: tuple[HookCall, ...] = ()
+
+    def carry_out(self, model: torch.nn.Module, results: Sequence[Any]) -> None:
+        """
+        Args:
+            results: of the program, after the user's.
+        """
+        rest = iter(results)
+        for assignment in self.assigned:
+            assignment.carry_out(model, rest)
+        for call in self.hooks:
+            call.carry_out(model, rest)
