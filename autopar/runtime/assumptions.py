@@ -1,7 +1,8 @@
-"""What a program takes for granted about the model, checked at every call.
+"""What a program takes for granted about the model's parameters, checked at every call.
 
-Modes and `requires_grad` are compared by C loops over prepared lists. Modules and parameters that
-are replaced are told by torch's registration hooks, and looked for only then.
+`requires_grad` is compared by C loops over prepared lists. Modules and parameters that are replaced
+are told by torch's registration hooks, and looked for only then. What the forward reads of modules,
+modes included, is checked by `autopar/ir/bound_reads.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch.nn.modules.module import (
 )
 
 _requires_grad = operator.attrgetter("requires_grad")
-_training = operator.itemgetter("training")
 
 
 def precision_modes(device_type: str) -> tuple[Any, ...]:
@@ -53,8 +53,6 @@ class Assumptions:
         tables: of every module, its submodules and its parameters by name.
         entries: the objects that those tables held.
         size: how many they held.
-        attributes: every module's `__dict__`.
-        training: their modes.
         parameters: each once.
         requires_grad: of the parameters.
         seen: registrations when the tables were last compared.
@@ -63,8 +61,6 @@ class Assumptions:
     tables: Sequence[dict[str, Any]]
     entries: Sequence[list[Any]]
     size: int
-    attributes: Sequence[dict[str, Any]]
-    training: Sequence[bool]
     parameters: Sequence[torch.Tensor]
     requires_grad: Sequence[bool]
     seen: int
@@ -74,14 +70,11 @@ class Assumptions:
         """What holds now."""
         modules = list(model.modules())
         tables = [t for m in modules for t in (m._modules, m._parameters)]
-        attributes = [m.__dict__ for m in modules]
         parameters = list(model.parameters())
         return Assumptions(
             tables,
             [list(t.values()) for t in tables],
             sum(map(len, tables)),
-            attributes,
-            list(map(_training, attributes)),
             parameters,
             list(map(_requires_grad, parameters)),
             _registrations.count,
@@ -89,8 +82,6 @@ class Assumptions:
 
     def changed(self) -> str | None:
         """What has changed since, for a message; None if nothing has."""
-        if list(map(_training, self.attributes)) != self.training:
-            return "modules of the model changed between train() and eval()"
         if list(map(_requires_grad, self.parameters)) != self.requires_grad:
             return "parameters were frozen or unfrozen (requires_grad)"
         if _registrations.count != self.seen or sum(map(len, self.tables)) != self.size:

@@ -48,8 +48,9 @@ from autopar.tracer import ColoTracer
 
 log = logging.getLogger(__name__)
 
-# numbers of captures for the same shapes at which the engine warns
+# numbers of captures for the same shapes at which the engine warns, and how many it keeps
 _WARN_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,10 @@ class StepRunner:
             world.replicate_plain_tensors()
 
     def for_copy(self, model: torch.nn.Module) -> StepRunner:
-        """A runner of a copy of the model, by the plan in force."""
-        plan = self.steps[0].compiled.plan if self.steps else self._options.plan
-        return StepRunner(model, None, replace(self._options, plan=plan))
+        """A runner of a copy of the model, whose parameters stay laid out as they are."""
+        runner = StepRunner(model, None, self._options)
+        runner._laid_out = self._laid_out
+        return runner
 
     @property
     def steps(self) -> list[BoundStep]:
@@ -283,6 +285,8 @@ class StepRunner:
         # whatever mode the caller is in, the step is that of training
         with torch.inference_mode(False), torch.enable_grad(), self._untouched_if_it_fails():
             steps.append(self._compile(args, kwargs))
+        if len(steps) > _KEPT:
+            del steps[1]  # the first has the plan in force
         if steps[-1].offloads_parameters:
             self._reload_parameters()
         return steps[-1]
