@@ -1,0 +1,70 @@
+"""Training scripts from public reports: equal to one process, or refused in words."""
+
+import pytest
+
+from tests.dist.pool import Pool
+from tests.scripts.case import Outcome, attempt, outcome_of
+from tests.scripts.catalog import CASES
+from tests.scripts.launch import in_fresh_processes
+
+MESH = "2x2"
+LIMIT_S = 120.0  # the start of the processes included
+
+# What does not hold yet, and why. A case that holds must leave this table.
+NOT_YET: dict[str, str] = {}
+
+
+def _known(name: str) -> object:
+    marks = [pytest.mark.xfail(reason=NOT_YET[name], strict=True)] if name in NOT_YET else []
+    return pytest.param(name, marks=marks)
+
+
+def _on_ranks(pool: Pool, name: str) -> Outcome:
+    """The outcome on the pool's ranks, which are left in step with each other."""
+    if CASES[name].parts:
+        return in_fresh_processes(name, MESH, LIMIT_S)
+    try:
+        outcome = outcome_of(pool.run(attempt, name, MESH, timeout=LIMIT_S))
+    except TimeoutError as error:  # the pool has started anew
+        return Outcome("wrong", f"{error}: a hang")
+    if outcome.out_of_step:
+        pool.restart()
+    return outcome
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", [_known(name) for name in CASES])
+def test_a_script_is_right_or_refused(pool, name):
+    outcome = _on_ranks(pool, name)
+    assert CASES[name].accepts(outcome), f"{outcome.kind}: {outcome.text}"
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_script_is_right_without_autopar(name):
+    """The case itself is sound: a model agrees with its copy."""
+    outcome = outcome_of([attempt(name, None)])
+    assert outcome.kind == "right", outcome.text
+
+
+def test_the_table_names_cases():
+    assert set(NOT_YET) <= set(CASES)
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind"),
+    [
+        ([{"found": {"a": 1e-12, "b": True}}] * 2, "right"),
+        ([{"found": {"a": 1e-12}}, {"found": {"a": 1e-3}}], "wrong"),
+        ([{"found": {"a": float("nan")}}] * 2, "wrong"),
+        ([{"found": {"a": False}}] * 2, "wrong"),
+        ([{"found": {}}] * 2, "wrong"),
+        ([{"refused": True, "error": "E: no; pass x"}] * 2, "refused"),
+        ([{"refused": True, "error": "E: no"}] * 2, "wrong"),
+        ([{"refused": True, "error": "E: rank 0 failed: TypeError: no; pass x"}] * 2, "wrong"),
+        ([{"refused": False, "error": "E: no; pass x", "where": ""}] * 2, "wrong"),
+        ([{"refused": True, "error": "E: no; pass x"}, {"found": {"a": 0.0}}], "wrong"),
+        ([{"refused": True, "error": "E: no; pass x"}, {}], "wrong"),
+    ],
+)
+def test_verdicts(answers, kind):
+    assert outcome_of(answers).kind == kind
