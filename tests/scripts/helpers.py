@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +156,20 @@ def from_rank_zero(action: Callable[[], Any]) -> Any:
     if isinstance(answer[0], AutoparError):
         raise answer[0]
     return answer[0]
+
+
+@contextmanager
+def common_folder() -> Iterator[str]:
+    """A temporary folder of rank 0 that all ranks know; needs the process group."""
+    with tempfile.TemporaryDirectory() as mine:
+        yield from_rank_zero(lambda: mine)
+        wait_for_all()
+
+
+def wait_for_all() -> None:
+    """Until every rank has come here."""
+    if world() > 1:
+        dist.barrier()
 
 
 def of_both(runs: tuple[Run, Run], action: Callable[[Model], torch.Tensor]) -> float:

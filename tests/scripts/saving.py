@@ -13,6 +13,7 @@ from tests.scripts.helpers import (
     Model,
     Run,
     apart,
+    common_folder,
     from_rank_zero,
     gap,
     mlp,
@@ -20,8 +21,9 @@ from tests.scripts.helpers import (
     sgd,
     squares,
     tokens,
+    wait_for_all,
     whole,
-)
+)  # fmt: skip
 
 EMBEDDING = "transformer.wte.weight"
 
@@ -80,11 +82,13 @@ def save_as_safetensors(wrap: Wrap) -> Found:
 
 @case("accelerate#3487, verl#1703", may_refuse=True, dtype=torch.float32)
 def save_pretrained(wrap: Wrap) -> Found:
-    """`save_pretrained` on every rank writes a model that `from_pretrained` reads."""
+    """`save_pretrained` on every rank writes a model that `from_pretrained` reads. (With a process
+    group, transformers writes on rank 0 alone.)"""
     from transformers import GPT2LMHeadModel
 
     model: Model = _trained(wrap).model
-    with tempfile.TemporaryDirectory() as folder:
+    with common_folder() as folder:
         model.save_pretrained(folder)
+        wait_for_all()
         seen = GPT2LMHeadModel.from_pretrained(folder)
     return {"whole tensors": apart(seen.transformer.wte.weight, model.transformer.wte.weight)}
