@@ -41,13 +41,15 @@ def outcomes(
             outcome = in_fresh_processes(one.name, MESHES[ranks], timeout_s)
             seconds = time.perf_counter() - start
             said = outcome.text.strip().splitlines()[0][:300]
-            console.print(
-                f"{i + 1}/{len(cases)} {one.name}, {ranks} ranks: {outcome.kind} in "
-                f"{seconds:.0f} s, {said}{'' if outcome.kind == 'right' else f' ({one.report})'}",
-                markup=False,
-                soft_wrap=True,
-            )
+            if not one.accepts(outcome):
+                said += f" (after {one.report})"
+            line = f"{one.name}, {_ranks(ranks)}: {outcome.kind} in {seconds:.0f} s, {said}"
+            console.print(f"{i + 1}/{len(cases)} {line}", markup=False, soft_wrap=True)
             yield one, ranks, outcome, seconds
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"
 
 
 def totals(found: Sequence[tuple[Case, int, Outcome, float]], ranks: int) -> list[Row]:
@@ -55,7 +57,7 @@ def totals(found: Sequence[tuple[Case, int, Outcome, float]], ranks: int) -> lis
     kinds = [outcome.kind for _, world, outcome, _ in found if world == ranks]
     if not kinds:
         return []
-    name, share = f"{len(kinds)} cases, {ranks} ranks", 100 / len(kinds)
+    name, share = f"{len(kinds)} cases, {_ranks(ranks)}", 100 / len(kinds)
     return [
         Row(name, "right", kinds.count("right"), "cases"),
         Row(name, "refused", share * kinds.count("refused"), "%", REFUSED_PERCENT),
@@ -113,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     headline = ", ".join(f"{sum(o.kind == kind for _, _, o, _ in found)} {kind}" for kind in KINDS)
     code = common.finish("Training scripts", rows, headline, None)
     if options.json is not None:
-        each = [Row(f"{c.name}, {n} ranks", o.kind, s, "s") for c, n, o, s in found]
+        each = [Row(f"{c.name}, {_ranks(n)}", o.kind, s, "s") for c, n, o, s in found]
         common.write_rows(options.json, each + rows)
     return code
 

@@ -38,12 +38,12 @@ NOT_YET: dict[str, str] = {
     "ctc_loss, float64 float32, on 1": _VIEW,
     "ctc_loss, float64 float64, on 1": _VIEW,
     "ctc_loss_split, on 1": _VIEW,
-    "fold_one_channel, 1, on 2x2": "the rule splits the columns of the only channel",
+    "fold_one_channel, samples=1, on 2x2": "the rule splits the columns of the only channel",
     "function_without_a_gradient, on 1": "planning crashes",
     "function_without_a_gradient, on 2x2": "planning crashes",
     "guard_on_a_buffer, on 1": _GUARD,
     "guard_on_a_buffer, on 2x2": _GUARD,
-    "hook_that_changes, 1, on 2x2": "a hook set after the first batch is not called",
+    "hook_that_changes, first=1, on 2x2": "a hook set after the first batch is not called",
     "hook_that_keeps, after, on 2x2": _EFFECTS,
     "hook_that_keeps, before, on 2x2": _EFFECTS,
     "hooks_that_change_gradients, module, on 1": _HOOKS,
@@ -56,7 +56,7 @@ NOT_YET: dict[str, str] = {
     "inference_mode_inside, on 2x2": "the region is captured as differentiable",
     "instance_norm_statistics, on 1": "the loss comes back with another shape",
     "instance_norm_statistics, on 2x2": "the loss comes back with another shape",
-    "local_coincidence, 6, on 2x2": "the weights of classes count as samples",
+    "local_coincidence, samples=6, on 2x2": "the weights of classes count as samples",
     "loss_kept_on_module, on 2x2": _EFFECTS,
     "number_argument, on 2x2": _SHAPES,
     "packed_tagger, on 2x2": "the lengths crash in capture",
@@ -99,7 +99,7 @@ PAIRS = [_known(name, mesh) for mesh in ("1", "2x2") for name in cases_on(mesh)]
 
 def _outcome(pool: Pool, name: str, mesh: str) -> Outcome:
     """The outcome on a pool's ranks, which are left in step with each other."""
-    if CASES[name].parts:
+    if CASES[name].own_processes:
         return in_fresh_processes(name, mesh, LIMIT_S)
     try:
         outcome = outcome_of(pool.run(attempt, name, mesh, timeout=LIMIT_S))

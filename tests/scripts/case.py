@@ -52,7 +52,7 @@ class Case:
         may_refuse: a clear refusal is as good as the right result.
         says: what the message of a refusal must have in it.
         dtype: the default while it runs.
-        parts: its ranks end at different places, so it needs processes of its own.
+        own_processes: its ranks end at different places, which a pool does not survive.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Case:
     may_refuse: bool = False
     says: str = ""
     dtype: torch.dtype = torch.float64
-    parts: bool = False
+    own_processes: bool = False
 
     def accepts(self, outcome: Outcome) -> bool:
         """Whether the outcome is one that the case's report asks for."""
@@ -104,7 +104,7 @@ def case(
     may_refuse: bool = False,
     says: str = "",
     dtype: torch.dtype = torch.float64,
-    parts: bool = False,
+    own_processes: bool = False,
     **arguments: Sequence[Any],
 ) -> Callable[[Callable[..., Found]], Callable[..., Found]]:
     """Register a function as a case, or as one for each combination of its arguments' values.
@@ -114,23 +114,20 @@ def case(
         may_refuse: a clear refusal is as good as the right result.
         says: what the message of a refusal must have in it.
         dtype: the default while it runs.
-        parts: its ranks end at different places, so it needs processes of its own.
+        own_processes: its ranks end at different places, which a pool does not survive.
         arguments: values by the names of the function's arguments.
     """
 
     def register(body: Callable[..., Found]) -> Callable[..., Found]:
         for values in itertools.product(*arguments.values()):
             given = dict(zip(arguments, values, strict=True))
-            name = ", ".join([body.__name__, *map(_word, values)])
+            words = [v if isinstance(v, str) else f"{k}={v}" for k, v in given.items()]
+            name = ", ".join([body.__name__, *words])
             assert name not in CASES, f"two cases are called {name!r}"
-            CASES[name] = Case(name, report, body, given, may_refuse, says, dtype, parts)
+            CASES[name] = Case(name, report, body, given, may_refuse, says, dtype, own_processes)
         return body
 
     return register
-
-
-def _word(value: Any) -> str:
-    return str(value).removeprefix("torch.")
 
 
 # -- on a rank ------------------------------------------------------------------------------------

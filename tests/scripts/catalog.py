@@ -11,7 +11,7 @@ from tests.scripts import (  # noqa: F401 (each registers its cases)
     saving,
     side_effects,
     structure,
-)  # fmt: skip
+)
 from tests.scripts.case import CASES
 
 # Programs that broke a stage of the compiler. What breaks one process may work on several.
