@@ -1,0 +1,1 @@
+"""Training scripts from public reports, each as a short function: what they rely on must hold."""
