@@ -13,70 +13,7 @@ from tests.scripts.launch import in_fresh_processes
 LIMIT_S = 120.0  # the start of the processes included
 
 # What does not hold yet, and why. A case that holds must leave NOT_YET.
-_VALUES = "sizes drawn from activations crash in planning"
-_READ = "a number that the forward reads is part of the program"
-_SHAPES = "each new value costs another program"
-_HOOKS = "hooks that change gradients are lost"
-_REENTRANT = "a reentrant checkpoint has no gradient"
-_VIEW = "a view of the gradient has strides that the program does not expect"
-_GUARD = "checking the guard runs the update"
-_EFFECTS = "side effects of the forward are lost"
-_SPARSE = "sparse gradients are neither right nor refused"
-_COPIED = "a copy runs with the plan of the original only"
-NOT_YET: dict[str, str] = {
-    "attribute_annealed, engine, on 2x2": _READ,
-    "attribute_annealed, model, on 2x2": _READ,
-    "average_by_deepcopy, after, on 2x2": _COPIED,
-    "checkpointed_blocks, use_reentrant=True, on 2x2": _REENTRANT,
-    "codebook_in_buffers, on 2x2": "a buffer called code breaks capture",
-    "concatenation_with_nothing, on 1": "planning crashes",
-    "concatenation_with_nothing, on 2x2": "planning crashes",
-    "cond, on 1": "the refusal speaks of a constant, not of torch.cond",
-    "cond, on 2x2": "the refusal speaks of a constant, not of torch.cond",
-    "ctc_loss, bfloat16 float32, on 1": _VIEW,
-    "ctc_loss, float32 float32, on 1": _VIEW,
-    "ctc_loss, float64 float32, on 1": _VIEW,
-    "ctc_loss, float64 float64, on 1": _VIEW,
-    "ctc_loss_split, on 1": _VIEW,
-    "fold_one_channel, samples=1, on 2x2": "the rule splits the columns of the only channel",
-    "function_without_a_gradient, on 1": "planning crashes",
-    "function_without_a_gradient, on 2x2": "planning crashes",
-    "guard_on_a_buffer, on 1": _GUARD,
-    "guard_on_a_buffer, on 2x2": _GUARD,
-    "hook_that_changes, first=1, on 2x2": "a hook set after the first batch is not called",
-    "hook_that_keeps, after, on 2x2": _EFFECTS,
-    "hook_that_keeps, before, on 2x2": _EFFECTS,
-    "hooks_that_change_gradients, module, on 1": _HOOKS,
-    "hooks_that_change_gradients, module, on 2x2": _HOOKS,
-    "hooks_that_change_gradients, tensor, on 1": _HOOKS,
-    "hooks_that_change_gradients, tensor, on 2x2": _HOOKS,
-    "hungarian_matching, on 1": "lowering crashes",
-    "hungarian_matching, on 2x2": "lowering crashes",
-    "inference_mode_inside, on 1": "the region is captured as differentiable",
-    "inference_mode_inside, on 2x2": "the region is captured as differentiable",
-    "instance_norm_statistics, on 1": "the loss comes back with another shape",
-    "instance_norm_statistics, on 2x2": "the loss comes back with another shape",
-    "local_coincidence, samples=6, on 2x2": "the weights of classes count as samples",
-    "loss_kept_on_module, on 2x2": _EFFECTS,
-    "number_argument, on 2x2": _SHAPES,
-    "packed_tagger, on 2x2": "the lengths crash in capture",
-    "parameter_written, on 1": "the parameter gets no gradient",
-    "parameter_written, on 2x2": "the parameter gets no gradient",
-    "reentrant_checkpoint, on 1": _REENTRANT,
-    "reentrant_checkpoint, on 2x2": _REENTRANT,
-    "reentrant_checkpoint_inside, on 2x2": _REENTRANT,
-    "requires_grad_inside, on 1": "results of custom functions do not require gradients in capture",
-    "requires_grad_inside, on 2x2": "results of custom functions do not require gradients in capture",
-    "size_from_activations, on 1": _VALUES,
-    "size_from_activations, on 2x2": _VALUES,
-    "size_in_blocks, activations, on 1": _VALUES,
-    "size_in_blocks, activations, on 2x2": _VALUES,
-    "sparse_gradients, SGD, on 2x2": _SPARSE,
-    "sparse_gradients, SparseAdam, on 2x2": _SPARSE,
-    "stochastic_weight_averaging, on 2x2": _COPIED,
-    "tiny_batch_norm, on 2x2": _GUARD,
-    "variable_lengths, on 2x2": _SHAPES,
-}
+NOT_YET: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module")

@@ -279,9 +279,7 @@ def test_a_hook_that_keeps_and_writes_is_refused():
         result.mul_(2)
 
     model[0].register_forward_hook(hook)
-    with pytest.raises(
-        CaptureError, match=r"_hooks.py:\d+ on 0 keeps values and changes"
-    ):
+    with pytest.raises(CaptureError, match=r"_hooks.py:\d+ on 0 keeps values and changes"):
         ColoTracer().trace(model, (X,))
 
 
@@ -311,9 +309,7 @@ def test_a_hook_whose_answer_depends_on_values_is_refused():
     model = net()
     model[0].register_forward_hook(hook)
     run = ColoTracer().trace(model, (X,)).bind(model)
-    with pytest.raises(
-        CaptureError, match=r"hook at .*_hooks.py:\d+ on 0 returned a value"
-    ):
+    with pytest.raises(CaptureError, match=r"hook at .*_hooks.py:\d+ on 0 returned a value"):
         run(X)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from autopar.comm import world as world_of_engines
 from autopar.comm.groups import register_mesh
 from autopar.ir.spec import chunk
 from autopar.schedule.budget import plan_memory
@@ -225,6 +226,7 @@ def test_two_operators_are_the_collective(kind, size):
 )
 def test_two_operators_on_a_process_group(device, backend):
     """Of one rank, which is all that a machine with one GPU has."""
+    world_of_engines.stop()  # of an engine of another test
     store = torch._C._distributed_c10d.HashStore()
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
