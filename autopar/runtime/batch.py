@@ -62,6 +62,13 @@ class BatchLayout:
     def _axes(self) -> tuple[int, ...]:
         return tuple(a for a, n in enumerate(self.cluster.mesh) if n > 1)
 
+    @property
+    def joined(self) -> list[int]:
+        """Numbers of the tensor inputs of which every rank passes its samples."""
+        if not self.local or self.samples is None or self.cluster.world_size == 1:
+            return []
+        return [k for k, shape in enumerate(self.shapes) if shape and shape[0] == self.samples]
+
     def _split(self, shape: Sequence[int], samples: int | None) -> ShardingSpec:
         """Dim 0 over all axes if it is the batch."""
         if not shape or shape[0] != samples:

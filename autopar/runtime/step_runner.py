@@ -23,7 +23,7 @@ from autopar.comm.offloaded_parameters import offloadable, reload_all
 from autopar.comm.ranks import WorldRanks
 from autopar.compile import autoplan, compile_step, plan_step
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
-from autopar.errors import CaptureError
+from autopar.errors import CaptureError, MeshError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
@@ -339,11 +339,7 @@ class StepRunner:
     def _compile(self, args: Any, kwargs: Any) -> BoundStep:
         options = self._options
         layout = BatchLayout.of(options.batch, options.step.cluster, (args, kwargs))
-        graph = self._place.ranks.together(
-            lambda: ColoTracer(self._device.type).trace(
-                self.model, *layout.global_inputs(args, kwargs)
-            )
-        )
+        graph = self._place.ranks.together(lambda: self._trace(layout, args, kwargs))
         fixed = FixedLayouts(
             parameters=stored_specs(self.model) if self._laid_out else {},
             inputs=layout.fixed_inputs(),
@@ -376,6 +372,23 @@ class StepRunner:
             len(self.steps), compiled, train, layout, parameters, Assumptions.of(self.model),
             bind_reads(self.model, graph.reads),
         )  # fmt: skip
+
+    def _trace(self, layout: BatchLayout, args: Any, kwargs: Any) -> ModelGraph:
+        """Capture the model for the global inputs."""
+        inputs = layout.global_inputs(args, kwargs)
+        try:
+            return ColoTracer(self._device.type).trace(self.model, *inputs)
+        except CaptureError as error:
+            joined = layout.joined
+            if len(joined) < 2:
+                raise
+            raise MeshError(
+                f"the model cannot be captured for all ranks' samples. With batch='local', inputs "
+                f"{joined} count as samples, because their first size is {layout.samples}, and are "
+                "joined over the ranks. If one of them is not per sample (weights of classes, a "
+                "mask of positions), keep it as a buffer of the model; else the cause is: "
+                f"{str(error).splitlines()[-1].strip()}"
+            ) from error
 
     def _differentiated(self, graph: ModelGraph, args: Any, kwargs: Any) -> frozenset[str]:
         """Placeholder names of the inputs whose gradients the caller wants."""

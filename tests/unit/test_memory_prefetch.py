@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+import autopar.comm.collectives  # noqa: F401, registers the operators
 from autopar.comm import world as world_of_engines
 from autopar.comm.groups import register_mesh
 from autopar.ir.spec import chunk
