@@ -10,17 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autopar import ShardingPlan, auto_engine
-from autopar.errors import AutoparError, InfeasibleError
 from autopar.cluster.link import Link
-from autopar.testing.live_memory import LiveMemory, training_state_bytes
 from autopar.comm.offloaded_parameters import evicted_shard
+from autopar.errors import AutoparError, InfeasibleError
+from autopar.testing.live_memory import LiveMemory, training_state_bytes
 from tests.clusters import eager_to_shard
 from tests.models import CASES, MLP, Classifier, LanguageModel, words
 
@@ -413,9 +411,7 @@ def precision_error(mesh: str, autocast: bool) -> float:
 
     def step(build: Any) -> tuple[nn.Module, torch.Tensor]:
         model = build(case.build().to(dtype))
-        batch = {
-            k: x.to(dtype) if x.is_floating_point() else x for k, x in case.batch(0).items()
-        }
+        batch = {k: x.to(dtype) if x.is_floating_point() else x for k, x in case.batch(0).items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(**batch)
         loss.backward()

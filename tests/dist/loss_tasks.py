@@ -65,9 +65,7 @@ def engine_of(
     constraints = {"inputs.x": f"S{everything}R"}
     constraints |= {f"{layer}.weight": "RR" for layer in ("up", "down")}
     constraints |= {f"{layer}.bias": "R" for layer in ("up", "down")}
-    return auto_engine(
-        alone, optimizer, eager_to_shard(mesh), constraints=constraints, **options
-    )
+    return auto_engine(alone, optimizer, eager_to_shard(mesh), constraints=constraints, **options)
 
 
 def train(mesh: str, form: str, loop: str, options: dict[str, Any]) -> float:
@@ -76,9 +74,7 @@ def train(mesh: str, form: str, loop: str, options: dict[str, Any]) -> float:
     alone = Net(form).double()
     model = copy.deepcopy(alone)
     beside = torch.optim.SGD(alone.parameters(), lr=0.1)
-    engine, optimizer = engine_of(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), mesh, options
-    )
+    engine, optimizer = engine_of(model, torch.optim.SGD(model.parameters(), lr=0.1), mesh, options)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     worst, running = 0.0, torch.zeros((), dtype=torch.float64)
     total = 0.0

@@ -146,6 +146,7 @@ def unread_results(mesh: str) -> dict[str, Any]:
 
 def refusals(mesh: str) -> dict[str, str]:
     """Messages of what is refused, on every rank."""
+
     def engine(**options: Any) -> Any:
         return auto_engine(net(), None, eager_to_shard(mesh), **options)[0]
 

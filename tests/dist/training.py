@@ -9,9 +9,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from autopar import ShardingPlan, auto_engine
+from autopar.ir.spec import ShardingSpec
 from autopar.runtime import engine as engine_module
 from autopar.runtime.distribute import shard_of
-from autopar.ir.spec import ShardingSpec
 from autopar.tracer import ColoTracer
 from tests.clusters import eager_to_shard
 from tests.models import CASES, OPTIMIZERS, reference
