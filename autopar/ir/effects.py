@@ -113,18 +113,29 @@ class HookCall:
         """Call the user's hook, if it is still there.
 
         Raises:
-            CaptureError: it returned a value, which it did not when the model was captured.
+            CaptureError: it returned a value, or changed one in place, which it did not when the
+                model was captured.
         """
         module = model.get_submodule(self.path)
         arguments = self.arguments.take(results)
         hook = getattr(module, self.kind).get(self.key)
-        if hook is not None and hook(module, *arguments) is not None and not self.returns:
+        if hook is None:
+            return
+        versions = _versions(arguments)
+        returned = hook(module, *arguments) is not None and not self.returns
+        if returned or versions != _versions(arguments):
             raise CaptureError(
-                f"the hook at {self.source} on {self.path or 'the model'} returned a value, but "
-                "returned None, or could not tell, when the model was captured: whether a hook "
-                "changes a value must not depend on values of tensors. Return None always, or "
-                "compute the value with tensor operations (torch.where)"
+                f"the hook at {self.source} on {self.path or 'the model'} "
+                f"{'returned a value' if returned else 'changed a value in place'}, but did not, "
+                "or could not tell, when the model was captured: whether a hook changes a value "
+                "must not depend on values of tensors. Change nothing, or compute the value with "
+                "tensor operations (torch.where)"
             )
+
+
+def _versions(values: Any) -> list[int]:
+    tensors = (x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor))
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 @dataclass(frozen=True)

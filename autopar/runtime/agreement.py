@@ -31,14 +31,16 @@ class Agreement:
     """Of the ranks that call one engine.
 
     Args:
+        device: of the collectives.
         same_batches: every rank passes the same batch.
     """
 
-    def __init__(self, *, same_batches: bool) -> None:
-        self._same_batches = same_batches
+    def __init__(self, device: torch.device, *, same_batches: bool) -> None:
+        self._device, self._same_batches = device, same_batches
         self._engine = next(_engines)  # ranks make their engines in the same order
         self._calls = self._switches = 0
         self._last: Any = None
+        self._program: int | None = None
 
     def check_call(self, key: Any, tensors: Sequence[torch.Tensor]) -> None:
         """Compare a call with those of the other ranks.
@@ -60,6 +62,21 @@ class Agreement:
         calls, self._calls = self._calls, self._calls + 1
         if self._same_batches and (calls < _CHECKED_FIRST or calls % _CHECKED_EVERY == 0):
             self._check_batches(tensors)
+
+    def check_program(self, number: int | None) -> None:
+        """Compare the program that a call is about to run with those of the other ranks.
+
+        Args:
+            number: of its step; None where it is compiled first.
+
+        Raises:
+            EngineError: a rank runs another one, because its model differs from the others'.
+        """
+        if number is None:
+            self.meet("compiles the model")
+        elif number != self._program:
+            self.meet(f"runs program {number}")
+        self._program = number
 
     def meet(self, described: str) -> None:
         """Wait until every rank is about to do the same.
@@ -94,8 +111,9 @@ class Agreement:
             differ = f"rank {rank} {described}, rank {r} {theirs}"
             if self._same_batches:
                 raise EngineError(
-                    f"{differ}; every rank must pass the same global batch, or with batch='local' "
-                    "to auto_engine its own samples"
+                    f"{differ}; every rank must do the same with a model in the same state, and "
+                    "pass the same global batch, or with batch='local' to auto_engine its own "
+                    "samples"
                 )
             raise MeshError(
                 f"local batches must have equal shapes on all ranks: {differ}; drop the last "
@@ -105,10 +123,10 @@ class Agreement:
     def _check_batches(self, tensors: Sequence[torch.Tensor]) -> None:
         digest = hashlib.blake2b(digest_size=8)
         for x in tensors:
-            digest.update(_bytes(x))
+            if not x.is_meta:  # an example to plan with
+                digest.update(_bytes(x))
         mine = int.from_bytes(digest.digest()[:7], "little")
-        device = tensors[0].device if dist.get_backend() != "gloo" and tensors else "cpu"
-        extremes = torch.tensor([mine, -mine], dtype=torch.int64, device=device)
+        extremes = torch.tensor([mine, -mine], dtype=torch.int64, device=self._device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         largest, smallest = extremes.tolist()
         if largest != -smallest:

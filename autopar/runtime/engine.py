@@ -25,8 +25,10 @@ from autopar.errors import EngineError, MeshError
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
+from autopar.runtime.call import Call
 from autopar.runtime.distribute import check_optimizer
-from autopar.runtime.step_runner import BoundStep, EngineOptions, StepRunner
+from autopar.runtime.step_compiler import BoundStep, EngineOptions, StepCompiler
+from autopar.runtime.step_runner import StepRunner
 from autopar.schedule.budget import MemoryPlan
 
 
@@ -104,7 +106,7 @@ def auto_engine(
         time_limit=time_limit,
         progress=progress,
     )
-    engine = _engine_of(StepRunner(model, optimizer, options))
+    engine = _engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     if example_inputs is not None:
         args, kwargs = split_inputs(example_inputs)
         engine.plan_for(*args, **kwargs)
@@ -184,7 +186,7 @@ class Engine(torch.nn.Module):
 
     def plan_for(self, *args: Any, **kwargs: Any) -> None:
         """Plan and distribute for inputs of these shapes, without running them."""
-        self._runner.step_for(args, kwargs)
+        self._runner.step_for(Call.of(args, kwargs))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's, with DTensors for `torch.distributed.checkpoint`; whole tensors within the

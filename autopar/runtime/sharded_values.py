@@ -29,6 +29,11 @@ class _Handed(DTensor):
         x._local_tensor = local
         return x
 
+    @classmethod
+    def of_dtensor(cls, x: DTensor) -> Any:
+        """The same tensor, of this class."""
+        return cls.of(x._local_tensor, x._spec)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self)] = twin = type(self).of(self._local_tensor.detach().clone(), self._spec)
         return twin
@@ -92,7 +97,13 @@ class _Part(torch.Tensor):
 _DESCRIPTIONS = frozenset(
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")
-) | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
+) | {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_inference,
+}
 
 
 class DeferredResult(torch.Tensor):
@@ -117,6 +128,10 @@ class DeferredResult(torch.Tensor):
         )  # fmt: skip
         result._gather, result._gathered = gather, None
         return result
+
+    @property
+    def _version(self) -> int:  # type: ignore[override]
+        return 0 if self._gathered is None else self._gathered._version
 
     def whole(self) -> torch.Tensor:
         """The whole tensor, on every rank."""
@@ -156,3 +171,20 @@ class SavedShard(_Handed):
 
     def untyped_storage(self) -> Any:
         raise self._refuse()
+
+
+def refuse_pickled_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer's state dicts hold `SavedShard`s, and take them."""
+
+    def save(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return pytree.tree_map_only(DTensor, SavedShard.of_dtensor, state)
+
+    def load(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return pytree.tree_map_only(SavedShard, _plain, state)
+
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(load)
+
+
+def _plain(x: DTensor) -> DTensor:
+    return DTensor.__new__(DTensor, x._local_tensor, x._spec, requires_grad=False)

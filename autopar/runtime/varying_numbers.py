@@ -10,37 +10,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from autopar.runtime.call import Call
 
 
 class VaryingNumbers:
-    """Of the calls of one model."""
+    """Of the calls of one model, by their structure."""
 
     def __init__(self) -> None:
-        self._last: dict[Any, list[Any]] = {}
+        self._first: dict[Any, list[Any]] = {}
         self._varying: dict[Any, set[int]] = {}
         self._constant: set[Any] = set()
 
-    def lift(self, model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments, with tensors for the floats that have changed before."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec in self._constant or not any(type(x) is float for x in leaves):
-            return args, kwargs
-        numbers = [x if type(x) is float else None for x in leaves]
-        last = self._last.setdefault(spec, numbers)
-        varying = self._varying.setdefault(spec, set())
-        for k, (now, before) in enumerate(zip(numbers, last, strict=True)):
-            if now is not None and now != before:
-                varying.add(k)
+    def lift(self, model: torch.nn.Module, call: Call) -> Call:
+        """The call, with tensors for the floats that have changed before; itself if none has."""
+        where = call.structure
+        if not any(type(x) is float for x in call.leaves) or where in self._constant:
+            return call
+        numbers = [x if type(x) is float else None for x in call.leaves]
+        first = self._first.setdefault(where, numbers)
+        varying = self._varying.setdefault(where, set())
+        pairs = enumerate(zip(numbers, first, strict=True))
+        varying |= {k for k, (now, before) in pairs if now is not None and now != before}
         if not varying or not _exact(model):
-            return args, kwargs
-        lifted = [torch.tensor(x) if k in varying else x for k, x in enumerate(leaves)]
-        args, kwargs = pytree.tree_unflatten(lifted, spec)
-        return args, kwargs
+            return call
+        leaves = call.leaves
+        return call.with_leaves(
+            [torch.tensor(x) if k in varying else x for k, x in enumerate(leaves)]
+        )
 
-    def keep_constant(self, args: Any, kwargs: Any) -> None:
+    def keep_constant(self, call: Call) -> None:
         """The model does not capture with tensors for the numbers of calls like this one."""
-        self._constant.add(pytree.tree_structure((args, kwargs)))
+        self._constant.add(call.structure)
 
 
 def _exact(model: torch.nn.Module) -> bool:

@@ -28,6 +28,7 @@ from autopar.errors import CaptureError
 from autopar.ir.effects import Held, HookCall
 from autopar.tracer.attributes import CONTAINERS, AttributeRecorder, contents, same_items
 from autopar.tracer.gradient_hooks import ValueHooks
+from autopar.tracer.randomness import Restart
 
 KINDS = ("_forward_pre_hooks", "_forward_hooks")
 _COPIED_GLOBALS = (list, dict, set)
@@ -211,8 +212,13 @@ class ObservedHooks:
         outer, recorder.hook = recorder.hook, number
         try:
             result = hook(module, *arguments)
+        except Restart:
+            raise
         except Exception:
-            # it asks for values; whether it returns one is checked when it is called with real ones
+            if registered != self._gradient_hooks.count or versions != self._versions(arguments):
+                raise  # called later, it would change or watch other values
+            # it asks for values, in whatever way; it is called with real ones, and `HookCall`
+            # checks that it changes nothing
             result = None
         finally:
             recorder.hook = outer

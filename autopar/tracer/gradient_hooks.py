@@ -129,7 +129,7 @@ class ValueHooks:
     """
 
     def __init__(self, modules: Mapping[int, torch.nn.Module]) -> None:
-        self.count = 0  # of hooks registered so far
+        self.count = 0  # of hooks that the trace registers, refused ones included
         self._modules = modules
         self._hooks: dict[fx.Node, OrderedDict[int, Any]] = {}
 
@@ -139,6 +139,7 @@ class ValueHooks:
         Raises:
             CaptureError: the hook cannot be called at each step.
         """
+        self.count += 1
         if not t.requires_grad:
             raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
         if isinstance(t, torch.nn.Parameter):
@@ -159,7 +160,6 @@ class ValueHooks:
             )
         handle = RemovableHandle(hooks)
         hooks[handle.id] = made
-        self.count += 1
         return handle
 
 

@@ -158,6 +158,14 @@ def refusals(mesh: str) -> dict[str, str]:
     def other_batches() -> None:
         engine()(data(dist.get_rank(), 8, 16))
 
+    def trained_optimizer() -> Any:
+        model = net()
+        optimizer = torch.optim.Adam(model.parameters())
+        model, _ = auto_engine(model, optimizer, eager_to_shard(mesh), constraints=SHARDED)
+        model(data(0, 8, 16)).sum().backward()
+        optimizer.step()
+        return optimizer
+
     def other_shapes() -> None:
         engine()(data(0, 8 if first else 4, 16))
 
@@ -166,6 +174,7 @@ def refusals(mesh: str) -> dict[str, str]:
         "batches": other_batches,
         "shapes": other_shapes,
         "pickle": lambda: pickle.dumps(engine()),
+        "optimizer state": lambda: pickle.dumps(trained_optimizer().state_dict()),
         "shards": lambda: pickle.dumps(engine().state_dict()),
         "half": lambda: engine().half(),
     }
@@ -177,6 +186,47 @@ def refusals(mesh: str) -> dict[str, str]:
         except AutoparError as error:
             messages[name] = str(error)
     return messages
+
+
+class Fits(nn.Module):
+    """Trains itself, as some libraries' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.net(x), y)
+
+    def fit(self, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+        losses = []
+        for step in range(steps):
+            batch = data(step, 8, 16), data(9 + step, 8, 8)
+            with torch.no_grad():
+                losses.append(self(*batch).item())
+            optimizer.zero_grad()
+            self(*batch).backward()
+            optimizer.step()
+            losses.append(self.net[0].weight.norm().item())
+        return losses
+
+
+def methods_that_train(mesh: str) -> dict[str, Any]:
+    """A method of the model calls the model, with and without gradients, and an optimizer."""
+    reference = Fits()
+    model = copy.deepcopy(reference)
+    optimizers = [sgd(reference.parameters()), sgd(model.parameters())]
+    constraints = {f"net.{name}": spec for name, spec in SHARDED.items()}
+    engine, _ = auto_engine(model, optimizers[1], eager_to_shard(mesh), constraints=constraints)
+    expected = reference.fit(optimizers[0], 3)
+    losses = engine.fit(optimizers[1], 3)
+    pairs = zip(expected, losses, strict=True)
+    state = copy.deepcopy(optimizers[1].state_dict())  # an early-stopping loop keeps the best
+    optimizers[1].load_state_dict(state)
+    optimizers[0].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    reference.fit(optimizers[0], 1)
+    engine.fit(optimizers[1], 1)
+    return {"losses": max(abs(a - b) for a, b in pairs), "gap": gap(engine, reference)}
 
 
 def programs(mesh: str) -> dict[str, int]:

@@ -37,12 +37,19 @@ def test_refusals_say_what_to_do(pool):
         "batches": ["different batches", "batch='local'"],
         "shapes": ["[8, 16]", "[4, 16]", "same global batch"],
         "pickle": ["cannot be pickled", "torch.distributed.checkpoint"],
+        "optimizer state": ["shard", "full_state_dict"],
         "shards": ["shard", "full_state_dict"],
         "half": ["float16", "before auto_engine"],
     }
     for messages in pool.run(tasks.refusals, "4"):
         for name, message in messages.items():
             assert all(word in message for word in words[name]), (name, message)
+
+
+def test_methods_train_and_evaluate_the_model(pool):
+    for answer in pool.run(tasks.methods_that_train, "2x2"):
+        assert answer["losses"] < 1e-12
+        assert answer["gap"] < 1e-12
 
 
 def test_programs_follow_what_they_depend_on(pool):

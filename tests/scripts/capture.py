@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.custom_functions import Scale
 from tests.scripts.case import Found, Wrap, case
 from tests.scripts.helpers import Model, apart, data, gap, gradient_gap, pair
 
@@ -258,18 +259,6 @@ class Checkpointed(nn.Module):
 def reentrant_checkpoint(wrap: Wrap) -> Found:
     """The captured program has the gradients of eager."""
     return one_step(wrap, Checkpointed(), data(0, 4, 8))
-
-
-class Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        return grad * w, (grad * x).sum(0)
 
 
 class AsksForGradient(nn.Module):

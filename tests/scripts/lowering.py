@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from tests.custom_functions import NoneForTheWeight
 from tests.scripts.capture import one_step
 from tests.scripts.case import Found, Wrap, case, world
 from tests.scripts.helpers import apart, buffer_gaps, close, data, fit, gap, pair, whole
@@ -182,26 +183,13 @@ def size_from_activations(wrap: Wrap) -> Found:
     return one_step(wrap, Durations(), data(0, 4, 6, 8))
 
 
-class Twice(torch.autograd.Function):
-    """Has no gradient for its second argument."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(w)
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].abs().mean(), None
-
-
 class Custom(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return Twice.apply(torch.tanh(self.a(x)), self.a.weight).square().mean()
+        return NoneForTheWeight.apply(torch.tanh(self.a(x)), self.a.weight).square().mean()
 
 
 @case("custom functions that return None for a gradient", may_refuse=True)

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -300,6 +301,30 @@ def test_hooks_set_and_removed_later_make_a_new_program():
     assert not still()
     graph.bind(model)(X)
     assert not kept
+
+
+def test_a_hook_that_changes_values_in_place_by_values_is_refused():
+    def hook(module, args, result):
+        if float(np.asarray(result.detach()).sum()) > -1e9:
+            result.detach().mul_(0.5)
+
+    model = net()
+    model[0].register_forward_hook(hook)
+    run = ColoTracer().trace(model, (X,)).bind(model)
+    with pytest.raises(CaptureError, match=r"_hooks.py:\d+ on 0 changed a value in place"):
+        run(X)
+
+
+def test_a_hook_that_changes_and_then_asks_is_refused():
+    def hook(module, args, result):
+        result.mul_(0.5)
+        if float(np.asarray(result.detach()).sum()) > -1e9:
+            result.add_(1)
+
+    model = net()
+    model[0].register_forward_hook(hook)
+    with pytest.raises(CaptureError):
+        ColoTracer().trace(model, (X,))
 
 
 def test_a_hook_whose_answer_depends_on_values_is_refused():

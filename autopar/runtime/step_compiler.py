@@ -1,0 +1,269 @@
+"""Compiles the steps of a model: captures a call, plans, and lays parameters out at the first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from autopar.comm import world
+from autopar.comm.offloaded_parameters import offloadable
+from autopar.comm.ranks import WorldRanks
+from autopar.compile import autoplan, compile_step, plan_step
+from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
+from autopar.errors import CaptureError, MeshError
+from autopar.ir.bound_reads import bind as bind_reads
+from autopar.ir.graph import ModelGraph
+from autopar.passes.apply_sharding import LocalProgram
+from autopar.plan import ShardingPlan
+from autopar.planner.decisions import FixedLayouts
+from autopar.planner.planner import trainable_inputs
+from autopar.runtime.assumptions import Assumptions
+from autopar.runtime.batch import BatchLayout
+from autopar.runtime.call import Call
+from autopar.runtime.distribute import adopt, distribute, restore, shards, stored_specs
+from autopar.runtime.program import bind
+from autopar.runtime.sharded_values import refuse_pickled_state
+from autopar.runtime.step_on_shards import StepOnShards
+from autopar.tracer import ColoTracer
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The options of `auto_engine`, under its names; `step` says how steps are compiled."""
+
+    step: StepOptions
+    plan: ShardingPlan | None = None
+    batch: str = "global"
+    constraints: Mapping[str, str] | None = None
+    time_limit: float = 60.0
+    progress: Callable[[str], None] | None = None
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A compiled step with what it needs to run.
+
+    Args:
+        number: of steps compiled before it.
+        compiled: for one shape of inputs, one mode, and the values that its guards allow.
+        train: runs it, with gradients.
+        layout: of its batches.
+        parameters: in the order of the program, as their modules hold them.
+        assumptions: about the model, under which it may run.
+        reads_hold: whether what the forward read of the model is as it was.
+    """
+
+    number: int
+    compiled: CompiledStep
+    train: Callable[..., Any]
+    layout: BatchLayout
+    parameters: Sequence[tuple[torch.nn.Module, str]]
+    assumptions: Assumptions
+    reads_hold: Callable[[], bool]
+
+    @property
+    def offloads_parameters(self) -> bool:
+        memory = self.compiled.memory
+        return memory is not None and bool(memory.parameters_on_host)
+
+    @property
+    def offloads_state(self) -> bool:
+        memory = self.compiled.memory
+        return memory is not None and memory.state_on_host
+
+
+class StepCompiler:
+    """Compiles a model's calls.
+
+    Args:
+        model: its parameters become DTensors, replicated until a plan is known.
+        optimizer: of its parameters, or None.
+        laid_out: the parameters of the model have their final layouts, as those of a copy.
+
+    Attributes:
+        mesh, device, place: where this rank's programs run.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        options: EngineOptions,
+        *,
+        laid_out: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.options = model, optimizer, options
+        self.laid_out = laid_out
+        cluster = options.step.cluster
+        self.device = world.device_for(cluster)
+        self.mesh = world.start(cluster, self.device)
+        self.place = Place(
+            cluster.coords(dist.get_rank()),
+            world.process_groups(self.mesh),
+            self.device.type,
+            WorldRanks(),
+        )
+        self._count = 0
+        self._moved = adopt(model, optimizer, self.mesh)
+
+    def compile(self, call: Call) -> BoundStep:
+        """Compile the step of a call; the first one lays the parameters out.
+
+        Raises:
+            AutoparError: on all ranks. A first step that fails leaves parameters as they were.
+        """
+        # whatever mode the caller is in, the step is that of training
+        with torch.inference_mode(False), torch.enable_grad(), self._untouched_if_it_fails():
+            step = self._compile(call)
+        self._count += 1
+        return step
+
+    @contextmanager
+    def _untouched_if_it_fails(self) -> Iterator[None]:
+        """Adopt the model's parameters; give them back if its first step cannot be compiled."""
+        self._moved += adopt(self.model, self.optimizer, self.mesh)  # of replaced modules too
+        try:
+            yield
+        except BaseException:
+            if not self.laid_out:
+                restore(self.model, self.optimizer, self._moved)
+                self._moved = []
+            raise
+        self._moved = []
+
+    def _compile(self, call: Call) -> BoundStep:
+        options = self.options
+        layout = BatchLayout.of(options.batch, options.step.cluster, call.inputs)
+        graph = self.place.ranks.together(lambda: self._trace(layout, call))
+        fixed = FixedLayouts(
+            parameters=stored_specs(self.model) if self.laid_out else {},
+            inputs=layout.fixed_inputs(),
+            outputs=layout.fixed_outputs(graph),
+        )
+        differentiated = frozenset(
+            name
+            for name, x in zip(graph.inputs, call.leaves, strict=True)
+            if name is not None and x.requires_grad
+        )
+
+        def arguments(plan: ShardingPlan, local: LocalProgram) -> Arguments:
+            self._lay_out(plan)
+            parameters = dict(self.model.named_parameters())
+            return Arguments(
+                self._example(graph, local, layout, differentiated),
+                offloadable(parameters, self.model.buffers()),
+            )
+
+        compiled = compile_step(
+            graph,
+            lambda: self._decide(graph, fixed),
+            self.place,
+            arguments,
+            replace(
+                options.step, dump_passes=options.step.dump_passes if not dist.get_rank() else None
+            ),
+            trainable=trainable_inputs(graph, self.model) | differentiated,
+            output_specs=fixed.outputs,
+        )
+        train = _eager(compiled.local) if compiled.lowered is None else bind(compiled.lowered)
+        parameters = [_holder(self.model, name) for name in graph.parameters.values()]
+        return BoundStep(
+            self._count, compiled, train, layout, parameters, Assumptions.of(self.model),
+            bind_reads(self.model, graph.reads),
+        )  # fmt: skip
+
+    def _trace(self, layout: BatchLayout, call: Call) -> ModelGraph:
+        """Capture the model for the global inputs."""
+        inputs = layout.global_inputs(*call.inputs)
+        try:
+            return ColoTracer(self.device.type).trace(self.model, *inputs)
+        except CaptureError as error:
+            joined, lines = layout.joined, str(error).splitlines()
+            if len(joined) < 2:
+                raise
+            raise MeshError(
+                f"the model cannot be captured for all ranks' samples. With batch='local', inputs "
+                f"{joined} count as samples, because their first size is {layout.samples}, and are "
+                "joined over the ranks. If one of them is not per sample (weights of classes, a "
+                "mask of positions), keep it as a buffer of the model. Else:\n"
+                + "\n".join(lines[1:] or lines)
+            ) from error
+
+    def _decide(self, graph: ModelGraph, fixed: FixedLayouts) -> StepPlan:
+        """The plan that was given, or a new one; on rank 0."""
+        options, cluster = self.options, self.options.step.cluster
+        if options.plan is not None and not fixed.parameters:
+            name = type(self.model).__name__
+            options.plan.check(fingerprint=graph.fingerprint, mesh=cluster.mesh, model=name)
+            return StepPlan(options.plan)
+        planning: dict[str, Any] = {
+            "graph": graph,
+            "cluster": cluster,
+            "optimizer_state": options.step.optimizer_state,
+            "fixed": fixed,
+            "constraints": options.constraints,
+            "time_limit": options.time_limit,
+            "progress": options.progress,
+        }
+        scheduled = cluster.memory_bytes is not None and options.step.lowered
+        if not scheduled or cluster.world_size == 1:  # the schedule of one device comes later
+            unlimited = math.inf if scheduled else None
+            plan = autoplan(self.model, budget_bytes=unlimited, **planning).plan
+            return StepPlan(replace(plan, budget_bytes=cluster.budget_bytes))
+        joint = plan_step(self.model, output_specs=fixed.outputs, **planning)
+        program = None if joint.step is None else joint.step.program
+        return StepPlan(joint.planned.plan, program, joint.memory)
+
+    def _lay_out(self, plan: ShardingPlan) -> None:
+        """Lay parameters and optimizer state out by the first plan."""
+        if self.laid_out:
+            return
+        distribute(
+            self.model, self.optimizer, plan.parameter_specs(), self.mesh, self.place.coords,
+            self.device,
+        )  # fmt: skip
+        self.laid_out = True
+        if self.optimizer is not None:
+            StepOnShards.attach(self.optimizer)
+            refuse_pickled_state(self.optimizer)
+
+    def _example(
+        self,
+        graph: ModelGraph,
+        program: LocalProgram,
+        layout: BatchLayout,
+        differentiated: frozenset[str],
+    ) -> list[torch.Tensor]:
+        """Tensors as the program will be called with."""
+        parameters: dict[str, Any] = dict(self.model.named_parameters())
+        buffers = dict(self.model.named_buffers())
+        example = [
+            parameters[n].to_local().detach().requires_grad_(parameters[n].requires_grad)
+            for n in graph.parameters.values()
+        ]
+        example += [buffers[n] for n in graph.buffers.values()]
+        example += [t.to(self.device) for t in graph.constants.values()]
+        inputs = layout.example_shards(graph, program.input_specs, self.place.coords, self.device)
+        names = (n for n in graph.inputs if n is not None)
+        example += [
+            x.requires_grad_(name in differentiated) for name, x in zip(names, inputs, strict=True)
+        ]
+        if program.takes_seed:
+            example.append(torch.zeros((), dtype=torch.int64))
+        return example
+
+
+def _eager(local: LocalProgram) -> Callable[..., Any]:
+    return lambda *flat: local.gm(*shards(flat))
+
+
+def _holder(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a parameter, and under which name."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
