@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor.experimental import implicit_replication
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.groups import forget_groups, register_mesh
@@ -22,9 +21,6 @@ DEFAULT_TIMEOUT = timedelta(minutes=5)
 
 # Process groups are threads and sockets: engines on the same mesh share them.
 _MESHES: dict[Any, DeviceMesh] = {}
-
-# The context of implicit replication, once it is entered.
-_REPLICATION: list[Any] = []
 
 
 def device_for(cluster: ClusterInfo) -> torch.device:
@@ -90,13 +86,6 @@ def store() -> Any:
     """The world's key-value store. `_get_default_store` is private to torch; tested with 2.11 and
     2.13."""
     return dist.distributed_c10d._get_default_store()
-
-
-def replicate_plain_tensors() -> None:
-    """From now on, a plain tensor beside a DTensor in an operator counts as replicated."""
-    if not _REPLICATION:
-        _REPLICATION.append(implicit_replication())
-        _REPLICATION[0].__enter__()
 
 
 def stop() -> None:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import EngineError
 from autopar.ir.spec import ShardingSpec, local_range
-from autopar.runtime.sharded_values import ShardedGradient
+from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter
 
 
 class MovedParameter(torch.nn.Parameter):
@@ -70,7 +70,7 @@ def adopt(
             raise EngineError(_no_values(name, p))
         if isinstance(p, MovedParameter):  # put back into the model by the caller
             new[id(p)] = current(p)
-        elif not isinstance(p, DTensor):
+        elif not isinstance(p, ShardedParameter):
             new[id(p)] = _dtensor_for(p, mesh)
             moved.append((p, new[id(p)]))
     _exchange(model, optimizer, new)
@@ -110,12 +110,12 @@ def _exchange(
         state[new[id(trained)]] = state.pop(trained)
 
 
-def _dtensor_for(p: torch.nn.Parameter, mesh: DeviceMesh) -> torch.nn.Parameter:
+def _dtensor_for(p: torch.nn.Parameter, mesh: DeviceMesh) -> ShardedParameter:
     """The DTensor in the place of a parameter; the same one again after `restore`."""
-    values = _replicated(p.detach(), mesh)
+    values: Any = p.detach() if isinstance(p, DTensor) else _replicated(p.detach(), mesh)
     known = p.__dict__.pop("_autopar_parameter", None)
     if known is None:
-        return torch.nn.Parameter(values, requires_grad=p.requires_grad)
+        return ShardedParameter.of_values(values, p.requires_grad)
     _lay_out(known, values, None)
     return known.requires_grad_(p.requires_grad)
 
@@ -186,6 +186,17 @@ def _as_dtensor(
         shape=full.shape,
         stride=full.stride(),
     )
+
+
+def laid_out_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, the same on every rank, laid out as a parameter of its shape."""
+    if not isinstance(p, DTensor):
+        return x
+    mesh = p.device_mesh
+    coords = mesh.get_coordinate()
+    assert coords is not None, "the mesh is over all processes"
+    spec = ShardingSpec.from_placements(p.placements, p.ndim)
+    return _as_dtensor(x.to(p.device), spec, mesh, tuple(coords))
 
 
 @torch.no_grad()
@@ -328,11 +339,10 @@ def distribute(
 
 
 @torch.no_grad()
-def _lay_out(p: DTensor, value: DTensor, grad: DTensor | None) -> None:
+def _lay_out(p: Any, value: DTensor, grad: DTensor | None) -> None:
     """Give a parameter the values and the layout of another DTensor."""
     p.grad = None
-    p.data = value  # a device may have changed
-    p._local_tensor, p._spec = value._local_tensor, value._spec
+    p.lay_out(value)
     p.grad = grad
 
 

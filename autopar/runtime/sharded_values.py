@@ -7,6 +7,7 @@ it, they carry it out or refuse.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -39,10 +40,12 @@ class _Handed(DTensor):
         return twin
 
 
-class ShardedGradient(_Handed):
-    """A gradient whose parts may be changed, on all ranks alike."""
+class _Editable(_Handed):
+    """A DTensor whose values may be replaced and whose parts may be changed, on all ranks alike."""
 
     def __getitem__(self, index: Any) -> Any:
+        if torch.is_grad_enabled() and self.requires_grad:
+            return super().__getitem__(index)
         whole = self.full_tensor()
         return _Part.of(whole[_whole(index)], whole, self)
 
@@ -57,7 +60,39 @@ class ShardedGradient(_Handed):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
+        if value.shape != self.shape or value.dtype != self.dtype:
+            raise EngineError(
+                f"a sharded tensor of shape {list(self.shape)} and {self.dtype} cannot take data "
+                f"of shape {list(value.shape)} and {value.dtype}; convert the model before "
+                "auto_engine"
+            )
+        self.detach().copy_(value)
+
+    def lay_out(self, value: DTensor) -> None:
+        """Take over the values, the layout and the device of another DTensor of this shape."""
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self._local_tensor, self._spec = value._local_tensor, value._spec
+
+
+class ShardedGradient(_Editable):
+    """A gradient."""
+
+
+class ShardedParameter(_Editable):
+    """A parameter of an engine."""
+
+    @classmethod
+    def of_values(cls, x: DTensor, requires_grad: bool) -> Any:
+        """A parameter over a DTensor's shard."""
+        p = cls.of_dtensor(x)
+        p._is_param = True  # an nn.Parameter, as isinstance and modules see it
+        return p.requires_grad_(requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = super().__deepcopy__(memo)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.grad = copy.deepcopy(self.grad, memo)
+        return twin.requires_grad_(self.requires_grad)
 
 
 def _whole(value: Any) -> Any:
@@ -65,17 +100,17 @@ def _whole(value: Any) -> Any:
 
 
 class _Part(torch.Tensor):
-    """A view of a gathered gradient; what is written to it is written to the shards as well."""
+    """A view of a gathered tensor; what is written to it is written to the shards as well."""
 
     _gathered: torch.Tensor
-    _gradient: ShardedGradient
+    _sharded: _Editable
 
     @classmethod
-    def of(cls, x: torch.Tensor, gathered: torch.Tensor, gradient: ShardedGradient) -> Any:
+    def of(cls, x: torch.Tensor, gathered: torch.Tensor, sharded: _Editable) -> Any:
         if x.untyped_storage()._cdata != gathered.untyped_storage()._cdata:
             return x  # indexed by tensors: a copy in eager PyTorch too
         part = x.as_subclass(cls)
-        part._gathered, part._gradient = gathered, gradient
+        part._gathered, part._sharded = gathered, sharded
         return part
 
     @classmethod
@@ -89,8 +124,8 @@ class _Part(torch.Tensor):
             return out
         name = getattr(func, "__name__", "")
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            first._gradient.copy_(first._gathered)
-        return cls.of(out, first._gathered, first._gradient) if type(out) is torch.Tensor else out
+            first._sharded.copy_(first._gathered)
+        return cls.of(out, first._gathered, first._sharded) if type(out) is torch.Tensor else out
 
 
 # What a deferred result answers without its values.
@@ -171,20 +206,3 @@ class SavedShard(_Handed):
 
     def untyped_storage(self) -> Any:
         raise self._refuse()
-
-
-def refuse_pickled_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer's state dicts hold `SavedShard`s, and take them."""
-
-    def save(_: Any, state: dict[str, Any]) -> dict[str, Any]:
-        return pytree.tree_map_only(DTensor, SavedShard.of_dtensor, state)
-
-    def load(_: Any, state: dict[str, Any]) -> dict[str, Any]:
-        return pytree.tree_map_only(SavedShard, _plain, state)
-
-    optimizer.register_state_dict_post_hook(save)
-    optimizer.register_load_state_dict_pre_hook(load)
-
-
-def _plain(x: DTensor) -> DTensor:
-    return DTensor.__new__(DTensor, x._local_tensor, x._spec, requires_grad=False)

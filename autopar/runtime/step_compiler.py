@@ -27,8 +27,8 @@ from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import adopt, distribute, restore, shards, stored_specs
+from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.program import bind
-from autopar.runtime.sharded_values import refuse_pickled_state
 from autopar.runtime.step_on_shards import StepOnShards
 from autopar.tracer import ColoTracer
 
@@ -231,7 +231,7 @@ class StepCompiler:
         self.laid_out = True
         if self.optimizer is not None:
             StepOnShards.attach(self.optimizer)
-            refuse_pickled_state(self.optimizer)
+            handle_state_dicts(self.optimizer)
 
     def _example(
         self,

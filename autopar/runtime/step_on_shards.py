@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from autopar.runtime.distribute import laid_out_like
+
 _ELEMENTWISE = {
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
     torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD,
@@ -64,6 +66,8 @@ class StepOnShards:
         shard = _local(p)
         if shard is not p:
             grad = p.grad
+            if grad is not None and not isinstance(grad, DTensor):  # the caller's, whole
+                grad = laid_out_like(grad, p)
             shard.grad = None if grad is None else _local(grad)
         held = self._state.get(p)
         if held is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from autopar.comm import world
+from autopar.comm import dtensor_rules, world
 from autopar.comm.offloaded_parameters import reload_all
 from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph
@@ -59,7 +59,8 @@ class StepRunner:
         self._seed = int(ranks.from_rank_zero(lambda: torch.initial_seed() % 2**62))
         self._agreement = Agreement(compiler.device, same_batches=same_batches)
         if same_batches:  # what the caller computes with parameters is replicated
-            world.replicate_plain_tensors()
+            dtensor_rules.replicate_plain_tensors()
+        dtensor_rules.install(compiler.device.type)
 
     def for_copy(self, model: torch.nn.Module) -> StepRunner:
         """A runner of a copy of the model, whose parameters stay laid out as they are."""
