@@ -140,17 +140,28 @@ def _versions(values: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class Effects:
-    """Of one run, in this order: attributes are assigned, then hooks are called."""
+    """Of one run, in this order: inputs are written, attributes are assigned, hooks are called.
+
+    Args:
+        inputs: positions of the flattened inputs that the forward changes in place.
+    """
 
     assigned: tuple[Assignment, ...] = ()
     hooks: tuple[HookCall, ...] = ()
+    inputs: tuple[int, ...] = ()
 
-    def carry_out(self, model: torch.nn.Module, results: Sequence[Any]) -> None:
+    def carry_out(
+        self, model: torch.nn.Module, results: Sequence[Any], leaves: Sequence[Any]
+    ) -> None:
         """
         Args:
             results: of the program, after the user's.
+            leaves: the flattened inputs, as the caller passed them.
         """
         rest = iter(results)
+        with torch.no_grad():
+            for k in self.inputs:
+                leaves[k].copy_(next(rest))
         for assignment in self.assigned:
             assignment.carry_out(model, rest)
         for call in self.hooks:

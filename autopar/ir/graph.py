@@ -131,14 +131,17 @@ class ModelGraph:
     def info(self, node: fx.Node) -> NodeInfo:
         return node.meta["autopar"]
 
-    def carry_out(self, model: torch.nn.Module, results: Sequence[Any]) -> Any:
+    def carry_out(
+        self, model: torch.nn.Module, results: Sequence[Any], leaves: Sequence[Any]
+    ) -> Any:
         """The user's results, after the effects of a run on the user's model.
 
         Args:
             results: of the program, after the mutated buffers.
+            leaves: the flattened inputs, as the caller passed them.
         """
         count = self.out_spec.num_leaves
-        self.effects.carry_out(model, results[count:])
+        self.effects.carry_out(model, results[count:], leaves)
         return pytree.tree_unflatten(list(results[:count]), self.out_spec)
 
     def bind(self, model: torch.nn.Module) -> Callable[..., Any]:
@@ -163,7 +166,7 @@ class ModelGraph:
             with torch.no_grad():
                 for name, value in zip(self.mutations, results, strict=False):
                     buffers[name].copy_(value)
-            return self.carry_out(model, results[len(self.mutations) :])
+            return self.carry_out(model, results[len(self.mutations) :], leaves)
 
         return run
 

@@ -236,6 +236,7 @@ def _engine_of(runner: StepRunner) -> Engine:
 def _engine_class(model_class: type[torch.nn.Module]) -> type[Engine]:
     """A subclass of the model's class under the same name, whose forward is the engine's."""
 
+    @torch.compiler.disable  # it runs compiled programs
     @functools.wraps(model_class.forward)
     def forward(self: Engine, *args: Any, **kwargs: Any) -> Any:
         return self._runner(*args, **kwargs)

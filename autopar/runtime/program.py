@@ -21,6 +21,7 @@ from autopar.errors import EngineError
 from autopar.passes.inductor import compile_graph
 from autopar.passes.lower import LoweredStep
 from autopar.runtime.distribute import gradients
+from autopar.runtime.result_gradients import ResultGradients
 
 # A graph is called by a list of tensors, which it empties so that they are freed at their last use.
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -34,11 +35,13 @@ class Program:
         step: what is run.
         forward: takes the tensors on this rank, gives the results and what it saves.
         backward: takes what is saved and the gradients of results, gives those of the arguments.
+        gradients: which results have a part in which gradients; None if each has a part in all.
     """
 
     step: LoweredStep
     forward: Boxed
     backward: Boxed | None
+    gradients: ResultGradients | None = None
 
     def __call__(self, *flat: torch.Tensor) -> tuple[Any, ...]:
         if self.backward is None:
@@ -64,7 +67,7 @@ class Program:
         ]
 
 
-def bind(step: LoweredStep) -> Program:
+def bind(step: LoweredStep, gradients: ResultGradients | None = None) -> Program:
     """Make a lowered step callable."""
 
     def runnable(gm: fx.GraphModule, backward: bool) -> Boxed:
@@ -72,7 +75,7 @@ def bind(step: LoweredStep) -> Program:
 
     forward = runnable(step.forward, backward=False)
     backward = None if step.backward is None else runnable(step.backward, backward=True)
-    return Program(step, forward, backward)
+    return Program(step, forward, backward, gradients)
 
 
 def boxed(gm: fx.GraphModule) -> Boxed:
@@ -134,11 +137,15 @@ class _Run(torch.autograd.Function):
         arguments = [*ctx.saved_tensors]
         ctx.maybe_clear_saved_tensors()
         arguments += program.tangents(grads)
+        present = tuple(g is not None for g in grads)
         callers = [g.data_ptr() for g in grads if g is not None]
         grads.clear()
         assert program.backward is not None
         with torch.no_grad():
             local = program.run(program.backward, arguments)
+            if program.gradients is not None:
+                used = program.gradients.used(present)
+                local = [g if k in used else None for k, g in enumerate(local)]
             parameter_grads = gradients(ctx.parameters, local, taken=callers)
             del local
         if torch.is_grad_enabled():  # create_graph=True

@@ -29,6 +29,7 @@ from autopar.runtime.call import Call
 from autopar.runtime.distribute import adopt, distribute, restore, shards, stored_specs
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.program import bind
+from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.step_on_shards import StepOnShards
 from autopar.tracer import ColoTracer
 
@@ -57,6 +58,7 @@ class BoundStep:
         parameters: in the order of the program, as their modules hold them.
         assumptions: about the model, under which it may run.
         reads_hold: whether what the forward read of the model is as it was.
+        feeding: positions of results from which others are computed.
     """
 
     number: int
@@ -66,6 +68,7 @@ class BoundStep:
     parameters: Sequence[tuple[torch.nn.Module, str]]
     assumptions: Assumptions
     reads_hold: Callable[[], bool]
+    feeding: frozenset[int]
 
     @property
     def offloads_parameters(self) -> bool:
@@ -160,6 +163,7 @@ class StepCompiler:
                 offloadable(parameters, self.model.buffers()),
             )
 
+        trainable = trainable_inputs(graph, self.model) | differentiated
         compiled = compile_step(
             graph,
             lambda: self._decide(graph, fixed),
@@ -168,14 +172,17 @@ class StepCompiler:
             replace(
                 options.step, dump_passes=options.step.dump_passes if not dist.get_rank() else None
             ),
-            trainable=trainable_inputs(graph, self.model) | differentiated,
+            trainable=trainable,
             output_specs=fixed.outputs,
         )
-        train = _eager(compiled.local) if compiled.lowered is None else bind(compiled.lowered)
+        gradients = ResultGradients.of(graph, trainable)
+        train = _eager(compiled.local)
+        if compiled.lowered is not None:
+            train = bind(compiled.lowered, gradients)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
             self._count, compiled, train, layout, parameters, Assumptions.of(self.model),
-            bind_reads(self.model, graph.reads),
+            bind_reads(self.model, graph.reads), gradients.feeding,
         )  # fmt: skip
 
     def _trace(self, layout: BatchLayout, call: Call) -> ModelGraph:

@@ -26,6 +26,7 @@ from autopar.runtime.assumptions import precision_modes
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import shards
+from autopar.runtime.result_gradients import refuse_hooks
 from autopar.runtime.sharded_values import DeferredResult, SavedShard
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_compiler import BoundStep, StepCompiler
@@ -119,7 +120,12 @@ class StepRunner:
                 copy_all(mutated, results[:count])
         for position, spec in program.deferred.items():
             results[position] = self._deferred(graph, results[position], position, spec)
-        return graph.carry_out(self.model, step.layout.give(results[count:]))
+        given = step.layout.give(results[count:])
+        if step.compiled.lowered is not None and trains:
+            for position in step.feeding:
+                if position >= count:
+                    refuse_hooks(given[position - count])
+        return graph.carry_out(self.model, given, call.leaves)
 
     def _deferred(
         self, graph: ModelGraph, local: torch.Tensor, position: int, spec: ShardingSpec

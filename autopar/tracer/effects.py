@@ -98,6 +98,16 @@ class Originals:
         """The original; `MISSING` for what is no copy."""
         return self._found.get(id(copied), MISSING)
 
+    def of_copy(self, t: torch.Tensor) -> torch.Tensor:
+        """The original of which a tensor is the copy, or has the memory of the copy; itself if
+        there is none."""
+        kind = t.shape, t.stride(), t.dtype
+        for copied, original in self._tensors:
+            same = kind == (copied.shape, copied.stride(), copied.dtype)
+            if same and _memory([copied]) & _memory([t]):
+                return original.detach()
+        return t
+
     def of_storages(self, copies: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """The originals whose copies share memory with some of these."""
         used = _memory(copies)

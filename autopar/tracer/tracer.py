@@ -39,6 +39,7 @@ from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
 from autopar.ir.randomness import keep_draws
 from autopar.tracer import fakes
+from autopar.tracer.arguments import Arguments
 from autopar.tracer.attributes import AttributeRecorder
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.effects import Carried, Originals, check_state, collect
@@ -164,6 +165,8 @@ class ColoTracer:
         check_state(effects.kept, copied.histories, graph.constants)
         return dataclasses.replace(
             graph,
+            # the user's own, so that values that change without a version are seen
+            constants={k: copied.originals.of_copy(t) for k, t in graph.constants.items()},
             reads=effects.reads_of(model, copied.originals, graph.constants),
             effects=effects.effects,
         )
@@ -280,12 +283,13 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
             roles["buffer", name] = b
             shapes[name] = b.shape
         resolver.begin(roles)
+        inputs = Arguments((args, kwargs))
         now = _named_tensors(clone)
         recorder.substitute({id(t): now[name] for name, t in copies.items()})
         try:
             with resolver, recorder.recording():
                 results = _plain_results(call(*args, **kwargs))
-            carried.append(collect(recorder, hooks, copied.originals))
+            carried.append(inputs.changes(collect(recorder, hooks, copied.originals)))
         finally:
             recorder.restore()  # the copy may share objects with the model
         for name, b in clone.named_buffers(remove_duplicate=False):
