@@ -72,6 +72,7 @@ def compile_step(
     *,
     trainable: frozenset[str],
     output_specs: Sequence[ShardingSpec] | None = None,
+    whole_sizes: frozenset[int] = frozenset(),
 ) -> CompiledStep:
     """Compile one rank's step.
 
@@ -80,6 +81,7 @@ def compile_step(
         arguments: what the rank's program is called with.
         trainable: placeholder names of the parameters that require grad.
         output_specs: layouts in which the caller wants the results; replicated if None.
+        whole_sizes: dims of these sizes stay whole.
 
     Raises:
         EngineError: ranks built different programs.
@@ -89,7 +91,7 @@ def compile_step(
     plan = planned.plan
     local = apply_sharding(
         graph, plan, coords=place.coords, groups=place.groups,
-        output_specs=output_specs, trainable=trainable,
+        output_specs=output_specs, trainable=trainable, whole_sizes=whole_sizes,
     )  # fmt: skip
     place.check_agreement(local.gm)
     called_with = arguments(plan, local)

@@ -23,6 +23,10 @@ class Ranks:
         """Do the same on every rank; an error on one is an error on all."""
         return act()
 
+    def all(self, mine: bool) -> bool:
+        """Whether it is true of every rank."""
+        return mine
+
     def differing(self, signature: str) -> list[int]:
         """Ranks whose signature is not that of rank 0; the same on all ranks."""
         return []
@@ -63,6 +67,11 @@ class WorldRanks(Ranks):
         for rank, text in failed.items():
             raise EngineError(f"rank {rank} failed, so all ranks stop: {text}")
         return result
+
+    def all(self, mine: bool) -> bool:
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, mine)
+        return all(answers)
 
     def differing(self, signature: str) -> list[int]:
         if dist.get_world_size() == 1:

@@ -91,6 +91,7 @@ def apply_sharding(
     input_specs: Sequence[ShardingSpec] | None = None,
     output_specs: Sequence[ShardingSpec] | None = None,
     trainable: frozenset[str] | None = None,
+    whole_sizes: frozenset[int] = frozenset(),
 ) -> LocalProgram:
     """The program of the rank at `coords`.
 
@@ -100,11 +101,12 @@ def apply_sharding(
         output_specs: layouts in which the caller wants the results; if None, replicated or
             deferred.
         trainable: placeholder names that carry gradients; all parameters if None.
+        whole_sizes: dims of these sizes stay whole in conversions, too.
 
     Raises:
         PlanError: the plan names an operator or a strategy that the graph does not have.
     """
-    converter = converter_for(ClusterInfo.from_dict(plan.cluster))
+    converter = converter_for(ClusterInfo.from_dict(plan.cluster), whole_sizes=whole_sizes)
     rank = _Rank(plan.mesh, tuple(coords), groups, converter)
     grads = requires_grad_map(graph, set(graph.parameters) if trainable is None else set(trainable))
     return _Rewriter(graph, plan, rank, grads).run(input_specs, output_specs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch.fx as fx
 
+from autopar.ir.graph import operands, shape_of
 from autopar.ir.spec import ShardingSpec
+from autopar.sharding.node_rules import results
 from autopar.sharding.rule import Strategy
 
 
@@ -91,12 +93,35 @@ class Edge:
 
 @dataclass(frozen=True)
 class FixedLayouts:
-    """Layouts that the caller decides: by qualified parameter name, and by position of inputs and
-    outputs (None: free)."""
+    """Layouts that the caller decides.
+
+    Args:
+        parameters: by qualified name.
+        inputs, outputs: by position (None: free).
+        whole_sizes: dims of these sizes stay whole.
+    """
 
     parameters: Mapping[str, ShardingSpec] = field(default_factory=dict)
     inputs: tuple[ShardingSpec | None, ...] | None = None
     outputs: tuple[ShardingSpec, ...] | None = None
+    whole_sizes: frozenset[int] = frozenset()
+
+    def allows(self, shape: Sequence[int], spec: ShardingSpec) -> bool:
+        """Whether a value may have a layout, as far as its sizes go."""
+        return not self.whole_sizes or not any(
+            axes and size in self.whole_sizes for size, axes in zip(shape, spec.dims, strict=True)
+        )
+
+    def allows_strategy(self, node: fx.Node, strategy: Strategy) -> bool:
+        """The same of all operands and results of a call."""
+        if not self.whole_sizes:
+            return True
+        values = [None if n is None else n.meta["val"] for n in operands(node)]
+        values, specs = [*values, *results(node)], (*strategy.inputs, *strategy.outputs)
+        return all(
+            value is None or spec is None or self.allows(shape_of(value), spec)
+            for value, spec in zip(values, specs, strict=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ class SearchSpace:
         self._costs = OpCosts(cluster, self.profile, self._saved)
         weights = [int(graph.placeholders[p].meta["val"].nbytes) for p in graph.parameters]
         small = sum(n for n in weights if n <= BUCKET_MEMBER_BYTES)
-        self._edge_costs = EdgeCostTable(converter_for(cluster, small), self._costs)
+        converter = converter_for(cluster, small, self.fixed.whole_sizes)
+        self._edge_costs = EdgeCostTable(converter, self._costs)
         self.decisions: list[Decision] = []
         self.edges: list[Edge] = []
         self._decision_of: dict[tuple[fx.Node, int], int] = {}
@@ -154,6 +155,7 @@ class SearchSpace:
             s
             for s in specs
             if all(fills_every_rank(n, a, self.mesh) for n, a in zip(shape, s.dims, strict=True))
+            and self.fixed.allows(shape, s)
         ]
 
     def _class(self, *key: Hashable) -> int:
@@ -329,7 +331,11 @@ class SearchSpace:
     def _strategies(self, node: fx.Node) -> list[Strategy]:
         number = self._class_of(node)
         if number not in self._strategies_of:
-            self._strategies_of[number] = strategies_of(node, self.mesh, any_order=self.any_order)
+            self._strategies_of[number] = [
+                strategy
+                for strategy in strategies_of(node, self.mesh, any_order=self.any_order)
+                if self.fixed.allows_strategy(node, strategy)
+            ]
         return self._strategies_of[number]
 
     def _gradient_bytes(

@@ -82,6 +82,14 @@ class BatchLayout:
 
         return pytree.tree_map_only(torch.Tensor, self.gather, (args, kwargs))
 
+    def whole_shapes(self) -> list[tuple[int, ...]]:
+        """Of the tensor inputs over all ranks."""
+        joined, ranks = self.joined, self.cluster.world_size
+        return [
+            (shape[0] * ranks, *shape[1:]) if k in joined else shape
+            for k, shape in enumerate(self.shapes)
+        ]
+
     def gather(self, x: Any) -> Any:
         """The global input of which every rank passes a part."""
         if not self.local or not x.ndim or x.shape[0] != self.samples:

@@ -25,9 +25,10 @@ from autopar.errors import EngineError, MeshError
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
+from autopar.runtime.bound_step import BoundStep
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import check_optimizer
-from autopar.runtime.step_compiler import BoundStep, EngineOptions, StepCompiler
+from autopar.runtime.step_compiler import EngineOptions, StepCompiler
 from autopar.runtime.step_runner import StepRunner
 from autopar.schedule.budget import MemoryPlan
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,23 +16,28 @@ from autopar.comm import world
 from autopar.comm.offloaded_parameters import offloadable
 from autopar.comm.ranks import WorldRanks
 from autopar.compile import autoplan, compile_step, plan_step
-from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
-from autopar.errors import CaptureError, MeshError
+from autopar.compiled_step import Arguments, Place, StepOptions, StepPlan
+from autopar.errors import CaptureError, MeshError, PlanError
 from autopar.ir.bound_reads import bind as bind_reads
-from autopar.ir.graph import ModelGraph
-from autopar.passes.apply_sharding import LocalProgram
+from autopar.ir.graph import ModelGraph, shape_of
+from autopar.ir.size_formulas import input_shapes
+from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import trainable_inputs
 from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchLayout
+from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import adopt, distribute, restore, shards, stored_specs
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.program import bind
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.step_on_shards import StepOnShards
+from autopar.sharding.node_rules import results, strategy_by_name
 from autopar.tracer import ColoTracer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,41 +50,6 @@ class EngineOptions:
     constraints: Mapping[str, str] | None = None
     time_limit: float = 60.0
     progress: Callable[[str], None] | None = None
-
-
-@dataclass(frozen=True)
-class BoundStep:
-    """A compiled step with what it needs to run.
-
-    Args:
-        number: of steps compiled before it.
-        compiled: for one shape of inputs, one mode, and the values that its guards allow.
-        train: runs it, with gradients.
-        layout: of its batches.
-        parameters: in the order of the program, as their modules hold them.
-        assumptions: about the model, under which it may run.
-        reads_hold: whether what the forward read of the model is as it was.
-        feeding: positions of results from which others are computed.
-    """
-
-    number: int
-    compiled: CompiledStep
-    train: Callable[..., Any]
-    layout: BatchLayout
-    parameters: Sequence[tuple[torch.nn.Module, str]]
-    assumptions: Assumptions
-    reads_hold: Callable[[], bool]
-    feeding: frozenset[int]
-
-    @property
-    def offloads_parameters(self) -> bool:
-        memory = self.compiled.memory
-        return memory is not None and bool(memory.parameters_on_host)
-
-    @property
-    def offloads_state(self) -> bool:
-        memory = self.compiled.memory
-        return memory is not None and memory.state_on_host
 
 
 class StepCompiler:
@@ -115,15 +86,18 @@ class StepCompiler:
         self._count = 0
         self._moved = adopt(model, optimizer, self.mesh)
 
-    def compile(self, call: Call) -> BoundStep:
+    def compile(self, call: Call, alike: BoundStep | None = None) -> BoundStep:
         """Compile the step of a call; the first one lays the parameters out.
+
+        Args:
+            alike: a step for inputs of other sizes, whose plan serves this one if it can.
 
         Raises:
             AutoparError: on all ranks. A first step that fails leaves parameters as they were.
         """
         # whatever mode the caller is in, the step is that of training
         with torch.inference_mode(False), torch.enable_grad(), self._untouched_if_it_fails():
-            step = self._compile(call)
+            step = self._compile(call, alike)
         self._count += 1
         return step
 
@@ -140,7 +114,7 @@ class StepCompiler:
             raise
         self._moved = []
 
-    def _compile(self, call: Call) -> BoundStep:
+    def _compile(self, call: Call, alike: BoundStep | None) -> BoundStep:
         options = self.options
         layout = BatchLayout.of(options.batch, options.step.cluster, call.inputs)
         graph = self.place.ranks.together(lambda: self._trace(layout, call))
@@ -148,6 +122,7 @@ class StepCompiler:
             parameters=stored_specs(self.model) if self.laid_out else {},
             inputs=layout.fixed_inputs(),
             outputs=layout.fixed_outputs(graph),
+            whole_sizes=_varying_sizes(graph, alike, options.step.cluster.world_size),
         )
         differentiated = frozenset(
             name
@@ -166,7 +141,7 @@ class StepCompiler:
         trainable = trainable_inputs(graph, self.model) | differentiated
         compiled = compile_step(
             graph,
-            lambda: self._decide(graph, fixed),
+            lambda: self._decide(graph, fixed, alike),
             self.place,
             arguments,
             replace(
@@ -174,22 +149,42 @@ class StepCompiler:
             ),
             trainable=trainable,
             output_specs=fixed.outputs,
+            whole_sizes=fixed.whole_sizes,
         )
         gradients = ResultGradients.of(graph, trainable)
-        train = _eager(compiled.local)
-        if compiled.lowered is not None:
-            train = bind(compiled.lowered, gradients)
+        evaluate = _eager(compiled.local)
+        train = evaluate if compiled.lowered is None else bind(compiled.lowered, gradients)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
-            self._count, compiled, train, layout, parameters, Assumptions.of(self.model),
-            bind_reads(self.model, graph.reads), gradients.feeding,
+            self._count, compiled, train, evaluate, layout, parameters,
+            Assumptions.of(self.model), bind_reads(self.model, graph.reads), gradients.feeding,
+            whole_results(compiled),
         )  # fmt: skip
 
-    def _trace(self, layout: BatchLayout, call: Call) -> ModelGraph:
+    def trace_sizes(
+        self, call: Call, layout: BatchLayout, dynamic: Mapping[int, Collection[int]]
+    ) -> ModelGraph:
+        """Capture the model with symbols for sizes of inputs.
+
+        Args:
+            dynamic: dims, by the position of an input among the flattened ones.
+
+        Raises:
+            CaptureError: on all ranks.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            return self.place.ranks.together(lambda: self._trace(layout, call, dynamic))
+
+    def _trace(
+        self,
+        layout: BatchLayout,
+        call: Call,
+        dynamic: bool | Mapping[int, Collection[int]] = False,
+    ) -> ModelGraph:
         """Capture the model for the global inputs."""
         inputs = layout.global_inputs(*call.inputs)
         try:
-            return ColoTracer(self.device.type).trace(self.model, *inputs)
+            return ColoTracer(self.device.type, dynamic=dynamic).trace(self.model, *inputs)
         except CaptureError as error:
             joined, lines = layout.joined, str(error).splitlines()
             if len(joined) < 2:
@@ -202,9 +197,13 @@ class StepCompiler:
                 + "\n".join(lines[1:] or lines)
             ) from error
 
-    def _decide(self, graph: ModelGraph, fixed: FixedLayouts) -> StepPlan:
-        """The plan that was given, or a new one; on rank 0."""
+    def _decide(self, graph: ModelGraph, fixed: FixedLayouts, alike: BoundStep | None) -> StepPlan:
+        """The plan that was given, that of a step for other sizes, or a new one; on rank 0."""
         options, cluster = self.options, self.options.step.cluster
+        if alike is not None and alike.compiled.memory is None:
+            plan = replace(alike.compiled.plan, fingerprint=graph.fingerprint)
+            if self._serves(graph, plan, fixed):
+                return StepPlan(plan)
         if options.plan is not None and not fixed.parameters:
             name = type(self.model).__name__
             options.plan.check(fingerprint=graph.fingerprint, mesh=cluster.mesh, model=name)
@@ -226,6 +225,23 @@ class StepCompiler:
         joint = plan_step(self.model, output_specs=fixed.outputs, **planning)
         program = None if joint.step is None else joint.step.program
         return StepPlan(joint.planned.plan, program, joint.memory)
+
+    def _serves(self, graph: ModelGraph, plan: ShardingPlan, fixed: FixedLayouts) -> bool:
+        """Whether a plan for other sizes is one for a graph."""
+        try:
+            apply_sharding(
+                graph, plan, coords=self.place.coords, groups=self.place.groups,
+                output_specs=fixed.outputs, whole_sizes=fixed.whole_sizes,
+            )  # fmt: skip
+            nodes = graph.compute_nodes()
+            chosen = ((n, strategy_by_name(n, plan.mesh, plan.choices[n.name])) for n in nodes)
+            serves = all(fixed.allows_strategy(n, strategy) for n, strategy in chosen)
+        except PlanError as error:
+            log.info("%s", error)
+            serves = False
+        if not serves:
+            log.info("planning anew: the plan for inputs of other sizes does not serve these")
+        return serves
 
     def _lay_out(self, plan: ShardingPlan) -> None:
         """Lay parameters and optimizer state out by the first plan."""
@@ -264,6 +280,23 @@ class StepCompiler:
         if program.takes_seed:
             example.append(torch.zeros((), dtype=torch.int64))
         return example
+
+
+def _varying_sizes(graph: ModelGraph, alike: BoundStep | None, ranks: int) -> frozenset[int]:
+    """Sizes in a graph that another graph of the model has otherwise, and that are no multiples of
+    the number of ranks: split unevenly, each would make another program.
+
+    Sizes of batches and of parameters may be split all the same.
+    """
+    if alike is None or alike.compiled.memory is not None:
+        return frozenset()
+    pairs = zip(graph.compute_nodes(), alike.compiled.graph.compute_nodes(), strict=False)
+    values = ((a, b) for n, m in pairs for a, b in zip(results(n), results(m), strict=False))
+    dims = (d for a, b in values for d in zip(shape_of(a)[1:], shape_of(b)[1:], strict=False))
+    varying = {a for a, b in dims if a != b and a % ranks}
+    held = [shape_of(graph.placeholders[name].meta["val"]) for name in graph.parameters]
+    batches = {shape[0] for shape in input_shapes(graph) if shape}
+    return frozenset(varying.difference(batches, *held))
 
 
 def _eager(local: LocalProgram) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ finds changed compile another step, with the parameters' layouts fixed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,16 +20,18 @@ from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
 from autopar.ir.reads import first_change
-from autopar.ir.spec import ShardingSpec
 from autopar.runtime.agreement import Agreement
 from autopar.runtime.assumptions import precision_modes
+from autopar.runtime.batch import BatchLayout
+from autopar.runtime.bound_step import BoundStep, WholeResult
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import shards
 from autopar.runtime.result_gradients import refuse_hooks
 from autopar.runtime.sharded_values import DeferredResult, SavedShard
+from autopar.runtime.sized_steps import SizedSteps
 from autopar.runtime.state_on_host import StateOnHost
-from autopar.runtime.step_compiler import BoundStep, StepCompiler
+from autopar.runtime.step_compiler import StepCompiler
 from autopar.runtime.varying_numbers import VaryingNumbers
 from autopar.runtime.whole_parameters import stored_parameters, whole_parameters
 
@@ -51,6 +53,7 @@ class StepRunner:
         self.model = compiler.model
         self._compiler = compiler
         self._programs: dict[Any, list[BoundStep]] = {}
+        self._sized = SizedSteps(compiler.trace_sizes, compiler.place.ranks)
         self._numbers = VaryingNumbers()
         self._whole = False
         optimizer = compiler.optimizer
@@ -108,18 +111,18 @@ class StepRunner:
         trains = torch.is_grad_enabled()
         with world.explained_failures():
             step, call = self._with_numbers(call)
-        graph, program = step.compiled.graph, step.compiled.local
+        graph = step.compiled.graph
         if step.offloads_state and trains and self._offloaded_state is not None:
             self._offloaded_state.leave()
         flat, mutated = self._flat(step, call)
         with self._common_draws(graph):
-            results = list(step.train(*flat) if trains else program.gm(*shards(flat)))
+            results = list(step.train(*flat) if trains else step.evaluate(*shards(flat)))
         count = len(mutated)
         if mutated:
             with torch.no_grad():
                 copy_all(mutated, results[:count])
-        for position, spec in program.deferred.items():
-            results[position] = self._deferred(graph, results[position], position, spec)
+        for position, whole in step.whole_results.items():
+            results[position] = self._deferred(results[position], position - count, whole)
         given = step.layout.give(results[count:])
         if step.compiled.lowered is not None and trains:
             for position in step.feeding:
@@ -127,21 +130,16 @@ class StepRunner:
                     refuse_hooks(given[position - count])
         return graph.carry_out(self.model, given, call.leaves)
 
-    def _deferred(
-        self, graph: ModelGraph, local: torch.Tensor, position: int, spec: ShardingSpec
-    ) -> torch.Tensor:
+    def _deferred(self, local: torch.Tensor, number: int, whole: WholeResult) -> torch.Tensor:
         """A result that is gathered when the caller reads it."""
-        if not any(spec.dims):
-            return local
-        fake = graph.output.args[0][position].meta["val"]  # type: ignore[index,union-attr]
         mesh = self._compiler.mesh
         sharded = DTensor.from_local(
-            local, mesh, spec.to_placements(mesh.ndim), run_check=False,
-            shape=fake.shape, stride=fake.stride(),
+            local, mesh, whole.spec.to_placements(mesh.ndim), run_check=False,
+            shape=torch.Size(whole.shape), stride=tuple(whole.stride),
         )  # fmt: skip
 
         def gather() -> torch.Tensor:
-            self._agreement.meet(f"reads result {position - len(graph.mutations)} of the model")
+            self._agreement.meet(f"reads result {number} of the model")
             return sharded.full_tensor()
 
         return DeferredResult.of(sharded, gather)
@@ -208,26 +206,51 @@ class StepRunner:
             self._reload_parameters()
         key = self._key(call)
         self._agreement.check_call(key, call.tensors)
-        steps = self._programs.setdefault(key, [])
         failed: Guard | str | None = None
-        for step in steps:
+        steps = self._programs.setdefault(key, [])
+        for step in (*steps, *self._sized.known(key)):
             failed = self._change(step) or self._failed_guard(step, call)
             if failed is None:
                 self._agreement.check_program(step.number)
                 return step
+        alike = self._of_other_sizes(key) if failed is None else []
+        if (sized := self._sized_step(key, call, alike)) is not None:
+            self._agreement.check_program(sized.number)
+            return sized
         if failed is not None and len(steps) in _WARN_AT:
             log.warning(
                 "capturing the model again: %s\nIt was captured %d times for these shapes; each "
                 "capture costs seconds.", _reason(failed), len(steps),
             )  # fmt: skip
         self._agreement.check_program(None)
-        step = self._compiler.compile(call)
+        step = self._compiler.compile(call, alike[-1] if alike else None)
         steps.append(step)
         if len(steps) > _KEPT:
             del steps[1]  # the first has the plan in force
         if step.offloads_parameters:
             self._reload_parameters()
         return step
+
+    def _of_other_sizes(self, key: Any) -> list[BoundStep]:
+        """Steps that serve the model as it is, for inputs that differ in sizes alone; in order."""
+        kind = _without_sizes(key)
+        alike = [
+            step
+            for other, steps in self._programs.items()
+            if _without_sizes(other) == kind
+            for step in steps
+            if self._change(step) is None
+        ]
+        return sorted(alike, key=lambda step: step.number)
+
+    def _sized_step(self, key: Any, call: Call, alike: Sequence[BoundStep]) -> BoundStep | None:
+        """A step for a call of new sizes, without compiling it, where that can be."""
+        if len(alike) < 2:
+            return None
+        options = self._compiler.options
+        layout = BatchLayout.of(options.batch, options.step.cluster, call.inputs)
+        step = self._sized.find(key, _without_sizes(key), call, layout, alike)
+        return None if step is None or self._failed_guard(step, call) else step
 
     def _key(self, call: Call) -> Any:
         precision = precision_modes(self._compiler.device.type)
@@ -252,6 +275,12 @@ class StepRunner:
 
     def _reload_parameters(self) -> None:
         reload_all(dict(self.model.named_parameters()), self.model.buffers())
+
+
+def _without_sizes(key: Any) -> Any:
+    """The key of a program, with numbers of dims for shapes."""
+    *rest, leaves = key
+    return (*rest, tuple((len(x[0]), *x[1:]) if isinstance(x, tuple) else x for x in leaves))
 
 
 def _reason(failed: Guard | str) -> str:

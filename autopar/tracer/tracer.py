@@ -15,10 +15,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -73,12 +75,17 @@ class ColoTracer:
         device: device type of the captured program; ops may branch on it.
         assume: values of tensors that Python asks for and that nothing else decides, by
             `file.py:line` or a piece of that line's text.
-        dynamic: keep the first two dims of every input symbolic if the model allows it; the graph's
+        dynamic: keep the first two dims of every input symbolic if the model allows it, or the dims
+            that are given by the position of an input among the flattened ones; the graph's
             `symbols` names them. Such a graph can be profiled for any size, but not planned.
     """
 
     def __init__(
-        self, device: str = "cpu", *, assume: Mapping[str, Any] | None = None, dynamic: bool = False
+        self,
+        device: str = "cpu",
+        *,
+        assume: Mapping[str, Any] | None = None,
+        dynamic: bool | Mapping[int, Collection[int]] = False,
     ) -> None:
         self.device = device
         self.assume = dict(assume or {})
@@ -148,8 +155,9 @@ class ColoTracer:
         ):
             warnings.simplefilter("ignore")
             with _use_lazy_graph_module(True):
+                dims = self._dynamic_shapes(model, example)
                 program = torch.export.export(
-                    clone, args, kwargs, dynamic_shapes=self._dynamic_shapes(example), strict=False
+                    clone, args, kwargs, dynamic_shapes=dims, strict=False
                 )
             rebuild_users(program.graph_module)
             detach_no_grad_regions(program.graph_module)
@@ -171,25 +179,31 @@ class ColoTracer:
             effects=effects.effects,
         )
 
-    def _dynamic_shapes(self, example: Any) -> Any:
+    def _dynamic_shapes(self, model: torch.nn.Module, example: Any) -> Any:
         """Symbolic dims of every input; None if none is."""
         if not self.dynamic:
             return None
+        leaves, spec = pytree.tree_flatten(example)
+        args, kwargs = pytree.tree_unflatten(list(map(self._dims, count(), leaves)), spec)
+        if not args or not kwargs:
+            return kwargs or args
+        parameters = inspect.signature(model.forward).parameters.values()
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            raise CaptureError("dynamic sizes need keyword inputs where forward takes *args")
+        return dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
 
-        def dims(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return None
-            if value.ndim and value.shape[0] < 2:
-                raise CaptureError(
-                    f"dynamic=True needs an example batch of at least 2, got an input of shape "
-                    f"{tuple(value.shape)}: sizes 0 and 1 behave unlike the others"
-                )
-            return dict.fromkeys(range(min(2, value.ndim)), torch.export.Dim.AUTO)
-
-        args, kwargs = pytree.tree_map(dims, example)
-        if args and kwargs:
-            raise CaptureError("dynamic=True takes either positional inputs or keyword ones")
-        return kwargs or args
+    def _dims(self, position: int, value: Any) -> Any:
+        """Which dims of an input are symbolic."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        if isinstance(self.dynamic, Mapping):
+            return dict.fromkeys(self.dynamic.get(position, ()), torch.export.Dim.AUTO)
+        if value.ndim and value.shape[0] < 2:
+            raise CaptureError(
+                f"dynamic=True needs an example batch of at least 2, got an input of shape "
+                f"{tuple(value.shape)}: sizes 0 and 1 behave unlike the others"
+            )
+        return dict.fromkeys(range(min(2, value.ndim)), torch.export.Dim.AUTO)
 
     def _fake(self, mode: FakeTensorMode, t: torch.Tensor) -> torch.Tensor:
         with mode:

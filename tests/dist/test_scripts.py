@@ -13,7 +13,7 @@ from tests.scripts.launch import in_fresh_processes
 LIMIT_S = 120.0  # the start of the processes included
 
 # What does not hold yet, and why. A case that holds must leave NOT_YET.
-NOT_YET: dict[str, str] = {"variable_lengths, on 2x2": "each new length costs a program"}
+NOT_YET: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module")

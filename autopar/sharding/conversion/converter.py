@@ -73,10 +73,17 @@ class LayoutConverter:
 
     Args:
         message_bytes: size of a message that small weights share.
+        whole_sizes: dims of these sizes are not split.
     """
 
-    def __init__(self, cluster: ClusterInfo, message_bytes: float = BUCKET_MEMBER_BYTES) -> None:
+    def __init__(
+        self,
+        cluster: ClusterInfo,
+        message_bytes: float = BUCKET_MEMBER_BYTES,
+        whole_sizes: frozenset[int] = frozenset(),
+    ) -> None:
         self.cluster, self.message_bytes = cluster, message_bytes
+        self._whole_sizes = whole_sizes
         self.mesh = cluster.mesh
         self.axes = tuple(axis for axis, size in enumerate(self.mesh) if size > 1)
         self._legal = lru_cache(maxsize=None)(self._legal_orders)
@@ -174,7 +181,12 @@ class LayoutConverter:
         """Per dim, the orders of axes that may split it."""
         orders = [o for n in range(len(self.axes) + 1) for o in permutations(self.axes, n)]
         per_size = {
-            size: frozenset(o for o in orders if fills_every_rank(size, o, self.mesh))
+            size: frozenset(
+                order
+                for order in orders
+                if fills_every_rank(size, order, self.mesh)
+                and not (order and size in self._whole_sizes)
+            )
             for size in set(shape)
         }
         return tuple(per_size[size] for size in shape)
@@ -259,17 +271,20 @@ def _read(steps: LegalSteps, i: int) -> Step:
 
 
 def converter_for(
-    cluster: ClusterInfo, small_bytes: float = BUCKET_MEMBER_BYTES
+    cluster: ClusterInfo,
+    small_bytes: float = BUCKET_MEMBER_BYTES,
+    whole_sizes: frozenset[int] = frozenset(),
 ) -> LayoutConverter:
     """The converter of a cluster; equal clusters share one.
 
     Args:
         small_bytes: total size of the weights that share messages; no message is larger.
+        whole_sizes: dims of these sizes are not split.
     """
     message = min(float(BUCKET_MEMBER_BYTES), small_bytes) or float(BUCKET_MEMBER_BYTES)
-    key = f"{message} {cluster.to_dict()!r}"
+    key = f"{message} {sorted(whole_sizes)} {cluster.to_dict()!r}"
     if key not in _CONVERTERS:
-        _CONVERTERS[key] = LayoutConverter(cluster, message)
+        _CONVERTERS[key] = LayoutConverter(cluster, message, whole_sizes)
     return _CONVERTERS[key]
 
 

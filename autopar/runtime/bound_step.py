@@ -1,0 +1,83 @@
+"""A compiled step with what it needs to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autopar.compiled_step import CompiledStep
+from autopar.ir.graph import shape_of
+from autopar.ir.spec import ShardingSpec
+from autopar.runtime.assumptions import Assumptions
+from autopar.runtime.batch import BatchLayout
+
+
+@dataclass(frozen=True)
+class WholeResult:
+    """A result that the caller gathers when it reads it, as it is then.
+
+    Args:
+        spec: layout in which the program gives it.
+    """
+
+    spec: ShardingSpec
+    shape: Sequence[int]
+    stride: Sequence[int]
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """
+    Args:
+        number: of steps compiled before it.
+        compiled: for one shape of inputs, one mode, and the values that its guards allow.
+        train: runs it, with gradients.
+        evaluate: runs its forward without gradients.
+        layout: of its batches.
+        parameters: in the order of the program, as their modules hold them.
+        assumptions: about the model, under which it may run.
+        reads_hold: whether what the forward read of the model is as it was.
+        feeding: positions of results from which others are computed.
+        whole_results: those that are gathered when they are read, by position.
+    """
+
+    number: int
+    compiled: CompiledStep
+    train: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    layout: BatchLayout
+    parameters: Sequence[tuple[torch.nn.Module, str]]
+    assumptions: Assumptions
+    reads_hold: Callable[[], bool]
+    feeding: frozenset[int]
+    whole_results: Mapping[int, WholeResult]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether Inductor runs it."""
+        lowered = self.compiled.lowered
+        return lowered is not None and lowered.compile
+
+    @property
+    def offloads_parameters(self) -> bool:
+        memory = self.compiled.memory
+        return memory is not None and bool(memory.parameters_on_host)
+
+    @property
+    def offloads_state(self) -> bool:
+        memory = self.compiled.memory
+        return memory is not None and memory.state_on_host
+
+
+def whole_results(compiled: CompiledStep) -> dict[int, WholeResult]:
+    """Of a compiled step; those that are whole already are left out."""
+    outputs: Any = compiled.graph.output.args[0]
+    fakes = {k: outputs[k].meta["val"] for k in compiled.local.deferred}
+    return {
+        k: WholeResult(spec, shape_of(fakes[k]), fakes[k].stride())
+        for k, spec in compiled.local.deferred.items()
+        if any(spec.dims)
+    }
