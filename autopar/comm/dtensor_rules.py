@@ -69,7 +69,7 @@ def _layouts(before: Any, op: Any, args: Any, kwargs: Any, *rest: Any) -> Any:
         return op(*_whole(args), **_whole(kwargs))
     try:
         return before(op, args, kwargs, *rest)
-    except NotImplementedError as error:
+    except RuntimeError as error:
         if _are_we_tracing():
             raise
         return _on_whole_tensors(op, args, kwargs, error)

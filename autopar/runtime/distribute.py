@@ -55,7 +55,8 @@ Moved = tuple[torch.nn.Parameter, torch.nn.Parameter]
 def adopt(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, mesh: DeviceMesh
 ) -> list[Moved]:
-    """Make a model's plain parameters replicated DTensors, also those in the optimizer.
+    """Make a model's plain parameters replicated DTensors, also those in the optimizer, and buffers
+    that the caller computed from sharded parameters (masks) whole.
 
     Returns:
         what changed, for `restore`.
@@ -76,6 +77,10 @@ def adopt(
     _exchange(model, optimizer, new)
     for old, dtensor in moved:
         _move(old, dtensor, mesh)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if isinstance(buffer, DTensor):
+                module._buffers[name] = buffer.detach().full_tensor()
     return moved
 
 
