@@ -1,10 +1,11 @@
-"""What operators of the caller's code do with DTensors, where torch leaves values wrong or gives up.
+"""What operators of the caller's code do with DTensors where torch gives up or leaves values wrong.
 
 * A plain tensor beside a DTensor counts as replicated.
 * An operator that writes plain tensors alone (EMA) reads its DTensors whole.
 * An operator that DTensor has no rule for runs on whole tensors.
 * Random operators on CPUs draw other numbers for every shard, and the same for its replicas.
-* A number read off a tensor that is not whole on this rank is refused.
+* A number read off a tensor that is not whole on this rank is refused, but in an optimizer's step,
+  which all ranks make.
 
 Private to torch here: `DTensor._op_dispatcher` with its `_custom_op_handlers`,
 `_propagate_op_sharding_dispatch_slow_path` and `_dispatch_fast_path_python_tail`, and
@@ -29,6 +30,9 @@ from autopar.errors import EngineError
 
 # The context of implicit replication, once it is entered.
 _REPLICATION: list[Any] = []
+
+# The optimizer that steps now, if any.
+_STEPPING: list[torch.optim.Optimizer] = []
 
 
 class UnsupportedOperator(EngineError, NotImplementedError):
@@ -142,7 +146,13 @@ def _on_whole_tensors(op: Any, args: Any, kwargs: Any, error: Exception) -> Any:
     """The results of an operator as replicated DTensors, and what it writes laid out as before."""
     arguments, returns = op._schema.arguments, op._schema.returns
     is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in arguments)
-    if is_view or torch.Tag.nondeterministic_seeded in op.tags:
+    before = _tensors_written(op, args, kwargs)
+    partial = [x for x in before if isinstance(x, DTensor) and _is_partial(x)]
+    if (
+        is_view
+        or torch.Tag.nondeterministic_seeded in op.tags
+        or any(x._local_tensor._is_view() for x in partial)
+    ):
         raise UnsupportedOperator(
             f"{error} In the place of a sharded parameter p, give it p.full_tensor(), on all "
             "ranks, and write what was changed back by p.copy_(whole)."
@@ -151,12 +161,14 @@ def _on_whole_tensors(op: Any, args: Any, kwargs: Any, error: Exception) -> Any:
     mesh = tensors[0].device_mesh
     whole_args, whole_kwargs = _whole((args, kwargs))
     result = op(*whole_args, **whole_kwargs)
-    before, after = (
-        _tensors_written(op, *given) for given in ((args, kwargs), (whole_args, whole_kwargs))
-    )
+    after = _tensors_written(op, whole_args, whole_kwargs)
     for x, whole in zip(before, after, strict=True):
         if isinstance(x, DTensor):
-            x.copy_(_replicated(whole, mesh))
+            value = _replicated(whole, mesh)
+            if _is_partial(x):  # takes no values in place
+                x._local_tensor, x._spec = value._local_tensor, value._spec
+            else:
+                x.copy_(value)
     if not before:
         return pytree.tree_map_only(torch.Tensor, lambda x: _replicated(x, mesh), result)
     if not returns:
@@ -164,13 +176,29 @@ def _on_whole_tensors(op: Any, args: Any, kwargs: Any, error: Exception) -> Any:
     return before[0] if len(before) == 1 else tuple(before)
 
 
+def _is_partial(x: DTensor) -> bool:
+    return any(placement.is_partial() for placement in x.placements)
+
+
 def _replicated(x: torch.Tensor, mesh: Any) -> DTensor:
     return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def enter_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A hook before an optimizer steps."""
+    _STEPPING[:] = [optimizer]
+
+
+def leave_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A hook after an optimizer stepped."""
+    _STEPPING.clear()
 
 
 def _number(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     (x,) = args
     if not all(placement.is_replicate() for placement in x.placements):
+        if _STEPPING:
+            return op(x.full_tensor())
         raise EngineError(
             f"the number that is asked for is this rank's part of a sharded tensor "
             f"({', '.join(map(str, x.placements))}); write x.full_tensor().item() in the place of "
