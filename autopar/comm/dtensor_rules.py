@@ -54,13 +54,14 @@ def install(device_type: str) -> None:
         before = getattr(dispatcher, name)
         if not isinstance(before, _Rule):
             setattr(dispatcher, name, _Rule(rule, before))
+    dispatcher._custom_op_handlers.update(dict.fromkeys(_DRAWS, _draw))
     if not _REPLICATION:
         dispatcher._custom_op_handlers.update(dict.fromkeys(_updates(), _update))
     if device_type == "cpu" and dtensor_random._rng_tracker is None:
         dtensor_random._rng_tracker = _CpuTracker()  # type: ignore[assignment]
 
 
-class _Rule(functools.partial):  # type: ignore[type-arg]
+class _Rule(functools.partial[Any]):
     """A step of torch's dispatcher, with what it did before as the first argument."""
 
 
@@ -147,11 +148,12 @@ def _on_whole_tensors(op: Any, args: Any, kwargs: Any, error: Exception) -> Any:
     arguments, returns = op._schema.arguments, op._schema.returns
     is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in arguments)
     before = _tensors_written(op, args, kwargs)
-    partial = [x for x in before if isinstance(x, DTensor) and _is_partial(x)]
+    # what takes no values in place gets another local tensor, which views of it would not see
+    replaced = [x for x in before if isinstance(x, DTensor) and _is_replaced(op, x)]
     if (
         is_view
         or torch.Tag.nondeterministic_seeded in op.tags
-        or any(x._local_tensor._is_view() for x in partial)
+        or any(type(x) is not DTensor or x._local_tensor._is_view() for x in replaced)
     ):
         raise UnsupportedOperator(
             f"{error} In the place of a sharded parameter p, give it p.full_tensor(), on all "
@@ -165,7 +167,8 @@ def _on_whole_tensors(op: Any, args: Any, kwargs: Any, error: Exception) -> Any:
     for x, whole in zip(before, after, strict=True):
         if isinstance(x, DTensor):
             value = _replicated(whole, mesh)
-            if _is_partial(x):  # takes no values in place
+            if _is_replaced(op, x):
+                torch.Tensor.data.__set__(x, value)  # type: ignore[attr-defined]
                 x._local_tensor, x._spec = value._local_tensor, value._spec
             else:
                 x.copy_(value)
@@ -176,8 +179,8 @@ def _on_whole_tensors(op: Any, args: Any, kwargs: Any, error: Exception) -> Any:
     return before[0] if len(before) == 1 else tuple(before)
 
 
-def _is_partial(x: DTensor) -> bool:
-    return any(placement.is_partial() for placement in x.placements)
+def _is_replaced(op: Any, x: DTensor) -> bool:
+    return torch.Tag.inplace_view in op.tags or any(p.is_partial() for p in x.placements)
 
 
 def _replicated(x: torch.Tensor, mesh: Any) -> DTensor:
@@ -205,6 +208,27 @@ def _number(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             "x.item() or float(x), on all ranks"
         )
     return op(x._local_tensor)
+
+
+_DRAWS = [
+    getattr(packet, overload)
+    for packet in (
+        torch.ops.aten.exponential_, torch.ops.aten.geometric_, torch.ops.aten.cauchy_,
+        torch.ops.aten.log_normal_, torch.ops.aten.random_,
+    )
+    for overload in packet.overloads()
+]  # fmt: skip
+
+
+def _draw(op: Any, args: Any, kwargs: Any) -> Any:
+    """Random operators that torch lets each rank run on its own."""
+    x, *others = args
+    generator = kwargs.pop("generator", None)
+    if dtensor_random._rng_tracker is None:
+        dtensor_random._rng_tracker = dtensor_random.OffsetBasedRNGTracker(x.device_mesh)
+    with dtensor_random._rng_tracker._distribute_region(x._spec, generator=generator):
+        op(x._local_tensor, *others, **kwargs)
+    return x
 
 
 class _CpuTracker:

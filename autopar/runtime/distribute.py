@@ -80,8 +80,8 @@ def adopt(
     for module in model.modules():
         for held in (module._buffers, module.__dict__):
             for name, x in held.items():
-                if isinstance(x, DTensor):
-                    held[name] = x.detach().full_tensor()
+                if isinstance(x, DTensor) and not isinstance(x, ShardedParameter):
+                    held[name] = x.full_tensor().detach()
     return moved
 
 

@@ -88,6 +88,23 @@ class ShardedParameter(_Editable):
         p._is_param = True  # an nn.Parameter, as isinstance and modules see it
         return p.requires_grad_(requires_grad)
 
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """What autograd computed outside of programs becomes a gradient that takes changes too."""
+        grad = super().grad
+        if type(grad) is DTensor:
+            grad = ShardedGradient.of_dtensor(grad)
+            torch.Tensor.grad.__set__(self, grad)  # type: ignore[attr-defined]
+        return grad
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        torch.Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
+
+    @grad.deleter
+    def grad(self) -> None:
+        torch.Tensor.grad.__set__(self, None)  # type: ignore[attr-defined]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = super().__deepcopy__(memo)
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
