@@ -78,6 +78,18 @@ class ShardedGradient(_Editable):
     """A gradient."""
 
 
+_GRAD: Any = torch.Tensor.grad
+
+
+def _gradient(p: Any) -> torch.Tensor | None:
+    """What autograd computed outside of programs becomes a `ShardedGradient` too."""
+    grad: torch.Tensor | None = _GRAD.__get__(p)
+    if type(grad) is DTensor:
+        grad = ShardedGradient.of_dtensor(grad)
+        _GRAD.__set__(p, grad)
+    return grad
+
+
 class ShardedParameter(_Editable):
     """A parameter of an engine."""
 
@@ -88,22 +100,7 @@ class ShardedParameter(_Editable):
         p._is_param = True  # an nn.Parameter, as isinstance and modules see it
         return p.requires_grad_(requires_grad)
 
-    @property
-    def grad(self) -> torch.Tensor | None:
-        """What autograd computed outside of programs becomes a gradient that takes changes too."""
-        grad = super().grad
-        if type(grad) is DTensor:
-            grad = ShardedGradient.of_dtensor(grad)
-            torch.Tensor.grad.__set__(self, grad)  # type: ignore[attr-defined]
-        return grad
-
-    @grad.setter
-    def grad(self, value: torch.Tensor | None) -> None:
-        torch.Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
-
-    @grad.deleter
-    def grad(self) -> None:
-        torch.Tensor.grad.__set__(self, None)  # type: ignore[attr-defined]
+    grad: Any = property(_gradient, _GRAD.__set__, lambda p: _GRAD.__set__(p, None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = super().__deepcopy__(memo)
