@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 
@@ -26,11 +27,17 @@ class Call:
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Quick where nothing is nested."""
-        leaves = (*args, *kwargs.values())
+        """Quick where nothing is nested. What the caller computed from sharded parameters is made
+        whole, on all ranks."""
+        leaves: Sequence[Any] = (*args, *kwargs.values())
         if all(isinstance(x, torch.Tensor | float) for x in leaves):
-            return Call(args, kwargs, leaves, (len(args), *kwargs))
-        return Call(args, kwargs, *pytree.tree_flatten((args, kwargs)))
+            call = Call(args, kwargs, leaves, (len(args), *kwargs))
+        else:
+            call = Call(args, kwargs, *pytree.tree_flatten((args, kwargs)))
+        if any(isinstance(x, DTensor) for x in call.leaves):
+            whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in call.leaves]
+            return call.with_leaves(whole)
+        return call
 
     @property
     def inputs(self) -> tuple[Any, Any]:

@@ -55,7 +55,8 @@ Moved = tuple[torch.nn.Parameter, torch.nn.Parameter]
 def adopt(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, mesh: DeviceMesh
 ) -> list[Moved]:
-    """Make a model's plain parameters replicated DTensors, also those in the optimizer.
+    """Make a model's plain parameters replicated DTensors, also those in the optimizer, and buffers
+    and tensor attributes that the caller computed from sharded parameters (masks) whole.
 
     Returns:
         what changed, for `restore`.
@@ -76,6 +77,11 @@ def adopt(
     _exchange(model, optimizer, new)
     for old, dtensor in moved:
         _move(old, dtensor, mesh)
+    for module in model.modules():
+        for held in (module._buffers, module.__dict__):
+            for name, x in held.items():
+                if isinstance(x, DTensor) and not isinstance(x, ShardedParameter):
+                    held[name] = x.full_tensor().detach()
     return moved
 
 
@@ -231,10 +237,18 @@ class _Shards(torch.autograd.Function):
 
 
 def shards(flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors, with this rank's shards in the place of DTensors, to which their gradients flow."""
-    parameters = [x for x in flat if isinstance(x, DTensor)]
+    """Tensors as a program takes them; gradients of shards flow to their parameters."""
+    parameters = [x for x in flat if isinstance(x, ShardedParameter)]
     local = iter(_Shards.apply(*parameters) if parameters else ())
-    return [next(local) if isinstance(x, DTensor) else x for x in flat]
+    return [next(local) if isinstance(x, ShardedParameter) else argument_of(x) for x in flat]
+
+
+def argument_of(x: torch.Tensor) -> torch.Tensor:
+    """A tensor as a program takes it: this rank's shard of a parameter, and other DTensors (a
+    buffer that the caller computed from parameters) whole."""
+    if isinstance(x, ShardedParameter):
+        return x._local_tensor
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def gradients(

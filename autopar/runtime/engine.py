@@ -28,6 +28,7 @@ from autopar.planner.optimizer_state import optimizer_state_ratio
 from autopar.runtime.bound_step import BoundStep
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import check_optimizer
+from autopar.runtime.optimizer_state import handle_later_optimizers
 from autopar.runtime.step_compiler import EngineOptions, StepCompiler
 from autopar.runtime.step_runner import StepRunner
 from autopar.schedule.budget import MemoryPlan
@@ -108,6 +109,7 @@ def auto_engine(
         progress=progress,
     )
     engine = _engine_of(StepRunner(StepCompiler(model, optimizer, options)))
+    handle_later_optimizers()
     if example_inputs is not None:
         args, kwargs = split_inputs(example_inputs)
         engine.plan_for(*args, **kwargs)

@@ -1,19 +1,57 @@
-"""State dicts of an optimizer whose state is sharded."""
+"""State of optimizers over sharded parameters, and their state dicts.
+
+`register_optimizer_step_pre_hook` is for all optimizers of the process: one that is made after
+`auto_engine` is not known to it before it steps.
+"""
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils import _pytree as pytree
 
+from autopar.comm.dtensor_rules import enter_step, leave_step
 from autopar.runtime.distribute import laid_out_like
-from autopar.runtime.sharded_values import SavedShard
+from autopar.runtime.sharded_values import SavedShard, ShardedParameter
+
+_HANDLED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+# Per optimizer its state when it stepped last; loading puts another object in its place.
+_STEPPED: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def handle_later_optimizers() -> None:
+    """Lay the state of optimizers that are made after `auto_engine` out when they step."""
+    register_optimizer_step_pre_hook(_lay_out_state)
+    register_optimizer_step_pre_hook(enter_step)
+    register_optimizer_step_post_hook(leave_step)
+
+
+def _lay_out_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _STEPPED.get(optimizer) is optimizer.state:
+        return
+    for p, entry in optimizer.state.items():
+        if isinstance(p, ShardedParameter):
+            entry.update({name: _as_state(x, p) for name, x in entry.items()})
+    if any(isinstance(p, ShardedParameter) for g in optimizer.param_groups for p in g["params"]):
+        handle_state_dicts(optimizer)
+    _STEPPED[optimizer] = optimizer.state
 
 
 def handle_state_dicts(optimizer: torch.optim.Optimizer) -> None:
     """Let state dicts hold `SavedShard`s, and take these and whole tensors."""
+    if optimizer in _HANDLED:
+        return
+    _HANDLED.add(optimizer)
 
     def save(_: Any, state: dict[str, Any]) -> dict[str, Any]:
         return pytree.tree_map_only(DTensor, SavedShard.of_dtensor, state)

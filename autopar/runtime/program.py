@@ -20,8 +20,9 @@ from autopar.comm.world import explained_failures
 from autopar.errors import EngineError
 from autopar.passes.inductor import compile_graph
 from autopar.passes.lower import LoweredStep
-from autopar.runtime.distribute import gradients
+from autopar.runtime.distribute import argument_of, gradients
 from autopar.runtime.result_gradients import ResultGradients
+from autopar.runtime.sharded_values import ShardedParameter
 
 # A graph is called by a list of tensors, which it empties so that they are freed at their last use.
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -46,7 +47,7 @@ class Program:
     def __call__(self, *flat: torch.Tensor) -> tuple[Any, ...]:
         if self.backward is None:
             with torch.no_grad():
-                outputs = self.run(self.forward, [_local(x) for x in flat])
+                outputs = self.run(self.forward, [argument_of(x) for x in flat])
             return tuple(map(_own, outputs))
         results: tuple[Any, ...] = _Run.apply(self, *flat)
         return results
@@ -112,14 +113,14 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, program: Program, *flat: torch.Tensor) -> tuple[Any, ...]:
-        outputs = program.run(program.forward, [_local(x) for x in flat])
+        outputs = program.run(program.forward, [argument_of(x) for x in flat])
         count = len(program.step.results)
         # what holds a view holds its base, whose gradient this function is
         saved = [x.detach() if x._is_view() else x for x in outputs[count:]]
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.program = program
-        ctx.parameters = [x if isinstance(x, DTensor) else None for x in flat]
+        ctx.parameters = [x if isinstance(x, ShardedParameter) else None for x in flat]
         results = tuple(map(_own, outputs[:count]))
         constant = (
             x
@@ -199,7 +200,3 @@ class _Once(torch.autograd.Function):
             "the gradients of a distributed program have no gradients themselves: "
             "create_graph=True is for models that run on one device"
         )
-
-
-def _local(x: torch.Tensor) -> torch.Tensor:
-    return x._local_tensor if isinstance(x, DTensor) else x

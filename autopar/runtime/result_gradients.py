@@ -77,7 +77,7 @@ def refuse_hooks(result: torch.Tensor) -> None:
         raise EngineError(
             "this result of the model is also the source of another result (a loss), and its "
             "gradient within the program is not to be had; register the hook inside of the "
-            "forward, or by a forward hook of the module that computes it"
+            "forward, or by register_full_backward_hook of the module that computes it"
         )
 
     for name in ("register_hook", "retain_grad"):

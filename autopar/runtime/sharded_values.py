@@ -78,6 +78,18 @@ class ShardedGradient(_Editable):
     """A gradient."""
 
 
+_GRAD: Any = torch.Tensor.grad
+
+
+def _gradient(p: Any) -> torch.Tensor | None:
+    """What autograd computed outside of programs becomes a `ShardedGradient` too."""
+    grad: torch.Tensor | None = _GRAD.__get__(p)
+    if type(grad) is DTensor:
+        grad = ShardedGradient.of_dtensor(grad)
+        _GRAD.__set__(p, grad)
+    return grad
+
+
 class ShardedParameter(_Editable):
     """A parameter of an engine."""
 
@@ -87,6 +99,8 @@ class ShardedParameter(_Editable):
         p = cls.of_dtensor(x)
         p._is_param = True  # an nn.Parameter, as isinstance and modules see it
         return p.requires_grad_(requires_grad)
+
+    grad: Any = property(_gradient, _GRAD.__set__, lambda p: _GRAD.__set__(p, None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = super().__deepcopy__(memo)

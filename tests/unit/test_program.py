@@ -1,5 +1,6 @@
 """A program's two graphs as one differentiable function: what autograd's users may do with it."""
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -147,3 +148,55 @@ def test_hooks_of_parameters_see_their_gradients():
     engine(x).backward()
     assert isinstance(seen["hook"], DTensor) and seen["accumulated"] is engine.a.grad
     assert torch.equal(seen["hook"].to_local(), expected.to_local())
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.first, self.second = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return self.first(h), self.second(h), h
+
+
+def test_results_that_the_loss_does_not_use_give_no_gradients():
+    plain = TwoHeads()
+    engine, _ = auto_engine(copy.deepcopy(plain), None, "1")
+    runs = [
+        (model, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5))
+        for model in (plain, engine)
+    ]
+    for step in range(4):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        unused = []
+        for model, optimizer in runs:
+            optimizer.zero_grad()
+            model(x)[step // 2].pow(2).mean().backward()
+            unused.append([n for n, p in model.named_parameters() if p.grad is None])
+            optimizer.step()
+        assert unused[0] == unused[1] and len(unused[0]) == 2
+    for p, expected in zip(engine.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().to_local(), expected.detach())
+
+
+def test_hooks_on_a_result_that_feeds_another_are_refused():
+    engine, _ = auto_engine(TwoHeads(), None, "1")
+    first, _, h = engine(torch.ones(3, 4))
+    first.retain_grad()
+    with pytest.raises(EngineError, match="register_full_backward_hook"):
+        h.retain_grad()
+    with pytest.raises(EngineError, match="register_full_backward_hook"):
+        h.register_hook(lambda g: g)
+
+
+def test_torch_compile_runs_the_engine():
+    engine, _ = auto_engine(TwoHeads(), None, "1")
+    x = torch.ones(3, 4)
+    expected = engine(x)
+    compiled = torch.compile(engine)
+    for found, result in zip(compiled(x), expected, strict=True):
+        assert torch.equal(found, result)
+    compiled(x)[0].sum().backward()
+    assert engine.body.weight.grad is not None and len(engine.steps) == 1
