@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+from autopar.ir.numbers import Argument, Origin
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,16 @@ class Call:
     def tensors(self) -> list[torch.Tensor]:
         return [x for x in self.leaves if isinstance(x, torch.Tensor)]
 
-    def with_leaves(self, leaves: Sequence[Any]) -> Call:
-        """The same call with other leaves."""
-        args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure(self.inputs))
-        return Call(args, kwargs, leaves, self.structure)
-
-    def described(self) -> tuple[Any, ...]:
+    def described(self, varying: Collection[Origin] = ()) -> tuple[Any, ...]:
         """What of the leaves a program is compiled for: of tensors the shape, the dtype and whether
-        a gradient is wanted, of others the value."""
+        a gradient is wanted, of numbers that vary the type, of others the value."""
         grads = torch.is_grad_enabled()
+        positions = {p.position for p in varying if isinstance(p, Argument)}
         return tuple(
             (tuple(x.shape), x.dtype, grads and x.requires_grad)
             if isinstance(x, torch.Tensor)
+            else type(x).__name__
+            if k in positions
             else repr(x)
-            for x in self.leaves
+            for k, x in enumerate(self.leaves)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, S
 from autopar.errors import CaptureError, MeshError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph
+from autopar.ir.numbers import Origin
 from autopar.passes.apply_sharding import LocalProgram
 from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
@@ -115,15 +116,18 @@ class StepCompiler:
         self._count = 0
         self._moved = adopt(model, optimizer, self.mesh)
 
-    def compile(self, call: Call) -> BoundStep:
+    def compile(self, call: Call, varying: Collection[Origin] = ()) -> BoundStep:
         """Compile the step of a call; the first one lays the parameters out.
+
+        Args:
+            varying: origins of numbers that are inputs of the program.
 
         Raises:
             AutoparError: on all ranks. A first step that fails leaves parameters as they were.
         """
         # whatever mode the caller is in, the step is that of training
         with torch.inference_mode(False), torch.enable_grad(), self._untouched_if_it_fails():
-            step = self._compile(call)
+            step = self._compile(call, varying)
         self._count += 1
         return step
 
@@ -140,10 +144,10 @@ class StepCompiler:
             raise
         self._moved = []
 
-    def _compile(self, call: Call) -> BoundStep:
+    def _compile(self, call: Call, varying: Collection[Origin]) -> BoundStep:
         options = self.options
         layout = BatchLayout.of(options.batch, options.step.cluster, call.inputs)
-        graph = self.place.ranks.together(lambda: self._trace(layout, call))
+        graph = self.place.ranks.together(lambda: self._trace(layout, call, varying))
         fixed = FixedLayouts(
             parameters=stored_specs(self.model) if self.laid_out else {},
             inputs=layout.fixed_inputs(),
@@ -185,11 +189,11 @@ class StepCompiler:
             bind_reads(self.model, graph.reads), gradients.feeding,
         )  # fmt: skip
 
-    def _trace(self, layout: BatchLayout, call: Call) -> ModelGraph:
+    def _trace(self, layout: BatchLayout, call: Call, varying: Collection[Origin]) -> ModelGraph:
         """Capture the model for the global inputs."""
         inputs = layout.global_inputs(*call.inputs)
         try:
-            return ColoTracer(self.device.type).trace(self.model, *inputs)
+            return ColoTracer(self.device.type).trace(self.model, *inputs, varying=varying)
         except CaptureError as error:
             joined, lines = layout.joined, str(error).splitlines()
             if len(joined) < 2:

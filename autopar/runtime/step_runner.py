@@ -7,8 +7,9 @@ finds changed compile another step, with the parameters' layouts fixed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from autopar.comm import dtensor_rules, world
 from autopar.comm.offloaded_parameters import reload_all
-from autopar.errors import CaptureError
+from autopar.errors import CaptureError, MeshError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
+from autopar.ir.numbers import Condition, Origin, Values, is_number
 from autopar.ir.reads import first_change
 from autopar.ir.spec import ShardingSpec
 from autopar.runtime.agreement import Agreement
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 # numbers of captures for the same shapes at which the engine warns, and how many it keeps
 _WARN_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _KEPT = 32
+
+# why a step does not serve a call, or how to find out
+_Failure = Guard | Condition | str | Callable[[], Any] | None
 
 
 class StepRunner:
@@ -107,11 +112,12 @@ class StepRunner:
     def _run(self, call: Call) -> Any:
         trains = torch.is_grad_enabled()
         with world.explained_failures():
-            step, call = self._with_numbers(call)
+            step = self.step_for(call)
         graph, program = step.compiled.graph, step.compiled.local
+        values = graph.numbers.values(self.model, call.leaves)
         if step.offloads_state and trains and self._offloaded_state is not None:
             self._offloaded_state.leave()
-        flat, mutated = self._flat(step, call)
+        flat, mutated = self._flat(step, call, values)
         with self._common_draws(graph):
             results = list(step.train(*flat) if trains else program.gm(*shards(flat)))
         count = len(mutated)
@@ -125,7 +131,7 @@ class StepRunner:
             for position in step.feeding:
                 if position >= count:
                     refuse_hooks(given[position - count])
-        return graph.carry_out(self.model, given, call.leaves)
+        return graph.carry_out(self.model, given, call.leaves, values)
 
     def _deferred(
         self, graph: ModelGraph, local: torch.Tensor, position: int, spec: ShardingSpec
@@ -146,8 +152,14 @@ class StepRunner:
 
         return DeferredResult.of(sharded, gather)
 
-    def _flat(self, step: BoundStep, call: Call) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What the program is called with, and the buffers that its first results are for."""
+    def _flat(
+        self, step: BoundStep, call: Call, values: Values
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the program is called with, and the buffers that its first results are for.
+
+        Args:
+            values: of the numbers that vary.
+        """
         graph, program = step.compiled.graph, step.compiled.local
         device, mesh, coords = (
             self._compiler.device, self._compiler.mesh, self._compiler.place.coords,
@@ -166,7 +178,8 @@ class StepRunner:
             # copies: backward may keep what the step is about to overwrite
             buffers |= zip(graph.mutations, copies_of(mutated), strict=True)
             flat += [buffers[n] for n in graph.buffers.values()]
-        flat += [t.to(device) for t in graph.constants.values()]
+        constants = graph.numbers.fill(graph.constants, values)
+        flat += [t.to(device) for t in constants.values()]
         flat += step.layout.take(call.tensors, program.input_specs, mesh, coords, device)
         if program.takes_seed:
             self._seeds_used += 1
@@ -187,41 +200,45 @@ class StepRunner:
 
     # -- the step of a call -----------------------------------------------------------------------
 
-    def _with_numbers(self, call: Call) -> tuple[BoundStep, Call]:
-        """The step of a call, and the call with tensors for numbers that vary."""
-        lifted = self._numbers.lift(self.model, call)
-        if lifted is not call:
-            try:
-                return self.step_for(lifted), lifted
-            except CaptureError as error:
-                log.info("a number stays a constant of the program: %s", error)
-                self._numbers.keep_constant(call)
-        return self.step_for(call), call
-
     def step_for(self, call: Call) -> BoundStep:
         """The step for inputs of these shapes, and for what its guards and assumptions allow.
 
         Raises:
             EngineError: ranks disagree, or some of them do not call the engine.
         """
+        try:
+            return self._step_for(call)
+        except (CaptureError, MeshError) as error:
+            if not self._numbers.of(call):
+                raise
+            log.info("numbers that vary stay constants of the program: %s", error)
+        # the numbers may be the reason
+        with self._numbers.kept_constant(call):
+            return self._step_for(call)
+
+    def _step_for(self, call: Call) -> BoundStep:
         if any(s.offloads_parameters for steps in self._programs.values() for s in steps):
             self._reload_parameters()
-        key = self._key(call)
-        self._agreement.check_call(key, call.tensors)
+        varying = self._numbers.of(call)
+        key = self._key(call, varying)
+        self._agreement.check_call(key, [*call.tensors, *self._as_tensors(call, varying)])
         steps = self._programs.setdefault(key, [])
-        failed: Guard | str | None = None
+        failed: _Failure = None
         for step in steps:
-            failed = self._change(step) or self._failed_guard(step, call)
+            failed = self._failure(step, call)
             if failed is None:
                 self._agreement.check_program(step.number)
                 return step
+        self._numbers.compare(self.model, (s.compiled.graph.reads for s in self.steps))
         if failed is not None and len(steps) in _WARN_AT:
             log.warning(
                 "capturing the model again: %s\nIt was captured %d times for these shapes; each "
                 "capture costs seconds.", _reason(failed), len(steps),
             )  # fmt: skip
         self._agreement.check_program(None)
-        step = self._compiler.compile(call)
+        step = self._compiler.compile(call, self._numbers.of(call))
+        for condition in step.compiled.graph.numbers.conditions:
+            log.info("%s", condition)
         steps.append(step)
         if len(steps) > _KEPT:
             del steps[1]  # the first has the plan in force
@@ -229,16 +246,26 @@ class StepRunner:
             self._reload_parameters()
         return step
 
-    def _key(self, call: Call) -> Any:
+    def _key(self, call: Call, varying: Collection[Origin]) -> Any:
         precision = precision_modes(self._compiler.device.type)
-        return self.model.training, precision, call.structure, call.described()
+        return self.model.training, precision, call.structure, call.described(varying)
 
-    def _change(self, step: BoundStep) -> str | None:
-        """What of the model is not as the step found it; None if nothing."""
+    def _as_tensors(self, call: Call, varying: Collection[Origin]) -> list[torch.Tensor]:
+        """The numbers that vary, to compare with those of other ranks."""
+        origins = sorted(varying, key=str)
+        values = (origin.value(self.model, call.leaves) for origin in origins)
+        return [torch.tensor(x, dtype=torch.float64) for x in values if is_number(x)]
+
+    def _failure(self, step: BoundStep, call: Call) -> _Failure:
+        """Why a step does not serve a call, with what the model has now; None if it does."""
+        graph = step.compiled.graph
         changed = step.assumptions.changed()
-        if changed or step.reads_hold():
+        if changed:
             return changed
-        return str(first_change(self.model, step.compiled.graph.reads))
+        if not step.reads_hold():  # the reason takes long to find
+            return partial(first_change, self.model, graph.reads)
+        values = graph.numbers.values(self.model, call.leaves)
+        return graph.numbers.failed(values) or self._failed_guard(step, call)
 
     def _failed_guard(self, step: BoundStep, call: Call) -> Guard | None:
         """The first guard of a step that a batch violates; the same on every rank."""
@@ -254,8 +281,12 @@ class StepRunner:
         reload_all(dict(self.model.named_parameters()), self.model.buffers())
 
 
-def _reason(failed: Guard | str) -> str:
+def _reason(failed: _Failure) -> str:
     """Why a step does not apply."""
-    if isinstance(failed, str):
-        return failed
+    if isinstance(failed, Condition):
+        return (
+            f"{failed}\nOf a number that meets nothing but tensors, one program serves all values."
+        )
+    if not isinstance(failed, Guard):
+        return str(failed() if callable(failed) else failed)
     return f"{failed}\nMove the decision out of the model, or make all batches agree in it."
