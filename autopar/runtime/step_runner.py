@@ -7,6 +7,7 @@ finds changed compile another step, with the parameters' layouts fixed.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -56,6 +57,8 @@ class StepRunner:
         self.model = compiler.model
         self._compiler = compiler
         self._programs: dict[Any, list[BoundStep]] = {}
+        self._captures: Counter[Any] = Counter()
+        self._last: BoundStep | None = None
         self._numbers = VaryingNumbers()
         self._whole = False
         optimizer = compiler.optimizer
@@ -224,17 +227,19 @@ class StepRunner:
         self._agreement.check_call(key, [*call.tensors, *self._as_tensors(call, varying)])
         steps = self._programs.setdefault(key, [])
         failed: _Failure = None
-        for step in steps:
+        for step in sorted(steps, key=lambda step: step is not self._last):
             failed = self._failure(step, call)
             if failed is None:
                 self._agreement.check_program(step.number)
+                self._last = step
                 return step
         self._numbers.compare(self.model, (s.compiled.graph.reads for s in self.steps))
-        if failed is not None and len(steps) in _WARN_AT:
+        if failed is not None and self._captures[key] in _WARN_AT:
             log.warning(
                 "capturing the model again: %s\nIt was captured %d times for these shapes; each "
-                "capture costs seconds.", _reason(failed), len(steps),
+                "capture costs seconds.", _reason(failed), self._captures[key],
             )  # fmt: skip
+        self._captures[key] += 1
         self._agreement.check_program(None)
         step = self._compiler.compile(call, self._numbers.of(call))
         for condition in step.compiled.graph.numbers.conditions:
