@@ -7,14 +7,15 @@ is kept on a module and an activation that a hook collects are real, with their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
+from autopar.ir.numbers import Expression, Origin, Values, evaluate
 
 
 class _Mark:
@@ -31,7 +32,7 @@ DELETED = _Mark("<deleted>")
 
 @dataclass(frozen=True)
 class Held:
-    """A value made of results of the program and of constants.
+    """A value made of results of the program, of numbers that vary, and of constants.
 
     Args:
         leaves: in the order of `spec`; `TENSOR` where the next result goes.
@@ -40,9 +41,9 @@ class Held:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
 
-    def take(self, results: Iterator[Any]) -> Any:
+    def take(self, results: Iterator[Any], values: Values) -> Any:
         """The value, with the next results."""
-        leaves = [next(results) if x is TENSOR else x for x in self.leaves]
+        leaves = [next(results) if x is TENSOR else evaluate(x, values) for x in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 
 
@@ -65,7 +66,7 @@ class Assignment:
     step: int | float = 0
     in_place: Literal["", "add", "replace"] = ""
 
-    def carry_out(self, model: torch.nn.Module, results: Iterator[Any]) -> None:
+    def carry_out(self, model: torch.nn.Module, results: Iterator[Any], values: Values) -> None:
         """Set the attribute of the user's module."""
         owner: Any = model.get_submodule(self.path)
         *through, name = self.name.split(".")
@@ -76,7 +77,7 @@ class Assignment:
         if self.value is None:
             namespace[name] = getattr(owner, name) + self.step
             return
-        value = self.value.take(results)
+        value = self.value.take(results, values)
         if self.in_place:
             container = namespace[name]
             if self.in_place == "replace":
@@ -109,7 +110,7 @@ class HookCall:
     source: str
     returns: bool = False
 
-    def carry_out(self, model: torch.nn.Module, results: Iterator[Any]) -> None:
+    def carry_out(self, model: torch.nn.Module, results: Iterator[Any], values: Values) -> None:
         """Call the user's hook, if it is still there.
 
         Raises:
@@ -117,7 +118,7 @@ class HookCall:
                 model was captured.
         """
         module = model.get_submodule(self.path)
-        arguments = self.arguments.take(results)
+        arguments = self.arguments.take(results, values)
         hook = getattr(module, self.kind).get(self.key)
         if hook is None:
             return
@@ -144,25 +145,32 @@ class Effects:
 
     Args:
         inputs: positions of the flattened inputs that the forward changes in place.
+        numbers: numbers that vary among the flattened results of the user, by position.
     """
 
     assigned: tuple[Assignment, ...] = ()
     hooks: tuple[HookCall, ...] = ()
     inputs: tuple[int, ...] = ()
+    numbers: Mapping[int, Expression | Origin] = field(default_factory=dict)
 
     def carry_out(
-        self, model: torch.nn.Module, results: Sequence[Any], leaves: Sequence[Any]
+        self,
+        model: torch.nn.Module,
+        results: Sequence[Any],
+        leaves: Sequence[Any],
+        values: Values,
     ) -> None:
         """
         Args:
             results: of the program, after the user's.
             leaves: the flattened inputs, as the caller passed them.
+            values: of the numbers that vary, from before the run.
         """
         rest = iter(results)
         with torch.no_grad():
             for k in self.inputs:
                 leaves[k].copy_(next(rest))
         for assignment in self.assigned:
-            assignment.carry_out(model, rest)
+            assignment.carry_out(model, rest, values)
         for call in self.hooks:
-            call.carry_out(model, rest)
+            call.carry_out(model, rest, values)

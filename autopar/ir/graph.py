@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.ir.effects import Assignment, Effects
 from autopar.ir.guards import Guard
+from autopar.ir.numbers import Numbers, Values, evaluate
 from autopar.ir.randomness import draws
 from autopar.ir.reads import Reads
 
@@ -58,6 +59,7 @@ class ModelGraph:
             forward makes before it uses them; made in place before each run.
         reads: what the program depends on in its model besides tensors that are its arguments.
         effects: attributes that each run assigns, and hooks that it calls.
+        numbers: Python numbers that vary; some of the constants take their values at each run.
     """
 
     gm: fx.GraphModule
@@ -73,6 +75,7 @@ class ModelGraph:
     updates: Mapping[str, fx.GraphModule] = field(default_factory=dict)
     reads: Reads = field(default_factory=Reads)
     effects: Effects = field(default_factory=Effects)
+    numbers: Numbers = field(default_factory=Numbers)
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -132,17 +135,25 @@ class ModelGraph:
         return node.meta["autopar"]
 
     def carry_out(
-        self, model: torch.nn.Module, results: Sequence[Any], leaves: Sequence[Any]
+        self,
+        model: torch.nn.Module,
+        results: Sequence[Any],
+        leaves: Sequence[Any],
+        values: Values,
     ) -> Any:
         """The user's results, after the effects of a run on the user's model.
 
         Args:
             results: of the program, after the mutated buffers.
             leaves: the flattened inputs, as the caller passed them.
+            values: of the numbers that vary, from before the run.
         """
         count = self.out_spec.num_leaves
-        self.effects.carry_out(model, results[count:], leaves)
-        return pytree.tree_unflatten(list(results[:count]), self.out_spec)
+        self.effects.carry_out(model, results[count:], leaves, values)
+        own = list(results[:count])
+        for position, number in self.effects.numbers.items():
+            own[position] = evaluate(number, values)
+        return pytree.tree_unflatten(own, self.out_spec)
 
     def bind(self, model: torch.nn.Module) -> Callable[..., Any]:
         """The captured program bound to a model's tensors, with the model's call signature.
@@ -160,13 +171,14 @@ class ModelGraph:
             # copies: backward may keep what is about to be overwritten
             tensors |= {name: tensors[name].clone() for name in self.mutations}
             state = [tensors[n] for n in (*self.parameters.values(), *self.buffers.values())]
-            state += self.constants.values()
             leaves = pytree.tree_leaves((args, kwargs))
+            values = self.numbers.values(model, leaves)
+            state += self.numbers.fill(self.constants, values).values()
             results = self.gm(*state, *leaves)
             with torch.no_grad():
                 for name, value in zip(self.mutations, results, strict=False):
                     buffers[name].copy_(value)
-            return self.carry_out(model, results[len(self.mutations) :], leaves)
+            return self.carry_out(model, results[len(self.mutations) :], leaves, values)
 
         return run
 

@@ -115,6 +115,10 @@ class Slice:
         """Whether it draws random numbers."""
         return any(map(draws, self._nodes))
 
+    def constants(self, root: torch.nn.Module) -> list[Any]:
+        """The graph's constants that it uses, which `root` holds."""
+        return [getattr(root, str(n.target)) for n in self._nodes if n.op == "get_attr"]
+
     def program(self, root: torch.nn.Module) -> fx.GraphModule:
         """The slice as a function of its sources, in order; `root` holds the graph's constants."""
         graph = fx.Graph()

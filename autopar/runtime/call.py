@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
+
+from autopar.ir.numbers import Argument, Origin
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Call:
             call = Call(args, kwargs, *pytree.tree_flatten((args, kwargs)))
         if any(isinstance(x, DTensor) for x in call.leaves):
             whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in call.leaves]
-            return call.with_leaves(whole)
+            args, kwargs = pytree.tree_unflatten(whole, pytree.tree_structure((args, kwargs)))
+            return Call(args, kwargs, whole, call.structure)
         return call
 
     @property
@@ -47,18 +50,16 @@ class Call:
     def tensors(self) -> list[torch.Tensor]:
         return [x for x in self.leaves if isinstance(x, torch.Tensor)]
 
-    def with_leaves(self, leaves: Sequence[Any]) -> Call:
-        """The same call with other leaves."""
-        args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure(self.inputs))
-        return Call(args, kwargs, leaves, self.structure)
-
-    def described(self) -> tuple[Any, ...]:
+    def described(self, varying: Collection[Origin] = ()) -> tuple[Any, ...]:
         """What of the leaves a program is compiled for: of tensors the shape, the dtype and whether
-        a gradient is wanted, of others the value."""
+        a gradient is wanted, of numbers that vary the type, of others the value."""
         grads = torch.is_grad_enabled()
+        positions = {p.position for p in varying if isinstance(p, Argument)}
         return tuple(
             (tuple(x.shape), x.dtype, grads and x.requires_grad)
             if isinstance(x, torch.Tensor)
+            else type(x).__name__
+            if k in positions
             else repr(x)
-            for x in self.leaves
+            for k, x in enumerate(self.leaves)
         )

@@ -224,8 +224,12 @@ def _check_alike(first: ModelGraph, second: ModelGraph) -> None:
         raise NotAlikeError("parameters")
     if [*first.buffers.values()] != [*second.buffers.values()]:
         raise NotAlikeError("buffers")
-    constants = zip(first.constants.values(), second.constants.values(), strict=False)
-    if len(first.constants) != len(second.constants) or any(a is not b for a, b in constants):
+    if first.numbers != second.numbers:
+        raise NotAlikeError("numbers that vary")
+    constants = zip(first.constants.items(), second.constants.items(), strict=False)
+    if len(first.constants) != len(second.constants) or any(
+        a is not b and name not in second.numbers.tensors for (_, a), (name, b) in constants
+    ):
         raise NotAlikeError("constants")
     if len(first.guards) != len(second.guards):
         raise NotAlikeError("decisions of Python")

@@ -20,6 +20,7 @@ from autopar.compiled_step import Arguments, Place, StepOptions, StepPlan
 from autopar.errors import CaptureError, MeshError, PlanError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
+from autopar.ir.numbers import Origin
 from autopar.ir.size_formulas import input_shapes
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
@@ -86,10 +87,13 @@ class StepCompiler:
         self._count = 0
         self._moved = adopt(model, optimizer, self.mesh)
 
-    def compile(self, call: Call, alike: BoundStep | None = None) -> BoundStep:
+    def compile(
+        self, call: Call, varying: Collection[Origin] = (), alike: BoundStep | None = None
+    ) -> BoundStep:
         """Compile the step of a call; the first one lays the parameters out.
 
         Args:
+            varying: origins of numbers that are inputs of the program.
             alike: a step for inputs of other sizes, whose plan serves this one if it can.
 
         Raises:
@@ -97,7 +101,7 @@ class StepCompiler:
         """
         # whatever mode the caller is in, the step is that of training
         with torch.inference_mode(False), torch.enable_grad(), self._untouched_if_it_fails():
-            step = self._compile(call, alike)
+            step = self._compile(call, varying, alike)
         self._count += 1
         return step
 
@@ -114,10 +118,12 @@ class StepCompiler:
             raise
         self._moved = []
 
-    def _compile(self, call: Call, alike: BoundStep | None) -> BoundStep:
+    def _compile(
+        self, call: Call, varying: Collection[Origin], alike: BoundStep | None
+    ) -> BoundStep:
         options = self.options
         layout = BatchLayout.of(options.batch, options.step.cluster, call.inputs)
-        graph = self.place.ranks.together(lambda: self._trace(layout, call))
+        graph = self.place.ranks.together(lambda: self._trace(layout, call, varying))
         fixed = FixedLayouts(
             parameters=stored_specs(self.model) if self.laid_out else {},
             inputs=layout.fixed_inputs(),
@@ -162,29 +168,37 @@ class StepCompiler:
         )  # fmt: skip
 
     def trace_sizes(
-        self, call: Call, layout: BatchLayout, dynamic: Mapping[int, Collection[int]]
+        self,
+        call: Call,
+        layout: BatchLayout,
+        dynamic: Mapping[int, Collection[int]],
+        varying: Collection[Origin],
     ) -> ModelGraph:
         """Capture the model with symbols for sizes of inputs.
 
         Args:
             dynamic: dims, by the position of an input among the flattened ones.
+            varying: origins of numbers that are inputs of the program.
 
         Raises:
             CaptureError: on all ranks.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            return self.place.ranks.together(lambda: self._trace(layout, call, dynamic))
+            return self.place.ranks.together(lambda: self._trace(layout, call, varying, dynamic))
 
     def _trace(
         self,
         layout: BatchLayout,
         call: Call,
+        varying: Collection[Origin],
         dynamic: bool | Mapping[int, Collection[int]] = False,
     ) -> ModelGraph:
         """Capture the model for the global inputs."""
         inputs = layout.global_inputs(*call.inputs)
         try:
-            return ColoTracer(self.device.type, dynamic=dynamic).trace(self.model, *inputs)
+            return ColoTracer(self.device.type, dynamic=dynamic).trace(
+                self.model, *inputs, varying=varying
+            )
         except CaptureError as error:
             joined, lines = layout.joined, str(error).splitlines()
             if len(joined) < 2:

@@ -7,8 +7,10 @@ finds changed compile another step, with the parameters' layouts fixed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from autopar.comm import dtensor_rules, world
 from autopar.comm.offloaded_parameters import reload_all
-from autopar.errors import CaptureError
+from autopar.errors import CaptureError, MeshError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
+from autopar.ir.numbers import Condition, Origin, Values, is_number
 from autopar.ir.reads import first_change
 from autopar.runtime.agreement import Agreement
 from autopar.runtime.assumptions import precision_modes
@@ -41,6 +44,9 @@ log = logging.getLogger(__name__)
 _WARN_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _KEPT = 32
 
+# why a step does not serve a call, or how to find out
+_Failure = Guard | Condition | str | Callable[[], Any] | None
+
 
 class StepRunner:
     """Runs a model's calls as compiled steps.
@@ -53,7 +59,9 @@ class StepRunner:
         self.model = compiler.model
         self._compiler = compiler
         self._programs: dict[Any, list[BoundStep]] = {}
-        self._sized = SizedSteps(compiler.trace_sizes, compiler.place.ranks)
+        self._captures: Counter[Any] = Counter()
+        self._last: BoundStep | None = None
+        self._sized = SizedSteps(self._trace_sizes, compiler.place.ranks)
         self._numbers = VaryingNumbers()
         self._whole = False
         optimizer = compiler.optimizer
@@ -110,11 +118,12 @@ class StepRunner:
     def _run(self, call: Call) -> Any:
         trains = torch.is_grad_enabled()
         with world.explained_failures():
-            step, call = self._with_numbers(call)
+            step = self.step_for(call)
         graph = step.compiled.graph
+        values = graph.numbers.values(self.model, call.leaves)
         if step.offloads_state and trains and self._offloaded_state is not None:
             self._offloaded_state.leave()
-        flat, mutated = self._flat(step, call)
+        flat, mutated = self._flat(step, call, values)
         with self._common_draws(graph):
             results = list(step.train(*flat) if trains else step.evaluate(*shards(flat)))
         count = len(mutated)
@@ -128,7 +137,7 @@ class StepRunner:
             for position in step.feeding:
                 if position >= count:
                     refuse_hooks(given[position - count])
-        return graph.carry_out(self.model, given, call.leaves)
+        return graph.carry_out(self.model, given, call.leaves, values)
 
     def _deferred(self, local: torch.Tensor, number: int, whole: WholeResult) -> torch.Tensor:
         """A result that is gathered when the caller reads it."""
@@ -144,8 +153,14 @@ class StepRunner:
 
         return DeferredResult.of(sharded, gather)
 
-    def _flat(self, step: BoundStep, call: Call) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What the program is called with, and the buffers that its first results are for."""
+    def _flat(
+        self, step: BoundStep, call: Call, values: Values
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the program is called with, and the buffers that its first results are for.
+
+        Args:
+            values: of the numbers that vary.
+        """
         graph, program = step.compiled.graph, step.compiled.local
         device, mesh, coords = (
             self._compiler.device, self._compiler.mesh, self._compiler.place.coords,
@@ -164,7 +179,8 @@ class StepRunner:
             # copies: backward may keep what the step is about to overwrite
             buffers |= zip(graph.mutations, copies_of(mutated), strict=True)
             flat += [buffers[n] for n in graph.buffers.values()]
-        flat += [t.to(device) for t in graph.constants.values()]
+        constants = graph.numbers.fill(graph.constants, values)
+        flat += [t.to(device) for t in constants.values()]
         flat += step.layout.take(call.tensors, program.input_specs, mesh, coords, device)
         if program.takes_seed:
             self._seeds_used += 1
@@ -185,45 +201,53 @@ class StepRunner:
 
     # -- the step of a call -----------------------------------------------------------------------
 
-    def _with_numbers(self, call: Call) -> tuple[BoundStep, Call]:
-        """The step of a call, and the call with tensors for numbers that vary."""
-        lifted = self._numbers.lift(self.model, call)
-        if lifted is not call:
-            try:
-                return self.step_for(lifted), lifted
-            except CaptureError as error:
-                log.info("a number stays a constant of the program: %s", error)
-                self._numbers.keep_constant(call)
-        return self.step_for(call), call
-
     def step_for(self, call: Call) -> BoundStep:
         """The step for inputs of these shapes, and for what its guards and assumptions allow.
 
         Raises:
             EngineError: ranks disagree, or some of them do not call the engine.
         """
+        try:
+            return self._step_for(call)
+        except (CaptureError, MeshError) as error:
+            if not self._numbers.of(call):
+                raise
+            log.info("numbers that vary stay constants of the program: %s", error)
+        # the numbers may be the reason
+        with self._numbers.kept_constant(call):
+            return self._step_for(call)
+
+    def _step_for(self, call: Call) -> BoundStep:
         if any(s.offloads_parameters for steps in self._programs.values() for s in steps):
             self._reload_parameters()
-        key = self._key(call)
-        self._agreement.check_call(key, call.tensors)
-        failed: Guard | str | None = None
+        varying = self._numbers.of(call)
+        key = self._key(call, varying)
+        self._agreement.check_call(key, [*call.tensors, *self._as_tensors(call, varying)])
         steps = self._programs.setdefault(key, [])
-        for step in (*steps, *self._sized.known(key)):
-            failed = self._change(step) or self._failed_guard(step, call)
+        failed: _Failure = None
+        known = (*steps, *self._sized.known(key))
+        for step in sorted(known, key=lambda step: step is not self._last):
+            failed = self._failure(step, call)
             if failed is None:
                 self._agreement.check_program(step.number)
+                self._last = step
                 return step
-        alike = self._of_other_sizes(key) if failed is None else []
+        alike = self._of_other_sizes(key, call) if failed is None else []
         if (sized := self._sized_step(key, call, alike)) is not None:
             self._agreement.check_program(sized.number)
+            self._last = sized
             return sized
-        if failed is not None and len(steps) in _WARN_AT:
+        self._numbers.compare(self.model, (s.compiled.graph.reads for s in self.steps))
+        if failed is not None and self._captures[key] in _WARN_AT:
             log.warning(
                 "capturing the model again: %s\nIt was captured %d times for these shapes; each "
-                "capture costs seconds.", _reason(failed), len(steps),
+                "capture costs seconds.", _reason(failed), self._captures[key],
             )  # fmt: skip
+        self._captures[key] += 1
         self._agreement.check_program(None)
-        step = self._compiler.compile(call, alike[-1] if alike else None)
+        step = self._compiler.compile(call, self._numbers.of(call), alike[-1] if alike else None)
+        for condition in step.compiled.graph.numbers.conditions:
+            log.info("%s", condition)
         steps.append(step)
         if len(steps) > _KEPT:
             del steps[1]  # the first has the plan in force
@@ -231,7 +255,7 @@ class StepRunner:
             self._reload_parameters()
         return step
 
-    def _of_other_sizes(self, key: Any) -> list[BoundStep]:
+    def _of_other_sizes(self, key: Any, call: Call) -> list[BoundStep]:
         """Steps that serve the model as it is, for inputs that differ in sizes alone; in order."""
         kind = _without_sizes(key)
         alike = [
@@ -239,7 +263,7 @@ class StepRunner:
             for other, steps in self._programs.items()
             if _without_sizes(other) == kind
             for step in steps
-            if self._change(step) is None
+            if self._model_changed(step, call) is None
         ]
         return sorted(alike, key=lambda step: step.number)
 
@@ -252,16 +276,35 @@ class StepRunner:
         step = self._sized.find(key, _without_sizes(key), call, layout, alike)
         return None if step is None or self._failed_guard(step, call) else step
 
-    def _key(self, call: Call) -> Any:
-        precision = precision_modes(self._compiler.device.type)
-        return self.model.training, precision, call.structure, call.described()
+    def _trace_sizes(
+        self, call: Call, layout: BatchLayout, dynamic: Mapping[int, Collection[int]]
+    ) -> ModelGraph:
+        return self._compiler.trace_sizes(call, layout, dynamic, self._numbers.of(call))
 
-    def _change(self, step: BoundStep) -> str | None:
-        """What of the model is not as the step found it; None if nothing."""
+    def _key(self, call: Call, varying: Collection[Origin]) -> Any:
+        precision = precision_modes(self._compiler.device.type)
+        return self.model.training, precision, call.structure, call.described(varying)
+
+    def _as_tensors(self, call: Call, varying: Collection[Origin]) -> list[torch.Tensor]:
+        """The numbers that vary, to compare with those of other ranks."""
+        origins = sorted(varying, key=str)
+        values = (origin.value(self.model, call.leaves) for origin in origins)
+        return [torch.tensor(x, dtype=torch.float64) for x in values if is_number(x)]
+
+    def _failure(self, step: BoundStep, call: Call) -> _Failure:
+        """Why a step does not serve a call, with what the model has now; None if it does."""
+        return self._model_changed(step, call) or self._failed_guard(step, call)
+
+    def _model_changed(self, step: BoundStep, call: Call) -> _Failure:
+        """The same, whatever the values of tensors."""
+        graph = step.compiled.graph
         changed = step.assumptions.changed()
-        if changed or step.reads_hold():
+        if changed:
             return changed
-        return str(first_change(self.model, step.compiled.graph.reads))
+        if not step.reads_hold():  # the reason takes long to find
+            return partial(first_change, self.model, graph.reads)
+        values = graph.numbers.values(self.model, call.leaves)
+        return graph.numbers.failed(values)
 
     def _failed_guard(self, step: BoundStep, call: Call) -> Guard | None:
         """The first guard of a step that a batch violates; the same on every rank."""
@@ -283,8 +326,12 @@ def _without_sizes(key: Any) -> Any:
     return (*rest, tuple((len(x[0]), *x[1:]) if isinstance(x, tuple) else x for x in leaves))
 
 
-def _reason(failed: Guard | str) -> str:
+def _reason(failed: _Failure) -> str:
     """Why a step does not apply."""
-    if isinstance(failed, str):
-        return failed
+    if isinstance(failed, Condition):
+        return (
+            f"{failed}\nOf a number that meets nothing but tensors, one program serves all values."
+        )
+    if not isinstance(failed, Guard):
+        return str(failed() if callable(failed) else failed)
     return f"{failed}\nMove the decision out of the model, or make all batches agree in it."

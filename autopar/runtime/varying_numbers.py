@@ -1,51 +1,64 @@
-"""Numbers among a call's arguments that change from call to call, as inputs of the program.
+"""Which Python numbers vary from call to call: arguments, and attributes that the forward reads.
 
-A number is a constant of the program at first. At its second value it becomes a tensor of no dims,
-unless that would change a result: such a tensor has the default dtype, in which Python's numbers
-count, and no parameter may have a lower precision.
+A number is a constant of the program at first. From its second value on, it is an input: the
+forward is captured with a `TracedNumber` in its place. If that fails, it stays a constant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from autopar.ir.numbers import Argument, Attribute, Origin, changed_numbers, is_number
+from autopar.ir.reads import Reads
 from autopar.runtime.call import Call
 
 
 class VaryingNumbers:
-    """Of the calls of one model, by their structure."""
+    """Of one model."""
 
     def __init__(self) -> None:
         self._first: dict[Any, list[Any]] = {}
-        self._varying: dict[Any, set[int]] = {}
-        self._constant: set[Any] = set()
+        self._arguments: dict[Any, set[Argument]] = {}
+        self._attributes: set[Attribute] = set()
+        self._constant_arguments: set[Any] = set()
+        self._constant_attributes: set[Attribute] = set()
 
-    def lift(self, model: torch.nn.Module, call: Call) -> Call:
-        """The call, with tensors for the floats that have changed before; itself if none has."""
+    def of(self, call: Call) -> frozenset[Origin]:
+        """Places of numbers that have had another value before, arguments and attributes."""
+        arguments = self._varying_arguments(call)
+        return frozenset((*arguments, *(self._attributes - self._constant_attributes)))
+
+    def _varying_arguments(self, call: Call) -> set[Argument]:
         where = call.structure
-        if not any(type(x) is float for x in call.leaves) or where in self._constant:
-            return call
-        numbers = [x if type(x) is float else None for x in call.leaves]
+        if not any(map(is_number, call.leaves)) or where in self._constant_arguments:
+            return set()
+        numbers = [x if is_number(x) else None for x in call.leaves]
         first = self._first.setdefault(where, numbers)
-        varying = self._varying.setdefault(where, set())
+        varying = self._arguments.setdefault(where, set())
         pairs = enumerate(zip(numbers, first, strict=True))
-        varying |= {k for k, (now, before) in pairs if now is not None and now != before}
-        if not varying or not _exact(model):
-            return call
-        leaves = call.leaves
-        return call.with_leaves(
-            [torch.tensor(x) if k in varying else x for k, x in enumerate(leaves)]
-        )
+        varying |= {Argument(k) for k, (now, before) in pairs if now is not None and now != before}
+        return {p for p in varying if numbers[p.position] is not None}
 
-    def keep_constant(self, call: Call) -> None:
-        """The model does not capture with tensors for the numbers of calls like this one."""
-        self._constant.add(call.structure)
+    def compare(self, model: torch.nn.Module, reads: Iterable[Reads]) -> None:
+        """Attributes of which only the number changed since a capture vary from here on."""
+        for known in reads:
+            self._attributes.update(changed_numbers(model, known))
 
-
-def _exact(model: torch.nn.Module) -> bool:
-    """Whether a tensor of the default dtype counts as a Python number does in every operator."""
-    default = torch.finfo(torch.get_default_dtype())
-    floating = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
-    return all(torch.finfo(dtype).bits == default.bits for dtype in floating)
+    @contextmanager
+    def kept_constant(self, call: Call) -> Iterator[None]:
+        """The numbers of a call are constants from here on, unless the body fails."""
+        before = set(self._constant_arguments), set(self._constant_attributes)
+        origins = self.of(call)
+        attributes = {p for p in origins if isinstance(p, Attribute)}
+        self._constant_attributes |= attributes
+        if attributes != origins:
+            self._constant_arguments.add(call.structure)
+        try:
+            yield
+        except BaseException:
+            self._constant_arguments, self._constant_attributes = before
+            raise

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from autopar.ir.reads import MISSING
+from autopar.tracer.numbers import TracedNumber, asks_for_types
 from autopar.tracer.source import SourceLine, current_line, is_users
 
 # What every module has, except for `training`.
@@ -177,6 +178,8 @@ class AttributeRecorder:
 
     def _watch_object(self, owner: Owner, name: str, value: Any) -> None:
         cls = type(value)
+        if cls is types.SimpleNamespace:  # whose reads cannot be recorded one by one
+            self._watch_namespace(owner, name, value)
         heap = cls.__flags__ & _HEAP_TYPE and not cls.__flags__ & _IMMUTABLE_TYPE
         library = cls.__module__.partition(".")[0] in _LIBRARIES
         if not heap or library or isinstance(value, _OPAQUE):
@@ -191,6 +194,15 @@ class AttributeRecorder:
         except TypeError:
             return  # its metaclass does not allow it
         self._watch(Owner(owner.path, f"{owner.prefix}{name}.", namespace, dict(namespace)))
+
+    def _watch_namespace(self, owner: Owner, name: str, value: types.SimpleNamespace) -> None:
+        """Take all attributes as read."""
+        if owner.before.get(name) is not value or id(vars(value)) in self._by_namespace:
+            return
+        inner = Owner(owner.path, f"{owner.prefix}{name}.", vars(value), dict(vars(value)))
+        self._watch(inner)
+        for key, held in inner.before.items():
+            self._read(inner, key, held)
 
     # -- reads and assignments ------------------------------------------------------------------
 
@@ -220,6 +232,8 @@ class AttributeRecorder:
                 name in namespace or (not callable(value) and _of_class(type(obj), name) is value)
             ):
                 self._read(owner, name, value)
+                if type(value) is TracedNumber and asks_for_types(sys._getframe(1).f_code):
+                    return value.settled()
             return value
 
         def __setattr__(obj: Any, name: str, value: Any) -> None:

@@ -30,6 +30,7 @@ from autopar.errors import CaptureError
 from autopar.ir.guards import Guard, Slice, as_python, on_own_thread, same_value
 from autopar.tracer.gradient_hooks import ValueHooks
 from autopar.tracer.hidden_writes import HiddenWrites
+from autopar.tracer.numbers import TracedNumbers, has_numbers, substituted
 from autopar.tracer.proxies import current_tracer, slot_of
 from autopar.tracer.questions import HANDLERS, UNCHECKED
 from autopar.tracer.ranges import only_value
@@ -50,12 +51,14 @@ class BranchResolver(TorchFunctionMode):
             None where there are none.
         assume: answers by `file.py:line` or by a piece of the line's text.
         modules: the user's modules, by the ids of those that are traced.
+        numbers: that vary.
 
     Attributes:
         guards: assumptions, in order.
         draws: captured values that were decided by a random draw.
         writes: those that autograd does not see.
         hooks: of values.
+        numbers: Python numbers that vary.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class BranchResolver(TorchFunctionMode):
         examples: Mapping[Role, torch.Tensor | None],
         assume: Mapping[str, Any],
         modules: Mapping[int, torch.nn.Module],
+        numbers: TracedNumbers,
     ) -> None:
         super().__init__()
+        self.numbers = numbers
         self._examples = examples
         self._assume = assume
         self.hooks = ValueHooks(modules)
@@ -77,6 +82,8 @@ class BranchResolver(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.numbers.present and has_numbers(args, kwargs):
+            func, args, kwargs = substituted(func, args, kwargs)
         if self.writes.hides(func, args, kwargs):
             return self.writes.write(func, args, kwargs)
         handler = HANDLERS.get(getattr(func, "__name__", ""))
@@ -142,6 +149,7 @@ class BranchResolver(TorchFunctionMode):
         scalar = t.ndim == 0
         line = current_line()
         part = Slice(node, self._roles)
+        self.numbers.settle(part.constants(tracer.root))
         if part.random and scalar:
             self.draws.append(t)
         if scalar and (value := only_value(node)) is not None:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.ir.effects import DELETED, TENSOR, Assignment, Effects, Held
+from autopar.ir.numbers import Attribute, Numbers
 from autopar.ir.reads import (
     MISSING,
     AttributeRead,
@@ -29,6 +30,7 @@ from autopar.ir.reads import (
 from autopar.tracer.attributes import AttributeRecorder, Container, Owner, contents
 from autopar.tracer.counters import only_counts
 from autopar.tracer.forward_hooks import ObservedHooks
+from autopar.tracer.numbers import TracedNumber
 
 _CONSTANT = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType, type(DELETED))
 
@@ -53,6 +55,7 @@ class Carried:
         compared: how the reads of assigned attributes are compared, by path and name; None: not at
             all.
         reads: paths and names of attributes that the program depends on.
+        observing: numbers of hooks that are not part of the program.
     """
 
     effects: Effects = field(default_factory=Effects)
@@ -60,6 +63,7 @@ class Carried:
     kept: list[Kept] = field(default_factory=list)
     compared: dict[tuple[str, str], Any] = field(default_factory=dict)
     reads: list[tuple[str, str]] = field(default_factory=list)
+    observing: set[int] = field(default_factory=set)
 
     def hold(self, held: tuple[Held, list[torch.Tensor]]) -> Held:
         """Append the tensors of a value."""
@@ -67,18 +71,23 @@ class Carried:
         return held[0]
 
     def reads_of(
-        self, model: torch.nn.Module, originals: Originals, constants: Mapping[str, torch.Tensor]
+        self,
+        model: torch.nn.Module,
+        originals: Originals,
+        constants: Mapping[str, torch.Tensor],
+        numbers: Numbers,
     ) -> Reads:
         """What the program depends on, as the user's model has it.
 
         Args:
             constants: of the graph.
+            numbers: that vary, and are no constants of the program.
         """
         registered = {id(t) for t in (*model.parameters(), *model.buffers())}
         attributes: list[AttributeRead] = []
         for path, name in self.reads:
             compared = self.compared.get((path, name), "value")
-            if compared is not None:
+            if compared is not None and Attribute(path, name) not in numbers.types:
                 attributes.append(read_attribute(model, path, name, compared, registered))
         tensors = tuple(map(TensorValue.of, originals.of_storages(constants.values())))
         return Reads(tuple(attributes), read_modules(model), tensors)
@@ -122,7 +131,7 @@ def collect(recorder: AttributeRecorder, hooks: ObservedHooks, originals: Origin
     """
     recorder.look_at_containers(None)
     observing = hooks.observing(recorder.acting)
-    carried = Carried()
+    carried = Carried(observing=observing)
     assigned = []
     for owner in recorder.owners:
         for name in owner.changed():
@@ -227,6 +236,8 @@ def _held(value: Any, what: str, originals: Originals) -> tuple[Held, list[torch
         found = originals.get(x)
         if found is not MISSING:
             kept.append(found)
+        elif type(x) is TracedNumber:
+            kept.append(x.expression)
         elif isinstance(x, torch.Tensor):
             kept.append(TENSOR)
             tensors.append(x)

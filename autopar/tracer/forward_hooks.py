@@ -28,6 +28,7 @@ from autopar.errors import CaptureError
 from autopar.ir.effects import Held, HookCall
 from autopar.tracer.attributes import CONTAINERS, AttributeRecorder, contents, same_items
 from autopar.tracer.gradient_hooks import ValueHooks
+from autopar.tracer.numbers import TracedNumbers
 from autopar.tracer.randomness import Restart
 
 KINDS = ("_forward_pre_hooks", "_forward_hooks")
@@ -155,12 +156,17 @@ class ObservedHooks:
 
     Args:
         gradient_hooks: counts the hooks on values that the trace has registered.
+        numbers: that vary; learn which hook asks for them.
     """
 
     def __init__(
-        self, clone: torch.nn.Module, recorder: AttributeRecorder, gradient_hooks: ValueHooks
+        self,
+        clone: torch.nn.Module,
+        recorder: AttributeRecorder,
+        gradient_hooks: ValueHooks,
+        numbers: TracedNumbers,
     ) -> None:
-        self._recorder = recorder
+        self._recorder, self._numbers = recorder, numbers
         self._gradient_hooks = gradient_hooks
         self._calls: list[ObservedCall] = []
         self._returning: set[int] = set()
@@ -210,6 +216,7 @@ class ObservedHooks:
         registered = self._gradient_hooks.count
         held = _holdings(hook)
         outer, recorder.hook = recorder.hook, number
+        self._numbers.hook = number
         try:
             result = hook(module, *arguments)
         except Restart:
@@ -221,7 +228,7 @@ class ObservedHooks:
             # checks that it changes nothing
             result = None
         finally:
-            recorder.hook = outer
+            recorder.hook = self._numbers.hook = outer
         recorder.look_at_containers(number)
         now = _holdings(hook)
         if held.keys() != now.keys() or not all(same_items(held[k], now[k]) for k in held):

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from autopar.errors import CaptureError
 from autopar.ir.guards import on_own_thread
+from autopar.tracer.numbers import settled
 from autopar.tracer.source import current_line
 
 NAMESPACE = "autopar_functions"
@@ -78,6 +79,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             return region(*operands)
     if own or not capturing() or not tensors or kwargs:
         return inner(*args, **kwargs)
+    args = settled(args)  # a derivative of its own may need the number
     if any(isinstance(x, torch.nn.Module) for x in pytree.tree_leaves([args, kwargs])):
         raise CaptureError(
             f"{current_line()}: {cls.__name__} takes modules (reversible layers, checkpointing of "

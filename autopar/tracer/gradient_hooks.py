@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from autopar.errors import CaptureError
 from autopar.tracer.functions import capturing, operator_for
 from autopar.tracer.modes import replaced
+from autopar.tracer.numbers import TracedNumber
 from autopar.tracer.proxies import current_tracer, slot_of, stand_for
 from autopar.tracer.source import current_line
 
@@ -222,6 +223,9 @@ def _rebuilt(
         return lambda values: values[index]
     if id(value) in modules:
         return lambda _: modules[id(value)]
+    if type(value) is TracedNumber:
+        number = value.settled()
+        return lambda _: number
     rebuild = functools.partial(_rebuilt, modules=modules, operands=operands)
     if isinstance(value, types.MethodType):
         function, owner = rebuild(value.__func__), rebuild(value.__self__)
@@ -256,7 +260,7 @@ def _refers(value: Any, modules: Mapping[int, torch.nn.Module], depth: int = 4) 
     """Whether a value leads to captured tensors, traced modules or the autograd graph."""
     if isinstance(value, FakeTensor | torch.autograd.graph.Node | torch.SymInt | torch.SymFloat):
         return True
-    if id(value) in modules:
+    if id(value) in modules or type(value) is TracedNumber:
         return True
     inner: list[Any] = []
     if isinstance(value, types.FunctionType):

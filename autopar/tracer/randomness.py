@@ -33,6 +33,7 @@ from autopar.errors import CaptureError
 from autopar.ir.guards import on_own_thread
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.functions import operator_for
+from autopar.tracer.numbers import settled
 from autopar.tracer.source import current_line, user_frame
 
 _NUMPY = (
@@ -151,6 +152,7 @@ def _host_operator(
     def call(*args: Any, **kwargs: Any) -> Any:
         if not resolver.active or not args or not isinstance(args[0], FakeTensor):
             return original(*args, **kwargs)
+        args, kwargs = settled((args, kwargs))
 
         def run(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if isinstance(value, FakeTensor):
@@ -195,7 +197,7 @@ def _operator(
     def call(*args: Any, **kwargs: Any) -> Any:
         if not resolver.active:
             return original(*args, **kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = pytree.tree_flatten(settled((args, kwargs)))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         constants = [x for x in leaves if not isinstance(x, torch.Tensor)]
 

@@ -39,6 +39,7 @@ from autopar.errors import CaptureError
 from autopar.gc_utils import collection_paused
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
+from autopar.ir.numbers import Origin
 from autopar.ir.randomness import keep_draws
 from autopar.tracer import fakes
 from autopar.tracer.arguments import Arguments
@@ -52,6 +53,7 @@ from autopar.tracer.gradient_hooks import module_hooks, originals
 from autopar.tracer.modes import regions_as_run
 from autopar.tracer.names import retraced
 from autopar.tracer.normalize import detach_no_grad_regions, model_graph, rebuild_users
+from autopar.tracer.numbers import TracedNumber, TracedNumbers
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
 from autopar.tracer.settings import (
     apply_settings,
@@ -96,11 +98,16 @@ class ColoTracer:
         model: torch.nn.Module,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
+        *,
+        varying: Collection[Origin] = (),
     ) -> ModelGraph:
         """Capture `model(*args, **kwargs)` in the model's current train/eval mode.
 
         The model is neither run nor changed. The values of inputs are read only if the model's
         Python branches on them; each such branch is one of the graph's `guards`.
+
+        Args:
+            varying: origins of Python numbers that are inputs of the graph, not constants.
 
         Raises:
             CaptureError: a construct cannot be captured; the message has the user's source line.
@@ -112,26 +119,32 @@ class ColoTracer:
                 if masks_can_be_skipped():
                     try:
                         with masks_as_run():
-                            return self._lifting(model, example)
+                            return self._lifting(model, example, varying)
                     except CaptureError:
                         pass  # the condition has no value: build masks for every case
-                return self._lifting(model, example)
+                return self._lifting(model, example, varying)
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(_explain(model, error, example)) from error
 
-    def _lifting(self, model: torch.nn.Module, example: Any) -> ModelGraph:
+    def _lifting(
+        self, model: torch.nn.Module, example: Any, varying: Collection[Origin]
+    ) -> ModelGraph:
         """Capture, starting over with functions that draw host random numbers as operators."""
         lifted: set[HostFunction] = set()
         while True:
             try:
-                return self._capture(model, example, lifted)
+                return self._capture(model, example, varying, lifted)
             except Restart as restart:
                 lifted.add(restart.function)
 
     def _capture(
-        self, model: torch.nn.Module, example: Any, lifted: set[HostFunction]
+        self,
+        model: torch.nn.Module,
+        example: Any,
+        varying: Collection[Origin],
+        lifted: set[HostFunction],
     ) -> ModelGraph:
         mode = FakeTensorMode(
             shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=not self.dynamic
@@ -142,10 +155,13 @@ class ColoTracer:
         args, kwargs = pytree.tree_map_only(
             torch.Tensor, lambda t: self._fake(mode, t).requires_grad_(t.requires_grad), example
         )
-        resolver = BranchResolver(_examples(model, example), self.assume, originals(model, clone))
+        numbers = TracedNumbers(varying)
+        resolver = BranchResolver(
+            _examples(model, example), self.assume, originals(model, clone), numbers
+        )
         carried: list[Carried] = []
-        _watch(copied, resolver, carried)
         with (
+            numbers.substituted(clone),
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             opaque_functions(),
@@ -154,6 +170,7 @@ class ColoTracer:
             host_randomness(resolver, lifted),
         ):
             warnings.simplefilter("ignore")
+            _watch(copied, resolver, carried)
             with _use_lazy_graph_module(True):
                 dims = self._dynamic_shapes(model, example)
                 program = torch.export.export(
@@ -171,12 +188,14 @@ class ColoTracer:
         graph = model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
         effects = carried[-1]
         check_state(effects.kept, copied.histories, graph.constants)
+        found = numbers.of_graph(graph.constants, effects.observing)
         return dataclasses.replace(
             graph,
             # the user's own, so that values that change without a version are seen
             constants={k: copied.originals.of_copy(t) for k, t in graph.constants.items()},
-            reads=effects.reads_of(model, copied.originals, graph.constants),
+            reads=effects.reads_of(model, copied.originals, graph.constants, found),
             effects=effects.effects,
+            numbers=found,
         )
 
     def _dynamic_shapes(self, model: torch.nn.Module, example: Any) -> Any:
@@ -281,7 +300,8 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
     clone = copied.clone
     forward = clone.forward
     recorder = AttributeRecorder(clone)
-    hooks = ObservedHooks(clone, recorder, resolver.hooks)
+    numbers = resolver.numbers
+    hooks = ObservedHooks(clone, recorder, resolver.hooks, numbers)
     call = root_hooks(clone)
     copies = _named_tensors(clone)
 
@@ -297,13 +317,16 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
             roles["buffer", name] = b
             shapes[name] = b.shape
         resolver.begin(roles)
+        args, kwargs = numbers.among((args, kwargs))
         inputs = Arguments((args, kwargs))
         now = _named_tensors(clone)
         recorder.substitute({id(t): now[name] for name, t in copies.items()})
         try:
             with resolver, recorder.recording():
-                results = _plain_results(call(*args, **kwargs))
-            carried.append(inputs.changes(collect(recorder, hooks, copied.originals)))
+                results, returned = _plain_results(call(*args, **kwargs))
+            changes = inputs.changes(collect(recorder, hooks, copied.originals))
+            changes.effects = dataclasses.replace(changes.effects, numbers=returned)
+            carried.append(changes)
         finally:
             recorder.restore()  # the copy may share objects with the model
         for name, b in clone.named_buffers(remove_duplicate=False):
@@ -321,15 +344,20 @@ def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _plain_results(results: Any) -> Any:
-    """Results as trees of tensors and numbers.
+def _plain_results(results: Any) -> tuple[Any, dict[int, Any]]:
+    """Results as trees of tensors and numbers, and the numbers that vary by position.
 
     Data classes are registered as tree nodes. Other objects (a key-value cache) become None.
     """
     _register_dataclasses(results)
-
+    leaves, spec = pytree.tree_flatten(results)
+    varying = {k: x for k, x in enumerate(leaves) if type(x) is TracedNumber}
     plain = torch.Tensor | bool | int | float | str
-    return pytree.tree_map(lambda x: x if isinstance(x, plain) else None, results)
+    leaves = [x if isinstance(x, plain) else None for x in leaves]
+    for k, number in varying.items():
+        leaves[k] = number.value
+    expressions = {k: number.expression for k, number in varying.items()}
+    return pytree.tree_unflatten(leaves, spec), expressions
 
 
 def _register_dataclasses(value: Any) -> None:

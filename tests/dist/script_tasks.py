@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import math
 import pickle
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -255,3 +258,66 @@ def programs(mesh: str) -> dict[str, int]:
     engine[2] = nn.Linear(32, 4).double()
     count("another head")
     return counts
+
+
+class Annealed(nn.Module):
+    """Its loop changes numbers at each step.
+
+    Args:
+        how: the forward uses `beta`.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(16, 8), nn.Linear(8, 16)
+        self.how, self.beta, self.step, self.calls = how, 0.0, 0, 0
+        self.config = SimpleNamespace(temperature=1.0)
+
+    def forward(self, x: torch.Tensor, weight: float) -> torch.Tensor:
+        z = self.encode(x) / self.config.temperature
+        self.calls += 1
+        if self.step >= 4:
+            z = z * 1.5
+        beta = {
+            "tensor": lambda: self.beta * min(1.0, self.calls / 100),
+            "value": lambda: math.exp(self.beta),
+            "refused": lambda: json.loads(json.dumps(self.beta)),
+        }[self.how]()
+        return F.mse_loss(self.decode(z), x) + beta * z.pow(2).mean() + (1 - weight) * z.mean()
+
+
+def annealed_numbers(mesh: str, batch: str) -> dict[str, Any]:
+    """Values equal to one process, and how many programs they take; by the use of a number."""
+    answer: dict[str, Any] = {}
+    for how in ("tensor", "value", "refused"):
+        torch.manual_seed(0)
+        reference = Annealed(how).double()
+        model = copy.deepcopy(reference)
+        optimizers = [sgd(reference.parameters()), sgd(model.parameters())]
+        engine, _ = auto_engine(
+            model, optimizers[1], eager_to_shard(mesh), batch=batch,
+            constraints={"encode.weight": "S0R"} if batch == "global" else None,
+        )  # fmt: skip
+        losses = []
+        for step in range(6 if how == "tensor" else 4):
+            x = data(step, 8, 16)
+            own = x if batch == "global" else x.chunk(dist.get_world_size())[dist.get_rank()]
+            for module, optimizer, mine in zip(
+                (reference, engine), optimizers, (x, own), strict=True
+            ):
+                module.beta, module.step = step / 7, step
+                module.config.temperature = 1 + step / 3
+                optimizer.zero_grad()
+                loss = module(mine, step / 5)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        pairs = zip(losses[::2], losses[1::2], strict=True)
+        answer[how] = {
+            "gap": gap(engine, reference),
+            "losses": max(abs(a - b) for a, b in pairs),
+            "programs": len(engine.steps),
+            "calls": (model.calls, type(model.calls)) == (reference.calls, int),
+            "types": type(model.beta) is float and type(model.config.temperature) is float,
+        }
+    return answer

@@ -58,3 +58,18 @@ def test_programs_follow_what_they_depend_on(pool):
             "first": 1, "no_grad": 1, "inference_mode": 1, "frozen": 2, "thawed": 2,
             "autocast": 3, "back": 3, "eval": 4, "another head": 5,
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", ["global", "local"])
+def test_numbers_that_vary_are_inputs_after_their_second_value(pool, batch):
+    for answer in pool.run(tasks.annealed_numbers, "2x2", batch):
+        for found in answer.values():
+            assert found["gap"] < 1e-12
+            assert found["losses"] < 1e-12
+            assert found["calls"]
+            assert found["types"]
+        # the first values, all others, and the other side of a branch
+        assert answer["tensor"]["programs"] == 3
+        # one for each value
+        assert answer["value"]["programs"] == 4
+        assert answer["refused"]["programs"] == 4

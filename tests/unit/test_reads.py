@@ -105,6 +105,26 @@ def test_reads_by_the_namespace_are_noticed():
     assert not holds()
 
 
+def test_attributes_of_a_namespace_are_noticed():
+    class Spaced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.space = SimpleNamespace(k=2.0, inner=SimpleNamespace(on=True))
+
+        def forward(self, x):
+            return (x * self.space.k if self.space.inner.on else x).sum()
+
+    model = Spaced()
+    holds = bind(model, ColoTracer().trace(model, (X,)).reads)
+    assert holds()
+    model.space.k = 3.0
+    assert not holds()
+    model.space.k = 2.0
+    assert holds()
+    model.space.inner.on = False
+    assert not holds()
+
+
 def test_tensors_that_are_hidden_from_the_model_are_noticed():
     class Teacher(nn.Module):
         def __init__(self):
