@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.steps import linear
-from autopar.errors import MeshError
+from autopar.errors import EngineError, MeshError
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.spec import ShardingSpec, local_shape
+from autopar.runtime.call import Call
 from autopar.runtime.distribute import shard_of
 
 
@@ -26,93 +27,136 @@ def _differentiated(x: torch.Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class Input:
+    """A tensor that the caller passes.
+
+    Args:
+        position: among the flattened inputs.
+        name: of the argument of `forward` that holds it.
+        shape: on this rank.
+        dim: which is split over the ranks; None if every rank passes the same.
+    """
+
+    position: int
+    name: str
+    shape: tuple[int, ...]
+    dim: int | None = None
+
+
+# Which dim of the inputs holds the samples: of all, or by the names of arguments.
+BatchDim = int | Mapping[str, int | None]
+
+
+@dataclass(frozen=True)
 class BatchLayout:
-    """Args:
-    local: every rank passes its own samples, split over all mesh axes along dim 0.
-    cluster: the mesh.
-    shapes: of the tensor inputs as the user passes them.
-    samples: extent of dim 0 that counts as the batch (None: no input has one).
+    """
+    Args:
+        local: every rank passes its own samples, split over all mesh axes.
+        cluster: the mesh.
+        inputs: tensors, in order.
+        samples: extent of the batch on this rank (None: no input has one).
     """
 
     local: bool
     cluster: ClusterInfo
-    shapes: tuple[tuple[int, ...], ...]
+    inputs: tuple[Input, ...]
     samples: int | None
 
     @staticmethod
-    def of(batch: str, cluster: ClusterInfo, inputs: Any) -> BatchLayout:
-        """Raises:
-        MeshError: local batches of different sizes.
+    def of(
+        batch: str, cluster: ClusterInfo, call: Call, names: Sequence[str], batch_dim: BatchDim = 0
+    ) -> BatchLayout:
         """
-        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
-        shapes = tuple(tuple(x.shape) for x in tensors)
-        samples = next((s[0] for s in shapes if s), None)
-        if batch == "local" and cluster.world_size > 1:
-            everyone: list[Any] = [None] * cluster.world_size
-            dist.all_gather_object(everyone, shapes)
-            if len(set(everyone)) > 1:
-                sizes = [s[0][0] if s and s[0] else None for s in everyone]
-                raise MeshError(
-                    f"local batches must have equal shapes on all ranks, got batch sizes {sizes}; "
-                    "drop the last incomplete batch (drop_last=True) or pass global batches"
-                )
-        return BatchLayout(batch == "local", cluster, shapes, samples)
+        Args:
+            names: of the positional arguments of `forward`.
+            batch_dim: of local batches.
+
+        Raises:
+            EngineError: `batch_dim` names an argument that there is not.
+            MeshError: local batches of different sizes.
+        """
+        inputs = _inputs(call, names)
+        local = batch == "local" and cluster.world_size > 1
+        if not local:
+            return BatchLayout(batch == "local", cluster, inputs, None)
+        _check_names(inputs, batch_dim)
+        dims = [_dim_of(x, batch_dim) for x in inputs]
+        sizes = (x.shape[d] for x, d in zip(inputs, dims, strict=True) if d is not None)
+        samples = next(sizes, None)
+        inputs = tuple(
+            replace(x, dim=d) if d is not None and x.shape[d] == samples else x
+            for x, d in zip(inputs, dims, strict=True)
+        )
+        everyone: list[Any] = [None] * cluster.world_size
+        dist.all_gather_object(everyone, (samples, [x.shape for x in inputs]))
+        if any(shapes != everyone[0][1] for _, shapes in everyone):
+            raise MeshError(
+                "local batches must have equal shapes on all ranks, got batch sizes "
+                f"{[n for n, _ in everyone]}; drop the last incomplete batch (drop_last=True) or "
+                "pass global batches"
+            )
+        return BatchLayout(True, cluster, inputs, samples)
 
     @property
     def _axes(self) -> tuple[int, ...]:
         return tuple(a for a, n in enumerate(self.cluster.mesh) if n > 1)
 
     @property
-    def joined(self) -> list[int]:
-        """Numbers of the tensor inputs of which every rank passes its samples."""
-        if not self.local or self.samples is None or self.cluster.world_size == 1:
-            return []
-        return [k for k, shape in enumerate(self.shapes) if shape and shape[0] == self.samples]
+    def joined(self) -> dict[str, int]:
+        """The batch dim of the arguments of which every rank passes its samples."""
+        return {x.name: x.dim for x in self.inputs if x.dim is not None}
 
-    def _split(self, shape: Sequence[int], samples: int | None) -> ShardingSpec:
-        """Dim 0 over all axes if it is the batch."""
-        if not shape or shape[0] != samples:
-            return ShardingSpec.replicated(len(shape))
-        return ShardingSpec((self._axes, *((),) * (len(shape) - 1)))
+    def _split(self, shape: Sequence[int], dim: int | None) -> ShardingSpec:
+        """A dim over all axes."""
+        return ShardingSpec(tuple(self._axes if d == dim else () for d in range(len(shape))))
 
-    def global_inputs(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def global_inputs(self, call: Call) -> tuple[Any, Any]:
         """Inputs of global shape to trace with."""
         if not self.local:
-            return args, kwargs
-
-        return pytree.tree_map_only(torch.Tensor, self.gather, (args, kwargs))
+            return call.inputs
+        whole = [self.gather(k, x) for k, x in enumerate(call.leaves)]
+        args, kwargs = pytree.tree_unflatten(whole, pytree.tree_structure(call.inputs))
+        return args, kwargs
 
     def whole_shapes(self) -> list[tuple[int, ...]]:
         """Of the tensor inputs over all ranks."""
-        joined, ranks = self.joined, self.cluster.world_size
+        ranks = self.cluster.world_size
         return [
-            (shape[0] * ranks, *shape[1:]) if k in joined else shape
-            for k, shape in enumerate(self.shapes)
+            tuple(n * ranks if d == x.dim else n for d, n in enumerate(x.shape))
+            for x in self.inputs
         ]
 
-    def gather(self, x: Any) -> Any:
-        """The global input of which every rank passes a part."""
-        if not self.local or not x.ndim or x.shape[0] != self.samples:
+    def gather(self, position: int, x: Any) -> Any:
+        """The global input of which every rank passes a part.
+
+        Args:
+            position: among the flattened inputs.
+        """
+        dims = {i.position: i.dim for i in self.inputs if i.dim is not None}
+        if position not in dims:
             return x
         parts = [torch.empty_like(x) for _ in range(self.cluster.world_size)]
         dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        return torch.cat(parts, dims[position])
 
     def fixed_inputs(self) -> tuple[ShardingSpec | None, ...] | None:
         if not self.local:
             return None
-        return tuple(self._split(shape, self.samples) for shape in self.shapes)
+        return tuple(self._split(x.shape, x.dim) for x in self.inputs)
 
     def fixed_outputs(self, graph: ModelGraph) -> tuple[ShardingSpec, ...] | None:
-        """Results are replicated, or with local batches this rank's samples."""
+        """Results are replicated, or with local batches this rank's samples: split along a
+        dim of the batch's size that is the batch dim of an input."""
         if not self.local or self.samples is None:
             return None
         total = self.samples * self.cluster.world_size
-        values = graph.output.args[0][len(graph.mutations) :]  # type: ignore[index]
+        dims = dict.fromkeys(x.dim for x in self.inputs if x.dim is not None)
+        values: Any = graph.output.args[0]
+        results = (v for v in values[len(graph.mutations) :] if hasattr(v, "meta"))
+        shapes = [shape_of(v.meta["val"]) for v in results]
         return tuple(
-            self._split(shape_of(v.meta["val"]), total)  # type: ignore[union-attr]
-            for v in values  # type: ignore[union-attr]
-            if hasattr(v, "meta")
+            self._split(s, next((d for d in dims if d < len(s) and s[d] == total), None))
+            for s in shapes
         )
 
     def take(
@@ -182,3 +226,41 @@ class BatchLayout:
             )
             for f, spec in zip(fakes, specs, strict=True)
         ]
+
+
+def _inputs(call: Call, names: Sequence[str]) -> tuple[Input, ...]:
+    """The tensors of a call."""
+    paths = (path for path, _ in pytree.tree_flatten_with_path(call.inputs)[0])
+    inputs = []
+    for position, (path, x) in enumerate(zip(paths, call.leaves, strict=True)):
+        if isinstance(x, torch.Tensor):
+            key: Any = path[1]
+            by_name = isinstance(key, pytree.MappingKey)
+            name = str(key.key) if by_name else str([*names, *["*args"] * (key.idx + 1)][key.idx])
+            inputs.append(Input(position, name, tuple(x.shape)))
+    return tuple(inputs)
+
+
+def _dim_of(x: Input, batch_dim: BatchDim) -> int | None:
+    """Which dim of an input holds samples, if its size agrees."""
+    dim = batch_dim.get(x.name, 0) if isinstance(batch_dim, Mapping) else batch_dim
+    if dim is None or not x.shape:
+        return None
+    if isinstance(batch_dim, int):  # targets have fewer dims than what is before the model
+        dim = min(dim, len(x.shape) - 1)
+    if not 0 <= dim < len(x.shape):
+        raise EngineError(
+            f"batch_dim says dim {dim} of {x.name}, which is of shape {list(x.shape)}; give a dim "
+            "that it has, or None for an input that is the same on all ranks"
+        )
+    return dim
+
+
+def _check_names(inputs: Sequence[Input], batch_dim: BatchDim) -> None:
+    names = {x.name for x in inputs}
+    unknown = sorted(set(batch_dim) - names) if isinstance(batch_dim, Mapping) else []
+    if unknown:
+        raise EngineError(
+            f"batch_dim names {unknown}, and the tensors of this call are {sorted(names)}; name "
+            "arguments of the model's forward"
+        )

@@ -25,6 +25,7 @@ from autopar.errors import EngineError, MeshError
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
+from autopar.runtime.batch import BatchDim
 from autopar.runtime.bound_step import BoundStep
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import check_optimizer
@@ -42,6 +43,7 @@ def auto_engine(
     example_inputs: Any = None,
     plan: ShardingPlan | str | Path | None = None,
     batch: str = "global",
+    batch_dim: BatchDim = 0,
     memory: str | float | None = None,
     lower: bool = True,
     compile: bool = False,
@@ -66,6 +68,10 @@ def auto_engine(
         plan: a plan or its file, instead of planning.
         batch: "global": every rank passes the same batch and the engine takes its part; "local":
             every rank passes its own samples, as with DDP and a DistributedSampler.
+        batch_dim: which dim of the inputs holds the samples, with local batches: a number (of
+            inputs with fewer dims, their last), or by names of arguments of `forward`, None for one
+            that is the same on all ranks. An input whose size there is not that of the batch is
+            taken to be the same on all ranks.
         memory: budget per device ("40GiB", bytes, or a share of the device). A step that does not
             fit recomputes, re-gathers or offloads what it cannot keep (docs/memory.md).
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
@@ -88,6 +94,8 @@ def auto_engine(
     """
     if batch not in ("global", "local"):
         raise ValueError(f"batch must be 'global' or 'local', got {batch!r}")
+    if batch == "global" and batch_dim != 0:
+        raise ValueError("batch_dim is for batch='local'; a global batch needs none")
     if compile and not lower:
         raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
     refuse_outputs(constraints)
@@ -104,6 +112,7 @@ def auto_engine(
         ),
         plan=ShardingPlan.load(plan) if isinstance(plan, str | Path) else plan,
         batch=batch,
+        batch_dim=batch_dim,
         constraints=dict(constraints or {}),
         time_limit=time_limit,
         progress=progress,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import trainable_inputs
 from autopar.runtime.assumptions import Assumptions
-from autopar.runtime.batch import BatchLayout
+from autopar.runtime.batch import BatchDim, BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import adopt, distribute, restore, shards, stored_specs
@@ -48,6 +49,7 @@ class EngineOptions:
     step: StepOptions
     plan: ShardingPlan | None = None
     batch: str = "global"
+    batch_dim: BatchDim = 0
     constraints: Mapping[str, str] | None = None
     time_limit: float = 60.0
     progress: Callable[[str], None] | None = None
@@ -85,6 +87,7 @@ class StepCompiler:
             WorldRanks(),
         )
         self._count = 0
+        self._names: list[str] | None = None  # of positional arguments
         self._moved = adopt(model, optimizer, self.mesh)
 
     def compile(
@@ -122,7 +125,7 @@ class StepCompiler:
         self, call: Call, varying: Collection[Origin], alike: BoundStep | None
     ) -> BoundStep:
         options = self.options
-        layout = BatchLayout.of(options.batch, options.step.cluster, call.inputs)
+        layout = self.layout_of(call)
         graph = self.place.ranks.together(lambda: self._trace(layout, call, varying))
         fixed = FixedLayouts(
             parameters=stored_specs(self.model) if self.laid_out else {},
@@ -167,6 +170,20 @@ class StepCompiler:
             whole_results(compiled),
         )  # fmt: skip
 
+    def layout_of(self, call: Call) -> BatchLayout:
+        """How a call's batch enters; on all ranks.
+
+        Raises:
+            EngineError, MeshError: see `BatchLayout.of`.
+        """
+        names = self._names
+        if names is None:
+            kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+            parameters = signature(self.model.forward).parameters.values()
+            names = self._names = [p.name for p in parameters if p.kind in kinds]
+        options = self.options
+        return BatchLayout.of(options.batch, options.step.cluster, call, names, options.batch_dim)
+
     def trace_sizes(
         self,
         call: Call,
@@ -194,7 +211,7 @@ class StepCompiler:
         dynamic: bool | Mapping[int, Collection[int]] = False,
     ) -> ModelGraph:
         """Capture the model for the global inputs."""
-        inputs = layout.global_inputs(*call.inputs)
+        inputs = layout.global_inputs(call)
         try:
             return ColoTracer(self.device.type, dynamic=dynamic).trace(
                 self.model, *inputs, varying=varying
@@ -203,12 +220,13 @@ class StepCompiler:
             joined, lines = layout.joined, str(error).splitlines()
             if len(joined) < 2:
                 raise
+            listed = ", ".join(f"{name} (dim {dim})" for name, dim in joined.items())
             raise MeshError(
-                f"the model cannot be captured for all ranks' samples. With batch='local', inputs "
-                f"{joined} count as samples, because their first size is {layout.samples}, and are "
-                "joined over the ranks. If one of them is not per sample (weights of classes, a "
-                "mask of positions), keep it as a buffer of the model. Else:\n"
-                + "\n".join(lines[1:] or lines)
+                "the model cannot be captured for all ranks' samples. With batch='local', these "
+                f"inputs are joined over the ranks along the dim that has {layout.samples} "
+                f"samples: {listed}. If one of them is not per sample (weights of classes, a mask "
+                "of positions), pass batch_dim={'its name': None} to auto_engine, or the dim that "
+                "holds its samples. Else:\n" + "\n".join(lines[1:] or lines)
             ) from error
 
     def _decide(self, graph: ModelGraph, fixed: FixedLayouts, alike: BoundStep | None) -> StepPlan:

@@ -271,8 +271,7 @@ class StepRunner:
         """A step for a call of new sizes, without compiling it, where that can be."""
         if len(alike) < 2:
             return None
-        options = self._compiler.options
-        layout = BatchLayout.of(options.batch, options.step.cluster, call.inputs)
+        layout = self._compiler.layout_of(call)
         step = self._sized.find(key, _without_sizes(key), call, layout, alike)
         return None if step is None or self._failed_guard(step, call) else step
 
@@ -312,7 +311,7 @@ class StepRunner:
         if not guards:
             return None
         used = {k for g in guards for source, k in g.sources if source == "input"}
-        inputs = {k: step.layout.gather(call.leaves[k]) for k in used}
+        inputs = {k: step.layout.gather(k, call.leaves[k]) for k in used}
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         return next((g for g in guards if not g.holds(inputs, buffers)), None)
 

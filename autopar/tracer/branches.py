@@ -50,7 +50,7 @@ class BranchResolver(TorchFunctionMode):
         examples: values on the example batch by role, ("input", position) or ("buffer", name);
             None where there are none.
         assume: answers by `file.py:line` or by a piece of the line's text.
-        modules: the user's modules, by the ids of those that are traced.
+        originals: the user's modules and containers, by the ids of those that are traced.
         numbers: that vary.
 
     Attributes:
@@ -65,14 +65,14 @@ class BranchResolver(TorchFunctionMode):
         self,
         examples: Mapping[Role, torch.Tensor | None],
         assume: Mapping[str, Any],
-        modules: Mapping[int, torch.nn.Module],
+        originals: Mapping[int, Any],
         numbers: TracedNumbers,
     ) -> None:
         super().__init__()
         self.numbers = numbers
         self._examples = examples
         self._assume = assume
-        self.hooks = ValueHooks(modules)
+        self.hooks = ValueHooks(originals)
         self._roles: dict[fx.Node, Role] = {}
         self._known: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []

@@ -107,6 +107,11 @@ class Originals:
         """The original; `MISSING` for what is no copy."""
         return self._found.get(id(copied), MISSING)
 
+    def containers(self) -> dict[int, Any]:
+        """The original lists, dicts and sets, by the ids of their copies."""
+        kinds = (list, dict, set)
+        return {i: x for i, x in self._found.items() if isinstance(x, kinds)}
+
     def of_copy(self, t: torch.Tensor) -> torch.Tensor:
         """The original of which a tensor is the copy, or has the memory of the copy; itself if
         there is none."""

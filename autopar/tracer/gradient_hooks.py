@@ -22,6 +22,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from autopar.errors import CaptureError
@@ -126,12 +127,12 @@ class ValueHooks:
     """Registers the hooks of captured values.
 
     Args:
-        modules: the user's modules, by the ids of those that are traced.
+        originals: the user's modules and containers, by the ids of those that are traced.
     """
 
-    def __init__(self, modules: Mapping[int, torch.nn.Module]) -> None:
+    def __init__(self, originals: Mapping[int, Any]) -> None:
         self.count = 0  # of hooks that the trace registers, refused ones included
-        self._modules = modules
+        self._originals = originals
         self._hooks: dict[fx.Node, OrderedDict[int, Any]] = {}
 
     def register(self, t: torch.Tensor, hook: Callable[..., Any]) -> RemovableHandle:
@@ -148,7 +149,7 @@ class ValueHooks:
                 "registers a hook on a parameter at each forward; register it once, outside"
             )
         operands: list[torch.Tensor] = []
-        made = _rebuilt(hook, self._modules, operands)
+        made = _rebuilt(hook, self._originals, operands)
         node = slot_of(t, current_tracer()).proxy.node
         hooks = self._hooks.get(node)
         if hooks is None:
@@ -211,22 +212,22 @@ def _take_over(node: fx.Node, copy: fx.Node) -> None:
 
 
 def _rebuilt(
-    value: Any, modules: Mapping[int, torch.nn.Module], operands: list[torch.Tensor]
+    value: Any, originals: Mapping[int, Any], operands: list[torch.Tensor]
 ) -> Callable[[Sequence[torch.Tensor]], Any]:
     """From the values of the operands to a hook, or a part of one, as it is called at a step.
 
-    Modules become the user's; captured tensors are added to the operands.
+    Modules and containers become the user's; captured tensors are added to the operands.
     """
     if isinstance(value, FakeTensor):
         operands.append(value)
         index = len(operands) - 1
         return lambda values: values[index]
-    if id(value) in modules:
-        return lambda _: modules[id(value)]
+    if id(value) in originals and not _holds_captured(value):
+        return lambda _: originals[id(value)]
     if type(value) is TracedNumber:
         number = value.settled()
         return lambda _: number
-    rebuild = functools.partial(_rebuilt, modules=modules, operands=operands)
+    rebuild = functools.partial(_rebuilt, originals=originals, operands=operands)
     if isinstance(value, types.MethodType):
         function, owner = rebuild(value.__func__), rebuild(value.__self__)
         return lambda values: types.MethodType(function(values), owner(values))
@@ -239,7 +240,7 @@ def _rebuilt(
             *(a(values) for a in given),
             **{k: v(values) for k, v in kwargs.items()},
         )
-    if isinstance(value, types.FunctionType) and _refers(value, modules):
+    if isinstance(value, types.FunctionType) and _refers(value, originals):
         cells = [rebuild(cell.cell_contents) for cell in value.__closure__ or ()]
         defaults = [rebuild(d) for d in value.__defaults__ or ()]
         return lambda values: types.FunctionType(
@@ -247,7 +248,7 @@ def _rebuilt(
             tuple(d(values) for d in defaults) or None,
             tuple(types.CellType(c(values)) for c in cells),
         )  # fmt: skip
-    if _refers(value, modules):
+    if _refers(value, originals):
         raise _refusal(
             f"registers a hook that refers to captured tensors or modules inside of a "
             f"{type(value).__name__}; let it refer to them directly, or write a "
@@ -256,11 +257,17 @@ def _rebuilt(
     return lambda _: value
 
 
-def _refers(value: Any, modules: Mapping[int, torch.nn.Module], depth: int = 4) -> bool:
-    """Whether a value leads to captured tensors, traced modules or the autograd graph."""
+def _holds_captured(value: Any) -> bool:
+    """Whether a container has taken captured tensors in, which the user's has not."""
+    leaves = pytree.tree_leaves(value) if isinstance(value, list | dict | set) else ()
+    return any(isinstance(x, FakeTensor) for x in leaves)
+
+
+def _refers(value: Any, originals: Mapping[int, Any], depth: int = 4) -> bool:
+    """Whether a value leads to captured tensors, what is traced, or the autograd graph."""
     if isinstance(value, FakeTensor | torch.autograd.graph.Node | torch.SymInt | torch.SymFloat):
         return True
-    if id(value) in modules or type(value) is TracedNumber:
+    if id(value) in originals or type(value) is TracedNumber:
         return True
     inner: list[Any] = []
     if isinstance(value, types.FunctionType):
@@ -271,7 +278,7 @@ def _refers(value: Any, modules: Mapping[int, torch.nn.Module], depth: int = 4) 
         inner = list(value.values()) if isinstance(value, dict) else list(value)
     elif not isinstance(value, type | types.ModuleType | torch.nn.Module | torch.Tensor):
         inner = list(getattr(value, "__dict__", {}).values())
-    return depth > 0 and any(_refers(x, modules, depth - 1) for x in inner)
+    return depth > 0 and any(_refers(x, originals, depth - 1) for x in inner)
 
 
 def _contents(function: types.FunctionType) -> Iterator[Any]:

@@ -63,6 +63,12 @@ class HiddenWrites:
         t = args[0]
         owner = self._owner(t)
         assert owner is not None
+        if slot_of(owner, current_tracer()).proxy.node.op == "placeholder":
+            line = current_line()
+            raise CaptureError(
+                f"{line}: `{line.text}` changes an input in place, of which a gradient is asked; "
+                "change a copy (x = x.clone())"
+            )
         others = any(x is not t and x is not owner for x in aliases(t))
         entire = t.shape == owner.shape and t.stride() == owner.stride()
         named = _name(func).endswith("_")

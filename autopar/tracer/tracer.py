@@ -157,7 +157,10 @@ class ColoTracer:
         )
         numbers = TracedNumbers(varying)
         resolver = BranchResolver(
-            _examples(model, example), self.assume, originals(model, clone), numbers
+            _examples(model, example),
+            self.assume,
+            originals(model, clone) | copied.originals.containers(),
+            numbers,
         )
         carried: list[Carried] = []
         with (

@@ -1,0 +1,25 @@
+"""One program serves batches of sizes that vary; `batch_dim` says which dim holds samples."""
+
+import pytest
+
+from tests.dist import size_tasks as tasks
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"), [*((name, "global") for name in tasks.MODELS), ("decoder", "local")]
+)
+def test_sizes_vary(pool, name, batch):
+    for answer in pool.run(tasks.varying_sizes, "2x2", batch, name):
+        assert answer["results"] < 1e-12
+        assert answer["gap"] < 1e-12
+        assert answer["programs"] <= answer["bound"]
+
+
+def test_samples_are_in_other_dims(pool):
+    for answer in pool.run(tasks.batch_dims, "4"):
+        assert answer["gap"] < 1e-12
+        assert answer["results"] < 1e-12
+        assert "names ['z']" in answer["messages"]["{'z': 0}"]
+        assert "shape [16]" in answer["messages"]["{'y': 2}"]
