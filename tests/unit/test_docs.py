@@ -5,6 +5,7 @@ Of the fenced blocks in the README and in docs:
     ```python           runs; later blocks of a file see the names of earlier ones
     ```python no-run    a fragment; must only be Python
     ```text output      what the block before it prints
+    ```text error       lines are in messages of the package, word for word
     ```yaml             loads as a cluster
     ```console          lines `$ autopar ...` run in order, those with gpt2 are only parsed;
                         lines `$ make ...` name targets that exist
@@ -45,6 +46,7 @@ PAGES = (
     "docs/solver.md",
     "docs/control.md",
     "docs/memory.md",
+    "docs/training_scripts.md",
     "benchmarks/README.md",
 )
 
@@ -113,6 +115,30 @@ def run_python(text: str, page: str) -> int:
             printed = "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
             count += 1
     return count
+
+
+def unknown_errors(text: str) -> list[str]:
+    """Lines of error blocks that no message of the package has; `...` stands for what varies."""
+    known = [
+        "\0".join(str(v.value) for v in node.values if isinstance(v, ast.Constant))
+        if isinstance(node, ast.JoinedStr)
+        else str(node.value)
+        for path in (ROOT / "autopar").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
+    lines = [
+        line
+        for block in blocks(text)
+        if (block.language, block.tag) == ("text", "error")
+        for line in block.text.splitlines()
+    ]
+    pieces = {line: [p.strip() for p in line.split("...")] for line in lines}
+    return [
+        line
+        for line in lines
+        if not any(all(piece in message for piece in pieces[line]) for message in known)
+    ]
 
 
 def missing_files(text: str, folder: Path) -> list[str]:
@@ -197,6 +223,11 @@ def test_files_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_errors_are_those_of_the_package(page: str) -> None:
+    assert unknown_errors(page_text(page)) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_cluster_files_load(page: str, tmp_path: Path) -> None:
     for block in blocks(page_text(page)):
         if block.language == "yaml":
@@ -232,6 +263,12 @@ def test_missing_files_and_names_are_seen() -> None:
     plan = "`autopar/plan.py::Nothing` `autopar/plan.py::ShardingPlan`"
     missing = missing_files(f"[a](nowhere.md) [b](LICENSE) `autopar/none.py` {plan}", ROOT)
     assert missing == ["nowhere.md", "autopar/none.py", "autopar/plan.py::Nothing"]
+
+
+def test_an_error_in_other_words_is_seen() -> None:
+    known = "parameter ... of a lazy module has no shape yet"
+    page = f"```text error\n{known}\nparameter ... of a lazy module is missing\n```\n"
+    assert unknown_errors(page) == ["parameter ... of a lazy module is missing"]
 
 
 def test_an_unknown_option_is_seen() -> None:
