@@ -181,6 +181,7 @@ def test_python_runs(page: str, workplace: Path) -> None:
     without = (
         "docs/architecture.md",
         "docs/cluster.md",
+        "docs/training_scripts.md",
         "docs/conversion.md",
         "benchmarks/README.md",
     )
