@@ -74,11 +74,13 @@ class How:
         dropout: with the libraries' own.
         mesh: to plan for; none if empty.
         random: plans to run besides the solver's.
+        lower: run the plans' forward and backward graphs after the passes.
     """
 
     dropout: bool = False
     mesh: str = ""
     random: int = 0
+    lower: bool = False
 
 
 def attempt(task: Task, how: How) -> Outcome:
@@ -96,7 +98,7 @@ def attempt(task: Task, how: How) -> Outcome:
         if how.mesh and outcome.status in GOOD:
             from tests.zoo.sharded import examine_plans
 
-            outcome = examine_plans(outcome, family, how.mesh, how.random)
+            outcome = examine_plans(outcome, family, how.mesh, how.random, lower=how.lower)
         return outcome
     except auto.NotBuilt as error:
         return Outcome(task.name, task.library, reason=str(error))
@@ -296,13 +298,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dropout", action="store_true", help="with the libraries' dropout")
     parser.add_argument("--mesh", default="", help="also plan for this mesh, and run the plans")
     parser.add_argument("--plans", type=int, default=5, help="random plans to run with --mesh")
+    parser.add_argument(
+        "--lower", action="store_true", help="run the graphs that the engine runs, with --mesh"
+    )
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="per family, in seconds")
     options = parser.parse_args(arguments)
     console.print(common.machine(), markup=False)
     todo = tasks(options.library, options.only, options.quick)
     todo = [t for t in todo if t.required or not options.required]
     outcomes: list[Outcome] = []
-    how = How(options.dropout, options.mesh, options.plans)
+    how = How(options.dropout, options.mesh, options.plans, options.lower)
     for outcome in run(todo, jobs=options.jobs, how=how, timeout_s=options.timeout):
         outcomes.append(outcome)
         console.print(

@@ -1,7 +1,8 @@
 """Training scripts from public reports under `auto_engine`: right, refused or wrong.
 
-Each case of tests/scripts trains a model by itself and behind `auto_engine`, in fresh processes on
-2 ranks (mesh 2) and on 4 (mesh 2x2); programs that broke the compiler also run on 1. It is
+Each case of tests/scripts trains a model by itself and behind `auto_engine`, on 2 ranks (mesh 2)
+and on 4 (mesh 2x2); programs that broke the compiler also run on 1. The ranks are processes that
+serve one case after another; a case that ends a process has its own. It is
   right    if all that it compares agrees to 1e-9 on every rank,
   refused  if every rank raises an error of autopar that says what to do,
   wrong    otherwise: another result, another error, a crash, or no end within the timeout.
@@ -14,13 +15,14 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import common
 from benchmarks.common import Row, console
+from tests.dist.pool import Pool
 from tests.scripts.case import Case, Outcome
 from tests.scripts.catalog import CASES, cases_on
-from tests.scripts.launch import in_fresh_processes
+from tests.scripts.launch import outcome_on
 
 MESHES = {1: "1", 2: "2", 4: "2x2"}
 KINDS = ("right", "refused", "wrong")
@@ -30,15 +32,15 @@ MODULES, CALLS, CHECK_US = 1000, 200, 100.0
 
 
 def outcomes(
-    cases: Sequence[Case], worlds: Sequence[int], timeout_s: float
+    cases: Sequence[Case], pools: Mapping[int, Pool], timeout_s: float
 ) -> Iterator[tuple[Case, int, Outcome, float]]:
     """Case, ranks, outcome and seconds, one after another; each is printed as it ends."""
     for i, one in enumerate(cases):
-        for ranks in worlds:
+        for ranks in pools:
             if one.name not in cases_on(MESHES[ranks]):
                 continue
             start = time.perf_counter()
-            outcome = in_fresh_processes(one.name, MESHES[ranks], timeout_s)
+            outcome = outcome_on(pools[ranks], one.name, MESHES[ranks], timeout_s)
             seconds = time.perf_counter() - start
             said = outcome.text.strip().splitlines()[0][:300]
             if not one.accepts(outcome):
@@ -110,7 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen, worlds = chosen[:2], [2]
     if not chosen:
         parser.error(f"no case has {options.only!r} in its name; there are: {'; '.join(CASES)}")
-    found = list(outcomes(chosen, worlds, options.timeout))
+    pools = {ranks: Pool(ranks) for ranks in worlds}
+    try:
+        found = list(outcomes(chosen, pools, options.timeout))
+    finally:
+        for pool in pools.values():
+            pool.close()
     rows = [row for ranks in worlds for row in totals(found, ranks)]
     rows.append(check_row(100 if options.quick else MODULES))
     headline = ", ".join(f"{sum(o.kind == kind for _, _, o, _ in found)} {kind}" for kind in KINDS)

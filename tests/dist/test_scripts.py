@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from tests.dist.pool import Pool
-from tests.scripts.case import Outcome, attempt, outcome_of
+from tests.scripts.case import attempt, outcome_of
 from tests.scripts.catalog import CASES, cases_on
-from tests.scripts.launch import in_fresh_processes
+from tests.scripts.launch import outcome_on
 
 LIMIT_S = 120.0  # the start of the processes included
 
@@ -34,23 +34,10 @@ def _known(name: str, mesh: str) -> Any:
 PAIRS = [_known(name, mesh) for mesh in ("1", "2x2") for name in cases_on(mesh)]
 
 
-def _outcome(pool: Pool, name: str, mesh: str) -> Outcome:
-    """The outcome on a pool's ranks, which are left in step with each other."""
-    if CASES[name].own_processes:
-        return in_fresh_processes(name, mesh, LIMIT_S)
-    try:
-        outcome = outcome_of(pool.run(attempt, name, mesh, timeout=LIMIT_S))
-    except TimeoutError as error:  # the pool has started anew
-        return Outcome("wrong", f"{error}: a hang")
-    if outcome.out_of_step and pool.world > 1:
-        pool.restart()
-    return outcome
-
-
 @pytest.mark.dist
 @pytest.mark.parametrize(("name", "mesh"), PAIRS)
 def test_a_script_is_right_or_refused(pool, single, name, mesh):
-    outcome = _outcome(single if mesh == "1" else pool, name, mesh)
+    outcome = outcome_on(single if mesh == "1" else pool, name, mesh, LIMIT_S)
     assert CASES[name].accepts(outcome), f"{outcome.kind}: {outcome.text}"
 
 

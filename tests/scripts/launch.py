@@ -1,4 +1,4 @@
-"""Runs a case in processes of its own: this module is the program of each rank."""
+"""Runs a case on a pool of processes, or in processes of its own, whose program is this module."""
 
 from __future__ import annotations
 
@@ -12,9 +12,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.dist.pool import Pool
 from tests.scripts.case import Outcome, attempt, outcome_of
+from tests.scripts.catalog import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def outcome_on(pool: Pool, name: str, mesh: str, timeout_s: float) -> Outcome:
+    """The outcome of a case on a pool's ranks, which are left in step with each other."""
+    if CASES[name].own_processes:
+        return in_fresh_processes(name, mesh, timeout_s)
+    try:
+        outcome = outcome_of(pool.run(attempt, name, mesh, timeout=timeout_s))
+    except TimeoutError as error:  # the pool has started anew
+        return Outcome("wrong", f"{error}: a hang")
+    if outcome.out_of_step and pool.world > 1:
+        pool.restart()
+    return outcome
 
 
 def in_fresh_processes(name: str, mesh: str, timeout_s: float) -> Outcome:

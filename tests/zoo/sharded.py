@@ -23,6 +23,7 @@ from autopar.planner.space import SearchSpace
 from autopar.runtime.distribute import shard_of
 from autopar.testing.simulated_ranks import SimulatedMesh
 from tests.clusters import eager_to_shard
+from tests.lowering import lowered
 from tests.planning import random_choices
 from tests.zoo import check
 from tests.zoo.examine import Outcome, first_line
@@ -128,7 +129,9 @@ def plans_of(captured: Captured, mesh: str, *, random: int, time_limit: float = 
     return Sharded(tuple(plans), unruled / max(sum(compute_us.values()), 1e-30), split)
 
 
-def examine_plans(outcome: Outcome, family: Family, mesh: str, random: int) -> Outcome:
+def examine_plans(
+    outcome: Outcome, family: Family, mesh: str, random: int, *, lower: bool = False
+) -> Outcome:
     """Plan a captured family for the mesh and run the plans; adds what became of them."""
     try:
         captured = capture(family)
@@ -147,7 +150,7 @@ def examine_plans(outcome: Outcome, family: Family, mesh: str, random: int) -> O
         return replace(outcome, plans=0, plan_reason="draws random numbers: not compared")
     for number, plan in enumerate(sharded.plans):
         try:
-            worst, size = worst_difference(captured, plan)
+            worst, size = worst_difference(captured, plan, lower=lower)
         except Exception as error:
             worst, size = first_line(error), math.inf
         if size <= TOLERANCE:
@@ -157,20 +160,30 @@ def examine_plans(outcome: Outcome, family: Family, mesh: str, random: int) -> O
     return outcome
 
 
-def worst_difference(captured: Captured, plan: ShardingPlan) -> tuple[str, float]:
-    """Where any rank's loss, results, buffers or gradient shards differ most from one device's."""
+def worst_difference(
+    captured: Captured, plan: ShardingPlan, *, lower: bool = False
+) -> tuple[str, float]:
+    """Where any rank's loss, results, buffers or gradient shards differ most from one device's.
+
+    Args:
+        lower: run the forward and backward graph after the passes, as the engine does.
+    """
     differences = [
         difference
-        for coords, step in steps_of(captured, plan).items()
+        for coords, step in steps_of(captured, plan, lower=lower).items()
         for difference in check.differences(step, _expected(captured, plan, coords))
     ]
     return max(differences, key=lambda pair: pair[1])
 
 
-def steps_of(captured: Captured, plan: ShardingPlan) -> dict[tuple[int, ...], check.Step]:
+def steps_of(
+    captured: Captured, plan: ShardingPlan, *, lower: bool = False
+) -> dict[tuple[int, ...], check.Step]:
     """One step of a plan on every simulated rank, by coordinates."""
     with SimulatedMesh(plan.mesh, timeout_s=RANK_TIMEOUT_S) as mesh:
         ranks = {c: Rank(captured, plan, c, groups) for c, groups in mesh.groups.items()}
+        for rank in ranks.values() if lower else ():
+            rank.lower()
         return mesh.run(lambda coords: ranks[coords].step())
 
 
@@ -200,11 +213,12 @@ class Rank:
     ) -> None:
         self.captured, self.coords, self.mesh = captured, coords, plan.mesh
         graph = captured.graph
-        self.specs = plan.parameter_specs()
+        self.specs, self.reshard = plan.parameter_specs(), plan.reshard_after_forward
         trainable = trainable_inputs(graph, captured.model)
         self.program: LocalProgram = apply_sharding(
             graph, plan, coords=coords, groups=groups, trainable=trainable
         )
+        self._run: Any = self.program.gm
         parameters = dict(captured.model.named_parameters(remove_duplicate=False))
         self.shards = {}
         for name in graph.parameters.values():
@@ -219,7 +233,16 @@ class Rank:
     def _part(self, value: torch.Tensor, name: str) -> torch.Tensor:
         return shard_of(value, self.specs[name], self.mesh, self.coords)
 
-    def step(self) -> check.Step:
+    def lower(self) -> None:
+        """Run what the engine runs: the forward and backward graph, after the passes."""
+        names = list(self.captured.graph.parameters.values())
+        again = frozenset(map(names.index, self.reshard))
+        # the simulated ranks have no process groups, which functional collectives need
+        options = {"disable": frozenset({"functional_collectives"}), "reshard_after_forward": again}
+        self._run = lowered(self.program.gm, self._flat(), **options)
+
+    def _flat(self) -> list[Any]:
+        """What the program is called with."""
         graph, leaves = self.captured.graph, pytree.tree_leaves(((), self.captured.batch))
         flat: list[Any] = [self.shards[n] for n in graph.parameters.values()]
         flat += [self.buffers[n].clone() for n in graph.buffers.values()]
@@ -231,7 +254,11 @@ class Rank:
         ]
         if self.program.takes_seed:
             flat.append(torch.tensor(0))
-        results = list(self.program.gm(*flat))
+        return flat
+
+    def step(self) -> check.Step:
+        graph = self.captured.graph
+        results = list(self._run(*self._flat()))
         count = len(graph.mutations)
         for name, value in zip(graph.mutations, results[:count], strict=True):
             self.buffers[name] = value.detach()

@@ -1,4 +1,4 @@
-"""A seeded quarter of the promised families, sharded: the solver's plan and a random one on 2x2.
+"""A seeded part of the promised families, sharded: the solver's plan and a random one.
 
 `python -m benchmarks.coverage --required --mesh ...` runs all, more plans, and other meshes.
 """
@@ -13,6 +13,7 @@ from tests.zoo.sharded import TOLERANCE, capture, plans_of, worst_difference
 
 MESH = "2x2"
 SAMPLE = random.Random(0).sample(INSTALLED, len(INSTALLED) // 4)
+LOWERED = random.Random(1).sample(INSTALLED, len(INSTALLED) // 13)
 
 
 @pytest.mark.parametrize("family", SAMPLE)
@@ -24,4 +25,13 @@ def test_plans_equal_a_single_device(family: Family) -> None:
     assert sharded.unruled_share < 0.01
     for number, plan in enumerate(sharded.plans):
         worst, size = worst_difference(captured, plan)
+        assert size <= TOLERANCE, f"plan {number}: {worst}: {size:.1e}"
+
+
+@pytest.mark.parametrize("family", LOWERED)
+def test_lowered_plans_equal_a_single_device(family: Family) -> None:
+    """The same of the graphs that the engine runs, on two ranks."""
+    captured = capture(family)
+    for number, plan in enumerate(plans_of(captured, "2", random=1, time_limit=2.0).plans):
+        worst, size = worst_difference(captured, plan, lower=True)
         assert size <= TOLERANCE, f"plan {number}: {worst}: {size:.1e}"
