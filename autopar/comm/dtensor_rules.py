@@ -51,8 +51,8 @@ def install(device_type: str) -> None:
     dispatcher: Any = DTensor._op_dispatcher
     dispatcher._custom_op_handlers[torch.ops.aten._local_scalar_dense.default] = _number
     for name, rule in _RULES.items():
-        before = getattr(dispatcher, name)
-        if not isinstance(before, _Rule):
+        before = getattr(dispatcher, name, None)  # another version of torch may not have it
+        if before is not None and not isinstance(before, _Rule):
             setattr(dispatcher, name, _Rule(rule, before))
     dispatcher._custom_op_handlers.update(dict.fromkeys(_DRAWS, _draw))
     if not _REPLICATION:
