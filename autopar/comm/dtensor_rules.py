@@ -55,6 +55,7 @@ def install(device_type: str) -> None:
         if before is not None and not isinstance(before, _Rule):
             setattr(dispatcher, name, _Rule(rule, before))
     dispatcher._custom_op_handlers.update(dict.fromkeys(_DRAWS, _draw))
+    dispatcher._custom_op_handlers.update(dict.fromkeys(_wrong_in_place(), _in_place))
     if not _REPLICATION:
         dispatcher._custom_op_handlers.update(dict.fromkeys(_updates(), _update))
     if device_type == "cpu" and dtensor_random._rng_tracker is None:
@@ -115,6 +116,23 @@ def _update(op: Any, args: Any, kwargs: Any) -> Any:
         return op(*args, **kwargs)
     finally:
         handlers[op] = _update
+
+
+def _wrong_in_place() -> Iterator[Any]:
+    """Operators that write with another layout than they leave on the tensor that they write."""
+    for name in (
+        "index_copy_", "index_add_", "index_fill_", "index_reduce_", "scatter_", "scatter_add_",
+        "scatter_reduce_", "masked_scatter_", "put_", "fill_diagonal_", "eye",
+    ):  # fmt: skip
+        packet = getattr(torch.ops.aten, name)
+        overloads = [o for o in packet.overloads() if name != "eye" or o.endswith("out")]
+        yield from (getattr(packet, overload) for overload in overloads)
+
+
+def _in_place(op: Any, args: Any, kwargs: Any) -> Any:
+    if _writes_plain_tensors(op, args, kwargs):
+        return op(*_whole(args), **_whole(kwargs))
+    return _on_whole_tensors(op, args, kwargs, EngineError(f"{op} has no rule for shards."))
 
 
 @functools.cache

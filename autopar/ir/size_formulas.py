@@ -24,7 +24,8 @@ class SizeFormulas:
     Args:
         inputs: sizes of the tensor inputs.
         assumptions: what the capture has found to hold, and the graph is right under.
-        formulas: every size of a value in the graph, and products of these.
+        formulas: every size of a value in the graph, products of these, and what Python computes
+            from them.
     """
 
     inputs: tuple[tuple[Any, ...], ...]
@@ -41,7 +42,7 @@ class SizeFormulas:
         for node in graph.nodes:
             value = node.meta.get("val")
             for x in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(x, torch.SymInt):
+                if isinstance(x, torch.SymInt | torch.SymFloat):
                     formulas[x.node.expr] = None
                 if not isinstance(x, torch.Tensor):
                     continue
@@ -82,16 +83,15 @@ class SizeFormulas:
             unknown.
         """
         symbols = [self._symbols(shapes) for shapes in (first, second, new)]
-        rows = []
+        rows: list[tuple[int, ...]] = []
         for formula in self.formulas:
-            row = [None if s is None else formula.xreplace(s) for s in symbols]
-            if not all(x is not None and x.is_Integer for x in row):
+            row: list[Any] = [None if s is None else formula.xreplace(s) for s in symbols]
+            if not all(x is not None and x.is_number for x in row):
                 return None
-            a, b, c = (int(x) for x in row if x is not None)
-            if a == b != c:  # a constant of both programs that does not stay
+            if row[0] == row[1] != row[2]:  # a constant of both programs that does not stay
                 return None
-            if a != b:
-                rows.append((a, b, c))
+            if row[0] != row[1] and all(x.is_Integer for x in row):
+                rows.append(tuple(map(int, row)))
         found: dict[SizePair, int] = {}
         for x, y in pairs:
             fitting = {(x * c, a) for a, b, c in rows if x and a and x * b == y * a}

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from autopar.comm.dtensor_rules import enter_step, leave_step
 from autopar.runtime.distribute import laid_out_like
 from autopar.runtime.sharded_values import SavedShard, ShardedParameter
+from autopar.runtime.step_on_shards import StepOnShards
 
 _HANDLED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
@@ -44,6 +45,7 @@ def _lay_out_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
             entry.update({name: _as_state(x, p) for name, x in entry.items()})
     if any(isinstance(p, ShardedParameter) for g in optimizer.param_groups for p in g["params"]):
         handle_state_dicts(optimizer)
+        StepOnShards.attach(optimizer)
     _STEPPED[optimizer] = optimizer.state
 
 

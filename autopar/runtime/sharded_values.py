@@ -66,7 +66,10 @@ class _Editable(_Handed):
                 f"of shape {list(value.shape)} and {value.dtype}; convert the model before "
                 "auto_engine"
             )
-        self.detach().copy_(value)
+        # another memory, so that what was taken from `data` before keeps its values
+        twin = type(self).of(torch.empty_like(self._local_tensor), self._spec)
+        twin.copy_(value)
+        self._local_tensor = twin._local_tensor
 
     def lay_out(self, value: DTensor) -> None:
         """Take over the values, the layout and the device of another DTensor of this shape."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.comm.ranks import Ranks
@@ -31,6 +33,7 @@ from autopar.runtime.program import Boxed, Program, boxed
 log = logging.getLogger(__name__)
 
 _KEPT = 256  # steps for single sizes, which share their programs
+_CAPTURES = 4  # with symbols, of the same dims
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,10 @@ class SizedStep:
         """
         first, second = (input_shapes(s.compiled.graph) for s in (self.first, self.second))
         sizes = formulas.values(self._pairs, first, second, shapes)
-        if sizes is None:
-            return None
         compiled = self.second.compiled
+        # uneven shards have operators of their own
+        if sizes is None or not self._splits_evenly((first, second, shapes)):
+            return None
         assert compiled.lowered is not None
         tangents, whole = _with_sizes(self._described, sizes)
         with FakeTensorMode():
@@ -121,6 +125,18 @@ class SizedStep:
             whole_results={k: replace(self.second.whole_results[k], **v) for k, v in whole.items()},
         )
 
+    def _splits_evenly(self, shapes: Sequence[Shapes]) -> bool:
+        """Whether all sizes of the dims that vary divide by the numbers of their parts."""
+        compiled = self.second.compiled
+        for spec, same_input in zip(
+            compiled.local.input_specs, zip(*shapes, strict=True), strict=True
+        ):
+            for axes, sizes in zip(spec.dims, zip(*same_input, strict=True), strict=True):
+                parts = prod(compiled.plan.mesh[axis] for axis in axes)
+                if len(set(sizes)) > 1 and any(size % parts for size in sizes):
+                    return False
+        return True
+
 
 class SizedSteps:
     """Of one model, by what else but sizes a step depends on.
@@ -137,7 +153,7 @@ class SizedSteps:
     ) -> None:
         self._trace, self._ranks = trace, ranks
         self._alike: dict[Any, list[SizedStep]] = {}
-        self._formulas: dict[Any, SizeFormulas | None] = {}
+        self._formulas: dict[Any, list[SizeFormulas | None]] = {}
         self._tried: set[tuple[int, int]] = set()
         self._steps: OrderedDict[Any, list[BoundStep]] = OrderedDict()
 
@@ -159,13 +175,13 @@ class SizedSteps:
         for sized in self._of_kind(kind, compiled):
             if sized.second.number not in serving:
                 continue
-            formulas = self._formulas_for(kind, sized, call, layout)
-            step = None if formulas is None else sized.at(formulas, shapes, layout)
-            if self._ranks.all(step is not None) and step is not None:
-                self._steps.setdefault(key, []).append(step)
-                while len(self._steps) > _KEPT:
-                    self._steps.popitem(last=False)
-                return step
+            for formulas in self._formulas_for(kind, sized, call, layout):
+                step = sized.at(formulas, shapes, layout)
+                if self._ranks.all(step is not None) and step is not None:
+                    self._steps.setdefault(key, []).append(step)
+                    while len(self._steps) > _KEPT:
+                        self._steps.popitem(last=False)
+                    return step
         return None
 
     def _of_kind(self, kind: Any, compiled: Sequence[BoundStep]) -> Iterable[SizedStep]:
@@ -185,18 +201,41 @@ class SizedSteps:
 
     def _formulas_for(
         self, kind: Any, sized: SizedStep, call: Call, layout: BatchLayout
-    ) -> SizeFormulas | None:
-        """Of the sizes that vary; captured once for the same ones."""
+    ) -> Iterator[SizeFormulas]:
+        """Of the sizes that vary: those that are known, then those of a new capture, as the model's
+        Python may take another way for these sizes."""
         shapes = [input_shapes(s.compiled.graph) for s in (sized.first, sized.second)]
-        varying = varying_dims(sized.second.compiled.graph, [*shapes, layout.whole_shapes()])
+        new = layout.whole_shapes()
+        varying = varying_dims(sized.second.compiled.graph, [*shapes, new])
         name = kind, tuple((k, *dims) for k, dims in varying.items())
-        if name not in self._formulas:
-            try:
-                self._formulas[name] = SizeFormulas.of(self._trace(call, layout, varying))
-            except CaptureError as error:
-                log.info("sizes of inputs stay constants of programs: %s", error)
-                self._formulas[name] = None
-        return self._formulas[name]
+        known = self._formulas.setdefault(name, [])
+        yield from [f for f in known if f is not None]
+        # sizes 0 and 1 have no symbols
+        if len(known) >= _CAPTURES or not varying or min(map(min, filter(None, new))) < 2:
+            return
+        found = None
+        try:
+            symbolic = self._trace(call, layout, varying)
+            if _gives_alike(symbolic, sized.second.compiled.graph):
+                found = SizeFormulas.of(symbolic)
+        except CaptureError as error:
+            log.info("sizes of inputs stay constants of programs: %s", error)
+        known.append(found)
+        if found is not None:
+            yield found
+
+
+def _gives_alike(symbolic: ModelGraph, graph: ModelGraph) -> bool:
+    """Whether what a model returns and keeps besides tensors is the same for all sizes."""
+    plain = [
+        [x for x in _leaves(g.output.args[0]) if not isinstance(x, fx.Node)]
+        for g in (symbolic, graph)
+    ]
+    return (
+        repr(plain[0]) == repr(plain[1])
+        and repr(symbolic.effects) == repr(graph.effects)
+        and symbolic.out_spec == graph.out_spec
+    )
 
 
 def _common(first: BoundStep, second: BoundStep) -> SizedStep | None:

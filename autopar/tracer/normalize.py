@@ -109,7 +109,7 @@ def model_graph(
         for name, value in zip(inputs, flat, strict=True)
     ]
     placeholders = {n.target: n for n in gm.graph.find_nodes(op="placeholder")}
-    updates, dropped = take_out_writes(
+    updates = take_out_writes(
         gm,
         program.graph_signature.output_specs,
         {name: placeholders[target] for target, name in parameters.items()},
@@ -122,7 +122,7 @@ def model_graph(
     out_spec, *_ = program.call_spec.out_spec.children()
     return ModelGraph(
         gm, parameters, buffers, tuple(inputs), mutations, in_spec,
-        out_spec, constants, aliases, (*guards, *dropped, *dense), updates,
+        out_spec, constants, aliases, (*guards, *dense), updates,
     )  # fmt: skip
 
 

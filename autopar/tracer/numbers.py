@@ -34,7 +34,7 @@ from autopar.ir.numbers import (
     is_number,
 )
 from autopar.ir.reads import MISSING, equal, owner_of, value_of
-from autopar.tracer.source import current_line
+from autopar.tracer.source import current_line, is_users
 
 # An expression of more operations is evaluated during the capture.
 _LARGEST = 64
@@ -276,6 +276,37 @@ def asks_for_types(code: types.CodeType) -> bool:
     """Whether code calls `type(x)`, which does not take a traced number for a float."""
     instructions = dis.get_instructions(code)
     return any(i.argval == "type" and i.opname.startswith("LOAD_GLOBAL") for i in instructions)
+
+
+def refuse_types(model: torch.nn.Module) -> None:
+    """Refuse numbers that vary where code that the forward may run calls `type(x)`: methods of the
+    modules, and the functions of the user's that these name.
+
+    Raises:
+        CaptureError: some code does.
+    """
+    classes = dict.fromkeys(c for m in model.modules() for c in type(m).__mro__)
+    waiting = [f for c in classes for f in vars(c).values() if isinstance(f, types.FunctionType)]
+    known: set[types.CodeType] = set()
+    while waiting:
+        function = waiting.pop()
+        code = function.__code__
+        if code in known or not is_users(code.co_filename):
+            continue
+        known.add(code)
+        names = _names(code)
+        if "type" in names:
+            raise CaptureError(
+                f"{code.co_filename}:{code.co_firstlineno}: {code.co_name} calls type(x), which "
+                "does not take a number that varies for a float or an int; use isinstance"
+            )
+        named = (function.__globals__.get(name) for name in names)
+        waiting += [f for f in named if isinstance(f, types.FunctionType)]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (x for x in code.co_consts if isinstance(x, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def has_numbers(args: Any, kwargs: Any) -> bool:

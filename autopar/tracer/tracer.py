@@ -53,7 +53,7 @@ from autopar.tracer.gradient_hooks import module_hooks, originals
 from autopar.tracer.modes import regions_as_run
 from autopar.tracer.names import retraced
 from autopar.tracer.normalize import detach_no_grad_regions, model_graph, rebuild_users
-from autopar.tracer.numbers import TracedNumber, TracedNumbers
+from autopar.tracer.numbers import TracedNumber, TracedNumbers, refuse_types
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
 from autopar.tracer.settings import (
     apply_settings,
@@ -155,6 +155,8 @@ class ColoTracer:
         args, kwargs = pytree.tree_map_only(
             torch.Tensor, lambda t: self._fake(mode, t).requires_grad_(t.requires_grad), example
         )
+        if varying:
+            refuse_types(model)
         numbers = TracedNumbers(varying)
         resolver = BranchResolver(
             _examples(model, example),

@@ -4,7 +4,7 @@ A forward may clamp a parameter (`self.weight.data.clamp_(-1, 1)`) before it use
 is that of the clamped value. Functionalization would disconnect the parameter from its gradient. So
 the change leaves the graph and becomes an update that runs before the program. This is correct if
 the change is pointwise and comes before any other use; other writes are refused. Writes into inputs
-are dropped, so the caller's tensors do not change.
+are effects (`arguments.py`), and leave the graph here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch.fx as fx
 from torch.export.graph_signature import OutputKind, OutputSpec
 
 from autopar.errors import CaptureError
-from autopar.ir.guards import Guard
 
 
 def take_out_writes(
     gm: fx.GraphModule, specs: Sequence[OutputSpec], placeholders: Mapping[str, fx.Node]
-) -> tuple[dict[str, fx.GraphModule], tuple[Guard, ...]]:
+) -> dict[str, fx.GraphModule]:
     """Remove all outputs of a program except buffer writes and results, in this order.
 
     Args:
@@ -29,7 +28,7 @@ def take_out_writes(
         placeholders: by qualified parameter name.
 
     Returns:
-        updates of parameters by name, and guards for dropped writes.
+        updates of parameters by name.
 
     Raises:
         CaptureError: the forward writes into a parameter in another way.
@@ -39,16 +38,12 @@ def take_out_writes(
     assert isinstance(values, tuple | list)
     by_kind: dict[OutputKind, list[fx.Node]] = {}
     updates: dict[str, fx.GraphModule] = {}
-    dropped: list[Guard] = []
     written: list[tuple[str, fx.Node]] = []
     for spec, value in zip(specs, values, strict=True):
         if spec.kind is OutputKind.PARAMETER_MUTATION:
             assert isinstance(value, fx.Node)
             written.append((str(spec.target), value))
-        elif spec.kind is OutputKind.USER_INPUT_MUTATION:
-            note = "the caller's tensor stays as it is"
-            dropped.append(Guard("setting", str(spec.target), "write into an input", None, note))
-        else:
+        elif spec.kind is not OutputKind.USER_INPUT_MUTATION:
             by_kind.setdefault(spec.kind, []).append(value)
     remaining = by_kind.pop(OutputKind.BUFFER_MUTATION, [])
     remaining += by_kind.pop(OutputKind.USER_OUTPUT, [])
@@ -57,7 +52,7 @@ def take_out_writes(
     for name, value in written:
         updates[name] = _update(gm, name, placeholders[name], value)
         value.replace_all_uses_with(placeholders[name])
-    return updates, tuple(dropped)
+    return updates
 
 
 def _update(gm: fx.GraphModule, name: str, parameter: fx.Node, value: fx.Node) -> fx.GraphModule:
