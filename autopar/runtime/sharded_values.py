@@ -8,6 +8,7 @@ it, they carry it out or refuse.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,44 @@ class _Editable(_Handed):
         """Take over the values, the layout and the device of another DTensor of this shape."""
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self._local_tensor, self._spec = value._local_tensor, value._spec
+
+
+class _View(_Editable):
+    """A view of all elements, over the same shards."""
+
+
+# Methods that give views: of all elements, which may show the shards, and of parts.
+_OF_ALL = (
+    "view", "reshape", "flatten", "ravel", "t", "transpose", "permute", "movedim", "squeeze",
+    "unsqueeze",
+)  # fmt: skip
+_OF_PARTS = ("chunk", "split", "tensor_split", "narrow", "select", "unbind", "diagonal", "unfold")
+
+
+def _view_method(name: str) -> Callable[..., Any]:
+    sharded: Any = getattr(DTensor, name)
+
+    @functools.wraps(sharded)
+    def view(self: _Editable, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and self.requires_grad:
+            return sharded(self, *args, **kwargs)
+        if name in _OF_ALL:
+            out = sharded(self, *args, **kwargs)
+            if not isinstance(out, DTensor) or _memory(out) == _memory(self):
+                return _View.of_dtensor(out) if type(out) is DTensor else out
+        whole = self.full_tensor()
+        parts = getattr(whole, name)(*args, **kwargs)
+        return pytree.tree_map_only(torch.Tensor, lambda x: _Part.of(x, whole, self), parts)
+
+    return view
+
+
+def _memory(x: DTensor) -> int:
+    return x._local_tensor.untyped_storage()._cdata
+
+
+for _name in (*_OF_ALL, *_OF_PARTS):
+    setattr(_Editable, _name, _view_method(_name))
 
 
 class ShardedGradient(_Editable):

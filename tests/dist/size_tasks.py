@@ -65,6 +65,20 @@ class Branching(nn.Module):
         return halves.pow(2) / n + F.pad(y, (0, 0, 0, -n % 8)).pow(2).mean()
 
 
+class Lengths(nn.Module):
+    """Returns and keeps what is made of lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.tag = nn.Linear(16, 16), ""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        n = x.shape[1]
+        self.tag = f"bucket {n // 8}"
+        y = self.inner(x)
+        return y.pow(2).mean() * round(n / 100, 1), torch.tensor(float(n // 8))
+
+
 class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -94,6 +108,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], list[Any], 
         lambda step, n: (data(step, 8, n, 16),),
         [(n,) for n in (8, 12, 40, 48, 16, 64, 4, 7)],
         8,
+    ),
+    "lengths in results": (
+        Lengths,
+        lambda step, n: (data(step, 8, n, 16),),
+        [(n,) for n in (16, 17, 20, 30, 40)],
+        5,
     ),
     "images": (
         Images,
@@ -132,6 +152,7 @@ def varying_sizes(mesh: str, batch: str, name: str) -> dict[str, Any]:
         apart = max(
             [apart, *((a - b).abs().max().item() for a, b in zip(whole, values, strict=True))]
         )
+        assert getattr(model, "tag", "") == getattr(reference, "tag", "")
         with torch.no_grad():
             again = engine(*own), reference(*given)
         losses = [r[0] if isinstance(r, tuple) else r for r in again]

@@ -91,6 +91,57 @@ def parts_of_parameters(model: Any, optimizer: Any) -> None:
 
 
 @script
+def views_of_parameters(model: Any, optimizer: Any) -> None:
+    train(model, optimizer)
+    w = model[0].weight
+    w.data.chunk(4)[1].fill_(1.0)
+    w.grad.narrow(1, 2, 3).mul_(2)
+    with torch.no_grad():
+        w.view(-1)[:7] = 2
+        w.t()[3].add_(1)
+        w.diagonal().zero_()
+        for part in w.split(8, dim=1):
+            part.mul_(0.5)
+    optimizer.step()
+
+
+@script
+def data_taken_and_given_back(model: Any, optimizer: Any) -> list[torch.Tensor]:
+    shadow = [p.data.clone() * 0.5 for p in model.parameters()]
+    results = []
+    for step in range(2):
+        train(model, optimizer, step)
+        backup = [p.data for p in model.parameters()]
+        for p, values in zip(model.parameters(), shadow, strict=True):
+            p.data = values
+        results.append(loss(model, step).detach())
+        for p, values in zip(model.parameters(), backup, strict=True):
+            p.data = values
+    return results
+
+
+@script
+@torch.no_grad()
+def rows_written_by_index(model: Any, optimizer: Any) -> None:
+    with torch.enable_grad():
+        train(model, optimizer)
+    for x in (model[0].weight, model[0].weight.grad):
+        ids, rows = torch.tensor([0, 2]), torch.ones(2, x.shape[1], dtype=x.dtype)
+        x.index_copy_(0, ids, rows)
+        x.index_add_(1, torch.tensor([1, 1, 3]), torch.ones(x.shape[0], 3, dtype=x.dtype))
+        x.scatter_add_(0, torch.tensor([[0] * x.shape[1]]), rows[:1])
+    torch.nn.init.eye_(model[2].weight)
+    optimizer.step()
+
+
+@script
+def rprop_made_later(model: Any, optimizer: Any) -> None:
+    later = torch.optim.Rprop(model.parameters(), lr=0.01)
+    for step in range(3):
+        train(model, later, step)
+
+
+@script
 def plain_gradients(model: Any, optimizer: Any) -> None:
     for p in model.parameters():
         p.grad = data(1, *p.shape)
