@@ -95,7 +95,7 @@ def _ids(step: int, b: int, n: int) -> tuple[torch.Tensor, ...]:
 
 # The model, the inputs for sizes, the sizes, and how many programs they may take.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], list[Any], int]] = {
-    "decoder": (Decoder, _ids, [(8, n) for n in (16, 17, 31, 40, 50, 23, 16, 2)], 4),
+    "decoder": (Decoder, _ids, [(8, n) for n in (16, 17, 31, 40, 50, 23, 16, 2)], 6),
     "batches too": (Decoder, _ids, [(8, 16), (4, 20), (8, 24), (12, 28), (4, 40), (8, 44)], 4),
     "two lengths": (
         Translator,
