@@ -40,9 +40,10 @@ from autopar.runtime.whole_parameters import stored_parameters, whole_parameters
 
 log = logging.getLogger(__name__)
 
-# numbers of captures for the same shapes at which the engine warns, and how many it keeps
+# numbers of captures for the same shapes at which the engine warns, how many programs it keeps for
+# them, and in all
 _WARN_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_KEPT = 32
+_KEPT, _KEPT_IN_ALL = 32, 256
 
 # why a step does not serve a call, or how to find out
 _Failure = Guard | Condition | str | Callable[[], Any] | None
@@ -251,9 +252,19 @@ class StepRunner:
         steps.append(step)
         if len(steps) > _KEPT:
             del steps[1]  # the first has the plan in force
+        self._forget_the_oldest()
         if step.offloads_parameters:
             self._reload_parameters()
         return step
+
+    def _forget_the_oldest(self) -> None:
+        """Keep to the number of programs; the first has the plan in force."""
+        too_many = max(0, len(self.steps) - _KEPT_IN_ALL)
+        for oldest in self.steps[1 : 1 + too_many]:
+            for key, steps in list(self._programs.items()):
+                self._programs[key] = [step for step in steps if step is not oldest]
+                if not self._programs[key]:
+                    del self._programs[key]
 
     def _of_other_sizes(self, key: Any, call: Call) -> list[BoundStep]:
         """Steps that serve the model as it is, for inputs that differ in sizes alone; in order."""
