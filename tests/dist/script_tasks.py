@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import weakref
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,6 +148,18 @@ def unread_results(mesh: str) -> dict[str, Any]:
     return {"gap": gap(engine, reference), "deferred": kinds[1::2], "read": differences}
 
 
+def refused(acts: Mapping[str, Callable[[], Any]]) -> dict[str, str]:
+    """What each act is refused with."""
+    messages = {}
+    for name, act in acts.items():
+        try:
+            act()
+            messages[name] = "nothing was refused"
+        except AutoparError as error:
+            messages[name] = str(error)
+    return messages
+
+
 def refusals(mesh: str) -> dict[str, str]:
     """Messages of what is refused, on every rank."""
 
@@ -181,14 +194,7 @@ def refusals(mesh: str) -> dict[str, str]:
         "shards": lambda: pickle.dumps(engine().state_dict()),
         "half": lambda: engine().half(),
     }
-    messages = {}
-    for name, act in acts.items():
-        try:
-            act()
-            messages[name] = "nothing was refused"
-        except AutoparError as error:
-            messages[name] = str(error)
-    return messages
+    return refused(acts)
 
 
 class Fits(nn.Module):

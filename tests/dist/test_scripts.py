@@ -1,7 +1,6 @@
 """Training scripts from public reports: equal to one process, or refused in words."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -12,9 +11,6 @@ from tests.scripts.launch import outcome_on
 
 LIMIT_S = 120.0  # the start of the processes included
 
-# What does not hold yet, and why. A case that holds must leave NOT_YET.
-NOT_YET: dict[str, str] = {}
-
 
 @pytest.fixture(scope="module")
 def single() -> Iterator[Pool]:
@@ -24,18 +20,13 @@ def single() -> Iterator[Pool]:
     pool.close()
 
 
-def _known(name: str, mesh: str) -> Any:
-    """The parameters of a test, expected to fail if the table has them."""
-    key = f"{name}, on {mesh}"
-    marks = [pytest.mark.xfail(reason=NOT_YET[key], strict=True)] if key in NOT_YET else []
-    return pytest.param(name, mesh, marks=marks, id=key)
-
-
-PAIRS = [_known(name, mesh) for mesh in ("1", "2x2") for name in cases_on(mesh)]
+PAIRS = [(name, mesh) for mesh in ("1", "2x2") for name in cases_on(mesh)]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("name", "mesh"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "mesh"), PAIRS, ids=[f"{name}, on {mesh}" for name, mesh in PAIRS]
+)
 def test_a_script_is_right_or_refused(pool, single, name, mesh):
     outcome = outcome_on(single if mesh == "1" else pool, name, mesh, LIMIT_S)
     assert CASES[name].accepts(outcome), f"{outcome.kind}: {outcome.text}"
@@ -46,10 +37,6 @@ def test_a_script_is_right_without_autopar(name):
     """The case itself is sound: a model agrees with its copy."""
     outcome = outcome_of([attempt(name, None)])
     assert outcome.kind == "right", outcome.text
-
-
-def test_the_table_names_cases():
-    assert set(NOT_YET) <= {pair.id for pair in PAIRS}
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,8 @@ from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autopar import auto_engine
-from autopar.errors import AutoparError
 from tests.clusters import eager_to_shard
-from tests.dist.script_tasks import SHARDED, data, gap, net, sgd, whole
+from tests.dist.script_tasks import SHARDED, data, gap, net, refused, sgd, whole
 
 
 class Scaled(nn.Sequential):
@@ -336,11 +335,4 @@ def refusals(mesh: str) -> dict[str, str]:
         "random without a rule": lambda: torch.poisson(w.abs()),
         "data of another shape": lambda: setattr(engine[0].weight, "data", w[:4]),
     }
-    messages = {}
-    for name, act in acts.items():
-        try:
-            act()
-            messages[name] = "nothing was refused"
-        except AutoparError as error:
-            messages[name] = str(error)
-    return messages
+    return refused(acts)
