@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -121,7 +122,11 @@ class Logits(nn.Module):
 
 def unread_results(mesh: str) -> dict[str, Any]:
     """Large results beside a loss are gathered when they are read, with their gradient."""
-    deferred_results.MINIMUM_ELEMENTS = 64
+    with mock.patch.object(deferred_results, "MINIMUM_ELEMENTS", 64):
+        return _unread_results(mesh)
+
+
+def _unread_results(mesh: str) -> dict[str, Any]:
     torch.manual_seed(0)
     reference = Logits().double()
     model = copy.deepcopy(reference)

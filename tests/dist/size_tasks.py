@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar import auto_engine
+from autopar.ir import deferred_results
 from tests.clusters import eager_to_shard
 from tests.dist.script_tasks import data, gap, sgd
 
@@ -95,7 +97,8 @@ def _ids(step: int, b: int, n: int) -> tuple[torch.Tensor, ...]:
 
 # The model, the inputs for sizes, the sizes, and how many programs they may take.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], list[Any], int]] = {
-    "decoder": (Decoder, _ids, [(8, n) for n in (16, 17, 31, 40, 50, 23, 16, 2)], 6),
+    "decoder": (Decoder, _ids, [(8, n) for n in (16, 17, 31, 40, 50, 23, 16, 2)], 4),
+    "large logits": (Decoder, _ids, [(8, n) for n in (16, 17, 31, 40, 50, 23)], 6),
     "batches too": (Decoder, _ids, [(8, 16), (4, 20), (8, 24), (12, 28), (4, 40), (8, 44)], 4),
     "two lengths": (
         Translator,
@@ -126,6 +129,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], list[Any], 
 
 def varying_sizes(mesh: str, batch: str, name: str) -> dict[str, Any]:
     """Gaps to one process over batches of other sizes, and how many programs they take."""
+    elements = 64 if name == "large logits" else deferred_results.MINIMUM_ELEMENTS
+    with mock.patch.object(deferred_results, "MINIMUM_ELEMENTS", elements):
+        return _varying_sizes(mesh, batch, name)
+
+
+def _varying_sizes(mesh: str, batch: str, name: str) -> dict[str, Any]:
     build, inputs, sizes, bound = MODELS[name]
     torch.manual_seed(0)
     reference = build().double()
