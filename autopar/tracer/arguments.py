@@ -1,4 +1,4 @@
-"""What a forward does to the arguments that it is called with."""
+"""Arguments of a traced call: what they may be, their values, what the forward does to them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
@@ -55,3 +56,32 @@ class Arguments:
         carried.tensors[:0] = [self._leaves[k].clone() for k in written]
         carried.effects = replace(carried.effects, inputs=written)
         return carried
+
+
+def check_inputs(model: torch.nn.Module, example: Any) -> None:
+    """Raise for a value that cannot be an input."""
+    for path, value in pytree.tree_flatten_with_path(example)[0]:
+        if value is None or isinstance(value, torch.Tensor | bool | int | float | str):
+            continue
+        if isinstance(value, torch.dtype | torch.device | torch.layout | complex):
+            continue
+        where = pytree.keystr(path[1:])
+        raise CaptureError(
+            f"input {where} of {type(model).__name__} is a {type(value).__name__}; inputs are "
+            "tensors, numbers, strings, None, and lists, tuples and dicts of them. Convert it "
+            "(torch.as_tensor for arrays), or register its type with torch.utils._pytree."
+        )
+
+
+def examples(model: torch.nn.Module, example: Any) -> dict[tuple[str, Any], torch.Tensor | None]:
+    """Values by role; None for tensors that have none."""
+    leaves = enumerate(pytree.tree_leaves(example))
+    tensors: dict[tuple[str, Any], torch.Tensor] = {
+        ("input", i): t for i, t in leaves if isinstance(t, torch.Tensor)
+    }
+    tensors |= {("buffer", n): b for n, b in model.named_buffers(remove_duplicate=False)}
+
+    def known(t: torch.Tensor) -> bool:
+        return not t.is_meta and not isinstance(t, FakeTensor)
+
+    return {role: t.detach() if known(t) else None for role, t in tensors.items()}

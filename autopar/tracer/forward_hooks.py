@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import logging
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from autopar.tracer.attributes import CONTAINERS, AttributeRecorder, contents, s
 from autopar.tracer.gradient_hooks import ValueHooks
 from autopar.tracer.numbers import TracedNumbers
 from autopar.tracer.randomness import Restart
+
+log = logging.getLogger(__name__)
 
 KINDS = ("_forward_pre_hooks", "_forward_hooks")
 _COPIED_GLOBALS = (list, dict, set)
@@ -221,11 +224,12 @@ class ObservedHooks:
             result = hook(module, *arguments)
         except Restart:
             raise
-        except Exception:
+        except Exception as error:
             if registered != self._gradient_hooks.count or versions != self._versions(arguments):
                 raise  # called later, it would change or watch other values
             # it asks for values, in whatever way; it is called with real ones, and `HookCall`
             # checks that it changes nothing
+            log.debug("%s is called with values only: %s", source_of(hook), error)
             result = None
         finally:
             recorder.hook = self._numbers.hook = outer

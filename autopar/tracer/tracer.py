@@ -27,7 +27,6 @@ import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
@@ -42,7 +41,7 @@ from autopar.ir.guards import Guard
 from autopar.ir.numbers import Origin
 from autopar.ir.randomness import keep_draws
 from autopar.tracer import fakes
-from autopar.tracer.arguments import Arguments
+from autopar.tracer.arguments import Arguments, check_inputs, examples
 from autopar.tracer.attributes import AttributeRecorder
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.effects import Carried, Originals, check_state, collect
@@ -53,8 +52,9 @@ from autopar.tracer.gradient_hooks import module_hooks, originals
 from autopar.tracer.modes import regions_as_run
 from autopar.tracer.names import retraced
 from autopar.tracer.normalize import detach_no_grad_regions, model_graph, rebuild_users
-from autopar.tracer.numbers import TracedNumber, TracedNumbers, refuse_types
+from autopar.tracer.numbers import TracedNumbers, refuse_types
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
+from autopar.tracer.results import plain_results
 from autopar.tracer.settings import (
     apply_settings,
     computed_tensors,
@@ -113,7 +113,7 @@ class ColoTracer:
             CaptureError: a construct cannot be captured; the message has the user's source line.
         """
         example = (tuple(args), dict(kwargs or {}))
-        _check_inputs(model, example)
+        check_inputs(model, example)
         try:
             with collection_paused():
                 if masks_can_be_skipped():
@@ -159,7 +159,7 @@ class ColoTracer:
             refuse_types(model)
         numbers = TracedNumbers(varying)
         resolver = BranchResolver(
-            _examples(model, example),
+            examples(model, example),
             self.assume,
             originals(model, clone) | copied.originals.containers(),
             numbers,
@@ -253,35 +253,6 @@ class ColoTracer:
             ) from error
 
 
-def _check_inputs(model: torch.nn.Module, example: Any) -> None:
-    """Raise for a value that cannot be an input."""
-    for path, value in pytree.tree_flatten_with_path(example)[0]:
-        if value is None or isinstance(value, torch.Tensor | bool | int | float | str):
-            continue
-        if isinstance(value, torch.dtype | torch.device | torch.layout | complex):
-            continue
-        where = pytree.keystr(path[1:])
-        raise CaptureError(
-            f"input {where} of {type(model).__name__} is a {type(value).__name__}; inputs are "
-            "tensors, numbers, strings, None, and lists, tuples and dicts of them. Convert it "
-            "(torch.as_tensor for arrays), or register its type with torch.utils._pytree."
-        )
-
-
-def _examples(model: torch.nn.Module, example: Any) -> dict[tuple[str, Any], torch.Tensor | None]:
-    """Values by role; None for tensors that have none."""
-    leaves = enumerate(pytree.tree_leaves(example))
-    tensors: dict[tuple[str, Any], torch.Tensor] = {
-        ("input", i): t for i, t in leaves if isinstance(t, torch.Tensor)
-    }
-    tensors |= {("buffer", n): b for n, b in model.named_buffers(remove_duplicate=False)}
-
-    def known(t: torch.Tensor) -> bool:
-        return not t.is_meta and not isinstance(t, FakeTensor)
-
-    return {role: t.detach() if known(t) else None for role, t in tensors.items()}
-
-
 @dataclasses.dataclass(frozen=True)
 class _Copied:
     """A copy of a model to trace.
@@ -328,7 +299,7 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
         recorder.substitute({id(t): now[name] for name, t in copies.items()})
         try:
             with resolver, recorder.recording():
-                results, returned = _plain_results(call(*args, **kwargs))
+                results, returned = plain_results(call(*args, **kwargs))
             changes = inputs.changes(collect(recorder, hooks, copied.originals))
             changes.effects = dataclasses.replace(changes.effects, numbers=returned)
             carried.append(changes)
@@ -347,33 +318,6 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
 
 def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _plain_results(results: Any) -> tuple[Any, dict[int, Any]]:
-    """Results as trees of tensors and numbers, and the numbers that vary by position.
-
-    Data classes are registered as tree nodes. Other objects (a key-value cache) become None.
-    """
-    _register_dataclasses(results)
-    leaves, spec = pytree.tree_flatten(results)
-    varying = {k: x for k, x in enumerate(leaves) if type(x) is TracedNumber}
-    plain = torch.Tensor | bool | int | float | str
-    leaves = [x if isinstance(x, plain) else None for x in leaves]
-    for k, number in varying.items():
-        leaves[k] = number.value
-    expressions = {k: number.expression for k, number in varying.items()}
-    return pytree.tree_unflatten(leaves, spec), expressions
-
-
-def _register_dataclasses(value: Any) -> None:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if type(value) not in pytree.SUPPORTED_NODES:
-            torch.export.register_dataclass(type(value))
-        for field in dataclasses.fields(value):
-            _register_dataclasses(getattr(value, field.name))
-    elif isinstance(value, list | tuple | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            _register_dataclasses(item)
 
 
 # Errors of capture, for all inputs; the model itself may raise others.
