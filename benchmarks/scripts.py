@@ -70,9 +70,12 @@ def totals(found: Sequence[tuple[Case, int, Outcome, float]], ranks: int) -> lis
 def check_row(modules: int = MODULES) -> Row:
     """What the engine's check of its assumptions takes per call: median, in microseconds."""
     import torch
+    import torch.distributed as dist
     from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
 
     from autopar.ir.bound_reads import bind
+    from autopar.runtime.adoption import adopt
     from autopar.runtime.assumptions import Assumptions
     from autopar.tracer import ColoTracer
 
@@ -87,6 +90,9 @@ def check_row(modules: int = MODULES) -> Row:
 
     model = nn.Sequential(*(Block() for _ in range(modules // 4)))
     graph = ColoTracer().trace(model, (torch.randn(2, 4),))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    adopt(model, None, init_device_mesh("cpu", (1,)))
+    dist.destroy_process_group()
     assumptions, reads_hold = Assumptions.of(model), bind(model, graph.reads)
     times = []
     for _ in range(CALLS):

@@ -15,7 +15,7 @@ Private to torch here: `DTensor._op_dispatcher` with its `_custom_op_handlers`,
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,12 +54,32 @@ def install(device_type: str) -> None:
         before = getattr(dispatcher, name, None)  # another version of torch may not have it
         if before is not None and not isinstance(before, _Rule):
             setattr(dispatcher, name, _Rule(rule, before))
-    dispatcher._custom_op_handlers.update(dict.fromkeys(_DRAWS, _draw))
-    dispatcher._custom_op_handlers.update(dict.fromkeys(_wrong_in_place(), _in_place))
+    install_for(_DRAWS, _draw)
+    install_for(_wrong_in_place(), _in_place)
     if not _REPLICATION:
-        dispatcher._custom_op_handlers.update(dict.fromkeys(_updates(), _update))
+        install_for(_updates(), _update)
     if device_type == "cpu" and dtensor_random._rng_tracker is None:
         dtensor_random._rng_tracker = _CpuTracker()  # type: ignore[assignment]
+
+
+def install_for(operators: Iterable[Any], rule: Callable[[Any, Any, Any], Any]) -> None:
+    """Let a rule carry out some operators of DTensors.
+
+    Args:
+        rule: of the operator, its arguments and its keyword arguments.
+    """
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
+    handlers.update(dict.fromkeys(operators, rule))
+
+
+def by_dtensor(op: Any, args: Any, kwargs: Any) -> Any:
+    """What DTensor itself does for an operator that has a rule."""
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
+    rule = handlers.pop(op)
+    try:
+        return op(*args, **kwargs)
+    finally:
+        handlers[op] = rule
 
 
 class _Rule(functools.partial[Any]):
@@ -110,12 +130,7 @@ def _updates() -> Iterator[Any]:
 def _update(op: Any, args: Any, kwargs: Any) -> Any:
     if _writes_plain_tensors(op, args, kwargs):
         return op(*_whole(args), **_whole(kwargs))
-    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
-    handlers.pop(op, None)  # the dispatcher itself, then
-    try:
-        return op(*args, **kwargs)
-    finally:
-        handlers[op] = _update
+    return by_dtensor(op, args, kwargs)
 
 
 def _wrong_in_place() -> Iterator[Any]:

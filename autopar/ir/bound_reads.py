@@ -41,7 +41,7 @@ def bind(model: torch.nn.Module, reads: Reads) -> Callable[[], bool]:
         if prepared and prepared[0].modules_are_same():
             if prepared[0].are_same():
                 return True
-            if not prepared[0].may_beequal():
+            if not prepared[0].may_be_equal():
                 return False
         if first_change(model, reads) is not None:
             return False
@@ -128,7 +128,7 @@ class _Prepared:
         except KeyError:
             return False
 
-    def may_beequal(self) -> bool:
+    def may_be_equal(self) -> bool:
         """False if an attribute has another value; True asks for a comparison of all."""
         for get, owners, expected in self._owned:
             try:

@@ -1,8 +1,10 @@
 """What a program takes for granted about the model's parameters, checked at every call.
 
-`requires_grad` is compared in C. A parameter that is replaced is told by torch's registration hook,
-and looked for only then. Modules, and what the forward reads of them, are checked by
-`autopar/ir/bound_reads.py`.
+Changes are told where they happen, and looked for only then: of `requires_grad` by parameters
+(`autopar/runtime/sharded_values.py`), of a replaced parameter by torch's registration hook. Modules
+and what the forward reads of them are checked by `autopar/ir/bound_reads.py`.
+
+`torch._C._any_requires_grad` is private to torch; tested with 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from autopar.runtime.sharded_values import ShardedParameter, freezing
 
 _requires_grad = operator.attrgetter("requires_grad")
 
@@ -42,6 +46,10 @@ _registrations = _Registrations()
 register_module_parameter_registration_hook(_registrations)
 
 
+def _changes() -> tuple[int, int]:
+    return _registrations.count, freezing.changes
+
+
 @dataclass
 class Assumptions:
     """The parameters of a model when its step was compiled.
@@ -50,32 +58,41 @@ class Assumptions:
         tables: parameters by name, of every module.
         parameters: what the tables held.
         requires_grad: of the parameters.
-        seen: registrations when the tables were last compared.
+        untold: frozen parameters, which `torch.Tensor.requires_grad_(p)` unfreezes untold, and
+            plain parameters, which tell nothing. (Autograd drops gradients of frozen ones.)
+        seen: the changes told when the parameters were last compared.
     """
 
     tables: Sequence[dict[str, Any]]
     parameters: Sequence[torch.Tensor]
     requires_grad: Sequence[bool]
-    seen: int
+    untold: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+    seen: tuple[int, int]
 
     @staticmethod
     def of(model: torch.nn.Module) -> Assumptions:
         """What holds now."""
         tables = [m._parameters for m in model.modules()]
         parameters = [p for p in _values(tables) if p is not None]
-        return Assumptions(
-            tables, parameters, list(map(_requires_grad, parameters)), _registrations.count
-        )
+        frozen = [p for p in parameters if not p.requires_grad]
+        plain = [p for p in parameters if p.requires_grad and not isinstance(p, ShardedParameter)]
+        requires_grad = list(map(_requires_grad, parameters))
+        return Assumptions(tables, parameters, requires_grad, (frozen, plain), _changes())
 
     def changed(self) -> str | None:
         """What has changed since, for a message; None if nothing has."""
-        if list(map(_requires_grad, self.parameters)) != self.requires_grad:
+        frozen, plain = self.untold
+        told = _changes() != self.seen
+        if not (
+            told or torch._C._any_requires_grad(*frozen) or not all(map(_requires_grad, plain))
+        ):
+            return None
+        now = [p for p in _values(self.tables) if p is not None]
+        if list(map(id, now)) != list(map(id, self.parameters)):
+            return "a parameter of the model was replaced"
+        if list(map(_requires_grad, now)) != self.requires_grad:
             return "parameters were frozen or unfrozen (requires_grad)"
-        if _registrations.count != self.seen:
-            now = [p for p in _values(self.tables) if p is not None]
-            if list(map(id, now)) != list(map(id, self.parameters)):
-                return "a parameter of the model was replaced"
-            self.seen = _registrations.count
+        self.seen = _changes()
         return None
 
 

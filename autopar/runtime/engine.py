@@ -25,10 +25,10 @@ from autopar.errors import EngineError, MeshError
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
+from autopar.runtime.adoption import check_optimizer
 from autopar.runtime.batch import BatchDim
 from autopar.runtime.bound_step import BoundStep
 from autopar.runtime.call import Call
-from autopar.runtime.distribute import check_optimizer
 from autopar.runtime.optimizer_state import handle_later_optimizers
 from autopar.runtime.step_compiler import EngineOptions, StepCompiler
 from autopar.runtime.step_runner import StepRunner

@@ -8,14 +8,14 @@ it, they carry it out or refuse.
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from autopar.comm.dtensor_rules import by_dtensor
 from autopar.errors import EngineError
 
 
@@ -82,38 +82,37 @@ class _View(_Editable):
     """A view of all elements, over the same shards."""
 
 
-# Methods that give views: of all elements, which may show the shards, and of parts.
-_OF_ALL = (
-    "view", "reshape", "flatten", "ravel", "t", "transpose", "permute", "movedim", "squeeze",
-    "unsqueeze",
-)  # fmt: skip
-_OF_PARTS = ("chunk", "split", "tensor_split", "narrow", "select", "unbind", "diagonal", "unfold")
-
-
-def _view_method(name: str) -> Callable[..., Any]:
-    sharded: Any = getattr(DTensor, name)
-
-    @functools.wraps(sharded)
-    def view(self: _Editable, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and self.requires_grad:
-            return sharded(self, *args, **kwargs)
-        if name in _OF_ALL:
-            out = sharded(self, *args, **kwargs)
-            if not isinstance(out, DTensor) or _memory(out) == _memory(self):
-                return _View.of_dtensor(out) if type(out) is DTensor else out
-        whole = self.full_tensor()
-        parts = getattr(whole, name)(*args, **kwargs)
-        return pytree.tree_map_only(torch.Tensor, lambda x: _Part.of(x, whole, self), parts)
-
-    return view
-
-
 def _memory(x: DTensor) -> int:
     return x._local_tensor.untyped_storage()._cdata
 
 
-for _name in (*_OF_ALL, *_OF_PARTS):
-    setattr(_Editable, _name, _view_method(_name))
+_VIEWS = (
+    "alias", "detach", "diagonal", "expand", "permute", "reshape", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+)  # fmt: skip
+
+
+def views() -> Iterator[Any]:
+    """Operators that give views."""
+    for name in _VIEWS:
+        packet = getattr(torch.ops.aten, name)
+        yield from (getattr(packet, overload) for overload in packet.overloads())
+
+
+def view(op: Any, args: Any, kwargs: Any) -> Any:
+    """A view of a parameter or a gradient that writes through to its shards."""
+    x = args[0]
+    if not isinstance(x, _Editable) or (torch.is_grad_enabled() and x.requires_grad):
+        return by_dtensor(op, args, kwargs)
+    try:
+        out = by_dtensor(op, args, kwargs)
+        if isinstance(out, DTensor) and _memory(out) == _memory(x):
+            return _View.of_dtensor(out)
+    except RuntimeError:  # it has no rule, or none for this layout
+        pass
+    whole = x.full_tensor()
+    parts = op(whole, *args[1:], **kwargs)
+    return pytree.tree_map_only(torch.Tensor, lambda part: _Part.of(part, whole, x), parts)
 
 
 class ShardedGradient(_Editable):
@@ -132,6 +131,22 @@ def _gradient(p: Any) -> torch.Tensor | None:
     return grad
 
 
+class _Freezing:
+    """Counts how often any parameter was told to require gradients or not to."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+
+
+freezing = _Freezing()
+_REQUIRES_GRAD: Any = torch.Tensor.requires_grad
+
+
+def _set_requires_grad(p: Any, value: bool) -> None:
+    freezing.changes += 1
+    _REQUIRES_GRAD.__set__(p, value)
+
+
 class ShardedParameter(_Editable):
     """A parameter of an engine."""
 
@@ -143,6 +158,11 @@ class ShardedParameter(_Editable):
         return p.requires_grad_(requires_grad)
 
     grad: Any = property(_gradient, _GRAD.__set__, lambda p: _GRAD.__set__(p, None))
+    requires_grad: Any = property(_REQUIRES_GRAD.__get__, _set_requires_grad)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        self.requires_grad = requires_grad
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = super().__deepcopy__(memo)

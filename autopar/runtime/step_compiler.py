@@ -27,11 +27,12 @@ from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import trainable_inputs
+from autopar.runtime.adoption import adopt, restore
 from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchDim, BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
-from autopar.runtime.distribute import adopt, distribute, restore, shards, stored_specs
+from autopar.runtime.distribute import distribute, shards, stored_specs
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.program import bind
 from autopar.runtime.result_gradients import ResultGradients

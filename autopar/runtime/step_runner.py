@@ -31,7 +31,7 @@ from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import shards
 from autopar.runtime.result_gradients import refuse_hooks
-from autopar.runtime.sharded_values import DeferredResult, SavedShard
+from autopar.runtime.sharded_values import DeferredResult, SavedShard, view, views
 from autopar.runtime.sized_steps import SizedSteps
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_compiler import StepCompiler
@@ -74,6 +74,7 @@ class StepRunner:
         if same_batches:  # what the caller computes with parameters is replicated
             dtensor_rules.replicate_plain_tensors()
         dtensor_rules.install(compiler.device.type)
+        dtensor_rules.install_for(views(), view)
 
     def for_copy(self, model: torch.nn.Module) -> StepRunner:
         """A runner of a copy of the model, whose parameters stay laid out as they are."""

@@ -101,7 +101,32 @@ def views_of_parameters(model: Any, optimizer: Any) -> None:
         w.diagonal().zero_()
         for part in w.split(8, dim=1):
             part.mul_(0.5)
+        torch.chunk(w, 4)[2].add_(3)
+        torch.narrow(w, 1, 0, 2).zero_()
+        torch.select(w, 0, 5).fill_(0.25)
+        torch.flatten(w)[9:12] = 1
+        w.detach()[6].mul_(3)
+    torch.split(model[2].weight.grad, 3)[1].zero_()
     optimizer.step()
+
+
+@script
+def objects_from_before(model: Any, optimizer: Any) -> None:
+    """`kept` holds the parameters from before `auto_engine`."""
+    weight, bias, head, _ = optimizer.kept
+    train(model, optimizer)
+    weight.data = weight.data * 0.5
+    head.data.chunk(4)[1].fill_(1.0)
+    with torch.no_grad():
+        weight[3] = 0
+        head[:2].mul_(3)
+        weight.view(-1)[:7].add_(1)
+    bias.grad[:4].zero_()
+    optimizer.step()
+    bias.requires_grad_(False)
+    train(model, optimizer, 1)
+    bias.requires_grad = True
+    train(model, optimizer, 2)
 
 
 @script
@@ -263,7 +288,9 @@ def compare(mesh: str) -> dict[str, Any]:
         torch.manual_seed(0)
         reference = Scaled()
         model = copy.deepcopy(reference)
-        optimizers = [sgd(reference.parameters()), sgd(model.parameters())]
+        optimizers: list[Any] = [sgd(reference.parameters()), sgd(model.parameters())]
+        for optimizer, owner in zip(optimizers, (reference, model), strict=True):
+            optimizer.kept = list(owner.parameters())
         renames = run is pruning
         constraints = None if renames else SHARDED
         engine, _ = auto_engine(model, optimizers[1], eager_to_shard(mesh), constraints=constraints)
