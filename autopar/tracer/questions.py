@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from autopar.errors import CaptureError
 from autopar.ir.graph import mark_leaf
 from autopar.ir.guards import on_own_thread
+from autopar.tracer import packed_sequences
 from autopar.tracer.gradient_hooks import GradientNode, ValueHooks
 from autopar.tracer.hidden_writes import HiddenWrites
 from autopar.tracer.proxies import current_tracer, slot_of
-from autopar.tracer.source import asking_frame, current_line, user_frame
+from autopar.tracer.source import asking_frame, user_frame
 from autopar.tracer.statistics import instance_norm
 
 
@@ -175,20 +176,23 @@ def _instance_norm(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any
 
 
 def _recurrent(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
-    packed = len(args) > 2 and isinstance(args[2], list | tuple | torch.Tensor)
-    packed = packed and isinstance(args[1], torch.Tensor) and not args[1].is_floating_point()
-    return _packed(resolver, func, args, kwargs) if packed else func(*args, **kwargs)
+    if isinstance(args[0], packed_sequences.Rows):
+        rows, _, *rest = args
+        return packed_sequences.recurrent(func.__name__, rows, *rest)
+    sizes = args[1] if len(args) > 2 and isinstance(args[2], list | tuple | torch.Tensor) else None
+    if isinstance(sizes, torch.Tensor) and not sizes.is_floating_point():  # packed by the caller
+        raise packed_sequences.refusal()
+    return func(*args, **kwargs)
 
 
-def _packed(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
-    line = current_line()
-    raise CaptureError(
-        f"{line}: `{line.text}` uses packed sequences, whose shapes are the lengths of a "
-        "batch, so that each batch would be another program. Pass the padded "
-        "batch: the results of a forward direction before a sequence's end are the same, and "
-        "the last one is out.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, n)); for the "
-        "backward direction, flip each sequence by its length first"
-    )
+def _pack(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
+    with resolver:
+        return packed_sequences.packed(resolver.value, *args)
+
+
+def _pad(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
+    with resolver:
+        return packed_sequences.padded(*args)
 
 
 def _assert(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
@@ -308,7 +312,8 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "equal": _equal,
     "gaussian_nll_loss": _within,
     "_assert": _assert,
-    **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), _packed),
+    "_pack_padded_sequence": _pack,
+    "_pad_packed_sequence": _pad,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     "instance_norm": _instance_norm,
     "__contains__": _contains,

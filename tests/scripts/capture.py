@@ -219,7 +219,7 @@ class Packed(nn.Module):
         return result.square().mean()
 
 
-@case("pack_padded_sequence with lengths as inputs", may_refuse=True)
+@case("pack_padded_sequence with lengths as inputs")
 def packed_sequence(wrap: Wrap) -> Found:
     """Packed around an LSTM, padded to the longest."""
     return one_step(wrap, Packed(), data(0, 4, 6, 8), torch.tensor([6, 4, 3, 2]))

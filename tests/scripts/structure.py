@@ -108,7 +108,7 @@ class Tagger(nn.Module):
         return self.out(h)
 
 
-@case("pytorch#171978, pytorch#112044", may_refuse=True)
+@case("pytorch#171978, pytorch#112044")
 def packed_tagger(wrap: Wrap) -> Found:
     """`pack_padded_sequence` around an LSTM, with other lengths at each step."""
     runs = pair(wrap, Tagger())

@@ -188,7 +188,7 @@ def packed(m, x):
         (mapped, r"takes functions.*torch\.vmap"),
         (arange_of_activations, r"depends on activations"),
         (zeros_of_activations, r"depends on activations"),
-        (packed, r"packed sequences.*Pass the padded batch"),
+        (packed, r"packed sequences.*Pass the padded batch and the lengths"),
     ],
 )
 def test_what_has_no_plain_graph_is_refused_by_line(function, message):
