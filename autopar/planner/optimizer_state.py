@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedParameter
 
 # Sizes of a probe's dims, all different, so that its state shows which dims it has.
 _PROBE = (3, 5, 7, 11, 13, 17, 19, 23)
@@ -41,11 +42,13 @@ def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:
         twin = _twin_of(optimizer, group)
         for p in group["params"]:
             if p.requires_grad:
+                # of a lazy module, a shape is not known yet
+                shape = (1, 1) if isinstance(p, UninitializedParameter) else p.shape
                 state += sum(
-                    itemsize * math.prod(p.shape[dim] for dim in dims)
-                    for dims, itemsize in twin(p.ndim, p.dtype)
+                    itemsize * math.prod(shape[dim] for dim in dims)
+                    for dims, itemsize in twin(len(shape), p.dtype)
                 )
-                total += p.numel() * p.element_size()
+                total += math.prod(shape) * p.dtype.itemsize
     return state / total if total else 0.0
 
 

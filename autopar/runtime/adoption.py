@@ -77,8 +77,14 @@ def adopt(
     new: dict[int, Any] = {}
     moved: list[Moved] = []
     for name, p in model.named_parameters():
-        if p.is_meta or isinstance(p, UninitializedParameter):
-            raise EngineError(_no_values(name, p))
+        if isinstance(p, UninitializedParameter):  # until the first batch
+            continue
+        if p.is_meta:
+            raise EngineError(
+                f"parameter {name} is on the meta device and has no values to distribute; "
+                "initialize the model on the CPU first, model.to_empty(device='cpu') and its "
+                "reset_parameters or load_state_dict"
+            )
         if isinstance(p, MovedParameter):  # put back into the model by the caller
             new[id(p)] = current(p)
         elif not isinstance(p, ShardedParameter):
@@ -135,19 +141,6 @@ def _dtensor_for(p: torch.nn.Parameter, mesh: DeviceMesh) -> ShardedParameter:
     known.grad = None
     known.lay_out(values)
     return known.requires_grad_(p.requires_grad)
-
-
-def _no_values(name: str, p: torch.Tensor) -> str:
-    if isinstance(p, UninitializedParameter):
-        return (
-            f"parameter {name} of a lazy module has no shape yet; run one batch through the model "
-            "before auto_engine"
-        )
-    return (
-        f"parameter {name} is on the meta device and has no values to distribute; "
-        "initialize the model on the CPU first, model.to_empty(device='cpu') and its "
-        "reset_parameters or load_state_dict"
-    )
 
 
 def _replicated(x: torch.Tensor, mesh: DeviceMesh) -> DTensor:

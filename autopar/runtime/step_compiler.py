@@ -33,6 +33,7 @@ from autopar.runtime.batch import BatchDim, BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import distribute, shards, stored_specs
+from autopar.runtime.lazy_modules import initialize_lazy_modules
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.program import bind
 from autopar.runtime.result_gradients import ResultGradients
@@ -104,8 +105,12 @@ class StepCompiler:
             AutoparError: on all ranks. A first step that fails leaves parameters as they were.
         """
         # whatever mode the caller is in, the step is that of training
-        with torch.inference_mode(False), torch.enable_grad(), self._untouched_if_it_fails():
-            step = self._compile(call, varying, alike)
+        with torch.inference_mode(False), torch.enable_grad():
+            self.place.ranks.together(
+                lambda: initialize_lazy_modules(self.model, call.args, call.kwargs)
+            )
+            with self._untouched_if_it_fails():
+                step = self._compile(call, varying, alike)
         self._count += 1
         return step
 

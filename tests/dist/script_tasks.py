@@ -174,7 +174,9 @@ def refusals(mesh: str) -> dict[str, str]:
     first = dist.get_rank() == 0
 
     def lazy() -> None:
-        auto_engine(nn.Sequential(nn.LazyLinear(4)), None, eager_to_shard(mesh))
+        model = nn.Linear(16, 4)
+        model.aside = nn.LazyLinear(4)  # which no batch comes to
+        auto_engine(model, None, eager_to_shard(mesh))[0](data(0, 8, 16).float())
 
     def other_batches() -> None:
         engine()(data(dist.get_rank(), 8, 16))

@@ -33,7 +33,7 @@ def test_results_are_gathered_when_they_are_read(pool):
 
 def test_refusals_say_what_to_do(pool):
     words = {
-        "lazy": ["lazy module", "0.weight", "before auto_engine"],
+        "lazy": ["lazy module", "aside.weight", "before auto_engine"],
         "batches": ["different batches", "batch='local'"],
         "shapes": ["[8, 16]", "[4, 16]", "same global batch"],
         "pickle": ["cannot be pickled", "torch.distributed.checkpoint"],
