@@ -202,14 +202,16 @@ def _measure_rank(mesh: str, kind: str, quick: bool, say: Progress) -> Measureme
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cluster = _cluster_with_usual_links(mesh, device, effort, processes, say)
     _barrier(device)
-    names = process_groups(device_mesh)
+    groups = [find_group(name) for name in process_groups(device_mesh)]
+    say("waits of ranks for each other ...")
+    waiting = _waiting_seconds([g for g in groups if g.size > 1], device, effort.seconds)
     fits: list[LinkFit | None] = []
-    for axis, name in enumerate(names):
-        if cluster.mesh[axis] == 1:
+    for axis, group in enumerate(groups):
+        if group.size == 1:
             fits.append(None)
             continue
-        say(f"collectives of {cluster.axis_label(axis)} ({cluster.mesh[axis]} ranks) ...")
-        fits.append(measure_axis(find_group(name), device, effort, cluster.device.launch_us))
+        say(f"collectives of {cluster.axis_label(axis)} ({group.size} ranks) ...")
+        fits.append(measure_axis(group, device, effort, cluster.device.launch_us, waiting))
     if dist.get_rank() != 0:
         return None
     links = tuple(fit.link if fit else link for fit, link in zip(fits, cluster.links, strict=True))
@@ -252,12 +254,15 @@ def measure_host_link(device: torch.device, effort: Effort) -> Link | None:
     return fit_link(rows, seconds)[0]
 
 
-def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: float) -> LinkFit:
+def measure_axis(
+    group: Group, device: torch.device, effort: Effort, launch_us: float, waiting: float
+) -> LinkFit:
     """Time the collectives of one group by message size.
 
     Args:
         group: a group of the axis. Every rank of the world calls this at the same time.
         launch_us: launch of an operator, which the time model adds.
+        waiting: seconds that a collective adds to its own time.
     """
     ops = torch.ops._c10d_functional
     calls: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -271,7 +276,6 @@ def measure_axis(group: Group, device: torch.device, effort: Effort, launch_us: 
         ),
     }
     samples: list[tuple[str, int, float]] = []
-    waiting = _waiting_seconds(group, device, effort.seconds)
     for nbytes in effort.messages:
         x = torch.ones(-(-nbytes // (4 * group.size)) * group.size, device=device)
         seconds = {
@@ -302,25 +306,38 @@ def _waited(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> to
     return torch.ops._c10d_functional.wait_tensor(call(x))
 
 
-def _waiting_seconds(group: Group, device: torch.device, budget: float) -> float:
+def _waiting_seconds(groups: Sequence[Group], device: torch.device, budget: float) -> float:
     """Seconds that a collective adds because ranks come to it from computing, at different times,
     and wait for the slowest.
 
     This is measured if ranks share the cores of a host, and left out between GPUs.
+
+    Args:
+        groups: of all axes. They take turns, as in a step: a rank waits for one that waits for
+            another on another axis.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not groups:
         return 0.0
     ops = torch.ops._c10d_functional
-    a, small = torch.randn(512, 512), torch.ones(64 * group.size)
-    call = partial(_waited, partial(ops.all_reduce, reduce_op="sum", group_name=group.name), small)
+    a = torch.randn(512, 512)
+    calls = [
+        partial(
+            _waited, partial(ops.all_reduce, reduce_op="sum", group_name=group.name),
+            torch.ones(64 * group.size),
+        )
+        for group in groups
+    ]  # fmt: skip
     compute: list[float] = []
-    with_collective: list[float] = []
-    rounds = max(5, min(25, int(budget / 0.01)))
+    with_collectives: list[float] = []
+    rounds, repetitions = max(5, min(25, int(budget / 0.01))), -(-8 // len(calls))
     for _ in range(rounds):
-        compute.append(_slowest_seconds(lambda: _compute(a), device, 8))
-        with_collective.append(_slowest_seconds(lambda: [_compute(a), call()], device, 8))
-    added = float(np.median(np.subtract(with_collective, compute)))
-    return max(0.0, added - _collective_seconds(call, device, budget))
+        compute.append(_slowest_seconds(lambda: [_compute(a) for _ in calls], device, repetitions))
+        with_collectives.append(
+            _slowest_seconds(lambda: [(_compute(a), call()) for call in calls], device, repetitions)
+        )
+    added = float(np.median(np.subtract(with_collectives, compute)))
+    alone = sum(_collective_seconds(call, device, budget) for call in calls)
+    return max(0.0, added - alone) / len(calls)
 
 
 def _compute(a: torch.Tensor) -> list[torch.Tensor]:
