@@ -15,7 +15,8 @@ from tests.planning import random_choices
 pytestmark = pytest.mark.dist
 
 MESHES = ["4", "2x2", "1x4"]
-SEEDS = range(10)
+# of random plans; most on the mesh that has plans of all kinds
+SEEDS = {"2x2": range(10), "4": range(3), "1x4": range(2)}
 TOLERANCE = 1e-9
 
 
@@ -42,10 +43,9 @@ def test_random_plans_equal_single_device(pool, name, mesh):
             make_plan(space, random_choices(space, np.random.default_rng(seed)), name).to_json(),
             ["sgd", "adamw"][seed % 2],
         )
-        for seed in SEEDS
+        for seed in SEEDS[mesh]
     ]
     errors = np.array(pool.run(errors_of_plans, name, mesh, plans))
-    wrong = {
-        seed: e for seed, e in zip(SEEDS, errors.max(axis=0), strict=True) if not e < TOLERANCE
-    }
+    largest = zip(SEEDS[mesh], errors.max(axis=0), strict=True)
+    wrong = {seed: error for seed, error in largest if not error < TOLERANCE}
     assert not wrong, f"random plans (seed: error) {wrong}"
