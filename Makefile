@@ -7,7 +7,7 @@ BIN := .venv/bin
 # -qq: pip warns at length about every package index that it passes over.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # Their wheels name torch, and pip could replace the build at hand by another one.
-NO_DEPS := torchvision==0.28.0 timm==1.0.31
+NO_DEPS := torchvision==0.28.0 timm==1.0.31 lightning==2.6.6
 
 CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 

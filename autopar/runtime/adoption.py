@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from autopar.errors import EngineError
+from autopar.runtime.distribute import laid_out_like
 from autopar.runtime.sharded_values import ShardedParameter
 
 
@@ -58,6 +60,9 @@ def current(p: torch.Tensor) -> torch.Tensor:
     return p.__dict__["_autopar_parameter"] if isinstance(p, MovedParameter) else p
 
 
+# Modules that lay out what they load.
+_LOADING: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
 # An object that the caller holds, and the DTensor in its place.
 Moved = tuple[torch.nn.Parameter, torch.nn.Parameter]
 
@@ -94,11 +99,25 @@ def adopt(
     for old, dtensor in moved:
         _move(old, dtensor, mesh)
     for module in model.modules():
+        if module not in _LOADING and any(True for _ in module.parameters(recurse=False)):
+            module.register_load_state_dict_pre_hook(_lay_out_loaded)
+            _LOADING.add(module)
         for held in (module._buffers, module.__dict__):
             for name, x in held.items():
                 if isinstance(x, DTensor) and not isinstance(x, ShardedParameter):
                     held[name] = x.full_tensor().detach()
     return moved
+
+
+def _lay_out_loaded(module: torch.nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give a module its shards of whole tensors that it is about to load."""
+    parameters: dict[str, Any] = module._parameters
+    for name, p in parameters.items():
+        value = state.get(prefix + name)
+        if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
+            continue
+        if isinstance(p, ShardedParameter) and value.shape == p.shape:
+            state[prefix + name] = laid_out_like(value, p)
 
 
 def restore(

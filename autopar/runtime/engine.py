@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -195,6 +196,14 @@ class Engine(torch.nn.Module):
     @property
     def _programs(self) -> list[BoundStep]:
         return self.steps  # under the name that scripts have counted captures by
+
+    def run_within(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Run every later call within a context, such as an autocast.
+
+        Args:
+            context: makes it, for each call.
+        """
+        self._runner.context = context
 
     def plan_for(self, *args: Any, **kwargs: Any) -> None:
         """Plan and distribute for inputs of these shapes, without running them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,7 @@ class StepRunner:
         self._sized = SizedSteps(self._trace_sizes, compiler.place.ranks)
         self._numbers = VaryingNumbers()
         self._whole = False
+        self.context: Callable[[], AbstractContextManager[Any]] = nullcontext  # of every call
         optimizer = compiler.optimizer
         self._offloaded_state = None if optimizer is None else StateOnHost(optimizer)
         self._seeds_used = self._draws = 0
@@ -79,7 +80,9 @@ class StepRunner:
     def for_copy(self, model: torch.nn.Module) -> StepRunner:
         """A runner of a copy of the model, whose parameters stay laid out as they are."""
         compiler = self._compiler
-        return StepRunner(StepCompiler(model, None, compiler.options, laid_out=compiler.laid_out))
+        twin = StepRunner(StepCompiler(model, None, compiler.options, laid_out=compiler.laid_out))
+        twin.context = self.context
+        return twin
 
     @property
     def steps(self) -> list[BoundStep]:
@@ -106,6 +109,10 @@ class StepRunner:
         return value.full_tensor() if self._whole else SavedShard.of_dtensor(value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.context():
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         if not self._whole:
             return self._run(Call.of(args, kwargs))
         if not torch.is_grad_enabled():

@@ -16,7 +16,7 @@ LAYERS = (
     "errors", "units", "files", "gc_utils", "ir", "cluster", "tracer", "solver",
     "plan", "comm", "profiler", "sharding", "schedule", "kernels", "passes", "planner",
     "compiled_step",
-    "compile", "runtime", "testing", "report", "cli",
+    "compile", "runtime", "integrations", "testing", "report", "cli",
 )  # fmt: skip
 
 

@@ -1,0 +1,66 @@
+"""What the integrations share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.cluster.local import as_cluster
+from autopar.errors import EngineError
+from autopar.runtime.engine import Engine, auto_engine
+
+
+@dataclass
+class AutoparPlugin:
+    """How models are distributed.
+
+    Args:
+        cluster: a mesh such as "2x2", a `ClusterInfo`, or the path of its YAML.
+        options: of `auto_engine`, such as `{"memory": "40GiB"}`.
+    """
+
+    cluster: ClusterInfo | str | Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def engine(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> Engine:
+        """The engine of a model."""
+        options = {"batch": "local", **self.options}
+        engine, _ = auto_engine(model, optimizer, self.cluster, **options)
+        assert isinstance(engine, Engine)
+        return engine
+
+    def check_processes(self, count: int) -> None:
+        """Refuse a library that has started another number of processes than the mesh needs.
+
+        Raises:
+            EngineError: it has.
+        """
+        cluster = as_cluster(self.cluster)
+        if count != cluster.world_size:
+            raise EngineError(
+                f"the mesh {cluster.mesh} needs {cluster.world_size} processes, and there are "
+                f"{count}; start the script by torchrun --nproc-per-node={cluster.world_size}, or "
+                "give another mesh"
+            )
+
+
+def whole_tensors(state: Any) -> Any:
+    """A state dict with whole CPU tensors in the place of shards, of which entries of one parameter
+    (tied weights) share one. All ranks call this."""
+    whole: dict[Any, torch.Tensor] = {}
+
+    def gather(x: DTensor) -> torch.Tensor:
+        shard = x.to_local()
+        key = shard.untyped_storage()._cdata, shard.storage_offset(), x.shape, x.placements
+        if key not in whole:
+            whole[key] = x.full_tensor().detach().cpu()
+        return whole[key]
+
+    return pytree.tree_map_only(DTensor, gather, state)

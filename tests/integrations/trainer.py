@@ -1,0 +1,70 @@
+"""What transformers' `Trainer` does, by action."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GPT2LMHeadModel, TrainingArguments
+
+from tests.integrations.language_model import (
+    HELD_OUT,
+    Sequences,
+    generated,
+    language_model,
+    parameters,
+)
+
+STEPS = 4
+
+
+def _trainer(folder: Path, plugin: Any, ranks: int, **options: Any) -> Any:
+    dtype = torch.float32 if options.get("bf16") else torch.float64
+    per_rank = 8 // ranks // options.get("gradient_accumulation_steps", 1)
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=per_rank,
+        per_device_eval_batch_size=8 // ranks, max_steps=STEPS, logging_steps=1, save_steps=2,
+        report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-3, warmup_steps=2, seed=3,
+        **options,
+    )  # fmt: skip
+    data = {"train_dataset": Sequences(), "eval_dataset": Sequences(HELD_OUT)}
+    if plugin is None:
+        return transformers.Trainer(language_model(dtype), arguments, **data)
+    from autopar.integrations.transformers import Trainer
+
+    return Trainer(language_model(dtype), arguments, **data, autopar_plugin=plugin)
+
+
+def _logged(trainer: Any, name: str) -> torch.Tensor:
+    return torch.tensor([entry[name] for entry in trainer.state.log_history if name in entry])
+
+
+def run(folder: Path, plugin: Any, ranks: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Actions and their results."""
+    trainer = _trainer(
+        folder / "main", plugin, ranks, max_grad_norm=0.5, eval_strategy="steps", eval_steps=2
+    )
+    trainer.train()
+    yield "train", parameters(trainer.model)
+    yield "clip", _logged(trainer, "grad_norm").double()
+    yield "evaluate", _logged(trainer, "eval_loss").double()
+    yield "predict", torch.from_numpy(trainer.predict(Sequences(HELD_OUT)).predictions)
+    trainer.save_model(str(folder / "saved"))
+    trainer.accelerator.wait_for_everyone()
+    yield "save", parameters(GPT2LMHeadModel.from_pretrained(folder / "saved"))
+    yield "generate", generated(trainer.model)
+
+    resumed = _trainer(folder / "main", plugin, ranks, max_grad_norm=0.5)
+    resumed.train(resume_from_checkpoint=str(folder / "main" / "checkpoint-2"))
+    yield "resume", parameters(resumed.model)
+
+    accumulating = _trainer(folder / "accumulated", plugin, ranks, gradient_accumulation_steps=2)
+    accumulating.train()
+    yield "accumulate", parameters(accumulating.model)
+
+    mixed = _trainer(folder / "bf16", plugin, ranks, bf16=True)
+    mixed.train()
+    yield "bf16", _logged(mixed, "loss").double()
