@@ -159,6 +159,13 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     write_atomically(path, json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
 
 
+def _shown(value: float) -> str:
+    """Two decimals, fewer of large numbers, and a power of ten for tiny ones."""
+    if 0 < abs(value) < 0.005:
+        return f"{value:.0e}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
 def finish(title: str, rows: Sequence[Row], headline: str, json_file: Path | None) -> int:
     """Print rows and headline, and write the JSON. The exit code is 1 if a target is missed."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
@@ -172,7 +179,7 @@ def finish(title: str, rows: Sequence[Row], headline: str, json_file: Path | Non
         table.add_row(
             row.case if new else "",
             row.metric,
-            f"{row.value:.0f}" if abs(row.value) >= 100 else f"{row.value:.2f}",
+            _shown(row.value),
             row.unit,
             "" if row.target is None else f"<= {row.target:g}",
             {None: "", True: "ok", False: "MISSED"}[row.ok],

@@ -60,6 +60,15 @@ def current(p: torch.Tensor) -> torch.Tensor:
     return p.__dict__["_autopar_parameter"] if isinstance(p, MovedParameter) else p
 
 
+def train_current_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer from before the engine train the DTensors in its parameters' place."""
+    for group in optimizer.param_groups:
+        group["params"] = [current(p) for p in group["params"]]
+    state: dict[Any, Any] = optimizer.state
+    for moved in [p for p in state if isinstance(p, MovedParameter)]:
+        state[current(moved)] = state.pop(moved)
+
+
 # Modules that lay out what they load.
 _LOADING: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 

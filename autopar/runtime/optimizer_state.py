@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 from torch.utils import _pytree as pytree
 
 from autopar.comm.dtensor_rules import enter_step, leave_step
+from autopar.runtime.adoption import train_current_parameters
 from autopar.runtime.distribute import laid_out_like
 from autopar.runtime.sharded_values import SavedShard, ShardedParameter
 from autopar.runtime.step_on_shards import StepOnShards
@@ -40,6 +41,7 @@ def handle_later_optimizers() -> None:
 def _lay_out_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if _STEPPED.get(optimizer) is optimizer.state:
         return
+    train_current_parameters(optimizer)
     for p, entry in optimizer.state.items():
         if isinstance(p, ShardedParameter):
             entry.update({name: _as_state(x, p) for name, x in entry.items()})

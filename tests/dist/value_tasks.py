@@ -190,6 +190,15 @@ def state_of_a_later_optimizer(model: Any, optimizer: Any) -> None:
 
 
 @script
+def optimizer_from_before(model: Any, optimizer: Any) -> None:
+    """`beside` was made before `auto_engine`, which was not told of it, and takes state as loaded."""
+    plain, trained = another()
+    optimizer.beside.load_state_dict(copy.deepcopy(trained.state_dict()))
+    for step in range(2):
+        train(model, optimizer.beside, step)
+
+
+@script
 def adafactor(model: Any, optimizer: Any) -> None:
     later = torch.optim.Adafactor(model.parameters())  # asks for numbers of parts
     for step in range(3):
@@ -291,6 +300,7 @@ def compare(mesh: str) -> dict[str, Any]:
         optimizers: list[Any] = [sgd(reference.parameters()), sgd(model.parameters())]
         for optimizer, owner in zip(optimizers, (reference, model), strict=True):
             optimizer.kept = list(owner.parameters())
+            optimizer.beside = torch.optim.AdamW(owner.parameters(), lr=0.01)
         renames = run is pruning
         constraints = None if renames else SHARDED
         engine, _ = auto_engine(model, optimizers[1], eager_to_shard(mesh), constraints=constraints)

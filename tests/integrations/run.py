@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import time
 import warnings
@@ -17,7 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MODULES = {"trainer": "trainer", "accelerate": "accelerate_loop", "lightning": "lightning_module"}
+MODULES = {
+    "trainer": "trainer",
+    "accelerate": "accelerate_loop",
+    "lightning": "lightning_module",
+    "fabric": "fabric_loop",
+    "peft": "lora",
+}
 RESULTS = "results.pt"
 
 
@@ -26,7 +33,7 @@ def plugin_for(mesh: str, tool: str) -> Any:
     from autopar.integrations.plugin import AutoparPlugin
     from tests.clusters import eager_to_shard
 
-    several = tool == "lightning"  # an engine per submodule, which each constraint would be for
+    several = tool in ("lightning", "peft")  # other names, or several engines
     options = {} if several else {"constraints": {"transformer.wte.weight": "S0R"}}
     return AutoparPlugin(eager_to_shard(mesh), options)
 
@@ -37,6 +44,7 @@ def main() -> None:
     parser.add_argument("tool", choices=MODULES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mesh")
+    parser.add_argument("--first", type=int, help="so many actions alone")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -45,7 +53,8 @@ def main() -> None:
     plugin = None if options.mesh is None else plugin_for(options.mesh, options.tool)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     results, start = {}, time.perf_counter()
-    for action, value in actions.run(options.folder, plugin, ranks):
+    chosen = itertools.islice(actions.run(options.folder, plugin, ranks), options.first)
+    for action, value in chosen:
         results[action] = (value.detach().cpu(), time.perf_counter() - start)
         start = time.perf_counter()
     rank = int(os.environ.get("RANK", "0"))
