@@ -191,8 +191,8 @@ def state_of_a_later_optimizer(model: Any, optimizer: Any) -> None:
 
 @script
 def optimizer_from_before(model: Any, optimizer: Any) -> None:
-    """`beside` was made before `auto_engine`, which was not told of it, and takes state as loaded."""
-    plain, trained = another()
+    """`beside` is from before `auto_engine`, which was not given it, and its state is loaded."""
+    _, trained = another()
     optimizer.beside.load_state_dict(copy.deepcopy(trained.state_dict()))
     for step in range(2):
         train(model, optimizer.beside, step)
