@@ -6,7 +6,7 @@ and 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,6 +145,8 @@ def distribute(
     mesh: DeviceMesh,
     coords: tuple[int, ...],
     device: torch.device,
+    unfilled: Collection[str] = (),
+    fill: Callable[[Mapping[str, torch.Tensor], Mapping[str, DTensor]], None] | None = None,
 ) -> None:
     """Lay the parameters of an adopted model out, and the optimizer's state with them, in place.
 
@@ -152,6 +154,8 @@ def distribute(
 
     Args:
         specs: storage layout by qualified parameter name (parameters without one: replicated).
+        unfilled: names of parameters whose values `fill` gives.
+        fill: of parameters by name, and of new DTensors by name that it writes.
     """
     layout = {
         id(p): specs.get(name, ShardingSpec.replicated(p.ndim))
@@ -161,8 +165,16 @@ def distribute(
     def laid_out(x: torch.Tensor, p: torch.Tensor) -> DTensor:
         return _as_dtensor(_agreed(x, device), layout[id(p)], mesh, coords)
 
-    parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
-    values = [laid_out(p, p) for p in parameters]
+    named = {n: p for n, p in model.named_parameters() if isinstance(p, DTensor)}
+    new = {
+        n: _unwritten(p, layout[id(p)], mesh, coords, device)
+        for n, p in named.items()
+        if n in unfilled
+    }
+    if fill is not None and new:
+        fill(named, new)
+    parameters = list(named.values())
+    values = [new[n] if n in new else laid_out(p, p) for n, p in named.items()]
     grads = [None if p.grad is None else laid_out(p.grad, p) for p in parameters]
     buffers = {id(b): _agreed(b, device) for b in model.buffers()}
     state: dict[torch.Tensor, Any] = {}
@@ -177,6 +189,27 @@ def distribute(
     _put_buffers(model, buffers)
     if optimizer is not None:
         optimizer.state.update(state)
+
+
+def _unwritten(
+    p: torch.Tensor,
+    spec: ShardingSpec,
+    mesh: DeviceMesh,
+    coords: tuple[int, ...],
+    device: torch.device,
+) -> DTensor:
+    """A DTensor like a parameter over new memory, which is this rank's shard alone."""
+    full = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
+    local = shard_of(full, spec, tuple(mesh.shape), coords)
+    stride = local.contiguous().stride() if any(spec.dims) else full.stride()
+    return DTensor.from_local(
+        torch.empty_strided(local.shape, stride, dtype=p.dtype, device=device),
+        mesh,
+        spec.to_placements(mesh.ndim),
+        run_check=False,
+        shape=full.shape,
+        stride=full.stride(),
+    )
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -79,7 +80,8 @@ class StepRunner:
     def for_copy(self, model: torch.nn.Module) -> StepRunner:
         """A runner of a copy of the model, whose parameters stay laid out as they are."""
         compiler = self._compiler
-        return StepRunner(StepCompiler(model, None, compiler.options, laid_out=compiler.laid_out))
+        options = replace(compiler.options, weights=None)  # the copy has values
+        return StepRunner(StepCompiler(model, None, options, laid_out=compiler.laid_out))
 
     @property
     def steps(self) -> list[BoundStep]:
