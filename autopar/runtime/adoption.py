@@ -179,6 +179,22 @@ def _hand_over(old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
         new._post_accumulate_grad_hooks = hooks
 
 
+def check_state(optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse state on the meta device, whose values are lost (Adagrad makes its state at once).
+
+    Raises:
+        EngineError: naming the entry.
+    """
+    for entries in optimizer.state.values() if optimizer is not None else ():
+        for name, x in entries.items():
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                raise EngineError(
+                    f"the state {name!r} of {type(optimizer).__name__} is on the meta device and "
+                    "has no values; build the model within autopar.deferred_init(), or pass "
+                    "example_inputs= to auto_engine and make the optimizer after it"
+                )
+
+
 def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Refuse an optimizer that trains parameters of another model, or takes sparse gradients alone.
 

@@ -27,7 +27,7 @@ _COPIED_BYTES = 2**20
 _index = itertools.count()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Memory:
     """What tensors that are views of each other share.
 
@@ -92,7 +92,7 @@ class Constant:
         return self.value
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Operation:
     """An operator that was recorded.
 

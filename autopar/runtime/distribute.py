@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar.ir.spec import ShardingSpec, local_range
+from autopar.runtime.deferred_tensors import DeferredTensor
 from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter
 
 
@@ -59,6 +60,8 @@ def laid_out_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _agreed(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Rank 0's value on every rank, whole."""
+    if isinstance(x, DeferredTensor):  # state of an optimizer of deferred parameters
+        x = x.compute()
     if isinstance(x, DTensor):
         replicated = all(placement.is_replicate() for placement in x.placements)
         x = x.to_local() if replicated else x.full_tensor()

@@ -126,6 +126,7 @@ def initial_values(
         EngineError: on all ranks: values that cannot be had, tensors that differ between ranks, or
             a checkpoint that does not fit.
     """
+    ranks.together(_outside_of_context)
     reader: Weights | None = None
     stored: dict[str, str] = {}
     if weights is not None:
@@ -143,6 +144,14 @@ def initial_values(
         return InitialValues(late, frozenset(), reader, stored)
     late = frozenset(name for name in missing if name in parameters)
     return InitialValues(late, recorded & late)
+
+
+def _outside_of_context() -> None:
+    if isinstance(torch.empty(1), DeferredTensor):
+        raise EngineError(
+            "auto_engine was called within deferred_init(), where its own tensors would be "
+            "deferred; call it after the with block, which is for building the model"
+        )
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -28,7 +28,7 @@ from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import trainable_inputs
-from autopar.runtime.adoption import adopt, restore
+from autopar.runtime.adoption import adopt, check_state, restore
 from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchDim, BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
@@ -94,6 +94,7 @@ class StepCompiler:
         )
         self._count = 0
         self._names: list[str] | None = None  # of positional arguments
+        self.place.ranks.together(lambda: check_state(optimizer))
         self._initial = InitialValues() if laid_out else self._initial_values()
         self._moved = adopt(model, optimizer, self.mesh)
 

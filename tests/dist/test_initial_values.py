@@ -39,7 +39,7 @@ def test_a_checkpoint_of_another_mesh(pool, tmp_path):
 
 def test_refusals_are_on_all_ranks(pool):
     words = {
-        "shape": ["weight", "[8, 16]", "[9, 16]", "rank 3"],
+        "shape": ["bias", "[8]", "[9]", "rank 3"],
         "no reset": ["0.in_proj_weight", "MultiheadAttention", "deferred_init", "weights="],
     }
     for messages in pool.run(tasks.refusals):

@@ -79,6 +79,27 @@ def test_optimizers_hold_the_parameters_that_train(build, when):
         torch.testing.assert_close(a, b)
 
 
+def test_state_that_an_optimizer_makes_at_once():
+    torch.manual_seed(0)
+    eager = net()
+    train(eager, torch.optim.Adagrad(eager.parameters(), 0.01, initial_accumulator_value=0.1))
+    torch.manual_seed(0)
+    model = deferred()
+    made = torch.optim.Adagrad(model.parameters(), 0.01, initial_accumulator_value=0.1)
+    engine, optimizer = auto_engine(model, made, "1")
+    train(engine, optimizer)
+    for p, q in zip(engine.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q)
+    model = on_meta()
+    with pytest.raises(EngineError, match="'sum' of Adagrad is on the meta device"):
+        auto_engine(model, torch.optim.Adagrad(model.parameters()), "1")
+
+
+def test_the_engine_is_made_after_the_context():
+    with deferred_init(), pytest.raises(EngineError, match="after the with block"):
+        auto_engine(net(), None, "1")
+
+
 def test_values_are_computed_with_example_inputs():
     torch.manual_seed(0)
     eager = net()
