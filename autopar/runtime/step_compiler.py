@@ -68,6 +68,7 @@ class StepCompiler:
         model: its parameters become DTensors, replicated until a plan is known.
         optimizer: of its parameters, or None.
         laid_out: the parameters of the model have their final layouts, as those of a copy.
+        initial: where values come from; None to find out, on all ranks together.
 
     Attributes:
         mesh, device, place: where this rank's programs run.
@@ -80,6 +81,7 @@ class StepCompiler:
         options: EngineOptions,
         *,
         laid_out: bool = False,
+        initial: InitialValues | None = None,
     ) -> None:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.laid_out = laid_out
@@ -94,8 +96,10 @@ class StepCompiler:
         )
         self._count = 0
         self._names: list[str] | None = None  # of positional arguments
-        self.place.ranks.together(lambda: check_state(optimizer))
-        self._initial = InitialValues() if laid_out else self._initial_values()
+        if initial is None:
+            self.place.ranks.together(lambda: check_state(optimizer))
+            initial = self._initial_values()
+        self._initial = initial
         self._moved = adopt(model, optimizer, self.mesh)
 
     def _initial_values(self, *, again: bool = False) -> InitialValues:

@@ -31,6 +31,7 @@ from autopar.runtime.bound_step import BoundStep, WholeResult
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import shards
+from autopar.runtime.initial_values import InitialValues
 from autopar.runtime.result_gradients import refuse_hooks
 from autopar.runtime.sharded_values import DeferredResult, SavedShard, view, views
 from autopar.runtime.sized_steps import SizedSteps
@@ -81,7 +82,9 @@ class StepRunner:
         """A runner of a copy of the model, whose parameters stay laid out as they are."""
         compiler = self._compiler
         options = replace(compiler.options, weights=None)  # the copy has values
-        return StepRunner(StepCompiler(model, None, options, laid_out=compiler.laid_out))
+        return StepRunner(
+            StepCompiler(model, None, options, laid_out=compiler.laid_out, initial=InitialValues())
+        )
 
     @property
     def steps(self) -> list[BoundStep]:
