@@ -7,12 +7,20 @@ if TYPE_CHECKING:
     from autopar.cluster.cluster import ClusterInfo
     from autopar.compile import autoplan
     from autopar.plan import ShardingPlan
+    from autopar.runtime.deferred_init import deferred_init
     from autopar.runtime.engine import auto_engine
     from autopar.tracer import ColoTracer
 
 __version__ = "0.1.0"
 
-__all__ = ["ClusterInfo", "ColoTracer", "ShardingPlan", "auto_engine", "autoplan"]
+__all__ = [
+    "ClusterInfo",
+    "ColoTracer",
+    "ShardingPlan",
+    "auto_engine",
+    "autoplan",
+    "deferred_init",
+]
 
 # Imported at first use: `autopar --help` should not wait for torch.
 _HOMES = {
@@ -21,6 +29,7 @@ _HOMES = {
     "ShardingPlan": "autopar.plan",
     "auto_engine": "autopar.runtime.engine",
     "autoplan": "autopar.compile",
+    "deferred_init": "autopar.runtime.deferred_init",
 }
 
 

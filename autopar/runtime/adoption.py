@@ -22,6 +22,12 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from autopar.errors import EngineError
+from autopar.runtime.deferred_parameters import (
+    DeferredParameter,
+    deferred_parameter,
+    has_no_values,
+)
+from autopar.runtime.deferred_tensors import DeferredTensor
 from autopar.runtime.distribute import laid_out_like
 from autopar.runtime.sharded_values import ShardedParameter
 
@@ -82,27 +88,20 @@ def adopt(
     """Make a model's plain parameters replicated DTensors, also those in the optimizer, and buffers
     and tensor attributes that the caller computed from sharded parameters (masks) whole.
 
+    Parameters without values become `DeferredParameter`s.
+
     Returns:
         what changed, for `restore`.
-
-    Raises:
-        EngineError: a parameter has no values yet.
     """
     new: dict[int, Any] = {}
     moved: list[Moved] = []
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):  # until the first batch
             continue
-        if p.is_meta:
-            raise EngineError(
-                f"parameter {name} is on the meta device and has no values to distribute; "
-                "initialize the model on the CPU first, model.to_empty(device='cpu') and its "
-                "reset_parameters or load_state_dict"
-            )
         if isinstance(p, MovedParameter):  # put back into the model by the caller
             new[id(p)] = current(p)
         elif not isinstance(p, ShardedParameter):
-            new[id(p)] = _dtensor_for(p, mesh)
+            new[id(p)] = _dtensor_for(p, mesh, name)
             moved.append((p, new[id(p)]))
     _exchange(model, optimizer, new)
     for old, dtensor in moved:
@@ -136,8 +135,9 @@ def restore(
     _exchange(model, optimizer, {id(new): old for old, new in moved})
     for old, new in moved:
         if isinstance(old, MovedParameter):
-            old.__class__ = torch.nn.Parameter  # type: ignore[assignment]
-            old.data = new._local_tensor.detach()  # type: ignore[attr-defined]
+            old.__class__ = new.__dict__.pop("_autopar_class")
+            if type(old) is torch.nn.Parameter:  # a deferred tensor has no memory
+                old.data = new._local_tensor.detach()  # type: ignore[attr-defined]
         _hand_over(new, old)
         if new.grad is not None:
             old.grad, new.grad = new.grad.to_local(), None  # type: ignore[attr-defined]
@@ -160,10 +160,13 @@ def _exchange(
         state[new[id(trained)]] = state.pop(trained)
 
 
-def _dtensor_for(p: torch.nn.Parameter, mesh: DeviceMesh) -> ShardedParameter:
+def _dtensor_for(p: torch.nn.Parameter, mesh: DeviceMesh, name: str) -> ShardedParameter:
     """The DTensor in the place of a parameter; the same one again after `restore`."""
-    values: Any = p.detach() if isinstance(p, DTensor) else _replicated(p.detach(), mesh)
     known = p.__dict__.pop("_autopar_parameter", None)
+    if has_no_values(p):
+        again = isinstance(known, DeferredParameter)
+        return known if again else deferred_parameter(p, mesh, name)
+    values: Any = p.detach() if isinstance(p, DTensor) else _replicated(p.detach(), mesh)
     if known is None:
         return ShardedParameter.of_values(values, p.requires_grad)
     known.grad = None
@@ -182,9 +185,13 @@ def _move(old: torch.nn.Parameter, new: torch.nn.Parameter, mesh: DeviceMesh) ->
     if old.grad is not None:
         new.grad, old.grad = _replicated(old.grad, mesh), None
     _hand_over(old, new)
-    if type(old) is torch.nn.Parameter:  # others have a layout of their own
+    if type(old) is torch.nn.Parameter or isinstance(old, DeferredTensor):
+        # others have a layout of their own
         old.requires_grad_(False)
-        old.data = torch.empty(0, dtype=old.dtype)
+        if type(old) is torch.nn.Parameter:
+            old.data = torch.empty(0, dtype=old.dtype, device="meta" if old.is_meta else "cpu")
+        old.__dict__.pop("_deferred", None)
+        new.__dict__["_autopar_class"] = type(old)
         old._autopar_parameter = new  # type: ignore[attr-defined]
         old.__class__ = MovedParameter
 
@@ -198,6 +205,22 @@ def _hand_over(old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
     hooks = getattr(old, "_post_accumulate_grad_hooks", None)
     if hooks:
         new._post_accumulate_grad_hooks = hooks
+
+
+def check_state(optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse state on the meta device, whose values are lost (Adagrad makes its state at once).
+
+    Raises:
+        EngineError: naming the entry.
+    """
+    for entries in optimizer.state.values() if optimizer is not None else ():
+        for name, x in entries.items():
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                raise EngineError(
+                    f"the state {name!r} of {type(optimizer).__name__} is on the meta device and "
+                    "has no values; build the model within autopar.deferred_init(), or pass "
+                    "example_inputs= to auto_engine and make the optimizer after it"
+                )
 
 
 def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -6,7 +6,7 @@ and 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar.ir.spec import ShardingSpec, local_range
+from autopar.runtime.deferred_tensors import DeferredTensor
 from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter
 
 
@@ -59,6 +60,8 @@ def laid_out_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _agreed(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Rank 0's value on every rank, whole."""
+    if isinstance(x, DeferredTensor):  # state of an optimizer of deferred parameters
+        x = x.compute()
     if isinstance(x, DTensor):
         replicated = all(placement.is_replicate() for placement in x.placements)
         x = x.to_local() if replicated else x.full_tensor()
@@ -145,6 +148,8 @@ def distribute(
     mesh: DeviceMesh,
     coords: tuple[int, ...],
     device: torch.device,
+    unfilled: Collection[str] = (),
+    fill: Callable[[Mapping[str, torch.Tensor], Mapping[str, DTensor]], None] | None = None,
 ) -> None:
     """Lay the parameters of an adopted model out, and the optimizer's state with them, in place.
 
@@ -152,6 +157,8 @@ def distribute(
 
     Args:
         specs: storage layout by qualified parameter name (parameters without one: replicated).
+        unfilled: names of parameters whose values `fill` gives.
+        fill: of parameters by name, and of new DTensors by name that it writes.
     """
     layout = {
         id(p): specs.get(name, ShardingSpec.replicated(p.ndim))
@@ -161,8 +168,16 @@ def distribute(
     def laid_out(x: torch.Tensor, p: torch.Tensor) -> DTensor:
         return _as_dtensor(_agreed(x, device), layout[id(p)], mesh, coords)
 
-    parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
-    values = [laid_out(p, p) for p in parameters]
+    named = {n: p for n, p in model.named_parameters() if isinstance(p, DTensor)}
+    new = {
+        n: _unwritten(p, layout[id(p)], mesh, coords, device)
+        for n, p in named.items()
+        if n in unfilled
+    }
+    if fill is not None and new:
+        fill(named, new)
+    parameters = list(named.values())
+    values = [new[n] if n in new else laid_out(p, p) for n, p in named.items()]
     grads = [None if p.grad is None else laid_out(p.grad, p) for p in parameters]
     buffers = {id(b): _agreed(b, device) for b in model.buffers()}
     state: dict[torch.Tensor, Any] = {}
@@ -177,6 +192,27 @@ def distribute(
     _put_buffers(model, buffers)
     if optimizer is not None:
         optimizer.state.update(state)
+
+
+def _unwritten(
+    p: torch.Tensor,
+    spec: ShardingSpec,
+    mesh: DeviceMesh,
+    coords: tuple[int, ...],
+    device: torch.device,
+) -> DTensor:
+    """A DTensor like a parameter over new memory, which is this rank's shard alone."""
+    full = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
+    local = shard_of(full, spec, tuple(mesh.shape), coords)
+    stride = local.contiguous().stride() if any(spec.dims) else full.stride()
+    return DTensor.from_local(
+        torch.empty_strided(local.shape, stride, dtype=p.dtype, device=device),
+        mesh,
+        spec.to_placements(mesh.ndim),
+        run_check=False,
+        shape=full.shape,
+        stride=full.stride(),
+    )
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ def auto_engine(
     *,
     example_inputs: Any = None,
     plan: ShardingPlan | str | Path | None = None,
+    weights: str | Path | None = None,
     batch: str = "global",
     batch_dim: BatchDim = 0,
     memory: str | float | None = None,
@@ -67,6 +68,8 @@ def auto_engine(
         example_inputs: kwargs, args or (args, kwargs) to plan with now instead of at the first
             batch.
         plan: a plan or its file, instead of planning.
+        weights: a safetensors file or folder, or one of torch.distributed.checkpoint, of the
+            model's state dict; every rank reads the slices that it keeps (docs/checkpoints.md).
         batch: "global": every rank passes the same batch and the engine takes its part; "local":
             every rank passes its own samples, as with DDP and a DistributedSampler.
         batch_dim: which dim of the inputs holds the samples, with local batches: a number (of
@@ -88,7 +91,7 @@ def auto_engine(
 
     Raises:
         MeshError: the mesh does not fit the world, or a batch does not divide.
-        EngineError: the optimizer is not the model's.
+        EngineError: the optimizer is not the model's, or values are missing or do not fit.
         PlanError: the plan is damaged or for something else.
         InfeasibleError: no plan fits the memory; it names the smallest budget.
         CaptureError: the model cannot be captured.
@@ -117,6 +120,7 @@ def auto_engine(
         constraints=dict(constraints or {}),
         time_limit=time_limit,
         progress=progress,
+        weights=None if weights is None else Path(weights),
     )
     engine = _engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     handle_later_optimizers()

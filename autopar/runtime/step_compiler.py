@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import trainable_inputs
-from autopar.runtime.adoption import adopt, restore
+from autopar.runtime.adoption import adopt, check_state, restore
 from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchDim, BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
+from autopar.runtime.deferred_parameters import refuse_without_values
 from autopar.runtime.distribute import distribute, shards, stored_specs
+from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.program import bind
@@ -55,6 +58,7 @@ class EngineOptions:
     constraints: Mapping[str, str] | None = None
     time_limit: float = 60.0
     progress: Callable[[str], None] | None = None
+    weights: Path | None = None
 
 
 class StepCompiler:
@@ -64,6 +68,7 @@ class StepCompiler:
         model: its parameters become DTensors, replicated until a plan is known.
         optimizer: of its parameters, or None.
         laid_out: the parameters of the model have their final layouts, as those of a copy.
+        initial: where values come from; None to find out, on all ranks together.
 
     Attributes:
         mesh, device, place: where this rank's programs run.
@@ -76,6 +81,7 @@ class StepCompiler:
         options: EngineOptions,
         *,
         laid_out: bool = False,
+        initial: InitialValues | None = None,
     ) -> None:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.laid_out = laid_out
@@ -90,7 +96,16 @@ class StepCompiler:
         )
         self._count = 0
         self._names: list[str] | None = None  # of positional arguments
+        if initial is None:
+            self.place.ranks.together(lambda: check_state(optimizer))
+            initial = self._initial_values()
+        self._initial = initial
         self._moved = adopt(model, optimizer, self.mesh)
+
+    def _initial_values(self, *, again: bool = False) -> InitialValues:
+        return initial_values(
+            self.model, self.place.ranks, self.device, self.options.weights, again=again
+        )
 
     def compile(
         self, call: Call, varying: Collection[Origin] = (), alike: BoundStep | None = None
@@ -117,6 +132,10 @@ class StepCompiler:
     @contextmanager
     def _untouched_if_it_fails(self) -> Iterator[None]:
         """Adopt the model's parameters; give them back if its first step cannot be compiled."""
+        if not self.laid_out:
+            self._initial = self._initial_values(again=True)
+        else:
+            self.place.ranks.together(lambda: refuse_without_values(self.model))
         self._moved += adopt(self.model, self.optimizer, self.mesh)  # of replaced modules too
         try:
             yield
@@ -287,7 +306,7 @@ class StepCompiler:
             return
         distribute(
             self.model, self.optimizer, plan.parameter_specs(), self.mesh, self.place.coords,
-            self.device,
+            self.device, self._initial.names, self._initial.fill,
         )  # fmt: skip
         self.laid_out = True
         if self.optimizer is not None:

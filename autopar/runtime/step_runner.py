@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from autopar.runtime.bound_step import BoundStep, WholeResult
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import shards
+from autopar.runtime.initial_values import InitialValues
 from autopar.runtime.result_gradients import refuse_hooks
 from autopar.runtime.sharded_values import DeferredResult, SavedShard, view, views
 from autopar.runtime.sized_steps import SizedSteps
@@ -80,7 +82,10 @@ class StepRunner:
     def for_copy(self, model: torch.nn.Module) -> StepRunner:
         """A runner of a copy of the model, whose parameters stay laid out as they are."""
         compiler = self._compiler
-        twin = StepRunner(StepCompiler(model, None, compiler.options, laid_out=compiler.laid_out))
+        options = replace(compiler.options, weights=None)  # the copy has values
+        twin = StepRunner(
+            StepCompiler(model, None, options, laid_out=compiler.laid_out, initial=InitialValues())
+        )
         twin.context = self.context
         return twin
 

@@ -47,6 +47,7 @@ PAGES = (
     "docs/control.md",
     "docs/memory.md",
     "docs/training_scripts.md",
+    "docs/checkpoints.md",
     "benchmarks/README.md",
 )
 
