@@ -201,6 +201,7 @@ def _run_cbc(program: Any, time_limit: float, gap: float) -> int:
                 code = process.wait()
             except BaseException:
                 process.kill()
+                process.wait()
                 raise
             finally:
                 _PROCESSES.remove(process)
