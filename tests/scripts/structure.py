@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.scripts.case import Found, Wrap, case
-from tests.scripts.helpers import Model, data, fit, gap, gradient_gap, pair, squares
+from tests.scripts.helpers import Model, apart, data, fit, gap, gradient_gap, pair, squares
 
 
 class Blocks(nn.Module):
@@ -147,4 +147,5 @@ def operands_without_elements(wrap: Wrap) -> Found:
     """Slices, constants, parameters and inputs without elements."""
     runs = pair(wrap, Growing())
     fit(runs, lambda q, step: q(data(step, 4, 8), data(step, 0, 8)).pow(2).mean())
-    return {"gap": gap(*(run.model for run in runs))}
+    pairs = zip(*(run.model.parameters() for run in runs), strict=True)
+    return {"parameters": max(apart(p, q) for p, q in pairs if p.numel())}
