@@ -20,6 +20,8 @@ from autopar.plan import ShardingPlan
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.planner import Planned, build_problem
 from autopar.schedule.agreed import agreed_schedule
+from autopar.units import bytes_text
+from autopar.versions import warn_if_torch_is_untested
 
 
 def autoplan(
@@ -40,6 +42,7 @@ def autoplan(
         ConstraintError: a constraint has an unknown name or an impossible layout.
         InfeasibleError: nothing fits the budget; a `ConflictError` if constraints are the reason.
     """
+    warn_if_torch_is_untested(torch.__version__)
     problem = build_problem(model, args, kwargs, **options)  # trace, profile, space
     return problem.planned(problem.decide())  # solve, plan
 
@@ -59,6 +62,7 @@ def plan_step(
         schedule: also if everything fits the memory.
         output_specs: layouts in which the caller wants the results; replicated if None.
     """
+    warn_if_torch_is_untested(torch.__version__)
     problem = build_problem(model, args, kwargs, **options)
     return plan_jointly(problem, output_specs=output_specs, always=schedule)
 
@@ -87,14 +91,17 @@ def compile_step(
         EngineError: ranks built different programs.
         InfeasibleError: the step does not fit the budget.
     """
+    stage = options.progress.stage
     planned = StepPlan.of_rank_zero(decide, place.ranks)
     plan = planned.plan
-    local = apply_sharding(
-        graph, plan, coords=place.coords, groups=place.groups,
-        output_specs=output_specs, trainable=trainable, whole_sizes=whole_sizes,
-    )  # fmt: skip
-    place.check_agreement(local.gm)
-    called_with = arguments(plan, local)
+    with stage("apply") as running:
+        local = apply_sharding(
+            graph, plan, coords=place.coords, groups=place.groups,
+            output_specs=output_specs, trainable=trainable, whole_sizes=whole_sizes,
+        )  # fmt: skip
+        place.check_agreement(local.gm)
+        called_with = arguments(plan, local)
+        running.done = f"applied the plan: {_size(local.gm)} operators on each rank"
     if not options.lowered:
         return CompiledStep(graph, plan, local, None, None)
     budget = options.budget(graph, plan, called_with)
@@ -103,14 +110,26 @@ def compile_step(
         cluster=options.cluster, scheduled=budget is not None, compile=options.compile,
         dump=options.dump_passes,
     )  # fmt: skip
-    traced = trace_step(local.gm, called_with.tensors, lowering)
+    with stage("differentiate") as running:
+        traced = trace_step(local.gm, called_with.tensors, lowering)
+        running.done = "differentiated the program"
     memory = None
     if budget is not None:
-        known = planned.schedule_of(traced.program)
-        memory = agreed_schedule(traced.program, budget, place.ranks, known)
-    lowered = lower(traced, None if memory is None else memory.schedule)
-    place.check_agreement(lowered.forward, lowered.backward)
+        with stage("schedule") as running:
+            known = planned.schedule_of(traced.program)
+            memory = agreed_schedule(traced.program, budget, place.ranks, known)
+            running.done = f"scheduled memory: values peak at {bytes_text(memory.peak_bytes)}"
+    with stage("lower") as running:
+        lowered = lower(traced, None if memory is None else memory.schedule)
+        place.check_agreement(lowered.forward, lowered.backward)
+        running.done = f"lowered: {_size(lowered.forward)} operators forward" + (
+            "" if lowered.backward is None else f", {_size(lowered.backward)} backward"
+        )
     return CompiledStep(graph, plan, local, lowered, memory)
+
+
+def _size(gm: torch.fx.GraphModule) -> str:
+    return f"{sum(node.op == 'call_function' for node in gm.graph.nodes):,}"
 
 
 def compile_first_rank(joint: JointPlan, *, dump_passes: Path | None = None) -> CompiledStep:

@@ -19,6 +19,7 @@ from autopar.passes.lower import LoweredStep
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
 from autopar.planner.planner import ADAM_STATE
+from autopar.progress import SILENT, Progress
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.schedule.program import Program
 
@@ -133,6 +134,7 @@ class StepOptions:
         compile: Inductor runs the graphs.
         optimizer_state: bytes of optimizer state per byte of trainable parameter.
         dump_passes: folder for the graph before and after each pass.
+        progress: is told the stages, on every rank.
     """
 
     cluster: ClusterInfo
@@ -140,6 +142,7 @@ class StepOptions:
     compile: bool = False
     optimizer_state: float = ADAM_STATE
     dump_passes: Path | None = None
+    progress: Progress = SILENT
 
     def budget(
         self, graph: ModelGraph, plan: ShardingPlan, arguments: Arguments

@@ -5,6 +5,7 @@ The commands import torch inside of their functions, so that `--help` is fast.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import typer
 import autopar
 from autopar.cli import machine_commands, plan_commands
 from autopar.cli.common import progress, short_errors
+from autopar.versions import torch_version
 
 app = typer.Typer(
     name="autopar",
@@ -40,14 +42,31 @@ app.add_typer(rules)
 
 def _print_version(requested: bool) -> None:
     if requested:
-        print(f"autopar {autopar.__version__}")
+        print(f"autopar {autopar.__version__}, torch {torch_version()}")
         raise typer.Exit
+
+
+def _log_more(requested: bool) -> None:
+    if requested:
+        logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("autopar").setLevel(logging.DEBUG)
 
 
 @app.callback()
 def main(
     version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+        False,
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        help="Print the versions of autopar and torch.",
+    ),
+    verbose: bool = typer.Option(
+        False,
+        "--verbose",
+        "-v",
+        callback=_log_more,
+        help="Also log what the stages do, on stderr.",
     ),
 ) -> None:
     pass

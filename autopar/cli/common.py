@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import FrameType
 from typing import NoReturn
 
 import typer
+
+from autopar.progress import Progress
+
+_SHOW_CURSOR = "\x1b[?25h\n"  # which a spinner hides
 
 DEFAULT_DEVICE = "A100-80G"
 
@@ -22,18 +29,46 @@ def check_optimizer(optimizer: str) -> None:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A function that reports the current stage: a spinner on a terminal, else lines on stderr.
+def progress() -> Iterator[Progress]:
+    """Tells of the stages on stderr, a line each; on a terminal a spinner shows the one that runs.
     What a model file prints meanwhile goes to stderr."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
     if not console.is_terminal:
         with contextlib.redirect_stdout(sys.stderr):
-            yield lambda line: console.print(line, markup=False, soft_wrap=True)
+            yield Progress(tell)
         return
     with console.status("autopar ...") as status, contextlib.redirect_stdout(sys.stderr):
-        yield lambda line: status.update(line)
+        yield Progress(tell, status.update)
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """While on, Ctrl-C ends the process at once, with code 130. An exception would take seconds, to
+    free a large search space, and torch may abort where one passes through its C++."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if solver := sys.modules.get("autopar.solver.linear_program"):
+            solver.stop_processes()
+        if sys.stderr.isatty():
+            sys.stderr.write(_SHOW_CURSOR)
+        sys.stderr.flush()
+        os._exit(128 + number)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or somebody else's
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from autopar.cli.model_file import load_example
@@ -11,7 +10,8 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.plan import ShardingPlan
 from autopar.planner.diff import Difference
 from autopar.planner.explain import Explanation, explain
-from autopar.planner.planner import Planned, build_problem, choices_of
+from autopar.planner.planner import Planned, build_problem, captured, choices_of
+from autopar.progress import Progress
 from autopar.report.comparison import difference_tables, explanation_table
 from autopar.report.text import render_tables, terminal_width
 from autopar.tracer import ColoTracer
@@ -24,7 +24,7 @@ def explain_decision(
     model: Path | None,
     alternatives: int,
     time_limit: float,
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> Explanation:
     """The alternatives of a decision of a saved plan.
 
@@ -33,17 +33,19 @@ def explain_decision(
         PlanError: the file has another model.
     """
     source = model or _source(plan, path)
-    say("load model ...")
-    example = load_example(source)
-    say("trace ...")
-    graph = ColoTracer().trace(example.model, example.args, example.kwargs)
+    with progress.stage("load model") as stage:
+        example = load_example(source)
+        stage.done = f"loaded {type(example.model).__name__}"
+    with progress.stage("trace") as stage:
+        graph = ColoTracer().trace(example.model, example.args, example.kwargs)
+        stage.done = captured(example.model, graph)
     plan.check(fingerprint=graph.fingerprint, mesh=plan.mesh, model=type(example.model).__name__)
     problem = build_problem(
         example.model, graph=graph, cluster=ClusterInfo.from_dict(plan.cluster),
-        optimizer_state=plan.optimizer_state, constraints=plan.constraints, progress=say,
+        optimizer_state=plan.optimizer_state, constraints=plan.constraints, progress=progress,
     )  # fmt: skip
     planned = Planned(plan, graph, problem.space, choices_of(problem.space, plan), problem.mask)
-    return explain(planned, node, limit=alternatives, time_limit=time_limit, progress=say)
+    return explain(planned, node, limit=alternatives, time_limit=time_limit, progress=progress)
 
 
 def _source(plan: ShardingPlan, path: Path) -> Path:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import typer
 
-from autopar.cli.common import DEFAULT_DEVICE, OPTIMIZERS, check_optimizer, progress, short_errors
+from autopar.cli.common import (
+    DEFAULT_DEVICE,
+    OPTIMIZERS,
+    check_optimizer,
+    ended_by_ctrl_c,
+    progress,
+    short_errors,
+)
 
 
 def profile(
@@ -39,7 +46,7 @@ def profile(
     The step is that of one device, without sharding and recomputation. Formulas, --fit and other
     sizes than the example's need a model whose batch and sequence can be symbolic.
     """
-    with progress() as say, short_errors(ValueError, OSError):
+    with ended_by_ctrl_c(), progress() as say, short_errors(ValueError, OSError):
         check_optimizer(optimizer)
         from autopar.cli.model_file import load_example
         from autopar.cluster.cluster import parse_bytes
@@ -48,8 +55,9 @@ def profile(
         budget = None if fit is None else parse_bytes(fit)
         sizes = {"batch": batch, "sequence": sequence}
         changed = {name: size for name, size in sizes.items() if size is not None}
-        say("load model ...")
-        example = load_example(model)
+        with say.stage("load model") as stage:
+            example = load_example(model)
+            stage.done = f"loaded {type(example.model).__name__}"
         from autopar.cli.profile import profile_example, show
 
         say("trace and profile ...")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from autopar.planner import pareto
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
+from autopar.progress import Progress
 from autopar.report.html import render_html
 from autopar.report.text import render, terminal_width
 from autopar.report.trace import trace_of
@@ -81,7 +81,7 @@ def target_of(
 def make_plan(
     example: Example,
     target: ClusterInfo | AnyMesh,
-    say: Callable[[str], None],
+    progress: Progress,
     *,
     baselines: bool,
     pareto_front: bool,
@@ -98,7 +98,7 @@ def make_plan(
         dump_passes: folder for the first rank's graphs before and after each pass.
         options: of `build_problem` and `search_meshes`.
     """
-    options["progress"] = say
+    options["progress"] = progress
     model, args, kwargs = example.model, example.args, example.kwargs
     if isinstance(target, AnyMesh):
         options |= vars(target)
@@ -112,17 +112,19 @@ def make_plan(
         write_atomically(trace, json.dumps(trace_of(joint.memory.timeline)) + "\n")
     if dump_passes is not None:
         on_gpu = planned.space.cluster.device.kind != "cpu"
-        say("passes, without kernels of GPUs ..." if on_gpu else "passes ...")
-        compile_first_rank(joint, dump_passes=dump_passes)
+        with progress.stage("passes") as stage:
+            compile_first_rank(joint, dump_passes=dump_passes)
+            stage.done = "wrote the passes" + (", without kernels of GPUs" if on_gpu else "")
     rows: tuple[Baseline, ...] = ()
     points: tuple[ParetoPoint, ...] = ()
     if baselines:
-        say("baselines ...")
-        plans = baseline_plans(planned.space, time_limit=time_limit)
-        rows = tuple(Baseline(b.name, b.time, b.memory) for b in plans)
+        with progress.stage("baselines") as stage:
+            plans = baseline_plans(planned.space, time_limit=time_limit)
+            rows = tuple(Baseline(b.name, b.time, b.memory) for b in plans)
+            stage.done = f"planned {len(rows)} baselines"
     if pareto_front:
         points = pareto.pareto_front(
-            planned.space, time_limit=time_limit, progress=say, mask=planned.mask
+            planned.space, time_limit=time_limit, progress=progress, mask=planned.mask
         ).points
     return replace(planned.plan, baselines=rows, pareto_front=points)
 

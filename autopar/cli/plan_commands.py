@@ -9,7 +9,14 @@ from typing import Annotated
 
 import typer
 
-from autopar.cli.common import DEFAULT_DEVICE, OPTIMIZERS, check_optimizer, progress, short_errors
+from autopar.cli.common import (
+    DEFAULT_DEVICE,
+    OPTIMIZERS,
+    check_optimizer,
+    ended_by_ctrl_c,
+    progress,
+    short_errors,
+)
 
 PlanFile = Annotated[
     Path, typer.Argument(metavar="PLAN.json", help="A file that `autopar plan -o` wrote.")
@@ -90,7 +97,8 @@ def plan(
     time_limit: float = typer.Option(
         60.0,
         metavar="SECONDS",
-        help="For each run of the solver, which then returns its best plan and the gap.",
+        help="For all of planning: the best plan known then is given with its gap. As much again "
+        "for each baseline and for the Pareto front.",
         min=0.1,
     ),
 ) -> None:
@@ -99,7 +107,7 @@ def plan(
     The report goes to stdout, progress to stderr. The exit code is 1 if nothing fits the memory or
     the model cannot be captured, and 2 if the input is wrong.
     """
-    with progress() as say:
+    with ended_by_ctrl_c(), progress() as say:
         with short_errors(ValueError, OSError):
             check_optimizer(optimizer)
             from autopar.cli.model_file import load_example
@@ -114,8 +122,9 @@ def plan(
             if dump_passes is not None:
                 dump_passes.mkdir(parents=True, exist_ok=True)
             layouts = {} if constraints is None else load_constraints(constraints)
-            say("load model ...")
-            example = load_example(model)
+            with say.stage("load model") as stage:
+                example = load_example(model)
+                stage.done = f"loaded {type(example.model).__name__}"
             state = named_state_ratio(optimizer.lower(), example.model)
         with short_errors():
             result = make_plan(
@@ -179,7 +188,7 @@ def explain(
 
     For each alternative it finds the best plan with that choice, and says what else changes.
     """
-    with progress() as say, short_errors(ValueError, OSError):
+    with ended_by_ctrl_c(), progress() as say, short_errors(ValueError, OSError):
         from autopar.cli.inspect import explain_decision
         from autopar.plan import ShardingPlan
 

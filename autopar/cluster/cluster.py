@@ -25,6 +25,9 @@ LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
 
 NODE_SIZE = 8
 
+# A smaller number without a unit is no number of bytes: the unit was forgotten.
+_FEW_BYTES = 1024
+
 
 _AXIS = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<size>\d+)")
 
@@ -60,16 +63,24 @@ def parse_bytes(value: str | float, *, of: float | None = None) -> float:
     """`"40GiB"`, `"512 MB"`, a number of bytes, or a share such as `0.5` of `of`.
 
     Raises:
-        ValueError: not a size, or not positive.
+        ValueError: not a size, or not positive; or a number above 1 and too small to be of bytes,
+            as `40` is. `"40B"` is 40 bytes.
     """
+    unit = ""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([A-Za-z]*)\s*", value)
         units = {k.lower(): v for k, v in _UNITS.items()}
         if match is None or match[2].lower() not in units:
             raise ValueError(f"cannot read memory size {value!r}; write '40GiB', '512MB' or '0.5'")
-        value = float(match[1]) * units[match[2].lower()]
+        unit = match[2]
+        value = float(match[1]) * units[unit.lower()]
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"memory size must be positive and finite, got {value}")
+    if 1 < value < _FEW_BYTES and not unit:
+        raise ValueError(
+            f"a memory of {value:g} would be {value:g} bytes; did you mean '{value:g}GiB'? Write "
+            f"'{value:g}B' for bytes, or a share of the device's memory such as 0.8"
+        )
     return value * of if of is not None and value <= 1 else float(value)
 
 

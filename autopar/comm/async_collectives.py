@@ -183,7 +183,7 @@ def finish_all_gather_many(
     ]
     parts = rows.split([torch.Size(s).numel() for s in padded], 1)
     return [
-        join_parts(part.clone().view(-1, *inner), dim, shape[dim])
+        join_parts(part.clone().view(rows.shape[0], *inner), dim, shape[dim])
         for part, inner, dim, shape in zip(parts, padded, dims, shapes, strict=True)
     ]
 

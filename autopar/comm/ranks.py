@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from autopar.comm import world
 from autopar.errors import AutoparError, EngineError
 
 T = TypeVar("T")
+
+_decisions = itertools.count()  # ranks wait for the same ones, in the same order
+
+
+@contextmanager
+def _awaited_from_rank_zero() -> Iterator[None]:
+    """Other ranks wait here until rank 0 has ended the body: in Python, not within a collective, so
+    that Ctrl-C stops them too, and that planning may take longer than the timeout of collectives.
+
+    Raises:
+        EngineError: on the other ranks, if rank 0 was stopped.
+    """
+    if dist.get_world_size() == 1:
+        yield
+        return
+    store, key = world.store(), f"autopar/decision/{next(_decisions)}"
+    if dist.get_rank() == 0:
+        ended = "stopped"
+        try:
+            yield
+            ended = "decided"
+        finally:
+            store.set(key, ended)
+        return
+    yield
+    start = time.monotonic()
+    while not store.check([key]):
+        time.sleep(min(0.05, 0.0005 + (time.monotonic() - start) / 20))
+    if store.get(key) != b"decided":
+        raise EngineError("rank 0 was stopped while it planned; start all ranks again")
 
 
 class Ranks:
@@ -37,14 +71,15 @@ class WorldRanks(Ranks):
 
     def from_rank_zero(self, decide: Callable[[], T]) -> T:
         box: list[Any] = [None, None]
-        if dist.get_rank() == 0:
-            try:
-                box[0] = decide()
-            except AutoparError as error:
-                box[1] = error
-            except Exception as error:
-                box[1] = EngineError(f"rank 0 failed: {type(error).__name__}: {error}")
-                box[1].__cause__ = error
+        with _awaited_from_rank_zero():
+            if dist.get_rank() == 0:
+                try:
+                    box[0] = decide()
+                except AutoparError as error:
+                    box[1] = error
+                except Exception as error:
+                    box[1] = EngineError(f"rank 0 failed: {type(error).__name__}: {error}")
+                    box[1].__cause__ = error
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0)
         if box[1] is not None:

@@ -18,6 +18,7 @@ from autopar.ir.guards import Guard
 from autopar.ir.numbers import Numbers, Values, evaluate
 from autopar.ir.randomness import draws
 from autopar.ir.reads import Reads
+from autopar.ir.result_objects import has_nodes, realized
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,12 @@ class ModelGraph:
         own = list(results[:count])
         for position, number in self.effects.numbers.items():
             own[position] = evaluate(number, values)
-        return pytree.tree_unflatten(own, self.out_spec)
+        results = pytree.tree_unflatten(own, self.out_spec)
+        return realized(results) if self._returns_objects else results
+
+    @cached_property
+    def _returns_objects(self) -> bool:
+        return has_nodes(self.out_spec)
 
     def bind(self, model: torch.nn.Module) -> Callable[..., Any]:
         """The captured program bound to a model's tensors, with the model's call signature.

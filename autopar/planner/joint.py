@@ -24,7 +24,7 @@ from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
 from autopar.schedule.budget import MemoryPlan, StepBudget
-from autopar.units import bytes_text
+from autopar.units import bytes_text, time_text
 
 _BETWEEN = 2  # limits between none and the budget
 _EVEN = 5e-3  # of a step: the cost of fitting the budget at which no other plans are tried
@@ -87,11 +87,10 @@ def plan_jointly(
         return JointPlan(problem.planned(unlimited))
     trials = _Trials(problem, output_specs)
     trials.add(math.inf, unlimited)
-    start = time.monotonic()
     limited = _limited_plans(problem, needed)
     # no plan is faster than the one without a limit
     while trials.best is None or (binds and trials.best.trial.added_us > _EVEN * unlimited.step_us):
-        if time.monotonic() - start > problem.time_limit:
+        if trials.best is not None and problem.deadline.over:
             break
         limit_and_result = next(limited, None)
         if limit_and_result is None:
@@ -136,25 +135,38 @@ class _Trials:
         if self.best is not None and us >= self.best.trial.step_us:
             self.tried[choices] = Trial(us, math.nan)
             return
-        problem.say("schedule ...")
+        text = "without a limit" if math.isinf(limit) else f"for {bytes_text(limit)}"
         start = time.perf_counter()
-        plan = make_plan(space, choices, problem.model)
+        with problem.progress.stage("schedule") as stage:
+            try:
+                step, memory = self._schedule(choices)
+            except InfeasibleError as error:
+                stage.done = f"no schedule of the plan {text} fits"
+                self.errors.append(error)
+                self.tried[choices] = Trial(us, math.inf)
+                return
+            finally:
+                self.seconds += time.perf_counter() - start
+            stage.done = (
+                f"scheduled memory of the plan {text}: {time_text(us)}, and "
+                f"{time_text(memory.added_us)} to fit"
+            )
+        trial = self.tried[choices] = Trial(us, memory.added_us)
+        if self.best is None or trial.step_us < self.best.trial.step_us:
+            self.best = _Scheduled(trial, replace(result, choices=choices), step, memory)
+
+    def _schedule(self, choices: tuple[int, ...]) -> tuple[LocalStep, MemoryPlan]:
+        """The first rank's step, and its schedule within the budget.
+
+        Raises:
+            InfeasibleError: no schedule fits.
+        """
+        space = self.problem.space
+        plan = make_plan(space, choices, self.problem.model)
         step = local_step(
             space.graph, plan, trainable=space.workload.trainable, output_specs=self.output_specs
         )
-        try:
-            memory = _step_budget(problem, step).choose(step.program)
-        except InfeasibleError as error:
-            self.errors.append(error)
-            self.tried[choices] = Trial(us, math.inf)
-            return
-        finally:
-            self.seconds += time.perf_counter() - start
-        trial = self.tried[choices] = Trial(us, memory.added_us)
-        text = "no limit" if math.isinf(limit) else bytes_text(limit)
-        problem.say(f"planned for {text}: {us:.0f} us, and {memory.added_us:.0f} us to fit")
-        if self.best is None or trial.step_us < self.best.trial.step_us:
-            self.best = _Scheduled(trial, replace(result, choices=choices), step, memory)
+        return step, _step_budget(self.problem, step).choose(step.program)
 
     def fastest(self) -> JointPlan:
         """The fastest joint plan.
@@ -189,12 +201,18 @@ def _limited_plans(problem: PlanningProblem, needed: float) -> Iterator[tuple[fl
     the memory of the plan without a limit."""
 
     def within(limit: float) -> SearchResult | float:
-        try:
-            return search(
-                problem.space, budget_bytes=limit, time_limit=problem.time_limit, mask=problem.mask
-            )
-        except InfeasibleError as error:
-            return error.smallest_bytes
+        with problem.progress.stage("solve") as stage:
+            try:
+                result = search(
+                    problem.space, budget_bytes=limit, time_limit=problem.deadline.left,
+                    progress=problem.progress.detail, mask=problem.mask,
+                )  # fmt: skip
+            except InfeasibleError as error:
+                stage.done = f"no plan within {bytes_text(limit)} without a schedule"
+                return error.smallest_bytes
+            described = result.describe() + problem.cut_short(result)
+            stage.done = f"solved within {bytes_text(limit)}: {described}"
+            return result
 
     low = problem.budget_bytes
     result = within(low)

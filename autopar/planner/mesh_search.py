@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from autopar.cluster.device import Device
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
 from autopar.plan import MeshResult
 from autopar.planner.constraints import masked
-from autopar.planner.planner import Planned, build_problem
+from autopar.planner.planner import Planned, build_problem, captured
+from autopar.progress import Deadline, Progress, Tell
 from autopar.solver.contraction import Contraction
 from autopar.tracer import ColoTracer
 from autopar.units import time_text
@@ -49,7 +50,8 @@ def search_meshes(
     device: str | Device = "cpu",
     per_node: int = NODE_SIZE,
     memory: str | float | None = None,
-    progress: Callable[[str], None] | None = None,
+    time_limit: float = 60.0,
+    progress: Progress | Tell | None = None,
     **options: Any,
 ) -> Planned:
     """The fastest plan on a mesh of that many devices. Its `meshes` are the results of all meshes.
@@ -57,8 +59,10 @@ def search_meshes(
     Args:
         device: a name of the table of devices, or a description.
         per_node: devices that fast links join.
-        options: of `build_problem`, for each mesh: `time_limit`, `constraints`, ... Meshes that
-            lack an axis that constraints name are skipped.
+        time_limit: seconds for all meshes together. Each gets an equal share of what is left; when
+            it is over, and there is a plan, the other meshes are skipped.
+        options: of `build_problem`, for each mesh: `constraints`, ... Meshes that lack an axis that
+            constraints name are skipped.
 
     Raises:
         InfeasibleError: no mesh has a plan that fits the memory.
@@ -66,21 +70,28 @@ def search_meshes(
     """
     if devices < 1 or per_node < 1:
         raise MeshError(f"{devices} devices, {per_node} per node: give at least one of each")
-    say = progress or (lambda line: None)
-    say("trace ...")
-    graph = ColoTracer().trace(model, args, kwargs)
+    telling = Progress.of(progress)
+    with telling.stage("trace") as stage:
+        graph = ColoTracer().trace(model, args, kwargs)
+        stage.done = captured(model, graph)
+    deadline = Deadline(time_limit)
     tried: list[MeshResult] = []
     best: Planned | None = None
     errors: list[AutoparError] = []
     shapes = list(meshes(devices))
     for k, shape in enumerate(shapes):
         name = "x".join(map(str, shape))
-        say(f"mesh {name} ({k + 1} of {len(shapes)}) ...")
+        if best is not None and deadline.over:
+            note = "no time left"
+            tried.append(MeshResult(shape, math.inf, 0.0, math.nan, note))
+            continue
+        telling(f"mesh {name} ({k + 1} of {len(shapes)}) ...")
         cluster = ClusterInfo.of(shape, device, node_size=per_node).with_memory(memory)
         try:
             problem = build_problem(
-                model, graph=graph, cluster=cluster, progress=progress, **options
-            )
+                model, graph=graph, cluster=cluster, progress=telling,
+                time_limit=deadline.share(len(shapes) - k), **options,
+            )  # fmt: skip
             if best is not None:
                 # one elimination, without memory and exposed communication
                 relaxed = masked(problem.space.problem(), problem.mask).problem
@@ -99,7 +110,7 @@ def search_meshes(
         plan = planned.plan
         step_us = plan.time.step_us
         tried.append(MeshResult(shape, step_us, plan.solver.bound_us, plan.memory.total_bytes))
-        say(f"mesh {name}: {time_text(step_us)}")
+        telling.tell(f"mesh {name}: {time_text(step_us)}")
         if best is None or step_us < best.plan.time.step_us:
             best = planned
     if best is None:  # the mesh that needs the least memory says why

@@ -23,6 +23,7 @@ from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.liveness import Liveness
 from autopar.planner.search import search
 from autopar.planner.space import SearchSpace
+from autopar.progress import Deadline
 from autopar.units import bytes_text
 
 POINTS = 12
@@ -69,11 +70,12 @@ def pareto_front(
 
     Args:
         points: budgets, both ends included; fewer where the two ends meet.
-        time_limit: seconds for the solver, per budget.
+        time_limit: seconds for all budgets together; each gets an equal share of what is left.
     """
     if points < 2:
         raise ValueError(f"a Pareto front has two points or more, not {points}")
     say = progress or (lambda line: None)
+    deadline = Deadline(time_limit)
     plans: list[_CostedPlan] = []
     bounds: dict[float, float] = {}
 
@@ -81,7 +83,8 @@ def pareto_front(
         """The memory of the plan for a budget."""
         text = "without limit" if math.isinf(budget) else f"within {bytes_text(budget)}"
         say(f"{text} ({len(bounds) + 1} of {points}) ...")
-        result = search(space, budget_bytes=budget, time_limit=time_limit, mask=mask)
+        seconds = deadline.share(points - len(bounds))
+        result = search(space, budget_bytes=budget, time_limit=seconds, mask=mask)
         liveness = Liveness(space, math.inf)
         memory = estimate_memory(space, result.choices, liveness).total_bytes
         step_us = estimate_time(space, result.choices, liveness).step_us
@@ -91,7 +94,7 @@ def pareto_front(
 
     needed = solve_within(math.inf)
     say("the smallest budget ...")
-    smallest = _solve_smallest(space, time_limit, mask, solve_within)
+    smallest = _solve_smallest(space, deadline.share(points), mask, solve_within)
     while len(bounds) < points:
         remaining = points - len(bounds) + 1
         if needed > smallest * _ROOM:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +24,10 @@ from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.liveness import Liveness
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
+from autopar.progress import Deadline, Progress, Stage, Tell
+from autopar.solver.solve import TARGET_GAP
 from autopar.tracer import ColoTracer, ModelGraph
+from autopar.units import mesh_text
 
 ADAM_STATE = 2.0
 
@@ -54,9 +57,9 @@ class PlanningProblem:
         mask: candidates per decision, where constraints exclude some.
         constraints: layouts by name.
         budget_bytes: per device.
-        time_limit: seconds for each run of the solver.
+        deadline: that all runs of the solver and all schedules share.
         seconds: per stage so far.
-        say: called with a line per stage.
+        progress: is told the stages.
     """
 
     model: str
@@ -64,9 +67,9 @@ class PlanningProblem:
     mask: Allowed
     constraints: Constraints
     budget_bytes: float
-    time_limit: float
+    deadline: Deadline
     seconds: Mapping[str, float]
-    say: Callable[[str], None]
+    progress: Progress
 
     def decide(self, budget_bytes: float | None = None) -> SearchResult:
         """The fastest plan within the budget, or within another one; or the fastest baseline, if
@@ -75,31 +78,45 @@ class PlanningProblem:
         Raises:
             InfeasibleError: nothing fits; a `ConflictError` if constraints are the reason.
         """
-        self.say("solve ...")
         budget = self.budget_bytes if budget_bytes is None else budget_bytes
-        limits: dict[str, Any] = {"budget_bytes": budget, "time_limit": self.time_limit}
-        start = time.monotonic()
-        with existing_objects_frozen():
-            try:
-                return search(self.space, **limits, progress=self.say, mask=self.mask)
-            except InfeasibleError as error:
-                if time.monotonic() - start >= self.time_limit:
-                    baseline = self._fastest_baseline(budget)
-                    if baseline is not None:
-                        return baseline
-                raise conflict(
-                    self.space, self.constraints, error, **limits, say=self.say
-                ) from None
+        with existing_objects_frozen(), self.progress.stage("solve") as stage:
+            result = self.search(budget)
+            stage.done = f"solved: {result.describe()}{self.cut_short(result)}"
+        return result
+
+    def search(self, budget: float) -> SearchResult:
+        """The same, as a part of a stage."""
+        try:
+            return search(
+                self.space, budget_bytes=budget, time_limit=self.deadline.left,
+                progress=self.progress.detail, mask=self.mask,
+            )  # fmt: skip
+        except InfeasibleError as error:
+            if self.deadline.over:
+                baseline = self._fastest_baseline(budget)
+                if baseline is not None:
+                    return baseline
+            raise conflict(
+                self.space, self.constraints, error, budget_bytes=budget,
+                time_limit=self.deadline.seconds, say=self.progress.detail,
+            ) from None  # fmt: skip
+
+    def cut_short(self, result: SearchResult) -> str:
+        """What the line of a search says more where the time limit has ended it."""
+        stopped = self.deadline.over and result.gap > TARGET_GAP
+        return f", stopped by the time limit of {self.deadline.seconds:g} s" if stopped else ""
 
     def _fastest_baseline(self, budget_bytes: float) -> SearchResult | None:
         """The fastest baseline that fits, named in the method."""
-        baselines = baseline_plans(self.space, time_limit=self.time_limit, mask=self.mask)
+        limit = self.deadline.seconds / 8
+        baselines = baseline_plans(self.space, time_limit=limit, mask=self.mask)
         fitting = [b for b in baselines if b.memory.total_bytes <= budget_bytes]
         if not fitting:
             return None
         best = min(fitting, key=lambda b: b.time.step_us)
-        method = f"baseline {best.name}: {self.time_limit:g} s were too short to find a plan"
-        self.say(method)
+        limit = self.deadline.seconds
+        method = f"baseline {best.name}: {limit:g} s were too short to find a plan"
+        self.progress.tell(method)
         return SearchResult(best.choices, best.time.step_us, 0.0, method)
 
     def planned(self, result: SearchResult, seconds: Mapping[str, float] | None = None) -> Planned:
@@ -133,7 +150,7 @@ def build_problem(
     fixed: FixedLayouts | None = None,
     constraints: Constraints | None = None,
     time_limit: float = 60.0,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | Tell | None = None,
 ) -> PlanningProblem:
     """Trace a model, profile it, and lay out the search space with all costs.
 
@@ -146,8 +163,10 @@ def build_problem(
         fixed: layouts that the caller decides.
         constraints: layouts by the names of parameters, inputs, outputs, modules and operators
             (`autopar.planner.names`): `{"h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`.
-        time_limit: seconds for the solver. If they end before any plan fits, the fastest baseline
-            that fits takes its place, and the record says so.
+        time_limit: seconds for all runs of the solver and all schedules together. Afterwards the
+            best plan is returned with its gap. If none fits yet, the fastest baseline that fits
+            takes its place, and the record says so.
+        progress: called with a line per stage.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -155,31 +174,44 @@ def build_problem(
     """
     cluster = as_cluster(cluster).with_memory(memory)
     constraints = dict(constraints or {})
-    say = progress or (lambda line: None)
+    telling = Progress.of(progress)
     seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        say(f"{name} ...")
+    def stage(name: str) -> Iterator[Stage]:
         start = time.perf_counter()
-        yield
+        with telling.stage(name) as running:
+            yield running
         seconds[name] = time.perf_counter() - start
 
-    with stage("trace"):
-        if graph is None:
+    if graph is None:
+        with stage("trace") as running:
             graph = ColoTracer().trace(model, args, kwargs)
-    with stage("profile and strategies"), collection_paused():
+            running.done = captured(model, graph)
+    with stage("profile and strategies") as running, collection_paused():
         fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
         space = SearchSpace(graph, cluster, workload, fixed)
         mask = allowed(space, constraints)
-    with stage("conversion costs"), collection_paused():
+        candidates = sum(len(d.candidates) for d in space.decisions)
+        running.done = (
+            f"profiled, with {candidates:,} candidates for {len(space.decisions):,} decisions on "
+            f"mesh {mesh_text(cluster.mesh, cluster.axis_names)}"
+        )
+    with stage("conversion costs") as running, collection_paused():
         for edge in space.edges:
             space.edge_costs(edge)  # memoized
+        running.done = f"costed the conversions between them, on {len(space.edges):,} edges"
     budget = cluster.budget_bytes if budget_bytes is None else budget_bytes
     return PlanningProblem(
-        type(model).__name__, space, mask, constraints, budget, time_limit, seconds, say
-    )
+        type(model).__name__, space, mask, constraints, budget, Deadline(time_limit), seconds,
+        telling,
+    )  # fmt: skip
+
+
+def captured(model: torch.nn.Module, graph: ModelGraph) -> str:
+    """The line of a capture."""
+    return f"captured {type(model).__name__}, {sum(1 for _ in graph.compute_nodes()):,} operators"
 
 
 def make_plan(
@@ -191,7 +223,7 @@ def make_plan(
         space.graph.parameters[str(d.node.target)]: c for d, c in chosen if d.kind == "parameter"
     }
     liveness = Liveness(space, math.inf)
-    time = estimate_time(space, choices, liveness)
+    estimated = estimate_time(space, choices, liveness)
     operators = {d.node: d for d in space.decisions if d.kind == "op"}
     return ShardingPlan(
         model,
@@ -201,9 +233,9 @@ def make_plan(
         {d.name: c.name for d, c in chosen if d.kind != "output"},
         {name: str(c.outputs[0]) for name, c in stored.items()},
         tuple(name for name, c in stored.items() if c.reshard_after_forward),
-        time,
+        estimated,
         estimate_memory(space, choices, liveness),
-        record or SolverRecord("given", time.step_us, 0.0, 1.0),
+        record or SolverRecord("given", estimated.step_us, 0.0, 1.0),
         space.cluster.budget_bytes,
         {
             f"{n.name}: {n.target} at {space.graph.info(n).source}": float(operators[n].time_us[0])

@@ -32,7 +32,7 @@ from autopar.solver.problem import Branch, Choices
 from autopar.solver.reductions import RestrictedDomains, TiedProblem, TiedVariables
 from autopar.solver.restricted_mip import combine
 from autopar.solver.solve import TARGET_GAP
-from autopar.units import bytes_text
+from autopar.units import bytes_text, time_text
 
 # Untied blocks have to save at least this share of a step.
 SIMPLER = 1e-4
@@ -62,11 +62,19 @@ class SearchResult:
     sharing: tuple[tuple[str, float], ...] = ()
     seconds: float = 0.0
 
+    @property
+    def gap(self) -> float:
+        """The share of the step by which a better plan might be faster, at most."""
+        return max(0.0, 1 - self.bound_us / self.step_us) if self.step_us else 0.0
+
+    def describe(self) -> str:
+        """`a step of 20.1 ms, within 0.05% of the optimum`."""
+        return f"a step of {time_text(self.step_us)}, within {self.gap:.2%} of the optimum"
+
     def record(self, seconds: Mapping[str, float]) -> SolverRecord:
         """The entry of a plan, with the seconds by stage."""
-        gap = max(0.0, 1 - self.bound_us / self.step_us) if self.step_us else 0.0
         return SolverRecord(
-            self.method, self.step_us, self.bound_us, gap, dict(seconds), dict(self.sharing)
+            self.method, self.step_us, self.bound_us, self.gap, dict(seconds), dict(self.sharing)
         )
 
 

@@ -57,7 +57,7 @@ class Agreement:
         if dist.get_world_size() == 1:
             return
         if key != self._last:
-            self.meet(f"calls the model with {_described(key)}")
+            self.meet(f"calls the model with {described(key)}")
             self._last = key
         calls, self._calls = self._calls, self._calls + 1
         if self._same_batches and (calls < _CHECKED_FIRST or calls % _CHECKED_EVERY == 0):
@@ -142,7 +142,8 @@ def _bytes(x: torch.Tensor) -> bytes:
     return x.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _described(key: Any) -> str:
+def described(key: Any) -> str:
+    """The inputs and modes of a program's key: `(int64[4, 12]) in training`."""
     training, precision, _, leaves = key
     shapes = ", ".join(
         f"{str(x[1]).removeprefix('torch.')}{list(x[0])}{' with gradient' if x[2] else ''}"

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,14 +28,17 @@ from autopar.errors import EngineError, MeshError
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
+from autopar.progress import Progress, Tell, silent_if_false
 from autopar.runtime.adoption import check_optimizer
 from autopar.runtime.batch import BatchDim
 from autopar.runtime.bound_step import BoundStep
 from autopar.runtime.call import Call
+from autopar.runtime.full_state import deal_state, gather_state
 from autopar.runtime.optimizer_state import handle_later_optimizers
 from autopar.runtime.step_compiler import EngineOptions, StepCompiler
 from autopar.runtime.step_runner import StepRunner
 from autopar.schedule.budget import MemoryPlan
+from autopar.versions import warn_if_torch_is_untested
 
 
 def auto_engine(
@@ -51,7 +56,7 @@ def auto_engine(
     compile: bool = False,
     constraints: Mapping[str, str] | None = None,
     time_limit: float = 60.0,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | bool | None = True,
     dump_passes: str | Path | None = None,
 ) -> tuple[torch.nn.Module, Any]:
     """Distribute a model and its optimizer over a mesh; the training loop stays as it was.
@@ -81,8 +86,11 @@ def auto_engine(
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
         compile: run forward and backward by Inductor; the plan stays in force.
         constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
-        time_limit: seconds for the solver.
-        progress: called with a line per planning stage, on rank 0.
+        time_limit: seconds for all runs of the solver and all schedules of a plan together. The
+            best plan known then is taken, and its line says how far it may be from the optimum.
+        progress: how rank 0 tells of the stages of planning, in a line each with its time: True
+            writes them to stderr, a function gets them, False or None is silent. `logging` has
+            them and more, under the name "autopar".
         dump_passes: folder for rank 0's graphs before and after each pass.
 
     Returns:
@@ -91,7 +99,8 @@ def auto_engine(
 
     Raises:
         MeshError: the mesh does not fit the world, or a batch does not divide.
-        EngineError: the optimizer is not the model's, or values are missing or do not fit.
+        EngineError: the optimizer is not the model's, values are missing or do not fit, or Python
+            allows no subclass of the model's class.
         PlanError: the plan is damaged or for something else.
         InfeasibleError: no plan fits the memory; it names the smallest budget.
         CaptureError: the model cannot be captured.
@@ -102,6 +111,8 @@ def auto_engine(
         raise ValueError("batch_dim is for batch='local'; a global batch needs none")
     if compile and not lower:
         raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
+    tell = silent_if_false(progress, _write_to_stderr)
+    warn_if_torch_is_untested(torch.__version__)
     refuse_outputs(constraints)
     model = unwrapped(model)
     cluster = as_cluster(cluster_info).with_memory(memory)
@@ -113,28 +124,40 @@ def auto_engine(
             compile=compile,
             optimizer_state=optimizer_state_ratio(optimizer),
             dump_passes=None if dump_passes is None else Path(dump_passes),
+            progress=Progress(None if tell is None else _on_rank_zero(tell)),
         ),
         plan=ShardingPlan.load(plan) if isinstance(plan, str | Path) else plan,
         batch=batch,
         batch_dim=batch_dim,
         constraints=dict(constraints or {}),
         time_limit=time_limit,
-        progress=progress,
         weights=None if weights is None else Path(weights),
     )
     engine = _engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     handle_later_optimizers()
     if example_inputs is not None:
         args, kwargs = split_inputs(example_inputs)
-        engine.plan_for(*args, **kwargs)
+        engine._autopar_runner.step_for(Call.of(args, kwargs))
     return engine, optimizer
+
+
+def _write_to_stderr(line: str) -> None:
+    print(f"autopar: {line}", file=sys.stderr, flush=True)
+
+
+def _on_rank_zero(tell: Tell) -> Tell:
+    def told(line: str) -> None:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            tell(line)
+
+    return told
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The user's model, without an engine, `torch.compile` or DistributedDataParallel around."""
     while True:
         if isinstance(model, Engine):
-            model = model._runner.model
+            model = model._autopar_runner.model
         elif isinstance(model, DistributedDataParallel):
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule):
@@ -154,64 +177,152 @@ def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example,), {}
 
 
+class _Added:
+    """A method or attribute that the engine adds, unless the model has one of this name.
+
+    Args:
+        function: of the engine.
+        attribute: it is read without a call.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, attribute: bool = False) -> None:
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
+        self._function, self._attribute = function, attribute
+
+    def __get__(self, engine: Engine | None, owner: type) -> Any:
+        if engine is None:
+            return self
+        name = self._function.__name__
+        for held in ("_parameters", "_buffers", "_modules"):  # `__dict__` comes before, anyway
+            if name in engine.__dict__[held]:
+                return engine.__dict__[held][name]
+        if self._attribute:
+            return self._function(engine)
+        return functools.partial(self._function, engine)
+
+
+def _attribute(function: Callable[..., Any]) -> Any:
+    return _Added(function, attribute=True)
+
+
+def _method(function: Callable[..., Any]) -> Any:
+    return _Added(function)
+
+
 class Engine(torch.nn.Module):
     """What the engine adds to the class of the model.
 
     An engine and its model are two objects with one `__dict__`: submodules, parameters, modes and
     attributes are the same, whichever of the two they are set on. Calling the engine runs the
-    program; calling the model runs its own forward.
+    program; calling the model runs its own forward. Where the model has a method, attribute or
+    submodule of the name of one below, the engine has the model's.
     """
 
-    __slots__ = ("_runner",)
-    _runner: StepRunner
+    __slots__ = ()
+    _autopar_runner: StepRunner  # a slot of the class that `_engine_class` makes
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the model's, which might register the class or want arguments."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)  # hooks of the model are in the program
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._runner(*args, **kwargs)
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        # where a __call__ of the model's own ends
+        return self.forward(*args, **kwargs)
 
-    @property
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._autopar_runner(*args, **kwargs)
+
+    @_attribute
     def plan(self) -> ShardingPlan:
         """The plan in force: of the step that was compiled first.
 
         Raises:
             EngineError: no batch was seen yet.
         """
-        steps = self.steps
+        steps = self._autopar_runner.steps
         if not steps:
             raise EngineError(
                 "no plan yet: it is made at the first batch, or pass example_inputs= to auto_engine"
             )
         return steps[0].compiled.plan
 
-    @property
+    @_attribute
     def memory_plan(self) -> MemoryPlan | None:
         """What the step that was compiled last keeps, recomputes and offloads; None without a
         budget."""
-        steps = self.steps
+        steps = self._autopar_runner.steps
         return steps[-1].compiled.memory if steps else None
 
-    @property
+    @_attribute
     def steps(self) -> list[BoundStep]:
         """The steps compiled so far, in their order."""
-        return self._runner.steps
+        return self._autopar_runner.steps
 
-    @property
+    @_attribute
     def _programs(self) -> list[BoundStep]:
-        return self.steps  # under the name that scripts have counted captures by
+        return self._autopar_runner.steps  # under the name that scripts have counted captures by
 
+    @_method
     def run_within(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
         """Run every later call within a context, such as an autocast.
 
         Args:
             context: makes it, for each call.
         """
-        self._runner.context = context
+        self._autopar_runner.context = context
 
+    @_method
     def plan_for(self, *args: Any, **kwargs: Any) -> None:
         """Plan and distribute for inputs of these shapes, without running them."""
-        self._runner.step_for(Call.of(args, kwargs))
+        self._autopar_runner.step_for(Call.of(args, kwargs))
+
+    @_method
+    def full_state_dict(
+        self, *, rank0_only: bool = True, offload_to_cpu: bool = True
+    ) -> dict[str, Any]:
+        """The state dict of the model with whole, plain tensors, as one process would save it.
+
+        All ranks must call it. Tensors are gathered one after the other, and are copies: later
+        steps do not change them.
+
+        Args:
+            rank0_only: ranks other than 0 get an empty dict, as with FSDP; False gives it to all.
+            offload_to_cpu: tensors are on the CPU; False leaves them on the device.
+        """
+        state = super().state_dict(keep_vars=True)
+        return gather_state(state, rank0_only=rank0_only, offload_to_cpu=offload_to_cpu)
+
+    @_method
+    def load_full_state_dict(self, state: Mapping[str, Any] | None, strict: bool = True) -> Any:
+        """Load whole, plain tensors; each rank keeps its shards.
+
+        All ranks must call it.
+
+        Args:
+            state: of `full_state_dict`, or of one process; on rank 0, and None or {} on the others,
+                to which its tensors are sent one after the other, or on all ranks alike.
+            strict: refuse a state that lacks names of the model or has others.
+
+        Returns:
+            the names that are missing and those that are unexpected, as `load_state_dict` does.
+
+        Raises:
+            EngineError: neither rank 0 alone nor all ranks passed a state.
+            RuntimeError: names or shapes are not those of the model.
+        """
+        runner = self._autopar_runner
+        entries = super().state_dict(keep_vars=True)
+        dealt = deal_state(state, entries, runner.device)
+        return self.load_state_dict(dealt, strict=strict)
+
+    @_method
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """For loops written for DDP that accumulate gradients. It changes nothing: gradients are
+        right after each backward, within it and outside, so sums of them are as well."""
+        yield
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's, with DTensors for `torch.distributed.checkpoint`; whole tensors within the
@@ -219,7 +330,7 @@ class Engine(torch.nn.Module):
         state = super().state_dict(*args, **kwargs)
         for name, value in state.items():
             if isinstance(value, DTensor):
-                state[name] = self._runner.saved(value)
+                state[name] = self._autopar_runner.saved(value)
         return state
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -235,46 +346,73 @@ class Engine(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """An engine of its own, without an optimizer, by the same plan."""
-        model = copy.deepcopy(self._runner.model, memo)
-        memo[id(self)] = twin = _engine_of(self._runner.for_copy(model))
+        model = copy.deepcopy(self._autopar_runner.model, memo)
+        memo[id(self)] = twin = _engine_of(self._autopar_runner.for_copy(model))
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise EngineError(
             f"an engine of {type(self).__name__} cannot be pickled: this rank has shards of the "
-            "parameters only. Save its state_dict() with torch.distributed.checkpoint, or whole "
-            "tensors with torch.distributed.checkpoint.state_dict.get_model_state_dict(engine, "
-            "options=StateDictOptions(full_state_dict=True)) on all ranks"
+            "parameters only. Save its state_dict() with torch.distributed.checkpoint, or the "
+            "whole tensors of engine.full_state_dict(), which all ranks must call, with torch.save "
+            "on rank 0"
         )
 
 
 def _engine_of(runner: StepRunner) -> Engine:
     """The engine that shares everything with a runner's model."""
     cls = _engine_class(type(runner.model))  # type: ignore[arg-type]
-    engine: Engine = cls.__new__(cls)
+    engine: Engine = object.__new__(cls)
     object.__setattr__(engine, "__dict__", runner.model.__dict__)
-    object.__setattr__(engine, "_runner", runner)
+    object.__setattr__(engine, "_autopar_runner", runner)
     return engine
 
 
 @functools.cache
 def _engine_class(model_class: type[torch.nn.Module]) -> type[Engine]:
-    """A subclass of the model's class under the same name, whose forward is the engine's."""
+    """A subclass of the model's class under the same name, whose forward is the engine's.
+
+    Raises:
+        EngineError: Python does not allow it.
+    """
 
     @torch.compiler.disable  # it runs compiled programs
     @functools.wraps(model_class.forward)
     def forward(self: Engine, *args: Any, **kwargs: Any) -> Any:
-        return self._runner(*args, **kwargs)
+        return self._autopar_runner(*args, **kwargs)
 
-    members: dict[str, Any] = {"__slots__": (), "forward": forward}
+    members = {**_members_of(model_class), "__slots__": ("_autopar_runner",), "forward": forward}
+    members |= {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    name, bases = model_class.__name__, (Engine, model_class)
+    metaclass: Any = type(model_class)
+    try:
+        return metaclass(name, bases, members)
+    except Exception:  # of a metaclass that wants arguments, or allows no subclass
+        try:
+            return type.__new__(metaclass, name, bases, members)
+        except TypeError as error:
+            raise EngineError(
+                f"the engine is of a subclass of the model's class, {model_class.__qualname__}, "
+                f"and Python allows none: {error}. Wrap the model in a module of yours that calls "
+                "it, and pass that to auto_engine"
+            ) from error
+
+
+def _members_of(model_class: type[torch.nn.Module]) -> dict[str, Any]:
+    """What the class of an engine takes over from the model's class: public methods, which find
+    whole parameters, and names that `Engine` would shadow."""
+    members: dict[str, Any] = {}
     for klass in model_class.__mro__:
         if klass in torch.nn.Module.__mro__:
             continue
         for name, member in vars(klass).items():
+            if name in members:
+                continue
             if isinstance(member, FunctionType) and not name.startswith("_"):
-                members.setdefault(name, _with_whole_parameters(name, member))
-    members |= {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
-    return type(model_class.__name__, (Engine, model_class), members)
+                members[name] = _with_whole_parameters(name, member)
+            elif name == "__call__" or isinstance(vars(Engine).get(name), _Added):
+                members[name] = member
+    return members
 
 
 def _with_whole_parameters(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -282,7 +420,7 @@ def _with_whole_parameters(name: str, method: Callable[..., Any]) -> Callable[..
 
     @functools.wraps(method)
     def call(self: Engine, *args: Any, **kwargs: Any) -> Any:
-        with self._runner.whole_parameters():
+        with self._autopar_runner.whole_parameters():
             return method(self, *args, **kwargs)
 
     return call

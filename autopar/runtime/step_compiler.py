@@ -27,7 +27,7 @@ from autopar.ir.size_formulas import input_shapes
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
-from autopar.planner.planner import trainable_inputs
+from autopar.planner.planner import captured, trainable_inputs
 from autopar.runtime.adoption import adopt, check_state, restore
 from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchDim, BatchLayout
@@ -57,7 +57,6 @@ class EngineOptions:
     batch_dim: BatchDim = 0
     constraints: Mapping[str, str] | None = None
     time_limit: float = 60.0
-    progress: Callable[[str], None] | None = None
     weights: Path | None = None
 
 
@@ -151,7 +150,9 @@ class StepCompiler:
     ) -> BoundStep:
         options = self.options
         layout = self.layout_of(call)
-        graph = self.place.ranks.together(lambda: self._trace(layout, call, varying))
+        with options.step.progress.stage("trace") as stage:
+            graph = self.place.ranks.together(lambda: self._trace(layout, call, varying))
+            stage.done = captured(self.model, graph)
         fixed = FixedLayouts(
             parameters=stored_specs(self.model) if self.laid_out else {},
             inputs=layout.fixed_inputs(),
@@ -272,7 +273,7 @@ class StepCompiler:
             "fixed": fixed,
             "constraints": options.constraints,
             "time_limit": options.time_limit,
-            "progress": options.progress,
+            "progress": options.step.progress,
         }
         scheduled = cluster.memory_bytes is not None and options.step.lowered
         if not scheduled or cluster.world_size == 1:  # the schedule of one device comes later

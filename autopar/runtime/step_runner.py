@@ -24,7 +24,7 @@ from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
 from autopar.ir.numbers import Condition, Origin, Values, is_number
 from autopar.ir.reads import first_change
-from autopar.runtime.agreement import Agreement
+from autopar.runtime.agreement import Agreement, described
 from autopar.runtime.assumptions import precision_modes
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.bound_step import BoundStep, WholeResult
@@ -90,6 +90,11 @@ class StepRunner:
         return twin
 
     @property
+    def device(self) -> torch.device:
+        """Of this rank's programs."""
+        return self._compiler.device
+
+    @property
     def steps(self) -> list[BoundStep]:
         """In the order in which they were compiled."""
         steps = (step for same_shape in self._programs.values() for step in same_shape)
@@ -121,7 +126,8 @@ class StepRunner:
         if not self._whole:
             return self._run(Call.of(args, kwargs))
         if not torch.is_grad_enabled():
-            return self.model(*args, **kwargs)
+            # not the class's own __call__, which has called the engine
+            return torch.nn.Module.__call__(self.model, *args, **kwargs)
         self._whole = False
         try:
             with stored_parameters(self.model):
@@ -259,7 +265,10 @@ class StepRunner:
             )  # fmt: skip
         self._captures[key] += 1
         self._agreement.check_program(None)
-        step = self._compiler.compile(call, self._numbers.of(call), alike[-1] if alike else None)
+        with self._told_in_one_line(key, failed):
+            step = self._compiler.compile(
+                call, self._numbers.of(call), alike[-1] if alike else None
+            )
         for condition in step.compiled.graph.numbers.conditions:
             log.info("%s", condition)
         steps.append(step)
@@ -269,6 +278,18 @@ class StepRunner:
         if step.offloads_parameters:
             self._reload_parameters()
         return step
+
+    @contextmanager
+    def _told_in_one_line(self, key: Any, failed: _Failure) -> Iterator[None]:
+        """Captures after the first take one line, which says why."""
+        if not self.steps:
+            yield
+            return
+        why = f"called with {described(key)}"
+        if failed is not None:
+            why = _reason(failed).splitlines()[0]
+        with self._compiler.options.step.progress.as_one(f"captured again: {why}"):
+            yield
 
     def _forget_the_oldest(self) -> None:
         """Keep to the number of programs; the first has the plan in force."""
@@ -302,7 +323,8 @@ class StepRunner:
     def _trace_sizes(
         self, call: Call, layout: BatchLayout, dynamic: Mapping[int, Collection[int]]
     ) -> ModelGraph:
-        return self._compiler.trace_sizes(call, layout, dynamic, self._numbers.of(call))
+        with self._compiler.options.step.progress.as_one("captured for other sizes of inputs"):
+            return self._compiler.trace_sizes(call, layout, dynamic, self._numbers.of(call))
 
     def _key(self, call: Call, varying: Collection[Origin]) -> Any:
         precision = precision_modes(self._compiler.device.type)

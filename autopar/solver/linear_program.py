@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+_PROCESSES: list[subprocess.Popen[bytes]] = []  # that solve
+_CANCEL_S = 2.0  # that a cancelled solve may take to stop
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,12 @@ class ProgramSolution:
 
     status: Literal["optimal", "infeasible", "stopped"]
     values: np.ndarray
+
+
+def stop_processes() -> None:
+    """End the processes that solve; for a process that ends at once."""
+    for process in _PROCESSES:
+        process.kill()
 
 
 def available_backend() -> str:
@@ -97,14 +110,14 @@ class LinearProgram:
         highs = highspy.Highs()
         # a restart costs more than it wins in programs of seconds
         options: dict[str, Any] = {
-            "output_flag": False, "time_limit": time_limit, "mip_rel_gap": gap,
+            "output_flag": False, "time_limit": max(0.0, time_limit), "mip_rel_gap": gap,
             "objective_bound": cutoff, "mip_allow_restart": False,
         }  # fmt: skip
         for option, value in options.items():
             highs.setOptionValue(option, value)
         if highs.passModel(lp) == highspy.HighsStatus.kError:
             raise ValueError("HiGHS refused the program")
-        highs.run()
+        _run_interruptibly(highs)
         values = np.array(highs.getSolution().col_value)
         if len(values) != len(self.costs):
             values = np.zeros(len(self.costs))
@@ -129,11 +142,72 @@ class LinearProgram:
                 program.addConstraint(expression <= upper)
             if math.isfinite(lower):
                 program.addConstraint(expression >= lower)
-        cbc = pulp.PULP_CBC_CMD.pulp_cbc_path  # PuLP 3 comes with it
-        solver = pulp.COIN_CMD(path=cbc, msg=False, timeLimit=time_limit, gapRel=gap)
-        status = program.solve(solver)
+        status = _run_cbc(program, time_limit, gap)
         values = np.array([v.value() or 0.0 for v in x])
         if status == pulp.LpStatusInfeasible:
             return ProgramSolution("infeasible", values)
         optimal = status == pulp.LpStatusOptimal and program.sol_status == pulp.LpSolutionOptimal
         return ProgramSolution("optimal" if optimal else "stopped", values)
+
+
+def _run_interruptibly(highs: Any) -> None:
+    """Solve so that Ctrl-C ends it: a signal reaches Python in the main thread only, and only
+    between two of its instructions."""
+    if threading.current_thread() is not threading.main_thread():
+        highs.run()
+        return
+    highs.HandleUserInterrupt = True
+    failures: list[BaseException] = []
+    ended = threading.Event()  # `Thread.join` forgets a thread when a signal interrupts it
+
+    def run() -> None:
+        try:
+            highs.run()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=run, name="HiGHS", daemon=True).start()
+    try:
+        while not ended.wait(1.0):
+            pass
+    except BaseException:
+        highs.cancelSolve()
+        ended.wait(_CANCEL_S)
+        raise
+    if failures:
+        raise failures[0]
+
+
+def _run_cbc(program: Any, time_limit: float, gap: float) -> int:
+    """Solve a program of PuLP with CBC, in a process that ends with this call, also by Ctrl-C
+    (PuLP's own would go on). Returns PuLP's status."""
+    import pulp
+
+    cbc = pulp.PULP_CBC_CMD.pulp_cbc_path  # PuLP 3 comes with it
+    solver = pulp.COIN_CMD(path=cbc, msg=False, timeLimit=time_limit, gapRel=gap)
+    with tempfile.TemporaryDirectory() as folder:
+        model, answer = str(Path(folder, "program.mps")), str(Path(folder, "program.sol"))
+        variables, *names, _ = program.writeMPS(model, rename=1)
+        options = [word for option in solver.getOptions() for word in f"-{option}".split()]
+        kind = "-solve" if program.isMIP() else "-initialSolve"
+        command = [cbc, model, "-sec", str(max(0.0, time_limit)), *options, kind]
+        command += ["-printingOptions", "all", "-solution", answer]
+        nothing = subprocess.DEVNULL
+        with subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing) as process:
+            _PROCESSES.append(process)
+            try:
+                code = process.wait()
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+            finally:
+                _PROCESSES.remove(process)
+        if code:
+            raise subprocess.CalledProcessError(code, command)
+        status, values, *_, found = solver.readsol_MPS(answer, program, variables, *names)
+    program.assignVarsVals(values)
+    program.assignStatus(status, found)
+    return int(status)

@@ -61,6 +61,7 @@ from autopar.tracer.settings import (
     masks_as_run,
     masks_can_be_skipped,
 )
+from autopar.tracer.slots import refuse_slots
 from autopar.tracer.source import failing_line
 
 log = logging.getLogger(__name__)
@@ -234,6 +235,7 @@ class ColoTracer:
             return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self.device)
 
     def _fake_clone(self, model: torch.nn.Module, mode: FakeTensorMode) -> _Copied:
+        refuse_slots(model)
         memo: dict[int, Any] = {id(b): self._fake(mode, b) for b in model.buffers()}
         for p in model.parameters():
             memo[id(p)] = torch.nn.Parameter(self._fake(mode, p), requires_grad=p.requires_grad)

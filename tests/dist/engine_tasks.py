@@ -354,7 +354,7 @@ def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
         return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
     try:
-        auto_engine(*built(), cluster, memory=1000.0, example_inputs=words(0))
+        auto_engine(*built(), cluster, memory="1kB", example_inputs=words(0))
     except InfeasibleError as error:
         memory = error.smallest_bytes
     (model, optimizer), (alone, beside) = auto_engine(*built(), cluster, memory=memory), built()

@@ -89,7 +89,7 @@ def copied(model: torch.nn.Module) -> int:
 
 def smallest(name: str, cluster: ClusterInfo, dropout: float = 0.0) -> float:
     with pytest.raises(InfeasibleError) as error:
-        engine(name, cluster, dropout=dropout, memory=1000.0)
+        engine(name, cluster, dropout=dropout, memory="1kB")
     environment.stop()
     assert error.value.smallest_bytes is not None
     return error.value.smallest_bytes
@@ -183,7 +183,7 @@ def test_parameters_through_the_host(compiled):
     near = replace(as_cluster("1"), host_link=FAST)
     example = {k: v.cuda() for k, v in words(0, 2048).items()}
     with pytest.raises(InfeasibleError) as error:
-        auto_engine(*classifier(), near, memory=1000.0, example_inputs=example)
+        auto_engine(*classifier(), near, memory="1kB", example_inputs=example)
     environment.stop()
     memory = error.value.smallest_bytes
     model, optimizer = auto_engine(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.scripts.case import Found, Wrap, case
-from tests.scripts.helpers import Model, Run, apart, data, gap, pair, tokens
+from tests.scripts.helpers import Model, Run, apart, close, data, fit, gap, pair, tokens
 
 # splits that every mesh of the cases has room for
 SPLIT_ROWS = "S0R"
@@ -110,6 +110,57 @@ def generate_after_training(wrap: Wrap) -> Found:
         for run in runs
     )
     return {"tokens": torch.equal(alone, other)}
+
+
+def _language_model(family: str) -> Any:
+    """A small model of transformers, with the settings that it has by default."""
+    import transformers as hf
+
+    common = {"vocab_size": 96, "eos_token_id": 95, "pad_token_id": 0}
+    if family == "gpt2":
+        common |= {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "bos_token_id": 0}
+        return hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_embd=32, n_head=4, **common))
+    if family == "llama":
+        common |= {"hidden_size": 32, "intermediate_size": 64, "bos_token_id": 1}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**heads, **common))
+    common |= {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    common |= {"dropout_rate": 0.0, "decoder_start_token_id": 0}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**common))
+
+
+def _cached(cache: Any) -> list[torch.Tensor]:
+    """The keys and values of a cache."""
+    if hasattr(cache, "self_attention_cache"):
+        return _cached(cache.self_attention_cache) + _cached(cache.cross_attention_cache)
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
+@case("transformers: Trainer.evaluate", family=("gpt2", "llama", "t5"))
+def evaluate_with_the_default_configuration(wrap: Wrap, family: str) -> Found:
+    """Losses, logits and key-value caches of evaluation, before, between and after steps of
+    training; then `generate`."""
+    runs = pair(wrap, _language_model(family))
+    ids = tokens(1, 90, 4, 12)
+    found: Found = {}
+    for when in ("first", "after training", "at the end"):
+        for run in runs:
+            run.model.eval()
+        with torch.no_grad():
+            alone, other = (run.model(input_ids=ids, labels=ids) for run in runs)
+        caches = [_cached(out.past_key_values) for out in (alone, other)]
+        found[f"{when}: loss"] = close(alone.loss, other.loss)  # transformers' are in float32
+        found[f"{when}: logits"] = apart(alone.logits, other.logits)
+        found[f"{when}: class"] = type(alone.past_key_values) is type(other.past_key_values)
+        found[f"{when}: cache"] = max(map(apart, *caches), default=1.0)
+        for run in runs:
+            run.model.train()
+        fit(runs, lambda q, step: q(input_ids=ids, labels=ids).loss, steps=2)
+        found[f"{when}: parameters"] = gap(runs[0].model, runs[1].model)
+    for run in runs:
+        run.model.eval()
+    alone, other = (run.model.generate(ids[:, :4], max_new_tokens=8, num_beams=2) for run in runs)
+    return found | {"tokens": torch.equal(alone, other)}
 
 
 class RecurrentLM(nn.Module):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from tests.scripts.case import Found, Wrap, case
+from tests.scripts.case import Found, Wrap, case, rank
 from tests.scripts.helpers import (
     Model,
     Run,
     apart,
     common_folder,
+    fit,
     from_rank_zero,
     gap,
+    gradient_gap,
     mlp,
     pair,
     sgd,
@@ -92,3 +95,43 @@ def save_pretrained(wrap: Wrap) -> Found:
         wait_for_all()
         seen = GPT2LMHeadModel.from_pretrained(folder)
     return {"whole tensors": apart(seen.transformer.wte.weight, model.transformer.wte.weight)}
+
+
+@case("FSDP: FullStateDictConfig(rank0_only=True)", rank0_only=(True, False))
+def full_state_dict(wrap: Wrap, rank0_only: bool) -> Found:
+    """The whole state of a trained engine, on rank 0 or on all ranks, saved by `torch.save`; it is
+    loaded from there into another engine in training."""
+    split = {"0.weight": "S0R", "2.weight": "RS0"}
+    alone, other = pair(wrap, mlp(32, 64, 8), constraints=split)
+    fit((alone, other), squares(16, 32, 8))
+    if not hasattr(other.model, "full_state_dict"):  # without autopar
+        return {"parameters": gap(alone.model, other.model)}
+    state = other.model.full_state_dict(rank0_only=rank0_only)
+    expected = alone.model.state_dict()
+    found: Found = {"whose": bool(state) == (rank() == 0 or not rank0_only)}
+    for name, x in state.items():
+        found[f"saved {name}"] = type(x) is torch.Tensor and apart(x, expected[name])
+    fit((other,), squares(16, 32, 8))
+    found["training moved it"] = gap(other.model, alone.model) > 0
+    outcome = other.model.load_full_state_dict(state if rank() == 0 or not rank0_only else None)
+    found["keys"] = not outcome.missing_keys and not outcome.unexpected_keys
+    fit((alone, other), squares(16, 32, 8))
+    return found | {"trained on": gap(other.model, alone.model)}
+
+
+@case("accelerate: gradient accumulation")
+def accumulate_without_sync(wrap: Wrap) -> Found:
+    """A loop for DDP, that accumulates within `no_sync`; gradients are right within it, too."""
+    alone, other = pair(wrap, mlp(32, 64, 8))
+    loss = squares(16, 32, 8)
+    found: Found = {}
+    for step in range(6):
+        loss(alone.model, step).backward()
+        with getattr(other.model, "no_sync", nullcontext)():
+            loss(other.model, step).backward()
+        found[f"gradients {step}"] = gradient_gap(alone.model, other.model)
+        if step % 3 == 2:
+            for run in (alone, other):
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+    return found | {"parameters": gap(alone.model, other.model)}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.scripts.case import Found, Wrap, case
-from tests.scripts.helpers import Model, data, fit, gap, gradient_gap, pair, squares
+from tests.scripts.helpers import Model, apart, data, fit, gap, gradient_gap, pair, squares
 
 
 class Blocks(nn.Module):
@@ -122,3 +122,30 @@ def packed_tagger(wrap: Wrap) -> Found:
 
     fit(runs, loss)
     return {"parameters": gap(runs[1].model, runs[0].model)}
+
+
+class Growing(nn.Module):
+    """Concatenates to tensors that have no elements yet, and computes with such ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.table = nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(5, 8)
+        self.none = nn.Parameter(torch.zeros(0, 8))
+
+    def forward(self, x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+        rows = torch.cat([torch.zeros(0, 8), self.none, self.layer(x)])
+        rows = torch.cat([rows, self.layer(more)])
+        nothing = self.norm(self.layer(x[:0])).softmax(-1)
+        nothing = nothing + self.table(torch.zeros(0, dtype=torch.long))
+        attended = F.scaled_dot_product_attention(x[None, :0], x[None], x[None])[0]
+        zeros = x[:, :0] @ torch.zeros(0, 8)
+        return torch.cat([rows, nothing, attended]) + zeros.sum() + nothing.sum()
+
+
+@case("x[:0], torch.zeros(0, n)")
+def operands_without_elements(wrap: Wrap) -> Found:
+    """Slices, constants, parameters and inputs without elements."""
+    runs = pair(wrap, Growing())
+    fit(runs, lambda q, step: q(data(step, 4, 8), data(step, 0, 8)).pow(2).mean())
+    pairs = zip(*(run.model.parameters() for run in runs), strict=True)
+    return {"parameters": max(apart(p, q) for p, q in pairs if p.numel())}

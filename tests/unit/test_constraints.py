@@ -138,7 +138,7 @@ def test_constraints_on_one_decision_that_exclude_each_other_are_both_named():
 
 def smallest(constraints=None) -> float:
     with pytest.raises(InfeasibleError) as error:
-        plan(constraints, memory=100.0)
+        plan(constraints, memory="100B")
     return error.value.smallest_bytes
 
 
@@ -162,7 +162,7 @@ def test_memory_conflicts_name_a_smallest_set():
 
 def test_too_little_memory_is_not_blamed_on_constraints():
     with pytest.raises(InfeasibleError, match="no plan fits") as error:
-        plan({"inputs.y": "R"}, memory=100.0)
+        plan({"inputs.y": "R"}, memory="100B")
     assert not isinstance(error.value, ConflictError)
 
 

@@ -13,8 +13,9 @@ ROOT = Path(autopar.__file__).parent
 
 # From the ground up. A module at the top of the package is a layer of its own.
 LAYERS = (
-    "errors", "units", "files", "gc_utils", "ir", "cluster", "tracer", "solver",
-    "plan", "comm", "profiler", "sharding", "schedule", "kernels", "passes", "planner",
+    "errors", "units", "files", "gc_utils", "progress", "versions", "ir", "cluster",
+    "tracer", "solver", "plan", "comm", "profiler", "sharding", "schedule", "kernels", "passes",
+    "planner",
     "compiled_step",
     "compile", "runtime", "integrations", "testing", "report", "cli",
 )  # fmt: skip

@@ -426,6 +426,11 @@ def test_sizes_and_meshes_parse():
     assert parse_bytes("40GiB") == 40 * 2**30
     assert parse_bytes("512 MB") == 512e6
     assert parse_bytes("0.5", of=100.0) == 50.0
+    assert parse_bytes("40B") == 40.0
+    assert parse_bytes(1, of=100.0) == 100.0
+    for bare in (40, 2.0, "40"):
+        with pytest.raises(ValueError, match=r"did you mean '\d+GiB'"):
+            parse_bytes(bare, of=100.0)
     assert parse_mesh("2x4") == ((2, 4), ())
     assert parse_mesh("node=2, gpu=4") == ((2, 4), ("node", "gpu"))
     for bad in ["40 potatoes", "-1GiB", "0"]:
