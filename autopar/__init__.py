@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from autopar.cluster.cluster import ClusterInfo
     from autopar.compile import autoplan
     from autopar.plan import ShardingPlan
+    from autopar.runtime.auto_engine import auto_engine
     from autopar.runtime.deferred_init import deferred_init
-    from autopar.runtime.engine import auto_engine
     from autopar.tracer import ColoTracer
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ _HOMES = {
     "ClusterInfo": "autopar.cluster.cluster",
     "ColoTracer": "autopar.tracer",
     "ShardingPlan": "autopar.plan",
-    "auto_engine": "autopar.runtime.engine",
+    "auto_engine": "autopar.runtime.auto_engine",
     "autoplan": "autopar.compile",
     "deferred_init": "autopar.runtime.deferred_init",
 }

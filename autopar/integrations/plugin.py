@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.errors import EngineError
-from autopar.runtime.engine import Engine, auto_engine
+from autopar.runtime.auto_engine import auto_engine
+from autopar.runtime.engine import Engine
 
 
 @dataclass

@@ -24,7 +24,7 @@ from transformers import trainer as hf_trainer
 from autopar.errors import EngineError
 from autopar.integrations.accelerate import Accelerator
 from autopar.integrations.plugin import AutoparPlugin
-from autopar.runtime.engine import unwrapped
+from autopar.runtime.auto_engine import unwrapped
 
 
 class Trainer(transformers.Trainer):

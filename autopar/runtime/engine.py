@@ -1,180 +1,25 @@
-"""`auto_engine`: the model and optimizer a training loop uses, planned and distributed.
-
-The engine takes the model's place. At the first batch (or from `example_inputs`) rank 0 plans, all
-ranks take its plan, parameters and optimizer state are laid out by it, and the batch runs through
-the rank's program (`step_runner.py`).
-"""
+"""The engine, which takes the model's place: an instance of the model's class whose forward is the
+compiled step (`step_runner.py`)."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from autopar.cluster.cluster import ClusterInfo
-from autopar.cluster.local import as_cluster
-from autopar.compiled_step import StepOptions
-from autopar.errors import EngineError, MeshError
+from autopar.errors import EngineError
 from autopar.plan import ShardingPlan
-from autopar.planner.constraints import refuse_outputs
-from autopar.planner.optimizer_state import optimizer_state_ratio
-from autopar.progress import Progress, Tell, silent_if_false
-from autopar.runtime.adoption import check_optimizer
-from autopar.runtime.batch import BatchDim
 from autopar.runtime.bound_step import BoundStep
 from autopar.runtime.call import Call
 from autopar.runtime.full_state import deal_state, gather_state
-from autopar.runtime.optimizer_state import handle_later_optimizers
-from autopar.runtime.step_compiler import EngineOptions, StepCompiler
 from autopar.runtime.step_runner import StepRunner
 from autopar.schedule.budget import MemoryPlan
-from autopar.versions import warn_if_torch_is_untested
-
-
-def auto_engine(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    cluster_info: ClusterInfo | str | Path,
-    *,
-    example_inputs: Any = None,
-    plan: ShardingPlan | str | Path | None = None,
-    weights: str | Path | None = None,
-    batch: str = "global",
-    batch_dim: BatchDim = 0,
-    memory: str | float | None = None,
-    lower: bool = True,
-    compile: bool = False,
-    constraints: Mapping[str, str] | None = None,
-    time_limit: float = 60.0,
-    progress: Callable[[str], None] | bool | None = True,
-    dump_passes: str | Path | None = None,
-) -> tuple[torch.nn.Module, Any]:
-    """Distribute a model and its optimizer over a mesh; the training loop stays as it was.
-
-    Args:
-        model: any module that `ColoTracer` captures; an engine to distribute anew, and what
-            `torch.compile` or DistributedDataParallel wrapped, is taken out of its wrapper.
-        optimizer: any `torch.optim` optimizer over the model's parameters, or None to evaluate
-            only or to make it from the engine's parameters. It is returned itself, with its
-            parameters and state sharded once the plan is known, so schedulers that hold it keep
-            working.
-        cluster_info: a `ClusterInfo`, the path of its YAML, or a mesh string such as "2x2", of GPUs
-            where this process sees one, else of CPUs.
-        example_inputs: kwargs, args or (args, kwargs) to plan with now instead of at the first
-            batch.
-        plan: a plan or its file, instead of planning.
-        weights: a safetensors file or folder, or one of torch.distributed.checkpoint, of the
-            model's state dict; every rank reads the slices that it keeps (docs/checkpoints.md).
-        batch: "global": every rank passes the same batch and the engine takes its part; "local":
-            every rank passes its own samples, as with DDP and a DistributedSampler.
-        batch_dim: which dim of the inputs holds the samples, with local batches: a number (of
-            inputs with fewer dims, their last), or by names of arguments of `forward`, None for one
-            that is the same on all ranks. An input whose size there is not that of the batch is
-            taken to be the same on all ranks.
-        memory: budget per device ("40GiB", bytes, or a share of the device). A step that does not
-            fit recomputes, re-gathers or offloads what it cannot keep (docs/memory.md).
-        lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
-        compile: run forward and backward by Inductor; the plan stays in force.
-        constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
-        time_limit: seconds for all runs of the solver and all schedules of a plan together. The
-            best plan known then is taken, and its line says how far it may be from the optimum.
-        progress: how rank 0 tells of the stages of planning, in a line each with its time: True
-            writes them to stderr, a function gets them, False or None is silent. `logging` has
-            them and more, under the name "autopar".
-        dump_passes: folder for rank 0's graphs before and after each pass.
-
-    Returns:
-        the engine (an instance of the model's class that shares everything with the model) and the
-        optimizer.
-
-    Raises:
-        MeshError: the mesh does not fit the world, or a batch does not divide.
-        EngineError: the optimizer is not the model's, values are missing or do not fit, or Python
-            allows no subclass of the model's class.
-        PlanError: the plan is damaged or for something else.
-        InfeasibleError: no plan fits the memory; it names the smallest budget.
-        CaptureError: the model cannot be captured.
-    """
-    if batch not in ("global", "local"):
-        raise ValueError(f"batch must be 'global' or 'local', got {batch!r}")
-    if batch == "global" and batch_dim != 0:
-        raise ValueError("batch_dim is for batch='local'; a global batch needs none")
-    if compile and not lower:
-        raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
-    tell = silent_if_false(progress, _write_to_stderr)
-    warn_if_torch_is_untested(torch.__version__)
-    refuse_outputs(constraints)
-    model = unwrapped(model)
-    cluster = as_cluster(cluster_info).with_memory(memory)
-    check_optimizer(model, optimizer)
-    options = EngineOptions(
-        step=StepOptions(
-            cluster=cluster,
-            lowered=lower,
-            compile=compile,
-            optimizer_state=optimizer_state_ratio(optimizer),
-            dump_passes=None if dump_passes is None else Path(dump_passes),
-            progress=Progress(None if tell is None else _on_rank_zero(tell)),
-        ),
-        plan=ShardingPlan.load(plan) if isinstance(plan, str | Path) else plan,
-        batch=batch,
-        batch_dim=batch_dim,
-        constraints=dict(constraints or {}),
-        time_limit=time_limit,
-        weights=None if weights is None else Path(weights),
-    )
-    engine = _engine_of(StepRunner(StepCompiler(model, optimizer, options)))
-    handle_later_optimizers()
-    if example_inputs is not None:
-        args, kwargs = split_inputs(example_inputs)
-        engine._autopar_runner.step_for(Call.of(args, kwargs))
-    return engine, optimizer
-
-
-def _write_to_stderr(line: str) -> None:
-    print(f"autopar: {line}", file=sys.stderr, flush=True)
-
-
-def _on_rank_zero(tell: Tell) -> Tell:
-    def told(line: str) -> None:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            tell(line)
-
-    return told
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The user's model, without an engine, `torch.compile` or DistributedDataParallel around."""
-    while True:
-        if isinstance(model, Engine):
-            model = model._autopar_runner.model
-        elif isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def split_inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Normalize example inputs: kwargs, args, (args, kwargs) or one tensor to (args, kwargs)."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, tuple | list):
-        if len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
-            return tuple(example[0]), dict(example[1])
-        return tuple(example), {}
-    return (example,), {}
 
 
 class _Added:
@@ -347,7 +192,7 @@ class Engine(torch.nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """An engine of its own, without an optimizer, by the same plan."""
         model = copy.deepcopy(self._autopar_runner.model, memo)
-        memo[id(self)] = twin = _engine_of(self._autopar_runner.for_copy(model))
+        memo[id(self)] = twin = engine_of(self._autopar_runner.for_copy(model))
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -359,7 +204,7 @@ class Engine(torch.nn.Module):
         )
 
 
-def _engine_of(runner: StepRunner) -> Engine:
+def engine_of(runner: StepRunner) -> Engine:
     """The engine that shares everything with a runner's model."""
     cls = _engine_class(type(runner.model))  # type: ignore[arg-type]
     engine: Engine = object.__new__(cls)
@@ -424,6 +269,3 @@ def _with_whole_parameters(name: str, method: Callable[..., Any]) -> Callable[..
             return method(self, *args, **kwargs)
 
     return call
-
-
-__all__ = ["Engine", "MeshError", "auto_engine", "split_inputs", "unwrapped"]

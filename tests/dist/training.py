@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
 from autopar import ShardingPlan, auto_engine
 from autopar.ir.spec import ShardingSpec
-from autopar.runtime import engine as engine_module
 from autopar.runtime.distribute import shard_of
-from autopar.tracer import ColoTracer
 from tests.clusters import eager_to_shard
 from tests.models import CASES, OPTIMIZERS, reference
-
-
-class CachingTracer(ColoTracer):
-    """Twenty plans of one model need one trace."""
-
-    graphs: dict[Any, Any] = {}  # noqa: RUF012
-
-    def trace(self, model, args=(), kwargs=None):
-        shapes = pytree.tree_map_only(torch.Tensor, lambda t: tuple(t.shape), (args, kwargs))
-        key = (type(model).__name__, model.training, repr(shapes))
-        if key not in self.graphs:
-            self.graphs[key] = super().trace(model, args, kwargs)
-        return self.graphs[key]
 
 
 def _shard_error(sharded: DTensor, whole: torch.Tensor) -> float:
@@ -48,7 +30,6 @@ def largest_error(
     buffers, over `steps` steps."""
     case = CASES[name]
     losses, grads, parameters, buffers = reference(name, optimizer, steps)
-    engine_module.ColoTracer = CachingTracer
     model = case.build()
     opt = OPTIMIZERS[optimizer](list(model.parameters()))
     loaded = ShardingPlan.from_json(plan) if plan else None

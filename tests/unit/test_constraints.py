@@ -11,7 +11,7 @@ from autopar.planner.constraints import allowed, load_constraints
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.names import Names, matcher
 from autopar.planner.planner import Planned
-from autopar.runtime.engine import auto_engine
+from autopar.runtime.auto_engine import auto_engine
 from tests.clusters import eager_to_shard
 from tests.planning import BATCH, Net
 

@@ -49,7 +49,7 @@ def _rank(file: str) -> int:
 
 def test_imports_are_found():
     source = "from autopar import auto_engine, cli, __version__\nimport autopar.plan, torch"
-    found = ["autopar.runtime.engine", "autopar.cli", "autopar", "autopar.plan"]
+    found = ["autopar.runtime.auto_engine", "autopar.cli", "autopar", "autopar.plan"]
     assert list(_imports(source)) == found
     with pytest.raises(AssertionError, match="whole name"):
         list(_imports("from ..cli import app"))
