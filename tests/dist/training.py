@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.distributed.tensor import DTensor
 
-from autopar import ShardingPlan, auto_engine
+from autopar import ColoTracer, ShardingPlan, auto_engine
 from autopar.ir.spec import ShardingSpec
 from autopar.runtime.distribute import shard_of
 from tests.clusters import eager_to_shard
