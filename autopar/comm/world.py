@@ -55,7 +55,8 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
+            with _explained_restart():
+                dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
         else:
             dist.init_process_group(
                 backend,
@@ -80,6 +81,23 @@ def process_groups(mesh: DeviceMesh) -> tuple[str, ...]:
     assert coords is not None, "the mesh is over all processes"
     names = [mesh.get_group(axis).group_name for axis in range(mesh.ndim)]
     return register_mesh(tuple(mesh.shape), tuple(coords), names, world.group_name)
+
+
+@contextmanager
+def _explained_restart() -> Iterator[None]:
+    """Say why ranks that torchrun has started again do not find each other: its store still has the
+    addresses of those that died."""
+    try:
+        yield
+    except RuntimeError as error:
+        shared = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1"
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not shared:
+            raise
+        raise EngineError(
+            f"the ranks were started again and do not find each other: {error}\n"
+            "  torchrun keeps the addresses of the ranks that died; start it as "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts ..."
+        ) from error
 
 
 def store() -> Any:

@@ -26,7 +26,12 @@ from torch.distributed.tensor import DTensor
 
 from autopar.cluster.local import as_cluster
 from autopar.errors import EngineError
-from autopar.integrations.plugin import AutoparPlugin, whole_tensors
+from autopar.integrations.plugin import (
+    AutoparPlugin,
+    load_random_states,
+    save_random_states,
+    whole_tensors,
+)
 from autopar.runtime.engine import Engine
 
 
@@ -65,6 +70,9 @@ class Accelerator(accelerate.Accelerator):
                 "distributes the model instead; run the script by torchrun, or configure "
                 "Accelerate for plain multi-GPU or multi-CPU training"
             )
+        self.register_save_state_pre_hook(
+            lambda models, _, folder: save_random_states(models, folder)
+        )
         self.register_load_state_pre_hook(_load_models)
 
     def prepare(self, *args: Any, device_placement: Any = None) -> Any:
@@ -136,6 +144,7 @@ def _optimizer_of(
 
 def _load_models(models: MutableSequence[torch.nn.Module], folder: str) -> None:
     """Load whole tensors into engines, where Accelerate would compare the addresses of shards."""
+    load_random_states(models, folder)
     for k, model in enumerate(models):
         suffix = f"_{k}" if k else ""
         safe = Path(folder) / f"{SAFE_MODEL_NAME}{suffix}.safetensors"

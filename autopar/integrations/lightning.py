@@ -59,6 +59,23 @@ class AutoparStrategy(DDPStrategy):
     def __init__(self, plugin: AutoparPlugin, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.plugin = plugin
+        self._random_states: list[torch.Tensor] = []  # of a checkpoint, from which engines draw
+
+    def _engines(self) -> list[Engine]:
+        assert self.model is not None
+        return [m for m in self.model.modules() if isinstance(m, Engine)]
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Beside the whole tensors, the states from which engines draw (dropout)."""
+        checkpoint["autopar_random"] = [engine.get_random_state() for engine in self._engines()]
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._random_states = checkpoint.get("autopar_random", [])
+        return checkpoint
 
     def setup(self, trainer: Any) -> None:
         """Distribute the module, also for validation alone, and make its optimizers."""
@@ -69,6 +86,8 @@ class AutoparStrategy(DDPStrategy):
         self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         distribute_submodules(self.model, self.plugin)
+        for engine, state in zip(self._engines(), self._random_states, strict=False):
+            engine.set_random_state(state)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
@@ -50,6 +51,25 @@ class AutoparPlugin:
                 f"{count}; start the script by torchrun --nproc-per-node={cluster.world_size}, or "
                 "give another mesh"
             )
+
+
+RANDOM_STATES = "autopar_random.pt"
+
+
+def save_random_states(models: Sequence[torch.nn.Module], folder: str | Path) -> None:
+    """Write the states from which engines draw (dropout), on rank 0."""
+    if dist.get_rank() == 0:
+        states = [m.get_random_state() for m in models if isinstance(m, Engine)]
+        torch.save(states, Path(folder) / RANDOM_STATES)
+
+
+def load_random_states(models: Sequence[torch.nn.Module], folder: str | Path) -> None:
+    """Let engines draw from the states in a folder on. A checkpoint of one process has none."""
+    file = Path(folder) / RANDOM_STATES
+    if file.exists():
+        engines = [m for m in models if isinstance(m, Engine)]
+        for engine, state in zip(engines, torch.load(file, weights_only=True), strict=True):
+            engine.set_random_state(state)
 
 
 def whole_tensors(state: Any) -> Any:

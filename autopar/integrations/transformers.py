@@ -23,7 +23,7 @@ from transformers import trainer as hf_trainer
 
 from autopar.errors import EngineError
 from autopar.integrations.accelerate import Accelerator
-from autopar.integrations.plugin import AutoparPlugin
+from autopar.integrations.plugin import AutoparPlugin, load_random_states, save_random_states
 from autopar.runtime.auto_engine import unwrapped
 
 
@@ -82,6 +82,15 @@ class Trainer(transformers.Trainer):
         finally:
             self.model = engine
             del self._whole_state
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        save_random_states([self.model], output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            load_random_states([self.model], checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = self.optimizer.state_dict()  # on all ranks

@@ -163,6 +163,18 @@ class Engine(torch.nn.Module):
         return self.load_state_dict(dealt, strict=strict)
 
     @_method
+    def get_random_state(self) -> torch.Tensor:
+        """The state of the random numbers that programs draw (dropout), for a checkpoint: [3],
+        int64, the same on all ranks."""
+        return self._autopar_runner.random_state
+
+    @_method
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Draw from a state on, so that a resumed run goes on as if it had not stopped; on all
+        ranks alike."""
+        self._autopar_runner.random_state = state
+
+    @_method
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """For loops written for DDP that accumulate gradients. It changes nothing: gradients are

@@ -61,11 +61,14 @@ def handle_state_dicts(optimizer: torch.optim.Optimizer) -> None:
         return pytree.tree_map_only(DTensor, SavedShard.of_dtensor, state)
 
     def load(loaded: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        # by the keys of its groups: numbers, or names (torch.distributed.checkpoint.state_dict)
+        keys = [key for group in state["param_groups"] for key in group["params"]]
         parameters = [p for group in loaded.param_groups for p in group["params"]]
+        owners = dict(zip(keys, parameters, strict=False))
         entries = {
-            k: {name: _as_state(x, parameters[k]) for name, x in entry.items()}
-            for k, entry in state["state"].items()
-            if k < len(parameters)
+            key: {name: _as_state(x, owners[key]) for name, x in entry.items()}
+            for key, entry in state["state"].items()
+            if key in owners
         }
         return {**state, "state": {**state["state"], **entries}}
 

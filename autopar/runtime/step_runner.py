@@ -95,6 +95,15 @@ class StepRunner:
         return self._compiler.device
 
     @property
+    def random_state(self) -> torch.Tensor:
+        """The seed, and how many programs and draws it was used for: [3], int64."""
+        return torch.tensor([self._seed, self._seeds_used, self._draws])
+
+    @random_state.setter
+    def random_state(self, state: torch.Tensor) -> None:
+        self._seed, self._seeds_used, self._draws = map(int, state)
+
+    @property
     def steps(self) -> list[BoundStep]:
         """In the order in which they were compiled."""
         steps = (step for same_shape in self._programs.values() for step in same_shape)

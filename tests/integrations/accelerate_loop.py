@@ -33,7 +33,7 @@ class Run:
 
     def __init__(
         self, plugin: Any, ranks: int, *, accumulated: int = 1, max_norm: float | None = None,
-        bf16: bool = False,
+        bf16: bool = False, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         accelerate.state.AcceleratorState._reset_state()
         options: dict[str, Any] = {
@@ -47,7 +47,7 @@ class Run:
 
             self.accelerator = Accelerator(**options, autopar_plugin=plugin)
         self.max_norm = max_norm
-        model = language_model(torch.float32 if bf16 else torch.float64)
+        model = language_model(torch.float32 if bf16 else torch.float64, dropout)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         # per step of one process; Accelerate steps it once per rank
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.9 ** (k // ranks))
@@ -91,6 +91,18 @@ class Run:
         return torch.cat([self.accelerator.gather_for_metrics(x) for x in logits])
 
 
+def _resumed_with_dropout(folder: Path, plugin: Any, ranks: int) -> torch.Tensor:
+    """How far a resumed run is from one that was not interrupted."""
+    whole = Run(plugin, ranks, dropout=0.1)
+    whole.train(0, 2)
+    whole.accelerator.save_state(str(folder))
+    whole.train(2, STEPS)
+    resumed = Run(plugin, ranks, dropout=0.1)
+    resumed.accelerator.load_state(str(folder))
+    resumed.train(2, STEPS)
+    return parameters(resumed.model) - parameters(whole.model)
+
+
 def run(folder: Path, plugin: Any, ranks: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Actions and their results."""
     main = Run(plugin, ranks, max_norm=0.5)
@@ -112,6 +124,7 @@ def run(folder: Path, plugin: Any, ranks: int) -> Iterator[tuple[str, torch.Tens
     resumed.accelerator.load_state(str(folder / "state"))
     resumed.train(2, STEPS)
     yield "resume", parameters(resumed.model)
+    yield "resume with dropout", _resumed_with_dropout(folder / "dropout", plugin, ranks)
 
     accumulating = Run(plugin, ranks, accumulated=2)
     accumulating.train()

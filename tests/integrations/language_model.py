@@ -8,12 +8,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 SEQUENCES, HELD_OUT, LENGTH = 64, 16, 16
 
 
-def language_model(dtype: torch.dtype = torch.float64) -> GPT2LMHeadModel:
-    """With random weights, and without dropout, which draws otherwise on several ranks."""
+def language_model(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> GPT2LMHeadModel:
+    """With random weights. Dropout draws otherwise on several ranks than on one."""
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=2, n_embd=64, n_head=4, vocab_size=96, n_positions=32, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        n_layer=2, n_embd=64, n_head=4, vocab_size=96, n_positions=32, resid_pdrop=dropout,
+        embd_pdrop=dropout, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return GPT2LMHeadModel(config).to(dtype)
 

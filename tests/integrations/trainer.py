@@ -21,7 +21,7 @@ from tests.integrations.language_model import (
 STEPS = 4
 
 
-def _trainer(folder: Path, plugin: Any, ranks: int, **options: Any) -> Any:
+def _trainer(folder: Path, plugin: Any, ranks: int, *, dropout: float = 0.0, **options: Any) -> Any:
     dtype = torch.float32 if options.get("bf16") else torch.float64
     per_rank = 8 // ranks // options.get("gradient_accumulation_steps", 1)
     arguments = TrainingArguments(
@@ -32,14 +32,22 @@ def _trainer(folder: Path, plugin: Any, ranks: int, **options: Any) -> Any:
     )  # fmt: skip
     data = {"train_dataset": Sequences(), "eval_dataset": Sequences(HELD_OUT)}
     if plugin is None:
-        return transformers.Trainer(language_model(dtype), arguments, **data)
+        return transformers.Trainer(language_model(dtype, dropout), arguments, **data)
     from autopar.integrations.transformers import Trainer
 
-    return Trainer(language_model(dtype), arguments, **data, autopar_plugin=plugin)
+    return Trainer(language_model(dtype, dropout), arguments, **data, autopar_plugin=plugin)
 
 
 def _logged(trainer: Any, name: str) -> torch.Tensor:
     return torch.tensor([entry[name] for entry in trainer.state.log_history if name in entry])
+
+
+def _resumed_with_dropout(folder: Path, plugin: Any, ranks: int) -> torch.Tensor:
+    """How far a resumed run is from one that was not interrupted."""
+    whole, resumed = (_trainer(folder, plugin, ranks, dropout=0.1) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return parameters(resumed.model) - parameters(whole.model)
 
 
 def run(folder: Path, plugin: Any, ranks: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -60,6 +68,7 @@ def run(folder: Path, plugin: Any, ranks: int) -> Iterator[tuple[str, torch.Tens
     resumed = _trainer(folder / "main", plugin, ranks, max_grad_norm=0.5)
     resumed.train(resume_from_checkpoint=str(folder / "main" / "checkpoint-2"))
     yield "resume", parameters(resumed.model)
+    yield "resume with dropout", _resumed_with_dropout(folder / "dropout", plugin, ranks)
 
     accumulating = _trainer(folder / "accumulated", plugin, ranks, gradient_accumulation_steps=2)
     accumulating.train()
