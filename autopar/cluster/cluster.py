@@ -26,7 +26,7 @@ LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
 NODE_SIZE = 8
 
 # A smaller number without a unit is no number of bytes: the unit was forgotten.
-_FEW_BYTES = 1024
+_FEW_BYTES = 1000
 
 
 _AXIS = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<size>\d+)")
