@@ -133,13 +133,13 @@ class Accelerator(accelerate.Accelerator):
 def _optimizer_of(
     model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> torch.optim.Optimizer | None:
-    """The one among optimizers that trains a model's parameters."""
+    """The one among optimizers that trains a model's parameters, and no other model's."""
     parameters = {id(p) for p in model.parameters()}
     for optimizer in optimizers:
-        trained = (p for group in optimizer.param_groups for p in group["params"])
-        if any(id(p) in parameters for p in trained):
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if trained and all(id(p) in parameters for p in trained):
             return optimizer
-    return None
+    return None  # optimizers of several models take the parameters in place when they step
 
 
 def _load_models(models: MutableSequence[torch.nn.Module], folder: str) -> None:

@@ -12,12 +12,14 @@ way to take one; tested with transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import torch
+import torch.nn.functional as F
 import transformers
 from transformers import trainer as hf_trainer
 
@@ -25,6 +27,9 @@ from autopar.errors import EngineError
 from autopar.integrations.accelerate import Accelerator
 from autopar.integrations.plugin import AutoparPlugin, load_random_states, save_random_states
 from autopar.runtime.auto_engine import unwrapped
+
+# What stands behind the end of a sequence.
+_FILLS = {"attention_mask": 0, "labels": -100, "token_type_ids": 0}
 
 
 class Trainer(transformers.Trainer):
@@ -57,8 +62,33 @@ class Trainer(transformers.Trainer):
         self.model = self.model_wrapped  # for evaluation, too
         return prepared
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return self._padded(super()._prepare_inputs(inputs))
+
+    def _padded(self, inputs: Any) -> Any:
+        """Inputs of the longest sample of all ranks' batches. A collator pads to that of this
+        rank's; what is added is masked."""
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            return inputs
+        length = mask.shape[1]
+        longest = int(self.accelerator.gather(torch.tensor([length], device=mask.device)).max())
+        token = getattr(self.model.config, "pad_token_id", None)
+        fills = {**_FILLS, "input_ids": token if isinstance(token, int) else 0}
+        return {
+            name: F.pad(x, (0, longest - length), value=fills[name])
+            if name in fills and isinstance(x, torch.Tensor) and x.shape[1:] == (length,)
+            else x
+            for name, x in inputs.items()
+        }
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss is that of all ranks' samples already, not this rank's part of it."""
+        """A loss that the model returns is that of all ranks' samples. One that is computed from
+        its results (label smoothing, `compute_loss_func`) is this rank's part of it."""
+        inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+        smooths = self.label_smoother is not None and "labels" in inputs
+        if smooths or self.compute_loss_func is not None:
+            return super().compute_loss(*args, **kwargs)
         with mock.patch.object(self.args, "average_tokens_across_devices", False):
             return super().compute_loss(*args, **kwargs)
 

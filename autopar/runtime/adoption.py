@@ -63,7 +63,10 @@ def _of_sharded_parameters(func: Any) -> Any:
 
 def current(p: torch.Tensor) -> torch.Tensor:
     """The parameter that an object stands for: itself, unless it was moved."""
-    return p.__dict__["_autopar_parameter"] if isinstance(p, MovedParameter) else p
+    if isinstance(p, ShardedParameter):
+        return p
+    stands_for: torch.Tensor = p.__dict__.get("_autopar_parameter", p)
+    return stands_for
 
 
 def train_current_parameters(optimizer: torch.optim.Optimizer) -> None:
@@ -71,7 +74,7 @@ def train_current_parameters(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["params"] = [current(p) for p in group["params"]]
     state: dict[Any, Any] = optimizer.state
-    for moved in [p for p in state if isinstance(p, MovedParameter)]:
+    for moved in [p for p in state if current(p) is not p]:
         state[current(moved)] = state.pop(moved)
 
 
@@ -194,6 +197,8 @@ def _move(old: torch.nn.Parameter, new: torch.nn.Parameter, mesh: DeviceMesh) ->
         new.__dict__["_autopar_class"] = type(old)
         old._autopar_parameter = new  # type: ignore[attr-defined]
         old.__class__ = MovedParameter
+    elif isinstance(old, DTensor):  # loaded by assignment
+        old.__dict__["_autopar_parameter"] = new
 
 
 def _hand_over(old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:

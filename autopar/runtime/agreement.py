@@ -116,7 +116,8 @@ class Agreement:
                     "samples"
                 )
             raise MeshError(
-                f"local batches must have equal shapes on all ranks: {differ}; drop the last "
+                f"local batches must have equal shapes on all ranks: {differ}; pad samples to the "
+                "same length on all ranks, drop the last "
                 "incomplete batch (drop_last=True) or pass global batches"
             )
 

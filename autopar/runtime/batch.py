@@ -92,8 +92,8 @@ class BatchLayout:
         if any(shapes != everyone[0][1] for _, shapes in everyone):
             raise MeshError(
                 "local batches must have equal shapes on all ranks, got batch sizes "
-                f"{[n for n, _ in everyone]}; drop the last incomplete batch (drop_last=True) or "
-                "pass global batches"
+                f"{[n for n, _ in everyone]}; pad samples to the same length on all ranks, drop "
+                "the last incomplete batch (drop_last=True) or pass global batches"
             )
         return BatchLayout(True, cluster, inputs, samples)
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.ir.spec import ShardingSpec, local_range
 from autopar.runtime.deferred_tensors import DeferredTensor
-from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter
+from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter, ShardedState
 
 
 def shard_of(
@@ -184,7 +184,9 @@ def distribute(
     for p, entries in optimizer.state.items() if optimizer is not None else ():
         if id(p) in layout and p.ndim:
             state[p] = {
-                key: laid_out(x, p) if isinstance(x, torch.Tensor) and x.shape == p.shape else x
+                key: ShardedState.of_dtensor(laid_out(x, p))
+                if isinstance(x, torch.Tensor) and x.shape == p.shape
+                else x
                 for key, x in entries.items()
             }
     for p, value, grad in zip(parameters, values, grads, strict=True):

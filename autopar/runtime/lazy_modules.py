@@ -65,7 +65,7 @@ def _initialize(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             continue
 
         def initialize(module: Any, args: Any, kwargs: Any, name: str = name) -> None:
-            if not module.has_uninitialized_params():
+            if not _without_shape(module):  # called before
                 return
             original: Any = originals[name]
             original._infer_parameters(original, args, kwargs)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from autopar.comm.dtensor_rules import enter_step, leave_step
 from autopar.runtime.adoption import train_current_parameters
 from autopar.runtime.distribute import laid_out_like
-from autopar.runtime.sharded_values import SavedShard, ShardedParameter
+from autopar.runtime.sharded_values import SavedShard, ShardedParameter, ShardedState
 from autopar.runtime.step_on_shards import StepOnShards
 
 _HANDLED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -77,7 +77,9 @@ def handle_state_dicts(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _as_state(x: Any, p: torch.Tensor) -> Any:
-    if isinstance(x, SavedShard):
-        return DTensor.__new__(DTensor, x._local_tensor, x._spec, requires_grad=False)
-    whole = isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
-    return laid_out_like(x, p) if whole and x.ndim and x.shape == p.shape else x
+    if isinstance(x, DTensor):
+        return ShardedState.of_dtensor(x)
+    if not isinstance(x, torch.Tensor) or not x.ndim or x.shape != p.shape:
+        return x
+    laid_out: Any = laid_out_like(x, p)
+    return ShardedState.of_dtensor(laid_out) if isinstance(laid_out, DTensor) else laid_out

@@ -100,9 +100,10 @@ def views() -> Iterator[Any]:
 
 
 def view(op: Any, args: Any, kwargs: Any) -> Any:
-    """A view of a parameter or a gradient that writes through to its shards."""
+    """A view of a parameter, gradient or state that writes through to its shards."""
     x = args[0]
-    if not isinstance(x, _Editable) or (torch.is_grad_enabled() and x.requires_grad):
+    with_gradient = torch.is_grad_enabled() and op is not torch.ops.aten.detach.default
+    if not isinstance(x, _Editable) or (with_gradient and x.requires_grad):
         return by_dtensor(op, args, kwargs)
     try:
         out = by_dtensor(op, args, kwargs)
@@ -117,6 +118,10 @@ def view(op: Any, args: Any, kwargs: Any) -> Any:
 
 class ShardedGradient(_Editable):
     """A gradient."""
+
+
+class ShardedState(_Editable):
+    """An entry of an optimizer's state."""
 
 
 _GRAD: Any = torch.Tensor.grad
@@ -176,7 +181,8 @@ def _whole(value: Any) -> Any:
 
 
 class _Part(torch.Tensor):
-    """A view of a gathered tensor; what is written to it is written to the shards as well."""
+    """A view of a gathered tensor. It is gathered again whenever it is used, and what is written to
+    it is written to the shards as well; so all ranks must use it alike."""
 
     _gathered: torch.Tensor
     _sharded: _Editable
@@ -191,16 +197,22 @@ class _Part(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = args[0] if args and isinstance(args[0], cls) else None
+        leaves = pytree.tree_leaves((args, kwargs := kwargs or {}))
+        parts = {id(x._gathered): x for x in leaves if isinstance(x, cls)}
+        name = getattr(func, "__name__", "")
+        if name != "__get__":
+            with torch.no_grad():
+                for part in parts.values():  # the shards may have changed since
+                    part._gathered.copy_(part._sharded.full_tensor())
+        first = next(iter(parts.values()))
         args, kwargs = pytree.tree_map_only(
-            cls, lambda x: x.as_subclass(torch.Tensor), (args, kwargs or {})
+            cls, lambda x: x.as_subclass(torch.Tensor), (args, kwargs)
         )
         out = func(*args, **kwargs)
-        if first is None:
-            return out
-        name = getattr(func, "__name__", "")
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            first._sharded.copy_(first._gathered)
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or name in ("__setitem__", "__set__") or "out" in kwargs:
+            for part in parts.values():
+                part._sharded.copy_(part._gathered)
         return cls.of(out, first._gathered, first._sharded) if type(out) is torch.Tensor else out
 
 
@@ -266,7 +278,7 @@ class DeferredResult(torch.Tensor):
         return func(*args, **kwargs)
 
 
-class SavedShard(_Handed):
+class SavedShard(_Editable):
     """An entry of a state dict. Pickled, it would be one rank's shard under the whole's name."""
 
     def _refuse(self) -> EngineError:

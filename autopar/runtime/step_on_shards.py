@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from autopar.runtime.distribute import laid_out_like
+from autopar.runtime.sharded_values import ShardedState
 
 _ELEMENTWISE = {
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
@@ -71,6 +72,8 @@ class StepOnShards:
             shard.grad = None if grad is None else _local(grad)
         held = self._state.get(p)
         if held is not None:
+            if isinstance(p, DTensor):
+                held.update({k: _laid_out(k, v, p) for k, v in held.items()})
             self._optimizer.state[shard] = {k: _local(v) for k, v in held.items()}
         return shard
 
@@ -101,14 +104,25 @@ def _local(x: Any) -> Any:
     return x._local_tensor if type(x) is DTensor or isinstance(x, DTensor) else x
 
 
+def _laid_out(key: str, value: Any, p: DTensor) -> Any:
+    """An entry of the state; whole, plain ones of the caller's as their parameter is laid out."""
+    plain = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+    if not plain or key == "step" or value.shape != p.shape or value.shape == _local(p).shape:
+        return value
+    laid_out: Any = laid_out_like(value, p)
+    return ShardedState.of_dtensor(laid_out)
+
+
 def _as_before(key: str, value: Any, held: Any, p: torch.Tensor) -> Any:
     """An entry of the state, as a DTensor where it is laid out like its parameter."""
-    if type(held) is DTensor and held._local_tensor is value:
+    if isinstance(held, DTensor) and held._local_tensor is value:
         return held
     if held is value or not isinstance(p, DTensor) or not isinstance(value, torch.Tensor):
         return value
     if value.shape != p.to_local().shape or key == "step":
         return value
-    return DTensor.from_local(
-        value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    return ShardedState.of_dtensor(
+        DTensor.from_local(
+            value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
     )

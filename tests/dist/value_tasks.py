@@ -190,6 +190,48 @@ def state_of_a_later_optimizer(model: Any, optimizer: Any) -> None:
 
 
 @script
+def views_that_are_kept(model: Any, optimizer: Any) -> None:
+    train(model, optimizer)
+    row, some = model[0].weight.data[3], model[2].weight.data.view(-1)[5:20]
+    for step in range(3):
+        train(model, optimizer, step)
+        row.zero_()
+        some.mul_(0.5)
+
+
+@script
+def slices_written_in_other_ways(model: Any, optimizer: Any) -> None:
+    train(model, optimizer)
+    w = model[0].weight
+    w.detach()[2:4].clamp_(-0.01, 0.01)
+    torch.mul(w.detach()[2:4], 2, out=w.data[4:6])
+    torch._foreach_mul_([w.data[:3], model[2].weight.data.t()[1]], 0.9)
+    model.state_dict()["0.weight"][6:8] = 0
+    model.state_dict()["2.weight"][1].fill_(3.0)
+
+
+@script
+def slices_of_state(model: Any, optimizer: Any) -> None:
+    train(model, optimizer.beside)
+    state = optimizer.beside.state[model[0].weight]
+    state["exp_avg"][2:4].zero_()
+    state["exp_avg_sq"].t()[1].mul_(2)
+    train(model, optimizer.beside, 1)
+    state = optimizer.beside.state[model[2].weight]
+    state["exp_avg"] = torch.full((8, 32), 0.01, dtype=torch.float64)
+    train(model, optimizer.beside, 2)
+
+
+@script
+def loaded_by_assignment(model: Any, optimizer: Any) -> None:
+    train(model, optimizer)
+    model.load_state_dict(another()[0].state_dict(), assign=True)
+    later = sgd(model.parameters())
+    for step in range(3):
+        train(model, later, step)
+
+
+@script
 def optimizer_from_before(model: Any, optimizer: Any) -> None:
     """`beside` is from before `auto_engine`, which was not given it, and its state is loaded."""
     _, trained = another()

@@ -34,6 +34,18 @@ class Sequences(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": labels}
 
 
+def padded(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of samples cut to lengths of their own, padded to the longest."""
+    lengths = [4 + int(sample["input_ids"][0]) % (LENGTH - 4) for sample in samples]
+    batch: dict[str, torch.Tensor] = {}
+    for name, fill in (("input_ids", 0), ("labels", -100)):
+        rows = [sample[name][:n] for sample, n in zip(samples, lengths, strict=True)]
+        batch[name] = torch.nn.utils.rnn.pad_sequence(rows, True, fill)
+    ends = torch.tensor(lengths)[:, None]
+    batch["attention_mask"] = (torch.arange(max(lengths)) < ends).long()
+    return batch
+
+
 def parameters(model: torch.nn.Module) -> torch.Tensor:
     """All values of a model in one tensor; on all ranks."""
     whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())

@@ -15,13 +15,17 @@ from tests.integrations.language_model import (
     Sequences,
     generated,
     language_model,
+    padded,
     parameters,
 )
 
 STEPS = 4
 
 
-def _trainer(folder: Path, plugin: Any, ranks: int, *, dropout: float = 0.0, **options: Any) -> Any:
+def _trainer(
+    folder: Path, plugin: Any, ranks: int, *, dropout: float = 0.0, collator: Any = None,
+    **options: Any,
+) -> Any:  # fmt: skip
     dtype = torch.float32 if options.get("bf16") else torch.float64
     per_rank = 8 // ranks // options.get("gradient_accumulation_steps", 1)
     arguments = TrainingArguments(
@@ -30,7 +34,10 @@ def _trainer(folder: Path, plugin: Any, ranks: int, *, dropout: float = 0.0, **o
         report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-3, warmup_steps=2, seed=3,
         **options,
     )  # fmt: skip
-    data = {"train_dataset": Sequences(), "eval_dataset": Sequences(HELD_OUT)}
+    data = {
+        "train_dataset": Sequences(), "eval_dataset": Sequences(HELD_OUT),
+        "data_collator": collator,
+    }  # fmt: skip
     if plugin is None:
         return transformers.Trainer(language_model(dtype, dropout), arguments, **data)
     from autopar.integrations.transformers import Trainer
@@ -69,6 +76,14 @@ def run(folder: Path, plugin: Any, ranks: int) -> Iterator[tuple[str, torch.Tens
     resumed.train(resume_from_checkpoint=str(folder / "main" / "checkpoint-2"))
     yield "resume", parameters(resumed.model)
     yield "resume with dropout", _resumed_with_dropout(folder / "dropout", plugin, ranks)
+
+    smoothing = _trainer(folder / "smoothed", plugin, ranks, label_smoothing_factor=0.1)
+    smoothing.train()
+    yield "label smoothing", parameters(smoothing.model)
+
+    padding = _trainer(folder / "padded", plugin, ranks, collator=padded)
+    padding.train()
+    yield "dynamic padding", parameters(padding.model)
 
     accumulating = _trainer(folder / "accumulated", plugin, ranks, gradient_accumulation_steps=2)
     accumulating.train()
