@@ -40,7 +40,7 @@ def refusal() -> CaptureError:
     )
 
 
-class _StandIn:
+class StandIn:
     """Refuses what it does not know."""
 
     def __getattr__(self, name: str) -> Any:
@@ -59,10 +59,10 @@ for _operator in (
     "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "matmul",
     "lt", "le", "gt", "ge", "len", "iter", "getitem", "setitem",
 ):  # fmt: skip
-    setattr(_StandIn, f"__{_operator}__", _refuse)
+    setattr(StandIn, f"__{_operator}__", _refuse)
 
 
-class Rows(_StandIn):
+class Rows(StandIn):
     """In the place of packed data `[sum of lengths, *]`.
 
     Args:
@@ -90,7 +90,7 @@ class Rows(_StandIn):
         return Rows(func(rows.padded, *rest, **(kwargs or {})), rows.lengths)
 
 
-class BatchSizes(_StandIn):
+class BatchSizes(StandIn):
     """In the place of the batch sizes: how many sequences reach each position."""
 
     device = torch.device("cpu")

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.ir.result_objects import ResultConstant, ResultObject
+from autopar.tracer import packed_sequences
 from autopar.tracer.numbers import TracedNumber
 
 
@@ -54,6 +55,8 @@ def _as_node(x: Any, within: tuple[int, ...] = ()) -> Any:
         return x
     if isinstance(x, _CONSTANTS):
         return ResultConstant(x)
+    if isinstance(x, packed_sequences.StandIn):
+        raise packed_sequences.refusal()
     if id(x) in within or not _is_plain_object(x):
         raise CaptureError(
             f"the model returns a {type(x).__qualname__}, which cannot be carried out of the "

@@ -89,6 +89,7 @@ def test_a_total_length_that_may_be_too_short_is_guarded():
         lambda p: torch.cat([p.data, p.data]),
         lambda p: p.data.shape,
         lambda p: p.to(torch.float32),
+        lambda p: p,
     ],
 )
 def test_other_uses_of_packed_rows_are_refused(use):
