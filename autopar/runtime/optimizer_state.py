@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from autopar.comm.dtensor_rules import enter_step, leave_step
 from autopar.runtime.adoption import train_current_parameters
 from autopar.runtime.distribute import laid_out_like
-from autopar.runtime.sharded_values import SavedShard, ShardedParameter, ShardedState
+from autopar.runtime.sharded_values import SavedShard, ShardedParameter, ShardedState, training
 from autopar.runtime.step_on_shards import StepOnShards
 
 _HANDLED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -39,6 +39,7 @@ def handle_later_optimizers() -> None:
 
 
 def _lay_out_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    training.events += 1
     if _STEPPED.get(optimizer) is optimizer.state:
         return
     train_current_parameters(optimizer)

@@ -19,6 +19,17 @@ from autopar.comm.dtensor_rules import by_dtensor
 from autopar.errors import EngineError
 
 
+class _Counter:
+    def __init__(self) -> None:
+        self.events = 0
+
+
+# how often any parameter was told to require gradients or not to
+freezing = _Counter()
+# calls of engines and steps of optimizers, which change parameters, gradients and state
+training = _Counter()
+
+
 class _Handed(DTensor):
     """A DTensor of a class of its own."""
 
@@ -136,19 +147,11 @@ def _gradient(p: Any) -> torch.Tensor | None:
     return grad
 
 
-class _Freezing:
-    """Counts how often any parameter was told to require gradients or not to."""
-
-    def __init__(self) -> None:
-        self.changes = 0
-
-
-freezing = _Freezing()
 _REQUIRES_GRAD: Any = torch.Tensor.requires_grad
 
 
 def _set_requires_grad(p: Any, value: bool) -> None:
-    freezing.changes += 1
+    freezing.events += 1
     _REQUIRES_GRAD.__set__(p, value)
 
 
@@ -180,9 +183,14 @@ def _whole(value: Any) -> Any:
     return pytree.tree_map_only(DTensor, DTensor.full_tensor, value)
 
 
+_WRITING = {"__setitem__", "__set__"} | {
+    f"__i{name}__" for name in "add and floordiv mod mul or pow sub truediv xor".split()
+}
+
+
 class _Part(torch.Tensor):
-    """A view of a gathered tensor. It is gathered again whenever it is used, and what is written to
-    it is written to the shards as well; so all ranks must use it alike."""
+    """A view of a gathered tensor. It is gathered again if the shards were written since, and what
+    is written to it is written to the shards as well."""
 
     _gathered: torch.Tensor
     _sharded: _Editable
@@ -193,27 +201,42 @@ class _Part(torch.Tensor):
             return x  # indexed by tensors: a copy in eager PyTorch too
         part = x.as_subclass(cls)
         part._gathered, part._sharded = gathered, sharded
+        if not hasattr(gathered, "_gathered_at"):
+            gathered._gathered_at = training.events  # type: ignore[attr-defined]
         return part
+
+    @torch.no_grad()
+    def _refresh(self, to_write: bool) -> None:
+        """Gather again before a write, and before a read if a step came between. (One rank alone
+        may read what has been gathered.)"""
+        gathered: Any = self._gathered
+        if to_write or gathered._gathered_at != training.events:
+            gathered.copy_(self._sharded.full_tensor())
+            gathered._gathered_at = training.events
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs := kwargs or {}))
-        parts = {id(x._gathered): x for x in leaves if isinstance(x, cls)}
-        name = getattr(func, "__name__", "")
-        if name != "__get__":
-            with torch.no_grad():
-                for part in parts.values():  # the shards may have changed since
-                    part._gathered.copy_(part._sharded.full_tensor())
-        first = next(iter(parts.values()))
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        in_place = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
+        written = cls._among(args[0] if in_place else kwargs.get("out"))
+        parts = cls._among((args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            for part in parts:
+                part._refresh(bool(written))
         args, kwargs = pytree.tree_map_only(
             cls, lambda x: x.as_subclass(torch.Tensor), (args, kwargs)
         )
         out = func(*args, **kwargs)
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or name in ("__setitem__", "__set__") or "out" in kwargs:
-            for part in parts.values():
-                part._sharded.copy_(part._gathered)
+        for part in written:
+            part._sharded.copy_(part._gathered)
+        first = parts[0]
         return cls.of(out, first._gathered, first._sharded) if type(out) is torch.Tensor else out
+
+    @classmethod
+    def _among(cls, values: Any) -> list[_Part]:
+        """Parts in nested values, one of each gathered tensor."""
+        parts = (x for x in pytree.tree_leaves(values) if isinstance(x, cls))
+        return list({id(x._gathered): x for x in parts}.values())
 
 
 # What a deferred result answers without its values.

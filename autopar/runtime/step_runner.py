@@ -33,7 +33,7 @@ from autopar.runtime.call import Call
 from autopar.runtime.distribute import shards
 from autopar.runtime.initial_values import InitialValues
 from autopar.runtime.result_gradients import refuse_hooks
-from autopar.runtime.sharded_values import DeferredResult, SavedShard, view, views
+from autopar.runtime.sharded_values import DeferredResult, SavedShard, training, view, views
 from autopar.runtime.sized_steps import SizedSteps
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_compiler import StepCompiler
@@ -128,6 +128,7 @@ class StepRunner:
         return value.full_tensor() if self._whole else SavedShard.of_dtensor(value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        training.events += 1
         with self.context():
             return self._call(*args, **kwargs)
 

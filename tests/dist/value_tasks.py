@@ -196,7 +196,7 @@ def views_that_are_kept(model: Any, optimizer: Any) -> None:
     for step in range(3):
         train(model, optimizer, step)
         row.zero_()
-        some.mul_(0.5)
+        some *= 0.5
 
 
 @script
@@ -206,6 +206,7 @@ def slices_written_in_other_ways(model: Any, optimizer: Any) -> None:
     w.detach()[2:4].clamp_(-0.01, 0.01)
     torch.mul(w.detach()[2:4], 2, out=w.data[4:6])
     torch._foreach_mul_([w.data[:3], model[2].weight.data.t()[1]], 0.9)
+    w.data[w.detach().norm(dim=1).argmin()].copy_(w.data[9])
     model.state_dict()["0.weight"][6:8] = 0
     model.state_dict()["2.weight"][1].fill_(3.0)
 
