@@ -19,7 +19,7 @@ from tests.planning import random_choices
 
 MESH = (2, 2, 2)
 STEPS = 3
-RANDOM_PLANS, PARTS = 10, 2
+RANDOM_PLANS, PARTS = 4, 2
 TOLERANCE = 1e-9
 
 
