@@ -174,6 +174,7 @@ def _dtensor_for(p: torch.nn.Parameter, mesh: DeviceMesh, name: str) -> ShardedP
         return ShardedParameter.of_values(values, p.requires_grad)
     known.grad = None
     known.lay_out(values)
+    known._handles = []  # to be laid out by a plan, again
     return known.requires_grad_(p.requires_grad)
 
 

@@ -47,7 +47,7 @@ register_module_parameter_registration_hook(_registrations)
 
 
 def _changes() -> tuple[int, int]:
-    return _registrations.count, freezing.events
+    return _registrations.count, freezing.count
 
 
 @dataclass

@@ -57,6 +57,16 @@ def laid_out_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return _as_dtensor(x.to(p.device), spec, mesh, tuple(coords))
 
 
+def sharded_state(x: Any, p: torch.Tensor) -> Any:
+    """An entry of an optimizer's state, laid out as its parameter if it has the same shape."""
+    if not isinstance(p, DTensor) or not isinstance(x, torch.Tensor) or isinstance(x, ShardedState):
+        return x
+    if not x.ndim or x.shape != p.shape:
+        return x
+    laid_out: Any = x if isinstance(x, DTensor) else laid_out_like(x, p)
+    return ShardedState.of_dtensor(laid_out)
+
+
 @torch.no_grad()
 def _agreed(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Rank 0's value on every rank, whole."""

@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from autopar.comm.dtensor_rules import enter_step, leave_step
 from autopar.runtime.adoption import train_current_parameters
-from autopar.runtime.distribute import laid_out_like
-from autopar.runtime.sharded_values import SavedShard, ShardedParameter, ShardedState, training
+from autopar.runtime.distribute import sharded_state
+from autopar.runtime.gathered_part import steps
+from autopar.runtime.sharded_values import SavedShard, ShardedParameter
 from autopar.runtime.step_on_shards import StepOnShards
 
 _HANDLED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -39,13 +40,13 @@ def handle_later_optimizers() -> None:
 
 
 def _lay_out_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    training.events += 1
+    steps.count += 1
     if _STEPPED.get(optimizer) is optimizer.state:
         return
     train_current_parameters(optimizer)
     for p, entry in optimizer.state.items():
         if isinstance(p, ShardedParameter):
-            entry.update({name: _as_state(x, p) for name, x in entry.items()})
+            entry.update({name: sharded_state(x, p) for name, x in entry.items()})
     if any(isinstance(p, ShardedParameter) for g in optimizer.param_groups for p in g["params"]):
         handle_state_dicts(optimizer)
         StepOnShards.attach(optimizer)
@@ -67,7 +68,7 @@ def handle_state_dicts(optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in loaded.param_groups for p in group["params"]]
         owners = dict(zip(keys, parameters, strict=False))
         entries = {
-            key: {name: _as_state(x, owners[key]) for name, x in entry.items()}
+            key: {name: sharded_state(x, owners[key]) for name, x in entry.items()}
             for key, entry in state["state"].items()
             if key in owners
         }
@@ -75,12 +76,3 @@ def handle_state_dicts(optimizer: torch.optim.Optimizer) -> None:
 
     optimizer.register_state_dict_post_hook(save)
     optimizer.register_load_state_dict_pre_hook(load)
-
-
-def _as_state(x: Any, p: torch.Tensor) -> Any:
-    if isinstance(x, DTensor):
-        return ShardedState.of_dtensor(x)
-    if not isinstance(x, torch.Tensor) or not x.ndim or x.shape != p.shape:
-        return x
-    laid_out: Any = laid_out_like(x, p)
-    return ShardedState.of_dtensor(laid_out) if isinstance(laid_out, DTensor) else laid_out

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from autopar.runtime.distribute import laid_out_like
+from autopar.runtime.distribute import laid_out_like, sharded_state
 from autopar.runtime.sharded_values import ShardedState
 
 _ELEMENTWISE = {
@@ -72,8 +72,7 @@ class StepOnShards:
             shard.grad = None if grad is None else _local(grad)
         held = self._state.get(p)
         if held is not None:
-            if isinstance(p, DTensor):
-                held.update({k: _laid_out(k, v, p) for k, v in held.items()})
+            held.update({k: sharded_state(v, p) for k, v in held.items()})
             self._optimizer.state[shard] = {k: _local(v) for k, v in held.items()}
         return shard
 
@@ -102,15 +101,6 @@ class StepOnShards:
 def _local(x: Any) -> Any:
     """As `DTensor.to_local` finds it, which asks autograd first."""
     return x._local_tensor if type(x) is DTensor or isinstance(x, DTensor) else x
-
-
-def _laid_out(key: str, value: Any, p: DTensor) -> Any:
-    """An entry of the state; whole, plain ones of the caller's as their parameter is laid out."""
-    plain = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
-    if not plain or key == "step" or value.shape != p.shape or value.shape == _local(p).shape:
-        return value
-    laid_out: Any = laid_out_like(value, p)
-    return ShardedState.of_dtensor(laid_out)
 
 
 def _as_before(key: str, value: Any, held: Any, p: torch.Tensor) -> Any:

@@ -24,16 +24,18 @@ from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
 from autopar.ir.numbers import Condition, Origin, Values, is_number
 from autopar.ir.reads import first_change
+from autopar.runtime import gathered_part
 from autopar.runtime.agreement import Agreement, described
 from autopar.runtime.assumptions import precision_modes
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.bound_step import BoundStep, WholeResult
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.call import Call
+from autopar.runtime.deferred_result import DeferredResult
 from autopar.runtime.distribute import shards
 from autopar.runtime.initial_values import InitialValues
 from autopar.runtime.result_gradients import refuse_hooks
-from autopar.runtime.sharded_values import DeferredResult, SavedShard, training, view, views
+from autopar.runtime.sharded_values import SavedShard, view, views
 from autopar.runtime.sized_steps import SizedSteps
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_compiler import StepCompiler
@@ -125,10 +127,10 @@ class StepRunner:
 
     def saved(self, value: DTensor) -> torch.Tensor:
         """A parameter as an entry of a state dict."""
-        return value.full_tensor() if self._whole else SavedShard.of_dtensor(value)
+        return value.full_tensor() if self._whole else SavedShard.of_handle(value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        training.events += 1
+        gathered_part.steps.count += 1
         with self.context():
             return self._call(*args, **kwargs)
 

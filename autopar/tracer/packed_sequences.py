@@ -141,8 +141,17 @@ def packed(
     Args:
         ask: gives the value of a tensor, and makes a guard.
         x: [longest, batch, *], with `batch_first` [batch, longest, *].
+
+    Raises:
+        CaptureError: lengths that torch refuses.
     """
     padded = x.transpose(0, 1) if batch_first else x
+    within = (lengths > 0) & (lengths <= padded.shape[0])
+    if not ask(within.all() & (lengths[1:] <= lengths[:-1]).all()):
+        raise CaptureError(
+            f"{current_line()}: lengths of packed sequences must be 1 to {padded.shape[0]}, and "
+            "decrease where enforce_sorted=True"
+        )
     longest = _Longest.of(lengths, padded.shape[0], ask)
     return Rows(padded, lengths), BatchSizes(padded.shape[1], longest)
 

@@ -21,7 +21,7 @@ from torch import nn
 from autopar import auto_engine
 from autopar.errors import AutoparError
 from autopar.ir import deferred_results
-from autopar.runtime.sharded_values import DeferredResult
+from autopar.runtime.deferred_result import DeferredResult
 from tests.clusters import eager_to_shard
 
 SHARDED = {"0.weight": "S0R", "2.weight": "RS0"}

@@ -191,12 +191,21 @@ def state_of_a_later_optimizer(model: Any, optimizer: Any) -> None:
 
 @script
 def views_that_are_kept(model: Any, optimizer: Any) -> None:
-    train(model, optimizer)
-    row, some = model[0].weight.data[3], model[2].weight.data.view(-1)[5:20]
+    """From before the first batch, and views of views."""
+    with torch.no_grad():
+        row, some = model[0].weight.data[3], model[2].weight.view(-1)[5:20]
+        upper, _ = model[0].weight.data[8:12].chunk(2)
+    whole, detached = model[0].bias.data, model[2].bias.detach()
+    saved = model.state_dict()["2.weight"]
     for step in range(3):
         train(model, optimizer, step)
-        row.zero_()
-        some *= 0.5
+        with torch.no_grad():
+            row.zero_()
+            some *= 0.5
+            upper.add_(0.01)
+            whole.mul_(0.5)
+            detached.add_(0.01)
+            saved[5:7] = 0.25
 
 
 @script

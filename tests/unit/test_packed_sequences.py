@@ -56,7 +56,7 @@ def test_a_capture_serves_other_lengths(name, total, is_sorted):
     x = (x if batch_first else x.transpose(0, 1)).requires_grad_()
     batches = [[6, 5, 3, 1], [6, 6, 6, 2]] if is_sorted else [[2, 6, 3, 5], [1, 1, 6, 2]]
     graph = ColoTracer().trace(model, (x, torch.tensor(batches[0])))
-    assert len(graph.guards) == (total is None)  # the longest length
+    assert len(graph.guards) == 1 + (total is None)  # valid lengths; the longest one
     leaves = [x, *model.parameters()]
     for lengths in map(torch.tensor, batches):
         results = [call(x, lengths) for call in (model, graph.bind(model))]
@@ -70,11 +70,23 @@ def test_a_total_length_that_may_be_too_short_is_guarded():
     model = Tagger(nn.GRU, {}, batch_first=True, is_sorted=False, total=6).double()
     x = torch.randn(4, 7, 8, dtype=torch.float64)
     graph = ColoTracer().trace(model, (x, torch.tensor([6, 2, 3, 1])))
-    (guard,) = graph.guards
+    _, guard = graph.guards
     assert guard.holds({1: torch.tensor([1, 5, 3, 1])}, {})
     assert not guard.holds({1: torch.tensor([1, 7, 3, 1])}, {})
     with pytest.raises(CaptureError, match="total_length=6 and max sequence length"):
         ColoTracer().trace(model, (x, torch.tensor([7, 2, 3, 1])))
+
+
+@pytest.mark.parametrize("lengths", [[3, 5, 2, 1], [7, 8, 1, 1], [7, 3, 2, 0]])
+def test_lengths_that_torch_refuses(lengths):
+    model = Tagger(nn.GRU, {}, batch_first=True, is_sorted=True, total=7).double()
+    x = torch.randn(4, 7, 8, dtype=torch.float64)
+    with pytest.raises((RuntimeError, ValueError)):
+        model(x, torch.tensor(lengths))
+    with pytest.raises(CaptureError, match=r"1 to 7, and decrease where enforce_sorted=True"):
+        ColoTracer().trace(model, (x, torch.tensor(lengths)))
+    (guard,) = ColoTracer().trace(model, (x, torch.tensor([7, 3, 2, 2]))).guards
+    assert not guard.holds({1: torch.tensor(lengths)}, {})
 
 
 @pytest.mark.parametrize(
