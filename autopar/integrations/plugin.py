@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.errors import EngineError
 from autopar.runtime.auto_engine import auto_engine
 from autopar.runtime.engine import Engine
+from autopar.runtime.full_state import gather_state
 
 
 @dataclass
@@ -73,15 +72,5 @@ def load_random_states(models: Sequence[torch.nn.Module], folder: str | Path) ->
 
 
 def whole_tensors(state: Any) -> Any:
-    """A state dict with whole CPU tensors in the place of shards, of which entries of one parameter
-    (tied weights) share one. All ranks call this."""
-    whole: dict[Any, torch.Tensor] = {}
-
-    def gather(x: DTensor) -> torch.Tensor:
-        shard = x.to_local()
-        key = shard.untyped_storage()._cdata, shard.storage_offset(), x.shape, x.placements
-        if key not in whole:
-            whole[key] = x.full_tensor().detach().cpu()
-        return whole[key]
-
-    return pytree.tree_map_only(DTensor, gather, state)
+    """A state dict as one process would save it, on all ranks. All ranks call this."""
+    return gather_state(state, rank0_only=False, offload_to_cpu=True)

@@ -8,30 +8,38 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from autopar.errors import EngineError
 from autopar.runtime.distribute import laid_out_like
 
 
 @torch.no_grad()
-def gather_state(state: Mapping[str, Any], *, rank0_only: bool, offload_to_cpu: bool) -> Any:
-    """Whole tensors for the shards of a state dict, one after the other; on all ranks.
+def gather_state(state: Any, *, rank0_only: bool, offload_to_cpu: bool) -> Any:
+    """A state dict, of a model or an optimizer, with whole tensors in the place of shards; on all
+    ranks. Entries over the same memory (tied weights) are one tensor afterwards.
 
     Args:
-        state: with the parameters themselves, so that tied ones are one tensor afterwards.
+        rank0_only: other ranks get an empty dict.
     """
     keep = not rank0_only or dist.get_rank() == 0
-    copies: dict[int, torch.Tensor] = {}
-    whole: dict[str, Any] = {}
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            whole[name] = value  # extra state of modules
-            continue
-        if id(value) not in copies:
-            full = value.full_tensor() if isinstance(value, DTensor) else value
-            copies[id(value)] = _copy(full.detach(), offload_to_cpu) if keep else full.new_empty(0)
-        whole[name] = copies[id(value)]
-    return whole if keep else {}
+    copies: dict[Any, torch.Tensor] = {}
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        memory = _memory(x)
+        if memory not in copies:
+            full = x.full_tensor() if isinstance(x, DTensor) else x
+            copies[memory] = _copy(full.detach(), offload_to_cpu) if keep else full.new_empty(0)
+        return copies[memory]
+
+    gathered = pytree.tree_map_only(torch.Tensor, whole, state)
+    return gathered if keep else {}
+
+
+def _memory(x: torch.Tensor) -> Any:
+    """Equal for tensors over the same memory; of shards, on this rank."""
+    local, placements = (x._local_tensor, x.placements) if isinstance(x, DTensor) else (x, ())
+    return local.untyped_storage()._cdata, local.storage_offset(), x.shape, x.stride(), placements
 
 
 def _copy(x: torch.Tensor, to_cpu: bool) -> torch.Tensor:
@@ -64,7 +72,7 @@ def deal_state(
         )
     own = dict(state or {})
     if len(ranks) == world:
-        return {name: _shard(x, entries.get(name)) for name, x in own.items()}
+        return own
     listed: list[Any] = [[(name, _kind(x)) for name, x in own.items()]]
     dist.broadcast_object_list(listed, src=0)
     dealt: dict[str, Any] = {}
