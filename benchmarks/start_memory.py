@@ -143,9 +143,9 @@ def run_rank(name: str, source: str, small: bool, folder: str) -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     start(name, source, True, folder)
-    mine = start(name, source, small, folder)
+    own = start(name, source, small, folder)
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
+    dist.all_gather_object(every, own)
     if dist.get_rank() == 0:
         counted = every[1:] if source == "rank 0 only" else every
         answer(max(counted, key=lambda r: r["growth"]))

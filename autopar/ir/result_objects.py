@@ -20,7 +20,7 @@ class ResultObject:
     cls: type
     namespace: dict[str, Any]
 
-    def made(self) -> Any:
+    def build(self) -> Any:
         """The object, without a call of its `__init__`."""
         x: Any = object.__new__(self.cls)
         x.__dict__.update({name: realized(value) for name, value in self.namespace.items()})
@@ -57,7 +57,7 @@ def realized(results: Any) -> Any:
 
     def real(x: Any) -> Any:
         if isinstance(x, ResultObject):
-            return x.made()
+            return x.build()
         return x.value if isinstance(x, ResultConstant) else x
 
     return pytree.tree_map(real, results, is_leaf=_is_node)

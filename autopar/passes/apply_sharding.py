@@ -324,14 +324,14 @@ class _Rewriter:
         buffers = len(self.graph.mutations)
         waiting = deferred_results(self.graph) if output_specs is None else frozenset()
         deferred: dict[int, ShardingSpec] = {}
-        given = iter(output_specs or ())  # of tensors alone
+        remaining = iter(output_specs or ())  # of tensors alone
         for i, value in enumerate(self.graph.output.args[0]):  # type: ignore[arg-type]
             if not isinstance(value, fx.Node):
                 flat.append(value)
                 continue
             spec = ShardingSpec.replicated(value.meta["val"].ndim)
             if output_specs is not None and i >= buffers:
-                spec = next(given)
+                spec = next(remaining)
             elif i in waiting:
                 spec = deferred[i] = self._most_split(*producer(value))
             flat.append(self._value(value, spec))

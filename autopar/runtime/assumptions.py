@@ -82,9 +82,9 @@ class Assumptions:
     def changed(self) -> str | None:
         """What has changed since, for a message; None if nothing has."""
         frozen, plain = self.untold
-        told = _changes() != self.seen
+        notified = _changes() != self.seen
         if not (
-            told or torch._C._any_requires_grad(*frozen) or not all(map(_requires_grad, plain))
+            notified or torch._C._any_requires_grad(*frozen) or not all(map(_requires_grad, plain))
         ):
             return None
         now = [p for p in _values(self.tables) if p is not None]

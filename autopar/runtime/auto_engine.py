@@ -138,11 +138,11 @@ def _write_to_stderr(line: str) -> None:
 
 
 def _on_rank_zero(tell: Tell) -> Tell:
-    def told(line: str) -> None:
+    def on_rank_zero(line: str) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
             tell(line)
 
-    return told
+    return on_rank_zero
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -248,10 +248,10 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, meta, (args, kwargs))
     if "device" in kwargs or any(a.name == "device" for a in func._schema.arguments):
-        made = kwargs.get("device") is not None or not any(
+        creates = kwargs.get("device") is not None or not any(
             isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs))
         )
-        kwargs = kwargs | {"device": torch.device("meta")} if made else kwargs
+        kwargs = kwargs | {"device": torch.device("meta")} if creates else kwargs
     generators = [k for k, v in kwargs.items() if isinstance(v, torch.Generator)]
     with torch.no_grad():
         return func(*args, **kwargs | dict.fromkeys(generators))

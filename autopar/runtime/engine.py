@@ -17,7 +17,7 @@ from autopar.errors import EngineError
 from autopar.plan import ShardingPlan
 from autopar.runtime.bound_step import BoundStep
 from autopar.runtime.call import Call
-from autopar.runtime.full_state import deal_state, gather_state
+from autopar.runtime.full_state import distribute_state, gather_state
 from autopar.runtime.step_runner import StepRunner
 from autopar.schedule.budget import MemoryPlan
 
@@ -159,8 +159,8 @@ class Engine(torch.nn.Module):
         """
         runner = self._autopar_runner
         entries = super().state_dict(keep_vars=True)
-        dealt = deal_state(state, entries, runner.device)
-        return self.load_state_dict(dealt, strict=strict)
+        distributed = distribute_state(state, entries, runner.device)
+        return self.load_state_dict(distributed, strict=strict)
 
     @_method
     def get_random_state(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""State dicts of whole, plain tensors, gathered from and dealt out to the shards."""
+"""State dicts of whole, plain tensors, gathered from the shards and distributed to them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _copy(x: torch.Tensor, to_cpu: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def deal_state(
+def distribute_state(
     state: Mapping[str, Any] | None, entries: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """A state dict to load on this rank: shards of whole tensors, which rank 0 or all ranks have.
@@ -75,10 +75,10 @@ def deal_state(
         return own
     listed: list[Any] = [[(name, _kind(x)) for name, x in own.items()]]
     dist.broadcast_object_list(listed, src=0)
-    dealt: dict[str, Any] = {}
+    distributed: dict[str, Any] = {}
     for name, kind in listed[0]:
         if isinstance(kind, _Other):
-            dealt[name] = kind.value
+            distributed[name] = kind.value
             continue
         shape, dtype = kind
         if own:
@@ -86,8 +86,8 @@ def deal_state(
         else:
             whole = torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(whole, src=0)
-        dealt[name] = _shard(whole, entries.get(name))
-    return dealt
+        distributed[name] = _shard(whole, entries.get(name))
+    return distributed
 
 
 class _Other:

@@ -131,8 +131,8 @@ def initial_values(
     stored: dict[str, str] = {}
     if weights is not None:
         reader, stored = ranks.together(lambda: _opened(model, weights))
-    mine = sorted(name for name, x in _named(model) if has_no_values(x))
-    missing = sorted(set().union(*_gathered(mine)))
+    without_values = sorted(name for name, x in _named(model) if has_no_values(x))
+    missing = sorted(set().union(*_gathered(without_values)))
     parameters = dict(model.named_parameters())
     missing = [name for name in missing if name not in stored]
     recorded = _agreed_records(model, ranks, missing) if missing else frozenset()
@@ -140,10 +140,10 @@ def initial_values(
         ranks.together(lambda: _read_now(model, reader, stored, again))
     _fill_buffers(model, ranks, device, [n for n in missing if n not in parameters], recorded)
     if reader is not None:
-        late = frozenset().union(*_gathered([n for n in mine if n in parameters]))
-        return InitialValues(late, frozenset(), reader, stored)
-    late = frozenset(name for name in missing if name in parameters)
-    return InitialValues(late, recorded & late)
+        deferred = frozenset().union(*_gathered([n for n in without_values if n in parameters]))
+        return InitialValues(deferred, frozenset(), reader, stored)
+    deferred = frozenset(name for name in missing if name in parameters)
+    return InitialValues(deferred, recorded & deferred)
 
 
 def _outside_of_context() -> None:
@@ -160,10 +160,10 @@ def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, x
 
 
-def _gathered(mine: Any) -> list[Any]:
+def _gathered(value: Any) -> list[Any]:
     """What every rank has to say."""
     answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, mine)
+    dist.all_gather_object(answers, value)
     return answers
 
 
@@ -219,10 +219,10 @@ def _check_alike(
     missing: list[str], tensors: Mapping[str, torch.Tensor], on_zero: list[tuple[str, str]]
 ) -> None:
     for name, (shape, _) in zip(missing, on_zero, strict=True):
-        mine = _description(tensors.get(name))[0]
-        if mine != shape:
+        own = _description(tensors.get(name))[0]
+        if own != shape:
             raise EngineError(
-                f"{name} is {shape} on rank 0 and {mine} on rank {dist.get_rank()}; build the same "
+                f"{name} is {shape} on rank 0 and {own} on rank {dist.get_rank()}; build the same "
                 "model on every rank"
             )
 

@@ -68,14 +68,14 @@ class SafetensorsWeights:
         self._files = files
 
     def tensors(self) -> dict[str, Stored]:
-        found: dict[str, Stored] = {}
+        stored: dict[str, Stored] = {}
         for path in sorted(set(self._files.values())):
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118 - it is not a dict
                     part = file.get_slice(name)
                     kind = part.get_dtype()
-                    found[name] = Stored(tuple(part.get_shape()), _DTYPES.get(kind, kind))
-        return found
+                    stored[name] = Stored(tuple(part.get_shape()), _DTYPES.get(kind, kind))
+        return stored
 
     @torch.no_grad()
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:

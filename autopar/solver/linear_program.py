@@ -207,7 +207,7 @@ def _run_cbc(program: Any, time_limit: float, gap: float) -> int:
                 _PROCESSES.remove(process)
         if code:
             raise subprocess.CalledProcessError(code, command)
-        status, values, *_, found = solver.readsol_MPS(answer, program, variables, *names)
+        status, values, *_, solution_status = solver.readsol_MPS(answer, program, variables, *names)
     program.assignVarsVals(values)
-    program.assignStatus(status, found)
+    program.assignStatus(status, solution_status)
     return int(status)

@@ -209,12 +209,12 @@ def recurrent(
             x = F.dropout(x, dropout, training)
         results = []
         for k in range(layer * directions, (layer + 1) * directions):
-            given: list[Any] = list(weights[each * k : each * (k + 1)])
+            own_weights: list[Any] = list(weights[each * k : each * (k + 1)])
             if not biases:
-                given[2:2] = [None, None]
+                own_weights[2:2] = [None, None]
             first = tuple(s[k] for s in states)
             result, final = _scan(
-                _CELLS[kind], x, ended, first, given, reverse=bool(k % directions)
+                _CELLS[kind], x, ended, first, own_weights, reverse=bool(k % directions)
             )
             results.append(result)
             finals.append(final)

@@ -9,7 +9,7 @@ from torch import nn
 
 from autopar import auto_engine
 from autopar.comm import world
-from autopar.runtime import step_runner
+from autopar.runtime import step_choice
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def _no_process_group_left() -> Iterator[None]:
 
 
 def test_the_oldest_programs_are_forgotten_but_the_first(monkeypatch):
-    monkeypatch.setattr(step_runner, "_KEPT_IN_ALL", 3)
+    monkeypatch.setattr(step_choice, "_KEPT_IN_ALL", 3)
     model = nn.Linear(4, 2)
     alone = copy.deepcopy(model)
     engine, _ = auto_engine(model, None, "1")
