@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ def start(cluster: ClusterInfo, device: torch.device) -> DeviceMesh:
                 world_size=1,
                 timeout=DEFAULT_TIMEOUT,
             )
+    if not _MESHES:
         atexit.register(stop)
     key = (dist.group.WORLD, device.type, cluster.mesh, cluster.axis_names)
     if key not in _MESHES:
@@ -107,12 +109,21 @@ def store() -> Any:
 
 
 def stop() -> None:
-    """End the process group, and let go of all that holds it: one that lives on aborts the process
-    when the interpreter shuts down."""
+    """End the process group, and let go of all that holds it: a thread of Gloo's that is still
+    there when the interpreter shuts down may abort the process."""
+    for mesh in _MESHES.values():
+        _forget_process_groups(mesh)
     _MESHES.clear()
     forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
+
+
+def _forget_process_groups(mesh: DeviceMesh) -> None:
+    """DTensor's caches keep meshes, and a mesh keeps its groups (a field that is private to torch;
+    tested with 2.13)."""
+    getattr(mesh, "_pg_registry", {}).clear()
 
 
 # What Gloo's errors say; NCCL's have a type.
