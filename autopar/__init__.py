@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autopar.cluster.cluster import ClusterInfo
     from autopar.compile import autoplan
+    from autopar.ir.precision import Precision
     from autopar.plan import ShardingPlan
     from autopar.runtime.auto_engine import auto_engine
     from autopar.runtime.deferred_init import deferred_init
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClusterInfo",
     "ColoTracer",
+    "Precision",
     "ShardingPlan",
     "auto_engine",
     "autoplan",
@@ -26,6 +28,7 @@ __all__ = [
 _HOMES = {
     "ClusterInfo": "autopar.cluster.cluster",
     "ColoTracer": "autopar.tracer",
+    "Precision": "autopar.ir.precision",
     "ShardingPlan": "autopar.plan",
     "auto_engine": "autopar.runtime.auto_engine",
     "autoplan": "autopar.compile",

@@ -13,10 +13,11 @@ import msgspec
 
 from autopar.errors import PlanError
 from autopar.files import write_atomically
+from autopar.ir.precision import Precision
 from autopar.ir.spec import ShardingSpec
 from autopar.units import mesh_text
 
-FORMAT = 6
+FORMAT = 7
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ class ShardingPlan:
         pareto_front: fastest plans by budget, if they were requested.
         meshes: the meshes that were compared, if the mesh was searched for.
         step: what the step keeps, recomputes and offloads, if that was decided.
+        precision: dtypes of the step; None for those of the model.
     """
 
     model: str
@@ -267,6 +269,7 @@ class ShardingPlan:
     pareto_front: tuple[ParetoPoint, ...] = ()
     meshes: tuple[MeshResult, ...] = ()
     step: StepSummary | None = None
+    precision: Precision | None = None
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""
@@ -333,7 +336,14 @@ class ShardingPlan:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
         return ShardingPlan.from_json(text, source=str(path))
 
-    def check(self, *, fingerprint: str, mesh: tuple[int, ...], model: str) -> None:
+    def check(
+        self,
+        *,
+        fingerprint: str,
+        mesh: tuple[int, ...],
+        model: str,
+        precision: Precision | None = None,
+    ) -> None:
         """Refuse a graph or a mesh that the plan was not made for.
 
         Raises:
@@ -343,6 +353,11 @@ class ShardingPlan:
             raise PlanError(
                 f"the plan was made for mesh {mesh_text(self.mesh)}, "
                 f"this run has {mesh_text(mesh)}; plan again with --mesh"
+            )
+        if self.precision != precision:
+            raise PlanError(
+                f"the plan was made for precision {self.precision or 'of the model'}, this run "
+                f"has {precision or 'that of the model'}; leave precision= out to take the plan's"
             )
         if self.fingerprint != fingerprint:
             raise PlanError(

@@ -58,6 +58,12 @@ def plan(
         help="Budget per device: 20GiB, 512MB, or a share of the device's memory such as 0.8.  "
         "[default: all of it]",
     ),
+    precision: str | None = typer.Option(
+        None,
+        metavar="DTYPE",
+        help="Compute and gather in bf16 or fp16, with parameters, their optimizer state and the "
+        "sums of gradients in float32.  [default: the model's dtypes]",
+    ),
     optimizer: str = typer.Option(
         "adamw", metavar="NAME", help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}."
     ),
@@ -113,9 +119,11 @@ def plan(
             from autopar.cli.model_file import load_example
             from autopar.cli.plan import make_plan, print_report, target_of, write_html
             from autopar.cluster.cluster import ClusterInfo
+            from autopar.ir.precision import Precision
             from autopar.planner.constraints import load_constraints
             from autopar.planner.optimizer_state import named_state_ratio
 
+            policy = Precision.of(precision)
             target = target_of(mesh, devices, per_node, device, cluster, memory)
             if trace is not None and not isinstance(target, ClusterInfo):
                 raise ValueError("--trace shows the step on one mesh: give it with --mesh")
@@ -131,7 +139,7 @@ def plan(
                 example, target, say, baselines=baselines, pareto_front=pareto_front,
                 schedule=report is not None or trace is not None, trace=trace,
                 dump_passes=dump_passes, optimizer_state=state, constraints=layouts,
-                time_limit=time_limit,
+                time_limit=time_limit, precision=policy,
             )  # fmt: skip
             result = replace(result, source=str(model))
     with short_errors(OSError):

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from autopar.ir.effects import Assignment, Effects
 from autopar.ir.guards import Guard
 from autopar.ir.numbers import Numbers, Values, evaluate
+from autopar.ir.precision import Cast, Precision
 from autopar.ir.randomness import draws
 from autopar.ir.reads import Reads
 from autopar.ir.result_objects import has_nodes, realized
@@ -61,6 +62,9 @@ class ModelGraph:
         reads: what the program depends on in its model besides tensors that are its arguments.
         effects: attributes that each run assigns, and hooks that it calls.
         numbers: Python numbers that vary; some of the constants take their values at each run.
+        casts: by placeholder name, arguments that the caller holds in another dtype than that of
+            the placeholder, or whose gradients are summed in another one.
+        precision: the policy that it was captured under.
     """
 
     gm: fx.GraphModule
@@ -77,6 +81,8 @@ class ModelGraph:
     reads: Reads = field(default_factory=Reads)
     effects: Effects = field(default_factory=Effects)
     numbers: Numbers = field(default_factory=Numbers)
+    casts: Mapping[str, Cast] = field(default_factory=dict)
+    precision: Precision | None = None
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -98,6 +104,16 @@ class ModelGraph:
                 continue
             if any(map(torch.is_tensor, pytree.tree_leaves(node.meta["val"]))):
                 yield node
+
+    def storage_dtype(self, placeholder: str) -> torch.dtype:
+        """In which the caller holds an argument."""
+        cast = self.casts.get(placeholder)
+        return self.placeholders[placeholder].meta["val"].dtype if cast is None else cast.storage
+
+    def reductions_dtype(self, placeholder: str) -> torch.dtype:
+        """In which the gradient of an argument is summed over ranks."""
+        cast = self.casts.get(placeholder)
+        return self.placeholders[placeholder].meta["val"].dtype if cast is None else cast.reductions
 
     @property
     def mutated_placeholders(self) -> list[str]:
@@ -180,7 +196,11 @@ class ModelGraph:
             leaves = pytree.tree_leaves((args, kwargs))
             values = self.numbers.values(model, leaves)
             state += self.numbers.fill(self.constants, values).values()
-            results = self.gm(*state, *leaves)
+            arguments = [*state, *leaves]
+            for i, name in enumerate(self.placeholders):
+                if name in self.casts:
+                    arguments[i] = arguments[i].to(self.casts[name].compute)
+            results = self.gm(*arguments)
             with torch.no_grad():
                 for name, value in zip(self.mutations, results, strict=False):
                     buffers[name].copy_(value)
@@ -203,6 +223,8 @@ class ModelGraph:
             args = pytree.tree_map_only(torch.device, lambda d: None, args)
             # a placeholder's name may depend on how the batch was passed
             target = "in" if node.op == "placeholder" else str(node.target)
+            if node.op == "placeholder" and node.target in self.casts:
+                target = f"in {self.casts[str(node.target)]}"
             digest.update(repr((node.op, target, shapes, args)).encode())
         return digest.hexdigest()[:16]
 

@@ -135,9 +135,11 @@ class _Rewriter:
         tensor_inputs = [n for n in self.graph.inputs if n is not None]
         held = dict(zip(tensor_inputs, input_specs, strict=True)) if input_specs else {}
         for node in placeholders:
-            new = self.out.placeholder(node.name)
+            argument = self.out.placeholder(node.name)
             spec = held.get(str(node.target)) or self._placeholder_spec(node)
-            self._define(node, 0, spec, new)
+            value = self._cast(node, argument)
+            self._define(node, 0, spec, value)
+            argument.meta["local_shape"] = value.meta["local_shape"]
         # the seed comes last, whether or not some op turns out to draw from it
         self.seed = self.out.placeholder("autopar_seed")
         for node in placeholders:
@@ -155,6 +157,17 @@ class _Rewriter:
             for name in tensor_inputs
         )
         return LocalProgram(gm, specs, takes_seed, deferred)
+
+    def _cast(self, node: fx.Node, argument: fx.Node) -> fx.Node:
+        """An argument in the dtype of the program, cast before anything is gathered."""
+        dtype = node.meta["val"].dtype
+        if self.graph.storage_dtype(str(node.target)) == dtype:
+            return argument
+        cast = self.out.call_function(
+            torch.ops.aten._to_copy.default, (argument,), {"dtype": dtype}
+        )
+        cast.meta["autopar"] = node.meta["autopar"]
+        return cast
 
     # -- plan look-ups --------------------------------------------------------------------------
 
@@ -210,8 +223,13 @@ class _Rewriter:
         fake = results(node)[result]
         shape, itemsize = shape_of(fake), fake.element_size()
         value = self.values[node, result, source]
+        sums = itemsize
+        if node.op == "placeholder":
+            sums = self.graph.reductions_dtype(str(node.target)).itemsize
         try:
-            path = self.rank.converter.path(shape, itemsize, source, target, grad=grad)
+            path = self.rank.converter.path(
+                shape, itemsize, source, target, grad=grad, grad_itemsize=sums
+            )
         except ValueError as error:
             raise PlanError(f"{node.name}: {error}") from error
         for step in path:

@@ -18,6 +18,7 @@ from autopar.ir.fx_calls import add_call
 BUCKET_BYTES = 4 * 2**20
 
 _OPS = torch.ops.autopar
+_CAST = torch.ops.aten._to_copy.default
 _SPLIT, _VIEW = torch.ops.aten.split_with_sizes.default, torch.ops.aten.view.default
 
 # A collective, that of a bucket, and the positions of the arguments that members have in common.
@@ -93,10 +94,11 @@ def _calls(graph: fx.Graph, target: Any) -> Iterator[fx.Node]:
 
 
 def argument_views(graph: fx.Graph, more: Collection[fx.Node] = frozenset()) -> set[fx.Node]:
-    """The arguments of the program, and more values, with views of them."""
+    """The arguments of the program, and more values, with views and casts of them."""
     views: set[fx.Node] = set(more)
     for node in graph.nodes:
-        if node.op == "placeholder" or (is_view(node) and views.issuperset(node.all_input_nodes)):
+        moved = node.target is _CAST or is_view(node)
+        if node.op == "placeholder" or (moved and views.issuperset(node.all_input_nodes)):
             views.add(node)
     return views
 
@@ -191,7 +193,7 @@ def _put_off(results: Sequence[fx.Node]) -> None:
 
 
 def bring_forward(place: fx.Node, needed: Sequence[Any]) -> None:
-    """Views that a merged gather reads move to before it."""
+    """Views and casts that a merged gather reads move to before it."""
     position = {node: i for i, node in enumerate(place.graph.nodes)}
     later: set[fx.Node] = set()
     stack = list(needed)

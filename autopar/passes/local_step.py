@@ -78,9 +78,10 @@ def fake_arguments(
             if model_node is None:
                 arguments.append(torch.zeros((), dtype=torch.int64))
                 continue
-            value = model_node.meta["val"]
-            shard = torch.empty(node.meta["local_shape"], dtype=value.dtype, device=value.device)
-            arguments.append(shard.requires_grad_(str(model_node.target) in trainable))
+            value, name = model_node.meta["val"], str(model_node.target)
+            dtype = graph.storage_dtype(name)
+            shard = torch.empty(node.meta["local_shape"], dtype=dtype, device=value.device)
+            arguments.append(shard.requires_grad_(name in trainable))
     return tuple(arguments)
 
 

@@ -19,6 +19,7 @@ from autopar.ir.aliasing import is_view
 from autopar.ir.joint_graph import JointGraph
 
 _GATHERS = {torch.ops.autopar.all_gather.default}
+_CAST = torch.ops.aten._to_copy.default
 
 
 def split_as_eager(
@@ -82,14 +83,14 @@ def _forward_nodes(
 def _recomputed(
     forward: set[fx.Node], primals: Sequence[fx.Node], reshard_after_forward: Collection[int]
 ) -> set[fx.Node]:
-    """Gathers of the chosen primals, and the views before and after them."""
+    """Gathers of the chosen primals, and the casts and views before and after them."""
     chain = {primals[i] for i in reshard_after_forward}
     again: set[fx.Node] = set()
     for node in primals[0].graph.nodes if primals else ():
         if node not in forward or node.op != "call_function":
             continue
         inputs = node.all_input_nodes
-        moves = is_view(node) or node.target in _GATHERS
+        moves = is_view(node) or node.target in _GATHERS or node.target is _CAST
         if len(inputs) == 1 and inputs[0] in chain and moves:
             chain.add(node)
             again.add(node)

@@ -31,6 +31,7 @@ from autopar.passes.overlap import overlap_collectives
 from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import forward_nodes
 from autopar.passes.runner import Pass, run_passes
+from autopar.passes.sum_dtypes import sum_gradients_in
 from autopar.plan import ShardingPlan
 from autopar.schedule.transfers import large_parameters
 
@@ -48,6 +49,8 @@ class LowerOptions:
         compile: Inductor runs the graphs.
         reshard_after_forward: positions of the arguments whose gathered copies are gathered again
             for the backward. A schedule decides that itself.
+        sum_dtypes: in which gradients are summed over ranks, by positions of the arguments, where
+            it is not the dtype of compute.
         offloadable: names of the parameters that a schedule may have on the host for a part of the
             step, by their positions among the arguments.
         disable: names of passes to leave out (debugging).
@@ -59,6 +62,7 @@ class LowerOptions:
     scheduled: bool = False
     compile: bool = False
     reshard_after_forward: frozenset[int] = frozenset()
+    sum_dtypes: Mapping[int, torch.dtype] = field(default_factory=dict)
     offloadable: Mapping[int, str] = field(default_factory=dict)
     disable: frozenset[str] = frozenset()
     dump: Path | None = None
@@ -79,6 +83,11 @@ class LowerOptions:
             reshard_after_forward=frozenset(
                 k for k, name in enumerate(graph.parameters.values()) if name in again
             ),
+            sum_dtypes={
+                k: graph.casts[name].reductions
+                for k, name in enumerate(graph.parameters)
+                if name in graph.casts
+            },
             offloadable={
                 k: name
                 for k, name in large_parameters(graph).items()
@@ -121,6 +130,9 @@ PIPELINE = (
           "cuDNN's BatchNorm keeps a workspace whose size only cuDNN knows", when=_on_gpu),
     Entry("joint", drop_views,
           "views that change nothing hide which operators read a value"),
+    Entry("joint", sum_gradients_in,
+          "sums in a short dtype over many ranks lose digits", when=lambda o: bool(o.sum_dtypes),
+          arguments=lambda o, joint: {"results": len(joint.results), "dtypes": o.sum_dtypes}),
     Entry("joint", returned_sums,
           "every sum is a point where all ranks wait: a loss needs one, not one per axis",
           arguments=lambda o, joint: {"results": len(joint.results)}),

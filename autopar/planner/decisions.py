@@ -78,6 +78,8 @@ class Edge:
         grad: the value carries a gradient.
         weight: the value is (a view of) a parameter.
         saved: backward needs the value, so a copy made by a conversion stays alive.
+        grad_itemsize: of the gradient while it is converted.
+        cast: the value is a copy of what the source stores, in another dtype.
     """
 
     source: int
@@ -89,6 +91,8 @@ class Edge:
     grad: bool
     weight: bool
     saved: bool
+    grad_itemsize: int
+    cast: bool = False
 
 
 @dataclass(frozen=True)

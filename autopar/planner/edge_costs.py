@@ -68,6 +68,7 @@ class EdgeCostTable:
         key = (
             source.candidates_class, edge.result, target.candidates_class, edge.operand,
             edge.shape, edge.itemsize, edge.grad, edge.saved, edge.weight, target.kind == "output",
+            edge.grad_itemsize, edge.cast,
         )  # fmt: skip
         if key not in self._known:
             self._known[key] = self._computed(len(self._known), edge, source, target)
@@ -83,8 +84,9 @@ class EdgeCostTable:
 
         def convert(grad: bool) -> np.ndarray:
             costs = self._converter.costs_us(
-                edge.shape, edge.itemsize, rows, specs, grad=grad, weight=edge.weight
-            )
+                edge.shape, edge.itemsize, rows, specs, grad=grad, weight=edge.weight,
+                grad_itemsize=edge.grad_itemsize,
+            )  # fmt: skip
             return costs[every]
 
         forward = convert(grad=False)
@@ -103,7 +105,7 @@ class EdgeCostTable:
                 0 if spec is None else self._costs.local_bytes(edge.shape, edge.itemsize, spec)
                 for spec in columns
             ]
-            converts = np.array([[a.dims != b.dims for b in specs] for a in rows])
+            converts = np.array([[edge.cast or a.dims != b.dims for b in specs] for a in rows])
             # a copy that is dropped after the forward is not kept; the caller keeps results
             keeps = (target.kind == "output") | ~reshards
             memory = keeps * (converts * np.array(local_bytes, dtype=np.float64))[every]

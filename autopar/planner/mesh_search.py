@@ -18,6 +18,7 @@ import torch
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
 from autopar.cluster.device import Device
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
+from autopar.ir.precision import Precision
 from autopar.plan import MeshResult
 from autopar.planner.constraints import masked
 from autopar.planner.planner import Planned, build_problem, captured
@@ -72,7 +73,8 @@ def search_meshes(
         raise MeshError(f"{devices} devices, {per_node} per node: give at least one of each")
     telling = Progress.of(progress)
     with telling.stage("trace") as stage:
-        graph = ColoTracer().trace(model, args, kwargs)
+        tracer = ColoTracer(precision=Precision.of(options.pop("precision", None)))
+        graph = tracer.trace(model, args, kwargs)
         stage.done = captured(model, graph)
     deadline = Deadline(time_limit)
     tried: list[MeshResult] = []

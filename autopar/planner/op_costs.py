@@ -76,6 +76,20 @@ class OpCosts:
         launches = kernels * device.launch_us if device.kind == "cpu" else 0.0
         return passes * nbytes / device.bandwidth * 1e6 + launches
 
+    def cast_us(self, nbytes: np.ndarray, ratio: float, trains: bool) -> np.ndarray:
+        """The cast of a parameter to the dtype of compute, and of its gradient back.
+
+        Args:
+            nbytes: of the local parameter at rest.
+            ratio: bytes in the dtype of compute per byte at rest.
+        """
+        device = self.cluster.device
+        read, write = device.bytes_curve("read"), device.bytes_curve("write")
+        us = device.launch_us + read.us(nbytes) + write.us(ratio * nbytes)
+        if trains:
+            us = us + device.launch_us + read.us(ratio * nbytes) + write.us(nbytes)
+        return us
+
     def step_copies(self, workload: Workload) -> float:
         """Temporary bytes of the step, per byte of parameter: torch's implementation over lists of
         tensors, the default on GPUs, takes the root of all second moments at once."""

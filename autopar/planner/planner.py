@@ -15,6 +15,7 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.errors import InfeasibleError, PlanError
 from autopar.gc_utils import collection_paused, existing_objects_frozen
+from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan, SolverRecord
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.constraints import Allowed, Constraints, allowed, conflict, fixed_outputs
@@ -146,6 +147,7 @@ def build_problem(
     graph: ModelGraph | None = None,
     memory: str | float | None = None,
     budget_bytes: float | None = None,
+    precision: Precision | str | torch.dtype | None = None,
     optimizer_state: float = ADAM_STATE,
     fixed: FixedLayouts | None = None,
     constraints: Constraints | None = None,
@@ -159,6 +161,7 @@ def build_problem(
         graph: the captured model, if it was traced already.
         memory: of the cluster, per device ("40GiB", bytes, or a share of the device).
         budget_bytes: per device, that the plan keeps to; the memory of the cluster if None.
+        precision: dtypes of the step, of a graph that is captured here: "bf16" or a `Precision`.
         optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
         fixed: layouts that the caller decides.
         constraints: layouts by the names of parameters, inputs, outputs, modules and operators
@@ -186,7 +189,8 @@ def build_problem(
 
     if graph is None:
         with stage("trace") as running:
-            graph = ColoTracer().trace(model, args, kwargs)
+            tracer = ColoTracer(precision=Precision.of(precision))
+            graph = tracer.trace(model, args, kwargs)
             running.done = captured(model, graph)
     with stage("profile and strategies") as running, collection_paused():
         fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
@@ -245,6 +249,7 @@ def make_plan(
         describe(space, choices),
         {d.name: " ".join(str(spec) or "scalar" for spec in c.outputs) for d, c in chosen},
         optimizer_state=space.workload.state_bytes_per_param_byte,
+        precision=space.graph.precision,
     )
 
 

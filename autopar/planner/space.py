@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
@@ -210,17 +211,34 @@ class SearchSpace:
         self.edges.append(
             Edge(
                 source, target, result, operand, shape_of(fake), fake.element_size(),
-                self.grads[value], weight, saved,
+                self.grads[value], weight, saved, self._grad_itemsize(root, fake),
+                self._is_cast(self.decisions[source]),
             )
         )  # fmt: skip
+
+    def _grad_itemsize(self, root: fx.Node, value: torch.Tensor) -> int:
+        """Bytes per element of a value's gradient while ranks sum it.
+
+        Args:
+            root: the value whose storage it shares.
+        """
+        if not self._is_parameter(root):
+            return value.element_size()
+        return self.graph.reductions_dtype(str(root.target)).itemsize
+
+    def _is_cast(self, source: Decision) -> bool:
+        """Whether an edge from a decision casts what a parameter stores."""
+        name = str(source.node.target)
+        return source.kind == "parameter" and (
+            self.graph.storage_dtype(name) != source.node.meta["val"].dtype
+        )
 
     def _is_parameter(self, node: fx.Node) -> bool:
         return node.op == "placeholder" and node.target in self.graph.parameters
 
     def _placeholder(self, node: fx.Node, input_names: Sequence[str]) -> Decision:
         name = str(node.target)
-        fake = node.meta["val"]
-        shape, itemsize = shape_of(fake), fake.element_size()
+        shape, itemsize = shape_of(node.meta["val"]), self.graph.storage_dtype(name).itemsize
         if name in self.graph.parameters:
             return self._parameter(node, shape, itemsize)
         if name in input_names:
@@ -241,7 +259,7 @@ class SearchSpace:
         qualified = self.graph.parameters[str(node.target)]
         fixed = self.fixed.parameters.get(qualified)
         trains = node.target in self.workload.trainable
-        key = shape, itemsize, fixed, trains
+        key = shape, itemsize, node.meta["val"].element_size(), fixed, trains
         if key not in self._parameters:
             self._parameters[key] = self._new_parameter(node, *key)
         decision = self._parameters[key]
@@ -255,6 +273,7 @@ class SearchSpace:
         node: fx.Node,
         shape: tuple[int, ...],
         itemsize: int,
+        compute_itemsize: int,
         fixed: ShardingSpec | None,
         trains: bool,
     ) -> Decision:
@@ -278,10 +297,13 @@ class SearchSpace:
             "step_us": step * trains,
             "step_bytes": nbytes * trains * self._costs.step_copies(self.workload),
         }
+        if itemsize != compute_itemsize:
+            parts["compute_us"] = self._costs.cast_us(nbytes, compute_itemsize / itemsize, trains)
         return Decision(
-            "parameter", node, tuple(candidates), parts["step_us"], memory,
-            self._class("parameter", *specs),
-            self._class("cost", "parameter", shape, itemsize, fixed, trains), parts,
+            "parameter", node, tuple(candidates), parts["step_us"] + parts.get("compute_us", 0.0),
+            memory, self._class("parameter", *specs),
+            self._class("cost", "parameter", shape, itemsize, compute_itemsize, fixed, trains),
+            parts,
         )  # fmt: skip
 
     def _operator(self, node: fx.Node, place: Any) -> Decision:
@@ -373,8 +395,12 @@ class SearchSpace:
             "shared", node, candidates, zero, zero, number, cost_class, parts, result, repeats
         )
         saved, index = weight and self._saved.any(root), len(self.decisions)
-        edge = Edge(source, index, result, 0, shape, itemsize, grad, weight, saved)
-        self.edges.append(edge)
+        self.edges.append(
+            Edge(
+                source, index, result, 0, shape, itemsize, grad, weight, saved,
+                self._grad_itemsize(root, fake), self._is_cast(self.decisions[source]),
+            )
+        )  # fmt: skip
         self._add(decision, result)
 
     def _shared_candidates(

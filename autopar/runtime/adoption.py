@@ -22,6 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from autopar.errors import EngineError
+from autopar.ir.precision import Precision
 from autopar.runtime.deferred_parameters import (
     DeferredParameter,
     deferred_parameter,
@@ -86,15 +87,24 @@ Moved = tuple[torch.nn.Parameter, torch.nn.Parameter]
 
 
 def adopt(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, mesh: DeviceMesh
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    mesh: DeviceMesh,
+    precision: Precision | None = None,
 ) -> list[Moved]:
     """Make a model's plain parameters replicated DTensors, also those in the optimizer, and buffers
     and tensor attributes that the caller computed from sharded parameters (masks) whole.
 
     Parameters without values become `DeferredParameter`s.
 
+    Args:
+        precision: has the dtypes of parameters at rest.
+
     Returns:
         what changed, for `restore`.
+
+    Raises:
+        EngineError: a parameter has no values yet, and another dtype than at rest.
     """
     new: dict[int, Any] = {}
     moved: list[Moved] = []
@@ -104,7 +114,8 @@ def adopt(
         if isinstance(p, MovedParameter):  # put back into the model by the caller
             new[id(p)] = current(p)
         elif not isinstance(p, ShardedParameter):
-            new[id(p)] = _dtensor_for(p, mesh, name)
+            dtype = p.dtype if precision is None else precision.at_rest(p)
+            new[id(p)] = _dtensor_for(p, mesh, name, dtype)
             moved.append((p, new[id(p)]))
     _exchange(model, optimizer, new)
     for old, dtensor in moved:
@@ -140,10 +151,11 @@ def restore(
         if isinstance(old, MovedParameter):
             old.__class__ = new.__dict__.pop("_autopar_class")
             if type(old) is torch.nn.Parameter:  # a deferred tensor has no memory
-                old.data = new._local_tensor.detach()  # type: ignore[attr-defined]
+                old.data = new._local_tensor.detach().to(old.dtype)  # type: ignore[attr-defined]
         _hand_over(new, old)
         if new.grad is not None:
-            old.grad, new.grad = new.grad.to_local(), None  # type: ignore[attr-defined]
+            local = new.grad.to_local()  # type: ignore[attr-defined]
+            old.grad, new.grad = local.to(old.dtype), None
 
 
 def _exchange(
@@ -160,16 +172,33 @@ def _exchange(
         group["params"] = [new.get(id(p), current(p)) for p in group["params"]]
     state: dict[Any, Any] = optimizer.state
     for trained in [p for p in state if id(p) in new]:
-        state[new[id(trained)]] = state.pop(trained)
+        p = new[id(trained)]
+        state[p] = {name: _state_of(x, trained, p) for name, x in state.pop(trained).items()}
 
 
-def _dtensor_for(p: torch.nn.Parameter, mesh: DeviceMesh, name: str) -> ShardedParameter:
+def _state_of(x: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    """An entry of an optimizer's state, in the dtype of its parameter if it was in that before."""
+    like = isinstance(x, torch.Tensor) and x.dtype == old.dtype and x.shape == old.shape
+    return x.to(new.dtype) if like and x.ndim else x
+
+
+def _dtensor_for(
+    p: torch.nn.Parameter, mesh: DeviceMesh, name: str, dtype: torch.dtype
+) -> ShardedParameter:
     """The DTensor in the place of a parameter; the same one again after `restore`."""
     known = p.__dict__.pop("_autopar_parameter", None)
     if has_no_values(p):
+        if dtype != p.dtype:
+            raise EngineError(
+                f"the precision policy keeps parameters in {dtype}, and {name} has no values yet "
+                f"and is {p.dtype}; build the model in {dtype}, or pass "
+                "precision=Precision(parameters=None, ...)"
+            )
         again = isinstance(known, DeferredParameter)
         return known if again else deferred_parameter(p, mesh, name)
-    values: Any = p.detach() if isinstance(p, DTensor) else _replicated(p.detach(), mesh)
+    values: Any = p.detach().to(dtype)
+    if not isinstance(p, DTensor):
+        values = _replicated(values, mesh)
     if known is None:
         return ShardedParameter.of_values(values, p.requires_grad)
     known.grad = None
@@ -187,7 +216,7 @@ def _replicated(x: torch.Tensor, mesh: DeviceMesh) -> DTensor:
 def _move(old: torch.nn.Parameter, new: torch.nn.Parameter, mesh: DeviceMesh) -> None:
     """Let an object stand for the parameter in its place."""
     if old.grad is not None:
-        new.grad, old.grad = _replicated(old.grad, mesh), None
+        new.grad, old.grad = _replicated(old.grad.to(new.dtype), mesh), None
     _hand_over(old, new)
     if type(old) is torch.nn.Parameter or isinstance(old, DeferredTensor):
         # others have a layout of their own

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.compiled_step import StepOptions
+from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
@@ -44,6 +45,7 @@ def auto_engine(
     batch: str = "global",
     batch_dim: BatchDim = 0,
     memory: str | float | None = None,
+    precision: Precision | str | torch.dtype | None = None,
     lower: bool = True,
     compile: bool = False,
     constraints: Mapping[str, str] | None = None,
@@ -75,6 +77,9 @@ def auto_engine(
             taken to be the same on all ranks.
         memory: budget per device ("40GiB", bytes, or a share of the device). A step that does not
             fit recomputes, re-gathers or offloads what it cannot keep (docs/memory.md).
+        precision: dtypes of parameters, of compute and gathers, and of the sums of gradients:
+            "bf16", "fp16", or a `Precision` (docs/precision.md). If None, those of the plan that
+            is given, else those of the model's tensors and of an autocast around its calls.
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
         compile: run forward and backward by Inductor; the plan stays in force.
         constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
@@ -103,6 +108,13 @@ def auto_engine(
         raise ValueError("batch_dim is for batch='local'; a global batch needs none")
     if compile and not lower:
         raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
+    policy = Precision.of(precision)
+    if isinstance(plan, str | Path):
+        plan = ShardingPlan.load(plan)
+    if policy is None and plan is not None:
+        policy = plan.precision
+    if policy is not None and not lower:
+        raise ValueError("precision= is put in force as the step is lowered; leave lower=False out")
     tell = silent_if_false(progress, _write_to_stderr)
     warn_if_torch_is_untested(torch.__version__)
     refuse_outputs(constraints)
@@ -118,12 +130,13 @@ def auto_engine(
             dump_passes=None if dump_passes is None else Path(dump_passes),
             progress=Progress(None if tell is None else _on_rank_zero(tell)),
         ),
-        plan=ShardingPlan.load(plan) if isinstance(plan, str | Path) else plan,
+        plan=plan,
         batch=batch,
         batch_dim=batch_dim,
         constraints=dict(constraints or {}),
         time_limit=time_limit,
         weights=None if weights is None else Path(weights),
+        precision=policy,
     )
     engine = engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     handle_later_optimizers()

@@ -217,14 +217,15 @@ class BatchLayout:
     ) -> list[torch.Tensor]:
         """Tensors shaped as `take` gives them."""
         names = [n for n in graph.inputs if n is not None]
-        fakes = [graph.placeholders[n].meta["val"] for n in names]
         return [
             torch.zeros(
-                local_shape(shape_of(f), spec, self.cluster.mesh, coords),
-                dtype=f.dtype,
+                local_shape(
+                    shape_of(graph.placeholders[name].meta["val"]), spec, self.cluster.mesh, coords
+                ),
+                dtype=graph.storage_dtype(name),
                 device=device,
             )
-            for f, spec in zip(fakes, specs, strict=True)
+            for name, spec in zip(names, specs, strict=True)
         ]
 
 

@@ -23,6 +23,7 @@ from autopar.errors import CaptureError, MeshError, PlanError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.numbers import Origin
+from autopar.ir.precision import Precision
 from autopar.ir.size_formulas import input_shapes
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
@@ -58,6 +59,7 @@ class EngineOptions:
     constraints: Mapping[str, str] | None = None
     time_limit: float = 60.0
     weights: Path | None = None
+    precision: Precision | None = None
 
 
 class StepCompiler:
@@ -99,7 +101,7 @@ class StepCompiler:
             self.place.ranks.together(lambda: check_state(optimizer))
             initial = self._initial_values()
         self._initial = initial
-        self._moved = adopt(model, optimizer, self.mesh)
+        self._moved = adopt(model, optimizer, self.mesh, options.precision)
 
     def _initial_values(self, *, again: bool = False) -> InitialValues:
         return initial_values(
@@ -135,7 +137,8 @@ class StepCompiler:
             self._initial = self._initial_values(again=True)
         else:
             self.place.ranks.together(lambda: refuse_without_values(self.model))
-        self._moved += adopt(self.model, self.optimizer, self.mesh)  # of replaced modules too
+        # of replaced modules too
+        self._moved += adopt(self.model, self.optimizer, self.mesh, self.options.precision)
         try:
             yield
         except BaseException:
@@ -239,9 +242,13 @@ class StepCompiler:
         """Capture the model for the global inputs."""
         inputs = layout.global_inputs(call)
         try:
-            return ColoTracer(self.device.type, dynamic=dynamic).trace(
-                self.model, *inputs, varying=varying
+            tracer = ColoTracer(
+                self.device.type,
+                precision=self.options.precision,
+                cast_first=self.options.step.lowered,
+                dynamic=dynamic,
             )
+            return tracer.trace(self.model, *inputs, varying=varying)
         except CaptureError as error:
             joined, lines = layout.joined, str(error).splitlines()
             if len(joined) < 2:
@@ -264,7 +271,10 @@ class StepCompiler:
                 return StepPlan(plan)
         if options.plan is not None and not fixed.parameters:
             name = type(self.model).__name__
-            options.plan.check(fingerprint=graph.fingerprint, mesh=cluster.mesh, model=name)
+            options.plan.check(
+                fingerprint=graph.fingerprint, mesh=cluster.mesh, model=name,
+                precision=options.precision,
+            )  # fmt: skip
             return StepPlan(options.plan)
         planning: dict[str, Any] = {
             "graph": graph,

@@ -24,8 +24,11 @@ _SMALLEST_SHARE = 1 / 1024
 def large_parameters(graph: ModelGraph) -> dict[int, str]:
     """Names of parameters that may be worth offloading, by their position among the step's
     arguments: the same on all ranks, whose shards may be of different sizes."""
-    nodes = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
-    nbytes = [nodes[placeholder].meta["val"].nbytes for placeholder in graph.parameters]
+    nodes = graph.placeholders
+    nbytes = [
+        nodes[placeholder].meta["val"].numel() * graph.storage_dtype(placeholder).itemsize
+        for placeholder in graph.parameters
+    ]
     smallest = _SMALLEST_SHARE * sum(nbytes)
     named = enumerate(zip(graph.parameters.values(), nbytes, strict=True))
     return {k: name for k, (name, size) in named if size > smallest}

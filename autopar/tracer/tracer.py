@@ -39,11 +39,13 @@ from autopar.gc_utils import collection_paused
 from autopar.ir.graph import ModelGraph
 from autopar.ir.guards import Guard
 from autopar.ir.numbers import Origin
+from autopar.ir.precision import Precision
 from autopar.ir.randomness import keep_draws
 from autopar.tracer import fakes
 from autopar.tracer.arguments import Arguments, check_inputs, examples
 from autopar.tracer.attributes import AttributeRecorder
 from autopar.tracer.branches import BranchResolver
+from autopar.tracer.casts import keep_modules, with_casts
 from autopar.tracer.effects import Carried, Originals, check_state, collect
 from autopar.tracer.forward_hooks import ObservedHooks, copied_tensors, isolate, root_hooks
 from autopar.tracer.functional import make_functional
@@ -78,6 +80,9 @@ class ColoTracer:
         device: device type of the captured program; ops may branch on it.
         assume: values of tensors that Python asks for and that nothing else decides, by
             `file.py:line` or a piece of that line's text.
+        precision: dtypes in which the model computes; None for those of its tensors.
+        cast_first: whether parameters that the model only casts (under autocast) are cast where the
+            program begins, before their gathers.
         dynamic: keep the first two dims of every input symbolic if the model allows it, or the dims
             that are given by the position of an input among the flattened ones; the graph's
             `symbols` names them. Such a graph can be profiled for any size, but not planned.
@@ -88,10 +93,13 @@ class ColoTracer:
         device: str = "cpu",
         *,
         assume: Mapping[str, Any] | None = None,
+        precision: Precision | None = None,
+        cast_first: bool = True,
         dynamic: bool | Mapping[int, Collection[int]] = False,
     ) -> None:
         self.device = device
         self.assume = dict(assume or {})
+        self.precision, self.cast_first = precision, cast_first
         self.dynamic = dynamic
 
     def trace(
@@ -153,8 +161,9 @@ class ColoTracer:
         copied = self._fake_clone(model, mode)
         clone = copied.clone
         settings = apply_settings(clone)
+        keep_modules(clone, self.precision)
         args, kwargs = pytree.tree_map_only(
-            torch.Tensor, lambda t: self._fake(mode, t).requires_grad_(t.requires_grad), example
+            torch.Tensor, lambda t: self._fake_input(mode, t), example
         )
         if varying:
             refuse_types(model)
@@ -176,7 +185,7 @@ class ColoTracer:
             host_randomness(resolver, lifted),
         ):
             warnings.simplefilter("ignore")
-            _watch(copied, resolver, carried)
+            _watch(copied, resolver, carried, self.precision)
             with _use_lazy_graph_module(True):
                 dims = self._dynamic_shapes(model, example)
                 program = torch.export.export(
@@ -184,7 +193,9 @@ class ColoTracer:
                 )
             rebuild_users(program.graph_module)
             detach_no_grad_regions(program.graph_module)
-            if self.dynamic or not make_functional(program):
+            # the second trace writes the casts of an autocast into the graph
+            again = self.dynamic or torch.is_autocast_enabled(self.device)
+            if again or not make_functional(program):
                 keep_draws(program.graph_module)
                 program = retraced(program)
         guards = (*settings, *resolver.guards)
@@ -192,6 +203,9 @@ class ColoTracer:
             # a layer that is never dropped trains differently, so warn
             log.log(logging.WARNING if guard.kind == "random" else logging.INFO, "%s", guard)
         graph = model_graph(model, program, (args, kwargs), guards, len(resolver.draws))
+        graph = with_casts(
+            graph, self.precision, model, example, cast_first=self.cast_first and not self.dynamic
+        )
         effects = carried[-1]
         check_state(effects.kept, copied.histories, graph.constants)
         found = numbers.of_graph(graph.constants, effects.observing)
@@ -230,15 +244,25 @@ class ColoTracer:
             )
         return dict.fromkeys(range(min(2, value.ndim)), torch.export.Dim.AUTO)
 
-    def _fake(self, mode: FakeTensorMode, t: torch.Tensor) -> torch.Tensor:
+    def _fake(
+        self, mode: FakeTensorMode, t: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         with mode:
-            return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self.device)
+            return torch.empty_strided(
+                t.size(), t.stride(), dtype=dtype or t.dtype, device=self.device
+            )
+
+    def _fake_input(self, mode: FakeTensorMode, t: torch.Tensor) -> torch.Tensor:
+        dtype = t.dtype if self.precision is None else self.precision.input_dtype(t)
+        return self._fake(mode, t, dtype).requires_grad_(t.requires_grad)
 
     def _fake_clone(self, model: torch.nn.Module, mode: FakeTensorMode) -> _Copied:
         refuse_slots(model)
         memo: dict[int, Any] = {id(b): self._fake(mode, b) for b in model.buffers()}
-        for p in model.parameters():
-            memo[id(p)] = torch.nn.Parameter(self._fake(mode, p), requires_grad=p.requires_grad)
+        casts = {} if self.precision is None else self.precision.casts(model)
+        for name, p in model.named_parameters():
+            dtype = casts[name].compute if name in casts else p.dtype
+            memo[id(p)] = torch.nn.Parameter(self._fake(mode, p, dtype), p.requires_grad)
         for t in computed_tensors(model):
             memo[id(t)] = self._fake(mode, t)
         try:
@@ -269,11 +293,17 @@ class _Copied:
     histories: list[torch.Tensor]
 
 
-def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) -> None:
+def _watch(
+    copied: _Copied,
+    resolver: BranchResolver,
+    carried: list[Carried],
+    precision: Precision | None,
+) -> None:
     """Run the clone's forward, with its hooks, under the resolver and an `AttributeRecorder`.
 
     Args:
         carried: gets what the forward did.
+        precision: its dtype of results.
     """
     clone = copied.clone
     forward = clone.forward
@@ -302,6 +332,8 @@ def _watch(copied: _Copied, resolver: BranchResolver, carried: list[Carried]) ->
         try:
             with resolver, recorder.recording():
                 results, returned = plain_results(call(*args, **kwargs))
+                if precision is not None:
+                    results = pytree.tree_map(precision.output, results)
             changes = inputs.changes(collect(recorder, hooks, copied.originals))
             changes.effects = dataclasses.replace(changes.effects, numbers=returned)
             carried.append(changes)

@@ -102,17 +102,19 @@ class LayoutConverter:
         *,
         grad: bool = True,
         weight: bool = False,
+        grad_itemsize: int | None = None,
     ) -> np.ndarray:
         """Microseconds of the cheapest conversions [source, target]; infinite where there is none.
 
         Args:
             grad: add the backward's.
+            grad_itemsize: bytes per element of the gradient; those of the value if None.
             weight: whether it is a weight, which may share messages with other weights.
 
         Raises:
             ValueError: a spec is illegal for the shape.
         """
-        search = self._search_of(shape, itemsize, grad, weight)
+        search = self._search_of(shape, itemsize, grad, weight, grad_itemsize)
         starts, ends = (
             [self._index(search.steps, shape, spec) for spec in specs]
             for specs in (sources, targets)
@@ -127,13 +129,14 @@ class LayoutConverter:
         target: ShardingSpec,
         *,
         grad: bool = True,
+        grad_itemsize: int | None = None,
     ) -> tuple[Step, ...]:
         """The cheapest sequence of steps.
 
         Raises:
             ValueError: no path exists (a varying or illegal spec).
         """
-        search = self._search_of(shape, itemsize, grad)
+        search = self._search_of(shape, itemsize, grad, grad_itemsize=grad_itemsize)
         steps = search.steps
         start, end = (self._index(steps, shape, spec) for spec in (source, target))
         if not np.isfinite(search.distances((end,))[0][start]):
@@ -163,10 +166,16 @@ class LayoutConverter:
     # -- search ---------------------------------------------------------------------------------
 
     def _search_of(
-        self, shape: Sequence[int], itemsize: int, grad: bool, weight: bool = False
+        self,
+        shape: Sequence[int],
+        itemsize: int,
+        grad: bool,
+        weight: bool = False,
+        grad_itemsize: int | None = None,
     ) -> Search:
         size = itemsize * prod(shape)
-        return self._search(self._legal(tuple(shape)), size, grad, weight)
+        grad_size = (grad_itemsize or itemsize) * prod(shape) if grad else None
+        return self._search(self._legal(tuple(shape)), size, grad_size, weight)
 
     def _index(self, steps: LegalSteps, shape: Sequence[int], spec: ShardingSpec) -> int:
         index = steps.graph.index(spec)
@@ -198,10 +207,12 @@ class LayoutConverter:
             legal &= np.array([o in allowed for o in graph.axis_orders])[chosen]
         return LegalSteps(graph, legal)
 
-    def _priced(self, orders: Orders, size: int, grad: bool, weight: bool) -> Search:
+    def _priced(self, orders: Orders, size: int, grad_size: int | None, weight: bool) -> Search:
+        """A search with the prices of a value of `size` global bytes, and of its gradient."""
         steps = self._steps(orders)
-        table = self._prices(size, weight)
-        price = table[0] + table[1] if grad else table[0]
+        price = self._prices(size, weight)[0]
+        if grad_size is not None:
+            price = price + self._prices(grad_size, weight)[1]
         edges = steps.edges
         return Search(steps, price[edges.kind, edges.axis, edges.outer])
 
