@@ -22,7 +22,9 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import Row, console
 
-MODELS = ("GPT-2", "Llama", "ResNet-50", "ViT", "Mixtral")
+MODELS = (
+    "GPT-2", "GPT-2 in bf16", "Llama", "Llama in bf16", "ResNet-50", "ViT", "Mixtral",
+)  # fmt: skip
 # of the measured, in percent
 PLAN_TARGET, SCHEDULE_TARGET = 5.0, 3.0
 _TIGHT = 0.75
@@ -76,6 +78,8 @@ def train(name: str, mesh: str, overlaps: bool = False, **options: Any) -> tuple
     from autopar.testing.live_memory import LiveMemory, training_state_bytes
     from tests.clusters import eager_to_shard
 
+    name, _, precision = name.partition(" in ")
+    options["precision"] = precision or None
     built, batch = build(name)
     optimizer = torch.optim.AdamW(built.parameters())
     model, optimizer = auto_engine(

@@ -37,9 +37,13 @@ def explain_decision(
         example = load_example(source)
         stage.done = f"loaded {type(example.model).__name__}"
     with progress.stage("trace") as stage:
-        graph = ColoTracer().trace(example.model, example.args, example.kwargs)
+        tracer = ColoTracer(precision=plan.precision)
+        graph = tracer.trace(example.model, example.args, example.kwargs)
         stage.done = captured(example.model, graph)
-    plan.check(fingerprint=graph.fingerprint, mesh=plan.mesh, model=type(example.model).__name__)
+    plan.check(
+        fingerprint=graph.fingerprint, mesh=plan.mesh, model=type(example.model).__name__,
+        precision=plan.precision,
+    )  # fmt: skip
     problem = build_problem(
         example.model, graph=graph, cluster=ClusterInfo.from_dict(plan.cluster),
         optimizer_state=plan.optimizer_state, constraints=plan.constraints, progress=progress,

@@ -46,6 +46,13 @@ def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _in_dtype(dtype: torch.dtype | None, reduce: _Map) -> _Map:
+    """A sum over ranks in a dtype, rounded once afterwards."""
+    if dtype is None:
+        return reduce
+    return lambda g: reduce(g.to(dtype)).to(g.dtype)
+
+
 def all_gather(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
     """S(dim) -> R; `size` is the extent of the dim on this rank when gathered."""
     return linear(
@@ -53,12 +60,14 @@ def all_gather(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor
     )
 
 
-def all_gather_vary(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
-    """S(dim) -> V: all-gather whose backward is reduce-scatter."""
+def all_gather_vary(
+    x: torch.Tensor, dim: int, size: int, group: str, sum_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """S(dim) -> V: all-gather whose backward is reduce-scatter, in `sum_dtype` if given."""
     return linear(
         x,
         lambda v: _OPS.all_gather(v, dim, size, group),
-        lambda g: _OPS.reduce_scatter(g, dim, group),
+        _in_dtype(sum_dtype, lambda g: _OPS.reduce_scatter(g, dim, group)),
     )
 
 
@@ -70,11 +79,15 @@ def slice_(x: torch.Tensor, dim: int, group: str) -> torch.Tensor:
     )
 
 
-def vary(x: torch.Tensor, group: str) -> torch.Tensor:
-    """R -> V: identity whose backward is all-reduce (Megatron's f)."""
+def vary(x: torch.Tensor, group: str, sum_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """R -> V: identity whose backward is all-reduce (Megatron's f), in `sum_dtype` if given."""
     if not x.requires_grad:
         return x
-    return linear(x, lambda v: v.view_as(v), lambda g: _OPS.all_reduce(g, "sum", group))
+    return linear(
+        x,
+        lambda v: v.view_as(v),
+        _in_dtype(sum_dtype, lambda g: _OPS.all_reduce(g, "sum", group)),
+    )
 
 
 def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
@@ -107,6 +120,9 @@ def inject(x: torch.Tensor, group: str) -> torch.Tensor:
     first = find_group(group).index == 0
     return linear(x, torch.clone if first else torch.zeros_like, _same)
 
+
+# Steps whose backward sums over ranks.
+SUMMED = ("all_gather_vary", "vary")
 
 # The steps, by the kind that a layout conversion gives them.
 STEPS: dict[str, Callable[..., Any]] = {

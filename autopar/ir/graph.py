@@ -110,10 +110,30 @@ class ModelGraph:
         cast = self.casts.get(placeholder)
         return self.placeholders[placeholder].meta["val"].dtype if cast is None else cast.storage
 
-    def reductions_dtype(self, placeholder: str) -> torch.dtype:
-        """In which the gradient of an argument is summed over ranks."""
-        cast = self.casts.get(placeholder)
-        return self.placeholders[placeholder].meta["val"].dtype if cast is None else cast.reductions
+    @cached_property
+    def sum_dtypes(self) -> dict[fx.Node, torch.dtype]:
+        """In which the gradients of parameters, and of values that are computed from parameters and
+        no inputs, are summed over ranks."""
+        dtypes: dict[fx.Node, torch.dtype] = {}
+        of_inputs: set[fx.Node] = {self.placeholders[n] for n in self.inputs if n is not None}
+        for node in self.nodes:
+            sources = node.all_input_nodes
+            if any(source in of_inputs for source in sources):
+                of_inputs.add(node)
+            elif node.op == "placeholder" and node.target in self.parameters:
+                cast = self.casts.get(str(node.target))
+                dtypes[node] = node.meta["val"].dtype if cast is None else cast.reductions
+            elif known := [dtypes[source] for source in sources if source in dtypes]:
+                dtypes[node] = max(known, key=lambda dtype: dtype.itemsize)
+        return dtypes
+
+    def sum_dtype(self, node: fx.Node) -> torch.dtype:
+        """In which the gradient of a tensor value is summed over ranks."""
+        dtype = node.meta["val"].dtype
+        sums = self.sum_dtypes.get(node, dtype)
+        if node.op != "placeholder" and sums.itemsize <= dtype.itemsize:
+            return dtype
+        return sums if dtype.is_floating_point and sums.is_floating_point else dtype
 
     @property
     def mutated_placeholders(self) -> list[str]:

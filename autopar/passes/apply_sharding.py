@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.comm.steps import STEPS
+from autopar.comm.steps import STEPS, SUMMED
 from autopar.errors import PlanError
 from autopar.ir.deferred_results import deferred_results
 from autopar.ir.graph import (
@@ -223,12 +223,10 @@ class _Rewriter:
         fake = results(node)[result]
         shape, itemsize = shape_of(fake), fake.element_size()
         value = self.values[node, result, source]
-        sums = itemsize
-        if node.op == "placeholder":
-            sums = self.graph.reductions_dtype(str(node.target)).itemsize
+        sums = self._sum_dtype(node, result)
         try:
             path = self.rank.converter.path(
-                shape, itemsize, source, target, grad=grad, grad_itemsize=sums
+                shape, itemsize, source, target, grad=grad, grad_itemsize=sums.itemsize
             )
         except ValueError as error:
             raise PlanError(f"{node.name}: {error}") from error
@@ -240,7 +238,11 @@ class _Rewriter:
             function, rest = step_call(
                 step, shape, self.rank.mesh, self.rank.coords, self.rank.groups[step.axis]
             )
-            value = self.out.call_function(function, (value, *rest))
+            # gradients of parameters are summed so by a pass, which rounds no sum
+            rounded = step.kind in SUMMED and node.op != "placeholder" and sums != fake.dtype
+            value = self.out.call_function(
+                function, (value, *rest), {"sum_dtype": sums} if rounded else {}
+            )
             value.meta["spec"] = step.target
             value.meta["local_shape"] = local_shape(
                 shape, step.target, self.rank.mesh, self.rank.coords
@@ -248,6 +250,13 @@ class _Rewriter:
             value.meta["autopar"] = node.meta["autopar"]
             self.values[node, result, step.target] = value
         return value
+
+    def _sum_dtype(self, node: fx.Node, result: int) -> torch.dtype:
+        """In which the gradient of a result is summed over ranks."""
+        if isinstance(node.meta["val"], torch.Tensor):
+            return self.graph.sum_dtype(node)
+        users = (u for u in node.users if producer(u) == (node, result))
+        return self.graph.sum_dtype(next(users))
 
     # -- operators ------------------------------------------------------------------------------
 

@@ -86,6 +86,7 @@ def _setting(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
             "links": ", ".join(f"{1e-9 / k.beta:.3g} GB/s" for k in cluster.links),
             "budget": bytes_text(plan.budget_bytes),
             "optimizer state": f"{plan.optimizer_state:g} bytes per byte of parameter",
+            "precision": str(plan.precision or "of the model"),
             "constraints": "; ".join(f"{k}: {v}" for k, v in plan.constraints.items()) or "none",
         }
         for key, text in facts.items():

@@ -211,20 +211,16 @@ class SearchSpace:
         self.edges.append(
             Edge(
                 source, target, result, operand, shape_of(fake), fake.element_size(),
-                self.grads[value], weight, saved, self._grad_itemsize(root, fake),
+                self.grads[value], weight, saved, self.graph.sum_dtype(value).itemsize,
                 self._is_cast(self.decisions[source]),
             )
         )  # fmt: skip
 
-    def _grad_itemsize(self, root: fx.Node, value: torch.Tensor) -> int:
-        """Bytes per element of a value's gradient while ranks sum it.
-
-        Args:
-            root: the value whose storage it shares.
-        """
-        if not self._is_parameter(root):
-            return value.element_size()
-        return self.graph.reductions_dtype(str(root.target)).itemsize
+    def _sum_itemsize(self, node: fx.Node, result: int) -> int:
+        """Bytes per element of a result's gradient while ranks sum it."""
+        users = (u for u in node.users if producer(u) == (node, result))
+        value = node if isinstance(node.meta["val"], torch.Tensor) else next(users)
+        return self.graph.sum_dtype(value).itemsize
 
     def _is_cast(self, source: Decision) -> bool:
         """Whether an edge from a decision casts what a parameter stores."""
@@ -398,7 +394,7 @@ class SearchSpace:
         self.edges.append(
             Edge(
                 source, index, result, 0, shape, itemsize, grad, weight, saved,
-                self._grad_itemsize(root, fake), self._is_cast(self.decisions[source]),
+                self._sum_itemsize(node, result), self._is_cast(self.decisions[source]),
             )
         )  # fmt: skip
         self._add(decision, result)

@@ -58,10 +58,12 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
         f"{cluster.axis_label(axis)} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
         for axis, link in enumerate(cluster.links)
     )
+    precision = [] if plan.precision is None else [("precision", str(plan.precision))]
     return [
         ("model", f"{plan.model} (graph {plan.fingerprint})"),
         ("mesh", f"{cluster.mesh_text}: {cluster.world_size} x {cluster.device.name}"),
         ("links", links),
+        *precision,
         ("step", time_text(plan.time.step_us)),
         (
             "memory",
