@@ -109,6 +109,7 @@ def initial_values(
     device: torch.device,
     weights: Path | None = None,
     *,
+    converts: bool = False,
     again: bool = False,
 ) -> InitialValues:
     """Find out, on all ranks together, where values come from, and give buffers and tensor
@@ -120,6 +121,7 @@ def initial_values(
     Args:
         device: where buffers of rank 0 are sent from and to.
         weights: the path of a checkpoint.
+        converts: parameters may have another floating-point dtype in the checkpoint.
         again: tensors that have values have taken those of the checkpoint already.
 
     Raises:
@@ -130,7 +132,7 @@ def initial_values(
     reader: Weights | None = None
     stored: dict[str, str] = {}
     if weights is not None:
-        reader, stored = ranks.together(lambda: _opened(model, weights))
+        reader, stored = ranks.together(lambda: _opened(model, weights, converts))
     without_values = sorted(name for name, x in _named(model) if has_no_values(x))
     missing = sorted(set().union(*_gathered(without_values)))
     parameters = dict(model.named_parameters())
@@ -167,9 +169,9 @@ def _gathered(value: Any) -> list[Any]:
     return answers
 
 
-def _opened(model: torch.nn.Module, path: Path) -> tuple[Weights, dict[str, str]]:
+def _opened(model: torch.nn.Module, path: Path, converts: bool) -> tuple[Weights, dict[str, str]]:
     reader = open_weights(path, {name for name, _ in _named(model)})
-    return reader, names_in(reader, model)
+    return reader, names_in(reader, model, converts=converts)
 
 
 @torch.no_grad()

@@ -75,6 +75,10 @@ class _Editable(DTensor):
         whole[_whole(index)] = _whole(value)
         self.copy_(whole)
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values of the whole tensor. All ranks call this."""
+        return self.full_tensor().numpy(force=force)
+
     @property
     def data(self) -> Any:
         return self._handle(type(self).of(self._local_tensor.detach(), self._spec))

@@ -104,9 +104,11 @@ class StepCompiler:
         self._moved = adopt(model, optimizer, self.mesh, options.precision)
 
     def _initial_values(self, *, again: bool = False) -> InitialValues:
+        precision = self.options.precision
         return initial_values(
-            self.model, self.place.ranks, self.device, self.options.weights, again=again
-        )
+            self.model, self.place.ranks, self.device, self.options.weights, again=again,
+            converts=precision is not None and precision.parameters is not None,
+        )  # fmt: skip
 
     def compile(
         self, call: Call, varying: Collection[Origin] = (), alike: BoundStep | None = None

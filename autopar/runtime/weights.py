@@ -185,9 +185,12 @@ def open_weights(path: Path, names: set[str]) -> Weights:
     )
 
 
-def names_in(weights: Weights, model: torch.nn.Module) -> dict[str, str]:
+def names_in(weights: Weights, model: torch.nn.Module, *, converts: bool = False) -> dict[str, str]:
     """The name in a checkpoint of each of a model's parameters and persistent buffers. Tied ones
     have the same, the first of their names that is there.
+
+    Args:
+        converts: parameters may have another floating-point dtype there.
 
     Raises:
         EngineError: names, shapes or dtypes do not fit; all of them at once.
@@ -203,7 +206,9 @@ def names_in(weights: Weights, model: torch.nn.Module) -> dict[str, str]:
     wrong = [
         f"{name} is {stored[name]} there and {own} in the model"
         for name, x in expected.items()
-        if name in stored and stored[name] != (own := Stored(tuple(x.shape), x.dtype))
+        if name in stored
+        and stored[name] != (own := Stored(tuple(x.shape), x.dtype))
+        and not (converts and _converts(stored[name], x))
     ]
     problems = [
         f"{len(listed)} {what}: {', '.join(listed[:8])}{', ...' if len(listed) > 8 else ''}"
@@ -221,6 +226,14 @@ def names_in(weights: Weights, model: torch.nn.Module) -> dict[str, str]:
             + ". Save the state dict of this very model, or rename and convert its tensors first"
         )
     return {name: str(known[id(x)]) for name, x in expected.items()}
+
+
+def _converts(stored: Stored, x: torch.Tensor) -> bool:
+    """Whether a parameter takes what is stored, in its own dtype."""
+    floating = isinstance(stored.dtype, torch.dtype) and stored.dtype.is_floating_point
+    is_parameter = isinstance(x, torch.nn.Parameter)
+    same_shape = stored.shape == tuple(x.shape)
+    return floating and is_parameter and same_shape and x.dtype.is_floating_point
 
 
 def saved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -425,3 +425,40 @@ def precision_error(mesh: str, autocast: bool) -> float:
         error = (p.grad.full_tensor() - q.grad).abs().max() / q.grad.abs().max()
         worst = max(worst, error.item())
     return worst
+
+
+def resumed_from_asynchronous_save(folder: str) -> float:
+    """Largest difference of losses after a state that was saved while training went on."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return auto_engine(model, optimizer, eager_to_shard("2x2"), example_inputs=batch(0))
+
+    def step(engine: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> float:
+        loss = engine(*batch(number))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def state(engine: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return dict(zip(("model", "optimizer"), get_state_dict(engine, optimizer), strict=True))
+
+    beside = torch.distributed.new_group(backend="gloo")
+    engine, optimizer = made()
+    for number in range(3):
+        step(engine, optimizer, number)
+    saving = dcp.async_save(state(engine, optimizer), checkpoint_id=folder, process_group=beside)
+    expected = [step(engine, optimizer, number) for number in range(3, 6)]
+    saving.result()
+    again, beside_it = made()
+    loaded = state(again, beside_it)
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(
+        again, beside_it, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
+    )
+    losses = [step(again, beside_it, number) for number in range(3, 6)]
+    return max(abs(a - b) for a, b in zip(expected, losses, strict=True))

@@ -81,3 +81,21 @@ def overflow_on_one_rank() -> tuple[bool, float]:
     scaler.step(optimizer)
     scaler.update()
     return not torch.equal(before, engine.weight.full_tensor()), scaler.get_scale()
+
+
+def read_in_another_dtype(folder: str) -> tuple[str, float]:
+    """The dtype of parameters whose checkpoint is bfloat16, and how far they are from it."""
+    from safetensors.torch import load_file
+
+    from autopar import deferred_init
+
+    with deferred_init():
+        model = _model()
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    engine, _ = auto_engine(
+        model, None, "4", precision="bf16", weights=f"{folder}/model.safetensors",
+        constraints={"0.weight": "S0R"}, example_inputs=x,
+    )  # fmt: skip
+    stored = load_file(f"{folder}/model.safetensors")["0.weight"]
+    weight = engine.get_parameter("0.weight")
+    return str(weight.dtype), (weight.full_tensor() - stored.float()).abs().max().item()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from autopar import Precision, autoplan
 from autopar.planner.planner import make_plan
@@ -54,3 +55,9 @@ def test_a_scaler_skips_a_step_on_all_ranks(pool):
     for changed, scale in pool.run(tasks.overflow_on_one_rank):
         assert not changed
         assert scale == 2.0**15
+
+
+def test_weights_are_read_in_the_dtype_at_rest(pool, tmp_path):
+    state = tasks._model().bfloat16().state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    assert pool.run(tasks.read_in_another_dtype, str(tmp_path)) == [("torch.float32", 0.0)] * 4
