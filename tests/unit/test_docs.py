@@ -48,6 +48,8 @@ PAGES = (
     "docs/memory.md",
     "docs/training_scripts.md",
     "docs/checkpoints.md",
+    "docs/precision.md",
+    "docs/integrations.md",
     "benchmarks/README.md",
 )
 
