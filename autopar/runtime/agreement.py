@@ -37,7 +37,7 @@ class Agreement:
 
     def __init__(self, device: torch.device, *, same_batches: bool) -> None:
         self._device, self._same_batches = device, same_batches
-        self._engine = next(_engines)  # ranks make their engines in the same order
+        self._engine: int | None = None
         self._calls = self._switches = 0
         self._last: Any = None
         self._program: int | None = None
@@ -86,6 +86,8 @@ class Agreement:
         """
         if dist.get_world_size() == 1:
             return
+        if self._engine is None:  # one rank alone may copy an engine; calls are in the same order
+            self._engine = next(_engines)
         self._switches += 1
         store, rank = world.store(), dist.get_rank()
         place = f"autopar/{self._engine}/{self._switches}"

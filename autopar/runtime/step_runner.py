@@ -34,9 +34,10 @@ class StepRunner:
 
     Args:
         compiler: of the model.
+        seed: of random numbers, the same on all ranks; that of rank 0's process if None.
     """
 
-    def __init__(self, compiler: StepCompiler) -> None:
+    def __init__(self, compiler: StepCompiler, seed: int | None = None) -> None:
         self.model = compiler.model
         self._compiler = compiler
         self._whole = False
@@ -45,7 +46,9 @@ class StepRunner:
         self._offloaded_state = None if optimizer is None else StateOnHost(optimizer)
         self._seeds_used = self._draws = 0
         ranks, same_batches = compiler.place.ranks, compiler.options.batch == "global"
-        self._seed = int(ranks.from_rank_zero(lambda: torch.initial_seed() % 2**62))
+        if seed is None:
+            seed = int(ranks.from_rank_zero(lambda: torch.initial_seed() % 2**62))
+        self._seed = seed
         self._agreement = Agreement(compiler.device, same_batches=same_batches)
         self._choice = StepChoice(compiler, self._agreement)
         if same_batches:  # what the caller computes with parameters is replicated
@@ -54,11 +57,13 @@ class StepRunner:
         dtensor_rules.install_for(views(), view)
 
     def for_copy(self, model: torch.nn.Module) -> StepRunner:
-        """A runner of a copy of the model, whose parameters stay laid out as they are."""
+        """A runner of a copy of the model, whose parameters stay laid out as they are. One rank
+        alone may make one."""
         compiler = self._compiler
         options = replace(compiler.options, weights=None)  # the copy has values
         twin = StepRunner(
-            StepCompiler(model, None, options, laid_out=compiler.laid_out, initial=InitialValues())
+            StepCompiler(model, None, options, laid_out=compiler.laid_out, initial=InitialValues()),
+            self._seed,
         )
         twin.context = self.context
         return twin
