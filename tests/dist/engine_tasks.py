@@ -427,6 +427,19 @@ def precision_error(mesh: str, autocast: bool) -> float:
     return worst
 
 
+def copied_on_rank_zero() -> float:
+    """Rank 0 keeps a copy for itself, and later all ranks copy and compare the copy's results."""
+    x, y = batch(0)
+    engine, _ = auto_engine(mlp(), None, eager_to_shard("2x2"), example_inputs=(x, y))
+    if torch.distributed.get_rank() == 0:
+        kept = copy.deepcopy(engine)
+        with torch.no_grad():
+            for mine, p in zip(kept.parameters(), engine.parameters(), strict=True):
+                mine.lerp_(p, 0.1)
+    twin = copy.deepcopy(engine)
+    return abs(twin(x, y).item() - engine(x, y).item())
+
+
 def resumed_from_asynchronous_save(folder: str) -> float:
     """Largest difference of losses after a state that was saved while training went on."""
     import torch.distributed.checkpoint as dcp

@@ -34,6 +34,10 @@ def test_training_equals_a_single_device(pool, mesh, kind, how):
     assert max(pool.run(tasks.train, mesh, kind, how)) < 1e-9
 
 
+def test_one_rank_alone_may_copy_an_engine(pool):
+    assert pool.run(tasks.copied_on_rank_zero) == [0.0] * 4
+
+
 def test_training_goes_on_while_a_state_is_saved(pool, tmp_path):
     assert pool.run(tasks.resumed_from_asynchronous_save, str(tmp_path / "saved")) == [0.0] * 4
 

@@ -52,6 +52,22 @@ def test_a_step_is_that_of_a_model_cast_by_hand(name, memory):
         )
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
+def test_a_step_is_as_close_to_float32_as_the_dtype_allows(name, precision):
+    (alone, batch), (model, _) = _in_float32(name), _in_float32(name)
+    expected = alone(**batch)
+    expected.backward()
+    engine, _ = auto_engine(model, None, "1", precision=precision)
+    loss = engine(**batch)
+    loss.backward()
+    digits = torch.finfo(torch.bfloat16 if precision == "bf16" else torch.float16).eps
+    assert loss.item() == pytest.approx(expected.item(), rel=2 * digits)
+    exact = torch.cat([p.grad.flatten() for p in alone.parameters()])
+    short = torch.cat([p.grad.to_local().flatten() for p in engine.parameters()])
+    assert (short - exact).norm() < 2 * digits * exact.norm()
+
+
 def _casts(engine):
     """The casts of the engine's last program, by names of parameters and inputs."""
     graph = engine._autopar_runner.steps[-1].compiled.graph
