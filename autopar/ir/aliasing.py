@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,14 +86,17 @@ def _has_kernel(op: torch._ops.OpOverload, device_type: str) -> bool:
 def overwritable(node: fx.Node) -> list[fx.Node]:
     """Operands in whose place the result of a node fits: of its dtype, shape and strides, and
     filling their storage."""
-    out = node.meta.get("val")
-    if not isinstance(out, torch.Tensor):
-        return []
-    if node.target in _BY_ROWS and not out.is_contiguous():
+    values = [a.meta.get("val") if isinstance(a, fx.Node) else None for a in node.args]
+    positions = overwritable_arguments(node.target, values, node.meta.get("val"))
+    return [node.args[k] for k in positions]  # type: ignore[misc]
+
+
+def overwritable_arguments(target: Any, values: Sequence[Any], out: Any) -> list[int]:
+    """The same for a call with these arguments and this result: positions."""
+    if not isinstance(out, torch.Tensor) or (target in _BY_ROWS and not out.is_contiguous()):
         return []
 
-    def fits(argument: Any) -> bool:
-        value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    def fits(value: Any) -> bool:
         return (
             isinstance(value, torch.Tensor)
             and (value.dtype, value.shape, value.stride()) == (out.dtype, out.shape, out.stride())
@@ -101,9 +105,9 @@ def overwritable(node: fx.Node) -> list[fx.Node]:
         )
 
     return [
-        argument  # type: ignore[misc]
-        for k, argument in enumerate(node.args)
-        if fits(argument) and variant(node.target, k, out.device.type) is not None
+        k
+        for k, value in enumerate(values)
+        if fits(value) and variant(target, k, out.device.type) is not None
     ]
 
 

@@ -136,7 +136,8 @@ class OpCosts:
         profile = self.profile[node]
         tape, values, outs = profile.tape, _values(node), results(node)
         emitted = {e.storage: e.operand for e in tape.emitted if e.storage.owner == OWN}
-        own = max(tape.levels(tape.backward)) - sum(tape.sizes[s.number] for s in emitted)
+        own = max(tape.levels(tape.backward, overwriting=True))
+        own -= sum(tape.sizes[s.number] for s in emitted)
         arriving = [i for i, carries in enumerate(profile.carries) if carries]
         total = np.zeros(len(strategies))
         for k, s in enumerate(strategies):

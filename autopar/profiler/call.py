@@ -120,7 +120,7 @@ class Call:
         self.recorder.open = False
         tape = Tape(
             tuple(self.recorder.sizes), self.events, self.storages, tuple(self.saved),
-            events, tuple(emitted),
+            events, tuple(emitted), tuple(self.recorder.overwrites),
         )  # fmt: skip
         return work, tape.in_place() if self._in_place else tape
 

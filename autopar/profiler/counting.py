@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from autopar.ir.aliasing import tensors_of
+from autopar.ir.aliasing import overwritable_arguments, tensors_of
 from autopar.profiler.tape import GRADIENT, OWN, Count, Event, Storage
 
 
@@ -112,12 +112,14 @@ class Recorder(TorchDispatchMode):
     Attributes:
         sizes: bytes of the numbered storages.
         events: events since the last `take`.
+        overwrites: numbers of storages of results, and of operands in whose place they fit.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[Count] = []
         self.events: list[Event] = []
+        self.overwrites: list[tuple[int, int]] = []
         self.open = True
         self._names: dict[int, Storage] = {}
         self._watched: dict[Any, int] = {}
@@ -166,11 +168,23 @@ class Recorder(TorchDispatchMode):
         self._flops = self._flops + _flops(func, args, kwargs, out)
         for t in results:
             self.storage(t)
+        self._note_overwrites(func, args, out)
         if func._schema.is_mutable:
             self._move(*_traffic_of_mutation(func, args, kwargs))
         elif any(t.untyped_storage()._cdata not in before for t in results):
             self._move(tensors_of((args, kwargs)), results)
         return out
+
+    def _note_overwrites(self, func: Any, args: Any, out: Any) -> None:
+        """Note which of the call's own storages its result would fit over; of symbolic sizes none,
+        since a comparison would make them numbers."""
+        sizes = (n for t in tensors_of((args, out)) for n in (*t.shape, *t.stride()))
+        if any(isinstance(n, torch.SymInt) for n in sizes):
+            return
+        for k in overwritable_arguments(func, args, out):
+            old, new = self._names.get(args[k].untyped_storage()._cdata), self.storage(out)
+            if old is not None and old.owner == new.owner == OWN and old != new:
+                self.overwrites.append((new.number, old.number))
 
     def _move(self, read: list[torch.Tensor], written: list[torch.Tensor]) -> None:
         self._read = self._read + _elements_bytes(read)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import sympy
@@ -75,6 +75,7 @@ class Tape:
         saved: the storage of every tensor that autograd saves for the backward.
         backward: events; none if no gradient comes in.
         emitted: gradients of operands, in the order of their events.
+        overwrites: pairs of own storages: a result, and an operand in whose place it fits.
     """
 
     sizes: tuple[Count, ...] = ()
@@ -83,6 +84,7 @@ class Tape:
     saved: tuple[Storage, ...] = ()
     backward: tuple[Event, ...] = ()
     emitted: tuple[Emission, ...] = ()
+    overwrites: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def saved_operands(self) -> tuple[int, ...]:
@@ -101,11 +103,19 @@ class Tape:
         numbers = {s.number for s in self.saved if s.owner == OWN and s not in self.results}
         return sum(self.sizes[i] for i in sorted(numbers))
 
-    def levels(self, events: tuple[Event, ...]) -> list[Count]:
-        """Own live bytes before and after every allocation of `forward` or `backward`."""
+    def levels(self, events: tuple[Event, ...], *, overwriting: bool = False) -> list[Count]:
+        """Own live bytes before and after every allocation of `forward` or `backward`.
+
+        Args:
+            overwriting: results are written over operands that die with them.
+        """
         signs = {"make": 1, "free": -1}
-        steps = (signs[e.kind] * self.sizes[e.number] for e in events if e.kind in signs)
-        return list(accumulate(steps, initial=0))
+        changes = [e for e in events if e.kind in signs]
+        for k, (event, after) in enumerate(pairwise(tuple(changes)) if overwriting else ()):
+            over = (event.number, after.number) in self.overwrites
+            if over and event.kind == "make" and after.kind == "free":
+                changes[k : k + 2] = after, event
+        return list(accumulate((signs[e.kind] * self.sizes[e.number] for e in changes), initial=0))
 
     def in_place(self) -> Tape:
         """The same call written over its first operand, if eager PyTorch could do that.

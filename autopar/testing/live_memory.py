@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopar.comm import host_copies
+from autopar.comm import host_copies, offloaded_parameters  # noqa: F401  (define the operators)
 
 _RESIZE = {torch.ops.autopar.evict.default, torch.ops.autopar.prefetch.default}
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
