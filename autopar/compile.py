@@ -11,6 +11,7 @@ import torch
 from autopar.comm.groups import planning_groups
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
 from autopar.ir.graph import ModelGraph
+from autopar.ir.precision import without_autocast
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.local_step import fake_arguments
@@ -64,9 +65,11 @@ def plan_step(
     """
     warn_if_torch_is_untested(torch.__version__)
     problem = build_problem(model, args, kwargs, **options)
-    return plan_jointly(problem, output_specs=output_specs, always=schedule)
+    with without_autocast():
+        return plan_jointly(problem, output_specs=output_specs, always=schedule)
 
 
+@without_autocast()
 def compile_step(
     graph: ModelGraph,
     decide: Callable[[], StepPlan],

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from autopar.ir.effects import Assignment, Effects
 from autopar.ir.guards import Guard
 from autopar.ir.numbers import Numbers, Values, evaluate
-from autopar.ir.precision import Cast, Precision
+from autopar.ir.precision import Cast, Precision, without_autocast
 from autopar.ir.randomness import draws
 from autopar.ir.reads import Reads
 from autopar.ir.result_objects import has_nodes, realized
@@ -220,7 +220,8 @@ class ModelGraph:
             for i, name in enumerate(self.placeholders):
                 if name in self.casts:
                     arguments[i] = arguments[i].to(self.casts[name].compute)
-            results = self.gm(*arguments)
+            with without_autocast():
+                results = self.gm(*arguments)
             with torch.no_grad():
                 for name, value in zip(self.mutations, results, strict=False):
                     buffers[name].copy_(value)

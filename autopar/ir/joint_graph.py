@@ -31,12 +31,10 @@ class JointGraph:
         gm: takes the arguments and the gradients of differentiable results (tangents), returns the
             results and the gradients of the arguments.
         results: of the forward; the leading outputs of the graph.
-        autocasts: autocast was on, so the casts are in the graph.
     """
 
     gm: fx.GraphModule
     results: tuple[Result, ...]
-    autocasts: bool
 
     @property
     def tangents(self) -> list[fx.Node]:

@@ -41,13 +41,12 @@ def trace_joint(
         _copy_aliased_results(gm, fakes)
         function = _with_modules(gm) if name_modules else gm
         graph, values = _traced(function, fakes)
-    autocasts = torch._C._is_any_autocast_enabled()
-    tangents = iter([n.meta["val"] for n in JointGraph(graph, (), autocasts).tangents])
+    tangents = iter([n.meta["val"] for n in JointGraph(graph, ()).tangents])
     results = []
     for value in values:
         differentiable = isinstance(value, torch.Tensor) and value.requires_grad
         results.append(Result(differentiable, next(tangents) if differentiable else None))
-    return JointGraph(graph, tuple(results), autocasts)
+    return JointGraph(graph, tuple(results))
 
 
 def _traced(
@@ -63,7 +62,7 @@ def _traced(
 
     def keep_joint(gm: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
         graphs.append(gm)
-        return split_as_eager(JointGraph(gm, (Result(False, None),) * num_fwd_outputs, False))
+        return split_as_eager(JointGraph(gm, (Result(False, None),) * num_fwd_outputs))
 
     values = aot_function(function, fw_compiler=keep, bw_compiler=keep, partition_fn=keep_joint)(
         *arguments

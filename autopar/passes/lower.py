@@ -36,14 +36,12 @@ class LoweredStep:
         backward: takes that and the gradients of differentiable results, returns the gradients of
             the arguments. None if no result is differentiable.
         results: of the forward, without what the backward needs.
-        autocasts: autocast was on, so the casts are in the graphs.
         compile: Inductor is to run the graphs.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule | None
     results: tuple[Result, ...]
-    autocasts: bool
     compile: bool
 
 
@@ -121,4 +119,4 @@ def lower(traced: TracedStep, schedule: Schedule | None = None) -> LoweredStep:
     forward = run_stage("split", forward, options, label="forward")
     if backward is not None:
         backward = run_stage("split", backward, options, label="backward")
-    return LoweredStep(forward, backward, joint.results, joint.autocasts, options.compile)
+    return LoweredStep(forward, backward, joint.results, options.compile)

@@ -68,15 +68,21 @@ def _moves(node: fx.Node) -> bool:
 
 def _sums(node: fx.Node) -> bool:
     """Whether a value is a sum over ranks, or a rearrangement of such sums."""
-    return node.target in _SUMS or (_moves(node) and any(map(_sums, node.all_input_nodes)))
+    if node.target in _SUMS or _is_cast(node):
+        return node.target in _SUMS or _sums(node.args[0])  # type: ignore[arg-type]
+    return _moves(node) and any(map(_sums, node.all_input_nodes))
 
 
 def _in(
     node: fx.Node, dtype: torch.dtype, known: dict[tuple[fx.Node, torch.dtype], fx.Node]
 ) -> fx.Node:
     """The same value, summed in another dtype."""
+    if _dtype(node) == dtype:
+        return node
+    if _is_cast(node) and _dtype(node.args[0]) == dtype:  # type: ignore[arg-type]
+        return node.args[0]  # type: ignore[return-value]
     if (node, dtype) not in known:
-        if _sums(node):
+        if _sums(node) and not _is_cast(node):
             inputs = {n: _in(n, dtype, known) for n in node.all_input_nodes}
             with node.graph.inserting_before(node):
                 new = node.graph.node_copy(node, inputs.__getitem__)

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph, operand_at, operands, producer
+from autopar.ir.precision import without_autocast
 from autopar.profiler.call import Call, in_place_variant, origin_of
 from autopar.profiler.counting import Work
 from autopar.profiler.tape import OPERAND, Count, Strides, Tape, maximum
@@ -102,7 +103,8 @@ def profile_graph(
             operators in place if the author wrote them so, eager dropout and batch norm, and
             gradients of values on which the forward sets `requires_grad`.
     """
-    return _Profiler(graph, frozenset(trainable), eager).run()
+    with without_autocast():
+        return _Profiler(graph, frozenset(trainable), eager).run()
 
 
 class _Profiler:

@@ -121,6 +121,8 @@ def auto_engine(
     model = unwrapped(model)
     cluster = as_cluster(cluster_info).with_memory(memory)
     check_optimizer(model, optimizer)
+    if policy is not None:
+        policy.check(model)
     options = EngineOptions(
         step=StepOptions(
             cluster=cluster,

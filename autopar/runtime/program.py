@@ -54,7 +54,7 @@ class Program:
 
     def run(self, graph: Boxed, arguments: list[Any]) -> Sequence[Any]:
         with explained_failures():
-            if not self.step.autocasts:
+            if not torch._C._is_any_autocast_enabled():
                 return graph(arguments)
             with torch._C._DisableAutocast():
                 return graph(arguments)

@@ -23,7 +23,7 @@ from autopar.errors import CaptureError, MeshError, PlanError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.numbers import Origin
-from autopar.ir.precision import Precision
+from autopar.ir.precision import Precision, without_autocast
 from autopar.ir.size_formulas import input_shapes
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import ShardingPlan
@@ -370,7 +370,11 @@ def _varying_sizes(graph: ModelGraph, alike: BoundStep | None, ranks: int) -> fr
 
 
 def _eager(local: LocalProgram) -> Callable[..., Any]:
-    return lambda *flat: local.gm(*shards(flat))
+    def run(*flat: torch.Tensor) -> Any:
+        with without_autocast():
+            return local.gm(*shards(flat))
+
+    return run
 
 
 def _holder(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:

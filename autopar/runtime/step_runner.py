@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from autopar.comm import dtensor_rules, world
 from autopar.ir.graph import ModelGraph
 from autopar.ir.numbers import Values
+from autopar.ir.precision import without_autocast
 from autopar.runtime import gathered_part
 from autopar.runtime.agreement import Agreement
 from autopar.runtime.bound_step import BoundStep, WholeResult
@@ -40,7 +41,7 @@ class StepRunner:
     def __init__(self, compiler: StepCompiler, seed: int | None = None) -> None:
         self.model = compiler.model
         self._compiler = compiler
-        self._whole = False
+        self._whole = self._autocasts = False  # within a method of the model
         self.context: Callable[[], AbstractContextManager[Any]] = nullcontext  # of every call
         optimizer = compiler.optimizer
         self._offloaded_state = None if optimizer is None else StateOnHost(optimizer)
@@ -98,12 +99,19 @@ class StepRunner:
         if self._whole:
             yield
             return
-        self._whole = True
+        self._whole, policy = True, self._compiler.options.precision
+        own = nullcontext() if policy is None else policy.methods(self.device.type)
+        before = torch.is_autocast_enabled(self.device.type)
         try:
-            with whole_parameters(self.model):
+            with whole_parameters(self.model), own:
+                self._autocasts = torch.is_autocast_enabled(self.device.type) and not before
                 yield
         finally:
             self._whole = False
+
+    def _caller_autocast(self) -> AbstractContextManager[None]:
+        """The autocast outside of a method of the model."""
+        return without_autocast() if self._autocasts else nullcontext()
 
     def saved(self, value: DTensor) -> torch.Tensor:
         """A parameter as an entry of a state dict."""
@@ -122,7 +130,8 @@ class StepRunner:
             return torch.nn.Module.__call__(self.model, *args, **kwargs)
         self._whole = False
         try:
-            with stored_parameters(self.model):
+            # the program has the policy within
+            with stored_parameters(self.model), self._caller_autocast():
                 return self._run(Call.of(args, kwargs))
         finally:
             self._whole = True

@@ -55,29 +55,31 @@ def with_casts(
 
 def keep_modules(clone: torch.nn.Module, precision: Precision | None) -> None:
     """Let the modules of a copy that the policy keeps compute in the dtype at rest, too: their
-    inputs are cast to it, and their results to the dtype of compute."""
+    inputs are cast to it, and their results to the dtype of compute, but for scalars (losses)."""
     if precision is None or precision.compute is None:
         return
-    casts = precision.casts(clone)
+    wrapped: list[str] = []
     for name, module in clone.named_modules():
-        if not precision.keeps(name) or precision.keeps(name.rpartition(".")[0]):
+        called = type(module).forward is not torch.nn.Module.forward  # unlike a ModuleList
+        if not precision.keeps(name) or not called or name.startswith(tuple(wrapped)):
             continue
-        own = [cast for n, cast in casts.items() if n.startswith(f"{name}.")]
-        if own:
-            module.forward = functools.partial(
-                _in_dtype, module.forward, own[0].storage, getattr(torch, precision.compute)
-            )
+        wrapped.append(f"{name}.")
+        own = (precision.at_rest(p) for p in module.parameters() if p.dtype.is_floating_point)
+        module.forward = functools.partial(
+            _in_dtype, module.forward, precision.kept_dtype(own), getattr(torch, precision.compute)
+        )
 
 
 def _in_dtype(
     forward: Callable[..., Any], dtype: torch.dtype, after: torch.dtype, *args: Any, **kwargs: Any
 ) -> Any:
     args, kwargs = pytree.tree_map(lambda x: _to(x, after, dtype), (args, kwargs))
-    return pytree.tree_map(lambda x: _to(x, dtype, after), forward(*args, **kwargs))
+    return pytree.tree_map(lambda x: _to(x, dtype, after, dims=1), forward(*args, **kwargs))
 
 
-def _to(x: Any, source: torch.dtype, target: torch.dtype) -> Any:
-    return x.to(target) if isinstance(x, torch.Tensor) and x.dtype == source else x
+def _to(x: Any, source: torch.dtype, target: torch.dtype, dims: int = 0) -> Any:
+    casts = isinstance(x, torch.Tensor) and x.dtype == source and x.ndim >= dims
+    return x.to(target) if casts else x
 
 
 def _narrower_dtype(node: fx.Node) -> torch.dtype | None:

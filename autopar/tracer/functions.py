@@ -34,6 +34,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from autopar.errors import CaptureError
 from autopar.ir.guards import on_own_thread
+from autopar.ir.precision import enabled_autocasts, under_autocasts
 from autopar.tracer.numbers import settled
 from autopar.tracer.source import current_line
 
@@ -94,14 +95,19 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             "let it return a new tensor"
         )
 
+    autocasts = enabled_autocasts()  # the graph runs without, and torch cannot see inside
+
     def run(*tensors: torch.Tensor) -> _Results:
-        return _tensors(cls.apply(*_fill(args, tensors)))
+        with under_autocasts(autocasts):
+            return _tensors(cls.apply(*_fill(args, tensors)))
 
     def fake(*tensors: torch.Tensor) -> _Results:
-        return _tensors(_forward(cls, _Context([False] * len(args)), _fill(args, tensors)))
+        with under_autocasts(autocasts):
+            return _tensors(_forward(cls, _Context([False] * len(args)), _fill(args, tensors)))
 
     outputs = _as_tuple(example)
     constants = [a for a in args if not isinstance(a, torch.Tensor)]
+    constants += [f"{kind} {dtype}" for kind, dtype in autocasts]
     results = _tensors(outputs)
     without = [i for i, t in enumerate(results) if any(t is c for c in context.constant)]
     op = operator_for(

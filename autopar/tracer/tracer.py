@@ -123,6 +123,8 @@ class ColoTracer:
         """
         example = (tuple(args), dict(kwargs or {}))
         check_inputs(model, example)
+        if self.precision is not None:
+            self.precision.check(model)
         try:
             with collection_paused():
                 if masks_can_be_skipped():

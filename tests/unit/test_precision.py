@@ -1,5 +1,6 @@
 """Autocast and bfloat16 through the engine, on one process: as eager PyTorch computes."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -47,3 +48,49 @@ def test_a_step_is_that_of_eager_pytorch(name, autocast, memory):
         grad = grads[parameter].to_local()
         assert grad.dtype is dtype
         torch.testing.assert_close(grad, expected_grad, rtol=2e-2, atol=2e-3)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad.to(w.dtype) @ w.t(), x.t() @ grad.to(x.dtype)
+
+
+class Regions(torch.nn.Module):
+    """Regions with an autocast of their own, and a function that computes under the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.w = torch.nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            whole = self.a(x) + x @ x.t()
+        with torch.autocast("cpu", torch.float16):
+            half = self.b(x)
+        return whole, half, self.c(x), _Product.apply(x, self.w)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_regions_keep_their_own_autocast(dtype, grad):
+    torch.manual_seed(0)
+    alone, x = Regions(), torch.randn(8, 8)
+    engine, _ = auto_engine(copy.deepcopy(alone), None, "1")
+    with torch.autocast("cpu", dtype), torch.set_grad_enabled(grad):
+        results, expected = engine(x), alone(x)
+    for result, value in zip(results, expected, strict=True):
+        assert result.dtype is value.dtype
+        assert torch.equal(result, value)
+    if grad:
+        sum(r.float().sum() for r in results).backward()
+        sum(v.float().sum() for v in expected).backward()
+        for p, q in zip(engine.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(p.grad.to_local(), q.grad)

@@ -234,3 +234,86 @@ def test_what_cannot_be_put_in_force_is_refused():
         model = nn.Linear(2, 2).bfloat16()
     with pytest.raises(EngineError, match="weight has no values yet"):
         auto_engine(model, None, "1", precision="bf16")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.table.weight
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, ids):
+        h = self.table(ids)
+        for layer in self.layers:
+            h = layer(h)
+        return self.criterion(self.head(h), ids)
+
+    def encode(self, h):
+        return self.layers[0](h)
+
+    def loss_of(self, ids):
+        return self(ids)
+
+
+def _kept_by_hand(model: Tied, ids: torch.Tensor, keep: str) -> torch.Tensor:
+    """The loss with one part in float32 and the rest in bfloat16."""
+    short, whole = torch.bfloat16, torch.float32
+    part = {name: whole if name == keep else short for name in ("tied", "layers", "criterion")}
+    h = model.table.weight.to(part["tied"])[ids].to(short)
+    for layer in model.layers:
+        h = h.to(part["layers"])
+        h = nn.functional.linear(
+            h, layer.weight.to(part["layers"]), layer.bias.to(part["layers"])
+        ).to(short)
+    logits = (h.to(part["tied"]) @ model.head.weight.to(part["tied"]).t()).to(short)
+    return model.criterion(logits.to(part["criterion"]), ids)
+
+
+@pytest.mark.parametrize(
+    ("keep", "part"),
+    [(("table", "head"), "tied"), ("layers", "layers"), ("layers.*", "layers"),
+     ("criterion", "criterion")],
+)  # fmt: skip
+def test_kept_modules_compute_in_the_dtype_at_rest(keep, part):
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(16)
+    expected = _kept_by_hand(model, ids, part)
+    engine, _ = auto_engine(model, None, "1", precision=Precision(keep=keep))
+    loss = engine(ids)
+    assert loss.dtype is expected.dtype
+    assert loss.item() == expected.item()
+    loss.backward()
+    assert engine.get_parameter("table.weight").grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ("head", "head.weight, which is the same parameter as table.weight; keep both"),
+        ("laiers", "no module is called 'laiers', as keep says; did you mean 'layers'"),
+        (3, "keep takes names of modules, got 3"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(keep, words):
+    with pytest.raises(ValueError, match=words):
+        auto_engine(Tied(), None, "1", precision=Precision(keep=keep))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_methods_compute_in_the_dtype_of_compute(dtype):
+    torch.manual_seed(0)
+    ids, h = torch.arange(16), torch.randn(4, 8).to(dtype)
+    engine, _ = auto_engine(Tied().to(dtype), None, "1", precision="bf16")
+    loss = engine(ids)
+    assert engine.encode(h).dtype is torch.bfloat16
+    assert engine.loss_of(ids).item() == loss.item()
+    with torch.no_grad():
+        assert engine.loss_of(ids).item() == pytest.approx(loss.item(), rel=1e-2)
+    assert len(engine.steps) == 1
+
+
+def test_policies_are_told_apart_in_words():
+    kept = Precision(keep=("table", "head"), cast_inputs=False)
+    assert str(kept) == f"{Precision()}, inputs as they are, kept: table, kept: head"
