@@ -79,7 +79,7 @@ def _in_double(graph: ModelGraph) -> ModelGraph:
             node.kwargs = {**node.kwargs, "dtype": torch.float64}  # not the default type
     graph.gm.recompile()
     constants = {name: _wider(value) for name, value in graph.constants.items()}
-    return replace(graph, constants=constants)
+    return replace(graph, constants=constants, casts={})
 
 
 @dataclass(frozen=True)
