@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from autopar.ir.aliasing import tensors_of
 from autopar.ir.effects import Assignment, Effects
 from autopar.ir.guards import Guard
 from autopar.ir.numbers import Numbers, Values, evaluate
@@ -127,9 +128,9 @@ class ModelGraph:
                 dtypes[node] = max(known, key=lambda dtype: dtype.itemsize)
         return dtypes
 
-    def sum_dtype(self, node: fx.Node) -> torch.dtype:
-        """In which the gradient of a tensor value is summed over ranks."""
-        dtype = node.meta["val"].dtype
+    def sum_dtype(self, node: fx.Node, result: int = 0) -> torch.dtype:
+        """In which the gradient of a value, one of the results of a node, is summed over ranks."""
+        dtype = tensors_of(node.meta["val"])[result].dtype
         sums = self.sum_dtypes.get(node, dtype)
         if node.op != "placeholder" and sums.itemsize <= dtype.itemsize:
             return dtype

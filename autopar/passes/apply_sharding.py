@@ -223,7 +223,7 @@ class _Rewriter:
         fake = results(node)[result]
         shape, itemsize = shape_of(fake), fake.element_size()
         value = self.values[node, result, source]
-        sums = self._sum_dtype(node, result)
+        sums = self.graph.sum_dtype(node, result)
         try:
             path = self.rank.converter.path(
                 shape, itemsize, source, target, grad=grad, grad_itemsize=sums.itemsize
@@ -250,13 +250,6 @@ class _Rewriter:
             value.meta["autopar"] = node.meta["autopar"]
             self.values[node, result, step.target] = value
         return value
-
-    def _sum_dtype(self, node: fx.Node, result: int) -> torch.dtype:
-        """In which the gradient of a result is summed over ranks."""
-        if isinstance(node.meta["val"], torch.Tensor):
-            return self.graph.sum_dtype(node)
-        users = (u for u in node.users if producer(u) == (node, result))
-        return self.graph.sum_dtype(next(users))
 
     # -- operators ------------------------------------------------------------------------------
 

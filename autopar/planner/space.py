@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
@@ -216,12 +215,6 @@ class SearchSpace:
             )
         )  # fmt: skip
 
-    def _sum_itemsize(self, node: fx.Node, result: int) -> int:
-        """Bytes per element of a result's gradient while ranks sum it."""
-        users = (u for u in node.users if producer(u) == (node, result))
-        value = node if isinstance(node.meta["val"], torch.Tensor) else next(users)
-        return self.graph.sum_dtype(value).itemsize
-
     def _is_cast(self, source: Decision) -> bool:
         """Whether an edge from a decision casts what a parameter stores."""
         name = str(source.node.target)
@@ -394,7 +387,7 @@ class SearchSpace:
         self.edges.append(
             Edge(
                 source, index, result, 0, shape, itemsize, grad, weight, saved,
-                self._sum_itemsize(node, result), self._is_cast(self.decisions[source]),
+                self.graph.sum_dtype(node, result).itemsize, self._is_cast(self.decisions[source]),
             )
         )  # fmt: skip
         self._add(decision, result)
