@@ -30,7 +30,7 @@ from autopar.ir.spec import ShardingSpec, local_range, local_shape
 from autopar.plan import ShardingPlan
 from autopar.profiler.profile import requires_grad_map
 from autopar.sharding.conversion.converter import LayoutConverter, Step, converter_for
-from autopar.sharding.node_rules import results, rule_of, strategy_by_name
+from autopar.sharding.node_rules import is_floating, results, rule_of, strategy_by_name
 from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.rules.view import RESHAPES
 
@@ -124,6 +124,7 @@ class _Rewriter:
     values: dict[tuple[fx.Node, int, ShardingSpec], fx.Node] = field(default_factory=dict)
     seed: fx.Node | None = None
     streams: int = 0  # of random operators, numbered
+    number: int = -1  # of the operator that is written
 
     def run(
         self,
@@ -144,7 +145,7 @@ class _Rewriter:
         self.seed = self.out.placeholder("autopar_seed")
         for node in placeholders:
             self._share(node, 0)
-        for node in self.graph.compute_nodes():
+        for self.number, node in enumerate(self.graph.compute_nodes()):
             self._call(node)
         deferred = self._outputs(output_specs)
         takes_seed = bool(self.seed.users)
@@ -192,13 +193,21 @@ class _Rewriter:
     # -- values ---------------------------------------------------------------------------------
 
     def _define(self, node: fx.Node, result: int, spec: ShardingSpec, value: fx.Node) -> None:
-        fake = results(node)[result]
-        value.meta["spec"] = spec
-        value.meta["local_shape"] = local_shape(
-            shape_of(fake), spec, self.rank.mesh, self.rank.coords
-        )
+        self._describe(value, node, result, spec)
         self.layout[node, result] = spec
         self.values[node, result, spec] = value
+
+    def _describe(self, value: fx.Node, node: fx.Node, result: int, spec: ShardingSpec) -> None:
+        """Note what the node of a value holds: its layout, its shape on this rank, the global
+        tensor, whether it carries a gradient, and by which operator it is needed first."""
+        fake = results(node)[result]
+        value.meta |= {
+            "spec": spec,
+            "local_shape": local_shape(shape_of(fake), spec, self.rank.mesh, self.rank.coords),
+            "global": fake,
+            "differentiable": self.grads[node] and is_floating(fake),
+            "number": self.number,
+        }
 
     def _share(self, node: fx.Node, result: int) -> None:
         """Convert a value with several users once, to the layout they share."""
@@ -243,10 +252,7 @@ class _Rewriter:
             value = self.out.call_function(
                 function, (value, *rest), {"sum_dtype": sums} if rounded else {}
             )
-            value.meta["spec"] = step.target
-            value.meta["local_shape"] = local_shape(
-                shape, step.target, self.rank.mesh, self.rank.coords
-            )
+            self._describe(value, node, result, step.target)
             value.meta["autopar"] = node.meta["autopar"]
             self.values[node, result, step.target] = value
         return value
@@ -276,7 +282,7 @@ class _Rewriter:
         else:
             args, kwargs = self._localize_sizes(node, strategy, args, kwargs)
         new = self.out.call_function(target, args, kwargs)
-        new.meta["autopar"] = node.meta["autopar"]
+        new.meta |= {"autopar": node.meta["autopar"], "number": self.number}
         outs = results(node)
         if isinstance(node.meta["val"], torch.Tensor):
             self._define(node, 0, strategy.outputs[0], new)

@@ -17,7 +17,15 @@ from autopar.sharding.lowerings.declared import (
     declares,
     one_element,
 )
-from autopar.sharding.lowerings.shard import Shard, counted, groups_of, largest, share_of, total
+from autopar.sharding.lowerings.shard import (
+    Shard,
+    counted,
+    groups_of,
+    largest,
+    scaled,
+    share_of,
+    total,
+)
 
 
 def embedding(
@@ -148,4 +156,4 @@ def share_of_mean(op: torch._ops.OpOverload) -> Callable[..., torch.Tensor]:
         return op(*args, **kwargs) * share_of(shard, shard)
 
     lowering.__name__ = f"share_of_{op._opname}"
-    return lowering
+    return scaled(lowering)

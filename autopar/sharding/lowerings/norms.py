@@ -20,7 +20,15 @@ from autopar.sharding.lowerings.declared import (
     first_result,
     statistics_over,
 )
-from autopar.sharding.lowerings.shard import Shard, groups_of, largest, share_of, shared, total
+from autopar.sharding.lowerings.shard import (
+    Shard,
+    groups_of,
+    largest,
+    scaled,
+    share_of,
+    shared,
+    total,
+)
 
 Optional = torch.Tensor | None
 
@@ -209,6 +217,7 @@ def _reduced(shard: Shard) -> list[str]:
     return [name for name in shard if name[0] == "r"]
 
 
+@scaled
 def mean(
     x: torch.Tensor,
     dim: Sequence[int] | None = None,
@@ -222,6 +231,7 @@ def mean(
     return torch.ops.aten.mean.dim(x, list(dim or range(x.ndim)), keepdim, dtype=dtype) * share
 
 
+@scaled
 def mean_of_all(x: torch.Tensor, dtype: torch.dtype | None = None, *, shard: Shard) -> torch.Tensor:
     """Mean of all values: each rank's share of it, a pending sum."""
     return mean(x, None, False, dtype, shard=shard)

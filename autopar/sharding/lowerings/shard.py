@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -23,6 +24,21 @@ def share_of(shard: Shard, factors: Iterable[str]) -> float:
         if name in shard:
             share *= shard[name][1] / shard[name][2]
     return share
+
+
+# Lowerings that are their operator on the shard, times the shard's share of the extents.
+_SCALED: set[Callable[..., Any]] = set()
+
+
+def scaled(lowering: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a lowering that is its operator on the shard, times the shard's share of the extents."""
+    _SCALED.add(lowering)
+    return lowering
+
+
+def is_scaled(lowering: Callable[..., Any] | None) -> bool:
+    """Whether a lowering is its operator on the shard, times the shard's share of the extents."""
+    return lowering in _SCALED
 
 
 def total(x: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:

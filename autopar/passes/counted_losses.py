@@ -1,0 +1,106 @@
+"""A graph whose losses over valid targets are sums, divided by the count of valid targets.
+
+`cross_entropy` and `nll_loss` divide by how many targets are not to be ignored (or by their
+weights). Over a part of the batch that would be another number; written out, it is a value of the
+labels alone, which can be computed from the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from autopar.ir.graph import ModelGraph, bound_arguments
+
+aten = torch.ops.aten
+
+_MEAN, _NONE, _SUM = 1, 0, 2
+_LOSSES = frozenset(
+    {
+        aten.cross_entropy_loss.default,
+        aten.nll_loss_nd.default,
+        aten.nll_loss.default,
+        aten.nll_loss2d.default,
+    }
+)
+
+
+def counted_losses(graph: ModelGraph) -> ModelGraph:
+    """The same graph with the division by counts of targets written out; itself if there is none.
+
+    Losses in types of 2 bytes are summed in float32.
+    """
+    if not any(map(_is_mean, graph.nodes)):
+        return graph
+    copies: dict[fx.Node, fx.Node] = {}
+    out = fx.Graph()
+    for node in graph.nodes:
+        if _is_mean(node):
+            copies[node] = _Writer(out, node).divided(copies)
+            copies[node].meta |= {"val": node.meta["val"]}
+        else:
+            copies[node] = out.node_copy(node, copies.__getitem__)
+    return replace(graph, gm=fx.GraphModule(graph.gm, out))
+
+
+def _is_mean(node: fx.Node) -> bool:
+    if node.target not in _LOSSES:
+        return False
+    arguments = bound_arguments(node)
+    logits, target = arguments["self"], arguments["target"]
+    by_class = target.meta["val"].ndim == logits.meta["val"].ndim - 1
+    return by_class and arguments.get("reduction", _MEAN) == _MEAN
+
+
+class _Writer:
+    """Writes one loss.
+
+    Args:
+        out: the graph that is written.
+        node: the loss in the graph that is read.
+    """
+
+    def __init__(self, out: fx.Graph, node: fx.Node) -> None:
+        self.out, self.node = out, node
+
+    def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        new = self.out.call_function(op, args, kwargs)
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        mode = self.node.meta["val"].fake_mode
+        with mode, torch.no_grad():
+            new.meta["val"] = op(*values[0], **values[1])
+        new.meta["autopar"] = self.node.meta["autopar"]
+        return new
+
+    def divided(self, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        arguments = dict(fx.map_arg(bound_arguments(self.node), copies.__getitem__))
+        logits, target = arguments.pop("self"), arguments.pop("target")
+        ignored = arguments.get("ignore_index", -100)
+        loss: Any = self.node.target
+        dtype = logits.meta["val"].dtype
+        short = dtype.itemsize == 2
+        arguments["reduction"] = _NONE if short else _SUM
+        total = self.call(loss, logits, target, **arguments)
+        if short:
+            total = self.call(aten._to_copy.default, total, dtype=torch.float32)
+            total = self.call(aten.sum.default, total)
+        count = self._count(target, arguments.get("weight"), ignored)
+        counts = total.meta["val"].dtype
+        if count.meta["val"].dtype != counts:
+            count = self.call(aten._to_copy.default, count, dtype=counts)
+        mean = self.call(aten.div.Tensor, total, count)
+        return self.call(aten._to_copy.default, mean, dtype=dtype) if short else mean
+
+    def _count(self, target: fx.Node, weight: fx.Node | None, ignored: int) -> fx.Node:
+        """How many targets are not ignored, or the sum of their weights."""
+        valid = self.call(aten.ne.Scalar, target, ignored)
+        if weight is None:
+            return self.call(aten.sum.default, valid)
+        rest = self.call(aten.eq.Scalar, target, ignored)
+        classes = self.call(aten.masked_fill.Scalar, target, rest, 0)
+        weights = self.call(aten.index.Tensor, weight, [classes])
+        return self.call(aten.sum.default, self.call(aten.masked_fill.Scalar, weights, rest, 0))

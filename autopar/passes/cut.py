@@ -1,0 +1,228 @@
+"""Cuts one rank's forward program into the programs of stages, which run once per microbatch.
+
+A stage's program is a `body`, which runs for every microbatch, and an `enter`, which runs once per
+step: conversions of parameters (gathers, casts) do not depend on the microbatch, nor do the sums of
+gradients over ranks, which are their transposes.
+
+What depends on no parameter (masks, tables of positions) is computed in every stage that needs it,
+and so is what depends on parameters alone. All other values that a later stage needs are sent
+through every cut on the way.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from autopar.comm import steps
+from autopar.passes.apply_sharding import LocalProgram
+
+_GATHERS = frozenset({steps.all_gather, steps.all_gather_vary})
+_CONVERSIONS = frozenset({steps.vary, steps.slice_, torch.ops.aten._to_copy.default})
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """One stage of one rank's program.
+
+    Args:
+        enter: takes the parameters, gives what enters the body in their place; None if they enter
+            as they are.
+        body: takes that, other arguments, and what was received; gives results, and what is sent.
+        parameters: positions of the parameters among the arguments of the entire program.
+        others: positions of the other arguments that the body takes.
+        received: names of the values that the stage before sends to the body.
+        results: positions of the results among those of the entire program.
+        made: names of the values that the body gives for later stages.
+        sent: names of the values that the next stage is sent: made here, or passed on.
+    """
+
+    enter: fx.GraphModule | None
+    body: fx.GraphModule
+    parameters: tuple[int, ...]
+    others: tuple[int, ...]
+    received: tuple[str, ...]
+    results: tuple[int, ...]
+    made: tuple[str, ...]
+    sent: tuple[str, ...]
+
+
+def cut(
+    program: LocalProgram,
+    parameters: int,
+    firsts: Sequence[int] = (),
+    *,
+    gather_once: bool = True,
+) -> tuple[StageProgram, ...]:
+    """Cut a program into stages.
+
+    Args:
+        parameters: how many of its arguments, the first ones, are parameters.
+        firsts: numbers of the model's operators at which stages begin, without the first stage's;
+            in ascending order.
+        gather_once: gathers of parameters run once per step, and what is gathered is kept for all
+            microbatches; else every microbatch gathers.
+    """
+    moved = _CONVERSIONS | _GATHERS if gather_once else _CONVERSIONS
+    return _Cut(program.gm, parameters, firsts, moved).stages()
+
+
+class _Cut:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        parameters: int,
+        firsts: Sequence[int],
+        moved: frozenset[Callable[..., Any]],
+    ) -> None:
+        self.gm, self.firsts, self.moved = gm, firsts, moved
+        self.nodes = list(gm.graph.nodes)
+        self.arguments = [n for n in self.nodes if n.op == "placeholder"]
+        self.parameters = self.arguments[:parameters]
+        self.results: list[Any] = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    @cached_property
+    def entering(self) -> set[fx.Node]:
+        """Conversions of parameters, and parameters."""
+        entering: set[fx.Node] = set(self.parameters)
+        for node in self.nodes:
+            inputs = node.all_input_nodes
+            if node.target in self.moved and len(inputs) == 1 and inputs[0] in entering:
+                entering.add(node)
+        return entering
+
+    @cached_property
+    def stage_of(self) -> dict[fx.Node, int]:
+        """The stage of what depends on parameters and on other arguments; the rest is computed
+        where it is needed."""
+        of_parameters, of_others = set(self.parameters), set(self.arguments) - set(self.parameters)
+        stages: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            if node.op != "call_function":
+                continue
+            inputs = node.all_input_nodes
+            random = any(n.op == "placeholder" and n.target == "autopar_seed" for n in inputs)
+            if any(n in of_parameters for n in inputs):
+                of_parameters.add(node)
+            if any(n in of_others for n in inputs) or _draws(node):
+                of_others.add(node)
+            placed = [stages[n] for n in inputs if n in stages]
+            if node.target is operator.getitem:
+                if placed:
+                    stages[node] = placed[0]
+            elif placed or random or _draws(node) or (node in of_parameters and node in of_others):
+                own = sum(first <= node.meta.get("number", 0) for first in self.firsts)
+                stages[node] = max([own, *placed])
+        return stages
+
+    def stages(self) -> tuple[StageProgram, ...]:
+        count = len(self.firsts) + 1
+        results: list[list[int]] = [[] for _ in range(count)]
+        for k, x in enumerate(self.results):
+            stage = self.stage_of.get(x, 0) if isinstance(x, fx.Node) else 0
+            results[stage].append(k)
+        used = [self._used(stage, results[stage]) for stage in range(count)]
+        # the value of a stage that a later one takes goes through every cut between them
+        last: dict[fx.Node, int] = {}
+        for stage, nodes in enumerate(used):
+            last |= dict.fromkeys((n for n in nodes if self.stage_of.get(n, stage) < stage), stage)
+        crossing = [
+            [n for n in self.nodes if n in last and self.stage_of[n] <= stage < last[n]]
+            for stage in range(count)
+        ]
+        # what a later stage takes has sources of its own, which may come from before
+        programs = []
+        for stage in range(count):
+            made = [n for n in crossing[stage] if self.stage_of[n] == stage]
+            programs.append(
+                self._program(
+                    stage, results[stage], made, crossing[stage - 1] if stage else [],
+                    crossing[stage],
+                )
+            )  # fmt: skip
+        return tuple(programs)
+
+    def _used(self, stage: int, results: Sequence[int]) -> set[fx.Node]:
+        """What the operators of a stage, and those computed everywhere, read in this stage."""
+        stack = [n for n, s in self.stage_of.items() if s == stage]
+        stack += [self.results[k] for k in results if isinstance(self.results[k], fx.Node)]
+        used: set[fx.Node] = set()
+        seen: set[fx.Node] = set(stack)
+        while stack:
+            node = stack.pop()
+            used.add(node)
+            if self.stage_of.get(node, stage) != stage or node in self.entering:
+                continue
+            for source in node.all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return used
+
+    def _program(
+        self,
+        stage: int,
+        results: Sequence[int],
+        made: Sequence[fx.Node],
+        received: Sequence[fx.Node],
+        sent: Sequence[fx.Node],
+    ) -> StageProgram:
+        outputs = [self.results[k] for k in results]
+        wanted = {n for n in (*outputs, *made) if isinstance(n, fx.Node)}
+        needed: set[fx.Node] = set()
+        stack = list(wanted)
+        while stack:
+            node = stack.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            if self.stage_of.get(node, stage) == stage and node not in self.entering:
+                stack += node.all_input_nodes
+        entered = [n for n in self.nodes if n in needed and n in self.entering]
+        taken = [n for n in received if n in needed]
+        others = [k for k, n in enumerate(self.arguments) if n in needed and n not in self.entering]
+        enter, parameters = self._enter(entered)
+        inputs = [*entered, *(self.arguments[k] for k in others), *taken]
+        body = self._graph(inputs, needed, [*outputs, *made])
+        return StageProgram(
+            enter, body, parameters, tuple(others), tuple(n.name for n in taken), tuple(results),
+            tuple(n.name for n in made), tuple(n.name for n in sent),
+        )  # fmt: skip
+
+    def _enter(self, entered: Sequence[fx.Node]) -> tuple[fx.GraphModule | None, tuple[int, ...]]:
+        needed: set[fx.Node] = set()
+        stack = list(entered)
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack += node.all_input_nodes
+        taken = [k for k, n in enumerate(self.parameters) if n in needed]
+        if all(n.op == "placeholder" for n in entered):
+            return None, tuple(taken)
+        return self._graph([self.parameters[k] for k in taken], needed, entered), tuple(taken)
+
+    def _graph(
+        self, inputs: Sequence[fx.Node], needed: set[fx.Node], outputs: Sequence[Any]
+    ) -> fx.GraphModule:
+        graph, copies = fx.Graph(), {}
+        for node in inputs:
+            copies[node] = graph.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
+        for node in self.nodes:
+            if node in needed and node not in copies:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
+        return fx.GraphModule(self.gm, graph)
+
+
+def _draws(node: fx.Node) -> bool:
+    target = node.target
+    tagged = isinstance(target, torch._ops.OpOverload)
+    return tagged and torch.Tag.nondeterministic_seeded in target.tags  # type: ignore[union-attr]

@@ -1,0 +1,292 @@
+"""Which values of a graph split over time: into slices of the batch, processed one after another.
+
+A time split is a mesh axis on which nothing can be communicated. Along it a value is in one of
+three states: the same for every slice (R), slices of one dim (S), or a sum of what the slices give
+(P). The sharding rules say how each operator carries them. Values of inputs alone that need the
+whole batch (the count of valid labels) are computed from it, before the first slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from autopar.errors import PlanError
+from autopar.ir.graph import ModelGraph, operands, producer, shape_of
+from autopar.ir.randomness import draws
+from autopar.passes.counted_losses import counted_losses
+from autopar.sharding.lowerings.shard import is_scaled
+from autopar.sharding.node_rules import is_floating, results, rule_of, strategies_of
+from autopar.sharding.rule import OpRule, Strategy
+
+# A result of an operator call or a placeholder: the node, and which of its results.
+Value = tuple[fx.Node, int]
+
+# State of a value: "R", "P", or "S0", "S1", ... for the dim that is sliced; "I" of numbers of samples
+# that count from the first of the slice.
+State = str
+
+_FILLS = frozenset(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        *((name, "default") for name in ("zeros", "ones", "full", "rand", "randn", "randint")),
+        ("empty", "memory_format"),
+        ("randint", "low"),
+        *((name, "default") for name in ("new_zeros", "new_ones", "new_full", "new_empty")),
+    )
+)
+
+
+class NotSeparableError(PlanError):
+    """The batch cannot be split exactly: an operator mixes its samples."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How an operator carries one state of its results.
+
+    Args:
+        strategy: of its rule; None where it is made for a slice's size (`zeros`).
+        inputs: state of each operand; None where it is absent.
+        scaled: the result is multiplied by the slice's share of the batch.
+    """
+
+    strategy: Strategy | None
+    inputs: tuple[State | None, ...]
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How a graph splits into slices of its batch.
+
+    Args:
+        graph: with the counts of losses written out.
+        samples: of the batch.
+        states: of every value, by default.
+        steps: by operator and the state of its results: first as by default, then as users of
+            slices need them.
+        whole: values that are computed from the whole batch, in the states that are asked for.
+    """
+
+    graph: ModelGraph
+    samples: int
+    states: Mapping[Value, State]
+    steps: Mapping[tuple[fx.Node, State], Step]
+    whole: Mapping[tuple[Value, State], None]
+
+    def state(self, value: fx.Node) -> State:
+        """Of a result of the graph."""
+        return self.states[producer(value)]
+
+
+def separate(
+    graph: ModelGraph, dims: Mapping[str, int], samples: int, trainable: frozenset[str]
+) -> Separation:
+    """Find out how a graph splits over its batch.
+
+    Args:
+        dims: by placeholder name, the dim of an input that holds samples.
+        samples: of the batch.
+        trainable: placeholder names of what requires grad.
+
+    Raises:
+        NotSeparableError: naming the operator that mixes samples, its source line and the remedy.
+    """
+    return _Analysis(counted_losses(graph), dims, samples, trainable).run()
+
+
+@dataclass
+class _Analysis:
+    graph: ModelGraph
+    dims: Mapping[str, int]
+    samples: int
+    trainable: frozenset[str]
+    states: dict[Value, State] = field(default_factory=dict)
+    steps: dict[tuple[fx.Node, State], Step] = field(default_factory=dict)
+    whole: dict[tuple[Value, State], None] = field(default_factory=dict)
+    of_data: set[fx.Node] = field(default_factory=set)  # of inputs, buffers and constants alone
+
+    def run(self) -> Separation:
+        for name, node in self.graph.placeholders.items():
+            if results(node):
+                self.states[node, 0] = f"S{self.dims[name]}" if name in self.dims else "R"
+            if name not in self.graph.parameters and name not in self.trainable:
+                self.of_data.add(node)
+        for node in self.graph.compute_nodes():
+            if not draws(node) and all(
+                producer(n)[0] in self.of_data for n in operands(node) if n is not None
+            ):
+                self.of_data.add(node)
+            self._call(node)
+        return Separation(self.graph, self.samples, self.states, self.steps, self.whole)
+
+    def _call(self, node: fx.Node) -> None:
+        have = [None if n is None else self.states[producer(n)] for n in operands(node)]
+        if all(state in (None, "R") for state in have):
+            self._define(node, Step(None, tuple(have)), ["R"] * len(results(node)))
+            return
+        found = self._best(node)
+        if found is None or (node in self.of_data and "P" in found[1]):
+            if node not in self.of_data:
+                raise NotSeparableError(self._refusal(node, have))
+            for k, _ in enumerate(results(node)):
+                self.states[node, k] = "R"
+                self.whole[(node, k), "R"] = None
+            return
+        self._define(node, *found)
+
+    def _define(self, node: fx.Node, step: Step, outputs: list[State]) -> None:
+        for k, state in enumerate(outputs):
+            self.states[node, k] = state
+            self.steps[node, state] = step
+        for operand, state in zip(operands(node), step.inputs, strict=True):
+            if operand is not None and state is not None:
+                self._need(producer(operand), state)
+
+    def _best(self, node: fx.Node) -> tuple[Step, list[State]] | None:
+        """The step that takes the operands as they are, or with the least that is made for it."""
+        best: tuple[int, Step, list[State]] | None = None
+        for step, outputs in self._steps(node):
+            cost = 0
+            for operand, state in zip(operands(node), step.inputs, strict=True):
+                if operand is not None and state is not None:
+                    value = producer(operand)
+                    if self.states[value] != state:
+                        if not self._can(value, state):
+                            break
+                        cost += 1
+            else:
+                if best is None or cost < best[0]:
+                    best = cost, step, outputs
+        return None if best is None else best[1:]
+
+    def _steps(self, node: fx.Node) -> Iterator[tuple[Step, list[State]]]:
+        """How an operator may carry slices."""
+        if _picks_of_each_sample(node):
+            own = ["S0", "I", *["S0"] * len(operands(node)[2:])]
+            yield Step(None, tuple(own)), ["S0"]
+        rule, _ = rule_of(node)
+        for strategy in strategies_of(node, (self.samples,), any_order=False)[1:]:
+            scaled = _scales(rule, strategy)
+            if _communicates(rule, strategy) and not scaled:
+                continue
+            inputs = tuple(None if s is None else _of(s.state(0)) for s in strategy.inputs)
+            yield Step(strategy, inputs, scaled), [_of(s.state(0)) for s in strategy.outputs]
+
+    # -- values in another state than their own ---------------------------------------------------
+
+    def _can(self, value: Value, state: State) -> bool:
+        """Whether a value that is the same for every slice can be had as slices, or as a sum."""
+        node, result = value
+        if self.states[value] != "R":
+            return False
+        if state == "P":  # each slice has its share of it
+            return is_floating(results(node)[result])
+        if state == "I":
+            return _numbers_samples(node, self.samples)
+        return self._sliced_step(value, state) is not None or node in self.of_data
+
+    def _sliced_step(self, value: Value, state: State) -> Step | None:
+        """How to make the slices of a value that is the same for every slice."""
+        node, result = value
+        if (node, state) in self.steps:
+            return self.steps[node, state]
+        if state == "I":
+            return Step(None, ())
+        if node.op == "placeholder" or ((node, result), "R") in self.whole:
+            return None
+        if node.target in _FILLS or _repeats(node, int(state[1:]), self.samples):
+            # of the operand of a fill, only the dtype counts
+            have = (None if n is None else self.states[producer(n)] for n in operands(node))
+            return Step(None, tuple(have))
+        for step, outputs in self._steps(node):
+            pairs = zip(operands(node), step.inputs, strict=True)
+            if outputs[result] == state and all(
+                operand is None
+                or need is None
+                or need == self.states[producer(operand)]
+                or self._can(producer(operand), need)
+                for operand, need in pairs
+            ):
+                return step
+        return None
+
+    def _need(self, value: Value, state: State) -> None:
+        """Note what makes a value in a state that is not its own."""
+        if self.states[value] == state or state == "P":
+            return
+        step = self._sliced_step(value, state)
+        if step is None:
+            self.whole[value, state] = None
+            return
+        node, _ = value
+        if (node, state) not in self.steps:
+            self.steps[node, state] = step
+            for operand, need in zip(operands(node), step.inputs, strict=True):
+                if operand is not None and need is not None:
+                    self._need(producer(operand), need)
+
+    def _refusal(self, node: fx.Node, have: list[State | None]) -> str:
+        info = self.graph.info(node)
+        shapes = ", ".join(
+            "-" if n is None else str(list(shape_of(n.meta["val"]))) for n in operands(node)
+        )
+        mixed = "sums over the batch, of which it needs the total"
+        if "P" not in have:
+            mixed = "samples, which it mixes"
+        return (
+            f"{node.target} at {info.source} (module {info.module or 'the model'}) takes "
+            f"{mixed}: on operands of shapes {shapes} it does not give the same for "
+            f"the batch of {self.samples} in slices. Move it out of the model, or pass "
+            "microbatch='independent' to treat each microbatch as a batch of its own"
+        )
+
+
+def _repeats(node: fx.Node, dim: int, samples: int) -> bool:
+    """Whether a dim of the result is copies of the operand, one or more per sample."""
+    if node.target is not torch.ops.aten.repeat.default:
+        return False
+    repeats: Any = node.args[1]
+    return repeats[dim] % samples == 0
+
+
+def _picks_of_each_sample(node: fx.Node) -> bool:
+    """Whether it is `x[arange(len(x)), index, ...]`, for operands of one index per sample."""
+    if node.target is not torch.ops.aten.index.Tensor:
+        return False
+    x, *indices = operands(node)
+    if x is None or not indices or any(n is None for n in indices):
+        return False
+    samples = shape_of(x.meta["val"])[:1]
+    same = all(n is not None and shape_of(n.meta["val"]) == samples for n in indices)
+    return same and indices[0] is not None and _numbers_samples(indices[0], *samples)
+
+
+def _numbers_samples(node: fx.Node, samples: int) -> bool:
+    """Whether a value is 0, 1, ... for every sample."""
+    arange = torch.ops.aten.arange
+    if node.target is arange.default:
+        return node.args[0] == samples
+    return node.target in (arange.start, arange.start_step) and node.args[:3] in (
+        (0, samples),
+        (0, samples, 1),
+    )
+
+
+def _communicates(rule: OpRule, strategy: Strategy) -> bool:
+    """Whether the split is one that the operator itself cannot carry out on a slice."""
+    return strategy.lowered and any(rule.factors[name].lowered for name in strategy.splits)
+
+
+def _scales(rule: OpRule, strategy: Strategy) -> bool:
+    return _communicates(rule, strategy) and is_scaled(rule.lowering)
+
+
+def _of(state: str) -> State:
+    """A state on a mesh axis, over time: what differs in its gradients alone is the same value."""
+    return "R" if state == "V" else state
