@@ -95,16 +95,12 @@ def compile_step(
         InfeasibleError: the step does not fit the budget.
     """
     stage = options.progress.stage
-    planned = StepPlan.of_rank_zero(decide, place.ranks)
+    planned, local = _planned(
+        graph, decide, place, options,
+        trainable=trainable, output_specs=output_specs, whole_sizes=whole_sizes,
+    )  # fmt: skip
     plan = planned.plan
-    with stage("apply") as running:
-        local = apply_sharding(
-            graph, plan, coords=place.coords, groups=place.groups,
-            output_specs=output_specs, trainable=trainable, whole_sizes=whole_sizes,
-        )  # fmt: skip
-        place.check_agreement(local.gm)
-        called_with = arguments(plan, local)
-        running.done = f"applied the plan: {_size(local.gm)} operators on each rank"
+    called_with = arguments(plan, local)
     if not options.lowered:
         return CompiledStep(graph, plan, local, None, None)
     budget = options.budget(graph, plan, called_with)
@@ -129,6 +125,40 @@ def compile_step(
             "" if lowered.backward is None else f", {_size(lowered.backward)} backward"
         )
     return CompiledStep(graph, plan, local, lowered, memory)
+
+
+def apply_plan(
+    graph: ModelGraph,
+    decide: Callable[[], StepPlan],
+    place: Place,
+    options: StepOptions,
+    **rest: Any,
+) -> tuple[ShardingPlan, LocalProgram]:
+    """The plan, and this rank's program, of a step that is compiled in stages."""
+    with without_autocast():
+        planned, local = _planned(graph, decide, place, options, **rest)
+    return planned.plan, local
+
+
+def _planned(
+    graph: ModelGraph,
+    decide: Callable[[], StepPlan],
+    place: Place,
+    options: StepOptions,
+    *,
+    trainable: frozenset[str],
+    output_specs: Sequence[ShardingSpec] | None = None,
+    whole_sizes: frozenset[int] = frozenset(),
+) -> tuple[StepPlan, LocalProgram]:
+    planned = StepPlan.of_rank_zero(decide, place.ranks)
+    with options.progress.stage("apply") as running:
+        local = apply_sharding(
+            graph, planned.plan, coords=place.coords, groups=place.groups,
+            output_specs=output_specs, trainable=trainable, whole_sizes=whole_sizes,
+        )  # fmt: skip
+        place.check_agreement(local.gm)
+        running.done = f"applied the plan: {_size(local.gm)} operators on each rank"
+    return planned, local
 
 
 def _size(gm: torch.fx.GraphModule) -> str:

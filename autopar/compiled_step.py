@@ -42,6 +42,13 @@ class Place:
     device_type: str = "cpu"
     ranks: Ranks = field(default_factory=Ranks)
 
+    def number(self, mesh: Sequence[int]) -> int:
+        """Of the rank among all of a mesh."""
+        number = 0
+        for coordinate, size in zip(self.coords, mesh, strict=True):
+            number = number * size + coordinate
+        return number
+
     def check_agreement(self, *graphs: fx.GraphModule | None) -> None:
         """Refuse graphs that communicate in another order than rank 0's: they would deadlock.
 

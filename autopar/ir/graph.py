@@ -141,6 +141,12 @@ class ModelGraph:
         """Placeholder names of the buffers that the step updates."""
         return [k for k, name in self.buffers.items() if name in self.mutations]
 
+    @property
+    def mutated_in_order(self) -> list[str]:
+        """The same in the order of `mutations`."""
+        placeholders = {name: k for k, name in self.buffers.items()}
+        return [placeholders[name] for name in self.mutations]
+
     @cached_property
     def symbols(self) -> dict[str, str]:
         """Names of the symbolic sizes of inputs: "batch" for dim 0, "sequence" for dim 1, and

@@ -145,7 +145,8 @@ class _Rewriter:
         self.seed = self.out.placeholder("autopar_seed")
         for node in placeholders:
             self._share(node, 0)
-        for self.number, node in enumerate(self.graph.compute_nodes()):
+        for number, node in enumerate(self.graph.compute_nodes()):
+            self.number = number
             self._call(node)
         deferred = self._outputs(output_specs)
         takes_seed = bool(self.seed.users)

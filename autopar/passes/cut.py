@@ -12,7 +12,7 @@ through every cut on the way.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,8 +23,10 @@ import torch.fx as fx
 from autopar.comm import steps
 from autopar.passes.apply_sharding import LocalProgram
 
-_GATHERS = frozenset({steps.all_gather, steps.all_gather_vary})
-_CONVERSIONS = frozenset({steps.vary, steps.slice_, torch.ops.aten._to_copy.default})
+_GATHERS: frozenset[Any] = frozenset({steps.all_gather, steps.all_gather_vary})
+_CONVERSIONS: frozenset[Any] = frozenset(
+    {steps.vary, steps.slice_, torch.ops.aten._to_copy.default}
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class _Cut:
         gm: fx.GraphModule,
         parameters: int,
         firsts: Sequence[int],
-        moved: frozenset[Callable[..., Any]],
+        moved: frozenset[Any],
     ) -> None:
         self.gm, self.firsts, self.moved = gm, firsts, moved
         self.nodes = list(gm.graph.nodes)

@@ -128,7 +128,7 @@ class _Writer:
     def _value(self, value: Value, state: State) -> fx.Node:
         """A value in a state, written where it is needed first."""
         if (value, state) not in self.values:
-            node, result = value
+            node, _ = value
             own = self.separation.states[value]
             if state == "P" and own == "R":
                 share = self.samples / self.separation.samples

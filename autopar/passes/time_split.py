@@ -18,7 +18,7 @@ import torch.fx as fx
 from autopar.errors import PlanError
 from autopar.ir.graph import ModelGraph, operands, producer, shape_of
 from autopar.ir.randomness import draws
-from autopar.passes.counted_losses import counted_losses
+from autopar.passes.separable_form import separable_form
 from autopar.sharding.lowerings.shard import is_scaled
 from autopar.sharding.node_rules import is_floating, results, rule_of, strategies_of
 from autopar.sharding.rule import OpRule, Strategy
@@ -26,8 +26,8 @@ from autopar.sharding.rule import OpRule, Strategy
 # A result of an operator call or a placeholder: the node, and which of its results.
 Value = tuple[fx.Node, int]
 
-# State of a value: "R", "P", or "S0", "S1", ... for the dim that is sliced; "I" of numbers of samples
-# that count from the first of the slice.
+# State of a value: "R", "P", or "S0", "S1", ... for the dim that is sliced; "I" of numbers of
+# samples that count from the first of the slice.
 State = str
 
 _FILLS = frozenset(
@@ -97,7 +97,7 @@ def separate(
     Raises:
         NotSeparableError: naming the operator that mixes samples, its source line and the remedy.
     """
-    return _Analysis(counted_losses(graph), dims, samples, trainable).run()
+    return _Analysis(separable_form(graph), dims, samples, trainable).run()
 
 
 @dataclass
@@ -141,9 +141,9 @@ class _Analysis:
         self._define(node, *found)
 
     def _define(self, node: fx.Node, step: Step, outputs: list[State]) -> None:
-        for k, state in enumerate(outputs):
-            self.states[node, k] = state
-            self.steps[node, state] = step
+        for k, output in enumerate(outputs):
+            self.states[node, k] = output
+            self.steps[node, output] = step
         for operand, state in zip(operands(node), step.inputs, strict=True):
             if operand is not None and state is not None:
                 self._need(producer(operand), state)
@@ -271,7 +271,7 @@ def _numbers_samples(node: fx.Node, samples: int) -> bool:
     """Whether a value is 0, 1, ... for every sample."""
     arange = torch.ops.aten.arange
     if node.target is arange.default:
-        return node.args[0] == samples
+        return bool(node.args[0] == samples)
     return node.target in (arange.start, arange.start_step) and node.args[:3] in (
         (0, samples),
         (0, samples, 1),

@@ -49,6 +49,8 @@ def auto_engine(
     lower: bool = True,
     compile: bool = False,
     constraints: Mapping[str, str] | None = None,
+    microbatches: int = 1,
+    microbatch: str = "exact",
     time_limit: float = 60.0,
     progress: Callable[[str], None] | bool | None = True,
     dump_passes: str | Path | None = None,
@@ -83,6 +85,11 @@ def auto_engine(
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
         compile: run forward and backward by Inductor; the plan stays in force.
         constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
+        microbatches: slices of the batch that the step processes one after another, with the
+            gradients of the whole batch (docs/microbatches.md).
+        microbatch: "exact" refuses a model that mixes samples (BatchNorm in training);
+            "independent" takes each microbatch as a batch of its own, as a loop that accumulates
+            gradients does.
         time_limit: seconds for all runs of the solver and all schedules of a plan together. The
             best plan known then is taken, and its line says how far it may be from the optimum.
         progress: how rank 0 tells of the stages of planning, in a line each with its time: True
@@ -104,10 +111,16 @@ def auto_engine(
     """
     if batch not in ("global", "local"):
         raise ValueError(f"batch must be 'global' or 'local', got {batch!r}")
-    if batch == "global" and batch_dim != 0:
-        raise ValueError("batch_dim is for batch='local'; a global batch needs none")
+    if batch == "global" and batch_dim != 0 and microbatches == 1:
+        raise ValueError("batch_dim is for batch='local' or microbatches; this call needs none")
     if compile and not lower:
         raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
+    if microbatch not in ("exact", "independent"):
+        raise ValueError(f"microbatch must be 'exact' or 'independent', got {microbatch!r}")
+    if not isinstance(microbatches, int) or microbatches < 1:
+        raise ValueError(f"microbatches must be a positive number, got {microbatches!r}")
+    if microbatches > 1 and not lower:
+        raise ValueError("microbatches run lowered graphs; leave lower=False out")
     policy = Precision.of(precision)
     if isinstance(plan, str | Path):
         plan = ShardingPlan.load(plan)
@@ -139,6 +152,8 @@ def auto_engine(
         time_limit=time_limit,
         weights=None if weights is None else Path(weights),
         precision=policy,
+        microbatches=microbatches,
+        microbatch=microbatch,
     )
     engine = engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     handle_later_optimizers()

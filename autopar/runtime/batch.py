@@ -110,6 +110,10 @@ class BatchLayout:
         """A dim over all axes."""
         return ShardingSpec(tuple(self._axes if d == dim else () for d in range(len(shape))))
 
+    def split_by_state(self, shape: Sequence[int], state: str) -> ShardingSpec:
+        """The layout of a value of a microbatch: split over all ranks where it has samples."""
+        return self._split(shape, int(state[1:]) if state[0] == "S" else None)
+
     def global_inputs(self, call: Call) -> tuple[Any, Any]:
         """Inputs of global shape to trace with."""
         if not self.local:

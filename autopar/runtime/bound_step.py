@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from autopar.compiled_step import CompiledStep
 from autopar.ir.graph import shape_of
-from autopar.ir.spec import ShardingSpec
+from autopar.ir.spec import ShardingSpec, local_range
 from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchLayout
 
@@ -21,11 +23,38 @@ class WholeResult:
 
     Args:
         spec: layout in which the program gives it.
+        dim: along which it is in parts, one per microbatch; None if it is one.
+        parts: global extents of these.
     """
 
     spec: ShardingSpec
     shape: Sequence[int]
     stride: Sequence[int]
+    dim: int | None = None
+    parts: Sequence[int] = ()
+
+    def gather(self, local: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        """The whole of it, from what this rank has."""
+        if self.dim is None:
+            return self.sharded(local, mesh).full_tensor()
+        sizes, coords = tuple(mesh.shape), mesh.get_coordinate()
+        assert coords is not None, "the mesh is over all processes"
+        axes = self.spec.dims[self.dim]
+        own = [local_range(extent, axes, sizes, coords)[1] for extent in self.parts]
+        whole = []
+        for extent, part in zip(self.parts, local.split(own, self.dim), strict=True):
+            shape = [extent if d == self.dim else n for d, n in enumerate(self.shape)]
+            stride = torch.empty(shape, device="meta").stride()
+            one = replace(self, shape=shape, stride=stride, dim=None)
+            whole.append(one.gather(part.contiguous(), mesh))
+        return torch.cat(whole, self.dim)
+
+    def sharded(self, local: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+        """What this rank has, as a DTensor."""
+        return DTensor.from_local(
+            local, mesh, self.spec.to_placements(mesh.ndim), run_check=False,
+            shape=torch.Size(self.shape), stride=tuple(self.stride),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +71,7 @@ class BoundStep:
         reads_hold: whether what the forward read of the model is as it was.
         feeding: positions of results from which others are computed.
         whole_results: those that are gathered when they are read, by position.
+        microbatches: in which it runs.
     """
 
     number: int
@@ -54,6 +84,7 @@ class BoundStep:
     reads_hold: Callable[[], bool]
     feeding: frozenset[int]
     whole_results: Mapping[int, WholeResult]
+    microbatches: int = 1
 
     @property
     def compiles(self) -> bool:

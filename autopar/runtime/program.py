@@ -48,7 +48,7 @@ class Program:
         if self.backward is None:
             with torch.no_grad():
                 outputs = self.run(self.forward, [argument_of(x) for x in flat])
-            return tuple(map(_own, outputs))
+            return tuple(map(own, outputs))
         results: tuple[Any, ...] = _Run.apply(self, *flat)
         return results
 
@@ -62,7 +62,7 @@ class Program:
     def tangents(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """The gradients of the results as the backward graph reads them."""
         return [
-            _laid_out(_whole(grad), result.tangent)
+            _laid_out(whole(grad), result.tangent)
             for grad, result in zip(grads, self.step.results, strict=True)
             if result.tangent is not None
         ]
@@ -88,7 +88,7 @@ def boxed(gm: fx.GraphModule) -> Boxed:
     return functools.partial(type(gm).forward, gm)
 
 
-def _whole(grad: torch.Tensor | None) -> torch.Tensor | None:
+def whole(grad: torch.Tensor | None) -> torch.Tensor | None:
     """A gradient as a plain tensor, also where the caller computed on with DTensors."""
     return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
@@ -101,7 +101,7 @@ def _laid_out(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return copy.zero_() if grad is None else copy.copy_(grad)
 
 
-def _own(x: Any) -> Any:
+def own(x: Any) -> Any:
     """A result that is a view of a value inside the program, as no view for the caller."""
     if isinstance(x, torch.Tensor) and x._is_view():
         return torch.ops.aten._unsafe_view.default(x, x.shape)
@@ -121,7 +121,7 @@ class _Run(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.program = program
         ctx.parameters = [x if isinstance(x, ShardedParameter) else None for x in flat]
-        results = tuple(map(_own, outputs[:count]))
+        results = tuple(map(own, outputs[:count]))
         constant = (
             x
             for x, result in zip(results, program.step.results, strict=True)
@@ -150,14 +150,13 @@ class _Run(torch.autograd.Function):
             parameter_grads = gradients(ctx.parameters, local, taken=callers)
             del local
         if torch.is_grad_enabled():  # create_graph=True
-            anchor = torch.empty(0, requires_grad=True)
-            parameter_grads = list(_Once.apply(anchor, *parameter_grads))
+            parameter_grads = without_gradients(parameter_grads)
         else:
-            _deliver(ctx.parameters, parameter_grads, [node for node, _ in ctx.next_functions])
+            deliver(ctx.parameters, parameter_grads, [node for node, _ in ctx.next_functions])
         return None, *parameter_grads
 
 
-def _deliver(
+def deliver(
     parameters: Sequence[DTensor | None],
     grads: list[torch.Tensor | None],
     nodes: Sequence[Any],
@@ -185,6 +184,12 @@ def _only_for(p: DTensor, node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # `torch.autograd.grad`
         return False
+
+
+def without_gradients(grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Gradients that depend on what has gradients, and say that their own are not to be had."""
+    anchor = torch.empty(0, requires_grad=True)
+    return list(_Once.apply(anchor, *grads))
 
 
 class _Once(torch.autograd.Function):

@@ -18,7 +18,7 @@ from autopar.comm import world
 from autopar.comm.offloaded_parameters import offloadable
 from autopar.comm.ranks import WorldRanks
 from autopar.compile import autoplan, compile_step, plan_step
-from autopar.compiled_step import Arguments, Place, StepOptions, StepPlan
+from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
 from autopar.errors import CaptureError, MeshError, PlanError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
@@ -41,6 +41,7 @@ from autopar.runtime.lazy_modules import initialize_lazy_modules
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.program import bind
 from autopar.runtime.result_gradients import ResultGradients
+from autopar.runtime.split_compiler import SplitCompiler
 from autopar.runtime.step_on_shards import StepOnShards
 from autopar.sharding.node_rules import results, strategy_by_name
 from autopar.tracer import ColoTracer
@@ -60,6 +61,8 @@ class EngineOptions:
     time_limit: float = 60.0
     weights: Path | None = None
     precision: Precision | None = None
+    microbatches: int = 1
+    microbatch: str = "exact"
 
 
 class StepCompiler:
@@ -179,9 +182,11 @@ class StepCompiler:
             )
 
         trainable = trainable_inputs(graph, self.model) | differentiated
+        if options.microbatches > 1:
+            return self._compile_split(call, varying, layout, graph, trainable, fixed)
         compiled = compile_step(
             graph,
-            lambda: self._decide(graph, fixed, alike),
+            lambda: self._decide(graph, fixed, None if alike is None else alike.compiled),
             self.place,
             arguments,
             replace(
@@ -199,6 +204,30 @@ class StepCompiler:
             self._count, compiled, train, evaluate, layout, parameters,
             Assumptions.of(self.model), bind_reads(self.model, graph.reads), gradients.feeding,
             whole_results(compiled),
+        )  # fmt: skip
+
+    def _compile_split(
+        self, call: Call, varying: Collection[Origin], layout: BatchLayout, graph: ModelGraph,
+        trainable: frozenset[str], fixed: FixedLayouts,
+    ) -> BoundStep:  # fmt: skip
+        """The step in microbatches."""
+        options = self.options
+
+        def example(plan: ShardingPlan, graph: ModelGraph, local: LocalProgram) -> Arguments:
+            self._lay_out(plan)
+            return Arguments(self._example(graph, local, layout, frozenset()))
+
+        compiler = SplitCompiler(
+            options.microbatches, options.microbatch == "independent", options.batch_dim,
+            self.place, self.mesh, self.device, options.step, self._decide, example,
+            lambda part: self._trace(self.layout_of(part), part, varying),
+        )  # fmt: skip
+        compiled, step, whole = compiler.compile(call, layout, graph, trainable, fixed.parameters)
+        parameters = [_holder(self.model, name) for name in graph.parameters.values()]
+        return BoundStep(
+            self._count, compiled, step.train, step.evaluate, layout, parameters,
+            Assumptions.of(self.model), bind_reads(self.model, graph.reads),
+            step.result_gradients.feeding, whole, options.microbatches,
         )  # fmt: skip
 
     def layout_of(self, call: Call) -> BatchLayout:
@@ -264,11 +293,13 @@ class StepCompiler:
                 "holds its samples. Else:\n" + "\n".join(lines[1:] or lines)
             ) from error
 
-    def _decide(self, graph: ModelGraph, fixed: FixedLayouts, alike: BoundStep | None) -> StepPlan:
+    def _decide(
+        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None
+    ) -> StepPlan:
         """The plan that was given, that of a step for other sizes, or a new one; on rank 0."""
         options, cluster = self.options, self.options.step.cluster
-        if alike is not None and alike.compiled.memory is None:
-            plan = replace(alike.compiled.plan, fingerprint=graph.fingerprint)
+        if alike is not None and alike.memory is None:
+            plan = replace(alike.plan, fingerprint=graph.fingerprint)
             if self._serves(graph, plan, fixed):
                 return StepPlan(plan)
         if options.plan is not None and not fixed.parameters:

@@ -163,16 +163,12 @@ class StepRunner:
     def _deferred(self, local: torch.Tensor, number: int, whole: WholeResult) -> torch.Tensor:
         """A result that is gathered when the caller reads it."""
         mesh = self._compiler.mesh
-        sharded = DTensor.from_local(
-            local, mesh, whole.spec.to_placements(mesh.ndim), run_check=False,
-            shape=torch.Size(whole.shape), stride=tuple(whole.stride),
-        )  # fmt: skip
 
         def gather() -> torch.Tensor:
             self._agreement.meet(f"reads result {number} of the model")
-            return sharded.full_tensor()
+            return whole.gather(local, mesh)
 
-        return DeferredResult.of(sharded, gather)
+        return DeferredResult.of(whole.sharded(local, mesh), gather)
 
     def _flat(
         self, step: BoundStep, call: Call, values: Values
@@ -202,7 +198,10 @@ class StepRunner:
             flat += [buffers[n] for n in graph.buffers.values()]
         constants = graph.numbers.fill(graph.constants, values)
         flat += [t.to(device) for t in constants.values()]
-        flat += step.layout.take(call.tensors, program.input_specs, mesh, coords, device)
+        if step.microbatches > 1:  # which take their parts of the whole batch
+            flat += [x.to(device) for x in call.tensors]
+        else:
+            flat += step.layout.take(call.tensors, program.input_specs, mesh, coords, device)
         if program.takes_seed:
             self._seeds_used += 1
             flat.append(torch.tensor((self._seed + self._seeds_used) % 2**62))

@@ -1,12 +1,15 @@
-"""A graph whose losses over valid targets are sums, divided by the count of valid targets.
+"""A graph in the form in which its batch separates best.
 
 `cross_entropy` and `nll_loss` divide by how many targets are not to be ignored (or by their
 weights). Over a part of the batch that would be another number; written out, it is a value of the
-labels alone, which can be computed from the whole batch.
+labels alone, which can be computed from the whole batch. `broadcast_tensors`, which elementwise
+losses call, makes labels seem to depend on predictions; where it broadcasts nothing, it is left
+out.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,22 +32,36 @@ _LOSSES = frozenset(
 )
 
 
-def counted_losses(graph: ModelGraph) -> ModelGraph:
-    """The same graph with the division by counts of targets written out; itself if there is none.
+def separable_form(graph: ModelGraph) -> ModelGraph:
+    """The same graph with the division by counts of targets written out.
 
     Losses in types of 2 bytes are summed in float32.
     """
-    if not any(map(_is_mean, graph.nodes)):
-        return graph
     copies: dict[fx.Node, fx.Node] = {}
     out = fx.Graph()
     for node in graph.nodes:
         if _is_mean(node):
             copies[node] = _Writer(out, node).divided(copies)
             copies[node].meta |= {"val": node.meta["val"]}
+        elif (same := _broadcasts_nothing(node)) is not None:
+            copies[node] = copies[same]
         else:
             copies[node] = out.node_copy(node, copies.__getitem__)
+    out.eliminate_dead_code()
     return replace(graph, gm=fx.GraphModule(graph.gm, out))
+
+
+def _broadcasts_nothing(node: fx.Node) -> fx.Node | None:
+    """The operand that a result of `broadcast_tensors` is."""
+    if node.target is not operator.getitem:
+        return None
+    source, number = node.args
+    assert isinstance(source, fx.Node)
+    if source.target is not aten.broadcast_tensors.default:
+        return None
+    operand = source.args[0][number]  # type: ignore[index]
+    same = operand.meta["val"].shape == node.meta["val"].shape  # type: ignore[union-attr]
+    return operand if same else None  # type: ignore[return-value]
 
 
 def _is_mean(node: fx.Node) -> bool:
