@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -13,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.compiled_step import Arguments, Place, StepOptions
 from autopar.ir.graph import ModelGraph
 from autopar.passes.apply_sharding import LocalProgram
-from autopar.passes.cut import StageProgram, cut
+from autopar.passes.cut import Crossing, StageProgram, cut
 from autopar.passes.lower import LoweredStep, lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
@@ -44,36 +43,51 @@ class CompiledSlice:
     Args:
         graph: of a microbatch.
         local: this rank's program of all stages.
+        programs: of all stages.
         stages: those that run on this rank, by number.
     """
 
     graph: ModelGraph
     local: LocalProgram
+    programs: tuple[StageProgram, ...]
     stages: dict[int, CompiledStage]
+
+    @property
+    def stage_of_result(self) -> dict[int, int]:
+        """By position of a result, the stage that gives it."""
+        return {k: stage for stage, p in enumerate(self.programs) for k in p.results}
+
+    @property
+    def users(self) -> dict[int, list[int]]:
+        """By position of a parameter, the stages that use it."""
+        users: dict[int, list[int]] = {}
+        for stage, program in enumerate(self.programs):
+            for k in program.parameters:
+                users.setdefault(k, []).append(stage)
+        return users
 
 
 def compile_stages(
     graph: ModelGraph,
     plan: ShardingPlan,
     local: LocalProgram,
+    programs: tuple[StageProgram, ...],
     called_with: Arguments,
     place: Place,
     options: StepOptions,
     *,
-    firsts: Sequence[int] = (),
     own: Collection[int] = (0,),
+    split_backward: bool = False,
 ) -> CompiledSlice:
     """Compile the stages of a rank.
 
     Args:
         graph: of a microbatch.
-        firsts: numbers of operators at which stages begin, without the first stage's.
+        programs: of all stages.
         own: stages of this rank.
+        split_backward: gradients of weights are a program of their own.
     """
-    memory_bytes = options.cluster.memory_bytes
-    if memory_bytes is None and plan.step is not None:
-        memory_bytes = plan.budget_bytes
-    programs = cut(local, len(graph.parameters), firsts, gather_once=memory_bytes is None)
+    memory_bytes = step_memory(options, plan)
     stages: dict[int, CompiledStage] = {}
     for number in own:
         program = programs[number]
@@ -100,10 +114,34 @@ def compile_stages(
                 options.optimizer_state, copied,
             )  # fmt: skip
             memory = agreed_schedule(traced.program, budget, place.ranks, None)
-        body = lower(traced, None if memory is None else memory.schedule)
-        place.check_agreement(body.forward, body.backward)
+        first = None
+        if split_backward and number:
+            first = range(len(given) - len(received), len(given))
+        body = lower(traced, None if memory is None else memory.schedule, first=first)
+        if len(own) == len(programs):
+            place.check_agreement(body.forward, body.backward)
         stages[number] = CompiledStage(program, enter, body, memory)
-    return CompiledSlice(graph, local, stages)
+    return CompiledSlice(graph, local, programs, stages)
+
+
+def step_memory(options: StepOptions, plan: ShardingPlan) -> float | None:
+    """The budget that a schedule keeps to; None if the step keeps what eager PyTorch keeps."""
+    if options.cluster.memory_bytes is None and plan.step is not None:
+        return plan.budget_bytes
+    return options.cluster.memory_bytes
+
+
+def stage_programs(
+    graph: ModelGraph, plan: ShardingPlan, local: LocalProgram, options: StepOptions,
+    firsts: Sequence[int] = (),
+) -> tuple[StageProgram, ...]:  # fmt: skip
+    """The programs of all stages. Within a budget, every microbatch gathers parameters.
+
+    Args:
+        firsts: numbers of operators at which stages begin, without the first stage's.
+    """
+    gather_once = step_memory(options, plan) is None
+    return cut(local, len(graph.parameters), firsts, gather_once=gather_once)
 
 
 def _enter(
@@ -140,9 +178,7 @@ def _enter(
         if names[position] in graph.casts
     }
     lowering = replace(lowering, sum_dtypes=casts, reshard_after_forward=frozenset())
-    lowered = lower(trace_step(program.enter, parameters, lowering))
-    place.check_agreement(lowered.forward, lowered.backward)
-    return lowered, entered
+    return lower(trace_step(program.enter, parameters, lowering)), entered
 
 
 def _gathered_again(graph: ModelGraph, plan: ShardingPlan, program: StageProgram) -> frozenset[int]:
@@ -154,7 +190,6 @@ def _gathered_again(graph: ModelGraph, plan: ShardingPlan, program: StageProgram
 
 def _fake(node: fx.Node) -> torch.Tensor:
     """A tensor like the value that a stage receives."""
-    like: Any = node.meta["global"]
+    crossing = Crossing.of(node)
     with FakeTensorMode():
-        x = torch.empty(node.meta["local_shape"], dtype=like.dtype, device=like.device)
-        return x.requires_grad_(node.meta["differentiable"])
+        return crossing.empty().requires_grad_(crossing.differentiable)

@@ -12,7 +12,7 @@ through every cut on the way.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,30 @@ _CONVERSIONS: frozenset[Any] = frozenset(
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """A value that is sent from one stage to the next.
+
+    Args:
+        shape: on each rank.
+        differentiable: its gradient comes back.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    differentiable: bool
+
+    @staticmethod
+    def of(node: fx.Node) -> Crossing:
+        like: Any = node.meta["global"]
+        shape, grad = node.meta["local_shape"], node.meta["differentiable"]
+        return Crossing(tuple(shape), like.dtype, like.device, grad)
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
 class StageProgram:
     """One stage of one rank's program.
 
@@ -42,7 +66,7 @@ class StageProgram:
         received: names of the values that the stage before sends to the body.
         results: positions of the results among those of the entire program.
         made: names of the values that the body gives for later stages.
-        sent: names of the values that the next stage is sent: made here, or passed on.
+        sent: values that the next stage is sent, by name: made here, or passed on.
     """
 
     enter: fx.GraphModule | None
@@ -52,7 +76,7 @@ class StageProgram:
     received: tuple[str, ...]
     results: tuple[int, ...]
     made: tuple[str, ...]
-    sent: tuple[str, ...]
+    sent: Mapping[str, Crossing]
 
 
 def cut(
@@ -194,7 +218,7 @@ class _Cut:
         body = self._graph(inputs, needed, [*outputs, *made])
         return StageProgram(
             enter, body, parameters, tuple(others), tuple(n.name for n in taken), tuple(results),
-            tuple(n.name for n in made), tuple(n.name for n in sent),
+            tuple(n.name for n in made), {n.name: Crossing.of(n) for n in sent},
         )  # fmt: skip
 
     def _enter(self, entered: Sequence[fx.Node]) -> tuple[fx.GraphModule | None, tuple[int, ...]]:

@@ -7,7 +7,7 @@ differentiable function.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from autopar.ir.joint_graph import JointGraph, Result
 from autopar.passes.joint import trace_joint
 from autopar.passes.partition import forward_nodes, split_as_eager
 from autopar.passes.pipeline import LowerOptions, run_stage
+from autopar.passes.split_backward import split_backward
 from autopar.schedule.joint import JointProgram, read_joint
 from autopar.schedule.program import Program, Schedule
 from autopar.schedule.realize import realize
@@ -37,12 +38,15 @@ class LoweredStep:
             the arguments. None if no result is differentiable.
         results: of the forward, without what the backward needs.
         compile: Inductor is to run the graphs.
+        weights: the part of the backward that can wait, if it was split: takes what the other part
+            returns behind its gradients, and returns the rest of the gradients.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule | None
     results: tuple[Result, ...]
     compile: bool
+    weights: fx.GraphModule | None = None
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,18 @@ def _read(joint: JointGraph, options: LowerOptions) -> JointProgram:
     return with_splits(reading, joint.gm.graph)
 
 
-def lower(traced: TracedStep, schedule: Schedule | None = None) -> LoweredStep:
-    """Split a joint graph, and run the passes on both parts.
+def lower(
+    traced: TracedStep,
+    schedule: Schedule | None = None,
+    *,
+    first: Collection[int] | None = None,
+) -> LoweredStep:
+    """Split a joint graph, and run the passes on its parts.
 
     Args:
         schedule: of the traced step's program: what the step keeps, recomputes and offloads; as
             eager autograd does if None.
+        first: positions of the arguments whose gradients come first, in a backward that is split.
     """
     joint, options = traced.joint, traced.options
     forward, backward = joint.gm, None
@@ -117,6 +127,10 @@ def lower(traced: TracedStep, schedule: Schedule | None = None) -> LoweredStep:
             joint, reshard_after_forward=options.reshard_after_forward
         )
     forward = run_stage("split", forward, options, label="forward")
+    weights = None
+    if backward is not None and first is not None:
+        backward, weights = split_backward(backward, first)
+        weights = run_stage("split", weights, options, label="weights")
     if backward is not None:
         backward = run_stage("split", backward, options, label="backward")
-    return LoweredStep(forward, backward, joint.results, options.compile)
+    return LoweredStep(forward, backward, joint.results, options.compile, weights)

@@ -36,6 +36,7 @@ class Program:
         step: what is run.
         forward: takes the tensors on this rank, gives the results and what it saves.
         backward: takes what is saved and the gradients of results, gives those of the arguments.
+        weights: the rest of a backward that is split; takes what it returns behind its gradients.
         gradients: which results have a part in which gradients; None if each has a part in all.
     """
 
@@ -43,6 +44,7 @@ class Program:
     forward: Boxed
     backward: Boxed | None
     gradients: ResultGradients | None = None
+    weights: Boxed | None = None
 
     def __call__(self, *flat: torch.Tensor) -> tuple[Any, ...]:
         if self.backward is None:
@@ -76,7 +78,8 @@ def bind(step: LoweredStep, gradients: ResultGradients | None = None) -> Program
 
     forward = runnable(step.forward, backward=False)
     backward = None if step.backward is None else runnable(step.backward, backward=True)
-    return Program(step, forward, backward, gradients)
+    weights = None if step.weights is None else runnable(step.weights, backward=True)
+    return Program(step, forward, backward, gradients, weights)
 
 
 def boxed(gm: fx.GraphModule) -> Boxed:

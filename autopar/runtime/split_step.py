@@ -9,20 +9,25 @@ same multiple of the gradients; if it brings something else, the slices run agai
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from autopar.compiled_stages import CompiledSlice
 from autopar.ir.precision import without_autocast
+from autopar.passes.cut import Crossing, StageProgram
 from autopar.runtime.distribute import argument_of, gradients
+from autopar.runtime.pipeline_runtime import Pipeline, StageCalls, Values
 from autopar.runtime.program import Program, bind, deliver, own, whole, without_gradients
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.sharded_values import ShardedParameter
 from autopar.runtime.slicing import Slicing, accumulated, extents_of
+from autopar.runtime.stage_parameters import StageParameters
 
 # Seeds of the slices of a step are this far apart.
 _SEEDS_APART = 2**40
@@ -32,32 +37,16 @@ _SEEDS_APART = 2**40
 class BoundStage:
     """A compiled stage that can be called."""
 
+    program: StageProgram
     enter: Program | None
     body: Program
-    evaluate_enter: Callable[..., Any] | None
-    evaluate: Callable[..., Any]
-    parameters: tuple[int, ...]
-    others: tuple[int, ...]
-    received: tuple[str, ...]
-    results: tuple[int, ...]
-    made: tuple[str, ...]
-    sent: tuple[str, ...]
 
 
 def bind_stages(compiled: CompiledSlice) -> dict[int, BoundStage]:
     """Make the stages of a rank callable."""
     return {
         number: BoundStage(
-            None if stage.enter is None else bind(stage.enter),
-            bind(stage.body),
-            stage.program.enter,
-            stage.program.body,
-            stage.program.parameters,
-            stage.program.others,
-            stage.program.received,
-            stage.program.results,
-            stage.program.made,
-            stage.program.sent,
+            stage.program, None if stage.enter is None else bind(stage.enter), bind(stage.body)
         )
         for number, stage in compiled.stages.items()
     }
@@ -73,25 +62,40 @@ class SplitStep:
 
     Args:
         slicing: of the batch.
-        stages: by the size of a slice.
+        stages: those of this rank, by the size of a slice and by number.
+        programs: of all stages, by the size of a slice.
         take: this rank's part of the inputs of a slice.
         fixed: how many of the flat tensors are no inputs: parameters, buffers, constants.
         parameters: how many of them are parameters.
         takes_seed: the last flat tensor is a seed.
         draws: the graph draws random numbers of torch's generators.
         result_gradients: which results have a part in which gradients.
+        differentiable: whether each result carries a gradient.
+        carried: by position of a buffer, the result that each slice hands to the next.
+        pipeline: of whose ranks this is one; None if this rank runs all stages.
+        parameters_of_stages: where parameters are.
+        stage_of_result: by position.
+        results_like: on each rank; None of what is no tensor.
+        late: positions of results that the caller fetches from their stage when it reads them.
         expected: gradients of results with which slices run backward at once; None to wait.
     """
 
     slicing: Slicing
     stages: Mapping[int, Mapping[int, BoundStage]]
+    programs: Mapping[int, Sequence[StageProgram]]
     take: Callable[[int, Sequence[torch.Tensor]], list[torch.Tensor]]
     fixed: int
     parameters: int
     takes_seed: bool
     draws: bool
     result_gradients: ResultGradients
+    differentiable: Sequence[bool]
     carried: Mapping[int, int] = field(default_factory=dict)
+    pipeline: Pipeline | None = None
+    parameters_of_stages: StageParameters = field(default_factory=StageParameters)
+    stage_of_result: Mapping[int, int] = field(default_factory=dict)
+    results_like: Sequence[Crossing | None] = ()
+    late: frozenset[int] = frozenset()
     expected: Tangents | None = None
 
     def train(self, *flat: torch.Tensor) -> tuple[Any, ...]:
@@ -103,17 +107,12 @@ class SplitStep:
         """The results of the batch, without gradients."""
         with without_autocast(), torch.no_grad():
             run = _Slices(self, [argument_of(x) for x in flat], training=False)
-            for number, _ in enumerate(self.slicing.sizes):
-                run.forward(number)
+            run.run()
             return run.results()
 
-    def differentiable(self) -> list[bool]:
-        """Whether each result carries a gradient."""
-        flags: dict[int, bool] = {}
-        for stage in next(iter(self.stages.values())).values():
-            of_results = zip(stage.results, stage.body.step.results, strict=False)
-            flags |= {k: r.differentiable for k, r in of_results}
-        return [flags[k] for k in range(len(self.slicing.results))]
+    def crossing(self, stage: int, number: int) -> Mapping[str, Crossing]:
+        """What a stage receives for a slice."""
+        return self.programs[self.slicing.sizes[number]][stage - 1].sent
 
 
 class _Slices:
@@ -121,68 +120,164 @@ class _Slices:
 
     Args:
         flat: tensors on this rank.
+        tangents: gradients of the batch's results; None to leave the backward out.
+        extents: of the parts of results along the dim that is sliced.
     """
 
-    def __init__(self, step: SplitStep, flat: Sequence[torch.Tensor], *, training: bool) -> None:
-        self.step, self.training = step, training
-        fixed = flat[: step.fixed]
-        seed = flat[-1] if step.takes_seed else None
+    def __init__(
+        self,
+        step: SplitStep,
+        flat: Sequence[torch.Tensor],
+        *,
+        training: bool,
+        tangents: Tangents | None = None,
+        extents: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        self.step, self.training, self.tangents = step, training, tangents
+        self.given_extents = extents or {}
+        self.fixed = list(flat[: step.fixed])
+        self.seed = flat[-1] if step.takes_seed else None
         inputs = flat[step.fixed : len(flat) - step.takes_seed]
-        self.fixed, self.seed = list(fixed), seed
-        self.sliced = step.slicing.slices(fixed[step.parameters :], inputs)
+        self.sliced = step.slicing.slices(self.fixed[step.parameters :], inputs)
         self.random = torch.initial_seed() if step.draws else 0
         self.entered: dict[tuple[int, int], list[torch.Tensor]] = {}
-        self.parts: list[list[Any]] = [[] for _ in step.slicing.results]
+        # by result and by number of the slice
+        self.parts: list[dict[int, Any]] = [{} for _ in step.slicing.results]
         self.saved: dict[tuple[int, int], list[Any]] = {}
+        self.kept: dict[tuple[int, int], list[Any]] = {}  # between the two parts of a backward
         self.totals: dict[tuple[int, int], list[torch.Tensor | None]] = {}
-        self.counts: dict[tuple[int, int], int] = {}
+        self.counts: Counter[tuple[int, int]] = Counter()
 
-    def forward(self, number: int, stage: int = 0) -> None:
-        """Run a stage for a slice."""
+    def run(self) -> list[torch.Tensor | None] | None:
+        """Run all slices, and return the gradients of this rank's parameters."""
+        pipeline, step = self.step.pipeline, self.step
+        if pipeline is None:
+            for number, _ in enumerate(step.slicing.sizes):
+                self.forward(0, number, {})
+                if self.tangents is not None:
+                    self.backward(0, number, {}, True)
+            return None if self.tangents is None else self.gradients()
+        step.parameters_of_stages.borrow(self.fixed, pipeline)
+        calls = {
+            stage: StageCalls(
+                partial(self.forward, stage), partial(self.backward, stage),
+                partial(self.weights, stage),
+            )
+            for stage in pipeline.own
+        }  # fmt: skip
+        pipeline.run(calls, step.crossing, backward=self.tangents is not None)
+        if self.tangents is None:
+            return None
+        return step.parameters_of_stages.hand_back(self.gradients(), self.fixed, pipeline)
+
+    def forward(self, stage: int, number: int, received: Values) -> dict[str, torch.Tensor]:
+        """Run a stage for a slice; what the next stage is sent."""
         size = self.step.slicing.sizes[number]
         bound = self.step.stages[size][stage]
-        arguments = [*self._entered(size, stage), *self._others(number, size, bound)]
+        program = bound.program
+        arguments = [*self._entered(size, stage), *self._others(number, size, program)]
+        arguments += [received[name] for name in program.received]
         with self._draws(number):
             if not self.training:
-                outputs: Sequence[Any] = bound.evaluate(*arguments)
+                outputs: Sequence[Any] = program.body(*arguments)
             else:
                 outputs = bound.body.run(bound.body.forward, arguments)
-        count = len(bound.results)
-        for k, part in zip(bound.results, outputs[:count], strict=True):
-            self.parts[k].append(part)
-        for position, result in self.step.carried.items():
-            self.fixed[position] = self.parts[result][-1]
-        if self.training:
-            self.saved[stage, number] = list(outputs[count + len(bound.made) :])
+        count = len(program.results)
+        for k, part in zip(program.results, outputs[:count], strict=True):
+            self.parts[k][number] = part
+            for position, result in self.step.carried.items():
+                if result == k:
+                    self.fixed[position] = part
+        made = dict(zip(program.made, outputs[count:], strict=False))
+        if self.tangents is not None:
+            self.saved[stage, number] = list(outputs[count + len(made) :])
+        values = {**received, **made}
+        return {name: values[name].contiguous() for name in program.sent}
 
-    def backward(self, number: int, tangents: Tangents, stage: int = 0) -> None:
-        """Run a stage's backward for a slice, and add up the gradients.
+    def backward(
+        self, stage: int, number: int, gradients: Values, weights: bool
+    ) -> dict[str, torch.Tensor]:
+        """Run a stage's backward for a slice; the gradients of what it received.
 
         Args:
-            tangents: of the slice's parts of results.
+            gradients: of what it sent.
+            weights: with the gradients of parameters, which are added up; else `weights` follows.
         """
+        assert self.tangents is not None
         size = self.step.slicing.sizes[number]
-        bound = self.step.stages[size][stage]
-        saved = self.saved.pop((stage, number))
-        if bound.body.backward is None:
-            return
-        arguments = [*saved, *bound.body.tangents([tangents.get(k) for k in bound.results])]
-        del saved
-        given = list(bound.body.run(bound.body.backward, arguments))
+        bound, slicing = self.step.stages[size][stage], self.step.slicing
+        program, key = bound.program, (stage, number)
+        saved = self.saved.pop(key)
+        given: list[Any] = []
+        received = self.step.crossing(stage, number) if stage else {}
+        if bound.body.backward is not None:
+            of_results: list[Any] = []
+            for k in program.results:
+                grad = self.tangents.get(k)
+                parts = slicing.tangents(k, grad, self.given_extents.get(k, ()))
+                of_results.append(parts[number])
+            of_results += [gradients.get(name) for name in program.made]
+            arguments = [*saved, *bound.body.tangents(of_results)]
+            del saved, of_results
+            given = list(bound.body.run(bound.body.backward, arguments))
+        own: dict[str, torch.Tensor | None] = {}
+        if bound.body.weights is not None:
+            count = len(program.received)
+            own = dict(zip(program.received, given[:count], strict=True))
+            self.kept[key] = given[count:]
+            if weights:
+                self.weights(stage, number)
+        elif given:
+            entered = len(self.entered[size, stage])
+            own = dict(zip(program.received, given[entered + len(program.others) :], strict=False))
+            self._add(size, stage, given[:entered])
+        return {
+            name: _sum_of(own.get(name), gradients.get(name), crossing)
+            for name, crossing in received.items()
+            if crossing.differentiable
+        }
+
+    def weights(self, stage: int, number: int) -> None:
+        """Run the part of a stage's backward that can wait."""
+        size = self.step.slicing.sizes[number]
+        body = self.step.stages[size][stage].body
+        kept = self.kept.pop((stage, number), None)
+        if body.weights is not None and kept is not None:
+            given = list(body.run(body.weights, kept))
+            self._add(size, stage, given[: len(self.entered[size, stage])])
+
+    def _add(self, size: int, stage: int, given: list[torch.Tensor | None]) -> None:
         key = size, stage
-        count = len(self.entered[key])
-        before = self.counts.get(key, 0)
-        self.totals[key] = accumulated(self.totals.get(key), given[:count], before)
-        self.counts[key] = before + 1
+        self.totals[key] = accumulated(self.totals.get(key), given, self.counts[key])
+        self.counts[key] += 1
 
     def extents(self) -> dict[int, list[int]]:
         """Of the parts of results along the dim that is sliced."""
-        states = self.step.slicing.results
-        return {k: extents_of(parts, states[k]) for k, parts in enumerate(self.parts)}
+        states, count = self.step.slicing.results, len(self.step.slicing.sizes)
+        return {
+            k: extents_of([parts[number] for number in range(count)], states[k])
+            for k, parts in enumerate(self.parts)
+            if len(parts) == count
+        }
 
     def results(self) -> tuple[Any, ...]:
         """Of the batch."""
-        return tuple(self.step.slicing.combine(k, parts) for k, parts in enumerate(self.parts))
+        step, count = self.step, len(self.step.slicing.sizes)
+        results = []
+        for k, parts in enumerate(self.parts):
+            if len(parts) == count:
+                result = step.slicing.combine(k, [parts[number] for number in range(count)])
+            else:
+                like = step.results_like[k]
+                result = None if like is None else like.empty()
+            if (
+                step.pipeline is not None
+                and isinstance(result, torch.Tensor)
+                and k not in step.late
+            ):
+                result = step.pipeline.broadcast(result.contiguous(), step.stage_of_result[k])
+            results.append(result)
+        return tuple(results)
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Of this rank's parameters, over all slices."""
@@ -196,7 +291,7 @@ class _Slices:
             if bound.enter is not None and bound.enter.backward is not None:
                 arguments = bound.enter.tangents(totals)
                 totals = list(bound.enter.run(bound.enter.backward, arguments))
-            for k, g in zip(bound.parameters, totals, strict=False):
+            for k, g in zip(bound.program.parameters, totals, strict=False):
                 known = grads[k]
                 grads[k] = g if known is None or g is None else known + g
         return grads
@@ -205,21 +300,21 @@ class _Slices:
         key = size, stage
         if key not in self.entered:
             bound = self.step.stages[size][stage]
-            parameters = [self.fixed[k] for k in bound.parameters]
+            parameters = [self.fixed[k] for k in bound.program.parameters]
             if bound.enter is None:
                 self.entered[key] = parameters
             elif self.training:
                 given = bound.enter.run(bound.enter.forward, list(parameters))
                 self.entered[key] = list(given[: len(bound.enter.step.results)])
             else:
-                assert bound.evaluate_enter is not None
-                self.entered[key] = list(bound.evaluate_enter(*parameters))
+                assert bound.program.enter is not None
+                self.entered[key] = list(bound.program.enter(*parameters))
         return self.entered[key]
 
-    def _others(self, number: int, size: int, bound: BoundStage) -> Iterator[torch.Tensor]:
+    def _others(self, number: int, size: int, program: StageProgram) -> Iterator[torch.Tensor]:
         """What the body takes besides parameters."""
         own: list[torch.Tensor] | None = None
-        for k in bound.others:
+        for k in program.others:
             if k < self.step.fixed:
                 yield self.fixed[k]
                 continue
@@ -246,8 +341,8 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: SplitStep, *flat: torch.Tensor) -> tuple[Any, ...]:
         local = [argument_of(x) for x in flat]
-        run = _Slices(step, local, training=True)
-        ctx.grads = _run(run, step.expected, {})
+        run = _Slices(step, local, training=True, tangents=step.expected)
+        ctx.grads = run.run()
         ctx.step, ctx.expected = step, step.expected
         ctx.random, ctx.extents = run.random, run.extents()
         ctx.parameters = [x if isinstance(x, ShardedParameter) else None for x in flat]
@@ -256,7 +351,7 @@ class _Run(torch.autograd.Function):
         results = tuple(map(own, run.results()))
         constant = (
             x
-            for x, differentiable in zip(results, step.differentiable(), strict=True)
+            for x, differentiable in zip(results, step.differentiable, strict=True)
             if isinstance(x, torch.Tensor) and not differentiable
         )
         ctx.mark_non_differentiable(*constant)
@@ -270,9 +365,10 @@ class _Run(torch.autograd.Function):
         factor = None if local is None else _multiple(came, ctx.expected)
         with torch.no_grad():
             if factor is None:
-                run = _Slices(step, list(ctx.saved_tensors), training=True)
+                flat = list(ctx.saved_tensors)
+                run = _Slices(step, flat, training=True, tangents=came, extents=ctx.extents)
                 run.random = ctx.random
-                local = _run(run, came, ctx.extents)
+                local = run.run()
             elif factor is not True:
                 local = [None if g is None else g * factor for g in local]
         scalars = all(g.ndim == 0 for g in came.values())
@@ -288,24 +384,14 @@ class _Run(torch.autograd.Function):
         return None, *handed
 
 
-def _run(
-    run: _Slices, tangents: Tangents | None, extents: Mapping[int, Sequence[int]]
-) -> list[torch.Tensor | None] | None:
-    """Run all slices, and return the gradients of parameters.
-
-    Args:
-        tangents: of the batch's results; None to leave the backward out.
-        extents: of the parts of results.
-    """
-    slicing = run.step.slicing
-    for number, _ in enumerate(slicing.sizes):
-        run.forward(number)
-        if tangents is None:
-            run.saved.clear()
-            continue
-        parts = {k: slicing.tangents(k, g, extents.get(k, ()))[number] for k, g in tangents.items()}
-        run.backward(number, {k: part for k, part in parts.items() if part is not None})
-    return None if tangents is None else run.gradients()
+def _sum_of(
+    own: torch.Tensor | None, passed_on: torch.Tensor | None, crossing: Crossing
+) -> torch.Tensor:
+    """The gradient of a value that a stage uses, passes on, or both."""
+    if own is None or passed_on is None:
+        known = passed_on if own is None else own
+        return crossing.empty().zero_() if known is None else known.contiguous()
+    return own + passed_on
 
 
 def _multiple(came: Tangents, expected: Tangents) -> torch.Tensor | bool | None:

@@ -1,0 +1,211 @@
+"""Runs the actions of one pipeline rank by torch's schedule runtime.
+
+Private to torch here: `_PipelineScheduleRuntime`, `_Action` and `_add_send_recv` of
+`torch.distributed.pipelining.schedules`, and what the runtime asks of a stage; tested with 2.13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import schedules as torch_schedules
+
+from autopar.passes.cut import Crossing
+from autopar.schedule.pipeline.actions import PipelineSchedule
+
+# Values by name.
+Values = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StageCalls:
+    """What a stage does for one microbatch. Gradients are of the values that are differentiable.
+
+    Args:
+        forward: takes the microbatch and what is received, gives what is sent.
+        backward: takes the microbatch, gradients of what was sent, and whether gradients of weights
+            come with it; gives gradients of what was received.
+        weights: computes the gradients of weights.
+    """
+
+    forward: Callable[[int, Values], Values]
+    backward: Callable[[int, Values, bool], Values]
+    weights: Callable[[int], None]
+
+
+class _Stage:
+    """A stage, as torch's runtime sees one."""
+
+    submod = None  # not FSDP's
+    has_backward = True
+
+    def __init__(
+        self, number: int, pipeline: Pipeline, calls: StageCalls, received: Callable[[int], Mapping],
+        sent: Callable[[int], Mapping],
+    ) -> None:  # fmt: skip
+        self.stage_index, self.num_stages = number, pipeline.schedule.stages
+        self.group_size, self.group_rank = len(pipeline.schedule.ranks), pipeline.rank
+        self.stage_index_to_group_rank: dict[int, int] = {}
+        self._calls, self._received, self._sent = calls, received, sent
+        self._group = pipeline.group
+        self._inbox: dict[int, Values] = {}
+        self._outbox: dict[int, Values] = {}
+        self._gradients: dict[int, Values] = {}
+        self._given: dict[int, Values] = {}
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage_index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage_index == self.num_stages - 1
+
+    def _ops(self, kind: Any, values: Values, stage: int) -> list[dist.P2POp]:
+        peer = self.stage_index_to_group_rank[stage]
+        return [dist.P2POp(kind, x, group=self._group, group_peer=peer) for x in values.values()]
+
+    def get_fwd_recv_ops(self, microbatch: int) -> list[dist.P2POp]:
+        values = {name: x.empty() for name, x in self._received(microbatch).items()}
+        self._inbox[microbatch] = values
+        return self._ops(dist.irecv, values, self.stage_index - 1)
+
+    def get_fwd_send_ops(self, microbatch: int) -> list[dist.P2POp]:
+        return self._ops(dist.isend, self._outbox.pop(microbatch), self.stage_index + 1)
+
+    def get_bwd_recv_ops(self, microbatch: int) -> list[dist.P2POp]:
+        sent = self._sent(microbatch)
+        values = {name: x.empty() for name, x in sent.items() if x.differentiable}
+        self._gradients[microbatch] = values
+        return self._ops(dist.irecv, values, self.stage_index + 1)
+
+    def get_bwd_send_ops(self, microbatch: int) -> list[dist.P2POp]:
+        return self._ops(dist.isend, self._given.pop(microbatch), self.stage_index - 1)
+
+    def set_local_fwd_input(self, values: Values, microbatch: int) -> None:
+        self._inbox[microbatch] = values
+
+    def get_local_bwd_output(self, microbatch: int) -> Values:
+        return self._given.pop(microbatch)
+
+    def set_local_bwd_input(self, values: Values, microbatch: int) -> None:
+        self._gradients[microbatch] = values
+
+    def forward_one_chunk(self, microbatch: int, *_: Any, **__: Any) -> Values:
+        values = self._calls.forward(microbatch, self._inbox.pop(microbatch, {}))
+        if not self.is_last:
+            self._outbox[microbatch] = values
+        return values
+
+    def backward_one_chunk(
+        self, microbatch: int, loss: Any = None, full_backward: bool = True, **_: Any
+    ) -> None:
+        gradients = self._gradients.pop(microbatch, {})
+        given = self._calls.backward(microbatch, gradients, full_backward)
+        if not self.is_first:
+            self._given[microbatch] = given
+
+    def backward_weight_one_chunk(self, microbatch: int, last_backward: bool = False) -> None:
+        self._calls.weights(microbatch)
+
+    def perform_reduce_grad(self, factor: int) -> None:
+        """Sums over ranks come after all microbatches."""
+
+    def clear_runtime_states(self) -> None:
+        self._outbox.clear()
+
+
+class _Runtime(torch_schedules._PipelineScheduleRuntime):
+    """Torch's runtime for stages that need no preparation."""
+
+    def _initialize_stages(self, *args: Any, **kwargs: Any) -> None:
+        """They know the shapes of what they receive."""
+
+    def _validate_and_set_stage_mapping(self, actions: Any) -> None:
+        """`autopar.schedule.pipeline.check` has checked it."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The ranks of one pipeline.
+
+    Args:
+        schedule: of all of them.
+        rank: this one's number.
+        group: of the ranks.
+    """
+
+    schedule: PipelineSchedule
+    rank: int
+    group: dist.ProcessGroup
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """This rank's stages."""
+        return self.schedule.stages_of_rank[self.rank]
+
+    @cached_property
+    def _actions(self) -> dict[bool, Any]:
+        return {}
+
+    def run(
+        self,
+        calls: Mapping[int, StageCalls],
+        received: Callable[[int, int], Mapping[str, Crossing]],
+        *,
+        backward: bool,
+    ) -> None:
+        """Run all actions of this rank.
+
+        Args:
+            calls: by stage of this rank.
+            received: what a stage receives for a microbatch.
+            backward: run backwards, too.
+        """
+        schedule = self.schedule if backward else self.schedule.forwards()
+        stages = [
+            _Stage(
+                number, self, calls[number],
+                lambda microbatch, s=number: received(s, microbatch),
+                lambda microbatch, s=number: received(s + 1, microbatch),
+            )
+            for number in self.own
+        ]  # fmt: skip
+        runtime = _Runtime(stages, schedule.microbatches, scale_grads=False)
+        mapping = dict(enumerate(schedule.rank_of_stage))
+        runtime.stage_index_to_group_rank = mapping
+        for stage in stages:
+            stage.stage_index_to_group_rank = mapping
+        if backward not in self._actions:
+            actions = {
+                rank: [torch_schedules._Action.from_str(str(a)) for a in row]
+                for rank, row in enumerate(schedule.ranks)
+            }
+            self._actions[backward] = torch_schedules._add_send_recv(
+                actions, mapping.__getitem__, schedule.stages
+            )
+        runtime.pipeline_order_with_comms = self._actions[backward]
+        runtime._step_microbatches()
+
+    def broadcast(self, x: torch.Tensor, stage: int) -> torch.Tensor:
+        """A value that the rank of a stage has, on all ranks of the pipeline."""
+        source = self.schedule.rank_of_stage[stage]
+        if math.prod(x.shape):
+            dist.broadcast(x, group=self.group, group_src=source)
+        return x
+
+    def exchange(
+        self, gives: Sequence[tuple[torch.Tensor, int]], takes: Sequence[tuple[torch.Tensor, int]]
+    ) -> None:
+        """Send tensors to ranks of the pipeline, and receive others from them."""
+        ops = [dist.P2POp(dist.isend, x, group=self.group, group_peer=r) for x, r in gives]
+        ops += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=r) for x, r in takes]
+        if ops:
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
