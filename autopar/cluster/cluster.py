@@ -25,6 +25,9 @@ LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
 
 NODE_SIZE = 8
 
+# The name of the mesh axis whose coordinates are pipeline stages.
+PIPE = "pipe"
+
 # A smaller number without a unit is no number of bytes: the unit was forgotten.
 _FEW_BYTES = 1000
 
@@ -150,6 +153,11 @@ class ClusterInfo:
     def axis_label(self, axis: int) -> str:
         """`gpu`, or `axis 1` if the axes have no names."""
         return self.axis_names[axis] if self.axis_names else f"axis {axis}"
+
+    @property
+    def pipe_axis(self) -> int | None:
+        """The axis of pipeline stages, by its name; None if there is none."""
+        return self.axis_names.index(PIPE) if PIPE in self.axis_names else None
 
     @property
     def axes_text(self) -> str:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import _random as dtensor_random
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils import _pytree as pytree
 
+from autopar.comm.owned_shards import Owned
 from autopar.errors import EngineError
 
 # The context of implicit replication, once it is entered.
@@ -282,7 +283,7 @@ class _CpuTracker:
         seed = int(torch.randint(2**62, (), generator=used))  # alike on ranks in the same state
         shard = 0
         for axis, placement in enumerate(spec.placements):
-            if placement.is_shard():
+            if placement.is_shard() and not isinstance(placement, Owned):
                 shard = shard * spec.mesh.size(axis) + spec.mesh.get_local_rank(axis)
         after = used.get_state()
         used.manual_seed((seed + shard) % 2**62)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from autopar.comm.stored_layout import StoredLayout
 from autopar.ir.spec import ShardingSpec, local_range
 from autopar.runtime.deferred_tensors import DeferredTensor
 from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter, ShardedState
@@ -31,15 +32,15 @@ def shard_of(
 
 
 def _as_dtensor(
-    full: torch.Tensor, spec: ShardingSpec, mesh: DeviceMesh, coords: tuple[int, ...]
+    full: torch.Tensor, layout: StoredLayout, mesh: DeviceMesh, coords: tuple[int, ...]
 ) -> DTensor:
-    local = shard_of(full, spec, tuple(mesh.shape), coords)
-    if any(spec.dims):
+    local = layout.shard_of(full, mesh, coords)
+    if layout.splits:
         local = local.clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(
         local,
         mesh,
-        spec.to_placements(mesh.ndim),
+        layout.placements(mesh),
         run_check=False,
         shape=full.shape,
         stride=full.stride(),
@@ -53,8 +54,7 @@ def laid_out_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     mesh = p.device_mesh
     coords = mesh.get_coordinate()
     assert coords is not None, "the mesh is over all processes"
-    spec = ShardingSpec.from_placements(p.placements, p.ndim)
-    return _as_dtensor(x.to(p.device), spec, mesh, tuple(coords))
+    return _as_dtensor(x.to(p.device), StoredLayout.of(p), mesh, tuple(coords))
 
 
 def sharded_state(x: Any, p: torch.Tensor) -> Any:
@@ -142,19 +142,21 @@ def gradients(
     return dtensors
 
 
-def stored_specs(model: torch.nn.Module) -> dict[str, ShardingSpec]:
+def stored_layouts(model: torch.nn.Module) -> dict[str, StoredLayout]:
     """How a model's parameters are stored, by name."""
-    return {
-        name: ShardingSpec.from_placements(p.placements, p.ndim)
-        for name, p in model.named_parameters()
-        if isinstance(p, DTensor)
-    }
+    named = model.named_parameters()
+    return {name: StoredLayout.of(p) for name, p in named if isinstance(p, DTensor)}
+
+
+def stored_specs(model: torch.nn.Module) -> dict[str, ShardingSpec]:
+    """How a model's parameters are stored over the axes that plans know, by name."""
+    return {name: layout.spec for name, layout in stored_layouts(model).items()}
 
 
 def distribute(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    specs: Mapping[str, ShardingSpec],
+    specs: Mapping[str, StoredLayout | ShardingSpec],
     mesh: DeviceMesh,
     coords: tuple[int, ...],
     device: torch.device,
@@ -171,7 +173,7 @@ def distribute(
         fill: of parameters by name, and of new DTensors by name that it writes.
     """
     layout = {
-        id(p): specs.get(name, ShardingSpec.replicated(p.ndim))
+        id(p): StoredLayout.of_spec(specs.get(name, ShardingSpec.replicated(p.ndim)))
         for name, p in model.named_parameters()
     }
 
@@ -208,19 +210,19 @@ def distribute(
 
 def _unwritten(
     p: torch.Tensor,
-    spec: ShardingSpec,
+    layout: StoredLayout,
     mesh: DeviceMesh,
     coords: tuple[int, ...],
     device: torch.device,
 ) -> DTensor:
     """A DTensor like a parameter over new memory, which is this rank's shard alone."""
     full = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
-    local = shard_of(full, spec, tuple(mesh.shape), coords)
-    stride = local.contiguous().stride() if any(spec.dims) else full.stride()
+    local = layout.shard_of(full, mesh, coords)
+    stride = local.contiguous().stride() if layout.splits else full.stride()
     return DTensor.from_local(
         torch.empty_strided(local.shape, stride, dtype=p.dtype, device=device),
         mesh,
-        spec.to_placements(mesh.ndim),
+        layout.placements(mesh),
         run_check=False,
         shape=full.shape,
         stride=full.stride(),

@@ -21,11 +21,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from autopar.comm.ranks import Ranks
+from autopar.comm.stored_layout import StoredLayout
 from autopar.errors import EngineError
-from autopar.ir.spec import ShardingSpec
 from autopar.runtime.deferred_parameters import has_no_values, record_of
 from autopar.runtime.deferred_tensors import Deferred, DeferredTensor, digests
-from autopar.runtime.distribute import shard_of
 from autopar.runtime.freed_memory import return_freed_memory
 from autopar.runtime.module_init import record_initialization
 from autopar.runtime.weights import Weights, names_in, open_weights
@@ -86,20 +85,23 @@ def _shard(whole: torch.Tensor, target: DTensor, rank: int | None = None) -> tor
     mesh = target.device_mesh
     rank = dist.get_rank() if rank is None else rank
     coords = tuple((mesh.mesh == rank).nonzero()[0].tolist())
-    spec = ShardingSpec.from_placements(target.placements, target.ndim)
-    return shard_of(whole, spec, tuple(mesh.shape), coords)
+    return StoredLayout.of(target).shard_of(whole, mesh, coords)
 
 
 def _send(whole: torch.Tensor | None, target: DTensor) -> None:
-    """Send every rank its shard of rank 0's tensor."""
+    """Send every rank its shard of rank 0's tensor, unless it is empty."""
     local = target._local_tensor
     if whole is None:
+        if not local.numel():
+            return
         received = torch.empty(local.shape, dtype=local.dtype, device=local.device)
         dist.recv(received, src=0)
         local.copy_(received)
         return
     for rank in range(1, dist.get_world_size()):
-        dist.send(_shard(whole, target, rank).to(local.device).contiguous(), dst=rank)
+        shard = _shard(whole, target, rank)
+        if shard.numel():
+            dist.send(shard.to(local.device).contiguous(), dst=rank)
     local.copy_(_shard(whole, target, 0))
 
 

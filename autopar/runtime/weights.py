@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
+from autopar.comm.stored_layout import StoredLayout
 from autopar.errors import EngineError
-from autopar.ir.spec import ShardingSpec, local_range
 from autopar.runtime.freed_memory import return_freed_memory
 
 # The names that safetensors has for dtypes.
@@ -80,6 +80,8 @@ class SafetensorsWeights:
     @torch.no_grad()
     def read(self, targets: Mapping[str, torch.Tensor]) -> None:
         for name, target in targets.items():
+            if isinstance(target, DTensor) and not target._local_tensor.numel():
+                continue
             # closed after each tensor: pages of the file that were read count as this process's
             with _open(self._files[name]) as file:
                 if isinstance(target, DTensor):
@@ -138,12 +140,7 @@ def _local_slices(x: DTensor) -> tuple[slice, ...]:
     """Where this rank's shard lies in a DTensor."""
     coords = x.device_mesh.get_coordinate()
     assert coords is not None, "the mesh is over all processes"
-    spec = ShardingSpec.from_placements(x.placements, x.ndim)
-    ranges = (
-        local_range(n, axes, tuple(x.device_mesh.shape), tuple(coords)) if axes else (0, n)
-        for n, axes in zip(x.shape, spec.dims, strict=True)
-    )
-    return tuple(slice(start, start + length) for start, length in ranges)
+    return StoredLayout.of(x).slices(x.shape, x.device_mesh, coords)
 
 
 def _open(path: Path) -> Any:
