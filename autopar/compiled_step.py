@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from autopar.passes.apply_sharding import LocalProgram
 from autopar.passes.lower import LoweredStep
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
-from autopar.planner.planner import ADAM_STATE
+from autopar.planner.planner import ADAM_STATE, Planned
 from autopar.progress import SILENT, Progress
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.schedule.program import Program
@@ -41,6 +41,12 @@ class Place:
     groups: tuple[str, ...]
     device_type: str = "cpu"
     ranks: Ranks = field(default_factory=Ranks)
+
+    def of_a_stage(self, cluster: ClusterInfo) -> Place:
+        """The place on the mesh of its pipeline stage."""
+        axis = cluster.pipe_axis
+        coords = tuple(0 if k == axis else c for k, c in enumerate(self.coords))
+        return replace(self, coords=coords)
 
     def number(self, mesh: Sequence[int]) -> int:
         """Of the rank among all of a mesh."""
@@ -66,16 +72,18 @@ class Place:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A plan, with the schedule of its step if planning has made one.
+    """A plan, with what planning knows besides.
 
     Args:
         program: of the first rank's step.
-        memory: its schedule.
+        memory: its schedule, if planning has made one.
+        planned: the search space and the choices of a new plan.
     """
 
     plan: ShardingPlan
     program: Program | None = None
     memory: MemoryPlan | None = None
+    planned: Planned | None = None
 
     @staticmethod
     def of_rank_zero(decide: Callable[[], StepPlan], ranks: Ranks) -> StepPlan:

@@ -17,7 +17,7 @@ from autopar.ir.precision import Precision
 from autopar.ir.spec import ShardingSpec
 from autopar.units import mesh_text
 
-FORMAT = 7
+FORMAT = 8
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,27 @@ class StepSummary:
 
 
 @dataclass(frozen=True)
+class PipelinePlan:
+    """How a step runs in stages.
+
+    Args:
+        axis: of the mesh, whose coordinates are the ranks of the pipeline.
+        ranks: of the pipeline.
+        firsts: names of the operators at which stages begin, without the first stage's.
+        layout: the stages in words: names of modules.
+        schedule: name of the order of actions, or the actions themselves, a line per rank.
+        microbatches: of the batch.
+    """
+
+    axis: int
+    ranks: int
+    firsts: tuple[str, ...]
+    layout: str
+    schedule: str
+    microbatches: int
+
+
+@dataclass(frozen=True)
 class ShardingPlan:
     """One legal way to run a model on a mesh.
 
@@ -246,6 +267,9 @@ class ShardingPlan:
         meshes: the meshes that were compared, if the mesh was searched for.
         step: what the step keeps, recomputes and offloads, if that was decided.
         precision: dtypes of the step; None for those of the model.
+        microbatches: slices of the batch that the step processes one after another; the plan is
+            that of one.
+        pipeline: its stages. The mesh has one rank on their axis.
     """
 
     model: str
@@ -270,6 +294,8 @@ class ShardingPlan:
     meshes: tuple[MeshResult, ...] = ()
     step: StepSummary | None = None
     precision: Precision | None = None
+    microbatches: int = 1
+    pipeline: PipelinePlan | None = None
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""

@@ -160,6 +160,16 @@ class ClusterInfo:
         return self.axis_names.index(PIPE) if PIPE in self.axis_names else None
 
     @property
+    def pipeline_ranks(self) -> int:
+        """How many ranks a pipeline has: 1 without one."""
+        return 1 if self.pipe_axis is None else self.mesh[self.pipe_axis]
+
+    def of_a_stage(self) -> ClusterInfo:
+        """The cluster of one stage: one rank on the axis of stages."""
+        sizes = (1 if axis == self.pipe_axis else n for axis, n in enumerate(self.mesh))
+        return replace(self, mesh=tuple(sizes))
+
+    @property
     def axes_text(self) -> str:
         """The numbers of axes in layouts: `0=node, 1=gpu`; empty if the axes have no names."""
         return ", ".join(f"{axis}={name}" for axis, name in enumerate(self.axis_names))

@@ -61,6 +61,10 @@ class Ranks:
         """Whether it is true of every rank."""
         return mine
 
+    def united(self, mine: list[bool]) -> list[bool]:
+        """What is true on any rank."""
+        return mine
+
     def differing(self, signature: str) -> list[int]:
         """Ranks whose signature is not that of rank 0; the same on all ranks."""
         return []
@@ -107,6 +111,11 @@ class WorldRanks(Ranks):
         answers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(answers, mine)
         return all(answers)
+
+    def united(self, mine: list[bool]) -> list[bool]:
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, mine)
+        return [any(flags) for flags in zip(*answers, strict=True)]
 
     def differing(self, signature: str) -> list[int]:
         if dist.get_world_size() == 1:

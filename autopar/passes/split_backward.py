@@ -1,7 +1,7 @@
 """Splits a backward into gradients of inputs and of weights (zero bubble, arXiv:2401.10241).
 
-The stage before waits for the gradients of this stage's inputs. Those of its weights can be computed
-at any time until the optimizer's step, and fill what would be idle time.
+The stage before waits for the gradients of this stage's inputs. Those of its weights can be
+computed at any time until the optimizer's step, and fill what would be idle time.
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ def auto_engine(
     constraints: Mapping[str, str] | None = None,
     microbatches: int = 1,
     microbatch: str = "exact",
+    schedule: str | None = None,
+    stages: str | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | bool | None = True,
     dump_passes: str | Path | None = None,
@@ -154,6 +156,8 @@ def auto_engine(
         precision=policy,
         microbatches=microbatches,
         microbatch=microbatch,
+        schedule=schedule,
+        stages=stages,
     )
     engine = engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     handle_later_optimizers()

@@ -49,6 +49,17 @@ class WholeResult:
             whole.append(one.gather(part.contiguous(), mesh))
         return torch.cat(whole, self.dim)
 
+    def local_shape(self, mesh: Sequence[int], coords: Sequence[int]) -> list[int]:
+        """Of what a rank has."""
+        return [
+            sum(local_range(extent, axes, mesh, coords)[1] for extent in parts)
+            for parts, axes in zip(
+                (self.parts if d == self.dim else (n,) for d, n in enumerate(self.shape)),
+                self.spec.dims,
+                strict=True,
+            )
+        ]
+
     def sharded(self, local: torch.Tensor, mesh: DeviceMesh) -> DTensor:
         """What this rank has, as a DTensor."""
         return DTensor.from_local(
@@ -71,7 +82,7 @@ class BoundStep:
         reads_hold: whether what the forward read of the model is as it was.
         feeding: positions of results from which others are computed.
         whole_results: those that are gathered when they are read, by position.
-        microbatches: in which it runs.
+        split: it runs in microbatches, and takes its parts of the whole batch itself.
     """
 
     number: int
@@ -84,7 +95,7 @@ class BoundStep:
     reads_hold: Callable[[], bool]
     feeding: frozenset[int]
     whole_results: Mapping[int, WholeResult]
-    microbatches: int = 1
+    split: bool = False
 
     @property
     def compiles(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from autopar.passes.cut import Crossing
-from autopar.schedule.pipeline.actions import PipelineSchedule
+from autopar.schedule.pipeline.actions import Kind, PipelineSchedule
 
 # Values by name.
 Values = Mapping[str, torch.Tensor]
@@ -46,9 +46,13 @@ class _Stage:
     has_backward = True
 
     def __init__(
-        self, number: int, pipeline: Pipeline, calls: StageCalls, received: Callable[[int], Mapping],
-        sent: Callable[[int], Mapping],
-    ) -> None:  # fmt: skip
+        self,
+        number: int,
+        pipeline: Pipeline,
+        calls: StageCalls,
+        received: Callable[[int], Mapping[str, Crossing]],
+        sent: Callable[[int], Mapping[str, Crossing]],
+    ) -> None:
         self.stage_index, self.num_stages = number, pipeline.schedule.stages
         self.group_size, self.group_rank = len(pipeline.schedule.ranks), pipeline.rank
         self.stage_index_to_group_rank: dict[int, int] = {}
@@ -150,6 +154,11 @@ class Pipeline:
         """This rank's stages."""
         return self.schedule.stages_of_rank[self.rank]
 
+    @property
+    def splits_backward(self) -> bool:
+        """Gradients of weights are computed by actions of their own."""
+        return any(a.kind is Kind.WEIGHT for row in self.schedule.ranks for a in row)
+
     @cached_property
     def _actions(self) -> dict[bool, Any]:
         return {}
@@ -172,8 +181,7 @@ class Pipeline:
         stages = [
             _Stage(
                 number, self, calls[number],
-                lambda microbatch, s=number: received(s, microbatch),
-                lambda microbatch, s=number: received(s + 1, microbatch),
+                partial(received, number), partial(received, number + 1),
             )
             for number in self.own
         ]  # fmt: skip

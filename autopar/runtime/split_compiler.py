@@ -5,31 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
+import torch.fx as fx
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
+from autopar.cluster.cluster import ClusterInfo
+from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import apply_plan
-from autopar.compiled_stages import CompiledSlice, compile_stages
+from autopar.compiled_stages import CompiledSlice, compile_stages, stage_programs
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
-from autopar.errors import EngineError
+from autopar.errors import EngineError, PlanError
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram
+from autopar.passes.cut import Crossing, StageProgram
 from autopar.passes.microbatches import (
     Microbatches,
     exact_microbatches,
     independent_microbatches,
 )
-from autopar.plan import ShardingPlan
+from autopar.plan import PipelinePlan, ShardingPlan
 from autopar.planner.decisions import FixedLayouts
+from autopar.planner.stages import plan_stages, schedule_of
 from autopar.runtime.batch import BatchDim, BatchLayout
 from autopar.runtime.bound_step import WholeResult
 from autopar.runtime.call import Call
+from autopar.runtime.pipeline_runtime import Pipeline
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.slicing import Slicing, batch_dims, even_sizes
 from autopar.runtime.split_step import SplitStep, bind_stages
+from autopar.runtime.stage_parameters import StageParameters
 
 
 @dataclass(frozen=True)
@@ -39,21 +47,30 @@ class SplitCompiler:
         count: of microbatches.
         independent: each is a batch of its own.
         batch_dim: of the inputs, where all ranks pass the same batch.
+        schedule: name of a pipeline's schedule; chosen if None.
+        stages: of a pipeline, by names of modules; chosen if None.
+        place: of this rank; `stage_place` on the mesh of its stage.
+        cluster: of all ranks.
+        options: of the stages, with the cluster of one.
         decide: the plan of a microbatch, with layouts that are fixed, and a step whose plan serves
             if it can; on rank 0.
-        example: tensors that a program of a microbatch is called with.
+        example: tensors that a program of a microbatch is called with; lays parameters out.
         trace: captures the model for a call.
     """
 
     count: int
     independent: bool
     batch_dim: BatchDim
+    schedule: str | None
+    stages: str | None
     place: Place
+    stage_place: Place
     mesh: DeviceMesh
     device: torch.device
+    cluster: ClusterInfo
     options: StepOptions
     decide: Callable[[ModelGraph, FixedLayouts, CompiledStep | None], StepPlan]
-    example: Callable[[ShardingPlan, ModelGraph, LocalProgram], Arguments]
+    example: Callable[[ShardingPlan, Mapping[str, int | None], ModelGraph, LocalProgram], Arguments]
     trace: Callable[[Call], ModelGraph]
 
     def compile(
@@ -62,20 +79,60 @@ class SplitCompiler:
         layout: BatchLayout,
         graph: ModelGraph,
         trainable: frozenset[str],
-        parameters: Mapping[str, ShardingSpec],
+        stored: Mapping[str, StoredLayout],
     ) -> tuple[CompiledStep, SplitStep, dict[int, WholeResult]]:
         """Compile the step of a call.
 
         Args:
             graph: of the call.
             trainable: placeholder names of the parameters that require grad.
-            parameters: layouts that are fixed, by name.
+            stored: how parameters are laid out already, by name.
 
         Raises:
             NotSeparableError: the batch cannot be split exactly.
             EngineError: there are fewer samples than microbatches.
         """
         samples, dims = self._dims(layout)
+        self._check(call, layout, samples)
+        ranks = layout.cluster.world_size if layout.local else 1
+        sizes = even_sizes(samples, self.count)
+        split = self._split(call, graph, trainable, dims, samples * ranks, sizes, ranks)
+        compiled: dict[int, CompiledSlice] = {}
+        first: CompiledStep | None = None
+        pipeline: Pipeline | None = None
+        specs = {name: layout.spec for name, layout in stored.items()}
+        owners = {name: layout.stage for name, layout in stored.items()}
+        for size in sorted(set(sizes), reverse=True):
+            slice_ = split.graphs[size * ranks]
+            fixed = self._fixed(layout, slice_, split, specs)
+            plan, local = apply_plan(
+                slice_, partial(self._decided, slice_, fixed, first), self.stage_place,
+                self.options, trainable=trainable, output_specs=fixed.outputs,
+            )  # fmt: skip
+            firsts = _numbers(slice_, plan)
+            programs = stage_programs(slice_, plan, local, self.options, firsts)
+            if pipeline is None and plan.pipeline is not None:
+                pipeline = self._pipeline(plan.pipeline)
+            if pipeline is not None and not owners:
+                owners = _owners(slice_, programs, pipeline)
+            called_with = self.example(plan, owners, slice_, local)
+            stages = compile_stages(
+                slice_, plan, local, programs, called_with, self.stage_place, self.options,
+                own=(0,) if pipeline is None else pipeline.own,
+                split_backward=pipeline is not None and pipeline.splits_backward,
+            )  # fmt: skip
+            compiled[size] = stages
+            if first is None:
+                stage = next(iter(stages.stages.values()))
+                first = CompiledStep(graph, plan, local, stage.body, stage.memory)
+        assert first is not None
+        whole = self._whole_results(graph, split, compiled, sizes, ranks)
+        step = self._step(graph, layout, split, compiled, sizes, dims, trainable, ranks)
+        if pipeline is not None:
+            step = self._over_stages(step, graph, compiled, pipeline, owners, whole, trainable)
+        return first, replace(step, expected=_loss(graph, step)), whole
+
+    def _check(self, call: Call, layout: BatchLayout, samples: int) -> None:
         if samples < self.count:
             raise EngineError(
                 f"{self.count} microbatches of a batch of {samples} samples"
@@ -87,27 +144,85 @@ class SplitCompiler:
                 "an input of the model requires grad, and its gradient does not come out of "
                 "microbatches; detach the input, or pass microbatches=1"
             )
-        ranks = layout.cluster.world_size if layout.local else 1
-        sizes = even_sizes(samples, self.count)
-        split = self._split(call, graph, trainable, dims, samples * ranks, sizes, ranks)
-        compiled: dict[int, CompiledSlice] = {}
-        first: CompiledStep | None = None
-        for size in sorted(set(sizes), reverse=True):
-            slice_ = split.graphs[size * ranks]
-            fixed = self._fixed(layout, slice_, split, parameters)
-            plan, local = apply_plan(
-                slice_, partial(self.decide, slice_, fixed, first), self.place, self.options,
-                trainable=trainable, output_specs=fixed.outputs,
-            )  # fmt: skip
-            called_with = self.example(plan, slice_, local)
-            stages = compile_stages(slice_, plan, local, called_with, self.place, self.options)
-            compiled[size] = stages
-            if first is None:
-                stage = stages.stages[0]
-                first = CompiledStep(graph, plan, local, stage.body, stage.memory)
-        assert first is not None
-        step = self._step(graph, layout, split, compiled, sizes, dims, trainable, ranks)
-        return first, step, self._whole_results(graph, split, compiled, sizes, ranks)
+        if layout.local and self.cluster.pipeline_ranks > 1:
+            raise EngineError(
+                "batch='local' with pipeline stages: the ranks of a pipeline work on the same "
+                "samples; pass the whole batch on every rank (batch='global')"
+            )
+
+    # -- pipelines --------------------------------------------------------------------------------
+
+    def _decided(
+        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None
+    ) -> StepPlan:
+        """The plan of a microbatch, with its stages; on rank 0."""
+        decided = self.decide(graph, fixed, alike)
+        plan = replace(decided.plan, microbatches=self.count)
+        axis, ranks = self.cluster.pipe_axis, self.cluster.pipeline_ranks
+        if axis is None or ranks == 1 or plan.pipeline is not None:
+            return replace(decided, plan=plan)
+        assert decided.planned is not None
+        pipeline = plan_stages(
+            decided.planned, axis, ranks, self.count, schedule=self.schedule, stages=self.stages
+        )
+        return replace(decided, plan=replace(plan, pipeline=pipeline))
+
+    def _pipeline(self, plan: PipelinePlan) -> Pipeline:
+        """This rank's pipeline."""
+        schedule = schedule_of(plan)
+        rank = self.place.coords[plan.axis]
+        return Pipeline(schedule, rank, self.mesh.get_group(plan.axis))
+
+    def _over_stages(
+        self, step: SplitStep, graph: ModelGraph, compiled: Mapping[int, CompiledSlice],
+        pipeline: Pipeline, owners: Mapping[str, int | None], whole: Mapping[int, WholeResult],
+        trainable: frozenset[str],
+    ) -> SplitStep:  # fmt: skip
+        """A step whose stages are on the ranks of a pipeline."""
+        slice_ = next(iter(compiled.values()))
+        names = list(graph.parameters.values())
+        nodes = slice_.local.gm.graph.find_nodes(op="placeholder")
+        rank_of = pipeline.schedule.rank_of_stage
+        parameters = StageParameters(
+            {k: owners.get(name) for k, name in enumerate(names)},
+            {k: frozenset(rank_of[s] for s in stages) for k, stages in slice_.users.items()},
+            {
+                k: Crossing(
+                    tuple(node.meta["local_shape"]), graph.storage_dtype(name), self.device,
+                    name in trainable,
+                )
+                for k, (name, node) in enumerate(zip(graph.parameters, nodes, strict=False))
+            },
+        )  # fmt: skip
+        return replace(
+            step,
+            pipeline=pipeline,
+            parameters_of_stages=parameters,
+            stage_of_result=slice_.stage_of_result,
+            results_like=self._results_like(graph, whole),
+            late=frozenset(whole),
+            differentiable=self.place.ranks.united(list(step.differentiable)),
+        )
+
+    def _results_like(
+        self, graph: ModelGraph, whole: Mapping[int, WholeResult]
+    ) -> list[Crossing | None]:
+        """Results of the batch, as a rank has them."""
+        likes: list[Crossing | None] = []
+        outputs: Any = graph.output.args[0]
+        for k, value in enumerate(outputs):
+            if not isinstance(value, fx.Node):
+                likes.append(None)
+                continue
+            fake = value.meta["val"]
+            shape = list(shape_of(fake))
+            if k in whole:
+                mesh = self.options.cluster.mesh
+                shape = whole[k].local_shape(mesh, self.stage_place.coords)
+            likes.append(Crossing(tuple(shape), fake.dtype, self.device, False))
+        return likes
+
+    # -- microbatches -----------------------------------------------------------------------------
 
     def _dims(self, layout: BatchLayout) -> tuple[int, dict[int, int]]:
         """Samples on this rank, and by number of the tensor input the dim that holds them."""
@@ -190,18 +305,19 @@ class SplitCompiler:
             for k, name in enumerate(graph.mutated_in_order)
             if split.results[k] == "C"
         }
-        step = SplitStep(
+        return SplitStep(
             slicing,
             {size: bind_stages(slice_) for size, slice_ in compiled.items()},
+            {size: slice_.programs for size, slice_ in compiled.items()},
             take,
             fixed=len(parameters) + len(buffers) + len(graph.constants),
             parameters=len(parameters),
             takes_seed=any(slice_.local.takes_seed for slice_ in compiled.values()),
             draws=graph.random,
             result_gradients=ResultGradients.of(graph, trainable),
+            differentiable=_differentiable(compiled, len(split.results)),
             carried=carried,
         )
-        return replace(step, expected=_loss(graph, step))
 
     def _whole_results(
         self, graph: ModelGraph, split: Microbatches, compiled: Mapping[int, CompiledSlice],
@@ -224,6 +340,45 @@ class SplitCompiler:
         return results
 
 
+def _differentiable(compiled: Mapping[int, CompiledSlice], results: int) -> list[bool]:
+    """Whether each result of this rank's stages carries a gradient."""
+    flags = [False] * results
+    for stage in next(iter(compiled.values())).stages.values():
+        for k, result in zip(stage.program.results, stage.body.results, strict=False):
+            flags[k] = result.differentiable
+    return flags
+
+
+def _numbers(graph: ModelGraph, plan: ShardingPlan) -> tuple[int, ...]:
+    """Numbers of the operators at which stages begin, without the first stage's.
+
+    Raises:
+        PlanError: the graph lacks one.
+    """
+    if plan.pipeline is None:
+        return ()
+    number = {node.name: k for k, node in enumerate(graph.compute_nodes())}
+    missing = [name for name in plan.pipeline.firsts if name not in number]
+    if missing:
+        raise PlanError(
+            f"the plan's stages begin at operators {missing}, which this call of the model does "
+            "not have; plan again, or name the stages by modules (stages=)"
+        )
+    return tuple(number[name] for name in plan.pipeline.firsts)
+
+
+def _owners(
+    graph: ModelGraph, programs: Sequence[StageProgram], pipeline: Pipeline
+) -> dict[str, int | None]:
+    """By name of a parameter, the rank of the first stage that uses it; None if none does."""
+    owners: dict[str, int | None] = dict.fromkeys(graph.parameters.values())
+    names = list(graph.parameters.values())
+    for stage in reversed(range(len(programs))):
+        for k in programs[stage].parameters:
+            owners[names[k]] = pipeline.schedule.rank_of_stage[stage]
+    return owners
+
+
 def _loss(graph: ModelGraph, step: SplitStep) -> dict[int, torch.Tensor] | None:
     """The gradients that `backward()` brings most likely: 1 for the first result that is a number.
     With half precision the loss will be scaled, and gradients for 1 could vanish."""
@@ -231,7 +386,7 @@ def _loss(graph: ModelGraph, step: SplitStep) -> dict[int, torch.Tensor] | None:
     if any(isinstance(v, torch.Tensor) and v.dtype is torch.float16 for v in values):
         return None
     outputs = graph.output.args[0]
-    for k, differentiable in enumerate(step.differentiable()):
+    for k, differentiable in enumerate(step.differentiable):
         if differentiable and k >= len(graph.mutations):
             fake = outputs[k].meta["val"]  # type: ignore[index, union-attr]
             if fake.ndim == 0:

@@ -157,6 +157,7 @@ class _Slices:
                 if self.tangents is not None:
                     self.backward(0, number, {}, True)
             return None if self.tangents is None else self.gradients()
+        stored = self.fixed[: step.parameters]
         step.parameters_of_stages.borrow(self.fixed, pipeline)
         calls = {
             stage: StageCalls(
@@ -168,7 +169,7 @@ class _Slices:
         pipeline.run(calls, step.crossing, backward=self.tangents is not None)
         if self.tangents is None:
             return None
-        return step.parameters_of_stages.hand_back(self.gradients(), self.fixed, pipeline)
+        return step.parameters_of_stages.hand_back(self.gradients(), stored, pipeline)
 
     def forward(self, stage: int, number: int, received: Values) -> dict[str, torch.Tensor]:
         """Run a stage for a slice; what the next stage is sent."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from autopar.passes.cut import Crossing
 from autopar.runtime.pipeline_runtime import Pipeline
@@ -73,12 +74,13 @@ class StageParameters:
         for k, part in added:
             known = grads[k]
             grads[k] = part if known is None else known + part
-        for k, owner in self.owners.items():
-            if owner is None and self.users.get(k) and self.like[k].differentiable:
-                total = self._own(grads[k], k).clone()
-                torch.distributed.all_reduce(total, group=pipeline.group)
-                grads[k] = total
-            elif owner is not None and owner != pipeline.rank:
+        for k, rank in self.owners.items():
+            if rank is None and self.users.get(k):  # all have it
+                if self.like[k].differentiable:
+                    total = self._own(grads[k], k).clone()
+                    dist.all_reduce(total, group=pipeline.group)
+                    grads[k] = total
+            elif rank is not None and rank != pipeline.rank:
                 grads[k] = torch.zeros_like(stored[k])
         return grads
 

@@ -157,7 +157,7 @@ class StepChoice:
 
     def _sized_step(self, key: Any, call: Call, alike: Sequence[BoundStep]) -> BoundStep | None:
         """A step for a call of new sizes, without compiling it, where that can be."""
-        if len(alike) < 2 or any(step.microbatches > 1 for step in alike):
+        if len(alike) < 2 or any(step.split for step in alike):
             return None
         layout = self._compiler.layout_of(call)
         step = self._sized.find(key, _without_sizes(key), call, layout, alike)

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.comm import world
 from autopar.comm.offloaded_parameters import offloadable
 from autopar.comm.ranks import WorldRanks
+from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import autoplan, compile_step, plan_step
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
 from autopar.errors import CaptureError, MeshError, PlanError
@@ -35,7 +38,7 @@ from autopar.runtime.batch import BatchDim, BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
 from autopar.runtime.deferred_parameters import refuse_without_values
-from autopar.runtime.distribute import distribute, shards, stored_specs
+from autopar.runtime.distribute import distribute, shards, stored_layouts, stored_specs
 from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
 from autopar.runtime.optimizer_state import handle_state_dicts
@@ -63,6 +66,8 @@ class EngineOptions:
     precision: Precision | None = None
     microbatches: int = 1
     microbatch: str = "exact"
+    schedule: str | None = None
+    stages: str | None = None
 
 
 class StepCompiler:
@@ -98,6 +103,7 @@ class StepCompiler:
             self.device.type,
             WorldRanks(),
         )
+        self.stage_place = self.place.of_a_stage(cluster)
         self._count = 0
         self._names: list[str] | None = None  # of positional arguments
         if initial is None:
@@ -182,7 +188,7 @@ class StepCompiler:
             )
 
         trainable = trainable_inputs(graph, self.model) | differentiated
-        if options.microbatches > 1:
+        if options.microbatches > 1 or options.step.cluster.pipeline_ranks > 1:
             return self._compile_split(call, varying, layout, graph, trainable, fixed)
         compiled = compile_step(
             graph,
@@ -212,22 +218,28 @@ class StepCompiler:
     ) -> BoundStep:  # fmt: skip
         """The step in microbatches."""
         options = self.options
+        cluster = options.step.cluster
 
-        def example(plan: ShardingPlan, graph: ModelGraph, local: LocalProgram) -> Arguments:
-            self._lay_out(plan)
+        def example(
+            plan: ShardingPlan, owners: Mapping[str, int | None], graph: ModelGraph,
+            local: LocalProgram,
+        ) -> Arguments:  # fmt: skip
+            self._lay_out(plan, owners)
             return Arguments(self._example(graph, local, layout, frozenset()))
 
         compiler = SplitCompiler(
             options.microbatches, options.microbatch == "independent", options.batch_dim,
-            self.place, self.mesh, self.device, options.step, self._decide, example,
+            options.schedule, options.stages, self.place, self.stage_place, self.mesh, self.device,
+            cluster, replace(options.step, cluster=cluster.of_a_stage()), self._decide, example,
             lambda part: self._trace(self.layout_of(part), part, varying),
         )  # fmt: skip
-        compiled, step, whole = compiler.compile(call, layout, graph, trainable, fixed.parameters)
+        stored = stored_layouts(self.model) if self.laid_out else {}
+        compiled, step, whole = compiler.compile(call, layout, graph, trainable, stored)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
             self._count, compiled, step.train, step.evaluate, layout, parameters,
             Assumptions.of(self.model), bind_reads(self.model, graph.reads),
-            step.result_gradients.feeding, whole, options.microbatches,
+            step.result_gradients.feeding, whole, split=True,
         )  # fmt: skip
 
     def layout_of(self, call: Call) -> BatchLayout:
@@ -297,7 +309,7 @@ class StepCompiler:
         self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None
     ) -> StepPlan:
         """The plan that was given, that of a step for other sizes, or a new one; on rank 0."""
-        options, cluster = self.options, self.options.step.cluster
+        options, cluster = self.options, self.options.step.cluster.of_a_stage()
         if alike is not None and alike.memory is None:
             plan = replace(alike.plan, fingerprint=graph.fingerprint)
             if self._serves(graph, plan, fixed):
@@ -321,17 +333,18 @@ class StepCompiler:
         scheduled = cluster.memory_bytes is not None and options.step.lowered
         if not scheduled or cluster.world_size == 1:  # the schedule of one device comes later
             unlimited = math.inf if scheduled else None
-            plan = autoplan(self.model, budget_bytes=unlimited, **planning).plan
-            return StepPlan(replace(plan, budget_bytes=cluster.budget_bytes))
+            planned = autoplan(self.model, budget_bytes=unlimited, **planning)
+            plan = replace(planned.plan, budget_bytes=cluster.budget_bytes)
+            return StepPlan(plan, planned=planned)
         joint = plan_step(self.model, output_specs=fixed.outputs, **planning)
         program = None if joint.step is None else joint.step.program
-        return StepPlan(joint.planned.plan, program, joint.memory)
+        return StepPlan(joint.planned.plan, program, joint.memory, joint.planned)
 
     def _serves(self, graph: ModelGraph, plan: ShardingPlan, fixed: FixedLayouts) -> bool:
         """Whether a plan for other sizes is one for a graph."""
         try:
             apply_sharding(
-                graph, plan, coords=self.place.coords, groups=self.place.groups,
+                graph, plan, coords=self.stage_place.coords, groups=self.place.groups,
                 output_specs=fixed.outputs, whole_sizes=fixed.whole_sizes,
             )  # fmt: skip
             nodes = graph.compute_nodes()
@@ -344,12 +357,20 @@ class StepCompiler:
             log.info("planning anew: the plan for inputs of other sizes does not serve these")
         return serves
 
-    def _lay_out(self, plan: ShardingPlan) -> None:
-        """Lay parameters and optimizer state out by the first plan."""
+    def _lay_out(self, plan: ShardingPlan, owners: Mapping[str, int | None] | None = None) -> None:
+        """Lay parameters and optimizer state out by the first plan.
+
+        Args:
+            owners: by name of a parameter, the rank of the pipeline that has it.
+        """
         if self.laid_out:
             return
+        layouts = {
+            name: StoredLayout(spec, (owners or {}).get(name) if spec.ndim else None)
+            for name, spec in plan.parameter_specs().items()
+        }
         distribute(
-            self.model, self.optimizer, plan.parameter_specs(), self.mesh, self.place.coords,
+            self.model, self.optimizer, layouts, self.mesh, self.place.coords,
             self.device, self._initial.names, self._initial.fill,
         )  # fmt: skip
         self.laid_out = True
@@ -367,9 +388,10 @@ class StepCompiler:
         """Tensors as the program will be called with."""
         parameters: dict[str, Any] = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
+        nodes = program.gm.graph.find_nodes(op="placeholder")
         example = [
-            parameters[n].to_local().detach().requires_grad_(parameters[n].requires_grad)
-            for n in graph.parameters.values()
+            _like(parameters[n], node)
+            for n, node in zip(graph.parameters.values(), nodes, strict=False)
         ]
         example += [buffers[n] for n in graph.buffers.values()]
         example += [t.to(self.device) for t in graph.constants.values()]
@@ -398,6 +420,15 @@ def _varying_sizes(graph: ModelGraph, alike: BoundStep | None, ranks: int) -> fr
     held = [shape_of(graph.placeholders[name].meta["val"]) for name in graph.parameters]
     batches = {shape[0] for shape in input_shapes(graph) if shape}
     return frozenset(varying.difference(batches, *held))
+
+
+def _like(p: Any, node: fx.Node) -> torch.Tensor:
+    """A parameter's shard, or a tensor like it where another rank of the pipeline has it."""
+    local = p.to_local().detach()
+    if tuple(local.shape) != tuple(node.meta["local_shape"]):
+        with FakeTensorMode():
+            local = torch.empty(node.meta["local_shape"], dtype=local.dtype, device=local.device)
+    return local.requires_grad_(p.requires_grad)
 
 
 def _eager(local: LocalProgram) -> Callable[..., Any]:

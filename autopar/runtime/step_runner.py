@@ -198,7 +198,7 @@ class StepRunner:
             flat += [buffers[n] for n in graph.buffers.values()]
         constants = graph.numbers.fill(graph.constants, values)
         flat += [t.to(device) for t in constants.values()]
-        if step.microbatches > 1:  # which take their parts of the whole batch
+        if step.split:
             flat += [x.to(device) for x in call.tensors]
         else:
             flat += step.layout.take(call.tensors, program.input_specs, mesh, coords, device)
