@@ -71,11 +71,13 @@ class SplitStep:
         draws: the graph draws random numbers of torch's generators.
         result_gradients: which results have a part in which gradients.
         differentiable: whether each result carries a gradient.
+        device: of this rank.
         carried: by position of a buffer, the result that each slice hands to the next.
+        plain: by position, results that are no tensors.
         pipeline: of whose ranks this is one; None if this rank runs all stages.
         parameters_of_stages: where parameters are.
         stage_of_result: by position.
-        results_like: on each rank; None of what is no tensor.
+        results_like: by position, tensors of the results that another rank computes.
         late: positions of results that the caller fetches from their stage when it reads them.
         expected: gradients of results with which slices run backward at once; None to wait.
     """
@@ -90,11 +92,13 @@ class SplitStep:
     draws: bool
     result_gradients: ResultGradients
     differentiable: Sequence[bool]
+    device: torch.device
     carried: Mapping[int, int] = field(default_factory=dict)
+    plain: Mapping[int, Any] = field(default_factory=dict)
     pipeline: Pipeline | None = None
     parameters_of_stages: StageParameters = field(default_factory=StageParameters)
     stage_of_result: Mapping[int, int] = field(default_factory=dict)
-    results_like: Sequence[Crossing | None] = ()
+    results_like: Mapping[int, Crossing] = field(default_factory=dict)
     late: frozenset[int] = frozenset()
     expected: Tangents | None = None
 
@@ -178,7 +182,7 @@ class _Slices:
         program = bound.program
         arguments = [*self._entered(size, stage), *self._others(number, size, program)]
         arguments += [received[name] for name in program.received]
-        with self._draws(number):
+        with self._draws(stage, number):
             if not self.training:
                 outputs: Sequence[Any] = program.body(*arguments)
             else:
@@ -262,20 +266,18 @@ class _Slices:
         }
 
     def results(self) -> tuple[Any, ...]:
-        """Of the batch."""
+        """Of the batch, on every rank; late ones only where they were computed."""
         step, count = self.step, len(self.step.slicing.sizes)
-        results = []
+        results: list[Any] = []
         for k, parts in enumerate(self.parts):
+            if k in step.plain:
+                results.append(step.plain[k])
+                continue
             if len(parts) == count:
                 result = step.slicing.combine(k, [parts[number] for number in range(count)])
             else:
-                like = step.results_like[k]
-                result = None if like is None else like.empty()
-            if (
-                step.pipeline is not None
-                and isinstance(result, torch.Tensor)
-                and k not in step.late
-            ):
+                result = step.results_like[k].empty()
+            if step.pipeline is not None and k not in step.late:
                 result = step.pipeline.broadcast(result.contiguous(), step.stage_of_result[k])
             results.append(result)
         return tuple(results)
@@ -328,13 +330,15 @@ class _Slices:
                 yield (self.seed + number * _SEEDS_APART) % 2**62
 
     @contextmanager
-    def _draws(self, number: int) -> Iterator[None]:
-        """Slices draw other random numbers each, and the same when they run again."""
+    def _draws(self, stage: int, number: int) -> Iterator[None]:
+        """Slices and stages draw other random numbers each, and the same when they run again."""
         if not self.step.draws:
             yield
             return
-        with torch.random.fork_rng():
-            torch.manual_seed((self.random + number * _SEEDS_APART) % 2**62)
+        device = self.step.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            place = stage * len(self.step.slicing.sizes) + number
+            torch.manual_seed((self.random + place * _SEEDS_APART) % 2**62)
             yield
 
 
