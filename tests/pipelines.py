@@ -197,7 +197,7 @@ class Logits(nn.Module):
     """A loss, and beside it logits that are so large that they are gathered when they are read;
     and hidden states of the first stage."""
 
-    def __init__(self, classes: int = 1500, width: int = 16) -> None:
+    def __init__(self, classes: int = 22000, width: int = 16) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(8, width), nn.Linear(width, width)
         self.wide = nn.Linear(width, classes)

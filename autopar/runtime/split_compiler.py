@@ -107,7 +107,8 @@ class SplitCompiler:
             fixed = self._fixed(layout, slice_, split, specs)
             plan, local = apply_plan(
                 slice_, partial(self._decided, slice_, fixed, first), self.stage_place,
-                self.options, trainable=trainable, output_specs=fixed.outputs,
+                self.options, trainable=trainable,
+                output_specs=fixed.outputs if first is None else _as_before(slice_, first.local),
             )  # fmt: skip
             firsts = _numbers(slice_, plan)
             programs = stage_programs(slice_, plan, local, self.options, firsts)
@@ -341,6 +342,16 @@ class SplitCompiler:
                 rows = tuple(each * size * ranks for size in sizes)
             results[k] = WholeResult(spec, shape_of(fake), fake.stride(), dim, rows, owner)
         return results
+
+
+def _as_before(graph: ModelGraph, before: LocalProgram) -> tuple[ShardingSpec, ...]:
+    """Layouts of the results of microbatches of another size: those of the first ones."""
+    outputs: Any = graph.output.args[0]
+    return tuple(
+        before.result_specs[k]
+        for k, x in enumerate(outputs)
+        if k >= len(graph.mutations) and isinstance(x, fx.Node)
+    )
 
 
 def _differentiable(compiled: Mapping[int, CompiledSlice], results: int) -> list[bool]:
