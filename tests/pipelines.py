@@ -179,6 +179,30 @@ class Normed(nn.Module):
         return F.cross_entropy(self.head(h), y)
 
 
+class Counted(nn.Module):
+    """A counter that every stage reads, and a mean of activations that one updates and another
+    one may read."""
+
+    def __init__(self, shared_mean: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 3)
+        self.shared_mean = shared_mean
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x, y):
+        if self.training:
+            self.count.add_(1)
+        for k, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x)) / (1 + 0.1 * self.count)
+            if k == 1 and self.training:
+                self.mean.lerp_(x.detach().mean(0), 0.1)
+        if self.shared_mean:
+            x = x - self.mean
+        return F.cross_entropy(self.head(x) * (1 + 0.1 * self.count), y)
+
+
 class Dropped(nn.Module):
     """Dropout in two stages, and the dropped values beside the loss."""
 
@@ -290,6 +314,7 @@ MODELS = {
     "frozen": Model(Frozen, vectors),
     "frozen end": Model(lambda: Frozen((2, 3)), vectors),
     "normed": Model(Normed, vectors),
+    "counted": Model(Counted, vectors),
     "dropped": Model(Dropped, vectors),
     "logits": Model(Logits, vectors),
 }

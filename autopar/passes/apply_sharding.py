@@ -357,6 +357,7 @@ class _Rewriter:
         deferred: dict[int, ShardingSpec] = {}
         given: dict[int, ShardingSpec] = {}
         remaining = iter(output_specs or ())  # of tensors alone
+        numbers = {node: number for number, node in enumerate(self.graph.compute_nodes())}
         for i, value in enumerate(self.graph.output.args[0]):  # type: ignore[arg-type]
             if not isinstance(value, fx.Node):
                 flat.append(value)
@@ -367,6 +368,7 @@ class _Rewriter:
             elif i in waiting:
                 spec = deferred[i] = self._most_split(*producer(value))
             given[i] = spec
+            self.number = numbers.get(producer(value)[0], -1)  # a stage converts its results
             flat.append(self._value(value, spec))
         self.out.output(tuple(flat))
         return deferred, given

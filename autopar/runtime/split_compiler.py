@@ -299,10 +299,12 @@ class SplitCompiler:
         )
         parameters, buffers = list(graph.parameters), list(graph.buffers)
         carried = {
-            len(parameters) + buffers.index(name): k
+            k: len(parameters) + buffers.index(name)
             for k, name in enumerate(graph.mutated_in_order)
             if split.results[k] == "C"
         }
+        for k, position in carried.items():
+            _check_readers(k, position, graph.mutations[k], next(iter(compiled.values())).programs)
         outputs: Any = graph.output.args[0]
         return SplitStep(
             slicing,
@@ -342,6 +344,24 @@ class SplitCompiler:
                 rows = tuple(each * size * ranks for size in sizes)
             results[k] = WholeResult(spec, shape_of(fake), fake.stride(), dim, rows, owner)
         return results
+
+
+def _check_readers(
+    result: int, position: int, name: str, programs: Sequence[StageProgram]
+) -> None:
+    """Refuse a buffer that one stage updates and another one reads.
+
+    Args:
+        result: the position of its new value.
+        position: among the arguments of the entire program.
+    """
+    for stage, program in enumerate(programs):
+        if position in program.others and result not in program.results:
+            raise PlanError(
+                f"stage {stage} reads buffer {name}, which another stage updates in every "
+                "microbatch; begin stages elsewhere (stages=), so that one has all that uses it, "
+                "or use fewer stages"
+            )
 
 
 def _as_before(graph: ModelGraph, before: LocalProgram) -> tuple[ShardingSpec, ...]:

@@ -72,7 +72,7 @@ class SplitStep:
         result_gradients: which results have a part in which gradients.
         differentiable: whether each result carries a gradient.
         device: of this rank.
-        carried: by position of a buffer, the result that each slice hands to the next.
+        carried: by position of a result that each slice hands to the next, that of the buffer.
         plain: by position, results that are no tensors.
         pipeline: of whose ranks this is one; None if this rank runs all stages.
         parameters_of_stages: where parameters are.
@@ -145,6 +145,7 @@ class _Slices:
         self.sliced = step.slicing.slices(self.fixed[step.parameters :], inputs)
         self.random = torch.initial_seed() if step.draws else 0
         self.entered: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self.handed_on: dict[tuple[int, int], torch.Tensor] = {}  # buffers, by stage and position
         # by result and by number of the slice
         self.parts: list[dict[int, Any]] = [{} for _ in step.slicing.results]
         self.saved: dict[tuple[int, int], list[Any]] = {}
@@ -180,7 +181,7 @@ class _Slices:
         size = self.step.slicing.sizes[number]
         bound = self.step.stages[size][stage]
         program = bound.program
-        arguments = [*self._entered(size, stage), *self._others(number, size, program)]
+        arguments = [*self._entered(size, stage), *self._others(stage, number, program)]
         arguments += [received[name] for name in program.received]
         with self._draws(stage, number):
             if not self.training:
@@ -190,9 +191,8 @@ class _Slices:
         count = len(program.results)
         for k, part in zip(program.results, outputs[:count], strict=True):
             self.parts[k][number] = part
-            for position, result in self.step.carried.items():
-                if result == k:
-                    self.fixed[position] = part
+            if k in self.step.carried:
+                self.handed_on[stage, self.step.carried[k]] = part
         made = dict(zip(program.made, outputs[count:], strict=False))
         if self.tangents is not None:
             self.saved[stage, number] = list(outputs[count + len(made) :])
@@ -314,15 +314,15 @@ class _Slices:
                 self.entered[key] = list(bound.program.enter(*parameters))
         return self.entered[key]
 
-    def _others(self, number: int, size: int, program: StageProgram) -> Iterator[torch.Tensor]:
+    def _others(self, stage: int, number: int, program: StageProgram) -> Iterator[torch.Tensor]:
         """What the body takes besides parameters."""
         own: list[torch.Tensor] | None = None
         for k in program.others:
             if k < self.step.fixed:
-                yield self.fixed[k]
+                yield self.handed_on.get((stage, k), self.fixed[k])
                 continue
             if own is None:
-                own = self.step.take(size, self.sliced[number])
+                own = self.step.take(self.step.slicing.sizes[number], self.sliced[number])
             if k - self.step.fixed < len(own):
                 yield own[k - self.step.fixed]
             else:
