@@ -84,6 +84,7 @@ def compile_stages(
     Args:
         graph: of a microbatch.
         programs: of all stages.
+        place: of this rank, on the mesh of its stages; `ranks` are those that run the same stages.
         own: stages of this rank.
         split_backward: gradients of weights are a program of their own.
     """
@@ -118,8 +119,10 @@ def compile_stages(
         if split_backward and number:
             first = range(len(given) - len(received), len(given))
         body = lower(traced, None if memory is None else memory.schedule, first=first)
-        if len(own) == len(programs):
-            place.check_agreement(body.forward, body.backward)
+        place.check_agreement(
+            *(None if enter is None else enter.forward, None if enter is None else enter.backward),
+            body.forward, body.backward, body.weights,
+        )  # fmt: skip
         stages[number] = CompiledStage(program, enter, body, memory)
     return CompiledSlice(graph, local, programs, stages)
 

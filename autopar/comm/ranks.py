@@ -123,3 +123,32 @@ class WorldRanks(Ranks):
         signatures: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(signatures, signature)
         return [r for r, s in enumerate(signatures) if s != signatures[0]]
+
+
+class StageRanks(WorldRanks):
+    """All ranks of the process group, of which those of each pipeline stage decide for themselves:
+    their programs differ from those of other stages. All of them take each decision together.
+
+    Args:
+        stage: the coordinate of this rank on the pipe axis.
+    """
+
+    def __init__(self, stage: int) -> None:
+        stages: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(stages, stage)
+        self._alike = [rank for rank, other in enumerate(stages) if other == stage]
+
+    def from_rank_zero(self, decide: Callable[[], T]) -> T:
+        """The decision of the stage's first rank on its ranks; an error of any on all."""
+        first = self._alike[0]
+        mine = self.together(lambda: decide() if dist.get_rank() == first else None)
+        decisions: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(decisions, mine)
+        decided: T = decisions[first]
+        return decided
+
+    def differing(self, signature: str) -> list[int]:
+        """Ranks of the stage whose signature is not that of its first rank."""
+        signatures: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(signatures, signature)
+        return [r for r in self._alike if signatures[r] != signatures[self._alike[0]]]

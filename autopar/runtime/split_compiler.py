@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from autopar.cluster.cluster import ClusterInfo
+from autopar.comm.ranks import StageRanks
 from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import apply_plan
 from autopar.compiled_stages import CompiledSlice, compile_stages, stage_programs
@@ -100,6 +101,7 @@ class SplitCompiler:
         compiled: dict[int, CompiledSlice] = {}
         first: CompiledStep | None = None
         pipeline: Pipeline | None = None
+        stage_place = self.stage_place
         specs = {name: layout.spec for name, layout in stored.items()}
         owners = {name: layout.stage for name, layout in stored.items()}
         for size in sorted(set(sizes), reverse=True):
@@ -114,11 +116,12 @@ class SplitCompiler:
             programs = stage_programs(slice_, plan, local, self.options, firsts)
             if pipeline is None and plan.pipeline is not None:
                 pipeline = self._pipeline(plan.pipeline)
+                stage_place = replace(stage_place, ranks=StageRanks(pipeline.rank))
             if pipeline is not None and not owners:
                 owners = _owners(slice_, programs, pipeline)
             called_with = self.example(plan, owners, slice_, local)
             stages = compile_stages(
-                slice_, plan, local, programs, called_with, self.stage_place, self.options,
+                slice_, plan, local, programs, called_with, stage_place, self.options,
                 own=(0,) if pipeline is None else pipeline.own,
                 split_backward=pipeline is not None and pipeline.splits_backward,
             )  # fmt: skip
