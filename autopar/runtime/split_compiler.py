@@ -349,9 +349,7 @@ class SplitCompiler:
         return results
 
 
-def _check_readers(
-    result: int, position: int, name: str, programs: Sequence[StageProgram]
-) -> None:
+def _check_readers(result: int, position: int, name: str, programs: Sequence[StageProgram]) -> None:
     """Refuse a buffer that one stage updates and another one reads.
 
     Args:
