@@ -1,4 +1,4 @@
-"""Models that pipelines and microbatches are tried on, in float64, and training beside one device."""
+"""Models that pipelines are tried on, in float64, and training them beside one device."""
 
 from __future__ import annotations
 

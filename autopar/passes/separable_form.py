@@ -2,9 +2,12 @@
 
 `cross_entropy` and `nll_loss` divide by how many targets are not to be ignored (or by their
 weights). Over a part of the batch that would be another number; written out, it is a value of the
-labels alone, which can be computed from the whole batch. `broadcast_tensors`, which elementwise
-losses call, makes labels seem to depend on predictions; where it broadcasts nothing, it is left
-out. `cross_entropy` with probabilities for targets, which has no rule, is products and sums. Dropout of what all samples share (a weight) multiplies it by a mask, which is drawn once.
+labels alone, which can be computed from the whole batch. With probabilities for targets, which no
+sharding rule covers, `cross_entropy` is written as products and sums.
+
+`broadcast_tensors`, which elementwise losses call, makes labels seem to depend on predictions;
+where it broadcasts nothing, it is left out. Dropout of what all samples share (a weight) multiplies
+it by a mask, which is drawn once.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class SplitCompiler:
         independent: each is a batch of its own.
         batch_dim: of the inputs, where all ranks pass the same batch.
         schedule: name of a pipeline's schedule; chosen if None.
-        stages: of a pipeline, by names of modules; chosen if None.
+        stages: of a pipeline, by names of operators; chosen if None.
+        pipeline: of the steps before, whose parameters are laid out by it; None at the first.
         place: of this rank; `stage_place` on the mesh of its stage.
         cluster: of all ranks.
         options: of the stages, with the cluster of one.
@@ -64,6 +65,7 @@ class SplitCompiler:
     batch_dim: BatchDim
     schedule: str | None
     stages: str | None
+    pipeline: PipelinePlan | None
     place: Place
     stage_place: Place
     mesh: DeviceMesh
@@ -81,6 +83,7 @@ class SplitCompiler:
         graph: ModelGraph,
         trainable: frozenset[str],
         stored: Mapping[str, StoredLayout],
+        alike: CompiledStep | None,
     ) -> tuple[CompiledStep, SplitStep, dict[int, WholeResult]]:
         """Compile the step of a call.
 
@@ -88,6 +91,7 @@ class SplitCompiler:
             graph: of the call.
             trainable: placeholder names of the parameters that require grad.
             stored: how parameters are laid out already, by name.
+            alike: a step for inputs of other sizes, whose plan serves this one if it can.
 
         Raises:
             NotSeparableError: the batch cannot be split exactly.
@@ -108,7 +112,7 @@ class SplitCompiler:
             slice_ = split.graphs[size * ranks]
             fixed = self._fixed(layout, slice_, split, specs)
             plan, local = apply_plan(
-                slice_, partial(self._decided, slice_, fixed, first), self.stage_place,
+                slice_, partial(self._decided, slice_, fixed, first or alike), self.stage_place,
                 self.options, trainable=trainable,
                 output_specs=fixed.outputs if first is None else _as_before(slice_, first.local),
             )  # fmt: skip
@@ -161,15 +165,25 @@ class SplitCompiler:
     ) -> StepPlan:
         """The plan of a microbatch, with its stages; on rank 0."""
         decided = self.decide(graph, fixed, alike)
-        plan = replace(decided.plan, microbatches=self.count)
         axis, ranks = self.cluster.pipe_axis, self.cluster.pipeline_ranks
-        if axis is None or ranks == 1 or plan.pipeline is not None:
-            return replace(decided, plan=plan)
-        assert decided.planned is not None
-        pipeline = plan_stages(
-            decided.planned, axis, ranks, self.count, schedule=self.schedule, stages=self.stages
-        )
-        return replace(decided, plan=replace(plan, pipeline=pipeline))
+        pipeline = None
+        if axis is not None and ranks > 1:
+            pipeline = decided.plan.pipeline or self.pipeline
+            if pipeline is None or _missing(graph, pipeline):
+                if decided.planned is None:  # the plan was another call's
+                    decided = self.decide(graph, fixed, None)
+                if decided.planned is None:
+                    raise PlanError(
+                        "the plan that was given has no pipeline stages for this call of the "
+                        f"model, and the mesh has {ranks} ranks for them; plan with this mesh, or "
+                        "leave plan= out"
+                    )
+                pipeline = plan_stages(
+                    decided.planned, axis, ranks, self.count,
+                    schedule=self.schedule, stages=self.stages,
+                )  # fmt: skip
+        plan = replace(decided.plan, microbatches=self.count, pipeline=pipeline)
+        return replace(decided, plan=plan)
 
     def _pipeline(self, plan: PipelinePlan) -> Pipeline:
         """This rank's pipeline."""
@@ -384,6 +398,12 @@ def _differentiable(compiled: Mapping[int, CompiledSlice], results: int) -> list
     return flags
 
 
+def _missing(graph: ModelGraph, pipeline: PipelinePlan) -> list[str]:
+    """Names of operators at which stages begin that a graph does not have."""
+    names = {node.name for node in graph.compute_nodes()}
+    return [name for name in pipeline.firsts if name not in names]
+
+
 def _numbers(graph: ModelGraph, plan: ShardingPlan) -> tuple[int, ...]:
     """Numbers of the operators at which stages begin, without the first stage's.
 
@@ -393,11 +413,11 @@ def _numbers(graph: ModelGraph, plan: ShardingPlan) -> tuple[int, ...]:
     if plan.pipeline is None:
         return ()
     number = {node.name: k for k, node in enumerate(graph.compute_nodes())}
-    missing = [name for name in plan.pipeline.firsts if name not in number]
+    missing = _missing(graph, plan.pipeline)
     if missing:
         raise PlanError(
             f"the plan's stages begin at operators {missing}, which this call of the model does "
-            "not have; plan again, or name the stages by modules (stages=)"
+            "not have; plan again, or name operators that it has (stages=)"
         )
     return tuple(number[name] for name in plan.pipeline.firsts)
 

@@ -29,7 +29,7 @@ from autopar.ir.numbers import Origin
 from autopar.ir.precision import Precision, without_autocast
 from autopar.ir.size_formulas import input_shapes
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
-from autopar.plan import ShardingPlan
+from autopar.plan import PipelinePlan, ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import captured, trainable_inputs
 from autopar.runtime.adoption import adopt, check_state, restore
@@ -105,6 +105,7 @@ class StepCompiler:
         )
         self.stage_place = self.place.of_a_stage(cluster)
         self._count = 0
+        self._pipeline: PipelinePlan | None = None  # of the last step
         self._names: list[str] | None = None  # of positional arguments
         if initial is None:
             self.place.ranks.together(lambda: check_state(optimizer))
@@ -189,7 +190,7 @@ class StepCompiler:
 
         trainable = trainable_inputs(graph, self.model) | differentiated
         if options.microbatches > 1 or options.step.cluster.pipeline_ranks > 1:
-            return self._compile_split(call, varying, layout, graph, trainable, fixed)
+            return self._compile_split(call, varying, layout, graph, trainable, alike)
         compiled = compile_step(
             graph,
             lambda: self._decide(graph, fixed, None if alike is None else alike.compiled),
@@ -214,7 +215,7 @@ class StepCompiler:
 
     def _compile_split(
         self, call: Call, varying: Collection[Origin], layout: BatchLayout, graph: ModelGraph,
-        trainable: frozenset[str], fixed: FixedLayouts,
+        trainable: frozenset[str], alike: BoundStep | None,
     ) -> BoundStep:  # fmt: skip
         """The step in microbatches."""
         options = self.options
@@ -229,12 +230,15 @@ class StepCompiler:
 
         compiler = SplitCompiler(
             options.microbatches, options.microbatch == "independent", options.batch_dim,
-            options.schedule, options.stages, self.place, self.stage_place, self.mesh, self.device,
+            options.schedule, options.stages, self._pipeline, self.place, self.stage_place, self.mesh, self.device,
             cluster, replace(options.step, cluster=cluster.of_a_stage()), self._decide, example,
             lambda part: self._trace(self.layout_of(part), part, varying),
         )  # fmt: skip
         stored = stored_layouts(self.model) if self.laid_out else {}
-        compiled, step, whole = compiler.compile(call, layout, graph, trainable, stored)
+        compiled, step, whole = compiler.compile(
+            call, layout, graph, trainable, stored, None if alike is None else alike.compiled
+        )
+        self._pipeline = compiled.plan.pipeline
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
             self._count, compiled, step.train, step.evaluate, layout, parameters,
