@@ -31,12 +31,12 @@ from autopar.passes.microbatches import (
 from autopar.plan import PipelinePlan, ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.stages import plan_stages, schedule_of
-from autopar.runtime.batch import BatchDim, BatchLayout
+from autopar.runtime.batch import BatchDim, BatchLayout, batch_dims
 from autopar.runtime.bound_step import WholeResult
 from autopar.runtime.call import Call
 from autopar.runtime.pipeline_runtime import Pipeline
 from autopar.runtime.result_gradients import ResultGradients
-from autopar.runtime.slicing import Slicing, batch_dims, even_sizes
+from autopar.runtime.slicing import Slicing, even_sizes
 from autopar.runtime.split_step import SplitStep, bind_stages
 from autopar.runtime.stage_parameters import StageParameters
 
@@ -244,8 +244,7 @@ class SplitCompiler:
         if layout.local:
             dims = {k: x.dim for k, x in enumerate(layout.inputs) if x.dim is not None}
             return layout.samples or 0, dims
-        names = [x.name for x in layout.inputs]
-        return batch_dims(names, [x.shape for x in layout.inputs], self.batch_dim)
+        return batch_dims(layout.inputs, self.batch_dim)
 
     def _split(
         self, call: Call, graph: ModelGraph, trainable: frozenset[str], dims: Mapping[int, int],

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from autopar.compiled_stages import CompiledSlice
+from autopar.errors import EngineError
 from autopar.ir.precision import without_autocast
 from autopar.passes.cut import Crossing, StageProgram
 from autopar.runtime.distribute import argument_of, gradients
@@ -103,7 +104,16 @@ class SplitStep:
     expected: Tangents | None = None
 
     def train(self, *flat: torch.Tensor) -> tuple[Any, ...]:
-        """The results of the batch; their backward hands out gradients."""
+        """The results of the batch; their backward hands out gradients.
+
+        Raises:
+            EngineError: the pipeline's schedule has no backwards.
+        """
+        if self.pipeline is not None and not self.pipeline.schedule.trains:
+            raise EngineError(
+                f"schedule {self.pipeline.schedule.name!r} only evaluates; train with another one "
+                "(1f1b), or call the model under torch.no_grad()"
+            )
         results: tuple[Any, ...] = _Run.apply(self, *flat)
         return results
 

@@ -230,8 +230,9 @@ class StepCompiler:
 
         compiler = SplitCompiler(
             options.microbatches, options.microbatch == "independent", options.batch_dim,
-            options.schedule, options.stages, self._pipeline, self.place, self.stage_place, self.mesh, self.device,
-            cluster, replace(options.step, cluster=cluster.of_a_stage()), self._decide, example,
+            options.schedule, options.stages, self._pipeline, self.place, self.stage_place,
+            self.mesh, self.device, cluster,
+            replace(options.step, cluster=cluster.of_a_stage()), self._decide, example,
             lambda part: self._trace(self.layout_of(part), part, varying),
         )  # fmt: skip
         stored = stored_layouts(self.model) if self.laid_out else {}
