@@ -315,6 +315,7 @@ MODELS = {
     "frozen end": Model(lambda: Frozen((2, 3)), vectors),
     "normed": Model(Normed, vectors),
     "counted": Model(Counted, vectors),
+    "counted mean": Model(lambda: Counted(shared_mean=True), vectors),
     "dropped": Model(Dropped, vectors),
     "logits": Model(Logits, vectors),
 }
