@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules as torch_schedules
 
+from autopar.comm.ranks import Ranks
 from autopar.comm.world import explained_failures
 from autopar.passes.cut import Crossing
 from autopar.schedule.pipeline.actions import Kind, PipelineSchedule
@@ -143,11 +144,13 @@ class Pipeline:
         schedule: of all of them.
         rank: this one's number.
         group: of the ranks.
+        alike: all ranks of the run, of which those that run the same stages decide alike.
     """
 
     schedule: PipelineSchedule
     rank: int
     group: dist.ProcessGroup
+    alike: Ranks
 
     @property
     def own(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.comm import world
 from autopar.comm.offloaded_parameters import offloadable
-from autopar.comm.ranks import WorldRanks
+from autopar.comm.ranks import StageRanks, WorldRanks
 from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import autoplan, compile_step, plan_step
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
@@ -32,6 +33,7 @@ from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.plan import PipelinePlan, ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import captured, trainable_inputs
+from autopar.planner.stages import schedule_of
 from autopar.runtime.adoption import adopt, check_state, restore
 from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchDim, BatchLayout
@@ -42,9 +44,11 @@ from autopar.runtime.distribute import distribute, shards, stored_layouts, store
 from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
 from autopar.runtime.optimizer_state import handle_state_dicts
+from autopar.runtime.pipeline_runtime import Pipeline
 from autopar.runtime.program import bind
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.split_compiler import SplitCompiler
+from autopar.runtime.split_function import evaluate, train
 from autopar.runtime.step_on_shards import StepOnShards
 from autopar.sharding.node_rules import results, strategy_by_name
 from autopar.tracer import ColoTracer
@@ -233,7 +237,7 @@ class StepCompiler:
             options.schedule, options.stages, self._pipeline, self.place, self.stage_place,
             self.mesh, self.device, cluster,
             replace(options.step, cluster=cluster.of_a_stage()), self._decide, example,
-            lambda part: self._trace(self.layout_of(part), part, varying),
+            lambda part: self._trace(self.layout_of(part), part, varying), self._pipeline_of,
         )  # fmt: skip
         stored = stored_layouts(self.model) if self.laid_out else {}
         compiled, step, whole = compiler.compile(
@@ -242,10 +246,15 @@ class StepCompiler:
         self._pipeline = compiled.plan.pipeline
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
-            self._count, compiled, step.train, step.evaluate, layout, parameters,
-            Assumptions.of(self.model), bind_reads(self.model, graph.reads),
+            self._count, compiled, partial(train, step), partial(evaluate, step), layout,
+            parameters, Assumptions.of(self.model), bind_reads(self.model, graph.reads),
             step.result_gradients.feeding, whole, split=True,
         )  # fmt: skip
+
+    def _pipeline_of(self, plan: PipelinePlan) -> Pipeline:
+        rank = self.place.coords[plan.axis]
+        group = self.mesh.get_group(plan.axis)
+        return Pipeline(schedule_of(plan), rank, group, StageRanks(rank))
 
     def layout_of(self, call: Call) -> BatchLayout:
         """How a call's batch enters; on all ranks.
