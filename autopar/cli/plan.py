@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from autopar.cli.common import DEFAULT_DEVICE
 from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.device import device as device_of
-from autopar.compile import autoplan, compile_first_rank, plan_step
+from autopar.compile import autoplan, compile_first_rank, plan_batch, plan_step
 from autopar.files import write_atomically
 from autopar.plan import Baseline, ParetoPoint, ShardingPlan
 from autopar.planner import pareto
@@ -23,6 +24,7 @@ from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
 from autopar.progress import Progress
 from autopar.report.html import render_html
+from autopar.report.pipeline import pipeline_trace
 from autopar.report.text import render, terminal_width
 from autopar.report.trace import trace_of
 
@@ -88,12 +90,14 @@ def make_plan(
     schedule: bool,
     trace: Path | None,
     dump_passes: Path | None,
+    batch: Mapping[str, Any],
     **options: Any,
 ) -> ShardingPlan:
     """The plan, with what was requested beside it.
 
     Args:
         schedule: also schedule the step if everything fits the memory.
+        batch: how the batch is split: `microbatches`, `microbatch`, `schedule`, `stages`.
         trace: file for the predicted step.
         dump_passes: folder for the first rank's graphs before and after each pass.
         options: of `build_problem` and `search_meshes`.
@@ -103,6 +107,8 @@ def make_plan(
     if isinstance(target, AnyMesh):
         options |= vars(target)
         joint = JointPlan(search_meshes(model, args, kwargs, **options))
+    elif target.pipeline_ranks > 1 or (batch["microbatches"] or 1) > 1:
+        return _plan_of_batch(example, target, batch, trace, options)
     elif target.memory_bytes is None and not schedule:
         joint = JointPlan(autoplan(model, args, kwargs, cluster=target, **options))
     else:
@@ -127,6 +133,19 @@ def make_plan(
             planned.space, time_limit=time_limit, progress=progress, mask=planned.mask
         ).points
     return replace(planned.plan, baselines=rows, pareto_front=points)
+
+
+def _plan_of_batch(
+    example: Example, target: ClusterInfo, batch: Mapping[str, Any], trace: Path | None,
+    options: Mapping[str, Any],
+) -> ShardingPlan:  # fmt: skip
+    """The plan of a step in microbatches. Baselines have none, and are left out."""
+    plan = plan_batch(
+        example.model, example.args, example.kwargs, cluster=target, **batch, **options
+    ).plan
+    if trace is not None and plan.pipeline is not None:
+        write_atomically(trace, json.dumps(pipeline_trace(plan.pipeline)) + "\n")
+    return plan
 
 
 def write_html(plan: ShardingPlan, path: Path) -> None:

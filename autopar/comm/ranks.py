@@ -70,6 +70,41 @@ class Ranks:
         return []
 
 
+class GroupRanks(Ranks):
+    """Some ranks of the process group: those of one pipeline stage.
+
+    Args:
+        group: of them; this rank is one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def _of_all(self, mine: Any) -> list[Any]:
+        answers: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(answers, mine, group=self._group)
+        return answers
+
+    def from_rank_zero(self, decide: Callable[[], T]) -> T:
+        box: list[Any] = [None, None]
+        if dist.get_rank(self._group) == 0:
+            try:
+                box[0] = decide()
+            except AutoparError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, group=self._group, group_src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def all(self, mine: bool) -> bool:
+        return all(self._of_all(mine))
+
+    def differing(self, signature: str) -> list[int]:
+        signatures = self._of_all(signature)
+        return [r for r, s in enumerate(signatures) if s != signatures[0]]
+
+
 class WorldRanks(Ranks):
     """All ranks of the process group."""
 

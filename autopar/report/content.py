@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.plan import (
@@ -18,29 +17,12 @@ from autopar.plan import (
     ShardingPlan,
     TimeEstimate,
 )
+from autopar.report.pipeline import pipeline_table
+from autopar.report.table import Table
 from autopar.units import bytes_text, count_text, mesh_text, time_text
 
 # Modules without parameters that take less than this share of the time are summed up.
 SMALL = 0.01
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table.
-
-    Args:
-        title: heading.
-        columns: headings; `>` at the end marks a column of right-aligned numbers.
-        rows: cells.
-        note: text below the table.
-        total: index of the row with the sums, -1 if there is none.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    total: int = -1
 
 
 def _percent(part: float, total: float) -> str:
@@ -54,16 +36,25 @@ def _fits(memory_bytes: float, plan: ShardingPlan) -> bool:
 def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
     """The plan's purpose, predicted time and memory."""
     cluster = ClusterInfo.from_dict(plan.cluster)
+    if plan.pipeline is not None:
+        cluster = cluster.with_stages(plan.pipeline.ranks)
     links = ", ".join(
         f"{cluster.axis_label(axis)} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
         for axis, link in enumerate(cluster.links)
     )
     precision = [] if plan.precision is None else [("precision", str(plan.precision))]
+    split = []
+    if plan.pipeline is not None:
+        stages, ranks = len(plan.pipeline.stages), plan.pipeline.ranks
+        split.append(("pipeline", f"{stages} stages on {ranks} ranks, {plan.pipeline.schedule}"))
+    if plan.microbatches > 1:
+        split.append(("microbatches", str(plan.microbatches)))
     return [
         ("model", f"{plan.model} (graph {plan.fingerprint})"),
         ("mesh", f"{cluster.mesh_text}: {cluster.world_size} x {cluster.device.name}"),
         ("links", links),
         *precision,
+        *split,
         ("step", time_text(plan.time.step_us)),
         (
             "memory",
@@ -311,6 +302,7 @@ def decisions_table(plan: ShardingPlan) -> Table:
 def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
     """All tables except the one of decisions, in the order of a report."""
     every = [
+        pipeline_table(plan),
         modules_table(plan, fold=fold),
         time_table(plan.time),
         memory_table(plan.memory, plan.budget_bytes),

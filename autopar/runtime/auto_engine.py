@@ -49,7 +49,7 @@ def auto_engine(
     lower: bool = True,
     compile: bool = False,
     constraints: Mapping[str, str] | None = None,
-    microbatches: int = 1,
+    microbatches: int | None = None,
     microbatch: str = "exact",
     schedule: str | None = None,
     stages: str | None = None,
@@ -113,16 +113,12 @@ def auto_engine(
     """
     if batch not in ("global", "local"):
         raise ValueError(f"batch must be 'global' or 'local', got {batch!r}")
-    if batch == "global" and batch_dim != 0 and microbatches == 1:
-        raise ValueError("batch_dim is for batch='local' or microbatches; this call needs none")
     if compile and not lower:
         raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
     if microbatch not in ("exact", "independent"):
         raise ValueError(f"microbatch must be 'exact' or 'independent', got {microbatch!r}")
-    if not isinstance(microbatches, int) or microbatches < 1:
+    if microbatches is not None and (not isinstance(microbatches, int) or microbatches < 1):
         raise ValueError(f"microbatches must be a positive number, got {microbatches!r}")
-    if microbatches > 1 and not lower:
-        raise ValueError("microbatches run lowered graphs; leave lower=False out")
     policy = Precision.of(precision)
     if isinstance(plan, str | Path):
         plan = ShardingPlan.load(plan)
@@ -135,6 +131,13 @@ def auto_engine(
     refuse_outputs(constraints)
     model = unwrapped(model)
     cluster = as_cluster(cluster_info).with_memory(memory)
+    if plan is not None and microbatches is None:
+        microbatches = plan.microbatches
+    splits = (microbatches or 1) > 1 or cluster.pipeline_ranks > 1
+    if splits and not lower:
+        raise ValueError("microbatches and stages run lowered graphs; leave lower=False out")
+    if batch == "global" and batch_dim != 0 and not splits:
+        raise ValueError("batch_dim is for batch='local', microbatches and stages")
     check_optimizer(model, optimizer)
     if policy is not None:
         policy.check(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -163,25 +163,3 @@ def extents_of(parts: Sequence[Any], state: State | None) -> list[int]:
     if state is None or state[0] != "S":
         return []
     return [part.shape[int(state[1:])] for part in parts]
-
-
-def batch_dims(
-    names: Sequence[str], shapes: Sequence[Sequence[int]], dims: Mapping[str, int | None] | int
-) -> tuple[int, dict[int, int]]:
-    """The samples of a batch, and by position the dim of the inputs that hold them.
-
-    Args:
-        names: of the arguments that hold the inputs.
-        dims: as `auto_engine(..., batch_dim=)`.
-    """
-    found: dict[int, int] = {}
-    samples = 0
-    for k, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-        dim = dims.get(name, 0) if isinstance(dims, Mapping) else dims
-        if dim is None or not shape:
-            continue
-        dim = min(dim, len(shape) - 1) if isinstance(dims, int) else dim
-        samples = samples or shape[dim]
-        if shape[dim] == samples:
-            found[k] = dim
-    return samples, found

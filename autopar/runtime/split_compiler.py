@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from autopar.cluster.cluster import ClusterInfo
+from autopar.comm import world
+from autopar.comm.ranks import GroupRanks, Ranks
 from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import apply_plan
 from autopar.compiled_stages import CompiledSlice, compile_stages, stage_programs
@@ -28,14 +30,16 @@ from autopar.passes.microbatches import (
     independent_microbatches,
 )
 from autopar.plan import PipelinePlan, ShardingPlan
+from autopar.planner.batch import batch_dims
 from autopar.planner.decisions import FixedLayouts
-from autopar.planner.stages import plan_stages, schedule_of
+from autopar.planner.microbatched import BatchPlanner
+from autopar.planner.stages import PipelineOptions, schedule_of
 from autopar.runtime.batch import BatchDim, BatchLayout
 from autopar.runtime.bound_step import WholeResult
 from autopar.runtime.call import Call
 from autopar.runtime.pipeline_runtime import Pipeline
 from autopar.runtime.result_gradients import ResultGradients
-from autopar.runtime.slicing import Slicing, batch_dims, even_sizes
+from autopar.runtime.slicing import Slicing, even_sizes
 from autopar.runtime.split_step import SplitStep, bind_stages
 from autopar.runtime.stage_parameters import StageParameters
 
@@ -44,25 +48,24 @@ from autopar.runtime.stage_parameters import StageParameters
 class SplitCompiler:
     """
     Args:
-        count: of microbatches.
+        count: of microbatches; chosen if None.
         independent: each is a batch of its own.
         batch_dim: of the inputs, where all ranks pass the same batch.
-        schedule: name of a pipeline's schedule; chosen if None.
-        stages: of a pipeline, by names of modules; chosen if None.
+        pipeline: its ranks, and what is fixed of it; None without one.
         place: of this rank; `stage_place` on the mesh of its stage.
         cluster: of all ranks.
         options: of the stages, with the cluster of one.
         decide: the plan of a microbatch, with layouts that are fixed, and a step whose plan serves
             if it can; on rank 0.
+        planner: of a batch in microbatches, with layouts that are fixed.
         example: tensors that a program of a microbatch is called with; lays parameters out.
         trace: captures the model for a call.
     """
 
-    count: int
+    count: int | None
     independent: bool
     batch_dim: BatchDim
-    schedule: str | None
-    stages: str | None
+    pipeline: PipelineOptions | None
     place: Place
     stage_place: Place
     mesh: DeviceMesh
@@ -70,6 +73,7 @@ class SplitCompiler:
     cluster: ClusterInfo
     options: StepOptions
     decide: Callable[[ModelGraph, FixedLayouts, CompiledStep | None], StepPlan]
+    planner: Callable[[Microbatches, int, FixedLayouts], BatchPlanner] | None
     example: Callable[[ShardingPlan, Mapping[str, int | None], ModelGraph, LocalProgram], Arguments]
     trace: Callable[[Call], ModelGraph]
 
@@ -95,18 +99,23 @@ class SplitCompiler:
         samples, dims = self._dims(layout)
         self._check(call, layout, samples)
         ranks = layout.cluster.world_size if layout.local else 1
-        sizes = even_sizes(samples, self.count)
-        split = self._split(call, graph, trainable, dims, samples * ranks, sizes, ranks)
+        split = self._split(call, graph, trainable, dims, samples * ranks, ranks)
+        fixed = FixedLayouts(parameters={name: layout.spec for name, layout in stored.items()})
+        chosen = self._chosen(split, samples, fixed)
+        count = self.count if chosen is None else chosen.plan.microbatches
+        assert count is not None
+        sizes = even_sizes(samples, count)
         compiled: dict[int, CompiledSlice] = {}
         first: CompiledStep | None = None
         pipeline: Pipeline | None = None
         specs = {name: layout.spec for name, layout in stored.items()}
         owners = {name: layout.stage for name, layout in stored.items()}
         for size in sorted(set(sizes), reverse=True):
-            slice_ = split.graphs[size * ranks]
+            slice_ = split.graph(size * ranks)
             fixed = self._fixed(layout, slice_, split, specs)
             plan, local = apply_plan(
-                slice_, partial(self._decided, slice_, fixed, first), self.stage_place,
+                slice_, partial(self._decided, slice_, fixed, first, chosen, count),
+                self.stage_place,
                 self.options, trainable=trainable, output_specs=fixed.outputs,
             )  # fmt: skip
             firsts = _numbers(slice_, plan)
@@ -116,12 +125,12 @@ class SplitCompiler:
             if pipeline is not None and not owners:
                 owners = _owners(slice_, programs, pipeline)
             called_with = self.example(plan, owners, slice_, local)
-            stages = compile_stages(
-                slice_, plan, local, programs, called_with, self.stage_place, self.options,
-                own=(0,) if pipeline is None else pipeline.own,
+            compile_own = partial(
+                compile_stages, slice_, plan, local, programs, called_with, self._of_a_stage(),
+                self.options, own=(0,) if pipeline is None else pipeline.own,
                 split_backward=pipeline is not None and pipeline.splits_backward,
             )  # fmt: skip
-            compiled[size] = stages
+            stages = compiled[size] = self.place.ranks.together(compile_own)
             if first is None:
                 stage = next(iter(stages.stages.values()))
                 first = CompiledStep(graph, plan, local, stage.body, stage.memory)
@@ -133,7 +142,7 @@ class SplitCompiler:
         return first, replace(step, expected=_loss(graph, step)), whole
 
     def _check(self, call: Call, layout: BatchLayout, samples: int) -> None:
-        if samples < self.count:
+        if self.count is not None and samples < self.count:
             raise EngineError(
                 f"{self.count} microbatches of a batch of {samples} samples"
                 f"{' on each rank' if layout.local else ''}: some would be empty; pass "
@@ -152,20 +161,35 @@ class SplitCompiler:
 
     # -- pipelines --------------------------------------------------------------------------------
 
-    def _decided(
-        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None
-    ) -> StepPlan:
-        """The plan of a microbatch, with its stages; on rank 0."""
-        decided = self.decide(graph, fixed, alike)
-        plan = replace(decided.plan, microbatches=self.count)
-        axis, ranks = self.cluster.pipe_axis, self.cluster.pipeline_ranks
-        if axis is None or ranks == 1 or plan.pipeline is not None:
-            return replace(decided, plan=plan)
-        assert decided.planned is not None
-        pipeline = plan_stages(
-            decided.planned, axis, ranks, self.count, schedule=self.schedule, stages=self.stages
+    def _chosen(self, split: Microbatches, samples: int, fixed: FixedLayouts) -> StepPlan | None:
+        """The plan of a batch in microbatches; None where each microbatch is planned by itself."""
+        if self.planner is None:
+            return None
+        planner = self.planner(split, samples, fixed)
+        return StepPlan.of_rank_zero(
+            lambda: StepPlan(planner.plan(self.count).plan), self.place.ranks
         )
-        return replace(decided, plan=replace(plan, pipeline=pipeline))
+
+    def _decided(
+        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None,
+        chosen: StepPlan | None, count: int,
+    ) -> StepPlan:  # fmt: skip
+        """The plan of a microbatch, with its stages; on rank 0."""
+        if chosen is not None and alike is None:
+            return chosen
+        decided = self.decide(graph, fixed, alike)
+        pipeline = decided.plan.pipeline if alike is None else alike.plan.pipeline
+        return replace(decided, plan=replace(decided.plan, microbatches=count, pipeline=pipeline))
+
+    def _of_a_stage(self) -> Place:
+        """The place among the ranks of this rank's stages, which run the same programs."""
+        axis = self.cluster.pipe_axis
+        if axis is None or self.cluster.pipeline_ranks == 1:
+            return self.stage_place
+        ranks = Ranks()
+        if self.options.cluster.world_size > 1:
+            ranks = GroupRanks(world.stage_group(self.mesh, axis))
+        return replace(self.stage_place, ranks=ranks)
 
     def _pipeline(self, plan: PipelinePlan) -> Pipeline:
         """This rank's pipeline."""
@@ -234,14 +258,13 @@ class SplitCompiler:
 
     def _split(
         self, call: Call, graph: ModelGraph, trainable: frozenset[str], dims: Mapping[int, int],
-        samples: int, sizes: Sequence[int], ranks: int,
+        samples: int, ranks: int,
     ) -> Microbatches:  # fmt: skip
         names = [n for n in graph.inputs if n is not None]
-        of_all = [size * ranks for size in sizes]
         if not self.independent:
             of_inputs = {names[k]: dim for k, dim in dims.items()}
             return self.place.ranks.together(
-                lambda: exact_microbatches(graph, of_inputs, samples, of_all, trainable)
+                lambda: exact_microbatches(graph, of_inputs, samples, trainable)
             )
 
         def trace(size: int) -> ModelGraph:
@@ -254,7 +277,12 @@ class SplitCompiler:
             args, kwargs = pytree.tree_map_only(torch.Tensor, part, call.inputs)
             return self.trace(Call.of(args, kwargs))
 
-        return independent_microbatches(graph, of_all, trace)
+        if self.count is None:
+            raise EngineError(
+                "microbatch='independent' changes with the number of microbatches: give it, as "
+                "microbatches=8"
+            )
+        return independent_microbatches(graph, -(-samples // self.count), trace)
 
     def _fixed(
         self, layout: BatchLayout, graph: ModelGraph, split: Microbatches,

@@ -29,9 +29,12 @@ from autopar.ir.numbers import Origin
 from autopar.ir.precision import Precision, without_autocast
 from autopar.ir.size_formulas import input_shapes
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
+from autopar.passes.microbatches import Microbatches
 from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
+from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.planner import captured, trainable_inputs
+from autopar.planner.stages import PipelineOptions
 from autopar.runtime.adoption import adopt, check_state, restore
 from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchDim, BatchLayout
@@ -64,7 +67,7 @@ class EngineOptions:
     time_limit: float = 60.0
     weights: Path | None = None
     precision: Precision | None = None
-    microbatches: int = 1
+    microbatches: int | None = None
     microbatch: str = "exact"
     schedule: str | None = None
     stages: str | None = None
@@ -104,6 +107,7 @@ class StepCompiler:
             WorldRanks(),
         )
         self.stage_place = self.place.of_a_stage(cluster)
+        self._pipeline = PipelineOptions.of(cluster, options.schedule, options.stages)
         self._count = 0
         self._names: list[str] | None = None  # of positional arguments
         if initial is None:
@@ -188,7 +192,7 @@ class StepCompiler:
             )
 
         trainable = trainable_inputs(graph, self.model) | differentiated
-        if options.microbatches > 1 or options.step.cluster.pipeline_ranks > 1:
+        if (options.microbatches or 1) > 1 or self._pipeline is not None:
             return self._compile_split(call, varying, layout, graph, trainable, fixed)
         compiled = compile_step(
             graph,
@@ -227,20 +231,42 @@ class StepCompiler:
             self._lay_out(plan, owners)
             return Arguments(self._example(graph, local, layout, frozenset()))
 
+        # a plan that is given serves the first call
+        plans = self._pipeline is not None and (options.plan is None or self.laid_out)
         compiler = SplitCompiler(
             options.microbatches, options.microbatch == "independent", options.batch_dim,
-            options.schedule, options.stages, self.place, self.stage_place, self.mesh, self.device,
-            cluster, replace(options.step, cluster=cluster.of_a_stage()), self._decide, example,
+            self._pipeline, self.place, self.stage_place, self.mesh, self.device,
+            cluster, replace(options.step, cluster=cluster.of_a_stage()), self._decide,
+            self._batch_planner if plans else None, example,
             lambda part: self._trace(self.layout_of(part), part, varying),
         )  # fmt: skip
         stored = stored_layouts(self.model) if self.laid_out else {}
         compiled, step, whole = compiler.compile(call, layout, graph, trainable, stored)
+        if self._pipeline is not None and compiled.plan.pipeline is not None:
+            self._pipeline = self._pipeline.as_in(compiled.plan.pipeline)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
             self._count, compiled, step.train, step.evaluate, layout, parameters,
             Assumptions.of(self.model), bind_reads(self.model, graph.reads),
             step.result_gradients.feeding, whole, split=True,
         )  # fmt: skip
+
+    def _batch_planner(
+        self, split: Microbatches, samples: int, fixed: FixedLayouts
+    ) -> BatchPlanner:
+        cluster = self.options.step.cluster
+        planning = self._planning | {"fixed": fixed}
+        return BatchPlanner(self.model, split, samples, cluster, self._pipeline, planning)
+
+    @property
+    def _planning(self) -> dict[str, Any]:
+        """Options of every planning."""
+        return {
+            "optimizer_state": self.options.step.optimizer_state,
+            "constraints": self.options.constraints,
+            "time_limit": self.options.time_limit,
+            "progress": self.options.step.progress,
+        }
 
     def layout_of(self, call: Call) -> BatchLayout:
         """How a call's batch enters; on all ranks.
@@ -319,16 +345,14 @@ class StepCompiler:
             options.plan.check(
                 fingerprint=graph.fingerprint, mesh=cluster.mesh, model=name,
                 precision=options.precision,
+                pipeline_ranks=options.step.cluster.pipeline_ranks,
             )  # fmt: skip
             return StepPlan(options.plan)
         planning: dict[str, Any] = {
             "graph": graph,
             "cluster": cluster,
-            "optimizer_state": options.step.optimizer_state,
             "fixed": fixed,
-            "constraints": options.constraints,
-            "time_limit": options.time_limit,
-            "progress": options.step.progress,
+            **self._planning,
         }
         scheduled = cluster.memory_bytes is not None and options.step.lowered
         if not scheduled or cluster.world_size == 1:  # the schedule of one device comes later
