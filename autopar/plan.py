@@ -155,6 +155,7 @@ class MeshResult:
         bound_us: no plan on the mesh is faster.
         memory_bytes: memory of that plan.
         note: why there is no plan.
+        pipe: ranks of a pipeline, outside of the mesh.
     """
 
     mesh: tuple[int, ...]
@@ -162,6 +163,13 @@ class MeshResult:
     bound_us: float
     memory_bytes: float
     note: str = ""
+    pipe: int = 1
+
+    @property
+    def text(self) -> str:
+        """`2x8`, or `pipe=4,2x8`."""
+        mesh = mesh_text(self.mesh)
+        return mesh if self.pipe == 1 else f"pipe={self.pipe},{mesh}"
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def make_plan(
     options["progress"] = progress
     model, args, kwargs = example.model, example.args, example.kwargs
     if isinstance(target, AnyMesh):
-        options |= vars(target)
+        options |= vars(target) | {"pipelines": True}
         joint = JointPlan(search_meshes(model, args, kwargs, **options))
     elif target.pipeline_ranks > 1 or (batch["microbatches"] or 1) > 1:
         return _plan_of_batch(example, target, batch, trace, options)

@@ -80,6 +80,18 @@ class TracedBatch:
         with progress.stage("trace") as running:
             graph = ColoTracer(precision=precision).trace(model, args, kwargs)
             running.done = captured(model, graph)
+        return TracedBatch.of_graph(model, args, kwargs, graph, batch_dim, precision)
+
+    @staticmethod
+    def of_graph(
+        model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], graph: ModelGraph,
+        batch_dim: Mapping[str, int | None] | int = 0, precision: Precision | None = None,
+    ) -> TracedBatch:  # fmt: skip
+        """A batch of which the graph is known.
+
+        Raises:
+            PlanError: no input holds samples.
+        """
         names = [name for name in graph.inputs if name is not None]
         shapes = [tuple(graph.placeholders[name].meta["val"].shape) for name in names]
         samples, dims = batch_dims(names, shapes, batch_dim)

@@ -17,11 +17,21 @@ import torch
 
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
 from autopar.cluster.device import Device
-from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
+from autopar.errors import (
+    AutoparError,
+    ConstraintError,
+    InfeasibleError,
+    MeshError,
+    PlanError,
+)
+from autopar.ir.graph import ModelGraph
 from autopar.ir.precision import Precision
 from autopar.plan import MeshResult
+from autopar.planner.batch import TracedBatch
 from autopar.planner.constraints import masked
+from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.planner import Planned, build_problem, captured
+from autopar.planner.stages import PipelineOptions
 from autopar.progress import Deadline, Progress, Tell
 from autopar.solver.contraction import Contraction
 from autopar.tracer import ColoTracer
@@ -53,11 +63,14 @@ def search_meshes(
     memory: str | float | None = None,
     time_limit: float = 60.0,
     progress: Progress | Tell | None = None,
+    pipelines: bool = False,
     **options: Any,
 ) -> Planned:
     """The fastest plan on a mesh of that many devices. Its `meshes` are the results of all meshes.
 
     Args:
+        pipelines: also try pipelines, of every number of ranks that divides the devices, outside of
+            meshes of one and two axes.
         device: a name of the table of devices, or a description.
         per_node: devices that fast links join.
         time_limit: seconds for all meshes together. Each gets an equal share of what is left; when
@@ -115,7 +128,62 @@ def search_meshes(
         telling.tell(f"mesh {name}: {time_text(step_us)}")
         if best is None or step_us < best.plan.time.step_us:
             best = planned
+    if pipelines:
+        best = _best_pipeline(
+            model, args, kwargs or {}, graph, best, tried, devices, per_node, device, memory,
+            deadline, telling, options,
+        )  # fmt: skip
     if best is None:  # the mesh that needs the least memory says why
         infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
         raise min(infeasible, key=lambda e: e.smallest_bytes, default=errors[0])
     return replace(best, plan=replace(best.plan, meshes=tuple(tried)))
+
+
+def _best_pipeline(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], graph: ModelGraph,
+    best: Planned | None, tried: list[MeshResult], devices: int, per_node: int,
+    device: str | Device, memory: str | float | None, deadline: Deadline, telling: Progress,
+    options: Mapping[str, Any],
+) -> Planned | None:  # fmt: skip
+    """The best plan so far, or a faster one of a pipeline; adds to the meshes that were tried."""
+    try:
+        batch = TracedBatch.of_graph(model, args, kwargs, graph)
+        split = batch.exact()
+    except PlanError as error:
+        telling.tell(f"no pipelines: {error}")
+        return best
+    shapes = [
+        (pipe, shape)
+        for pipe in range(2, devices + 1)
+        if devices % pipe == 0
+        for shape in meshes(devices // pipe, 2)
+    ]
+    for k, (pipe, shape) in enumerate(shapes):
+        if best is not None and deadline.over:
+            note = "no time left"
+            tried.append(MeshResult(shape, math.inf, 0.0, math.nan, note, pipe))
+            continue
+        names = "".join(f",axis{axis}={n}" for axis, n in enumerate(shape, 1))
+        mesh = f"pipe={pipe}{names}"
+        telling(f"mesh {mesh} ({k + 1} of {len(shapes)} with a pipeline) ...")
+        cluster = ClusterInfo.of(mesh, device, node_size=per_node).with_memory(memory)
+        pipeline = PipelineOptions.of(cluster, None, None)
+        limit = deadline.share(len(shapes) - k)
+        planner = BatchPlanner(
+            model, split, batch.samples, cluster, pipeline,
+            {**options, "progress": telling, "time_limit": limit},
+        )  # fmt: skip
+        try:
+            planned = planner.plan(None)
+        except (InfeasibleError, ConstraintError, PlanError) as error:
+            fits = not isinstance(error, InfeasibleError)
+            note = "it has fewer places to cut" if fits else "no plan fits"
+            needed = getattr(error, "smallest_bytes", math.nan)
+            tried.append(MeshResult(shape, math.inf, math.inf, needed, note, pipe))
+            continue
+        step_us, nbytes = planned.plan.time.step_us, planned.plan.memory.total_bytes
+        tried.append(MeshResult(shape, step_us, 0.0, nbytes, pipe=pipe))
+        telling.tell(f"mesh {mesh}: {time_text(step_us)}")
+        if best is None or step_us < best.plan.time.step_us:
+            best = planned
+    return best

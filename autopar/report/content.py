@@ -19,7 +19,7 @@ from autopar.plan import (
 )
 from autopar.report.pipeline import pipeline_table
 from autopar.report.table import Table
-from autopar.units import bytes_text, count_text, mesh_text, time_text
+from autopar.units import bytes_text, count_text, time_text
 
 # Modules without parameters that take less than this share of the time are summed up.
 SMALL = 0.01
@@ -226,13 +226,17 @@ def meshes_table(plan: ShardingPlan) -> Table | None:
     """The meshes that were compared, the fastest first, if the mesh was searched for."""
     if not plan.meshes:
         return None
+    chosen = 1, plan.mesh
+    if plan.pipeline is not None:
+        axis = plan.pipeline.axis
+        chosen = plan.pipeline.ranks, (*plan.mesh[:axis], *plan.mesh[axis + 1 :])
     rows = tuple(
         (
-            mesh_text(m.mesh),
+            m.text,
             time_text(m.step_us) if math.isfinite(m.step_us) else "-",
             time_text(m.bound_us) if math.isfinite(m.bound_us) else "-",
             bytes_text(m.memory_bytes) if math.isfinite(m.memory_bytes) else "",
-            "chosen" if m.mesh == plan.mesh else m.note,
+            "chosen" if (m.pipe, m.mesh) == chosen else m.note,
         )
         for m in sorted(plan.meshes, key=lambda m: (m.step_us, m.bound_us))
     )
