@@ -23,7 +23,6 @@ from autopar.schedule.agreed import agreed_schedule
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text
 
-
 # Amounts of memory that are tried for the microbatches in flight.
 _TRIES = 10
 

@@ -278,6 +278,7 @@ class PipelinePlan:
         step_us: predicted time of a step.
         bubble_fraction: part of the step in which ranks are idle, on average.
         peak_bytes: by rank of the pipeline, predicted memory of a device.
+        layout: all parts of the model, with `|` between stages; empty if one begins within a part.
     """
 
     axis: int
@@ -289,6 +290,7 @@ class PipelinePlan:
     step_us: float
     bubble_fraction: float
     peak_bytes: tuple[float, ...]
+    layout: str = ""
 
 
 @dataclass(frozen=True)

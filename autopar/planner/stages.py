@@ -12,12 +12,10 @@ from typing import Any
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.link import Link
 from autopar.errors import ConstraintError, MeshError, PlanError
-from autopar.ir.graph import ModelGraph
 from autopar.plan import MemoryEstimate, PipelinePlan, ShardingPlan, StagePlan, TimeEstimate
-from autopar.planner.names import suggestion
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import Planned
-from autopar.profiler.modules import with_parents
+from autopar.planner.stage_names import firsts_of, layout_of, name_of
 from autopar.schedule.pipeline.actions import Kind, PipelineSchedule
 from autopar.schedule.pipeline.blocks import Block
 from autopar.schedule.pipeline.check import check
@@ -218,10 +216,11 @@ def _with_pipeline(
                 **{f.name: getattr(cost, f.name) for f in fields(cost)},
             )
         )
+    layout = layout_of(planned.graph, firsts)
     pipeline = PipelinePlan(
         options.axis, options.ranks, tuple(chain.nodes[k].name for k in firsts),
         str(schedule) if given is not None else schedule.name, choice.microbatches, tuple(stages),
-        choice.step_us, choice.bubble_fraction, choice.peak_bytes,
+        choice.step_us, choice.bubble_fraction, choice.peak_bytes, layout or "",
     )  # fmt: skip
     compute = max(
         choice.microbatches
@@ -247,56 +246,3 @@ def _memory(plan: ShardingPlan, pipeline: PipelinePlan) -> MemoryEstimate:
         known.parameters_bytes * share, known.gradients_bytes * share,
         known.optimizer_bytes * share, activations, known.buffers_bytes, known.transient_bytes,
     )  # fmt: skip
-
-
-# -- names --------------------------------------------------------------------------------------
-
-
-def _first_operators(graph: ModelGraph) -> dict[str, int]:
-    """By name of a module, the number of its first operator; and by name of an operator."""
-    firsts: dict[str, int] = {}
-    nodes = list(graph.compute_nodes())
-    for k, node in enumerate(nodes):
-        for name in with_parents(graph.info(node).module):
-            firsts.setdefault(name, k)
-    firsts.pop("", None)
-    return {node.name: k for k, node in enumerate(nodes)} | firsts
-
-
-def firsts_of(graph: ModelGraph, text: str) -> list[int]:
-    """The operators at which stages begin, without the first stage's.
-
-    Args:
-        text: names of modules or operators, separated by commas.
-
-    Raises:
-        ConstraintError: a name is unknown, stands twice, or does not come after the one before.
-    """
-    known = _first_operators(graph)
-    numbers: list[int] = []
-    for name in (part.strip() for part in text.split(",")):
-        if name not in known:
-            raise ConstraintError(
-                f"stages: the model has no module or operator {name!r}{suggestion(name, known)}"
-            )
-        number = known[name]
-        if not number:
-            raise ConstraintError(
-                f"stages: {name!r} is the first of the model, where the first stage begins; name "
-                "where the second and later stages begin"
-            )
-        if numbers and number <= numbers[-1]:
-            raise ConstraintError(
-                f"stages: {name!r} does not come after the stage before it begins; name modules in "
-                "the order in which they run, each once"
-            )
-        numbers.append(number)
-    return numbers
-
-
-def name_of(graph: ModelGraph, operator: str) -> str:
-    """How a user names the place of an operator: by the largest module that begins there, or by the
-    operator."""
-    known = _first_operators(graph)
-    modules = [name for name, k in known.items() if k == known[operator] and name != operator]
-    return min(modules, key=lambda name: name.count("."), default=operator)

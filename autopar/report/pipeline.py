@@ -56,7 +56,7 @@ def pipeline_table(plan: ShardingPlan) -> Table | None:
     ranks = ", ".join(
         f"rank {rank} {bytes_text(nbytes)}" for rank, nbytes in enumerate(pipeline.peak_bytes)
     )
-    begins = ",".join(stage.first for stage in pipeline.stages[1:])
+    begins = pipeline.layout or ",".join(stage.first for stage in pipeline.stages[1:])
     name = pipeline.schedule if "\n" not in pipeline.schedule else "of a file"
     return Table(
         "Pipeline",
@@ -67,7 +67,7 @@ def pipeline_table(plan: ShardingPlan) -> Table | None:
         tuple(rows),
         f"Schedule {name}, {pipeline.microbatches} microbatches; times are of one. Ranks are idle "
         f"for {pipeline.bubble_fraction:.1%} of the step. Memory: {ranks}. To change where stages "
-        f"begin, edit and pass: --stages {begins}",
+        f"begin, edit and pass: --stages '{begins}'",
     )  # fmt: skip
 
 
