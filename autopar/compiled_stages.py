@@ -91,6 +91,7 @@ def compile_stages(
     Args:
         graph: of a microbatch.
         programs: of all stages.
+        place: of this rank, on the mesh of its stages; `ranks` are those that run the same stages.
         own: stages of this rank.
         split_backward: gradients of weights are a program of their own.
     """
@@ -121,7 +122,10 @@ def compile_stages(
             budget = _budget(graph, options, memory_bytes, [*entering, *others])
             room = StageRoom.of(plan, number)
             memory, body = _within(traced, budget, room, place, first)
-        place.check_agreement(body.forward, body.backward)
+        place.check_agreement(
+            *(None if enter is None else enter.forward, None if enter is None else enter.backward),
+            body.forward, body.backward, body.weights,
+        )  # fmt: skip
         stages[number] = CompiledStage(program, enter, body, memory)
     return CompiledSlice(graph, local, programs, stages)
 

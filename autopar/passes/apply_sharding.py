@@ -64,12 +64,14 @@ class LocalProgram:
         takes_seed: random ops draw from a seed that is the last argument.
         deferred: layouts of the results that the caller gathers when it reads them, by position
             among all that the program returns.
+        result_specs: layouts of all that are tensors, by position.
     """
 
     gm: fx.GraphModule
     input_specs: tuple[ShardingSpec, ...]
     takes_seed: bool
     deferred: Mapping[int, ShardingSpec] = field(default_factory=dict)
+    result_specs: Mapping[int, ShardingSpec] = field(default_factory=dict)
 
 
 @dataclass
@@ -148,7 +150,7 @@ class _Rewriter:
         for number, node in enumerate(self.graph.compute_nodes()):
             self.number = number
             self._call(node)
-        deferred = self._outputs(output_specs)
+        deferred, given = self._outputs(output_specs)
         takes_seed = bool(self.seed.users)
         if not takes_seed:
             self.out.erase_node(self.seed)
@@ -158,7 +160,7 @@ class _Rewriter:
             held.get(name) or self._placeholder_spec(self.graph.placeholders[name])
             for name in tensor_inputs
         )
-        return LocalProgram(gm, specs, takes_seed, deferred)
+        return LocalProgram(gm, specs, takes_seed, deferred, given)
 
     def _cast(self, node: fx.Node, argument: fx.Node) -> fx.Node:
         """An argument in the dtype of the program, cast before anything is gathered."""
@@ -345,13 +347,17 @@ class _Rewriter:
             self.streams += 1
         return arguments
 
-    def _outputs(self, output_specs: Sequence[ShardingSpec] | None) -> dict[int, ShardingSpec]:
-        """Return the results; the layouts of deferred ones."""
+    def _outputs(
+        self, output_specs: Sequence[ShardingSpec] | None
+    ) -> tuple[dict[int, ShardingSpec], dict[int, ShardingSpec]]:
+        """Return the results; the layouts of deferred ones, and of all."""
         flat: list[Any] = []
         buffers = len(self.graph.mutations)
         waiting = deferred_results(self.graph) if output_specs is None else frozenset()
         deferred: dict[int, ShardingSpec] = {}
+        given: dict[int, ShardingSpec] = {}
         remaining = iter(output_specs or ())  # of tensors alone
+        numbers = {node: number for number, node in enumerate(self.graph.compute_nodes())}
         for i, value in enumerate(self.graph.output.args[0]):  # type: ignore[arg-type]
             if not isinstance(value, fx.Node):
                 flat.append(value)
@@ -361,9 +367,11 @@ class _Rewriter:
                 spec = next(remaining)
             elif i in waiting:
                 spec = deferred[i] = self._most_split(*producer(value))
+            given[i] = spec
+            self.number = numbers.get(producer(value)[0], -1)  # a stage converts its results
             flat.append(self._value(value, spec))
         self.out.output(tuple(flat))
-        return deferred
+        return deferred, given
 
     def _most_split(self, node: fx.Node, result: int) -> ShardingSpec:
         """Of the layouts that a value is in, without sums that are due, the most split one."""

@@ -21,6 +21,7 @@ import torch
 import torch.fx as fx
 
 from autopar.comm import steps
+from autopar.ir.randomness import draws
 from autopar.passes.apply_sharding import LocalProgram
 
 _GATHERS: frozenset[Any] = frozenset({steps.all_gather, steps.all_gather_vary})
@@ -64,7 +65,8 @@ class StageProgram:
         parameters: positions of the parameters among the arguments of the entire program.
         others: positions of the other arguments that the body takes.
         received: names of the values that the stage before sends to the body.
-        results: positions of the results among those of the entire program.
+        results: positions of the results among those of the entire program; what is computed from
+            data alone may be a result of several stages.
         made: names of the values that the body gives for later stages.
         sent: values that the next stage is sent, by name: made here, or passed on.
     """
@@ -133,16 +135,17 @@ class _Cut:
             if node.op != "call_function":
                 continue
             inputs = node.all_input_nodes
-            random = any(n.op == "placeholder" and n.target == "autopar_seed" for n in inputs)
+            seeded = any(n.op == "placeholder" and n.target == "autopar_seed" for n in inputs)
+            random = seeded or draws(node)
             if any(n in of_parameters for n in inputs):
                 of_parameters.add(node)
-            if any(n in of_others for n in inputs) or _draws(node):
+            if any(n in of_others for n in inputs) or random:
                 of_others.add(node)
             placed = [stages[n] for n in inputs if n in stages]
             if node.target is operator.getitem:
                 if placed:
                     stages[node] = placed[0]
-            elif placed or random or _draws(node) or (node in of_parameters and node in of_others):
+            elif placed or random or (node in of_parameters and node in of_others):
                 own = sum(first <= node.meta.get("number", 0) for first in self.firsts)
                 stages[node] = max([own, *placed])
         return stages
@@ -151,8 +154,8 @@ class _Cut:
         count = len(self.firsts) + 1
         results: list[list[int]] = [[] for _ in range(count)]
         for k, x in enumerate(self.results):
-            stage = self.stage_of.get(x, 0) if isinstance(x, fx.Node) else 0
-            results[stage].append(k)
+            for stage in self._giving(x, count):
+                results[stage].append(k)
         used = [self._used(stage, results[stage]) for stage in range(count)]
         # the value of a stage that a later one takes goes through every cut between them
         last: dict[fx.Node, int] = {}
@@ -173,6 +176,25 @@ class _Cut:
                 )
             )  # fmt: skip
         return tuple(programs)
+
+    def _giving(self, result: Any, stages: int) -> list[int]:
+        """The stages that give a result: its own, or all that read what it is computed from (each
+        of these keeps the buffer that it updates)."""
+        if not isinstance(result, fx.Node):
+            return [0]
+        if result in self.stage_of:
+            return [self.stage_of[result]]
+        sources = self._ancestors(result).difference(self.parameters).intersection(self.arguments)
+        return [s for s in range(stages) if sources & self._used(s, ())] or [0]
+
+    @staticmethod
+    def _ancestors(node: fx.Node) -> set[fx.Node]:
+        found, stack = {node}, [node]
+        while stack:
+            new = [n for n in stack.pop().all_input_nodes if n not in found]
+            found.update(new)
+            stack += new
+        return found
 
     def _used(self, stage: int, results: Sequence[int]) -> set[fx.Node]:
         """What the operators of a stage, and those computed everywhere, read in this stage."""
@@ -246,9 +268,3 @@ class _Cut:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
         return fx.GraphModule(self.gm, graph)
-
-
-def _draws(node: fx.Node) -> bool:
-    target = node.target
-    tagged = isinstance(target, torch._ops.OpOverload)
-    return tagged and torch.Tag.nondeterministic_seeded in target.tags  # type: ignore[union-attr]

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from autopar.comm.stored_layout import pipe_axis
 from autopar.compiled_step import CompiledStep
 from autopar.ir.graph import shape_of
 from autopar.ir.spec import ShardingSpec, local_range
@@ -25,6 +27,7 @@ class WholeResult:
         spec: layout in which the program gives it.
         dim: along which it is in parts, one per microbatch; None if it is one.
         parts: global extents of these.
+        owner: the coordinate on the pipe axis whose ranks have it; None if all have.
     """
 
     spec: ShardingSpec
@@ -32,9 +35,13 @@ class WholeResult:
     stride: Sequence[int]
     dim: int | None = None
     parts: Sequence[int] = ()
+    owner: int | None = None
 
     def gather(self, local: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
         """The whole of it, from what this rank has."""
+        if self.owner is not None:
+            shared = _FromOwner.apply(local, self.owner, mesh)
+            return replace(self, owner=None).gather(shared, mesh)
         if self.dim is None:
             return self.sharded(local, mesh).full_tensor()
         sizes, coords = tuple(mesh.shape), mesh.get_coordinate()
@@ -66,6 +73,28 @@ class WholeResult:
             local, mesh, self.spec.to_placements(mesh.ndim), run_check=False,
             shape=torch.Size(self.shape), stride=tuple(self.stride),
         )  # fmt: skip
+
+
+class _FromOwner(torch.autograd.Function):
+    """What the ranks of one coordinate on the pipe axis have, on all of them.
+
+    Ranks compute the same loss of it, so each has the gradient already.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, owner: int, mesh: DeviceMesh) -> torch.Tensor:
+        axis = pipe_axis(mesh)
+        assert axis is not None, "only stages own results"
+        shared = local.contiguous()
+        if mesh.get_local_rank(axis) != owner:
+            shared = torch.empty_like(shared)
+        if shared.numel():
+            dist.broadcast(shared, group=mesh.get_group(axis), group_src=owner)
+        return shared
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return grad, None, None
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ class SplitCompiler:
             fixed = self._fixed(layout, slice_, split, specs)
             plan, local = apply_plan(
                 slice_, partial(self._decided, slice_, fixed, first, chosen, count),
-                self.stage_place,
-                self.options, trainable=trainable, output_specs=fixed.outputs,
+                self.stage_place, self.options, trainable=trainable,
+                output_specs=fixed.outputs if first is None else _as_before(slice_, first.local),
             )  # fmt: skip
             firsts = _numbers(slice_, plan)
             programs = stage_programs(slice_, plan, local, self.options, firsts)
@@ -135,7 +135,7 @@ class SplitCompiler:
                 stage = next(iter(stages.stages.values()))
                 first = CompiledStep(graph, plan, local, stage.body, stage.memory)
         assert first is not None
-        whole = self._whole_results(graph, split, compiled, sizes, ranks)
+        whole = self._whole_results(graph, split, compiled, sizes, ranks, pipeline)
         step = self._step(graph, layout, split, compiled, sizes, dims, trainable, ranks)
         if pipeline is not None:
             step = self._over_stages(step, graph, compiled, pipeline, owners, whole, trainable)
@@ -230,20 +230,17 @@ class SplitCompiler:
 
     def _results_like(
         self, graph: ModelGraph, whole: Mapping[int, WholeResult]
-    ) -> list[Crossing | None]:
-        """Results of the batch, as a rank has them."""
-        likes: list[Crossing | None] = []
+    ) -> dict[int, Crossing]:
+        """By position, results of the batch, as a rank has them; without those that are no
+        tensors."""
+        mesh, coords = self.options.cluster.mesh, self.stage_place.coords
+        likes = {}
         outputs: Any = graph.output.args[0]
         for k, value in enumerate(outputs):
-            if not isinstance(value, fx.Node):
-                likes.append(None)
-                continue
-            fake = value.meta["val"]
-            shape = list(shape_of(fake))
-            if k in whole:
-                mesh = self.options.cluster.mesh
-                shape = whole[k].local_shape(mesh, self.stage_place.coords)
-            likes.append(Crossing(tuple(shape), fake.dtype, self.device, False))
+            if isinstance(value, fx.Node):
+                fake = value.meta["val"]
+                shape = whole[k].local_shape(mesh, coords) if k in whole else shape_of(fake)
+                likes[k] = Crossing(tuple(shape), fake.dtype, self.device, False)
         return likes
 
     # -- microbatches -----------------------------------------------------------------------------
@@ -329,10 +326,13 @@ class SplitCompiler:
         )
         parameters, buffers = list(graph.parameters), list(graph.buffers)
         carried = {
-            len(parameters) + buffers.index(name): k
+            k: len(parameters) + buffers.index(name)
             for k, name in enumerate(graph.mutated_in_order)
             if split.results[k] == "C"
         }
+        for k, position in carried.items():
+            _check_readers(k, position, graph.mutations[k], next(iter(compiled.values())).programs)
+        outputs: Any = graph.output.args[0]
         return SplitStep(
             slicing,
             {size: bind_stages(slice_) for size, slice_ in compiled.items()},
@@ -344,28 +344,59 @@ class SplitCompiler:
             draws=graph.random,
             result_gradients=ResultGradients.of(graph, trainable),
             differentiable=_differentiable(compiled, len(split.results)),
+            device=self.device,
             carried=carried,
+            plain={k: x for k, x in enumerate(outputs) if not isinstance(x, fx.Node)},
         )
 
     def _whole_results(
         self, graph: ModelGraph, split: Microbatches, compiled: Mapping[int, CompiledSlice],
-        sizes: Sequence[int], ranks: int,
+        sizes: Sequence[int], ranks: int, pipeline: Pipeline | None,
     ) -> dict[int, WholeResult]:  # fmt: skip
         """Results that the caller gathers: each microbatch's part by itself."""
         outputs = graph.output.args[0]
         results = {}
-        for k, spec in next(iter(compiled.values())).local.deferred.items():
+        slice_ = next(iter(compiled.values()))
+        for k, spec in slice_.local.deferred.items():
             fake = outputs[k].meta["val"]  # type: ignore[index, union-attr]
-            state = split.results[k]
-            if not any(spec.dims) or state is None:
+            state, owner = split.results[k], None
+            if pipeline is not None:
+                owner = pipeline.schedule.rank_of_stage[slice_.stage_of_result[k]]
+            if state is None or (owner is None and not any(spec.dims)):
                 continue
             dim, rows = None, ()
             if state[0] == "S":
                 dim = int(state[1:])
                 each = fake.shape[dim] // (sum(sizes) * ranks)
                 rows = tuple(each * size * ranks for size in sizes)
-            results[k] = WholeResult(spec, shape_of(fake), fake.stride(), dim, rows)
+            results[k] = WholeResult(spec, shape_of(fake), fake.stride(), dim, rows, owner)
         return results
+
+
+def _check_readers(result: int, position: int, name: str, programs: Sequence[StageProgram]) -> None:
+    """Refuse a buffer that one stage updates and another one reads.
+
+    Args:
+        result: the position of its new value.
+        position: among the arguments of the entire program.
+    """
+    for stage, program in enumerate(programs):
+        if position in program.others and result not in program.results:
+            raise PlanError(
+                f"stage {stage} reads buffer {name}, which another stage updates in every "
+                "microbatch; begin stages elsewhere (stages=), so that one has all that uses it, "
+                "or use fewer stages"
+            )
+
+
+def _as_before(graph: ModelGraph, before: LocalProgram) -> tuple[ShardingSpec, ...]:
+    """Layouts of the results of microbatches of another size: those of the first ones."""
+    outputs: Any = graph.output.args[0]
+    return tuple(
+        before.result_specs[k]
+        for k, x in enumerate(outputs)
+        if k >= len(graph.mutations) and isinstance(x, fx.Node)
+    )
 
 
 def _differentiable(compiled: Mapping[int, CompiledSlice], results: int) -> list[bool]:
@@ -398,12 +429,15 @@ def _numbers(graph: ModelGraph, plan: ShardingPlan) -> tuple[int, ...]:
 def _owners(
     graph: ModelGraph, programs: Sequence[StageProgram], pipeline: Pipeline
 ) -> dict[str, int | None]:
-    """By name of a parameter, the rank of the first stage that uses it; None if none does."""
+    """By name of a parameter, the rank of the first stage that uses it; None if none does, and of
+    scalars: all ranks have these."""
     owners: dict[str, int | None] = dict.fromkeys(graph.parameters.values())
-    names = list(graph.parameters.values())
+    parameters = list(graph.parameters.items())
     for stage in reversed(range(len(programs))):
         for k in programs[stage].parameters:
-            owners[names[k]] = pipeline.schedule.rank_of_stage[stage]
+            placeholder, name = parameters[k]
+            if shape_of(graph.placeholders[placeholder].meta["val"]):
+                owners[name] = pipeline.schedule.rank_of_stage[stage]
     return owners
 
 

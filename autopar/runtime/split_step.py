@@ -71,11 +71,13 @@ class SplitStep:
         draws: the graph draws random numbers of torch's generators.
         result_gradients: which results have a part in which gradients.
         differentiable: whether each result carries a gradient.
-        carried: by position of a buffer, the result that each slice hands to the next.
+        device: of this rank.
+        carried: by position of a result that each slice hands to the next, that of the buffer.
+        plain: by position, results that are no tensors.
         pipeline: of whose ranks this is one; None if this rank runs all stages.
         parameters_of_stages: where parameters are.
         stage_of_result: by position.
-        results_like: on each rank; None of what is no tensor.
+        results_like: by position, tensors of the results that another rank computes.
         late: positions of results that the caller fetches from their stage when it reads them.
         expected: gradients of results with which slices run backward at once; None to wait.
     """
@@ -90,11 +92,13 @@ class SplitStep:
     draws: bool
     result_gradients: ResultGradients
     differentiable: Sequence[bool]
+    device: torch.device
     carried: Mapping[int, int] = field(default_factory=dict)
+    plain: Mapping[int, Any] = field(default_factory=dict)
     pipeline: Pipeline | None = None
     parameters_of_stages: StageParameters = field(default_factory=StageParameters)
     stage_of_result: Mapping[int, int] = field(default_factory=dict)
-    results_like: Sequence[Crossing | None] = ()
+    results_like: Mapping[int, Crossing] = field(default_factory=dict)
     late: frozenset[int] = frozenset()
     expected: Tangents | None = None
 
@@ -141,6 +145,7 @@ class _Slices:
         self.sliced = step.slicing.slices(self.fixed[step.parameters :], inputs)
         self.random = torch.initial_seed() if step.draws else 0
         self.entered: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self.handed_on: dict[tuple[int, int], torch.Tensor] = {}  # buffers, by stage and position
         # by result and by number of the slice
         self.parts: list[dict[int, Any]] = [{} for _ in step.slicing.results]
         self.saved: dict[tuple[int, int], list[Any]] = {}
@@ -176,9 +181,9 @@ class _Slices:
         size = self.step.slicing.sizes[number]
         bound = self.step.stages[size][stage]
         program = bound.program
-        arguments = [*self._entered(size, stage), *self._others(number, size, program)]
+        arguments = [*self._entered(size, stage), *self._others(stage, number, program)]
         arguments += [received[name] for name in program.received]
-        with self._draws(number):
+        with self._draws(stage, number):
             if not self.training:
                 outputs: Sequence[Any] = program.body(*arguments)
             else:
@@ -186,9 +191,8 @@ class _Slices:
         count = len(program.results)
         for k, part in zip(program.results, outputs[:count], strict=True):
             self.parts[k][number] = part
-            for position, result in self.step.carried.items():
-                if result == k:
-                    self.fixed[position] = part
+            if k in self.step.carried:
+                self.handed_on[stage, self.step.carried[k]] = part
         made = dict(zip(program.made, outputs[count:], strict=False))
         if self.tangents is not None:
             self.saved[stage, number] = list(outputs[count + len(made) :])
@@ -262,20 +266,18 @@ class _Slices:
         }
 
     def results(self) -> tuple[Any, ...]:
-        """Of the batch."""
+        """Of the batch, on every rank; late ones only where they were computed."""
         step, count = self.step, len(self.step.slicing.sizes)
-        results = []
+        results: list[Any] = []
         for k, parts in enumerate(self.parts):
+            if k in step.plain:
+                results.append(step.plain[k])
+                continue
             if len(parts) == count:
                 result = step.slicing.combine(k, [parts[number] for number in range(count)])
             else:
-                like = step.results_like[k]
-                result = None if like is None else like.empty()
-            if (
-                step.pipeline is not None
-                and isinstance(result, torch.Tensor)
-                and k not in step.late
-            ):
+                result = step.results_like[k].empty()
+            if step.pipeline is not None and k not in step.late:
                 result = step.pipeline.broadcast(result.contiguous(), step.stage_of_result[k])
             results.append(result)
         return tuple(results)
@@ -312,15 +314,15 @@ class _Slices:
                 self.entered[key] = list(bound.program.enter(*parameters))
         return self.entered[key]
 
-    def _others(self, number: int, size: int, program: StageProgram) -> Iterator[torch.Tensor]:
+    def _others(self, stage: int, number: int, program: StageProgram) -> Iterator[torch.Tensor]:
         """What the body takes besides parameters."""
         own: list[torch.Tensor] | None = None
         for k in program.others:
             if k < self.step.fixed:
-                yield self.fixed[k]
+                yield self.handed_on.get((stage, k), self.fixed[k])
                 continue
             if own is None:
-                own = self.step.take(size, self.sliced[number])
+                own = self.step.take(self.step.slicing.sizes[number], self.sliced[number])
             if k - self.step.fixed < len(own):
                 yield own[k - self.step.fixed]
             else:
@@ -328,13 +330,15 @@ class _Slices:
                 yield (self.seed + number * _SEEDS_APART) % 2**62
 
     @contextmanager
-    def _draws(self, number: int) -> Iterator[None]:
-        """Slices draw other random numbers each, and the same when they run again."""
+    def _draws(self, stage: int, number: int) -> Iterator[None]:
+        """Slices and stages draw other random numbers each, and the same when they run again."""
         if not self.step.draws:
             yield
             return
-        with torch.random.fork_rng():
-            torch.manual_seed((self.random + number * _SEEDS_APART) % 2**62)
+        device = self.step.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            place = stage * len(self.step.slicing.sizes) + number
+            torch.manual_seed((self.random + place * _SEEDS_APART) % 2**62)
             yield
 
 
