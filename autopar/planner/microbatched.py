@@ -67,7 +67,7 @@ class BatchPlanner:
                 )
             return self._at(microbatches)
         if self.pipeline is None:
-            return self._fewest()
+            return self.plan_within(1)
         first = min(self.samples, _PER_RANK * self.pipeline.ranks)
         planned = self._solved(first)
         chains = self._chains(planned, first)
@@ -92,9 +92,16 @@ class BatchPlanner:
         plan = replace(planned.plan, time=times, microbatches=microbatches)
         return replace(planned, plan=plan)
 
-    def _fewest(self) -> Planned:
-        """The fewest microbatches that fit: fewer are faster."""
-        count = 1
+    def plan_within(self, count: int) -> Planned:
+        """The plan of the fewest microbatches that fit without recomputation: fewer are faster.
+
+        Args:
+            count: of microbatches, the fewest that are tried.
+
+        Raises:
+            InfeasibleError: not even single samples fit.
+        """
+        count = min(count, self.samples)
         while True:
             try:
                 return self._at(count)

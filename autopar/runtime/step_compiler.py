@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ from autopar.comm.ranks import WorldRanks
 from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import autoplan, compile_step, plan_step
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
-from autopar.errors import CaptureError, MeshError, PlanError
+from autopar.errors import CaptureError, InfeasibleError, MeshError, PlanError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.numbers import Origin
 from autopar.ir.precision import Precision, without_autocast
 from autopar.ir.size_formulas import input_shapes
+from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.microbatches import Microbatches
 from autopar.plan import ShardingPlan
+from autopar.planner.batch import TracedBatch
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.planner import captured, trainable_inputs
@@ -192,11 +195,22 @@ class StepCompiler:
             )
 
         trainable = trainable_inputs(graph, self.model) | differentiated
+        split = partial(self._compile_split, call, varying, layout, graph, trainable)
         if (options.microbatches or 1) > 1 or self._pipeline is not None:
-            return self._compile_split(call, varying, layout, graph, trainable, fixed)
+            return split(options.microbatches)
+        decide = cache(
+            lambda: self._decide(graph, fixed, None if alike is None else alike.compiled)
+        )
+        open_ = options.microbatches is None and options.step.lowered and not layout.local
+        if open_ and options.step.cluster.memory_bytes is not None:
+            count = self.place.ranks.from_rank_zero(
+                lambda: self._fastest_count(call, graph, fixed.parameters, decide)
+            )
+            if count > 1:
+                return split(count)
         compiled = compile_step(
             graph,
-            lambda: self._decide(graph, fixed, None if alike is None else alike.compiled),
+            decide,
             self.place,
             arguments,
             replace(
@@ -216,11 +230,42 @@ class StepCompiler:
             whole_results(compiled),
         )  # fmt: skip
 
+    def _fastest_count(
+        self, call: Call, graph: ModelGraph, parameters: Mapping[str, ShardingSpec],
+        decide: Callable[[], StepPlan],
+    ) -> int:  # fmt: skip
+        """In how many microbatches a step is fastest within the memory; on rank 0.
+
+        Args:
+            decide: the plan of the step as a whole.
+        """
+        refused: InfeasibleError | None = None
+        whole_us = math.inf
+        try:
+            decided = decide()
+            if decided.memory is None or not decided.memory.added_us:
+                return 1
+            whole_us = decided.plan.time.step_us
+        except InfeasibleError as error:
+            refused = error
+        try:
+            batch = TracedBatch.of_graph(
+                self.model, call.args, call.kwargs, graph, self.options.batch_dim
+            )
+            fixed = FixedLayouts(parameters=parameters)
+            planner = self._batch_planner(batch.exact(), batch.samples, fixed)
+            plan = planner.plan_within(2).plan
+        except (InfeasibleError, PlanError) as error:
+            if refused is not None:
+                raise refused from error
+            return 1
+        return plan.microbatches if plan.time.step_us < whole_us else 1
+
     def _compile_split(
         self, call: Call, varying: Collection[Origin], layout: BatchLayout, graph: ModelGraph,
-        trainable: frozenset[str], fixed: FixedLayouts,
+        trainable: frozenset[str], count: int | None,
     ) -> BoundStep:  # fmt: skip
-        """The step in microbatches."""
+        """The step in microbatches; their number is chosen if None."""
         options = self.options
         cluster = options.step.cluster
 
@@ -234,12 +279,21 @@ class StepCompiler:
         # a plan that is given serves the first call
         plans = self._pipeline is not None and (options.plan is None or self.laid_out)
         compiler = SplitCompiler(
-            options.microbatches, options.microbatch == "independent", options.batch_dim,
-            self._pipeline, self.place, self.stage_place, self.mesh, self.device,
-            cluster, replace(options.step, cluster=cluster.of_a_stage()), self._decide,
-            self._batch_planner if plans else None, example,
-            lambda part: self._trace(self.layout_of(part), part, varying),
-        )  # fmt: skip
+            count=count,
+            independent=options.microbatch == "independent",
+            batch_dim=options.batch_dim,
+            pipeline=self._pipeline,
+            place=self.place,
+            stage_place=self.stage_place,
+            mesh=self.mesh,
+            device=self.device,
+            cluster=cluster,
+            options=replace(options.step, cluster=cluster.of_a_stage()),
+            decide=self._decide,
+            planner=self._batch_planner if plans else None,
+            example=example,
+            trace=lambda part: self._trace(self.layout_of(part), part, varying),
+        )
         stored = stored_layouts(self.model) if self.laid_out else {}
         compiled, step, whole = compiler.compile(call, layout, graph, trainable, stored)
         if self._pipeline is not None and compiled.plan.pipeline is not None:
