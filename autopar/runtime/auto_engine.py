@@ -28,8 +28,9 @@ from autopar.runtime.adoption import check_optimizer
 from autopar.runtime.batch import BatchDim
 from autopar.runtime.call import Call
 from autopar.runtime.engine import Engine, engine_of
+from autopar.runtime.engine_options import EngineOptions
 from autopar.runtime.optimizer_state import handle_later_optimizers
-from autopar.runtime.step_compiler import EngineOptions, StepCompiler
+from autopar.runtime.step_compiler import StepCompiler
 from autopar.runtime.step_runner import StepRunner
 from autopar.versions import warn_if_torch_is_untested
 
