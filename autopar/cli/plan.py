@@ -127,6 +127,8 @@ def make_plan(
         with progress.stage("passes") as stage:
             compile_first_rank(joint, dump_passes=dump_passes)
             stage.done = "wrote the passes" + (", without kernels of GPUs" if on_gpu else "")
+    if planned.plan.pipeline is not None:  # its space is that of one microbatch
+        return planned.plan
     rows: tuple[Baseline, ...] = ()
     points: tuple[ParetoPoint, ...] = ()
     if baselines:
