@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from autopar.compiled_stages import CompiledSlice
+from autopar.errors import EngineError
 from autopar.ir.precision import without_autocast
 from autopar.passes.cut import Crossing, StageProgram
 from autopar.runtime.distribute import argument_of, gradients
@@ -103,7 +104,16 @@ class SplitStep:
     expected: Tangents | None = None
 
     def train(self, *flat: torch.Tensor) -> tuple[Any, ...]:
-        """The results of the batch; their backward hands out gradients."""
+        """The results of the batch; their backward hands out gradients.
+
+        Raises:
+            EngineError: the pipeline's schedule has no backwards.
+        """
+        if self.pipeline is not None and not self.pipeline.schedule.trains:
+            raise EngineError(
+                f"schedule {self.pipeline.schedule.name!r} only evaluates; train with another one "
+                "(1f1b), or call the model under torch.no_grad()"
+            )
         results: tuple[Any, ...] = _Run.apply(self, *flat)
         return results
 
@@ -126,6 +136,7 @@ class _Slices:
         flat: tensors on this rank.
         tangents: gradients of the batch's results; None to leave the backward out.
         extents: of the parts of results along the dim that is sliced.
+        random: the seed of an earlier pass, whose draws this one repeats.
     """
 
     def __init__(
@@ -136,14 +147,16 @@ class _Slices:
         training: bool,
         tangents: Tangents | None = None,
         extents: Mapping[int, Sequence[int]] | None = None,
+        random: int | None = None,
     ) -> None:
         self.step, self.training, self.tangents = step, training, tangents
         self.given_extents = extents or {}
         self.fixed = list(flat[: step.fixed])
         self.seed = flat[-1] if step.takes_seed else None
         inputs = flat[step.fixed : len(flat) - step.takes_seed]
-        self.sliced = step.slicing.slices(self.fixed[step.parameters :], inputs)
-        self.random = torch.initial_seed() if step.draws else 0
+        self.random = torch.initial_seed() if random is None else random
+        with self._draws(-1):
+            self.sliced = step.slicing.slices(self.fixed[step.parameters :], inputs)
         self.entered: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.handed_on: dict[tuple[int, int], torch.Tensor] = {}  # buffers, by stage and position
         # by result and by number of the slice
@@ -183,7 +196,7 @@ class _Slices:
         program = bound.program
         arguments = [*self._entered(size, stage), *self._others(stage, number, program)]
         arguments += [received[name] for name in program.received]
-        with self._draws(stage, number):
+        with self._draws(stage * len(self.step.slicing.sizes) + number):
             if not self.training:
                 outputs: Sequence[Any] = program.body(*arguments)
             else:
@@ -330,14 +343,17 @@ class _Slices:
                 yield (self.seed + number * _SEEDS_APART) % 2**62
 
     @contextmanager
-    def _draws(self, stage: int, number: int) -> Iterator[None]:
-        """Slices and stages draw other random numbers each, and the same when they run again."""
+    def _draws(self, place: int) -> Iterator[None]:
+        """Slices and stages draw other random numbers each, and the same when they run again.
+
+        Args:
+            place: a number of the slice and stage; -1 before the first.
+        """
         if not self.step.draws:
             yield
             return
         device = self.step.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            place = stage * len(self.step.slicing.sizes) + number
             torch.manual_seed((self.random + place * _SEEDS_APART) % 2**62)
             yield
 
@@ -371,9 +387,10 @@ class _Run(torch.autograd.Function):
         with torch.no_grad():
             if factor is None:
                 flat = list(ctx.saved_tensors)
-                run = _Slices(step, flat, training=True, tangents=came, extents=ctx.extents)
-                run.random = ctx.random
-                local = run.run()
+                local = _Slices(
+                    step, flat, training=True, tangents=came, extents=ctx.extents,
+                    random=ctx.random,
+                ).run()  # fmt: skip
             elif factor is not True:
                 local = [None if g is None else g * factor for g in local]
         scalars = all(g.ndim == 0 for g in came.values())
