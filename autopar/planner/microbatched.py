@@ -19,6 +19,7 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.errors import InfeasibleError, PlanError
 from autopar.passes.microbatches import Microbatches
 from autopar.plan import TimeEstimate
+from autopar.planner.estimate import optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import Planned, build_problem, choices_of
 from autopar.planner.space import SearchSpace
@@ -81,11 +82,11 @@ class BatchPlanner:
         if self.pipeline is not None:
             plan = plan_stages(planned, self.pipeline, self.samples, microbatches)
             return replace(planned, plan=plan)
-        time = planned.plan.time
-        # what moves weights runs once, the optimizer's step too
+        time, step_us = planned.plan.time, optimizer_us(planned.space, planned.choices)
+        waiting = time.weights_us - time.overlapped_us  # of what moves weights
         times = TimeEstimate(
-            time.compute_us * microbatches,
-            (time.exposed_us - time.weights_us) * microbatches + time.weights_us,
+            (time.compute_us - step_us) * microbatches + step_us,
+            (time.exposed_us - waiting) * microbatches + waiting,
             time.overlapped_us,
             time.weights_us,
         )
