@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from autopar.compiled_step import StepOptions
 from autopar.ir.precision import Precision
@@ -28,3 +29,4 @@ class EngineOptions:
     microbatch: str = "exact"
     schedule: str | None = None
     stages: str | None = None
+    loss_fn: Callable[..., Any] | None = None

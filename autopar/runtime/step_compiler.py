@@ -41,6 +41,7 @@ from autopar.runtime.distribute import distribute, shards, stored_layouts, store
 from autopar.runtime.engine_options import EngineOptions
 from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
+from autopar.runtime.loss_outside import with_loss
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.program import bind
 from autopar.runtime.result_gradients import ResultGradients
@@ -299,7 +300,8 @@ class StepCompiler:
                 cast_first=self.options.step.lowered,
                 dynamic=dynamic,
             )
-            return tracer.trace(self.model, *inputs, varying=varying)
+            with with_loss(self.model, self.options.loss_fn, call.kwargs):
+                return tracer.trace(self.model, *inputs, varying=varying)
         except CaptureError as error:
             joined, lines = layout.joined, str(error).splitlines()
             if len(joined) < 2:

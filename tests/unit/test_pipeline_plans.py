@@ -185,7 +185,7 @@ def test_more_ranks_than_places():
         def forward(self, x):
             return self.a(x).sum()
 
-    with pytest.raises(PlanError, match="ranks|stages"):
+    with pytest.raises(PlanError, match=r"ranks|stages"):
         plan_batch(Tiny(), (torch.zeros(8, 4),), cluster="pipe=8", microbatches=2)
 
 
