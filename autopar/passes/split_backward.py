@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.fx as fx
 
+from autopar.passes.subgraph import subgraph
+
 
 def split_backward(
     backward: fx.GraphModule, inputs: Collection[int]
@@ -38,8 +40,8 @@ def split_backward(
     placeholders = [n for n in nodes if n.op == "placeholder"]
     body = {n for n in early if n.op != "placeholder"}
     return (
-        _graph(backward, placeholders, body, [*first, *kept]),
-        _graph(backward, kept, own, second),
+        subgraph(backward, placeholders, body, [*first, *kept]),
+        subgraph(backward, kept, own, second),
     )
 
 
@@ -52,18 +54,3 @@ def _ancestors(values: Collection[Any]) -> set[fx.Node]:
             found.add(node)
             stack += node.all_input_nodes
     return found
-
-
-def _graph(
-    root: fx.GraphModule, inputs: Collection[fx.Node], body: set[fx.Node], outputs: list[Any]
-) -> fx.GraphModule:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-    for node in root.graph.nodes:
-        if node in body:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in outputs))
-    return fx.GraphModule(root, graph)

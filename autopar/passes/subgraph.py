@@ -1,0 +1,34 @@
+"""A part of a graph as a graph of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch.fx as fx
+
+
+def subgraph(
+    root: fx.GraphModule,
+    inputs: Iterable[fx.Node],
+    body: Collection[fx.Node],
+    outputs: Sequence[Any],
+) -> fx.GraphModule:
+    """A graph that takes some values of another one and computes some of its nodes.
+
+    Args:
+        inputs: what it takes, in order.
+        body: what it computes of them, unless it is an input.
+        outputs: what it returns; what is no node, as it is.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in root.graph.nodes:
+        if node in body and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in outputs))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(root, graph)
