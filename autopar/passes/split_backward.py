@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from autopar.passes.subgraph import subgraph
+from autopar.passes.subgraph import ancestors, subgraph
 
 
 def split_backward(
@@ -30,8 +30,8 @@ def split_backward(
     outputs: list[Any] = list(backward.graph.output_node().args[0])  # type: ignore[arg-type]
     first = [x for k, x in enumerate(outputs) if k in inputs]
     second = [x for k, x in enumerate(outputs) if k not in inputs]
-    early = _ancestors(first)
-    late = _ancestors(second)
+    early = ancestors(first)
+    late = ancestors(second)
     nodes = list(backward.graph.nodes)
     own = {n for n in late if n not in early and n.op != "placeholder"}
     read = {n for node in own for n in node.all_input_nodes}
@@ -43,14 +43,3 @@ def split_backward(
         subgraph(backward, placeholders, body, [*first, *kept]),
         subgraph(backward, kept, own, second),
     )
-
-
-def _ancestors(values: Collection[Any]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [x for x in values if isinstance(x, fx.Node)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found

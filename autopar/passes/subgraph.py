@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch.fx as fx
+
+
+def ancestors(
+    values: Iterable[Any], given: Callable[[fx.Node], bool] = lambda node: False
+) -> set[fx.Node]:
+    """Nodes among some values, and what they are computed from.
+
+    Args:
+        given: whether a node is at hand, so that nothing before it counts.
+    """
+    found: set[fx.Node] = set()
+    stack = [x for x in values if isinstance(x, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if not given(node):
+                stack += node.all_input_nodes
+    return found
 
 
 def subgraph(
