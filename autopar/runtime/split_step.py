@@ -9,6 +9,7 @@ same multiple of the gradients; if it brings something else, the slices run agai
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.sharded_values import ShardedParameter
 from autopar.runtime.slicing import Slicing, accumulated, extents_of
 from autopar.runtime.stage_parameters import StageParameters
+
+log = logging.getLogger(__name__)
 
 # Seeds of the slices of a step are this far apart.
 _SEEDS_APART = 2**40
@@ -81,6 +84,7 @@ class SplitStep:
         results_like: by position, tensors of the results that another rank computes.
         late: positions of results that the caller fetches from their stage when it reads them.
         expected: gradients of results with which slices run backward at once; None to wait.
+        told_of_loss: the log has said that the loss is computed outside of the model.
     """
 
     slicing: Slicing
@@ -102,6 +106,7 @@ class SplitStep:
     results_like: Mapping[int, Crossing] = field(default_factory=dict)
     late: frozenset[int] = frozenset()
     expected: Tangents | None = None
+    told_of_loss: bool = False
 
     def train(self, *flat: torch.Tensor) -> tuple[Any, ...]:
         """The results of the batch; their backward hands out gradients.
@@ -394,6 +399,8 @@ class _Run(torch.autograd.Function):
             elif factor is not True:
                 local = [None if g is None else g * factor for g in local]
         scalars = all(g.ndim == 0 for g in came.values())
+        if not scalars:
+            step.told_of_loss = step.told_of_loss or _tell_of_loss()
         step.expected = {k: g.detach().clone() for k, g in came.items()} if scalars else None
         used = step.result_gradients.used(tuple(g is not None for g in grads))
         local = [g if k in used else None for k, g in enumerate(local)]
@@ -404,6 +411,15 @@ class _Run(torch.autograd.Function):
             return None, *without_gradients(handed)
         deliver(ctx.parameters, handed, [node for node, _ in ctx.next_functions])
         return None, *handed
+
+
+def _tell_of_loss() -> bool:
+    log.warning(
+        "the loss is computed outside of the model, from results of the whole batch: every step runs "
+        "its microbatches forward twice. Pass auto_engine(..., loss_fn=) and call "
+        "engine(x, target=y), or return the loss from the model"
+    )
+    return True
 
 
 def _sum_of(
