@@ -60,6 +60,14 @@ class BatchPlanner:
             InfeasibleError: nothing fits the memory.
             PlanError: there are more microbatches than samples, or stages than places to cut.
         """
+        given = None if self.pipeline is None else self.pipeline.actions
+        if given is not None:
+            if microbatches not in (None, given.microbatches):
+                raise PlanError(
+                    f"the schedule {given.name} is for {given.microbatches} microbatches, and "
+                    f"microbatches={microbatches} was asked for; leave that out"
+                )
+            microbatches = given.microbatches
         if microbatches is not None:
             if not 1 <= microbatches <= self.samples:
                 raise PlanError(

@@ -415,8 +415,8 @@ class _Run(torch.autograd.Function):
 
 def _tell_of_loss() -> bool:
     log.warning(
-        "the loss is computed outside of the model, from results of the whole batch: every step runs "
-        "its microbatches forward twice. Pass auto_engine(..., loss_fn=) and call "
+        "the loss is computed outside of the model, from results of the whole batch: every step "
+        "runs its microbatches forward twice. Pass auto_engine(..., loss_fn=) and call "
         "engine(x, target=y), or return the loss from the model"
     )
     return True

@@ -223,6 +223,9 @@ def test_a_schedule_from_a_file(tmp_path):
     made = plan("pipe=2", schedule=str(file), microbatches=2)
     assert "0F0 0F1 0B0 0B1" in made.pipeline.schedule
     assert len(made.pipeline.stages) == 2
+    assert plan("pipe=2", schedule=str(file)).microbatches == 2
+    with pytest.raises(PlanError, match="is for 2 microbatches"):
+        plan("pipe=2", schedule=str(file), microbatches=4)
     file.write_text("0B0,0F0\n1F0,1B0\n")
     with pytest.raises(PlanError, match="waits"):
         plan("pipe=2", schedule=str(file), microbatches=1)
