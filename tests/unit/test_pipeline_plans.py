@@ -18,6 +18,7 @@ from autopar.errors import ConstraintError, InfeasibleError, MeshError, PlanErro
 from autopar.passes.time_split import NotSeparableError
 from autopar.plan import ShardingPlan
 from autopar.planner.estimate import optimizer_us
+from autopar.planner.mesh_search import pipeline_meshes, search_meshes
 from autopar.planner.pipeline_blocks import operator_chain
 from autopar.planner.stage_names import firsts_of, layout_of
 from autopar.planner.stages import schedule_of
@@ -267,3 +268,26 @@ def test_the_command(tmp_path):
     assert {"pipeline rank 0", "pipeline rank 1"} <= names
     wrong = CliRunner().invoke(app, ["plan", str(file), "--mesh", "4", "--stages", "3"])
     assert wrong.exit_code == 2 and "name one of its axes pipe" in wrong.output
+
+
+def test_a_search_over_meshes_looks_at_pipelines():
+    with torch.device("meta"):
+        model = Model()
+    found = search_meshes(
+        model, (), batch(), devices=4, device="A100-80G", pipelines=True, time_limit=600
+    ).plan
+    steps = {m.text: m.step_us for m in found.meshes}
+    assert set(steps) == {"4", "2x2", "pipe=2,2", "pipe=4,1"}
+    assert found.time.step_us == pytest.approx(min(steps.values()))
+    assert steps["pipe=2,2"] == pytest.approx(
+        plan_batch(
+            model, (), batch(), cluster=ClusterInfo.of("pipe=2,axis1=2", "A100-80G")
+        ).plan.time.step_us
+    )
+
+
+def test_pipeline_meshes_begin_within_a_node():
+    shapes = list(pipeline_meshes(64, 8))
+    assert shapes[:3] == [(2, (4, 8)), (4, (2, 8)), (8, (8,))]
+    assert len(shapes) == len(set(shapes))
+    assert all(pipe * math.prod(shape) == 64 for pipe, shape in shapes)
