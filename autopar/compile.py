@@ -8,18 +8,24 @@ from typing import Any
 
 import torch
 
+from autopar.cluster.cluster import ClusterInfo
+from autopar.cluster.local import as_cluster
 from autopar.comm.groups import planning_groups
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
 from autopar.ir.graph import ModelGraph
-from autopar.ir.precision import without_autocast
+from autopar.ir.precision import Precision, without_autocast
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.local_step import fake_arguments
 from autopar.passes.lower import lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
+from autopar.planner.batch import TracedBatch
 from autopar.planner.joint import JointPlan, plan_jointly
+from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.planner import Planned, build_problem
+from autopar.planner.stages import PipelineOptions
+from autopar.progress import Progress, Tell
 from autopar.schedule.agreed import agreed_schedule
 from autopar.units import bytes_text
 from autopar.versions import warn_if_torch_is_untested
@@ -46,6 +52,46 @@ def autoplan(
     warn_if_torch_is_untested(torch.__version__)
     problem = build_problem(model, args, kwargs, **options)  # trace, profile, space
     return problem.planned(problem.decide())  # solve, plan
+
+
+def plan_batch(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    cluster: ClusterInfo | str,
+    memory: str | float | None = None,
+    microbatches: int | None = None,
+    microbatch: str = "exact",
+    schedule: str | None = None,
+    stages: str | None = None,
+    batch_dim: int | Mapping[str, int | None] = 0,
+    precision: Precision | str | torch.dtype | None = None,
+    progress: Progress | Tell | None = None,
+    **options: Any,
+) -> Planned:
+    """Find the fastest plan of a step in microbatches, over the stages of a pipeline if the mesh
+    has an axis named pipe. Its graph is that of one microbatch.
+
+    Args:
+        microbatches, microbatch, schedule, stages, batch_dim: as of `auto_engine`.
+        options: of `autopar.planner.planner.build_problem`.
+
+    Raises:
+        NotSeparableError: the batch cannot be split exactly.
+        MeshError: a schedule or stages are given, and the mesh has no axis of stages.
+        InfeasibleError, CaptureError, ConstraintError: as of `autoplan`.
+    """
+    warn_if_torch_is_untested(torch.__version__)
+    cluster = as_cluster(cluster).with_memory(memory)
+    pipeline = PipelineOptions.of(cluster, schedule, stages)
+    telling = Progress.of(progress)
+    batch = TracedBatch.of(model, args, kwargs or {}, batch_dim, Precision.of(precision), telling)
+    split = batch.exact() if microbatch == "exact" else batch.independent(microbatches)
+    planner = BatchPlanner(
+        model, split, batch.samples, cluster, pipeline, {**options, "progress": telling}
+    )
+    return planner.plan(microbatches)
 
 
 def plan_step(

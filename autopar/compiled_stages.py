@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.compiled_step import Arguments, Place, StepOptions
+from autopar.errors import InfeasibleError
 from autopar.ir.graph import ModelGraph
 from autopar.passes.apply_sharding import LocalProgram
 from autopar.passes.cut import Crossing, StageProgram, cut
-from autopar.passes.lower import LoweredStep, lower, trace_step
+from autopar.passes.lower import LoweredStep, TracedStep, lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
+from autopar.planner.stages import in_flight
 from autopar.schedule.agreed import agreed_schedule
 from autopar.schedule.budget import MemoryPlan, StepBudget
+from autopar.units import bytes_text
+
+# Amounts of memory that are tried for the microbatches in flight.
+_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -105,26 +112,108 @@ def compile_stages(
             dump=options.dump_passes,
         )  # fmt: skip
         traced = trace_step(program.body, given, lowering)
-        memory = None
-        if memory_bytes is not None:
-            copied = sum(
-                graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders
-            )
-            budget = StepBudget.of(
-                [*entering, *(tensors[k] for k in program.others)], memory_bytes,
-                options.optimizer_state, copied,
-            )  # fmt: skip
-            memory = agreed_schedule(traced.program, budget, place.ranks, None)
         first = None
         if split_backward and number:
             first = range(len(given) - len(received), len(given))
-        body = lower(traced, None if memory is None else memory.schedule, first=first)
+        if memory_bytes is None:
+            memory, body = None, lower(traced, first=first)
+        else:
+            others = [tensors[k] for k in program.others]
+            budget = _budget(graph, options, memory_bytes, [*entering, *others])
+            room = StageRoom.of(plan, number)
+            memory, body = _within(traced, budget, room, place, first)
         place.check_agreement(
             *(None if enter is None else enter.forward, None if enter is None else enter.backward),
             body.forward, body.backward, body.weights,
         )  # fmt: skip
         stages[number] = CompiledStage(program, enter, body, memory)
     return CompiledSlice(graph, local, programs, stages)
+
+
+@dataclass(frozen=True)
+class StageRoom:
+    """What a stage's rank holds besides one microbatch of the stage.
+
+    Args:
+        number: of the stage.
+        more: how many other microbatches of the stage are in flight at a time.
+        held_bytes: what the plan expects each to hold.
+        others_bytes: what other stages of the rank hold: states, and microbatches in flight.
+    """
+
+    number: int = 0
+    more: int = 0
+    held_bytes: float = 0.0
+    others_bytes: float = 0.0
+
+    @staticmethod
+    def of(plan: ShardingPlan, number: int) -> StageRoom:
+        """The room of a stage of a plan."""
+        if plan.pipeline is None:
+            return StageRoom()
+        flying = in_flight(plan.pipeline)
+        stages = plan.pipeline.stages
+        others = sum(
+            s.state_bytes + flying[k] * s.held_bytes
+            for k, s in enumerate(stages)
+            if s.rank == stages[number].rank and k != number
+        )
+        return StageRoom(number, flying[number] - 1, stages[number].held_bytes, others)
+
+
+def _budget(
+    graph: ModelGraph, options: StepOptions, memory_bytes: float, arguments: Sequence[torch.Tensor]
+) -> StepBudget:
+    copied = sum(graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders)
+    return StepBudget.of(arguments, memory_bytes, options.optimizer_state, copied)
+
+
+def _within(
+    traced: TracedStep, budget: StepBudget, room: StageRoom, place: Place,
+    first: Collection[int] | None,
+) -> tuple[MemoryPlan, LoweredStep]:  # fmt: skip
+    """A stage's program, scheduled so that all microbatches in flight fit.
+
+    The more is reserved for the others, the more this one recomputes and the less each holds: what
+    is reserved is halved in until it is enough.
+
+    Raises:
+        InfeasibleError: naming the stage.
+    """
+    least, most = room.others_bytes, budget.memory_bytes
+    reserved = min(least + room.more * room.held_bytes, most)
+    refused: InfeasibleError | None = None
+    for _ in range(_TRIES):
+        own = replace(budget, memory_bytes=budget.memory_bytes - reserved)
+        try:
+            memory = agreed_schedule(traced.program, own, place.ranks, None)
+        except InfeasibleError as error:
+            refused, most = error, reserved
+        else:
+            body = lower(traced, memory.schedule, first=first)
+            needed = room.others_bytes + room.more * held_bytes(body)
+            if place.ranks.all(needed <= reserved):
+                return memory, body
+            least = reserved
+        if not room.more:
+            break
+        reserved = (least + most) / 2
+    why = f" {refused}" if refused is not None else ""
+    raise InfeasibleError(
+        f"pipeline stage {room.number} does not fit {bytes_text(budget.memory_bytes)}, with "
+        f"{room.more} other microbatches in flight and {bytes_text(room.others_bytes)} for other "
+        f"stages of its rank.{why}\n  Use more microbatches, which are smaller, more stages, or "
+        "more memory",
+        budget_bytes=budget.memory_bytes, smallest_bytes=budget.memory_bytes,
+    )  # fmt: skip
+
+
+def held_bytes(step: LoweredStep) -> int:
+    """What the forward keeps for the backward, besides its arguments."""
+    outputs: Any = step.forward.graph.output_node().args[0]
+    kept = (x for x in outputs[len(step.results) :] if x.op != "placeholder")
+    storages = {x: x.meta["val"].untyped_storage() for x in kept if "val" in x.meta}
+    return sum({s._cdata: s.nbytes() for s in storages.values()}.values())
 
 
 def step_memory(options: StepOptions, plan: ShardingPlan) -> float | None:

@@ -155,6 +155,7 @@ class MeshResult:
         bound_us: no plan on the mesh is faster.
         memory_bytes: memory of that plan.
         note: why there is no plan.
+        pipe: ranks of a pipeline, outside of the mesh.
     """
 
     mesh: tuple[int, ...]
@@ -162,6 +163,13 @@ class MeshResult:
     bound_us: float
     memory_bytes: float
     note: str = ""
+    pipe: int = 1
+
+    @property
+    def text(self) -> str:
+        """`2x8`, or `pipe=4,2x8`."""
+        mesh = mesh_text(self.mesh)
+        return mesh if self.pipe == 1 else f"pipe={self.pipe},{mesh}"
 
 
 @dataclass(frozen=True)
@@ -221,6 +229,42 @@ class StepSummary:
 
 
 @dataclass(frozen=True)
+class StagePlan:
+    """One stage of a pipeline, per device.
+
+    Args:
+        first: the module or operator at which it begins.
+        rank: of the pipeline, that runs it.
+        forward_us, input_us, weight_us: of one microbatch: forward, and backward for the gradients
+            of inputs and of weights.
+        send_forward_us, send_backward_us: of what it sends for one microbatch.
+        forward_bytes, backward_bytes: of that.
+        state_bytes: parameters, gradients and optimizer state.
+        held_bytes: activations that it keeps for one microbatch in flight.
+        weight_bytes: of these, what waits for the gradients of weights.
+        recomputed_bytes: what the backward computes again.
+        before_us, after_us: once per step: gathers of parameters; sums of gradients and the
+            optimizer's step.
+    """
+
+    first: str
+    rank: int
+    forward_us: float
+    input_us: float
+    weight_us: float
+    send_forward_us: float
+    send_backward_us: float
+    forward_bytes: float
+    backward_bytes: float
+    state_bytes: float
+    held_bytes: float
+    weight_bytes: float
+    recomputed_bytes: float
+    before_us: float
+    after_us: float
+
+
+@dataclass(frozen=True)
 class PipelinePlan:
     """How a step runs in stages.
 
@@ -228,17 +272,25 @@ class PipelinePlan:
         axis: of the mesh, whose coordinates are the ranks of the pipeline.
         ranks: of the pipeline.
         firsts: names of the operators at which stages begin, without the first stage's.
-        layout: the stages in words: names of modules.
         schedule: name of the order of actions, or the actions themselves, a line per rank.
         microbatches: of the batch.
+        stages: in their order.
+        step_us: predicted time of a step.
+        bubble_fraction: part of the step in which ranks are idle, on average.
+        peak_bytes: by rank of the pipeline, predicted memory of a device.
+        layout: all parts of the model, with `|` between stages; empty if one begins within a part.
     """
 
     axis: int
     ranks: int
     firsts: tuple[str, ...]
-    layout: str
     schedule: str
     microbatches: int
+    stages: tuple[StagePlan, ...]
+    step_us: float
+    bubble_fraction: float
+    peak_bytes: tuple[float, ...]
+    layout: str = ""
 
 
 @dataclass(frozen=True)
@@ -369,8 +421,12 @@ class ShardingPlan:
         mesh: tuple[int, ...],
         model: str,
         precision: Precision | None = None,
+        pipeline_ranks: int = 1,
     ) -> None:
         """Refuse a graph or a mesh that the plan was not made for.
+
+        Args:
+            mesh: of one stage, if there is a pipeline.
 
         Raises:
             PlanError: naming what differs.
@@ -379,6 +435,12 @@ class ShardingPlan:
             raise PlanError(
                 f"the plan was made for mesh {mesh_text(self.mesh)}, "
                 f"this run has {mesh_text(mesh)}; plan again with --mesh"
+            )
+        planned = 1 if self.pipeline is None else self.pipeline.ranks
+        if planned != pipeline_ranks:
+            raise PlanError(
+                f"the plan was made for {planned} ranks along the pipe axis, this run has "
+                f"{pipeline_ranks}; plan again with --mesh"
             )
         if self.precision != precision:
             raise PlanError(

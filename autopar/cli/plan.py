@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from autopar.cli.common import DEFAULT_DEVICE
 from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.device import device as device_of
-from autopar.compile import autoplan, compile_first_rank, plan_step
+from autopar.compile import autoplan, compile_first_rank, plan_batch, plan_step
+from autopar.errors import InfeasibleError, PlanError
 from autopar.files import write_atomically
 from autopar.plan import Baseline, ParetoPoint, ShardingPlan
 from autopar.planner import pareto
@@ -23,6 +25,7 @@ from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
 from autopar.progress import Progress
 from autopar.report.html import render_html
+from autopar.report.pipeline import pipeline_trace
 from autopar.report.text import render, terminal_width
 from autopar.report.trace import trace_of
 
@@ -88,12 +91,14 @@ def make_plan(
     schedule: bool,
     trace: Path | None,
     dump_passes: Path | None,
+    batch: Mapping[str, Any],
     **options: Any,
 ) -> ShardingPlan:
     """The plan, with what was requested beside it.
 
     Args:
         schedule: also schedule the step if everything fits the memory.
+        batch: how the batch is split: `microbatches`, `microbatch`, `schedule`, `stages`.
         trace: file for the predicted step.
         dump_passes: folder for the first rank's graphs before and after each pass.
         options: of `build_problem` and `search_meshes`.
@@ -101,12 +106,19 @@ def make_plan(
     options["progress"] = progress
     model, args, kwargs = example.model, example.args, example.kwargs
     if isinstance(target, AnyMesh):
-        options |= vars(target)
+        options |= vars(target) | {"pipelines": True}
         joint = JointPlan(search_meshes(model, args, kwargs, **options))
+    elif target.pipeline_ranks > 1 or (batch["microbatches"] or 1) > 1:
+        return _plan_of_batch(example, target, batch, trace, options)
     elif target.memory_bytes is None and not schedule:
         joint = JointPlan(autoplan(model, args, kwargs, cluster=target, **options))
     else:
         joint = plan_step(model, args, kwargs, cluster=target, schedule=schedule, **options)
+        if joint.memory is not None and joint.memory.added_us and batch["microbatches"] is None:
+            # microbatches may cost less than recomputation
+            split = _within_memory(example, target, batch, options)
+            if split is not None and split.time.step_us < joint.planned.plan.time.step_us:
+                return split
     planned, time_limit = joint.planned, options["time_limit"]
     if trace is not None and joint.memory is not None:
         write_atomically(trace, json.dumps(trace_of(joint.memory.timeline)) + "\n")
@@ -115,6 +127,8 @@ def make_plan(
         with progress.stage("passes") as stage:
             compile_first_rank(joint, dump_passes=dump_passes)
             stage.done = "wrote the passes" + (", without kernels of GPUs" if on_gpu else "")
+    if planned.plan.pipeline is not None:  # its space is that of one microbatch
+        return planned.plan
     rows: tuple[Baseline, ...] = ()
     points: tuple[ParetoPoint, ...] = ()
     if baselines:
@@ -127,6 +141,31 @@ def make_plan(
             planned.space, time_limit=time_limit, progress=progress, mask=planned.mask
         ).points
     return replace(planned.plan, baselines=rows, pareto_front=points)
+
+
+def _within_memory(
+    example: Example, target: ClusterInfo, batch: Mapping[str, Any], options: Mapping[str, Any]
+) -> ShardingPlan | None:
+    """The plan of the fewest microbatches that fit; None if none do, or samples are mixed."""
+    try:
+        return plan_batch(
+            example.model, example.args, example.kwargs, cluster=target, **batch, **options
+        ).plan
+    except (InfeasibleError, PlanError):
+        return None
+
+
+def _plan_of_batch(
+    example: Example, target: ClusterInfo, batch: Mapping[str, Any], trace: Path | None,
+    options: Mapping[str, Any],
+) -> ShardingPlan:  # fmt: skip
+    """The plan of a step in microbatches. Baselines have none, and are left out."""
+    plan = plan_batch(
+        example.model, example.args, example.kwargs, cluster=target, **batch, **options
+    ).plan
+    if trace is not None and plan.pipeline is not None:
+        write_atomically(trace, json.dumps(pipeline_trace(plan.pipeline)) + "\n")
+    return plan
 
 
 def write_html(plan: ShardingPlan, path: Path) -> None:

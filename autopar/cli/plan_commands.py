@@ -34,7 +34,8 @@ def plan(
         None,
         metavar="SIZES",
         help="Device mesh: 8, 2x4, or node=2,gpu=4 with names. The last axis has the fastest "
-        "links. With auto, all meshes of --devices in up to three axes are compared.",
+        "links. An axis named pipe holds pipeline stages. With auto, all meshes of --devices in up "
+        "to three axes are compared.",
     ),
     devices: int | None = typer.Option(
         None, metavar="N", min=1, help="Number of devices for --mesh auto."
@@ -66,6 +67,32 @@ def plan(
     ),
     optimizer: str = typer.Option(
         "adamw", metavar="NAME", help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}."
+    ),
+    microbatches: int | None = typer.Option(
+        None,
+        metavar="N",
+        min=1,
+        help="Process the batch in N slices, one after another, with the gradients of the whole "
+        "batch.  [default: 1; with pipeline stages the fastest number]",
+    ),
+    microbatch: str = typer.Option(
+        "exact",
+        metavar="HOW",
+        help="exact refuses a model that mixes samples (BatchNorm); independent takes each "
+        "microbatch as a batch of its own.",
+    ),
+    schedule: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        help="Order in which pipeline stages run (the mesh axis named pipe): gpipe, 1f1b, "
+        "interleaved, zb-h1, zbv, dualpipev, or a CSV file of actions with a row per rank.  "
+        "[default: the fastest]",
+    ),
+    stages: str | None = typer.Option(
+        None,
+        metavar="NAMES",
+        help="Modules or operators at which the second and later pipeline stages begin, such as "
+        "h.4,h.8.  [default: the fastest]",
     ),
     constraints: Path | None = typer.Option(
         None,
@@ -122,11 +149,20 @@ def plan(
             from autopar.ir.precision import Precision
             from autopar.planner.constraints import load_constraints
             from autopar.planner.optimizer_state import named_state_ratio
+            from autopar.planner.stages import PipelineOptions
 
+            if microbatch not in ("exact", "independent"):
+                raise ValueError(f"--microbatch is exact or independent, not {microbatch!r}")
             policy = Precision.of(precision)
             target = target_of(mesh, devices, per_node, device, cluster, memory)
             if trace is not None and not isinstance(target, ClusterInfo):
                 raise ValueError("--trace shows the step on one mesh: give it with --mesh")
+            if not isinstance(target, ClusterInfo) and (microbatches or schedule or stages):
+                raise ValueError(
+                    "--microbatches, --schedule and --stages are of one mesh: give it with --mesh"
+                )
+            if isinstance(target, ClusterInfo):
+                PipelineOptions.of(target, schedule, stages)
             if dump_passes is not None:
                 dump_passes.mkdir(parents=True, exist_ok=True)
             layouts = {} if constraints is None else load_constraints(constraints)
@@ -138,7 +174,10 @@ def plan(
             result = make_plan(
                 example, target, say, baselines=baselines, pareto_front=pareto_front,
                 schedule=report is not None or trace is not None, trace=trace,
-                dump_passes=dump_passes, optimizer_state=state, constraints=layouts,
+                dump_passes=dump_passes, batch={
+                    "microbatches": microbatches, "microbatch": microbatch, "schedule": schedule,
+                    "stages": stages,
+                }, optimizer_state=state, constraints=layouts,
                 time_limit=time_limit, precision=policy,
             )  # fmt: skip
             result = replace(result, source=str(model))

@@ -169,6 +169,11 @@ class ClusterInfo:
         sizes = (1 if axis == self.pipe_axis else n for axis, n in enumerate(self.mesh))
         return replace(self, mesh=tuple(sizes))
 
+    def with_stages(self, ranks: int) -> ClusterInfo:
+        """The cluster of all stages, from that of one."""
+        sizes = (ranks if axis == self.pipe_axis else n for axis, n in enumerate(self.mesh))
+        return replace(self, mesh=tuple(sizes))
+
     @property
     def axes_text(self) -> str:
         """The numbers of axes in layouts: `0=node, 1=gpu`; empty if the axes have no names."""

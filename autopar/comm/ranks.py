@@ -70,6 +70,41 @@ class Ranks:
         return []
 
 
+class GroupRanks(Ranks):
+    """Some ranks of the process group: those of one pipeline stage.
+
+    Args:
+        group: of them; this rank is one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def _of_all(self, mine: Any) -> list[Any]:
+        answers: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(answers, mine, group=self._group)
+        return answers
+
+    def from_rank_zero(self, decide: Callable[[], T]) -> T:
+        box: list[Any] = [None, None]
+        if dist.get_rank(self._group) == 0:
+            try:
+                box[0] = decide()
+            except AutoparError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, group=self._group, group_src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def all(self, mine: bool) -> bool:
+        return all(self._of_all(mine))
+
+    def differing(self, signature: str) -> list[int]:
+        signatures = self._of_all(signature)
+        return [r for r, s in enumerate(signatures) if s != signatures[0]]
+
+
 class WorldRanks(Ranks):
     """All ranks of the process group."""
 
@@ -123,32 +158,3 @@ class WorldRanks(Ranks):
         signatures: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(signatures, signature)
         return [r for r, s in enumerate(signatures) if s != signatures[0]]
-
-
-class StageRanks(WorldRanks):
-    """All ranks of the process group, of which those of each pipeline stage decide for themselves:
-    their programs differ from those of other stages. All of them take each decision together.
-
-    Args:
-        stage: the coordinate of this rank on the pipe axis.
-    """
-
-    def __init__(self, stage: int) -> None:
-        stages: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(stages, stage)
-        self._alike = [rank for rank, other in enumerate(stages) if other == stage]
-
-    def from_rank_zero(self, decide: Callable[[], T]) -> T:
-        """The decision of the stage's first rank on its ranks; an error of any on all."""
-        first = self._alike[0]
-        mine = self.together(lambda: decide() if dist.get_rank() == first else None)
-        decisions: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(decisions, mine)
-        decided: T = decisions[first]
-        return decided
-
-    def differing(self, signature: str) -> list[int]:
-        """Ranks of the stage whose signature is not that of its first rank."""
-        signatures: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(signatures, signature)
-        return [r for r in self._alike if signatures[r] != signatures[self._alike[0]]]

@@ -22,6 +22,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=5)
 
 # Process groups are threads and sockets: engines on the same mesh share them.
 _MESHES: dict[Any, DeviceMesh] = {}
+_STAGE_GROUPS: dict[Any, dist.ProcessGroup] = {}
 
 
 def device_for(cluster: ClusterInfo) -> torch.device:
@@ -85,6 +86,19 @@ def process_groups(mesh: DeviceMesh) -> tuple[str, ...]:
     return register_mesh(tuple(mesh.shape), tuple(coords), names, world.group_name)
 
 
+def stage_group(mesh: DeviceMesh, pipe_axis: int) -> dist.ProcessGroup:
+    """The group of the ranks of this rank's pipeline stage; all ranks call it."""
+    key = "stages", id(mesh), pipe_axis
+    if key not in _STAGE_GROUPS:
+        mine: Any = None
+        for ranks in mesh.mesh.movedim(pipe_axis, 0).flatten(1).tolist():
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                mine = group
+        _STAGE_GROUPS[key] = mine
+    return _STAGE_GROUPS[key]
+
+
 @contextmanager
 def _explained_restart() -> Iterator[None]:
     """Say why ranks that torchrun has started again do not find each other: its store still has the
@@ -114,6 +128,7 @@ def stop() -> None:
     for mesh in _MESHES.values():
         _forget_process_groups(mesh)
     _MESHES.clear()
+    _STAGE_GROUPS.clear()
     forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

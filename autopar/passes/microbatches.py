@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -19,42 +21,37 @@ class Microbatches:
     """A step as microbatches.
 
     Args:
-        graphs: of a microbatch, by its samples.
+        graph: of a microbatch, by its samples.
         whole: computes values from the whole batch; takes buffers, constants and inputs.
         whole_states: of these values.
         results: state of each result of the step; None of what is no tensor. "M" of a mean of what
             the microbatches give, "C" of a buffer that each hands to the next.
     """
 
-    graphs: Mapping[int, ModelGraph]
+    graph: Callable[[int], ModelGraph]
     whole: fx.GraphModule | None
     whole_states: tuple[State, ...]
     results: tuple[State | None, ...]
 
 
 def exact_microbatches(
-    graph: ModelGraph,
-    dims: Mapping[str, int],
-    samples: int,
-    sizes: Sequence[int],
-    trainable: frozenset[str],
+    graph: ModelGraph, dims: Mapping[str, int], samples: int, trainable: frozenset[str]
 ) -> Microbatches:
     """Microbatches that give what the batch gives.
 
     Args:
         dims: by placeholder name, the dim of an input that holds samples.
         samples: of the batch.
-        sizes: samples per microbatch.
         trainable: placeholder names of what requires grad.
 
     Raises:
         NotSeparableError: naming the operator that mixes samples, its source line and the remedy.
     """
     separation = separate(graph, dims, samples, trainable)
-    outputs = separation.graph.output.args[0]
-    results = (separation.state(x) if isinstance(x, fx.Node) else None for x in outputs)  # type: ignore[union-attr]
+    outputs: Any = separation.graph.output.args[0]
+    results = (separation.state(x) if isinstance(x, fx.Node) else None for x in outputs)
     return Microbatches(
-        {size: slice_graph(separation, size) for size in sorted(set(sizes), reverse=True)},
+        cache(partial(slice_graph, separation)),
         whole_graph(separation),
         tuple(state for _, state in separation.whole),
         tuple(results),
@@ -62,31 +59,30 @@ def exact_microbatches(
 
 
 def independent_microbatches(
-    graph: ModelGraph, sizes: Sequence[int], trace: Callable[[int], ModelGraph]
+    graph: ModelGraph, size: int, trace: Callable[[int], ModelGraph]
 ) -> Microbatches:
     """Microbatches that are batches of their own: losses are means of theirs, buffers go from one
     to the next.
 
     Args:
         graph: of the batch.
-        sizes: samples per microbatch.
+        size: samples of a microbatch.
         trace: captures the model for a microbatch of that many samples.
 
     Raises:
         PlanError: a result is no slice and no mean.
     """
-    graphs = {size: trace(size) for size in sorted(set(sizes), reverse=True)}
-    first = next(iter(graphs.values()))
+    trace = cache(trace)
     states: list[State | None] = []
-    pairs = zip(graph.output.args[0], first.output.args[0], strict=True)  # type: ignore[arg-type]
-    for k, (batch, part) in enumerate(pairs):
+    outputs: Any = zip(graph.output.args[0], trace(size).output.args[0], strict=True)  # type: ignore[arg-type]
+    for k, (batch, part) in enumerate(outputs):
         if not isinstance(part, fx.Node):
             states.append(None)
         elif k < len(graph.mutations):
             states.append("C")
         else:
             states.append(_state(k, batch.meta["val"], part.meta["val"]))
-    return Microbatches(graphs, None, (), tuple(states))
+    return Microbatches(trace, None, (), tuple(states))
 
 
 def _state(number: int, batch: torch.Tensor, part: torch.Tensor) -> State:

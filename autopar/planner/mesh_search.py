@@ -17,17 +17,30 @@ import torch
 
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
 from autopar.cluster.device import Device
-from autopar.errors import AutoparError, ConstraintError, InfeasibleError, MeshError
+from autopar.errors import (
+    AutoparError,
+    ConstraintError,
+    InfeasibleError,
+    MeshError,
+    PlanError,
+)
+from autopar.ir.graph import ModelGraph
 from autopar.ir.precision import Precision
 from autopar.plan import MeshResult
+from autopar.planner.batch import TracedBatch
 from autopar.planner.constraints import masked
+from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.planner import Planned, build_problem, captured
+from autopar.planner.stages import PipelineOptions
 from autopar.progress import Deadline, Progress, Tell
 from autopar.solver.contraction import Contraction
 from autopar.tracer import ColoTracer
 from autopar.units import time_text
 
 MAX_AXES = 3
+
+# The part of the time that meshes without pipelines may take, where there are both.
+_WITHOUT_STAGES = 0.6
 
 
 def meshes(devices: int, max_axes: int = MAX_AXES) -> Iterator[tuple[int, ...]]:
@@ -53,11 +66,14 @@ def search_meshes(
     memory: str | float | None = None,
     time_limit: float = 60.0,
     progress: Progress | Tell | None = None,
+    pipelines: bool = False,
     **options: Any,
 ) -> Planned:
     """The fastest plan on a mesh of that many devices. Its `meshes` are the results of all meshes.
 
     Args:
+        pipelines: also try pipelines, of every number of ranks that divides the devices, outside of
+            meshes of one and two axes.
         device: a name of the table of devices, or a description.
         per_node: devices that fast links join.
         time_limit: seconds for all meshes together. Each gets an equal share of what is left; when
@@ -76,7 +92,8 @@ def search_meshes(
         tracer = ColoTracer(precision=Precision.of(options.pop("precision", None)))
         graph = tracer.trace(model, args, kwargs)
         stage.done = captured(model, graph)
-    deadline = Deadline(time_limit)
+    whole = Deadline(time_limit)
+    deadline = Deadline(_WITHOUT_STAGES * time_limit) if pipelines else whole
     tried: list[MeshResult] = []
     best: Planned | None = None
     errors: list[AutoparError] = []
@@ -115,7 +132,71 @@ def search_meshes(
         telling.tell(f"mesh {name}: {time_text(step_us)}")
         if best is None or step_us < best.plan.time.step_us:
             best = planned
+    if pipelines:
+        best = _best_pipeline(
+            model, args, kwargs or {}, graph, best, tried, devices, per_node, device, memory,
+            whole, telling, options,
+        )  # fmt: skip
     if best is None:  # the mesh that needs the least memory says why
         infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
         raise min(infeasible, key=lambda e: e.smallest_bytes, default=errors[0])
     return replace(best, plan=replace(best.plan, meshes=tuple(tried)))
+
+
+def pipeline_meshes(devices: int, per_node: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Ranks of a pipeline and the mesh of a stage, of one and two axes. One mesh for every number
+    of ranks comes first, with the last axis within a node, then another one for each."""
+    numbers = [pipe for pipe in range(2, devices + 1) if devices % pipe == 0]
+    each = [
+        sorted(meshes(devices // pipe, 2), key=lambda m: (m[-1] != per_node, m[-1] > per_node))
+        for pipe in numbers
+    ]
+    for rank in range(max(map(len, each), default=0)):
+        for pipe, shapes in zip(numbers, each, strict=True):
+            if rank < len(shapes):
+                yield pipe, shapes[rank]
+
+
+def _best_pipeline(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], graph: ModelGraph,
+    best: Planned | None, tried: list[MeshResult], devices: int, per_node: int,
+    device: str | Device, memory: str | float | None, deadline: Deadline, telling: Progress,
+    options: Mapping[str, Any],
+) -> Planned | None:  # fmt: skip
+    """The best plan so far, or a faster one of a pipeline; adds to the meshes that were tried."""
+    try:
+        batch = TracedBatch.of_graph(model, args, kwargs, graph)
+        split = batch.exact()
+    except PlanError as error:
+        telling.tell(f"no pipelines: {error}")
+        return best
+    shapes = list(pipeline_meshes(devices, per_node))
+    for k, (pipe, shape) in enumerate(shapes):
+        if best is not None and deadline.over:
+            note = "no time left"
+            tried.append(MeshResult(shape, math.inf, 0.0, math.nan, note, pipe))
+            continue
+        names = "".join(f",axis{axis}={n}" for axis, n in enumerate(shape, 1))
+        mesh = f"pipe={pipe}{names}"
+        telling(f"mesh {mesh} ({k + 1} of {len(shapes)} with a pipeline) ...")
+        cluster = ClusterInfo.of(mesh, device, node_size=per_node).with_memory(memory)
+        pipeline = PipelineOptions.of(cluster, None, None)
+        limit = deadline.share(len(shapes) - k)
+        planner = BatchPlanner(
+            model, split, batch.samples, cluster, pipeline,
+            {**options, "progress": telling, "time_limit": limit},
+        )  # fmt: skip
+        try:
+            planned = planner.plan(None)
+        except (InfeasibleError, ConstraintError, PlanError) as error:
+            fits = not isinstance(error, InfeasibleError)
+            note = "it has fewer places to cut" if fits else "no plan fits"
+            needed = getattr(error, "smallest_bytes", math.nan)
+            tried.append(MeshResult(shape, math.inf, math.inf, needed, note, pipe))
+            continue
+        step_us, nbytes = planned.plan.time.step_us, planned.plan.memory.total_bytes
+        tried.append(MeshResult(shape, step_us, 0.0, nbytes, pipe=pipe))
+        telling.tell(f"mesh {mesh}: {time_text(step_us)}")
+        if best is None or step_us < best.plan.time.step_us:
+            best = planned
+    return best

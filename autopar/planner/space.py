@@ -90,6 +90,10 @@ class SearchSpace:
         """Whether conversions of weights run beside compute."""
         return self.cluster.device.runs_beside
 
+    def local_bytes(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> int:
+        """Bytes of a value on the fullest rank."""
+        return self._costs.local_bytes(shape, itemsize, spec)
+
     def problem(self) -> TiedProblem:
         """The SPMD problem without rows (`liveness.Liveness` makes them), with copies in repeated
         blocks in one class. Communication that overlaps with compute is not in its times."""

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from autopar.plan import MEMORY_KINDS, TIME_KINDS, Baseline, ShardingPlan, StepSummary
 from autopar.report.content import plans
+from autopar.report.pipeline import timeline_figure
 from autopar.units import bytes_text, time_text
 
 # Dark is what computes or stays, orange what varies, pale what takes no time or is on the host.
@@ -26,6 +27,8 @@ def figures(plan: ShardingPlan) -> dict[str, list[go.Figure]]:
         "Predicted step time": [_time_figure(plans(plan))],
         "Predicted memory per device": [_memory_figure(plans(plan), plan.budget_bytes)],
     }
+    if plan.pipeline is not None:
+        charts["Timeline of the stages"] = [timeline_figure(plan.pipeline)]
     if plan.step is not None:
         charts["Memory over the step"] = [live_figure(plan.step), modules_figure(plan.step)]
     if plan.pareto_front:

@@ -8,7 +8,7 @@ import re
 from autopar.cluster.cluster import ClusterInfo
 from autopar.planner.diff import Change, Difference
 from autopar.planner.explain import Alternative, Explanation
-from autopar.report.content import Table
+from autopar.report.table import Table
 from autopar.units import bytes_text, time_text
 
 # Alternatives within this relative distance of the plan cost the same.

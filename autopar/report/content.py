@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.plan import (
@@ -18,29 +17,12 @@ from autopar.plan import (
     ShardingPlan,
     TimeEstimate,
 )
-from autopar.units import bytes_text, count_text, mesh_text, time_text
+from autopar.report.pipeline import pipeline_table
+from autopar.report.table import Table
+from autopar.units import bytes_text, count_text, time_text
 
 # Modules without parameters that take less than this share of the time are summed up.
 SMALL = 0.01
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table.
-
-    Args:
-        title: heading.
-        columns: headings; `>` at the end marks a column of right-aligned numbers.
-        rows: cells.
-        note: text below the table.
-        total: index of the row with the sums, -1 if there is none.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    total: int = -1
 
 
 def _percent(part: float, total: float) -> str:
@@ -54,16 +36,25 @@ def _fits(memory_bytes: float, plan: ShardingPlan) -> bool:
 def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
     """The plan's purpose, predicted time and memory."""
     cluster = ClusterInfo.from_dict(plan.cluster)
+    if plan.pipeline is not None:
+        cluster = cluster.with_stages(plan.pipeline.ranks)
     links = ", ".join(
         f"{cluster.axis_label(axis)} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
         for axis, link in enumerate(cluster.links)
     )
     precision = [] if plan.precision is None else [("precision", str(plan.precision))]
+    split = []
+    if plan.pipeline is not None:
+        stages, ranks = len(plan.pipeline.stages), plan.pipeline.ranks
+        split.append(("pipeline", f"{stages} stages on {ranks} ranks, {plan.pipeline.schedule}"))
+    if plan.microbatches > 1:
+        split.append(("microbatches", str(plan.microbatches)))
     return [
         ("model", f"{plan.model} (graph {plan.fingerprint})"),
         ("mesh", f"{cluster.mesh_text}: {cluster.world_size} x {cluster.device.name}"),
         ("links", links),
         *precision,
+        *split,
         ("step", time_text(plan.time.step_us)),
         (
             "memory",
@@ -235,13 +226,17 @@ def meshes_table(plan: ShardingPlan) -> Table | None:
     """The meshes that were compared, the fastest first, if the mesh was searched for."""
     if not plan.meshes:
         return None
+    chosen = 1, plan.mesh
+    if plan.pipeline is not None:
+        axis = plan.pipeline.axis
+        chosen = plan.pipeline.ranks, (*plan.mesh[:axis], *plan.mesh[axis + 1 :])
     rows = tuple(
         (
-            mesh_text(m.mesh),
+            m.text,
             time_text(m.step_us) if math.isfinite(m.step_us) else "-",
             time_text(m.bound_us) if math.isfinite(m.bound_us) else "-",
             bytes_text(m.memory_bytes) if math.isfinite(m.memory_bytes) else "",
-            "chosen" if m.mesh == plan.mesh else m.note,
+            "chosen" if (m.pipe, m.mesh) == chosen else m.note,
         )
         for m in sorted(plan.meshes, key=lambda m: (m.step_us, m.bound_us))
     )
@@ -311,6 +306,7 @@ def decisions_table(plan: ShardingPlan) -> Table:
 def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
     """All tables except the one of decisions, in the order of a report."""
     every = [
+        pipeline_table(plan),
         modules_table(plan, fold=fold),
         time_table(plan.time),
         memory_table(plan.memory, plan.budget_bytes),

@@ -28,8 +28,9 @@ from autopar.runtime.adoption import check_optimizer
 from autopar.runtime.batch import BatchDim
 from autopar.runtime.call import Call
 from autopar.runtime.engine import Engine, engine_of
+from autopar.runtime.engine_options import EngineOptions
 from autopar.runtime.optimizer_state import handle_later_optimizers
-from autopar.runtime.step_compiler import EngineOptions, StepCompiler
+from autopar.runtime.step_compiler import StepCompiler
 from autopar.runtime.step_runner import StepRunner
 from autopar.versions import warn_if_torch_is_untested
 
@@ -49,10 +50,11 @@ def auto_engine(
     lower: bool = True,
     compile: bool = False,
     constraints: Mapping[str, str] | None = None,
-    microbatches: int = 1,
+    microbatches: int | None = None,
     microbatch: str = "exact",
     schedule: str | None = None,
     stages: str | None = None,
+    loss_fn: Callable[..., Any] | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | bool | None = True,
     dump_passes: str | Path | None = None,
@@ -92,6 +94,11 @@ def auto_engine(
         microbatch: "exact" refuses a model that mixes samples (BatchNorm in training);
             "independent" takes each microbatch as a batch of its own, as a loop that accumulates
             gradients does.
+        schedule: order in which pipeline stages run ("1f1b", "zbv", ... or a CSV file); the fastest
+            if None. The axis of stages is that named pipe (docs/pipelines.md).
+        stages: modules at which the second and later stages begin ("h.4,h.8"); the fastest if None.
+        loss_fn: a loss outside of the model, as a part of its program: `engine(x, target=y)` gives
+            `loss_fn(model(x), y)`. It has no parameters of its own.
         time_limit: seconds for all runs of the solver and all schedules of a plan together. The
             best plan known then is taken, and its line says how far it may be from the optimum.
         progress: how rank 0 tells of the stages of planning, in a line each with its time: True
@@ -113,16 +120,12 @@ def auto_engine(
     """
     if batch not in ("global", "local"):
         raise ValueError(f"batch must be 'global' or 'local', got {batch!r}")
-    if batch == "global" and batch_dim != 0 and microbatches == 1:
-        raise ValueError("batch_dim is for batch='local' or microbatches; this call needs none")
     if compile and not lower:
         raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
     if microbatch not in ("exact", "independent"):
         raise ValueError(f"microbatch must be 'exact' or 'independent', got {microbatch!r}")
-    if not isinstance(microbatches, int) or microbatches < 1:
+    if microbatches is not None and (not isinstance(microbatches, int) or microbatches < 1):
         raise ValueError(f"microbatches must be a positive number, got {microbatches!r}")
-    if microbatches > 1 and not lower:
-        raise ValueError("microbatches run lowered graphs; leave lower=False out")
     policy = Precision.of(precision)
     if isinstance(plan, str | Path):
         plan = ShardingPlan.load(plan)
@@ -135,6 +138,13 @@ def auto_engine(
     refuse_outputs(constraints)
     model = unwrapped(model)
     cluster = as_cluster(cluster_info).with_memory(memory)
+    if plan is not None and microbatches is None:
+        microbatches = plan.microbatches
+    splits = (microbatches or 1) > 1 or cluster.pipeline_ranks > 1
+    if splits and not lower:
+        raise ValueError("microbatches and stages run lowered graphs; leave lower=False out")
+    if batch == "global" and batch_dim != 0 and not splits:
+        raise ValueError("batch_dim is for batch='local', microbatches and stages")
     check_optimizer(model, optimizer)
     if policy is not None:
         policy.check(model)
@@ -158,6 +168,7 @@ def auto_engine(
         microbatch=microbatch,
         schedule=schedule,
         stages=stages,
+        loss_fn=loss_fn,
     )
     engine = engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     handle_later_optimizers()

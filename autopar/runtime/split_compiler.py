@@ -29,7 +29,8 @@ from autopar.passes.microbatches import (
 )
 from autopar.plan import PipelinePlan, ShardingPlan
 from autopar.planner.decisions import FixedLayouts
-from autopar.planner.stages import plan_stages, schedule_of
+from autopar.planner.microbatched import BatchPlanner
+from autopar.planner.stages import PipelineOptions, schedule_of
 from autopar.runtime.batch import BatchDim, BatchLayout, batch_dims
 from autopar.runtime.bound_step import WholeResult
 from autopar.runtime.call import Call
@@ -43,28 +44,25 @@ from autopar.runtime.split_step import SplitStep
 class SplitCompiler:
     """
     Args:
-        count: of microbatches.
+        count: of microbatches; chosen if None.
         independent: each is a batch of its own.
         batch_dim: of the inputs, where all ranks pass the same batch.
-        schedule: name of a pipeline's schedule; chosen if None.
-        stages: of a pipeline, by names of operators; chosen if None.
-        pipeline: of the steps before, whose parameters are laid out by it; None at the first.
+        pipeline: its ranks, and what is fixed of it; None without one.
         place: of this rank; `stage_place` on the mesh of its stage.
         cluster: of all ranks.
         options: of the stages, with the cluster of one.
         decide: the plan of a microbatch, with layouts that are fixed, and a step whose plan serves
             if it can; on rank 0.
+        planner: of a batch in microbatches, with layouts that are fixed.
         example: tensors that a program of a microbatch is called with; lays parameters out.
         trace: captures the model for a call.
         pipeline_of: this rank's place in the pipeline of a plan.
     """
 
-    count: int
+    count: int | None
     independent: bool
     batch_dim: BatchDim
-    schedule: str | None
-    stages: str | None
-    pipeline: PipelinePlan | None
+    pipeline: PipelineOptions | None
     place: Place
     stage_place: Place
     mesh: DeviceMesh
@@ -72,6 +70,7 @@ class SplitCompiler:
     cluster: ClusterInfo
     options: StepOptions
     decide: Callable[[ModelGraph, FixedLayouts, CompiledStep | None], StepPlan]
+    planner: Callable[[Microbatches, int, FixedLayouts], BatchPlanner] | None
     example: Callable[[ShardingPlan, Mapping[str, int | None], ModelGraph, LocalProgram], Arguments]
     trace: Callable[[Call], ModelGraph]
     pipeline_of: Callable[[PipelinePlan], Pipeline]
@@ -83,7 +82,6 @@ class SplitCompiler:
         graph: ModelGraph,
         trainable: frozenset[str],
         stored: Mapping[str, StoredLayout],
-        alike: CompiledStep | None,
     ) -> tuple[CompiledStep, SplitStep, dict[int, WholeResult]]:
         """Compile the step of a call.
 
@@ -91,7 +89,6 @@ class SplitCompiler:
             graph: of the call.
             trainable: placeholder names of the parameters that require grad.
             stored: how parameters are laid out already, by name.
-            alike: a step for inputs of other sizes, whose plan serves this one if it can.
 
         Raises:
             NotSeparableError: the batch cannot be split exactly.
@@ -100,8 +97,12 @@ class SplitCompiler:
         samples, dims = self._dims(layout)
         self._check(call, layout, samples)
         ranks = layout.cluster.world_size if layout.local else 1
-        sizes = even_sizes(samples, self.count)
-        split = self._split(call, graph, trainable, dims, samples * ranks, sizes, ranks)
+        split = self._split(call, graph, trainable, dims, samples * ranks, ranks)
+        fixed = FixedLayouts(parameters={name: layout.spec for name, layout in stored.items()})
+        chosen = self._chosen(split, samples, fixed)
+        count = self.count if chosen is None else chosen.plan.microbatches
+        assert count is not None
+        sizes = even_sizes(samples, count)
         compiled: dict[int, CompiledSlice] = {}
         first: CompiledStep | None = None
         pipeline: Pipeline | None = None
@@ -109,11 +110,11 @@ class SplitCompiler:
         specs = {name: layout.spec for name, layout in stored.items()}
         owners = {name: layout.stage for name, layout in stored.items()}
         for size in sorted(set(sizes), reverse=True):
-            slice_ = split.graphs[size * ranks]
+            slice_ = split.graph(size * ranks)
             fixed = self._fixed(layout, slice_, split, specs)
             plan, local = apply_plan(
-                slice_, partial(self._decided, slice_, fixed, first or alike), self.stage_place,
-                self.options, trainable=trainable,
+                slice_, partial(self._decided, slice_, fixed, first, chosen, count),
+                self.stage_place, self.options, trainable=trainable,
                 output_specs=fixed.outputs if first is None else _as_before(slice_, first.local),
             )  # fmt: skip
             firsts = _numbers(slice_, plan)
@@ -124,12 +125,12 @@ class SplitCompiler:
             if pipeline is not None and not owners:
                 owners = _owners(slice_, programs, pipeline)
             called_with = self.example(plan, owners, slice_, local)
-            stages = compile_stages(
-                slice_, plan, local, programs, called_with, stage_place, self.options,
-                own=(0,) if pipeline is None else pipeline.own,
+            compile_own = partial(
+                compile_stages, slice_, plan, local, programs, called_with, stage_place,
+                self.options, own=(0,) if pipeline is None else pipeline.own,
                 split_backward=pipeline is not None and pipeline.splits_backward,
             )  # fmt: skip
-            compiled[size] = stages
+            stages = compiled[size] = self.place.ranks.together(compile_own)
             if first is None:
                 stage = next(iter(stages.stages.values()))
                 first = CompiledStep(graph, plan, local, stage.body, stage.memory)
@@ -141,7 +142,7 @@ class SplitCompiler:
         return first, binder.step(), binder.whole_results
 
     def _check(self, call: Call, layout: BatchLayout, samples: int) -> None:
-        if samples < self.count:
+        if self.count is not None and samples < self.count:
             raise EngineError(
                 f"{self.count} microbatches of a batch of {samples} samples"
                 f"{' on each rank' if layout.local else ''}: some would be empty; pass "
@@ -160,30 +161,25 @@ class SplitCompiler:
 
     # -- pipelines --------------------------------------------------------------------------------
 
+    def _chosen(self, split: Microbatches, samples: int, fixed: FixedLayouts) -> StepPlan | None:
+        """The plan of a batch in microbatches; None where each microbatch is planned by itself."""
+        if self.planner is None:
+            return None
+        planner = self.planner(split, samples, fixed)
+        return StepPlan.of_rank_zero(
+            lambda: StepPlan(planner.plan(self.count).plan), self.place.ranks
+        )
+
     def _decided(
-        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None
-    ) -> StepPlan:
+        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None,
+        chosen: StepPlan | None, count: int,
+    ) -> StepPlan:  # fmt: skip
         """The plan of a microbatch, with its stages; on rank 0."""
+        if chosen is not None and alike is None:
+            return chosen
         decided = self.decide(graph, fixed, alike)
-        axis, ranks = self.cluster.pipe_axis, self.cluster.pipeline_ranks
-        pipeline = None
-        if axis is not None and ranks > 1:
-            pipeline = decided.plan.pipeline or self.pipeline
-            if pipeline is None or _missing(graph, pipeline):
-                if decided.planned is None:  # the plan was another call's
-                    decided = self.decide(graph, fixed, None)
-                if decided.planned is None:
-                    raise PlanError(
-                        "the plan that was given has no pipeline stages for this call of the "
-                        f"model, and the mesh has {ranks} ranks for them; plan with this mesh, or "
-                        "leave plan= out"
-                    )
-                pipeline = plan_stages(
-                    decided.planned, axis, ranks, self.count,
-                    schedule=self.schedule, stages=self.stages,
-                )  # fmt: skip
-        plan = replace(decided.plan, microbatches=self.count, pipeline=pipeline)
-        return replace(decided, plan=plan)
+        pipeline = decided.plan.pipeline if alike is None else alike.plan.pipeline
+        return replace(decided, plan=replace(decided.plan, microbatches=count, pipeline=pipeline))
 
     # -- microbatches -----------------------------------------------------------------------------
 
@@ -196,14 +192,13 @@ class SplitCompiler:
 
     def _split(
         self, call: Call, graph: ModelGraph, trainable: frozenset[str], dims: Mapping[int, int],
-        samples: int, sizes: Sequence[int], ranks: int,
+        samples: int, ranks: int,
     ) -> Microbatches:  # fmt: skip
         names = [n for n in graph.inputs if n is not None]
-        of_all = [size * ranks for size in sizes]
         if not self.independent:
             of_inputs = {names[k]: dim for k, dim in dims.items()}
             return self.place.ranks.together(
-                lambda: exact_microbatches(graph, of_inputs, samples, of_all, trainable)
+                lambda: exact_microbatches(graph, of_inputs, samples, trainable)
             )
 
         def trace(size: int) -> ModelGraph:
@@ -216,7 +211,12 @@ class SplitCompiler:
             args, kwargs = pytree.tree_map_only(torch.Tensor, part, call.inputs)
             return self.trace(Call.of(args, kwargs))
 
-        return independent_microbatches(graph, of_all, trace)
+        if self.count is None:
+            raise EngineError(
+                "microbatch='independent' changes with the number of microbatches: give it, as "
+                "microbatches=8"
+            )
+        return independent_microbatches(graph, -(-samples // self.count), trace)
 
     def _fixed(
         self, layout: BatchLayout, graph: ModelGraph, split: Microbatches,
@@ -248,12 +248,6 @@ def _as_before(graph: ModelGraph, before: LocalProgram) -> tuple[ShardingSpec, .
     )
 
 
-def _missing(graph: ModelGraph, pipeline: PipelinePlan) -> list[str]:
-    """Names of operators at which stages begin that a graph does not have."""
-    names = {node.name for node in graph.compute_nodes()}
-    return [name for name in pipeline.firsts if name not in names]
-
-
 def _numbers(graph: ModelGraph, plan: ShardingPlan) -> tuple[int, ...]:
     """Numbers of the operators at which stages begin, without the first stage's.
 
@@ -263,19 +257,19 @@ def _numbers(graph: ModelGraph, plan: ShardingPlan) -> tuple[int, ...]:
     if plan.pipeline is None:
         return ()
     number = {node.name: k for k, node in enumerate(graph.compute_nodes())}
-    missing = _missing(graph, plan.pipeline)
+    missing = [name for name in plan.pipeline.firsts if name not in number]
     if missing:
         raise PlanError(
             f"the plan's stages begin at operators {missing}, which this call of the model does "
-            "not have; plan again, or name operators that it has (stages=)"
+            "not have; plan again, or name the stages by modules (stages=)"
         )
     firsts = tuple(number[name] for name in plan.pipeline.firsts)
     stages = schedule_of(plan.pipeline).stages
     if len(firsts) + 1 != stages or list(firsts) != sorted({*firsts} - {0}):
         raise PlanError(
-            f"schedule {plan.pipeline.schedule} on {plan.pipeline.ranks} ranks has {stages} "
-            f"stages, and {', '.join(plan.pipeline.firsts)} cut the model into {len(firsts) + 1}; "
-            f"name {stages - 1} operators, in the order of the model and not its first (stages=)"
+            f"the plan's schedule on {plan.pipeline.ranks} ranks has {stages} stages, and "
+            f"{', '.join(plan.pipeline.firsts)} cut the model into {len(firsts) + 1}; name "
+            f"{stages - 1} operators, in the order of the model and without its first (stages=)"
         )
     return firsts
 

@@ -9,6 +9,7 @@ same multiple of the gradients; if it brings something else, the slices run agai
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from autopar.runtime.program import deliver, own, whole, without_gradients
 from autopar.runtime.sharded_values import ShardedParameter
 from autopar.runtime.slice_pass import SlicePass
 from autopar.runtime.split_step import SplitStep, Tangents
+
+log = logging.getLogger(__name__)
 
 
 def train(step: SplitStep, *flat: torch.Tensor) -> tuple[Any, ...]:
@@ -82,6 +85,8 @@ class _Run(torch.autograd.Function):
             elif factor is not True:
                 local = [None if g is None else g * factor for g in local]
         scalars = all(g.ndim == 0 for g in came.values())
+        if not scalars:
+            step.told_of_loss = step.told_of_loss or _tell_of_loss()
         step.expected = {k: g.detach().clone() for k, g in came.items()} if scalars else None
         used = step.result_gradients.used(tuple(g is not None for g in grads))
         local = [g if k in used else None for k, g in enumerate(local)]
@@ -92,6 +97,15 @@ class _Run(torch.autograd.Function):
             return None, *without_gradients(handed)
         deliver(ctx.parameters, handed, [node for node, _ in ctx.next_functions])
         return None, *handed
+
+
+def _tell_of_loss() -> bool:
+    log.warning(
+        "the loss is computed outside of the model, from results of the whole batch: every step "
+        "runs its microbatches forward twice. Pass auto_engine(..., loss_fn=) and call "
+        "engine(x, target=y), or return the loss from the model"
+    )
+    return True
 
 
 def _multiple(came: Tangents, expected: Tangents) -> torch.Tensor | bool | None:

@@ -16,7 +16,7 @@ LAYERS = (
     "errors", "units", "files", "gc_utils", "progress", "versions", "ir", "cluster",
     "tracer", "solver", "plan", "comm", "profiler", "sharding", "schedule", "kernels", "passes",
     "planner",
-    "compiled_step",
+    "compiled_step", "compiled_stages",
     "compile", "runtime", "integrations", "testing", "report", "cli",
 )  # fmt: skip
 

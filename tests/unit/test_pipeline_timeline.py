@@ -144,6 +144,14 @@ def test_bytes_are_held_until_their_last_use():
     ):
         schedule = PipelineSchedule.parse(text)
         assert peak_bytes(schedule, [cost]) == (peak,) == simulate(schedule, [cost]).peak_bytes
+    # What is recomputed is there during B or I, and until W what W needs of it.
+    recomputes = StageCost(1, 1, 1, held_bytes=1, recomputed_bytes=10, weight_bytes=4)
+    for text, peak in (
+        ("0F0 0F1 0B0 0B1", 12),
+        ("0F0 0F1 0I0 0I1 0W0 0W1", 15),
+        ("0F0 0I0 0F1 0W0 0I1 0W1", 11),
+    ):
+        assert peak_bytes(PipelineSchedule.parse(text), [recomputes]) == (peak,)
     two = PipelineSchedule.parse("0F0 1F0 1B0 0B0")
     assert peak_bytes(two, [cost, dataclasses.replace(cost, held_bytes=7)]) == (217,)
 
@@ -203,6 +211,10 @@ def test_costs_are_validated():
         StageCost(math.nan)
     with pytest.raises(PlanError, match="W needs 5 bytes of the 4 that are held from F on"):
         StageCost(1, 1, 1, held_bytes=4, weight_bytes=5)
+    with pytest.raises(
+        PlanError, match=r"W needs 9 bytes of the 4 .* F on and 4 recomputed; raise"
+    ):
+        StageCost(1, 1, 1, held_bytes=4, recomputed_bytes=4, weight_bytes=9)
     schedule = make_schedule("1f1b", 2, 2)
     for function in (simulate, step_time_us, peak_bytes):
         with pytest.raises(PlanError, match="has 2 stages, but there are costs of 1; give one"):

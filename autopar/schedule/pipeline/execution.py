@@ -11,7 +11,7 @@ of the same microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -49,10 +49,19 @@ class Execution:
 @lru_cache(maxsize=256)
 def execution(schedule: PipelineSchedule) -> Execution:
     """An order in which everything runs. Raises PlanError if an action can never run."""
-    rank_of, stages = schedule.rank_of_stage, schedule.stages
+    rank_of, stages, microbatches = schedule.rank_of_stage, schedule.stages, schedule.microbatches
+    # There are up to hundreds of thousands of results, hence numbers: activations by stage and
+    # microbatch, then gradients.
+    gradients = stages * microbatches
+    position = [-1] * (2 * gradients)  # of the action that makes a result
+    waiting: dict[int, list[int]] = {}  # ranks that wait for a result
+    pairs: dict[tuple[int, int], int] = {}
     run: list[Action] = []
-    position: dict[_Result, int] = {}  # of the action that makes a result
-    waiting: dict[_Result, list[int]] = {}  # ranks that wait for a result
+    ranks: list[int] = []
+    durations: list[int] = []
+    waits_for: list[int] = []
+    links: list[int] = []
+    first, last = [-1] * stages, [-1] * stages
     next_of = [0] * len(schedule.ranks)
     ready = list(range(len(schedule.ranks) - 1, -1, -1))
     while ready:
@@ -60,36 +69,53 @@ def execution(schedule: PipelineSchedule) -> Execution:
         actions = schedule.ranks[rank]
         while next_of[rank] < len(actions):
             action = actions[next_of[rank]]
-            missing = next((r for r in _needs(action, stages) if r not in position), None)
-            if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
+            stage, kind, microbatch = action
+            # What it makes, and needs of its own stage and of another one, which is on `source`;
+            # the stage that needs its result.
+            activation = stage * microbatches + microbatch
+            gradient = gradients + activation
+            if kind is Kind.FORWARD:
+                made, own, source, to = activation, -1, stage - 1, stage + 1
+                other = activation - microbatches if source >= 0 else -1
+            elif kind is Kind.WEIGHT:
+                made, own, source, to, other = -1, gradient, -1, -1, -1
+            else:
+                made, own, source, to = gradient, activation, stage + 1, stage - 1
+                other = gradient + microbatches if source < stages else -1
+            if own >= 0 and position[own] < 0:
+                waiting.setdefault(own, []).append(rank)
                 break
-            made = _makes(action)
-            position[made] = len(run)
-            ready += waiting.pop(made, ())
+            if other >= 0 and position[other] < 0:
+                waiting.setdefault(other, []).append(rank)
+                break
+            at = len(run)
+            if made >= 0:
+                position[made] = at
+                ready += waiting.pop(made, ())
             run.append(action)
+            ranks.append(rank)
+            durations.append(4 * stage + KINDS.index(kind))
+            # What was made on this rank is there already.
+            waits_for.append(position[other] if other >= 0 and rank_of[source] != rank else -1)
+            sends = 0 <= to < stages and rank_of[to] != rank
+            links.append(pairs.setdefault((rank, rank_of[to]), len(pairs)) if sends else -1)
+            if first[stage] < 0:
+                first[stage] = at
+            last[stage] = at
             next_of[rank] += 1
     if len(run) < sum(map(len, schedule.ranks)):
-        raise PlanError(_deadlock(schedule, next_of, waiting))
-
-    pairs: dict[tuple[int, int], int] = {}
-    waits_for, links = [], []
-    first, last = [-1] * stages, [-1] * stages
-    for at, action in enumerate(run):
-        stage, rank = action.stage, rank_of[action.stage]
-        # What was made on this rank is there already.
-        remote = [r for r in _needs(action, stages) if rank_of[r.stage] != rank]
-        waits_for.append(position[remote[0]] if remote else -1)
-        to = _sends_to(action)
-        sends = 0 <= to < stages and rank_of[to] != rank
-        links.append(pairs.setdefault((rank, rank_of[to]), len(pairs)) if sends else -1)
-        if first[stage] < 0:
-            first[stage] = at
-        last[stage] = at
+        missing = {
+            _Result(
+                result % gradients // microbatches,
+                Kind.INPUT if result >= gradients else Kind.FORWARD,
+                result % microbatches,
+            ): stuck
+            for result, stuck in waiting.items()
+        }
+        raise PlanError(_deadlock(schedule, next_of, missing))
     return Execution(
-        tuple(run), tuple(rank_of[a.stage] for a in run),
-        tuple(4 * a.stage + KINDS.index(a.kind) for a in run),
-        tuple(waits_for), tuple(links), tuple(first), tuple(last), len(pairs),
+        tuple(run), tuple(ranks), tuple(durations), tuple(waits_for), tuple(links),
+        tuple(first), tuple(last), len(pairs),
     )  # fmt: skip
 
 
@@ -104,27 +130,6 @@ class _Result(NamedTuple):
 def _makes(action: Action) -> _Result:
     stage, kind, microbatch = action
     return _Result(stage, Kind.INPUT if kind is Kind.BACKWARD else kind, microbatch)
-
-
-def _needs(action: Action, stages: int) -> Iterator[_Result]:
-    """Results that an action waits for; at most one of them is another stage's."""
-    stage, kind, microbatch = action
-    if kind is Kind.WEIGHT:
-        yield _Result(stage, Kind.INPUT, microbatch)
-    elif kind is Kind.FORWARD:
-        if stage > 0:
-            yield _Result(stage - 1, Kind.FORWARD, microbatch)
-    else:
-        yield _Result(stage, Kind.FORWARD, microbatch)
-        if stage + 1 < stages:
-            yield _Result(stage + 1, Kind.INPUT, microbatch)
-
-
-def _sends_to(action: Action) -> int:
-    """The stage that needs the result; there may be no such stage."""
-    if action.kind is Kind.WEIGHT:
-        return -1
-    return action.stage + 1 if action.kind is Kind.FORWARD else action.stage - 1
 
 
 def _deadlock(

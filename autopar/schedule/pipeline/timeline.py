@@ -33,7 +33,9 @@ class StageCost:
             of its inputs to the previous one, with latency. Not used if that stage is on its rank.
         state_bytes: parameters, gradients and optimizer state; all the time.
         held_bytes: activations, from the beginning of F until the end of B or I.
-        weight_bytes: of these, what W needs: held until its end.
+        recomputed_bytes: activations that the backward computes again: held beside those from the
+            beginning until the end of B or I.
+        weight_bytes: of both, what W needs: held until its end.
         before_us: of parameter gathers before the stage's first action, once a step.
         after_us: of gradient reductions after its last, once a step.
     """
@@ -45,6 +47,7 @@ class StageCost:
     send_backward_us: float = 0.0
     state_bytes: float = 0.0
     held_bytes: float = 0.0
+    recomputed_bytes: float = 0.0
     weight_bytes: float = 0.0
     before_us: float = 0.0
     after_us: float = 0.0
@@ -56,10 +59,11 @@ class StageCost:
                 raise PlanError(
                     f"cost of a pipeline stage: {field.name} is {value}; 0 is the least"
                 )
-        if self.weight_bytes > self.held_bytes:
+        if self.weight_bytes > self.held_bytes + self.recomputed_bytes:
+            more = f" and {self.recomputed_bytes:.0f} recomputed" if self.recomputed_bytes else ""
             raise PlanError(
                 f"cost of a pipeline stage: W needs {self.weight_bytes:.0f} bytes of the"
-                f" {self.held_bytes:.0f} that are held from F on; raise held_bytes"
+                f" {self.held_bytes:.0f} that are held from F on{more}; raise held_bytes"
             )
 
     @property
@@ -161,6 +165,8 @@ def peak_bytes(schedule: PipelineSchedule, costs: Sequence[StageCost]) -> tuple[
     for actions, stages in zip(schedule.ranks, schedule.stages_of_rank, strict=True):
         live = peak = sum(costs[stage].state_bytes for stage in stages)
         for stage, kind, _ in actions:
+            if kind is Kind.BACKWARD or kind is Kind.INPUT:
+                peak = max(peak, live + costs[stage].recomputed_bytes)
             live += changes[kind][stage]
             if live > peak:
                 peak = live

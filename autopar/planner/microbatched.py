@@ -1,0 +1,156 @@
+"""Plans for a batch that is processed in microbatches, over the stages of a pipeline or without.
+
+Layouts are solved for one microbatch on the mesh of one stage. How many microbatches, where the
+model is cut, and in which order stages run is chosen from what the operators of that plan cost
+(`planner/stages.py`). Their costs at other sizes come from the same layouts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.errors import InfeasibleError, PlanError
+from autopar.passes.microbatches import Microbatches
+from autopar.plan import TimeEstimate
+from autopar.planner.estimate import optimizer_us
+from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
+from autopar.planner.planner import Planned, build_problem, choices_of
+from autopar.planner.space import SearchSpace
+from autopar.planner.stages import PipelineOptions, plan_stages
+
+log = logging.getLogger(__name__)
+
+# Microbatches per rank of a pipeline that layouts are solved for first.
+_PER_RANK = 4
+
+
+@dataclass(frozen=True)
+class BatchPlanner:
+    """
+    Args:
+        model: of the graph.
+        split: the batch in microbatches.
+        samples: of the batch.
+        cluster: of all ranks.
+        pipeline: its ranks, and what is fixed of it; None without one.
+        options: of `build_problem`.
+    """
+
+    model: torch.nn.Module
+    split: Microbatches
+    samples: int
+    cluster: ClusterInfo
+    pipeline: PipelineOptions | None
+    options: Mapping[str, Any]
+
+    def plan(self, microbatches: int | None) -> Planned:
+        """The fastest plan that fits the memory.
+
+        Args:
+            microbatches: chosen if None.
+
+        Raises:
+            InfeasibleError: nothing fits the memory.
+            PlanError: there are more microbatches than samples, or stages than places to cut.
+        """
+        given = None if self.pipeline is None else self.pipeline.actions
+        if given is not None:
+            if microbatches not in (None, given.microbatches):
+                raise PlanError(
+                    f"the schedule {given.name} is for {given.microbatches} microbatches, and "
+                    f"microbatches={microbatches} was asked for; leave that out"
+                )
+            microbatches = given.microbatches
+        if microbatches is not None:
+            if not 1 <= microbatches <= self.samples:
+                raise PlanError(
+                    f"{microbatches} microbatches of a batch of {self.samples} samples: each needs "
+                    f"at least one; choose 1 to {self.samples}"
+                )
+            return self._at(microbatches)
+        if self.pipeline is None:
+            return self.plan_within(1)
+        first = min(self.samples, _PER_RANK * self.pipeline.ranks)
+        planned = self._solved(first)
+        chains = self._chains(planned, first)
+        plan = plan_stages(planned, self.pipeline, self.samples, None, chains=chains)
+        if plan.microbatches == first:
+            return replace(planned, plan=plan)
+        return self._at(plan.microbatches)
+
+    def _at(self, microbatches: int, planned: Planned | None = None) -> Planned:
+        planned = planned or self._solved(microbatches)
+        if self.pipeline is not None:
+            plan = plan_stages(planned, self.pipeline, self.samples, microbatches)
+            return replace(planned, plan=plan)
+        time, step_us = planned.plan.time, optimizer_us(planned.space, planned.choices)
+        waiting = time.weights_us - time.overlapped_us  # of what moves weights
+        times = TimeEstimate(
+            (time.compute_us - step_us) * microbatches + step_us,
+            (time.exposed_us - waiting) * microbatches + waiting,
+            time.overlapped_us,
+            time.weights_us,
+        )
+        plan = replace(planned.plan, time=times, microbatches=microbatches)
+        return replace(planned, plan=plan)
+
+    def plan_within(self, count: int) -> Planned:
+        """The plan of the fewest microbatches that fit without recomputation: fewer are faster.
+
+        Args:
+            count: of microbatches, the fewest that are tried.
+
+        Raises:
+            InfeasibleError: not even single samples fit.
+        """
+        count = min(count, self.samples)
+        while True:
+            try:
+                return self._at(count)
+            except InfeasibleError:
+                if count >= self.samples:
+                    raise
+                count = min(self.samples, 2 * count)
+
+    def _solved(self, microbatches: int) -> Planned:
+        """The plan of one microbatch, of the largest."""
+        size = -(-self.samples // microbatches)
+        budget = None
+        if self.pipeline is not None:  # states are spread over its ranks
+            budget = self.cluster.budget_bytes * self.pipeline.ranks
+        problem = build_problem(
+            self.model, graph=self.split.graph(size), cluster=self.cluster.of_a_stage(),
+            budget_bytes=budget, **self.options,
+        )  # fmt: skip
+        try:
+            result = problem.decide()
+        except InfeasibleError:
+            if self.pipeline is None:
+                raise
+            result = problem.decide(math.inf)  # stages may recompute
+        planned = problem.planned(result)
+        return replace(planned, plan=replace(planned.plan, budget_bytes=self.cluster.budget_bytes))
+
+    def _chains(self, planned: Planned, microbatches: int) -> dict[int, OperatorChain]:
+        """Costs of the same layouts by the samples of a microbatch: of the one that was solved for,
+        of the smallest and of one microbatch per rank."""
+        assert self.pipeline is not None
+        own = -(-self.samples // microbatches)
+        chains = {own: operator_chain(planned.space, planned.choices)}
+        for size in {1, -(-self.samples // self.pipeline.ranks)} - {own}:
+            space = SearchSpace(
+                self.split.graph(size), planned.space.cluster, planned.space.workload,
+                planned.space.fixed,
+            )  # fmt: skip
+            try:
+                chains[size] = operator_chain(space, choices_of(space, planned.plan))
+            except PlanError as error:  # its dims do not split so
+                log.info("no costs for microbatches of %d samples: %s", size, error)
+        return chains
