@@ -117,6 +117,7 @@ class SplitCompiler:
                 self.stage_place, self.options, trainable=trainable,
                 output_specs=fixed.outputs if first is None else _as_before(slice_, first.local),
             )  # fmt: skip
+            specs = specs or plan.parameter_specs()  # other sizes find parameters laid out so
             firsts = _numbers(slice_, plan)
             programs = stage_programs(slice_, plan, local, self.options, firsts)
             if pipeline is None and plan.pipeline is not None:
