@@ -111,7 +111,7 @@ def test_refusals_are_the_same_on_all_ranks_and_say_what_to_do(pool):
         "schedule": ["PlanError", "'zb'", "1f1b"],
         "evaluates": ["PlanError", "forward-only", "choose"],
         "few": ["EngineError", "3 microbatches of a batch of 2 samples"],
-        "operators": ["PlanError", "linear_9", "stages="],
+        "operators": ["ConstraintError", "linear_9", "linear_4"],
         "local": ["EngineError", "batch='local'", "batch='global'"],
         "differ": ["EngineError", "different batches"],
     }
