@@ -123,6 +123,24 @@ class Thrice(nn.Module):
         return F.cross_entropy(self.head(h), y)
 
 
+class Tied(nn.Module):
+    """The table of the first stage is the last layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(31, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 31)
+        self.head.weight = self.table.weight
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, ids, labels):
+        h = self.table(ids)
+        for layer in self.layers:
+            h = h + torch.tanh(layer(h)) * self.scale
+        return F.cross_entropy(self.head(h).flatten(0, 1), labels.flatten())
+
+
 class Crossings(nn.Module):
     """Values of every kind go from stage to stage: integers, booleans, several of one operator,
     results of the first stage for the last; and results that are no tensors."""
@@ -180,8 +198,8 @@ class Normed(nn.Module):
 
 
 class Counted(nn.Module):
-    """A counter that every stage reads, and a mean of activations that one updates and another
-    one may read."""
+    """A counter that every stage reads, and a mean of activations, which an earlier stage than the
+    one that updates it may read."""
 
     def __init__(self, shared_mean: bool = False) -> None:
         super().__init__()
@@ -194,12 +212,12 @@ class Counted(nn.Module):
     def forward(self, x, y):
         if self.training:
             self.count.add_(1)
+        if self.shared_mean:
+            x = x - self.mean
         for k, layer in enumerate(self.layers):
             x = torch.tanh(layer(x)) / (1 + 0.1 * self.count)
             if k == 1 and self.training:
                 self.mean.lerp_(x.detach().mean(0), 0.1)
-        if self.shared_mean:
-            x = x - self.mean
         return F.cross_entropy(self.head(x) * (1 + 0.1 * self.count), y)
 
 
@@ -310,11 +328,13 @@ MODELS = {
     "unet": Model(UNet, noisy_images),
     "experts": Model(Experts, tokens),
     "thrice": Model(Thrice, vectors),
+    "tied": Model(Tied, tokens),
     "crossings": Model(Crossings, masked_vectors),
     "frozen": Model(Frozen, vectors),
     "frozen end": Model(lambda: Frozen((2, 3)), vectors),
     "normed": Model(Normed, vectors),
     "counted": Model(Counted, vectors),
+    "counted mean": Model(lambda: Counted(shared_mean=True), vectors),
     "dropped": Model(Dropped, vectors),
     "logits": Model(Logits, vectors),
 }
