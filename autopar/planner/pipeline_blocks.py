@@ -24,6 +24,7 @@ from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
 from autopar.schedule.pipeline.blocks import Block
 from autopar.sharding.node_rules import is_floating, results
+from autopar.tracer import packed  # noqa: F401  (it defines the packed products)
 
 aten = torch.ops.aten
 
