@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from autopar.cluster.cluster import ClusterInfo
 from autopar.errors import InfeasibleError, PlanError
 from autopar.passes.microbatches import Microbatches
-from autopar.plan import TimeEstimate
+from autopar.plan import ShardingPlan, TimeEstimate
+from autopar.planner.baselines import baseline_plans
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
-from autopar.planner.planner import Planned, build_problem, choices_of
+from autopar.planner.planner import Planned, build_problem, choices_of, make_plan
 from autopar.planner.space import SearchSpace
 from autopar.planner.stages import PipelineOptions, plan_stages
 
@@ -69,18 +70,62 @@ class BatchPlanner:
         if self.pipeline is None:
             return self._fewest()
         first = min(self.samples, _PER_RANK * self.pipeline.ranks)
-        planned = self._solved(first)
-        chains = self._chains(planned, first)
-        plan = plan_stages(planned, self.pipeline, self.samples, None, chains=chains)
-        if plan.microbatches == first:
-            return replace(planned, plan=plan)
-        return self._at(plan.microbatches)
+        planned = self._staged(first, choose=True)
+        if planned.plan.microbatches == first:
+            return planned
+        return self._at(planned.plan.microbatches)
 
-    def _at(self, microbatches: int, planned: Planned | None = None) -> Planned:
-        planned = planned or self._solved(microbatches)
+    def _staged(self, microbatches: int, *, choose: bool = False) -> Planned:
+        """The fastest plan of a pipeline.
+
+        The layouts that are fastest for one microbatch may keep gathered weights for a whole step,
+        which the solver of one microbatch does not see. So where stages do not fit without
+        recomputation, tensor parallelism as Megatron's is tried too.
+
+        Args:
+            microbatches: that layouts are solved for.
+            choose: how many microbatches there are.
+
+        Raises:
+            InfeasibleError: no layouts fit; of the first ones.
+        """
+        assert self.pipeline is not None
+        refused: InfeasibleError | None = None
+        best: Planned | None = None
+        solved = self._solved(microbatches)
+        for planned in self._layouts(solved):
+            try:
+                chains = self._chains(planned, microbatches) if choose else None
+                count = None if choose else microbatches
+                plan = plan_stages(planned, self.pipeline, self.samples, count, chains=chains)
+            except InfeasibleError as error:
+                refused = refused or error
+                continue
+            if best is None or plan.time.step_us < best.plan.time.step_us:
+                best = replace(planned, plan=plan)
+            if planned is solved and not _recomputes(plan):
+                break
+        if best is None:
+            assert refused is not None
+            raise refused
+        return best
+
+    def _layouts(self, solved: Planned) -> Iterator[Planned]:
+        """The solver's layouts, and those of tensor parallelism by hand."""
+        yield solved
+        limit = self.options.get("time_limit", 60.0)
+        for baseline in baseline_plans(
+            solved.space, time_limit=limit, mask=solved.mask, named="Megatron TP"
+        ):
+            plan = make_plan(solved.space, baseline.choices, solved.plan.model, solved.plan.solver)
+            known = solved.plan
+            plan = replace(plan, constraints=known.constraints, budget_bytes=known.budget_bytes)
+            yield replace(solved, plan=plan, choices=baseline.choices)
+
+    def _at(self, microbatches: int) -> Planned:
         if self.pipeline is not None:
-            plan = plan_stages(planned, self.pipeline, self.samples, microbatches)
-            return replace(planned, plan=plan)
+            return self._staged(microbatches)
+        planned = self._solved(microbatches)
         time = planned.plan.time
         # what moves weights runs once, the optimizer's step too
         times = TimeEstimate(
@@ -138,3 +183,7 @@ class BatchPlanner:
             except PlanError as error:  # its dims do not split so
                 log.info("no costs for microbatches of %d samples: %s", size, error)
         return chains
+
+
+def _recomputes(plan: ShardingPlan) -> bool:
+    return plan.pipeline is not None and any(s.recomputed_bytes for s in plan.pipeline.stages)
