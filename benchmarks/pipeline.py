@@ -76,7 +76,7 @@ def bubbles() -> Iterator[Row]:
 
 
 def clusters(ranks: int, folder: Path, quick: bool) -> dict[str, Path]:
-    """Files of the measured cluster: of stages, and without a pipeline. They have the same links."""
+    """Files of the measured cluster: of stages, and without a pipeline, with the same links."""
     from autopar import ClusterInfo
     from autopar.cli.cluster import write_measured
     from autopar.profiler.measure_links import measure_cluster

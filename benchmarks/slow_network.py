@@ -100,8 +100,9 @@ def _slow_messages(link: SlowLink) -> Iterator[None]:
 
     def recv(group: Any, tensors: Any, source: int, tag: int) -> Any:
         stamp = torch.zeros(1, dtype=torch.float64)
-        works = real_recv(group, [stamp], source, _TAG + tag), real_recv(
-            group, tensors, source, tag
+        works = (
+            real_recv(group, [stamp], source, _TAG + tag),
+            real_recv(group, tensors, source, tag),
         )
         return _Delayed(works, stamp)
 
