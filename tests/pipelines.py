@@ -1,4 +1,4 @@
-"""Models that pipelines and microbatches are tried on, in float64, and training beside one device."""
+"""Models that pipelines are tried on, in float64, and training them beside one device."""
 
 from __future__ import annotations
 
@@ -424,9 +424,7 @@ def train_beside(
             note("results", gap(loss_of(result), accumulates(alone, batch, sizes)))
         note("gradients", gradients_gap(engine, alone))
         if clip is not None:
-            norms = [
-                torch.nn.utils.clip_grad_norm_(m.parameters(), clip) for m in (engine, alone)
-            ]
+            norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), clip) for m in (engine, alone)]
             note("norm", gap(*norms))
         trained.step()
         beside.step()

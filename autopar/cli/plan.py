@@ -16,6 +16,7 @@ from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.device import device as device_of
 from autopar.compile import autoplan, compile_first_rank, plan_batch, plan_step
+from autopar.errors import InfeasibleError, PlanError
 from autopar.files import write_atomically
 from autopar.plan import Baseline, ParetoPoint, ShardingPlan
 from autopar.planner import pareto
@@ -113,6 +114,11 @@ def make_plan(
         joint = JointPlan(autoplan(model, args, kwargs, cluster=target, **options))
     else:
         joint = plan_step(model, args, kwargs, cluster=target, schedule=schedule, **options)
+        if joint.memory is not None and joint.memory.added_us and batch["microbatches"] is None:
+            # microbatches may cost less than recomputation
+            split = _within_memory(example, target, batch, options)
+            if split is not None and split.time.step_us < joint.planned.plan.time.step_us:
+                return split
     planned, time_limit = joint.planned, options["time_limit"]
     if trace is not None and joint.memory is not None:
         write_atomically(trace, json.dumps(trace_of(joint.memory.timeline)) + "\n")
@@ -121,6 +127,8 @@ def make_plan(
         with progress.stage("passes") as stage:
             compile_first_rank(joint, dump_passes=dump_passes)
             stage.done = "wrote the passes" + (", without kernels of GPUs" if on_gpu else "")
+    if planned.plan.pipeline is not None:  # its space is that of one microbatch
+        return planned.plan
     rows: tuple[Baseline, ...] = ()
     points: tuple[ParetoPoint, ...] = ()
     if baselines:
@@ -133,6 +141,18 @@ def make_plan(
             planned.space, time_limit=time_limit, progress=progress, mask=planned.mask
         ).points
     return replace(planned.plan, baselines=rows, pareto_front=points)
+
+
+def _within_memory(
+    example: Example, target: ClusterInfo, batch: Mapping[str, Any], options: Mapping[str, Any]
+) -> ShardingPlan | None:
+    """The plan of the fewest microbatches that fit; None if none do, or samples are mixed."""
+    try:
+        return plan_batch(
+            example.model, example.args, example.kwargs, cluster=target, **batch, **options
+        ).plan
+    except (InfeasibleError, PlanError):
+        return None
 
 
 def _plan_of_batch(

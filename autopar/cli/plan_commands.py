@@ -149,6 +149,7 @@ def plan(
             from autopar.ir.precision import Precision
             from autopar.planner.constraints import load_constraints
             from autopar.planner.optimizer_state import named_state_ratio
+            from autopar.planner.stages import PipelineOptions
 
             if microbatch not in ("exact", "independent"):
                 raise ValueError(f"--microbatch is exact or independent, not {microbatch!r}")
@@ -156,6 +157,12 @@ def plan(
             target = target_of(mesh, devices, per_node, device, cluster, memory)
             if trace is not None and not isinstance(target, ClusterInfo):
                 raise ValueError("--trace shows the step on one mesh: give it with --mesh")
+            if not isinstance(target, ClusterInfo) and (microbatches or schedule or stages):
+                raise ValueError(
+                    "--microbatches, --schedule and --stages are of one mesh: give it with --mesh"
+                )
+            if isinstance(target, ClusterInfo):
+                PipelineOptions.of(target, schedule, stages)
             if dump_passes is not None:
                 dump_passes.mkdir(parents=True, exist_ok=True)
             layouts = {} if constraints is None else load_constraints(constraints)

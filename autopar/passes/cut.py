@@ -12,7 +12,7 @@ through every cut on the way.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ import torch.fx as fx
 from autopar.comm import steps
 from autopar.ir.randomness import draws
 from autopar.passes.apply_sharding import LocalProgram
+from autopar.passes.subgraph import ancestors, subgraph
 
 _GATHERS: frozenset[Any] = frozenset({steps.all_gather, steps.all_gather_vary})
 _CONVERSIONS: frozenset[Any] = frozenset(
@@ -184,34 +185,17 @@ class _Cut:
             return [0]
         if result in self.stage_of:
             return [self.stage_of[result]]
-        sources = self._ancestors(result).difference(self.parameters).intersection(self.arguments)
+        sources = ancestors([result]).difference(self.parameters).intersection(self.arguments)
         return [s for s in range(stages) if sources & self._used(s, ())] or [0]
-
-    @staticmethod
-    def _ancestors(node: fx.Node) -> set[fx.Node]:
-        found, stack = {node}, [node]
-        while stack:
-            new = [n for n in stack.pop().all_input_nodes if n not in found]
-            found.update(new)
-            stack += new
-        return found
 
     def _used(self, stage: int, results: Sequence[int]) -> set[fx.Node]:
         """What the operators of a stage, and those computed everywhere, read in this stage."""
-        stack = [n for n, s in self.stage_of.items() if s == stage]
-        stack += [self.results[k] for k in results if isinstance(self.results[k], fx.Node)]
-        used: set[fx.Node] = set()
-        seen: set[fx.Node] = set(stack)
-        while stack:
-            node = stack.pop()
-            used.add(node)
-            if self.stage_of.get(node, stage) != stage or node in self.entering:
-                continue
-            for source in node.all_input_nodes:
-                if source not in seen:
-                    seen.add(source)
-                    stack.append(source)
-        return used
+        own = [n for n, s in self.stage_of.items() if s == stage]
+        return ancestors([*own, *(self.results[k] for k in results)], self._given(stage))
+
+    def _given(self, stage: int) -> Callable[[fx.Node], bool]:
+        """Whether a stage has a value without computing it in its body."""
+        return lambda node: self.stage_of.get(node, stage) != stage or node in self.entering
 
     def _program(
         self,
@@ -222,49 +206,21 @@ class _Cut:
         sent: Sequence[fx.Node],
     ) -> StageProgram:
         outputs = [self.results[k] for k in results]
-        wanted = {n for n in (*outputs, *made) if isinstance(n, fx.Node)}
-        needed: set[fx.Node] = set()
-        stack = list(wanted)
-        while stack:
-            node = stack.pop()
-            if node in needed:
-                continue
-            needed.add(node)
-            if self.stage_of.get(node, stage) == stage and node not in self.entering:
-                stack += node.all_input_nodes
+        needed = ancestors([*outputs, *made], self._given(stage))
         entered = [n for n in self.nodes if n in needed and n in self.entering]
         taken = [n for n in received if n in needed]
         others = [k for k, n in enumerate(self.arguments) if n in needed and n not in self.entering]
         enter, parameters = self._enter(entered)
         inputs = [*entered, *(self.arguments[k] for k in others), *taken]
-        body = self._graph(inputs, needed, [*outputs, *made])
+        body = subgraph(self.gm, inputs, needed, [*outputs, *made])
         return StageProgram(
             enter, body, parameters, tuple(others), tuple(n.name for n in taken), tuple(results),
             tuple(n.name for n in made), {n.name: Crossing.of(n) for n in sent},
         )  # fmt: skip
 
     def _enter(self, entered: Sequence[fx.Node]) -> tuple[fx.GraphModule | None, tuple[int, ...]]:
-        needed: set[fx.Node] = set()
-        stack = list(entered)
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack += node.all_input_nodes
+        needed = ancestors(entered)
         taken = [k for k, n in enumerate(self.parameters) if n in needed]
         if all(n.op == "placeholder" for n in entered):
             return None, tuple(taken)
-        return self._graph([self.parameters[k] for k in taken], needed, entered), tuple(taken)
-
-    def _graph(
-        self, inputs: Sequence[fx.Node], needed: set[fx.Node], outputs: Sequence[Any]
-    ) -> fx.GraphModule:
-        graph, copies = fx.Graph(), {}
-        for node in inputs:
-            copies[node] = graph.placeholder(node.name)
-            copies[node].meta = dict(node.meta)
-        for node in self.nodes:
-            if node in needed and node not in copies:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(tuple(copies[n] if isinstance(n, fx.Node) else n for n in outputs))
-        return fx.GraphModule(self.gm, graph)
+        return subgraph(self.gm, [self.parameters[k] for k in taken], needed, entered), tuple(taken)

@@ -17,6 +17,7 @@ import torch.fx as fx
 from autopar.comm import collectives  # noqa: F401  (defines the operators)
 from autopar.ir.aliasing import is_view
 from autopar.ir.joint_graph import JointGraph
+from autopar.passes.subgraph import subgraph
 
 _GATHERS = {torch.ops.autopar.all_gather.default}
 _CAST = torch.ops.aten._to_copy.default
@@ -38,8 +39,8 @@ def split_as_eager(
     again = _recomputed(forward, primals, reshard_after_forward)
     body, saved = _backward_body(outputs[count:], forward, again, set(tangents))
     saved_nodes = [n for n in graph.nodes if n in saved]
-    forward_gm = _extract(joint.gm, primals, forward, outputs[:count] + saved_nodes)
-    backward_gm = _extract(joint.gm, saved_nodes + tangents, body, outputs[count:])
+    forward_gm = subgraph(joint.gm, primals, forward, outputs[:count] + saved_nodes)
+    backward_gm = subgraph(joint.gm, saved_nodes + tangents, body, outputs[count:])
     return forward_gm, backward_gm
 
 
@@ -117,22 +118,3 @@ def _backward_body(
             body.add(node)
             stack += node.all_input_nodes
     return body, saved
-
-
-def _extract(
-    joint: fx.GraphModule,
-    inputs: Sequence[fx.Node],
-    body: set[fx.Node],
-    outputs: Sequence[Any],
-) -> fx.GraphModule:
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        env[node] = graph.placeholder(node.name)
-        env[node].meta = dict(node.meta)
-    for node in joint.graph.nodes:
-        if node in body and node not in env:
-            env[node] = graph.node_copy(node, lambda n: env[n])
-    graph.output(tuple(env[n] if _is_node(n) else n for n in outputs))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(joint, graph)

@@ -2,15 +2,18 @@
 
 `cross_entropy` and `nll_loss` divide by how many targets are not to be ignored (or by their
 weights). Over a part of the batch that would be another number; written out, it is a value of the
-labels alone, which can be computed from the whole batch. `broadcast_tensors`, which elementwise
-losses call, makes labels seem to depend on predictions; where it broadcasts nothing, it is left
-out.
+labels alone, which can be computed from the whole batch. With probabilities for targets, which no
+sharding rule covers, `cross_entropy` is written as products and sums.
+
+`broadcast_tensors`, which elementwise losses call, makes labels seem to depend on predictions;
+where it broadcasts nothing, it is left out. Dropout of what all samples share (a weight) multiplies
+it by a mask, which is drawn once.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 import torch.fx as fx
 
 from autopar.ir.graph import ModelGraph, bound_arguments
+from autopar.ir.randomness import draws
 
 aten = torch.ops.aten
 
@@ -32,17 +36,35 @@ _LOSSES = frozenset(
 )
 
 
-def separable_form(graph: ModelGraph) -> ModelGraph:
+def separable_form(graph: ModelGraph, sliced: Collection[str]) -> ModelGraph:
     """The same graph with the division by counts of targets written out.
 
     Losses in types of 2 bytes are summed in float32.
+
+    Args:
+        sliced: names of the placeholders of inputs that hold samples.
     """
+    of_samples = {n for n in graph.nodes if n.op == "placeholder" and n.target in sliced}
+    for node in graph.nodes:
+        if not of_samples.isdisjoint(node.all_input_nodes):
+            of_samples.add(node)
     copies: dict[fx.Node, fx.Node] = {}
     out = fx.Graph()
     for node in graph.nodes:
         if _is_mean(node):
             copies[node] = _Writer(out, node).divided(copies)
             copies[node].meta |= {"val": node.meta["val"]}
+        elif _has_soft_targets(node):
+            copies[node] = _Writer(out, node).soft(copies)
+            copies[node].meta |= {"val": node.meta["val"]}
+        elif (dropped := _dropped(node)) is not None and dropped not in of_samples:
+            copies[node] = _Writer(out, node).mask(copies[dropped])
+        elif (dropped := _dropped(_source(node))) is not None and dropped not in of_samples:
+            item = copies[node] = _Writer(out, node).call(
+                operator.getitem, copies[_source(node)], node.args[1]
+            )
+            if node.args[1] == 0:
+                copies[node] = _Writer(out, node).call(aten.mul.Tensor, copies[dropped], item)
         elif (same := _broadcasts_nothing(node)) is not None:
             copies[node] = copies[same]
         else:
@@ -64,6 +86,18 @@ def _broadcasts_nothing(node: fx.Node) -> fx.Node | None:
     return operand if same else None  # type: ignore[return-value]
 
 
+def _dropped(node: fx.Node) -> fx.Node | None:
+    """The operand of dropout."""
+    if node.target is not aten.native_dropout.default or not draws(node):
+        return None
+    return node.args[0]  # type: ignore[return-value]
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The call that gives a result, where it gives several; else the node itself."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+
+
 def _is_mean(node: fx.Node) -> bool:
     if node.target not in _LOSSES:
         return False
@@ -73,12 +107,20 @@ def _is_mean(node: fx.Node) -> bool:
     return by_class and arguments.get("reduction", _MEAN) == _MEAN
 
 
+def _has_soft_targets(node: fx.Node) -> bool:
+    if node.target is not aten.cross_entropy_loss.default:
+        return False
+    arguments = bound_arguments(node)
+    logits, target = arguments["self"], arguments["target"]
+    return bool(target.meta["val"].shape == logits.meta["val"].shape)
+
+
 class _Writer:
-    """Writes one loss.
+    """Writes one value.
 
     Args:
         out: the graph that is written.
-        node: the loss in the graph that is read.
+        node: the value in the graph that is read.
     """
 
     def __init__(self, out: fx.Graph, node: fx.Node) -> None:
@@ -87,13 +129,22 @@ class _Writer:
     def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         new = self.out.call_function(op, args, kwargs)
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        mode = self.node.meta["val"].fake_mode
+        first = self.node.meta["val"]
+        mode = (first[0] if isinstance(first, tuple | list) else first).fake_mode
         with mode, torch.no_grad():
             new.meta["val"] = op(*values[0], **values[1])
         new.meta["autopar"] = self.node.meta["autopar"]
         return new
 
+    def mask(self, operand: fx.Node) -> fx.Node:
+        """Dropout of as many ones: what the operand is to be multiplied by."""
+        like = operand.meta["val"]
+        shape: Any = list(like.shape)
+        ones = self.call(aten.full.default, shape, 1, dtype=like.dtype, device=like.device)
+        return self.call(aten.native_dropout.default, ones, *self.node.args[1:])
+
     def divided(self, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        """A mean loss as a sum and a count."""
         arguments = dict(fx.map_arg(bound_arguments(self.node), copies.__getitem__))
         logits, target = arguments.pop("self"), arguments.pop("target")
         ignored = arguments.get("ignore_index", -100)
@@ -111,6 +162,35 @@ class _Writer:
             count = self.call(aten._to_copy.default, count, dtype=counts)
         mean = self.call(aten.div.Tensor, total, count)
         return self.call(aten._to_copy.default, mean, dtype=dtype) if short else mean
+
+    def soft(self, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        """Cross entropy with probabilities of classes for targets."""
+        arguments = dict(fx.map_arg(bound_arguments(self.node), copies.__getitem__))
+        logits, target = arguments["self"], arguments["target"]
+        like, dtype = logits.meta["val"], target.meta["val"].dtype
+        dim = min(1, like.ndim - 1)
+        if smoothing := arguments.get("label_smoothing", 0.0):
+            target = self.call(aten.mul.Scalar, target, 1 - smoothing)
+            target = self.call(aten.add.Scalar, target, smoothing / like.shape[dim])
+        if (weight := arguments.get("weight")) is not None:
+            shape: Any = [-1 if d == dim else 1 for d in range(like.ndim)]
+            target = self.call(aten.mul.Tensor, target, self.call(aten.view.default, weight, shape))
+        short = dtype.itemsize == 2
+        logs = self.call(
+            aten.log_softmax.int, logits, dim, **({"dtype": torch.float32} if short else {})
+        )
+        losses = self.call(aten.neg.default, self.call(aten.mul.Tensor, logs, target))
+        reduction = arguments.get("reduction", _MEAN)
+        dims: Any = [dim]
+        if reduction == _NONE:
+            loss = self.call(aten.sum.dim_IntList, losses, dims)
+        else:
+            loss = self.call(aten.sum.default, losses)
+        if reduction == _MEAN:
+            loss = self.call(aten.div.Scalar, loss, like.numel() // like.shape[dim])
+        own = self.node.meta["val"].dtype
+        same = loss.meta["val"].dtype == own
+        return loss if same else self.call(aten._to_copy.default, loss, dtype=own)
 
     def _count(self, target: fx.Node, weight: fx.Node | None, ignored: int) -> fx.Node:
         """How many targets are not ignored, or the sum of their weights."""

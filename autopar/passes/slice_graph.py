@@ -89,7 +89,8 @@ class _Writer:
             names.append(f"whole_{k}")
         for node in graph.compute_nodes():
             state = separation.states[node, 0]
-            if ((node, 0), state) not in self.values:
+            computed = (node, state) not in separation.steps  # from the whole batch
+            if not computed and ((node, 0), state) not in self.values:
                 self._call(node, state)
         outputs = [
             self._value(producer(x), separation.state(x)) if isinstance(x, fx.Node) else x

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.fx as fx
 
+from autopar.passes.subgraph import ancestors, subgraph
+
 
 def split_backward(
     backward: fx.GraphModule, inputs: Collection[int]
@@ -28,8 +30,8 @@ def split_backward(
     outputs: list[Any] = list(backward.graph.output_node().args[0])  # type: ignore[arg-type]
     first = [x for k, x in enumerate(outputs) if k in inputs]
     second = [x for k, x in enumerate(outputs) if k not in inputs]
-    early = _ancestors(first)
-    late = _ancestors(second)
+    early = ancestors(first)
+    late = ancestors(second)
     nodes = list(backward.graph.nodes)
     own = {n for n in late if n not in early and n.op != "placeholder"}
     read = {n for node in own for n in node.all_input_nodes}
@@ -38,32 +40,6 @@ def split_backward(
     placeholders = [n for n in nodes if n.op == "placeholder"]
     body = {n for n in early if n.op != "placeholder"}
     return (
-        _graph(backward, placeholders, body, [*first, *kept]),
-        _graph(backward, kept, own, second),
+        subgraph(backward, placeholders, body, [*first, *kept]),
+        subgraph(backward, kept, own, second),
     )
-
-
-def _ancestors(values: Collection[Any]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [x for x in values if isinstance(x, fx.Node)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
-
-
-def _graph(
-    root: fx.GraphModule, inputs: Collection[fx.Node], body: set[fx.Node], outputs: list[Any]
-) -> fx.GraphModule:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-    for node in root.graph.nodes:
-        if node in body:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in outputs))
-    return fx.GraphModule(root, graph)

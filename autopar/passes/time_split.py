@@ -3,7 +3,8 @@
 A time split is a mesh axis on which nothing can be communicated. Along it a value is in one of
 three states: the same for every slice (R), slices of one dim (S), or a sum of what the slices give
 (P). The sharding rules say how each operator carries them. Values of inputs alone that need the
-whole batch (the count of valid labels) are computed from it, before the first slice.
+whole batch (the count of valid labels) are computed from it, before the first slice; and so is
+noise, of which a slice could not draw its part.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ Value = tuple[fx.Node, int]
 # samples that count from the first of the slice.
 State = str
 
+# Made for any shape; the operands say only what dtype and device.
 _FILLS = frozenset(
     getattr(getattr(torch.ops.aten, name), overload)
     for name, overload in (
-        *((name, "default") for name in ("zeros", "ones", "full", "rand", "randn", "randint")),
+        *((name, "default") for name in ("zeros", "ones", "full")),
         ("empty", "memory_format"),
-        ("randint", "low"),
         *((name, "default") for name in ("new_zeros", "new_ones", "new_full", "new_empty")),
     )
 )
@@ -97,7 +98,7 @@ def separate(
     Raises:
         NotSeparableError: naming the operator that mixes samples, its source line and the remedy.
     """
-    return _Analysis(separable_form(graph), dims, samples, trainable).run()
+    return _Analysis(separable_form(graph, dims), dims, samples, trainable).run()
 
 
 @dataclass
@@ -110,6 +111,7 @@ class _Analysis:
     steps: dict[tuple[fx.Node, State], Step] = field(default_factory=dict)
     whole: dict[tuple[Value, State], None] = field(default_factory=dict)
     of_data: set[fx.Node] = field(default_factory=set)  # of inputs, buffers and constants alone
+    from_whole: set[Value] = field(default_factory=set)  # values of data, of the whole batch
 
     def run(self) -> Separation:
         for name, node in self.graph.placeholders.items():
@@ -118,27 +120,40 @@ class _Analysis:
             if name not in self.graph.parameters and name not in self.trainable:
                 self.of_data.add(node)
         for node in self.graph.compute_nodes():
-            if not draws(node) and all(
-                producer(n)[0] in self.of_data for n in operands(node) if n is not None
-            ):
+            if all(producer(n)[0] in self.of_data for n in operands(node) if n is not None):
                 self.of_data.add(node)
             self._call(node)
+        for x in self.graph.output.args[0]:  # type: ignore[union-attr]
+            if isinstance(x, fx.Node):
+                self._need(producer(x), self.states[producer(x)])
         return Separation(self.graph, self.samples, self.states, self.steps, self.whole)
 
     def _call(self, node: fx.Node) -> None:
         have = [None if n is None else self.states[producer(n)] for n in operands(node)]
+        if draws(node) and node in self.of_data:
+            self._compute_from_whole(node)
+            return
+        if draws(node) and all(state in (None, "R") for state in have):
+            raise NotSeparableError(self._refusal(node, "what all samples share, and draws for it"))
         if all(state in (None, "R") for state in have):
             self._define(node, Step(None, tuple(have)), ["R"] * len(results(node)))
             return
         found = self._best(node)
         if found is None or (node in self.of_data and "P" in found[1]):
             if node not in self.of_data:
-                raise NotSeparableError(self._refusal(node, have))
-            for k, _ in enumerate(results(node)):
-                self.states[node, k] = "R"
-                self.whole[(node, k), "R"] = None
+                sums = "sums over the batch, of which it needs the total"
+                mixed = sums if "P" in have else "samples, which it mixes"
+                if not rule_of(node)[1]:
+                    mixed = "samples, and has no rule of how it treats them"
+                raise NotSeparableError(self._refusal(node, mixed))
+            self._compute_from_whole(node)
             return
         self._define(node, *found)
+
+    def _compute_from_whole(self, node: fx.Node) -> None:
+        for k, _ in enumerate(results(node)):
+            self.states[node, k] = "R"
+            self.from_whole.add((node, k))
 
     def _define(self, node: fx.Node, step: Step, outputs: list[State]) -> None:
         for k, output in enumerate(outputs):
@@ -198,7 +213,7 @@ class _Analysis:
             return self.steps[node, state]
         if state == "I":
             return Step(None, ())
-        if node.op == "placeholder" or ((node, result), "R") in self.whole:
+        if node.op == "placeholder" or value in self.from_whole:
             return None
         if node.target in _FILLS or _repeats(node, int(state[1:]), self.samples):
             # of the operand of a fill, only the dtype counts
@@ -218,7 +233,12 @@ class _Analysis:
 
     def _need(self, value: Value, state: State) -> None:
         """Note what makes a value in a state that is not its own."""
-        if self.states[value] == state or state == "P":
+        if state == "P":  # a share of what it is by itself
+            state = self.states[value]
+        if value in self.from_whole:
+            self.whole[value, state] = None
+            return
+        if self.states[value] == state:
             return
         step = self._sliced_step(value, state)
         if step is None:
@@ -231,17 +251,14 @@ class _Analysis:
                 if operand is not None and need is not None:
                     self._need(producer(operand), need)
 
-    def _refusal(self, node: fx.Node, have: list[State | None]) -> str:
+    def _refusal(self, node: fx.Node, taken: str) -> str:
         info = self.graph.info(node)
         shapes = ", ".join(
             "-" if n is None else str(list(shape_of(n.meta["val"]))) for n in operands(node)
         )
-        mixed = "sums over the batch, of which it needs the total"
-        if "P" not in have:
-            mixed = "samples, which it mixes"
         return (
             f"{node.target} at {info.source} (module {info.module or 'the model'}) takes "
-            f"{mixed}: on operands of shapes {shapes} it does not give the same for "
+            f"{taken}: on operands of shapes {shapes} it does not give the same for "
             f"the batch of {self.samples} in slices. Move it out of the model, or pass "
             "microbatch='independent' to treat each microbatch as a batch of its own"
         )

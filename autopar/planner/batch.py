@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,24 +29,22 @@ def batch_dims(
 ) -> tuple[int, dict[int, int]]:
     """The samples of a batch, and by position the dim of the inputs that hold them.
 
-    The first input that has the dim says how many samples there are; another one of another size
-    there is taken to have none.
+    The size that most inputs have there is that of the batch; others have no samples.
 
     Args:
         names: of the arguments that hold the inputs.
         dims: which dim holds samples, of all inputs or by names; None of one that has none.
     """
     found: dict[int, int] = {}
-    samples = 0
     for k, (name, shape) in enumerate(zip(names, shapes, strict=True)):
         dim = dims.get(name, 0) if isinstance(dims, Mapping) else dims
         if dim is None or not shape:
             continue
         dim = min(dim, len(shape) - 1) if isinstance(dims, int) else dim
-        samples = samples or shape[dim]
-        if shape[dim] == samples:
-            found[k] = dim
-    return samples, found
+        found[k] = dim
+    sizes = Counter(shapes[k][d] for k, d in found.items())
+    samples = max(sizes, key=sizes.__getitem__, default=0)
+    return samples, {k: d for k, d in found.items() if shapes[k][d] == samples}
 
 
 @dataclass(frozen=True)

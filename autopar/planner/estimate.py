@@ -39,6 +39,12 @@ def estimate_time(
     return TimeEstimate(compute, exposed + waiting, max(0.0, weights - waiting), weights)
 
 
+def optimizer_us(space: SearchSpace, choices: Sequence[int]) -> float:
+    """The optimizer's step, which is a part of compute."""
+    pairs = zip(space.decisions, choices, strict=True)
+    return sum(float(d.parts["step_us"][c]) for d, c in pairs if "step_us" in d.parts)
+
+
 def estimate_memory(
     space: SearchSpace, choices: Sequence[int], liveness: Liveness | None = None
 ) -> MemoryEstimate:

@@ -39,6 +39,9 @@ from autopar.units import time_text
 
 MAX_AXES = 3
 
+# The part of the time that meshes without pipelines may take, where there are both.
+_WITHOUT_STAGES = 0.6
+
 
 def meshes(devices: int, max_axes: int = MAX_AXES) -> Iterator[tuple[int, ...]]:
     """Every way to write a number of devices as a product of up to `max_axes` factors, in order,
@@ -89,7 +92,8 @@ def search_meshes(
         tracer = ColoTracer(precision=Precision.of(options.pop("precision", None)))
         graph = tracer.trace(model, args, kwargs)
         stage.done = captured(model, graph)
-    deadline = Deadline(time_limit)
+    whole = Deadline(time_limit)
+    deadline = Deadline(_WITHOUT_STAGES * time_limit) if pipelines else whole
     tried: list[MeshResult] = []
     best: Planned | None = None
     errors: list[AutoparError] = []
@@ -131,12 +135,26 @@ def search_meshes(
     if pipelines:
         best = _best_pipeline(
             model, args, kwargs or {}, graph, best, tried, devices, per_node, device, memory,
-            deadline, telling, options,
+            whole, telling, options,
         )  # fmt: skip
     if best is None:  # the mesh that needs the least memory says why
         infeasible = [e for e in errors if isinstance(e, InfeasibleError)]
         raise min(infeasible, key=lambda e: e.smallest_bytes, default=errors[0])
     return replace(best, plan=replace(best.plan, meshes=tuple(tried)))
+
+
+def pipeline_meshes(devices: int, per_node: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Ranks of a pipeline and the mesh of a stage, of one and two axes. One mesh for every number
+    of ranks comes first, with the last axis within a node, then another one for each."""
+    numbers = [pipe for pipe in range(2, devices + 1) if devices % pipe == 0]
+    each = [
+        sorted(meshes(devices // pipe, 2), key=lambda m: (m[-1] != per_node, m[-1] > per_node))
+        for pipe in numbers
+    ]
+    for rank in range(max(map(len, each), default=0)):
+        for pipe, shapes in zip(numbers, each, strict=True):
+            if rank < len(shapes):
+                yield pipe, shapes[rank]
 
 
 def _best_pipeline(
@@ -152,12 +170,7 @@ def _best_pipeline(
     except PlanError as error:
         telling.tell(f"no pipelines: {error}")
         return best
-    shapes = [
-        (pipe, shape)
-        for pipe in range(2, devices + 1)
-        if devices % pipe == 0
-        for shape in meshes(devices // pipe, 2)
-    ]
+    shapes = list(pipeline_meshes(devices, per_node))
     for k, (pipe, shape) in enumerate(shapes):
         if best is not None and deadline.over:
             note = "no time left"

@@ -20,6 +20,7 @@ from autopar.errors import InfeasibleError, PlanError
 from autopar.passes.microbatches import Microbatches
 from autopar.plan import ShardingPlan, TimeEstimate
 from autopar.planner.baselines import baseline_plans
+from autopar.planner.estimate import optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import (
     Planned,
@@ -69,6 +70,14 @@ class BatchPlanner:
             InfeasibleError: nothing fits the memory.
             PlanError: there are more microbatches than samples, or stages than places to cut.
         """
+        given = None if self.pipeline is None else self.pipeline.actions
+        if given is not None:
+            if microbatches not in (None, given.microbatches):
+                raise PlanError(
+                    f"the schedule {given.name} is for {given.microbatches} microbatches, and "
+                    f"microbatches={microbatches} was asked for; leave that out"
+                )
+            microbatches = given.microbatches
         if microbatches is not None:
             if not 1 <= microbatches <= self.samples:
                 raise PlanError(
@@ -77,7 +86,7 @@ class BatchPlanner:
                 )
             return self._at(microbatches)
         if self.pipeline is None:
-            return self._fewest()
+            return self.plan_within(1)
         first = min(self.samples, _PER_RANK * self.pipeline.ranks)
         layouts, planned = self._staged(first, None)
         count = planned.plan.microbatches
@@ -144,20 +153,27 @@ class BatchPlanner:
         if self.pipeline is not None:
             return self._staged(microbatches, microbatches)[1]
         planned = self._decided(self._problem(microbatches))
-        time = planned.plan.time
-        # what moves weights runs once, the optimizer's step too
+        time, step_us = planned.plan.time, optimizer_us(planned.space, planned.choices)
+        waiting = time.weights_us - time.overlapped_us  # of what moves weights
         times = TimeEstimate(
-            time.compute_us * microbatches,
-            (time.exposed_us - time.weights_us) * microbatches + time.weights_us,
+            (time.compute_us - step_us) * microbatches + step_us,
+            (time.exposed_us - waiting) * microbatches + waiting,
             time.overlapped_us,
             time.weights_us,
         )
         plan = replace(planned.plan, time=times, microbatches=microbatches)
         return replace(planned, plan=plan)
 
-    def _fewest(self) -> Planned:
-        """The fewest microbatches that fit: fewer are faster."""
-        count = 1
+    def plan_within(self, count: int) -> Planned:
+        """The plan of the fewest microbatches that fit without recomputation: fewer are faster.
+
+        Args:
+            count: of microbatches, the fewest that are tried.
+
+        Raises:
+            InfeasibleError: not even single samples fit.
+        """
+        count = min(count, self.samples)
         while True:
             try:
                 return self._at(count)

@@ -14,7 +14,6 @@ from itertools import pairwise
 from statistics import median
 
 import numpy as np
-import torch
 import torch.fx as fx
 
 from autopar.ir.graph import operands, producer, shape_of
@@ -24,19 +23,15 @@ from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
 from autopar.schedule.pipeline.blocks import Block
 from autopar.sharding.node_rules import is_floating, results
-from autopar.tracer import packed  # noqa: F401  (it defines the packed products)
-
-aten = torch.ops.aten
 
 # Operators whose weight has a gradient of its own: a product as large as that for their input.
 _PRODUCTS = frozenset(
-    {
-        aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default,
-        aten.bmm.default, aten.einsum.default, torch.ops.autopar.packed_linear.default,
-        torch.ops.autopar.packed_addmm.default,
-        *(getattr(aten, f"conv{rank}d").default for rank in (1, 2, 3)),
-    }
-)  # fmt: skip
+    f"{name}.default"
+    for name in (
+        "aten.linear aten.mm aten.addmm aten.matmul aten.bmm aten.einsum aten.conv1d aten.conv2d "
+        "aten.conv3d autopar.packed_linear autopar.packed_addmm"
+    ).split()
+)
 
 _SUMMED = (
     "forward_us", "input_us", "weight_us", "held_bytes", "weight_bytes", "state_bytes",
@@ -151,7 +146,7 @@ class _Chain:
             return 0.0
         if len(own) == len(taking):
             return 1.0
-        return 0.5 if node.target in _PRODUCTS else 0.0
+        return 0.5 if str(node.target) in _PRODUCTS else 0.0
 
     def _held(self) -> list[float]:
         """Bytes that each operator keeps for the backward."""

@@ -27,7 +27,7 @@ _COLORS = {
     Kind.INPUT: "#d9822b",
     Kind.WEIGHT: "#efc08a",
 }
-# More bars than that are not seen apart.
+# More bars than that are not seen apart: the picture ends there.
 _MOST_SPANS = 4000
 
 
@@ -87,9 +87,8 @@ def timeline_figure(pipeline: PipelinePlan) -> go.Figure:
     """A row of bars per rank: forward, backward and, where they are split, the parts of it."""
     timeline = timeline_of(pipeline)
     ranks = [f"rank {rank}" for rank in range(pipeline.ranks)]
-    shown = [(rank, span) for rank, row in zip(ranks, timeline.spans, strict=True) for span in row][
-        :_MOST_SPANS
-    ]
+    every = [(rank, span) for rank, row in zip(ranks, timeline.spans, strict=True) for span in row]
+    shown = sorted(every, key=lambda item: item[1].start_us)[:_MOST_SPANS]
     figure = go.Figure().update_layout(
         template="plotly_white", height=120 + 34 * pipeline.ranks, barmode="overlay",
         margin={"l": 10, "r": 10, "t": 10, "b": 10}, bargap=0.2,

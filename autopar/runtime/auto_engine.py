@@ -28,8 +28,9 @@ from autopar.runtime.adoption import check_optimizer
 from autopar.runtime.batch import BatchDim
 from autopar.runtime.call import Call
 from autopar.runtime.engine import Engine, engine_of
+from autopar.runtime.engine_options import EngineOptions
 from autopar.runtime.optimizer_state import handle_later_optimizers
-from autopar.runtime.step_compiler import EngineOptions, StepCompiler
+from autopar.runtime.step_compiler import StepCompiler
 from autopar.runtime.step_runner import StepRunner
 from autopar.versions import warn_if_torch_is_untested
 
@@ -53,6 +54,7 @@ def auto_engine(
     microbatch: str = "exact",
     schedule: str | None = None,
     stages: str | None = None,
+    loss_fn: Callable[..., Any] | None = None,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | bool | None = True,
     dump_passes: str | Path | None = None,
@@ -92,6 +94,11 @@ def auto_engine(
         microbatch: "exact" refuses a model that mixes samples (BatchNorm in training);
             "independent" takes each microbatch as a batch of its own, as a loop that accumulates
             gradients does.
+        schedule: order in which pipeline stages run ("1f1b", "zbv", ... or a CSV file); the fastest
+            if None. The axis of stages is that named pipe (docs/pipelines.md).
+        stages: modules at which the second and later stages begin ("h.4,h.8"); the fastest if None.
+        loss_fn: a loss outside of the model, as a part of its program: `engine(x, target=y)` gives
+            `loss_fn(model(x), y)`. It has no parameters of its own.
         time_limit: seconds for all runs of the solver and all schedules of a plan together. The
             best plan known then is taken, and its line says how far it may be from the optimum.
         progress: how rank 0 tells of the stages of planning, in a line each with its time: True
@@ -161,6 +168,7 @@ def auto_engine(
         microbatch=microbatch,
         schedule=schedule,
         stages=stages,
+        loss_fn=loss_fn,
     )
     engine = engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     handle_later_optimizers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -244,6 +245,21 @@ def _inputs(call: Call, names: Sequence[str]) -> tuple[Input, ...]:
             name = str(key.key) if by_name else str([*names, *["*args"] * (key.idx + 1)][key.idx])
             inputs.append(Input(position, name, tuple(x.shape)))
     return tuple(inputs)
+
+
+def batch_dims(inputs: Sequence[Input], batch_dim: BatchDim) -> tuple[int, dict[int, int]]:
+    """The samples of a global batch, and by number of the input the dim that holds them.
+
+    The size that most inputs have there is that of the batch.
+
+    Raises:
+        EngineError: `batch_dim` names an argument, or a dim, that there is not.
+    """
+    _check_names(inputs, batch_dim)
+    dims = {k: d for k, x in enumerate(inputs) if (d := _dim_of(x, batch_dim)) is not None}
+    sizes = Counter(inputs[k].shape[d] for k, d in dims.items())
+    samples = max(sizes, key=sizes.__getitem__, default=0)
+    return samples, {k: d for k, d in dims.items() if inputs[k].shape[d] == samples}
 
 
 def _dim_of(x: Input, batch_dim: BatchDim) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-State = str
+from autopar.passes.time_split import State
 
 
 def even_sizes(samples: int, count: int) -> tuple[int, ...]:

@@ -30,11 +30,10 @@ from autopar.passes.microbatches import (
     independent_microbatches,
 )
 from autopar.plan import PipelinePlan, ShardingPlan
-from autopar.planner.batch import batch_dims
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.stages import PipelineOptions, schedule_of
-from autopar.runtime.batch import BatchDim, BatchLayout
+from autopar.runtime.batch import BatchDim, BatchLayout, batch_dims
 from autopar.runtime.bound_step import WholeResult
 from autopar.runtime.call import Call
 from autopar.runtime.pipeline_runtime import Pipeline
@@ -250,8 +249,7 @@ class SplitCompiler:
         if layout.local:
             dims = {k: x.dim for k, x in enumerate(layout.inputs) if x.dim is not None}
             return layout.samples or 0, dims
-        names = [x.name for x in layout.inputs]
-        return batch_dims(names, [x.shape for x in layout.inputs], self.batch_dim)
+        return batch_dims(layout.inputs, self.batch_dim)
 
     def _split(
         self, call: Call, graph: ModelGraph, trainable: frozenset[str], dims: Mapping[int, int],

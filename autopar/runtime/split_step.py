@@ -9,6 +9,7 @@ same multiple of the gradients; if it brings something else, the slices run agai
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from autopar.compiled_stages import CompiledSlice
+from autopar.errors import EngineError
 from autopar.ir.precision import without_autocast
 from autopar.passes.cut import Crossing, StageProgram
 from autopar.runtime.distribute import argument_of, gradients
@@ -28,6 +30,8 @@ from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.sharded_values import ShardedParameter
 from autopar.runtime.slicing import Slicing, accumulated, extents_of
 from autopar.runtime.stage_parameters import StageParameters
+
+log = logging.getLogger(__name__)
 
 # Seeds of the slices of a step are this far apart.
 _SEEDS_APART = 2**40
@@ -80,6 +84,7 @@ class SplitStep:
         results_like: by position, tensors of the results that another rank computes.
         late: positions of results that the caller fetches from their stage when it reads them.
         expected: gradients of results with which slices run backward at once; None to wait.
+        told_of_loss: the log has said that the loss is computed outside of the model.
     """
 
     slicing: Slicing
@@ -101,9 +106,19 @@ class SplitStep:
     results_like: Mapping[int, Crossing] = field(default_factory=dict)
     late: frozenset[int] = frozenset()
     expected: Tangents | None = None
+    told_of_loss: bool = False
 
     def train(self, *flat: torch.Tensor) -> tuple[Any, ...]:
-        """The results of the batch; their backward hands out gradients."""
+        """The results of the batch; their backward hands out gradients.
+
+        Raises:
+            EngineError: the pipeline's schedule has no backwards.
+        """
+        if self.pipeline is not None and not self.pipeline.schedule.trains:
+            raise EngineError(
+                f"schedule {self.pipeline.schedule.name!r} only evaluates; train with another one "
+                "(1f1b), or call the model under torch.no_grad()"
+            )
         results: tuple[Any, ...] = _Run.apply(self, *flat)
         return results
 
@@ -126,6 +141,7 @@ class _Slices:
         flat: tensors on this rank.
         tangents: gradients of the batch's results; None to leave the backward out.
         extents: of the parts of results along the dim that is sliced.
+        random: the seed of an earlier pass, whose draws this one repeats.
     """
 
     def __init__(
@@ -136,14 +152,16 @@ class _Slices:
         training: bool,
         tangents: Tangents | None = None,
         extents: Mapping[int, Sequence[int]] | None = None,
+        random: int | None = None,
     ) -> None:
         self.step, self.training, self.tangents = step, training, tangents
         self.given_extents = extents or {}
         self.fixed = list(flat[: step.fixed])
         self.seed = flat[-1] if step.takes_seed else None
         inputs = flat[step.fixed : len(flat) - step.takes_seed]
-        self.sliced = step.slicing.slices(self.fixed[step.parameters :], inputs)
-        self.random = torch.initial_seed() if step.draws else 0
+        self.random = torch.initial_seed() if random is None else random
+        with self._draws(-1):
+            self.sliced = step.slicing.slices(self.fixed[step.parameters :], inputs)
         self.entered: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.handed_on: dict[tuple[int, int], torch.Tensor] = {}  # buffers, by stage and position
         # by result and by number of the slice
@@ -183,7 +201,7 @@ class _Slices:
         program = bound.program
         arguments = [*self._entered(size, stage), *self._others(stage, number, program)]
         arguments += [received[name] for name in program.received]
-        with self._draws(stage, number):
+        with self._draws(stage * len(self.step.slicing.sizes) + number):
             if not self.training:
                 outputs: Sequence[Any] = program.body(*arguments)
             else:
@@ -330,14 +348,17 @@ class _Slices:
                 yield (self.seed + number * _SEEDS_APART) % 2**62
 
     @contextmanager
-    def _draws(self, stage: int, number: int) -> Iterator[None]:
-        """Slices and stages draw other random numbers each, and the same when they run again."""
+    def _draws(self, place: int) -> Iterator[None]:
+        """Slices and stages draw other random numbers each, and the same when they run again.
+
+        Args:
+            place: a number of the slice and stage; -1 before the first.
+        """
         if not self.step.draws:
             yield
             return
         device = self.step.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            place = stage * len(self.step.slicing.sizes) + number
             torch.manual_seed((self.random + place * _SEEDS_APART) % 2**62)
             yield
 
@@ -371,12 +392,15 @@ class _Run(torch.autograd.Function):
         with torch.no_grad():
             if factor is None:
                 flat = list(ctx.saved_tensors)
-                run = _Slices(step, flat, training=True, tangents=came, extents=ctx.extents)
-                run.random = ctx.random
-                local = run.run()
+                local = _Slices(
+                    step, flat, training=True, tangents=came, extents=ctx.extents,
+                    random=ctx.random,
+                ).run()  # fmt: skip
             elif factor is not True:
                 local = [None if g is None else g * factor for g in local]
         scalars = all(g.ndim == 0 for g in came.values())
+        if not scalars:
+            step.told_of_loss = step.told_of_loss or _tell_of_loss()
         step.expected = {k: g.detach().clone() for k, g in came.items()} if scalars else None
         used = step.result_gradients.used(tuple(g is not None for g in grads))
         local = [g if k in used else None for k, g in enumerate(local)]
@@ -387,6 +411,15 @@ class _Run(torch.autograd.Function):
             return None, *without_gradients(handed)
         deliver(ctx.parameters, handed, [node for node, _ in ctx.next_functions])
         return None, *handed
+
+
+def _tell_of_loss() -> bool:
+    log.warning(
+        "the loss is computed outside of the model, from results of the whole batch: every step "
+        "runs its microbatches forward twice. Pass auto_engine(..., loss_fn=) and call "
+        "engine(x, target=y), or return the loss from the model"
+    )
+    return True
 
 
 def _sum_of(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache, partial
 from inspect import Parameter, signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,57 +19,39 @@ from autopar.comm import world
 from autopar.comm.offloaded_parameters import offloadable
 from autopar.comm.ranks import WorldRanks
 from autopar.comm.stored_layout import StoredLayout
-from autopar.compile import autoplan, compile_step, plan_step
-from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
-from autopar.errors import CaptureError, MeshError, PlanError
+from autopar.compile import compile_step
+from autopar.compiled_step import Arguments, Place
+from autopar.errors import CaptureError, MeshError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.numbers import Origin
-from autopar.ir.precision import Precision, without_autocast
+from autopar.ir.precision import without_autocast
 from autopar.ir.size_formulas import input_shapes
-from autopar.passes.apply_sharding import LocalProgram, apply_sharding
-from autopar.passes.microbatches import Microbatches
+from autopar.passes.apply_sharding import LocalProgram
 from autopar.plan import ShardingPlan
 from autopar.planner.decisions import FixedLayouts
-from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.planner import captured, trainable_inputs
-from autopar.planner.stages import PipelineOptions
 from autopar.runtime.adoption import adopt, check_state, restore
 from autopar.runtime.assumptions import Assumptions
-from autopar.runtime.batch import BatchDim, BatchLayout
+from autopar.runtime.batch import BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
 from autopar.runtime.deferred_parameters import refuse_without_values
 from autopar.runtime.distribute import distribute, shards, stored_layouts, stored_specs
+from autopar.runtime.engine_options import EngineOptions
 from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
+from autopar.runtime.loss_outside import with_loss
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.program import bind
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.split_compiler import SplitCompiler
 from autopar.runtime.step_on_shards import StepOnShards
-from autopar.sharding.node_rules import results, strategy_by_name
+from autopar.runtime.step_planner import StepPlanner
+from autopar.sharding.node_rules import results
 from autopar.tracer import ColoTracer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """The options of `auto_engine`, under its names; `step` says how steps are compiled."""
-
-    step: StepOptions
-    plan: ShardingPlan | None = None
-    batch: str = "global"
-    batch_dim: BatchDim = 0
-    constraints: Mapping[str, str] | None = None
-    time_limit: float = 60.0
-    weights: Path | None = None
-    precision: Precision | None = None
-    microbatches: int | None = None
-    microbatch: str = "exact"
-    schedule: str | None = None
-    stages: str | None = None
 
 
 class StepCompiler:
@@ -107,7 +88,7 @@ class StepCompiler:
             WorldRanks(),
         )
         self.stage_place = self.place.of_a_stage(cluster)
-        self._pipeline = PipelineOptions.of(cluster, options.schedule, options.stages)
+        self._planner = StepPlanner(model, options, self.stage_place)
         self._count = 0
         self._names: list[str] | None = None  # of positional arguments
         if initial is None:
@@ -192,11 +173,22 @@ class StepCompiler:
             )
 
         trainable = trainable_inputs(graph, self.model) | differentiated
-        if (options.microbatches or 1) > 1 or self._pipeline is not None:
-            return self._compile_split(call, varying, layout, graph, trainable, fixed)
+        split = partial(self._compile_split, call, varying, layout, graph, trainable)
+        if (options.microbatches or 1) > 1 or self._planner.pipeline is not None:
+            return split(options.microbatches)
+        decide = cache(
+            lambda: self._planner.decide(graph, fixed, None if alike is None else alike.compiled)
+        )
+        open_ = options.microbatches is None and options.step.lowered and not layout.local
+        if open_ and options.step.cluster.memory_bytes is not None:
+            count = self.place.ranks.from_rank_zero(
+                lambda: self._planner.fastest_count(call, graph, fixed.parameters, decide)
+            )
+            if count > 1:
+                return split(count)
         compiled = compile_step(
             graph,
-            lambda: self._decide(graph, fixed, None if alike is None else alike.compiled),
+            decide,
             self.place,
             arguments,
             replace(
@@ -218,9 +210,9 @@ class StepCompiler:
 
     def _compile_split(
         self, call: Call, varying: Collection[Origin], layout: BatchLayout, graph: ModelGraph,
-        trainable: frozenset[str], fixed: FixedLayouts,
+        trainable: frozenset[str], count: int | None,
     ) -> BoundStep:  # fmt: skip
-        """The step in microbatches."""
+        """The step in microbatches; their number is chosen if None."""
         options = self.options
         cluster = options.step.cluster
 
@@ -232,41 +224,32 @@ class StepCompiler:
             return Arguments(self._example(graph, local, layout, frozenset()))
 
         # a plan that is given serves the first call
-        plans = self._pipeline is not None and (options.plan is None or self.laid_out)
+        plans = self._planner.pipeline is not None and (options.plan is None or self.laid_out)
         compiler = SplitCompiler(
-            options.microbatches, options.microbatch == "independent", options.batch_dim,
-            self._pipeline, self.place, self.stage_place, self.mesh, self.device,
-            cluster, replace(options.step, cluster=cluster.of_a_stage()), self._decide,
-            self._batch_planner if plans else None, example,
-            lambda part: self._trace(self.layout_of(part), part, varying),
-        )  # fmt: skip
+            count=count,
+            independent=options.microbatch == "independent",
+            batch_dim=options.batch_dim,
+            pipeline=self._planner.pipeline,
+            place=self.place,
+            stage_place=self.stage_place,
+            mesh=self.mesh,
+            device=self.device,
+            cluster=cluster,
+            options=replace(options.step, cluster=cluster.of_a_stage()),
+            decide=self._planner.decide,
+            planner=self._planner.of_batch if plans else None,
+            example=example,
+            trace=lambda part: self._trace(self.layout_of(part), part, varying),
+        )
         stored = stored_layouts(self.model) if self.laid_out else {}
         compiled, step, whole = compiler.compile(call, layout, graph, trainable, stored)
-        if self._pipeline is not None and compiled.plan.pipeline is not None:
-            self._pipeline = self._pipeline.as_in(compiled.plan.pipeline)
+        self._planner.keep_stages(compiled.plan.pipeline)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
             self._count, compiled, step.train, step.evaluate, layout, parameters,
             Assumptions.of(self.model), bind_reads(self.model, graph.reads),
             step.result_gradients.feeding, whole, split=True,
         )  # fmt: skip
-
-    def _batch_planner(
-        self, split: Microbatches, samples: int, fixed: FixedLayouts
-    ) -> BatchPlanner:
-        cluster = self.options.step.cluster
-        planning = self._planning | {"fixed": fixed}
-        return BatchPlanner(self.model, split, samples, cluster, self._pipeline, planning)
-
-    @property
-    def _planning(self) -> dict[str, Any]:
-        """Options of every planning."""
-        return {
-            "optimizer_state": self.options.step.optimizer_state,
-            "constraints": self.options.constraints,
-            "time_limit": self.options.time_limit,
-            "progress": self.options.step.progress,
-        }
 
     def layout_of(self, call: Call) -> BatchLayout:
         """How a call's batch enters; on all ranks.
@@ -317,7 +300,8 @@ class StepCompiler:
                 cast_first=self.options.step.lowered,
                 dynamic=dynamic,
             )
-            return tracer.trace(self.model, *inputs, varying=varying)
+            with with_loss(self.model, self.options.loss_fn, call.kwargs):
+                return tracer.trace(self.model, *inputs, varying=varying)
         except CaptureError as error:
             joined, lines = layout.joined, str(error).splitlines()
             if len(joined) < 2:
@@ -330,56 +314,6 @@ class StepCompiler:
                 "of positions), pass batch_dim={'its name': None} to auto_engine, or the dim that "
                 "holds its samples. Else:\n" + "\n".join(lines[1:] or lines)
             ) from error
-
-    def _decide(
-        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None
-    ) -> StepPlan:
-        """The plan that was given, that of a step for other sizes, or a new one; on rank 0."""
-        options, cluster = self.options, self.options.step.cluster.of_a_stage()
-        if alike is not None and alike.memory is None:
-            plan = replace(alike.plan, fingerprint=graph.fingerprint)
-            if self._serves(graph, plan, fixed):
-                return StepPlan(plan)
-        if options.plan is not None and not fixed.parameters:
-            name = type(self.model).__name__
-            options.plan.check(
-                fingerprint=graph.fingerprint, mesh=cluster.mesh, model=name,
-                precision=options.precision,
-                pipeline_ranks=options.step.cluster.pipeline_ranks,
-            )  # fmt: skip
-            return StepPlan(options.plan)
-        planning: dict[str, Any] = {
-            "graph": graph,
-            "cluster": cluster,
-            "fixed": fixed,
-            **self._planning,
-        }
-        scheduled = cluster.memory_bytes is not None and options.step.lowered
-        if not scheduled or cluster.world_size == 1:  # the schedule of one device comes later
-            unlimited = math.inf if scheduled else None
-            planned = autoplan(self.model, budget_bytes=unlimited, **planning)
-            plan = replace(planned.plan, budget_bytes=cluster.budget_bytes)
-            return StepPlan(plan, planned=planned)
-        joint = plan_step(self.model, output_specs=fixed.outputs, **planning)
-        program = None if joint.step is None else joint.step.program
-        return StepPlan(joint.planned.plan, program, joint.memory, joint.planned)
-
-    def _serves(self, graph: ModelGraph, plan: ShardingPlan, fixed: FixedLayouts) -> bool:
-        """Whether a plan for other sizes is one for a graph."""
-        try:
-            apply_sharding(
-                graph, plan, coords=self.stage_place.coords, groups=self.place.groups,
-                output_specs=fixed.outputs, whole_sizes=fixed.whole_sizes,
-            )  # fmt: skip
-            nodes = graph.compute_nodes()
-            chosen = ((n, strategy_by_name(n, plan.mesh, plan.choices[n.name])) for n in nodes)
-            serves = all(fixed.allows_strategy(n, strategy) for n, strategy in chosen)
-        except PlanError as error:
-            log.info("%s", error)
-            serves = False
-        if not serves:
-            log.info("planning anew: the plan for inputs of other sizes does not serve these")
-        return serves
 
     def _lay_out(self, plan: ShardingPlan, owners: Mapping[str, int | None] | None = None) -> None:
         """Lay parameters and optimizer state out by the first plan.

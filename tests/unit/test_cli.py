@@ -124,7 +124,7 @@ def test_front_and_mesh_search(tmp_path, tiny):
         "--report", str(page), "-o", str(plan),
     )  # fmt: skip
     loaded = ShardingPlan.load(plan)
-    assert {m.mesh for m in loaded.meshes} == {(4,), (2, 2)}
+    assert {m.text for m in loaded.meshes} == {"4", "2x2", "pipe=2,2", "pipe=4,1"}
     assert loaded.mesh in {(4,), (2, 2)}
     assert len(loaded.pareto_front) > 2
     assert result.stdout == render(loaded)

@@ -46,6 +46,7 @@ PAGES = (
     "docs/solver.md",
     "docs/control.md",
     "docs/memory.md",
+    "docs/pipelines.md",
     "docs/training_scripts.md",
     "docs/checkpoints.md",
     "docs/precision.md",
