@@ -28,13 +28,13 @@ class TextModel(nn.Module):
         sizes: Any = {"vocab_size": 61, "use_cache": False, "attn_implementation": "eager"}
         if kind == "llama":
             config: Any = transformers.LlamaConfig(
-                hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+                hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, tie_word_embeddings=False, **sizes,
             )  # fmt: skip
             self.lm = transformers.LlamaForCausalLM(config)
         else:
             config = transformers.T5Config(
-                d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=0.0,
+                d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, dropout_rate=0.0,
                 decoder_start_token_id=0, vocab_size=61, use_cache=False,
             )  # fmt: skip
             self.lm = transformers.T5ForConditionalGeneration(config)
@@ -321,7 +321,7 @@ class Model:
 
 MODELS = {
     "mlp": Model(CASES["mlp"].make, CASES["mlp"].batch),
-    "gpt2": Model(lambda: LanguageModel(layers=3), text),
+    "gpt2": Model(lambda: LanguageModel(layers=2), text),
     "vit": Model(CASES["vit"].make, CASES["vit"].batch),
     "llama": Model(lambda: TextModel("llama"), padded_text, single=True),
     "t5": Model(lambda: TextModel("t5"), translation, single=True),
@@ -411,6 +411,7 @@ def train_beside(
     sizes: list[int] | None = None,
     samples: list[int] | None = None,
     clip: float | None = None,
+    evaluate: bool = False,
 ) -> dict[str, float]:
     """Train an engine and the same model on one device; largest differences by what differs.
 
@@ -418,6 +419,7 @@ def train_beside(
         sizes: the microbatches, where each is a batch of its own.
         samples: of the batch of each step.
         clip: the norm of gradients.
+        evaluate: after each step.
     """
     model = MODELS[name]
     alone = model.build()
@@ -448,9 +450,10 @@ def train_beside(
             note("norm", gap(*norms))
         trained.step()
         beside.step()
-        engine.eval(), alone.eval()
-        with torch.no_grad():
-            note("evaluated", gap(engine(**batch), alone(**batch)))
-        engine.train(), alone.train()
+        if evaluate:
+            engine.eval(), alone.eval()
+            with torch.no_grad():
+                note("evaluated", gap(engine(**batch), alone(**batch)))
+            engine.train(), alone.train()
     note("state", state_gap(engine, alone))
     return worst

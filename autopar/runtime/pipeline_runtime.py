@@ -213,6 +213,11 @@ class Pipeline:
                 dist.broadcast(x, group=self.group, group_src=source)
         return x
 
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """Sum a tensor over the ranks of the pipeline, in place."""
+        with explained_failures():
+            dist.all_reduce(x, group=self.group)
+
     def exchange(
         self, gives: Sequence[tuple[torch.Tensor, int]], takes: Sequence[tuple[torch.Tensor, int]]
     ) -> None:

@@ -117,6 +117,7 @@ class SplitCompiler:
                 self.stage_place, self.options, trainable=trainable,
                 output_specs=fixed.outputs if first is None else _as_before(slice_, first.local),
             )  # fmt: skip
+            specs = specs or plan.parameter_specs()  # other sizes find parameters laid out so
             firsts = _numbers(slice_, plan)
             programs = stage_programs(slice_, plan, local, self.options, firsts)
             if pipeline is None and plan.pipeline is not None:
@@ -267,9 +268,9 @@ def _numbers(graph: ModelGraph, plan: ShardingPlan) -> tuple[int, ...]:
     stages = schedule_of(plan.pipeline).stages
     if len(firsts) + 1 != stages or list(firsts) != sorted({*firsts} - {0}):
         raise PlanError(
-            f"schedule {plan.pipeline.schedule} on {plan.pipeline.ranks} ranks has {stages} "
-            f"stages, and {', '.join(plan.pipeline.firsts)} cut the model into {len(firsts) + 1}; "
-            f"name {stages - 1} operators, in the order of the model and not its first (stages=)"
+            f"the plan's schedule on {plan.pipeline.ranks} ranks has {stages} stages, and "
+            f"{', '.join(plan.pipeline.firsts)} cut the model into {len(firsts) + 1}; name "
+            f"{stages - 1} operators, in the order of the model and without its first (stages=)"
         )
     return firsts
 

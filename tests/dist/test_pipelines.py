@@ -16,7 +16,7 @@ pytestmark = pytest.mark.dist
 EXACT = 1e-9
 BOTH, FOUR, TENSOR = "pipe=2,data=2", "pipe=4", "pipe=2,tensor=2"
 ROWS = {"up.weight": "S1R", "down.weight": "RS1"}
-HIDDEN = {f"gpt2.transformer.h.{k}.mlp.c_fc.weight": "RS1" for k in range(3)}
+HIDDEN = {f"gpt2.transformer.h.{k}.mlp.c_fc.weight": "RS1" for k in range(2)}
 INDEPENDENT = {"microbatch": "independent"}
 SIZES = {"sizes": [3, 3, 2]}
 
@@ -25,13 +25,10 @@ SIZES = {"sizes": [3, 3, 2]}
 CASES = [
     ("gpt2", BOTH, 4, "1f1b", {}, {"clip": 0.05}),
     ("gpt2", FOUR, 8, "zb-h1", {}, {}),
-    ("gpt2", TENSOR, 3, "interleaved", {"constraints": HIDDEN}, {"steps": 2}),
-    ("llama", BOTH, 4, "zbv", {}, {"steps": 2}),
-    ("llama", FOUR, 3, "gpipe", {}, {"steps": 2}),
+    ("gpt2", TENSOR, 2, "interleaved", {"constraints": HIDDEN}, {}),
+    ("llama", FOUR, 4, "gpipe", {}, {"steps": 2}),
     ("vit", TENSOR, 2, "1f1b", {}, {}),
-    ("vit", FOUR, 6, "dualpipev", {}, {"steps": 1}),
     ("t5", FOUR, 4, "zb-h1", {}, {"steps": 2}),
-    ("t5", BOTH, 3, "interleaved", {}, {"steps": 1}),
     ("unet", BOTH, 3, "zb-h1", {}, {}),
     ("unet", FOUR, 2, "interleaved", {}, {}),
     ("experts", TENSOR, 5, "zbv", {}, {}),
@@ -41,13 +38,13 @@ CASES = [
     ("thrice", FOUR, 3, "zbv", {}, {"clip": 0.05}),
     ("thrice", BOTH, 4, "1f1b", {}, {"samples": [8, 5, 12], "optimizer": "sgd"}),
     ("crossings", FOUR, 5, "interleaved", {}, {}),
-    ("crossings", BOTH, 2, "zb-h1", {}, {}),
+    ("crossings", BOTH, 2, "zb-h1", {}, {"evaluate": True}),
     ("frozen", FOUR, 4, "zb-h1", {}, {}),
     ("frozen end", FOUR, 3, "1f1b", {}, {}),
-    ("normed", BOTH, 3, "zbv", INDEPENDENT, SIZES),
+    ("normed", BOTH, 3, "zbv", INDEPENDENT, SIZES | {"evaluate": True}),
     ("counted", FOUR, 3, "interleaved", INDEPENDENT, SIZES),
-    ("gpt2", BOTH, 4, "1f1b", {"memory": "400KiB"}, {"steps": 1}),
-    ("crossings", BOTH, 4, "1f1b", {"stages": "mul"}, {"steps": 1}),
+    ("mlp", BOTH, 4, "1f1b", {"memory": "400KiB"}, {"steps": 1}),
+    ("tied", BOTH, 4, "1f1b", {"stages": "layers.3"}, {"steps": 1}),
 ]
 
 
@@ -56,8 +53,8 @@ def test_training_equals_a_single_device(pool, case):
     name, mesh, _, schedule, options, _ = case
     for found in pool.run(tasks.train, *case):
         assert max(found["differences"].values()) < MODELS[name].tolerance, found
-        twice = schedule in ("interleaved", "zbv", "dualpipev")
-        assert found["stages"] == (4 if mesh == FOUR else 2) * (2 if twice else 1)
+        ranks, several = 4 if mesh == FOUR else 2, schedule in ("interleaved", "zbv", "dualpipev")
+        assert found["stages"] % ranks == 0 and (found["stages"] > ranks) == several
         if "constraints" in options:
             assert set(options["constraints"]) <= set(found["split"])
         owners = {o for o in found["owners"].values() if o is not None}
@@ -69,7 +66,7 @@ def test_what_no_stage_uses_and_scalars_are_on_all_ranks(pool):
         owners = found["owners"]
         assert [n for n, o in owners.items() if o is None] == ["scale", "unused.weight",
                                                               "unused.bias"]  # fmt: skip
-        assert owners["shared.weight"] == 0 and owners["head.weight"] == 3
+        assert owners["shared.weight"] == 0 and owners["head.weight"] in (2, 3)
 
 
 @pytest.mark.parametrize("mesh", [BOTH, FOUR])
@@ -112,7 +109,7 @@ def test_refusals_are_the_same_on_all_ranks_and_say_what_to_do(pool):
         "mixes": ["NotSeparableError", "batch_norm", "microbatch='independent'"],
         "buffer": ["PlanError", "buffer mean", "stages="],
         "schedule": ["PlanError", "'zb'", "1f1b"],
-        "evaluates": ["EngineError", "forward-only", "only evaluates"],
+        "evaluates": ["PlanError", "forward-only", "choose"],
         "few": ["EngineError", "3 microbatches of a batch of 2 samples"],
         "operators": ["PlanError", "linear_9", "stages="],
         "local": ["EngineError", "batch='local'", "batch='global'"],

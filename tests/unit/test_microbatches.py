@@ -143,7 +143,7 @@ def test_batches_of_different_sizes_and_evaluation():
 
 @pytest.mark.parametrize("name", ["gpt2", "vit", "unet", "experts"])
 def test_training(name):
-    found = train_beside(name, lambda model, opt: engine_of(model, 3, opt), steps=2)
+    found = train_beside(name, lambda model, opt: engine_of(model, 3, opt), steps=2, evaluate=True)
     assert max(found.values()) < MODELS[name].tolerance, found
 
 
