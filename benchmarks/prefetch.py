@@ -18,11 +18,9 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 from benchmarks import common
 from benchmarks.common import Row, console
@@ -31,99 +29,7 @@ from benchmarks.plan_memory import build
 MODELS = ("Llama", "GPT-2")
 MESHES = ("2", "2x2")
 LINKS = {"loopback": None, "0.2 GB/s": 0.2e9, "0.05 GB/s": 0.05e9}  # bytes/s
-ALPHA_S = 100e-6
 _SHARE = 0.75
-
-
-@contextmanager
-def network(bytes_per_s: float | None) -> Iterator[None]:
-    """Collectives take their time on a link, of which every rank has one: engines made meanwhile
-    use process groups that delay torch's."""
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import _register_process_group, _resolve_process_group
-
-    from autopar.comm import groups, world
-
-    if bytes_per_s is None:
-        yield
-        return
-    process_groups, registered = world.process_groups, []
-
-    def delayed(mesh: Any) -> tuple[str, ...]:
-        link, slow = SlowLink(bytes_per_s), []
-        for name in (*process_groups(mesh), dist.group.WORLD.group_name):
-            slow.append(f"delayed/{bytes_per_s:g}/{len(registered)}/{name}")
-            registered.append(delayed_group(_resolve_process_group(name), link))
-            _register_process_group(slow[-1], registered[-1])
-        *along, of_all = slow
-        return groups.register_mesh(
-            tuple(mesh.shape), tuple(mesh.get_coordinate()), along, of_all, gathers_in_place=False
-        )
-
-    with mock.patch.object(world, "process_groups", delayed):
-        yield
-
-
-class SlowLink:
-    """A link of a rank: one message after another takes its time."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self.bytes_per_s, self.free = bytes_per_s, 0.0
-
-    def send(self, nbytes: float) -> float:
-        """When a message of so many bytes that is sent now has arrived."""
-        start = max(self.free, time.perf_counter())
-        self.free = start + ALPHA_S + nbytes / self.bytes_per_s
-        return self.free
-
-
-def delayed_group(group: Any, link: SlowLink) -> Any:
-    """A process group whose collectives are done at the earliest when a link has carried them."""
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import Work
-
-    share = (group.size() - 1) / group.size()
-
-    class DelayedWork(Work):
-        def __init__(self, work: Any, due: float) -> None:
-            super().__init__()
-            self.work, self.due = work, due
-
-        def wait(self, timeout: Any = None) -> bool:
-            self.work.wait()
-            time.sleep(max(0.0, self.due - time.perf_counter()))
-            return True
-
-    class Delayed(dist.ProcessGroup):
-        def __init__(self) -> None:
-            super().__init__(group.rank(), group.size())
-
-        def getBackendName(self) -> str:
-            return "delayed"
-
-        def allreduce(self, tensors: Any, opts: Any = None) -> Any:
-            due = link.send(2 * share * sum(x.nbytes for x in tensors))
-            return DelayedWork(group.allreduce(tensors, opts), due)
-
-        def allgather_into_tensor_coalesced(
-            self, outputs: Any, inputs: Any, opts: Any = None
-        ) -> Any:
-            due = link.send(share * sum(x.nbytes for x in outputs))
-            return DelayedWork(group.allgather_into_tensor_coalesced(outputs, inputs), due)
-
-        def reduce_scatter_tensor_coalesced(
-            self, outputs: Any, inputs: Any, opts: Any = None
-        ) -> Any:
-            due = link.send(share * sum(x.nbytes for x in inputs))
-            return DelayedWork(group.reduce_scatter_tensor_coalesced(outputs, inputs), due)
-
-        def alltoall_base(
-            self, output: Any, x: Any, sizes: Any, split: Any, opts: Any = None
-        ) -> Any:
-            due = link.send(share * x.nbytes)
-            return DelayedWork(group.alltoall_base(output, x, sizes, split), due)
-
-    return Delayed()
 
 
 def rank(name: str, mesh: str, rounds: str) -> None:
@@ -136,6 +42,7 @@ def rank(name: str, mesh: str, rounds: str) -> None:
     from autopar.planner.baselines import baseline_plans
     from autopar.planner.planner import build_problem, make_plan
     from autopar.testing.live_memory import training_state_bytes
+    from benchmarks.slow_network import ALPHA_S, network
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,17 @@ import torch
 from autopar.cluster.cluster import ClusterInfo
 from autopar.errors import InfeasibleError, PlanError
 from autopar.passes.microbatches import Microbatches
-from autopar.plan import TimeEstimate
+from autopar.plan import ShardingPlan, TimeEstimate
+from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
-from autopar.planner.planner import Planned, build_problem, choices_of
+from autopar.planner.planner import (
+    Planned,
+    PlanningProblem,
+    build_problem,
+    choices_of,
+    make_plan,
+)
 from autopar.planner.space import SearchSpace
 from autopar.planner.stages import PipelineOptions, plan_stages
 
@@ -29,6 +36,9 @@ log = logging.getLogger(__name__)
 
 # Microbatches per rank of a pipeline that layouts are solved for first.
 _PER_RANK = 4
+
+# Layouts that the solver found.
+_SOLVED = "solver"
 
 
 @dataclass(frozen=True)
@@ -78,18 +88,71 @@ class BatchPlanner:
         if self.pipeline is None:
             return self.plan_within(1)
         first = min(self.samples, _PER_RANK * self.pipeline.ranks)
-        planned = self._solved(first)
-        chains = self._chains(planned, first)
-        plan = plan_stages(planned, self.pipeline, self.samples, None, chains=chains)
-        if plan.microbatches == first:
-            return replace(planned, plan=plan)
-        return self._at(plan.microbatches)
+        layouts, planned = self._staged(first, None)
+        count = planned.plan.microbatches
+        return planned if count == first else self._staged(count, count, layouts)[1]
 
-    def _at(self, microbatches: int, planned: Planned | None = None) -> Planned:
-        planned = planned or self._solved(microbatches)
+    def _staged(
+        self, microbatches: int, count: int | None, only: str | None = None
+    ) -> tuple[str, Planned]:
+        """The fastest plan of a pipeline, and where its layouts are from.
+
+        Args:
+            microbatches: that layouts are made for.
+            count: how many there are; chosen if None.
+            only: from where layouts may be.
+
+        Raises:
+            InfeasibleError: no layouts fit; of the first ones.
+        """
+        assert self.pipeline is not None
+        refused: InfeasibleError | None = None
+        best: tuple[str, Planned] | None = None
+        for layouts, planned in self._layouts(microbatches, only):
+            try:
+                chains = self._chains(planned, microbatches) if count is None else None
+                plan = plan_stages(planned, self.pipeline, self.samples, count, chains=chains)
+            except InfeasibleError as error:
+                refused = refused or error
+                continue
+            if best is None or plan.time.step_us < best[1].plan.time.step_us:
+                best = layouts, replace(planned, plan=plan)
+            if layouts == _SOLVED and not _recomputes(plan):
+                break
+        if best is None:
+            assert refused is not None
+            raise refused
+        return best
+
+    def _layouts(self, microbatches: int, only: str | None) -> Iterator[tuple[str, Planned]]:
+        """Layouts of one microbatch, and where they are from: the solver, or a baseline.
+
+        Those that are fastest for one microbatch may keep gathered weights for all of them, which
+        is not in the memory of one. So where stages do not fit without recomputation, tensor
+        parallelism as Megatron's is looked at too.
+        """
+        problem = self._problem(microbatches)
+        if only in (None, _SOLVED):
+            yield _SOLVED, self._decided(problem)
+        if only == _SOLVED:
+            return
+        for baseline in baseline_plans(
+            problem.space, time_limit=self.options.get("time_limit", 60.0), mask=problem.mask,
+            named=only or "Megatron TP",
+        ):  # fmt: skip
+            plan = make_plan(problem.space, baseline.choices, problem.model)
+            plan = replace(
+                plan, constraints=problem.constraints, budget_bytes=self.cluster.budget_bytes
+            )
+            yield (
+                baseline.name,
+                Planned(plan, problem.space.graph, problem.space, baseline.choices, problem.mask),
+            )
+
+    def _at(self, microbatches: int) -> Planned:
         if self.pipeline is not None:
-            plan = plan_stages(planned, self.pipeline, self.samples, microbatches)
-            return replace(planned, plan=plan)
+            return self._staged(microbatches, microbatches)[1]
+        planned = self._decided(self._problem(microbatches))
         time, step_us = planned.plan.time, optimizer_us(planned.space, planned.choices)
         waiting = time.weights_us - time.overlapped_us  # of what moves weights
         times = TimeEstimate(
@@ -119,16 +182,18 @@ class BatchPlanner:
                     raise
                 count = min(self.samples, 2 * count)
 
-    def _solved(self, microbatches: int) -> Planned:
-        """The plan of one microbatch, of the largest."""
+    def _problem(self, microbatches: int) -> PlanningProblem:
+        """That of one microbatch, of the largest."""
         size = -(-self.samples // microbatches)
         budget = None
         if self.pipeline is not None:  # states are spread over its ranks
             budget = self.cluster.budget_bytes * self.pipeline.ranks
-        problem = build_problem(
+        return build_problem(
             self.model, graph=self.split.graph(size), cluster=self.cluster.of_a_stage(),
             budget_bytes=budget, **self.options,
         )  # fmt: skip
+
+    def _decided(self, problem: PlanningProblem) -> Planned:
         try:
             result = problem.decide()
         except InfeasibleError:
@@ -154,3 +219,7 @@ class BatchPlanner:
             except PlanError as error:  # its dims do not split so
                 log.info("no costs for microbatches of %d samples: %s", size, error)
         return chains
+
+
+def _recomputes(plan: ShardingPlan) -> bool:
+    return plan.pipeline is not None and any(s.recomputed_bytes for s in plan.pipeline.stages)

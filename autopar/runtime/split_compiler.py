@@ -122,7 +122,7 @@ class SplitCompiler:
             programs = stage_programs(slice_, plan, local, self.options, firsts)
             if pipeline is None and plan.pipeline is not None:
                 pipeline = self.pipeline_of(plan.pipeline)
-                stage_place = replace(stage_place, ranks=pipeline.alike)
+                stage_place = replace(self.stage_place, ranks=pipeline.alike)
             if pipeline is not None and not owners:
                 owners = _owners(slice_, programs, pipeline)
             called_with = self.example(plan, owners, slice_, local)

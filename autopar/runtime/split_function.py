@@ -87,7 +87,7 @@ class _Run(torch.autograd.Function):
         scalars = all(g.ndim == 0 for g in came.values())
         if not scalars:
             step.told_of_loss = step.told_of_loss or _tell_of_loss()
-        step.expected = {k: g.detach().clone() for k, g in came.items()} if scalars else None
+        step.expected = {k: _usable(g) for k, g in came.items()} if scalars else None
         used = step.result_gradients.used(tuple(g is not None for g in grads))
         local = [g if k in used else None for k, g in enumerate(local)]
         parameters = ctx.parameters[: len(local)]
@@ -97,6 +97,12 @@ class _Run(torch.autograd.Function):
             return None, *without_gradients(handed)
         deliver(ctx.parameters, handed, [node for node, _ in ctx.next_functions])
         return None, *handed
+
+
+def _usable(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient to expect: 1 in the place of one that others are no multiples of."""
+    usable = grad.isfinite() & (grad != 0)
+    return torch.where(usable, grad, torch.ones_like(grad))
 
 
 def _tell_of_loss() -> bool:
@@ -120,6 +126,6 @@ def _multiple(came: Tangents, expected: Tangents) -> torch.Tensor | bool | None:
     if all(a == b for a, b in numbers):
         return True
     a, b = numbers[0]
-    if not b or any(x * b != y * a for x, y in numbers):
+    if any(x * b != y * a for x, y in numbers):
         return None
     return first / reference

@@ -256,11 +256,12 @@ class StepCompiler:
         )  # fmt: skip
 
     def _pipeline_of(self, plan: PipelinePlan) -> Pipeline:
-        rank = self.place.coords[plan.axis]
+        """This rank's place in the pipeline of a plan."""
         alike = Ranks()
         if self.options.step.cluster.of_a_stage().world_size > 1:
             alike = GroupRanks(world.stage_group(self.mesh, plan.axis))
-        return Pipeline(schedule_of(plan), rank, self.mesh.get_group(plan.axis), alike)
+        rank, group = self.place.coords[plan.axis], self.mesh.get_group(plan.axis)
+        return Pipeline(schedule_of(plan), rank, group, alike)
 
     def layout_of(self, call: Call) -> BatchLayout:
         """How a call's batch enters; on all ranks.
