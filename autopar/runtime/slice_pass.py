@@ -12,6 +12,7 @@ import torch
 
 from autopar.passes.cut import Crossing, StageProgram
 from autopar.runtime.pipeline_runtime import StageCalls, Values
+from autopar.runtime.program import Boxed
 from autopar.runtime.slicing import accumulated, extents_of
 from autopar.runtime.split_step import SplitStep, Tangents
 
@@ -128,7 +129,10 @@ class SlicePass:
             of_results += [gradients.get(name) for name in program.made]
             arguments = [*saved, *bound.body.tangents(of_results)]
             del saved, of_results
-            given = list(bound.body.run(bound.body.backward, arguments))
+            if bound.body.weights is None:
+                given = self._added(size, stage, bound.body.backward, arguments)
+            else:
+                given = list(bound.body.run(bound.body.backward, arguments))
         own: dict[str, torch.Tensor | None] = {}
         if bound.body.weights is not None:
             count = len(program.received)
@@ -152,8 +156,16 @@ class SlicePass:
         body = self.step.stages[size][stage].body
         kept = self.kept.pop((stage, number), None)
         if body.weights is not None and kept is not None:
-            given = list(body.run(body.weights, kept))
+            given = self._added(size, stage, body.weights, kept)
             self._add(size, stage, given[: len(self.entered[size, stage])])
+
+    def _added(self, size: int, stage: int, graph: Boxed, arguments: list[Any]) -> list[Any]:
+        """What a graph gives, without the gradients that it adds to those of earlier slices."""
+        bound, totals = self.step.stages[size][stage], self.totals.get((size, stage))
+        if bound.adding is not None and totals is not None:
+            graph = bound.adding.run
+            arguments += [totals[k] for k in bound.adding.totals]
+        return list(bound.body.run(graph, arguments))
 
     def _add(self, size: int, stage: int, given: list[torch.Tensor | None]) -> None:
         key = size, stage

@@ -8,13 +8,27 @@ from typing import Any
 
 import torch
 
-from autopar.compiled_stages import CompiledSlice
+from autopar.compiled_stages import CompiledSlice, CompiledStage
+from autopar.passes.accumulate import adding_backward
 from autopar.passes.cut import Crossing, StageProgram
 from autopar.runtime.pipeline_runtime import Pipeline
-from autopar.runtime.program import Program, bind
+from autopar.runtime.program import Boxed, Program, bind, boxed
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.slicing import Slicing
 from autopar.runtime.stage_parameters import StageParameters
+
+
+@dataclass(frozen=True)
+class Adding:
+    """What computes gradients of parameters from the second slice on.
+
+    Args:
+        run: takes totals behind its other arguments, and adds to them.
+        totals: positions of these among the gradients.
+    """
+
+    run: Boxed
+    totals: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -24,16 +38,28 @@ class BoundStage:
     program: StageProgram
     enter: Program | None
     body: Program
+    adding: Adding | None = None
 
 
 def bind_stages(compiled: CompiledSlice) -> dict[int, BoundStage]:
     """Make the stages of a rank callable."""
     return {
         number: BoundStage(
-            stage.program, None if stage.enter is None else bind(stage.enter), bind(stage.body)
+            stage.program, None if stage.enter is None else bind(stage.enter), bind(stage.body),
+            _adding(stage),
         )
         for number, stage in compiled.stages.items()
-    }
+    }  # fmt: skip
+
+
+def _adding(stage: CompiledStage) -> Adding | None:
+    program, body = stage.program, stage.body
+    last = body.backward if body.weights is None else body.weights
+    if last is None or body.compile:
+        return None
+    taken = len(program.body.graph.find_nodes(op="placeholder"))
+    added = adding_backward(last, taken - len(program.others) - len(program.received))
+    return None if added is None else Adding(boxed(added[0]), added[1])
 
 
 # Gradients of results, by their positions.
