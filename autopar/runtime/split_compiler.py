@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +39,8 @@ from autopar.runtime.pipeline_runtime import Pipeline
 from autopar.runtime.slicing import even_sizes
 from autopar.runtime.split_binder import SplitBinder
 from autopar.runtime.split_step import SplitStep
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,25 @@ class SplitCompiler:
 
         Raises:
             NotSeparableError: the batch cannot be split exactly.
-            EngineError: there are fewer samples than microbatches.
         """
         samples, dims = self._dims(layout)
         self._check(call, layout, samples)
+        if not layout.local and min(samples, self.count or samples) <= 1:
+            # one microbatch is the batch, and nothing has to separate
+            return replace(self, count=1, independent=False)._compile(
+                call, layout, graph, trainable, stored, max(samples, 1), {}
+            )
+        elif self.count is not None and self.count > samples:
+            log.info("%d microbatches of %d samples: one each", samples, samples)
+            return replace(self, count=samples)._compile(
+                call, layout, graph, trainable, stored, samples, dims
+            )
+        return self._compile(call, layout, graph, trainable, stored, samples, dims)
+
+    def _compile(
+        self, call: Call, layout: BatchLayout, graph: ModelGraph, trainable: frozenset[str],
+        stored: Mapping[str, StoredLayout], samples: int, dims: Mapping[int, int],
+    ) -> tuple[CompiledStep, SplitStep, dict[int, WholeResult]]:  # fmt: skip
         ranks = layout.cluster.world_size if layout.local else 1
         split = self._split(call, graph, trainable, dims, samples * ranks, ranks)
         fixed = FixedLayouts(parameters={name: layout.spec for name, layout in stored.items()})
@@ -143,16 +161,16 @@ class SplitCompiler:
         return first, binder.step(), binder.whole_results
 
     def _check(self, call: Call, layout: BatchLayout, samples: int) -> None:
-        if self.count is not None and samples < self.count:
+        if layout.local and not samples:
             raise EngineError(
-                f"{self.count} microbatches of a batch of {samples} samples"
-                f"{' on each rank' if layout.local else ''}: some would be empty; pass "
-                "microbatches= of at most that, or larger batches"
+                "batch='local', and no input has a batch dim that could be split into "
+                "microbatches; say which by batch_dim="
             )
         if any(x.requires_grad for x in call.tensors):
             raise EngineError(
                 "an input of the model requires grad, and its gradient does not come out of "
-                "microbatches; detach the input, or pass microbatches=1"
+                "microbatches or pipeline stages; detach the input, or use a mesh without an axis "
+                "named pipe, and microbatches=1"
             )
         if layout.local and self.cluster.pipeline_ranks > 1:
             raise EngineError(

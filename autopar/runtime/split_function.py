@@ -10,6 +10,7 @@ same multiple of the gradients; if it brings something else, the slices run agai
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ class _Run(torch.autograd.Function):
         came: dict[int, Any] = {k: whole(g) for k, g in enumerate(grads) if g is not None}
         local, ctx.grads = ctx.grads, None  # what is handed out may be written
         factor = None if local is None else _multiple(came, ctx.expected)
+        if isinstance(factor, torch.Tensor) and not _finite(local, factor):
+            factor = None  # what overflowed with the old scale may not with the new one
         with torch.no_grad():
             if factor is None:
                 flat = list(ctx.saved_tensors)
@@ -97,6 +100,15 @@ class _Run(torch.autograd.Function):
             return None, *without_gradients(handed)
         deliver(ctx.parameters, handed, [node for node, _ in ctx.next_functions])
         return None, *handed
+
+
+def _finite(grads: Sequence[torch.Tensor | None], factor: torch.Tensor) -> bool:
+    """Whether gradients can be scaled. On GPUs, where asking waits for the device, only those of
+    half precision are asked."""
+    asked = [g for g in grads if g is not None]
+    if factor.device.type != "cpu":
+        asked = [g for g in asked if g.dtype is torch.float16]
+    return all(bool(g.isfinite().all()) for g in asked)
 
 
 def _usable(grad: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from autopar.comm.ranks import GroupRanks, Ranks, WorldRanks
 from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import compile_step
 from autopar.compiled_step import Arguments, Place
-from autopar.errors import CaptureError, MeshError
+from autopar.errors import CaptureError, EngineError, MeshError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.numbers import Origin
@@ -92,6 +93,7 @@ class StepCompiler:
         )
         self.stage_place = self.place.of_a_stage(cluster)
         self._planner = StepPlanner(model, options, self.stage_place)
+        self._refuse_other_options()
         self._count = 0
         self._names: list[str] | None = None  # of positional arguments
         if initial is None:
@@ -99,6 +101,28 @@ class StepCompiler:
             initial = self._initial_values()
         self._initial = initial
         self._moved = adopt(model, optimizer, self.mesh, options.precision)
+
+    def _refuse_other_options(self) -> None:
+        """Refuse ranks that ask for different microbatches or stages.
+
+        Raises:
+            EngineError: on all ranks, naming the option and its values.
+        """
+        options = self.options
+        schedule = options.schedule
+        if schedule is not None and schedule.endswith(".csv") and Path(schedule).exists():
+            schedule = Path(schedule).read_text()
+        mine = {
+            "microbatches": options.microbatches, "microbatch": options.microbatch,
+            "schedule": schedule, "stages": options.stages,
+        }  # fmt: skip
+        for rank, theirs in enumerate(self.place.ranks.of_all(mine)):
+            for name, value in theirs.items():
+                if value != mine[name]:
+                    raise EngineError(
+                        f"ranks ask for different {name}=: rank {dist.get_rank()} for "
+                        f"{mine[name]!r}, rank {rank} for {value!r}; pass the same on all ranks"
+                    )
 
     def _initial_values(self, *, again: bool = False) -> InitialValues:
         precision = self.options.precision

@@ -237,7 +237,6 @@ def refusals() -> dict[str, str]:
         "buffer": message("counted mean", mesh="pipe=4", microbatch="independent", schedule="1f1b"),
         "schedule": message("frozen", schedule="zb"),
         "evaluates": message("frozen", schedule="forward-only"),
-        "few": message("frozen", batch=vectors(0, 2)),
         "operators": message("frozen", stages="linear_9"),
         "local": _local_batches(),
         "differ": message("frozen", batch=batch),

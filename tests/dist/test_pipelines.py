@@ -110,7 +110,6 @@ def test_refusals_are_the_same_on_all_ranks_and_say_what_to_do(pool):
         "buffer": ["PlanError", "buffer mean", "stages="],
         "schedule": ["PlanError", "'zb'", "1f1b"],
         "evaluates": ["PlanError", "forward-only", "choose"],
-        "few": ["EngineError", "3 microbatches of a batch of 2 samples"],
         "operators": ["ConstraintError", "linear_9", "linear_4"],
         "local": ["EngineError", "batch='local'", "batch='global'"],
         "differ": ["EngineError", "different batches"],
