@@ -19,13 +19,23 @@ from typing import Any
 
 import torch
 
-from autopar.compiled_stages import CompiledSlice
+from autopar.compiled_stages import CompiledSlice, CompiledStage
 from autopar.errors import EngineError
 from autopar.ir.precision import without_autocast
+from autopar.passes.accumulate import adding_backward
 from autopar.passes.cut import Crossing, StageProgram
 from autopar.runtime.distribute import argument_of, gradients
 from autopar.runtime.pipeline_runtime import Pipeline, StageCalls, Values
-from autopar.runtime.program import Program, bind, deliver, own, whole, without_gradients
+from autopar.runtime.program import (
+    Boxed,
+    Program,
+    bind,
+    boxed,
+    deliver,
+    own,
+    whole,
+    without_gradients,
+)
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.sharded_values import ShardedParameter
 from autopar.runtime.slicing import Slicing, accumulated, extents_of
@@ -38,22 +48,47 @@ _SEEDS_APART = 2**40
 
 
 @dataclass(frozen=True)
+class Adding:
+    """What computes gradients of parameters from the second slice on.
+
+    Args:
+        run: takes totals behind its other arguments, and adds to them.
+        totals: positions of these among the gradients.
+    """
+
+    run: Boxed
+    totals: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class BoundStage:
     """A compiled stage that can be called."""
 
     program: StageProgram
     enter: Program | None
     body: Program
+    adding: Adding | None = None
 
 
 def bind_stages(compiled: CompiledSlice) -> dict[int, BoundStage]:
     """Make the stages of a rank callable."""
     return {
         number: BoundStage(
-            stage.program, None if stage.enter is None else bind(stage.enter), bind(stage.body)
+            stage.program, None if stage.enter is None else bind(stage.enter), bind(stage.body),
+            _adding(stage),
         )
         for number, stage in compiled.stages.items()
-    }
+    }  # fmt: skip
+
+
+def _adding(stage: CompiledStage) -> Adding | None:
+    program, body = stage.program, stage.body
+    last = body.backward if body.weights is None else body.weights
+    if last is None or body.compile:
+        return None
+    taken = len(program.body.graph.find_nodes(op="placeholder"))
+    added = adding_backward(last, taken - len(program.others) - len(program.received))
+    return None if added is None else Adding(boxed(added[0]), added[1])
 
 
 # Gradients of results, by their positions.
@@ -242,7 +277,10 @@ class _Slices:
             of_results += [gradients.get(name) for name in program.made]
             arguments = [*saved, *bound.body.tangents(of_results)]
             del saved, of_results
-            given = list(bound.body.run(bound.body.backward, arguments))
+            if bound.body.weights is None:
+                given = self._added(size, stage, bound.body.backward, arguments)
+            else:
+                given = list(bound.body.run(bound.body.backward, arguments))
         own: dict[str, torch.Tensor | None] = {}
         if bound.body.weights is not None:
             count = len(program.received)
@@ -266,8 +304,16 @@ class _Slices:
         body = self.step.stages[size][stage].body
         kept = self.kept.pop((stage, number), None)
         if body.weights is not None and kept is not None:
-            given = list(body.run(body.weights, kept))
+            given = self._added(size, stage, body.weights, kept)
             self._add(size, stage, given[: len(self.entered[size, stage])])
+
+    def _added(self, size: int, stage: int, graph: Boxed, arguments: list[Any]) -> list[Any]:
+        """What a graph gives, without the gradients that it adds to those of earlier slices."""
+        bound, totals = self.step.stages[size][stage], self.totals.get((size, stage))
+        if bound.adding is not None and totals is not None:
+            graph = bound.adding.run
+            arguments += [totals[k] for k in bound.adding.totals]
+        return list(bound.body.run(graph, arguments))
 
     def _add(self, size: int, stage: int, given: list[torch.Tensor | None]) -> None:
         key = size, stage
