@@ -33,7 +33,7 @@ from benchmarks.common import Row, console
 PARTS = ("bubbles", "measured", "recipes")
 MICROBATCHES = 8
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zbv")
-LINKS = {"": None, "0.2 GB/s": 0.2e9, "0.05 GB/s": 0.05e9}  # bytes/s
+LINKS = {"host": None, "0.2 GB/s": 0.2e9, "0.05 GB/s": 0.05e9}  # bytes/s
 ROUNDS, QUICK_ROUNDS = 15, 3
 CHOSEN = "as autopar chooses"
 EXACT = 1e-9
@@ -171,12 +171,13 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     rounds = options.rounds or (QUICK_ROUNDS if quick else ROUNDS)
     schedules = options.schedules or (SCHEDULES[:1] if quick else SCHEDULES)
     worlds = [options.ranks] if options.ranks else [2] if quick else [2, 4]
-    links = list(LINKS.items())
+    links = options.links or ([*LINKS][:2] if quick else LINKS)
     for ranks in worlds:
         files = clusters(ranks, folder, quick)
         for of in CASES[:1] if quick else CASES:
-            for link, bytes_per_s in links[:2] if quick else links:
-                case = f"{of.name}, {ranks} ranks" + (f", {link}" if link else "")
+            for link in links:
+                bytes_per_s = LINKS[link]
+                case = f"{of.name}, {ranks} ranks" + (f", {link}" if bytes_per_s else "")
                 if options.only not in case:
                     continue
                 # over slow links, one schedule shows it
@@ -200,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="not all")
     parser.add_argument("--ranks", type=int, choices=(2, 4), help="not both of 2 and 4")
     parser.add_argument("--schedules", nargs="*", choices=SCHEDULES, help="not all")
+    parser.add_argument("--links", nargs="*", choices=LINKS, help="not all")
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS} if not given")
     parser.add_argument(
         "--clusters", type=Path, help="folder with cluster-pipe=N.yaml; measured if missing"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autopar.plan import MEMORY_KINDS, MemoryEstimate, TimeEstimate
+from autopar.planner.decisions import Edge
 from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
 
@@ -43,6 +44,21 @@ def optimizer_us(space: SearchSpace, choices: Sequence[int]) -> float:
     """The optimizer's step, which is a part of compute."""
     pairs = zip(space.decisions, choices, strict=True)
     return sum(float(d.parts["step_us"][c]) for d, c in pairs if "step_us" in d.parts)
+
+
+def accumulation_us(space: SearchSpace, edge: Edge, choices: Sequence[int]) -> float:
+    """What it takes to add the gradient of a weight to that of earlier microbatches.
+
+    The product that makes it also reads the total. Gradients of two bytes are added by themselves,
+    to totals of four (`passes/accumulate.py`).
+    """
+    target = space.decisions[edge.target]
+    spec = target.candidates[choices[edge.target]].inputs[edge.operand] if edge.weight else None
+    if spec is None or not edge.grad:
+        return 0.0
+    passes = 1 if edge.itemsize > 2 else 5
+    nbytes = space.local_bytes(edge.shape, edge.itemsize, spec)
+    return 1e6 * passes * nbytes / space.cluster.device.bandwidth
 
 
 def estimate_memory(

@@ -19,6 +19,7 @@ import torch.fx as fx
 from autopar.ir.graph import operands, producer, shape_of
 from autopar.ir.spec import ShardingSpec
 from autopar.planner.decisions import Decision
+from autopar.planner.estimate import accumulation_us
 from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
 from autopar.schedule.pipeline.blocks import Block
@@ -178,6 +179,7 @@ class _Chain:
                 rows[at]["forward_us"] += forward
                 rows[at]["input_us"] += backward
                 continue
+            rows[at]["weight_us"] += accumulation_us(self.space, edge, self.choices)
             rows[at]["before_us"] += forward
             rows[at]["after_us"] += backward
             before = source.candidates[pair[0]].outputs[edge.result]

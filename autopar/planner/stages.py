@@ -168,6 +168,7 @@ def plan_stages(
     problem = PipelineProblem(
         partial(_blocks_at, known), options.ranks, samples, options.link, planned.plan.budget_bytes,
         tuple(names), stages_per_rank, microbatches, cuts,
+        sends_beside=planned.space.cluster.device.runs_beside,
     )  # fmt: skip
     choice = choose_pipeline(problem)
     firsts = [places[k - 1] for k in choice.cuts]

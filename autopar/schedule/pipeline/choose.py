@@ -76,7 +76,7 @@ def _options(problem: PipelineProblem) -> list[Option]:
     options = [
         Option(
             name, p, per_rank, m, chains[m, SCHEDULES[name].splits_backward],
-            problem.budget_bytes, problem.recompute,
+            problem.budget_bytes, problem.recompute, problem.sends_beside,
         )
         for m in blocks
         for name in problem.schedules

@@ -40,13 +40,14 @@ class Option:
 
     Args:
         recompute: "none", "all", counts by stage, or None if it is to be chosen.
+        sends_beside: messages run beside compute.
     """
 
     def __init__(
         self, name: str, ranks: int, per_rank: int, microbatches: int, chain: Chain,
-        budget_bytes: float, recompute: str | Counts | None,
+        budget_bytes: float, recompute: str | Counts | None, sends_beside: bool = True,
     ) -> None:  # fmt: skip
-        self.name, self.microbatches = name, microbatches
+        self.name, self.microbatches, self.sends_beside = name, microbatches, sends_beside
         self.ranks, self.per_rank = ranks, per_rank
         self.chain, self.budget_bytes, self.recompute = chain, budget_bytes, recompute
         self.stages = ranks * per_rank
@@ -79,7 +80,24 @@ class Option:
                 before_us=costs[stage].before_us + us,
                 after_us=costs[stage].after_us + us,
             )
-        return costs
+        return costs if self.sends_beside else self._with_sends(costs)
+
+    def _with_sends(self, costs: Sequence[StageCost]) -> list[StageCost]:
+        """Messages take the time of the stage that sends them."""
+        sends = []
+        for stage, cost in enumerate(costs):
+            forth = stage + 1 < self.stages and self.rank_of[stage + 1] != self.rank_of[stage]
+            back = stage > 0 and self.rank_of[stage - 1] != self.rank_of[stage]
+            sends.append(
+                replace(
+                    cost,
+                    forward_us=cost.forward_us + forth * cost.send_forward_us,
+                    input_us=cost.input_us + back * cost.send_backward_us,
+                    send_forward_us=0.0,
+                    send_backward_us=0.0,
+                )
+            )
+        return sends
 
     def rank_bounds_us(self, costs: Sequence[StageCost]) -> list[float]:
         """By rank, a time before which no order of its actions ends the step.

@@ -29,6 +29,7 @@ class PipelineProblem:
         cuts: the blocks at which stages after the first begin, if they are fixed.
         recompute: "none", "all" or, with cuts, how many blocks from the front of each stage are
             recomputed; if that is fixed.
+        sends_beside: messages run beside compute; else they take the time of who sends them.
     """
 
     blocks: Callable[[int], Sequence[Block]]
@@ -41,6 +42,7 @@ class PipelineProblem:
     microbatches: int | None = None
     cuts: tuple[int, ...] | None = None
     recompute: str | tuple[int, ...] | None = None
+    sends_beside: bool = True
 
     def __post_init__(self) -> None:
         able = [row.name for row in SCHEDULES.values() if row.trains]
