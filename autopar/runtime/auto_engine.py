@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.compiled_step import StepOptions
+from autopar.errors import PlanError
 from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
@@ -138,7 +139,12 @@ def auto_engine(
     refuse_outputs(constraints)
     model = unwrapped(model)
     cluster = as_cluster(cluster_info).with_memory(memory)
-    if plan is not None and microbatches is None:
+    if plan is not None:
+        if microbatches not in (None, plan.microbatches):
+            raise PlanError(
+                f"the plan is for {plan.microbatches} microbatches, and microbatches="
+                f"{microbatches} was asked for; leave that out, or plan again"
+            )
         microbatches = plan.microbatches
     for name, value in (("schedule", schedule), ("stages", stages)):
         if value is not None and not isinstance(value, str):
