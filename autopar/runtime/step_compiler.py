@@ -93,10 +93,10 @@ class StepCompiler:
         )
         self.stage_place = self.place.of_a_stage(cluster)
         self._planner = StepPlanner(model, options, self.stage_place)
-        self._refuse_other_options()
         self._count = 0
         self._names: list[str] | None = None  # of positional arguments
         if initial is None:
+            self._refuse_other_options()
             self.place.ranks.together(lambda: check_state(optimizer))
             initial = self._initial_values()
         self._initial = initial
