@@ -96,9 +96,9 @@ class StepCompiler:
         self._count = 0
         self._names: list[str] | None = None  # of positional arguments
         if initial is None:
-            self._refuse_other_options()
             self.place.ranks.together(lambda: check_state(optimizer))
             initial = self._initial_values()
+            self._refuse_other_options()
         self._initial = initial
         self._moved = adopt(model, optimizer, self.mesh, options.precision)
 
