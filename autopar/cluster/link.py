@@ -13,7 +13,7 @@ from autopar.cluster.curve import Curve
 from autopar.cluster.data import curves_from
 
 # Passes over the ring. An all-reduce is a reduce-scatter and an all-gather.
-PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
+PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1, "exchange": 1}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Link:
         ring, per pass    (k - 1) alpha + n (k - 1) / k beta / ports
         tree, all-reduce  2 ceil(log2 k) alpha + 2 n beta, if that is less
         all-to-all        (k - 1) alpha + n (k - 1) / k beta
+        exchange          alpha + n beta: most of it goes to one other rank
 
     A rank runs its collectives one after another. All groups of an axis communicate at the same
     time; beta includes that they share ports.
@@ -71,6 +72,8 @@ class Link:
             nbytes: bytes of the local buffer, on the unsplit side.
         """
         size = np.asarray(nbytes, float)
+        if kind == "exchange":
+            return 1e6 * (self.alpha + size * self.beta)
         curve = self.curves.get(kind)
         if curve is not None:
             return curve.us(np.maximum(size, curve.sizes[0]))

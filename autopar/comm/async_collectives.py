@@ -121,6 +121,19 @@ def finish_reduce_scatter(own: torch.Tensor, dim: int, size: int, group: str) ->
     return wait(own)[:length].movedim(0, dim).clone(memory_format=torch.contiguous_format)
 
 
+@operator(lambda row, sent, received, group: row.new_empty(sum(received)), inline=True)
+def start_exchange(
+    row: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: str
+) -> torch.Tensor:
+    """`exchange`; finished by `wait_in_place`."""
+    if not row.numel() and not sum(received):
+        return row.new_empty(0)
+    g = find_group(group)
+    return torch.ops._c10d_functional.all_to_all_single(
+        row.contiguous(), list(received), list(sent), g.name
+    )
+
+
 # -- several at once: their shapes, as tensors they would be alive until the finish, are numbers --
 
 

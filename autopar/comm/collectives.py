@@ -24,6 +24,7 @@ from autopar.comm.async_collectives import (
     start_all_gather_many,
     start_all_reduce,
     start_all_reduce_many,
+    start_exchange,
     start_gather_rows,
     start_reduce_scatter_many,
 )
@@ -107,6 +108,22 @@ def all_to_all(
     if gather_dim < split_dim:
         return joined.movedim(1, split_dim).movedim(0, gather_dim).contiguous()
     return joined.movedim(1, split_dim + 1).movedim(0, gather_dim).contiguous()
+
+
+@operator(lambda row, sent, received, group: row.new_empty(sum(received)), inline=True)
+def exchange(
+    row: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: str
+) -> torch.Tensor:
+    """Send parts of a row to the ranks of a group, and receive parts of theirs.
+
+    Args:
+        row: [elements], the part for rank 0 first.
+        sent, received: elements for, and from, each rank; 0 where nothing is sent.
+
+    Returns:
+        [elements], the part from rank 0 first.
+    """
+    return wait(start_exchange(row, sent, received, group))
 
 
 # -- several collectives in one message (`passes/bucket.py`) ------------------------------------

@@ -6,6 +6,7 @@ The result is an ordinary PyTorch graph. Every conversion is a differentiable st
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from autopar.ir.spec import ShardingSpec, local_range, local_shape
 from autopar.plan import ShardingPlan
 from autopar.profiler.profile import requires_grad_map
 from autopar.sharding.conversion.converter import LayoutConverter, Step, converter_for
-from autopar.sharding.node_rules import is_floating, results, rule_of, strategy_by_name
+from autopar.sharding.node_rules import call_of, is_floating, results, rule_of, strategy_by_name
 from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.rules.view import RESHAPES
 
@@ -275,7 +276,7 @@ class _Rewriter:
         target: Any = node.target
         if strategy.lowered:
             target = rule.lowering
-            kwargs = {**kwargs, **self._lowering_arguments(rule, strategy)}
+            kwargs = {**kwargs, **self._lowering_arguments(node, rule, strategy)}
         elif str(target) in RESHAPES:
             # a shard's strides may differ from the global tensor's: let the view copy if it must
             shape = local_shape(
@@ -328,7 +329,9 @@ class _Rewriter:
             return args, kwargs
         return (*args[:at], list(shape), *args[at + 1 :]), kwargs
 
-    def _lowering_arguments(self, rule: OpRule, strategy: Strategy) -> dict[str, Any]:
+    def _lowering_arguments(
+        self, node: fx.Node, rule: OpRule, strategy: Strategy
+    ) -> dict[str, Any]:
         mesh, coords, groups = self.rank.mesh, self.rank.coords, self.rank.groups
         shard = {}
         for name, axes in strategy.splits.items():
@@ -337,6 +340,9 @@ class _Rewriter:
             # tuples and numbers only: a graph's arguments print as Python
             shard[name] = (start, length, size, tuple(groups[a] for a in axes))
         arguments: dict[str, Any] = {"shard": shard}
+        assert rule.lowering is not None
+        if "shapes" in inspect.signature(rule.lowering).parameters:
+            arguments["shapes"] = call_of(node).inputs
         if rule.always:
             number = 0
             for axes in strategy.splits.values():

@@ -2,7 +2,8 @@
 
 Names are those of `autopar.planner.names`. A layout is a `ShardingSpec` as plans print it, or
 several with `|` between them; that of a parameter may end in `reshard` (re-gathered for the
-backward, ZeRO-3) or `keep` (ZeRO-2). A constraint masks the other candidates of a decision: they
+backward, ZeRO-3) or `keep` (ZeRO-2). For an operator, `by ring` demands a strategy that splits the
+factor `ring`, whatever the layouts. A constraint masks the other candidates of a decision: they
 get infinite time in the solver's problem, so that every plan is one of the same space.
 """
 
@@ -25,6 +26,7 @@ from autopar.planner.liveness import Liveness
 from autopar.planner.liveness_rows import LivenessRows
 from autopar.planner.names import Names, output_shapes, suggestion
 from autopar.planner.space import SearchSpace
+from autopar.sharding.node_rules import rule_of
 from autopar.solver import solve
 from autopar.solver.reductions import TiedProblem
 from autopar.units import bytes_text, mesh_text
@@ -35,6 +37,7 @@ Constraints = Mapping[str, str]
 Allowed = Mapping[int, np.ndarray]
 
 _OUTPUTS = "outputs."
+_BY = "by"
 _SHOWN = 24
 
 
@@ -76,16 +79,20 @@ class _Layout:
         reshard_after_forward: of a parameter; None if the constraint leaves it open.
         text: as the user wrote it.
         error: why there is no spec.
+        factors: that the strategy must split; then there is no spec.
     """
 
     spec: ShardingSpec | None
     reshard_after_forward: bool | None
     text: str
     error: str = ""
+    factors: frozenset[str] = frozenset()
 
     @staticmethod
     def parse(text: str) -> _Layout:
         words = text.split()
+        if words[0] == _BY and len(words) > 1:
+            return _Layout(None, None, text, factors=frozenset(words[1:]))
         reshard = {"reshard": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
         body = " ".join(words if reshard is None else words[:-1])
         try:
@@ -95,6 +102,9 @@ class _Layout:
         return _Layout(spec, reshard, text)
 
     def allows(self, candidate: Candidate) -> bool:
+        if self.factors:
+            strategy = candidate.strategy
+            return strategy is not None and self.factors <= strategy.splits.keys()
         if self.reshard_after_forward not in (None, candidate.reshard_after_forward):
             return False
         spec = candidate.outputs[0]
@@ -168,6 +178,8 @@ def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layo
     shape = list(shape_of(value[decision.result] if isinstance(value, list | tuple) else value))
     mesh = space.cluster.mesh_text
     legal = list(dict.fromkeys(str(c.outputs[0].data()) or "scalar" for c in decision.candidates))
+    if layout.factors:
+        return _no_strategy(space, decision, name, place, layout)
     more = f", and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
     if layout.spec is None:
         why = f"is not a layout ({layout.error})"
@@ -181,6 +193,25 @@ def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layo
     return (
         f"constraint {name!r}: {layout.text!r} {why}. {kind.capitalize()} {place} of shape {shape} "
         f"on mesh {mesh} can have {', '.join(legal[:_SHOWN])}{more}"
+    )
+
+
+def _no_strategy(
+    space: SearchSpace, decision: Decision, name: str, place: str, layout: _Layout
+) -> str:
+    strategies = [c.strategy for c in decision.candidates if c.strategy is not None]
+    factors = dict.fromkeys(f for s in strategies for f in s.splits)
+    rule, _ = rule_of(decision.node)
+    bounds = "; ".join(
+        f"{f} divides {n}, with {' and '.join(o for o in names if o != f)}"
+        for names, n in rule.joint
+        for f in sorted(layout.factors & {*names})
+    )
+    has = f"can be split by {', '.join(factors)}" if factors else "cannot be split"
+    return (
+        f"constraint {name!r}: no strategy of {place} is {layout.text!r} on mesh "
+        f"{space.cluster.mesh_text}. {decision.node.target} {has}"
+        f"{f' ({bounds}; every rank must have a part)' if bounds else ''}"
     )
 
 

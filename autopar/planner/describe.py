@@ -27,7 +27,7 @@ from autopar.plan import ModuleSummary
 from autopar.planner.decisions import Candidate, Decision
 from autopar.planner.space import SearchSpace
 from autopar.sharding.node_rules import rule_of
-from autopar.sharding.rule import OpRule, passes_sum
+from autopar.sharding.rule import OpRule, alternatives, passes_sum
 
 _PRODUCTS = (
     "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "autopar.packed_",
@@ -45,9 +45,13 @@ _PHRASES = {
     "positions": "positions split over {}",
     "heads": "heads split over {}",
     "sequence": "sequence split over {}",
+    "ring": "sequence split over {}, keys and values on a ring",
+    "exchange": "sequence split over {}, exchanged for heads in attention",
     "features": "features split over {}",
     "partial": "pending sums carried over {}",
 }
+# Of attention, by the factors of `autopar/sharding/rules/attention.py`.
+_SEQUENCES = {"q": "sequence", "ring": "ring", "exchange": "exchange", "e": "features"}
 _ZERO = {
     True: "ZeRO-3 (re-gathered for backward)",
     False: "ZeRO-2 (gathered once, kept for backward)",
@@ -166,12 +170,18 @@ def _factor_role(node: fx.Node, rule: OpRule, factor: str, weights: Sequence[int
         if factor in dims and name.startswith(_PRODUCTS):
             return "column" if any(factor in out for out in rule.outputs) else "row"
     tensors = [*rule.outputs, *(dims for dims in rule.inputs if dims is not None)]
-    dims = next(dims for dims in tensors if factor in dims)
-    place = dims.index(factor)
+    if name.startswith(_ATTENTION) and factor in _SEQUENCES:
+        return _SEQUENCES[factor]
+    place, dims = next(
+        (place, dims)
+        for dims in tensors
+        for place, dim in enumerate(dims)
+        if factor in alternatives(dim)
+    )
     if place == 0:
         return "data"
     if name.startswith(_ATTENTION):
-        return "sequence" if place == len(dims) - 2 else "heads"
+        return "heads"
     return "sequence" if place == 1 and len(dims) == 3 else "features"
 
 

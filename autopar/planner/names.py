@@ -4,6 +4,8 @@ transformer.h.0.mlp.c_fc.weight     a parameter: how it is stored
 inputs.input_ids, inputs.0          an input, by name or position: how it is split
 transformer.h.0.mlp                 a module: the value its last operator makes
 addmm_2                             an operator, by the name that plans and reports give it
+transformer.h.0.attn.scaled_dot_product_attention
+                                    the first such operator of a module
 transformer.h.*.mlp                 `*` stands for one part of a name, `**` for any number
 transformer.h.{0,2-5}.mlp           these copies of a block, as reports write them
 """
@@ -74,7 +76,9 @@ class Names:
             elif decision.kind in ("op", "shared"):
                 others[decision.name] = i
                 if decision.kind == "op":
-                    modules |= dict.fromkeys(with_parents(graph.info(decision.node).module), i)
+                    module = graph.info(decision.node).module
+                    modules |= dict.fromkeys(with_parents(module), i)
+                    others.setdefault(f"{module}.{_kind(decision.node)}".removeprefix("."), i)
         for alias, owner in graph.aliases.items():
             if owner in self.decisions:
                 self.decisions.setdefault(alias, self.decisions[owner])
@@ -94,6 +98,11 @@ class Names:
         if not matches:
             raise ConstraintError(f"nothing is called {name!r}{suggestion(name, self.decisions)}")
         return matches
+
+
+def _kind(node: fx.Node) -> str:
+    """An operator's name without its namespace and overload: `linear`."""
+    return str(node.target).split(".")[-2] if str(node.target).count(".") > 1 else node.name
 
 
 def output_shapes(graph: ModelGraph) -> dict[str, tuple[int, ...]]:

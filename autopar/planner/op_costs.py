@@ -96,21 +96,34 @@ class OpCosts:
         fused = self.cluster.device.kind == "cpu" or workload.state_bytes_per_param_byte < 2
         return 0.0 if fused else 1.0
 
-    def lowering_us(self, node: fx.Node, strategies: Sequence[Strategy]) -> np.ndarray:
+    def lowering_us(
+        self, node: fx.Node, strategies: Sequence[Strategy], compute_us: np.ndarray
+    ) -> np.ndarray:
         """What lowerings take beyond the operator's own kernels: collectives, and passes over the
-        first operand that an operator as a whole does without."""
-        return np.array([self._lowering_us(node, s) if s.lowered else 0.0 for s in strategies])
+        first operand that an operator as a whole does without.
 
-    def _lowering_us(self, node: fx.Node, strategy: Strategy) -> float:
+        Args:
+            compute_us: of each strategy, beside which some collectives run.
+        """
+        times = zip(strategies, compute_us, strict=True)
+        return np.array([self._lowering_us(node, s, float(t)) if s.lowered else 0.0
+                         for s, t in times])  # fmt: skip
+
+    def _lowering_us(self, node: fx.Node, strategy: Strategy, compute_us: float) -> float:
         first, spec = operands(node)[0], strategy.inputs[0]
         if first is None or spec is None:
             return 0.0
         value, work = first.meta["val"], declared_of(node, strategy, self.mesh)
-        total = 0.0
+        total = beside = 0.0
         for c in work.collectives:
             link, size = self.cluster.links[c.axis], self.mesh[c.axis]
-            nbytes = c.elements * value.element_size()
-            total += (c.forward + c.backward) * float(link.collective_us(c.kind, size, nbytes))
+            nbytes = c.elements * max(value.element_size(), 4 * c.wide)
+            us = (c.forward + c.backward) * float(link.collective_us(c.kind, size, nbytes))
+            if c.beside and self.cluster.device.runs_beside:
+                beside += us
+            else:
+                total += us
+        total += max(0.0, beside - compute_us)
         if not work.passes:
             return total
         device = self.cluster.device

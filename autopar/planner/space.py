@@ -319,7 +319,7 @@ class SearchSpace:
             "compute_us": forward + backward,
             "forward_us": forward,
             "backward_us": backward,
-            "communication_us": self._costs.lowering_us(node, strategies),
+            "communication_us": self._costs.lowering_us(node, strategies, forward + backward),
             "activations_bytes": self._costs.saved_bytes(node, strategies),
             "working": self._costs.working_bytes(node, strategies),
         }

@@ -57,6 +57,7 @@ SPLITS: dict[Any, Callable[[fx.Node], tuple[Any, _Finish]]] = {
     _OPS.all_reduce.default: lambda _: (_OPS.start_all_reduce.default, None),
     _OPS.all_gather.default: _all_gather,
     _OPS.reduce_scatter.default: _reduce_scatter,
+    _OPS.exchange.default: lambda _: (_OPS.start_exchange.default, None),
     _OPS.all_reduce_many.default: lambda _: (_OPS.start_all_reduce_many.default, None),
     _OPS.all_gather_many.default: _all_gather_many,
     _OPS.reduce_scatter_many.default: _reduce_scatter_many,

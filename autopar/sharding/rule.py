@@ -7,12 +7,15 @@ A row names the factors of an op's operands and results, as einsum does:
     aten.layer_norm "*b h:lowered, h, h -> *b h"     *b  any number of leading dims
     aten.topk       "*b [k] -> *b [n], *b [n]"       []  the dim is never split
 
+    aten.attention  "*b ring|q d, *b ring d, .."     |   both may split the dim, ring outermost
+
 A word behind a factor, once in the row, says what a split of it needs:
 
     lowered   the row's lowering, a local implementation that may run collectives
     complete  as lowered, and results without the factor are complete: no pending sum is left
     window    as lowered, and extents may differ: the lowering fetches the rows that its windows
               reach of other ranks
+    axis      as window, along one mesh axis at most
 
 An assignment of mesh axes to factors determines every layout. Along an axis that splits factor f,
 operands and results that have f are split there; a result without f is a pending sum (P); an
@@ -48,6 +51,7 @@ class Factor:
         other: further extents that tensors have in this dim, where the lowering fits them together
             (a convolution's result is narrower than its input); each must fill every rank.
         half: splitting it divides only half of the op's work; every rank repeats the other half.
+        one_axis: one mesh axis at most splits it.
     """
 
     size: int
@@ -56,12 +60,27 @@ class Factor:
     complete: bool = False
     other: tuple[int, ...] = ()
     half: bool = False
+    one_axis: bool = False
 
     def allows(self, axes: Sequence[int], mesh: Sequence[int]) -> bool:
         parts = math.prod(mesh[axis] for axis in axes)
+        if self.one_axis and len(axes) > 1:
+            return False
         if parts > 1 and self.even:
             return self.size % parts == 0
         return all(fills_every_rank(size, axes, mesh) for size in (self.size, *self.other))
+
+
+def alternatives(dim: str | None) -> tuple[str, ...]:
+    """The factors by which a dim may be split."""
+    return () if dim is None else tuple(dim.split("|"))
+
+
+def _without(dims: Dims, unsplit: Collection[str]) -> Dims:
+    """Dims that these factors do not split."""
+    return tuple(
+        "|".join(name for name in alternatives(dim) if name not in unsplit) or None for dim in dims
+    )
 
 
 @dataclass(frozen=True)
@@ -69,13 +88,15 @@ class OpRule:
     """A row bound to the shapes of one node.
 
     Args:
-        inputs: per tensor operand its factors per dim (None: never split), or None if absent.
+        inputs: per tensor operand its factors per dim (`alternatives`; None: never split), or None
+            if absent.
         outputs: the same per tensor result.
         factors: the factors that may be split.
         terms: operands that are added to the result.
         linear: sets of operands in which, jointly, the op is linear: a pending sum passes through.
         lowering: local implementation where a lowered factor is split (or always, if `always`).
         always: the lowering replaces the op on every strategy (random ops).
+        joint: factors that jointly split an extent, and it: every rank must have a part.
     """
 
     inputs: tuple[Dims | None, ...]
@@ -85,17 +106,14 @@ class OpRule:
     linear: tuple[frozenset[int], ...] = ()
     lowering: Callable[..., Any] | None = None
     always: bool = False
+    joint: tuple[tuple[tuple[str, ...], int], ...] = ()
 
     def without(self, *names: str) -> OpRule:
         """The same, with these factors never split."""
-
-        def unsplit(dims: Dims) -> Dims:
-            return tuple(None if name in names else name for name in dims)
-
         return replace(
             self,
-            inputs=tuple(None if dims is None else unsplit(dims) for dims in self.inputs),
-            outputs=tuple(unsplit(dims) for dims in self.outputs),
+            inputs=tuple(None if dims is None else _without(dims, names) for dims in self.inputs),
+            outputs=tuple(_without(dims, names) for dims in self.outputs),
             factors={n: f for n, f in self.factors.items() if n not in names},
         )
 
@@ -151,6 +169,8 @@ class Row:
         lowering: as in `OpRule`.
         always: as in `OpRule`.
         half: names of factors that are so, as in `Factor`.
+        moves: factors whose splits the lowering moves to another dim: its operand, and the dim from
+            the end. A call without that dim has no such factor.
         when: the row holds for calls whose bound arguments, by name, satisfy this.
     """
 
@@ -159,6 +179,7 @@ class Row:
     lowering: Callable[..., Any] | None = None
     always: bool = False
     half: tuple[str, ...] = ()
+    moves: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     when: Callable[[Mapping[str, Any]], bool] | None = None
 
     def applies(self, arguments: Mapping[str, Any]) -> bool:
@@ -184,24 +205,33 @@ class Row:
             pattern = patterns[i] if i < len(patterns) else []
             bound_in.append(None if shape is None else extents.match(pattern, shape))
         bound_out = [extents.match(p, s) for p, s in zip(results, outputs, strict=True)]
+        joint = [(alternatives(d), n) for d, n in extents.joint]
         factors = extents.factors(self.half)
-
-        def bound(dims: Dims) -> Dims:
-            return tuple(name if name in factors else None for name in dims)
-
+        for name, (operand, dim) in self.moves.items():
+            shape = inputs[operand]
+            if name in factors and shape is not None and len(shape) >= -dim:
+                own = bound_in[operand]
+                assert own is not None
+                joint.append(((*alternatives(own[dim]), name), shape[dim]))
+            else:
+                factors.pop(name, None)
+        unsplit = extents.names - factors.keys()
         return OpRule(
-            tuple(None if dims is None else bound(dims) for dims in bound_in),
-            tuple(bound(dims) for dims in bound_out),
+            tuple(None if dims is None else _without(dims, unsplit) for dims in bound_in),
+            tuple(_without(dims, unsplit) for dims in bound_out),
             factors,
             terms,
             tuple(frozenset(group) | terms for group in self.linear),
             self.lowering,
             self.always,
+            tuple(joint),
         )
 
 
-WORDS = ("lowered", "complete", "window")
-_TOKEN = re.compile(r"\+?(\*?)(\[?)([a-z_]\w*)(\]?)(?::[a-z]+)?|\.\.\.")
+WORDS = ("lowered", "complete", "window", "axis")
+_DIFFERING = ("window", "axis")  # words of factors whose extents may differ
+_NAME = r"[a-z_]\w*(?::[a-z]+)?"
+_TOKEN = re.compile(rf"\+?(\*?)(\[?)({_NAME}(?:\|{_NAME})*)(\]?)(?::[a-z]+)?|\.\.\.")
 _WORD = re.compile(r"([a-z_]\w*):(\w+)")
 
 
@@ -216,6 +246,12 @@ class _Extents:
         self._words = words
         self._word_of: dict[str, str | None] = {}  # by name, those of leading dims numbered
         self._seen: dict[str, dict[int, None]] = {}
+        self.joint: dict[tuple[str, int], None] = {}  # dims that several factors split
+
+    @property
+    def names(self) -> set[str]:
+        """All factors."""
+        return {*self._word_of}
 
     def match(self, pattern: Sequence[str], shape: Shape) -> Dims:
         """Factor names for the dims of one tensor, whose extents are noted."""
@@ -235,13 +271,19 @@ class _Extents:
             if token == "...":
                 dims += [None] * spare
                 continue
+            base = _WORD.sub(r"\1", base)
             # numbered from the right, so that leading broadcast dims align
             names = [f"{base}{spare - i}" for i in range(spare)] if star else [base]
             dims += [None] * len(names) if bracket else names
-            self._word_of |= dict.fromkeys(names, self._words.get(base))
-        for size, name in zip(shape, dims, strict=True):
-            if name is not None and (size != 1 or self._word_of[name] == "window"):
-                self._seen.setdefault(name, {})[size] = None
+            for name in names:
+                self._word_of |= {n: self._words.get(n, self._words.get(base))
+                                  for n in alternatives(name)}  # fmt: skip
+        for size, dim in zip(shape, dims, strict=True):
+            if dim is not None and len(alternatives(dim)) > 1:
+                self.joint[dim, size] = None
+            for name in alternatives(dim):
+                if size != 1 or self._word_of[name] in _DIFFERING:
+                    self._seen.setdefault(name, {})[size] = None
         return tuple(None if n == 1 else name for n, name in zip(shape, dims, strict=True))
 
     def factors(self, half: Collection[str]) -> dict[str, Factor]:
@@ -249,8 +291,11 @@ class _Extents:
         factors = {}
         for name, seen in self._seen.items():
             extents, word = tuple(seen), self._word_of[name]
-            if word == "window":
-                factor = Factor(extents[0], lowered=True, other=extents[1:], half=name in half)
+            if word in _DIFFERING:
+                factor = Factor(
+                    extents[0], lowered=True, other=extents[1:], half=name in half,
+                    one_axis=word == "axis",
+                )  # fmt: skip
             else:
                 factor = Factor(
                     math.gcd(*extents),
@@ -360,15 +405,18 @@ def _strategy(
     }
     if not all(rule.factors[name].allows(axes, mesh) for name, axes in splits.items()):
         return None
+    for names, size in rule.joint:
+        if not fills_every_rank(size, [a for n in names for a in splits.get(n, ())], mesh):
+            return None
 
     complete = {a for name, axes in splits.items() if rule.factors[name].complete for a in axes}
     # complete and in no result: every rank computes the same values and the same gradients
-    resulting = {d for dims in rule.outputs for d in dims}
+    resulting = {name for dims in rule.outputs for d in dims for name in alternatives(d)}
     equal = {a for name, axes in splits.items() if name not in resulting for a in axes} & complete
 
     def layout(dims: Dims, other: str, is_term: bool = False) -> ShardingSpec:
         """`other`: the state along axes whose factor this tensor lacks."""
-        split = tuple(splits.get(d, ()) if d is not None else () for d in dims)
+        split = tuple(tuple(a for n in alternatives(d) for a in splits.get(n, ())) for d in dims)
         own = {axis for axes in split for axis in axes}
         absent = sorted(a for axes in splits.values() for a in axes if a not in own)
         if other == "P":

@@ -35,7 +35,7 @@ class _Meeting:
         self.tensors: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout_s)
 
-    def gather(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+    def gather(self, rank: int, x: Any) -> list[Any]:
         self.tensors[rank] = x
         self.barrier.wait()
         tensors = list(self.tensors)
@@ -102,7 +102,13 @@ class _ThreadGroup(dist.ProcessGroup):
     def alltoall_base(  # type: ignore[override]
         self, output: torch.Tensor, x: torch.Tensor, output_sizes: Any, input_sizes: Any, opts: Any
     ) -> Work:
-        output.copy_(torch.cat(self._own_parts(x)).view_as(output))
+        if not input_sizes:
+            output.copy_(torch.cat(self._own_parts(x)).view_as(output))
+            return _Done()
+        self.sent_bytes += (sum(input_sizes) - input_sizes[self._rank]) * x.element_size()
+        rows = self._meeting.gather(self._rank, (x.detach().clone(), list(input_sizes)))
+        parts = [row.split(sizes)[self._rank] for row, sizes in rows]
+        output.copy_(torch.cat(parts).view_as(output))
         return _Done()
 
 

@@ -2,6 +2,7 @@
 
 Each takes the op's own arguments with local tensors, and `shard`: for every split factor
 `(start, length, size, groups)`: this rank's part of the factor, its global extent, and the names of
-the communicators it is split over, outermost first. Random ops also get `seed` (an int64 scalar
+the communicators it is split over, outermost first. One that asks for `shapes` gets the global
+shapes of the tensor operands. Random ops also get `seed` (an int64 scalar
 tensor) and `stream` (op number, shard number), which select the random numbers.
 """

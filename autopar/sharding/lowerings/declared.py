@@ -62,6 +62,8 @@ class Collective:
         elements: of the buffer, on the side that is not split.
         forward: how many the forward runs.
         backward: how many the backward runs, where the first operand takes a gradient.
+        wide: in float32 where the first operand has 16 bits.
+        beside: the lowering computes while it runs.
     """
 
     kind: str
@@ -69,6 +71,8 @@ class Collective:
     elements: int
     forward: int = 0
     backward: int = 0
+    wide: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,39 @@ def _has_dropout(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("dropout_p"))
 
 
-# if queries are split, keys and values are not: every rank needs all of them
+def _shares_keys(arguments: Mapping[str, Any]) -> bool:
+    return bool(arguments.get("enable_gqa"))
+
+
+def _is_causal(arguments: Mapping[str, Any]) -> bool:
+    return bool(arguments.get("is_causal"))
+
+
+# If queries are split (q), keys and values are not: every rank needs all of them. On a ring they
+# are, and travel. Where heads share keys there may be fewer than ranks, so that no conversion can
+# exchange a part of the sequence for a part of them: the lowering does that (exchange).
 _SDPA = "*b q [d], *b [k] [d], *b [k] e, *b q [k] -> *b q e"
+_RING = "*b ring:axis|q [d], *b ring [d], *b ring e, *b ring|q [k] -> *b ring|q e"
+_EXCHANGE = (
+    "*b ring:axis|q|exchange:axis [d], *b ring|exchange [d], *b ring|exchange e, *b ring|q [k] "
+    "-> *b ring|q|exchange e"
+)  # fmt: skip
+_HEADS = {"exchange": (0, -3)}
 _VALUES: tuple[tuple[int, ...], ...] = ((2,),)
 _SCORES_REPEATED = ("e",)
+
+
+def _row(notation: str, **options: Any) -> Row:
+    return Row(
+        notation, linear=_VALUES, lowering=attention.split_attention, half=_SCORES_REPEATED,
+        moves=_HEADS if "exchange" in notation else {}, **options,
+    )  # fmt: skip
+
+
+def _lowered(notation: str) -> str:
+    """The same, with a lowering for split queries."""
+    return notation.replace("|q", "|q:lowered", 1)
+
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.scaled_dot_product_attention.default": (
@@ -26,13 +55,9 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
             always=True,
             when=_has_dropout,
         ),
-        Row(
-            _SDPA.replace(" q ", " q:lowered "),
-            linear=_VALUES,
-            lowering=attention.causal_attention,
-            half=_SCORES_REPEATED,
-            when=lambda a: bool(a.get("is_causal")),
-        ),
-        Row(_SDPA, linear=_VALUES, half=_SCORES_REPEATED),
+        _row(_lowered(_EXCHANGE), when=lambda a: _is_causal(a) and _shares_keys(a)),
+        _row(_lowered(_RING), when=_is_causal),
+        _row(_EXCHANGE, when=_shares_keys),
+        _row(_RING),
     )
 }
