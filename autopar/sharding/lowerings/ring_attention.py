@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from autopar.comm.groups import find_group
 from autopar.comm.spans import Span, Spans, length_of, overlap
-from autopar.sharding.lowerings.attention_blocks import (
+from autopar.operators.attention_blocks import (
     Block,
     accumulated,
     attend,
@@ -151,6 +151,15 @@ def _columns(mask: torch.Tensor | None, keys: Spans) -> torch.Tensor | None:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+def _of_product(bias: torch.Tensor | None, p: Product) -> torch.Tensor | None:
+    """The part of a block's bias for a product."""
+    if bias is not None and bias.shape[-1] > 1:
+        bias = bias.narrow(-1, *p.columns)
+    if bias is not None and bias.shape[-2] > 1:
+        bias = bias.narrow(-2, *p.rows)
+    return bias
+
+
 def _forward(
     ring: Ring, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,8 +176,8 @@ def _forward(
         bias = bias_of(_columns(mask, ring.keys[source]), q.dtype)
         for p in products(own, ring.keys[source], ring.causal):
             out, lse = attend(
-                q.narrow(-2, *p.rows), k.narrow(-2, *p.columns), v.narrow(-2, *p.columns), bias,
-                Block(p.causal, ring.scale),
+                q.narrow(-2, *p.rows), k.narrow(-2, *p.columns), v.narrow(-2, *p.columns),
+                _of_product(bias, p), Block(p.causal, ring.scale),
             )  # fmt: skip
             out = out.to(accumulated(q.dtype))
             for i, (offset, length) in enumerate(_within(own, p.rows)):
@@ -233,8 +242,9 @@ def _backward(
         for p in products(own, ring.keys[source], ring.causal):
             narrow = [x.narrow(-2, *p.rows) for x in (grad, q, out)]
             part = attend_backward(
-                narrow[0], narrow[1], k.narrow(-2, *p.columns), v.narrow(-2, *p.columns), bias,
-                narrow[2], lse.narrow(-1, *p.rows), Block(p.causal, ring.scale, trained),
+                narrow[0], narrow[1], k.narrow(-2, *p.columns), v.narrow(-2, *p.columns),
+                _of_product(bias, p), narrow[2], lse.narrow(-1, *p.rows),
+                Block(p.causal, ring.scale, trained),
             )  # fmt: skip
             dq, dk, dv = (x.to(high) for x in part[:3])
             of_q = _sum(of_q, _padded(dq, p.rows, q.shape[-2]))
@@ -291,7 +301,7 @@ def ring_attention(
     Args:
         q: [*b, heads, queries, d], this rank's spans.
         k, v: [*b, key heads, keys, d], likewise.
-        mask: for this rank's queries and all keys, or None; not with causal attention.
+        mask: for this rank's queries and all keys, or None; the same for all queries if causal.
 
     Returns:
         [*b, heads, queries, d].
