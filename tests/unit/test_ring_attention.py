@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from autopar.comm.spans import chunks, halves, length_of, zigzag
 from autopar.sharding.lowerings.attention_blocks import Block, attend, attend_backward, merge
-from autopar.sharding.lowerings.ring_attention import products, segments
+from autopar.sharding.lowerings.attention_operators import products, segments
 
 SIZES = [(2, 2), (3, 2), (8, 2), (16, 4), (17, 4), (13, 3), (64, 8), (9, 8)]
 
@@ -111,7 +111,7 @@ def test_blocks_merge_to_attention(mask, wide, key_heads):
     out, lse = attend(q.detach(), *of(parts[0]), block)
     for part in parts[1:]:
         result = attend(q.detach(), *of(part), block)
-        out, lse = merge((out, lse), result, masked=mask is not None)
+        out, lse = merge((out, lse), result)
     torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
     of_q = torch.zeros_like(q)
     for part in parts:
@@ -136,7 +136,7 @@ def test_short_dtypes_merge_in_float32(dtype):
         results.append((out.float(), lse))
     merged = results[0]
     for result in results[1:]:
-        merged = merge(merged, result, masked=False)
+        merged = merge(merged, result)
     # blocks are rounded as attention is, once each
     error = (merged[0] - exact).abs().max()
     assert error <= torch.finfo(dtype).eps * v.float().abs().max()
