@@ -207,8 +207,14 @@ def train(model: nn.Module, optimizer: Any, case: Case, steps: int) -> list[floa
     return losses
 
 
-def error(name: str, mesh: str, constraints: dict[str, str], steps: int = 3) -> float:
-    """Largest difference from single-device training of losses and parameters."""
+def error(
+    name: str, mesh: str, constraints: dict[str, str], steps: int = 3, overlaps: bool = False
+) -> float:
+    """Largest difference from single-device training of losses and parameters.
+
+    Args:
+        overlaps: plan for devices that communicate beside compute.
+    """
     from autopar import auto_engine
     from tests.clusters import eager_to_shard
 
@@ -216,7 +222,7 @@ def error(name: str, mesh: str, constraints: dict[str, str], steps: int = 3) -> 
     alone, model = case.build(), case.build()
     optimizers = [OPTIMIZERS["adamw"](list(m.parameters())) for m in (alone, model)]
     engine, optimizer = auto_engine(
-        model, optimizers[1], eager_to_shard(mesh), constraints=constraints
+        model, optimizers[1], eager_to_shard(mesh, overlaps=overlaps), constraints=constraints
     )
     expected = train(alone, optimizers[0], case, steps)
     losses = train(engine, optimizer, case, steps)
@@ -226,8 +232,3 @@ def error(name: str, mesh: str, constraints: dict[str, str], steps: int = 3) -> 
         value = p.full_tensor() if isinstance(p, DTensor) else p
         worst = max(worst, (value - whole[n]).abs().max().item())
     return worst
-
-
-def errors(cases: list[tuple[str, str, dict[str, str]]]) -> list[float]:
-    """`error` of several."""
-    return [error(*case) for case in cases]

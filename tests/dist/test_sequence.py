@@ -30,3 +30,18 @@ def test_a_split_sequence_equals_a_single_device(pool, name):
     constraints = {} if layout is None else {f"inputs.{inputs}": layout}
     for worst in pool.run(error, name, "4", constraints):
         assert worst < CASES[name].tolerance
+
+
+PRODUCTS = {
+    "both": {"**.gate_proj": "by gather", "**.down_proj": "by scatter"},
+    "with rows split by another axis": {
+        "**.gate_proj": "by gather b1 | by gather b2", "**.down_proj": "by scatter gather",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(PRODUCTS))
+def test_products_in_steps_equal_a_single_device(pool, kind):
+    mesh = "4" if kind == "both" else "2x2"
+    for worst in pool.run(error, "llama", mesh, PRODUCTS[kind], 3, True):
+        assert worst < CASES["llama"].tolerance
