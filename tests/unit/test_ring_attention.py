@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from autopar.comm.spans import chunks, halves, length_of, zigzag
-from autopar.sharding.lowerings.attention_blocks import Block, attend, attend_backward, merge
+from autopar.operators.attention_blocks import Block, attend, attend_backward, merge
 from autopar.sharding.lowerings.attention_operators import products, segments
 
 SIZES = [(2, 2), (3, 2), (8, 2), (16, 4), (17, 4), (13, 3), (64, 8), (9, 8)]

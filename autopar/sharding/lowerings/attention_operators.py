@@ -3,8 +3,7 @@
 Which pairs of queries and keys a rank computes depends on the positions of both, which are numbers
 among the operands. So the programs of all ranks have the same operators.
 
-Causal attention has no mask: pairs are cut into products that are whole, or causal with as many
-queries as keys.
+Causal attention is cut into products that are whole, or causal with as many queries as keys.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from autopar.comm.operators import operator
 from autopar.comm.spans import Span, Spans, length_of, overlap
-from autopar.sharding.lowerings.attention_blocks import (
+from autopar.operators.attention_blocks import (
     Block,
     accumulated,
     attend,
@@ -94,6 +93,14 @@ def _products(queries: Sequence[int], keys: Sequence[int], causal: bool) -> list
     return products(segments(own, [block]) if causal else own, block, causal)
 
 
+def _of_product(bias: torch.Tensor | None, p: Product) -> torch.Tensor | None:
+    """The part of a block's bias for a product."""
+    for dim, span in ((-2, p.rows), (-1, p.columns)):
+        if bias is not None and bias.shape[dim] > 1:
+            bias = bias.narrow(dim, *span)
+    return bias
+
+
 def _lead(q: torch.Tensor, k: torch.Tensor) -> list[int]:
     """The dims before queries and keys."""
     of_keys = list(k.shape[:-2])
@@ -130,7 +137,7 @@ def attention_block(
     parts: list[tuple[Span, torch.Tensor, torch.Tensor]] = []
     for p in _products(queries, keys, causal):
         own = q.narrow(-2, *p.rows), k.narrow(-2, *p.columns), v.narrow(-2, *p.columns)
-        out, lse = attend(*own, bias, Block(p.causal, scale))
+        out, lse = attend(*own, _of_product(bias, p), Block(p.causal, scale))
         parts.append((p.rows, out.to(high), lse.to(high)))
     everything = (0, q.shape[-2])
     if len(parts) == 1 and parts[0][0] == everything:
@@ -176,7 +183,13 @@ def attention_block_backward(
         block = Block(p.causal, scale, trained)
         columns = k.narrow(-2, *p.columns), v.narrow(-2, *p.columns)
         gradients = attend_backward(
-            rows[0], rows[1], *columns, bias, rows[2], lse.narrow(-1, *p.rows), block
+            rows[0],
+            rows[1],
+            *columns,
+            _of_product(bias, p),
+            rows[2],
+            lse.narrow(-1, *p.rows),
+            block,
         )
         parts.append((p, gradients))
     of_mask = parts[0][1][3] if trained and parts else None

@@ -14,8 +14,8 @@ import torch
 
 from autopar.comm.groups import find_group
 from autopar.comm.spans import Spans, length_of
+from autopar.operators.attention_blocks import merge
 from autopar.sharding.lowerings import attention_operators as operators
-from autopar.sharding.lowerings.attention_blocks import merge
 
 _OPS = torch.ops.autopar
 
@@ -190,7 +190,7 @@ def ring_attention(
     Args:
         q: [*b, heads, queries, d], this rank's spans.
         k, v: [*b, key heads, keys, d], likewise.
-        mask: for this rank's queries and all keys, or None; not with causal attention.
+        mask: for this rank's queries and all keys, or None; the same for all queries if causal.
 
     Returns:
         [*b, heads, queries, d].
