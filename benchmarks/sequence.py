@@ -168,7 +168,7 @@ def _worlds(options: argparse.Namespace) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; returns the exit code."""
-    from benchmarks import sequence_bytes, sequence_memory
+    from benchmarks import sequence_bytes, sequence_memory, sequence_plans
 
     parser = common.parser(__doc__ or "")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
@@ -193,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _worlds(options), options.quick, options.only, strategies,
                 lambda ranks, job: on_ranks(ranks, job, folder),
             )  # fmt: skip
+        if "planned" in options.parts:
+            rows += sequence_plans.rows(options.only, quick=options.quick)
     return common.finish("Sequences", rows, _headline(rows), options.json)
 
 
