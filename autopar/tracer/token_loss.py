@@ -126,7 +126,7 @@ def _cut(node: fx.Node, dim: int) -> tuple[fx.Node, int, int] | None:
     """
     while node.op == "call_function":
         if node.target in _COPIES:
-            node = node.args[0]
+            (node,) = node.all_input_nodes
             continue
         if node.target is not aten.slice.Tensor:
             return None
