@@ -182,20 +182,11 @@ def attend_backward(
 
 
 def merge(
-    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], *, masked: bool
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to two blocks together, from its results for each (Dao 2023, section 3.1).
-
-    Args:
-        masked: a query may see no key of a block.
-    """
+    """Attention to two blocks together, from its results for each (Dao 2023, section 3.1)."""
     (out, lse), (other, other_lse) = a, b
-    if not masked:
-        share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
-        return out + share * (other - out), torch.logaddexp(lse, other_lse)
-    top = torch.maximum(lse, other_lse)
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    weight, other_weight = (lse - top).exp(), (other_lse - top).exp()
-    total = weight + other_weight
-    share = (other_weight / total.masked_fill(total == 0, 1.0)).unsqueeze(-1)
-    return out + share * (other - out), top + total.log()
+    both = torch.logaddexp(lse, other_lse)
+    # a query that sees no key of either has -inf - -inf
+    share = (other_lse - both).exp().nan_to_num(nan=0.0)
+    return torch.lerp(out, other, share.unsqueeze(-1)), both

@@ -348,7 +348,12 @@ class SearchSpace:
         if number not in self._strategies_of:
             self._strategies_of[number] = [
                 strategy
-                for strategy in strategies_of(node, self.mesh, any_order=self.any_order)
+                for strategy in strategies_of(
+                    node,
+                    self.mesh,
+                    any_order=self.any_order,
+                    beside=self.cluster.device.runs_beside,
+                )
                 if self.fixed.allows_strategy(node, strategy)
             ]
         return self._strategies_of[number]
