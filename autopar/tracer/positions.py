@@ -36,9 +36,7 @@ class Positions:
     vectors: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(
-        shape: Shape, constant: int, vectors: Mapping[int, torch.Tensor]
-    ) -> Positions | None:
+    def of(shape: Shape, constant: int, vectors: Mapping[int, torch.Tensor]) -> Positions | None:
         """The sum of these; None if its elements are too large."""
         varying = {}
         largest = 0
@@ -49,24 +47,6 @@ class Positions:
                 varying[dim] = vector - first
                 largest += int(varying[dim].abs().max())
         return Positions(shape, constant, varying) if abs(constant) + largest < _LARGEST else None
-
-    @staticmethod
-    def of_tensor(x: torch.Tensor, shape: Shape) -> Positions | None:
-        """Of concrete integers with one dim of more than one element at most, in a shape."""
-        dims = [d for d, n in enumerate(x.shape) if n > 1]
-        flat = x.reshape(-1).long()
-        if not dims:
-            return Positions.of(shape, int(flat[0]), {})
-        return Positions.of(shape, 0, {dims[0]: flat})
-
-    def tensor(self) -> torch.Tensor:
-        """Concrete integers, for which they vary with one dim at most: others have one element."""
-        assert len(self.vectors) <= 1
-        sizes = [1] * len(self.shape)
-        total = torch.full(sizes, self.constant, dtype=torch.int64, device="cpu")
-        for dim, vector in self.vectors.items():
-            total = total + vector.view(*sizes[:dim], -1, *sizes[dim + 1 :])
-        return total
 
     def viewed(self, dims: DimMap, shape: Shape) -> Positions:
         vectors = {
@@ -119,9 +99,14 @@ class Within:
         """Both, of the same dims."""
         lows = [b for b in (self.low, other.low) if b is not None]
         highs = [b for b in (self.high, other.high) if b is not None]
-        return replace(
-            self, low=max(lows, default=None), high=min(highs, default=None)
-        )
+        return replace(self, low=max(lows, default=None), high=min(highs, default=None))
+
+    def between(self, first: int, second: int) -> Within:
+        """The same of other dims, in any order."""
+        if first < second:
+            return Within(first, second, self.low, self.high)
+        low, high = (None if b is None else -b for b in (self.high, self.low))
+        return Within(second, first, low, high)
 
 
 @dataclass(frozen=True)
@@ -157,19 +142,35 @@ class Conjunction:
         return Conjunction(tuple(within.values()), given, self.never or other.never)
 
     def viewed(self, dims: DimMap) -> Conjunction | None:
-        """Of a view that shows all dims; None if it shows them in another order."""
+        """Of a view; None if it does not show a dim that varies."""
         place = {old: new for new, old in enumerate(dims) if old is not None}
-        within = []
-        for w in self.within:
-            first, second = place[w.first], place[w.second]
-            if first > second:
-                return None
-            within.append(replace(w, first=first, second=second))
+        if not self._dims() <= place.keys():
+            return None
+        within = tuple(w.between(place[w.first], place[w.second]) for w in self.within)
         given = tuple(
             replace(g, dims=tuple(None if old is None else g.dims[old] for old in dims))
             for g in self.given
         )
-        return replace(self, within=tuple(within), given=given)
+        return replace(self, within=within, given=given)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it is one bound, so that its inverse is one too."""
+        if len(self.within) != 1 or self.given or self.never:
+            return False
+        return (self.within[0].low is None) != (self.within[0].high is None)
+
+    def inverse(self) -> Conjunction:
+        """Where it is not, if `is_half`."""
+        (w,) = self.within
+        low = None if w.high is None else w.high + 1
+        high = None if w.low is None else w.low - 1
+        return Conjunction((replace(w, low=low, high=high),))
+
+    def _dims(self) -> set[int]:
+        """The dims with which it varies."""
+        within = {d for w in self.within for d in (w.first, w.second)}
+        return within | {i for g in self.given for i, d in enumerate(g.dims) if d is not None}
 
     def narrowed(self, dim: int, start: int) -> Conjunction | None:
         """Elements of a dim from `start` on; None if other nodes vary with it."""
@@ -181,10 +182,6 @@ class Conjunction:
             low, high = (None if b is None else b + by for b in (w.low, w.high))
             within.append(replace(w, low=low, high=high))
         return replace(self, within=tuple(within))
-
-    def varies_with(self, dim: int) -> bool:
-        within = any(dim in (w.first, w.second) for w in self.within)
-        return within or any(g.dims[dim] is not None for g in self.given)
 
 
 @dataclass(frozen=True)
@@ -207,6 +204,10 @@ class Levels:
     @staticmethod
     def mask(shape: Shape, where: Conjunction) -> Levels:
         return Levels(shape, where, torch.tensor(True), torch.tensor(False))
+
+    def inverse(self) -> Levels:
+        """The same values by the inverse of the mask, which is one bound."""
+        return Levels(self.shape, self.where.inverse(), self.outside, self.inside)
 
     @property
     def is_constant(self) -> bool:
