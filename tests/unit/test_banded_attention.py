@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.comm.spans import Fetch, chunks
+from autopar.comm.fetch import Fetch
+from autopar.comm.spans import chunks
 from autopar.operators import banded_attention as operators
 from autopar.operators.banded_attention import Band, in_band, tiles
 from autopar.profiler.counting import Recorder
