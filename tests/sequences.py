@@ -128,15 +128,15 @@ class Packed(nn.Module):
         super().__init__()
         self.given, self.window = given, window
         self.embed, self.head = nn.Embedding(61, 16), nn.Linear(16, 61)
-        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        self.query, self.key, self.value = (nn.Linear(16, n) for n in (16, 8, 8))
 
     def forward(self, input_ids, documents, labels):
         x = self.embed(input_ids)
         q, k, v = (
-            f(x).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.query, self.key, self.value)
+            f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.query, self.key, self.value)
         )
         mask = documents if self.given else self._mask(documents)[:, None]
-        h = F.scaled_dot_product_attention(q, k, v, mask)
+        h = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         logits = self.head(x + h.transpose(1, 2).flatten(-2))
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 

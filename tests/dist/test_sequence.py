@@ -14,7 +14,8 @@ FORCED = [
     *((name, "4", "by q") for name in ("gpt2", *WINDOWS, "whisper", "masked", "documents")),
     *((name, "2x2", "by ring q") for name in ("gpt2", "bert", "padded", "block diagonal")),
     *((name, "2x2", "by halo q") for name in ("padded window",)),
-    *((name, "2x2", "by ring exchange") for name in ("masked", "padded")),
+    *((name, "2x2", "by ring exchange") for name in ("masked", "padded", "documents")),
+    *((name, "4", "by exchange") for name in ("padded", "block diagonal")),
     ("gpt2", "4", "RS0RR"),
 ]
 
