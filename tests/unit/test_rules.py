@@ -292,7 +292,7 @@ def test_attention_with_split_values_repeats_the_scores():
     row = registry.ROWS["aten.scaled_dot_product_attention.default"][-1]
     rule = row.bind([shape, shape, shape, None], [shape])
     share = {s.name: s.share((2,)) for s in strategies(rule, (2,))}
-    assert share == {"-": 1.0, "b2": 0.5, "b1": 0.5, "q": 0.5, "e": 0.75, "sum0": 1.0}
+    assert share == {"-": 1.0, "b2": 0.5, "b1": 0.5, "q": 0.5, "ring": 0.5, "e": 0.75, "sum0": 1.0}
 
 
 # -- the record ---------------------------------------------------------------------------------
