@@ -67,6 +67,17 @@ def load_constraints(path: str | Path) -> dict[str, str]:
     return dict(data)
 
 
+def axis_orders(constraints: Constraints) -> frozenset[tuple[int, ...]]:
+    """The orders of axes, other than ascending, in which constraints split dims."""
+    layouts = [_Layout.parse(part.strip()) for t in constraints.values() for part in t.split("|")]
+    return frozenset(
+        axes
+        for layout in layouts
+        for axes in (() if layout.spec is None else layout.spec.dims)
+        if list(axes) != sorted(axes)
+    )
+
+
 # -- what is allowed ----------------------------------------------------------------------------
 
 
@@ -154,7 +165,8 @@ def _masks(
     space: SearchSpace, name: str, matches: Mapping[str, int], text: str
 ) -> dict[str, tuple[int, np.ndarray]]:
     """Per place that a constraint names, the decision and the mask of candidates with one of the
-    layouts. Every place must have one of the layouts, and every layout some place."""
+    layouts. Every place must have one of the layouts, and every layout some place, unless the
+    caller has fixed the layout of a place (a parameter that is sharded already)."""
     layouts = [_Layout.parse(part.strip()) for part in text.split("|")]
     masks: dict[str, tuple[int, np.ndarray]] = {}
     unused = dict(enumerate(layouts))
@@ -165,11 +177,16 @@ def _masks(
             raise ConstraintError(_refusal(space, decision, name, place, layouts[0]))
         masks[place] = i, np.asarray(each.any(axis=0))
         unused = {k: layout for k, layout in unused.items() if not each[k].any()}
-    if unused:
+    if unused and not any(_is_fixed(space, i) for i in matches.values()):
         (place, i), *_ = matches.items()
         refusal = _refusal(space, space.decisions[i], name, place, next(iter(unused.values())))
         raise ConstraintError(refusal)
     return masks
+
+
+def _is_fixed(space: SearchSpace, decision: int) -> bool:
+    target = str(space.decisions[decision].node.target)
+    return space.graph.parameters.get(target) in space.fixed.parameters
 
 
 def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layout: _Layout) -> str:
@@ -266,9 +283,9 @@ def _output_spec(name: str, text: str, shape: tuple[int, ...], mesh: Sequence[in
     return spec
 
 
-def refuse_outputs(constraints: Constraints | None) -> None:
+def refuse_outputs(constraints: Constraints | str | None) -> None:
     """Raise ConstraintError for constraints on results, whose layout the engine decides."""
-    for name in constraints or {}:
+    for name in {} if isinstance(constraints, str) else constraints or {}:
         if name.startswith(_OUTPUTS):
             raise ConstraintError(
                 f"constraint {name!r}: auto_engine returns global results, or with batch='local' "

@@ -105,6 +105,33 @@ def _kind(node: fx.Node) -> str:
     return str(node.target).split(".")[-2] if str(node.target).count(".") > 1 else node.name
 
 
+def operator_names(graph: ModelGraph) -> dict[fx.Node, str]:
+    """Names by which constraints find operators; a few have none, where a module has their name."""
+    modules = _modules(graph)
+    names: dict[fx.Node, str] = {}
+    taken: set[str] = set()
+    for node in graph.compute_nodes():
+        module = graph.info(node).module
+        name = f"{module}.{_kind(node)}"
+        if not module or name in taken or name in modules:
+            name = node.name
+        taken.add(f"{module}.{_kind(node)}")
+        if name not in modules:
+            names[node] = name
+    return names
+
+
+def every_name(graph: ModelGraph) -> list[str]:
+    """The names of parameters, modules and operators."""
+    parameters = [*graph.parameters.values(), *graph.aliases]
+    return list(dict.fromkeys([*parameters, *_modules(graph), *operator_names(graph).values()]))
+
+
+def _modules(graph: ModelGraph) -> dict[str, None]:
+    paths = (graph.info(node).module for node in graph.compute_nodes())
+    return dict.fromkeys(path for module in paths for path in with_parents(module) if path)
+
+
 def output_shapes(graph: ModelGraph) -> dict[str, tuple[int, ...]]:
     """`outputs.0`, ...: the shapes of the results that are tensors, in order."""
     values = graph.output.args[0][len(graph.mutations) :]  # type: ignore[index]

@@ -50,7 +50,7 @@ def auto_engine(
     precision: Precision | str | torch.dtype | None = None,
     lower: bool = True,
     compile: bool = False,
-    constraints: Mapping[str, str] | None = None,
+    constraints: Mapping[str, str] | str | None = None,
     microbatches: int | None = None,
     microbatch: str = "exact",
     schedule: str | None = None,
@@ -89,7 +89,8 @@ def auto_engine(
             is given, else those of the model's tensors and of an autocast around its calls.
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
         compile: run forward and backward by Inductor; the plan stays in force.
-        constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
+        constraints: layouts by name, or the name of a preset, as in `autoplan`; those of results
+            are for `batch` to say.
         microbatches: slices of the batch that the step processes one after another, with the
             gradients of the whole batch (docs/pipelines.md).
         microbatch: "exact" refuses a model that mixes samples (BatchNorm in training);
@@ -171,7 +172,7 @@ def auto_engine(
         plan=plan,
         batch=batch,
         batch_dim=batch_dim,
-        constraints=dict(constraints or {}),
+        constraints=constraints if isinstance(constraints, str) else dict(constraints or {}),
         time_limit=time_limit,
         weights=None if weights is None else Path(weights),
         precision=policy,

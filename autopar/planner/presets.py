@@ -1,0 +1,396 @@
+"""Presets: published schemes of tensor parallelism, as constraints by name.
+
+A product is Y[m, n] = X[m, k] W[k, n], with rows m (the batch) and features k and n. A scheme says
+over which mesh axes the dims of X, W and Y are split where they are stored, and which dims the
+product itself splits. The difference is what is communicated: an axis that splits X or W at rest
+and not in the product is gathered, and one that splits k leaves a sum, which is reduce-scattered.
+
+    preset   mesh     X at rest    product      W at rest      Y at rest
+    tp1d     P        -,   -       n0           k-,   n0       -,   n0       column
+                      -,   k0      k0           k0,   n-       -,   -        row
+    tp2d     q q      m0,  k1      m0, n1       k0,   n1       m0,  n1       SUMMA
+    tp2.5d   d q q    m01, k2      m01, n2      k1,   n2       m01, n2
+    tp3d     q q q    m12, k0      m1, k0, n2   k01,  n2       m10, n2
+                      m10, k2      m1, k2, n0   k2,   n01      m12, n0
+
+`m01` is split over axis 0, and inside of that over axis 1. With two lines, products alternate.
+Column and row are of Shoeybi et al. 2019; the others of Xu et al. 2021 (2D), Wang et al. 2021 (2.5D)
+and Bian et al. 2021 (3D). docs/tensor_parallelism.md has what they communicate and hold.
+
+A preset demands layouts of weights, of products, and of the other operators whose results have the
+shape of an operand or result of a product. All else (biases, norm weights, tables, inputs, heads of
+attention, the loss) is for the solver to lay out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import isqrt, prod
+
+import torch
+import torch.fx as fx
+
+from autopar.errors import ConstraintError
+from autopar.ir.aliasing import is_view
+from autopar.ir.graph import ModelGraph, operands, shape_of
+from autopar.ir.spec import ShardingSpec, fills_every_rank
+from autopar.planner.describe import grouped_names
+from autopar.planner.names import every_name, matcher, operator_names
+from autopar.sharding.node_rules import is_floating, results, rule_of, strategy_by_name
+from autopar.sharding.rule import Dims
+from autopar.units import mesh_text
+
+Axes = tuple[int, ...]
+
+_PRODUCTS = (
+    "aten.mm.", "aten.addmm.", "aten.linear.", "aten.matmul.", "autopar.packed_",
+)  # fmt: skip
+_ATTENTION = "aten.scaled_dot_product_attention."
+_CAST = torch.ops.aten._to_copy.default
+
+
+@dataclass(frozen=True)
+class _Product:
+    """How a product is split, and how its weight is stored: mesh axes per dim."""
+
+    m: Axes
+    k: Axes
+    n: Axes
+    weight_k: Axes
+    weight_n: Axes
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme of tensor parallelism.
+
+    Args:
+        title: its name in sentences.
+        mesh: the meshes that it is for, in words.
+        shapes: the meshes of a number of ranks.
+        activations: rows and features of the values that an even and an odd product takes.
+        products: an even and an odd product.
+    """
+
+    title: str
+    mesh: str
+    shapes: Callable[[int], list[tuple[int, ...]]]
+    activations: tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
+    products: tuple[_Product, _Product]
+
+
+def _root(ranks: int, power: int) -> int:
+    """The q > 1 with q ** power == ranks, or 0."""
+    return next((q for q in range(2, ranks + 1) if q**power == ranks), 0)
+
+
+def _with_depth(ranks: int) -> list[tuple[int, ...]]:
+    sizes = range(2, isqrt(ranks // 2) + 1)
+    return [(ranks // q**2, q, q) for q in sizes if ranks % q**2 == 0]
+
+
+_SUMMA = _Product((0,), (), (1,), (0,), (1,))
+_TESSERACT = _Product((0, 1), (), (2,), (1,), (2,))
+
+SCHEMES: Mapping[str, Scheme] = {
+    "tp1d": Scheme(
+        "1D tensor parallelism",
+        "one axis",
+        lambda ranks: [(ranks,)] if ranks > 1 else [],
+        (((), ()), ((), (0,))),
+        (_Product((), (), (0,), (), (0,)), _Product((), (0,), (), (0,), ())),
+    ),
+    "tp2d": Scheme(
+        "2D tensor parallelism",
+        "two equal axes",
+        lambda ranks: [(q, q)] if (q := _root(ranks, 2)) else [],
+        (((0,), (1,)), ((0,), (1,))),
+        (_SUMMA, _SUMMA),
+    ),
+    "tp2.5d": Scheme(
+        "2.5D tensor parallelism",
+        "three axes, of which the last two are equal",
+        _with_depth,
+        (((0, 1), (2,)), ((0, 1), (2,))),
+        (_TESSERACT, _TESSERACT),
+    ),
+    "tp3d": Scheme(
+        "3D tensor parallelism",
+        "three equal axes",
+        lambda ranks: [(q, q, q)] if (q := _root(ranks, 3)) else [],
+        (((1, 2), (0,)), ((1, 0), (2,))),
+        (
+            _Product((1,), (0,), (2,), (0, 1), (2,)),
+            _Product((1,), (2,), (0,), (2,), (0, 1)),
+        ),
+    ),
+}
+
+
+def preset_constraints(name: str, graph: ModelGraph, mesh: Sequence[int]) -> dict[str, str]:
+    """The constraints that a preset stands for, by the names of parameters and operators.
+
+    Raises:
+        ConstraintError: there is no such preset, it is not for this mesh, or the model has no
+            products of activations with weights that it can split.
+    """
+    if name not in SCHEMES:
+        raise ConstraintError(f"there is no preset {name!r}; presets are {', '.join(SCHEMES)}")
+    layouts = _Layouts(name, graph, mesh, _mesh_axes(name, mesh)).all()
+    return dict(_by_pattern(layouts, every_name(graph)))
+
+
+# -- meshes -------------------------------------------------------------------------------------
+
+
+def _mesh_axes(name: str, mesh: Sequence[int]) -> Axes:
+    """The mesh axes that play the parts of a scheme's axes."""
+    scheme = SCHEMES[name]
+    axes = tuple(axis for axis, size in enumerate(mesh) if size > 1)
+    sizes, ranks = tuple(mesh[axis] for axis in axes), prod(mesh)
+    if sizes in scheme.shapes(ranks):
+        return axes
+    if ranks == 1:
+        raise ConstraintError(f"preset {name} splits a model over devices, and the mesh has one")
+    fitting = [mesh_text(shape) for shape in scheme.shapes(ranks)]
+    if fitting:
+        remedy = f"its {ranks} ranks can be {' or '.join(fitting)}"
+    else:
+        counts = [n for n in range(ranks - 1, 1, -1) if scheme.shapes(n)][:1]
+        counts += [n for n in range(ranks + 1, 8 * ranks + 1) if scheme.shapes(n)][:1]
+        near = [mesh_text(shape) for n in counts for shape in scheme.shapes(n)]
+        remedy = f"{ranks} ranks have no such mesh; the nearest are {' and '.join(near)}"
+    raise ConstraintError(
+        f"preset {name} ({scheme.title}) is for a mesh of {scheme.mesh}, and mesh "
+        f"{mesh_text(mesh)} is not one; {remedy}"
+    )
+
+
+# -- layouts ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A product of activations with a weight.
+
+    Args:
+        activations: the operand X.
+        parameter: placeholder of the weight.
+        weight: factors of W's dims, as the parameter has them; None if it is a view of it.
+        factors: those of m, k and n.
+    """
+
+    activations: fx.Node
+    parameter: str
+    weight: Dims | None
+    factors: tuple[str, str, str]
+
+
+class _Layouts:
+    """The layouts that a scheme demands of a graph."""
+
+    def __init__(self, name: str, graph: ModelGraph, mesh: Sequence[int], axes: Axes) -> None:
+        self.name, self.scheme, self.graph, self.mesh = name, SCHEMES[name], graph, mesh
+        self._axes = axes
+        nodes = list(graph.compute_nodes())
+        self.calls = {n: call for n in nodes if (call := _product(graph, n)) is not None}
+        self.parity = _parities(graph, self.calls)
+        self.shapes = {
+            shape_of(value.meta["val"])
+            for node, call in self.calls.items()
+            for value in (node, call.activations)
+        }
+
+    def all(self) -> dict[str, str]:
+        """Layouts by name, in the order of the graph."""
+        names = operator_names(self.graph)
+        layouts: dict[str, str] = {}
+        refused: list[fx.Node] = []
+        for node in self.graph.compute_nodes():
+            call = self.calls.get(node)
+            text = self._of_product(node, call) if call is not None else self._of_other(node)
+            if call is not None and text is not None:
+                weight = self._of_weight(node, call)
+                if weight is not None:
+                    layouts.setdefault(self.graph.parameters[call.parameter], weight)
+            if text is not None and node in names:
+                layouts[names[node]] = text
+            if call is not None and text is None:
+                refused.append(node)
+        if len(refused) == len(self.calls):
+            raise ConstraintError(self._refusal(refused))
+        return layouts
+
+    def _refusal(self, refused: Sequence[fx.Node]) -> str:
+        does = f"preset {self.name} ({self.scheme.title}) splits products of activations with"
+        if not refused:
+            return f"{does} weights, such as linear layers, and the model has none"
+        node = refused[0]
+        how, rule = self._split(node), rule_of(node)[0]
+        dims = [
+            f"{what} of size {rule.factors[factor].size} over {prod(self.mesh[a] for a in axes)}"
+            for what, factor, axes in zip(
+                ("rows", "summed features", "features of the result"), self.calls[node].factors,
+                (how.m, how.k, how.n), strict=True,
+            ) if axes
+        ]  # fmt: skip
+        return (
+            f"{does} weights, and mesh {mesh_text(self.mesh)} has more ranks than any of the "
+            f"model's {len(refused)} has parts for: {node.target} at "
+            f"{self.graph.info(node).source} would split {', '.join(dims)} ranks. Take a larger "
+            "batch or a smaller mesh"
+        )
+
+    # -- in mesh axes ---------------------------------------------------------------------------
+
+    def _on_mesh(self, axes: Axes) -> Axes:
+        return tuple(self._axes[axis] for axis in axes)
+
+    def _split(self, node: fx.Node) -> _Product:
+        how = self.scheme.products[self.parity[self.calls[node].activations]]
+        return _Product(*(self._on_mesh(getattr(how, f)) for f in how.__dataclass_fields__))
+
+    def _activations(self, node: fx.Node) -> tuple[Axes, Axes]:
+        rows, features = self.scheme.activations[self.parity.get(node, 0)]
+        return self._on_mesh(rows), self._on_mesh(features)
+
+    # -- of one value ---------------------------------------------------------------------------
+
+    def _of_product(self, node: fx.Node, call: _Call) -> str | None:
+        how = self._split(node)
+        return self._result(node, dict(zip(call.factors, (how.m, how.k, how.n), strict=True)))
+
+    def _of_other(self, node: fx.Node) -> str | None:
+        """The layout of a value between products; None where the scheme demands none."""
+        value = results(node)[0]
+        if node not in self.parity or shape_of(value) not in self.shapes:
+            return None
+        rows, features = self._activations(node)
+        dims = rule_of(node)[0].outputs[0]
+        if (rows and dims[0] is None) or (features and dims[-1] is None):
+            return None
+        return self._result(node, {dims[0] or "": rows, dims[-1] or "": features})
+
+    def _result(self, node: fx.Node, splits: Mapping[str, Axes]) -> str | None:
+        """The layout of a result if the node splits its factors so; None if it cannot."""
+        places = ["-"] * len(self.mesh)
+        for factor, axes in splits.items():
+            for place, axis in enumerate(axes):
+                places[axis] = f"{factor}:{place}" if len(axes) > 1 else factor
+        try:
+            strategy = strategy_by_name(node, self.mesh, " ".join(places))
+        except ValueError:
+            return None
+        spec = strategy.outputs[0].data()
+        wanted = {axis for axes in splits.values() for axis in axes}
+        has = {axis for axes in spec.dims for axis in axes} | {*spec.partial}
+        return str(spec) if has == wanted else None
+
+    def _of_weight(self, node: fx.Node, call: _Call) -> str | None:
+        """The layout of a product's weight. Of a view of a parameter, the layouts that are split
+        over the same axes."""
+        how, (_, k, n) = self._split(node), call.factors
+        shape = shape_of(self.graph.placeholders[call.parameter].meta["val"])
+        axes = tuple(sorted((*how.weight_k, *how.weight_n)))
+        if call.weight is not None:
+            of = {k: how.weight_k, n: how.weight_n}
+            specs = [tuple(of.get(dim or "", ()) for dim in call.weight)]
+        else:
+            specs = [
+                tuple(tuple(a for a, d in zip(axes, dims, strict=True) if d == e) for e, _ in
+                      enumerate(shape))
+                for dims in product(range(len(shape)), repeat=len(axes))
+            ]  # fmt: skip
+        legal = [
+            str(ShardingSpec(dims))
+            for dims in specs
+            if all(fills_every_rank(s, a, self.mesh) for s, a in zip(shape, dims, strict=True))
+        ]
+        return " | ".join(legal) or None
+
+
+def _product(graph: ModelGraph, node: fx.Node) -> _Call | None:
+    """The product that a node is; None if it is none of activations with a weight."""
+    if not str(node.target).startswith(_PRODUCTS):
+        return None
+    rule, values = rule_of(node)[0], operands(node)
+    out = rule.outputs[0]
+    matrices = [
+        (value, dims)
+        for value, dims in zip(values, rule.inputs, strict=True)
+        if value is not None and dims is not None and len(dims) > 1
+    ]
+    weights = [(v, d) for v, d in matrices if _parameter(graph, v) is not None]
+    others = [(v, d) for v, d in matrices if _parameter(graph, v) is None]
+    if len(weights) != 1 or len(others) != 1:
+        return None
+    (weight, dims), (activations, own) = weights[0], others[0]
+    summed = [d for d in dims if d is not None and d not in out]
+    kept = [d for d in dims if d is not None and d in out and d not in own]
+    m = out[0]
+    if len(summed) != 1 or len(kept) != 1 or m is None or m not in own or summed[0] not in own:
+        return None
+    parameter = _parameter(graph, weight)
+    assert parameter is not None
+    direct = weight.op == "placeholder"
+    return _Call(activations, parameter, dims if direct else None, (m, summed[0], kept[0]))
+
+
+def _parameter(graph: ModelGraph, value: fx.Node) -> str | None:
+    """The placeholder of the parameter that a value is, or is a view or a cast of."""
+    while value.op == "call_function" and (is_view(value) or value.target is _CAST):
+        if len(value.all_input_nodes) != 1:
+            return None
+        (value,) = value.all_input_nodes
+    name = str(value.target)
+    return name if value.op == "placeholder" and name in graph.parameters else None
+
+
+def _parities(graph: ModelGraph, calls: Mapping[fx.Node, _Call]) -> dict[fx.Node, int]:
+    """Per activation whether an odd number of products made it (1) or an even one (0).
+
+    A value that has both for operands is even: it is the residual stream. The result of attention
+    is odd: it lies between the products that make queries, keys and values and the one after it.
+    """
+    parity = {graph.placeholders[name]: 0 for name in graph.inputs if name is not None}
+    for node in graph.nodes:
+        if node in calls:
+            parity[node] = 1 - parity[calls[node].activations]
+        elif node.op == "call_function":
+            sources = [v for v in node.all_input_nodes if v in parity]
+            if sources:
+                known = [parity[v] for v in sources if _flows(v)]
+                attention = str(node.target).startswith(_ATTENTION)
+                parity[node] = 1 if attention else min(known, default=0)
+    return parity
+
+
+def _flows(value: fx.Node) -> bool:
+    """Whether it is floating-point, rather than an index or a mask."""
+    tensors = results(value)
+    return bool(tensors) and is_floating(tensors[0])
+
+
+# -- names --------------------------------------------------------------------------------------
+
+
+def _by_pattern(layouts: Mapping[str, str], every: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names with their layouts, copies of a block with equal layouts as one pattern."""
+    same: dict[str, list[str]] = defaultdict(list)
+    for name, layout in layouts.items():
+        same[layout].append(name)
+    place = {name: i for i, name in enumerate(layouts)}
+    found: list[tuple[int, str, str]] = []
+    for layout, names in same.items():
+        for text, copies in grouped_names(names, every):
+            expression = matcher(text)
+            exact = {name for name in every if expression.fullmatch(name)} == {*copies}
+            found += [
+                (place[copies[0]] if exact else place[name], name, layout)
+                for name in ([text] if exact else copies)
+            ]
+    for _, name, layout in sorted(found):
+        yield name, layout
