@@ -22,6 +22,7 @@ import torch.fx as fx
 
 from autopar.ir.graph import ModelGraph, bound_arguments
 from autopar.ir.randomness import draws
+from autopar.tracer import token_loss  # noqa: F401  (defines the operator)
 
 aten = torch.ops.aten
 
@@ -32,6 +33,7 @@ _LOSSES = frozenset(
         aten.nll_loss_nd.default,
         aten.nll_loss.default,
         aten.nll_loss2d.default,
+        torch.ops.autopar.token_cross_entropy.default,
     }
 )
 

@@ -38,9 +38,9 @@ _PRODUCTS = (
 )  # fmt: skip
 _ATTENTION = "aten.scaled_dot_product_attention."
 _EMBEDDING = "aten.embedding."
-_LOSS = "aten.cross_entropy_loss."
+_LOSSES = ("aten.cross_entropy_loss.", "autopar.token_cross_entropy.")
 # The operators that define what a module does; views and pointwise ops count where there are none.
-_ANCHORS = (*_PRODUCTS, _ATTENTION, _EMBEDDING, _LOSS, "aten.mse_loss.", "norm")
+_ANCHORS = (*_PRODUCTS, _ATTENTION, _EMBEDDING, *_LOSSES, "aten.mse_loss.", "norm")
 
 _PHRASES = {
     "data": "data parallel on {}",
@@ -172,7 +172,7 @@ def _op_roles(decision: Decision, candidate: Candidate, weights: Sequence[int]) 
 
 def _factor_role(node: fx.Node, rule: OpRule, factor: str, weights: Sequence[int]) -> str:
     name = str(node.target)
-    if name.startswith(_LOSS):
+    if name.startswith(_LOSSES):
         return "vocabulary" if rule.factors[factor].complete else "data"
     matrices = [dims for i in weights if (dims := rule.inputs[i]) is not None and len(dims) > 1]
     for dims in matrices:

@@ -74,7 +74,7 @@ class Series:
         value = self._flat[begin + chosen[source] * width + chosen[target] * is_edge]
         steps = np.bincount(self._first, value, self.count + 1)
         steps -= np.bincount(self._last + 1, value, self.count + 1)
-        return np.cumsum(steps)[:-1]
+        return np.cumsum(steps, dtype=float)[:-1]  # bincount of nothing counts in integers
 
     def breakdown(
         self, choices: Sequence[int], point: int, label: Callable[[Item], str]

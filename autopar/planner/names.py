@@ -24,7 +24,7 @@ from autopar.ir.repeats import pattern
 from autopar.planner.space import SearchSpace
 from autopar.profiler.modules import with_parents
 
-_MARK = re.compile(r"\*\*|\*|\{[\d,\- ]+\}")
+_MARK = re.compile(r"\*\*\.|\*\*|\*|\{[\d,\- ]+\}")
 
 
 def matcher(name: str) -> re.Pattern[str]:
@@ -32,7 +32,7 @@ def matcher(name: str) -> re.Pattern[str]:
     expression, position = "", 0
     for mark in _MARK.finditer(name):
         expression += re.escape(name[position : mark.start()])
-        wildcard = {"*": r"[^.]+", "**": r".+"}.get(mark[0])
+        wildcard = {"*": r"[^.]+", "**": r".+", "**.": r"(?:.+\.)?"}.get(mark[0])
         expression += wildcard or f"(?:{'|'.join(map(str, sorted(copies_in(mark[0]))))})"
         position = mark.end()
     return re.compile(expression + re.escape(name[position:]))
@@ -145,7 +145,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     marked = _MARK.search(name) is not None
     pool = dict.fromkeys(pattern(n) if marked else n for n in names)
     # wildcards count for little in a comparison
-    near = get_close_matches(_MARK.sub("*", name) if marked else name, pool, n=2, cutoff=0.6)
+    near = get_close_matches(
+        _MARK.sub("*", name.replace("**.", "*.")) if marked else name, pool, n=2, cutoff=0.6
+    )
     near = near or [n for n in pool if n.rpartition(".")[2] == name.rpartition(".")[2]]
     if near:
         return f"; did you mean {' or '.join(map(repr, near[:2]))}?"

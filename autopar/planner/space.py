@@ -351,7 +351,10 @@ class SearchSpace:
             self._strategies_of[number] = [
                 strategy
                 for strategy in strategies_of(
-                    node, self.mesh, any_order=self.any_order or bool(self.orders)
+                    node,
+                    self.mesh,
+                    any_order=self.any_order or bool(self.orders),
+                    beside=self.cluster.device.runs_beside,
                 )
                 if self._is_offered(strategy) and self.fixed.allows_strategy(node, strategy)
             ]

@@ -100,8 +100,33 @@ def kernels_of(
     else:
         values = tensors_of(node.meta["val"])
         dtype = _name(values[0].dtype) if values else "float32"
-        forward, backward = (Kernel(profile.forward, dtype),), (Kernel(profile.backward, dtype),)
+        arguments = bound_arguments(node)
+        forward, backward = (
+            (Kernel(computed(node.target, arguments, work), dtype),)
+            for work in (profile.forward, profile.backward)
+        )
     return forward, _grouped(node, forward, backward)
+
+
+def computed(target: Any, arguments: Mapping[str, Any], work: Work) -> Work:
+    """The work that an operator does. Attention under a causal mask leaves out the pairs of a query
+    and a later key, which torch counts.
+
+    Args:
+        arguments: by name in the operator's schema; tensors, or nodes with them.
+        work: as torch counts it.
+    """
+    if "scaled_dot_product" not in str(target) or not arguments.get("is_causal"):
+        return work
+    lengths = []
+    for name in ("query", "key"):
+        value = arguments[name]
+        value = value.meta["val"] if isinstance(value, fx.Node) else value
+        lengths.append(value.shape[-2])
+    queries, keys = lengths
+    both = min(queries, keys)
+    pairs = both * (both + 1) // 2 + max(0, queries - keys) * keys
+    return replace(work, flops=work.flops * pairs // max(1, queries * keys))
 
 
 def _grouped(
@@ -181,7 +206,8 @@ def kernel_of(func: Any, args: Any, kwargs: Any, out: Any, work: Work) -> Kernel
     results = tensors_of(out)
     dtype = _name(results[0].dtype) if results else "float32"
     if work.flops:
-        return Kernel(work, dtype, _library(func, args, kwargs, results))
+        done = computed(func, by_name(func, args, kwargs), work)
+        return Kernel(done, dtype, _library(func, args, kwargs, results))
     indices = indices_of(func, tensors_of((args, kwargs)))
     if indices and not func._schema.is_mutable:
         # only the rows that are looked up are read
@@ -189,6 +215,11 @@ def kernel_of(func: Any, args: Any, kwargs: Any, out: Any, work: Work) -> Kernel
         read = min(work.read_bytes, work.written_bytes + index_bytes)
         work = replace(work, read_bytes=read)
     return Kernel(work, dtype, extra=expensive_elements(func, args, kwargs, results))
+
+
+def by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of an operator, as its schema names them."""
+    return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
 
 
 def _library(func: Any, args: Any, kwargs: Any, results: Sequence[torch.Tensor]) -> str:
@@ -199,8 +230,7 @@ def _library(func: Any, args: Any, kwargs: Any, results: Sequence[torch.Tensor])
     if "convolution" not in name:
         matrices = (*tensors_of((args, kwargs)), *results)
         return "matmul" if all(map(_aligned, matrices)) else "unaligned"
-    names = [a.name for a in func._schema.arguments]
-    groups = (dict(zip(names, args, strict=False)) | kwargs).get("groups", 1)
+    groups = by_name(func, args, kwargs).get("groups", 1)
     return "convolution" if groups == 1 else "depthwise"
 
 

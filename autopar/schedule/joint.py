@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.cost import STARTS, communicates, communication_us
 from autopar.ir.aliasing import overwritable, tensors_of
+from autopar.ir.graph import bound_arguments
 from autopar.ir.joint_graph import JointGraph
 from autopar.ir.randomness import draws
 from autopar.profiler.counting import Recorder, Work
-from autopar.profiler.time_model import Kernel, KernelLog, node_us
+from autopar.profiler.time_model import Kernel, KernelLog, computed, node_us
 from autopar.schedule.program import INPUT, SIDE, Op, Program, Resource
 
 
@@ -190,7 +191,9 @@ class _Reader:
             return Resource.COMMUNICATION, 0.0, us
         elements = max((t.numel() for t in (*operands, *results)), default=0)
         dtype = str(results[0].dtype).removeprefix("torch.") if results else "float32"
-        us = float(node_us(kernels or (Kernel(work, dtype),), self.cluster.device))
+        if not kernels:
+            kernels = [Kernel(computed(node.target, bound_arguments(node), work), dtype)]
+        us = float(node_us(kernels, self.cluster.device))
         return Resource.COMPUTE, float(work.flops or elements), us
 
     def _reads(self, node: fx.Node) -> tuple[int, ...]:

@@ -81,9 +81,12 @@ def _floating(node: fx.Node) -> list[bool]:
     return [is_floating(t) for t in results(node)]
 
 
-def strategies_of(node: fx.Node, mesh: Sequence[int], *, any_order: bool = True) -> list[Strategy]:
+def strategies_of(
+    node: fx.Node, mesh: Sequence[int], *, any_order: bool = True, beside: bool = True
+) -> list[Strategy]:
     """Every legal strategy of a node on a mesh, see `rule.strategies`."""
-    return strategies(rule_of(node)[0], mesh, _floating(node), any_order=any_order)
+    rule, _ = rule_of(node)
+    return strategies(rule, mesh, _floating(node), any_order=any_order, beside=beside)
 
 
 def strategy_by_name(node: fx.Node, mesh: Sequence[int], name: str) -> Strategy:

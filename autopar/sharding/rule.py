@@ -7,7 +7,8 @@ A row names the factors of an op's operands and results, as einsum does:
     aten.layer_norm "*b h:lowered, h, h -> *b h"     *b  any number of leading dims
     aten.topk       "*b [k] -> *b [n], *b [n]"       []  the dim is never split
 
-    aten.attention  "*b ring|q d, *b ring d, .."     |   both may split the dim, ring outermost
+    aten.attention  "*b ring|q d, *b ring d, .."     |   both may split the dim, ring outermost;
+                                                         of *b|x the last dim
 
 A word behind a factor, once in the row, says what a split of it needs:
 
@@ -16,6 +17,7 @@ A word behind a factor, once in the row, says what a split of it needs:
     window    as lowered, and extents may differ: the lowering fetches the rows that its windows
               reach of other ranks
     axis      as window, along one mesh axis at most
+    beside    as axis, and only of use where collectives run beside compute
 
 An assignment of mesh axes to factors determines every layout. Along an axis that splits factor f,
 operands and results that have f are split there; a result without f is a pending sum (P); an
@@ -52,6 +54,7 @@ class Factor:
             (a convolution's result is narrower than its input); each must fill every rank.
         half: splitting it divides only half of the op's work; every rank repeats the other half.
         one_axis: one mesh axis at most splits it.
+        beside: splitting it is only of use where collectives run beside compute.
     """
 
     size: int
@@ -61,6 +64,7 @@ class Factor:
     other: tuple[int, ...] = ()
     half: bool = False
     one_axis: bool = False
+    beside: bool = False
 
     def allows(self, axes: Sequence[int], mesh: Sequence[int]) -> bool:
         parts = math.prod(mesh[axis] for axis in axes)
@@ -212,7 +216,8 @@ class Row:
             if name in factors and shape is not None and len(shape) >= -dim:
                 own = bound_in[operand]
                 assert own is not None
-                joint.append(((*alternatives(own[dim]), name), shape[dim]))
+                names = dict.fromkeys((*alternatives(own[dim]), name))
+                joint.append((tuple(names), shape[dim]))
             else:
                 factors.pop(name, None)
         unsplit = extents.names - factors.keys()
@@ -228,8 +233,8 @@ class Row:
         )
 
 
-WORDS = ("lowered", "complete", "window", "axis")
-_DIFFERING = ("window", "axis")  # words of factors whose extents may differ
+WORDS = ("lowered", "complete", "window", "axis", "beside")
+_DIFFERING = ("window", "axis", "beside")  # words of factors whose extents may differ
 _NAME = r"[a-z_]\w*(?::[a-z]+)?"
 _TOKEN = re.compile(rf"\+?(\*?)(\[?)({_NAME}(?:\|{_NAME})*)(\]?)(?::[a-z]+)?|\.\.\.")
 _WORD = re.compile(r"([a-z_]\w*):(\w+)")
@@ -272,12 +277,15 @@ class _Extents:
                 dims += [None] * spare
                 continue
             base = _WORD.sub(r"\1", base)
-            # numbered from the right, so that leading broadcast dims align
-            names = [f"{base}{spare - i}" for i in range(spare)] if star else [base]
+            names = [base]
+            self._word_of |= {n: self._words.get(n) for n in alternatives(base)}
+            if star:
+                first, *others = alternatives(base)
+                # numbered from the right, so that leading broadcast dims align
+                names = [f"{first}{spare - i}" for i in range(spare)]
+                self._word_of |= dict.fromkeys(names, self._words.get(first))
+                names[-1:] = ["|".join([name, *others]) for name in names[-1:]]
             dims += [None] * len(names) if bracket else names
-            for name in names:
-                self._word_of |= {n: self._words.get(n, self._words.get(base))
-                                  for n in alternatives(name)}  # fmt: skip
         for size, dim in zip(shape, dims, strict=True):
             if dim is not None and len(alternatives(dim)) > 1:
                 self.joint[dim, size] = None
@@ -294,7 +302,7 @@ class _Extents:
             if word in _DIFFERING:
                 factor = Factor(
                     extents[0], lowered=True, other=extents[1:], half=name in half,
-                    one_axis=word == "axis",
+                    one_axis=word != "window", beside=word == "beside",
                 )  # fmt: skip
             else:
                 factor = Factor(
@@ -325,6 +333,7 @@ def strategies(
     differentiable: Sequence[bool] | None = None,
     *,
     any_order: bool = True,
+    beside: bool = True,
 ) -> list[Strategy]:
     """Every legal strategy of a bound rule on a mesh, full replication first.
 
@@ -332,9 +341,10 @@ def strategies(
         differentiable: per result, whether it is a float tensor; a pending sum must be. All are
             if None.
         any_order: also where the axes that split a factor are not in ascending order.
+        beside: also those that are only of use where collectives run beside compute.
     """
     floating = [True] * len(rule.outputs) if differentiable is None else differentiable
-    options: list[str] = ["-", *rule.factors]
+    options = ["-", *(name for name, f in rule.factors.items() if beside or not f.beside)]
     if all(floating):
         options += [f"{_SUM}{i}" for i in range(len(rule.linear))]
     choices = [options if size > 1 else ["-"] for size in mesh]

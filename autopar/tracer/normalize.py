@@ -5,6 +5,8 @@
   `contiguous` that was removed as redundant may be needed.
 * `copy` becomes a conversion and an expansion, because it has no derivative.
 * Products whose result is cut into equal parts get a dim for the parts (`packed.py`).
+* Losses of tokens keep the dims of the batch (`token_loss.py`).
+* Attention takes the keys that heads share unrepeated (`grouped_keys.py`).
 * Results of `no_grad` regions are detached.
 * Assertions and dead code are removed. Random draws stay, so that a generator has the same state
   after the graph as after the model.
@@ -29,9 +31,11 @@ from autopar.ir.graph import ModelGraph, NodeInfo, bound_arguments, is_marked_le
 from autopar.ir.guards import Guard, is_mutating
 from autopar.ir.randomness import draws
 from autopar.tracer.functions import NAMESPACE
+from autopar.tracer.grouped_keys import share_keys
 from autopar.tracer.inplace import call_like
 from autopar.tracer.packed import pack
 from autopar.tracer.source import is_users
+from autopar.tracer.token_loss import keep_token_dims
 from autopar.tracer.writes import take_out_writes
 
 aten = torch.ops.aten
@@ -216,6 +220,8 @@ def _clean(gm: fx.GraphModule) -> None:
             graph.erase_node(node)
     _rewrite(graph)
     pack(graph)
+    keep_token_dims(graph)
+    share_keys(graph)
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or draws(n))
     functions = (n for n in graph.nodes if getattr(n.target, "namespace", "") == NAMESPACE)
     for i, node in enumerate(functions):

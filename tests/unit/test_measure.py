@@ -348,3 +348,27 @@ def test_the_backward_of_a_grouped_convolution_costs_two_forwards():
     (node,) = profile
     forward, backward = kernels_of(node, profile[node], device("A100-80G"))
     assert sum(k.work.flops for k in backward) <= 2 * sum(k.work.flops for k in forward)
+
+
+class CausalAttention(torch.nn.Module):
+    def __init__(self, causal):
+        super().__init__()
+        self.causal, self.q = causal, torch.nn.Parameter(torch.zeros(1, 2, 64, 8))
+
+    def forward(self):
+        q = self.q
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=self.causal)
+
+
+@pytest.mark.parametrize("cluster", [MEASURED, device("A100-80G")])
+def test_causal_attention_takes_half_the_flops(cluster):
+    """Torch counts the pairs of a query and a later key, and kernels leave them out."""
+    flops = {}
+    for causal in (False, True):
+        graph = ColoTracer().trace(CausalAttention(causal), ())
+        profile = profile_model(graph, graph.parameters).nodes
+        (node,) = (n for n in profile if "dot_product" in str(n.target))
+        both = kernels_of(node, profile[node], cluster)
+        flops[causal] = [sum(k.work.flops for k in kernels) for kernels in both]
+    share = 65 / 128
+    assert flops[True] == [int(share * n) for n in flops[False]]

@@ -156,6 +156,17 @@ def test_plans_check_what_they_are_used_for(plan):
         plan.check(fingerprint="0" * 16, mesh=(2, 2), model="MLP")
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_model_without_parameters_has_a_plan():
+    """Nothing communicates beside compute, and no bytes are alive."""
+    planned = autoplan(Doubled(), (torch.ones(4, 4),), cluster=ClusterInfo.of("2", "H100"))
+    assert "mul" in planned.plan.choices
+
+
 def test_lowerings_pay_for_what_they_communicate_and_copy():
     """Half of the image's rows cost a halo, half of the normalized features statistics."""
     with torch.device("meta"):

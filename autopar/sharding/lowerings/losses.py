@@ -95,6 +95,25 @@ def cross_entropy(
     return losses.sum() / counted(scales.sum(), rows)
 
 
+@declares(_cross_entropy)
+def token_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    shard: Shard,
+) -> torch.Tensor:
+    """`cross_entropy` of logits [*b, v] and classes [*b]."""
+    losses = cross_entropy(
+        logits.flatten(0, -2), target.flatten(), weight, reduction, ignore_index,
+        label_smoothing, shard=shard,
+    )  # fmt: skip
+    return losses.view(target.shape) if reduction == 0 else losses
+
+
 def _scales(target: torch.Tensor, weight: torch.Tensor | None, ignored: int) -> torch.Tensor:
     """What each row counts in the mean."""
     valid = target != ignored

@@ -1,80 +1,23 @@
 """Attention over blocks of keys that ranks hold: they travel on a ring, partial results merge.
 
 Each rank has its queries, and sees one block of keys and values after the other (Liu et al. 2023,
-"Ring attention"). In the backward the blocks travel again, with their gradients behind them.
-
-Causal attention has no mask: pairs of queries and keys are cut into products that are whole, or
-causal with as many queries as keys.
+"Ring attention"). In the backward the blocks travel again, with their gradients behind them. The
+next block is on its way while a rank computes with one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from autopar.comm.groups import find_group
-from autopar.comm.spans import Span, Spans, length_of, overlap
-from autopar.sharding.lowerings.attention_blocks import (
-    Block,
-    accumulated,
-    attend,
-    attend_backward,
-    bias_of,
-    merge,
-)
+from autopar.comm.spans import Spans, length_of
+from autopar.operators.attention_blocks import merge
+from autopar.sharding.lowerings import attention_operators as operators
 
-
-@dataclass(frozen=True)
-class Product:
-    """Queries that attend to keys of a block: offsets and lengths in both tensors."""
-
-    rows: Span
-    columns: Span
-    causal: bool = False
-
-
-def segments(queries: Spans, keys: Sequence[Spans]) -> Spans:
-    """Spans of queries, cut where spans of keys begin or end."""
-    borders = sorted({b for own in keys for start, n in own for b in (start, start + n)})
-    cut = []
-    for start, length in queries:
-        inner = [b for b in borders if start < b < start + length]
-        bounds = [start, *inner, start + length]
-        cut += [(a, b - a) for a, b in pairwise(bounds)]
-    return tuple(cut)
-
-
-def products(queries: Spans, keys: Spans, causal: bool) -> list[Product]:
-    """What queries compute with a block of keys.
-
-    Args:
-        queries: as `segments` cuts them if causal.
-    """
-    columns = length_of(keys)
-    if not causal:
-        return [Product((0, length_of(queries)), (0, columns))]
-    if queries == keys:
-        return [Product((0, columns), (0, columns), causal=True)]
-    whole: list[Product] = []
-    diagonal = []
-    row = 0
-    for query in queries:
-        start, length = query
-        before = sum(overlap(span, (0, start))[1] for span in keys)
-        last = whole[-1] if whole else None
-        if before and last and last.columns == (0, before) and sum(last.rows) == row:
-            whole[-1] = Product((last.rows[0], last.rows[1] + length), last.columns)
-        elif before:
-            whole.append(Product((row, length), (0, before)))
-        if any(overlap(span, query)[1] for span in keys):
-            diagonal.append(Product((row, length), (before, length), causal=True))
-        row += length
-    return whole + diagonal
+_OPS = torch.ops.autopar
 
 
 @dataclass(frozen=True)
@@ -154,56 +97,25 @@ def _columns(mask: torch.Tensor | None, keys: Spans) -> torch.Tensor | None:
 def _forward(
     ring: Ring, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    own = segments(ring.queries, ring.keys) if ring.causal else ring.queries
-    results: list[Any] = [None] * len(own)
-    blocks = _Blocks(ring, k, v)
-    row = blocks.row(k, v) if ring.ranks > 1 else None
+    result: tuple[torch.Tensor, torch.Tensor] | None = None
+    blocks, row = _Blocks(ring, k, v), None
+    queries = operators.flat(ring.queries)
+    if ring.ranks > 1:
+        row = blocks.row(k, v)
     for step in range(ring.ranks):
-        source = ring.source(step)
+        own = ring.keys[ring.source(step)]
         following = None
-        if step < ring.ranks - 1:
-            assert row is not None
+        if row is not None and step < ring.ranks - 1:
             following = ring.next(row, blocks.elements(ring.source(step + 1)))
-        bias = bias_of(_columns(mask, ring.keys[source]), q.dtype)
-        for p in products(own, ring.keys[source], ring.causal):
-            out, lse = attend(
-                q.narrow(-2, *p.rows), k.narrow(-2, *p.columns), v.narrow(-2, *p.columns), bias,
-                Block(p.causal, ring.scale),
-            )  # fmt: skip
-            out = out.to(accumulated(q.dtype))
-            for i, (offset, length) in enumerate(_within(own, p.rows)):
-                if length:
-                    part = out.narrow(-2, offset, length), lse.narrow(-1, offset, length)
-                    before = results[i]
-                    results[i] = (
-                        part if before is None else merge(before, part, masked=mask is not None)
-                    )
+        part = _OPS.attention_block(
+            q, k, v, _columns(mask, own), queries, operators.flat(own), ring.causal, ring.scale
+        )
+        result = part if result is None else merge(result, part)
         if following is not None:
             row = following
             k, v = blocks.tensors(row, ring.source(step + 1))
-    out = _joined([r[0] for r in results], -2).to(q.dtype)
-    return out, _joined([r[1] for r in results], -1)
-
-
-def _within(own: Spans, rows: Span) -> list[Span]:
-    """The part of each of a rank's spans that is among some rows, in these rows."""
-    parts, offset = [], 0
-    for _, length in own:
-        start, common = overlap((offset, length), rows)
-        parts.append((start - rows[0], common))
-        offset += length
-    return parts
-
-
-def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def _padded(x: torch.Tensor, part: Span, size: int) -> torch.Tensor:
-    """Zeros around a part of dim -2."""
-    if part == (0, size):
-        return x
-    return F.pad(x, [0, 0, part[0], size - sum(part)])
+    assert result is not None
+    return result[0].to(q.dtype), result[1]
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
@@ -214,55 +126,42 @@ def _backward(
     ring: Ring, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     mask: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, trained: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    own = segments(ring.queries, ring.keys) if ring.causal else ring.queries
-    high = accumulated(q.dtype)
-    blocks = _Blocks(ring, k, v)
+    blocks, row = _Blocks(ring, k, v), None
+    dtypes = k.dtype, v.dtype
+    queries = operators.flat(ring.queries)
     of_q: torch.Tensor | None = None
     of_columns: dict[int, torch.Tensor] = {}
-    row = blocks.row(k, v) if ring.ranks > 1 else None
     travelling: torch.Tensor | None = None
+    if ring.ranks > 1:
+        row = blocks.row(k, v)
     for step in range(ring.ranks):
         source = ring.source(step)
+        own = ring.keys[source]
         following = None
-        if step < ring.ranks - 1:
-            assert row is not None
+        if row is not None and step < ring.ranks - 1:
             following = ring.next(row, blocks.elements(ring.source(step + 1)))
-        bias = bias_of(_columns(mask, ring.keys[source]), q.dtype)
-        of_k: torch.Tensor | None = None
-        of_v: torch.Tensor | None = None
-        for p in products(own, ring.keys[source], ring.causal):
-            narrow = [x.narrow(-2, *p.rows) for x in (grad, q, out)]
-            part = attend_backward(
-                narrow[0], narrow[1], k.narrow(-2, *p.columns), v.narrow(-2, *p.columns), bias,
-                narrow[2], lse.narrow(-1, *p.rows), Block(p.causal, ring.scale, trained),
-            )  # fmt: skip
-            dq, dk, dv = (x.to(high) for x in part[:3])
-            of_q = _sum(of_q, _padded(dq, p.rows, q.shape[-2]))
-            of_k = _sum(of_k, _padded(dk, p.columns, k.shape[-2]))
-            of_v = _sum(of_v, _padded(dv, p.columns, v.shape[-2]))
-            if part[3] is not None:
-                of_columns[source] = part[3]
-        if of_k is None or of_v is None:
-            of_k, of_v = torch.zeros_like(k, dtype=high), torch.zeros_like(v, dtype=high)
-        if ring.group is None:
-            travelling = None
-        else:
+        dq, dk, dv, of_columns[source] = _OPS.attention_block_backward(
+            grad, q, k, v, _columns(mask, own), out, lse, queries, operators.flat(own),
+            ring.causal, ring.scale, trained,
+        )  # fmt: skip
+        of_q = _sum(of_q, dq)
+        if row is not None:
             # the gradients follow their block, and come back to its owner
-            gradients = _sum(travelling, blocks.row(of_k, of_v))
+            gradients = _sum(travelling, blocks.row(dk, dv))
             travelling = ring.next(gradients, blocks.elements(ring.source(step + 1)))
         if following is not None:
             row = following
             k, v = blocks.tensors(row, ring.source(step + 1))
-    assert of_q is not None and of_k is not None and of_v is not None
+    assert of_q is not None
     if travelling is not None:
-        of_k, of_v = blocks.tensors(travelling, ring.me)
+        dk, dv = blocks.tensors(travelling, ring.me)
     of_mask = None
     if trained:
         assert mask is not None
         # blocks are in the order of their owners; a single column is that of all
         parts = [of_columns[r] for r in range(ring.ranks)]
         of_mask = torch.cat(parts, -1) if mask.shape[-1] > 1 else sum(parts[1:], parts[0])
-    return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), of_mask
+    return of_q.to(q.dtype), dk.to(dtypes[0]), dv.to(dtypes[1]), of_mask
 
 
 class _RingAttention(torch.autograd.Function):
@@ -291,7 +190,7 @@ def ring_attention(
     Args:
         q: [*b, heads, queries, d], this rank's spans.
         k, v: [*b, key heads, keys, d], likewise.
-        mask: for this rank's queries and all keys, or None; not with causal attention.
+        mask: for this rank's queries and all keys, or None; the same for all queries if causal.
 
     Returns:
         [*b, heads, queries, d].

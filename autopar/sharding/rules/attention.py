@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from autopar.sharding.lowerings import attention
+from autopar.sharding.lowerings import attention, banded_attention
 from autopar.sharding.rule import Row
 
 
@@ -42,9 +43,20 @@ def _row(notation: str, **options: Any) -> Row:
     )  # fmt: skip
 
 
+def _sees_all_before(arguments: Mapping[str, Any]) -> bool:
+    """Whether a query sees the keys up to it, of as many as there are queries."""
+    bounds = arguments.get("before"), arguments.get("after")
+    return bounds == (None, 0) and arguments["query"][-2] == arguments["key"][-2]
+
+
 def _lowered(notation: str) -> str:
     """The same, with a lowering for split queries."""
     return notation.replace("|q", "|q:lowered", 1)
+
+
+def _of_any_query(notation: str) -> str:
+    """The same, with a mask that is of all queries, and of which every rank has all keys."""
+    return notation.replace("ring|q [k]", "[o] [k]")
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {
@@ -59,5 +71,21 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         _row(_lowered(_RING), when=_is_causal),
         _row(_EXCHANGE, when=_shares_keys),
         _row(_RING),
-    )
+    ),
+    "autopar.banded_attention.default": (
+        replace(
+            _row(_of_any_query(_lowered(_EXCHANGE))),
+            lowering=banded_attention.split_causal_attention,
+            when=lambda a: _sees_all_before(a) and _shares_keys(a),
+        ),
+        replace(
+            _row(_of_any_query(_lowered(_RING))),
+            lowering=banded_attention.split_causal_attention,
+            when=_sees_all_before,
+        ),
+        replace(
+            _row(_of_any_query(_lowered(_RING)).replace("ring", "halo")),
+            lowering=banded_attention.split_banded_attention,
+        ),
+    ),
 }

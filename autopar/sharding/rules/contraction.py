@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autopar.sharding.lowerings import experts
+from autopar.sharding.lowerings import collective_linear, experts
 from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules.call import Call
 
@@ -25,7 +25,13 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.bmm.default": Row("b m k, b k n -> b m n", linear=((0,), (1,))),
     "aten.addmm.default": Row("+n, m k, k n -> m n", linear=((1,), (2,))),
     "aten.baddbmm.default": Row("+b m n, b m k, b k n -> b m n", linear=((1,), (2,))),
-    "aten.linear.default": Row("*b k, n k, +n -> *b n", linear=((0,), (1,))),
+    # rows may be gathered before the product, or summed and scattered behind it, in steps
+    "aten.linear.default": Row(
+        "*b|gather:beside k|scatter:beside, n|gather k|scatter, +n|gather -> *b|scatter n|gather",
+        linear=((0,), (1,)),
+        lowering=collective_linear.collective_linear,
+        moves={"gather": (0, -2), "scatter": (0, -2)},
+    ),
     "autopar.packed_linear.default": Row("*b k, [p] n k, +[p] n -> *b [p] n", linear=((0,), (1,))),
     "autopar.packed_addmm.default": Row("+[p] n, m k, k [p] n -> m [p] n", linear=((1,), (2,))),
     "aten.outer.default": Row("m, n -> m n", linear=((0,), (1,))),

@@ -63,6 +63,11 @@ def _ctc(out: str, word: str = "") -> str:
     return f"[t] b{word} [c], b [s], b, b -> {out}"
 
 
+def _of_tokens(of_rows: str, out: str) -> str:
+    """Logits, classes and weights of them."""
+    return f"*b{of_rows} v:complete, *b, v -> {out}"
+
+
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.embedding.default": (
         Row(
@@ -85,6 +90,19 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
             aten.kl_div.default,
         )
     },
+    "autopar.token_cross_entropy.default": (
+        Row(
+            _of_tokens("", "*b"),
+            lowering=losses.token_cross_entropy,
+            when=lambda a: _reduction(a) == 0,
+        ),
+        Row(
+            _of_tokens("", ""),
+            lowering=losses.token_cross_entropy,
+            when=lambda a: _reduction(a) == 2,
+        ),
+        Row(_of_tokens(":lowered", ""), lowering=losses.token_cross_entropy),
+    ),
     "aten.ctc_loss.Tensor": (
         # targets one after the other, without padding, lie anywhere
         Row("[t] *[b] [c], [s], *[b], *[b] -> ...", when=lambda a: len(a["targets"]) == 1),

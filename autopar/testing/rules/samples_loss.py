@@ -8,6 +8,7 @@ import torch
 
 from autopar.testing.rules.draw import Arguments, Draw, sampler
 from autopar.testing.rules.rows import at_times, calls, integer, normal
+from autopar.tracer import token_loss  # noqa: F401  (it defines the loss of tokens)
 
 _REDUCTION = integer(0, 2)
 
@@ -38,6 +39,20 @@ def _cross_entropy(draw: Draw) -> Arguments:
     args, kwargs = _class_arguments(draw)
     if draw.chance(10):  # probabilities for targets
         return (args[0], draw.normal(*args[0].shape).softmax(1)), {}
+    if len(args) > 2 and draw.chance(30):
+        kwargs["label_smoothing"] = 0.1
+    return tuple(args), kwargs
+
+
+@sampler("autopar.token_cross_entropy.default", fixed=("weight",))
+def _token_cross_entropy(draw: Draw) -> Arguments:
+    args, kwargs = _class_arguments(draw)
+    if args[0].ndim > 2:  # classes last
+        args = [args[0].movedim(1, -1).contiguous(), *args[1:]]
+    elif draw.chance(50):
+        lead = args[0].shape[0]
+        args = [args[0].unsqueeze(0).expand(2, -1, -1).clone(), args[1].expand(2, lead).clone(),
+                *args[2:]]  # fmt: skip
     if len(args) > 2 and draw.chance(30):
         kwargs["label_smoothing"] = 0.1
     return tuple(args), kwargs

@@ -101,6 +101,27 @@ def _attention(draw: Draw) -> Arguments:
     return (draw.normal(*query_lead, q, d), draw.normal(*lead, k, d), value), kwargs
 
 
+@sampler("autopar.banded_attention.default")
+def _banded_attention(draw: Draw) -> Arguments:
+    batch, heads, groups = draw.size(), draw.size(), draw.integer(1, 3)
+    q, d, e = draw.size(), draw.size(), draw.size()
+    k = q if draw.chance(75) else draw.size()
+    before, after = (draw.choice([None, draw.integer(-2, 9), draw.integer(0, 3)]) for _ in range(2))
+    if draw.chance(30):
+        before, after, k = None, 0, q
+    kwargs: dict[str, Any] = {}
+    if draw.chance(40):
+        shape = draw.choice([[batch, 1, 1, k], [1, k], [1, heads * groups, 1, k]])
+        kwargs["key_mask"] = draw.booleans(shape, 0.6)
+    if draw.chance(30):
+        kwargs["scale"] = 0.3
+    if groups > 1 or draw.chance(20):
+        kwargs["enable_gqa"] = True
+    query = draw.normal(batch, heads * groups, q, d)
+    key, value = draw.normal(batch, heads, k, d), draw.normal(batch, heads, k, e)
+    return (query, key, value, before, after), kwargs
+
+
 def _window(draw: Draw, rank: int, biggest: int) -> list[int]:
     return [draw.integer(1, biggest) for _ in range(rank)]
 

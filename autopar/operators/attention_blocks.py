@@ -23,7 +23,7 @@ class Block:
     """How queries attend to a block of keys.
 
     Args:
-        causal: query i sees the keys up to i, of as many.
+        causal: query i sees the keys up to i, of as many (and of these, those of the mask).
         scale: of the scores.
         trained: the mask takes a gradient.
     """
@@ -85,6 +85,16 @@ def _scores(
     return scores if bias is None else scores + bias
 
 
+def _sees_nothing(bias: torch.Tensor, causal: bool) -> torch.Tensor:
+    """[*b, heads, queries]: whether a query's scores are all -inf."""
+    seen = bias != float("-inf")
+    if not causal:
+        return ~seen.any(-1)
+    if seen.shape[-2] == 1:  # as many queries as keys
+        return (seen.cumsum(-1) == 0).squeeze(-2)
+    return ~seen.tril().any(-1)
+
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, block: Block
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +122,7 @@ def attend(
             q, k, v, 0.0, block.causal, attn_mask=bias, scale=block.scale
         )
         if bias is not None:  # the kernel gives 0
-            lse = lse.masked_fill((bias == float("-inf")).all(-1), float("-inf"))
+            lse = lse.masked_fill(_sees_nothing(bias, block.causal), float("-inf"))
         return out, lse
     high = accumulated(q.dtype)
     scores = _scores(q.to(high), k.to(high), bias, block)
@@ -172,20 +182,11 @@ def attend_backward(
 
 
 def merge(
-    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], *, masked: bool
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to two blocks together, from its results for each (Dao 2023, section 3.1).
-
-    Args:
-        masked: a query may see no key of a block.
-    """
+    """Attention to two blocks together, from its results for each (Dao 2023, section 3.1)."""
     (out, lse), (other, other_lse) = a, b
-    if not masked:
-        share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
-        return out + share * (other - out), torch.logaddexp(lse, other_lse)
-    top = torch.maximum(lse, other_lse)
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    weight, other_weight = (lse - top).exp(), (other_lse - top).exp()
-    total = weight + other_weight
-    share = (other_weight / total.masked_fill(total == 0, 1.0)).unsqueeze(-1)
-    return out + share * (other - out), top + total.log()
+    both = torch.logaddexp(lse, other_lse)
+    # a query that sees no key of either has -inf - -inf
+    share = (other_lse - both).exp().nan_to_num(nan=0.0)
+    return torch.lerp(out, other, share.unsqueeze(-1)), both

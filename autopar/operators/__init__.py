@@ -1,0 +1,1 @@
+"""Operators of graphs that torch lacks, with their kernels and derivatives."""

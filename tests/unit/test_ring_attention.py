@@ -1,0 +1,142 @@
+"""Attention over a split sequence: what each rank computes, and how partial results merge."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from autopar.comm.spans import chunks, halves, length_of, zigzag
+from autopar.operators.attention_blocks import Block, attend, attend_backward, merge
+from autopar.sharding.lowerings.attention_operators import products, segments
+
+SIZES = [(2, 2), (3, 2), (8, 2), (16, 4), (17, 4), (13, 3), (64, 8), (9, 8)]
+
+
+def positions(spans):
+    return [i for start, n in spans for i in range(start, start + n)]
+
+
+@pytest.mark.parametrize(("size", "ranks"), SIZES)
+def test_a_zigzag_has_every_position_once(size, ranks):
+    spans = zigzag(chunks(size, ranks))
+    assert sorted(i for own in spans for i in positions(own)) == list(range(size))
+    assert all(own for own in spans)
+    assert len(halves(chunks(size, ranks))) == 2 * ranks
+
+
+def pairs(queries, keys, causal):
+    """(query, key) of every product, one by one."""
+    own = segments(queries, [keys]) if causal else queries
+    rows, columns = positions(own), positions(keys)
+    for p in products(own, keys, causal):
+        for i, j in itertools.product(range(p.rows[1]), range(p.columns[1])):
+            if not p.causal or j <= i:
+                yield rows[p.rows[0] + i], columns[p.columns[0] + j]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(8, 8), (17, 17), (12, 20), (20, 12), (5, 9)])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("balanced", [True, False])
+def test_every_pair_that_is_seen_is_computed_once(queries, keys, ranks, balanced):
+    split = [chunks(queries, ranks), chunks(keys, ranks)]
+    if balanced:
+        split = [zigzag(spans) for spans in split]
+    computed = [
+        pair for q, k in itertools.product(*split) for pair in pairs(q, k, causal=True)
+    ]  # fmt: skip
+    assert sorted(computed) == [(i, j) for i in range(queries) for j in range(min(i + 1, keys))]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("size", [64, 256, 250])
+def test_no_rank_computes_much_more_than_the_mean(ranks, size):
+    """A causal diagonal counts whole, as flash kernels' blocks do."""
+    spans = zigzag(chunks(size, ranks))
+    work = [
+        sum(
+            p.rows[1] * p.columns[1] / (2 if p.causal else 1)
+            for k in spans
+            for p in products(segments(q, spans), k, causal=True)
+        )
+        for q in spans
+    ]
+    assert max(work) <= (1 + 1 / ranks) * sum(work) / ranks
+    if size % (2 * ranks) == 0:
+        assert max(work) == min(work)
+
+
+def test_steps_of_the_ring_are_one_product_each():
+    """And as much work on every rank, so that none waits for another."""
+    spans = zigzag(chunks(64, 4))
+    for me, other in itertools.product(range(4), range(4)):
+        (product,) = products(spans[me], spans[other], causal=True)
+        shares = product.rows[1] * product.columns[1] / (2 if product.causal else 1)
+        assert shares == 16 * 16 / 2
+
+
+def masks():
+    torch.manual_seed(0)
+    allowed = torch.rand(7, 12) < 0.6
+    allowed[3] = False  # a query that sees nothing
+    yield None
+    yield allowed
+    yield torch.randn(2, 1, 7, 12, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
+
+
+@pytest.mark.parametrize("mask", list(masks()), ids=["none", "boolean", "added"])
+@pytest.mark.parametrize("wide", [4, 6], ids=["flash", "written out"])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_blocks_merge_to_attention(mask, wide, key_heads):
+    """Forward and backward, in float64, over three blocks of the keys."""
+    torch.manual_seed(1)
+    q = torch.randn(2, 4, 7, 4, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, key_heads, 12, 4, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, key_heads, 12, wide, dtype=torch.float64, requires_grad=True)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.4, enable_gqa=True)
+    grad = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, (q, k, v), grad)
+    block = Block(causal=False, scale=0.4)
+    bias = mask
+    if mask is not None and mask.dtype == torch.bool:
+        bias = torch.zeros(7, 12, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    parts = [(0, 5), (5, 1), (6, 6)]
+
+    def of(part):
+        return (
+            k.detach().narrow(-2, *part), v.detach().narrow(-2, *part),
+            None if bias is None else bias.narrow(-1, *part),
+        )  # fmt: skip
+
+    out, lse = attend(q.detach(), *of(parts[0]), block)
+    for part in parts[1:]:
+        result = attend(q.detach(), *of(part), block)
+        out, lse = merge((out, lse), result)
+    torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
+    of_q = torch.zeros_like(q)
+    for part in parts:
+        dq, dk, dv, _ = attend_backward(grad, q.detach(), *of(part), out, lse, block)
+        of_q = of_q + dq
+        torch.testing.assert_close(dk, gradients[1].narrow(-2, *part), rtol=0, atol=1e-12)
+        torch.testing.assert_close(dv, gradients[2].narrow(-2, *part), rtol=0, atol=1e-12)
+    torch.testing.assert_close(of_q, gradients[0], rtol=0, atol=1e-12)
+    assert length_of(tuple(parts)) == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_dtypes_merge_in_float32(dtype):
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(1, 2, 64, 8).to(dtype) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=0.4)
+    results = []
+    for part in range(8):
+        own = (x.narrow(-2, 8 * part, 8) for x in (k, v))
+        out, lse = attend(q, *own, None, Block(causal=False, scale=0.4))
+        assert lse.dtype == torch.float32
+        results.append((out.float(), lse))
+    merged = results[0]
+    for result in results[1:]:
+        merged = merge(merged, result)
+    # blocks are rounded as attention is, once each
+    error = (merged[0] - exact).abs().max()
+    assert error <= torch.finfo(dtype).eps * v.float().abs().max()
