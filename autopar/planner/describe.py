@@ -30,7 +30,7 @@ from autopar.planner.decisions import Candidate, Decision
 from autopar.planner.space import SearchSpace
 from autopar.planner.tensor_schemes import DEPTH, SCHEMES, AtRest, scheme_of
 from autopar.sharding.node_rules import rule_of
-from autopar.sharding.rule import OpRule, alternatives, passes_sum
+from autopar.sharding.rule import OpRule, alternatives, factors_of, passes_sum
 
 _PRODUCTS = (
     "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "autopar.packed_",
@@ -178,8 +178,9 @@ def _factor_role(node: fx.Node, rule: OpRule, factor: str, weights: Sequence[int
     for dims in matrices:
         if factor in dims and name.startswith(_EMBEDDING):
             return _table_role(node) if dims[0] == factor else "features"
-        if factor in dims and name.startswith(_PRODUCTS):
-            return "column" if any(factor in out for out in rule.outputs) else "row"
+        dim = next((alternatives(d) for d in dims if factor in alternatives(d)), ())
+        if dim and name.startswith(_PRODUCTS):  # `n|gather`, `k|scatter`: n is of results, k is not
+            return "column" if any(dim[0] in factors_of(out) for out in rule.outputs) else "row"
     tensors = [*rule.outputs, *(dims for dims in rule.inputs if dims is not None)]
     if name.startswith(_ATTENTION) and factor in _SEQUENCES:
         return _SEQUENCES[factor]

@@ -317,6 +317,7 @@ def _product(graph: ModelGraph, node: fx.Node) -> _Call | None:
     if not str(node.target).startswith(_PRODUCTS):
         return None
     rule, values = rule_of(node)[0], operands(node)
+    rule = rule.without(*(name for name, factor in rule.factors.items() if factor.beside))
     out = rule.outputs[0]
     matrices = [
         (value, dims)

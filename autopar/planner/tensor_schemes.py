@@ -21,6 +21,7 @@ from autopar.ir.spec import ShardingSpec
 from autopar.planner.decisions import Candidate, Decision, Edge
 from autopar.planner.space import SearchSpace
 from autopar.sharding.node_rules import rule_of
+from autopar.sharding.rule import factors_of
 
 SCHEMES = ("2d", "2.5d", "3d")
 DEPTH = "depth"
@@ -64,7 +65,8 @@ def scheme_of(
     out, (x,) = rule.outputs[0], others
     rows, summed, columns = set[int](), set[int](), set[int]()
     for factor, axes in strategy.splits.items():
-        group = rows if factor not in dims else columns if factor in out else summed
+        of_weight, of_result = factor in factors_of(dims), factor in factors_of(out)
+        group = rows if not of_weight else columns if of_result else summed
         group.update(axes)
     gathered_x = _gathered(at_rest.get(x), candidate.inputs[x])
     gathered_w = _gathered(at_rest.get(weight), candidate.inputs[weight])
