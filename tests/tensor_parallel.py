@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,6 @@ from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.planner.planner import Planned
 from autopar.runtime.distribute import shard_of
-from autopar.runtime.program import Program as RunnableStep
 from autopar.schedule.build import schedule_of
 from autopar.schedule.program import INPUT, Program, Schedule
 from autopar.testing.live_memory import LiveMemory
@@ -133,10 +133,11 @@ class Measured:
 
 
 def measure(case: Case, planned: Planned, *, regather: bool = False) -> dict[Coords, Measured]:
-    """Run one step on all ranks.
+    """Run one step on all ranks, by autograd.
 
     Args:
-        regather: keep shards instead of gathered copies, and gather again in the backward.
+        regather: compile the step, keep shards instead of gathered copies, and gather again in the
+            backward.
     """
     plan, graph = planned.plan, planned.graph
     model = case.model
@@ -144,30 +145,28 @@ def measure(case: Case, planned: Planned, *, regather: bool = False) -> dict[Coo
     names = list(graph.parameters.values())
     whole = dict(model.named_parameters())
     wanted = dict(zip(names, torch.autograd.grad(loss, [whole[n] for n in names]), strict=True))
-    specs = plan.parameter_specs()
-    cluster = planned.space.cluster
-    again = [i for i, n in enumerate(names) if n in plan.reshard_after_forward]
+    specs, cluster = plan.parameter_specs(), planned.space.cluster
 
     with SimulatedMesh(plan.mesh, timeout_s=60) as mesh:
 
         def local(tensor: torch.Tensor, spec: ShardingSpec, coords: Coords) -> torch.Tensor:
             return shard_of(tensor.detach(), spec, plan.mesh, coords).clone()
 
-        def lowered_for(coords: Coords) -> tuple[list[torch.Tensor], RunnableStep]:
+        def step_of(coords: Coords) -> tuple[list[torch.Tensor], Callable[..., Any]]:
             """Arguments and program of a rank. Tracing is not for threads."""
             program = apply_sharding(graph, plan, coords=coords, groups=mesh.groups[coords])
             shards = [local(whole[n], specs[n], coords).requires_grad_() for n in names]
             inputs = zip(case.batch.values(), program.input_specs, strict=True)
             arguments = shards + [local(x, spec, coords) for x, spec in inputs]
-            schedule = None
-            if regather:
-                schedule = gathers_again(program_of(program.gm, arguments, cluster=cluster))
-            return arguments, lowered(
-                program.gm, arguments, schedule, reshard_after_forward=frozenset(again),
-                cluster=cluster,
-            )  # fmt: skip
+            if not regather:
+                return arguments, program.gm
+            if not schedules:  # all ranks run the same operators
+                traced = program_of(program.gm, arguments, cluster=cluster)
+                schedules.append(gathers_again(traced))
+            return arguments, lowered(program.gm, arguments, schedules[0], cluster=cluster)
 
-        ranks = {coords: lowered_for(coords) for coords in mesh.groups}
+        schedules: list[Schedule] = []
+        ranks = {coords: step_of(coords) for coords in mesh.groups}
 
         def run(coords: Coords) -> Measured:
             arguments, step = ranks[coords]

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch.fx as fx
 
@@ -139,8 +140,7 @@ def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
             roles = _op_roles(decision, chosen[i], weights[i])
             if name.startswith(_PRODUCTS):
                 for w in weights[i]:
-                    layouts = {x: at_rest(i, x) for x in range(len(chosen[i].inputs))}
-                    roles |= scheme_of(decision, chosen[i], w, layouts)
+                    roles |= scheme_of(decision, chosen[i], w, partial(at_rest, i))
             is_anchor = any(anchor in name for anchor in _ANCHORS)
             module.roles.append((roles, float(decision.time_us[c]), is_anchor))
     return modules

@@ -106,19 +106,14 @@ def _kind(node: fx.Node) -> str:
 
 
 def operator_names(graph: ModelGraph) -> dict[fx.Node, str]:
-    """Names by which constraints find operators; a few have none, where a module has their name."""
+    """Names that copies of a block share (`h.0.mlp.gelu`, `h.0`), of the operators that have one."""
     modules = _modules(graph)
-    names: dict[fx.Node, str] = {}
-    taken: set[str] = set()
+    last = {modules[path]: path for path in sorted(modules, key=len)}  # the innermost
+    names: dict[str, fx.Node] = {}
     for node in graph.compute_nodes():
-        module = graph.info(node).module
-        name = f"{module}.{_kind(node)}"
-        if not module or name in taken or name in modules:
-            name = node.name
-        taken.add(f"{module}.{_kind(node)}")
-        if name not in modules:
-            names[node] = name
-    return names
+        if module := graph.info(node).module:
+            names.setdefault(f"{module}.{_kind(node)}", node)
+    return last | {node: name for name, node in names.items() if name not in modules}
 
 
 def every_name(graph: ModelGraph) -> list[str]:
@@ -127,9 +122,10 @@ def every_name(graph: ModelGraph) -> list[str]:
     return list(dict.fromkeys([*parameters, *_modules(graph), *operator_names(graph).values()]))
 
 
-def _modules(graph: ModelGraph) -> dict[str, None]:
-    paths = (graph.info(node).module for node in graph.compute_nodes())
-    return dict.fromkeys(path for module in paths for path in with_parents(module) if path)
+def _modules(graph: ModelGraph) -> dict[str, fx.Node]:
+    """The last operator of every module."""
+    nodes = [(node, graph.info(node).module) for node in graph.compute_nodes()]
+    return {path: node for node, module in nodes for path in with_parents(module) if path}
 
 
 def output_shapes(graph: ModelGraph) -> dict[str, tuple[int, ...]]:

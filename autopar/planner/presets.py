@@ -216,8 +216,8 @@ class _Layouts:
                 weight = self._of_weight(node, call)
                 if weight is not None:
                     layouts.setdefault(self.graph.parameters[call.parameter], weight)
-            if text is not None and node in names:
-                layouts[names[node]] = text
+            if text is not None and (node in names or call is not None):
+                layouts[names.get(node, node.name)] = text
             if call is not None and text is None:
                 refused.append(node)
         if len(refused) == len(self.calls):
@@ -260,8 +260,14 @@ class _Layouts:
     # -- of one value ---------------------------------------------------------------------------
 
     def _of_product(self, node: fx.Node, call: _Call) -> str | None:
+        """The layout of the result and, where a product may run in steps beside its collective, the
+        factors that the scheme splits instead."""
         how = self._split(node)
-        return self._result(node, dict(zip(call.factors, (how.m, how.k, how.n), strict=True)))
+        splits = dict(zip(call.factors, (how.m, how.k, how.n), strict=True))
+        text = self._result(node, splits)
+        if text is None or not any(f.beside for f in rule_of(node)[0].factors.values()):
+            return text
+        return f"{text} by {' '.join(factor for factor, axes in splits.items() if axes)}"
 
     def _of_other(self, node: fx.Node) -> str | None:
         """The layout of a value between products; None where the scheme demands none."""
@@ -321,8 +327,8 @@ def _product(graph: ModelGraph, node: fx.Node) -> _Call | None:
     out = rule.outputs[0]
     matrices = [
         (value, dims)
-        for value, dims in zip(values, rule.inputs, strict=True)
-        if value is not None and dims is not None and len(dims) > 1
+        for i, (value, dims) in enumerate(zip(values, rule.inputs, strict=True))
+        if value is not None and dims is not None and i not in rule.terms
     ]
     weights = [(v, d) for v, d in matrices if _parameter(graph, v) is not None]
     others = [(v, d) for v, d in matrices if _parameter(graph, v) is None]

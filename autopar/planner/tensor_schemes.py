@@ -14,7 +14,7 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from autopar.ir.aliasing import is_view
 from autopar.ir.spec import ShardingSpec
@@ -34,33 +34,35 @@ class AtRest:
         self._decisions, self._chosen = space.decisions, chosen
         self._into: dict[tuple[int, int], Edge] = {(e.target, e.operand): e for e in space.edges}
 
-    def __call__(self, decision: int, operand: int) -> ShardingSpec | None:
-        """The layout of an operand; of a view, that of what it is a view of."""
+    def __call__(self, decision: int, operand: int) -> tuple[ShardingSpec, ...]:
+        """The layouts of an operand and, if it is a view, of what it is a view of: the maker's
+        last."""
+        layouts = []
         edge = self._into.get((decision, operand))
         while edge is not None:
             source = self._decisions[edge.source]
-            if source.kind != "shared" and not (source.kind == "op" and is_view(source.node)):
-                return self._chosen[edge.source].outputs[edge.result]
-            edge = self._into.get((edge.source, 0))
-        return None
+            layouts.append(self._chosen[edge.source].outputs[edge.result])
+            through = source.kind == "shared" or (source.kind == "op" and is_view(source.node))
+            edge = self._into.get((edge.source, 0)) if through else None
+        return tuple(layouts)
 
 
 def scheme_of(
     decision: Decision,
     candidate: Candidate,
     weight: int,
-    at_rest: Mapping[int, ShardingSpec | None],
+    at_rest: Callable[[int], tuple[ShardingSpec, ...]],
 ) -> dict[int, tuple[str, ...]]:
     """The roles that mesh axes have in a product by one of the schemes; none by another.
 
     Args:
         weight: the operand W.
-        at_rest: layouts of the operands where they come from.
+        at_rest: of an operand, its layouts from the product back to where it comes from.
     """
     rule, _ = rule_of(decision.node)
     strategy, dims = candidate.strategy, rule.inputs[weight]
     others = [i for i, d in enumerate(rule.inputs) if d and i != weight and i not in rule.terms]
-    if strategy is None or dims is None or len(others) != 1:
+    if strategy is None or dims is None or weight in rule.terms or len(others) != 1:
         return {}
     out, (x,) = rule.outputs[0], others
     rows, summed, columns = set[int](), set[int](), set[int]()
@@ -68,11 +70,11 @@ def scheme_of(
         of_weight, of_result = factor in factors_of(dims), factor in factors_of(out)
         group = rows if not of_weight else columns if of_result else summed
         group.update(axes)
-    gathered_x = _gathered(at_rest.get(x), candidate.inputs[x])
-    gathered_w = _gathered(at_rest.get(weight), candidate.inputs[weight])
+    gathered_x = _gathered(at_rest(x), candidate.inputs[x])
+    gathered_w = _gathered(at_rest(weight), candidate.inputs[weight])
     if len(columns) != 1 or len(gathered_w) != 1 or gathered_x != columns:
         return {}
-    if not summed and gathered_w <= rows and _splits_last(at_rest.get(x), columns):
+    if not summed and gathered_w <= rows and _splits_last(at_rest(x), columns):
         depth = rows - gathered_w
         name = "2.5d" if depth else "2d"
         return dict.fromkeys(depth, (DEPTH,)) | dict.fromkeys((*gathered_w, *columns), (name,))
@@ -81,11 +83,11 @@ def scheme_of(
     return {}
 
 
-def _gathered(before: ShardingSpec | None, after: ShardingSpec | None) -> set[int]:
-    if before is None or after is None:
+def _gathered(before: tuple[ShardingSpec, ...], after: ShardingSpec | None) -> set[int]:
+    if not before or after is None:
         return set()
-    return {a for d in before.dims for a in d} - {a for d in after.dims for a in d}
+    return {a for d in before[-1].dims for a in d} - {a for d in after.dims for a in d}
 
 
-def _splits_last(spec: ShardingSpec | None, axes: set[int]) -> bool:
-    return spec is not None and axes <= {*spec.dims[-1]}
+def _splits_last(specs: tuple[ShardingSpec, ...], axes: set[int]) -> bool:
+    return any(axes <= {*spec.dims[-1]} for spec in specs if spec.dims)
