@@ -78,7 +78,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """A table, layers, a head and its loss."""
 
-    def __init__(self, width: int = 16, heads: int = 4, layers: int = 2, words: int = 24) -> None:
+    def __init__(self, width: int, heads: int, layers: int = 2, words: int = 24) -> None:
         super().__init__()
         self.table = nn.Embedding(words, width)
         self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
@@ -104,15 +104,17 @@ class Case:
         return Case(Blocks(width, count).double(), {"x": x, "y": y})
 
     @staticmethod
-    def transformer(rows: int, length: int = 6) -> Case:
+    def transformer(rows: int, length: int = 6, width: int = 16) -> Case:
         torch.manual_seed(0)
         ids, y = torch.randint(0, 24, (2, rows, length))
-        return Case(Transformer().double(), {"ids": ids, "y": y})
+        return Case(Transformer(width, min(width, 4)).double(), {"ids": ids, "y": y})
 
-    def plan(self, mesh: str, constraints: str | Mapping[str, str] | None) -> Planned:
-        return autoplan(
-            self.model, (), self.batch, cluster=eager_to_shard(mesh), constraints=constraints
-        )
+    def plan(
+        self, mesh: str, constraints: str | Mapping[str, str], *, overlaps: bool | None = None
+    ) -> Planned:
+        """On devices for which splitting pays (`eager_to_shard`)."""
+        cluster = eager_to_shard(mesh, overlaps=overlaps)
+        return autoplan(self.model, (), self.batch, cluster=cluster, constraints=constraints)
 
 
 @dataclass(frozen=True)

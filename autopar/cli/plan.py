@@ -24,7 +24,7 @@ from autopar.planner.baselines import baseline_plans
 from autopar.planner.constraints import Constraints, load_constraints
 from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
-from autopar.planner.presets import SCHEMES
+from autopar.planner.tensor_schemes import SCHEMES
 from autopar.progress import Progress
 from autopar.report.html import render_html
 from autopar.report.pipeline import pipeline_trace

@@ -103,8 +103,8 @@ def plan(
     preset: str | None = typer.Option(
         None,
         metavar="NAME",
-        help="A published scheme of tensor parallelism, as constraints that the report lists: tp1d, "
-        "tp2d, tp2.5d or tp3d.",
+        help="A published scheme of tensor parallelism, as constraints that the report lists: "
+        "tp1d, tp2d, tp2.5d or tp3d.",
     ),
     save_constraints: Path | None = typer.Option(
         None,

@@ -3,9 +3,9 @@
 Names are those of `autopar.planner.names`. A layout is a `ShardingSpec` as plans print it, or
 several with `|` between them; that of a parameter may end in `reshard` (re-gathered for the
 backward, ZeRO-3) or `keep` (ZeRO-2). For an operator, `by ring` demands a strategy that splits the
-factor `ring`, whatever the layouts; behind a layout, `S0RS1 by n`, it demands that too. A constraint
-masks the other candidates of a decision: they get infinite time in the solver's problem, so that
-every plan is one of the same space.
+factor `ring`, whatever the layouts; behind a layout, `S0RS1 by n`, it demands that too. A
+constraint masks the other candidates of a decision: they get infinite time in the solver's problem,
+so that every plan is one of the same space.
 """
 
 from __future__ import annotations

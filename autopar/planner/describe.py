@@ -10,9 +10,9 @@ tensors have the factor:
     a middle dim of them                heads of attention, else sequence
     last dim of them                    features
 
-and a parameter that is stored split but consumed replicated is sharded as by ZeRO. Products that are
-split by rows and features at once, with operands gathered for them, are 2D, 2.5D or 3D tensor
-parallel (`autopar/planner/tensor_schemes.py`).
+and a parameter that is stored split but consumed replicated is sharded as by ZeRO. Products that
+are split by rows and features at once, with operands gathered for them, are 2D, 2.5D or 3D tensor
+parallel (`autopar/planner/scheme_roles.py`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from autopar.ir.graph import operand_at, shape_of
 from autopar.ir.repeats import INDEX, pattern
 from autopar.plan import ModuleSummary
 from autopar.planner.decisions import Candidate, Decision
+from autopar.planner.scheme_roles import DEPTH, ROLES, AtRest, scheme_of
 from autopar.planner.space import SearchSpace
-from autopar.planner.tensor_schemes import DEPTH, SCHEMES, AtRest, scheme_of
 from autopar.sharding.node_rules import rule_of
 from autopar.sharding.rule import OpRule, alternatives, factors_of, passes_sum
 
@@ -226,7 +226,7 @@ def _roles_of(module: _Module) -> Roles:
 def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str]) -> str:
     """`data parallel on axis 0, ZeRO-3 (re-gathered for backward); tensor parallel on ...`"""
     phrases = []
-    gathering = {axis for axis, names in roles.items() if {*SCHEMES} & {*names}}
+    gathering = {axis for axis, names in roles.items() if {*ROLES} & {*names}}
     again = any(gathers.get(axis, False) for axis in gathering)
     gathers = {axis: kind for axis, kind in gathers.items() if axis not in gathering}
     split: dict[str, list[int]] = defaultdict(list)
@@ -243,7 +243,7 @@ def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str])
     for name, axes in split.items():
         where = _axes(axes, axis_names)
         phrase = _PHRASES.get(name, "tensor parallel on {}, " + name).format(where)
-        if name in SCHEMES and again:
+        if name in ROLES and again:
             phrase += ", weights re-gathered for backward"
         for kind in [kind for kind, over in zero.items() if name == "data" and over == axes]:
             phrase += f", {_ZERO[kind]}"

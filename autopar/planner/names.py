@@ -106,7 +106,7 @@ def _kind(node: fx.Node) -> str:
 
 
 def operator_names(graph: ModelGraph) -> dict[fx.Node, str]:
-    """Names that copies of a block share (`h.0.mlp.gelu`, `h.0`), of the operators that have one."""
+    """Names that copies of a block share, such as `h.0.mlp.gelu`, of operators that have one."""
     modules = _modules(graph)
     last = {modules[path]: path for path in sorted(modules, key=len)}  # the innermost
     names: dict[str, fx.Node] = {}

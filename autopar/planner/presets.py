@@ -1,34 +1,23 @@
-"""Presets: published schemes of tensor parallelism, as constraints by name.
+"""Presets: the schemes of `autopar/planner/tensor_schemes.py` as constraints by name.
 
-A product is Y[m, n] = X[m, k] W[k, n], with rows m (the batch) and features k and n. A scheme says
-over which mesh axes the dims of X, W and Y are split where they are stored, and which dims the
-product itself splits. The difference is what is communicated: an axis that splits X or W at rest
-and not in the product is gathered, and one that splits k leaves a sum, which is reduce-scattered.
+A preset demands layouts of
 
-    preset   mesh     X at rest    product      W at rest      Y at rest
-    tp1d     P        -,   -       n0           k-,   n0       -,   n0       column
-                      -,   k0      k0           k0,   n-       -,   -        row
-    tp2d     q q      m0,  k1      m0, n1       k0,   n1       m0,  n1       SUMMA
-    tp2.5d   d q q    m01, k2      m01, n2      k1,   n2       m01, n2
-    tp3d     q q q    m12, k0      m1, k0, n2   k01,  n2       m10, n2
-                      m10, k2      m1, k2, n0   k2,   n01      m12, n0
+* the weights of products, as they are stored;
+* the products: their results, and which of their dims they split;
+* other operators whose result has the shape of an operand or a result of a product, if copies of a
+  block share its name: norms, activation functions, the residual stream.
 
-`m01` is split over axis 0, and inside of that over axis 1. With two lines, products alternate.
-Column and row are of Shoeybi et al. 2019; the others of Xu et al. 2021 (2D), Wang et al. 2021 (2.5D)
-and Bian et al. 2021 (3D). docs/tensor_parallelism.md has what they communicate and hold.
-
-A preset demands layouts of weights, of products, and of the other operators whose results have the
-shape of an operand or result of a product. All else (biases, norm weights, tables, inputs, heads of
-attention, the loss) is for the solver to lay out.
+All else (biases, norm weights, inputs, attention, the loss, and products that have a dim too small
+for the mesh) is for the solver to lay out.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import isqrt, prod
+from math import prod
 
 import torch
 import torch.fx as fx
@@ -39,95 +28,16 @@ from autopar.ir.graph import ModelGraph, operands, shape_of
 from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.planner.describe import grouped_names
 from autopar.planner.names import every_name, matcher, operator_names
+from autopar.planner.tensor_schemes import SCHEMES, Axes, SplitProduct, mesh_axes
 from autopar.sharding.node_rules import is_floating, results, rule_of, strategy_by_name
 from autopar.sharding.rule import Dims
 from autopar.units import mesh_text
-
-Axes = tuple[int, ...]
 
 _PRODUCTS = (
     "aten.mm.", "aten.addmm.", "aten.linear.", "aten.matmul.", "autopar.packed_",
 )  # fmt: skip
 _ATTENTION = "aten.scaled_dot_product_attention."
 _CAST = torch.ops.aten._to_copy.default
-
-
-@dataclass(frozen=True)
-class _Product:
-    """How a product is split, and how its weight is stored: mesh axes per dim."""
-
-    m: Axes
-    k: Axes
-    n: Axes
-    weight_k: Axes
-    weight_n: Axes
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """A scheme of tensor parallelism.
-
-    Args:
-        title: its name in sentences.
-        mesh: the meshes that it is for, in words.
-        shapes: the meshes of a number of ranks.
-        activations: rows and features of the values that an even and an odd product takes.
-        products: an even and an odd product.
-    """
-
-    title: str
-    mesh: str
-    shapes: Callable[[int], list[tuple[int, ...]]]
-    activations: tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
-    products: tuple[_Product, _Product]
-
-
-def _root(ranks: int, power: int) -> int:
-    """The q > 1 with q ** power == ranks, or 0."""
-    return next((q for q in range(2, ranks + 1) if q**power == ranks), 0)
-
-
-def _with_depth(ranks: int) -> list[tuple[int, ...]]:
-    sizes = range(2, isqrt(ranks // 2) + 1)
-    return [(ranks // q**2, q, q) for q in sizes if ranks % q**2 == 0]
-
-
-_SUMMA = _Product((0,), (), (1,), (0,), (1,))
-_TESSERACT = _Product((0, 1), (), (2,), (1,), (2,))
-
-SCHEMES: Mapping[str, Scheme] = {
-    "tp1d": Scheme(
-        "1D tensor parallelism",
-        "one axis",
-        lambda ranks: [(ranks,)] if ranks > 1 else [],
-        (((), ()), ((), (0,))),
-        (_Product((), (), (0,), (), (0,)), _Product((), (0,), (), (0,), ())),
-    ),
-    "tp2d": Scheme(
-        "2D tensor parallelism",
-        "two equal axes",
-        lambda ranks: [(q, q)] if (q := _root(ranks, 2)) else [],
-        (((0,), (1,)), ((0,), (1,))),
-        (_SUMMA, _SUMMA),
-    ),
-    "tp2.5d": Scheme(
-        "2.5D tensor parallelism",
-        "three axes, of which the last two are equal",
-        _with_depth,
-        (((0, 1), (2,)), ((0, 1), (2,))),
-        (_TESSERACT, _TESSERACT),
-    ),
-    "tp3d": Scheme(
-        "3D tensor parallelism",
-        "three equal axes",
-        lambda ranks: [(q, q, q)] if (q := _root(ranks, 3)) else [],
-        (((1, 2), (0,)), ((1, 0), (2,))),
-        (
-            _Product((1,), (0,), (2,), (0, 1), (2,)),
-            _Product((1,), (2,), (0,), (2,), (0, 1)),
-        ),
-    ),
-}
 
 
 def preset_constraints(name: str, graph: ModelGraph, mesh: Sequence[int]) -> dict[str, str]:
@@ -137,36 +47,8 @@ def preset_constraints(name: str, graph: ModelGraph, mesh: Sequence[int]) -> dic
         ConstraintError: there is no such preset, it is not for this mesh, or the model has no
             products of activations with weights that it can split.
     """
-    if name not in SCHEMES:
-        raise ConstraintError(f"there is no preset {name!r}; presets are {', '.join(SCHEMES)}")
-    layouts = _Layouts(name, graph, mesh, _mesh_axes(name, mesh)).all()
+    layouts = _Layouts(name, graph, mesh, mesh_axes(name, mesh)).all()
     return dict(_by_pattern(layouts, every_name(graph)))
-
-
-# -- meshes -------------------------------------------------------------------------------------
-
-
-def _mesh_axes(name: str, mesh: Sequence[int]) -> Axes:
-    """The mesh axes that play the parts of a scheme's axes."""
-    scheme = SCHEMES[name]
-    axes = tuple(axis for axis, size in enumerate(mesh) if size > 1)
-    sizes, ranks = tuple(mesh[axis] for axis in axes), prod(mesh)
-    if sizes in scheme.shapes(ranks):
-        return axes
-    if ranks == 1:
-        raise ConstraintError(f"preset {name} splits a model over devices, and the mesh has one")
-    fitting = [mesh_text(shape) for shape in scheme.shapes(ranks)]
-    if fitting:
-        remedy = f"its {ranks} ranks can be {' or '.join(fitting)}"
-    else:
-        counts = [n for n in range(ranks - 1, 1, -1) if scheme.shapes(n)][:1]
-        counts += [n for n in range(ranks + 1, 8 * ranks + 1) if scheme.shapes(n)][:1]
-        near = [mesh_text(shape) for n in counts for shape in scheme.shapes(n)]
-        remedy = f"{ranks} ranks have no such mesh; the nearest are {' and '.join(near)}"
-    raise ConstraintError(
-        f"preset {name} ({scheme.title}) is for a mesh of {scheme.mesh}, and mesh "
-        f"{mesh_text(mesh)} is not one; {remedy}"
-    )
 
 
 # -- layouts ------------------------------------------------------------------------------------
@@ -180,7 +62,7 @@ class _Call:
         activations: the operand X.
         parameter: placeholder of the weight.
         weight: factors of W's dims, as the parameter has them; None if it is a view of it.
-        factors: those of m, k and n.
+        factors: those of m (empty if there is one row), k and n.
     """
 
     activations: fx.Node
@@ -225,23 +107,27 @@ class _Layouts:
         return layouts
 
     def _refusal(self, refused: Sequence[fx.Node]) -> str:
-        does = f"preset {self.name} ({self.scheme.title}) splits products of activations with"
+        does = (
+            f"preset {self.name} ({self.scheme.title}) splits products of activations with weights"
+        )
         if not refused:
-            return f"{does} weights, such as linear layers, and the model has none"
+            return f"{does}, such as linear layers, and the model has none"
         node = refused[0]
-        how, rule = self._split(node), rule_of(node)[0]
-        dims = [
-            f"{what} of size {rule.factors[factor].size} over {prod(self.mesh[a] for a in axes)}"
-            for what, factor, axes in zip(
-                ("rows", "summed features", "features of the result"), self.calls[node].factors,
-                (how.m, how.k, how.n), strict=True,
-            ) if axes
-        ]  # fmt: skip
+        how, factors = self._split(node), rule_of(node)[0].factors
+        small, remedies = [], []
+        for what, remedy, name, axes in zip(
+            ("rows", "summed features", "features of the result"),
+            ("a larger batch", "a smaller mesh", "a smaller mesh"),
+            self.calls[node].factors, (how.m, how.k, how.n), strict=True,
+        ):  # fmt: skip
+            if axes and (name not in factors or not factors[name].allows(axes, self.mesh)):
+                size = factors[name].size if name in factors else 1
+                small.append(f"{what} of size {size} over {prod(self.mesh[a] for a in axes)} ranks")
+                remedies.append(remedy)
         return (
-            f"{does} weights, and mesh {mesh_text(self.mesh)} has more ranks than any of the "
-            f"model's {len(refused)} has parts for: {node.target} at "
-            f"{self.graph.info(node).source} would split {', '.join(dims)} ranks. Take a larger "
-            "batch or a smaller mesh"
+            f"{does}, and mesh {mesh_text(self.mesh)} leaves ranks without a part of every one of "
+            f"the model's {len(refused)}: {node.target} at {self.graph.info(node).source} would "
+            f"split {' and '.join(small)}. Take {' and '.join(dict.fromkeys(remedies))}"
         )
 
     # -- in mesh axes ---------------------------------------------------------------------------
@@ -249,9 +135,9 @@ class _Layouts:
     def _on_mesh(self, axes: Axes) -> Axes:
         return tuple(self._axes[axis] for axis in axes)
 
-    def _split(self, node: fx.Node) -> _Product:
+    def _split(self, node: fx.Node) -> SplitProduct:
         how = self.scheme.products[self.parity[self.calls[node].activations]]
-        return _Product(*(self._on_mesh(getattr(how, f)) for f in how.__dataclass_fields__))
+        return SplitProduct(*(self._on_mesh(getattr(how, f)) for f in how.__dataclass_fields__))
 
     def _activations(self, node: fx.Node) -> tuple[Axes, Axes]:
         rows, features = self.scheme.activations[self.parity.get(node, 0)]
@@ -338,12 +224,12 @@ def _product(graph: ModelGraph, node: fx.Node) -> _Call | None:
     summed = [d for d in dims if d is not None and d not in out]
     kept = [d for d in dims if d is not None and d in out and d not in own]
     m = out[0]
-    if len(summed) != 1 or len(kept) != 1 or m is None or m not in own or summed[0] not in own:
+    if len(summed) != 1 or len(kept) != 1 or m not in own or summed[0] not in own:
         return None
     parameter = _parameter(graph, weight)
     assert parameter is not None
     direct = weight.op == "placeholder"
-    return _Call(activations, parameter, dims if direct else None, (m, summed[0], kept[0]))
+    return _Call(activations, parameter, dims if direct else None, (m or "", summed[0], kept[0]))
 
 
 def _parameter(graph: ModelGraph, value: fx.Node) -> str | None:

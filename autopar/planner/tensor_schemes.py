@@ -1,93 +1,138 @@
-"""Recognizes 2D, 2.5D and 3D tensor parallelism in a plan, product by product.
+"""Published schemes of tensor parallelism: the meshes that they are for, and what is split where.
 
-Of Y[m, n] = X[m, k] W[k, n], the product splits some dims, and operands are gathered for it along axes
-that split them where they come from:
+A product is Y[m, n] = X[m, k] W[k, n], with rows m (the batch) and features k and n. A scheme says
+over which mesh axes the dims of X, W and Y are split where they are stored, and which dims the
+product itself splits. The difference is what is communicated: an axis that splits X or W at rest
+and not in the product is gathered, and one that splits k leaves a sum, which is reduce-scattered.
 
-            the product splits   X is gathered along   W is gathered along
-    2D      m over a, n over b   b, which split k      a
-    2.5D    m over d and a too   b, which split k      a
-    3D      m, k, n over a, b, c c                     a
+    preset   mesh     X at rest    product      W at rest      Y at rest
+    tp1d     P        -,   -       n0           k-,   n0       -,   n0       column
+                      -,   k0      k0           k0,   n-       -,   -        row
+    tp2d     q q      m0,  k1      m0, n1       k0,   n1       m0,  n1       SUMMA
+    tp2.5d   d q q    m01, k2      m01, n2      k1,   n2       m01, n2
+    tp3d     q q q    m12, k0      m1, k0, n2   k01,  n2       m10, n2
+                      m10, k2      m1, k2, n0   k2,   n01      m12, n0
 
-These are the presets of `autopar/planner/presets.py`, on any axes, whether they were asked for or
-not.
+`m01` is split over axis 0, and inside of that over axis 1. With two lines, products alternate.
+Column and row are of Shoeybi et al. 2019; the others of Xu et al. 2021 (2D), Wang et al. 2021
+(2.5D) and Bian et al. 2021 (3D). docs/tensor_parallelism.md has what they communicate and hold, and
+`autopar/planner/presets.py` writes a scheme as constraints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt, prod
 
-from autopar.ir.aliasing import is_view
-from autopar.ir.spec import ShardingSpec
-from autopar.planner.decisions import Candidate, Decision, Edge
-from autopar.planner.space import SearchSpace
-from autopar.sharding.node_rules import rule_of
-from autopar.sharding.rule import factors_of
+from autopar.errors import ConstraintError
+from autopar.units import mesh_text
 
-SCHEMES = ("2d", "2.5d", "3d")
-DEPTH = "depth"
+Axes = tuple[int, ...]
 
 
-class AtRest:
-    """Layouts in which the operands of a plan come from their makers, before conversions."""
+@dataclass(frozen=True)
+class SplitProduct:
+    """How a product is split, and how its weight is stored: mesh axes per dim."""
 
-    def __init__(self, space: SearchSpace, chosen: Sequence[Candidate]) -> None:
-        self._decisions, self._chosen = space.decisions, chosen
-        self._into: dict[tuple[int, int], Edge] = {(e.target, e.operand): e for e in space.edges}
-
-    def __call__(self, decision: int, operand: int) -> tuple[ShardingSpec, ...]:
-        """The layouts of an operand and, if it is a view, of what it is a view of: the maker's
-        last."""
-        layouts = []
-        edge = self._into.get((decision, operand))
-        while edge is not None:
-            source = self._decisions[edge.source]
-            layouts.append(self._chosen[edge.source].outputs[edge.result])
-            through = source.kind == "shared" or (source.kind == "op" and is_view(source.node))
-            edge = self._into.get((edge.source, 0)) if through else None
-        return tuple(layouts)
+    m: Axes
+    k: Axes
+    n: Axes
+    weight_k: Axes
+    weight_n: Axes
 
 
-def scheme_of(
-    decision: Decision,
-    candidate: Candidate,
-    weight: int,
-    at_rest: Callable[[int], tuple[ShardingSpec, ...]],
-) -> dict[int, tuple[str, ...]]:
-    """The roles that mesh axes have in a product by one of the schemes; none by another.
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme of tensor parallelism.
 
     Args:
-        weight: the operand W.
-        at_rest: of an operand, its layouts from the product back to where it comes from.
+        title: its name in sentences.
+        mesh: the meshes that it is for, in words.
+        shapes: the meshes of a number of ranks.
+        activations: rows and features of the values that an even and an odd product takes.
+        products: an even and an odd product.
     """
-    rule, _ = rule_of(decision.node)
-    strategy, dims = candidate.strategy, rule.inputs[weight]
-    others = [i for i, d in enumerate(rule.inputs) if d and i != weight and i not in rule.terms]
-    if strategy is None or dims is None or weight in rule.terms or len(others) != 1:
-        return {}
-    out, (x,) = rule.outputs[0], others
-    rows, summed, columns = set[int](), set[int](), set[int]()
-    for factor, axes in strategy.splits.items():
-        of_weight, of_result = factor in factors_of(dims), factor in factors_of(out)
-        group = rows if not of_weight else columns if of_result else summed
-        group.update(axes)
-    gathered_x = _gathered(at_rest(x), candidate.inputs[x])
-    gathered_w = _gathered(at_rest(weight), candidate.inputs[weight])
-    if len(columns) != 1 or len(gathered_w) != 1 or gathered_x != columns:
-        return {}
-    if not summed and gathered_w <= rows and _splits_last(at_rest(x), columns):
-        depth = rows - gathered_w
-        name = "2.5d" if depth else "2d"
-        return dict.fromkeys(depth, (DEPTH,)) | dict.fromkeys((*gathered_w, *columns), (name,))
-    if len(rows) == len(summed) == 1 and gathered_w == rows:
-        return dict.fromkeys((*rows, *summed, *columns), ("3d",))
-    return {}
+
+    title: str
+    mesh: str
+    shapes: Callable[[int], list[tuple[int, ...]]]
+    activations: tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
+    products: tuple[SplitProduct, SplitProduct]
 
 
-def _gathered(before: tuple[ShardingSpec, ...], after: ShardingSpec | None) -> set[int]:
-    if not before or after is None:
-        return set()
-    return {a for d in before[-1].dims for a in d} - {a for d in after.dims for a in d}
+def _root(ranks: int, power: int) -> int:
+    """The q > 1 with q ** power == ranks, or 0."""
+    return next((q for q in range(2, ranks + 1) if q**power == ranks), 0)
 
 
-def _splits_last(specs: tuple[ShardingSpec, ...], axes: set[int]) -> bool:
-    return any(axes <= {*spec.dims[-1]} for spec in specs if spec.dims)
+def _with_depth(ranks: int) -> list[tuple[int, ...]]:
+    sizes = range(2, isqrt(ranks // 2) + 1)
+    return [(ranks // q**2, q, q) for q in sizes if ranks % q**2 == 0]
+
+
+_SUMMA = SplitProduct((0,), (), (1,), (0,), (1,))
+_TESSERACT = SplitProduct((0, 1), (), (2,), (1,), (2,))
+
+SCHEMES: Mapping[str, Scheme] = {
+    "tp1d": Scheme(
+        "1D tensor parallelism",
+        "one axis",
+        lambda ranks: [(ranks,)] if ranks > 1 else [],
+        (((), ()), ((), (0,))),
+        (SplitProduct((), (), (0,), (), (0,)), SplitProduct((), (0,), (), (0,), ())),
+    ),
+    "tp2d": Scheme(
+        "2D tensor parallelism",
+        "two equal axes",
+        lambda ranks: [(q, q)] if (q := _root(ranks, 2)) else [],
+        (((0,), (1,)), ((0,), (1,))),
+        (_SUMMA, _SUMMA),
+    ),
+    "tp2.5d": Scheme(
+        "2.5D tensor parallelism",
+        "three axes, of which the last two are equal",
+        _with_depth,
+        (((0, 1), (2,)), ((0, 1), (2,))),
+        (_TESSERACT, _TESSERACT),
+    ),
+    "tp3d": Scheme(
+        "3D tensor parallelism",
+        "three equal axes",
+        lambda ranks: [(q, q, q)] if (q := _root(ranks, 3)) else [],
+        (((1, 2), (0,)), ((1, 0), (2,))),
+        (
+            SplitProduct((1,), (0,), (2,), (0, 1), (2,)),
+            SplitProduct((1,), (2,), (0,), (2,), (0, 1)),
+        ),
+    ),
+}
+
+
+def mesh_axes(name: str, mesh: Sequence[int]) -> Axes:
+    """The mesh axes that play the parts of a scheme's axes; axes of size 1 play none.
+
+    Raises:
+        ConstraintError: there is no such scheme, or it is not for this mesh.
+    """
+    if name not in SCHEMES:
+        raise ConstraintError(f"there is no preset {name!r}; presets are {', '.join(SCHEMES)}")
+    scheme = SCHEMES[name]
+    axes = tuple(axis for axis, size in enumerate(mesh) if size > 1)
+    sizes, ranks = tuple(mesh[axis] for axis in axes), prod(mesh)
+    if sizes in scheme.shapes(ranks):
+        return axes
+    if ranks == 1:
+        raise ConstraintError(f"preset {name} splits a model over devices, and the mesh has one")
+    fitting = [mesh_text(shape) for shape in scheme.shapes(ranks)]
+    if fitting:
+        remedy = f"its {ranks} ranks can be {' or '.join(fitting)}"
+    else:
+        counts = [n for n in range(ranks - 1, 1, -1) if scheme.shapes(n)][:1]
+        counts += [n for n in range(ranks + 1, 8 * ranks + 1) if scheme.shapes(n)][:1]
+        near = [mesh_text(shape) for n in counts for shape in scheme.shapes(n)]
+        remedy = f"{ranks} ranks have no such mesh; the nearest are {' and '.join(near)}"
+    raise ConstraintError(
+        f"preset {name} ({scheme.title}) is for a mesh of {scheme.mesh}, and mesh "
+        f"{mesh_text(mesh)} is not one; {remedy}"
+    )
