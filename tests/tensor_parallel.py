@@ -35,12 +35,23 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
+class Branches(nn.Module):
+    """Three products of one value."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.a(x) * self.b(x) * self.c(x)
+
+
 class Blocks(nn.Module):
     """Some blocks and a loss."""
 
-    def __init__(self, width: int, blocks: int) -> None:
+    def __init__(self, width: int, blocks: int, block: type[nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(block(width) for _ in range(blocks)))
 
     def forward(self, x, y):
         return F.mse_loss(self.blocks(x), y)
@@ -98,10 +109,10 @@ class Case:
     batch: Mapping[str, torch.Tensor]
 
     @staticmethod
-    def blocks(count: int, rows: int, width: int) -> Case:
+    def blocks(count: int, rows: int, width: int, block: type[nn.Module] = Block) -> Case:
         torch.manual_seed(0)
         x, y = torch.randn(2, rows, width, dtype=torch.float64)
-        return Case(Blocks(width, count).double(), {"x": x, "y": y})
+        return Case(Blocks(width, count, block).double(), {"x": x, "y": y})
 
     @staticmethod
     def transformer(rows: int, length: int = 6, width: int = 16) -> Case:

@@ -24,7 +24,7 @@ from autopar.planner.baselines import baseline_plans
 from autopar.planner.constraints import Constraints, load_constraints
 from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
-from autopar.planner.tensor_schemes import SCHEMES
+from autopar.planner.tensor_schemes import check_scheme
 from autopar.progress import Progress
 from autopar.report.html import render_html
 from autopar.report.pipeline import pipeline_trace
@@ -87,13 +87,12 @@ def constraints_of(preset: str | None, file: Path | None) -> Constraints | str:
     """The constraints of a file, or the name of a preset.
 
     Raises:
-        ValueError: both are given, or there is no such preset.
-        ConstraintError: the file has none.
+        ValueError: both are given.
+        ConstraintError: there is no such preset, or the file has no constraints.
     """
     if preset is None:
         return {} if file is None else load_constraints(file)
-    if preset not in SCHEMES:
-        raise ValueError(f"there is no preset {preset!r}; presets are {', '.join(SCHEMES)}")
+    check_scheme(preset)
     if file is not None:
         raise ValueError(
             f"--preset {preset} and --constraints {file} both say what a plan must have; write the "

@@ -291,9 +291,9 @@ def _output_spec(name: str, text: str, shape: tuple[int, ...], mesh: Sequence[in
     return spec
 
 
-def refuse_outputs(constraints: Constraints | str | None) -> None:
+def refuse_outputs(constraints: Constraints | None) -> None:
     """Raise ConstraintError for constraints on results, whose layout the engine decides."""
-    for name in {} if isinstance(constraints, str) else constraints or {}:
+    for name in constraints or {}:
         if name.startswith(_OUTPUTS):
             raise ConstraintError(
                 f"constraint {name!r}: auto_engine returns global results, or with batch='local' "

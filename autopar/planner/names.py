@@ -109,10 +109,13 @@ def operator_names(graph: ModelGraph) -> dict[fx.Node, str]:
     """Names that copies of a block share, such as `h.0.mlp.gelu`, of operators that have one."""
     modules = _modules(graph)
     last = {modules[path]: path for path in sorted(modules, key=len)}  # the innermost
+    # of the model itself, unless another operator is called so
+    reserved = {node.name: node for node in graph.compute_nodes()}
     names: dict[str, fx.Node] = {}
     for node in graph.compute_nodes():
-        if module := graph.info(node).module:
-            names.setdefault(f"{module}.{_kind(node)}", node)
+        name = f"{graph.info(node).module}.{_kind(node)}".removeprefix(".")
+        if reserved.get(name, node) is node:
+            names.setdefault(name, node)
     return last | {node: name for name, node in names.items() if name not in modules}
 
 

@@ -4,8 +4,8 @@ A preset demands layouts of
 
 * the weights of products, as they are stored;
 * the products: their results, and which of their dims they split;
-* other operators whose result has the shape of an operand or a result of a product, if copies of a
-  block share its name: norms, activation functions, the residual stream.
+* other operators whose result has the shape of an operand or a result of a product, if they have a
+  name that copies of a block share: norms, activation functions, the residual stream.
 
 All else (biases, norm weights, inputs, attention, the loss, and products that have a dim too small
 for the mesh) is for the solver to lay out.
@@ -157,8 +157,8 @@ class _Layouts:
 
     def _of_other(self, node: fx.Node) -> str | None:
         """The layout of a value between products; None where the scheme demands none."""
-        value = results(node)[0]
-        if node not in self.parity or shape_of(value) not in self.shapes:
+        values = results(node)
+        if node not in self.parity or len(values) != 1 or shape_of(values[0]) not in self.shapes:
             return None
         rows, features = self._activations(node)
         dims = rule_of(node)[0].outputs[0]

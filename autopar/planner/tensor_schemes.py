@@ -109,14 +109,19 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 
+def check_scheme(name: str) -> None:
+    """Raise ConstraintError if there is no such scheme."""
+    if name not in SCHEMES:
+        raise ConstraintError(f"there is no preset {name!r}; presets are {', '.join(SCHEMES)}")
+
+
 def mesh_axes(name: str, mesh: Sequence[int]) -> Axes:
     """The mesh axes that play the parts of a scheme's axes; axes of size 1 play none.
 
     Raises:
         ConstraintError: there is no such scheme, or it is not for this mesh.
     """
-    if name not in SCHEMES:
-        raise ConstraintError(f"there is no preset {name!r}; presets are {', '.join(SCHEMES)}")
+    check_scheme(name)
     scheme = SCHEMES[name]
     axes = tuple(axis for axis, size in enumerate(mesh) if size > 1)
     sizes, ranks = tuple(mesh[axis] for axis in axes), prod(mesh)

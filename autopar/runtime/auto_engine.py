@@ -24,6 +24,7 @@ from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
+from autopar.planner.tensor_schemes import check_scheme
 from autopar.progress import Progress, Tell, silent_if_false
 from autopar.runtime.adoption import check_optimizer
 from autopar.runtime.batch import BatchDim
@@ -137,7 +138,10 @@ def auto_engine(
         raise ValueError("precision= is put in force as the step is lowered; leave lower=False out")
     tell = silent_if_false(progress, _write_to_stderr)
     warn_if_torch_is_untested(torch.__version__)
-    refuse_outputs(constraints)
+    if isinstance(constraints, str):
+        check_scheme(constraints)
+    else:
+        refuse_outputs(constraints)
     model = unwrapped(model)
     cluster = as_cluster(cluster_info).with_memory(memory)
     if plan is not None:

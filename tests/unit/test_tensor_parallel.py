@@ -13,7 +13,7 @@ from autopar import autoplan
 from autopar.cli.app import app
 from autopar.errors import ConstraintError
 from autopar.planner.tensor_schemes import SCHEMES
-from tests.tensor_parallel import Case, measure
+from tests.tensor_parallel import Block, Branches, Case, measure
 
 MESHES = {"tp1d": "4", "tp2d": "2x2", "tp2.5d": "2x2x2", "tp3d": "2x2x2"}
 P, D, Q = 4, 2, 2  # ranks of tp1d, depth, and ranks along the other axes
@@ -33,14 +33,14 @@ class PerBlock:
 
 
 @cache
-def per_block(preset: str, regather: bool) -> PerBlock:
+def per_block(preset: str, regather: bool, block: type[nn.Module] = Block) -> PerBlock:
     """Of one block: the difference between two blocks and one, the same on every rank."""
     one, two = (
         measure(case, case.plan(MESHES[preset], preset), regather=regather)
-        for case in (Case.blocks(count, ROWS, WIDTH) for count in (1, 2))
+        for case in (Case.blocks(count, ROWS, WIDTH, block) for count in (1, 2))
     )
     assert max(m.error for m in two.values()) < 1e-10
-    (block,) = {
+    (same,) = {
         PerBlock(
             tuple(b - a for a, b in zip(one[rank].sent, two[rank].sent, strict=True)),
             two[rank].parameters - one[rank].parameters,
@@ -48,7 +48,7 @@ def per_block(preset: str, regather: bool) -> PerBlock:
         )
         for rank in one
     }
-    return block
+    return same
 
 
 # -- bytes, against the published table ---------------------------------------------------------
@@ -105,6 +105,12 @@ def test_gathered_operands_that_are_kept_save_a_third(preset, depth):
     assert kept.kept == gathered + H_BYTES / (depth * Q**2)
 
 
+def test_products_of_one_value_gather_it_once():
+    """And reduce-scatter the sum of its gradients: 2 instead of 9 times."""
+    block = per_block("tp2d", regather=False, block=Branches)
+    assert block.sent[1] == 2 * (Q - 1) / Q * X_BYTES / Q
+
+
 # -- results ------------------------------------------------------------------------------------
 
 
@@ -123,6 +129,16 @@ def test_a_transformer_equals_a_single_device(preset):
     for name in ("layers.*.up", "layers.*.down", "layers.*.attention.out", "head"):
         word = expected.replace("column", "row") if name.endswith(("down", "out")) else expected
         assert word in words[name], name
+
+
+def test_1d_without_the_residual_stream_becomes_sequence_parallel():
+    """Rows are then split between a pair of products and the next."""
+    case = Case.blocks(2, ROWS, WIDTH)
+    whole = case.plan("4", "tp1d").plan.constraints
+    edited = {name: layout for name, layout in whole.items() if not name.endswith("add")}
+    planned = case.plan("4", edited)
+    assert planned.plan.choices["add"] == "d2"  # the rows
+    assert max(m.error for m in measure(case, planned).values()) < 1e-10
 
 
 def test_sizes_need_not_be_divisible():
