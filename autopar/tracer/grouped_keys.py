@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 
 from autopar.ir.graph import bound_arguments
+from autopar.operators.banded_attention import BANDED
 from autopar.tracer.inplace import computed
 
 aten = torch.ops.aten
@@ -28,13 +29,14 @@ _INSERTS = {aten.unsqueeze.default, aten.reshape.default}
 
 def share_keys(graph: fx.Graph) -> None:
     """Have attention take the keys and values that were repeated for its heads."""
-    for node in graph.find_nodes(op="call_function", target=ATTENTION):
-        _share(node)
+    for target in (ATTENTION, BANDED):
+        for node in graph.find_nodes(op="call_function", target=target):
+            _share(node)
 
 
 def _share(node: fx.Node) -> None:
     arguments = bound_arguments(node)
-    query, key, value = (arguments.pop(name) for name in ("query", "key", "value"))
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
     if arguments.get("enable_gqa"):
         return
     shapes = [tuple(n.meta["val"].shape) for n in (query, key, value)]
@@ -46,10 +48,11 @@ def _share(node: fx.Node) -> None:
     kept = [n for n in sources if n is not None]
     if kept[0].meta["val"].shape[-3] != kept[1].meta["val"].shape[-3]:
         return
-    if not _kernel_shares(query, key, value, arguments.get("attn_mask")):
+    mask = arguments.get("attn_mask")
+    if node.target is ATTENTION and not _kernel_shares(query, key, value, mask):
         return
-    node.args = (query, *kept)
-    node.kwargs = {**arguments, "enable_gqa": True}
+    node.args = (query, *kept, *node.args[3:])
+    node.kwargs = {**node.kwargs, "enable_gqa": True}
     node.meta["val"] = computed(node.target, node.args, node.kwargs)
 
 

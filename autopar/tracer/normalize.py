@@ -6,7 +6,8 @@
 * `copy` becomes a conversion and an expansion, because it has no derivative.
 * Products whose result is cut into equal parts get a dim for the parts (`packed.py`).
 * Losses of tokens keep the dims of the batch (`token_loss.py`).
-* Attention takes the keys that heads share unrepeated (`grouped_keys.py`).
+* Attention knows its mask where positions decide it (`attention_masks.py`), and takes the keys that
+  heads share unrepeated (`grouped_keys.py`).
 * Results of `no_grad` regions are detached.
 * Assertions and dead code are removed. Random draws stay, so that a generator has the same state
   after the graph as after the model.
@@ -30,6 +31,7 @@ from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph, NodeInfo, bound_arguments, is_marked_leaf
 from autopar.ir.guards import Guard, is_mutating
 from autopar.ir.randomness import draws
+from autopar.tracer.attention_masks import name_masks
 from autopar.tracer.functions import NAMESPACE
 from autopar.tracer.grouped_keys import share_keys
 from autopar.tracer.inplace import call_like
@@ -221,6 +223,7 @@ def _clean(gm: fx.GraphModule) -> None:
     _rewrite(graph)
     pack(graph)
     keep_token_dims(graph)
+    name_masks(graph)
     share_keys(graph)
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or draws(n))
     functions = (n for n in graph.nodes if getattr(n.target, "namespace", "") == NAMESPACE)
