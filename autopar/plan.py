@@ -431,16 +431,16 @@ class ShardingPlan:
         Raises:
             PlanError: naming what differs.
         """
+        planned = 1 if self.pipeline is None else self.pipeline.ranks
+        if planned != pipeline_ranks:
+            raise PlanError(
+                f"the plan was made for {planned} rank(s) along a mesh axis named pipe, this run "
+                f"has {pipeline_ranks}; plan again with --mesh"
+            )
         if self.mesh != mesh:
             raise PlanError(
                 f"the plan was made for mesh {mesh_text(self.mesh)}, "
                 f"this run has {mesh_text(mesh)}; plan again with --mesh"
-            )
-        planned = 1 if self.pipeline is None else self.pipeline.ranks
-        if planned != pipeline_ranks:
-            raise PlanError(
-                f"the plan was made for {planned} ranks along the pipe axis, this run has "
-                f"{pipeline_ranks}; plan again with --mesh"
             )
         if self.precision != precision:
             raise PlanError(

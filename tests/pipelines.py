@@ -28,13 +28,13 @@ class TextModel(nn.Module):
         sizes: Any = {"vocab_size": 61, "use_cache": False, "attn_implementation": "eager"}
         if kind == "llama":
             config: Any = transformers.LlamaConfig(
-                hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+                hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, tie_word_embeddings=False, **sizes,
             )  # fmt: skip
             self.lm = transformers.LlamaForCausalLM(config)
         else:
             config = transformers.T5Config(
-                d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=0.0,
+                d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, dropout_rate=0.0,
                 decoder_start_token_id=0, vocab_size=61, use_cache=False,
             )  # fmt: skip
             self.lm = transformers.T5ForConditionalGeneration(config)
@@ -123,6 +123,24 @@ class Thrice(nn.Module):
         return F.cross_entropy(self.head(h), y)
 
 
+class Tied(nn.Module):
+    """The table of the first stage is the last layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(31, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 31)
+        self.head.weight = self.table.weight
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, ids, labels):
+        h = self.table(ids)
+        for layer in self.layers:
+            h = h + torch.tanh(layer(h)) * self.scale
+        return F.cross_entropy(self.head(h).flatten(0, 1), labels.flatten())
+
+
 class Crossings(nn.Module):
     """Values of every kind go from stage to stage: integers, booleans, several of one operator,
     results of the first stage for the last; and results that are no tensors."""
@@ -180,8 +198,8 @@ class Normed(nn.Module):
 
 
 class Counted(nn.Module):
-    """A counter that every stage reads, and a mean of activations that one updates and another
-    one may read."""
+    """A counter that every stage reads, and a mean of activations, which an earlier stage than the
+    one that updates it may read."""
 
     def __init__(self, shared_mean: bool = False) -> None:
         super().__init__()
@@ -194,12 +212,12 @@ class Counted(nn.Module):
     def forward(self, x, y):
         if self.training:
             self.count.add_(1)
+        if self.shared_mean:
+            x = x - self.mean
         for k, layer in enumerate(self.layers):
             x = torch.tanh(layer(x)) / (1 + 0.1 * self.count)
             if k == 1 and self.training:
                 self.mean.lerp_(x.detach().mean(0), 0.1)
-        if self.shared_mean:
-            x = x - self.mean
         return F.cross_entropy(self.head(x) * (1 + 0.1 * self.count), y)
 
 
@@ -303,18 +321,20 @@ class Model:
 
 MODELS = {
     "mlp": Model(CASES["mlp"].make, CASES["mlp"].batch),
-    "gpt2": Model(lambda: LanguageModel(layers=3), text),
+    "gpt2": Model(lambda: LanguageModel(layers=2), text),
     "vit": Model(CASES["vit"].make, CASES["vit"].batch),
     "llama": Model(lambda: TextModel("llama"), padded_text, single=True),
     "t5": Model(lambda: TextModel("t5"), translation, single=True),
     "unet": Model(UNet, noisy_images),
     "experts": Model(Experts, tokens),
     "thrice": Model(Thrice, vectors),
+    "tied": Model(Tied, tokens),
     "crossings": Model(Crossings, masked_vectors),
     "frozen": Model(Frozen, vectors),
     "frozen end": Model(lambda: Frozen((2, 3)), vectors),
     "normed": Model(Normed, vectors),
     "counted": Model(Counted, vectors),
+    "counted mean": Model(lambda: Counted(shared_mean=True), vectors),
     "dropped": Model(Dropped, vectors),
     "logits": Model(Logits, vectors),
 }
@@ -391,6 +411,7 @@ def train_beside(
     sizes: list[int] | None = None,
     samples: list[int] | None = None,
     clip: float | None = None,
+    evaluate: bool = False,
 ) -> dict[str, float]:
     """Train an engine and the same model on one device; largest differences by what differs.
 
@@ -398,6 +419,7 @@ def train_beside(
         sizes: the microbatches, where each is a batch of its own.
         samples: of the batch of each step.
         clip: the norm of gradients.
+        evaluate: after each step.
     """
     model = MODELS[name]
     alone = model.build()
@@ -428,9 +450,10 @@ def train_beside(
             note("norm", gap(*norms))
         trained.step()
         beside.step()
-        engine.eval(), alone.eval()
-        with torch.no_grad():
-            note("evaluated", gap(engine(**batch), alone(**batch)))
-        engine.train(), alone.train()
+        if evaluate:
+            engine.eval(), alone.eval()
+            with torch.no_grad():
+                note("evaluated", gap(engine(**batch), alone(**batch)))
+            engine.train(), alone.train()
     note("state", state_gap(engine, alone))
     return worst

@@ -61,9 +61,13 @@ class Ranks:
         """Whether it is true of every rank."""
         return mine
 
+    def of_all(self, mine: Any) -> list[Any]:
+        """Every rank's."""
+        return [mine]
+
     def united(self, mine: list[bool]) -> list[bool]:
         """What is true on any rank."""
-        return mine
+        return [any(flags) for flags in zip(*self.of_all(mine), strict=True)]
 
     def differing(self, signature: str) -> list[int]:
         """Ranks whose signature is not that of rank 0; the same on all ranks."""
@@ -80,7 +84,7 @@ class GroupRanks(Ranks):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def _of_all(self, mine: Any) -> list[Any]:
+    def of_all(self, mine: Any) -> list[Any]:
         answers: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(answers, mine, group=self._group)
         return answers
@@ -98,10 +102,10 @@ class GroupRanks(Ranks):
         return box[0]
 
     def all(self, mine: bool) -> bool:
-        return all(self._of_all(mine))
+        return all(self.of_all(mine))
 
     def differing(self, signature: str) -> list[int]:
-        signatures = self._of_all(signature)
+        signatures = self.of_all(signature)
         return [r for r, s in enumerate(signatures) if s != signatures[0]]
 
 
@@ -147,10 +151,10 @@ class WorldRanks(Ranks):
         dist.all_gather_object(answers, mine)
         return all(answers)
 
-    def united(self, mine: list[bool]) -> list[bool]:
+    def of_all(self, mine: Any) -> list[Any]:
         answers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(answers, mine)
-        return [any(flags) for flags in zip(*answers, strict=True)]
+        return answers
 
     def differing(self, signature: str) -> list[int]:
         if dist.get_world_size() == 1:

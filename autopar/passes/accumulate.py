@@ -31,7 +31,9 @@ def adding_backward(
     """
     graph = fx.Graph()
     outputs: Any = graph.graph_copy(backward.graph, {})
-    last = next(n for n in reversed(graph.nodes) if n.op == "placeholder")
+    last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
+    if last is None:
+        return None
     taken = []
     results = list(outputs)
     for k, result in enumerate(outputs[:gradients]):

@@ -15,7 +15,15 @@ from autopar.ir.effects import Effects
 from autopar.ir.graph import ModelGraph, bound_arguments, map_operands, operands, producer, shape_of
 from autopar.ir.numbers import Numbers
 from autopar.ir.reads import Reads
-from autopar.passes.time_split import NotSeparableError, Separation, State, Step, Value
+from autopar.passes.time_split import (
+    NotSeparableError,
+    Separation,
+    State,
+    Step,
+    Value,
+    dim_of,
+    with_outer,
+)
 from autopar.sharding.node_rules import results
 from autopar.sharding.rules.view import RESHAPES
 
@@ -115,14 +123,14 @@ class _Writer:
         return size * self.samples // self.separation.samples
 
     def _shape(self, shape: Sequence[int], state: State) -> list[int]:
-        dim = int(state[1:]) if state[0] == "S" else 0 if state == "I" else None
+        dim = dim_of(state) if state[0] == "S" else 0 if state == "I" else None
         return [self._size(n) if d == dim else n for d, n in enumerate(shape)]
 
     def _sliced(self, fake: Any, state: State) -> Any:
         """A fake tensor of a slice's shape."""
         if state[0] != "S":
             return fake
-        dim = int(state[1:])
+        dim = dim_of(state)
         with fake.fake_mode, torch.no_grad():
             return fake.narrow(dim, 0, self._size(fake.shape[dim])).clone()
 
@@ -177,7 +185,7 @@ class _Writer:
         if step.strategy is None:
             return [state] * len(results(node))
         states = (spec.state(0) for spec in step.strategy.outputs)
-        return ["R" if s == "V" else s for s in states]
+        return ["R" if s == "V" else with_outer(s, step.outer) for s in states]
 
     def _with_sizes(
         self, node: fx.Node, step: Step, state: State, args: Any, kwargs: Any
@@ -187,7 +195,7 @@ class _Writer:
         assert isinstance(node.target, torch._ops.OpOverload)
         names = [a.name for a in node.target._schema.arguments]
         if node.target is aten.repeat.default and state[0] == "S":
-            repeats, dim = list(args[1]), int(state[1:])
+            repeats, dim = list(args[1]), dim_of(state)
             if step.strategy is None:
                 repeats[dim] = self._size(repeats[dim])
             return (args[0], repeats), kwargs

@@ -9,7 +9,8 @@ noise, of which a slice could not draw its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +22,28 @@ from autopar.ir.graph import ModelGraph, operands, producer, shape_of
 from autopar.ir.randomness import draws
 from autopar.passes.separable_form import separable_form
 from autopar.sharding.lowerings.shard import is_scaled
-from autopar.sharding.node_rules import is_floating, results, rule_of, strategies_of
-from autopar.sharding.rule import OpRule, Strategy
+from autopar.sharding.node_rules import is_floating, results, rule_of
+from autopar.sharding.rule import OpRule, Strategy, strategies
+from autopar.sharding.rules.view import RESHAPES
 
 # A result of an operator call or a placeholder: the node, and which of its results.
 Value = tuple[fx.Node, int]
 
-# State of a value: "R", "P", or "S0", "S1", ... for the dim that is sliced; "I" of numbers of
-# samples that count from the first of the slice.
+# State of a value: "R", "P", or "S0", "S1", ... for the dim that is sliced; "S0/5" for a dim whose
+# outer part, of extent 5, is not (it was merged with the dim of samples); "I" of numbers of samples
+# that count from the first of the slice.
 State = str
+
+
+def dim_of(state: State) -> int:
+    """The dim that is sliced."""
+    return int(state[1:].partition("/")[0])
+
+
+def outer_of(state: State) -> int:
+    """The extent of the outer part of that dim, which is not sliced."""
+    return int(state.partition("/")[2] or 1)
+
 
 # Made for any shape; the operands say only what dtype and device.
 _FILLS = frozenset(
@@ -46,6 +60,11 @@ class NotSeparableError(PlanError):
     """The batch cannot be split exactly: an operator mixes its samples."""
 
 
+def with_outer(state: State, outer: int) -> State:
+    """A state whose sliced dim, if there is one, has such an outer part."""
+    return f"{state}/{outer}" if state[0] == "S" and outer > 1 else state
+
+
 @dataclass(frozen=True)
 class Step:
     """How an operator carries one state of its results.
@@ -54,11 +73,13 @@ class Step:
         strategy: of its rule; None where it is made for a slice's size (`zeros`).
         inputs: state of each operand; None where it is absent.
         scaled: the result is multiplied by the slice's share of the batch.
+        outer: extent of the outer part of sliced dims, see `State`.
     """
 
     strategy: Strategy | None
     inputs: tuple[State | None, ...]
     scaled: bool = False
+    outer: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,7 +146,15 @@ class _Analysis:
             self._call(node)
         for x in self.graph.output.args[0]:  # type: ignore[union-attr]
             if isinstance(x, fx.Node):
-                self._need(producer(x), self.states[producer(x)])
+                state = self.states[producer(x)]
+                if outer_of(state) > 1:
+                    raise NotSeparableError(
+                        f"a result of shape {list(shape_of(x.meta['val']))} has samples in a dim "
+                        "that is merged with one before it: return it before it is flattened, or "
+                        "pass microbatch='independent' to treat each microbatch as a batch of its "
+                        "own"
+                    )
+                self._need(producer(x), state)
         return Separation(self.graph, self.samples, self.states, self.steps, self.whole)
 
     def _call(self, node: fx.Node) -> None:
@@ -185,13 +214,56 @@ class _Analysis:
         if _picks_of_each_sample(node):
             own = ["S0", "I", *["S0"] * len(operands(node)[2:])]
             yield Step(None, tuple(own)), ["S0"]
+        if str(node.target) in RESHAPES:
+            yield from self._reshaped(node)
+            return
+        inner = {s for n in operands(node) if n is not None
+                 if "/" in (s := self.states.get(producer(n), ""))}  # fmt: skip
         rule, _ = rule_of(node)
-        for strategy in strategies_of(node, (self.samples,), any_order=False)[1:]:
+        # over time, sums of integers are exact, too
+        for strategy in strategies(rule, (self.samples,), any_order=False)[1:]:
+            if not _keeps_sums(node, strategy):
+                continue
             scaled = _scales(rule, strategy)
             if _communicates(rule, strategy) and not scaled:
                 continue
             inputs = tuple(None if s is None else _of(s.state(0)) for s in strategy.inputs)
-            yield Step(strategy, inputs, scaled), [_of(s.state(0)) for s in strategy.outputs]
+            outputs = [_of(s.state(0)) for s in strategy.outputs]
+            if not inner:
+                yield Step(strategy, inputs, scaled), outputs
+            elif len(inner) == 1 and not scaled:
+                # rows are independent of each other, whichever of them a slice has
+                outer = outer_of(next(iter(inner)))
+                takes = (None if s is None else with_outer(s, outer) for s in inputs)
+                step = Step(strategy, tuple(takes), outer=outer)
+                yield step, [with_outer(s, outer) for s in outputs]
+
+    def _reshaped(self, node: fx.Node) -> Iterator[tuple[Step, list[State]]]:
+        """A reshape keeps the order of elements: samples are the factor between those before and
+        those behind them."""
+        operand = operands(node)[0]
+        assert operand is not None
+        state = self.states[producer(operand)]
+        if state == "P":
+            yield Step(None, ("P",)), ["P"]
+        elif state == "R":
+            for dim in range(len(shape_of(results(node)[0]))):
+                yield from self._made_in_slices(node, dim)
+        else:
+            source, target = shape_of(operand.meta["val"]), shape_of(results(node)[0])
+            new = _moved(source, state, target, self.samples)
+            if new is not None:
+                yield Step(None, (state,)), [new]
+
+    def _made_in_slices(self, node: fx.Node, dim: int) -> Iterator[tuple[Step, list[State]]]:
+        """A reshape whose result is to be sliced, of an operand that can be."""
+        operand = operands(node)[0]
+        assert operand is not None
+        source, target = shape_of(operand.meta["val"]), shape_of(results(node)[0])
+        if target[dim] % self.samples == 0:
+            before = _moved(target, f"S{dim}", source, self.samples)
+            if before is not None:
+                yield Step(None, (before,)), [f"S{dim}"]
 
     # -- values in another state than their own ---------------------------------------------------
 
@@ -204,7 +276,8 @@ class _Analysis:
             return is_floating(results(node)[result])
         if state == "I":
             return _numbers_samples(node, self.samples)
-        return self._sliced_step(value, state) is not None or node in self.of_data
+        made = self._sliced_step(value, state) is not None
+        return made or (node in self.of_data and outer_of(state) == 1)
 
     def _sliced_step(self, value: Value, state: State) -> Step | None:
         """How to make the slices of a value that is the same for every slice."""
@@ -215,7 +288,7 @@ class _Analysis:
             return Step(None, ())
         if node.op == "placeholder" or value in self.from_whole:
             return None
-        if node.target in _FILLS or _repeats(node, int(state[1:]), self.samples):
+        if node.target in _FILLS or _repeats(node, dim_of(state), self.samples):
             # of the operand of a fill, only the dtype counts
             have = (None if n is None else self.states[producer(n)] for n in operands(node))
             return Step(None, tuple(have))
@@ -261,6 +334,21 @@ class _Analysis:
             f"{taken}: on operands of shapes {shapes} it does not give the same for "
             f"the batch of {self.samples} in slices. Move it out of the model, or pass "
             "microbatch='independent' to treat each microbatch as a batch of its own"
+            f"{self._other_remedy(node)}"
+        )
+
+    def _other_remedy(self, node: fx.Node) -> str:
+        """Where an input without samples may have the size of the batch by chance."""
+        inputs = [
+            str(n.target)
+            for n in (producer(x)[0] for x in operands(node) if x is not None)
+            if str(n.target) in self.dims
+        ]
+        if not inputs:
+            return ""
+        return (
+            f". If {' or '.join(inputs)} has no samples and the size of the batch by chance, pass "
+            f"batch_dim={{{inputs[0]!r}: None}}"
         )
 
 
@@ -293,6 +381,32 @@ def _numbers_samples(node: fx.Node, samples: int) -> bool:
         (0, samples),
         (0, samples, 1),
     )
+
+
+def _moved(
+    source: Sequence[int], state: State, target: Sequence[int], samples: int
+) -> State | None:
+    """Where the samples of a tensor are after a reshape; None if no dim has them as a factor."""
+    dim = dim_of(state)
+    before = math.prod(source[:dim]) * outer_of(state)
+    for at, size in enumerate(target):
+        outer, rest = divmod(before, math.prod(target[:at]))
+        if not rest and outer and size % (outer * samples) == 0 and size > 1:
+            return f"S{at}" if outer == 1 else f"S{at}/{outer}"
+    return None
+
+
+def _keeps_sums(node: fx.Node, strategy: Strategy) -> bool:
+    """Whether pending sums are what they are said to be: of numbers that are not rounded."""
+    made = zip(results(node), strategy.outputs, strict=True)
+    whole = [t for t, spec in made if spec.partial and not is_floating(t)]
+    taken = [
+        n.meta["val"]
+        for n, spec in zip(operands(node), strategy.inputs, strict=True)
+        if n is not None and spec is not None and spec.partial
+    ]
+    rounds = any(is_floating(t) or t.dtype is torch.bool for t in taken)
+    return not whole or not (rounds or any(t.dtype is torch.bool for t in whole))
 
 
 def _communicates(rule: OpRule, strategy: Strategy) -> bool:

@@ -97,6 +97,28 @@ class PipelineOptions:
         return schedule
 
 
+def _check_count(stages: int, schedules: Sequence[str], options: PipelineOptions) -> None:
+    """Refuse a number of stages that no schedule has.
+
+    Raises:
+        PlanError: naming the schedules and their numbers.
+    """
+    rows = [SCHEDULES[name] for name in schedules]
+    for row in rows:
+        per_rank, rest = divmod(stages, options.ranks)
+        least = row.stages_per_rank
+        if not rest and (per_rank == least or (row.more and per_rank > least)):
+            return
+    ways = ", ".join(
+        f"{row.name} {row.stages_per_rank * options.ranks}{' or a multiple' if row.more else ''}"
+        for row in rows
+    )
+    raise PlanError(
+        f"stages= cuts the model into {stages} stages; on {options.ranks} ranks, schedules run so "
+        f"many: {ways}. Name one place less than there are stages, or another schedule="
+    )
+
+
 # Costs of a block that depend on the size of a microbatch.
 _LINES = tuple(f.name for f in fields(Block) if f.name not in ("name", "shares"))
 
@@ -161,6 +183,8 @@ def plan_stages(
         except ConstraintError:
             if not options.if_possible:
                 raise
+    if cuts is not None and given is None:
+        _check_count(len(cuts) + 1, names, options)
     least = options.ranks * min(SCHEDULES[n].stages_per_rank for n in names)
     if cuts is None and len(places) + 1 < least:
         places = list(range(1, len(chain.nodes)))

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.compiled_step import StepOptions
+from autopar.errors import PlanError
 from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
@@ -90,7 +91,7 @@ def auto_engine(
         compile: run forward and backward by Inductor; the plan stays in force.
         constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
         microbatches: slices of the batch that the step processes one after another, with the
-            gradients of the whole batch (docs/microbatches.md).
+            gradients of the whole batch (docs/pipelines.md).
         microbatch: "exact" refuses a model that mixes samples (BatchNorm in training);
             "independent" takes each microbatch as a batch of its own, as a loop that accumulates
             gradients does.
@@ -124,7 +125,7 @@ def auto_engine(
         raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
     if microbatch not in ("exact", "independent"):
         raise ValueError(f"microbatch must be 'exact' or 'independent', got {microbatch!r}")
-    if microbatches is not None and (not isinstance(microbatches, int) or microbatches < 1):
+    if microbatches is not None and (type(microbatches) is not int or microbatches < 1):
         raise ValueError(f"microbatches must be a positive number, got {microbatches!r}")
     policy = Precision.of(precision)
     if isinstance(plan, str | Path):
@@ -138,8 +139,18 @@ def auto_engine(
     refuse_outputs(constraints)
     model = unwrapped(model)
     cluster = as_cluster(cluster_info).with_memory(memory)
-    if plan is not None and microbatches is None:
+    if plan is not None:
+        if microbatches not in (None, plan.microbatches):
+            raise PlanError(
+                f"the plan is for {plan.microbatches} microbatches, and microbatches="
+                f"{microbatches} was asked for; leave that out, or plan again"
+            )
         microbatches = plan.microbatches
+    for name, value in (("schedule", schedule), ("stages", stages)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} must be text, got {value!r}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(f"loss_fn must be callable as loss_fn(results, target), got {loss_fn!r}")
     splits = (microbatches or 1) > 1 or cluster.pipeline_ranks > 1
     if splits and not lower:
         raise ValueError("microbatches and stages run lowered graphs; leave lower=False out")

@@ -6,7 +6,6 @@ Private to torch here: `_PipelineScheduleRuntime`, `_Action` and `_add_send_recv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules as torch_schedules
 
+from autopar.comm.ranks import Ranks
+from autopar.comm.world import explained_failures
 from autopar.passes.cut import Crossing
 from autopar.schedule.pipeline.actions import Kind, PipelineSchedule
 
@@ -143,11 +144,13 @@ class Pipeline:
         schedule: of all of them.
         rank: this one's number.
         group: of the ranks.
+        alike: all ranks of the run, of which those that run the same stages decide alike.
     """
 
     schedule: PipelineSchedule
     rank: int
     group: dist.ProcessGroup
+    alike: Ranks
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -199,14 +202,21 @@ class Pipeline:
                 actions, mapping.__getitem__, schedule.stages
             )
         runtime.pipeline_order_with_comms = self._actions[backward]
-        runtime._step_microbatches()
+        with explained_failures():
+            runtime._step_microbatches()
 
     def broadcast(self, x: torch.Tensor, stage: int) -> torch.Tensor:
         """A value that the rank of a stage has, on all ranks of the pipeline."""
         source = self.schedule.rank_of_stage[stage]
-        if math.prod(x.shape):
-            dist.broadcast(x, group=self.group, group_src=source)
+        if x.numel():
+            with explained_failures():
+                dist.broadcast(x, group=self.group, group_src=source)
         return x
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """Sum a tensor over the ranks of the pipeline, in place."""
+        with explained_failures():
+            dist.all_reduce(x, group=self.group)
 
     def exchange(
         self, gives: Sequence[tuple[torch.Tensor, int]], takes: Sequence[tuple[torch.Tensor, int]]
@@ -214,6 +224,6 @@ class Pipeline:
         """Send tensors to ranks of the pipeline, and receive others from them."""
         ops = [dist.P2POp(dist.isend, x, group=self.group, group_peer=r) for x, r in gives]
         ops += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=r) for x, r in takes]
-        if ops:
-            for work in dist.batch_isend_irecv(ops):
+        with explained_failures():
+            for work in dist.batch_isend_irecv(ops) if ops else ():
                 work.wait()

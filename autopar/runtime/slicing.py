@@ -99,7 +99,7 @@ class Slicing:
             return parts[-1]
         if state[0] == "S":
             return torch.cat(list(parts), int(state[1:]))
-        weights = [self.share(k) if state == "M" else 1.0 for k in range(len(parts))]
+        weights = [self.share(k) if state == "M" else 1 for k in range(len(parts))]
         dtype = parts[0].dtype
         wide = torch.float32 if dtype.itemsize == 2 else dtype
         total = parts[0].to(wide) * weights[0] if state == "M" else parts[0].to(wide, copy=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,8 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.comm import world
-from autopar.comm.ranks import GroupRanks, Ranks
 from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import apply_plan
 from autopar.compiled_stages import CompiledSlice, compile_stages, stage_programs
@@ -23,7 +22,7 @@ from autopar.errors import EngineError, PlanError
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram
-from autopar.passes.cut import Crossing, StageProgram
+from autopar.passes.cut import StageProgram
 from autopar.passes.microbatches import (
     Microbatches,
     exact_microbatches,
@@ -37,10 +36,11 @@ from autopar.runtime.batch import BatchDim, BatchLayout, batch_dims
 from autopar.runtime.bound_step import WholeResult
 from autopar.runtime.call import Call
 from autopar.runtime.pipeline_runtime import Pipeline
-from autopar.runtime.result_gradients import ResultGradients
-from autopar.runtime.slicing import Slicing, even_sizes
-from autopar.runtime.split_step import SplitStep, bind_stages
-from autopar.runtime.stage_parameters import StageParameters
+from autopar.runtime.slicing import even_sizes
+from autopar.runtime.split_binder import SplitBinder
+from autopar.runtime.split_step import SplitStep
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class SplitCompiler:
         planner: of a batch in microbatches, with layouts that are fixed.
         example: tensors that a program of a microbatch is called with; lays parameters out.
         trace: captures the model for a call.
+        pipeline_of: this rank's place in the pipeline of a plan.
     """
 
     count: int | None
@@ -75,6 +76,7 @@ class SplitCompiler:
     planner: Callable[[Microbatches, int, FixedLayouts], BatchPlanner] | None
     example: Callable[[ShardingPlan, Mapping[str, int | None], ModelGraph, LocalProgram], Arguments]
     trace: Callable[[Call], ModelGraph]
+    pipeline_of: Callable[[PipelinePlan], Pipeline]
 
     def compile(
         self,
@@ -93,10 +95,25 @@ class SplitCompiler:
 
         Raises:
             NotSeparableError: the batch cannot be split exactly.
-            EngineError: there are fewer samples than microbatches.
         """
         samples, dims = self._dims(layout)
         self._check(call, layout, samples)
+        if not layout.local and min(samples, self.count or samples) <= 1:
+            # one microbatch is the batch, and nothing has to separate
+            return replace(self, count=1, independent=False)._compile(
+                call, layout, graph, trainable, stored, max(samples, 1), {}
+            )
+        elif self.count is not None and self.count > samples:
+            log.info("%d microbatches of %d samples: one each", samples, samples)
+            return replace(self, count=samples)._compile(
+                call, layout, graph, trainable, stored, samples, dims
+            )
+        return self._compile(call, layout, graph, trainable, stored, samples, dims)
+
+    def _compile(
+        self, call: Call, layout: BatchLayout, graph: ModelGraph, trainable: frozenset[str],
+        stored: Mapping[str, StoredLayout], samples: int, dims: Mapping[int, int],
+    ) -> tuple[CompiledStep, SplitStep, dict[int, WholeResult]]:  # fmt: skip
         ranks = layout.cluster.world_size if layout.local else 1
         split = self._split(call, graph, trainable, dims, samples * ranks, ranks)
         fixed = FixedLayouts(parameters={name: layout.spec for name, layout in stored.items()})
@@ -107,6 +124,7 @@ class SplitCompiler:
         compiled: dict[int, CompiledSlice] = {}
         first: CompiledStep | None = None
         pipeline: Pipeline | None = None
+        stage_place = self.stage_place
         specs = {name: layout.spec for name, layout in stored.items()}
         owners = {name: layout.stage for name, layout in stored.items()}
         for size in sorted(set(sizes), reverse=True):
@@ -117,15 +135,17 @@ class SplitCompiler:
                 self.stage_place, self.options, trainable=trainable,
                 output_specs=fixed.outputs if first is None else _as_before(slice_, first.local),
             )  # fmt: skip
+            specs = specs or plan.parameter_specs()  # other sizes find parameters laid out so
             firsts = _numbers(slice_, plan)
             programs = stage_programs(slice_, plan, local, self.options, firsts)
             if pipeline is None and plan.pipeline is not None:
-                pipeline = self._pipeline(plan.pipeline)
+                pipeline = self.pipeline_of(plan.pipeline)
+                stage_place = replace(self.stage_place, ranks=pipeline.alike)
             if pipeline is not None and not owners:
                 owners = _owners(slice_, programs, pipeline)
             called_with = self.example(plan, owners, slice_, local)
             compile_own = partial(
-                compile_stages, slice_, plan, local, programs, called_with, self._of_a_stage(),
+                compile_stages, slice_, plan, local, programs, called_with, stage_place,
                 self.options, own=(0,) if pipeline is None else pipeline.own,
                 split_backward=pipeline is not None and pipeline.splits_backward,
             )  # fmt: skip
@@ -134,23 +154,23 @@ class SplitCompiler:
                 stage = next(iter(stages.stages.values()))
                 first = CompiledStep(graph, plan, local, stage.body, stage.memory)
         assert first is not None
-        whole = self._whole_results(graph, split, compiled, sizes, ranks, pipeline)
-        step = self._step(graph, layout, split, compiled, sizes, dims, trainable, ranks)
-        if pipeline is not None:
-            step = self._over_stages(step, graph, compiled, pipeline, owners, whole, trainable)
-        return first, replace(step, expected=_loss(graph, step)), whole
+        binder = SplitBinder(
+            graph, split, compiled, sizes, dims, layout, trainable, pipeline, owners,
+            self.stage_place, self.mesh, self.device,
+        )  # fmt: skip
+        return first, binder.step(), binder.whole_results
 
     def _check(self, call: Call, layout: BatchLayout, samples: int) -> None:
-        if self.count is not None and samples < self.count:
+        if layout.local and not samples:
             raise EngineError(
-                f"{self.count} microbatches of a batch of {samples} samples"
-                f"{' on each rank' if layout.local else ''}: some would be empty; pass "
-                "microbatches= of at most that, or larger batches"
+                "batch='local', and no input has a batch dim that could be split into "
+                "microbatches; say which by batch_dim="
             )
         if any(x.requires_grad for x in call.tensors):
             raise EngineError(
                 "an input of the model requires grad, and its gradient does not come out of "
-                "microbatches; detach the input, or pass microbatches=1"
+                "microbatches or pipeline stages; detach the input, or use a mesh without an axis "
+                "named pipe, and microbatches=1"
             )
         if layout.local and self.cluster.pipeline_ranks > 1:
             raise EngineError(
@@ -179,68 +199,6 @@ class SplitCompiler:
         decided = self.decide(graph, fixed, alike)
         pipeline = decided.plan.pipeline if alike is None else alike.plan.pipeline
         return replace(decided, plan=replace(decided.plan, microbatches=count, pipeline=pipeline))
-
-    def _of_a_stage(self) -> Place:
-        """The place among the ranks of this rank's stages, which run the same programs."""
-        axis = self.cluster.pipe_axis
-        if axis is None or self.cluster.pipeline_ranks == 1:
-            return self.stage_place
-        ranks = Ranks()
-        if self.options.cluster.world_size > 1:
-            ranks = GroupRanks(world.stage_group(self.mesh, axis))
-        return replace(self.stage_place, ranks=ranks)
-
-    def _pipeline(self, plan: PipelinePlan) -> Pipeline:
-        """This rank's pipeline."""
-        schedule = schedule_of(plan)
-        rank = self.place.coords[plan.axis]
-        return Pipeline(schedule, rank, self.mesh.get_group(plan.axis))
-
-    def _over_stages(
-        self, step: SplitStep, graph: ModelGraph, compiled: Mapping[int, CompiledSlice],
-        pipeline: Pipeline, owners: Mapping[str, int | None], whole: Mapping[int, WholeResult],
-        trainable: frozenset[str],
-    ) -> SplitStep:  # fmt: skip
-        """A step whose stages are on the ranks of a pipeline."""
-        slice_ = next(iter(compiled.values()))
-        names = list(graph.parameters.values())
-        nodes = slice_.local.gm.graph.find_nodes(op="placeholder")
-        rank_of = pipeline.schedule.rank_of_stage
-        parameters = StageParameters(
-            {k: owners.get(name) for k, name in enumerate(names)},
-            {k: frozenset(rank_of[s] for s in stages) for k, stages in slice_.users.items()},
-            {
-                k: Crossing(
-                    tuple(node.meta["local_shape"]), graph.storage_dtype(name), self.device,
-                    name in trainable,
-                )
-                for k, (name, node) in enumerate(zip(graph.parameters, nodes, strict=False))
-            },
-        )  # fmt: skip
-        return replace(
-            step,
-            pipeline=pipeline,
-            parameters_of_stages=parameters,
-            stage_of_result=slice_.stage_of_result,
-            results_like=self._results_like(graph, whole),
-            late=frozenset(whole),
-            differentiable=self.place.ranks.united(list(step.differentiable)),
-        )
-
-    def _results_like(
-        self, graph: ModelGraph, whole: Mapping[int, WholeResult]
-    ) -> dict[int, Crossing]:
-        """By position, results of the batch, as a rank has them; without those that are no
-        tensors."""
-        mesh, coords = self.options.cluster.mesh, self.stage_place.coords
-        likes = {}
-        outputs: Any = graph.output.args[0]
-        for k, value in enumerate(outputs):
-            if isinstance(value, fx.Node):
-                fake = value.meta["val"]
-                shape = whole[k].local_shape(mesh, coords) if k in whole else shape_of(fake)
-                likes[k] = Crossing(tuple(shape), fake.dtype, self.device, False)
-        return likes
 
     # -- microbatches -----------------------------------------------------------------------------
 
@@ -298,94 +256,6 @@ class SplitCompiler:
         ]
         return FixedLayouts(parameters=parameters, inputs=inputs, outputs=tuple(outputs))
 
-    def _step(
-        self, graph: ModelGraph, layout: BatchLayout, split: Microbatches,
-        compiled: Mapping[int, CompiledSlice], sizes: Sequence[int], dims: Mapping[int, int],
-        trainable: frozenset[str], ranks: int,
-    ) -> SplitStep:  # fmt: skip
-        coords = self.place.coords
-
-        def take(size: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-            specs = compiled[size].local.input_specs
-            return layout.take(tensors, specs, self.mesh, coords, self.device)
-
-        def gather(k: int, x: torch.Tensor) -> torch.Tensor:
-            return layout.gather(layout.inputs[k].position, x)
-
-        slicing = Slicing(
-            tuple(sizes),
-            tuple(dims.get(k) for k in range(len(layout.inputs))),
-            split.whole,
-            split.whole_states,
-            split.results,
-            gather if layout.local else None,
-            self.place.number(layout.cluster.mesh) if layout.local else 0,
-            ranks,
-        )
-        parameters, buffers = list(graph.parameters), list(graph.buffers)
-        carried = {
-            k: len(parameters) + buffers.index(name)
-            for k, name in enumerate(graph.mutated_in_order)
-            if split.results[k] == "C"
-        }
-        for k, position in carried.items():
-            _check_readers(k, position, graph.mutations[k], next(iter(compiled.values())).programs)
-        outputs: Any = graph.output.args[0]
-        return SplitStep(
-            slicing,
-            {size: bind_stages(slice_) for size, slice_ in compiled.items()},
-            {size: slice_.programs for size, slice_ in compiled.items()},
-            take,
-            fixed=len(parameters) + len(buffers) + len(graph.constants),
-            parameters=len(parameters),
-            takes_seed=any(slice_.local.takes_seed for slice_ in compiled.values()),
-            draws=graph.random,
-            result_gradients=ResultGradients.of(graph, trainable),
-            differentiable=_differentiable(compiled, len(split.results)),
-            device=self.device,
-            carried=carried,
-            plain={k: x for k, x in enumerate(outputs) if not isinstance(x, fx.Node)},
-        )
-
-    def _whole_results(
-        self, graph: ModelGraph, split: Microbatches, compiled: Mapping[int, CompiledSlice],
-        sizes: Sequence[int], ranks: int, pipeline: Pipeline | None,
-    ) -> dict[int, WholeResult]:  # fmt: skip
-        """Results that the caller gathers: each microbatch's part by itself."""
-        outputs = graph.output.args[0]
-        results = {}
-        slice_ = next(iter(compiled.values()))
-        for k, spec in slice_.local.deferred.items():
-            fake = outputs[k].meta["val"]  # type: ignore[index, union-attr]
-            state, owner = split.results[k], None
-            if pipeline is not None:
-                owner = pipeline.schedule.rank_of_stage[slice_.stage_of_result[k]]
-            if state is None or (owner is None and not any(spec.dims)):
-                continue
-            dim, rows = None, ()
-            if state[0] == "S":
-                dim = int(state[1:])
-                each = fake.shape[dim] // (sum(sizes) * ranks)
-                rows = tuple(each * size * ranks for size in sizes)
-            results[k] = WholeResult(spec, shape_of(fake), fake.stride(), dim, rows, owner)
-        return results
-
-
-def _check_readers(result: int, position: int, name: str, programs: Sequence[StageProgram]) -> None:
-    """Refuse a buffer that one stage updates and another one reads.
-
-    Args:
-        result: the position of its new value.
-        position: among the arguments of the entire program.
-    """
-    for stage, program in enumerate(programs):
-        if position in program.others and result not in program.results:
-            raise PlanError(
-                f"stage {stage} reads buffer {name}, which another stage updates in every "
-                "microbatch; begin stages elsewhere (stages=), so that one has all that uses it, "
-                "or use fewer stages"
-            )
-
 
 def _as_before(graph: ModelGraph, before: LocalProgram) -> tuple[ShardingSpec, ...]:
     """Layouts of the results of microbatches of another size: those of the first ones."""
@@ -397,20 +267,11 @@ def _as_before(graph: ModelGraph, before: LocalProgram) -> tuple[ShardingSpec, .
     )
 
 
-def _differentiable(compiled: Mapping[int, CompiledSlice], results: int) -> list[bool]:
-    """Whether each result of this rank's stages carries a gradient."""
-    flags = [False] * results
-    for stage in next(iter(compiled.values())).stages.values():
-        for k, result in zip(stage.program.results, stage.body.results, strict=False):
-            flags[k] = result.differentiable
-    return flags
-
-
 def _numbers(graph: ModelGraph, plan: ShardingPlan) -> tuple[int, ...]:
     """Numbers of the operators at which stages begin, without the first stage's.
 
     Raises:
-        PlanError: the graph lacks one.
+        PlanError: the graph lacks one, or the schedule has not as many stages.
     """
     if plan.pipeline is None:
         return ()
@@ -421,7 +282,15 @@ def _numbers(graph: ModelGraph, plan: ShardingPlan) -> tuple[int, ...]:
             f"the plan's stages begin at operators {missing}, which this call of the model does "
             "not have; plan again, or name the stages by modules (stages=)"
         )
-    return tuple(number[name] for name in plan.pipeline.firsts)
+    firsts = tuple(number[name] for name in plan.pipeline.firsts)
+    stages = schedule_of(plan.pipeline).stages
+    if len(firsts) + 1 != stages or list(firsts) != sorted({*firsts} - {0}):
+        raise PlanError(
+            f"the plan's schedule on {plan.pipeline.ranks} ranks has {stages} stages, and "
+            f"{', '.join(plan.pipeline.firsts)} cut the model into {len(firsts) + 1}; name "
+            f"{stages - 1} operators, in the order of the model and without its first (stages=)"
+        )
+    return firsts
 
 
 def _owners(
@@ -437,18 +306,3 @@ def _owners(
             if shape_of(graph.placeholders[placeholder].meta["val"]):
                 owners[name] = pipeline.schedule.rank_of_stage[stage]
     return owners
-
-
-def _loss(graph: ModelGraph, step: SplitStep) -> dict[int, torch.Tensor] | None:
-    """The gradients that `backward()` brings most likely: 1 for the first result that is a number.
-    With half precision the loss will be scaled, and gradients for 1 could vanish."""
-    values = [n.meta["val"] for n in graph.placeholders.values() if "val" in n.meta]
-    if any(isinstance(v, torch.Tensor) and v.dtype is torch.float16 for v in values):
-        return None
-    outputs = graph.output.args[0]
-    for k, differentiable in enumerate(step.differentiable):
-        if differentiable and k >= len(graph.mutations):
-            fake = outputs[k].meta["val"]  # type: ignore[index, union-attr]
-            if fake.ndim == 0:
-                return {k: torch.ones((), dtype=fake.dtype, device=fake.device)}
-    return None

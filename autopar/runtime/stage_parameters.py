@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
 from autopar.passes.cut import Crossing
 from autopar.runtime.pipeline_runtime import Pipeline
@@ -78,7 +77,7 @@ class StageParameters:
             if rank is None and self.users.get(k):  # all have it
                 if self.like[k].differentiable:
                     total = self._own(grads[k], k).clone()
-                    dist.all_reduce(total, group=pipeline.group)
+                    pipeline.all_reduce(total)
                     grads[k] = total
             elif rank is not None and rank != pipeline.rank:
                 grads[k] = torch.zeros_like(stored[k])

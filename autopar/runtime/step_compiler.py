@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,20 +18,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.comm import world
 from autopar.comm.offloaded_parameters import offloadable
-from autopar.comm.ranks import WorldRanks
+from autopar.comm.ranks import GroupRanks, Ranks, WorldRanks
 from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import compile_step
 from autopar.compiled_step import Arguments, Place
-from autopar.errors import CaptureError, MeshError
+from autopar.errors import CaptureError, EngineError, MeshError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.numbers import Origin
 from autopar.ir.precision import without_autocast
 from autopar.ir.size_formulas import input_shapes
 from autopar.passes.apply_sharding import LocalProgram
-from autopar.plan import ShardingPlan
+from autopar.plan import PipelinePlan, ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import captured, trainable_inputs
+from autopar.planner.stages import schedule_of
 from autopar.runtime.adoption import adopt, check_state, restore
 from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchLayout
@@ -43,9 +45,11 @@ from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
 from autopar.runtime.loss_outside import with_loss
 from autopar.runtime.optimizer_state import handle_state_dicts
+from autopar.runtime.pipeline_runtime import Pipeline
 from autopar.runtime.program import bind
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.split_compiler import SplitCompiler
+from autopar.runtime.split_function import evaluate, train
 from autopar.runtime.step_on_shards import StepOnShards
 from autopar.runtime.step_planner import StepPlanner
 from autopar.sharding.node_rules import results
@@ -94,8 +98,31 @@ class StepCompiler:
         if initial is None:
             self.place.ranks.together(lambda: check_state(optimizer))
             initial = self._initial_values()
+            self._refuse_other_options()
         self._initial = initial
         self._moved = adopt(model, optimizer, self.mesh, options.precision)
+
+    def _refuse_other_options(self) -> None:
+        """Refuse ranks that ask for different microbatches or stages.
+
+        Raises:
+            EngineError: on all ranks, naming the option and its values.
+        """
+        options = self.options
+        schedule = options.schedule
+        if schedule is not None and schedule.endswith(".csv") and Path(schedule).exists():
+            schedule = Path(schedule).read_text()
+        mine = {
+            "microbatches": options.microbatches, "microbatch": options.microbatch,
+            "schedule": schedule, "stages": options.stages,
+        }  # fmt: skip
+        for rank, theirs in enumerate(self.place.ranks.of_all(mine)):
+            for name, value in theirs.items():
+                if value != mine[name]:
+                    raise EngineError(
+                        f"ranks ask for different {name}=: rank {dist.get_rank()} for "
+                        f"{mine[name]!r}, rank {rank} for {value!r}; pass the same on all ranks"
+                    )
 
     def _initial_values(self, *, again: bool = False) -> InitialValues:
         precision = self.options.precision
@@ -240,16 +267,25 @@ class StepCompiler:
             planner=self._planner.of_batch if plans else None,
             example=example,
             trace=lambda part: self._trace(self.layout_of(part), part, varying),
+            pipeline_of=self._pipeline_of,
         )
         stored = stored_layouts(self.model) if self.laid_out else {}
         compiled, step, whole = compiler.compile(call, layout, graph, trainable, stored)
         self._planner.keep_stages(compiled.plan.pipeline)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
-            self._count, compiled, step.train, step.evaluate, layout, parameters,
-            Assumptions.of(self.model), bind_reads(self.model, graph.reads),
+            self._count, compiled, partial(train, step), partial(evaluate, step), layout,
+            parameters, Assumptions.of(self.model), bind_reads(self.model, graph.reads),
             step.result_gradients.feeding, whole, split=True,
         )  # fmt: skip
+
+    def _pipeline_of(self, plan: PipelinePlan) -> Pipeline:
+        """This rank's place in the pipeline of a plan."""
+        alike = Ranks()
+        if self.options.step.cluster.of_a_stage().world_size > 1:
+            alike = GroupRanks(world.stage_group(self.mesh, plan.axis))
+        rank, group = self.place.coords[plan.axis], self.mesh.get_group(plan.axis)
+        return Pipeline(schedule_of(plan), rank, group, alike)
 
     def layout_of(self, call: Call) -> BatchLayout:
         """How a call's batch enters; on all ranks.

@@ -143,7 +143,7 @@ def test_batches_of_different_sizes_and_evaluation():
 
 @pytest.mark.parametrize("name", ["gpt2", "vit", "unet", "experts"])
 def test_training(name):
-    found = train_beside(name, lambda model, opt: engine_of(model, 3, opt), steps=2)
+    found = train_beside(name, lambda model, opt: engine_of(model, 3, opt), steps=2, evaluate=True)
     assert max(found.values()) < MODELS[name].tolerance, found
 
 
@@ -240,10 +240,18 @@ def test_independent_losses_of_a_batch():
     assert gradients_gap(engine, alone) < EXACT
 
 
+@pytest.mark.parametrize("samples", [1, 5])
+def test_batches_of_fewer_samples(samples):
+    """A last batch is split into as many microbatches as it has samples."""
+    engine, alone = pair(Two, 8)
+    batch = vectors(0, samples)
+    for model in (engine, alone):
+        model(**batch)[0].backward()
+    assert gradients_gap(engine, alone) < EXACT
+
+
 def test_refusals():
     engine, _ = pair(Two, 8)
-    with pytest.raises(EngineError, match="8 microbatches of a batch of 5 samples"):
-        engine(**vectors(0, 5))
     batch = vectors(0, 8)
     batch["x"].requires_grad_()
     with pytest.raises(EngineError, match="requires grad"):

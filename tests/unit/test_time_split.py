@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from autopar import auto_engine
 from autopar.passes.slice_graph import slice_graph, whole_graph
 from autopar.passes.time_split import NotSeparableError, Separation, separate
 from autopar.runtime.slicing import Slicing, even_sizes
@@ -363,3 +364,28 @@ def test_families_of_the_zoo(family):
         assert any(name in str(refusal) for name in mixing), refusal
         return
     assert case.gap((case.samples - 1, 1) if case.samples > 1 else (1,)) < 1e-5
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dims_merged_before_the_samples(batch_first):
+    """`nn.MultiheadAttention` flattens [time, samples]: samples are the inner part of the dim."""
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=batch_first)
+            self.layers = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def forward(self, x):
+            return self.layers(x).square().mean()
+
+    torch.manual_seed(0)
+    model = Encoder().double()
+    x = torch.randn((6, 5, 8) if batch_first else (5, 6, 8), dtype=torch.float64)
+    expected = torch.autograd.grad(model(x), list(model.parameters()))
+    engine, _ = auto_engine(
+        model, None, "1", microbatches=4, batch_dim=0 if batch_first else 1, progress=False
+    )
+    engine(x).backward()
+    for p, g in zip(engine.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), g, rtol=0, atol=1e-12)
