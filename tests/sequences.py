@@ -31,8 +31,8 @@ class Text(nn.Module):
         config = getattr(transformers, f"{kind}Config")(**{**sizes, **options})
         self.lm = transformers.AutoModelForCausalLM.from_config(config)
 
-    def forward(self, input_ids, labels):
-        logits = self.lm(input_ids=input_ids).logits
+    def forward(self, input_ids, labels, attention_mask=None):
+        logits = self.lm(input_ids=input_ids, attention_mask=attention_mask).logits
         # torch's shift: the loss of a token is that of the next
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
@@ -116,6 +116,36 @@ class Masked(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+class Packed(nn.Module):
+    """Documents in one row: a token sees those before it of its document.
+
+    Args:
+        given: the batch holds the mask, not the numbers of documents.
+        window: how many tokens before it a token sees at most; None for all.
+    """
+
+    def __init__(self, given: bool = False, window: int | None = None) -> None:
+        super().__init__()
+        self.given, self.window = given, window
+        self.embed, self.head = nn.Embedding(61, 16), nn.Linear(16, 61)
+        self.query, self.key, self.value = (nn.Linear(16, n) for n in (16, 8, 8))
+
+    def forward(self, input_ids, documents, labels):
+        x = self.embed(input_ids)
+        q, k, v = (
+            f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
+        mask = documents if self.given else self._mask(documents)[:, None]
+        h = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        logits = self.head(x + h.transpose(1, 2).flatten(-2))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def _mask(self, documents: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(documents.shape[1], device=documents.device)
+        mask = (documents[:, :, None] == documents[:, None, :]) & (place <= place[:, None])
+        return mask if self.window is None else mask & (place > place[:, None] - self.window)
+
+
 def _tokens(step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7 * step + 1)
     ids = torch.randint(3, 61, (BATCH, TOKENS), generator=generator)
@@ -127,6 +157,23 @@ def _padded(step: int) -> dict[str, torch.Tensor]:
     mask = torch.ones(BATCH, TOKENS, dtype=torch.int64)
     mask[0, TOKENS - 3 - step :] = 0
     return {**batch, "attention_mask": mask}
+
+
+def _documents(step: int) -> dict[str, torch.Tensor]:
+    begins = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
+    begins[0, [4 + step, 11]] = 1
+    begins[1, 7] = 1
+    ids, labels = _tokens(step).values()
+    return {"input_ids": ids, "documents": begins.cumsum(1), "labels": labels}
+
+
+def _block_diagonal(step: int) -> dict[str, torch.Tensor]:
+    """Each document sees itself, causally; the last token sees none, as padding does."""
+    batch = _documents(step)
+    same = batch["documents"][:, :, None] == batch["documents"][:, None, :]
+    mask = same.tril()[:, None]
+    mask[:, :, -1] = False
+    return {**batch, "documents": mask}
 
 
 def _spoken(step: int) -> dict[str, torch.Tensor]:
@@ -191,6 +238,11 @@ CASES = {
     "bert": Case(Bert, _padded),
     "whisper": Case(Whisper, _spoken),
     "masked": Case(Masked),
+    "padded": Case(_llama, _padded, tolerance=1e-6),
+    "padded window": Case(_mistral, _padded, tolerance=1e-6),
+    "documents": Case(Packed, _documents),
+    "documents in a window": Case(lambda: Packed(window=5), _documents),
+    "block diagonal": Case(lambda: Packed(given=True), _block_diagonal),
     "vit": Case(Vit, _seen),
 }
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import permutations
-from typing import Any
 
 import torch
 
@@ -52,7 +50,7 @@ def length_of(spans: Spans) -> int:
     return sum(length for _, length in spans)
 
 
-def _common(own: Spans, others: Spans) -> list[tuple[int, int, int]]:
+def common(own: Spans, others: Spans) -> list[tuple[int, int, int]]:
     """What two ranks both have: offset in the tensor of the first, start, length; ascending."""
     found, offset = [], 0
     for span in own:
@@ -78,8 +76,8 @@ def _move(
 ) -> torch.Tensor:
     me, ranks = find_group(group).index, range(len(held))
     rest = _rest(x, dim)
-    sends = [_common(held[me], wanted[r]) for r in ranks]
-    receives = [_common(wanted[me], held[r]) for r in ranks]
+    sends = [common(held[me], wanted[r]) for r in ranks]
+    receives = [common(wanted[me], held[r]) for r in ranks]
     pieces = [x.narrow(dim, offset, n).reshape(-1) for part in sends for offset, _, n in part]
     counts = ([rest * sum(n for *_, n in part) for part in side] for side in (sends, receives))
     row = torch.ops.autopar.exchange(torch.cat(pieces), *counts, group)
@@ -111,128 +109,6 @@ def regroup(
         lambda v: _move(v, dim, held, wanted, group),
         lambda g: _move(g, dim, wanted, held, group),
     )
-
-
-# -- rows that neighbors hold ----------------------------------------------------------------------
-
-
-class _Fetched(torch.autograd.Function):
-    """Rows that overlap on the ranks; the gradient of a row is summed where it is held."""
-
-    @staticmethod
-    def forward(ctx: Any, fetch: Fetch, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.fetch = fetch
-        return tuple(fetch.forward(tensors))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return None, *ctx.fetch.transpose(grads)
-
-
-class Fetch:
-    """Rows (of dim -2) that the ranks of a group want, from those that hold them.
-
-    What a rank has and wants stays. All the rest, of all tensors, is one exchange, in which every
-    rank takes part: one that neither sends nor receives sends itself an element.
-
-    Args:
-        held: spans of every rank, which do not overlap.
-        wanted: a span of every rank.
-        me: this rank.
-        group: of the ranks.
-    """
-
-    def __init__(self, held: Sequence[Spans], wanted: Sequence[Span], me: int, group: str) -> None:
-        self.held, self.wanted, self.me, self.group = held, wanted, me, group
-
-    @property
-    def moves(self) -> bool:
-        """Whether any rank wants what it has not."""
-        pairs = permutations(range(len(self.held)), 2)
-        return any(_common(self.held[a], (self.wanted[b],)) for a, b in pairs)
-
-    def _sent(self) -> list[list[tuple[int, int, int]]]:
-        """For each rank, what it wants of this rank's (`_common`)."""
-        return self._without_own([_common(self.held[self.me], (span,)) for span in self.wanted])
-
-    def _received(self) -> list[list[tuple[int, int, int]]]:
-        """From each rank, what this rank wants of its; offsets are in what this rank wants."""
-        return self._without_own([_common((self.wanted[self.me],), own) for own in self.held])
-
-    def _without_own(self, parts: list[Any]) -> list[Any]:
-        return [[] if r == self.me else part for r, part in enumerate(parts)]
-
-    def elements(self, per_row: int) -> int:
-        """Of the longer side of this rank's exchange; 0 if there is none.
-
-        Args:
-            per_row: elements of a row of all tensors.
-        """
-        sides = (self._sent(), self._received())
-        most = max(sum(n for part in side for *_, n in part) for side in sides) * per_row
-        return (most or 1) if self.moves else 0
-
-    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The wanted rows of tensors that hold this rank's; gradients move back, and are summed."""
-        return _Fetched.apply(self, *tensors)
-
-    def forward(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        received = self._received()
-        moved = self._moved(tensors, self._sent(), received)
-        results = []
-        for x, pieces in zip(tensors, moved, strict=True):
-            own = _common(self.held[self.me], (self.wanted[self.me],))
-            found = [(start, x.narrow(-2, offset, n)) for offset, start, n in own]
-            starts = [start for part in received for _, start, _ in part]
-            found += zip(starts, pieces, strict=True)
-            found.sort(key=lambda piece: piece[0])
-            results.append(torch.cat([p for _, p in found] or [x.narrow(-2, 0, 0)], -2))
-        return results
-
-    def transpose(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        sent = self._sent()
-        moved = self._moved(grads, self._received(), sent)
-        results = []
-        for grad, pieces in zip(grads, moved, strict=True):
-            rows = length_of(self.held[self.me])
-            total = grad.new_zeros(*grad.shape[:-2], rows, grad.shape[-1])
-            start = self.wanted[self.me][0]
-            for offset, first, n in _common(self.held[self.me], (self.wanted[self.me],)):
-                total.narrow(-2, offset, n).copy_(grad.narrow(-2, first - start, n))
-            offsets = [(offset, n) for part in sent for offset, _, n in part]
-            for (offset, n), piece in zip(offsets, pieces, strict=True):
-                total.narrow(-2, offset, n).add_(piece)
-            results.append(total)
-        return results
-
-    def _moved(
-        self, tensors: Sequence[torch.Tensor], sent: list[Any], received: list[Any]
-    ) -> list[list[torch.Tensor]]:
-        """Send each rank its parts of all tensors; the parts received, per tensor."""
-        if not self.moves:
-            return [[] for _ in tensors]
-        per_row = sum(_rest(x, -2) for x in tensors)
-        counts = [[per_row * sum(n for *_, n in part) for part in s] for s in (sent, received)]
-        pieces = [
-            x.narrow(-2, offset, n).reshape(-1)
-            for part in sent for x in tensors for offset, _, n in part
-        ]  # fmt: skip
-        idle = not sum(counts[0]) and not sum(counts[1])
-        if idle:
-            counts[0][self.me] = counts[1][self.me] = 1
-            pieces = [tensors[0].new_zeros(1)]
-        row = torch.cat(pieces) if pieces else tensors[0].new_empty(0)
-        row = torch.ops.autopar.exchange(row, *counts, self.group)
-        found: list[list[torch.Tensor]] = [[] for _ in tensors]
-        offset = 0
-        for part in received:
-            for x, own in zip(tensors, found, strict=True):
-                for *_, n in part:
-                    shape = (*x.shape[:-2], n, x.shape[-1])
-                    numel = math.prod(shape)
-                    own.append(row[offset : offset + numel].view(shape))
-                    offset += numel
-        return found
 
 
 def chunks(size: int, ranks: int, start: int = 0) -> list[Spans]:

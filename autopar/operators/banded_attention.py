@@ -44,7 +44,7 @@ class Band:
     def keys(self, queries: Span, count: int) -> Span:
         """The keys, of so many, that some of the queries `(start, length)` see."""
         start, length = queries
-        first = 0 if self.low is None else max(0, start + self.low)
+        first = 0 if self.low is None else min(count, max(0, start + self.low))
         end = count if self.high is None else min(count, start + length + self.high)
         return first, max(0, end - first)
 

@@ -10,6 +10,7 @@ so that every plan is one of the same space.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch.fx as fx
 import yaml
 
 from autopar.errors import ConflictError, ConstraintError, InfeasibleError
-from autopar.ir.graph import ModelGraph, shape_of
+from autopar.ir.graph import ModelGraph, bound_arguments, shape_of
 from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.planner.decisions import Candidate, Decision, FixedLayouts
 from autopar.planner.liveness import Liveness
@@ -39,6 +41,8 @@ Allowed = Mapping[int, np.ndarray]
 
 _OUTPUTS = "outputs."
 _BY = "by"
+# Attention, and what the capture makes of it where its mask is a band.
+_ATTENTION, _IN_A_BAND = "scaled_dot_product_attention", "banded_attention"
 _SHOWN = 24
 
 
@@ -157,9 +161,16 @@ def allowed(space: SearchSpace, constraints: Constraints) -> dict[int, np.ndarra
 
 
 def _matches(names: Names, space: SearchSpace, name: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    if name.endswith(_ATTENTION):
+        # an operator answers to the name that the model calls it by
+        with contextlib.suppress(ConstraintError):
+            found = names.find(name.removesuffix(_ATTENTION) + _IN_A_BAND)
     try:
-        return names.find(name)
+        return names.find(name) | found
     except ConstraintError as error:
+        if found:
+            return found
         if name in space.graph.buffers.values():
             raise ConstraintError(
                 f"constraint {name!r}: it is a buffer, and buffers are replicated"
@@ -237,7 +248,21 @@ def _no_strategy(
         f"constraint {name!r}: no strategy of {place} is {layout.text!r} on mesh "
         f"{space.cluster.mesh_text}. {decision.node.target} {has}"
         f"{f' ({bounds}; every rank must have a part)' if bounds else ''}"
+        f"{_of_attention(decision.node)}"
     )
+
+
+def _of_attention(node: fx.Node) -> str:
+    """Why an attention has fewer strategies than others."""
+    arguments = bound_arguments(node)
+    if _ATTENTION in str(node.target) and arguments.get("dropout_p"):
+        return "; it has dropout, which is drawn where a query has all of its keys"
+    if _IN_A_BAND not in str(node.target):
+        return ""
+    first, last = arguments["before"], arguments["after"]
+    seen = "from the first" if first is None else f"from {first} before it"
+    seen += " to the last" if last is None else f" to {last} after it"
+    return f"; a query sees the keys {seen}"
 
 
 def _axes(spec: ShardingSpec) -> list[int]:

@@ -116,7 +116,8 @@ def computed(target: Any, arguments: Mapping[str, Any], work: Work) -> Work:
         arguments: by name in the operator's schema; tensors, or nodes with them.
         work: as torch counts it.
     """
-    if not _is_causal(target, arguments):
+    banded = "autopar.banded_attention." in str(target)
+    if not banded and "scaled_dot_product" not in str(target):
         return work
     lengths = []
     for name in ("query", "key"):
@@ -124,17 +125,15 @@ def computed(target: Any, arguments: Mapping[str, Any], work: Work) -> Work:
         value = value.meta["val"] if isinstance(value, fx.Node) else value
         lengths.append(value.shape[-2])
     queries, keys = lengths
+    causal = arguments.get("is_causal")
+    if banded:  # elsewhere its tiles are counted
+        bounds = arguments.get("before"), arguments.get("after")
+        causal = bounds == (None, 0) and queries == keys
+    if not causal:
+        return work
     both = min(queries, keys)
     pairs = both * (both + 1) // 2 + max(0, queries - keys) * keys
     return replace(work, flops=work.flops * pairs // max(1, queries * keys))
-
-
-def _is_causal(target: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether an operator is attention of which causal kernels leave out pairs."""
-    if "scaled_dot_product" in str(target):
-        return bool(arguments.get("is_causal"))
-    bounds = arguments.get("before"), arguments.get("after")
-    return "autopar.banded_attention." in str(target) and bounds == (None, 0)
 
 
 def _grouped(

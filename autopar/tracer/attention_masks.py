@@ -19,6 +19,7 @@ import torch
 import torch.fx as fx
 
 from autopar.ir.graph import bound_arguments
+from autopar.ir.precision import without_autocast
 from autopar.operators.banded_attention import BANDED, Band
 from autopar.tracer.inplace import call_like, computed
 from autopar.tracer.masks import Masks, broadcast
@@ -34,10 +35,11 @@ def name_masks(graph: fx.Graph) -> None:
     """Replace masks of attention that positions decide, alone or with booleans of the keys."""
     masks = Masks()
     of_keys: dict[tuple[Given, ...], fx.Node] = {}
-    for node in graph.find_nodes(op="call_function", target=ATTENTION):
-        seen = _seen(masks, node)
-        if seen is not None:
-            _replace(node, seen, of_keys)
+    with without_autocast():  # the graph holds its casts
+        for node in graph.find_nodes(op="call_function", target=ATTENTION):
+            seen = _seen(masks, node)
+            if seen is not None:
+                _replace(node, seen, of_keys)
 
 
 @dataclass(frozen=True)

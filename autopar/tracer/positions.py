@@ -203,7 +203,8 @@ class Levels:
 
     @staticmethod
     def mask(shape: Shape, where: Conjunction) -> Levels:
-        return Levels(shape, where, torch.tensor(True), torch.tensor(False))
+        shown, hidden = (torch.tensor(x, device="cpu") for x in (True, False))
+        return Levels(shape, where, shown, hidden)
 
     def inverse(self) -> Levels:
         """The same values by the inverse of the mask, which is one bound."""

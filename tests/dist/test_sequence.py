@@ -7,11 +7,15 @@ from tests.sequences import CASES, error
 pytestmark = pytest.mark.dist
 
 ATTENTION = "**.scaled_dot_product_attention"
+WINDOWS = "mistral", "padded window"
 FORCED = [
-    *((name, "4", "by ring") for name in CASES if name not in ("gemma",)),
-    *((name, "4", "by q") for name in ("gpt2", "mistral", "whisper", "masked")),
-    *((name, "2x2", "by ring q") for name in ("gpt2", "bert")),
-    *((name, "2x2", "by ring exchange") for name in ("masked",)),
+    *((name, "4", "by halo") for name in WINDOWS),
+    *((name, "4", "by ring") for name in CASES if name not in ("gemma", *WINDOWS)),
+    *((name, "4", "by q") for name in ("gpt2", *WINDOWS, "whisper", "masked", "documents")),
+    *((name, "2x2", "by ring q") for name in ("gpt2", "bert", "padded", "block diagonal")),
+    *((name, "2x2", "by halo q") for name in ("padded window",)),
+    *((name, "2x2", "by ring exchange") for name in ("masked", "padded", "documents")),
+    *((name, "4", "by exchange") for name in ("padded", "block diagonal")),
     ("gpt2", "4", "RS0RR"),
 ]
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autopar import ColoTracer
 from autopar.ir.graph import bound_arguments
 from autopar.tracer.masks import Masks
 from autopar.tracer.positions import Positions
-from tests.captures import captured
+from tests.captures import Holder, captured
 
 SEEDS = 12
 
@@ -210,6 +211,26 @@ def test_dropout_keeps_a_band_as_a_mask():
     assert call(graph) == CAUSAL
     (node,) = [n for n in graph.nodes if "_attention" in str(n.target)]
     assert bound_arguments(node)["dropout_p"] == 0.5
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_surroundings_change_nothing(device):
+    """An autocast that a region leaves, and a default device."""
+
+    def function(m, x):
+        with torch.autocast("cpu", enabled=False):
+            q = m.linear(x.double())
+            place = torch.arange(N, device="cpu")
+            mask = (place <= place[:, None]) & (place > place[:, None] - 3)
+            return F.scaled_dot_product_attention(q, q, q, mask)
+
+    with torch.autocast("cpu", torch.bfloat16), torch.device(device):
+        torch.manual_seed(0)
+        model = Holder(function).to_empty(device="cpu").double()
+        graph = ColoTracer().trace(model, (X,))
+    assert call(graph) == ("band", 2, 0, False)
+    (node,) = [n for n in graph.nodes if "_attention" in str(n.target)]
+    assert node.meta["val"].dtype == torch.float64
 
 
 # -- what is known of a mask is its value ----------------------------------------------------------

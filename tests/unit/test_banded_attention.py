@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.comm.spans import Fetch, chunks
+from autopar import autoplan
+from autopar.comm.fetch import Fetch
+from autopar.comm.spans import chunks
+from autopar.errors import ConstraintError
 from autopar.operators import banded_attention as operators
 from autopar.operators.banded_attention import Band, in_band, tiles
 from autopar.profiler.counting import Recorder
+from tests.clusters import eager_to_shard
 
 
 def masked(q, k, v, key_mask, band, scale=0.3):
@@ -135,3 +139,69 @@ def test_a_rank_that_exchanges_nothing_takes_part():
     held = chunks(9, 3)
     wanted = [(6, 3), (3, 3), (0, 3)]
     assert [Fetch(held, wanted, me, "").elements(7) for me in range(3)] == [21, 1, 21]
+
+
+# -- strategies by name ----------------------------------------------------------------------------
+
+TOKENS = 16
+ATTENTION = "**.scaled_dot_product_attention"
+
+
+class Attention(torch.nn.Module):
+    """Two layers: causal, and in a window of four."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 24), torch.nn.Linear(8, 24)
+        self.dropout = dropout
+
+    def forward(self, x):
+        place = torch.arange(TOKENS)
+        causal = place <= place[:, None]
+        window = causal & (place > place[:, None] - 4)
+        for linear, mask in ((self.a, causal), (self.b, window)):
+            q, k, v = linear(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            h = F.scaled_dot_product_attention(
+                q, k, v, mask, self.dropout if self.training else 0.0
+            )
+            x = x + h.transpose(1, 2).flatten(-2)
+        return x.square().mean()
+
+
+def plan(constraints, model=None):
+    x = torch.empty(2, TOKENS, 8)
+    model = Attention() if model is None else model
+    return autoplan(model, (), {"x": x}, cluster=eager_to_shard("4"), constraints=constraints)
+
+
+def factors(planned):
+    chosen = zip(planned.space.decisions, planned.choices, strict=True)
+    return {
+        str(d.node.target).split(".")[1]: {*d.candidates[i].strategy.splits}
+        for d, i in chosen
+        if "_attention" in str(d.node.target)
+    }
+
+
+def test_windows_answer_to_the_name_of_attention():
+    found = factors(plan({ATTENTION: "by ring | by halo"}))
+    assert found == {"scaled_dot_product_attention": {"ring"}, "banded_attention": {"halo"}}
+    assert all(split == {"q"} for split in factors(plan({ATTENTION: "by q"})).values())
+
+
+def test_a_ring_that_ignores_windows_is_refused():
+    message = (
+        r"no strategy of \S*banded_attention is 'by ring' on mesh 4. "
+        r"autopar.banded_attention.default can be split by .*; "
+        "a query sees the keys from 3 before it to 0 after it"
+    )
+    with pytest.raises(ConstraintError, match=message):
+        plan({ATTENTION: "by ring"})
+
+
+def test_a_ring_with_dropout_is_refused():
+    message = "'by ring' on mesh 4.*; it has dropout, which is drawn where a query has all"
+    with pytest.raises(ConstraintError, match=message):
+        plan({ATTENTION: "by ring"}, Attention(dropout=0.1))
+    model = Attention(dropout=0.1).eval()
+    assert "banded_attention" in factors(plan({ATTENTION: "by ring | by halo"}, model))

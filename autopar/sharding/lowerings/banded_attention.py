@@ -6,14 +6,16 @@ neighbors hold (the halo), and nothing else.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from autopar.comm.fetch import Fetch
 from autopar.comm.groups import find_group
-from autopar.comm.spans import Fetch, Span, chunks
+from autopar.comm.spans import Span, chunks
 from autopar.ir.spec import local_range
 from autopar.operators.banded_attention import Band, in_band
 from autopar.sharding.lowerings import attention
@@ -44,6 +46,22 @@ def _wanted(
     return spans, [band.keys(span, keys) for span in spans]
 
 
+def _fetch(
+    queries: int, keys: int, band: Band, halo: tuple[int, int],
+    inner: Sequence[tuple[int, int]], group: str,
+) -> Fetch:  # fmt: skip
+    """The exchange of keys along the halo's axis, which all its groups make if one must: programs
+    of ranks have the same operators."""
+    held = chunks(keys, halo[0])
+
+    def fetch(coords: Sequence[int], moves: bool | None = None) -> Fetch:
+        at = [(n, i) for (n, _), i in zip(inner, coords, strict=True)]
+        return Fetch(held, _wanted(queries, keys, band, [halo], at)[1], halo[1], group, moves)
+
+    moves = any(fetch(c).moves for c in itertools.product(*(range(n) for n, _ in inner)))
+    return fetch([i for _, i in inner], moves)
+
+
 def _lengths(shapes: Sequence[Shape | None]) -> tuple[int, int]:
     query, key = shapes[0], shapes[1]
     assert query is not None and key is not None
@@ -64,9 +82,7 @@ def _declared(call: LocalCall) -> Declared:
     }
     queries, keys = _lengths([call.arguments[n] for n in ("query", "key")])
     band = _band(call.arguments.get("before"), call.arguments.get("after"))
-    _, wanted = _wanted(queries, keys, band, ranks["halo"], ranks.get("q", ()))
-    size, me = ranks["halo"][0]
-    fetch = Fetch(chunks(keys, size), wanted, me, "")
+    fetch = _fetch(queries, keys, band, ranks["halo"][0], ranks.get("q", ()), "")
     per_row = 0
     for shape in call.operands[1:3]:
         assert shape is not None
@@ -102,8 +118,8 @@ def split_banded_attention(
     own, wanted = _wanted(queries, keys, band, ranks["halo"], ranks["q"])
     me = 0
     if ranks["halo"]:
-        size, me = ranks["halo"][0]
-        key, value = Fetch(chunks(keys, size), wanted, me, groups["halo"][0])(key, value)
+        _, me = halo = ranks["halo"][0]
+        key, value = _fetch(queries, keys, band, halo, ranks["q"], groups["halo"][0])(key, value)
     else:
         key, value = (x.narrow(-2, *wanted[0]) for x in (key, value))
     if key_mask is not None:

@@ -18,6 +18,12 @@ def _shares_keys(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("enable_gqa"))
 
 
+def _shares_mask(arguments: Mapping[str, Any]) -> bool:
+    """Whether all queries have the same mask."""
+    mask = arguments.get("attn_mask")
+    return mask is not None and len(mask) > 1 and mask[-2] == 1
+
+
 def _is_causal(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("is_causal"))
 
@@ -69,6 +75,8 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         ),
         _row(_lowered(_EXCHANGE), when=lambda a: _is_causal(a) and _shares_keys(a)),
         _row(_lowered(_RING), when=_is_causal),
+        _row(_of_any_query(_EXCHANGE), when=lambda a: _shares_mask(a) and _shares_keys(a)),
+        _row(_of_any_query(_RING), when=_shares_mask),
         _row(_EXCHANGE, when=_shares_keys),
         _row(_RING),
     ),
