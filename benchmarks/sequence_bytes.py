@@ -74,6 +74,12 @@ class Pairs(TorchDispatchMode):
         self.forward = self.backward = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from autopar.sharding.lowerings import attention_operators
+
+        blocks = getattr(attention_operators, str(func).split(".")[1], None)
+        if blocks is not None:
+            with self:  # kernels inside count
+                return blocks(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if func in _KERNELS:
             backward = func is _KERNELS[1]

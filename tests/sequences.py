@@ -260,7 +260,7 @@ def train(model: nn.Module, optimizer: Any, case: Case, steps: int) -> list[floa
 
 
 def error(
-    name: str, mesh: str, constraints: dict[str, str], steps: int = 3, overlaps: bool = False
+    name: str, mesh: str, constraints: dict[str, str] | str, steps: int = 3, overlaps: bool = False
 ) -> float:
     """Largest difference from single-device training of losses and parameters.
 

@@ -21,8 +21,10 @@ from autopar.files import write_atomically
 from autopar.plan import Baseline, ParetoPoint, ShardingPlan
 from autopar.planner import pareto
 from autopar.planner.baselines import baseline_plans
+from autopar.planner.constraints import Constraints, load_constraints
 from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
+from autopar.planner.tensor_schemes import check_scheme
 from autopar.progress import Progress
 from autopar.report.html import render_html
 from autopar.report.pipeline import pipeline_trace
@@ -79,6 +81,24 @@ def target_of(
             "say what to plan for: --mesh 2x4, or --cluster cluster.yaml, or --devices 8"
         )
     return ClusterInfo.of(mesh, device or DEFAULT_DEVICE).with_memory(memory)
+
+
+def constraints_of(preset: str | None, file: Path | None) -> Constraints | str:
+    """The constraints of a file, or the name of a preset.
+
+    Raises:
+        ValueError: both are given.
+        ConstraintError: there is no such preset, or the file has no constraints.
+    """
+    if preset is None:
+        return {} if file is None else load_constraints(file)
+    check_scheme(preset)
+    if file is not None:
+        raise ValueError(
+            f"--preset {preset} and --constraints {file} both say what a plan must have; write the "
+            "preset's constraints with --save-constraints, edit that file, and give it alone"
+        )
+    return preset
 
 
 def make_plan(
@@ -166,6 +186,11 @@ def _plan_of_batch(
     if trace is not None and plan.pipeline is not None:
         write_atomically(trace, json.dumps(pipeline_trace(plan.pipeline)) + "\n")
     return plan
+
+
+def write_constraints(plan: ShardingPlan, path: Path) -> None:
+    """Write the constraints of a plan as `--constraints` reads them."""
+    write_atomically(path, yaml.safe_dump(dict(plan.constraints), sort_keys=False))
 
 
 def write_html(plan: ShardingPlan, path: Path) -> None:

@@ -100,6 +100,18 @@ def plan(
         help="Layouts that the plan must have, one per line, such as "
         "'blocks.*.up.weight: S0R', 'inputs.x: S0R' or 'outputs.0: RR'.",
     ),
+    preset: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        help="A published scheme of tensor parallelism, as constraints that the report lists: "
+        "tp1d, tp2d, tp2.5d or tp3d.",
+    ),
+    save_constraints: Path | None = typer.Option(
+        None,
+        metavar="FILE.yaml",
+        help="Write the constraints of the plan here, to edit them and give them with "
+        "--constraints.",
+    ),
     output: Path | None = typer.Option(
         None, "--output", "-o", metavar="PLAN.json", help="Write the plan here, for auto_engine."
     ),
@@ -144,10 +156,16 @@ def plan(
         with short_errors(ValueError, OSError):
             check_optimizer(optimizer)
             from autopar.cli.model_file import load_example
-            from autopar.cli.plan import make_plan, print_report, target_of, write_html
+            from autopar.cli.plan import (
+                constraints_of,
+                make_plan,
+                print_report,
+                target_of,
+                write_constraints,
+                write_html,
+            )
             from autopar.cluster.cluster import ClusterInfo
             from autopar.ir.precision import Precision
-            from autopar.planner.constraints import load_constraints
             from autopar.planner.optimizer_state import named_state_ratio
             from autopar.planner.stages import PipelineOptions
 
@@ -165,7 +183,7 @@ def plan(
                 PipelineOptions.of(target, schedule, stages)
             if dump_passes is not None:
                 dump_passes.mkdir(parents=True, exist_ok=True)
-            layouts = {} if constraints is None else load_constraints(constraints)
+            layouts = constraints_of(preset, constraints)
             with say.stage("load model") as stage:
                 example = load_example(model)
                 stage.done = f"loaded {type(example.model).__name__}"
@@ -184,6 +202,8 @@ def plan(
     with short_errors(OSError):
         if output is not None:
             result.save(output)
+        if save_constraints is not None:
+            write_constraints(result, save_constraints)
         if report is not None:
             write_html(result, report)
         if as_json:

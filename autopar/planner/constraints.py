@@ -3,8 +3,9 @@
 Names are those of `autopar.planner.names`. A layout is a `ShardingSpec` as plans print it, or
 several with `|` between them; that of a parameter may end in `reshard` (re-gathered for the
 backward, ZeRO-3) or `keep` (ZeRO-2). For an operator, `by ring` demands a strategy that splits the
-factor `ring`, whatever the layouts. A constraint masks the other candidates of a decision: they
-get infinite time in the solver's problem, so that every plan is one of the same space.
+factor `ring`, whatever the layouts; behind a layout, `S0RS1 by n`, it demands that too. A
+constraint masks the other candidates of a decision: they get infinite time in the solver's problem,
+so that every plan is one of the same space.
 """
 
 from __future__ import annotations
@@ -71,6 +72,17 @@ def load_constraints(path: str | Path) -> dict[str, str]:
     return dict(data)
 
 
+def axis_orders(constraints: Constraints) -> frozenset[tuple[int, ...]]:
+    """The orders of axes, other than ascending, in which constraints split dims."""
+    layouts = [_Layout.parse(part.strip()) for t in constraints.values() for part in t.split("|")]
+    return frozenset(
+        axes
+        for layout in layouts
+        for axes in (() if layout.spec is None else layout.spec.dims)
+        if list(axes) != sorted(axes)
+    )
+
+
 # -- what is allowed ----------------------------------------------------------------------------
 
 
@@ -79,11 +91,11 @@ class _Layout:
     """One alternative of a constraint.
 
     Args:
-        spec: None where none can be read from the text.
+        spec: None where the text has none, or none that can be read.
         reshard_after_forward: of a parameter; None if the constraint leaves it open.
         text: as the user wrote it.
         error: why there is no spec.
-        factors: that the strategy must split; then there is no spec.
+        factors: that the strategy must split.
     """
 
     spec: ShardingSpec | None
@@ -95,8 +107,10 @@ class _Layout:
     @staticmethod
     def parse(text: str) -> _Layout:
         words = text.split()
-        if words[0] == _BY and len(words) > 1:
-            return _Layout(None, None, text, factors=frozenset(words[1:]))
+        if _BY in words[:-1]:
+            place = words.index(_BY)
+            layout = _Layout.parse(" ".join(words[:place])) if place else _Layout(None, None, "")
+            return replace(layout, text=text, factors=frozenset(words[place + 1 :]))
         reshard = {"reshard": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
         body = " ".join(words if reshard is None else words[:-1])
         try:
@@ -108,7 +122,10 @@ class _Layout:
     def allows(self, candidate: Candidate) -> bool:
         if self.factors:
             strategy = candidate.strategy
-            return strategy is not None and self.factors <= strategy.splits.keys()
+            if strategy is None or not self.factors <= strategy.splits.keys():
+                return False
+            if self.spec is None and not self.error:
+                return True
         if self.reshard_after_forward not in (None, candidate.reshard_after_forward):
             return False
         spec = candidate.outputs[0]
@@ -165,7 +182,8 @@ def _masks(
     space: SearchSpace, name: str, matches: Mapping[str, int], text: str
 ) -> dict[str, tuple[int, np.ndarray]]:
     """Per place that a constraint names, the decision and the mask of candidates with one of the
-    layouts. Every place must have one of the layouts, and every layout some place."""
+    layouts. Every place must have one of the layouts, and every layout some place, unless the
+    caller has fixed the layout of a place (a parameter that is sharded already)."""
     layouts = [_Layout.parse(part.strip()) for part in text.split("|")]
     masks: dict[str, tuple[int, np.ndarray]] = {}
     unused = dict(enumerate(layouts))
@@ -176,11 +194,16 @@ def _masks(
             raise ConstraintError(_refusal(space, decision, name, place, layouts[0]))
         masks[place] = i, np.asarray(each.any(axis=0))
         unused = {k: layout for k, layout in unused.items() if not each[k].any()}
-    if unused:
+    if unused and not any(_is_fixed(space, i) for i in matches.values()):
         (place, i), *_ = matches.items()
         refusal = _refusal(space, space.decisions[i], name, place, next(iter(unused.values())))
         raise ConstraintError(refusal)
     return masks
+
+
+def _is_fixed(space: SearchSpace, decision: int) -> bool:
+    target = str(space.decisions[decision].node.target)
+    return space.graph.parameters.get(target) in space.fixed.parameters
 
 
 def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layout: _Layout) -> str:
@@ -189,7 +212,9 @@ def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layo
     shape = list(shape_of(value[decision.result] if isinstance(value, list | tuple) else value))
     mesh = space.cluster.mesh_text
     legal = list(dict.fromkeys(str(c.outputs[0].data()) or "scalar" for c in decision.candidates))
-    if layout.factors:
+    alone = replace(layout, factors=frozenset())
+    no_layout = layout.spec is None and not layout.error
+    if layout.factors and (no_layout or any(alone.allows(c) for c in decision.candidates)):
         return _no_strategy(space, decision, name, place, layout)
     more = f", and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
     if layout.spec is None:

@@ -10,7 +10,9 @@ tensors have the factor:
     a middle dim of them                heads of attention, else sequence
     last dim of them                    features
 
-and a parameter that is stored split but consumed replicated is sharded as by ZeRO.
+and a parameter that is stored split but consumed replicated is sharded as by ZeRO. Products that
+are split by rows and features at once, with operands gathered for them, are 2D, 2.5D or 3D tensor
+parallel (`autopar/planner/scheme_roles.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch.fx as fx
 
@@ -25,13 +28,14 @@ from autopar.ir.graph import operand_at, shape_of
 from autopar.ir.repeats import INDEX, pattern
 from autopar.plan import ModuleSummary
 from autopar.planner.decisions import Candidate, Decision
+from autopar.planner.scheme_roles import DEPTH, ROLES, AtRest, scheme_of
 from autopar.planner.space import SearchSpace
 from autopar.sharding.node_rules import rule_of
-from autopar.sharding.rule import OpRule, alternatives, passes_sum
+from autopar.sharding.rule import OpRule, alternatives, factors_of, passes_sum
 
 _PRODUCTS = (
     "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "autopar.packed_",
-    "aten.conv",
+    "aten.matmul.", "aten.conv",
 )  # fmt: skip
 _ATTENTION = "aten.scaled_dot_product_attention."
 _EMBEDDING = "aten.embedding."
@@ -49,6 +53,10 @@ _PHRASES = {
     "exchange": "sequence split over {}, exchanged for heads in attention",
     "features": "features split over {}",
     "partial": "pending sums carried over {}",
+    "2d": "2D tensor parallel on {} (SUMMA)",
+    "2.5d": "2.5D tensor parallel on {} (SUMMA)",
+    DEPTH: "rows split over {} (depth)",
+    "3d": "3D tensor parallel on {}",
 }
 # Of attention, by the factors of `autopar/sharding/rules/attention.py`.
 _SEQUENCES = {"q": "sequence", "ring": "ring", "exchange": "exchange", "e": "features"}
@@ -104,7 +112,7 @@ def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
     owners = [_owner(space, decision) for decision in space.decisions]
     run = [o for d, o in zip(space.decisions, owners, strict=True) if d.kind == "op"]
     modules = {owner: _Module() for owner in dict.fromkeys((*run, *owners))}
-    weights = space.weight_operands()
+    weights, at_rest = space.weight_operands(), AtRest(space, chosen)
     root = {i: i for i, decision in enumerate(space.decisions) if decision.kind == "parameter"}
     for edge in space.edges:
         time_us, nbytes = space.conversion_costs(edge, choices)
@@ -130,6 +138,9 @@ def _walk(space: SearchSpace, choices: Sequence[int]) -> dict[str, _Module]:
             name = str(decision.node.target)
             module.kinds.append(name)
             roles = _op_roles(decision, chosen[i], weights[i])
+            if name.startswith(_PRODUCTS):
+                for w in weights[i]:
+                    roles |= scheme_of(decision, chosen[i], w, partial(at_rest, i))
             is_anchor = any(anchor in name for anchor in _ANCHORS)
             module.roles.append((roles, float(decision.time_us[c]), is_anchor))
     return modules
@@ -167,8 +178,9 @@ def _factor_role(node: fx.Node, rule: OpRule, factor: str, weights: Sequence[int
     for dims in matrices:
         if factor in dims and name.startswith(_EMBEDDING):
             return _table_role(node) if dims[0] == factor else "features"
-        if factor in dims and name.startswith(_PRODUCTS):
-            return "column" if any(factor in out for out in rule.outputs) else "row"
+        dim = next((alternatives(d) for d in dims if factor in alternatives(d)), ())
+        if dim and name.startswith(_PRODUCTS):  # `n|gather`, `k|scatter`: n is of results, k is not
+            return "column" if any(dim[0] in factors_of(out) for out in rule.outputs) else "row"
     tensors = [*rule.outputs, *(dims for dims in rule.inputs if dims is not None)]
     if name.startswith(_ATTENTION) and factor in _SEQUENCES:
         return _SEQUENCES[factor]
@@ -214,6 +226,9 @@ def _roles_of(module: _Module) -> Roles:
 def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str]) -> str:
     """`data parallel on axis 0, ZeRO-3 (re-gathered for backward); tensor parallel on ...`"""
     phrases = []
+    gathering = {axis for axis, names in roles.items() if {*ROLES} & {*names}}
+    again = any(gathers.get(axis, False) for axis in gathering)
+    gathers = {axis: kind for axis, kind in gathers.items() if axis not in gathering}
     split: dict[str, list[int]] = defaultdict(list)
     for axis, names in roles.items():
         shapes = [n for n in names if n in ("column", "row")]
@@ -223,14 +238,16 @@ def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str])
             if name not in shapes:
                 split[name].append(axis)
     zero: dict[bool, list[int]] = defaultdict(list)
-    for axis, again in sorted(gathers.items()):
-        zero[again].append(axis)
+    for axis, kind in sorted(gathers.items()):
+        zero[kind].append(axis)
     for name, axes in split.items():
         where = _axes(axes, axis_names)
         phrase = _PHRASES.get(name, "tensor parallel on {}, " + name).format(where)
-        for again in [again for again, over in zero.items() if name == "data" and over == axes]:
-            phrase += f", {_ZERO[again]}"
-            del zero[again]
+        if name in ROLES and again:
+            phrase += ", weights re-gathered for backward"
+        for kind in [kind for kind, over in zero.items() if name == "data" and over == axes]:
+            phrase += f", {_ZERO[kind]}"
+            del zero[kind]
         phrases.append(phrase)
     phrases += [
         f"parameters sharded over {_axes(axes, axis_names)}, {_ZERO[a]}" for a, axes in zero.items()
@@ -239,10 +256,10 @@ def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str])
 
 
 def _axes(axes: Sequence[int], names: Sequence[str]) -> str:
-    """`axis 0`, `axes 0 and 1`, or the names of the axes, if they have any."""
-    if names:
-        return " and ".join(names[axis] for axis in axes)
-    return f"{'axis' if len(axes) == 1 else 'axes'} {' and '.join(map(str, axes))}"
+    """`axis 0`, `axes 0, 1 and 2`, or the names of the axes, if they have any."""
+    texts = [names[axis] if names else str(axis) for axis in axes]
+    text = " and ".join([*([", ".join(texts[:-1])] if texts[:-1] else []), texts[-1]])
+    return text if names else f"{'axis' if len(axes) == 1 else 'axes'} {text}"
 
 
 def _pairs(parent: str, roles: Mapping[str, Roles]) -> Roles:

@@ -105,6 +105,32 @@ def _kind(node: fx.Node) -> str:
     return str(node.target).split(".")[-2] if str(node.target).count(".") > 1 else node.name
 
 
+def operator_names(graph: ModelGraph) -> dict[fx.Node, str]:
+    """Names that copies of a block share, such as `h.0.mlp.gelu`, of operators that have one."""
+    modules = _modules(graph)
+    last = {modules[path]: path for path in sorted(modules, key=len)}  # the innermost
+    # of the model itself, unless another operator is called so
+    reserved = {node.name: node for node in graph.compute_nodes()}
+    names: dict[str, fx.Node] = {}
+    for node in graph.compute_nodes():
+        name = f"{graph.info(node).module}.{_kind(node)}".removeprefix(".")
+        if reserved.get(name, node) is node:
+            names.setdefault(name, node)
+    return last | {node: name for name, node in names.items() if name not in modules}
+
+
+def every_name(graph: ModelGraph) -> list[str]:
+    """The names of parameters, modules and operators."""
+    parameters = [*graph.parameters.values(), *graph.aliases]
+    return list(dict.fromkeys([*parameters, *_modules(graph), *operator_names(graph).values()]))
+
+
+def _modules(graph: ModelGraph) -> dict[str, fx.Node]:
+    """The last operator of every module."""
+    nodes = [(node, graph.info(node).module) for node in graph.compute_nodes()]
+    return {path: node for node, module in nodes for path in with_parents(module) if path}
+
+
 def output_shapes(graph: ModelGraph) -> dict[str, tuple[int, ...]]:
     """`outputs.0`, ...: the shapes of the results that are tensors, in order."""
     values = graph.output.args[0][len(graph.mutations) :]  # type: ignore[index]

@@ -18,11 +18,19 @@ from autopar.gc_utils import collection_paused, existing_objects_frozen
 from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan, SolverRecord
 from autopar.planner.baselines import baseline_plans
-from autopar.planner.constraints import Allowed, Constraints, allowed, conflict, fixed_outputs
+from autopar.planner.constraints import (
+    Allowed,
+    Constraints,
+    allowed,
+    axis_orders,
+    conflict,
+    fixed_outputs,
+)
 from autopar.planner.decisions import FixedLayouts, Workload
 from autopar.planner.describe import describe
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.liveness import Liveness
+from autopar.planner.presets import preset_constraints
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
 from autopar.progress import Deadline, Progress, Stage, Tell
@@ -150,7 +158,7 @@ def build_problem(
     precision: Precision | str | torch.dtype | None = None,
     optimizer_state: float = ADAM_STATE,
     fixed: FixedLayouts | None = None,
-    constraints: Constraints | None = None,
+    constraints: Constraints | str | None = None,
     time_limit: float = 60.0,
     progress: Progress | Tell | None = None,
 ) -> PlanningProblem:
@@ -165,7 +173,8 @@ def build_problem(
         optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
         fixed: layouts that the caller decides.
         constraints: layouts by the names of parameters, inputs, outputs, modules and operators
-            (`autopar.planner.names`): `{"h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`.
+            (`autopar.planner.names`): `{"h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`; or the
+            name of a preset (`autopar.planner.presets`): "tp2d".
         time_limit: seconds for all runs of the solver and all schedules together. Afterwards the
             best plan is returned with its gap. If none fits yet, the fastest baseline that fits
             takes its place, and the record says so.
@@ -176,7 +185,6 @@ def build_problem(
         ConstraintError: a constraint has an unknown name or an impossible layout.
     """
     cluster = as_cluster(cluster).with_memory(memory)
-    constraints = dict(constraints or {})
     telling = Progress.of(progress)
     seconds: dict[str, float] = {}
 
@@ -193,9 +201,12 @@ def build_problem(
             graph = tracer.trace(model, args, kwargs)
             running.done = captured(model, graph)
     with stage("profile and strategies") as running, collection_paused():
+        if isinstance(constraints, str):
+            constraints = preset_constraints(constraints, graph, cluster.mesh)
+        constraints = dict(constraints or {})
         fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
         workload = Workload(trainable_inputs(graph, model), optimizer_state)
-        space = SearchSpace(graph, cluster, workload, fixed)
+        space = SearchSpace(graph, cluster, workload, fixed, orders=axis_orders(constraints))
         mask = allowed(space, constraints)
         candidates = sum(len(d.candidates) for d in space.decisions)
         running.done = (

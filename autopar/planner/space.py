@@ -44,6 +44,7 @@ class SearchSpace:
         any_order: offer dims that several axes split in every order of the axes, not the ascending
             one alone. Operators cost the same in every order and parameters are stored in one, so
             little can be won; on three axes planning takes several times as long.
+        orders: the only ones of these orders that are offered.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class SearchSpace:
         fixed: FixedLayouts | None = None,
         *,
         any_order: bool = False,
+        orders: frozenset[tuple[int, ...]] = frozenset(),
     ) -> None:
-        self.any_order = any_order
+        self.any_order, self.orders = any_order, orders
         self.graph, self.cluster, self.workload = graph, cluster, workload
         self.fixed = fixed or FixedLayouts()
         self.mesh = cluster.mesh
@@ -351,12 +353,18 @@ class SearchSpace:
                 for strategy in strategies_of(
                     node,
                     self.mesh,
-                    any_order=self.any_order,
+                    any_order=self.any_order or bool(self.orders),
                     beside=self.cluster.device.runs_beside,
                 )
-                if self.fixed.allows_strategy(node, strategy)
+                if self._is_offered(strategy) and self.fixed.allows_strategy(node, strategy)
             ]
         return self._strategies_of[number]
+
+    def _is_offered(self, strategy: Strategy) -> bool:
+        """Whether the order of axes in each dim is one that the space has."""
+        return self.any_order or all(
+            list(axes) == sorted(axes) or axes in self.orders for axes in strategy.splits.values()
+        )
 
     def _gradient_bytes(
         self, node: fx.Node, result: int, number: int, candidates: Sequence[Candidate]

@@ -201,9 +201,12 @@ def plan_stages(
 
 
 def _blocks_at(known: Mapping[int, Sequence[Block]], size: int) -> list[Block]:
-    """Blocks for microbatches of a size, on the lines through those of known sizes."""
+    """Blocks for microbatches of a size, on the lines through those of known sizes.
+
+    Smaller ones than the smallest known cost as much: layouts may not split so few samples.
+    """
     sizes = sorted(known)
-    if size in known or len(sizes) == 1:
+    if size in known or size < sizes[0] or len(sizes) == 1:
         return list(known.get(size, known[sizes[0]]))
     high = next((k for k in range(1, len(sizes)) if sizes[k] >= size), len(sizes) - 1)
     a, b = sizes[high - 1], sizes[high]

@@ -24,6 +24,7 @@ from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
+from autopar.planner.tensor_schemes import check_scheme
 from autopar.progress import Progress, Tell, silent_if_false
 from autopar.runtime.adoption import check_optimizer
 from autopar.runtime.batch import BatchDim
@@ -50,7 +51,7 @@ def auto_engine(
     precision: Precision | str | torch.dtype | None = None,
     lower: bool = True,
     compile: bool = False,
-    constraints: Mapping[str, str] | None = None,
+    constraints: Mapping[str, str] | str | None = None,
     microbatches: int | None = None,
     microbatch: str = "exact",
     schedule: str | None = None,
@@ -89,7 +90,8 @@ def auto_engine(
             is given, else those of the model's tensors and of an autocast around its calls.
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
         compile: run forward and backward by Inductor; the plan stays in force.
-        constraints: layouts by name, as in `autoplan`; those of results are for `batch` to say.
+        constraints: layouts by name, or the name of a preset, as in `autoplan`; those of results
+            are for `batch` to say.
         microbatches: slices of the batch that the step processes one after another, with the
             gradients of the whole batch (docs/pipelines.md).
         microbatch: "exact" refuses a model that mixes samples (BatchNorm in training);
@@ -136,7 +138,10 @@ def auto_engine(
         raise ValueError("precision= is put in force as the step is lowered; leave lower=False out")
     tell = silent_if_false(progress, _write_to_stderr)
     warn_if_torch_is_untested(torch.__version__)
-    refuse_outputs(constraints)
+    if isinstance(constraints, str):
+        check_scheme(constraints)
+    else:
+        refuse_outputs(constraints)
     model = unwrapped(model)
     cluster = as_cluster(cluster_info).with_memory(memory)
     if plan is not None:
@@ -171,7 +176,7 @@ def auto_engine(
         plan=plan,
         batch=batch,
         batch_dim=batch_dim,
-        constraints=dict(constraints or {}),
+        constraints=constraints if isinstance(constraints, str) else dict(constraints or {}),
         time_limit=time_limit,
         weights=None if weights is None else Path(weights),
         precision=policy,

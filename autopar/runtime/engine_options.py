@@ -21,7 +21,7 @@ class EngineOptions:
     plan: ShardingPlan | None = None
     batch: str = "global"
     batch_dim: BatchDim = 0
-    constraints: Mapping[str, str] | None = None
+    constraints: Mapping[str, str] | str | None = None
     time_limit: float = 60.0
     weights: Path | None = None
     precision: Precision | None = None

@@ -80,6 +80,11 @@ def alternatives(dim: str | None) -> tuple[str, ...]:
     return () if dim is None else tuple(dim.split("|"))
 
 
+def factors_of(dims: Dims) -> list[str]:
+    """The factors by which any of a tensor's dims may be split."""
+    return [name for dim in dims for name in alternatives(dim)]
+
+
 def _without(dims: Dims, unsplit: Collection[str]) -> Dims:
     """Dims that these factors do not split."""
     return tuple(

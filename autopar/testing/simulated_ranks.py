@@ -149,6 +149,10 @@ class SimulatedMesh:
         """That all ranks have sent to others, by the ring algorithms."""
         return sum(group.sent_bytes for group in self._registered.values())
 
+    def sent_along(self, coords: Coords) -> tuple[float, ...]:
+        """Bytes that one rank has sent, per mesh axis."""
+        return tuple(self._registered[name].sent_bytes for name in self.groups[coords])
+
     def run(self, work: Callable[[Coords], Any]) -> dict[Coords, Any]:
         """The result of one call per rank, all at once.
 

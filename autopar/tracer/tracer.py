@@ -47,6 +47,7 @@ from autopar.tracer.attributes import AttributeRecorder
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.casts import keep_modules, with_casts
 from autopar.tracer.effects import Carried, Originals, check_state, collect
+from autopar.tracer.flex_attention import flex_attention_as_products
 from autopar.tracer.forward_hooks import ObservedHooks, copied_tensors, isolate, root_hooks
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
@@ -182,6 +183,8 @@ class ColoTracer:
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             opaque_functions(),
+            flex_attention_as_products(),
+            torch.compiler.set_stance("force_eager"),  # functions that the model compiled
             regions_as_run(),
             module_hooks(model, clone),
             host_randomness(resolver, lifted),

@@ -89,6 +89,17 @@ def test_layouts_may_be_several_and_say_when_to_gather():
     assert len([n for n in mixed.reshard_after_forward if n.endswith("up.weight")]) == 4
 
 
+def test_layouts_of_operators_and_what_they_split():
+    result = plan({"blocks.*.up": "S0S1 by b1 n", "blocks.*.down": "by k"})
+    chosen = {
+        result.space.location(i): d.candidates[c].strategy.splits.keys()
+        for i, (d, c) in enumerate(zip(result.space.decisions, result.choices, strict=True))
+        if d.kind == "op" and "linear" in str(d.node.target)
+    }
+    assert all(chosen[f"blocks.{i}.up"] == {"b1", "n"} for i in range(4))
+    assert all("k" in chosen[f"blocks.{i}.down"] for i in range(4))
+
+
 def test_results_have_the_layout_of_their_constraint(free):
     result = plan({"outputs.1": "S0R"})
     output = next(s for s in result.space.decisions if s.kind == "output")
@@ -119,6 +130,13 @@ def test_results_have_the_layout_of_their_constraint(free):
         ("table.weight", "S10R", "is not among the layouts of parameter"),
         ("table.weight", "P0(sum)RR", "is not among the layouts of parameter"),
         ("inputs.ids", "S0 | S2", "'S2' splits over axis 2"),
+        (
+            "blocks.*.up",
+            "S0S1 by k",
+            r"no strategy of blocks\.0\.up is 'S0S1 by k' .* can be split by",
+        ),
+        ("blocks.*.up", "S2S1 by n", "'S2S1 by n' splits over axis 2"),
+        ("blocks.*.up", "Q by n", "'Q by n' is not a layout"),
         ("outputs.1", "RRR", r"not a layout of a result of shape \[8, 32\]"),
         ("outputs.0", "RP0(sum)", "not a layout of a result of shape"),
     ],
@@ -200,7 +218,7 @@ def test_constraint_files(tmp_path):
         ("h.*.w", {"h.0.w", "h.1.w", "h.12.w"}),
         ("h.{0,12}.w", {"h.0.w", "h.12.w"}),
         ("h.{1-12}.w", {"h.1.w", "h.12.w"}),
-        ("**.w", {"h.0.w", "h.1.w", "h.12.w", "h.1.x.w"}),
+        ("**.w", {"w", "h.0.w", "h.1.w", "h.12.w", "h.1.x.w"}),
         ("h.1", {"h.1"}),
         ("*", {"w"}),
     ],

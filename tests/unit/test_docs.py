@@ -45,6 +45,7 @@ PAGES = (
     "docs/rules.md",
     "docs/solver.md",
     "docs/control.md",
+    "docs/tensor_parallelism.md",
     "docs/memory.md",
     "docs/pipelines.md",
     "docs/training_scripts.md",
