@@ -37,11 +37,11 @@ _PRODUCTS = (
     "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "autopar.packed_",
     "aten.matmul.", "aten.conv",
 )  # fmt: skip
-_ATTENTION = "aten.scaled_dot_product_attention."
+_ATTENTION = ("aten.scaled_dot_product_attention.", "autopar.banded_attention.")
 _EMBEDDING = "aten.embedding."
 _LOSSES = ("aten.cross_entropy_loss.", "autopar.token_cross_entropy.")
 # The operators that define what a module does; views and pointwise ops count where there are none.
-_ANCHORS = (*_PRODUCTS, _ATTENTION, _EMBEDDING, *_LOSSES, "aten.mse_loss.", "norm")
+_ANCHORS = (*_PRODUCTS, *_ATTENTION, _EMBEDDING, *_LOSSES, "aten.mse_loss.", "norm")
 
 _PHRASES = {
     "data": "data parallel on {}",
@@ -50,6 +50,7 @@ _PHRASES = {
     "heads": "heads split over {}",
     "sequence": "sequence split over {}",
     "ring": "sequence split over {}, keys and values on a ring",
+    "halo": "sequence split over {}, keys of windows from neighbors",
     "exchange": "sequence split over {}, exchanged for heads in attention",
     "features": "features split over {}",
     "partial": "pending sums carried over {}",
@@ -59,7 +60,9 @@ _PHRASES = {
     "3d": "3D tensor parallel on {}",
 }
 # Of attention, by the factors of `autopar/sharding/rules/attention.py`.
-_SEQUENCES = {"q": "sequence", "ring": "ring", "exchange": "exchange", "e": "features"}
+_SEQUENCES = {
+    "q": "sequence", "ring": "ring", "halo": "halo", "exchange": "exchange", "e": "features",
+}  # fmt: skip
 _ZERO = {
     True: "ZeRO-3 (re-gathered for backward)",
     False: "ZeRO-2 (gathered once, kept for backward)",

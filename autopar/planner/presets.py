@@ -36,7 +36,7 @@ from autopar.units import mesh_text
 _PRODUCTS = (
     "aten.mm.", "aten.addmm.", "aten.linear.", "aten.matmul.", "autopar.packed_",
 )  # fmt: skip
-_ATTENTION = "aten.scaled_dot_product_attention."
+_ATTENTION = ("aten.scaled_dot_product_attention.", "autopar.banded_attention.")
 _CAST = torch.ops.aten._to_copy.default
 
 

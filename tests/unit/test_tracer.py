@@ -26,7 +26,8 @@ def test_captured_graph_equals_eager(name):
     loss.backward()
     expected = alone(**batch)
     expected.backward()
-    assert loss.item() == expected.item()
+    # the sum of the losses of tokens has another order
+    assert torch.allclose(loss, expected, rtol=0, atol=1e-12)
     for (n, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=0, atol=1e-12), n
     for (n, b), c in zip(model.named_buffers(), alone.buffers(), strict=True):
