@@ -184,7 +184,6 @@ class ColoTracer:
             torch.random.fork_rng(devices=[]),
             opaque_functions(),
             flex_attention_as_products(),
-            torch.compiler.set_stance("force_eager"),  # functions that the model compiled
             regions_as_run(),
             module_hooks(model, clone),
             host_randomness(resolver, lifted),
