@@ -123,10 +123,14 @@ class OpCosts:
                 beside += us
             else:
                 total += us
+        device = self.cluster.device
+        if work.kernels:
+            again = float(device.bytes_curve("read").us(work.elements * value.element_size()))
+            compute_us += again
+            total += again + work.kernels * device.launch_us
         total += max(0.0, beside - compute_us)
         if not work.passes:
             return total
-        device = self.cluster.device
         nbytes = self._tensor_bytes(value, spec)
         moved = device.bytes_curve("read").us(nbytes) + device.bytes_curve("write").us(nbytes)
         return total + work.passes * (float(moved) + device.launch_us)

@@ -112,11 +112,8 @@ def _uncut(
     size = whole.meta["val"].shape[dim]
     if (first, second) != (0, size - count) or every.meta["val"].shape[dim] != size:
         return tokens, labels
-    like = labels.meta["val"]
-    shape = [*like.shape[:-1], size - count]
-    options = {"dtype": like.dtype, "device": like.device}
-    rest = call_like(node, aten.full.default, (shape, ignored), options)
-    return whole, call_like(node, aten.cat.default, ([labels, rest], dim))
+    padded = call_like(node, aten.constant_pad_nd.default, (labels, [0, size - count], ignored))
+    return whole, padded
 
 
 def _cut(node: fx.Node, dim: int) -> tuple[fx.Node, int, int] | None:

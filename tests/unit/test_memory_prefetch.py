@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import autopar.comm.collectives  # noqa: F401, registers the operators
 from autopar.comm import world as world_of_engines
-from autopar.comm.groups import register_mesh
+from autopar.comm.groups import find_group, register_mesh
 from autopar.ir.spec import chunk
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
@@ -196,6 +196,11 @@ def call(kind: str, x: torch.Tensor, dim: int, size: int, group: str) -> tuple[A
     dims = ([dim] * 2, [size] * 2) if many else (dim, size)
     rest = dims if "gather" in kind else dims[:1] if "scatter" in kind else ("sum",)
     whole = getattr(torch.ops.autopar, kind).default
+    if kind == "exchange":  # everything to the next rank
+        of = find_group(group)
+        sent, received = ([0] * of.size for _ in range(2))
+        sent[(of.index + 1) % of.size] = received[(of.index - 1) % of.size] = x.numel()
+        return whole, (x.flatten(), sent, received, group)
     return whole, ([x, x + 1] if many else x, *rest, group)
 
 

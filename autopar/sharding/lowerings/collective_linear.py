@@ -180,6 +180,7 @@ def _declared(call: LocalCall) -> Declared:
     """A ring per split factor: the gathered rows, or the sums of those that are kept. Where both
     are split, rows are gathered first."""
     runs: list[Collective] = []
+    further = 0
     for factor, operand in (("gather", 0), ("scatter", None)):
         if factor not in call.splits:
             continue
@@ -195,6 +196,7 @@ def _declared(call: LocalCall) -> Declared:
             runs.append(Collective("all_gather", axis, elements, forward=1))
             runs.append(Collective("reduce_scatter", axis, elements, backward=1))
             continue
+        further = ranks - 1
         # one ring passes rows on, the other one sums that come back to their rank
         rings = {"gather": ((me, 1, 1), (me - 1, 0, 1)), "scatter": ((me - 1, 1, 0), (me, 0, 1))}
         for first, forward, backward in rings[factor]:
@@ -202,7 +204,10 @@ def _declared(call: LocalCall) -> Declared:
                 most = max(lengths[(first - step) % ranks], lengths[(first - step - 1) % ranks])
                 elements = most * per_row
                 runs.append(Collective("exchange", axis, elements, forward, backward, beside=True))
-    return Declared(tuple(runs))
+    weight = call.operands[1]
+    assert weight is not None
+    # per further step: three products, two of which read the weight, and a sum of its gradient
+    return Declared(tuple(runs), kernels=4 * further, elements=6 * further * math.prod(weight))
 
 
 @declares(_declared)

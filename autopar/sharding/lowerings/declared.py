@@ -82,10 +82,14 @@ class Declared:
     Args:
         collectives: in the order of the forward.
         passes: kernels, forward and backward, that read and write the first operand's shard once.
+        kernels: further kernels.
+        elements: that these read and write.
     """
 
     collectives: tuple[Collective, ...] = ()
     passes: int = 0
+    kernels: int = 0
+    elements: int = 0
 
 
 Lowering = Callable[..., Any]
