@@ -195,4 +195,9 @@ def ring_attention(
     Returns:
         [*b, heads, queries, d].
     """
+    if mask is not None and mask.is_floating_point():
+        # Where all keys of a query have a large negative number, the log-sum-exp of a block would
+        # be that number. What is subtracted from all of a row changes no probability.
+        largest = mask.detach().amax(-1, keepdim=True)
+        mask = mask - largest.masked_fill(largest.isinf(), 0.0)
     return _RingAttention.apply(q, k, v, mask, ring)
