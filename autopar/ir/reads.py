@@ -8,6 +8,7 @@ them are as they were (`bound_reads.py` checks that).
 from __future__ import annotations
 
 import operator
+import textwrap
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -170,6 +171,10 @@ class Reads:
     tensors: tuple[TensorValue, ...] = ()
 
 
+def _shown(value: Any) -> str:
+    return textwrap.shorten(repr(value), 200, placeholder=" ...")
+
+
 @dataclass(frozen=True)
 class Change:
     """The first difference between what a program was captured with and what a model has now."""
@@ -179,7 +184,7 @@ class Change:
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.where} was {self.old!r} and is {self.new!r}"
+        return f"{self.where} was {_shown(self.old)} and is {_shown(self.new)}"
 
 
 def frozen(value: Any, registered: Collection[int] = ()) -> Any:

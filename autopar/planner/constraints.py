@@ -225,11 +225,23 @@ def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layo
         known = space.cluster.axes_text or f"0 to {len(space.mesh) - 1}"
         why = f"splits over axis {axes[0]}, and mesh {mesh} has axes {known}"
     else:
-        why = f"is not among the layouts of {kind} {place}"
+        empty = _without_a_part(layout.spec, shape, space.mesh)
+        why = f"{empty or 'is not among the layouts of'} {kind} {place}"
+        if empty and "exchange" in rule_of(decision.node)[0].factors:
+            why += " (`by exchange` splits the sequence outside of attention, and repeats keys)"
     return (
         f"constraint {name!r}: {layout.text!r} {why}. {kind.capitalize()} {place} of shape {shape} "
         f"on mesh {mesh} can have {', '.join(legal[:_SHOWN])}{more}"
     )
+
+
+def _without_a_part(spec: ShardingSpec, shape: Sequence[int], mesh: Sequence[int]) -> str:
+    """Which dim has fewer elements than ranks; empty if none has."""
+    for dim, (size, axes) in enumerate(zip(shape, spec.dims, strict=True)):
+        ranks = math.prod(mesh[a] for a in axes)
+        if ranks > size:
+            return f"leaves ranks without a part: {ranks} split dim {dim}, of size {size}, of"
+    return ""
 
 
 def _no_strategy(
@@ -239,15 +251,23 @@ def _no_strategy(
     factors = dict.fromkeys(f for s in strategies for f in s.splits)
     rule, _ = rule_of(decision.node)
     bounds = "; ".join(
-        f"{f} divides {n}, with {' and '.join(o for o in names if o != f)}"
+        f"{f} splits a dim of {n}, and so {'do' if len(names) > 2 else 'does'} "
+        f"{' and '.join(o for o in names if o != f)}"
         for names, n in rule.joint
         for f in sorted(layout.factors & {*names})
     )
+    bounds += "; every rank must have a part" if bounds else ""
+    beside = [f for f in layout.factors & {*rule.factors} if rule.factors[f].beside]
+    if beside and not space.cluster.device.runs_beside:
+        bounds = (
+            f"{beside[0]} is for devices on which collectives run beside compute, and "
+            f"{space.cluster.device.name} is none"
+        )
     has = f"can be split by {', '.join(factors)}" if factors else "cannot be split"
     return (
         f"constraint {name!r}: no strategy of {place} is {layout.text!r} on mesh "
         f"{space.cluster.mesh_text}. {decision.node.target} {has}"
-        f"{f' ({bounds}; every rank must have a part)' if bounds else ''}"
+        f"{f' ({bounds})' if bounds else ''}"
         f"{_of_attention(decision.node)}"
     )
 
