@@ -33,13 +33,14 @@ venv: .venv/stamp ## Create .venv with the pinned dependencies (again when they 
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-# One thread per process, no GPU. tests/dist runs four processes of its own, so it comes after the rest.
+# One thread per process, no GPU. tests/dist runs four processes per worker, so it comes after the rest; a
+# file's tests share a worker, and what they computed once.
 test: venv ## Lint, check types, run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy autopar
 	$(CPU) $(BIN)/python -m pytest -q --durations=15 -n 2 tests --ignore tests/dist
-	$(CPU) $(BIN)/python -m pytest -q --durations=15 tests/dist
+	$(CPU) $(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile tests/dist
 
 test-gpu: venv ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu tests/gpu tests/kernels tests/unit/test_memory_prefetch.py

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from tests.models import OPTIMIZERS
 
 _SIZES: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
     "num_attention_heads": 4, "use_cache": False, "attn_implementation": "sdpa",
 }  # fmt: skip
 TOKENS, BATCH = 20, 2

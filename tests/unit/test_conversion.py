@@ -395,7 +395,7 @@ def _ends(path, source, target):
     return places[-1] == target and [s.source for s in path] == places[:-1]
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (7, 4), (6, 3, 16), (8, 9, 10, 11)])
+@pytest.mark.parametrize("shape", [(), (5,), (7, 4), (6, 3, 16)])
 def test_the_steps_of_every_path_chain(shape):
     """All pairs on three axes. With the test of every step, all conversions are right."""
     converter = converter_of("2x2x2")

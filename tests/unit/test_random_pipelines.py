@@ -12,6 +12,6 @@ def _name(draw: Draw) -> str:
     return f"{draw.name} {draw.mesh} {draw.schedule} {draw.microbatches}"
 
 
-@pytest.mark.parametrize("draw", [Draw.of(seed, small=True) for seed in range(25)], ids=_name)
+@pytest.mark.parametrize("draw", [Draw.of(seed, small=True) for seed in range(12)], ids=_name)
 def test_random_pipelines_equal_a_single_device(draw):
     assert largest_error(draw) < 1e-9
