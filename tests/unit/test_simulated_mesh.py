@@ -103,7 +103,7 @@ def largest_error(name: str, plan: ShardingPlan, optimizer: str, *, lowered: boo
     return worst
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])  # others on real processes, in tests/dist
 def test_solver_plan_equals_single_device(name):
     plan = planned(name).plan
     assert any("S" in layout for layout in plan.choices.values()), "nothing was split"
