@@ -24,7 +24,7 @@ def single() -> Iterator[Pool]:
 LARGE = "t5", "llama"
 ALONE = cases_on("1")
 DISTRIBUTED = [
-    *[n for n in cases_on("2x2") if n not in ALONE and not n.endswith(LARGE)][::2],
+    *[n for n in cases_on("2x2") if n not in ALONE and not n.endswith(LARGE)][::3],
     *ALONE[::8],
 ]
 PAIRS = [(name, "1") for name in ALONE] + [(name, "2x2") for name in DISTRIBUTED]
