@@ -159,7 +159,7 @@ def counted(layout: str, keys: int, ranks: int) -> Counted:
 def _sent_bytes(groups: tuple[str, ...]) -> float:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return sum(_resolve_process_group(name).sent_bytes for name in groups)  # type: ignore
+    return sum(_resolve_process_group(name).sent_bytes for name in groups)
 
 
 def formula(strategy: str, keys: int, ranks: int) -> float:

@@ -101,14 +101,14 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     for name in BY_HAND:
         for recompute in (False, True):
             words = f"{name}, checkpointing" if recompute else name
-            builds[words] = lambda of, n=name, r=recompute: by_hand(n, of, r)  # type: ignore
+            builds[words] = lambda of, n=name, r=recompute: by_hand(n, of, r)
     for name, constraints in job["strategies"].items():
-        builds[name] = lambda of, n=name, c=constraints: by_autopar(  # type: ignore
+        builds[name] = lambda of, n=name, c=constraints: by_autopar(
             n, of, cluster, constraints=c, memory=_AMPLE
         )
     results: dict[str, tuple[int, Peak | None]] = {}
     for name, build in builds.items():
-        results[name] = longest(lambda units, b=build: measured(b, units), budget, 4)  # type: ignore
+        results[name] = longest(lambda units, b=build: measured(b, units), budget, 4)
         gc.collect()
     start = max(units for units, _ in results.values())
     results[OURS] = longest(

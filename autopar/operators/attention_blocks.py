@@ -26,11 +26,15 @@ class Block:
         causal: query i sees the keys up to i, of as many (and of these, those of the mask).
         scale: of the scores.
         trained: the mask takes a gradient.
+        base: [*b, heads, queries, 1], subtracted from the scores after the bias is added. Sums are
+            rounded as on one device, and the log-sum-exp keeps its digits where all of a query's
+            keys have a large negative number.
     """
 
     causal: bool
     scale: float
     trained: bool = False
+    base: torch.Tensor | None = None
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +43,7 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 def _kernel(q: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, block: Block) -> str:
-    if q.ndim != 4 or q.shape[-1] != v.shape[-1] or block.trained:
+    if q.ndim != 4 or q.shape[-1] != v.shape[-1] or block.trained or block.base is not None:
         return "written out"
     if q.device.type == "cpu":
         return "cpu"
@@ -82,7 +86,8 @@ def _scores(
     if block.causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~seen, float("-inf"))
-    return scores if bias is None else scores + bias
+    scores = scores if bias is None else scores + bias
+    return scores if block.base is None else scores - block.base
 
 
 def _sees_nothing(bias: torch.Tensor, causal: bool) -> torch.Tensor:

@@ -26,8 +26,10 @@ def test_captured_graph_equals_eager(name):
     loss.backward()
     expected = alone(**batch)
     expected.backward()
-    # the sum of the losses of tokens has another order
-    assert torch.allclose(loss, expected, rtol=0, atol=1e-12)
+    if any("token_cross_entropy" in str(n.target) for n in graph.nodes):
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-15)  # summed in another order
+    else:
+        assert loss.item() == expected.item()
     for (n, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=0, atol=1e-12), n
     for (n, b), c in zip(model.named_buffers(), alone.buffers(), strict=True):

@@ -111,7 +111,8 @@ def _lead(q: torch.Tensor, k: torch.Tensor) -> list[int]:
 
 def _attended(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-    queries: Sequence[int], keys: Sequence[int], causal: bool, scale: float,
+    base: torch.Tensor | None, queries: Sequence[int], keys: Sequence[int], causal: bool,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     shape = [*_lead(q, k), q.shape[-2]]
     dtype = accumulated(q.dtype)
@@ -121,12 +122,14 @@ def _attended(
 @operator(_attended)
 def attention_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-    queries: Sequence[int], keys: Sequence[int], causal: bool, scale: float,
+    base: torch.Tensor | None, queries: Sequence[int], keys: Sequence[int], causal: bool,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attention to a block.
 
     Args:
         mask: of this block, or None; broadcast to [*b, heads, queries, keys].
+        base: `Block.base`.
         queries, keys: their positions.
 
     Returns:
@@ -137,12 +140,14 @@ def attention_block(
     parts: list[tuple[Span, torch.Tensor, torch.Tensor]] = []
     for p in _products(queries, keys, causal):
         own = q.narrow(-2, *p.rows), k.narrow(-2, *p.columns), v.narrow(-2, *p.columns)
-        out, lse = attend(*own, _of_product(bias, p), Block(p.causal, scale))
+        out, lse = attend(
+            *own, _of_product(bias, p), Block(p.causal, scale, base=_of_product(base, p))
+        )
         parts.append((p.rows, out.to(high), lse.to(high)))
     everything = (0, q.shape[-2])
     if len(parts) == 1 and parts[0][0] == everything:
         return parts[0][1].contiguous(), parts[0][2].contiguous()
-    results, lses = _attended(q, k, v, mask, queries, keys, causal, scale)
+    results, lses = _attended(q, k, v, mask, base, queries, keys, causal, scale)
     results.zero_()
     lses.fill_(float("-inf"))
     for rows, out, lse in parts:
@@ -155,8 +160,8 @@ def attention_block(
 
 def _gradients(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    mask: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, queries: Sequence[int],
-    keys: Sequence[int], causal: bool, scale: float, trained: bool,
+    mask: torch.Tensor | None, base: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    queries: Sequence[int], keys: Sequence[int], causal: bool, scale: float, trained: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     high = accumulated(q.dtype)
     of_mask = q.new_empty(0) if mask is None or not trained else torch.empty_like(mask)
@@ -167,8 +172,8 @@ def _gradients(
 @operator(_gradients)
 def attention_block_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    mask: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, queries: Sequence[int],
-    keys: Sequence[int], causal: bool, scale: float, trained: bool,
+    mask: torch.Tensor | None, base: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    queries: Sequence[int], keys: Sequence[int], causal: bool, scale: float, trained: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """A block's part of the gradients of queries, keys, values and, if it is trained, the mask.
 
@@ -180,7 +185,7 @@ def attention_block_backward(
     parts = []
     for p in _products(queries, keys, causal):
         rows = [x.narrow(-2, *p.rows) for x in (grad, q, out)]
-        block = Block(p.causal, scale, trained)
+        block = Block(p.causal, scale, trained, _of_product(base, p))
         columns = k.narrow(-2, *p.columns), v.narrow(-2, *p.columns)
         gradients = attend_backward(
             rows[0],
@@ -214,12 +219,12 @@ def _pairs(queries: Sequence[int], keys: Sequence[int], causal: bool) -> int:
 
 
 @register_flop_formula(torch.ops.autopar.attention_block)
-def _flops(q, k, v, mask, queries, keys, causal, scale, *_, **__) -> int:  # type: ignore[no-untyped-def]
+def _flops(q, k, v, mask, base, queries, keys, causal, scale, *_, **__) -> int:  # type: ignore[no-untyped-def]
     """As torch counts attention: a causal product counts whole."""
     return 2 * math.prod(q[:-2]) * _pairs(queries, keys, causal) * (q[-1] + v[-1])
 
 
 @register_flop_formula(torch.ops.autopar.attention_block_backward)
-def _backward_flops(grad, q, k, v, mask, out, lse, queries, keys, causal, *_, **__) -> int:  # type: ignore[no-untyped-def]
+def _backward_flops(grad, q, k, v, mask, base, out, lse, queries, keys, causal, *_, **__) -> int:  # type: ignore[no-untyped-def]
     pairs = _pairs(queries, keys, causal)
     return 2 * math.prod(q[:-2]) * pairs * (3 * q[-1] + 2 * v[-1])

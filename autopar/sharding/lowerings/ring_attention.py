@@ -94,11 +94,19 @@ def _columns(mask: torch.Tensor | None, keys: Spans) -> torch.Tensor | None:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+def base_of(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """`Block.base`: the largest number that an additive mask has for a query."""
+    if mask is None or not mask.is_floating_point():
+        return None
+    largest = mask.amax(-1, keepdim=True)
+    return largest.masked_fill(largest.isinf(), 0.0)
+
+
 def _forward(
     ring: Ring, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     result: tuple[torch.Tensor, torch.Tensor] | None = None
-    blocks, row = _Blocks(ring, k, v), None
+    blocks, row, base = _Blocks(ring, k, v), None, base_of(mask)
     queries = operators.flat(ring.queries)
     if ring.ranks > 1:
         row = blocks.row(k, v)
@@ -108,8 +116,9 @@ def _forward(
         if row is not None and step < ring.ranks - 1:
             following = ring.next(row, blocks.elements(ring.source(step + 1)))
         part = _OPS.attention_block(
-            q, k, v, _columns(mask, own), queries, operators.flat(own), ring.causal, ring.scale
-        )
+            q, k, v, _columns(mask, own), base, queries, operators.flat(own), ring.causal,
+            ring.scale,
+        )  # fmt: skip
         result = part if result is None else merge(result, part)
         if following is not None:
             row = following
@@ -126,7 +135,7 @@ def _backward(
     ring: Ring, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     mask: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, trained: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    blocks, row = _Blocks(ring, k, v), None
+    blocks, row, base = _Blocks(ring, k, v), None, base_of(mask)
     dtypes = k.dtype, v.dtype
     queries = operators.flat(ring.queries)
     of_q: torch.Tensor | None = None
@@ -141,7 +150,7 @@ def _backward(
         if row is not None and step < ring.ranks - 1:
             following = ring.next(row, blocks.elements(ring.source(step + 1)))
         dq, dk, dv, of_columns[source] = _OPS.attention_block_backward(
-            grad, q, k, v, _columns(mask, own), out, lse, queries, operators.flat(own),
+            grad, q, k, v, _columns(mask, own), base, out, lse, queries, operators.flat(own),
             ring.causal, ring.scale, trained,
         )  # fmt: skip
         of_q = _sum(of_q, dq)
@@ -195,9 +204,4 @@ def ring_attention(
     Returns:
         [*b, heads, queries, d].
     """
-    if mask is not None and mask.is_floating_point():
-        # Where all keys of a query have a large negative number, the log-sum-exp of a block would
-        # be that number. What is subtracted from all of a row changes no probability.
-        largest = mask.detach().amax(-1, keepdim=True)
-        mask = mask - largest.masked_fill(largest.isinf(), 0.0)
     return _RingAttention.apply(q, k, v, mask, ring)
