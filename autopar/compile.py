@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.comm.groups import planning_groups
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
+from autopar.errors import ConflictError, InfeasibleError, PlanError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.precision import Precision, without_autocast
 from autopar.ir.spec import ShardingSpec
@@ -21,14 +23,17 @@ from autopar.passes.lower import lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
 from autopar.planner.batch import TracedBatch
-from autopar.planner.joint import JointPlan, plan_jointly
+from autopar.planner.joint import EVEN, JointPlan, plan_jointly
 from autopar.planner.microbatched import BatchPlanner
-from autopar.planner.planner import Planned, build_problem
+from autopar.planner.planner import TIME_LIMIT, Planned, PlanningProblem, build_problem
 from autopar.planner.stages import PipelineOptions
 from autopar.progress import Progress, Tell
 from autopar.schedule.agreed import agreed_schedule
 from autopar.units import bytes_text
 from autopar.versions import warn_if_torch_is_untested
+
+# Of the time limit, for microbatches where a plan without them is known.
+_SPLIT_SHARE = 0.2
 
 
 def autoplan(
@@ -109,10 +114,73 @@ def plan_step(
         schedule: also if everything fits the memory.
         output_specs: layouts in which the caller wants the results; replicated if None.
     """
+    return _plan_step(build_problem(model, args, kwargs, **options), schedule, output_specs)
+
+
+def _plan_step(
+    problem: PlanningProblem, schedule: bool, output_specs: Sequence[ShardingSpec] | None = None
+) -> JointPlan:
     warn_if_torch_is_untested(torch.__version__)
-    problem = build_problem(model, args, kwargs, **options)
     with without_autocast():
         return plan_jointly(problem, output_specs=output_specs, always=schedule)
+
+
+def plan_to_fit(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    schedule: bool = False,
+    **options: Any,
+) -> JointPlan:
+    """Find the fastest plan of a step, whatever makes it fit the memory: layouts, recomputation and
+    offloading, or microbatches.
+
+    Args:
+        schedule: also say what the step keeps if everything fits.
+        options: of `autopar.planner.planner.build_problem`.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        ConstraintError: a constraint has an unknown name or an impossible layout.
+        InfeasibleError: nothing makes it fit.
+    """
+    problem = build_problem(model, args, kwargs, **options)
+    whole: JointPlan | None = None
+    try:
+        whole = _plan_step(problem, schedule)
+        if whole.memory is None or whole.memory.added_us <= EVEN * whole.planned.plan.time.step_us:
+            return whole
+    except ConflictError:  # microbatches have the same constraints
+        raise
+    except InfeasibleError as error:
+        refused = error
+    cluster = problem.space.cluster
+    rest = {k: v for k, v in options.items() if k not in ("cluster", "memory", "graph")}
+    if whole is not None:
+        rest["time_limit"] = _SPLIT_SHARE * options.get("time_limit", TIME_LIMIT)
+    try:
+        batch = TracedBatch.of_graph(model, args, kwargs or {}, problem.space.graph)
+        planner = BatchPlanner(model, batch.exact(), batch.samples, cluster, None, rest)
+        least = refused.smallest_bytes if whole is None else whole.unscheduled_bytes
+        split = planner.plan_within(_fewest_microbatches(least, problem.budget_bytes))
+    except (InfeasibleError, PlanError) as error:
+        if whole is not None:
+            return whole
+        raise InfeasibleError(
+            f"{refused}. Microbatches do not help: {error}",
+            budget_bytes=refused.budget_bytes,
+            smallest_bytes=min(refused.smallest_bytes, getattr(error, "smallest_bytes", math.inf)),
+        ) from error
+    if whole is None or split.plan.time.step_us < whole.planned.plan.time.step_us:
+        return JointPlan(split)
+    return whole
+
+
+def _fewest_microbatches(needed_bytes: float, budget_bytes: float) -> int:
+    """That may fit, in doublings: each takes at least its share of what the batch needs."""
+    share = needed_bytes / budget_bytes if math.isfinite(needed_bytes) else 2.0
+    return 2 ** max(1, math.ceil(math.log2(max(1.0, share))))
 
 
 @without_autocast()

@@ -15,8 +15,7 @@ from autopar.cli.common import DEFAULT_DEVICE
 from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.device import device as device_of
-from autopar.compile import autoplan, compile_first_rank, plan_batch, plan_step
-from autopar.errors import InfeasibleError, PlanError
+from autopar.compile import compile_first_rank, plan_batch, plan_step, plan_to_fit
 from autopar.files import write_atomically
 from autopar.plan import Baseline, ParetoPoint, ShardingPlan
 from autopar.planner import pareto
@@ -130,15 +129,12 @@ def make_plan(
         joint = JointPlan(search_meshes(model, args, kwargs, **options))
     elif target.pipeline_ranks > 1 or (batch["microbatches"] or 1) > 1:
         return _plan_of_batch(example, target, batch, trace, options)
-    elif target.memory_bytes is None and not schedule:
-        joint = JointPlan(autoplan(model, args, kwargs, cluster=target, **options))
-    else:
+    elif batch["microbatches"] is not None:
         joint = plan_step(model, args, kwargs, cluster=target, schedule=schedule, **options)
-        if joint.memory is not None and joint.memory.added_us and batch["microbatches"] is None:
-            # microbatches may cost less than recomputation
-            split = _within_memory(example, target, batch, options)
-            if split is not None and split.time.step_us < joint.planned.plan.time.step_us:
-                return split
+    else:
+        joint = plan_to_fit(model, args, kwargs, cluster=target, schedule=schedule, **options)
+        if joint.planned.plan.microbatches > 1:  # baselines have none
+            return joint.planned.plan
     planned, time_limit = joint.planned, options["time_limit"]
     if trace is not None and joint.memory is not None:
         write_atomically(trace, json.dumps(trace_of(joint.memory.timeline)) + "\n")
@@ -161,18 +157,6 @@ def make_plan(
             planned.space, time_limit=time_limit, progress=progress, mask=planned.mask
         ).points
     return replace(planned.plan, baselines=rows, pareto_front=points)
-
-
-def _within_memory(
-    example: Example, target: ClusterInfo, batch: Mapping[str, Any], options: Mapping[str, Any]
-) -> ShardingPlan | None:
-    """The plan of the fewest microbatches that fit; None if none do, or samples are mixed."""
-    try:
-        return plan_batch(
-            example.model, example.args, example.kwargs, cluster=target, **batch, **options
-        ).plan
-    except (InfeasibleError, PlanError):
-        return None
 
 
 def _plan_of_batch(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -13,12 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.groups import planning_groups
 from autopar.ir.graph import ModelGraph
+from autopar.ir.shorten import shortened
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
+from autopar.passes.bucket import bucket_collectives
 from autopar.passes.lower import trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
 from autopar.schedule.program import Program
+from autopar.schedule.transfers import large_parameters
+from autopar.schedule.unroll import Gap, unrolled
 from autopar.sharding.node_rules import results
 
 
@@ -43,12 +47,45 @@ def local_step(
     *,
     trainable: frozenset[str],
     output_specs: Sequence[ShardingSpec] | None = None,
+    choices: Mapping[fx.Node, Hashable] | None = None,
 ) -> LocalStep:
-    """Trace the step that a plan makes of a model.
+    """Trace the step that a plan makes of a model. Of a list of blocks that are equal, in the graph
+    and in the plan, a few are traced, and the others written like them. Small gradients of several
+    blocks then stay messages of their own, which the step that runs has in buckets.
 
     Args:
         trainable: placeholder names of the parameters that require grad.
         output_specs: layouts in which the caller wants the results; replicated if None.
+        choices: by node, what tells copies of a block apart in the plan; all nodes are traced if
+            None.
+    """
+    short = None if choices is None else shortened(graph, choices)
+    if short is not None:
+        apart = frozenset({bucket_collectives.__name__})
+        step = _traced(short.graph, graph, plan, trainable, output_specs, disable=apart)
+        program = unrolled(step.program, Gap(short.blocks, short.before, short.after))
+        if program is not None:
+            by_name = dict(zip(_tensor_names(short.graph), step.arguments, strict=False))
+            names = (short.twins.get(name, name) for name in _tensor_names(graph))
+            seed = step.arguments[len(by_name) :]
+            return replace(
+                step, program=program, arguments=(*(by_name[name] for name in names), *seed)
+            )
+    return _traced(graph, graph, plan, trainable, output_specs)
+
+
+def _traced(
+    graph: ModelGraph,
+    whole: ModelGraph,
+    plan: ShardingPlan,
+    trainable: frozenset[str],
+    output_specs: Sequence[ShardingSpec] | None,
+    disable: frozenset[str] = frozenset(),
+) -> LocalStep:
+    """
+    Args:
+        whole: the graph that this one is a part of.
+        disable: names of passes to leave out.
     """
     coords = (0,) * len(plan.mesh)
     local = apply_sharding(
@@ -58,10 +95,10 @@ def local_step(
     arguments = fake_arguments(graph, local, trainable)
     copied = sum(graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders)
     device_type = arguments[0].device.type if arguments else "cpu"
-    cluster = ClusterInfo.from_dict(plan.cluster)
     options = LowerOptions.of(
-        graph, plan, None, device_type=device_type, cluster=cluster, scheduled=True
-    )
+        graph, plan, frozenset(large_parameters(whole).values()), device_type=device_type,
+        cluster=ClusterInfo.from_dict(plan.cluster), scheduled=True, disable=disable,
+    )  # fmt: skip
     return LocalStep(trace_step(local.gm, arguments, options).program, arguments, copied)
 
 
@@ -83,6 +120,10 @@ def fake_arguments(
             shard = torch.empty(node.meta["local_shape"], dtype=dtype, device=value.device)
             arguments.append(shard.requires_grad_(name in trainable))
     return tuple(arguments)
+
+
+def _tensor_names(graph: ModelGraph) -> list[str]:
+    return [str(node.target) for node in _placeholders(graph)]
 
 
 def _placeholders(graph: ModelGraph) -> list[fx.Node]:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+
+import torch.fx as fx
 
 from autopar.errors import InfeasibleError
 from autopar.ir.spec import ShardingSpec
@@ -27,7 +30,7 @@ from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text, time_text
 
 _BETWEEN = 2  # limits between none and the budget
-_EVEN = 5e-3  # of a step: the cost of fitting the budget at which no other plans are tried
+EVEN = 5e-3  # of a step: the cost of fitting the budget at which no other plans are tried
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Trial:
     Args:
         plan_us: step that keeps everything.
         added_us: by recomputation, re-gathers and reloads within the budget; infinite where no
-            schedule fits, NaN where `plan_us` alone was too much.
+            schedule fits, NaN where the plan was not expected to be faster than the best.
     """
 
     plan_us: float
@@ -57,12 +60,14 @@ class JointPlan:
         memory: the schedule; None where the plan fits without one.
         step: that is scheduled.
         tried: all trials; sharding first is the first of them.
+        unscheduled_bytes: the least memory of a plan that keeps everything, as far as known.
     """
 
     planned: Planned
     memory: MemoryPlan | None = None
     step: LocalStep | None = None
     tried: tuple[Trial, ...] = ()
+    unscheduled_bytes: float = 0.0
 
 
 def plan_jointly(
@@ -85,11 +90,11 @@ def plan_jointly(
     binds = needed > problem.budget_bytes
     if not binds and not always:
         return JointPlan(problem.planned(unlimited))
-    trials = _Trials(problem, output_specs)
+    trials = _Trials(problem, output_specs, needed)
     trials.add(math.inf, unlimited)
-    limited = _limited_plans(problem, needed)
+    limited = _limited_plans(problem, needed, trials.errors)
     # no plan is faster than the one without a limit
-    while trials.best is None or (binds and trials.best.trial.added_us > _EVEN * unlimited.step_us):
+    while trials.best is None or (binds and trials.best.trial.added_us > EVEN * unlimited.step_us):
         if trials.best is not None and problem.deadline.over:
             break
         limit_and_result = next(limited, None)
@@ -114,12 +119,14 @@ class _Trials:
     """The trials for one model and budget.
 
     Attributes:
+        needed: bytes of the plan without a limit.
         best: the fastest so far.
         seconds: of scheduling.
     """
 
     problem: PlanningProblem
     output_specs: Sequence[ShardingSpec] | None
+    needed: float
     best: _Scheduled | None = None
     seconds: float = 0.0
     tried: dict[tuple[int, ...], Trial] = field(default_factory=dict)
@@ -131,10 +138,14 @@ class _Trials:
         choices = without_reshard(space, result.choices)
         if choices in self.tried:
             return
-        us = estimate_time(space, choices, Liveness(space, math.inf)).step_us
-        if self.best is not None and us >= self.best.trial.step_us:
-            self.tried[choices] = Trial(us, math.nan)
-            return
+        liveness = Liveness(space, math.inf)
+        us = estimate_time(space, choices, liveness).step_us
+        if self.best is not None:
+            freed = self.needed - estimate_memory(space, choices, liveness).total_bytes
+            expected = us + self.best.memory.added_us_with(max(0.0, freed))
+            if expected >= (1 - EVEN) * self.best.trial.step_us:
+                self.tried[choices] = Trial(us, math.nan)
+                return
         text = "without a limit" if math.isinf(limit) else f"for {bytes_text(limit)}"
         start = time.perf_counter()
         with problem.progress.stage("schedule") as stage:
@@ -163,9 +174,14 @@ class _Trials:
         """
         space = self.problem.space
         plan = make_plan(space, choices, self.problem.model)
+        chosen: dict[fx.Node, tuple[str, ...]] = defaultdict(tuple)
+        for decision, c in zip(space.decisions, choices, strict=True):
+            if decision.kind != "output":
+                chosen[decision.node] += (decision.candidates[c].name,)
         step = local_step(
-            space.graph, plan, trainable=space.workload.trainable, output_specs=self.output_specs
-        )
+            space.graph, plan, trainable=space.workload.trainable,
+            output_specs=self.output_specs, choices=chosen,
+        )  # fmt: skip
         return step, _step_budget(self.problem, step).choose(step.program)
 
     def fastest(self) -> JointPlan:
@@ -183,7 +199,8 @@ class _Trials:
             method = f"{plan.solver.method}; the fastest of {len(self.tried)} joint plans"
             plan = replace(plan, solver=replace(plan.solver, method=method))
         trials = tuple(self.tried.values())
-        return JointPlan(replace(planned, plan=plan), best.memory, best.step, trials)
+        least = min((e.smallest_bytes for e in self.errors), default=0.0)
+        return JointPlan(replace(planned, plan=plan), best.memory, best.step, trials, least)
 
 
 def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:
@@ -196,9 +213,15 @@ def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ..
     return tuple(stored)
 
 
-def _limited_plans(problem: PlanningProblem, needed: float) -> Iterator[tuple[float, SearchResult]]:
+def _limited_plans(
+    problem: PlanningProblem, needed: float, errors: list[InfeasibleError]
+) -> Iterator[tuple[float, SearchResult]]:
     """Plans for the budget (or the smallest limit that has one), and for limits between that and
-    the memory of the plan without a limit."""
+    the memory of the plan without a limit.
+
+    Args:
+        errors: gets those of limits without a plan.
+    """
 
     def within(limit: float) -> SearchResult | float:
         with problem.progress.stage("solve") as stage:
@@ -209,6 +232,7 @@ def _limited_plans(problem: PlanningProblem, needed: float) -> Iterator[tuple[fl
                 )  # fmt: skip
             except InfeasibleError as error:
                 stage.done = f"no plan within {bytes_text(limit)} without a schedule"
+                errors.append(error)
                 return error.smallest_bytes
             described = result.describe() + problem.cut_short(result)
             stage.done = f"solved within {bytes_text(limit)}: {described}"

@@ -19,6 +19,7 @@ from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
 from autopar.cluster.device import Device
 from autopar.errors import (
     AutoparError,
+    ConflictError,
     ConstraintError,
     InfeasibleError,
     MeshError,
@@ -29,6 +30,7 @@ from autopar.ir.precision import Precision
 from autopar.plan import MeshResult
 from autopar.planner.batch import TracedBatch
 from autopar.planner.constraints import masked
+from autopar.planner.joint import plan_jointly
 from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.planner import Planned, build_problem, captured
 from autopar.planner.stages import PipelineOptions
@@ -119,7 +121,12 @@ def search_meshes(
                     note = "its bound is above the best"
                     tried.append(MeshResult(shape, math.inf, bound, math.nan, note))
                     continue
-            planned = problem.planned(problem.decide())
+            try:
+                planned = problem.planned(problem.decide())
+            except InfeasibleError as error:  # what it keeps may be recomputed
+                if isinstance(error, ConflictError):
+                    raise
+                planned = plan_jointly(problem).planned
         except (InfeasibleError, ConstraintError) as error:
             errors.append(error)
             note = "no plan fits" if isinstance(error, InfeasibleError) else "lacks an axis"

@@ -39,6 +39,7 @@ from autopar.tracer import ColoTracer, ModelGraph
 from autopar.units import mesh_text
 
 ADAM_STATE = 2.0
+TIME_LIMIT = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def build_problem(
     optimizer_state: float = ADAM_STATE,
     fixed: FixedLayouts | None = None,
     constraints: Constraints | str | None = None,
-    time_limit: float = 60.0,
+    time_limit: float = TIME_LIMIT,
     progress: Progress | Tell | None = None,
 ) -> PlanningProblem:
     """Trace a model, profile it, and lay out the search space with all costs.

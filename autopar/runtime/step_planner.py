@@ -72,10 +72,11 @@ class StepPlanner:
             "fixed": fixed,
             **self._options,
         }
-        scheduled = cluster.memory_bytes is not None and options.step.lowered
-        if not scheduled or cluster.world_size == 1:  # the schedule of one device comes later
-            unlimited = math.inf if scheduled else None
-            planned = autoplan(self.model, budget_bytes=unlimited, **planning)
+        if not options.step.lowered:
+            return StepPlan((planned := autoplan(self.model, **planning)).plan, planned=planned)
+        if cluster.memory_bytes is not None and cluster.world_size == 1:
+            # its one plan is scheduled when it is compiled
+            planned = autoplan(self.model, budget_bytes=math.inf, **planning)
             plan = replace(planned.plan, budget_bytes=cluster.budget_bytes)
             return StepPlan(plan, planned=planned)
         joint = plan_step(self.model, output_specs=fixed.outputs, **planning)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from autopar.cluster.link import Link
@@ -14,7 +15,7 @@ from autopar.errors import InfeasibleError
 from autopar.plan import StepSummary
 from autopar.schedule.build import schedule_of
 from autopar.schedule.order import in_order
-from autopar.schedule.pareto import ScheduleFront
+from autopar.schedule.pareto import ScheduleFront, undominated
 from autopar.schedule.prefetch import GATHER, exposed_share, prefetched
 from autopar.schedule.program import Program, Resource, Schedule, eager_schedule
 from autopar.schedule.simulate import peak_bytes, timeline
@@ -40,6 +41,8 @@ class MemoryPlan:
         exposed_us: the part of that spent waiting for collectives.
         state_on_host: the optimizer's state is on the host outside of the optimizer step.
         parameters_on_host: names of parameters that are on the host for a part of the step.
+        front: peaks, and what schedules of them add, that the search has seen; from the largest
+            peak down.
     """
 
     schedule: Schedule
@@ -49,6 +52,13 @@ class MemoryPlan:
     exposed_us: float = 0.0
     state_on_host: bool = False
     parameters_on_host: tuple[str, ...] = ()
+    front: tuple[tuple[int, float], ...] = ()
+
+    def added_us_with(self, more_bytes: float) -> float:
+        """What the step is estimated to take longer if it had more memory."""
+        peaks, added = zip(*reversed(self.front), strict=True) if self.front else ((0,), (0.0,))
+        less, now = np.interp([self.peak_bytes + more_bytes, self.peak_bytes], peaks, added)
+        return self.added_us * float(less / now) if now > 0 else self.added_us
 
     @property
     def peak_bytes(self) -> int:
@@ -220,8 +230,8 @@ def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
     front = ScheduleFront(program, _costs(program))
     step = (max(1.0, budget_bytes) / eager_bytes) ** (1 / _RUNGS)
     ladder = [eager_bytes * step**k for k in range(1, _RUNGS)]
-    budgets = [*ladder, budget_bytes, *_with_room(program, budget_bytes)]
-    points = [point for point in front.solve(budgets)[len(ladder) :] if point is not None]
+    budgets = [budget_bytes, *_with_room(program, budget_bytes)]
+    points = [point for point in front.solve(budgets, through=ladder) if point is not None]
     if not points:
         smallest = front.smallest()
         if smallest.peak_bytes > budget_bytes:
@@ -229,6 +239,8 @@ def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
         points = [front.grown(smallest, budget_bytes)]
     schedules = [prefetched(program, point.schedule, budget_bytes) for point in points]
     plan = describe(program, min(schedules, key=lambda schedule: step_us(program, schedule)))
+    seen = undominated(front.candidates)
+    plan = replace(plan, front=tuple((point.peak_bytes, point.cost) for point in seen))
     log.info("the step's values peak at %s", bytes_text(plan.peak_bytes))
     return plan
 

@@ -20,36 +20,49 @@ from autopar.solver.chain import ChainStage, ChainTable, Keep, Plan
 
 T = TypeVar("T")
 
-_SLOTS = 400
+_SLOTS = 1600
 _SPANS = (2, 3, 4, 5, 6)  # stages between which nothing need be kept
 
 
-def chain_schedules(
-    program: Program, stages: Sequence[Stage], common: frozenset[int], cost: Mapping[int, float],
-    memory: float,
-) -> Iterator[Schedule]:  # fmt: skip
-    """A schedule for every cost that the chain can have.
+class ChainSchedules:
+    """The schedules of a chain: one for every cost that it can have.
 
     Args:
         common: storages that are kept whatever the plan.
         cost: of recomputing each operator.
         memory: the largest budget, in bytes.
+
+    Attributes:
+        budgets: of the chain, from the largest down, `common` included. The peak of a schedule is
+            near its budget; the chain does not see everything.
     """
-    options = _options(program, stages, cost)
-    chain = [
-        ChainStage(
-            program.nbytes[stage.input] if stage.input >= 0 else 0,
-            program.nbytes[stage.output] if stage.output >= 0 else 0,
-            sum(cost[i] for i in stage.forward),
-            forward_peak(program, stage, frozenset()),
-            tuple(option.costs for option in choices),
+
+    def __init__(
+        self, program: Program, stages: Sequence[Stage], common: frozenset[int],
+        cost: Mapping[int, float], memory: float,
+    ) -> None:  # fmt: skip
+        self._program, self._stages, self._common = program, stages, common
+        self._stage_options = _options(program, stages, cost)
+        chain = [
+            ChainStage(
+                program.nbytes[stage.input] if stage.input >= 0 else 0,
+                program.nbytes[stage.output] if stage.output >= 0 else 0,
+                sum(cost[i] for i in stage.forward),
+                forward_peak(program, stage, frozenset()),
+                tuple(option.costs for option in choices),
+            )
+            for stage, choices in zip(stages, self._stage_options, strict=True)
+        ]
+        self._reserved = sum(program.nbytes[s] for s in common)
+        self._table = ChainTable(chain, max(1.0, memory - self._reserved), _SLOTS)
+        self.budgets = [budget + self._reserved for budget in self._table.budgets()]
+
+    def schedule(self, budget: float) -> Schedule:
+        """The schedule of one of the budgets."""
+        plan = self._table.plan(budget - self._reserved)
+        return _schedule_of_plan(
+            self._program, self._stages, self._stage_options, self._common, plan
         )
-        for stage, choices in zip(stages, options, strict=True)
-    ]
-    reserved = sum(program.nbytes[s] for s in common)
-    table = ChainTable(chain, max(1.0, memory - reserved), _SLOTS)
-    for budget in table.budgets():
-        yield _schedule_of_plan(program, stages, options, common, table.plan(budget))
 
 
 def _options(

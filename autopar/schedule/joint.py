@@ -84,7 +84,7 @@ def read_joint(joint: JointGraph, forward: set[fx.Node], cluster: ClusterInfo) -
     outputs, count = joint.outputs, len(joint.results)
     reader = _Reader(joint.gm, cluster, forward, _carrying(joint.primals, outputs[count:]))
     reader.run([n for n in outputs if isinstance(n, fx.Node)])
-    program = _program(reader, outputs, count, joint.tangents)
+    program = _program(reader, joint)
     return JointProgram(
         program, tuple(reader.calls), reader.base, reader.owner, tuple(reader.random)
     )
@@ -123,6 +123,7 @@ class _Reader:
             for node in self.joint.graph.nodes:
                 if node.op in ("placeholder", "get_attr"):
                     self._input(node)
+                    _recorded(recorder)  # an argument costs the step nothing
                 elif node.op == "call_function" and (node in reachable or node.is_impure()):
                     self._call(node, recorder)
 
@@ -255,9 +256,13 @@ def _module(node: fx.Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def _program(
-    reader: _Reader, outputs: Sequence[Any], num_fwd_outputs: int, tangents: Sequence[fx.Node]
-) -> Program:
+def _program(reader: _Reader, joint: JointGraph) -> Program:
+    outputs, num_fwd_outputs = joint.outputs, len(joint.results)
+    weights = [
+        p for p, g in zip(joint.primals, outputs[num_fwd_outputs:], strict=True)
+        if isinstance(g, fx.Node)
+    ]  # fmt: skip
+
     def bases(nodes: Sequence[Any]) -> frozenset[int]:
         return frozenset(reader.base[n] for n in nodes if isinstance(n, fx.Node))
 
@@ -273,18 +278,24 @@ def _program(
     results = bases(outputs[:num_fwd_outputs])
     return Program(
         tuple(_in_modules(ops)), tuple(reader.of_forward), tuple(nbytes), results, gradients,
-        bases(tangents),
+        bases(joint.tangents),
         beside=SIDE if reader.cluster.device.runs_beside else frozenset(),
-        gradient_bytes=gradient_bytes,
+        gradient_bytes=gradient_bytes, weights=bases(weights),
     )  # fmt: skip
 
 
 def _in_modules(ops: Sequence[Op]) -> list[Op]:
-    """Operators that no module called (gathers of parameters) belong to their first reader's."""
+    """Operators that no module called belong to their first reader's (gathers of parameters), or to
+    the one whose value they read (sums of gradients)."""
     reader: dict[int, str] = {}
-    named = []
+    modules = []
     for op in reversed(ops):
-        module = op.module or next((reader[s] for s in op.makes if reader.get(s)), "")
+        modules.append(op.module or next((reader[s] for s in op.makes if reader.get(s)), ""))
+        reader |= dict.fromkeys(op.reads, modules[-1])
+    maker: dict[int, str] = {}
+    named = []
+    for op, of_reader in zip(ops, reversed(modules), strict=True):
+        module = of_reader or next((maker[s] for s in op.reads if maker.get(s)), "")
         named.append(replace(op, module=module))
-        reader |= dict.fromkeys(op.reads, module)
-    return named[::-1]
+        maker |= dict.fromkeys(op.makes, module)
+    return named

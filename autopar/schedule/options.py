@@ -9,8 +9,10 @@ operators, and shared by all stages of the same kind.
          Σ bytes_v keep_v <= budget
          live_t(keep, run) <= cap                   at every operator t
 
-Without the last, this is a minimum cut for every price of a byte. In `live_t`, what is recomputed
-is alive from its first possible reader to its last; simulating the stage gives the exact peak.
+Without the last two, and with a price of kept bytes in the objective, this is a minimum cut. The
+choices for all prices are the convex hull of cost over bytes; equal stages that mix two neighbours
+of it reach every budget at the least cost. In `live_t`, what is recomputed is alive from its first
+possible reader to its last; simulating the stage gives the exact peak.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from autopar.solver.linear_program import LinearProgram
 _BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
 KEPT_SHARES = (0.0, 0.25, 0.4, 0.55, 0.75)  # of stages whose output is not kept
 _CAPS = (0.6, 0.8)  # of the backward's peak when nothing is kept
+_PRICES = 16  # at most, that the convex hull is sought with
+_SAME = 1e-3  # of its cost: what a choice must win to be a new point of the hull
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,26 @@ def stage_options(
     model = StageModel(program, stage, cost)
     options: dict[frozenset[int], ChainOption] = {}
 
-    def add(share: float, cap: float = math.inf) -> None:
-        kept = model.solve(share * model.needed_bytes, cap)
-        if kept is not None and kept not in options:
-            options[kept] = model.costs(kept)
+    def add(share: float, cap: float = math.inf, price: float = 0.0) -> ChainOption | None:
+        kept = model.solve(share * model.needed_bytes, cap, price)
+        if kept is None:
+            return None
+        return options.setdefault(kept, model.costs(kept))
 
     for share in _BUDGETS:
         add(share)
+    sides = [(all_kept, nothing)] if (all_kept := add(1.0)) and (nothing := add(0.0)) else []
+    for _ in range(_PRICES):
+        if not sides:
+            break
+        more, less = sides.pop(0)
+        if more.kept <= less.kept:
+            continue
+        price = (less.cost - more.cost) / (more.kept - less.kept)
+        between = add(1.0, price=price)
+        line = more.cost + price * more.kept
+        if between and between.cost + price * between.kept < line * (1 - _SAME):
+            sides += [(more, between), (between, less)]
     top = max((o.backward for o in options.values()), default=0.0)
     for cap in _CAPS:
         for share in (0.0, 0.35):
@@ -133,9 +150,15 @@ class StageModel:
         return {s: (first[s], last[s]) for s in first}
 
     def solve(
-        self, budget: float, cap: float = math.inf, *, seconds: float = 1.0
+        self, budget: float, cap: float = math.inf, price: float = 0.0, *, seconds: float = 1.0
     ) -> frozenset[int] | None:
-        """The cheapest choice that keeps at most `budget` bytes; None if there is none."""
+        """The cheapest choice that keeps at most `budget` bytes; None if there is none.
+
+        Args:
+            cap: of the bytes alive while the backward runs.
+            price: of a kept byte, in the unit of the costs.
+            seconds: at most.
+        """
         if not self.spans:
             return frozenset()
         ops, nbytes, maker = self.program.ops, self.program.nbytes, self.program.maker
@@ -148,7 +171,7 @@ class StageModel:
         total = sum(nbytes[s] for s in self.spans) or 1
         problem = LinearProgram()
         keep = {
-            s: problem.variable(1e-6 * nbytes[s] / total, upper=1.0, integer=True)
+            s: problem.variable((1e-6 / total + price / scale) * nbytes[s], upper=1.0, integer=True)
             for s in sorted(self.spans, key=str)
         }
         run = {

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from autopar.schedule.build import schedule_of
-from autopar.schedule.chained import chain_schedules
+from autopar.schedule.chained import ChainSchedules
 from autopar.schedule.options import StageModel
 from autopar.schedule.program import Program, Schedule, eager_schedule
 from autopar.schedule.refine import Refiner
@@ -20,12 +21,17 @@ from autopar.schedule.simulate import peak_bytes
 from autopar.schedule.stages import Stage, linearize
 from autopar.schedule.streams import host_wait_us
 
-_STARTS = 6  # candidates that are refined
+_STARTS = 6  # candidates that are refined, in programs of up to
+_FEW_OPS = 1500  # operators; fewer in longer ones
+_MANY_STAGES = 12  # of which the chain is better than what an integer program reaches in time
 _EXPENSIVE = ("mm.", "bmm", "convolution", "attention")
 _LOWER = (0.8, 0.9, 0.97)  # steps in which the smallest peak is sought
 _FAR_FROM_BEST = 1.3
 _SHARES = tuple(k / 24 for k in range(24))  # of the bytes that eager keeps
 _SECONDS = 0.3  # for each integer program over all operators
+# What is kept, as a share of the peak, by the schedules of the whole program that are tried.
+_LEAST_KEPT, _MOST_KEPT = 0.85, 1.25
+_CHAIN_TRIED = 3  # schedules of the chain on either side of where they begin to fit a budget
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,22 @@ class ScheduleFront:
         self.candidates: list[SchedulePoint] = []
         self._add("keep everything", eager_schedule(program))
         self.eager_bytes = self.candidates[0].peak_bytes
-        stages = linearize(program)
-        common = _common(program, stages)
-        self._add_checkpointing(stages, common)
-        for schedule in chain_schedules(program, stages, common, self.cost, self.eager_bytes):
-            self._add("chain", schedule)
-        self._add_global()
+        self._stages = linearize(program)
+        self._common = _common(program, self._stages)
+        self._add_checkpointing(self._stages, self._common)
+        self._chained: dict[int, SchedulePoint] = {}
+        self._tried_shares: set[float] = set()
+
+    @cached_property
+    def _chain(self) -> ChainSchedules:
+        return ChainSchedules(self.program, self._stages, self._common, self.cost, self.eager_bytes)
+
+    @cached_property
+    def _whole(self) -> StageModel:
+        """The whole program as one stage: it sees what stages hide from each other, but not when
+        anything is alive."""
+        stage = Stage(self.program.forward, self.program.backward, -1, -1, "")
+        return StageModel(self.program, stage, self.cost)
 
     def point(self, name: str, schedule: Schedule) -> SchedulePoint:
         """Score a schedule."""
@@ -72,8 +88,9 @@ class ScheduleFront:
         cost = schedule.recompute_cost(self.program, self.cost)
         return SchedulePoint(schedule, peak, cost + host_wait_us(self.program, schedule), name)
 
-    def _add(self, name: str, schedule: Schedule) -> None:
+    def _add(self, name: str, schedule: Schedule) -> SchedulePoint:
         self.candidates.append(self.point(name, schedule))
+        return self.candidates[-1]
 
     def _add_checkpointing(self, stages: Sequence[Stage], common: frozenset[int]) -> None:
         """Common policies: checkpoint every block, every second, √n of them; and save the results
@@ -90,29 +107,63 @@ class ScheduleFront:
         }
         self._add("checkpointing", schedule_of(program, {*borders, *common, *expensive}))
 
-    def _add_global(self) -> None:
-        """Choices for the whole program as one stage: they see what stages hide from each other,
-        but not when anything is alive."""
-        program = self.program
-        model = StageModel(program, Stage(program.forward, program.backward, -1, -1, ""), self.cost)
+    def _add_for(self, budget: float) -> None:
+        """Add the schedules that may be the best within a budget."""
+        chain = self._chain.budgets
+        low, high = 0, len(chain)  # the first that fits is between them
+        while low < high:
+            middle = (low + high) // 2
+            if self._of_chain(middle).peak_bytes <= budget:
+                high = middle
+            else:
+                low = middle + 1
+        for k in range(max(0, low - _CHAIN_TRIED), min(len(chain), low + _CHAIN_TRIED)):
+            self._of_chain(k)
+        if len(self.program.ops) > _FEW_OPS and len(self._stages) >= _MANY_STAGES:
+            return
         for share in _SHARES:
-            kept = model.solve(share * model.needed_bytes, seconds=_SECONDS)
-            if kept is not None:
-                self._add("global", schedule_of(program, kept))
+            kept = share * self._whole.needed_bytes
+            if _LEAST_KEPT * budget <= kept <= _MOST_KEPT * budget:
+                self._add_whole(share)
 
-    def solve(self, budgets: Sequence[float]) -> list[SchedulePoint | None]:
+    def _of_chain(self, k: int) -> SchedulePoint:
+        """The schedule for one of the chain's budgets, which is a candidate then."""
+        if k not in self._chained:
+            self._chained[k] = self._add("chain", self._chain.schedule(self._chain.budgets[k]))
+        return self._chained[k]
+
+    def _add_whole(self, share: float) -> None:
+        """Add the cheapest schedule that keeps at most a share of what eager keeps."""
+        if share in self._tried_shares:
+            return
+        self._tried_shares.add(share)
+        kept = self._whole.solve(share * self._whole.needed_bytes, seconds=_SECONDS)
+        if kept is not None:
+            self._add("global", schedule_of(self.program, kept))
+
+    def solve(
+        self, budgets: Sequence[float], through: Sequence[float] = ()
+    ) -> list[SchedulePoint | None]:
         """For every budget, the best schedule whose peak is within it; None if there is none.
 
         Each start is shrunk from the largest budget to the smallest, and abandoned if another one
         is far better.
+
+        Args:
+            through: more budgets, that schedules are shrunk to on the way.
         """
+        for budget in budgets:
+            self._add_for(budget)
+        asked, budgets = len(budgets), [*budgets, *through]
         order = sorted(range(len(budgets)), key=lambda k: -budgets[k])
         best: list[SchedulePoint | None] = [
             min((c for c in self.candidates if c.peak_bytes <= b), key=_by_cost, default=None)
             for b in budgets
         ]
-        starts = undominated(c for c in self.candidates if c.name != "chain")
-        for start in starts[:: max(1, len(starts) // _STARTS)]:
+        too_large = [c for c in self.candidates if c.peak_bytes > min(budgets)]
+        starts = undominated(c for c in too_large if c.name != "chain")
+        count = max(1, min(_STARTS, _STARTS * _FEW_OPS // len(self.program.ops)))
+        for start in starts[:: max(1, len(starts) // _STARTS)][-count:]:
             schedule = start.schedule
             for k in order:
                 smaller = self.refiner.shrink(schedule, budgets[k])
@@ -127,7 +178,7 @@ class ScheduleFront:
                     break
         return [
             None if point is None else self.grown(point, budget)
-            for point, budget in zip(best, budgets, strict=True)
+            for point, budget in zip(best[:asked], budgets, strict=False)
         ]
 
     def grown(self, point: SchedulePoint, budget: float) -> SchedulePoint:
@@ -136,6 +187,11 @@ class ScheduleFront:
 
     def smallest(self) -> SchedulePoint:
         """The schedule with the smallest peak that the search can reach."""
+        for share in _SHARES[:2]:
+            self._add_whole(share)
+        count = len(self._chain.budgets)
+        for k in range(max(0, count - 2 * _CHAIN_TRIED), count):
+            self._of_chain(k)
         least = min(self.candidates, key=_by_peak)
         starts = [least]
         if self.program.transfers:  # offloading may be a dead end where recomputation is not

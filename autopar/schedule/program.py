@@ -117,6 +117,7 @@ class Program:
             their bytes count only (negatively) while they are offloaded.
         splits: by collective; a schedule may use them instead of it.
         host_bytes: available on the host.
+        weights: storages of the step's inputs that have a gradient.
     """
 
     ops: tuple[Op, ...]
@@ -132,6 +133,7 @@ class Program:
     parameters: Mapping[int, Parameter] = field(default_factory=dict)
     splits: Mapping[int, Split] = field(default_factory=dict)
     host_bytes: float = math.inf
+    weights: frozenset[int] = frozenset()
 
     @cached_property
     def accesses(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]:

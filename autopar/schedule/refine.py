@@ -7,8 +7,10 @@ value. Both follow the simulated peak, which repairs what the models before them
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,9 +29,11 @@ _MOST_OPS = 64  # a value that takes more operators to recompute is not tried
 _TRIED = 4  # candidates per step, by bytes per cost
 
 
-class _Simulated(NamedTuple):
+@dataclass(frozen=True)
+class _Simulated:
     """A schedule with its live ranges and the bytes alive at every position."""
 
+    program: Program
     schedule: Schedule
     ranges: LiveRanges
     live: np.ndarray
@@ -37,6 +41,32 @@ class _Simulated(NamedTuple):
     def each(self) -> Iterator[tuple[int, int, int]]:
         """Storage, start and end of every live range."""
         return zip(*self.ranges[:3], strict=True)
+
+    @cached_property
+    def spans(self) -> Mapping[int, list[tuple[int, int]]]:
+        """Start and end of every live range, by storage."""
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for s, start, end in self.each():
+            spans.setdefault(s, []).append((start, end))
+        return spans
+
+    @cached_property
+    def uses(self) -> Mapping[int, list[int]]:
+        """Positions that read a storage, in order."""
+        uses: dict[int, list[int]] = {}
+        for at, i in enumerate(self.schedule.forward + self.schedule.backward):
+            for s in self.program.accesses[i][0]:
+                uses.setdefault(s, []).append(at)
+        return uses
+
+    def next_use(self, s: int, at: int) -> int:
+        """The first position at or after another one that reads a storage."""
+        uses = self.uses[s]
+        return uses[bisect_left(uses, at)]
+
+    def alive_before(self, s: int, at: int) -> bool:
+        """Whether a storage exists when a position begins."""
+        return any(start < at <= end for start, end in self.spans.get(s, ()))
 
 
 class Refiner:
@@ -52,7 +82,8 @@ class Refiner:
 
     def _simulated(self, schedule: Schedule) -> _Simulated:
         ranges = live_ranges(self.program, schedule)
-        return _Simulated(schedule, ranges, occupancy(self.program, schedule, ranges))
+        live = occupancy(self.program, schedule, ranges)
+        return _Simulated(self.program, schedule, ranges, live)
 
     def shrink(self, schedule: Schedule, budget: float, *, steps: int = 60) -> Schedule | None:
         """Recompute or offload more until the peak is within the budget; None if that fails."""
@@ -85,21 +116,18 @@ class Refiner:
         program, schedule = self.program, now.schedule
         forward, sequence = len(schedule.forward), schedule.forward + schedule.backward
         ranked = []
-        alive: dict[int, set[int]] = {}  # before a position
-        for s, start, end in now.each():
-            if not start < at < end or not program.nbytes[s] or s in program.results:
+        starts, ends = np.array(now.ranges.start), np.array(now.ranges.end)
+        for k in np.flatnonzero((starts < at) & (at < ends)).tolist():
+            s = now.ranges.storage[k]
+            if not program.nbytes[s] or s in program.results:
                 continue
             maker = program.maker[s]
             if not program.ops[maker].replays or s in program.ops[sequence[at]].reads:
                 continue
-            use = at
-            while s not in program.accesses[sequence[use]][0]:
-                use += 1
+            use = now.next_use(s, at)
             if use < forward:
                 continue
-            if use not in alive:
-                alive[use] = {s for s, start, end in now.each() if start < use <= end}
-            ops = self._recomputation(alive[use] - {s}, maker)
+            ops = self._recomputation(now, s, use)
             if ops is not None:
                 added = sum(self.cost[i] for i in ops) + self._least_cost
                 ranked.append((program.nbytes[s] / added, added, use, ops))
@@ -157,12 +185,9 @@ class Refiner:
             return None  # it was reloaded for this use
         return IdleInterval(written, at, use)
 
-    def _recomputation(self, alive: set[int], maker: int) -> list[int] | None:
-        """The operators that recompute one operator's results; None if that is not possible.
-
-        Args:
-            alive: storages that exist.
-        """
+    def _recomputation(self, now: _Simulated, storage: int, use: int) -> list[int] | None:
+        """The operators that recompute a storage right before a position; None if that is not
+        possible."""
         program, ops = self.program, dict[int, None]()
 
         def add(i: int) -> bool:
@@ -172,7 +197,7 @@ class Refiner:
                 return False
             for s in program.ops[i].reads:
                 source = program.maker[s]
-                if s in alive:
+                if s != storage and now.alive_before(s, use):
                     continue
                 if s in program.parameters:  # on the host
                     return False
@@ -183,7 +208,7 @@ class Refiner:
             ops[i] = None
             return True
 
-        return list(ops) if add(maker) else None
+        return list(ops) if add(program.maker[storage]) else None
 
     def grow(self, schedule: Schedule, budget: float) -> Schedule:
         """Keep what is recomputed or offloaded, the most expensive first, within the budget."""

@@ -19,6 +19,7 @@ from autopar.schedule.program import INPUT, Program
 _SMALL_SHARE = 1 / 4096
 _SOURCE = -2  # of the flow graph; all other nodes are operators
 _MOST_STAGES = 0.6  # the share of stages that a repetition must cover
+_MOST_BLOCKS = 40  # in a chain, whose solution takes time; two or more become one beyond
 # A value read by this many operators, over this share of the forward, belongs to no stage.
 _MANY_READERS, _LONG_SHARE = 4, 0.3
 
@@ -67,24 +68,37 @@ def linearize(program: Program) -> tuple[Stage, ...]:
         return stages
     start, length, count = period
     end = start + length * count
-    joined = [join(program, stages[k : k + length]) for k in range(start, end, length)]
+    length *= -(-count // _MOST_BLOCKS)
+    joined = [join(program, stages[k : min(k + length, end)]) for k in range(start, end, length)]
     return (*stages[:start], *joined, *stages[end:])
 
 
 def _dominators(program: Program) -> list[int]:
-    """Operators of the forward that everything flows through, in order."""
+    """Operators of the forward that everything flows through, in order. What is computed from
+    weights alone (their gathers and casts) enters everywhere and does not flow; unless nothing else
+    does, where the batch itself has a gradient."""
+    return _flow_through(program, program.weights) or _flow_through(program, frozenset())
+
+
+def _flow_through(program: Program, weights: frozenset[int]) -> list[int]:
+    """The dominators of the flow that does not come from these inputs."""
     ops, nbytes, forward = program.ops, program.nbytes, program.forward
     small = sum(nbytes[s] for s in program.forward_storages) * _SMALL_SHARE
     position = {i: k for k, i in enumerate(forward)}
     readers: dict[int, list[int]] = {}
+    of_weights, flowing = set(weights), set[int]()
     for i in forward:
+        if ops[i].reads and of_weights.issuperset(ops[i].reads):
+            of_weights.update(ops[i].makes)
+        elif ops[i].carries:
+            flowing.add(i)
         for s in ops[i].reads:
             readers.setdefault(s, []).append(i)
     graph = nx.DiGraph()
     graph.add_nodes_from((_SOURCE, *forward))
     for s, users in readers.items():
         maker = program.maker[s]
-        if maker == INPUT or not ops[maker].carries:
+        if maker not in flowing:
             continue
         span = position[users[-1]] - position[maker]
         if len(users) >= _MANY_READERS and span > _LONG_SHARE * len(forward):
@@ -96,9 +110,8 @@ def _dominators(program: Program) -> list[int]:
     if not results:
         return []
     sink = max(program.maker[s] for s in results)
-    for i in forward:
-        makers = {program.maker[s] for s in ops[i].reads} - {INPUT}
-        if ops[i].carries and not any(ops[m].carries for m in makers):
+    for i in flowing:
+        if flowing.isdisjoint(program.maker[s] for s in ops[i].reads):
             graph.add_edge(_SOURCE, i)
     if not nx.has_path(graph, _SOURCE, sink):
         return []
