@@ -8,3 +8,11 @@ def pool():
     pool = Pool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def two():
+    """Two processes of a test's own, which it may end."""
+    pool = Pool(2)
+    yield pool
+    pool.close()

@@ -10,13 +10,13 @@ ATTENTION = "**.scaled_dot_product_attention"
 WINDOWS = "mistral", "padded window"
 FORCED = [
     *((name, "4", "by halo") for name in WINDOWS),
-    *((name, "4", "by ring") for name in CASES if name not in ("gemma", *WINDOWS)),
+    *((name, "4", "by ring") for name in CASES if name not in ("gemma", "two blocks", *WINDOWS)),
     *((name, "4", "by q") for name in ("gpt2", "padded window", "whisper")),
     *((name, "2x2", "by ring q") for name in ("gpt2", "block diagonal")),
     *((name, "2x2", "by halo q") for name in ("padded window",)),
     *((name, "2x2", "by ring exchange") for name in ("masked", "documents")),
     ("padded", "4", "by exchange"),
-    ("gpt2", "4", "RS0RR"),
+    ("two blocks", "4", "RS0RR"),
 ]
 
 
