@@ -7,6 +7,7 @@ import importlib
 import os
 import random
 import signal
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -34,6 +35,12 @@ _IMPORTED = (
 )
 
 
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return int(s.getsockname()[1])
+
+
 class _Nursery:
     """A process that has imported what ranks need, and forks them."""
 
@@ -58,6 +65,7 @@ class _Nursery:
 
 
 def _nurse(pipe: Connection) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
     for module in _IMPORTED:
         with suppress(ImportError):  # some tests do without
             importlib.import_module(module)
@@ -87,12 +95,20 @@ def _nurseries() -> tuple[_Nursery, ...]:
     return _Nursery(), _Nursery()
 
 
-def _serve(pipe: Connection, rank: int, world: int, store: str) -> None:
+def _serve(pipe: Connection, rank: int, world: int, meet: str, launched: bool) -> None:
     torch.set_num_threads(1)
-    random.seed()
+    random.seed()  # the nursery's state is that of all its ranks
     np.random.seed()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    if not launched:
+        os.environ.update(place)
+        files = dist.FileStore(meet, world)
+        dist.init_process_group("gloo", store=files, rank=rank, world_size=world)
+    elif world > 1:
+        os.environ.update(
+            place, LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=meet,
+            TORCHELASTIC_RUN_ID="none",
+        )  # fmt: skip
     while True:
         try:
             task = pipe.recv()
@@ -110,19 +126,25 @@ def _serve(pipe: Connection, rank: int, world: int, store: str) -> None:
 
 
 class Pool:
-    """`run(function, *args)` on every rank; results by rank. The function must be importable."""
+    """`run(function, *args)` on every rank; results by rank. The function must be importable.
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    Args:
+        launched: leave ranks as a launcher starts them, for a library to find their group; a single
+            one is a script that was started without.
+    """
+
+    def __init__(self, world: int, *, launched: bool = False) -> None:
+        self.world, self._launched = world, launched
         self._folder = tempfile.TemporaryDirectory()
         self._start()
 
     def _start(self) -> None:
         store = os.path.join(self._folder.name, f"store{os.urandom(4).hex()}")
+        meet = str(_free_port()) if self._launched else store
         self._pipes, self._processes = [], []
         for rank in range(self.world):
             nursery = _nurseries()[rank % 2]
-            pid, pipe = nursery.fork(rank, self.world, store)
+            pid, pipe = nursery.fork(rank, self.world, meet, self._launched)
             self._pipes.append(pipe)
             self._processes.append((nursery, pid))
 
