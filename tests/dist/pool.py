@@ -83,7 +83,8 @@ def _nurse(pipe: Connection) -> None:
         pid = os.fork()
         if not pid:
             pipe.close()
-            _serve(Connection(handle), *argument)
+            with suppress(BrokenPipeError):  # nobody waits for the answer any more
+                _serve(Connection(handle), *argument)
             os._exit(0)
         os.close(handle)
         pipe.send(pid)
@@ -116,11 +117,14 @@ def _serve(pipe: Connection, rank: int, world: int, meet: str, launched: bool) -
             return
         if task is None:
             break
-        function, args = task
+        function, args, last = task
         try:
-            pipe.send(("ok", function(*args)))
+            answer = "ok", function(*args)
         except BaseException:
-            pipe.send(("error", traceback.format_exc()))
+            answer = "error", traceback.format_exc()
+        pipe.send(answer)
+        if last:
+            os._exit(0)
     if dist.is_initialized():  # a script may have ended it
         dist.destroy_process_group()
 
@@ -149,10 +153,20 @@ class Pool:
             self._processes.append((nursery, pid))
 
     def run(
-        self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_S
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = TIMEOUT_S,
+        last: bool = False,
     ) -> list[Any]:
+        """What the ranks return.
+
+        Args:
+            last: each rank ends when it has answered, which the others may notice; then there are
+                new ones.
+        """
         for pipe in self._pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, last))
         results = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(timeout):
@@ -163,8 +177,9 @@ class Pool:
             except EOFError:
                 results.append(("error", "its process died"))
         errors = [f"rank {r}:\n{text}" for r, (kind, text) in enumerate(results) if kind == "error"]
-        if errors:
+        if errors or last:
             self.restart()  # the others may wait in a collective, or be out of step
+        if errors:
             raise AssertionError("\n".join(errors))
         return [value for _, value in results]
 

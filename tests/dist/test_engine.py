@@ -109,7 +109,7 @@ def test_predicted_memory_is_near_the_measured(pool, budget):
 
 @pytest.mark.parametrize(
     ("name", "dropout", "share", "overlaps"),
-    [("gpt2", 0.1, 0.6, True), ("gpt2", 0.5, 0.6, False), ("resnet", 0.0, 0.9, False)],
+    [("gpt2", 0.1, 0.6, True), ("resnet", 0.0, 0.9, False)],
 )
 def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, overlaps):
     ranks = pool.run(tasks.recomputed, name, dropout, share, "2x2", overlaps)
