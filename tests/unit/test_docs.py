@@ -207,6 +207,10 @@ def test_autopar_commands(page: str, workplace: Path) -> None:
             command = root.commands[arguments[0]]  # type: ignore[attr-defined]
             command.make_context(arguments[0], arguments[1:])
             continue
+        if arguments[0] == "cluster":  # measures; run in tests/unit/test_measure.py
+            context = root.commands["cluster"].make_context("cluster", list(arguments[1:]))  # type: ignore[attr-defined]
+            Path(context.params["output"]).write_text(ClusterInfo.of("2", "cpu").to_yaml())
+            continue
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, f"autopar {shlex.join(arguments)}: {result.output}"
 
