@@ -39,7 +39,7 @@ test: venv ## Lint, check types, run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy autopar
-	$(CPU) $(BIN)/python -m pytest -q --durations=15 -n 2 tests --ignore tests/dist
+	$(CPU) $(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile tests --ignore tests/dist
 	$(CPU) $(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile tests/dist
 
 test-gpu: venv ## Run the tests that need a GPU

@@ -225,13 +225,14 @@ def _gemma() -> nn.Module:
     )  # fmt: skip
 
 
-def _gpt2() -> nn.Module:
-    return Text("GPT2", n_embd=16, n_layer=2, n_head=4, n_positions=TOKENS, resid_pdrop=0.0,
+def _gpt2(layers: int = 1) -> nn.Module:
+    return Text("GPT2", n_embd=16, n_layer=layers, n_head=4, n_positions=TOKENS, resid_pdrop=0.0,
                 embd_pdrop=0.0, bos_token_id=None, eos_token_id=None, attn_pdrop=0.0)  # fmt: skip
 
 
 CASES = {
     "gpt2": Case(_gpt2),
+    "two blocks": Case(lambda: _gpt2(2)),
     "llama": Case(_llama, tolerance=1e-6),
     "mistral": Case(_mistral, tolerance=1e-6),
     "gemma": Case(_gemma, tolerance=1e-6),

@@ -156,7 +156,6 @@ class _Rewriter:
         if not takes_seed:
             self.out.erase_node(self.seed)
         gm = fx.GraphModule(torch.nn.Module(), self.out, "LocalProgram")
-        gm.recompile()
         specs = tuple(
             held.get(name) or self._placeholder_spec(self.graph.placeholders[name])
             for name in tensor_inputs

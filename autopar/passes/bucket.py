@@ -48,8 +48,6 @@ def bucket_collectives(
     graph = gm.graph
     _bucket_gathers(graph, bucket_bytes, apart)
     _bucket_reductions(graph, bucket_bytes, apart)
-    graph.lint()
-    gm.recompile()
     return gm
 
 

@@ -7,12 +7,14 @@ place, so that Inductor, profilers and flight recorders see the collectives they
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.comm.functional import out_of_place
 from autopar.comm.operators import IMPLEMENTATIONS
@@ -39,8 +41,6 @@ def functional_collectives(gm: fx.GraphModule, *, mutate: bool = True) -> fx.Gra
         if key not in traced:
             traced[key] = _trace(node, mutate)
         _inline(node, traced[key])
-    gm.graph.lint()
-    gm.recompile()
     return gm
 
 
@@ -54,19 +54,54 @@ def _key(node: fx.Node) -> Any:
 
 def _trace(node: fx.Node, mutate: bool) -> fx.Graph:
     """The implementation as a graph of the call's tensor operands, in their order."""
-    operands = node.all_input_nodes
-
-    def call(*values: Any) -> Any:
-        bound = dict(zip(operands, values, strict=True))
-        args = fx.node.map_arg(node.args, bound.__getitem__)
-        return IMPLEMENTATIONS[node.target](*args)  # type: ignore[index]
-
+    graph, operands = fx.Graph(), node.all_input_nodes
     with FakeTensorMode():
-        fakes = [_fake_like(n.meta["val"]) for n in operands]
-        if mutate:
-            return make_fx(call)(*fakes).graph
-        with out_of_place():
-            return make_fx(call)(*fakes).graph
+        values = {n: _fake_like(n.meta["val"]) for n in operands}
+        with (
+            _Recorder(graph, list(values.values())) as recorder,
+            contextlib.nullcontext() if mutate else out_of_place(),
+        ):
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            result = IMPLEMENTATIONS[node.target](*args)  # type: ignore[index]
+    graph.output(recorder.nodes(result))
+    graph.eliminate_dead_code()
+    return graph
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes the operators that run on fake tensors to a graph. `make_fx` does as much and more, in
+    several times the time: a third of that of a small model's first step."""
+
+    def __init__(self, graph: fx.Graph, inputs: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._graph = graph
+        # a tensor is known by its identity, hence kept
+        self._known: dict[int, tuple[torch.Tensor, fx.Node]] = {}
+        for k, value in enumerate(inputs):
+            self._note(value, graph.placeholder(f"operand_{k}"))
+
+    def _note(self, value: torch.Tensor, node: fx.Node) -> None:
+        node.meta["val"] = value
+        self._known[id(value)] = value, node
+
+    def nodes(self, values: Any) -> Any:
+        """Nodes in the place of tensors."""
+        return fx.node.map_aggregate(
+            values, lambda v: self._known[id(v)][1] if isinstance(v, torch.Tensor) else v
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not isinstance(result, torch.Tensor | list | tuple):  # asks for a device
+            return result
+        node = self._graph.call_function(func, self.nodes(args), self.nodes(kwargs))
+        if isinstance(result, torch.Tensor):
+            self._note(result, node)
+        else:
+            for k, part in enumerate(result):
+                self._note(part, self._graph.call_function(operator.getitem, (node, k)))
+        return result
 
 
 def _fake_like(t: torch.Tensor) -> torch.Tensor:

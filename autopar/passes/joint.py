@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from functorch.compile import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.ir.joint_graph import JointGraph, Result
-from autopar.passes.partition import split_as_eager
 from autopar.passes.verify import propagate_shapes, verify
 
 # Tracing uses process-wide state; simulated ranks are threads.
@@ -40,34 +40,34 @@ def trace_joint(
         verify(propagate_shapes(gm, fakes))
         _copy_aliased_results(gm, fakes)
         function = _with_modules(gm) if name_modules else gm
-        graph, values = _traced(function, fakes)
+        graph = _traced(function, fakes)
+        (returned,) = gm.graph.output_node().args
     tangents = iter([n.meta["val"] for n in JointGraph(graph, ()).tangents])
     results = []
-    for value in values:
-        differentiable = isinstance(value, torch.Tensor) and value.requires_grad
+    for node in returned:  # type: ignore[union-attr]
+        value = node.meta["val"] if isinstance(node, fx.Node) else node
+        differentiable = (
+            torch.is_grad_enabled() and isinstance(value, torch.Tensor) and value.requires_grad
+        )
         results.append(Result(differentiable, next(tangents) if differentiable else None))
     return JointGraph(graph, tuple(results))
 
 
-def _traced(
-    function: Callable[..., Any], arguments: Sequence[torch.Tensor]
-) -> tuple[fx.GraphModule, Sequence[Any]]:
-    """The joint graph, or the forward graph if no result carries a gradient; and the results on the
-    fake arguments."""
+class _Traced(Exception):
+    """Ends AOTAutograd, which would go on to split the graph and to run a part."""
+
+
+def _traced(function: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """The joint graph, or the forward graph if no result carries a gradient."""
     graphs: list[fx.GraphModule] = []
 
-    def keep(gm: fx.GraphModule, _: Any) -> fx.GraphModule:
+    def keep(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
         graphs.append(gm)
-        return gm
+        raise _Traced
 
-    def keep_joint(gm: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
-        graphs.append(gm)
-        return split_as_eager(JointGraph(gm, (Result(False, None),) * num_fwd_outputs))
-
-    values = aot_function(function, fw_compiler=keep, bw_compiler=keep, partition_fn=keep_joint)(
-        *arguments
-    )
-    return graphs[0], values
+    with contextlib.suppress(_Traced):
+        aot_function(function, fw_compiler=keep, partition_fn=keep)(*arguments)
+    return graphs[0]
 
 
 def _fake_like(t: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,6 @@ def overlap_collectives(gm: fx.GraphModule) -> fx.GraphModule:
     replaced += _start_earlier(graph)
     for node in reversed(replaced):
         graph.erase_node(node)
-    graph.lint()
-    gm.recompile()
     return gm
 
 

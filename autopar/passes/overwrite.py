@@ -35,8 +35,6 @@ def overwrite(gm: fx.GraphModule) -> fx.GraphModule:
             if own and last[source] is node and len(shared) == 1:
                 _write_over(node, operand)
                 break
-    graph.lint()
-    gm.recompile()
     return gm
 
 

@@ -34,6 +34,8 @@ def run_passes(
 ) -> fx.GraphModule:
     """Apply the passes in order, verifying the program after each.
 
+    Passes edit graphs; the code is written once, after the last, as that takes as long as a pass.
+
     Args:
         stage: of which graph this is, for file names.
         disable: names of passes to leave out (debugging).
@@ -57,6 +59,7 @@ def run_passes(
             "pass %s: %d -> %d nodes in %.1f ms",
             name, nodes, len(gm.graph.nodes), 1e3 * (time.perf_counter() - start),
         )  # fmt: skip
+    gm.recompile()
     return gm
 
 

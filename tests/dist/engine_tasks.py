@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 from collections import Counter
@@ -475,3 +476,15 @@ def resumed_from_asynchronous_save(folder: str) -> float:
     )
     losses = [step(again, beside_it, number) for number in range(3, 6)]
     return max(abs(a - b) for a, b in zip(expected, losses, strict=True))
+
+
+def one_rank_dies() -> None:
+    rank = torch.distributed.get_rank()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, optimizer = auto_engine(model, optimizer, eager_to_shard("2"))
+    for step in range(3):
+        if step == 1 and rank == 1:
+            os._exit(7)
+        engine(*batch(step)).backward()
+        optimizer.step()

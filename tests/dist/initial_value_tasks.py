@@ -180,3 +180,11 @@ def refusals() -> dict[str, str]:
             "no reset": lambda: auto_engine(without_reset(), None, "4"),
         }
     )
+
+
+def memory_at_start() -> dict[str, float]:
+    """Of the benchmark's largest model, in MiB, after a small one as there."""
+    from benchmarks.start_memory import start
+
+    start("linear layers", "deferred_init", True, "unused")
+    return start("linear layers", "deferred_init", False, "unused")

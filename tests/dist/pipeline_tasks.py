@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -278,3 +279,11 @@ def fails_on_one_rank() -> str:
     except AutoparError as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def one_rank_dies() -> None:
+    model, _ = auto_engine(MODELS["frozen"].build(), None, "pipe=2", microbatches=4, progress=False)
+    for step in range(3):
+        if step == 1 and dist.get_rank() == 1:
+            os._exit(7)
+        model(**vectors(step)).backward()

@@ -1,6 +1,7 @@
 """A run that loses a rank is started again by its launcher, and ends with the same weights."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,16 @@ def run(folder: Path, *options: str, ranks: int = 2, **variables: str):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def run_here(folder: str, steps: int) -> None:
+    """The same on this rank."""
+    sys.argv = [str(EXAMPLE), "--out", folder, "--steps", str(steps)]
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+@pytest.fixture
+def uninterrupted(two, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    code, output = run(folder, "--steps", "7")
-    assert code == 0, output
+    two.run(run_here, str(folder), 7)
     return torch.load(folder / "weights.pt")
 
 

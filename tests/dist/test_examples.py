@@ -10,6 +10,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "train_gpt2.py"
 def test_the_demo_agrees_with_a_single_process(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     options = ["--nproc-per-node", "2", str(EXAMPLE), "--mesh", "2", "--steps", "2"]
+    options += ["--batch", "4", "--length", "16"]
     done = subprocess.run(
         [*launcher, *options, "--out", str(tmp_path)],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,

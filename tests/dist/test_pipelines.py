@@ -1,10 +1,5 @@
 """Training in pipelines of four processes: what a single device computes."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 
@@ -122,31 +117,10 @@ def test_an_error_of_one_rank_is_one_of_all(pool):
     assert all("no way here" in message for message in messages), messages
 
 
-def test_a_rank_that_dies_stops_the_others(tmp_path):
-    script = tmp_path / "dies.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import os, torch
-            from autopar import auto_engine
-            from tests.pipelines import MODELS, vectors
-
-            torch.set_num_threads(1)
-            model = MODELS["frozen"].build()
-            model, _ = auto_engine(model, None, "pipe=2", microbatches=4, progress=False)
-            for step in range(3):
-                if step == 1 and os.environ["RANK"] == "1":
-                    os._exit(7)
-                model(**vectors(step)).backward()
-            """
-        )
-    )
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--monitor-interval", "5", str(script)],
-        capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode != 0
-    assert "EngineError" in run.stderr
-    assert "Another rank has died" in run.stderr
+def test_a_rank_that_dies_stops_the_others(two):
+    with pytest.raises(AssertionError) as failed:
+        two.run(tasks.one_rank_dies)
+    survivor, dead = str(failed.value).split("rank 1:")
+    assert "EngineError" in survivor
+    assert "Another rank has died" in survivor
+    assert "its process died" in dead

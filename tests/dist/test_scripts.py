@@ -20,13 +20,16 @@ def single() -> Iterator[Pool]:
     pool.close()
 
 
-# on 2x2 a part, without the largest; `benchmarks.scripts` runs all
+# on 2x2 a part, without the largest, and without what test_sizes.py has of other models;
+# `benchmarks.scripts` runs all
 LARGE = "t5", "llama"
+ELSEWHERE = ("variable_lengths",)
 ALONE = cases_on("1")
 DISTRIBUTED = [
     *[n for n in cases_on("2x2") if n not in ALONE and not n.endswith(LARGE)][::3],
     *ALONE[::8],
 ]
+DISTRIBUTED = [n for n in DISTRIBUTED if n not in ELSEWHERE]
 PAIRS = [(name, "1") for name in ALONE] + [(name, "2x2") for name in DISTRIBUTED]
 
 

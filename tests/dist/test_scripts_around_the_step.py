@@ -61,8 +61,8 @@ def test_programs_follow_what_they_depend_on(pool):
 
 
 @pytest.mark.parametrize("batch", ["global", "local"])
-def test_numbers_that_vary_are_inputs_after_their_second_value(pool, batch):
-    for answer in pool.run(tasks.annealed_numbers, "2x2", batch):
+def test_numbers_that_vary_are_inputs_after_their_second_value(pair, batch):
+    for answer in pair.run(tasks.annealed_numbers, "2", batch):
         for found in answer.values():
             assert found["gap"] < 1e-12
             assert found["losses"] < 1e-12

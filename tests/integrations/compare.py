@@ -45,6 +45,11 @@ def differences(
     ]  # fmt: skip
     _run([*module, str(alone)], alone, timeout_s)
     _run([*launcher, *module, str(distributed), "--mesh", mesh], distributed, timeout_s)
+    return gaps(alone, distributed, ranks)
+
+
+def gaps(alone: Path, distributed: Path, ranks: int) -> dict[str, float]:
+    """The same, of results in folders."""
     expected = torch.load(alone / f"rank0-{RESULTS}")
     largest = dict.fromkeys(expected, 0.0)
     for rank in range(ranks):

@@ -12,6 +12,7 @@ import itertools
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,14 @@ def plugin_for(mesh: str, tool: str) -> Any:
     return AutoparPlugin(eager_to_shard(mesh), options)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Save what each action gives, and its seconds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tool", choices=MODULES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mesh")
     parser.add_argument("--first", type=int, help="so many actions alone")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

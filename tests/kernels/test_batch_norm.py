@@ -5,6 +5,7 @@ import torch
 import torch.fx as fx
 
 from autopar.kernels.batch_norm import use_library
+from autopar.passes.runner import run_passes
 
 aten = torch.ops.aten
 OPERATORS = (
@@ -37,7 +38,7 @@ def values(device: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_equals_what_was_captured(device):
     plain, ours = (fx.symbolic_trace(Norms(training=True)) for _ in range(2))
-    use_library(ours)
+    run_passes(ours, [use_library])
     assert [n.target for n in ours.graph.find_nodes(op="call_function", target=OPERATORS[1])]
     arguments = values(device)
     expected, actual = plain(*arguments), ours(*arguments)
@@ -51,5 +52,5 @@ def test_equals_what_was_captured(device):
 
 
 def test_evaluation_is_left_alone():
-    gm = use_library(fx.symbolic_trace(Norms(training=False)))
+    gm = run_passes(fx.symbolic_trace(Norms(training=False)), [use_library])
     assert gm.graph.find_nodes(op="call_function", target=OPERATORS[0])

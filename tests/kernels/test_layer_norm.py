@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from unittest import mock
 
@@ -23,6 +24,7 @@ from torch.testing import assert_close
 
 from autopar.kernels import kernels_run_on, triton_available
 from autopar.kernels.substitute import substitute_kernels
+from autopar.passes.runner import run_passes
 
 aten = torch.ops.aten
 Interpreter = Callable[..., None]
@@ -225,12 +227,16 @@ class Norms(nn.Module):
         return self.plain(torch.tanh(self.frozen(x)))
 
 
+def substituted(gm: fx.GraphModule, device_type: str) -> fx.GraphModule:
+    return run_passes(gm, [partial(substitute_kernels, device_type=device_type)])
+
+
 def lowered(module: nn.Module, device_type: str = "cpu") -> tuple[nn.Module, list[fx.GraphModule]]:
     """The module run by its AOTAutograd graphs after the pass, and those graphs."""
     graphs: list[fx.GraphModule] = []
 
     def compiler(gm: fx.GraphModule, _):
-        graphs.append(substitute_kernels(gm, device_type=device_type))
+        graphs.append(substituted(gm, device_type))
         return make_boxed_func(gm)
 
     return aot_module(module, fw_compiler=compiler, bw_compiler=compiler), graphs
@@ -285,7 +291,7 @@ def test_substitutes_in_low_precision_for_gpus() -> None:
         x, weight = (
             torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in ((2, 8), (8,))
         )
-        gm = substitute_kernels(make_fx(norm)(x, x, weight), device_type="cuda")
+        gm = substituted(make_fx(norm)(x, x, weight), "cuda")
         out, dw = gm(x, x, weight)
     assert count([gm], "autopar") == 2 and count([gm], "aten") == 0
     assert out.shape == (2, 8) and dw.shape == (8,) and dw.dtype == torch.bfloat16

@@ -5,6 +5,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar.kernels.linear import add_bias_within, linear_operator
+from autopar.passes.runner import run_passes
 
 aten = torch.ops.aten
 pytestmark = pytest.mark.skipif(linear_operator() is None, reason="torch without oneDNN")
@@ -21,7 +22,7 @@ def scaled(bias, x, weight):
 def replaced(function, *arguments):
     gm = make_fx(function, tracing_mode="fake")(*arguments)
     before = len(gm.graph.nodes)
-    gm = add_bias_within(gm)
+    gm = run_passes(gm, [add_bias_within])
     done = bool(gm.graph.find_nodes(op="call_function", target=linear_operator()))
     assert len(gm.graph.nodes) == before - done  # the weight needs no turning
     return gm, done

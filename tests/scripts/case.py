@@ -52,7 +52,7 @@ class Case:
         may_refuse: a clear refusal is as good as the right result.
         says: what the message of a refusal must have in it.
         dtype: the default while it runs.
-        own_processes: its ranks end at different places, which a pool does not survive.
+        ends_apart: its ranks end at different places, and their processes with them.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Case:
     may_refuse: bool = False
     says: str = ""
     dtype: torch.dtype = torch.float64
-    own_processes: bool = False
+    ends_apart: bool = False
 
     def accepts(self, outcome: Outcome) -> bool:
         """Whether the outcome is one that the case's report asks for."""
@@ -104,7 +104,7 @@ def case(
     may_refuse: bool = False,
     says: str = "",
     dtype: torch.dtype = torch.float64,
-    own_processes: bool = False,
+    ends_apart: bool = False,
     **arguments: Sequence[Any],
 ) -> Callable[[Callable[..., Found]], Callable[..., Found]]:
     """Register a function as a case, or as one for each combination of its arguments' values.
@@ -114,7 +114,7 @@ def case(
         may_refuse: a clear refusal is as good as the right result.
         says: what the message of a refusal must have in it.
         dtype: the default while it runs.
-        own_processes: its ranks end at different places, which a pool does not survive.
+        ends_apart: its ranks end at different places, and their processes with them.
         arguments: values by the names of the function's arguments.
     """
 
@@ -124,7 +124,7 @@ def case(
             words = [v if isinstance(v, str) else f"{k}={v}" for k, v in given.items()]
             name = ", ".join([body.__name__, *words])
             assert name not in CASES, f"two cases are called {name!r}"
-            CASES[name] = Case(name, report, body, given, may_refuse, says, dtype, own_processes)
+            CASES[name] = Case(name, report, body, given, may_refuse, says, dtype, ends_apart)
         return body
 
     return register

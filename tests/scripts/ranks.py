@@ -40,7 +40,7 @@ def local_coincidence(wrap: Wrap, samples: int) -> Found:
     return {"parameters": gap(other.model, alone)}
 
 
-@case("a habit from DDP", may_refuse=True, own_processes=True)
+@case("a habit from DDP", may_refuse=True, ends_apart=True)
 def rank_zero_evaluates(wrap: Wrap) -> Found:
     """Only rank 0 validates: it works, or is told within seconds that others are missing."""
     _, other = pair(wrap, mlp(16, 32, 4), constraints={"0.weight": "S0R"})

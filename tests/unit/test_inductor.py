@@ -16,18 +16,23 @@ from autopar.comm import world as environment
 from autopar.errors import InfeasibleError
 
 
-class Blocks(nn.Module):
-    """Two blocks with dropout, of which each keeps much that can be computed again."""
+class Block(nn.Module):
+    """A block with dropout, which keeps much that can be computed again."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
-        self.down = nn.ModuleList(nn.Linear(48, 16) for _ in range(2))
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
 
     def forward(self, x):
-        for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(F.dropout(torch.tanh(up(x)), 0.3, self.training))
+        x = x + self.down(F.dropout(torch.tanh(self.up(x)), 0.3, self.training))
         return x.square().mean()
+
+
+@pytest.fixture(autouse=True)
+def _quick_compiler() -> Iterator[None]:
+    """Scalar kernels: without a search for the vectors of this machine, by trial compilations."""
+    with config.patch({"cpp.simdlen": 0}):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +43,7 @@ def _no_process_group_left() -> Iterator[None]:
 
 def gradients(memory: float, **options) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    model = Blocks().double()
+    model = Block().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, _ = auto_engine(model, optimizer, "1", memory=memory, **options)
     engine(torch.randn(64, 16, dtype=torch.float64)).backward()
@@ -61,9 +66,9 @@ def test_same_gradients_and_what_is_computed_again_runs_again():
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
     forward, backward = graphs
     products = {"aten.mm.default", "aten.addmm.default"}
-    assert sum(forward[p] for p in products) == 4
-    # two for each of the four layers but the first, whose input needs none; the rest runs again
-    assert sum(backward[p] for p in products) > 7
+    assert sum(forward[p] for p in products) == 2
+    # two for each of the two layers but the first, whose input needs none; the rest runs again
+    assert sum(backward[p] for p in products) > 3
 
 
 class Wide(nn.Module):
@@ -99,4 +104,4 @@ def test_weights_on_the_host():
 
 def test_compiled_means_lowered():
     with pytest.raises(ValueError, match="leave lower=False out"):
-        auto_engine(Blocks(), None, "1", lower=False, compile=True)
+        auto_engine(Block(), None, "1", lower=False, compile=True)
