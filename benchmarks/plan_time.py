@@ -1,8 +1,8 @@
 """How long planning takes: from a module on the meta device to the plan, stage by stage.
 
-GPT-2, Llama 3, Mixtral and vision models at their published dimensions, planned for A100-80G. Every
-repetition is a process of its own, so that nothing is cached; imports are measured separately. The
-table shows medians.
+GPT-2, Llama 3, Mixtral and vision models at their published dimensions, planned for A100-80G, or
+for H100 with whatever makes them fit the memory. Every repetition is a process of its own, so that
+nothing is cached; imports are measured separately. The table shows medians.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Case:
         target_s: for the time from module to plan; None for none.
         layers: of the model; its own number if None.
         memory: budget per device; all of the device if None.
+        device: a name of the table of devices.
+        fit: recompute and split the batch where that is what fits.
         verbose: print the planner's progress.
     """
 
@@ -42,13 +44,16 @@ class Case:
     target_s: float | None = None
     layers: int | None = None
     memory: str | None = None
+    device: str = DEVICE
+    fit: bool = False
     verbose: bool = False
 
     @property
     def name(self) -> str:
         layers = f", {self.layers} layers" if self.layers else ""
         budget = f", {self.memory}" if self.memory else ""
-        return f"{self.model}{layers}, mesh {self.mesh}{budget}"
+        fit = ", whatever makes it fit" if self.fit else ""
+        return f"{self.model}{layers}, mesh {self.mesh}{budget}{fit}"
 
 
 CASES = (
@@ -56,6 +61,10 @@ CASES = (
     Case("GPT-2", "2x4", 5.0),
     Case("GPT-2", "2x2x2", 8.0),
     Case("GPT-2", "2x4", memory="700MiB"),
+    Case("GPT-2", "2x4", 6.0, memory="600MiB", fit=True),
+    Case("Llama-3-8B, 16 texts of 8192", "8", 20.0, device="H100", fit=True),
+    Case("Llama-3-8B, 16 texts of 8192", "2x4", 20.0, device="H100", fit=True),
+    Case("Llama-3-70B, 64 texts of 8192", "8x8", 40.0, device="H100", fit=True),
     Case("Llama-3-8B", "8x8", 8.0),
     Case("Llama-3-8B", "4x8x8", 15.0),
     Case("Llama-3-405B", "8x16x8", layers=12),
@@ -122,6 +131,8 @@ class Model:
 MODELS = {
     "GPT-2": Model(_gpt2, 16, 128, dtype="float32"),
     "Llama-3-8B": Model(_llama(4096, 14336, 32, 32), 64, 4096),
+    "Llama-3-8B, 16 texts of 8192": Model(_llama(4096, 14336, 32, 32), 16, 8192),
+    "Llama-3-70B, 64 texts of 8192": Model(_llama(8192, 28672, 64, 80), 64, 8192),
     "Llama-3-405B": Model(_llama(16384, 53248, 128, 126), 64, 4096),
     "Mixtral-8x7B": Model(_mixtral, 32, 4096),
     "ViT-L/16": Model(_timm("vit_large_patch16_224"), 256),
@@ -158,13 +169,18 @@ def work(case: Case) -> dict[str, Any]:
     import torch  # noqa: F401
 
     from autopar import ClusterInfo, autoplan
+    from autopar.compile import plan_to_fit
 
     imports = time.perf_counter() - start
     module, batch = build(case)
-    cluster = ClusterInfo.of(case.mesh, DEVICE)
+    cluster = ClusterInfo.of(case.mesh, case.device)
     say = (lambda line: print(line, file=sys.stderr)) if case.verbose else None
     start, busy = time.perf_counter(), time.process_time()
-    plan = autoplan(module, (), batch, cluster=cluster, memory=case.memory, progress=say).plan
+    options: dict[str, Any] = {"cluster": cluster, "memory": case.memory, "progress": say}
+    if case.fit:
+        plan = plan_to_fit(module, (), batch, **options).planned.plan
+    else:
+        plan = autoplan(module, (), batch, **options).plan
     total = time.perf_counter() - start
     return {
         "imports_s": imports,

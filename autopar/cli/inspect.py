@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from autopar.cli.model_file import load_example
+from autopar.cli.model_library import PREFIXES, example_of
 from autopar.cluster.cluster import ClusterInfo
 from autopar.plan import ShardingPlan
 from autopar.planner.diff import Difference
@@ -32,9 +32,9 @@ def explain_decision(
         ValueError: there is no model file.
         PlanError: the file has another model.
     """
-    source = model or _source(plan, path)
+    source = str(model or _source(plan, path))
     with progress.stage("load model") as stage:
-        example = load_example(source)
+        example, _ = example_of(source)
         stage.done = f"loaded {type(example.model).__name__}"
     with progress.stage("trace") as stage:
         tracer = ColoTracer(precision=plan.precision)
@@ -52,10 +52,13 @@ def explain_decision(
     return explain(planned, node, limit=alternatives, time_limit=time_limit, progress=progress)
 
 
-def _source(plan: ShardingPlan, path: Path) -> Path:
-    """The model file that the plan names, or a file of that name beside the plan."""
+def _source(plan: ShardingPlan, path: Path) -> Path | str:
+    """The model that the plan names: of a library, a file, or a file of that name beside the
+    plan."""
     if not plan.source:
         raise ValueError(f"{path} was not planned from a model file; give it with --model MODEL.py")
+    if plan.source.startswith(PREFIXES):
+        return plan.source
     source = Path(plan.source)
     beside = path.parent / source.name
     if not source.is_file() and not beside.is_file():

@@ -26,7 +26,7 @@ class Example:
 
 
 def load_example(path: Path) -> Example:
-    """Build the model, without weights and in train mode, and its example inputs.
+    """Build the model of a file, without weights and in train mode, and its example inputs.
 
     Raises:
         ValueError: the file is missing, lacks a function, or fails; the message names the line.

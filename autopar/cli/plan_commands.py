@@ -24,11 +24,22 @@ PlanFile = Annotated[
 
 
 def plan(
-    model: Path = typer.Argument(
+    model: str = typer.Argument(
         ...,
-        metavar="MODEL.py",
-        help="A Python file that defines build_model() and example_inputs(). The latter "
-        "returns keyword arguments (dict), positional ones (tuple), or (args, kwargs).",
+        metavar="MODEL",
+        help="A Python file that defines build_model() and example_inputs(), which returns keyword "
+        "arguments (dict), positional ones (tuple), or (args, kwargs). Or a configuration of "
+        "transformers (hf:config.json, a folder, or an id), or a model of timm "
+        "(timm:vit_large_patch16_224).",
+    ),
+    batch: int | None = typer.Option(
+        None, metavar="N", min=1, help="Samples in a batch of hf: and timm: models.  [default: 8]"
+    ),
+    sequence: int | None = typer.Option(
+        None,
+        metavar="N",
+        min=1,
+        help="Tokens in a sequence of hf: models.  [default: as the model allows, at most 8192]",
     ),
     mesh: str | None = typer.Option(
         None,
@@ -155,7 +166,7 @@ def plan(
     with ended_by_ctrl_c(), progress() as say:
         with short_errors(ValueError, OSError):
             check_optimizer(optimizer)
-            from autopar.cli.model_file import load_example
+            from autopar.cli.model_library import example_of
             from autopar.cli.plan import (
                 constraints_of,
                 make_plan,
@@ -185,7 +196,7 @@ def plan(
                 dump_passes.mkdir(parents=True, exist_ok=True)
             layouts = constraints_of(preset, constraints)
             with say.stage("load model") as stage:
-                example = load_example(model)
+                example, source = example_of(model, batch=batch, sequence=sequence)
                 stage.done = f"loaded {type(example.model).__name__}"
             state = named_state_ratio(optimizer.lower(), example.model)
         with short_errors():
@@ -198,7 +209,7 @@ def plan(
                 }, optimizer_state=state, constraints=layouts,
                 time_limit=time_limit, precision=policy,
             )  # fmt: skip
-            result = replace(result, source=str(model))
+            result = replace(result, source=source)
     with short_errors(OSError):
         if output is not None:
             result.save(output)

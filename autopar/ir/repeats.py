@@ -31,6 +31,28 @@ def has_index(name: str) -> bool:
     return INDEX.search(name) is not None
 
 
+def number_in(blocks: str, name: str) -> int | None:
+    """The number of the copy that a name is in, of a list of blocks such as "model.layers."."""
+    index = INDEX.match(name, len(blocks)) if name.startswith(blocks) else None
+    return int(index[0]) if index else None
+
+
+def by_position(numbers: Sequence[int | None]) -> list[int | None]:
+    """The copy that each item of a sequence is in, by the numbers that some of them have. A copy
+    begins with the first item of its number and ends where the next one begins: what has no number
+    belongs to the copy it follows, and so has what comes late of the copy before."""
+    last = max((k for k, n in enumerate(numbers) if n is not None), default=-1)
+    copies: list[int | None] = []
+    seen = set[int]()
+    current: int | None = None
+    for n in numbers[: last + 1]:
+        if n is not None and n not in seen:
+            seen.add(n)
+            current = n
+        copies.append(current)
+    return copies + [None] * (len(numbers) - len(copies))
+
+
 def fold_loops(signatures: Sequence[Hashable]) -> list[tuple[int, bool]]:
     """Places in a sequence, equal for the iterations of a loop, and whether each is in a loop.
 

@@ -12,7 +12,7 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from autopar.ir.graph import ModelGraph
-from autopar.ir.repeats import INDEX
+from autopar.ir.repeats import INDEX, by_position, number_in
 
 _FEWEST = 6  # equal copies, of which four stay
 
@@ -78,18 +78,28 @@ def shortened(graph: ModelGraph, keys: Mapping[fx.Node, Hashable]) -> ShortGraph
 
 def _longest_list(graph: ModelGraph) -> tuple[dict[int, list[fx.Node]], str]:
     """The nodes of every copy, in order, by the copy's number; and the name of their list."""
-    lists: dict[str, dict[int, list[fx.Node]]] = {}
     owned = {**graph.parameters, **graph.buffers}
+    names = []
     for node in graph.nodes:
         if node.op == "placeholder":
-            name = owned.get(str(node.target), "")
+            names.append(owned.get(str(node.target), ""))
         else:
-            name = graph.info(node).module if "autopar" in node.meta else ""
+            names.append(graph.info(node).module if "autopar" in node.meta else "")
+    lists: dict[str, set[str]] = {}
+    for name in names:
         for index in INDEX.finditer(name):
-            copies = lists.setdefault(name[: index.start()], {})
-            copies.setdefault(int(index[0]), []).append(node)
+            lists.setdefault(name[: index.start()], set()).add(index[0])
     blocks = max(lists, key=lambda name: (len(lists[name]), -len(name)), default="")
-    return lists.get(blocks, {}), blocks
+    copies: dict[int, list[fx.Node]] = {}
+    of_tensors = [node.op == "placeholder" for node in graph.nodes]
+    for tensors in (True, False):
+        chosen = [k for k, is_tensor in enumerate(of_tensors) if is_tensor == tensors]
+        numbers = [number_in(blocks, names[k]) for k in chosen]
+        numbers = numbers if tensors else by_position(numbers)
+        for k, number in zip(chosen, numbers, strict=True):
+            if number is not None and graph.nodes[k].op != "output":
+                copies.setdefault(number, []).append(graph.nodes[k])
+    return copies, blocks
 
 
 def _longest_run(described: Mapping[int, Sequence[Any]]) -> tuple[int, int]:

@@ -33,8 +33,28 @@ def _fits(memory_bytes: float, plan: ShardingPlan) -> bool:
     return memory_bytes <= plan.budget_bytes * (1 + 1e-9)
 
 
+def verdict(plan: ShardingPlan) -> list[tuple[str, str]]:
+    """Whether the plan fits the memory, at which step time, and what makes it fit."""
+    spare = plan.budget_bytes - plan.memory.total_bytes
+    step = f"{time_text(plan.time.step_us)} per step"
+    if not _fits(plan.memory.total_bytes, plan):
+        return [("fits", f"no: {step}, {bytes_text(-spare)} too much")]
+    reasons = []
+    if plan.microbatches > 1:
+        reasons.append(f"{plan.microbatches} microbatches")
+    if plan.step is not None:
+        if plan.step.added_us > 0:
+            reasons.append(f"recomputing and re-gathering, {time_text(plan.step.added_us)} of it")
+        if plan.step.state_on_host:
+            reasons.append("the optimizer's state on the host")
+        if plan.step.parameters_on_host:
+            reasons.append(f"{len(plan.step.parameters_on_host)} parameters on the host")
+    by = [("made to fit by", "; ".join(reasons))] if reasons else []
+    return [("fits", f"yes: {step}, {bytes_text(max(0.0, spare))} to spare"), *by]
+
+
 def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
-    """The plan's purpose, predicted time and memory."""
+    """Whether the plan fits, its purpose, predicted time and memory."""
     cluster = ClusterInfo.from_dict(plan.cluster)
     if plan.pipeline is not None:
         cluster = cluster.with_stages(plan.pipeline.ranks)
@@ -50,6 +70,7 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
     if plan.microbatches > 1:
         split.append(("microbatches", str(plan.microbatches)))
     return [
+        *verdict(plan),
         ("model", f"{plan.model} (graph {plan.fingerprint})"),
         ("mesh", f"{cluster.mesh_text}: {cluster.world_size} x {cluster.device.name}"),
         ("links", links),

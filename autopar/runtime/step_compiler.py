@@ -207,7 +207,7 @@ class StepCompiler:
             lambda: self._planner.decide(graph, fixed, None if alike is None else alike.compiled)
         )
         open_ = options.microbatches is None and options.step.lowered and not layout.local
-        if open_ and options.step.cluster.memory_bytes is not None:
+        if open_:
             count = self.place.ranks.from_rank_zero(
                 lambda: self._planner.fastest_count(call, graph, fixed.parameters, decide)
             )

@@ -7,12 +7,12 @@ missing copies are like the two around the gap, with storages of their own.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
+from autopar.ir.repeats import by_position, number_in
 from autopar.schedule.program import INPUT, Op, Program, Split, Transfer
 
 # An operator or a storage of the short program, and which missing copy it is in: 1 for the first;
@@ -39,15 +39,12 @@ class Gap:
         """How many copies are missing."""
         return self.after - self.before - 1
 
-    def number(self, name: str) -> int | None:
-        """Of the copy that a module or a parameter is in."""
-        digits = re.match(r"\d+(?=\.|$)", name.removeprefix(self.blocks))
-        return int(digits[0]) if digits and name.startswith(self.blocks) else None
-
-    def renamed(self, name: str, copy: int) -> str:
-        """The name, in a missing copy, of what is in the copy after the gap."""
-        rest = name.removeprefix(f"{self.blocks}{self.after}")
-        return f"{self.blocks}{self.before + copy}{rest}"
+    def moved(self, name: str, by: int) -> str:
+        """The name of what is in a later copy as this is in its own."""
+        number = number_in(self.blocks, name)
+        if number is None:
+            return name
+        return f"{self.blocks}{number + by}{name.removeprefix(f'{self.blocks}{number}')}"
 
 
 class NotPeriodicError(Exception):
@@ -72,8 +69,9 @@ def _require(condition: bool) -> None:
 class _Unroller:
     """
     Attributes:
-        label: the number of its copy, per operator; None outside of the blocks.
-        of: the same per storage.
+        label: the number of its copy, per operator, by its position among those of forward or
+            backward; None outside of the blocks.
+        of: the same per storage: that of the operator that makes it, or reads it first.
         pair: by operator after the gap, its twin before it.
         twin: by storage before the gap, its twin after it.
     """
@@ -87,15 +85,29 @@ class _Unroller:
 
     def __post_init__(self) -> None:
         program = self.program
-        self.label = [self.gap.number(op.module) for op in program.ops]
-        self.of = [None if m == INPUT else self.label[m] for m in program.maker]
-        readers: dict[int, set[int | None]] = {}
-        for op, label in zip(program.ops, self.label, strict=True):
+        numbers = [number_in(self.gap.blocks, op.module) for op in program.ops]
+        self.label = [None] * len(numbers)
+        forward = set(program.forward)
+        steps = len(forward) + len(program.backward)
+        for part in (program.forward, [i for i in range(steps) if i not in forward]):
+            for i, copy in zip(part, by_position([numbers[i] for i in part]), strict=True):
+                self.label[i] = copy
+        self.of = [None if m == INPUT or m >= steps else self.label[m] for m in program.maker]
+        for op, label in zip(reversed(program.ops[:steps]), reversed(self.label[:steps])):  # noqa: B905
             for s in op.reads:
-                readers.setdefault(s, set()).add(label)
-        for s, labels in readers.items():
-            if program.maker[s] == INPUT and len(labels) == 1:
-                (self.of[s],) = labels
+                if program.maker[s] == INPUT:
+                    self.of[s] = label
+        # the halves of collectives and the copies of storages are where these are
+        for i, split in program.splits.items():
+            for half in split:
+                self.label[half] = self.label[i]
+        for s, transfer in program.transfers.items():
+            for i in transfer:
+                self.label[i] = self.of[s]
+        for i in range(steps, len(program.ops)):
+            for s in program.ops[i].makes:
+                if program.maker[s] == i:
+                    self.of[s] = self.label[i]
 
     @cached_property
     def _before(self) -> dict[int, int]:
@@ -168,7 +180,7 @@ class _Unroller:
             _require(
                 replace(b, name=a.name, module=a.module, reads=a.reads, makes=a.makes,
                         overwrites=a.overwrites) == a
-                and gap.renamed(b.module, 0) == a.module
+                and gap.moved(b.module, -gap.count - 1) == self._own_name(i)
                 and len(a.reads) == len(b.reads) and len(a.makes) == len(b.makes)
             )  # fmt: skip
             self.pair[j] = i
@@ -227,14 +239,24 @@ class _Unroller:
         return replace(
             op,
             name=f"{op.name}.{self.gap.before + copy}" if copy else op.name,
-            module=self._name(op.module, copy),
+            module=self._name(op.module, copy) if copy else self._own_name(i),
             reads=tuple(renumbered.values()),
             makes=tuple(numbers[s, copy] for s in op.makes),
             overwrites=tuple(renumbered[s] for s in op.overwrites),
         )
 
     def _name(self, name: str, copy: int) -> str:
-        return self.gap.renamed(name, copy) if copy else name
+        """In a missing copy, of what is in the copy after the gap."""
+        return self.gap.moved(name, copy - self.gap.count - 1) if copy else name
+
+    def _own_name(self, i: int) -> str:
+        """The module of an operator of the short program: one across the gap is in a missing copy
+        now."""
+        gap, name = self.gap, self.program.ops[i].module
+        where = self.label[i], number_in(gap.blocks, name)
+        if where == (gap.before, gap.after):
+            return gap.moved(name, -gap.count)
+        return gap.moved(name, gap.count) if where == (gap.after, gap.before) else name
 
     def _beside(self, i: int, s: int) -> Placed:
         """A storage that an operator of the short program reads: where that was across the gap, it
@@ -243,7 +265,7 @@ class _Unroller:
         if where == (self.gap.before, self.gap.after):
             return self._in_copy(s, 1)
         if where == (self.gap.after, self.gap.before):
-            return self._in_copy(self.twin[s], self.gap.count)
+            return self._in_copy(self._twin(s), self.gap.count)
         return s, 0
 
     def _reads_in(self, placed: Placed) -> list[Placed]:
@@ -260,14 +282,19 @@ class _Unroller:
             elif where == (gap.before, gap.after):
                 reads.append(self._in_copy(s, copy))
             elif where == (gap.before - 1, gap.before):
-                reads.append(self._in_copy(self.twin[s], copy - 1))
+                reads.append(self._in_copy(self._twin(s), copy - 1))
             else:
                 _require(where == (gap.after, gap.after + 1))
                 reads.append(self._in_copy(r, copy + 1))
         return reads
 
+    def _twin(self, s: int) -> int:
+        _require(s in self.twin)
+        return self.twin[s]
+
     def _in_copy(self, s: int, copy: int) -> Placed:
         """The storage of a copy that is like one after the gap."""
         if copy == 0:
+            _require(s in self._before)
             return self._before[s], 0
         return s, copy if copy <= self.gap.count else 0

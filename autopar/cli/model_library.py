@@ -1,0 +1,178 @@
+"""Models of transformers and timm by name, with a batch to plan for: no model file is needed.
+
+    hf:config.json             a configuration of transformers: a file, a folder that has one, or an id
+                               that the library can resolve
+    timm:vit_large_patch16_224 a model of timm
+
+The dtype is that of the configuration. Sizes of the batch follow a question mark
+(`hf:config.json?batch=16&sequence=8192`), or are options of the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+import torch
+
+from autopar.cli.model_file import Example, load_example
+
+PREFIXES = ("hf:", "timm:")
+_BATCH = 8
+_MOST_TOKENS = 8192  # of a sequence, where the length is not given
+# Classes of transformers by what their names end with; labels are of tokens, or of samples.
+_OF_TOKENS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
+_OF_TEXTS = ("ForSequenceClassification",)
+_OF_IMAGES = ("ForImageClassification",)
+_TRANSLATING = ("ForConditionalGeneration",)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of a library.
+
+    Args:
+        library: "hf" or "timm".
+        name: of the model or its configuration.
+        sizes: of the batch: `batch`, `sequence`.
+    """
+
+    library: str
+    name: str
+    sizes: Mapping[str, int]
+
+    @staticmethod
+    def of(text: str, **sizes: int | None) -> Source:
+        """Parse a source.
+
+        Args:
+            sizes: that go before those in the text; None of what is not given.
+
+        Raises:
+            ValueError: a size is unknown, or no positive number.
+        """
+        library, _, rest = text.partition(":")
+        name, _, query = rest.partition("?")
+        known: dict[str, int] = {}
+        for key, value in parse_qsl(query, keep_blank_values=True):
+            if key not in ("batch", "sequence"):
+                raise ValueError(f"{text}: the sizes of a batch are batch and sequence, not {key}")
+            if not value.isdecimal() or not int(value):
+                raise ValueError(f"{text}: {key} must be a positive number, not {value!r}")
+            known[key] = int(value)
+        known |= {key: value for key, value in sizes.items() if value is not None}
+        if not name:
+            raise ValueError(f"{text}: a name must follow, as in hf:config.json")
+        return Source(library, name, known)
+
+    def __str__(self) -> str:
+        query = f"?{urlencode(self.sizes)}" if self.sizes else ""
+        return f"{self.library}:{self.name}{query}"
+
+    def example(self) -> Example:
+        """The model on the meta device, in train mode, and its batch.
+
+        Raises:
+            ValueError: the library is missing, does not know the name, or the model takes inputs
+                that are not known here.
+        """
+        return self._of_transformers() if self.library == "hf" else self._of_timm()
+
+    def _of_transformers(self) -> Example:
+        try:
+            import transformers
+        except ImportError as error:
+            raise ValueError(f"{self}: install transformers to plan its models") from error
+        try:
+            config = transformers.AutoConfig.from_pretrained(self._folder())
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{self}: {_first_line(error)}; give a config.json, or a folder that has one"
+            ) from error
+        names = config.architectures or []
+        model_class = getattr(transformers, names[0], None) if names else None
+        if model_class is None:
+            raise ValueError(
+                f"{self}: its architectures are {names}, and transformers "
+                f"{transformers.__version__} has no such class; write a model file"
+            )
+        config.use_cache = False
+        with torch.device("meta"):
+            model = model_class(config)
+        dtype = getattr(config, "dtype", None)
+        model = model.to(dtype) if isinstance(dtype, torch.dtype) else model
+        return Example(model.train(), (), self._inputs(config, names[0]))
+
+    def _folder(self) -> str:
+        path = Path(self.name)
+        if path.suffix == ".json" and not path.is_file():
+            raise ValueError(f"{self}: {path} does not exist")
+        return str(path)
+
+    def _inputs(self, config: Any, name: str) -> dict[str, torch.Tensor]:
+        """A batch for a class of transformers."""
+        text = config.get_text_config()
+        samples = self.sizes.get("batch", _BATCH)
+        longest = int(getattr(text, "max_position_embeddings", None) or _MOST_TOKENS)
+        length = self.sizes.get("sequence", min(longest, _MOST_TOKENS))
+        tokens = torch.zeros(samples, length, dtype=torch.long, device="meta")
+        classes = tokens[:, 0]
+        if name.endswith(_OF_TOKENS):
+            return {"input_ids": tokens, "labels": tokens}
+        if name.endswith(_OF_TEXTS):
+            return {"input_ids": tokens, "labels": classes}
+        if name.endswith(_TRANSLATING) and config.is_encoder_decoder and text.vocab_size:
+            return {"input_ids": tokens, "labels": tokens}
+        if name.endswith(_OF_IMAGES):
+            size, channels = config.image_size, config.num_channels
+            sides = (size, size) if isinstance(size, int) else tuple(size)
+            pixels = torch.zeros(samples, channels, *sides, dtype=config.dtype, device="meta")
+            return {"pixel_values": pixels, "labels": classes}
+        raise ValueError(
+            f"{self}: the inputs of {name} are not known here; write a model file with "
+            "build_model() and example_inputs()"
+        )
+
+    def _of_timm(self) -> Example:
+        try:
+            import timm
+        except ImportError as error:
+            raise ValueError(f"{self}: install timm to plan its models") from error
+        if "sequence" in self.sizes:
+            raise ValueError(f"{self}: a model of images has no sequence; leave that out")
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(self.name)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{self}: {_first_line(error)}") from error
+        shape = model.pretrained_cfg["input_size"]
+        images = torch.zeros(self.sizes.get("batch", _BATCH), *shape, device="meta")
+        return Example(model.train(), (images,), {})
+
+
+def example_of(model: str, **sizes: int | None) -> tuple[Example, str]:
+    """The example of a model file, or of a library, and the source that names it again.
+
+    Args:
+        sizes: of the batch of a library's model; None of what is not given.
+
+    Raises:
+        ValueError: it cannot be built, or sizes are given for a file, which has its own.
+    """
+    if model.startswith(PREFIXES):
+        source = Source.of(model, **sizes)
+        return source.example(), str(source)
+    given = [f"--{name}" for name, size in sizes.items() if size is not None]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} is of models that hf: and timm: name; example_inputs() of "
+            f"{model} says the sizes of its batch"
+        )
+    return load_example(Path(model)), model
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
