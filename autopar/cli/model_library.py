@@ -1,7 +1,7 @@
 """Models of transformers and timm by name, with a batch to plan for: no model file is needed.
 
-    hf:config.json             a configuration of transformers: a file, a folder that has one, or an id
-                               that the library can resolve
+    hf:config.json             a configuration of transformers: a file, a folder that has one, or
+                               an id that the library can resolve
     timm:vit_large_patch16_224 a model of timm
 
 The dtype is that of the configuration. Sizes of the batch follow a question mark

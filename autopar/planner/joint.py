@@ -9,6 +9,7 @@ plan is no slower than either.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -30,7 +31,7 @@ from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text, time_text
 
 _BETWEEN = 2  # limits between none and the budget
-EVEN = 5e-3  # of a step: the cost of fitting the budget at which no other plans are tried
+EVEN = 1e-2  # of a step: the cost of fitting the budget at which no other plans are tried
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,17 @@ def plan_jointly(
     if not binds and not always:
         return JointPlan(problem.planned(unlimited))
     trials = _Trials(problem, output_specs, needed)
-    trials.add(math.inf, unlimited)
-    limited = _limited_plans(problem, needed, trials.errors)
+    limited = _limited_plans(problem, needed, trials.errors) if binds else iter(())
+    fitting = next(limited, None)
     # no plan is faster than the one without a limit
+    even = (1 + EVEN) * unlimited.step_us
+    if fitting is not None and fitting[1].step_us <= even and _fits(problem, fitting[1]):
+        if not always:
+            return JointPlan(problem.planned(fitting[1]))
+        trials.add(*fitting)
+        return trials.fastest()
+    trials.add(math.inf, unlimited)
+    limited = itertools.chain([] if fitting is None else [fitting], limited)
     while trials.best is None or (binds and trials.best.trial.added_us > EVEN * unlimited.step_us):
         if trials.best is not None and problem.deadline.over:
             break
@@ -201,6 +210,12 @@ class _Trials:
         trials = tuple(self.tried.values())
         least = min((e.smallest_bytes for e in self.errors), default=0.0)
         return JointPlan(replace(planned, plan=plan), best.memory, best.step, trials, least)
+
+
+def _fits(problem: PlanningProblem, result: SearchResult) -> bool:
+    """Without a schedule."""
+    needed = estimate_memory(problem.space, result.choices).total_bytes
+    return needed <= problem.budget_bytes
 
 
 def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:

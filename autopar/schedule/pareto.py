@@ -187,10 +187,11 @@ class ScheduleFront:
 
     def smallest(self) -> SchedulePoint:
         """The schedule with the smallest peak that the search can reach."""
-        for share in _SHARES[:2]:
+        few = len(self.program.ops) <= _FEW_OPS
+        for share in _SHARES if few else _SHARES[:2]:
             self._add_whole(share)
         count = len(self._chain.budgets)
-        for k in range(max(0, count - 2 * _CHAIN_TRIED), count):
+        for k in range(0 if few else max(0, count - 2 * _CHAIN_TRIED), count):
             self._of_chain(k)
         least = min(self.candidates, key=_by_peak)
         starts = [least]
