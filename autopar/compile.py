@@ -23,8 +23,8 @@ from autopar.passes.lower import lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
 from autopar.planner.batch import TracedBatch
-from autopar.planner.joint import EVEN, JointPlan, plan_jointly
-from autopar.planner.microbatched import BatchPlanner
+from autopar.planner.joint import JointPlan, plan_jointly
+from autopar.planner.microbatched import BatchPlanner, worth_splitting
 from autopar.planner.planner import TIME_LIMIT, Planned, PlanningProblem, build_problem
 from autopar.planner.stages import PipelineOptions
 from autopar.progress import Progress, Tell
@@ -149,7 +149,7 @@ def plan_to_fit(
     whole: JointPlan | None = None
     try:
         whole = _plan_step(problem, schedule)
-        if whole.memory is None or whole.memory.added_us <= EVEN * whole.planned.plan.time.step_us:
+        if not worth_splitting(whole.planned.plan):
             return whole
     except ConflictError:  # microbatches have the same constraints
         raise

@@ -40,6 +40,9 @@ _PER_RANK = 4
 # Layouts that the solver found.
 _SOLVED = "solver"
 
+# Of a step: what microbatches must be able to gain, for them to be planned.
+_LEAST_GAIN = 0.03
+
 
 @dataclass(frozen=True)
 class BatchPlanner:
@@ -223,6 +226,12 @@ class BatchPlanner:
             except PlanError as error:  # its dims do not split so
                 log.info("no costs for microbatches of %d samples: %s", size, error)
         return chains
+
+
+def worth_splitting(plan: ShardingPlan) -> bool:
+    """Whether microbatches without recomputation may be faster than a plan without microbatches."""
+    added_us = 0.0 if plan.step is None else plan.step.added_us
+    return added_us > _LEAST_GAIN * plan.time.step_us
 
 
 def _recomputes(plan: ShardingPlan) -> bool:

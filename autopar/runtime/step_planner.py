@@ -20,7 +20,7 @@ from autopar.passes.microbatches import Microbatches
 from autopar.plan import PipelinePlan, ShardingPlan
 from autopar.planner.batch import TracedBatch
 from autopar.planner.decisions import FixedLayouts
-from autopar.planner.microbatched import BatchPlanner
+from autopar.planner.microbatched import BatchPlanner, worth_splitting
 from autopar.planner.stages import PipelineOptions
 from autopar.runtime.call import Call
 from autopar.runtime.engine_options import EngineOptions
@@ -113,7 +113,7 @@ class StepPlanner:
         whole_us = math.inf
         try:
             decided = decide()
-            if decided.memory is None or not decided.memory.added_us:
+            if not worth_splitting(decided.plan):
                 return 1
             whole_us = decided.plan.time.step_us
         except InfeasibleError as error:
