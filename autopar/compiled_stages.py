@@ -121,6 +121,9 @@ def compile_stages(
             others = [tensors[k] for k in program.others]
             budget = _budget(graph, options, memory_bytes, [*entering, *others])
             room = StageRoom.of(plan, number)
+            if plan.pipeline is None and plan.microbatches > 1:
+                # gradients of the microbatches before add up beside this one
+                room = replace(room, others_bytes=room.others_bytes + budget.gradients_bytes)
             memory, body = _within(traced, budget, room, place, first)
         place.check_agreement(
             *(None if enter is None else enter.forward, None if enter is None else enter.backward),

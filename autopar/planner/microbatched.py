@@ -18,7 +18,7 @@ import torch
 from autopar.cluster.cluster import ClusterInfo
 from autopar.errors import InfeasibleError, PlanError
 from autopar.passes.microbatches import Microbatches
-from autopar.plan import ShardingPlan, TimeEstimate
+from autopar.plan import MemoryEstimate, ShardingPlan, TimeEstimate
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import accumulation_us, optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
@@ -31,6 +31,7 @@ from autopar.planner.planner import (
 )
 from autopar.planner.space import SearchSpace
 from autopar.planner.stages import PipelineOptions, plan_stages
+from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,28 @@ class BatchPlanner:
             time.weights_us,
         )
         plan = replace(planned.plan, time=times, microbatches=microbatches)
+        if microbatches > 1:
+            plan = replace(plan, memory=self._with_sums(planned))
         return replace(planned, plan=plan)
+
+    def _with_sums(self, planned: Planned) -> MemoryEstimate:
+        """The memory of a microbatch beside the gradients of those before it, which add up.
+
+        Raises:
+            InfeasibleError: that is too much.
+        """
+        memory, budget = planned.plan.memory, self.cluster.budget_bytes
+        state = planned.plan.optimizer_state
+        sums = memory.optimizer_bytes / state if state else memory.parameters_bytes
+        memory = replace(memory, gradients_bytes=memory.gradients_bytes + sums)
+        if memory.total_bytes > budget:
+            raise InfeasibleError(
+                f"microbatches need {bytes_text(memory.total_bytes)} with the sums of their "
+                f"gradients ({bytes_text(sums)}), and there is "
+                f"{bytes_text(budget)}",
+                budget_bytes=budget, smallest_bytes=memory.total_bytes,
+            )  # fmt: skip
+        return memory
 
     def plan_within(self, count: int) -> Planned:
         """The plan of the fewest microbatches that fit without recomputation: fewer are faster.

@@ -355,10 +355,13 @@ def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
         return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
     try:
-        auto_engine(*built(), cluster, memory="1kB", example_inputs=words(0))
+        auto_engine(
+            *built(), cluster, memory="1kB", microbatches=1, example_inputs=words(0)
+        )  # fmt: skip
     except InfeasibleError as error:
         memory = error.smallest_bytes
-    (model, optimizer), (alone, beside) = auto_engine(*built(), cluster, memory=memory), built()
+    model, optimizer = auto_engine(*built(), cluster, memory=memory, microbatches=1)
+    alone, beside = built()
     error = 0.0
     for step in range(3):
         data = words(step)
