@@ -159,16 +159,23 @@ def plan_to_fit(
     rest = {k: v for k, v in options.items() if k not in ("cluster", "memory", "graph")}
     if whole is not None:
         rest["time_limit"] = _SPLIT_SHARE * options.get("time_limit", TIME_LIMIT)
+    samples = 0
     try:
         batch = TracedBatch.of_graph(model, args, kwargs or {}, problem.space.graph)
+        samples = batch.samples
         planner = BatchPlanner(model, batch.exact(), batch.samples, cluster, None, rest)
         least = refused.smallest_bytes if whole is None else whole.unscheduled_bytes
         split = planner.plan_within(_fewest_microbatches(least, problem.budget_bytes))
     except (InfeasibleError, PlanError) as error:
         if whole is not None:
             return whole
+        more = (
+            f". With their number given, as microbatches={samples}, they recompute too"
+            if isinstance(error, InfeasibleError)
+            else ""
+        )
         raise InfeasibleError(
-            f"{refused}. Microbatches do not help: {error}",
+            f"{refused}. Microbatches that keep everything do not help: {error}{more}",
             budget_bytes=refused.budget_bytes,
             smallest_bytes=min(refused.smallest_bytes, getattr(error, "smallest_bytes", math.inf)),
         ) from error

@@ -22,6 +22,7 @@ from autopar.cli.model_file import Example, load_example
 
 PREFIXES = ("hf:", "timm:")
 _BATCH = 8
+_PIXELS = 224  # of a side of an image, where the configuration does not say
 _MOST_TOKENS = 8192  # of a sequence, where the length is not given
 # Classes of transformers by what their names end with; labels are of tokens, or of samples.
 _OF_TOKENS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
@@ -65,7 +66,8 @@ class Source:
             known[key] = int(value)
         known |= {key: value for key, value in sizes.items() if value is not None}
         if not name:
-            raise ValueError(f"{text}: a name must follow, as in hf:config.json")
+            example = "hf:config.json" if library == "hf" else "timm:resnet50"
+            raise ValueError(f"{text}: a name must follow, as in {example}")
         return Source(library, name, known)
 
     def __str__(self) -> str:
@@ -88,20 +90,31 @@ class Source:
             raise ValueError(f"{self}: install transformers to plan its models") from error
         try:
             config = transformers.AutoConfig.from_pretrained(self._folder())
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # each configuration checks itself in its own way
             raise ValueError(
                 f"{self}: {_first_line(error)}; give a config.json, or a folder that has one"
             ) from error
         names = config.architectures or []
-        model_class = getattr(transformers, names[0], None) if names else None
-        if model_class is None:
+        names = [names] if isinstance(names, str) else names
+        model_class: Any = getattr(transformers, names[0], None) if names else None
+        of_models = isinstance(model_class, type) and issubclass(
+            model_class, transformers.PreTrainedModel
+        )
+        if not of_models:
             raise ValueError(
                 f"{self}: its architectures are {names}, and transformers "
                 f"{transformers.__version__} has no such class; write a model file"
             )
         config.use_cache = False
-        with torch.device("meta"):
-            model = model_class(config)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"{self}: its weights are quantized, and cannot be trained as they are"
+            )
+        try:
+            with torch.device("meta"):
+                model = model_class(config)
+        except Exception as error:
+            raise ValueError(f"{self}: {names[0]} cannot be built: {_first_line(error)}") from error
         dtype = getattr(config, "dtype", None)
         model = model.to(dtype) if isinstance(dtype, torch.dtype) else model
         return Example(model.train(), (), self._inputs(config, names[0]))
@@ -109,7 +122,7 @@ class Source:
     def _folder(self) -> str:
         path = Path(self.name)
         if path.suffix == ".json" and not path.is_file():
-            raise ValueError(f"{self}: {path} does not exist")
+            raise ValueError(f"{path} does not exist")
         return str(path)
 
     def _inputs(self, config: Any, name: str) -> dict[str, torch.Tensor]:
@@ -127,7 +140,9 @@ class Source:
         if name.endswith(_TRANSLATING) and config.is_encoder_decoder and text.vocab_size:
             return {"input_ids": tokens, "labels": tokens}
         if name.endswith(_OF_IMAGES):
-            size, channels = config.image_size, config.num_channels
+            size, channels = getattr(config, "image_size", _PIXELS), config.num_channels
+            if "sequence" in self.sizes:
+                raise ValueError(f"{self}: a model of images has no sequence; leave that out")
             sides = (size, size) if isinstance(size, int) else tuple(size)
             pixels = torch.zeros(samples, channels, *sides, dtype=config.dtype, device="meta")
             return {"pixel_values": pixels, "labels": classes}

@@ -14,9 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.errors import InfeasibleError, PlanError
+from autopar.ir.aliasing import tensors_of
+from autopar.ir.graph import producer, shape_of
+from autopar.ir.spec import local_shape
 from autopar.passes.microbatches import Microbatches
 from autopar.plan import MemoryEstimate, ShardingPlan, TimeEstimate
 from autopar.planner.baselines import baseline_plans
@@ -171,11 +175,12 @@ class BatchPlanner:
         )
         plan = replace(planned.plan, time=times, microbatches=microbatches)
         if microbatches > 1:
-            plan = replace(plan, memory=self._with_sums(planned))
+            plan = replace(plan, memory=self._of_batch(planned, microbatches))
         return replace(planned, plan=plan)
 
-    def _with_sums(self, planned: Planned) -> MemoryEstimate:
-        """The memory of a microbatch beside the gradients of those before it, which add up.
+    def _of_batch(self, planned: Planned, microbatches: int) -> MemoryEstimate:
+        """The memory of a microbatch, beside the inputs and the results of the others, and the sums
+        of gradients.
 
         Raises:
             InfeasibleError: that is too much.
@@ -183,12 +188,20 @@ class BatchPlanner:
         memory, budget = planned.plan.memory, self.cluster.budget_bytes
         state = planned.plan.optimizer_state
         sums = memory.optimizer_bytes / state if state else memory.parameters_bytes
-        memory = replace(memory, gradients_bytes=memory.gradients_bytes + sums)
+        inputs, results = _batch_bytes(planned)
+        memory = replace(
+            memory,
+            gradients_bytes=memory.gradients_bytes + sums,
+            buffers_bytes=memory.buffers_bytes + (microbatches - 1) * inputs,
+            # of the whole batch, and a gradient of each
+            activations_bytes=memory.activations_bytes + 2 * microbatches * results,
+        )
         if memory.total_bytes > budget:
             raise InfeasibleError(
-                f"microbatches need {bytes_text(memory.total_bytes)} with the sums of their "
-                f"gradients ({bytes_text(sums)}), and there is "
-                f"{bytes_text(budget)}",
+                f"{microbatches} microbatches need {bytes_text(memory.total_bytes)} with the sums "
+                f"of their gradients ({bytes_text(sums)}), the whole batch "
+                f"({bytes_text(microbatches * inputs)}) and its results with their gradients "
+                f"({bytes_text(2 * microbatches * results)}), and there is {bytes_text(budget)}",
                 budget_bytes=budget, smallest_bytes=memory.total_bytes,
             )  # fmt: skip
         return memory
@@ -248,6 +261,32 @@ class BatchPlanner:
             except PlanError as error:  # its dims do not split so
                 log.info("no costs for microbatches of %d samples: %s", size, error)
         return chains
+
+
+def _batch_bytes(planned: Planned) -> tuple[float, float]:
+    """Of the first rank's inputs, and of its results, of one microbatch; without scalars."""
+    space, graph = planned.space, planned.graph
+    layouts = {
+        decision.node: decision.candidates[choice].outputs
+        for decision, choice in zip(space.decisions, planned.choices, strict=True)
+        if decision.kind not in ("shared", "output")
+    }
+
+    def nbytes(node: fx.Node, result: int) -> float:
+        value = tensors_of(node.meta["val"])[result]
+        if not value.ndim:
+            return 0.0
+        coords = (0,) * len(space.mesh)
+        shape = local_shape(shape_of(value), layouts[node][result], space.mesh, coords)
+        return float(math.prod(shape) * value.element_size())
+
+    inputs = [graph.placeholders[name] for name in graph.inputs if name is not None]
+    returned: Any = graph.output.args[0]
+    results = {producer(n) for n in returned[len(graph.mutations) :] if isinstance(n, fx.Node)}
+    return (
+        sum(nbytes(node, 0) for node in inputs if node in layouts),
+        sum(nbytes(*result) for result in results if result[0] in layouts),
+    )
 
 
 def worth_splitting(plan: ShardingPlan) -> bool:

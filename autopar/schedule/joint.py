@@ -110,9 +110,9 @@ class _Reader:
     random: list[str] = field(default_factory=list)
 
     def run(self, outputs: Iterable[fx.Node]) -> None:
-        """Read all nodes that the outputs depend on."""
+        """Read all nodes that the outputs and checks depend on."""
         reachable: set[fx.Node] = set()
-        stack = list(outputs)
+        stack = [*outputs, *(n for n in self.joint.graph.nodes if _checks(n))]
         while stack:
             node = stack.pop()
             if node not in reachable:
@@ -124,7 +124,7 @@ class _Reader:
                 if node.op in ("placeholder", "get_attr"):
                     self._input(node)
                     _recorded(recorder)  # an argument costs the step nothing
-                elif node.op == "call_function" and (node in reachable or node.is_impure()):
+                elif node in reachable:
                     self._call(node, recorder)
 
     def _storage(self, t: torch.Tensor) -> tuple[int, bool]:
@@ -213,6 +213,11 @@ class _Reader:
             if len(aliases) == 1 and self.sizes[number] == self.sizes[makes[0]]:
                 overwrites[number] = None
         return tuple(overwrites)
+
+
+def _checks(node: fx.Node) -> bool:
+    """Whether a node runs for what it does, not for its result: a check of values."""
+    return node.op == "call_function" and node.is_impure()
 
 
 def _recorded(recorder: Recorder) -> tuple[Work, Sequence[Kernel] | None]:

@@ -75,6 +75,14 @@ def test_what_is_wrong_is_named(config, tmp_path):
     for text, message in wrong.items():
         with pytest.raises(ValueError, match=message):
             example_of(text)
+    for change, message in {
+        "hidden_size": 130,
+        "quantization_config": {"quant_method": "bitsandbytes"},
+        "architectures": ["pipeline"],
+    }.items():
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | {change: message}))
+        with pytest.raises(ValueError, match=f"hf:{tmp_path}: "):
+            example_of(f"hf:{tmp_path}")
     with pytest.raises(ValueError, match="--batch is of models that hf: and timm: name"):
         example_of("examples/gpt2.py", batch=3)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["NoSuchModel"]}))

@@ -9,7 +9,7 @@ import transformers
 
 from autopar import ClusterInfo
 from autopar.cluster.device import device as device_of
-from autopar.compile import plan_to_fit
+from autopar.compile import plan_batch, plan_to_fit
 from autopar.errors import InfeasibleError
 from autopar.ir.shorten import shortened
 from autopar.passes import local_step as steps
@@ -154,5 +154,44 @@ def test_what_does_not_fit_is_recomputed_without_being_asked():
     plan = joint.planned.plan
     assert plan.memory.total_bytes <= 0.7 * needed * 2**30
     assert plan.step is not None or plan.microbatches > 1
-    with pytest.raises(InfeasibleError, match=r"Give at least .* Microbatches do not help"):
+    with pytest.raises(
+        InfeasibleError, match=r"Give at least .* Microbatches that keep everything do not help"
+    ):
         plan_to_fit(model, (), batch, cluster=small_device(0.001 * needed))
+
+
+class OneHot(torch.nn.Module):
+    """A loss with a check of its inputs whose result nobody reads.
+
+    Args:
+        returns: the hidden values too.
+    """
+
+    def __init__(self, returns: bool = False) -> None:
+        super().__init__()
+        self.returns = returns
+        self.up, self.down = torch.nn.Linear(64, 256), torch.nn.Linear(256, 16)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor):
+        hidden = self.up(x).relu()
+        scores = self.down(hidden).log_softmax(-1)
+        loss = -(torch.nn.functional.one_hot(y, 16) * scores).sum(-1).mean()
+        return (loss, hidden) if self.returns else loss
+
+
+def test_checks_are_scheduled():
+    batch = {"x": torch.zeros(4096, 64), "y": torch.zeros(4096, dtype=torch.long)}
+    cluster = small_device(5 / 1024)
+    plan = plan_to_fit(OneHot(), (), batch, cluster=cluster).planned.plan
+    assert plan.memory.total_bytes <= cluster.budget_bytes
+
+
+def test_microbatches_count_the_batch_and_its_results():
+    batch = {"x": torch.zeros(4096, 64), "y": torch.zeros(4096, dtype=torch.long)}
+    results = 4096 * 256 * 4
+    for returns in (False, True):
+        planner = {"cluster": ClusterInfo.of("1", "H100"), "microbatches": 8}
+        memory = plan_batch(OneHot(returns), (), batch, **planner).plan.memory
+        least = sum(x.nbytes for x in batch.values()) + returns * 2 * results
+        assert memory.buffers_bytes + memory.activations_bytes >= least
+        assert (memory.total_bytes > 2 * results) == returns
