@@ -27,6 +27,7 @@ from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import accumulation_us, optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import (
+    TIME_LIMIT,
     Planned,
     PlanningProblem,
     build_problem,
@@ -35,6 +36,7 @@ from autopar.planner.planner import (
 )
 from autopar.planner.space import SearchSpace
 from autopar.planner.stages import PipelineOptions, plan_stages
+from autopar.progress import Deadline
 from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
@@ -213,14 +215,15 @@ class BatchPlanner:
             count: of microbatches, the fewest that are tried.
 
         Raises:
-            InfeasibleError: not even single samples fit.
+            InfeasibleError: not even single samples fit, or none was seen to fit in time.
         """
+        deadline = Deadline(self.options.get("time_limit", TIME_LIMIT))
         count = min(count, self.samples)
         while True:
             try:
                 return self._at(count)
             except InfeasibleError:
-                if count >= self.samples:
+                if count >= self.samples or deadline.over:
                     raise
                 count = min(self.samples, 2 * count)
 
