@@ -18,6 +18,7 @@ from autopar.passes.joint import trace_joint
 from autopar.passes.partition import forward_nodes, split_as_eager
 from autopar.passes.pipeline import LowerOptions, run_stage
 from autopar.passes.split_backward import split_backward
+from autopar.schedule.buffers import with_buffers
 from autopar.schedule.joint import JointProgram, read_joint
 from autopar.schedule.program import Program, Schedule
 from autopar.schedule.realize import realize
@@ -93,14 +94,14 @@ def trace_step(
 
 def _read(joint: JointGraph, options: LowerOptions) -> JointProgram:
     """Read the joint graph, and add the operators that split collectives and move values to the
-    host, for a schedule to take in."""
+    host, for a schedule to take in; and what collectives hold."""
     reading = read_joint(joint, forward_nodes(joint), options.cluster)
     if reading.kept_random:
         log.info("kept, as they draw and cannot run again: %s", ", ".join(reading.kept_random))
     primals = joint.primals
     offloadable = {primals[k]: name for k, name in options.offloadable.items()}
     reading = with_transfers(reading, joint.gm.graph, options.cluster, offloadable)
-    return with_splits(reading, joint.gm.graph)
+    return with_buffers(with_splits(reading, joint.gm.graph))
 
 
 def lower(

@@ -279,7 +279,7 @@ def _live(
             s in own and last[s] == t and s not in end and alive[s] for s in op.overwrites
         )
         written = {s: program.nbytes[s] for s in op.makes if s not in skip}
-        live.append(now + (0 if in_place else sum(written.values())))
+        live.append(now + (0 if in_place else sum(written.values())) + op.buffers.beside)
         now += sum(n - alive.get(s, 0) for s, n in written.items())
         alive |= written
         own.update(written)

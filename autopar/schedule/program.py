@@ -30,6 +30,21 @@ class Resource(enum.StrEnum):
 SIDE = frozenset((Resource.COMMUNICATION, Resource.HOST))
 
 
+class Buffers(NamedTuple):
+    """Bytes that an operator holds while it runs, besides its operands and results.
+
+    Args:
+        beside: if an operand is needed afterwards.
+        after: if the operands end with this operator, each where its implementation reads it last.
+    """
+
+    beside: int = 0
+    after: int = 0
+
+
+NO_BUFFERS = Buffers()
+
+
 @dataclass(frozen=True)
 class Op:
     """An operator call that makes storages.
@@ -47,6 +62,7 @@ class Op:
         carries: a gradient flows through it.
         module: path of the module that called it.
         beside: compute goes on while it runs, if the device supports that.
+        buffers: that it holds while it runs.
     """
 
     name: str
@@ -61,6 +77,7 @@ class Op:
     module: str = ""
     resource: Resource = Resource.COMPUTE
     beside: bool = False
+    buffers: Buffers = NO_BUFFERS
 
 
 class Transfer(NamedTuple):
@@ -136,9 +153,15 @@ class Program:
     weights: frozenset[int] = frozenset()
 
     @cached_property
-    def accesses(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], ...]:
-        """What each operator reads, makes and may overwrite, for the simulation's inner loop."""
-        return tuple((op.reads, op.makes, op.overwrites) for op in self.ops)
+    def accesses(
+        self,
+    ) -> tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Buffers | None], ...]:
+        """What each operator reads, makes, may overwrite and holds, for the simulation's inner
+        loop."""
+        return tuple(
+            (op.reads, op.makes, op.overwrites, op.buffers if any(op.buffers) else None)
+            for op in self.ops
+        )
 
     @cached_property
     def transferred(self) -> Mapping[int, int]:

@@ -243,7 +243,7 @@ class Refiner:
         seen = set(schedule.forward)
         recomputed = []
         for k, i in enumerate(schedule.backward):
-            if i in seen:
+            if i in seen and i not in program.transferred:
                 recomputed.append((self.cost[i], k))
             seen.add(i)
         for _, k in sorted(recomputed, reverse=True):

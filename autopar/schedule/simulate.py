@@ -3,7 +3,7 @@
 While an operator runs, its operands and results are alive; a storage is freed after its last
 reader. A pointwise operator may write its result over an operand that dies with it. Storages that
 the step makes count; gradients of parameters count from when they are made, and a parameter that is
-offloaded counts negatively meanwhile.
+offloaded counts negatively meanwhile. Collectives have buffers while they run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autopar.schedule.program import INPUT, Program, Schedule
+from autopar.schedule.program import INPUT, Buffers, Program, Schedule
 from autopar.schedule.streams import run_times
 from autopar.schedule.timeline import Timeline, TimelineEvent
 
@@ -26,12 +26,14 @@ class LiveRanges(NamedTuple):
         storage: of the program.
         start, end: positions in the sequence: forward, then backward.
         over: the live range that it overwrites; -1 if it has memory of its own.
+        buffers: by position, of operators that hold any while they run; not parallel.
     """
 
     storage: list[int]
     start: list[int]
     end: list[int]
     over: list[int]
+    buffers: dict[int, int]
 
 
 def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
@@ -44,11 +46,15 @@ def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
     end: list[int] = [0] * len(storage)
     # live range, its start, and the ranges that it may be written over
     writers: list[tuple[int, int, tuple[int, ...]]] = []
+    # position, its buffers, and the ranges of its operands, None where they exist before the step
+    holders: list[tuple[int, Buffers, list[int | None]]] = []
     for at, i in enumerate(schedule.forward + schedule.backward):
-        reads, makes, overwrites = accesses[i]
+        reads, makes, overwrites, held = accesses[i]
         for s in reads:
             if s in current:
                 end[current[s]] = at
+        if held is not None:
+            holders.append((at, held, [current.get(s) for s in reads]))
         if overwrites:
             operands = tuple([current[s] for s in overwrites if s in current])
             writers.append((len(storage), at, operands))
@@ -71,7 +77,11 @@ def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
             if end[operand] == at and same_part and nbytes[s] and s not in returned:
                 over[k] = operand
                 break
-    return LiveRanges(storage, start, end, over)
+    buffers = {
+        at: held.after if all(k is not None and end[k] == at for k in operands) else held.beside
+        for at, held, operands in holders
+    }
+    return LiveRanges(storage, start, end, over, buffers)
 
 
 def occupancy(program: Program, schedule: Schedule, ranges: LiveRanges) -> np.ndarray:
@@ -80,7 +90,15 @@ def occupancy(program: Program, schedule: Schedule, ranges: LiveRanges) -> np.nd
     Args:
         ranges: `live_ranges` of the schedule.
     """
-    return _alive(schedule, ranges, program.sizes[ranges.storage]) - _before(program)
+    alive = _alive(schedule, ranges, program.sizes[ranges.storage]) - _before(program)
+    return alive + _held(schedule, ranges)
+
+
+def _held(schedule: Schedule, ranges: LiveRanges) -> np.ndarray:
+    """Buffers at every position."""
+    held = np.zeros(len(schedule.forward) + len(schedule.backward))
+    held[list(ranges.buffers)] = list(ranges.buffers.values())
+    return held
 
 
 def _before(program: Program) -> int:
@@ -121,6 +139,7 @@ def timeline(program: Program, schedule: Schedule) -> Timeline:
         _alive(schedule, ranges, nbytes * mask).round().astype(int).tolist()
         for mask in (kept, recomputed, ~(kept | recomputed | parameter), parameter)
     )
+    held = _held(schedule, ranges).astype(int)
     before = _before(program)
     saved = np.bincount(start[kept], nbytes[kept], first + 1)
     sequence = schedule.forward + schedule.backward
@@ -134,7 +153,7 @@ def timeline(program: Program, schedule: Schedule) -> Timeline:
         events.append(
             TimelineEvent(
                 op.name, op.module, run.start, op.us,
-                kept_bytes[at], recomputed_bytes[at], other_bytes[at],
+                kept_bytes[at], recomputed_bytes[at], other_bytes[at] + int(held[at]),
                 evicted_bytes=before - present_bytes[at],
                 recomputed=s is None and program.started.get(i, i) in seen,
                 saves_bytes=int(saved[at]) if at < first else 0,
@@ -148,8 +167,8 @@ def timeline(program: Program, schedule: Schedule) -> Timeline:
 
 
 def check(program: Program, schedule: Schedule) -> None:
-    """Check that every operator finds what it reads, that everything the step returns is made, and
-    that all parameters are on the device at the end.
+    """Check that every operator finds what it reads, that everything the step returns is made, that
+    parameters are reloaded only if they were evicted, and that all are on the device at the end.
 
     Raises:
         AssertionError: the schedule cannot run.
@@ -160,6 +179,9 @@ def check(program: Program, schedule: Schedule) -> None:
         op = program.ops[i]
         missing = [s for s in op.reads if s not in present]
         assert not missing, f"{op.name} reads storages {missing} that are not there"
+        on_device = present & program.parameters.keys()
+        again = [program.parameters[s].name for s in op.makes if s in on_device]
+        assert not again, f"{op.name} reloads {again}, which are not evicted"
         present.update(op.makes)
         present.discard(evicts.get(i, INPUT))
     evicted = [program.parameters[s].name for s in program.parameters.keys() - present]

@@ -324,22 +324,11 @@ def recomputed(
         "error": max((a - b).abs().max().item() for a, b in zip(state, expected, strict=True)),
         "peak": planned.peak_bytes,
         "measured": measured,
-        "buffer": max(map(_buffer_bytes, graphs)),
         "ahead": [_ahead(graph) for graph in graphs],
         "ample": ample.memory_plan.peak_bytes,
         "again": [m.name for m in events if m.recomputed],
         "gathered": sum(m.recomputed and m.resource == "communication" for m in events),
     }
-
-
-def _buffer_bytes(graph: torch.fx.GraphModule) -> int:
-    """Of the largest buffer that a gather or an exchange writes to."""
-    ops = torch.ops._c10d_functional
-    targets = ops.all_gather_into_tensor_out.default, ops.all_to_all_single.default
-    nodes = [n for target in targets for n in graph.graph.find_nodes(
-        op="call_function", target=target
-    )]  # fmt: skip
-    return max((n.meta["val"].untyped_storage().nbytes() for n in nodes), default=0)
 
 
 def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
@@ -379,11 +368,9 @@ def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
             each.step()
             each.zero_grad()
     held = sum(training_state_bytes(model, optimizer).values())
-    lowered = model.steps[-1].compiled.lowered
     return {
         "error": max(error, difference(model, alone)),
         "measured": live.peak,
-        "buffer": max(map(_buffer_bytes, (lowered.forward, lowered.backward))),
         "peak": model.memory_plan.peak_bytes,
         "over": max(0.0, held + live.peak - memory),
         "on host": model.memory_plan.parameters_on_host,

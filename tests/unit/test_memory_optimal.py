@@ -154,7 +154,7 @@ def _gradients(program: Program) -> tuple[list[int], list[int]]:
     first = len(schedule.forward)
     count = len(schedule.backward)
     before, during = [0] * count, [0] * count
-    for s, start, end, _ in zip(*live_ranges(program, schedule), strict=True):
+    for s, start, end, _ in zip(*live_ranges(program, schedule)[:4], strict=True):
         if start >= first:
             for t in range(start - first, end - first + 1):
                 during[t] += program.nbytes[s]

@@ -198,6 +198,27 @@ def test_offloaded_parameters_are_reloaded_for_their_readers():
     assert count > 100
 
 
+def test_what_is_reloaded_was_evicted():
+    """Keeping what there is room for takes no evict away, of a parameter that moves twice."""
+    program = joint_plan(smallest()).step.program
+    evicts = {program.transfers[s].evict for s in program.parameters}
+    refiner = Refiner(program, {i: op.us for i, op in enumerate(program.ops)})
+    twice = 0
+    for seed in range(20):
+        *_, schedule = wandering(program, seed)
+        grown = refiner.grow(schedule, live_bytes(program, schedule).max())
+        check(program, grown)
+        count, sequence = len(grown.forward), grown.forward + grown.backward
+        moved = [k for k, i in enumerate(sequence) if i in evicts]
+        twice += len(moved) > len({sequence[k] for k in moved})
+        for k in moved:
+            without = (*sequence[:k], *sequence[k + 1 :])
+            cut = count - (k < count)
+            with pytest.raises(AssertionError, match=r"reloads .* which are not evicted"):
+                check(program, Schedule(without[:cut], without[cut:]))
+    assert twice
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_such_schedules_run(monkeypatch, seed):
     def choose(self: StepBudget, program: Program) -> MemoryPlan:
