@@ -113,7 +113,7 @@ class Source:
         try:
             with torch.device("meta"):
                 model = model_class(config)
-        except Exception as error:
+        except Exception as error:  # sizes that do not agree fail anywhere in the model's code
             raise ValueError(f"{self}: {names[0]} cannot be built: {_first_line(error)}") from error
         dtype = getattr(config, "dtype", None)
         model = model.to(dtype) if isinstance(dtype, torch.dtype) else model

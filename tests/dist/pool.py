@@ -200,3 +200,16 @@ class Pool:
                 pipe.poll(10)  # its end, when the process has left the group
         self._kill()
         self._folder.cleanup()
+
+
+def assert_rank_1_stops_rank_0(two: Pool, task: Callable[..., Any]) -> None:
+    """Rank 1 dies in `task`, and rank 0 says so instead of waiting for it."""
+    try:
+        two.run(task)
+    except AssertionError as failed:
+        survivor, dead = str(failed).split("rank 1:")
+    else:
+        raise AssertionError("no rank died")
+    assert "EngineError" in survivor
+    assert "Another rank has died" in survivor
+    assert "its process died" in dead
