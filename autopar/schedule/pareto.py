@@ -23,7 +23,7 @@ from autopar.schedule.streams import host_wait_us
 
 _STARTS = 6  # candidates that are refined, in programs of up to
 _FEW_OPS = 1500  # operators; fewer in longer ones
-_MANY_STAGES = 12  # of which the chain is better than what an integer program reaches in time
+_MANY_STAGES = 12  # of which the chain is better than what other searches reach in time
 _EXPENSIVE = ("mm.", "bmm", "convolution", "attention")
 _LOWER = (0.8, 0.9, 0.97)  # steps in which the smallest peak is sought
 _FAR_FROM_BEST = 1.3
@@ -82,6 +82,10 @@ class ScheduleFront:
         stage = Stage(self.program.forward, self.program.backward, -1, -1, "")
         return StageModel(self.program, stage, self.cost)
 
+    @property
+    def _is_long(self) -> bool:
+        return len(self.program.ops) > _FEW_OPS and len(self._stages) >= _MANY_STAGES
+
     def point(self, name: str, schedule: Schedule) -> SchedulePoint:
         """Score a schedule."""
         peak = peak_bytes(self.program, schedule)
@@ -119,7 +123,7 @@ class ScheduleFront:
                 low = middle + 1
         for k in range(max(0, low - _CHAIN_TRIED), min(len(chain), low + _CHAIN_TRIED)):
             self._of_chain(k)
-        if len(self.program.ops) > _FEW_OPS and len(self._stages) >= _MANY_STAGES:
+        if self._is_long:
             return
         for share in _SHARES:
             kept = share * self._whole.needed_bytes
@@ -162,8 +166,10 @@ class ScheduleFront:
         ]
         too_large = [c for c in self.candidates if c.peak_bytes > min(budgets)]
         starts = undominated(c for c in too_large if c.name != "chain")
+        starts = starts[:: max(1, len(starts) // _STARTS)]
         count = max(1, min(_STARTS, _STARTS * _FEW_OPS // len(self.program.ops)))
-        for start in starts[:: max(1, len(starts) // _STARTS)][-count:]:
+        tried = () if self._is_long and None not in best[:asked] else starts[-count:]
+        for start in tried:
             schedule = start.schedule
             for k in order:
                 smaller = self.refiner.shrink(schedule, budgets[k])
