@@ -75,6 +75,26 @@ TIME_KINDS = {
 
 
 @dataclass(frozen=True)
+class StepWork:
+    """What a step processes on all devices.
+
+    Args:
+        samples, tokens: of the batch; no tokens where inputs are none.
+        flops: of forward and backward by the dtype of the result, with nothing computed twice.
+    """
+
+    samples: int
+    tokens: int
+    flops: Mapping[str, float]
+
+    def of_samples(self, samples: int) -> StepWork:
+        """The work of another number of samples."""
+        scale = samples / self.samples if self.samples else 1.0
+        flops = {dtype: scale * count for dtype, count in self.flops.items()}
+        return StepWork(samples, round(scale * self.tokens), flops)
+
+
+@dataclass(frozen=True)
 class SolverRecord:
     """How the plan was found, and how far it can be from the best one.
 
@@ -170,6 +190,25 @@ class MeshResult:
         """`2x8`, or `pipe=4,2x8`."""
         mesh = mesh_text(self.mesh)
         return mesh if self.pipe == 1 else f"pipe={self.pipe},{mesh}"
+
+
+@dataclass(frozen=True)
+class TriedSize:
+    """One size of a search for the largest batch, the longest sequence or the fewest devices.
+
+    Args:
+        size: in words.
+        step_us: step time of its fastest plan; infinite if it has none.
+        memory_bytes: of that plan, or the least that was found; infinite if nothing is known.
+        note: what makes it fit, or why it has none.
+        work: of its step.
+    """
+
+    size: str
+    step_us: float
+    memory_bytes: float
+    note: str = ""
+    work: StepWork | None = None
 
 
 @dataclass(frozen=True)
@@ -322,6 +361,8 @@ class ShardingPlan:
         microbatches: slices of the batch that the step processes one after another; the plan is
             that of one.
         pipeline: its stages. The mesh has one rank on their axis.
+        work: what a step processes.
+        sizes: those that were tried, if one was searched for.
     """
 
     model: str
@@ -348,6 +389,8 @@ class ShardingPlan:
     precision: Precision | None = None
     microbatches: int = 1
     pipeline: PipelinePlan | None = None
+    work: StepWork | None = None
+    sizes: tuple[TriedSize, ...] = ()
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""

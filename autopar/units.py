@@ -25,6 +25,11 @@ def flops_text(flops: float) -> str:
     return _scaled(flops, tuple((f"{p}FLOP", 1e3**i) for i, p in enumerate(prefixes)))
 
 
+def percent_text(part: float, total: float) -> str:
+    """`12.3%`, of a total; `-` of nothing."""
+    return f"{part / total:.1%}" if total > 0 else "-"
+
+
 def _scaled(x: float, units: Sequence[tuple[str, float]]) -> str:
     """In the first unit in which `x` has three digits before the point, or in the last."""
     unit, scale = next((u for u in units if abs(x) < 999.5 * u[1]), units[-1])

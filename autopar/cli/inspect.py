@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from autopar.cli.model_library import PREFIXES, example_of
+from autopar.cli.model_library import FILE, Source, example_of
 from autopar.cluster.cluster import ClusterInfo
 from autopar.plan import ShardingPlan
 from autopar.planner.diff import Difference
@@ -52,20 +53,20 @@ def explain_decision(
     return explain(planned, node, limit=alternatives, time_limit=time_limit, progress=progress)
 
 
-def _source(plan: ShardingPlan, path: Path) -> Path | str:
+def _source(plan: ShardingPlan, path: Path) -> str:
     """The model that the plan names: of a library, a file, or a file of that name beside the
     plan."""
     if not plan.source:
         raise ValueError(f"{path} was not planned from a model file; give it with --model MODEL.py")
-    if plan.source.startswith(PREFIXES):
+    of = Source.of(plan.source)
+    if of.library != FILE:
         return plan.source
-    source = Path(plan.source)
-    beside = path.parent / source.name
-    if not source.is_file() and not beside.is_file():
+    beside = path.parent / Path(of.name).name
+    if not Path(of.name).is_file() and not beside.is_file():
         raise ValueError(
-            f"{path} was planned from {source}, which is not there; give it with --model MODEL.py"
+            f"{path} was planned from {of.name}, which is not there; give it with --model MODEL.py"
         )
-    return source if source.is_file() else beside
+    return str(of if Path(of.name).is_file() else replace(of, name=str(beside)))
 
 
 def print_explanation(explanation: Explanation) -> None:

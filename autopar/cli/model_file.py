@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,15 +27,25 @@ class Example:
     kwargs: Mapping[str, Any]
 
 
-def load_example(path: Path) -> Example:
+def load_example(path: Path, sizes: Mapping[str, int] | None = None) -> Example:
     """Build the model of a file, without weights and in train mode, and its example inputs.
 
+    Args:
+        sizes: of the batch, for `example_inputs`: `batch`, `sequence`.
+
     Raises:
-        ValueError: the file is missing, lacks a function, or fails; the message names the line.
+        ValueError: the file is missing, lacks a function, or fails; the message names the line. Or
+            its `example_inputs` does not take the sizes.
     """
     module = _import(path)
     build = _function(module, "build_model", path)
     inputs = _function(module, "example_inputs", path)
+    known = inspect.signature(inputs).parameters
+    if unknown := [name for name in sizes or {} if name not in known]:
+        raise ValueError(
+            f"example_inputs() of {path} does not take {' and '.join(unknown)}; define it as "
+            f"example_inputs({', '.join(f'{name}=8' for name in unknown)}) to plan for other sizes"
+        )
 
     def on_meta() -> Any:
         with torch.device("meta"):
@@ -44,7 +56,9 @@ def load_example(path: Path) -> Example:
         raise ValueError(
             f"build_model() of {path} returned {type(model).__name__}, not a torch.nn.Module"
         )
-    args, kwargs = _arguments(_call(inputs, f"example_inputs() of {path}", path), path)
+    args, kwargs = _arguments(
+        _call(partial(inputs, **(sizes or {})), f"example_inputs() of {path}", path), path
+    )
     return Example(model.train(), args, kwargs)
 
 

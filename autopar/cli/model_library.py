@@ -1,11 +1,13 @@
-"""Models of transformers and timm by name, with a batch to plan for: no model file is needed.
+"""Models by name, with a batch to plan for: of transformers and timm, and of model files.
 
     hf:config.json             a configuration of transformers: a file, a folder that has one, or
                                an id that the library can resolve
     timm:vit_large_patch16_224 a model of timm
+    model.py                   a file that defines build_model() and example_inputs()
 
 The dtype is that of the configuration. Sizes of the batch follow a question mark
-(`hf:config.json?batch=16&sequence=8192`), or are options of the command.
+(`hf:config.json?batch=16&sequence=8192`), or are options of the command. A file takes them as
+arguments of its example_inputs(batch=8, sequence=128), where it has them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from autopar.cli.model_file import Example, load_example
 
 PREFIXES = ("hf:", "timm:")
+FILE = "file"
 _BATCH = 8
 _PIXELS = 224  # of a side of an image, where the configuration does not say
 _MOST_TOKENS = 8192  # of a sequence, where the length is not given
@@ -33,11 +36,11 @@ _TRANSLATING = ("ForConditionalGeneration",)
 
 @dataclass(frozen=True)
 class Source:
-    """A model of a library.
+    """A model of a library or of a file.
 
     Args:
-        library: "hf" or "timm".
-        name: of the model or its configuration.
+        library: "hf", "timm" or `FILE`.
+        name: of the model or its configuration, or the file.
         sizes: of the batch: `batch`, `sequence`.
     """
 
@@ -55,7 +58,9 @@ class Source:
         Raises:
             ValueError: a size is unknown, or no positive number.
         """
-        library, _, rest = text.partition(":")
+        library, rest = FILE, text
+        if text.startswith(PREFIXES):
+            library, _, rest = text.partition(":")
         name, _, query = rest.partition("?")
         known: dict[str, int] = {}
         for key, value in parse_qsl(query, keep_blank_values=True):
@@ -65,22 +70,25 @@ class Source:
                 raise ValueError(f"{text}: {key} must be a positive number, not {value!r}")
             known[key] = int(value)
         known |= {key: value for key, value in sizes.items() if value is not None}
-        if not name:
+        if not name and library != FILE:
             example = "hf:config.json" if library == "hf" else "timm:resnet50"
             raise ValueError(f"{text}: a name must follow, as in {example}")
         return Source(library, name, known)
 
     def __str__(self) -> str:
         query = f"?{urlencode(self.sizes)}" if self.sizes else ""
-        return f"{self.library}:{self.name}{query}"
+        prefix = "" if self.library == FILE else f"{self.library}:"
+        return f"{prefix}{self.name}{query}"
 
     def example(self) -> Example:
         """The model on the meta device, in train mode, and its batch.
 
         Raises:
             ValueError: the library is missing, does not know the name, or the model takes inputs
-                that are not known here.
+                that are not known here; or the file fails.
         """
+        if self.library == FILE:
+            return load_example(Path(self.name), self.sizes)
         return self._of_transformers() if self.library == "hf" else self._of_timm()
 
     def _of_transformers(self) -> Example:
@@ -129,8 +137,13 @@ class Source:
         """A batch for a class of transformers."""
         text = config.get_text_config()
         samples = self.sizes.get("batch", _BATCH)
-        longest = int(getattr(text, "max_position_embeddings", None) or _MOST_TOKENS)
-        length = self.sizes.get("sequence", min(longest, _MOST_TOKENS))
+        longest = int(getattr(text, "max_position_embeddings", None) or 0)
+        length = self.sizes.get("sequence", min(longest or _MOST_TOKENS, _MOST_TOKENS))
+        if longest and length > longest:
+            raise ValueError(
+                f"{self}: its configuration allows {longest:,} tokens (max_position_embeddings), "
+                f"not {length:,}"
+            )
         tokens = torch.zeros(samples, length, dtype=torch.long, device="meta")
         classes = tokens[:, 0]
         if name.endswith(_OF_TOKENS):
@@ -172,21 +185,13 @@ def example_of(model: str, **sizes: int | None) -> tuple[Example, str]:
     """The example of a model file, or of a library, and the source that names it again.
 
     Args:
-        sizes: of the batch of a library's model; None of what is not given.
+        sizes: of the batch; None of what is not given. A file takes them in `example_inputs`.
 
     Raises:
-        ValueError: it cannot be built, or sizes are given for a file, which has its own.
+        ValueError: it cannot be built, or has no such sizes.
     """
-    if model.startswith(PREFIXES):
-        source = Source.of(model, **sizes)
-        return source.example(), str(source)
-    given = [f"--{name}" for name, size in sizes.items() if size is not None]
-    if given:
-        raise ValueError(
-            f"{' and '.join(given)} is of models that hf: and timm: name; example_inputs() of "
-            f"{model} says the sizes of its batch"
-        )
-    return load_example(Path(model)), model
+    source = Source.of(model, **sizes)
+    return source.example(), str(source)
 
 
 def _first_line(error: BaseException) -> str:

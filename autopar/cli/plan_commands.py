@@ -1,11 +1,11 @@
-"""Commands that make plans and show them: `plan`, `report`, `explain`, `diff`."""
+"""The command that makes plans: `plan`."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -18,10 +18,6 @@ from autopar.cli.common import (
     short_errors,
 )
 
-PlanFile = Annotated[
-    Path, typer.Argument(metavar="PLAN.json", help="A file that `autopar plan -o` wrote.")
-]
-
 
 def plan(
     model: str = typer.Argument(
@@ -33,13 +29,18 @@ def plan(
         "(timm:vit_large_patch16_224).",
     ),
     batch: int | None = typer.Option(
-        None, metavar="N", min=1, help="Samples in a batch of hf: and timm: models.  [default: 8]"
+        None,
+        metavar="N",
+        min=1,
+        help="Samples in a batch of hf: and timm: models, or of a file whose example_inputs takes "
+        "batch.  [default: 8, or the file's]",
     ),
     sequence: int | None = typer.Option(
         None,
         metavar="N",
         min=1,
-        help="Tokens in a sequence of hf: models.  [default: as the model allows, at most 8192]",
+        help="Tokens in a sequence of hf: models, or of a file whose example_inputs takes "
+        "sequence.  [default: as the model allows, at most 8192]",
     ),
     mesh: str | None = typer.Option(
         None,
@@ -147,8 +148,15 @@ def plan(
     pareto_front: bool = typer.Option(
         False,
         "--pareto-front",
+        "--front",
         help="Also find the fastest plans within 12 budgets, from no limit to the smallest "
         "feasible one.",
+    ),
+    find: str | None = typer.Option(
+        None,
+        metavar="QUESTION",
+        help="Plan for the largest-batch that a step processes at once, the longest-sequence, or "
+        "the fewest-devices (1, 2, 4, ... up to --devices) that fit, each to within a sixteenth.",
     ),
     time_limit: float = typer.Option(
         60.0,
@@ -166,6 +174,7 @@ def plan(
     with ended_by_ctrl_c(), progress() as say:
         with short_errors(ValueError, OSError):
             check_optimizer(optimizer)
+            from autopar.cli import find as questions
             from autopar.cli.model_library import example_of
             from autopar.cli.plan import (
                 constraints_of,
@@ -177,13 +186,17 @@ def plan(
             )
             from autopar.cluster.cluster import ClusterInfo
             from autopar.ir.precision import Precision
+            from autopar.plan import TriedSize
             from autopar.planner.optimizer_state import named_state_ratio
             from autopar.planner.stages import PipelineOptions
 
             if microbatch not in ("exact", "independent"):
                 raise ValueError(f"--microbatch is exact or independent, not {microbatch!r}")
             policy = Precision.of(precision)
-            target = target_of(mesh, devices, per_node, device, cluster, memory)
+            where = (mesh, devices, per_node, device, cluster, memory)
+            target = questions.target_for(find, *where) if find else target_of(*where)
+            if find and (microbatches or schedule or stages):
+                raise ValueError("--find chooses microbatches itself, and has no stages")
             if trace is not None and not isinstance(target, ClusterInfo):
                 raise ValueError("--trace shows the step on one mesh: give it with --mesh")
             if not isinstance(target, ClusterInfo) and (microbatches or schedule or stages):
@@ -194,11 +207,22 @@ def plan(
                 PipelineOptions.of(target, schedule, stages)
             if dump_passes is not None:
                 dump_passes.mkdir(parents=True, exist_ok=True)
-            layouts = constraints_of(preset, constraints)
+            options: dict[str, Any] = {
+                "constraints": constraints_of(preset, constraints),
+                "time_limit": time_limit,
+                "precision": policy,
+            }
+            sizes = {"batch": batch, "sequence": sequence}
             with say.stage("load model") as stage:
-                example, source = example_of(model, batch=batch, sequence=sequence)
+                example, source = example_of(model, **sizes)
                 stage.done = f"loaded {type(example.model).__name__}"
-            state = named_state_ratio(optimizer.lower(), example.model)
+            options["optimizer_state"] = named_state_ratio(optimizer.lower(), example.model)
+        tried: tuple[TriedSize, ...] = ()
+        if find:
+            with short_errors():
+                sizes, target, tried = questions.find(find, model, target, sizes, say, **options)
+                example, source = example_of(model, **sizes)
+                microbatches = 1 if find == "largest-batch" else None
         with short_errors():
             result = make_plan(
                 example, target, say, baselines=baselines, pareto_front=pareto_front,
@@ -206,10 +230,9 @@ def plan(
                 dump_passes=dump_passes, batch={
                     "microbatches": microbatches, "microbatch": microbatch, "schedule": schedule,
                     "stages": stages,
-                }, optimizer_state=state, constraints=layouts,
-                time_limit=time_limit, precision=policy,
+                }, **options,
             )  # fmt: skip
-            result = replace(result, source=source)
+            result = replace(result, source=source, sizes=tried)
     with short_errors(OSError):
         if output is not None:
             result.save(output)
@@ -221,73 +244,3 @@ def plan(
             sys.stdout.write(result.to_json() + "\n")
         else:
             print_report(result)
-
-
-def report(
-    plan: PlanFile,
-    html: Path | None = typer.Option(
-        None, metavar="FILE.html", help="Write the report here, as one HTML page."
-    ),
-) -> None:
-    """Show the report of a plan."""
-    with short_errors(OSError):
-        from autopar.cli.plan import print_report, write_html
-        from autopar.plan import ShardingPlan
-
-        loaded = ShardingPlan.load(plan)
-        if html is not None:
-            write_html(loaded, html)
-        print_report(loaded)
-
-
-def explain(
-    plan: PlanFile,
-    node: str = typer.Argument(
-        ...,
-        metavar="NODE",
-        help="A parameter, a module, an operator by its name in the plan, or inputs.NAME. "
-        "blocks.*.up stands for copies with the same choice.",
-    ),
-    model: Path | None = typer.Option(
-        None, metavar="MODEL.py", help="The model.  [default: the file it was planned from]"
-    ),
-    alternatives: int = typer.Option(
-        8,
-        metavar="N",
-        min=0,
-        help="Number of alternatives to solve for, the most promising first; the others get "
-        "a bound.",
-    ),
-    time_limit: float = typer.Option(
-        60.0, metavar="SECONDS", help="For each alternative.", min=0.1
-    ),
-) -> None:
-    """Say why a plan made a choice: what each alternative would cost.
-
-    For each alternative it finds the best plan with that choice, and says what else changes.
-    """
-    with ended_by_ctrl_c(), progress() as say, short_errors(ValueError, OSError):
-        from autopar.cli.inspect import explain_decision
-        from autopar.plan import ShardingPlan
-
-        loaded = ShardingPlan.load(plan)
-        explanation = explain_decision(loaded, plan, node, model, alternatives, time_limit, say)
-    from autopar.cli.inspect import print_explanation
-
-    print_explanation(explanation)
-
-
-def diff(
-    first: Path = typer.Argument(..., metavar="A.json", help="A plan."),
-    second: Path = typer.Argument(..., metavar="B.json", help="Another plan."),
-    every: bool = typer.Option(
-        False, "--all", help="Also list every operator, input and shared value."
-    ),
-) -> None:
-    """Say how two plans differ: purpose, time, memory, modules, parameters."""
-    with short_errors(OSError):
-        from autopar.cli.inspect import print_difference
-        from autopar.plan import ShardingPlan
-        from autopar.planner.diff import diff
-
-        print_difference(diff(ShardingPlan.load(first), ShardingPlan.load(second)), every)

@@ -39,6 +39,8 @@ class Device:
         extra_ns: nanoseconds per element beyond reading and writing it, by kind of work: an
             elementary `function`, a `random` draw, a `reduction`, the `variance` across rows, a
             look-up by `index`, a `strided` read, or a `scalar` instruction (a comparison).
+        rated_flops: peaks of the vendor's data sheet, which MFU is a share of, where they differ
+            from `peak_flops`.
         overlaps: whether collectives and copies run beside compute. If None, only on GPUs: on a
             CPU they take the cores that compute, and device memory is host memory.
     """
@@ -52,6 +54,7 @@ class Device:
     flops_by_size: Mapping[str, Curve] = field(default_factory=dict)
     bytes_by_size: Mapping[str, Curve] = field(default_factory=dict)
     extra_ns: Mapping[str, float] = field(default_factory=dict)
+    rated_flops: Mapping[str, float] = field(default_factory=dict)
     overlaps: bool | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +63,8 @@ class Device:
             check_number(f"{prefix}peak_flops[{key}]", rate)
         if "float32" not in self.peak_flops:
             raise ValueError(f"{prefix}peak_flops lacks float32, the rate of what is not listed")
+        for key, rate in self.rated_flops.items():
+            check_number(f"{prefix}rated_flops[{key}]", rate)
         check_number(f"{prefix}memory_bytes", self.memory_bytes)
         check_number(f"{prefix}bandwidth", self.bandwidth)
         check_number(f"{prefix}launch_us", self.launch_us, zero=True)
@@ -82,6 +87,10 @@ class Device:
     def flops_per_s(self, dtype: str) -> float:
         """Peak for a dtype; a dtype that is not listed runs at the float32 rate."""
         return self.peak_flops.get(dtype, self.peak_flops["float32"])
+
+    def rated_flops_per_s(self, dtype: str) -> float:
+        """As the vendor rates it."""
+        return self.rated_flops.get(dtype) or self.flops_per_s(dtype)
 
     @property
     def measured(self) -> bool:
@@ -118,8 +127,9 @@ def _gpu(name: str, gib: float, bandwidth: float, fp32: float, tf: float, fp64: 
     """A GPU at 70% of the vendor's peaks, which large matrix products reach in practice."""
     peak = {"float64": fp64, "float32": fp32, "bfloat16": tf, "float16": tf}
     return Device(
-        name, "cuda", {k: 0.7e12 * v for k, v in peak.items()}, gib * GiB, 0.8 * bandwidth, 4.0
-    )
+        name, "cuda", {k: 0.7e12 * v for k, v in peak.items()}, gib * GiB, 0.8 * bandwidth, 4.0,
+        rated_flops={k: 1e12 * v for k, v in peak.items()},
+    )  # fmt: skip
 
 
 # From public data sheets, for dense matrices: memory in GiB, bandwidth in B/s, TFLOP/s in fp32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,31 +19,9 @@ from autopar.passes.microbatches import (
     independent_microbatches,
 )
 from autopar.planner.planner import captured, trainable_inputs
+from autopar.planner.work import batch_dims
 from autopar.progress import Progress
 from autopar.tracer import ColoTracer
-
-
-def batch_dims(
-    names: Sequence[str], shapes: Sequence[Sequence[int]], dims: Mapping[str, int | None] | int
-) -> tuple[int, dict[int, int]]:
-    """The samples of a batch, and by position the dim of the inputs that hold them.
-
-    The size that most inputs have there is that of the batch; others have no samples.
-
-    Args:
-        names: of the arguments that hold the inputs.
-        dims: which dim holds samples, of all inputs or by names; None of one that has none.
-    """
-    found: dict[int, int] = {}
-    for k, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-        dim = dims.get(name, 0) if isinstance(dims, Mapping) else dims
-        if dim is None or not shape:
-            continue
-        dim = min(dim, len(shape) - 1) if isinstance(dims, int) else dim
-        found[k] = dim
-    sizes = Counter(shapes[k][d] for k, d in found.items())
-    samples = max(sizes, key=sizes.__getitem__, default=0)
-    return samples, {k: d for k, d in found.items() if shapes[k][d] == samples}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from autopar.planner.space import SearchSpace
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text, time_text
 
+_NEARLY = 1.25  # times the budget
 _BETWEEN = 2  # limits between none and the budget
 EVEN = 1e-2  # of a step: the cost of fitting the budget at which no other plans are tried
 
@@ -104,6 +105,8 @@ def plan_jointly(
     trials.add(math.inf, unlimited)
     limited = itertools.chain([] if fitting is None else [fitting], limited)
     while trials.best is None or (binds and trials.best.trial.added_us > EVEN * unlimited.step_us):
+        if trials.best is None and trials.out_of_reach:
+            break
         if trials.best is not None and problem.deadline.over:
             break
         limit_and_result = next(limited, None)
@@ -192,6 +195,13 @@ class _Trials:
             output_specs=self.output_specs, choices=chosen,
         )  # fmt: skip
         return step, _step_budget(self.problem, step).choose(step.program)
+
+    @property
+    def out_of_reach(self) -> bool:
+        """Whether neither the fastest plan nor the smallest one has a schedule that nearly fits."""
+        failed = sum(math.isinf(trial.added_us) for trial in self.tried.values())
+        least = min((error.smallest_bytes for error in self.errors), default=0.0)
+        return failed > 1 and least > _NEARLY * self.problem.budget_bytes
 
     def fastest(self) -> JointPlan:
         """The fastest joint plan.

@@ -22,7 +22,7 @@ from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import producer, shape_of
 from autopar.ir.spec import local_shape
 from autopar.passes.microbatches import Microbatches
-from autopar.plan import MemoryEstimate, ShardingPlan, TimeEstimate
+from autopar.plan import MemoryEstimate, ShardingPlan, StepWork, TimeEstimate
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import accumulation_us, optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
@@ -175,10 +175,15 @@ class BatchPlanner:
             time.overlapped_us,
             time.weights_us,
         )
-        plan = replace(planned.plan, time=times, microbatches=microbatches)
+        plan = replace(
+            planned.plan, time=times, microbatches=microbatches, work=self._work(planned.plan)
+        )
         if microbatches > 1:
             plan = replace(plan, memory=self._of_batch(planned, microbatches))
         return replace(planned, plan=plan)
+
+    def _work(self, plan: ShardingPlan) -> StepWork | None:
+        return None if plan.work is None else plan.work.of_samples(self.samples)
 
     def _of_batch(self, planned: Planned, microbatches: int) -> MemoryEstimate:
         """The memory of a microbatch, beside the inputs and the results of the others, and the sums

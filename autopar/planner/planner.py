@@ -33,6 +33,7 @@ from autopar.planner.liveness import Liveness
 from autopar.planner.presets import preset_constraints
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
+from autopar.planner.work import work_of
 from autopar.progress import Deadline, Progress, Stage, Tell
 from autopar.solver.solve import TARGET_GAP
 from autopar.tracer import ColoTracer, ModelGraph
@@ -262,6 +263,7 @@ def make_plan(
         {d.name: " ".join(str(spec) or "scalar" for spec in c.outputs) for d, c in chosen},
         optimizer_state=space.workload.state_bytes_per_param_byte,
         precision=space.graph.precision,
+        work=work_of(space.graph, space.profile),
     )
 
 

@@ -197,7 +197,9 @@ def plan_stages(
     choice = choose_pipeline(problem)
     firsts = [places[k - 1] for k in choice.cuts]
     blocks = _blocks_at(known, -(-samples // choice.microbatches))
-    return _with_pipeline(planned, options, chain, blocks, choice, firsts, given)
+    plan = _with_pipeline(planned, options, chain, blocks, choice, firsts, given)
+    work = None if plan.work is None else plan.work.of_samples(samples)
+    return replace(plan, work=work)
 
 
 def _blocks_at(known: Mapping[int, Sequence[Block]], size: int) -> list[Block]:

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from autopar.cluster.cluster import ClusterInfo
 from autopar.plan import (
     MEMORY_KINDS,
     TIME_KINDS,
@@ -16,72 +15,15 @@ from autopar.plan import (
     ModuleSummary,
     ShardingPlan,
     TimeEstimate,
+    TriedSize,
 )
+from autopar.report.headline import amounts, fits
 from autopar.report.pipeline import pipeline_table
 from autopar.report.table import Table
-from autopar.units import bytes_text, count_text, time_text
+from autopar.units import bytes_text, count_text, percent_text, time_text
 
 # Modules without parameters that take less than this share of the time are summed up.
 SMALL = 0.01
-
-
-def _percent(part: float, total: float) -> str:
-    return f"{part / total:.1%}" if total > 0 else "-"
-
-
-def _fits(memory_bytes: float, plan: ShardingPlan) -> bool:
-    return memory_bytes <= plan.budget_bytes * (1 + 1e-9)
-
-
-def verdict(plan: ShardingPlan) -> list[tuple[str, str]]:
-    """Whether the plan fits the memory, at which step time, and what makes it fit."""
-    spare = plan.budget_bytes - plan.memory.total_bytes
-    step = f"{time_text(plan.time.step_us)} per step"
-    if not _fits(plan.memory.total_bytes, plan):
-        return [("fits", f"no: {step}, {bytes_text(-spare)} too much")]
-    reasons = []
-    if plan.microbatches > 1:
-        reasons.append(f"{plan.microbatches} microbatches")
-    if plan.step is not None:
-        if plan.step.added_us > 0:
-            reasons.append(f"recomputing and re-gathering, {time_text(plan.step.added_us)} of it")
-        if plan.step.state_on_host:
-            reasons.append("the optimizer's state on the host")
-        if plan.step.parameters_on_host:
-            reasons.append(f"{len(plan.step.parameters_on_host)} parameters on the host")
-    by = [("made to fit by", "; ".join(reasons))] if reasons else []
-    return [("fits", f"yes: {step}, {bytes_text(max(0.0, spare))} to spare"), *by]
-
-
-def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
-    """Whether the plan fits, its purpose, predicted time and memory."""
-    cluster = ClusterInfo.from_dict(plan.cluster)
-    if plan.pipeline is not None:
-        cluster = cluster.with_stages(plan.pipeline.ranks)
-    links = ", ".join(
-        f"{cluster.axis_label(axis)} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
-        for axis, link in enumerate(cluster.links)
-    )
-    precision = [] if plan.precision is None else [("precision", str(plan.precision))]
-    split = []
-    if plan.pipeline is not None:
-        stages, ranks = len(plan.pipeline.stages), plan.pipeline.ranks
-        split.append(("pipeline", f"{stages} stages on {ranks} ranks, {plan.pipeline.schedule}"))
-    if plan.microbatches > 1:
-        split.append(("microbatches", str(plan.microbatches)))
-    return [
-        *verdict(plan),
-        ("model", f"{plan.model} (graph {plan.fingerprint})"),
-        ("mesh", f"{cluster.mesh_text}: {cluster.world_size} x {cluster.device.name}"),
-        ("links", links),
-        *precision,
-        *split,
-        ("step", time_text(plan.time.step_us)),
-        (
-            "memory",
-            f"{bytes_text(plan.memory.total_bytes)} of {bytes_text(plan.budget_bytes)} per device",
-        ),
-    ]
 
 
 def modules_table(plan: ShardingPlan, *, fold: bool) -> Table:
@@ -115,7 +57,7 @@ def _module_row(m: ModuleSummary, total_us: float) -> tuple[str, ...]:
         count_text(m.parameters) if m.parameters else "",
         m.words,
         time_text(m.time_us) if own else "",
-        _percent(m.time_us, total_us) if own else "",
+        percent_text(m.time_us, total_us) if own else "",
         bytes_text(m.memory_bytes) if own and m.memory_bytes else "",
     )
 
@@ -123,7 +65,7 @@ def _module_row(m: ModuleSummary, total_us: float) -> tuple[str, ...]:
 def time_table(time: TimeEstimate) -> Table:
     """The predicted step time by kind."""
     parts = {kind: getattr(time, key) for kind, key in TIME_KINDS.items()}
-    rows = [(kind, time_text(us), _percent(us, time.step_us)) for kind, us in parts.items()]
+    rows = [(kind, time_text(us), percent_text(us, time.step_us)) for kind, us in parts.items()]
     rows.insert(-1, ("step", time_text(time.step_us), "100.0%"))
     note = "Predicted. Overlapped communication runs beside compute and adds nothing to the step."
     return Table("Step time", ("", "time>", "of the step>"), tuple(rows), note, len(rows) - 2)
@@ -133,7 +75,7 @@ def memory_table(memory: MemoryEstimate, budget_bytes: float) -> Table:
     """The predicted memory by kind."""
     parts = {kind: getattr(memory, key) for kind, key in MEMORY_KINDS.items()}
     parts["total"] = memory.total_bytes
-    rows = tuple((kind, bytes_text(n), _percent(n, budget_bytes)) for kind, n in parts.items())
+    rows = tuple((kind, bytes_text(n), percent_text(n, budget_bytes)) for kind, n in parts.items())
     note = (
         "Predicted, at the peak of the device that holds most; the budget is "
         f"{bytes_text(budget_bytes)}."
@@ -198,7 +140,7 @@ def baselines_table(plan: ShardingPlan) -> Table | None:
             f"{b.time.step_us / plan.time.step_us:.2f}x" if plan.time.step_us else "-",
             *(time_text(getattr(b.time, key)) for key in TIME_KINDS.values()),
             bytes_text(b.memory.total_bytes),
-            "yes" if _fits(b.memory.total_bytes, plan) else "NO",
+            "yes" if fits(b.memory.total_bytes, plan) else "NO",
         )
         for b in plans(plan)
     )
@@ -227,8 +169,8 @@ def pareto_table(plan: ShardingPlan) -> Table | None:
             bytes_text(p.memory_bytes),
             time_text(p.step_us),
             f"{p.step_us / fastest:.3f}x" if fastest else "-",
-            _percent(p.step_us - p.bound_us, p.step_us),
-            "yes" if _fits(p.memory_bytes, plan) else "NO",
+            percent_text(p.step_us - p.bound_us, p.step_us),
+            "yes" if fits(p.memory_bytes, plan) else "NO",
             p.words if p.words != words else "",
         )
         for p, words in zip(points, previous, strict=False)
@@ -264,6 +206,26 @@ def meshes_table(plan: ShardingPlan) -> Table | None:
     return Table("Meshes", ("mesh", "step>", "bound>", "memory>", ""), rows)
 
 
+def sizes_table(plan: ShardingPlan) -> Table | None:
+    """The sizes that were planned for, if one of them was asked for."""
+    if not plan.sizes:
+        return None
+
+    def row(of: TriedSize) -> tuple[str, ...]:
+        memory = bytes_text(of.memory_bytes) if math.isfinite(of.memory_bytes) else ""
+        if not math.isfinite(of.step_us):
+            return of.size, "", memory, "", of.note
+        rate = amounts(of.work, of.step_us)[0] if of.work else ""
+        return of.size, time_text(of.step_us), memory, rate, of.note
+
+    return Table(
+        "Sizes",
+        ("size>", "step>", "memory>", "throughput>", ""),
+        tuple(map(row, plan.sizes)),
+        "In the order of trying. Of what does not fit, the least memory that was found.",
+    )
+
+
 def solver_table(plan: ShardingPlan) -> Table:
     """How the plan was found, how far it can be from the best one, and how long that took."""
     solver = plan.solver
@@ -293,7 +255,7 @@ def unruled_table(plan: ShardingPlan) -> Table | None:
             str(len(calls[operator])),
             "/".join(max(calls[operator])[1].split("/")[-2:]),
             time_text(us),
-            _percent(us, plan.time.step_us),
+            percent_text(us, plan.time.step_us),
         )
         for operator, us in sorted(totals.items(), key=lambda item: -item[1])
     )
@@ -335,6 +297,7 @@ def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
         baselines_table(plan),
         pareto_table(plan),
         meshes_table(plan),
+        sizes_table(plan),
         constraints_table(plan),
         solver_table(plan),
         unruled_table(plan),

@@ -9,7 +9,8 @@ from plotly.offline import get_plotlyjs
 
 from autopar.plan import ShardingPlan
 from autopar.report.charts import figures
-from autopar.report.content import decisions_table, headline, tables
+from autopar.report.content import decisions_table, tables
+from autopar.report.headline import headline
 
 
 def render_html(plan: ShardingPlan) -> str:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from autopar.plan import ShardingPlan
-from autopar.report.content import headline, tables
+from autopar.report.content import tables
+from autopar.report.headline import headline
 from autopar.report.table import Table
 
 WIDTH = 120

@@ -233,7 +233,7 @@ def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
     budgets = [budget_bytes, *_with_room(program, budget_bytes)]
     points = [point for point in front.solve(budgets, through=ladder) if point is not None]
     if not points:
-        smallest = front.smallest()
+        smallest = front.smallest(budget_bytes)
         if smallest.peak_bytes > budget_bytes:
             raise _infeasible(program, smallest.schedule, budget_bytes)
         points = [front.grown(smallest, budget_bytes)]

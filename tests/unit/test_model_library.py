@@ -83,7 +83,9 @@ def test_what_is_wrong_is_named(config, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(CONFIG | {change: message}))
         with pytest.raises(ValueError, match=f"hf:{tmp_path}: "):
             example_of(f"hf:{tmp_path}")
-    with pytest.raises(ValueError, match="--batch is of models that hf: and timm: name"):
+    with pytest.raises(
+        ValueError, match=r"does not take batch; define it as example_inputs\(batch=8\)"
+    ):
         example_of("examples/gpt2.py", batch=3)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["NoSuchModel"]}))
     with pytest.raises(ValueError, match="no such class; write a model file"):

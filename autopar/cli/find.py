@@ -1,0 +1,168 @@
+"""Questions that `autopar plan --find` answers by planning for several sizes: the largest batch,
+the longest sequence, the fewest devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from autopar.cli.model_library import example_of
+from autopar.cli.plan import AnyMesh, target_of
+from autopar.cluster.cluster import ClusterInfo
+from autopar.compile import plan_step, plan_to_fit
+from autopar.errors import CaptureError, ConflictError, InfeasibleError
+from autopar.plan import ShardingPlan, TriedSize
+from autopar.planner.joint import JointPlan
+from autopar.progress import Progress
+from autopar.units import bytes_text, mesh_text, time_text
+
+QUESTIONS = ("largest-batch", "longest-sequence", "fewest-devices")
+_MOST_DEVICES = 4096
+_TOKENS = 128  # lengths are multiples of it
+_FIRST_LENGTH = 32 * _TOKENS
+_FINE = 16  # the answer is known to a part of itself
+_MOST = 2**24  # samples or tokens
+
+
+def target_for(
+    question: str, mesh: str | None, devices: int | None, per_node: int | None, device: str | None,
+    file: Path | None, memory: str | None,
+) -> ClusterInfo | AnyMesh:  # fmt: skip
+    """What to plan for, according to the question and the options of `target_of`.
+
+    Raises:
+        ValueError: there is no such question, or the options do not go with it.
+    """
+    if question not in QUESTIONS:
+        raise ValueError(f"--find answers {', '.join(QUESTIONS)}, not {question!r}")
+    if question == "fewest-devices":
+        if (mesh or "auto") != "auto" or file is not None:
+            raise ValueError(
+                "--find fewest-devices looks at meshes of 1, 2, 4, ... devices: leave out --mesh "
+                f"and --cluster; --devices is the largest number  [default: {_MOST_DEVICES}]"
+            )
+        return target_of("auto", devices or _MOST_DEVICES, per_node, device, None, memory)
+    target = target_of(mesh, devices, per_node, device, file, memory)
+    if isinstance(target, AnyMesh) or target.pipeline_ranks > 1:
+        raise ValueError(f"--find {question} is of one mesh without stages, such as --mesh 2x4")
+    return target
+
+
+def find(
+    question: str,
+    model: str,
+    target: ClusterInfo | AnyMesh,
+    sizes: Mapping[str, int | None],
+    say: Progress,
+    **options: Any,
+) -> tuple[dict[str, int | None], ClusterInfo | AnyMesh, tuple[TriedSize, ...]]:
+    """The answer, as sizes of the batch and a mesh to plan for, and what was tried.
+
+    Args:
+        sizes: of the batch, as given: `batch`, `sequence`.
+        options: of `build_problem`.
+
+    Raises:
+        ValueError: the sizes of the model's batch cannot be chosen.
+        InfeasibleError: nothing fits.
+    """
+    tried: list[TriedSize] = []
+
+    def told(size: str, attempt: Callable[[], ShardingPlan]) -> bool:
+        with say.as_one(size) as stage:
+            one = _tried(size, attempt)
+            fits = math.isfinite(one.step_us)
+            stage.done = f"{size}: " + (
+                f"{time_text(one.step_us)}, {bytes_text(one.memory_bytes)}" if fits else one.note
+            )
+        tried.append(one)
+        return fits
+
+    def plan(fastest: Callable[..., JointPlan], of: ClusterInfo, **changed: int) -> ShardingPlan:
+        example, _ = example_of(model, **{**sizes, **changed})
+        args, kwargs = example.args, example.kwargs
+        joint = fastest(example.model, args, kwargs, cluster=of, progress=say, **options)
+        return joint.planned.plan
+
+    if isinstance(target, AnyMesh):
+        for cluster in _clusters(target):
+            size = f"{cluster.world_size} devices, mesh {cluster.mesh_text}"
+            if told(size, partial(plan, plan_to_fit, cluster)):
+                return dict(sizes), cluster, tuple(tried)
+        least = min(one.memory_bytes for one in tried)
+        raise InfeasibleError(
+            f"nothing fits {target.devices} x {target.device}; the least memory that was found is "
+            f"{bytes_text(least)}",
+            budget_bytes=cluster.budget_bytes, smallest_bytes=least,
+        )  # fmt: skip
+    key, words = ("batch", "samples") if question == "largest-batch" else ("sequence", "tokens")
+    # microbatches fit nearly any batch, but what a device computes at once is asked
+    fastest = plan_step if key == "batch" else plan_to_fit
+
+    def attempt(size: int) -> bool:
+        return told(f"{size:,} {words}", partial(plan, fastest, target, **{key: size}))
+
+    unit = 1 if key == "batch" else _TOKENS
+    start = sizes[key] or (target.world_size if key == "batch" else _FIRST_LENGTH)
+    best = largest(attempt, max(1, start // unit), unit)
+    if not best:
+        raise InfeasibleError(
+            f"{unit} {words} is too much: {tried[-1].note}",
+            budget_bytes=target.budget_bytes, smallest_bytes=tried[-1].memory_bytes,
+        )  # fmt: skip
+    return {**sizes, key: best}, target, tuple(tried)
+
+
+def largest(fits: Callable[[int], bool], start: int, unit: int = 1) -> int:
+    """The largest multiple of a unit that fits, to a sixteenth of itself; 0 if none does. What fits
+    is taken to fit in smaller sizes as well.
+
+    Args:
+        start: multiples to try first.
+    """
+    low, high, at = 0, None, start
+    while True:
+        if fits(at * unit):
+            low = at
+        else:
+            high = at
+        if high is None:
+            if 2 * at * unit > _MOST:
+                return low * unit
+            at *= 2
+        elif high - low <= max(1, low // _FINE):
+            return low * unit
+        else:
+            at = (low + high) // 2 if low else high // 2
+
+
+def _clusters(target: AnyMesh) -> Iterator[ClusterInfo]:
+    """1, 2, 4, ... devices, whole nodes where there are several."""
+    count = 1
+    while count <= target.devices:
+        nodes, rest = divmod(count, target.per_node)
+        mesh = (count,) if nodes <= 1 or rest else (nodes, target.per_node)
+        yield ClusterInfo.of(mesh_text(mesh), target.device).with_memory(target.memory)
+        count *= 2
+
+
+def _tried(size: str, attempt: Callable[[], ShardingPlan]) -> TriedSize:
+    try:
+        plan = attempt()
+    except ConflictError:
+        raise
+    except InfeasibleError as error:
+        return TriedSize(size, math.inf, error.smallest_bytes, "does not fit")
+    except (CaptureError, ValueError) as error:  # a model may have a longest sequence
+        return TriedSize(size, math.inf, math.inf, str(error).partition("\n")[0])
+    return TriedSize(size, plan.time.step_us, plan.memory.total_bytes, _words(plan), plan.work)
+
+
+def _words(plan: ShardingPlan) -> str:
+    words = [f"{plan.microbatches} microbatches"] if plan.microbatches > 1 else []
+    if plan.step is not None and plan.step.added_us:
+        words.append(f"{time_text(plan.step.added_us)} of recomputation")
+    return ", ".join(words)
