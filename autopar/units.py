@@ -9,9 +9,17 @@ def time_text(us: float) -> str:
     return _scaled(us, (("us", 1.0), ("ms", 1e3), ("s", 1e6)))
 
 
+_BYTES = (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30))
+
+
+def bytes_unit(nbytes: float) -> tuple[str, float]:
+    """The unit in which so many bytes are written, and its bytes."""
+    return next((u for u in _BYTES if abs(nbytes) < 999.5 * u[1]), _BYTES[-1])
+
+
 def bytes_text(nbytes: float) -> str:
     """`1.26 GiB`: three digits."""
-    return _scaled(nbytes, (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30)))
+    return _scaled(nbytes, _BYTES)
 
 
 def count_text(count: float) -> str:

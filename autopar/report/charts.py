@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import plotly.graph_objects as go
 
 from autopar.plan import MEMORY_KINDS, TIME_KINDS, Baseline, ShardingPlan, StepSummary
-from autopar.report.content import plans
+from autopar.report import colors
+from autopar.report.content import alike_blocks, plans
 from autopar.report.pipeline import timeline_figure
-from autopar.units import bytes_text, time_text
+from autopar.units import bytes_text, bytes_unit, time_text
 
-# Dark is what computes or stays, orange what varies, pale what takes no time or is on the host.
-_BLUE, _DARK, _LIGHT, _PALE = "#3b6ea5", "#1f4e79", "#7fa8d1", "#a9bcd0"
-_ORANGE, _SAND, _GREY, _CREAM = "#d9822b", "#efc08a", "#b0aba3", "#e6dccb"
-_TIME_COLORS = (_BLUE, _ORANGE, _CREAM)
-_MEMORY_COLORS = (_DARK, _BLUE, _LIGHT, _ORANGE, _GREY, _SAND)
+_TIME_COLORS = (colors.COMPUTE, colors.EXPOSED, colors.OVERLAPPED)
+_MEMORY_COLORS = (
+    colors.PARAMETERS, colors.GRADIENTS, colors.OPTIMIZER, colors.KEPT, colors.BUFFERS,
+    colors.TRANSIENT,
+)  # fmt: skip
+_GIB = 2.0**30
 _BUDGET_LINE = {"color": "#b3261e", "dash": "dash", "width": 1.5}
 _LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"}
 
@@ -51,24 +54,23 @@ def _figure(height: int, traces: Sequence[Any] = (), **layout: Any) -> go.Figure
 
 def _time_figure(rows: Sequence[Baseline]) -> go.Figure:
     values = {kind: [getattr(b.time, key) for b in rows] for kind, key in TIME_KINDS.items()}
-    title = "ms; overlapped communication does not lengthen the step"
-    return _bars(rows, values, _TIME_COLORS, 1e-3, time_text, title)
+    return _bars(rows, values, _TIME_COLORS, 1e-3, time_text, "ms")
 
 
 def _memory_figure(rows: Sequence[Baseline], budget_bytes: float) -> go.Figure:
     values = {kind: [getattr(b.memory, key) for b in rows] for kind, key in MEMORY_KINDS.items()}
     title = f"GiB; the budget is {bytes_text(budget_bytes)}"
-    figure = _bars(rows, values, _MEMORY_COLORS, 2.0**-30, bytes_text, title)
+    figure = _bars(rows, values, _MEMORY_COLORS, 1 / _GIB, bytes_text, title)
     # a line far beyond all bars would squeeze them
     if budget_bytes < 3 * max(b.memory.total_bytes for b in rows):
-        figure.add_vline(x=budget_bytes / 2**30, line=_BUDGET_LINE)
+        figure.add_vline(x=budget_bytes / _GIB, line=_BUDGET_LINE)
     return figure
 
 
 def _bars(
     rows: Sequence[Baseline],
     values: Mapping[str, Sequence[float]],
-    colors: Sequence[str],
+    filled: Sequence[str],
     scale: float,
     text: Callable[[float], str],
     title: str,
@@ -85,7 +87,7 @@ def _bars(
             customdata=[text(v) for v in lengths],
             hovertemplate="%{y}: " + kind + " %{customdata}<extra></extra>",
         )
-        for (kind, lengths), color in zip(values.items(), colors, strict=True)
+        for (kind, lengths), color in zip(values.items(), filled, strict=True)
     ]
     return _figure(
         110 + 34 * len(names), bars, barmode="stack", bargap=0.35, legend=_LEGEND,
@@ -97,11 +99,11 @@ def _pareto_figure(plan: ShardingPlan) -> go.Figure:
     """Time against memory of the fastest plans by budget."""
     points = plan.pareto_front
     line = go.Scatter(
-        x=[p.memory_bytes / 2**30 for p in points],
+        x=[p.memory_bytes / _GIB for p in points],
         y=[p.step_us * 1e-3 for p in points],
         mode="lines+markers",
         # a budget between two plans has to take the slower one
-        line={"shape": "vh", "color": _BLUE},
+        line={"shape": "vh", "color": colors.COMPUTE},
         marker={"size": 8},
         customdata=[(bytes_text(p.memory_bytes), time_text(p.step_us), p.words) for p in points],
         hovertemplate="%{customdata[1]} in %{customdata[0]}<br>%{customdata[2]}<extra></extra>",
@@ -112,7 +114,7 @@ def _pareto_figure(plan: ShardingPlan) -> go.Figure:
         yaxis={"title": "ms per step", "rangemode": "tozero", "automargin": True},
     )  # fmt: skip
     if plan.budget_bytes < 2 * points[0].memory_bytes:
-        figure.add_vline(x=plan.budget_bytes / 2**30, line=_BUDGET_LINE)
+        figure.add_vline(x=plan.budget_bytes / _GIB, line=_BUDGET_LINE)
     return figure
 
 
@@ -123,27 +125,28 @@ def live_figure(step: StepSummary) -> go.Figure:
     """Live bytes over time by origin, and below zero the bytes of parameters on the host."""
     us, kept, recomputed, other, on_host = zip(*step.live, strict=True) if step.live else ((),) * 5
     times = [t * 1e-3 for t in us]
-    totals = [bytes_text(sum(parts)) for parts in zip(kept, recomputed, other, strict=True)]
+    sums = [sum(parts) for parts in zip(kept, recomputed, other, strict=True)]
+    totals, (unit, scale) = list(map(bytes_text, sums)), bytes_unit(max(sums, default=0))
     figure = _figure(
         320, legend=_LEGEND,
         xaxis={"title": "ms, predicted; the backward starts at the dashed line"},
-        yaxis={"title": "MiB that the step makes", "rangemode": "tozero", "automargin": True},
+        yaxis={"title": f"{unit} that the step makes", "rangemode": "tozero", "automargin": True},
     )  # fmt: skip
     for name, color, values in (
-        ("kept from the forward", _BLUE, kept),
-        ("recomputed, re-gathered or reloaded", _ORANGE, recomputed),
-        ("gradients and temporary values", _GREY, other),
+        ("kept from the forward", colors.KEPT, kept),
+        ("recomputed, re-gathered or reloaded", colors.RECOMPUTED, recomputed),
+        ("gradients and temporary values", colors.TRANSIENT, other),
     ):
         figure.add_scatter(
-            name=name, x=times, y=[v / 2**20 for v in values], stackgroup="live",
+            name=name, x=times, y=[v / scale for v in values], stackgroup="live",
             line={"shape": "hv", "width": 0}, fillcolor=color, customdata=totals,
-            hovertemplate="%{y:.2f} MiB of %{customdata} " + name + "<extra></extra>",
+            hovertemplate="%{y:.2f} " + f"{unit} of %{{customdata}} {name}<extra></extra>",
         )  # fmt: skip
     if any(on_host):
         figure.add_scatter(
-            name="parameters on the host", x=times, y=[-v / 2**20 for v in on_host],
-            line={"shape": "hv", "width": 0}, fill="tozeroy", fillcolor=_PALE,
-            hovertemplate="%{y:.2f} MiB of parameters on the host<extra></extra>",
+            name="parameters on the host", x=times, y=[-v / scale for v in on_host],
+            line={"shape": "hv", "width": 0}, fill="tozeroy", fillcolor=colors.ON_HOST,
+            hovertemplate="%{y:.2f} " + unit + " of parameters on the host<extra></extra>",
         )  # fmt: skip
     if 0 < step.backward_us < step.us:
         figure.add_vline(x=step.backward_us * 1e-3, line={"dash": "dash", "width": 1})
@@ -151,24 +154,28 @@ def live_figure(step: StepSummary) -> go.Figure:
 
 
 def modules_figure(step: StepSummary) -> go.Figure:
-    """Per block: bytes kept and offloaded, and the time of recomputation and re-gathering."""
-    names = [m.module or "(no module)" for m in step.modules]
+    """Bytes kept and offloaded, and the time of recomputation and re-gathering: alike blocks are
+    one bar, of all of them."""
+    modules = [m for m in alike_blocks(step.modules) if any(astuple(m)[1:])]
+    names = [m.module or "(no module)" for m in modules]
+    most = max((m.kept_bytes + m.offloaded_bytes + m.parameters_bytes for m in modules), default=0)
+    memory, scale = bytes_unit(most)
     figure = _figure(
         110 + 22 * len(names), bargap=0.35, barmode="stack", legend=_LEGEND,
-        xaxis={"title": "MiB", "domain": [0, 0.48]},
+        xaxis={"title": memory, "domain": [0, 0.48]},
         xaxis2={"title": "ms", "domain": [0.52, 1], "anchor": "y"},
         yaxis={"autorange": "reversed", "automargin": True},
     )  # fmt: skip
     for axis, name, color, key in (
-        ("x", "kept", _BLUE, "kept_bytes"),
-        ("x", "offloaded", _LIGHT, "offloaded_bytes"),
-        ("x", "parameters on the host", _PALE, "parameters_bytes"),
-        ("x2", "recomputed", _ORANGE, "recompute_us"),
-        ("x2", "re-gathered", _SAND, "repeated_collectives_us"),
+        ("x", "kept", colors.KEPT, "kept_bytes"),
+        ("x", "offloaded", colors.OFFLOADED, "offloaded_bytes"),
+        ("x", "parameters on the host", colors.ON_HOST, "parameters_bytes"),
+        ("x2", "recomputed", colors.RECOMPUTED, "recompute_us"),
+        ("x2", "re-gathered", colors.REPEATED, "repeated_collectives_us"),
     ):
-        unit, scale = ("MiB", 2.0**-20) if axis == "x" else ("ms", 1e-3)
+        unit, divisor = (memory, scale) if axis == "x" else ("ms", 1e3)
         figure.add_bar(
-            name=name, x=[getattr(m, key) * scale for m in step.modules], y=names, xaxis=axis,
+            name=name, x=[getattr(m, key) / divisor for m in modules], y=names, xaxis=axis,
             orientation="h", marker_color=color,
             hovertemplate="%{y}: %{x:.3g} " + f"{unit} {name}<extra></extra>",
         )  # fmt: skip

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import Any
 
+from autopar.ir.repeats import pattern
 from autopar.plan import (
     MEMORY_KINDS,
     TIME_KINDS,
@@ -17,6 +20,7 @@ from autopar.plan import (
     TimeEstimate,
     TriedSize,
 )
+from autopar.planner.describe import grouped_names
 from autopar.report.headline import amounts, fits
 from autopar.report.pipeline import pipeline_table
 from autopar.report.table import Table
@@ -84,6 +88,21 @@ def memory_table(memory: MemoryEstimate, budget_bytes: float) -> Table:
     return Table("Memory per device", columns, rows, note, total=len(rows) - 1)
 
 
+def alike_blocks(modules: Sequence[ModuleMemory]) -> list[ModuleMemory]:
+    """Copies of a block with nearly the same numbers as one entry, of all of them."""
+    same: dict[tuple[Any, ...], list[ModuleMemory]] = defaultdict(list)
+    for module in modules:
+        _, *numbers = astuple(module)
+        same[pattern(module.module), *(f"{n:.2g}" for n in numbers)].append(module)
+    every, grouped = [m.module for m in modules], []
+    for alike in same.values():
+        named = {m.module: m for m in alike}
+        for name, copies in grouped_names(list(named), every):
+            _, *columns = zip(*(astuple(named[copy]) for copy in copies), strict=True)
+            grouped.append(ModuleMemory(name, *map(sum, columns)))
+    return grouped
+
+
 def step_table(plan: ShardingPlan) -> Table | None:
     """What is kept, offloaded, recomputed and re-gathered, per block, if that was decided."""
     step = plan.step
@@ -101,7 +120,7 @@ def step_table(plan: ShardingPlan) -> Table | None:
         kept, recomputed = total("kept_bytes", bytes_text), total("recompute_us", time_text)
         return name, kept, on_host, recomputed, total("repeated_collectives_us", time_text)
 
-    rows = [row(m.module or "(model)", [m]) for m in step.modules]
+    rows = [row(m.module or "(model)", [m]) for m in alike_blocks(step.modules)]
     rows.append(row("total", step.modules))
     waits = ", ".join(f"{time_text(us)} for {resource}" for resource, us in step.waited_us.items())
     notes = (

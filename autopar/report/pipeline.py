@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from autopar.plan import PipelinePlan, ShardingPlan
 from autopar.planner.stages import in_flight, schedule_of
+from autopar.report import colors
 from autopar.report.table import Table
 from autopar.schedule.pipeline.actions import Kind
 from autopar.schedule.pipeline.timeline import Span, StageCost, Timeline, simulate
@@ -22,10 +23,10 @@ _WORDS = {
     Kind.WEIGHT: "gradients of weights",
 }
 _COLORS = {
-    Kind.FORWARD: "#3b6ea5",
-    Kind.BACKWARD: "#d9822b",
-    Kind.INPUT: "#d9822b",
-    Kind.WEIGHT: "#efc08a",
+    Kind.FORWARD: colors.FORWARD,
+    Kind.BACKWARD: colors.BACKWARD,
+    Kind.INPUT: colors.BACKWARD,
+    Kind.WEIGHT: colors.WEIGHT,
 }
 # More bars than that are not seen apart: the picture ends there.
 _MOST_SPANS = 4000

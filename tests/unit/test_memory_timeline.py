@@ -9,14 +9,17 @@ from autopar import ClusterInfo, autoplan
 from autopar.cluster.curve import Curve
 from autopar.cluster.link import Link
 from autopar.passes.local_step import local_step
+from autopar.plan import ModuleMemory
 from autopar.planner.planner import trainable_inputs
 from autopar.report.charts import live_figure, modules_figure
+from autopar.report.content import alike_blocks
 from autopar.report.trace import trace_of
 from autopar.schedule.budget import describe
 from autopar.schedule.build import schedule_of
 from autopar.schedule.program import eager_schedule
 from autopar.schedule.simulate import live_bytes, timeline
 from autopar.schedule.timeline import Timeline, block_of
+from autopar.units import bytes_unit
 from tests.memory import chain, step_of
 from tests.models import CASES
 
@@ -83,7 +86,9 @@ def test_charts_show_the_numbers(checkpointed):
     step = plan.summary(2.0**20)
     figure = live_figure(step)
     stacked = [sum(ys) for ys in zip(*(trace.y for trace in figure.data), strict=True)]
-    assert max(stacked) * 2**20 == pytest.approx(predicted.peak_bytes)
+    unit, scale = bytes_unit(predicted.peak_bytes)
+    assert figure.layout.yaxis.title.text == f"{unit} that the step makes"
+    assert max(stacked) * scale == pytest.approx(predicted.peak_bytes)
     bars = {t.name: sum(t.x) for t in modules_figure(step).data}
     assert set(bars) == {
         "kept",
@@ -92,9 +97,19 @@ def test_charts_show_the_numbers(checkpointed):
         "recomputed",
         "re-gathered",
     }
-    assert bars["kept"] * 2**20 == pytest.approx(sum(r.kept_bytes for r in predicted.by_module()))
+    kept = [r.kept_bytes for r in predicted.by_module()]
+    assert bars["kept"] * bytes_unit(max(kept))[1] == pytest.approx(sum(kept))
     assert bars["recomputed"] * 1e3 == pytest.approx(plan.added_us)
     assert predicted.events[predicted.peak_at].name in step.peak_at
+
+
+def test_alike_blocks_are_one_bar():
+    numbers = (100, 0, 0, 2.0, 3.0, 0.0)
+    modules = [ModuleMemory("embed", 7, 0, 0, 0.0, 0.0, 0.0)]
+    modules += [ModuleMemory(f"layers.{k}", *numbers) for k in range(4)]
+    modules += [ModuleMemory("layers.4", 300, *numbers[1:])]
+    rows = {m.module: (m.kept_bytes, m.recompute_us) for m in alike_blocks(modules)}
+    assert rows == {"embed": (7, 0.0), "layers.{0-3}": (400, 8.0), "layers.4": (300, 2.0)}
 
 
 def test_an_eager_step_recomputes_nothing():
