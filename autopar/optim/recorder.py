@@ -1,0 +1,445 @@
+"""Records what an optimizer's step does to sharded tensors, and runs it on shards when it must.
+
+While a `Recorder` is on, an operator that takes a DTensor or a `LazyTensor` is noted and gives
+`LazyTensor`s, which have a global shape and no elements. The optimizer's own Python code runs at
+each step, so whatever it branches on, counts or schedules is as on a single device. The recording
+runs when the step ends or Python asks for a number.
+
+Memory is as the optimizer sees it: operators in place write the shards. An operator on plain
+tensors runs at once, unless it reads what is still to be written, or writes what is still to be
+read: then it is recorded too.
+
+Private to torch here: `DTensor._local_tensor`, and storages' `_cdata`; tested with 2.13.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Partial
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+
+from autopar.comm.owned_shards import Owned
+from autopar.optim.layout import Layout
+from autopar.optim.lazy_numbers import LazyNumber, number_or_none
+from autopar.optim.recording import (
+    Call,
+    Recording,
+    Ref,
+    Traits,
+    Value,
+    filled,
+    number_of,
+    ref,
+    slot,
+    traits,
+)
+
+# Runs a recording: shards of the inputs to those of the values that are still wanted.
+Run = Callable[
+    [Recording, Sequence[Any], Sequence[int], frozenset[int]], Sequence[tuple[Any, Layout]]
+]
+
+_COPY = torch.ops.aten.copy_.default
+_ITEM = torch.ops.aten._local_scalar_dense.default
+
+
+class NotRecorded(Exception):
+    """An operator takes what a recording cannot have."""
+
+
+class CannotPlan(Exception):
+    """A recording cannot run on shards; its operators run on DTensors one after another."""
+
+
+class LazyTensor(torch.Tensor):
+    """A value of a recording: a global shape, and elements when the recording has run.
+
+    Attributes:
+        shard: this rank's part and its layout, once it is known. The part is None on ranks that
+            hold none.
+    """
+
+    is_lazy = True
+    shard: tuple[torch.Tensor | None, Layout] | None
+    _segment: int
+    _number: int
+    _mesh: DeviceMesh
+
+    @staticmethod
+    def of(value: Value, mesh: DeviceMesh, segment: int, number: int) -> LazyTensor:
+        x: LazyTensor = torch.Tensor._make_wrapper_subclass(
+            LazyTensor, value.shape, strides=value.stride, dtype=value.dtype, device=value.device
+        )
+        x.shard, x._mesh, x._segment, x._number = None, mesh, segment, number
+        return x
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, op: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Outside of a recording it is the DTensor that it became."""
+        args, kwargs = pytree.tree_map_only(LazyTensor, LazyTensor.as_dtensor, (args, kwargs or {}))
+        return op(*args, **kwargs)
+
+    def as_dtensor(self) -> DTensor:
+        """The same value over the same memory."""
+        assert self.shard is not None, "its recording has run"
+        local, layout = self.shard
+        placements: list[Any] = layout.spec.to_placements(self._mesh.ndim)
+        for axis, at in layout.owner:
+            placements[axis] = Owned(0, at)
+        if local is None:
+            local = torch.empty((0, *self.shape[1:]), dtype=self.dtype, device=self.device)
+        return DTensor.from_local(
+            local, self._mesh, placements, run_check=False, shape=self.shape, stride=self.stride()
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"LazyTensor({list(self.shape)}, {self.dtype}, shard={self.shard})"
+
+
+class Recorder(TorchDispatchMode):
+    """Records what runs while it is on.
+
+    Args:
+        mesh: of all DTensors.
+        run: runs a recording.
+        home_of: the parameter that an input belongs to, by the input's identity; for an entry of
+            the optimizer's state or a gradient.
+    """
+
+    def __init__(
+        self, mesh: DeviceMesh, run: Run, home_of: Callable[[torch.Tensor], Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.mesh, self._run, self._home_of = mesh, run, home_of
+        self._segment = 0
+        self.given: list[weakref.ref[LazyTensor]] = []  # values that outlived their recording
+        self._metas: dict[Any, list[Value] | None] = {}
+        self._fake = FakeTensorMode(allow_non_fake_inputs=False)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._segment += 1
+        self._recording = Recording()
+        self._tensors: list[torch.Tensor] = []  # the inputs
+        self._handles: list[torch.Tensor] = []  # others of the same memory, whose ids are known
+        self._by_id: dict[int, tuple[int, int]] = {}  # numbers, with the memory
+        self._by_memory: dict[Any, int] = {}
+        self._root_of_storage: dict[int, int] = {}
+        self._written: set[int] = set()  # storages that the recording writes
+        self._made: list[tuple[int, weakref.ref[LazyTensor]]] = []
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Recording, also where it is on already: an operator is recorded once."""
+        if self in _get_current_dispatch_mode_stack():
+            yield
+        else:
+            with self:
+                yield
+
+    # -- operators --------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not types and not (self._recording.calls and self._touches(op, args, kwargs)):
+            return op(*args, **kwargs)
+        if op is _ITEM:
+            return self._item(args[0])
+        known = traits(op)
+        try:
+            if known.without_out is not None:
+                made = self._record(known.without_out, traits(known.without_out), args,
+                                    {k: v for k, v in kwargs.items() if k != "out"})  # fmt: skip
+                return self._record(_COPY, traits(_COPY), (kwargs["out"], made), {})
+            if known.by_itself:
+                return self._by_itself(op, args, kwargs)
+            return self._record(op, known, args, kwargs)
+        except NotRecorded:
+            return self._by_itself(op, args, kwargs)
+
+    def _record(self, op: Any, known: Traits, args: Any, kwargs: Any) -> Any:
+        recording, place, before = self._recording, self._place, len(self._recording.numbers)
+        scalars = known.scalars
+        template = tuple(place(a, i in scalars) for i, a in enumerate(args))
+        named = tuple((k, place(v, k in scalars)) for k, v in kwargs.items())
+        if recording is not self._recording:  # a number was asked for, so that it ran
+            return self._record(op, known, args, kwargs)
+        if known.writes:
+            for i in known.writes:
+                for written in args[i] if isinstance(args[i], list | tuple) else (args[i],):
+                    self._note_written(written)
+            recording.calls.append(Call(op, template, named, ()))
+            if known.lists or not op._schema.returns:
+                return None
+            if len(known.writes) == 1:
+                return args[known.writes[0]]
+            return tuple(args[i] for i in known.writes)
+        metas = self._metas_of(op, template, named)
+        if metas is None:
+            del recording.numbers[before:]
+            raise NotRecorded
+        results, numbers = [], []
+        for meta in metas:
+            number = len(recording.values)
+            root = recording.roots[template[0].number] if known.view else number
+            x = LazyTensor.of(meta, self.mesh, self._segment, number)
+            recording.values.append(meta)
+            recording.roots.append(root)
+            self._made.append((number, weakref.ref(x)))
+            results.append(x)
+            numbers.append(number)
+        recording.calls.append(Call(op, template, named, tuple(numbers)))
+        several = len(op._schema.returns) > 1
+        if not several and "List" not in str(op._schema.returns[0].type):
+            return results[0]
+        return tuple(results) if several else results
+
+    def _place(self, a: Any, scalar: bool) -> Any:
+        """An argument as a recording has it."""
+        if isinstance(a, torch.Tensor):
+            return self._ref(a)
+        kind = type(a)
+        if scalar and (kind is float or kind is int):
+            self._recording.numbers.append(a)
+            return slot(len(self._recording.numbers) - 1, kind)  # type: ignore[arg-type]
+        if kind is list or kind is tuple:
+            return tuple([self._place(x, scalar) for x in a])
+        if kind is torch.SymFloat:
+            lazy = number_or_none(a)
+            if lazy is not None and scalar:
+                return number_of(self._ref(lazy).number)
+            return self._place(float(a), scalar)
+        return a
+
+    def _ref(self, x: torch.Tensor) -> Ref:
+        if type(x) is LazyTensor and x._segment == self._segment:
+            return ref(x._number)
+        known = self._by_id.get(id(x))
+        # `p.data = ...` may have put other memory in the place of what is known
+        if known is not None and known[1] == _memory(x):
+            return ref(known[0])
+        return ref(self._input(x))
+
+    def _input(self, x: torch.Tensor) -> int:
+        """Note a tensor that was there before; two handles of the same memory are one value."""
+        if x.layout is not torch.strided or x.is_quantized or (x.requires_grad and not x.is_leaf):
+            raise NotRecorded
+        local, layout = self._shard(x)
+        if local is None:
+            memory: Any = ("absent", id(x))
+        else:
+            memory = (_storage(local), local.storage_offset(), local.shape, local.stride(), x.shape)
+        number = self._by_memory.get(memory)
+        if number is None:
+            recording, number = self._recording, len(self._recording.values)
+            recording.values.append(Value(tuple(x.shape), tuple(x.stride()), x.dtype, x.device))
+            root = number if local is None else self._root_of_storage.setdefault(memory[0], number)
+            recording.roots.append(root)
+            recording.inputs.append(number)
+            recording.layouts.append(layout)
+            recording.homes.append(None)
+            self._tensors.append(x)
+            self._by_memory[memory] = number
+            self._by_id[id(x)] = number, _memory(x)
+            home = None if self._home_of is None else self._home_of(x)
+            at = len(recording.homes) - 1
+            if home is not None and home is not x:
+                recording.homes[at] = self._ref(home).number
+            elif isinstance(x, DTensor):
+                recording.homes[at] = number
+        else:
+            self._handles.append(x)
+        self._by_id[id(x)] = number, _memory(x)
+        if type(x) is LazyTensor:
+            x._segment, x._number = self._segment, number
+        return number
+
+    def _shard(self, x: torch.Tensor) -> tuple[torch.Tensor | None, Layout]:
+        if type(x) is LazyTensor:
+            assert x.shard is not None
+            return x.shard
+        if isinstance(x, DTensor):
+            if x.device_mesh != self.mesh or not all(map(_is_known, x.placements)):
+                raise NotRecorded
+            return x._local_tensor, Layout.of_placements(x.placements, x.ndim)
+        return x, Layout.replicated(x.ndim)
+
+    def _metas_of(self, op: Any, template: Any, named: Any) -> list[Value] | None:
+        """What an operator's results are like; None if that depends on elements."""
+        values = self._recording.values
+
+        def described(place: Any) -> Any:
+            if isinstance(place, tuple):
+                return tuple([described(x) for x in place])
+            if type(place) is Ref:
+                return values[place.number]
+            return getattr(place, "kind", float) if hasattr(place, "number") else place
+
+        key = (op, described(template), described(tuple(v for _, v in named)),
+               tuple(k for k, _ in named))  # fmt: skip
+        if key not in self._metas:
+            self._metas[key] = self._inferred(op, template, named)
+        return self._metas[key]
+
+    def _inferred(self, op: Any, template: Any, named: Any) -> list[Value] | None:
+        values, numbers = self._recording.values, self._recording.numbers
+
+        def fake(place: Any) -> Any:
+            if type(place) is not Ref:
+                return numbers[place.number] if hasattr(place, "kind") else 1.0
+            v = values[place.number]
+            return torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device=v.device)
+
+        with self._fake:
+            args = filled(template, fake)
+            kwargs = {k: filled(v, fake) for k, v in named}
+            try:
+                made = op(*args, **kwargs)
+            except Exception:  # it says so itself, when it runs on DTensors
+                return None
+        results = made if isinstance(made, list | tuple) else [made]
+        if not all(isinstance(x, torch.Tensor) for x in results):
+            return None
+        return [Value(tuple(x.shape), tuple(x.stride()), x.dtype, x.device) for x in results]
+
+    # -- what runs at once ------------------------------------------------------------------------
+
+    def _touches(self, op: Any, args: Any, kwargs: Any) -> bool:
+        """Whether an operator on plain tensors reads what is still to be written, or writes what is
+        still to be read."""
+        known = traits(op)
+        if known.view and not known.writes:
+            return False  # reads nothing
+        for i, a in enumerate((*args, *kwargs.values())):
+            for x in a if isinstance(a, list | tuple) else (a,):
+                if isinstance(x, torch.Tensor):
+                    storage = _storage(x)
+                    writes = i in known.writes or i >= len(args)
+                    if storage in self._written or (writes and storage in self._root_of_storage):
+                        return True
+        return False
+
+    def _note_written(self, x: torch.Tensor) -> None:
+        local = self._shard(x)[0] if type(x) is not LazyTensor or x.shard is not None else None
+        if local is not None:
+            self._written.add(_storage(local))
+
+    def _by_itself(self, op: Any, args: Any, kwargs: Any) -> Any:
+        """An operator that is not recorded, on DTensors, after all that came before."""
+        self.flush()
+        return op(*pytree.tree_map_only(LazyTensor, LazyTensor.as_dtensor, args),
+                  **pytree.tree_map_only(LazyTensor, LazyTensor.as_dtensor, kwargs))  # fmt: skip
+
+    # -- numbers ----------------------------------------------------------------------------------
+
+    def _item(self, x: torch.Tensor) -> Any:
+        """A number that Python asks for: later if it is a real one, else now."""
+        return LazyNumber.read_off(x, self) if x.dtype.is_floating_point else self.number(x)
+
+    def number(self, x: torch.Tensor) -> Any:
+        """The number that a value holds, after all that came before."""
+        number = self._ref(x).number
+        (local,) = self.flush(whole=(number,))
+        return local.item()
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def flush(self, whole: Sequence[int] = ()) -> list[torch.Tensor]:
+        """Run what was recorded, all of it or none.
+
+        Args:
+            whole: numbers of values that every rank gets whole.
+
+        Returns:
+            those.
+        """
+        recording, tensors = self._recording, self._tensors
+        if not recording.calls and not whole:
+            return []
+        alive = [(n, x) for n, made in self._made if (x := made()) is not None]
+        wanted = [*(n for n, _ in alive), *whole]
+        handles = self._handles
+        self._clear()
+        with _disable_current_modes(), torch.no_grad():
+            inputs = [self._shard(x)[0] for x in tensors]
+            try:
+                results = self._run(recording, inputs, wanted, frozenset(whole))
+            except CannotPlan:
+                results = self._on_dtensors(recording, tensors, wanted, whole)
+        del handles
+        for (_, x), shard in zip(alive, results, strict=False):
+            x.shard = shard
+        self.given.extend(weakref.ref(x) for _, x in alive)
+        return [local for local, _ in results[len(alive) :]]
+
+    def _on_dtensors(
+        self,
+        recording: Recording,
+        tensors: Sequence[torch.Tensor],
+        wanted: Sequence[int],
+        whole: Sequence[int],
+    ) -> list[tuple[Any, Layout]]:
+        """The results of a recording's operators, by DTensors."""
+        values: dict[int, Any] = {}
+        for number, x in zip(recording.inputs, tensors, strict=True):
+            values[number] = x.as_dtensor() if isinstance(x, LazyTensor) else x
+
+        def fill(place: Any) -> Any:
+            if type(place) is Ref:
+                return values[place.number]
+            if hasattr(place, "kind"):
+                return recording.numbers[place.number]
+            return _whole(values[place.number]).item()
+
+        for call in recording.calls:
+            made = call.op(*filled(call.args, fill), **{k: filled(v, fill) for k, v in call.kwargs})
+            results = made if isinstance(made, list | tuple) else [made]
+            values.update(zip(call.results, results, strict=False))
+        return [self._given(values[n], n in whole) for n in wanted]
+
+    def _given(self, x: torch.Tensor, whole: bool) -> tuple[torch.Tensor, Layout]:
+        """A result's shard; whole if a rank needs that, or if layouts do not have it."""
+        if isinstance(x, DTensor) and not whole and x.ndim:
+            known = all(_is_known(p) and not p.is_partial() for p in x.placements)
+            if known and x.device_mesh == self.mesh:
+                return x._local_tensor, Layout.of_placements(x.placements, x.ndim)
+        return _whole(x), Layout.replicated(x.ndim)
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _memory(x: torch.Tensor) -> int:
+    """What changes when a tensor gets other memory."""
+    if isinstance(x, DTensor):
+        return id(x._local_tensor)
+    return 0 if isinstance(x, LazyTensor) else x.data_ptr()
+
+
+def _storage(x: torch.Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+def _is_known(placement: Any) -> bool:
+    """Whether a placement is of a kind that layouts have."""
+    if type(placement) is Partial:
+        return bool(placement.reduce_op == "sum")
+    return type(placement) in (Shard, Owned, Replicate)

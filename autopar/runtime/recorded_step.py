@@ -1,0 +1,240 @@
+"""An optimizer whose step is recorded and runs on this rank's shards as one program.
+
+For optimizers that do more than treat each element by itself: LAMB, LARS, Adafactor, Muon, a
+user's own. `autopar/optim/recorder.py` says how; here an optimizer's `step` is put under it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from autopar.cluster.local import as_cluster
+from autopar.optim.layout import Layout
+from autopar.optim.lazy_numbers import lazy_max_and_min
+from autopar.optim.local_program import LocalProgram, local_program
+from autopar.optim.recorder import CannotPlan, LazyTensor, Recorder
+from autopar.optim.recording import Recording
+from autopar.optim.step_plan import best_plan
+from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter, ShardedState
+from autopar.runtime.step_on_shards import ELEMENTWISE
+
+log = logging.getLogger(__name__)
+
+# Whose steps run the model, or take gradients that are no dense tensors.
+_ON_DTENSORS = (torch.optim.LBFGS, torch.optim.SparseAdam)
+
+# Programs of an optimizer; one that is made again and again gets no use of them.
+_MOST_PROGRAMS = 64
+
+_RECORDED: weakref.WeakKeyDictionary[torch.optim.Optimizer, RecordedStep] = (
+    weakref.WeakKeyDictionary()
+)
+
+# The recorder that is on.
+_ON: list[Recorder] = []
+
+
+def programs_of(optimizer: torch.optim.Optimizer) -> list[LocalProgram]:
+    """The programs that the steps of an optimizer have become so far."""
+    return list(_RECORDED[optimizer].programs.values()) if optimizer in _RECORDED else []
+
+
+def record_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer's steps be recorded, if it does more than treat each element by itself."""
+    if type(optimizer) in ELEMENTWISE or isinstance(optimizer, _ON_DTENSORS):
+        return
+    if optimizer not in _RECORDED:
+        _RECORDED[optimizer] = RecordedStep(optimizer)
+
+
+@functools.cache
+def record_later_optimizers() -> None:
+    """Let the steps of optimizers that are made later, of an engine's parameters, be recorded."""
+    before = torch.optim.Optimizer.__init__
+
+    @functools.wraps(before)
+    def init(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        before(self, *args, **kwargs)
+        if any(isinstance(p, ShardedParameter) for p in _parameters(self)):
+            record_steps(self)
+
+    torch.optim.Optimizer.__init__ = init  # type: ignore[method-assign]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+class RecordedStep:
+    """Puts a recorder around the steps of an optimizer.
+
+    Steps of plain parameters and differentiable steps stay as they are.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.programs: dict[Any, LocalProgram] = {}
+        self._refused: set[Any] = set()
+        self._recorder: Recorder | None = None
+        self._homes: dict[int, torch.Tensor] = {}
+        before = optimizer.step
+        mine = weakref.ref(self)
+
+        # a bound method, since schedulers ask for its function
+        @functools.wraps(getattr(before, "__func__", before))
+        def step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            recorded = mine()
+            if recorded is None:
+                return before(*args, **kwargs)
+            return recorded._step(self, before, args, kwargs)
+
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, before: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        recorder = self._recorder_for(optimizer)
+        if recorder is None or _ON:
+            return before(*args, **kwargs)
+        if args and callable(args[0]):
+            args = (_outside(recorder, args[0]), *args[1:])
+        elif callable(kwargs.get("closure")):
+            kwargs = {**kwargs, "closure": _outside(recorder, kwargs["closure"])}
+        self._homes = _homes(optimizer)
+        _ON.append(recorder)
+        try:
+            with ExitStack() as stack:
+                for module in {type(optimizer).__module__, "torch.optim._adafactor"}:
+                    stack.enter_context(lazy_max_and_min(module))
+                stack.enter_context(_lists_by_default(optimizer))
+                stack.enter_context(recorder)
+                result = before(*args, **kwargs)
+        finally:  # what came before an error is done, as on a single device
+            _ON.pop()
+            recorder.flush()
+            if any(ref() is not None for ref in recorder.given):
+                _as_dtensors(optimizer)
+            recorder.given.clear()
+        return result.as_dtensor() if isinstance(result, LazyTensor) else result
+
+    def _recorder_for(self, optimizer: torch.optim.Optimizer) -> Recorder | None:
+        if any(group.get("differentiable") for group in optimizer.param_groups):
+            return None
+        meshes = (p.device_mesh for p in _parameters(optimizer) if isinstance(p, ShardedParameter))
+        mesh = next(meshes, None)
+        if mesh is None or mesh.get_coordinate() is None:
+            return None
+        if self._recorder is None or self._recorder.mesh != mesh:
+            self.programs.clear()
+            self._recorder = Recorder(mesh, self._run, lambda x: self._homes.get(id(x)))
+        return self._recorder
+
+    def _run(
+        self, recording: Recording, inputs: Sequence[Any], wanted: Sequence[int],
+        whole: frozenset[int],
+    ) -> Sequence[tuple[Any, Layout]]:  # fmt: skip
+        assert self._recorder is not None
+        key = recording.key(), tuple(wanted), whole
+        if key in self._refused:
+            raise CannotPlan
+        program = self.programs.get(key)
+        if program is None:
+            mesh = self._recorder.mesh
+            sizes, coords = tuple(mesh.shape), mesh.get_coordinate()
+            assert coords is not None
+            cluster = as_cluster("x".join(map(str, sizes)))
+            numbers = len(recording.numbers)
+            try:
+                plan = best_plan(recording, wanted, whole, sizes, cluster)
+            except CannotPlan as error:
+                log.warning(
+                    "a part of an optimizer's step runs on DTensors, operator by operator: %s",
+                    error,
+                )
+                self._refused.add(key)
+                raise
+            device = torch.device(mesh.device_type)
+            if device.type == "cuda":
+                device = torch.device("cuda", torch.cuda.current_device())
+            program = local_program(plan, numbers, sizes, tuple(coords), device)
+            if len(self.programs) >= _MOST_PROGRAMS:
+                self.programs.clear()
+            self.programs[key] = program
+        return program(inputs, recording.numbers)
+
+
+def _homes(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
+    """The parameter that a gradient or an entry of state belongs to, by its identity."""
+    homes: dict[int, torch.Tensor] = {}
+    for p in _parameters(optimizer):
+        if p.grad is not None:
+            homes[id(p.grad)] = p
+        for x in optimizer.state.get(p, {}).values():
+            if isinstance(x, torch.Tensor) and x.ndim:
+                homes[id(x)] = p
+    return homes
+
+
+def _outside(recorder: Recorder, closure: Callable[..., Any]) -> Callable[..., Any]:
+    """A closure that runs the model as ever, after all that came before."""
+
+    @functools.wraps(closure)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        recorder.flush()
+        with _disable_current_modes():
+            return closure(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _lists_by_default(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While on, groups that leave `foreach` open take whole lists of tensors: recorded once.
+
+    torch and timm choose so by the types of parameters, which they do not know here.
+    """
+    known = type(optimizer).__module__.startswith(("torch.optim.", "timm.optim."))
+    groups = [
+        g for g in optimizer.param_groups if known and g.get("foreach", ...) is None
+        and not isinstance(g.get("lr"), torch.Tensor)
+    ]  # fmt: skip
+    for group in groups:
+        group["foreach"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["foreach"] = None
+
+
+@torch.no_grad()
+def _as_dtensors(optimizer: torch.optim.Optimizer) -> None:
+    """Put DTensors in the place of what a step left in the state and in gradients."""
+    for entry in optimizer.state.values():
+        for key, value in entry.items():
+            if pytree.tree_any(lambda x: isinstance(x, LazyTensor), value):
+                entry[key] = pytree.tree_map_only(LazyTensor, _settled, value)
+    for p in _parameters(optimizer):
+        if isinstance(p.grad, LazyTensor):
+            p.grad = ShardedGradient.of_dtensor(p.grad.as_dtensor())
+
+
+def _settled(x: LazyTensor) -> torch.Tensor:
+    """An entry of state: a DTensor, or a plain tensor if it is a number."""
+    assert x.shard is not None
+    local = x.shard[0]
+    if local is not None and not x.ndim:
+        return local
+    dtensor: DTensor = x.as_dtensor()
+    return ShardedState.of_dtensor(dtensor)

@@ -1,0 +1,201 @@
+"""What the ranks run to step optimizers on sharded parameters beside a single device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from autopar.cluster.cluster import ClusterInfo
+from autopar.comm import world
+from autopar.ir.spec import ShardingSpec
+from autopar.runtime.distribute import laid_out_like
+from autopar.runtime.optimizer_state import handle_later_optimizers
+from autopar.runtime.recorded_step import programs_of
+from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter
+
+Parameters = list[torch.Tensor]
+Make = Callable[[Parameters], torch.optim.Optimizer]
+
+
+class SlowOwn(torch.optim.Optimizer):
+    """A user's own: momentum, each update as long as its parameter, weights held at their first
+    norm, and a number that each step reads."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+        self.longest = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["count"] = 0
+                    state["average"] = p.grad.clone()
+                    state["first"] = p.norm()
+                    state["rows"] = p.grad.flatten(1).sum(1) if p.ndim > 1 else p.grad.abs()
+                state["count"] += 1
+                state["average"].mul_(0.9).add_(p.grad, alpha=0.1)
+                state["rows"] = 0.5 * state["rows"] + p.mean()
+                length = state["average"].norm().item()
+                self.longest = max(self.longest, length)
+                if length > 1e-3:  # a branch on a value
+                    scale = group["lr"] * p.norm() / length / math.sqrt(state["count"])
+                    p.sub_(scale * state["average"])
+                p.mul_(state["first"] / p.norm().clamp(min=1e-6))
+                if p.ndim > 1:
+                    p.sub_(1e-3 * state["rows"].view(-1, *[1] * (p.ndim - 1)))
+
+
+def _timm(name: str) -> Any:
+    import timm.optim
+
+    return getattr(timm.optim, name)
+
+
+def _transformers_adafactor(**options: Any) -> Make:
+    from transformers.optimization import Adafactor
+
+    return lambda ps: Adafactor(ps, **options)
+
+
+def _soap() -> Any:
+    from timm.optim.kron import Kron
+
+    return Kron
+
+
+def makes() -> dict[str, Make]:
+    """Optimizers by name."""
+    o = torch.optim
+    found: dict[str, Make] = {
+        "Adafactor": lambda ps: o.Adafactor(ps, lr=0.05, weight_decay=0.01),
+        "Adafactor, one by one": lambda ps: o.Adafactor(ps, lr=0.05, foreach=False),
+        "Muon": lambda ps: o.Muon([p for p in ps if p.ndim == 2], lr=0.02),
+        "Muon, match_rms": lambda ps: o.Muon(
+            [p for p in ps if p.ndim == 2], lr=0.02, nesterov=False, adjust_lr_fn="match_rms_adamw"
+        ),
+        "Adafactor of transformers": _transformers_adafactor(),
+        "Adafactor of transformers, lr": _transformers_adafactor(
+            lr=1e-2, relative_step=False, scale_parameter=False, beta1=0.9
+        ),
+        "Lamb": lambda ps: _timm("Lamb")(ps, lr=0.02),
+        "Lamb, one by one": lambda ps: _timm("Lamb")(
+            ps, lr=0.02, foreach=False, always_adapt=True, trust_clip=True
+        ),
+        "Lamb, no clipping": lambda ps: _timm("Lamb")(
+            ps, lr=0.02, max_grad_norm=None, decoupled_decay=True
+        ),
+        "Lars": lambda ps: _timm("Lars")(ps, lr=0.5, momentum=0.9, weight_decay=1e-2),
+        "Lars, LARC": lambda ps: _timm("Lars")(
+            ps, lr=0.5, trust_clip=True, always_adapt=True, nesterov=True, momentum=0.8,
+            weight_decay=1e-2,
+        ),
+        "a user's own": lambda ps: SlowOwn(ps),
+    }  # fmt: skip
+    for name in (
+        "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD", "Adagrad",
+        "Adadelta",
+    ):  # fmt: skip
+        more = {"momentum": 0.9} if name == "SGD" else {}
+        found[name] = lambda ps, name=name, more=more: getattr(o, name)(ps, lr=0.01, **more)
+    for name in (
+        "AdaBelief", "Adafactor", "AdafactorBigVision", "AdamP", "AdamWLegacy", "Adan", "Adopt",
+        "LaProp", "Lion", "MADGRAD", "Mars", "Muon", "NAdamW", "NvNovoGrad", "RMSpropTF", "SGDP",
+        "SGDW",
+    ):  # fmt: skip
+        lr = {} if name in ("Adafactor",) else {"lr": 0.01}
+        found[f"timm {name}"] = lambda ps, name=name, lr=lr: _timm(name)(ps, **lr)
+    return found
+
+
+EVEN = ((8, 16), (16, 4), (8,), (4, 8, 3, 3), (16, 4))
+UNEVEN = ((10, 7), (7, 13), (9,), (5, 6, 3, 1), (7, 13))
+
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "2": ("S0R", "RS0", "S0", "RS0RR", "RR"),
+    "4": ("S0R", "RS0", "S0", "S0RRR", "RS0"),
+    "2x2": ("S01R", "S0S1", "S0", "S1S0RR", "RS1"),
+}
+
+
+def sharded(whole: torch.Tensor, spec: str, mesh: Any) -> ShardedParameter:
+    """A parameter of an engine, laid out."""
+    placements = ShardingSpec.parse(spec).to_placements(mesh.ndim)
+    like = DTensor.from_local(
+        whole.clone(), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return ShardedParameter.of_values(laid_out_like(whole, like), True)
+
+
+def _values(seed: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Parameters:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+def error_of(
+    name: str, mesh: str, even: bool, steps: int = 5, dtype: torch.dtype = torch.float64
+) -> tuple[float, list[int], int]:
+    """Five steps on shards and on a single device.
+
+    Returns:
+        the largest difference of parameters and of state; the number of collectives of each
+        program; the number of programs.
+    """
+    handle_later_optimizers()
+    device_mesh = world.start(ClusterInfo.of(mesh), torch.device("cpu"))
+    shapes = EVEN if even else UNEVEN
+    whole = _values(0, shapes, dtype)
+    alone = [torch.nn.Parameter(w.clone()) for w in whole]
+    mine = [sharded(w, s, device_mesh) for w, s in zip(whole, LAYOUTS[mesh], strict=True)]
+    make = makes()[name]
+    one, other = make(list(alone)), make(list(mine))
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (one, other)
+                 if name not in ("Adafactor of transformers", "timm Adafactor")]  # fmt: skip
+    for step in range(steps):
+        grads = _values(100 + step, shapes, dtype)
+        grads[2] = None if step == 3 else grads[2]  # a parameter without a gradient
+        for p, q, g in zip(alone, mine, grads, strict=True):
+            p.grad = None if g is None else g.clone()
+            q.grad = None if g is None else ShardedGradient.of_dtensor(laid_out_like(g, q))
+        torch.manual_seed(step)
+        one.step()
+        torch.manual_seed(step)
+        other.step()
+        for schedule in schedules:
+            schedule.step()
+    worst = max(_gap(q, p) for p, q in zip(alone, mine, strict=True))
+    for p, q in zip(alone, mine, strict=True):
+        for key, expected in one.state.get(p, {}).items():
+            if isinstance(expected, torch.Tensor):
+                found = other.state[q][key]
+                assert found.shape == expected.shape, (key, found.shape, expected.shape)
+                assert (
+                    not expected.ndim or isinstance(found, DTensor) or (expected.shape != p.shape)
+                ), key
+                worst = max(worst, _gap(found, expected))
+    programs = programs_of(other)
+    return worst, [p.collectives for p in programs], len(programs)
+
+
+def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found = found.full_tensor() if isinstance(found, DTensor) else found
+    if not expected.numel():
+        return 0.0
+    scale = max(1.0, expected.detach().abs().max().item())
+    return (found.detach().double() - expected.detach().double()).abs().max().item() / scale
+
+
+def errors_of(names: Sequence[str], mesh: str, even: bool) -> dict[str, Any]:
+    """`error_of` for several optimizers, or what was raised."""
+    found: dict[str, Any] = {}
+    for name in names:
+        found[name] = error_of(name, mesh, even)
+    return found
