@@ -1,7 +1,8 @@
 """Optimizers and schedules for large batches; and how optimizers' steps run on shards.
 
 `LARS` and `LAMB` are timm's `Lars` and `Lamb`. Any other optimizer steps on shards just as well:
-`recorder.py` records a step, `step_plan.py` lays it out, `local_program.py` writes what a rank runs.
+`recorder.py` records a step, `step_plan.py` lays it out, `local_program.py` writes the program of a
+rank.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Python numbers that are read off a recording before it has run.
 
-`param.norm().item()` would end a recording at each parameter. `LazyNumber` is a node of a
-`torch.SymFloat`, torch's own type of numbers that are not known yet: arithmetic on it is recorded,
-operators take it for a number, and whatever else Python wants of it (a comparison, `float`,
-`math.sqrt`) runs the recording and gives the number.
+`param.norm().item()` would end a recording at each parameter. `LazyNumber` is the node of a
+`torch.SymFloat`, torch's own type of numbers that are not known yet. Arithmetic on it gives a
+formula, which the program computes in Python's own numbers; operators take it for a number; and
+whatever else Python wants of it (a comparison, `float`, `math.sqrt`) runs the recording.
 
 `max` and `min` of Python compare, so a module whose optimizer steps sees others in their place
 meanwhile (`lazy_max_and_min`).
@@ -22,23 +22,21 @@ from typing import Any
 
 import torch
 
+from autopar.optim.recording import FORMULAS
+
 
 class LazyNumber:
     """The node of a `torch.SymFloat`.
 
     Args:
-        value: a float64 scalar of the recording; a number, if it is known.
-        recorder: knows the value's number.
+        recorder: gives the numbers of values.
+        name: of the function in `FORMULAS`; None for what a value holds.
+        operands: a value; or those of the function, `LazyNumber`s and Python numbers.
     """
 
-    def __init__(self, value: Any, recorder: Any) -> None:
-        self.value, self._recorder = value, recorder
-
-    @staticmethod
-    def read_off(x: torch.Tensor, recorder: Any) -> torch.SymFloat:
-        """The number that a scalar of the recording holds."""
-        with recorder.on():
-            return torch.SymFloat(LazyNumber(x.reshape(()).to(torch.float64), recorder))
+    def __init__(self, recorder: Any, name: str | None, *operands: Any) -> None:
+        self.recorder, self.name, self.operands = recorder, name, operands
+        self.known: float | None = None
 
     # -- what torch asks of a node ----------------------------------------------------------------
 
@@ -66,69 +64,30 @@ class LazyNumber:
     def maybe_as_float(self) -> None:
         return None
 
-    def wrap_float(self, number: float) -> LazyNumber:
-        return LazyNumber(number, self._recorder)
+    def wrap_float(self, number: float) -> float:
+        return number
 
     wrap_int = wrap_float
 
-    def guard_float(self, file: str, line: int) -> float:
-        if isinstance(self.value, torch.Tensor):
-            with torch.no_grad():
-                self.value = self._recorder.number(self.value)
-        return float(self.value)
+    def guard_float(self, file: str = "", line: int = 0) -> float:
+        """The number, now."""
+        if self.known is None:
+            if self.name is None:
+                self.known = float(self.recorder.number(self.operands[0]))
+            else:
+                known = (x.guard_float() if isinstance(x, LazyNumber) else x for x in self.operands)
+                self.known = FORMULAS[self.name](*known)
+        return self.known
 
     def _graph_repr(self) -> str:
-        return repr(self.guard_float("", 0))
+        return repr(self.guard_float())
 
     str = _graph_repr
 
 
-def number_or_none(x: torch.SymFloat) -> torch.Tensor | None:
-    """The value that holds a number, if it is one of a recording and not known yet."""
-    node = x.node
-    value = node.value if isinstance(node, LazyNumber) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _operands(a: Any, b: Any) -> tuple[Any, Any, Any] | None:
-    """Two numbers as the recording has them, with its recorder; None if neither is lazy."""
-    values, recorder = [], None
-    for x in (a, b):
-        if isinstance(x, torch.SymFloat) and isinstance(x.node, LazyNumber):
-            recorder = x.node._recorder
-            values.append(x.node.value)
-        elif type(x) in (int, float, bool):
-            values.append(float(x))
-        else:
-            return None
-    if recorder is None or not any(isinstance(v, torch.Tensor) for v in values):
-        return None
-    return values[0], values[1], recorder
-
-
-def _recorded(a: Any, b: Any, compute: Callable[[Any, Any], Any]) -> Any:
-    found = _operands(a, b)
-    if found is None:
-        return NotImplemented
-    left, right, recorder = found
-    with recorder.on():
-        return torch.SymFloat(LazyNumber(compute(left, right), recorder))
-
-
-def _binary(name: str) -> Callable[[LazyNumber, LazyNumber], LazyNumber]:
-    compute: Callable[[Any, Any], Any] = getattr(operator, name)
-
-    def node_method(self: LazyNumber, other: LazyNumber) -> LazyNumber:
-        with self._recorder.on():
-            return LazyNumber(compute(self.value, other.value), self._recorder)
-
-    return node_method
-
-
-def _unary(compute: Callable[[Any], Any]) -> Callable[[LazyNumber], LazyNumber]:
-    def node_method(self: LazyNumber) -> LazyNumber:
-        with self._recorder.on():
-            return LazyNumber(compute(self.value), self._recorder)
+def _function(name: str) -> Callable[..., LazyNumber]:
+    def node_method(self: Any, *others: Any) -> LazyNumber:
+        return LazyNumber(self.recorder, name, self, *others)
 
     return node_method
 
@@ -158,56 +117,76 @@ class _Truth:
     guard_or_false = guard_or_true = expect_true = guard_bool
 
 
-def _comparison(name: str) -> Callable[[LazyNumber, LazyNumber], _Truth]:
+def _comparison(name: str) -> Callable[[LazyNumber, Any], _Truth]:
     compare: Callable[[Any, Any], bool] = getattr(operator, name)
 
-    def node_method(self: LazyNumber, other: LazyNumber) -> _Truth:
-        return _Truth(compare(self.guard_float("", 0), other.guard_float("", 0)))
+    def node_method(self: LazyNumber, other: Any) -> _Truth:
+        right = other.guard_float() if isinstance(other, LazyNumber) else other
+        return _Truth(compare(self.guard_float(), right))
 
     return node_method
 
 
-for _name in ("add", "sub", "mul"):
-    setattr(LazyNumber, _name, _binary(_name))
-LazyNumber.float_truediv = _binary("truediv")  # type: ignore[attr-defined]
-LazyNumber.float_pow = _binary("pow")  # type: ignore[attr-defined]
-LazyNumber.neg = _unary(operator.neg)  # type: ignore[attr-defined]
-LazyNumber.abs = _unary(operator.abs)  # type: ignore[attr-defined]
+for _name, _method in (
+    ("add", "add"), ("sub", "sub"), ("mul", "mul"), ("truediv", "float_truediv"),
+    ("pow", "float_pow"), ("neg", "neg"), ("abs", "abs"),
+):  # fmt: skip
+    setattr(LazyNumber, _method, _function(_name))
 for _name in ("gt", "ge", "lt", "le", "eq", "ne"):
     setattr(LazyNumber, _name, _comparison(_name))
+
+
+class LazyFloat(torch.SymFloat):
+    """A `SymFloat` whose reflected operators need no node of the other operand."""
+
+
+def _node(x: Any) -> Any:
+    return x.node if isinstance(x, torch.SymFloat) else x
+
+
+def _binary(name: str, reflected: bool) -> Callable[[torch.SymFloat, Any], Any]:
+    def method(self: torch.SymFloat, other: Any) -> Any:
+        if not isinstance(other, int | float | torch.SymFloat):
+            return NotImplemented
+        left, right = (other, self) if reflected else (self, other)
+        return LazyFloat(LazyNumber(self.node.recorder, name, _node(left), _node(right)))
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(LazyFloat, f"__{_name}__", _binary(_name, False))
+    setattr(LazyFloat, f"__r{_name}__", _binary(_name, True))
+
+
+def number_of_value(x: torch.Tensor, recorder: Any) -> torch.SymFloat:
+    """The number that a scalar of a recording holds."""
+    return LazyFloat(LazyNumber(recorder, None, x))
 
 
 # -- max and min ----------------------------------------------------------------------------------
 
 
-def _chosen(better: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """What `max` or `min` gives of two: the second one if it is better, else the first, also where
-    one is not a number."""
-
-    def choose(a: Any, b: Any) -> Any:
-        a, b = (x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64)
-                for x in (a, b))  # fmt: skip
-        return torch.where(better(b, a), b, a)
-
-    return choose
-
-
-def is_lazy(x: torch.Tensor) -> bool:
-    """Whether a tensor is a number whose elements are not known yet."""
-    return not x.ndim and getattr(x, "is_lazy", False)
+def _is_lazy(x: Any) -> bool:
+    return isinstance(x, torch.SymFloat) and isinstance(x.node, LazyNumber)
 
 
 def _lazy_choice(name: str) -> Callable[..., Any]:
     plain: Callable[..., Any] = getattr(builtins, name)
-    choose = _chosen(operator.gt if name == "max" else operator.lt)
+    better = operator.gt if name == "max" else operator.lt
 
     def choice(*args: Any, **kwargs: Any) -> Any:
         if len(args) == 2 and not kwargs:
-            if any(isinstance(x, torch.Tensor) and is_lazy(x) for x in args):
-                return choose(*args)
-            result = _recorded(args[0], args[1], choose)
-            if result is not NotImplemented:
-                return result
+            left, right = args
+            if any(not getattr(x, "ndim", 1) and getattr(x, "is_lazy", False) for x in args):
+                # of tensors: the second one if it is better, else the first, as Python has it
+                a, b = (torch.as_tensor(x, dtype=torch.float64) if type(x) is float else x
+                        for x in args)  # fmt: skip
+                return torch.where(better(b, a), b, a)
+            lazy = next((x for x in args if _is_lazy(x)), None)
+            if lazy is not None and all(_is_lazy(x) or type(x) in (int, float) for x in args):
+                node = LazyNumber(lazy.node.recorder, name, _node(left), _node(right))
+                return LazyFloat(node)
         return plain(*args, **kwargs)
 
     return choice

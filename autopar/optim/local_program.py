@@ -13,8 +13,8 @@ import torch.fx as fx
 from autopar.ir.spec import local_shape
 from autopar.optim.layout import Box, Coords, Layout
 from autopar.optim.pieces import Exchange, SumOverRanks, relative
-from autopar.optim.recording import NumberOf, Ref, Slot
-from autopar.optim.step_plan import LocalShape, Step, StepPlan
+from autopar.optim.recording import FORMULAS, Formula, NumberOf, Ref, Slot
+from autopar.optim.step_plan import LocalShape, Step, StepPlan, is_list
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class _Writer:
         self._nodes: dict[int, fx.Node | None] = {}  # per part; None: this rank has none
         self._numbers: list[fx.Node] = []
         self._items: dict[int, fx.Node] = {}
+        self._formulas: dict[Formula, fx.Node] = {}
         self._collectives = 0
 
     def write(self, numbers: int) -> LocalProgram:
@@ -92,6 +93,17 @@ class _Writer:
             self._lists(step)
         elif all(map(self._here, (*step.makes, *step.writes))):
             self._define(step.makes, self._call(step.target, step.args, step.kwargs))
+        if step.writes:
+            self._written(step.writes)
+
+    def _written(self, parts: Sequence[int]) -> None:
+        """Forget numbers that were read off what an operator writes."""
+        roots = {self._plan.parts[part].root for part in parts}
+        stale = [p for p in self._items if self._plan.parts[p].root in roots]
+        for part in stale:
+            del self._items[part]
+        if stale:
+            self._formulas.clear()
 
     def _define(self, makes: Sequence[int], made: fx.Node, several: bool | None = None) -> None:
         if several is None:
@@ -111,6 +123,11 @@ class _Writer:
         if isinstance(place, LocalShape):
             spec = place.layout.spec
             return list(local_shape(place.shape, spec, self._mesh, self._coords))
+        if isinstance(place, Formula):
+            if place not in self._formulas:
+                operands = tuple(map(self._argument, place.operands))
+                self._formulas[place] = self._graph.call_function(FORMULAS[place.name], operands)
+            return self._formulas[place]
         if isinstance(place, tuple):
             return [self._argument(x) for x in place]
         if isinstance(place, Ref):
@@ -131,8 +148,7 @@ class _Writer:
         count = len(results)
 
         def chosen(place: Any) -> Any:
-            is_list = isinstance(place, tuple) and len(place) == count
-            return tuple(place[i] for i in here) if is_list else place
+            return tuple(place[i] for i in here) if is_list(place, count) else place
 
         kwargs = {k: chosen(v) for k, v in step.kwargs.items()}
         made = self._call(step.target, tuple(map(chosen, step.args)), kwargs)

@@ -25,6 +25,18 @@ def root_of_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.sqrt().to(dtype)
 
 
+def square_sums(xs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """This rank's parts of the sums of squares of several tensors of one type."""
+    half = xs[0].dtype in (torch.bfloat16, torch.float16)
+    norms = torch._foreach_norm(list(xs), 2, torch.float32 if half else None)
+    return torch.stack(norms).square_().unbind()
+
+
+def roots_of_sums(xs: Sequence[torch.Tensor], dtype: torch.dtype) -> Sequence[torch.Tensor]:
+    """The norms whose squares are given."""
+    return torch.stack(list(xs)).sqrt_().to(dtype).unbind()
+
+
 def plain_sum(
     x: torch.Tensor, dim: Sequence[int], keepdim: bool, dtype: torch.dtype
 ) -> torch.Tensor:

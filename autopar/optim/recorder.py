@@ -17,7 +17,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,11 +34,14 @@ from torch.utils._python_dispatch import (
 
 from autopar.comm.owned_shards import Owned
 from autopar.optim.layout import Layout
-from autopar.optim.lazy_numbers import LazyNumber, number_or_none
+from autopar.optim.lazy_numbers import LazyNumber, number_of_value
 from autopar.optim.recording import (
     Call,
+    Formula,
+    NumberOf,
     Recording,
     Ref,
+    Slot,
     Traits,
     Value,
     filled,
@@ -52,8 +56,27 @@ Run = Callable[
     [Recording, Sequence[Any], Sequence[int], frozenset[int]], Sequence[tuple[Any, Layout]]
 ]
 
+_CLONE = torch.ops.aten.clone.default
 _COPY = torch.ops.aten.copy_.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
+
+
+# Inputs that are remembered between steps.
+_MOST_KNOWN = 100_000
+
+
+class _Described(NamedTuple):
+    """An input.
+
+    Args:
+        memory: the same for two handles of the same elements.
+        storage: None if this rank holds no part.
+    """
+
+    value: Value
+    layout: Layout
+    memory: Any
+    storage: int | None
 
 
 class NotRecorded(Exception):
@@ -129,6 +152,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.mesh, self._run, self._home_of = mesh, run, home_of
         self._segment = 0
+        self._known: dict[int, tuple[Any, Any, _Described]] = {}
         self.given: list[weakref.ref[LazyTensor]] = []  # values that outlived their recording
         self._metas: dict[Any, list[Value] | None] = {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=False)
@@ -142,8 +166,13 @@ class Recorder(TorchDispatchMode):
         self._by_id: dict[int, tuple[int, int]] = {}  # numbers, with the memory
         self._by_memory: dict[Any, int] = {}
         self._root_of_storage: dict[int, int] = {}
-        self._written: set[int] = set()  # storages that the recording writes
+        self._written: set[int] = set()  # roots that the recording writes
+        self._read_off: dict[int, list[weakref.ref[LazyNumber]]] = {}  # numbers, per root
         self._made: list[tuple[int, weakref.ref[LazyTensor]]] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a wrapper around each operator that nothing here needs
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -183,9 +212,12 @@ class Recorder(TorchDispatchMode):
             return self._record(op, known, args, kwargs)
         if known.writes:
             for i in known.writes:
-                for written in args[i] if isinstance(args[i], list | tuple) else (args[i],):
-                    self._note_written(written)
-            recording.calls.append(Call(op, template, named, ()))
+                for place in template[i] if type(template[i]) is tuple else (template[i],):
+                    root = recording.roots[place.number]
+                    if root in self._read_off and self._numbers_are_known(root):
+                        return self._record(op, known, args, kwargs)
+                    self._written.add(root)
+            recording.note(Call(op, template, named, ()))
             if known.lists or not op._schema.returns:
                 return None
             if len(known.writes) == 1:
@@ -197,15 +229,14 @@ class Recorder(TorchDispatchMode):
             raise NotRecorded
         results, numbers = [], []
         for meta in metas:
-            number = len(recording.values)
+            number = recording.add(meta)
             root = recording.roots[template[0].number] if known.view else number
             x = LazyTensor.of(meta, self.mesh, self._segment, number)
-            recording.values.append(meta)
             recording.roots.append(root)
             self._made.append((number, weakref.ref(x)))
             results.append(x)
             numbers.append(number)
-        recording.calls.append(Call(op, template, named, tuple(numbers)))
+        recording.note(Call(op, template, named, tuple(numbers)))
         several = len(op._schema.returns) > 1
         if not several and "List" not in str(op._schema.returns[0].type):
             return results[0]
@@ -221,16 +252,25 @@ class Recorder(TorchDispatchMode):
             return slot(len(self._recording.numbers) - 1, kind)  # type: ignore[arg-type]
         if kind is list or kind is tuple:
             return tuple([self._place(x, scalar) for x in a])
-        if kind is torch.SymFloat:
-            lazy = number_or_none(a)
-            if lazy is not None and scalar:
-                return number_of(self._ref(lazy).number)
-            return self._place(float(a), scalar)
+        if isinstance(a, torch.SymFloat):
+            return self._number_place(a.node) if scalar else self._place(float(a), scalar)
         return a
 
+    def _number_place(self, x: Any) -> Any:
+        """A number as a recording has it: known, read off a value, or computed."""
+        if not isinstance(x, LazyNumber) or x.known is not None:
+            number = x.known if isinstance(x, LazyNumber) else x
+            self._recording.numbers.append(number)
+            return slot(len(self._recording.numbers) - 1, type(number))  # type: ignore[arg-type]
+        if x.name is None:
+            return number_of(self._ref(x.operands[0]).number)
+        return Formula(x.name, tuple(map(self._number_place, x.operands)))
+
     def _ref(self, x: torch.Tensor) -> Ref:
-        if type(x) is LazyTensor and x._segment == self._segment:
-            return ref(x._number)
+        if type(x) is LazyTensor:
+            if x._segment == self._segment:
+                return ref(x._number)
+            return ref(self._input(x))
         known = self._by_id.get(id(x))
         # `p.data = ...` may have put other memory in the place of what is known
         if known is not None and known[1] == _memory(x):
@@ -239,61 +279,89 @@ class Recorder(TorchDispatchMode):
 
     def _input(self, x: torch.Tensor) -> int:
         """Note a tensor that was there before; two handles of the same memory are one value."""
-        if x.layout is not torch.strided or x.is_quantized or (x.requires_grad and not x.is_leaf):
-            raise NotRecorded
-        local, layout = self._shard(x)
-        if local is None:
-            memory: Any = ("absent", id(x))
-        else:
-            memory = (_storage(local), local.storage_offset(), local.shape, local.stride(), x.shape)
-        number = self._by_memory.get(memory)
+        described = self._described(x)
+        number = self._by_memory.get(described.memory)
         if number is None:
             recording, number = self._recording, len(self._recording.values)
-            recording.values.append(Value(tuple(x.shape), tuple(x.stride()), x.dtype, x.device))
-            root = number if local is None else self._root_of_storage.setdefault(memory[0], number)
+            recording.add(described.value)
+            storage, root = described.storage, number
+            if storage is not None:
+                root = self._root_of_storage.setdefault(storage, number)
             recording.roots.append(root)
             recording.inputs.append(number)
-            recording.layouts.append(layout)
+            recording.layouts.append(described.layout)
             recording.homes.append(None)
             self._tensors.append(x)
-            self._by_memory[memory] = number
-            self._by_id[id(x)] = number, _memory(x)
+            self._by_memory[described.memory] = number
+            if type(x) is not LazyTensor:
+                self._by_id[id(x)] = number, _memory(x)
             home = None if self._home_of is None else self._home_of(x)
             at = len(recording.homes) - 1
             if home is not None and home is not x:
                 recording.homes[at] = self._ref(home).number
-            elif isinstance(x, DTensor):
+            elif _is_dtensor(type(x)):
                 recording.homes[at] = number
         else:
             self._handles.append(x)
-        self._by_id[id(x)] = number, _memory(x)
+            if type(x) is not LazyTensor:
+                self._by_id[id(x)] = number, _memory(x)
         if type(x) is LazyTensor:
             x._segment, x._number = self._segment, number
         return number
+
+    def _described(self, x: torch.Tensor) -> _Described:
+        """What an input is like; of DTensors, which mostly stay, remembered."""
+        if not _is_dtensor(type(x)):
+            return self._describe(x)
+        known = self._known.get(id(x))
+        dtensor: Any = x
+        if known is not None and known[1] is dtensor._spec and known[0]() is dtensor._local_tensor:
+            return known[2]
+        described = self._describe(x)
+        if len(self._known) > _MOST_KNOWN:
+            self._known.clear()
+        self._known[id(x)] = weakref.ref(dtensor._local_tensor), dtensor._spec, described
+        return described
+
+    def _describe(self, x: torch.Tensor) -> _Described:
+        if x.layout is not torch.strided or x.is_quantized or (x.requires_grad and not x.is_leaf):
+            raise NotRecorded
+        local, layout = self._shard(x)
+        value = Value(tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
+        if local is None:
+            return _Described(value, layout, ("absent", id(x)), None)
+        storage = _storage(local)
+        memory = storage, local.storage_offset(), local.shape, local.stride(), value.shape
+        return _Described(value, layout, memory, storage)
 
     def _shard(self, x: torch.Tensor) -> tuple[torch.Tensor | None, Layout]:
         if type(x) is LazyTensor:
             assert x.shard is not None
             return x.shard
-        if isinstance(x, DTensor):
-            if x.device_mesh != self.mesh or not all(map(_is_known, x.placements)):
+        if _is_dtensor(type(x)):
+            dtensor: Any = x
+            spec = dtensor._spec
+            known = all(map(_is_known, spec.placements))
+            if not known or (spec.mesh is not self.mesh and spec.mesh != self.mesh):
                 raise NotRecorded
-            return x._local_tensor, Layout.of_placements(x.placements, x.ndim)
+            return dtensor._local_tensor, _layout_of(spec.placements, len(spec.shape))
         return x, Layout.replicated(x.ndim)
 
     def _metas_of(self, op: Any, template: Any, named: Any) -> list[Value] | None:
         """What an operator's results are like; None if that depends on elements."""
-        values = self._recording.values
+        kinds = self._recording.kinds
 
         def described(place: Any) -> Any:
-            if isinstance(place, tuple):
+            kind = type(place)
+            if kind is Ref:
+                return kinds[place.number]
+            if kind is tuple:
                 return tuple([described(x) for x in place])
-            if type(place) is Ref:
-                return values[place.number]
-            return getattr(place, "kind", float) if hasattr(place, "number") else place
+            if kind is Slot:
+                return place.kind
+            return float if kind is NumberOf or kind is Formula else place
 
-        key = (op, described(template), described(tuple(v for _, v in named)),
-               tuple(k for k, _ in named))  # fmt: skip
+        key = (id(op), described(template), *[(k, described(v)) for k, v in named])
         if key not in self._metas:
             self._metas[key] = self._inferred(op, template, named)
         return self._metas[key]
@@ -303,7 +371,7 @@ class Recorder(TorchDispatchMode):
 
         def fake(place: Any) -> Any:
             if type(place) is not Ref:
-                return numbers[place.number] if hasattr(place, "kind") else 1.0
+                return numbers[place.number] if type(place) is Slot else 1.0
             v = values[place.number]
             return torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device=v.device)
 
@@ -330,16 +398,11 @@ class Recorder(TorchDispatchMode):
         for i, a in enumerate((*args, *kwargs.values())):
             for x in a if isinstance(a, list | tuple) else (a,):
                 if isinstance(x, torch.Tensor):
-                    storage = _storage(x)
+                    root = self._root_of_storage.get(_storage(x))
                     writes = i in known.writes or i >= len(args)
-                    if storage in self._written or (writes and storage in self._root_of_storage):
+                    if root is not None and (writes or root in self._written):
                         return True
         return False
-
-    def _note_written(self, x: torch.Tensor) -> None:
-        local = self._shard(x)[0] if type(x) is not LazyTensor or x.shard is not None else None
-        if local is not None:
-            self._written.add(_storage(local))
 
     def _by_itself(self, op: Any, args: Any, kwargs: Any) -> Any:
         """An operator that is not recorded, on DTensors, after all that came before."""
@@ -351,13 +414,36 @@ class Recorder(TorchDispatchMode):
 
     def _item(self, x: torch.Tensor) -> Any:
         """A number that Python asks for: later if it is a real one, else now."""
-        return LazyNumber.read_off(x, self) if x.dtype.is_floating_point else self.number(x)
+        if not x.dtype.is_floating_point or x.ndim:
+            return self.number(x)
+        if type(x) is not LazyTensor:
+            x = self._record(_CLONE, traits(_CLONE), (x,), {})
+        root = self._recording.roots[self._ref(x).number]
+        number = number_of_value(x, self)
+        self._read_off.setdefault(root, []).append(weakref.ref(number.node))
+        return number
 
     def number(self, x: torch.Tensor) -> Any:
         """The number that a value holds, after all that came before."""
+        if type(x) is LazyTensor and x.shard is not None and x.shard[1].is_replicated:
+            local = x.shard[0]
+            if local is not None and not self._is_written(x):
+                return local.item()
         number = self._ref(x).number
         (local,) = self.flush(whole=(number,))
         return local.item()
+
+    def _numbers_are_known(self, root: int) -> bool:
+        """Read the numbers of a value that is about to be written; whether the recording ran."""
+        numbers = [n for ref in self._read_off[root] if (n := ref()) is not None]
+        for number in numbers:
+            number.guard_float()
+        return bool(numbers)
+
+    def _is_written(self, x: LazyTensor) -> bool:
+        """Whether the recording writes what a value of an earlier one shares memory with."""
+        local = None if x.shard is None else x.shard[0]
+        return local is not None and self._root_of_storage.get(_storage(local)) in self._written
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -376,6 +462,7 @@ class Recorder(TorchDispatchMode):
         alive = [(n, x) for n, made in self._made if (x := made()) is not None]
         wanted = [*(n for n, _ in alive), *whole]
         handles = self._handles
+        read = [n for refs in self._read_off.values() for r in refs if (n := r()) is not None]
         self._clear()
         with _disable_current_modes(), torch.no_grad():
             inputs = [self._shard(x)[0] for x in tensors]
@@ -387,6 +474,8 @@ class Recorder(TorchDispatchMode):
         for (_, x), shard in zip(alive, results, strict=False):
             x.shard = shard
         self.given.extend(weakref.ref(x) for _, x in alive)
+        for number in read:  # before anything writes the value
+            number.guard_float()
         return [local for local, _ in results[len(alive) :]]
 
     def _on_dtensors(
@@ -404,7 +493,7 @@ class Recorder(TorchDispatchMode):
         def fill(place: Any) -> Any:
             if type(place) is Ref:
                 return values[place.number]
-            if hasattr(place, "kind"):
+            if type(place) is Slot:
                 return recording.numbers[place.number]
             return _whole(values[place.number]).item()
 
@@ -429,9 +518,17 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 
 def _memory(x: torch.Tensor) -> int:
     """What changes when a tensor gets other memory."""
-    if isinstance(x, DTensor):
-        return id(x._local_tensor)
-    return 0 if isinstance(x, LazyTensor) else x.data_ptr()
+    return id(x._local_tensor) if _is_dtensor(type(x)) else x.data_ptr()  # type: ignore[attr-defined]
+
+
+@cache
+def _is_dtensor(kind: type) -> bool:
+    return issubclass(kind, DTensor)
+
+
+@cache
+def _layout_of(placements: tuple[Any, ...], ndim: int) -> Layout:
+    return Layout.of_placements(placements, ndim)
 
 
 def _storage(x: torch.Tensor) -> int:

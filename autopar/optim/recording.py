@@ -5,7 +5,8 @@ A `Recording` is a value: the planner reads it, and equal recordings share a pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -64,6 +65,24 @@ class NumberOf:
         return f"item(%{self.number})"
 
 
+FORMULAS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv,
+    "pow": operator.pow, "neg": operator.neg, "abs": operator.abs, "max": max, "min": min,
+}  # fmt: skip
+
+
+class Formula(NamedTuple):
+    """The place of a Python number that is computed from others when the program runs.
+
+    Args:
+        name: of the function in `FORMULAS`.
+        operands: places of numbers.
+    """
+
+    name: str
+    operands: tuple[Any, ...]
+
+
 @cache
 def ref(number: int) -> Ref:
     """The place of a value."""
@@ -109,6 +128,7 @@ class Recording:
         homes: per input the parameter that it belongs to, as an input; None if unknown.
         calls: in the order in which they were made.
         numbers: Python numbers, by the number of their slot.
+        kinds: per value a number that equal values share.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -118,17 +138,34 @@ class Recording:
     homes: list[int | None] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     numbers: list[Any] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    _keys: list[Any] = field(default_factory=list)
+
+    def add(self, value: Value) -> int:
+        """A value, and its number; the caller adds its root."""
+        self.values.append(value)
+        self.kinds.append(_KINDS.setdefault(value, len(_KINDS)))
+        return len(self.values) - 1
+
+    def note(self, call: Call) -> None:
+        """Add a call."""
+        self.calls.append(call)
+        self._keys.append((id(call.op), *call[1:]))  # hashing an operator takes longer
 
     def key(self) -> tuple[Any, ...]:
-        """Equal for recordings that differ in numbers and elements alone."""
+        """Equal for recordings of this process that differ in numbers and elements alone."""
         return (
-            tuple(self.calls),
+            tuple(self._keys),
             tuple(self.inputs),
             tuple(self.layouts),
-            tuple(self.values[i] for i in self.inputs),
+            tuple(self.kinds[i] for i in self.inputs),
             tuple(self.roots[i] for i in self.inputs),
             tuple(self.homes),
         )
+
+
+# Values of this process, numbered: comparing numbers is faster.
+_KINDS: dict[Value, int] = {}
 
 
 class Traits(NamedTuple):
@@ -164,9 +201,18 @@ _NEVER = frozenset(
 )
 
 
-@cache
+_TRAITS: dict[int, Traits] = {}  # by identity: hashing an operator takes longer
+
+
 def traits(op: torch._ops.OpOverload) -> Traits:
     """What is to be known of an operator."""
+    found = _TRAITS.get(id(op))
+    if found is None:
+        found = _TRAITS[id(op)] = _traits(op)
+    return found
+
+
+def _traits(op: torch._ops.OpOverload) -> Traits:
     schema = op._schema
     name = schema.name.removeprefix("aten::")
     writes = [
@@ -237,6 +283,8 @@ def written_values(call: Call) -> list[int]:
 
 def filled(template: Any, fill: Any) -> Any:
     """Arguments with what `fill` gives for each place; tuples become lists."""
+    if isinstance(template, Formula):
+        return FORMULAS[template.name](*filled(template.operands, fill))
     if isinstance(template, tuple):
         return [filled(item, fill) for item in template]
     if isinstance(template, Ref | Slot | NumberOf):

@@ -25,16 +25,27 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.ir.spec import ShardingSpec
 from autopar.optim.layout import Layout, conversion_cost
 from autopar.optim.matrices import matrix_regions
-from autopar.optim.pieces import mean_of_sum, narrowed, plain_sum, root_of_sum, square_sum
+from autopar.optim.pieces import (
+    mean_of_sum,
+    narrowed,
+    plain_sum,
+    root_of_sum,
+    roots_of_sums,
+    square_sum,
+    square_sums,
+)
 from autopar.optim.recorder import CannotPlan
 from autopar.optim.recording import (
     Call,
+    Formula,
     NumberOf,
     Recording,
     Ref,
+    Slot,
     Traits,
     Value,
     number_of,
+    places,
     read_values,
     ref,
     traits,
@@ -180,6 +191,10 @@ class _Planner:
     work_us: dict[tuple[int, ...] | None, float] = field(default_factory=dict)
     aliases: dict[int, list[int]] = field(default_factory=dict)  # values per root
     _written: set[int] = field(default_factory=set)  # roots
+    # Per root the first level at which its last value can be used, and at which all users of it
+    # are done.
+    _made_at: dict[int, int] = field(default_factory=dict)
+    _used_until: dict[int, int] = field(default_factory=dict)
 
     def plan(self, wanted: Sequence[int], whole: frozenset[int]) -> StepPlan:
         recording = self.recording
@@ -197,7 +212,6 @@ class _Planner:
         for i in self.calls:
             self._call(i, recording.calls[i])
         outputs = [self._output(n, n in whole) for n in wanted]
-        _set_levels(self.steps, self.parts)
         order = sorted(self.steps, key=Step.order)
         return StepPlan(self.parts, inputs, order, outputs, self._cost_us())
 
@@ -254,7 +268,30 @@ class _Planner:
 
     def _step(self, kind: str, target: Any, reads: Sequence[int], makes: Sequence[int]) -> None:
         args = tuple(ref(p) for p in reads)
-        self.steps.append(Step(kind, target, args, {}, tuple(reads), (), tuple(makes)))
+        self._add(Step(kind, target, args, {}, tuple(reads), (), tuple(makes)))
+
+    def _level(self, reads: Sequence[int], writes: Sequence[int]) -> int:
+        """The number of rounds of messages that a step waits for: it comes after what it reads was
+        written, and a write after what reads what was there."""
+        roots = [self.parts[part].root for part in (*reads, *writes)]
+        written = [self.parts[part].root for part in writes]
+        return max(
+            (*(self._made_at.get(r, 0) for r in roots),
+             *(self._used_until.get(r, 0) for r in written)),
+            default=0,
+        )  # fmt: skip
+
+    def _add(self, step: Step) -> None:
+        """Add a step, at its level."""
+        step.level = self._level(step.reads, step.writes)
+        done = step.level + step.communicates
+        for part in step.reads:
+            root = self.parts[part].root
+            self._used_until[root] = max(self._used_until.get(root, 0), done)
+        for part in (*step.makes, *step.writes):
+            root = self.parts[part].root
+            self._made_at[root] = max(self._made_at.get(root, 0), done)
+        self.steps.append(step)
 
     def _written_layout(self, value: int) -> Layout:
         """The layout of a value that an operator writes; a sum that is due is completed first."""
@@ -310,19 +347,44 @@ class _Planner:
         """A step with the call's arguments, its values in these parts."""
 
         def at(place: Any) -> Any:
+            if isinstance(place, Formula):
+                return Formula(place.name, at(place.operands))
             if isinstance(place, tuple) and not isinstance(place, LocalShape):
                 return tuple(at(x) for x in place)
             if isinstance(place, Ref):
                 return ref(parts[place.number])
             return number_of(parts[place.number]) if isinstance(place, NumberOf) else place
 
-        self.steps.append(
-            Step(
-                "run", target, at(call.args if args is None else args),
-                {k: at(v) for k, v in call.kwargs},
-                tuple(dict.fromkeys(parts.values())), tuple(writes), tuple(makes), lists,
-            )
-        )  # fmt: skip
+        named = {k: at(v) for k, v in call.kwargs}
+        args = at(call.args if args is None else args)
+        reads = tuple(dict.fromkeys(parts.values()))
+        if not lists:
+            self._add(Step("run", target, args, named, reads, tuple(writes), tuple(makes)))
+            return
+        # the indices that wait for as many rounds together, not all for the last one's
+        results = makes or writes
+        count, own = len(results), [x for x in args if isinstance(x, tuple) and x]
+        own = [x for x in own if len(x) == len(results) and isinstance(x[0], Ref)]
+        levels: dict[int, list[int]] = {}
+        for i in range(count):
+            level = self._level([x[i].number for x in own], writes[i : i + 1])
+            levels.setdefault(level, []).append(i)
+
+        def chosen(place: Any, indices: Sequence[int]) -> Any:
+            return tuple(place[i] for i in indices) if is_list(place, count) else place
+
+        for indices in levels.values():
+            some = tuple(chosen(x, indices) for x in args)
+            some_named = {k: chosen(v, indices) for k, v in named.items()}
+            found = places((some, tuple(some_named.values())))
+            used = dict.fromkeys(p.number for p in found if not isinstance(p, Slot))
+            self._add(
+                Step(
+                    "run", target, some, some_named, tuple(used),
+                    tuple(chosen(tuple(writes), indices)), tuple(chosen(tuple(makes), indices)),
+                    True,
+                )
+            )  # fmt: skip
 
     def _work(self, layout: Layout, us: float) -> None:
         """Count the time of an operator: on the ranks of its owner, or on all."""
@@ -410,6 +472,9 @@ class _Planner:
             parts[n] = self._in(n, Layout.replicated(len(values[n].shape)))
             if owned and math.prod(values[n].shape) > 1:
                 raise CannotPlan(f"{call.op} takes a number for each of its tensors in a tensor")
+        for n in read_values(call):  # numbers
+            if n not in parts:
+                parts[n] = self._in(n, Layout.replicated(len(values[n].shape)))
         for n in written_values(call):
             self._wrote(n)
         self._run(call.op, call, parts, makes, writes=writes, lists=True)
@@ -434,11 +499,38 @@ class _Planner:
         """Norms of all tensors in a list."""
         arguments = _bound(call)
         order, dtype = arguments.get("ord", 2), arguments.get("dtype")
+        together: dict[torch.dtype, list[tuple[int, int]]] = {}
         for place, result in zip(arguments["self"], call.results, strict=True):
             x = place.number
-            dims = tuple(range(len(self.recording.values[x].shape)))
+            value, layout = self.recording.values[x], self._complete(x)
+            if order == 2 and dtype is None and any(layout.spec.dims) and not layout.owner:
+                together.setdefault(value.dtype, []).append((x, result))
+                continue
             single = Call(_ATEN.linalg_vector_norm.default, (place, order), (), (result,))
-            self._one_norm(single, x, result, order, dims, False, dtype)
+            self._one_norm(single, x, result, order, range(len(value.shape)), False, dtype)
+        for group in together.values():
+            self._split_norms(group)
+
+    def _split_norms(self, group: Sequence[tuple[int, int]]) -> None:
+        """Norms of tensors that are split, each with its result."""
+        parts: dict[int, int] = {}
+        totals, whole = [], Layout.replicated(0)
+        for x, result in group:
+            value, made = self.recording.values[x], self.recording.values[result]
+            layout = self._complete(x)
+            parts[x] = self._in(x, layout)
+            totals.append(self._fresh(made._replace(dtype=_real(_wider(value.dtype)))))
+            across = tuple(sorted(a for axes in layout.spec.dims for a in axes))
+            self._define(totals[-1], Layout(ShardingSpec((), across)))
+            self._work(layout, self._bytes_us(value.shape, layout, value.dtype))
+        xs = tuple(ref(x) for x, _ in group)
+        single = Call(_ATEN._foreach_norm.Scalar, (xs,), (), ())
+        self._run(square_sums, single, parts, [self.held[t] for t in totals], lists=True)
+        parts = {t: self._in(t, whole) for t in totals}
+        makes = [self._define(result, whole) for _, result in group]
+        dtype = self.recording.values[group[0][1]].dtype
+        single = single._replace(args=(tuple(map(ref, totals)), dtype))
+        self._run(roots_of_sums, single, parts, makes, lists=True)
 
     def _one_norm(
         self, call: Call, x: int, result: int, order: Any, dims: Sequence[int], keep: bool,
@@ -494,9 +586,9 @@ class _Planner:
 
     def _fresh(self, value: Value) -> int:
         """A value that the recording does not have."""
-        self.recording.values.append(value)
-        self.recording.roots.append(len(self.recording.values) - 1)
-        return len(self.recording.values) - 1
+        number = self.recording.add(value)
+        self.recording.roots.append(number)
+        return number
 
     def _complete(self, value: int) -> Layout:
         """Its layout, or replicated if that is a sum that is due."""
@@ -558,7 +650,7 @@ class _Planner:
                 parts[n] = self._in(n, Layout(spec.data(), owner))
         for n in read_values(call):  # numbers
             if n not in parts:
-                parts[n] = self._in(n, Layout.replicated(0))
+                parts[n] = self._in(n, Layout.replicated(len(values[n].shape)))
         args = call.args
         layouts = [Layout(spec, owner) for spec in strategy.outputs]
         root = self.parts[parts[next(iter(parts))]].root if known.view and parts else None
@@ -713,31 +805,9 @@ class _Planner:
         )
 
 
-# -- levels ---------------------------------------------------------------------------------------
-
-
-def _set_levels(steps: Sequence[Step], parts: Sequence[Part]) -> None:
-    """Number each step by the rounds of communication that it waits for, and sort by that.
-
-    A step comes after what it reads was written, and a write after what reads what was there.
-    """
-    wrote: dict[int, int] = {}  # per root, the first level at which its last value can be used
-    used: dict[int, int] = {}  # ... and at which all users of it are done
-    for step in steps:
-        level = 0
-        for part in step.reads:
-            level = max(level, wrote.get(parts[part].root, 0))
-        for part in step.writes:
-            root = parts[part].root
-            level = max(level, wrote.get(root, 0), used.get(root, 0))
-        step.level = level
-        done = level + step.communicates
-        for part in step.reads:
-            root = parts[part].root
-            used[root] = max(used.get(root, 0), done)
-        for part in (*step.makes, *step.writes):
-            root = parts[part].root
-            wrote[root] = max(wrote.get(root, 0), done)
+def is_list(place: Any, count: int) -> bool:
+    """Whether an argument has something for each of `count` tensors."""
+    return type(place) is tuple and len(place) == count
 
 
 # -- rules ----------------------------------------------------------------------------------------

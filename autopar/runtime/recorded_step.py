@@ -7,6 +7,7 @@ user's own. `autopar/optim/recorder.py` says how; here an optimizer's `step` is 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import types
 import weakref
@@ -115,8 +116,7 @@ class RecordedStep:
         _ON.append(recorder)
         try:
             with ExitStack() as stack:
-                for module in {type(optimizer).__module__, "torch.optim._adafactor"}:
-                    stack.enter_context(lazy_max_and_min(module))
+                stack.enter_context(lazy_max_and_min(_module_of(optimizer)))
                 stack.enter_context(_lists_by_default(optimizer))
                 stack.enter_context(recorder)
                 result = before(*args, **kwargs)
@@ -174,6 +174,11 @@ class RecordedStep:
         return program(inputs, recording.numbers)
 
 
+def _module_of(optimizer: torch.optim.Optimizer) -> str:
+    """Where an optimizer's step is written; `__module__` of torch's optimizers is another one."""
+    return str(inspect.unwrap(type(optimizer).step).__module__)
+
+
 def _homes(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
     """The parameter that a gradient or an entry of state belongs to, by its identity."""
     homes: dict[int, torch.Tensor] = {}
@@ -204,7 +209,7 @@ def _lists_by_default(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     torch and timm choose so by the types of parameters, which they do not know here.
     """
-    known = type(optimizer).__module__.startswith(("torch.optim.", "timm.optim."))
+    known = _module_of(optimizer).startswith(("torch.optim.", "timm.optim."))
     groups = [
         g for g in optimizer.param_groups if known and g.get("foreach", ...) is None
         and not isinstance(g.get("lr"), torch.Tensor)
