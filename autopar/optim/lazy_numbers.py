@@ -64,8 +64,10 @@ class LazyNumber:
     def maybe_as_float(self) -> None:
         return None
 
-    def wrap_float(self, number: float) -> float:
-        return number
+    def wrap_float(self, number: float) -> LazyNumber:
+        node = LazyNumber(self.recorder, None)
+        node.known = number
+        return node
 
     wrap_int = wrap_float
 
@@ -117,12 +119,11 @@ class _Truth:
     guard_or_false = guard_or_true = expect_true = guard_bool
 
 
-def _comparison(name: str) -> Callable[[LazyNumber, Any], _Truth]:
+def _comparison(name: str) -> Callable[[LazyNumber, LazyNumber], _Truth]:
     compare: Callable[[Any, Any], bool] = getattr(operator, name)
 
-    def node_method(self: LazyNumber, other: Any) -> _Truth:
-        right = other.guard_float() if isinstance(other, LazyNumber) else other
-        return _Truth(compare(self.guard_float(), right))
+    def node_method(self: LazyNumber, other: LazyNumber) -> _Truth:
+        return _Truth(compare(self.guard_float(), other.guard_float()))
 
     return node_method
 
@@ -136,35 +137,16 @@ for _name in ("gt", "ge", "lt", "le", "eq", "ne"):
     setattr(LazyNumber, _name, _comparison(_name))
 
 
-class LazyFloat(torch.SymFloat):
-    """A `SymFloat` whose reflected operators need no node of the other operand."""
+def number_of_value(x: torch.Tensor, recorder: Any) -> torch.SymFloat:
+    """The number that a scalar of a recording holds."""
+    return torch.SymFloat(LazyNumber(recorder, None, x))
+
+
+# -- max and min ----------------------------------------------------------------------------------
 
 
 def _node(x: Any) -> Any:
     return x.node if isinstance(x, torch.SymFloat) else x
-
-
-def _binary(name: str, reflected: bool) -> Callable[[torch.SymFloat, Any], Any]:
-    def method(self: torch.SymFloat, other: Any) -> Any:
-        if not isinstance(other, int | float | torch.SymFloat):
-            return NotImplemented
-        left, right = (other, self) if reflected else (self, other)
-        return LazyFloat(LazyNumber(self.node.recorder, name, _node(left), _node(right)))
-
-    return method
-
-
-for _name in ("add", "sub", "mul", "truediv", "pow"):
-    setattr(LazyFloat, f"__{_name}__", _binary(_name, False))
-    setattr(LazyFloat, f"__r{_name}__", _binary(_name, True))
-
-
-def number_of_value(x: torch.Tensor, recorder: Any) -> torch.SymFloat:
-    """The number that a scalar of a recording holds."""
-    return LazyFloat(LazyNumber(recorder, None, x))
-
-
-# -- max and min ----------------------------------------------------------------------------------
 
 
 def _is_lazy(x: Any) -> bool:
@@ -186,7 +168,7 @@ def _lazy_choice(name: str) -> Callable[..., Any]:
             lazy = next((x for x in args if _is_lazy(x)), None)
             if lazy is not None and all(_is_lazy(x) or type(x) in (int, float) for x in args):
                 node = LazyNumber(lazy.node.recorder, name, _node(left), _node(right))
-                return LazyFloat(node)
+                return torch.SymFloat(node)
         return plain(*args, **kwargs)
 
     return choice

@@ -7,7 +7,7 @@ runs when the step ends or Python asks for a number.
 
 Memory is as the optimizer sees it: operators in place write the shards. An operator on plain
 tensors runs at once, unless it reads what is still to be written, or writes what is still to be
-read: then it is recorded too.
+read: then it is recorded too. Before one on the local tensor of a DTensor, the recording runs.
 
 Private to torch here: `DTensor._local_tensor`, and storages' `_cdata`; tested with 2.13.
 """
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import (
 )
 
 from autopar.comm.owned_shards import Owned
+from autopar.errors import EngineError
 from autopar.optim.layout import Layout
 from autopar.optim.lazy_numbers import LazyNumber, number_of_value
 from autopar.optim.recording import (
@@ -49,6 +51,7 @@ from autopar.optim.recording import (
     ref,
     slot,
     traits,
+    written_values,
 )
 
 # Runs a recording: shards of the inputs to those of the values that are still wanted.
@@ -56,10 +59,13 @@ Run = Callable[
     [Recording, Sequence[Any], Sequence[int], frozenset[int]], Sequence[tuple[Any, Layout]]
 ]
 
+_DETACH = torch.ops.aten.detach.default
 _CLONE = torch.ops.aten.clone.default
 _COPY = torch.ops.aten.copy_.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
+
+_PLAIN = torch.Tensor.__torch_dispatch__
 
 # Inputs that are remembered between steps.
 _MOST_KNOWN = 100_000
@@ -153,7 +159,7 @@ class Recorder(TorchDispatchMode):
         self.mesh, self._run, self._home_of = mesh, run, home_of
         self._segment = 0
         self._known: dict[int, tuple[Any, Any, _Described]] = {}
-        self.given: list[weakref.ref[LazyTensor]] = []  # values that outlived their recording
+        self.given: list[weakref.ref[Any]] = []  # values and numbers that outlived their recording
         self._metas: dict[Any, list[Value] | None] = {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=False)
         self._clear()
@@ -166,6 +172,7 @@ class Recorder(TorchDispatchMode):
         self._by_id: dict[int, tuple[int, int]] = {}  # numbers, with the memory
         self._by_memory: dict[Any, int] = {}
         self._root_of_storage: dict[int, int] = {}
+        self._sharded: set[int] = set()  # roots that are local tensors of DTensors
         self._written: set[int] = set()  # roots that the recording writes
         self._read_off: dict[int, list[weakref.ref[LazyNumber]]] = {}  # numbers, per root
         self._made: list[tuple[int, weakref.ref[LazyTensor]]] = []
@@ -187,8 +194,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not types and not (self._recording.calls and self._touches(op, args, kwargs)):
-            return op(*args, **kwargs)
+        if not any(map(_is_recorded, types)):
+            touched = self._touched(op, args, kwargs) if self._recording.calls else ""
+            if touched == "shard":
+                self.flush()
+            if touched != "value":
+                return op(*args, **kwargs)
         if op is _ITEM:
             return self._item(args[0])
         known = traits(op)
@@ -245,7 +256,7 @@ class Recorder(TorchDispatchMode):
     def _place(self, a: Any, scalar: bool) -> Any:
         """An argument as a recording has it."""
         if isinstance(a, torch.Tensor):
-            return self._ref(a)
+            return self._ref(a.trigger_wait() if type(a) is AsyncCollectiveTensor else a)
         kind = type(a)
         if scalar and (kind is float or kind is int):
             self._recording.numbers.append(a)
@@ -287,6 +298,8 @@ class Recorder(TorchDispatchMode):
             storage, root = described.storage, number
             if storage is not None:
                 root = self._root_of_storage.setdefault(storage, number)
+                if _is_dtensor(type(x)):
+                    self._sharded.add(root)
             recording.roots.append(root)
             recording.inputs.append(number)
             recording.layouts.append(described.layout)
@@ -324,6 +337,8 @@ class Recorder(TorchDispatchMode):
         return described
 
     def _describe(self, x: torch.Tensor) -> _Described:
+        if type(x).__torch_dispatch__ is not _PLAIN and not _is_recorded(type(x)):
+            raise NotRecorded
         if x.layout is not torch.strided or x.is_quantized or (x.requires_grad and not x.is_leaf):
             raise NotRecorded
         local, layout = self._shard(x)
@@ -389,20 +404,30 @@ class Recorder(TorchDispatchMode):
 
     # -- what runs at once ------------------------------------------------------------------------
 
-    def _touches(self, op: Any, args: Any, kwargs: Any) -> bool:
-        """Whether an operator on plain tensors reads what is still to be written, or writes what is
-        still to be read."""
+    def _touched(self, op: Any, args: Any, kwargs: Any) -> str:
+        """What an operator on plain tensors has to do with the recording.
+
+        Returns:
+            "value": it reads what is still to be written, or writes what is still to be read;
+            "shard": it takes the local tensor of a DTensor; "": neither.
+        """
         known = traits(op)
-        if known.view and not known.writes:
-            return False  # reads nothing
+        reads = not known.view or bool(known.writes)
+        if op is _DETACH:
+            return ""  # as `p.data` does, on all ranks and for no elements
+        found = ""
         for i, a in enumerate((*args, *kwargs.values())):
             for x in a if isinstance(a, list | tuple) else (a,):
                 if isinstance(x, torch.Tensor):
                     root = self._root_of_storage.get(_storage(x))
+                    if root is None:
+                        continue
+                    if root in self._sharded:
+                        return "shard"
                     writes = i in known.writes or i >= len(args)
-                    if root is not None and (writes or root in self._written):
-                        return True
-        return False
+                    if reads and (writes or root in self._written):
+                        found = "value"
+        return found
 
     def _by_itself(self, op: Any, args: Any, kwargs: Any) -> Any:
         """An operator that is not recorded, on DTensors, after all that came before."""
@@ -468,14 +493,15 @@ class Recorder(TorchDispatchMode):
             inputs = [self._shard(x)[0] for x in tensors]
             try:
                 results = self._run(recording, inputs, wanted, frozenset(whole))
-            except CannotPlan:
-                results = self._on_dtensors(recording, tensors, wanted, whole)
+            except CannotPlan as error:
+                results = self._on_dtensors(recording, tensors, wanted, whole, error)
         del handles
         for (_, x), shard in zip(alive, results, strict=False):
             x.shard = shard
         self.given.extend(weakref.ref(x) for _, x in alive)
         for number in read:  # before anything writes the value
             number.guard_float()
+        self.given.extend(map(weakref.ref, read))
         return [local for local, _ in results[len(alive) :]]
 
     def _on_dtensors(
@@ -484,8 +510,23 @@ class Recorder(TorchDispatchMode):
         tensors: Sequence[torch.Tensor],
         wanted: Sequence[int],
         whole: Sequence[int],
+        error: CannotPlan,
     ) -> list[tuple[Any, Layout]]:
-        """The results of a recording's operators, by DTensors."""
+        """The results of a recording's operators, by DTensors.
+
+        Raises:
+            EngineError: views of sharded tensors would lose what is written to them.
+        """
+        written = {recording.roots[n] for c in recording.calls for n in written_values(c)}
+        views = {
+            recording.roots[n] for c in recording.calls if traits(c.op).view for n in c.results
+        }
+        if written & views:
+            raise EngineError(
+                f"this optimizer's step cannot run on shards: {error}. In the place of writing to "
+                "a view of a parameter or its state, compute the whole result and write it by "
+                "p.copy_(...)"
+            ) from error
         values: dict[int, Any] = {}
         for number, x in zip(recording.inputs, tensors, strict=True):
             values[number] = x.as_dtensor() if isinstance(x, LazyTensor) else x
@@ -519,6 +560,11 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 def _memory(x: torch.Tensor) -> int:
     """What changes when a tensor gets other memory."""
     return id(x._local_tensor) if _is_dtensor(type(x)) else x.data_ptr()  # type: ignore[attr-defined]
+
+
+@cache
+def _is_recorded(kind: type) -> bool:
+    return issubclass(kind, LazyTensor | DTensor)
 
 
 @cache

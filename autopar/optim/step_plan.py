@@ -155,11 +155,40 @@ def best_plan(
         CannotPlan: an operator writes through a view that a rank does not have.
     """
     calls = _needed(recording, wanted)
-    plans = [_Planner(recording, calls, mesh, cluster, {}).plan(wanted, whole)]
+    plans = [_with_owners(recording, calls, mesh, cluster, {}, wanted, whole)]
     owners = matrix_regions(recording, calls, mesh)
     if owners:
-        plans.append(_Planner(recording, calls, mesh, cluster, owners).plan(wanted, whole))
+        plans.append(_with_owners(recording, calls, mesh, cluster, owners, wanted, whole))
     return min(plans, key=lambda plan: plan.cost_us)
+
+
+def _with_owners(
+    recording: Recording, calls: Sequence[int], mesh: tuple[int, ...], cluster: ClusterInfo,
+    owners: Mapping[int, tuple[int, ...]], wanted: Sequence[int], whole: frozenset[int],
+) -> StepPlan:  # fmt: skip
+    """A plan. Memory that is written through views which shards do not have is whole on each rank
+    meanwhile."""
+    gathered: set[int] = set()
+    while True:
+        planner = _Planner(recording, calls, mesh, cluster, owners, frozenset(gathered))
+        try:
+            return planner.plan(wanted, whole)
+        except _NeedsWhole as error:
+            if error.root in gathered:
+                raise CannotPlan("it writes through a view of what it cannot gather") from None
+            gathered.add(error.root)
+
+
+class _NeedsWhole(Exception):
+    """Memory of the recording is written through a view that shards do not have.
+
+    Args:
+        root: the memory.
+    """
+
+    def __init__(self, root: int) -> None:
+        super().__init__(root)
+        self.root = root
 
 
 def _needed(recording: Recording, wanted: Sequence[int]) -> list[int]:
@@ -183,6 +212,7 @@ class _Planner:
     mesh: tuple[int, ...]
     cluster: ClusterInfo
     owners: Mapping[int, tuple[int, ...]]  # of matrices: per call the coordinates of a rank
+    gathered: frozenset[int]  # roots that every rank has whole while the program runs
     parts: list[Part] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     held: dict[int, int] = field(default_factory=dict)  # per value its part
@@ -209,11 +239,34 @@ class _Planner:
         self._written = {
             recording.roots[n] for i in self.calls for n in written_values(recording.calls[i])
         }
+        for number in recording.inputs:
+            self._gather(number)
         for i in self.calls:
             self._call(i, recording.calls[i])
+            for number in recording.calls[i].results:
+                self._gather(number)
+        for number, part in zip(recording.inputs, inputs, strict=True):
+            self._scatter(number, part)
         outputs = [self._output(n, n in whole) for n in wanted]
         order = sorted(self.steps, key=Step.order)
         return StepPlan(self.parts, inputs, order, outputs, self._cost_us())
+
+    def _gather(self, value: int) -> None:
+        """Hold a value whole, if its memory is to be."""
+        if self.recording.roots[value] == value and value in self.gathered:
+            self.held[value] = self._in(value, Layout.replicated(self._layout(value).spec.ndim))
+            self.copies.pop(value)
+
+    def _scatter(self, value: int, part: int) -> None:
+        """Put what was whole back into the shard of an input."""
+        held = self.held[value]
+        if held == part or self.recording.roots[value] not in self.gathered:
+            return
+        layout = self.parts[part].layout
+        source = self._new_part(self.parts[held].value, layout, self.parts[held].root)
+        self._step("slice", narrowed, (held,), (source,))
+        args = (ref(part), ref(source))
+        self._add(Step("run", _ATEN.copy_.default, args, {}, (part, source), (part,), ()))
 
     # -- parts ------------------------------------------------------------------------------------
 
@@ -304,12 +357,12 @@ class _Planner:
         """Forget the copies of what a value shares memory with.
 
         Raises:
-            CannotPlan: some of it would not see the write.
+            _NeedsWhole: some of it would not see the write.
         """
         root = self.parts[self.held[value]].root
         for other in self.aliases[self.recording.roots[value]]:
             if self.parts[self.held[other]].root != root:
-                raise CannotPlan("it writes through a view of a tensor in another layout")
+                raise _NeedsWhole(self.recording.roots[value])
             self.copies.pop(other, None)
 
     # -- calls ------------------------------------------------------------------------------------
@@ -327,6 +380,8 @@ class _Planner:
             self._at_owner(call, self.owners[position])
         elif known.pointwise:
             self._pointwise(call, known)
+        elif known.view and self.recording.roots[call.results[0]] in self.gathered:
+            self._replicated(call)
         elif call.op is _ATEN.linalg_vector_norm.default:
             self._norm(call)
         elif call.op in (_ATEN.mean.default, _ATEN.mean.dim):

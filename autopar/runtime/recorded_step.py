@@ -124,9 +124,9 @@ class RecordedStep:
             _ON.pop()
             recorder.flush()
             if any(ref() is not None for ref in recorder.given):
-                _as_dtensors(optimizer)
+                _settle(optimizer)
             recorder.given.clear()
-        return result.as_dtensor() if isinstance(result, LazyTensor) else result
+        return _settled(result)
 
     def _recorder_for(self, optimizer: torch.optim.Optimizer) -> Recorder | None:
         if any(group.get("differentiable") for group in optimizer.param_groups):
@@ -224,19 +224,28 @@ def _lists_by_default(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _as_dtensors(optimizer: torch.optim.Optimizer) -> None:
-    """Put DTensors in the place of what a step left in the state and in gradients."""
-    for entry in optimizer.state.values():
+def _settle(optimizer: torch.optim.Optimizer) -> None:
+    """Put DTensors and numbers in the place of what a step left in the optimizer."""
+    entries: list[Any] = [*optimizer.state.values(), *optimizer.param_groups, vars(optimizer)]
+    for entry in entries:
         for key, value in entry.items():
-            if pytree.tree_any(lambda x: isinstance(x, LazyTensor), value):
-                entry[key] = pytree.tree_map_only(LazyTensor, _settled, value)
+            if key not in ("params", "param_groups", "state") and _has_lazy(value):
+                entry[key] = pytree.tree_map(_settled, value)
     for p in _parameters(optimizer):
         if isinstance(p.grad, LazyTensor):
             p.grad = ShardedGradient.of_dtensor(p.grad.as_dtensor())
 
 
-def _settled(x: LazyTensor) -> torch.Tensor:
-    """An entry of state: a DTensor, or a plain tensor if it is a number."""
+def _has_lazy(value: Any) -> bool:
+    return any(isinstance(x, LazyTensor | torch.SymFloat) for x in pytree.tree_leaves(value))
+
+
+def _settled(x: Any) -> Any:
+    """A number as Python's, and a tensor as a DTensor or, of no dims, as a plain tensor."""
+    if isinstance(x, torch.SymFloat):
+        return float(x)
+    if not isinstance(x, LazyTensor):
+        return x
     assert x.shard is not None
     local = x.shard[0]
     if local is not None and not x.ndim:

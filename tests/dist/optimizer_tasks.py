@@ -10,12 +10,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.comm import world
-from autopar.ir.spec import ShardingSpec
+from autopar.comm import dtensor_rules, world
+from autopar.comm.stored_layout import StoredLayout
 from autopar.runtime.distribute import laid_out_like
 from autopar.runtime.optimizer_state import handle_later_optimizers
 from autopar.runtime.recorded_step import programs_of
-from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter
+from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter, view, views
 
 Parameters = list[torch.Tensor]
 Make = Callable[[Parameters], torch.optim.Optimizer]
@@ -122,17 +122,28 @@ UNEVEN = ((10, 7), (7, 13), (9,), (5, 6, 3, 1), (7, 13))
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "2": ("S0R", "RS0", "S0", "RS0RR", "RR"),
     "4": ("S0R", "RS0", "S0", "S0RRR", "RS0"),
+    "pipe=2": ("RR@0", "RR@1", "R@1", "RRRR@0", "RR"),
+    "pipe=2,2": ("S1R@0", "RS1@1", "S1@1", "S1RRR@0", "RR@1"),
     "2x2": ("S01R", "S0S1", "S0", "S1S0RR", "RS1"),
 }
 
 
 def sharded(whole: torch.Tensor, spec: str, mesh: Any) -> ShardedParameter:
     """A parameter of an engine, laid out."""
-    placements = ShardingSpec.parse(spec).to_placements(mesh.ndim)
+    placements = StoredLayout.parse(spec).placements(mesh)
     like = DTensor.from_local(
         whole.clone(), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
     return ShardedParameter.of_values(laid_out_like(whole, like), True)
+
+
+def _mesh(mesh: str) -> Any:
+    """A mesh on which operators take DTensors as they do with an engine."""
+    handle_later_optimizers()
+    dtensor_rules.install("cpu")
+    dtensor_rules.install_for(views(), view)
+    dtensor_rules.replicate_plain_tensors()
+    return world.start(ClusterInfo.of(mesh), torch.device("cpu"))
 
 
 def _values(seed: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Parameters:
@@ -149,8 +160,7 @@ def error_of(
         the largest difference of parameters and of state; the number of collectives of each
         program; the number of programs.
     """
-    handle_later_optimizers()
-    device_mesh = world.start(ClusterInfo.of(mesh), torch.device("cpu"))
+    device_mesh = _mesh(mesh)
     shapes = EVEN if even else UNEVEN
     whole = _values(0, shapes, dtype)
     alone = [torch.nn.Parameter(w.clone()) for w in whole]
@@ -198,4 +208,39 @@ def errors_of(names: Sequence[str], mesh: str, even: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         found[name] = error_of(name, mesh, even)
+    return found
+
+
+def habit_error(name: str, mesh: str, even: bool, steps: int = 4) -> float:
+    """The largest difference of parameters from a single device, stepping by a habit."""
+    from tests.dist.optimizer_habits import Own
+
+    device_mesh = _mesh(mesh)
+    shapes = EVEN if even else UNEVEN
+    whole = _values(0, shapes, torch.float64)
+    alone = [torch.nn.Parameter(w.clone()) for w in whole]
+    mine = [sharded(w, s, device_mesh) for w, s in zip(whole, LAYOUTS[mesh], strict=True)]
+    pair = [Own([{"params": ps[:2]}, {"params": ps[2:], "lr": 0.01}], name) for ps in (alone, mine)]
+    for step in range(steps):
+        for p, q, g in zip(alone, mine, _values(100 + step, shapes, torch.float64), strict=True):
+            p.grad = g.clone()
+            q.grad = ShardedGradient.of_dtensor(laid_out_like(g, q))
+        for optimizer in pair:
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.9
+    for p, q in zip(alone, mine, strict=True):
+        for key, expected in pair[0].state[p].items():
+            found = pair[1].state[q][key]
+            assert type(found) is type(expected) or isinstance(found, DTensor), (key, found)
+    return max(_gap(q, p) for p, q in zip(alone, mine, strict=True))
+
+
+def habit_errors(mesh: str, even: bool, names: Sequence[str]) -> dict[str, Any]:
+    """`habit_error` for several, or what was raised."""
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            found[name] = habit_error(name, mesh, even)
+        except Exception as error:  # the same on all ranks
+            found[name] = f"{type(error).__name__}: {error}"
     return found
