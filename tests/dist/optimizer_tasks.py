@@ -123,7 +123,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "2": ("S0R", "RS0", "S0", "RS0RR", "RR"),
     "4": ("S0R", "RS0", "S0", "S0RRR", "RS0"),
     "pipe=2": ("RR@0", "RR@1", "R@1", "RRRR@0", "RR"),
-    "pipe=2,2": ("S1R@0", "RS1@1", "S1@1", "S1RRR@0", "RR@1"),
+    "pipe=2,data=2": ("S1R@0", "RS1@1", "S1@1", "S1RRR@0", "RR@1"),
     "2x2": ("S01R", "S0S1", "S0", "S1S0RR", "RS1"),
 }
 
@@ -244,3 +244,137 @@ def habit_errors(mesh: str, even: bool, names: Sequence[str]) -> dict[str, Any]:
         except Exception as error:  # the same on all ranks
             found[name] = f"{type(error).__name__}: {error}"
     return found
+
+
+def engine_run() -> dict[str, Any]:
+    """A model trained by LAMB with clipping, saved, and resumed by another optimizer."""
+    from autopar import auto_engine
+    from autopar.optim import LAMB, large_batch_schedule
+    from tests.clusters import eager_to_shard
+    from tests.dist.engine_tasks import batch, difference, mlp
+
+    alone = mlp()
+    model = mlp()
+    one, other = (LAMB(m.parameters(), lr=0.05) for m in (alone, model))
+    split = {"up.weight": "S0R", "down.weight": "RS0"}
+    engine, other = auto_engine(model, other, eager_to_shard("2"), constraints=split)
+    schedules = [large_batch_schedule(o, 2, 10) for o in (one, other)]
+
+    def steps(start: int, pairs: Any) -> None:
+        for step in range(start, start + 3):
+            for m, o in pairs:
+                o.zero_grad()
+                m(*batch(step)).backward()
+                torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+                o.step()
+            for schedule in schedules:
+                schedule.step()
+
+    steps(0, ((alone, one), (engine, other)))
+    found: dict[str, Any] = {"difference": difference(engine, alone)}
+    entry = next(iter(other.state.values()))
+    found["state"] = {k: isinstance(v, DTensor) for k, v in entry.items()}
+    found["programs"] = len(programs_of(other))
+    later = LAMB(engine.parameters(), lr=0.05)
+    later.load_state_dict(other.state_dict())
+    schedules[1].optimizer = later
+    steps(3, ((alone, one), (engine, later)))
+    found["resumed"] = difference(engine, alone)
+    return found
+
+
+def around_a_step(what: str) -> str:
+    """Closures, errors, random numbers, loss scalers, optimizers made late: "right", or what is
+    not."""
+    from tests.dist.optimizer_habits import HABITS, Own
+
+    mesh = _mesh("2")
+    whole = _values(0, UNEVEN[:2], torch.float64)
+    alone = [torch.nn.Parameter(w.clone()) for w in whole]
+    mine = [sharded(w, s, mesh) for w, s in zip(whole, LAYOUTS["2"], strict=False)]
+    for p, q, g in zip(alone, mine, _values(1, UNEVEN[:2], torch.float64), strict=True):
+        p.grad = g.clone()
+        q.grad = ShardedGradient.of_dtensor(laid_out_like(g, q))
+
+    def gap() -> float:
+        return max(_gap(q, p) for p, q in zip(alone, mine, strict=True))
+
+    if what == "closure":
+        results = []
+        for ps in (alone, mine):
+            optimizer = Own(ps, "gradients_of_others")
+
+            def closure(ps: Any = ps) -> Any:
+                with torch.no_grad():
+                    return sum((p * p.grad).sum() for p in ps)
+
+            value = optimizer.step(closure)
+            results.append(_whole(value).item())
+        return "right" if gap() < 1e-12 and abs(results[0] - results[1]) < 1e-12 else f"{gap()}"
+    if what == "error":
+
+        def fails(self: Any, p: Any, g: Any, state: Any) -> None:
+            p.mul_(0.5)
+            if p.ndim and p.shape[0] == UNEVEN[1][0]:
+                raise KeyError("the second one")
+
+        HABITS["fails"] = fails
+        for ps in (alone, mine):
+            optimizer = Own(ps, "fails")
+            try:
+                optimizer.step()
+            except KeyError:
+                continue
+            return "no error"
+        mine[0].detach().mul_(1.0)  # nothing is recorded any more
+        return "right" if gap() == 0 else f"{gap()}"
+    if what == "random":
+
+        def draws(self: Any, p: Any, g: Any, state: Any) -> None:
+            p.mul_(0.5)
+            p.add_(torch.randn_like(p) * 1e-3)
+
+        HABITS["draws"] = draws
+        torch.manual_seed(0)
+        Own(mine, "draws").step()
+        moved = [(_whole(q) - 0.5 * w).abs().max().item() for q, w in zip(mine, whole, strict=True)]
+        return "right" if all(1e-4 < m < 1e-2 for m in moved) else f"{moved}"
+    if what == "scaler":
+        from autopar.optim import LAMB
+
+        for ps in (alone, mine):
+            optimizer = LAMB(ps, lr=0.1)
+            scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+            for step in range(2):
+                scaler.scale(torch.ones(()))  # makes the scale
+                for p in ps:
+                    p.grad.mul_(4.0)
+                    if step == 0 and p is ps[0]:  # this step is skipped
+                        p.grad.mul_(math.inf)
+                scaler.step(optimizer)
+                scaler.update()
+                for p, g in zip(ps, _values(2, UNEVEN[:2], torch.float64), strict=True):
+                    p.grad = g if ps is alone else ShardedGradient.of_dtensor(laid_out_like(g, p))
+        return "right" if 0 <= gap() < 1e-12 else f"{gap()}"
+    if what == "late":  # its first step is recorded too
+        later = torch.optim.Muon(mine, lr=0.1)
+        torch.optim.Muon(alone, lr=0.1).step()
+        later.step()
+        return "right" if gap() < 1e-12 and programs_of(later) else f"{gap()}"
+
+    def keeps(self: Any, p: Any, g: Any, state: Any) -> None:
+        self.last = p + g
+        self.length = g.norm().item()
+        p.sub_(g, alpha=0.1)
+
+    HABITS["keeps"] = keeps
+    pair = [Own(ps, "keeps") for ps in (alone, mine)]
+    for optimizer in pair:
+        optimizer.step()
+    kept = _gap(pair[1].last, pair[0].last)
+    same = type(pair[1].length) is float and abs(pair[1].length - pair[0].length) < 1e-12
+    return "right" if gap() < 1e-12 and kept < 1e-12 and same else f"{gap()}, {kept}, {same}"
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
