@@ -13,7 +13,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["LAMB", "LARS", "large_batch_schedule", "scaled_lr"]
+from autopar.optim.clip import clip_grad_norm_
+
+__all__ = ["LAMB", "LARS", "clip_grad_norm_", "large_batch_schedule", "scaled_lr"]
 
 _FROM_TIMM = {"LARS": "Lars", "LAMB": "Lamb"}
 

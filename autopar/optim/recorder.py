@@ -99,10 +99,13 @@ class LazyTensor(torch.Tensor):
     Attributes:
         shard: this rank's part and its layout, once it is known. The part is None on ranks that
             hold none.
+        view_of: of a view the operator, its arguments and which of its results this is. After a
+            recording has run, a view is taken again where it is used.
     """
 
     is_lazy = True
     shard: tuple[torch.Tensor | None, Layout] | None
+    view_of: tuple[Any, Any, Any, int] | None
     _segment: int
     _number: int
     _mesh: DeviceMesh
@@ -112,7 +115,7 @@ class LazyTensor(torch.Tensor):
         x: LazyTensor = torch.Tensor._make_wrapper_subclass(
             LazyTensor, value.shape, strides=value.stride, dtype=value.dtype, device=value.device
         )
-        x.shard, x._mesh, x._segment, x._number = None, mesh, segment, number
+        x.shard, x.view_of, x._mesh, x._segment, x._number = None, None, mesh, segment, number
         return x
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -125,8 +128,13 @@ class LazyTensor(torch.Tensor):
         args, kwargs = pytree.tree_map_only(LazyTensor, LazyTensor.as_dtensor, (args, kwargs or {}))
         return op(*args, **kwargs)
 
-    def as_dtensor(self) -> DTensor:
+    def as_dtensor(self) -> Any:
         """The same value over the same memory."""
+        if self.view_of is not None:
+            op, args, kwargs, index = self.view_of
+            with torch.no_grad():
+                made = op(*pytree.tree_map_only(LazyTensor, LazyTensor.as_dtensor, args), **kwargs)
+            return made if isinstance(made, torch.Tensor) else made[index]
         assert self.shard is not None, "its recording has run"
         local, layout = self.shard
         placements: list[Any] = layout.spec.to_placements(self._mesh.ndim)
@@ -175,6 +183,7 @@ class Recorder(TorchDispatchMode):
         self._sharded: set[int] = set()  # roots that are local tensors of DTensors
         self._written: set[int] = set()  # roots that the recording writes
         self._read_off: dict[int, list[weakref.ref[LazyNumber]]] = {}  # numbers, per root
+        self._views: list[weakref.ref[LazyTensor]] = []
         self._made: list[tuple[int, weakref.ref[LazyTensor]]] = []
 
     @classmethod
@@ -239,12 +248,16 @@ class Recorder(TorchDispatchMode):
             del recording.numbers[before:]
             raise NotRecorded
         results, numbers = [], []
-        for meta in metas:
+        for index, meta in enumerate(metas):
             number = recording.add(meta)
             root = recording.roots[template[0].number] if known.view else number
             x = LazyTensor.of(meta, self.mesh, self._segment, number)
             recording.roots.append(root)
-            self._made.append((number, weakref.ref(x)))
+            if known.view:
+                x.view_of = op, args, kwargs, index
+                self._views.append(weakref.ref(x))
+            else:
+                self._made.append((number, weakref.ref(x)))
             results.append(x)
             numbers.append(number)
         recording.note(Call(op, template, named, tuple(numbers)))
@@ -281,7 +294,13 @@ class Recorder(TorchDispatchMode):
         if type(x) is LazyTensor:
             if x._segment == self._segment:
                 return ref(x._number)
-            return ref(self._input(x))
+            if x.view_of is None:
+                return ref(self._input(x))
+            op, args, kwargs, index = x.view_of
+            made = self._record(op, traits(op), args, kwargs)
+            again = made if isinstance(made, LazyTensor) else made[index]
+            x._segment, x._number = again._segment, again._number
+            return ref(x._number)
         known = self._by_id.get(id(x))
         # `p.data = ...` may have put other memory in the place of what is known
         if known is not None and known[1] == _memory(x):
@@ -430,8 +449,20 @@ class Recorder(TorchDispatchMode):
         return found
 
     def _by_itself(self, op: Any, args: Any, kwargs: Any) -> Any:
-        """An operator that is not recorded, on DTensors, after all that came before."""
+        """An operator that is not recorded, on DTensors, after all that came before.
+
+        Raises:
+            EngineError: it writes a view.
+        """
         self.flush()
+        for i, argument in enumerate(op._schema.arguments):
+            x = args[i] if i < len(args) else kwargs.get(argument.name)
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes and isinstance(x, LazyTensor) and x.view_of is not None:
+                raise EngineError(
+                    f"this optimizer's step cannot run on shards: {op} writes a view. Compute the "
+                    "whole result and write it by p.copy_(...)"
+                )
         return op(*pytree.tree_map_only(LazyTensor, LazyTensor.as_dtensor, args),
                   **pytree.tree_map_only(LazyTensor, LazyTensor.as_dtensor, kwargs))  # fmt: skip
 
@@ -488,6 +519,7 @@ class Recorder(TorchDispatchMode):
         wanted = [*(n for n, _ in alive), *whole]
         handles = self._handles
         read = [n for refs in self._read_off.values() for r in refs if (n := r()) is not None]
+        self.given.extend(self._views)
         self._clear()
         with _disable_current_modes(), torch.no_grad():
             inputs = [self._shard(x)[0] for x in tensors]
@@ -523,9 +555,8 @@ class Recorder(TorchDispatchMode):
         }
         if written & views:
             raise EngineError(
-                f"this optimizer's step cannot run on shards: {error}. In the place of writing to "
-                "a view of a parameter or its state, compute the whole result and write it by "
-                "p.copy_(...)"
+                f"this optimizer's step cannot run on shards: {error}, and writes a view. Compute "
+                "the whole result and write it by p.copy_(...)"
             ) from error
         values: dict[int, Any] = {}
         for number, x in zip(recording.inputs, tensors, strict=True):

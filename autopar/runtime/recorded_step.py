@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,23 +19,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autopar.cluster.local import as_cluster
-from autopar.optim.layout import Layout
 from autopar.optim.lazy_numbers import lazy_max_and_min
-from autopar.optim.local_program import LocalProgram, local_program
-from autopar.optim.recorder import CannotPlan, LazyTensor, Recorder
-from autopar.optim.recording import Recording
-from autopar.optim.step_plan import best_plan
+from autopar.optim.local_program import LocalProgram
+from autopar.optim.programs import Programs
+from autopar.optim.recorder import LazyTensor, Recorder
 from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter, ShardedState
 from autopar.runtime.step_on_shards import ELEMENTWISE
 
-log = logging.getLogger(__name__)
-
 # Whose steps run the model, or take gradients that are no dense tensors.
 _ON_DTENSORS = (torch.optim.LBFGS, torch.optim.SparseAdam)
-
-# Programs of an optimizer; one that is made again and again gets no use of them.
-_MOST_PROGRAMS = 64
 
 _RECORDED: weakref.WeakKeyDictionary[torch.optim.Optimizer, RecordedStep] = (
     weakref.WeakKeyDictionary()
@@ -48,7 +39,7 @@ _ON: list[Recorder] = []
 
 def programs_of(optimizer: torch.optim.Optimizer) -> list[LocalProgram]:
     """The programs that the steps of an optimizer have become so far."""
-    return list(_RECORDED[optimizer].programs.values()) if optimizer in _RECORDED else []
+    return _RECORDED[optimizer].programs.all if optimizer in _RECORDED else []
 
 
 def record_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -85,8 +76,7 @@ class RecordedStep:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.programs: dict[Any, LocalProgram] = {}
-        self._refused: set[Any] = set()
+        self.programs = Programs()
         self._recorder: Recorder | None = None
         self._homes: dict[int, torch.Tensor] = {}
         before = optimizer.step
@@ -136,42 +126,10 @@ class RecordedStep:
         if mesh is None or mesh.get_coordinate() is None:
             return None
         if self._recorder is None or self._recorder.mesh != mesh:
-            self.programs.clear()
-            self._recorder = Recorder(mesh, self._run, lambda x: self._homes.get(id(x)))
+            self.programs = Programs()
+            run = functools.partial(self.programs.run, mesh)
+            self._recorder = Recorder(mesh, run, lambda x: self._homes.get(id(x)))
         return self._recorder
-
-    def _run(
-        self, recording: Recording, inputs: Sequence[Any], wanted: Sequence[int],
-        whole: frozenset[int],
-    ) -> Sequence[tuple[Any, Layout]]:  # fmt: skip
-        assert self._recorder is not None
-        key = recording.key(), tuple(wanted), whole
-        if key in self._refused:
-            raise CannotPlan
-        program = self.programs.get(key)
-        if program is None:
-            mesh = self._recorder.mesh
-            sizes, coords = tuple(mesh.shape), mesh.get_coordinate()
-            assert coords is not None
-            cluster = as_cluster("x".join(map(str, sizes)))
-            numbers = len(recording.numbers)
-            try:
-                plan = best_plan(recording, wanted, whole, sizes, cluster)
-            except CannotPlan as error:
-                log.warning(
-                    "a part of an optimizer's step runs on DTensors, operator by operator: %s",
-                    error,
-                )
-                self._refused.add(key)
-                raise
-            device = torch.device(mesh.device_type)
-            if device.type == "cuda":
-                device = torch.device("cuda", torch.cuda.current_device())
-            program = local_program(plan, numbers, sizes, tuple(coords), device)
-            if len(self.programs) >= _MOST_PROGRAMS:
-                self.programs.clear()
-            self.programs[key] = program
-        return program(inputs, recording.numbers)
 
 
 def _module_of(optimizer: torch.optim.Optimizer) -> str:
@@ -246,9 +204,8 @@ def _settled(x: Any) -> Any:
         return float(x)
     if not isinstance(x, LazyTensor):
         return x
-    assert x.shard is not None
-    local = x.shard[0]
+    local = None if x.shard is None else x.shard[0]
     if local is not None and not x.ndim:
         return local
-    dtensor: DTensor = x.as_dtensor()
-    return ShardedState.of_dtensor(dtensor)
+    made = x.as_dtensor()
+    return ShardedState.of_dtensor(made) if type(made) is DTensor else made

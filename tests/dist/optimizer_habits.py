@@ -214,3 +214,17 @@ def dtypes(self, p, g, state):
     counts = (g > 0).sum()
     p.mul_(1 - 0.001 * counts / g.numel())
     p.sub_(counts.item() * 1e-4)
+
+
+@habit
+def views_that_outlive_a_number(self, p, g, state):
+    flat, part = p.view(-1), p.unsqueeze(0)[:, 1:3]
+    turned = p.transpose(0, -1)
+    if g.norm() > 0:  # runs what came before
+        p.mul_(0.9)
+    p.sub_(g * flat.norm() * 0.01)
+    if g.sum() < 100:
+        flat.mul_(0.9)
+        part.add_(0.1)
+    turned.sub_(flat.mean() * 0.1)
+    state["view"] = p.detach()

@@ -299,6 +299,26 @@ def around_a_step(what: str) -> str:
     def gap() -> float:
         return max(_gap(q, p) for p, q in zip(alone, mine, strict=True))
 
+    if what == "clip":
+        from autopar.optim import clip_grad_norm_
+
+        expected = torch.nn.utils.clip_grad_norm_(alone, 0.5)
+        found = clip_grad_norm_(mine, 0.5)
+        grads = [_gap(q.grad, p.grad) for p, q in zip(alone, mine, strict=True)]
+        norm = abs(found.item() - expected.item())
+        return "right" if type(found) is torch.Tensor and max(norm, *grads) < 1e-12 else f"{grads}"
+    if what == "refused":
+        from autopar.errors import EngineError
+
+        def draws_into_a_view(self: Any, p: Any, g: Any, state: Any) -> None:
+            p.t()[1:3].normal_()
+
+        HABITS["draws_into_a_view"] = draws_into_a_view
+        try:
+            Own(mine, "draws_into_a_view").step()
+        except EngineError as error:
+            return "right" if "p.copy_" in str(error) else str(error)
+        return "not refused"
     if what == "closure":
         results = []
         for ps in (alone, mine):

@@ -63,7 +63,9 @@ def test_an_engine_trains_with_lamb_and_resumes(pair):
         assert found["programs"] <= 3, found
 
 
-@pytest.mark.parametrize("what", ["closure", "error", "random", "scaler", "late", "kept"])
+@pytest.mark.parametrize(
+    "what", ["closure", "error", "random", "scaler", "late", "kept", "clip", "refused"]
+)
 def test_what_happens_around_a_step(pair, what):
     for found in pair.run(tasks.around_a_step, what):
         assert found == "right", found
