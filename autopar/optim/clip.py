@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from autopar.optim.lazy_tensor import LazyTensor
 from autopar.optim.programs import Programs
-from autopar.optim.recorder import LazyTensor, Recorder
+from autopar.optim.recorder import Recorder
 
 # Per mesh; a mesh is kept by its process groups anyway.
 _RECORDERS: dict[int, Recorder] = {}

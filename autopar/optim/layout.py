@@ -129,3 +129,35 @@ def conversion_cost(
         wanted, held = target.box(shape, mesh, coords), source.box(shape, mesh, coords)
         most = max(most, numel(wanted) - numel(common(wanted, held)))
     return most, most > 0
+
+
+def aligned(layout: Layout, shape: Sequence[int], operand: Sequence[int]) -> Layout:
+    """The layout of an operand that is broadcast to a shape in a layout."""
+    lead = len(shape) - len(operand)
+    dims = tuple(
+        layout.spec.dims[lead + d] if lead + d >= 0 and n == shape[lead + d] else ()
+        for d, n in enumerate(operand)
+    )
+    return Layout(ShardingSpec(dims), layout.owner)
+
+
+def stretched(layout: Layout, operand: Sequence[int], shape: Sequence[int]) -> Layout | None:
+    """The layout of a result whose operand, broadcast to its shape, is in a layout."""
+    lead = len(shape) - len(operand)
+    if lead < 0:
+        return None
+    dims = ((),) * lead + tuple(
+        axes if n == shape[lead + d] else ()
+        for d, (n, axes) in enumerate(zip(operand, layout.spec.dims, strict=True))
+    )
+    return Layout(ShardingSpec(dims), layout.owner)
+
+
+def reduced_over(layout: Layout, dims_gone: set[int], keep: bool, ndim: int) -> Layout:
+    """The layout of a reduction, without the sums that are due."""
+    dims = tuple(
+        () if d in dims_gone else layout.spec.dims[d]
+        for d in range(ndim)
+        if keep or d not in dims_gone
+    )
+    return Layout(ShardingSpec(dims), layout.owner)

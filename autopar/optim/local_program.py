@@ -14,7 +14,7 @@ from autopar.ir.spec import local_shape
 from autopar.optim.layout import Box, Coords, Layout
 from autopar.optim.pieces import Exchange, SumOverRanks, relative
 from autopar.optim.recording import FORMULAS, Formula, NumberOf, Ref, Slot
-from autopar.optim.step_plan import LocalShape, Step, StepPlan, is_list
+from autopar.optim.steps import LocalShape, Step, StepPlan, is_list
 
 
 @dataclass(frozen=True)

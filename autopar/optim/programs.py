@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.cluster.local import as_cluster
 from autopar.optim.layout import Layout
+from autopar.optim.lazy_tensor import CannotPlan
 from autopar.optim.local_program import LocalProgram, local_program
-from autopar.optim.recorder import CannotPlan
 from autopar.optim.recording import Recording
 from autopar.optim.step_plan import best_plan
 

@@ -15,6 +15,7 @@ import torch
 
 from autopar.optim.layout import Layout
 from autopar.sharding.rules.pointwise import is_pointwise
+from autopar.sharding.rules.registry import DERIVED, ROWS
 
 _ATEN = torch.ops.aten
 
@@ -225,8 +226,7 @@ def _traits(op: torch._ops.OpOverload) -> Traits:
     pointwise = name not in _NEVER and (
         name in _POINTWISE
         or (lists and name not in _LISTS_NOT_POINTWISE)
-        or torch.Tag.pointwise in op.tags
-        or is_pointwise(op)
+        or ((torch.Tag.pointwise in op.tags or is_pointwise(op)) and not _has_row(op))
     )
     scalars = {
         key
@@ -249,6 +249,12 @@ def _traits(op: torch._ops.OpOverload) -> Traits:
         or torch.Tag.dynamic_output_shape in op.tags,
         _without_out(op) if [by_keyword for _, by_keyword in writes] == [True] else None,
     )
+
+
+def _has_row(op: torch._ops.OpOverload) -> bool:
+    """Whether an operator is tagged as pointwise and has operands that are not (a weight per
+    channel)."""
+    return str(op) in ROWS or str(op) in DERIVED
 
 
 def _without_out(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
@@ -290,3 +296,9 @@ def filled(template: Any, fill: Any) -> Any:
     if isinstance(template, Ref | Slot | NumberOf):
         return fill(template)
     return template
+
+
+def bound(call: Call) -> dict[str, Any]:
+    """Arguments by schema name."""
+    names = (a.name for a in call.op._schema.arguments)
+    return dict(zip(names, call.args, strict=False)) | dict(call.kwargs)

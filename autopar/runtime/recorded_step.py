@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autopar.optim.lazy_numbers import lazy_max_and_min
+from autopar.optim.lazy_tensor import LazyTensor
 from autopar.optim.local_program import LocalProgram
 from autopar.optim.programs import Programs
-from autopar.optim.recorder import LazyTensor, Recorder
+from autopar.optim.recorder import Recorder
 from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter, ShardedState
 from autopar.runtime.step_on_shards import ELEMENTWISE
 
