@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar.cluster.local import as_cluster
+from autopar.cluster.cluster import ClusterInfo
 from autopar.optim.layout import Layout
 from autopar.optim.lazy_tensor import CannotPlan
 from autopar.optim.local_program import LocalProgram, local_program
@@ -65,7 +65,8 @@ def _made(
 ) -> LocalProgram:
     sizes, coords = tuple(mesh.shape), mesh.get_coordinate()
     assert coords is not None, "the mesh is over all processes"
-    cluster = as_cluster("x".join(map(str, sizes)))
+    # not by this rank's own device: all ranks decide by the same figures
+    cluster = ClusterInfo.of(sizes, "cpu" if mesh.device_type == "cpu" else "A100-40G")
     numbers = len(recording.numbers)
     plan = best_plan(recording, wanted, whole, sizes, cluster)
     device = torch.device(mesh.device_type)

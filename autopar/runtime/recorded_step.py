@@ -79,7 +79,7 @@ class RecordedStep:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.programs = Programs()
         self._recorder: Recorder | None = None
-        self._homes: dict[int, torch.Tensor] = {}
+        self._homes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         before = optimizer.step
         mine = weakref.ref(self)
 
@@ -117,7 +117,12 @@ class RecordedStep:
             if any(ref() is not None for ref in recorder.given):
                 _settle(optimizer)
             recorder.given.clear()
+            self._homes.clear()
         return _settled(result)
+
+    def _home_of(self, x: torch.Tensor) -> torch.Tensor | None:
+        found = self._homes.get(id(x))
+        return None if found is None else found[1]
 
     def _recorder_for(self, optimizer: torch.optim.Optimizer) -> Recorder | None:
         if any(group.get("differentiable") for group in optimizer.param_groups):
@@ -129,7 +134,7 @@ class RecordedStep:
         if self._recorder is None or self._recorder.mesh != mesh:
             self.programs = Programs()
             run = functools.partial(self.programs.run, mesh)
-            self._recorder = Recorder(mesh, run, lambda x: self._homes.get(id(x)))
+            self._recorder = Recorder(mesh, run, self._home_of)
         return self._recorder
 
 
@@ -138,15 +143,18 @@ def _module_of(optimizer: torch.optim.Optimizer) -> str:
     return str(inspect.unwrap(type(optimizer).step).__module__)
 
 
-def _homes(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
-    """The parameter that a gradient or an entry of state belongs to, by its identity."""
-    homes: dict[int, torch.Tensor] = {}
+def _homes(
+    optimizer: torch.optim.Optimizer,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Gradients and entries of state by identity, each with its parameter. They are kept, so that
+    no other tensor gets their identity: ranks would plan by different homes."""
+    homes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for p in _parameters(optimizer):
         if p.grad is not None:
-            homes[id(p.grad)] = p
+            homes[id(p.grad)] = p.grad, p
         for x in optimizer.state.get(p, {}).values():
             if isinstance(x, torch.Tensor) and x.ndim:
-                homes[id(x)] = p
+                homes[id(x)] = x, p
     return homes
 
 
