@@ -246,16 +246,19 @@ def habit_errors(mesh: str, even: bool, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def engine_run() -> dict[str, Any]:
-    """A model trained by LAMB with clipping, saved, and resumed by another optimizer."""
+def engine_run(name: str) -> dict[str, Any]:
+    """A model trained with clipping, saved, and resumed by another optimizer."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
     from autopar import auto_engine
-    from autopar.optim import LAMB, large_batch_schedule
+    from autopar.optim import large_batch_schedule
     from tests.clusters import eager_to_shard
     from tests.dist.engine_tasks import batch, difference, mlp
 
     alone = mlp()
     model = mlp()
-    one, other = (LAMB(m.parameters(), lr=0.05) for m in (alone, model))
+    make = makes()[name]
+    one, other = (make(list(m.parameters())) for m in (alone, model))
     split = {"up.weight": "S0R", "down.weight": "RS0"}
     engine, other = auto_engine(model, other, eager_to_shard("2"), constraints=split)
     schedules = [large_batch_schedule(o, 2, 10) for o in (one, other)]
@@ -272,10 +275,23 @@ def engine_run() -> dict[str, Any]:
 
     steps(0, ((alone, one), (engine, other)))
     found: dict[str, Any] = {"difference": difference(engine, alone)}
-    entry = next(iter(other.state.values()))
-    found["state"] = {k: isinstance(v, DTensor) for k, v in entry.items()}
+    found["state"] = {
+        k: isinstance(v, DTensor)
+        for entry in other.state.values()
+        for k, v in entry.items()
+        if v.ndim
+    }
     found["programs"] = len(programs_of(other))
-    later = LAMB(engine.parameters(), lr=0.05)
+    options = StateDictOptions(full_state_dict=True)
+    saved = get_optimizer_state_dict(engine, other, options=options)["state"]
+    if torch.distributed.get_rank() == 0:
+        for (p_name, p), entry in zip(alone.named_parameters(), saved.values(), strict=True):
+            assert saved[p_name] is entry
+            found["saved"] = max(
+                found.get("saved", 0.0),
+                *(_gap(v, one.state[p][k]) for k, v in entry.items() if v.ndim),
+            )
+    later = make(list(engine.parameters()))
     later.load_state_dict(other.state_dict())
     schedules[1].optimizer = later
     steps(3, ((alone, one), (engine, later)))
