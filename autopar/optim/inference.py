@@ -20,7 +20,8 @@ class Inference:
     def results(
         self, recording: Recording, op: Any, template: Any, named: Any
     ) -> list[Value] | None:
-        """What an operator's results are like; None if that depends on elements."""
+        """What an operator's results are like; None if it fails on these operands, or if its
+        results depend on elements."""
         kinds = recording.kinds
 
         def described(place: Any) -> Any:
@@ -57,7 +58,7 @@ def _inferred(
             made = op(*args, **kwargs)
         except Exception:  # it says so itself, when it runs on DTensors
             return None
-    results = made if isinstance(made, list | tuple) else [made]
+    results = [] if made is None else made if isinstance(made, list | tuple) else [made]
     if not all(isinstance(x, torch.Tensor) for x in results):
         return None
     return [Value(tuple(x.shape), tuple(x.stride()), x.dtype, x.device) for x in results]

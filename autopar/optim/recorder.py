@@ -138,6 +138,10 @@ class Recorder(TorchDispatchMode):
         named = tuple((k, place(v, k in scalars)) for k, v in kwargs.items())
         if recording is not self._recording:  # a number was asked for, so that it ran
             return self._record(op, known, args, kwargs)
+        metas = self._inference.results(recording, op, template, named)
+        if metas is None:  # of an operator in place, too: shards may fit where the whole does not
+            del recording.numbers[before:]
+            raise NotRecorded
         if known.writes:
             for i in known.writes:
                 for place in template[i] if type(template[i]) is tuple else (template[i],):
@@ -151,10 +155,6 @@ class Recorder(TorchDispatchMode):
             if len(known.writes) == 1:
                 return args[known.writes[0]]
             return tuple(args[i] for i in known.writes)
-        metas = self._inference.results(recording, op, template, named)
-        if metas is None:
-            del recording.numbers[before:]
-            raise NotRecorded
         results, numbers = [], []
         for index, meta in enumerate(metas):
             number = recording.add(meta)
@@ -179,8 +179,9 @@ class Recorder(TorchDispatchMode):
         if isinstance(a, torch.Tensor):
             return self._ref(a.trigger_wait() if type(a) is AsyncCollectiveTensor else a)
         kind = type(a)
-        if scalar and (kind is float or kind is int):
-            self._recording.numbers.append(a)
+        if scalar and (isinstance(a, float) or kind is int):  # NumPy's are floats of their own
+            kind = int if kind is int else float
+            self._recording.numbers.append(kind(a))
             return slot(len(self._recording.numbers) - 1, kind)  # type: ignore[arg-type]
         if kind is list or kind is tuple:
             return tuple([self._place(x, scalar) for x in a])

@@ -335,6 +335,19 @@ def around_a_step(what: str) -> str:
         except EngineError as error:
             return "right" if "p.copy_" in str(error) else str(error)
         return "not refused"
+    if what == "shapes":  # [5, 7] fits the shards of [10, 7], and not the whole
+
+        def does_not_fit(self: Any, p: Any, g: Any, state: Any) -> None:
+            p.sub_(torch.ones(5, 7, dtype=p.dtype))
+
+        HABITS["does_not_fit"] = does_not_fit
+        for ps in (alone, mine):
+            try:
+                Own(ps, "does_not_fit").step()
+            except RuntimeError:
+                continue
+            return "no error"
+        return "right" if gap() == 0 else f"{gap()}"
     if what == "closure":
         results = []
         for ps in (alone, mine):

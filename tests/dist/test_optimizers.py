@@ -66,7 +66,7 @@ def test_an_engine_trains_and_resumes(pair, name):
 
 
 @pytest.mark.parametrize(
-    "what", ["closure", "error", "random", "scaler", "late", "kept", "clip", "refused"]
+    "what", ["closure", "error", "random", "scaler", "late", "kept", "clip", "refused", "shapes"]
 )
 def test_what_happens_around_a_step(pair, what):
     for found in pair.run(tasks.around_a_step, what):
