@@ -45,6 +45,8 @@ def _parameters(mesh: Any, blocks: int, width: int) -> list[torch.Tensor]:
 
 
 def _optimizers() -> dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimizer]]:
+    from transformers.optimization import Adafactor
+
     from autopar import optim
 
     return {
@@ -52,6 +54,7 @@ def _optimizers() -> dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimi
         "LARS": lambda ps: optim.LARS(ps, lr=0.1, momentum=0.9, weight_decay=1e-4),
         "Muon": lambda ps: torch.optim.Muon([p for p in ps if p.ndim == 2], lr=1e-3),
         "Adafactor": lambda ps: torch.optim.Adafactor(ps, lr=1e-3),
+        "transformers Adafactor": Adafactor,
         "AdamW, fused": lambda ps: torch.optim.AdamW(ps, lr=1e-3, fused=True),
     }
 

@@ -74,6 +74,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.mesh, self._run, self._home_of = mesh, run, home_of
+        self.lazy_numbers = True  # whether numbers that Python asks for may come later
         self._segment = 0
         self._inputs = Inputs(mesh)
         self.given: list[weakref.ref[Any]] = []  # values and numbers that outlived their recording
@@ -299,7 +300,7 @@ class Recorder(TorchDispatchMode):
 
     def _item(self, x: torch.Tensor) -> Any:
         """A number that Python asks for: later if it is a real one, else now."""
-        if not x.dtype.is_floating_point or x.ndim:
+        if not self.lazy_numbers or not x.dtype.is_floating_point or x.ndim:
             return self.number(x)
         if type(x) is not LazyTensor:
             x = self._record(_CLONE, traits(_CLONE), (x,), {})

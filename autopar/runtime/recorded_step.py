@@ -30,6 +30,10 @@ from autopar.runtime.step_on_shards import ELEMENTWISE
 # Whose steps run the model, or take gradients that are no dense tensors.
 _ON_DTENSORS = (torch.optim.LBFGS, torch.optim.SparseAdam)
 
+# Modules whose optimizers take a `torch.SymFloat` for a number. Others might format it, or ask for
+# its type.
+LAZY_NUMBERS_IN = ["torch.optim.", "timm.optim.", "transformers."]
+
 _RECORDED: weakref.WeakKeyDictionary[torch.optim.Optimizer, RecordedStep] = (
     weakref.WeakKeyDictionary()
 )
@@ -107,7 +111,10 @@ class RecordedStep:
         _ON.append(recorder)
         try:
             with ExitStack() as stack:
-                stack.enter_context(lazy_max_and_min(_module_of(optimizer)))
+                module = _module_of(optimizer)
+                recorder.lazy_numbers = module.startswith(tuple(LAZY_NUMBERS_IN))
+                if recorder.lazy_numbers:
+                    stack.enter_context(lazy_max_and_min(module))
                 stack.enter_context(_lists_by_default(optimizer))
                 stack.enter_context(recorder)
                 result = before(*args, **kwargs)

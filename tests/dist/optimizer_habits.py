@@ -54,6 +54,12 @@ def number_read_before_its_tensor_changes(self, p, g, state):
 
 
 @habit
+def numbers_as_text(self, p, g, state):
+    length = g.norm().item()
+    p.sub_(g, alpha=0.01 * len(f"{length:.3f}") * isinstance(length, float))
+
+
+@habit
 def number_kept_for_the_next_step(self, p, g, state):
     p.add_(g, alpha=-0.1 * state.get("length", 1.0))
     state["length"] = float(g.norm())
