@@ -32,6 +32,7 @@ from autopar.runtime.call import Call
 from autopar.runtime.engine import Engine, engine_of
 from autopar.runtime.engine_options import EngineOptions
 from autopar.runtime.optimizer_state import handle_later_optimizers
+from autopar.runtime.recorded_step import record_steps
 from autopar.runtime.step_compiler import StepCompiler
 from autopar.runtime.step_runner import StepRunner
 from autopar.versions import warn_if_torch_is_untested
@@ -188,6 +189,8 @@ def auto_engine(
     )
     engine = engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     handle_later_optimizers()
+    if optimizer is not None:
+        record_steps(optimizer)
     if example_inputs is not None:
         args, kwargs = split_inputs(example_inputs)
         engine._autopar_runner.step_for(Call.of(args, kwargs))

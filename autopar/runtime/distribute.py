@@ -18,7 +18,12 @@ from torch.distributed.tensor import DTensor
 from autopar.comm.stored_layout import StoredLayout
 from autopar.ir.spec import ShardingSpec, local_range
 from autopar.runtime.deferred_tensors import DeferredTensor
-from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter, ShardedState
+from autopar.runtime.sharded_values import (
+    SavedShard,
+    ShardedGradient,
+    ShardedParameter,
+    ShardedState,
+)
 
 
 def shard_of(
@@ -58,11 +63,12 @@ def laid_out_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def sharded_state(x: Any, p: torch.Tensor) -> Any:
-    """An entry of an optimizer's state, laid out as its parameter if it has the same shape."""
+    """An entry of an optimizer's state, laid out as its parameter if it has the same shape; a
+    DTensor of another shape stays laid out as it is."""
     if not isinstance(p, DTensor) or not isinstance(x, torch.Tensor) or isinstance(x, ShardedState):
         return x
     if not x.ndim or x.shape != p.shape:
-        return x
+        return ShardedState.of_dtensor(x) if isinstance(x, SavedShard) else x
     laid_out: Any = x if isinstance(x, DTensor) else laid_out_like(x, p)
     return ShardedState.of_dtensor(laid_out)
 

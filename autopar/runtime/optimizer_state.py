@@ -22,6 +22,7 @@ from autopar.comm.dtensor_rules import enter_step, leave_step
 from autopar.runtime.adoption import train_current_parameters
 from autopar.runtime.distribute import sharded_state
 from autopar.runtime.gathered_part import steps
+from autopar.runtime.recorded_step import record_later_optimizers, record_steps
 from autopar.runtime.sharded_values import SavedShard, ShardedParameter
 from autopar.runtime.step_on_shards import StepOnShards
 
@@ -34,6 +35,7 @@ _STEPPED: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKe
 @functools.cache
 def handle_later_optimizers() -> None:
     """Lay the state of optimizers that are made after `auto_engine` out when they step."""
+    record_later_optimizers()
     register_optimizer_step_pre_hook(_lay_out_state)
     register_optimizer_step_pre_hook(enter_step)
     register_optimizer_step_post_hook(leave_step)
@@ -50,6 +52,7 @@ def _lay_out_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
     if any(isinstance(p, ShardedParameter) for g in optimizer.param_groups for p in g["params"]):
         handle_state_dicts(optimizer)
         StepOnShards.attach(optimizer)
+        record_steps(optimizer)
     _STEPPED[optimizer] = optimizer.state
 
 

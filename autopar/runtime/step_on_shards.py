@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from autopar.runtime.distribute import laid_out_like, sharded_state
 from autopar.runtime.sharded_values import ShardedState
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
     torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD,
     torch.optim.Adagrad, torch.optim.Adadelta,
@@ -36,7 +36,7 @@ class StepOnShards:
     @classmethod
     def attach(cls, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer step on shards, if each element is on its own to it."""
-        if type(optimizer) in _ELEMENTWISE and optimizer not in _ATTACHED:
+        if type(optimizer) in ELEMENTWISE and optimizer not in _ATTACHED:
             _ATTACHED.add(optimizer)
             cls(optimizer)
 

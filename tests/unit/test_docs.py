@@ -51,6 +51,7 @@ PAGES = (
     "docs/pipelines.md",
     "docs/training_scripts.md",
     "docs/checkpoints.md",
+    "docs/optimizers.md",
     "docs/precision.md",
     "docs/integrations.md",
     "benchmarks/README.md",
