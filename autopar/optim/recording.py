@@ -241,6 +241,7 @@ def _traits(op: torch._ops.OpOverload) -> Traits:
         view,
         frozenset(scalars if pointwise else ()),
         op.namespace != "aten"
+        or not (schema.returns or writes)  # a check, as of `torch.linalg.inv`
         or name in _NEVER
         or name.startswith("_fused_")
         or any(by_keyword for _, by_keyword in writes)

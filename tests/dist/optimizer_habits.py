@@ -234,3 +234,14 @@ def views_that_outlive_a_number(self, p, g, state):
         part.add_(0.1)
     turned.sub_(flat.mean() * 0.1)
     state["view"] = p.detach()
+
+
+@habit
+def inverses_and_solutions(self, p, g, state):
+    if p.ndim != 2:
+        return
+    if "gram" not in state:
+        state["gram"] = torch.eye(p.shape[0], dtype=p.dtype)
+    state["gram"].lerp_(g @ g.t(), 0.1)
+    p.sub_(torch.linalg.inv(state["gram"]) @ g, alpha=0.01)
+    p.sub_(torch.linalg.solve(state["gram"], g), alpha=0.01)
