@@ -17,7 +17,7 @@ from autopar.ir.precision import Precision
 from autopar.ir.spec import ShardingSpec
 from autopar.units import mesh_text
 
-FORMAT = 8
+FORMAT = 9
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,34 @@ class StepSummary:
 
 
 @dataclass(frozen=True)
+class TimeSplit:
+    """A region of a rank's program that runs in slices, one after another.
+
+    Splits of a plan are applied in order, each to what the ones before it made.
+
+    Args:
+        first, last: names of its first and its last operator.
+        dim: of the first one's first result, that is sliced.
+        pieces: that the dim comes in.
+        slices: each takes one or more of the pieces; their numbers differ by one at most.
+        at_once: the backward of each slice runs right after its forward.
+        factor: what is sliced, for reports: "dim 1 of size 128 of linear".
+        modules: that the region belongs to.
+        sources: lines of the model, as `file:line`, where it begins and ends.
+    """
+
+    first: str
+    last: str
+    dim: int
+    pieces: int
+    slices: int
+    at_once: bool = False
+    factor: str = ""
+    modules: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """One stage of a pipeline, per device.
 
@@ -322,6 +350,8 @@ class ShardingPlan:
         microbatches: slices of the batch that the step processes one after another; the plan is
             that of one.
         pipeline: its stages. The mesh has one rank on their axis.
+        time_splits: regions of a rank's program that run in slices, in the order in which they are
+            split.
     """
 
     model: str
@@ -348,6 +378,7 @@ class ShardingPlan:
     precision: Precision | None = None
     microbatches: int = 1
     pipeline: PipelinePlan | None = None
+    time_splits: tuple[TimeSplit, ...] = ()
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""
