@@ -8,6 +8,7 @@ for 1, slice by slice, and multiplied by it. This is the fused linear cross-entr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,30 +20,24 @@ class SplitLoss(torch.nn.Module):
     """Computes a scalar as the sum of what slices give.
 
     Args:
-        parts: graph of each slice: takes the whole values, then its slice of the others, and
-            returns its term.
-        entries: how many whole values there are; behind them come all slices of the first of the
-            others, then of the second.
+        parts: graph of each slice, which returns its term.
+        taken: by slice, which of the arguments its graph takes, in order.
     """
 
-    def __init__(self, parts: Sequence[fx.GraphModule], entries: int) -> None:
+    def __init__(self, parts: Sequence[fx.GraphModule], taken: Sequence[Sequence[int]]) -> None:
         super().__init__()
-        self.parts, self.entries = torch.nn.ModuleList(parts), entries
+        self.parts, self.taken = torch.nn.ModuleList(parts), taken
 
     def forward(self, *flat: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
             loss: torch.Tensor = _AtOnce.apply(self, *flat)
             return loss
         total = None
-        for number, part in enumerate(self.parts):
-            term = _wide(part(*self.taken(flat, number))[0])
+        for part, at in zip(self.parts, self.taken, strict=True):
+            term = _wide(part(*(flat[k] for k in at))[0])
             total = term if total is None else total + term
         assert total is not None
         return total.to(flat_dtype(self, flat))
-
-    def taken(self, flat: Sequence[Any], number: int) -> list[Any]:
-        """What a slice takes."""
-        return [*flat[: self.entries], *flat[self.entries + number :: len(self.parts)]]
 
 
 def flat_dtype(module: SplitLoss, flat: Sequence[torch.Tensor]) -> torch.dtype:
@@ -63,8 +58,8 @@ class _AtOnce(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         grads: list[torch.Tensor | None] = [None] * len(flat)
         total: torch.Tensor | None = None
-        for number, part in enumerate(module.parts):
-            at = module.taken(range(len(flat)), number)
+        uses = Counter(k for at in module.taken for k in set(at))
+        for part, at in zip(module.parts, module.taken, strict=True):
             with torch.enable_grad():
                 taken = [flat[k].detach().requires_grad_(needed[k]) for k in at]
                 term = part(*taken)[0]
@@ -75,7 +70,7 @@ class _AtOnce(torch.autograd.Function):
             for (k, _), g in zip(wanted, given, strict=True):
                 known = grads[k]
                 if g is not None:
-                    g = _wide(g) if k < module.entries else g
+                    g = _wide(g) if uses[k] > 1 else g
                     grads[k] = g if known is None else known + g
         ctx.dtypes = [x.dtype for x in flat]
         ctx.present = [g is not None for g in grads]

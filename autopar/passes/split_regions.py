@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.errors import PlanError
-from autopar.ir.graph import ModelGraph
+from autopar.ir.graph import ModelGraph, NodeInfo, producer
 from autopar.passes.regions import Growth, Region, as_model_graph, separate_region
 from autopar.passes.separable_form import separable_form
 from autopar.passes.slice_graph import slice_graph
@@ -122,15 +122,16 @@ def split_region(gm: fx.GraphModule, region: Region, split: TimeSplit) -> None:
     outputs: Any = separation.graph.output.args[0]
     states = [separation.state(x) for x in outputs]
     last = region.nodes[-1]
-    writer = _Writer(gm.graph, entries, [s for _, s in separation.whole])
-    writer.values = [
-        entries[_position(separation.graph, node)] for (node, _), _ in separation.whole
-    ]
+    entered = dict(zip(separation.graph.placeholders.values(), entries, strict=True))
+    writer = _Writer(
+        gm.graph, entries, [entered[node] for (node, _), _ in separation.whole],
+        [state for _, state in separation.whole], region.nodes[0].meta["autopar"],
+    )  # fmt: skip
     with gm.graph.inserting_after(last):
         anchor = gm.graph.call_function(operator.add, (0, 0))  # where slices are written
     with gm.graph.inserting_before(anchor):
         if split.at_once:
-            results = _at_once(gm, writer, [parts[size] for size in sizes], sizes, anchor)
+            results = _at_once(gm, writer, [parts[size] for size in sizes], sizes)
         else:
             results = writer.write([parts[size] for size in sizes], sizes, states, given)
     gm.graph.erase_node(anchor)
@@ -142,28 +143,31 @@ def split_region(gm: fx.GraphModule, region: Region, split: TimeSplit) -> None:
 
 
 def _is_given(node: fx.Node, region: Region) -> bool:
-    from autopar.ir.graph import producer
-
     single = isinstance(node.meta["val"], torch.Tensor)
     return single and node not in region.before and producer(node) in region.given
 
 
-def _position(graph: ModelGraph, node: fx.Node) -> int:
-    return next(k for k, n in enumerate(graph.placeholders.values()) if n is node)
-
-
 @dataclass
 class _Writer:
+    """Writes the slices of a region.
+
+    Args:
+        entries: values from before that every slice takes whole, in the order of its graph.
+        values, states: what slices take behind these: slices of them, or the whole again.
+        info: origin of what belongs to no operator of the region.
+    """
+
     graph: fx.Graph
     entries: Sequence[fx.Node]
-    whole_states: Sequence[State]
-    values: Sequence[fx.Node] = ()
+    values: Sequence[fx.Node]
+    states: Sequence[State]
+    info: NodeInfo
 
     def cut(self, sizes: Sequence[int]) -> list[list[fx.Node]]:
         """The slices of values that slices take: by value, then by slice."""
         pieces = sum(sizes)
         cut: list[list[fx.Node]] = []
-        for node, state in zip(self.values, self.whole_states, strict=True):
+        for node, state in zip(self.values, self.states, strict=True):
             if state == "R":
                 cut.append([node] * len(sizes))
                 continue
@@ -232,22 +236,22 @@ class _Writer:
         else:
             with torch.no_grad():
                 node.meta["val"] = target(*values[0], **values[1])
-        node.meta["autopar"] = like.meta.get("autopar")
+        node.meta["autopar"] = like.meta.get("autopar", self.info)
         return node
 
 
 def _at_once(
-    gm: fx.GraphModule, writer: _Writer, parts: Sequence[ModelGraph], sizes: Sequence[int],
-    anchor: fx.Node,
+    gm: fx.GraphModule, writer: _Writer, parts: Sequence[ModelGraph], sizes: Sequence[int]
 ) -> list[fx.Node]:  # fmt: skip
     """A call of the slices of a loss, forward and backward."""
-    del anchor
     cut = writer.cut(sizes)
+    by_slice = [[*writer.entries, *(x[k] for x in cut)] for k, _ in enumerate(sizes)]
+    flat = list(dict.fromkeys(x for taken in by_slice for x in taken))
+    at = {x: k for k, x in enumerate(flat)}
     name = next(f"split_loss_{k}" for k in range(10**6) if not hasattr(gm, f"split_loss_{k}"))
-    gm.add_module(name, SplitLoss([part.gm for part in parts], len(writer.entries)))
-    flat = [*writer.entries, *(x for slices in cut for x in slices)]
+    positions = [[at[x] for x in taken] for taken in by_slice]
+    gm.add_module(name, SplitLoss([part.gm for part in parts], positions))
     node = gm.graph.call_module(name, tuple(flat))
-    output: Any = parts[0].output.args[0]
-    node.meta["val"] = output[0].meta["val"]
-    node.meta["autopar"] = output[0].meta["autopar"]
+    (result,) = parts[0].output.args[0]  # type: ignore[misc, union-attr]
+    node.meta = {"val": result.meta["val"], "autopar": writer.info}  # type: ignore[union-attr]
     return [node]
