@@ -21,28 +21,35 @@ aten = torch.ops.aten
 def fill_concatenations(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy the parts of concatenations into place where they are made."""
     graph = gm.graph
+    filled: dict[fx.Node, fx.Node] = {}  # results, and the last copy into each
+    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+        dying = _dying(graph, node)
+        if dying:
+            _fill(graph, node, dying, filled)
+    return gm
+
+
+def _dying(graph: fx.Graph, node: fx.Node) -> dict[int, tuple[fx.Node, list[fx.Node]]]:
+    """By position, the parts that nothing reads besides the concatenation: what makes each, and the
+    views that lead to it."""
     where = storages(graph)
     last: dict[Storage, fx.Node] = {}
     held: set[Storage] = set()
-    for node in graph.nodes:
-        read = {where[n] for n in node.all_input_nodes}
-        last |= dict.fromkeys(read, node)
-        if where[node] is None or node.op == "output":
+    for n in graph.nodes:
+        read = {where[x] for x in n.all_input_nodes}
+        last |= dict.fromkeys(read, n)
+        if where[n] is None or n.op == "output":
             held |= read
-    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
-        parts: Any = node.args[0]
-        dying = {
-            k: (source[0], chain)
-            for k, x in enumerate(parts)
-            if (source := where[x]) is not None
-            and last[source] is node
-            and source not in held
-            and (chain := _views(x, source[0])) is not None
-            and sum(where[n] == source for n in node.all_input_nodes) == 1
-        }
-        if dying:
-            _fill(graph, node, dying)
-    return gm
+    parts: Any = node.args[0]
+    return {
+        k: (source[0], chain)
+        for k, x in enumerate(parts)
+        if (source := where[x]) is not None
+        and last[source] is node
+        and source not in held
+        and (chain := _views(x, source[0])) is not None
+        and sum(where[n] == source for n in node.all_input_nodes) == 1
+    }
 
 
 def _views(x: fx.Node, maker: fx.Node) -> list[fx.Node] | None:
@@ -59,10 +66,12 @@ def _views(x: fx.Node, maker: fx.Node) -> list[fx.Node] | None:
 
 
 def _fill(
-    graph: fx.Graph, node: fx.Node, dying: dict[int, tuple[fx.Node, list[fx.Node]]]
+    graph: fx.Graph, node: fx.Node, dying: dict[int, tuple[fx.Node, list[fx.Node]]],
+    filled: dict[fx.Node, fx.Node],
 ) -> None:  # fmt: skip
     value, parts = node.meta["val"], list(node.args[0])  # type: ignore[arg-type]
     dim = (node.args[1] if len(node.args) > 1 else 0) % value.ndim  # type: ignore[operator]
+    dying = {k: (filled.get(maker, maker), chain) for k, (maker, chain) in dying.items()}
     makers = {maker for maker, _ in dying.values()}
     first = next(n for n in graph.nodes if n in makers)
     with graph.inserting_before(first):
@@ -71,7 +80,7 @@ def _fill(
             {"dtype": value.dtype, "device": value.device},
         )  # fmt: skip
     result.meta = dict(node.meta)
-    start = 0
+    start, copies = 0, set[fx.Node]()
     for k, x in enumerate(parts):
         size = x.meta["val"].shape[dim]
         at = node
@@ -83,7 +92,8 @@ def _fill(
             at = at.next
         with graph.inserting_before(at):
             place = graph.call_function(aten.slice.Tensor, (result, dim, start, start + size))
-            graph.call_function(aten.copy_.default, (place, x))
+            copies.add(graph.call_function(aten.copy_.default, (place, x)))
         start += size
+    filled[result] = next(n for n in reversed(graph.nodes) if n in copies)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

@@ -28,6 +28,9 @@ from autopar.plan import TimeSplit
 
 aten = torch.ops.aten
 
+# Marks operators that belong to a slice.
+IN_SLICES = "autopar_in_slices"
+
 
 def even_sizes(pieces: int, count: int) -> tuple[int, ...]:
     """Pieces of `count` slices, which differ by one at most; larger ones first."""
@@ -224,6 +227,7 @@ class _Writer:
             if node.op == "call_function":
                 new = env[node] = self.graph.node_copy(node, env.__getitem__)
                 new.meta = {k: v for k, v in node.meta.items() if k != "autopar_rule"}
+                new.meta[IN_SLICES] = True
         outputs: Any = part.output.args[0]
         return [env[x] for x in outputs]
 

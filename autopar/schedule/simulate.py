@@ -76,12 +76,13 @@ def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
     returned = program.results | program.gradients
     for s in (program.gradient_bytes.keys() | program.parameters.keys()) & current.keys():
         end[current[s]] = forward + len(schedule.backward) - 1
+    made = list(start) if filled else start
     for at, k, parts in filled:
         for part in parts:
-            same_part = (start[part] >= forward) == (at >= forward)
+            same_part = (made[part] >= forward) == (at >= forward)
             if end[part] == at and same_part and storage[part] not in returned:
                 end[part] = read_before[part]
-                start[k] = min(start[k], start[part])
+                start[k] = min(start[k], made[part])
     over = [-1] * len(storage)
     for k, at, operands in writers:
         for operand in operands:
