@@ -39,10 +39,11 @@ _LONGEST = 240  # operators of a region
 _SMALLEST_SHARE = 0.02  # of the peak: smaller results begin no region
 _PIECES = (64, 32, 16, 8, 4, 2)  # where the single elements of a dim cannot be told apart
 _COUNTS = (2, 4, 8, 16, 32, 64)
-_TRIED = 4  # regions that are written and simulated, per peak
+_TRIED = 3  # regions that are written and simulated, per peak
 _ROUNDS = 12
 _LEAST_GAIN = 0.01  # of the peak
-_SMALL = 0.2  # of what slices do not shrink: that much of a slice is small
+_SAME_SHARE = 0.05  # of the peak: estimates that differ by less are the same
+_SMALL = 0.25  # of what slices do not shrink: that much of a slice is small
 
 
 @dataclass(frozen=True)
@@ -99,27 +100,35 @@ def choose_splits(
     for _ in range(_ROUNDS):
         if now.peak_bytes <= budget_bytes:
             break
-        search = _Search(program, now, training, budget_bytes)
-        best: tuple[float, Score, list[TimeSplit], fx.GraphModule] | None = None
-        for candidate in search.best():
-            tried = _copy(program)
-            made = _with_twins(tried, candidate)
-            if not made:
-                continue
-            tried = splittable(tried, arguments)
-            new = score(_copy(tried))
-            gain = now.peak_bytes - max(new.peak_bytes, budget_bytes)
-            if gain < _LEAST_GAIN * now.peak_bytes:
-                continue
-            value = gain / (max(0.0, new.us - now.us) + 1e-3 * now.us)
-            if best is None or value > best[0]:
-                best = value, new, made, tried
-        if best is None:
+        found = _lower(program, arguments, budget_bytes, now, score, training)
+        if found is None:
             break
-        _, now, made, program = best
+        now, made, program = found
         splits += made
         log.info("split %s over time: peak %s", made[0].factor, bytes_text(now.peak_bytes))
     return Choice(tuple(splits), program, first, now) if splits else None
+
+
+def _lower(
+    program: fx.GraphModule,
+    arguments: Sequence[torch.Tensor],
+    budget_bytes: float,
+    now: Score,
+    score: Callable[[fx.GraphModule], Score],
+    training: bool,
+) -> tuple[Score, list[TimeSplit], fx.GraphModule] | None:
+    """One more region in slices, with those that equal it; None if that does not lower the
+    peak."""
+    search = _Search(program, now, training, budget_bytes)
+    for candidate in search.best():
+        tried = _copy(program)
+        made = _with_twins(tried, candidate)
+        if not made:
+            continue
+        new = score(_copy(tried))
+        if now.peak_bytes - new.peak_bytes >= _LEAST_GAIN * now.peak_bytes:
+            return new, made, splittable(tried, arguments)
+    return None
 
 
 def forward_score(
@@ -179,13 +188,18 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A region with its number of slices, and the estimated peak of it."""
+    """A region with its number of slices.
+
+    Args:
+        nodes: its operators.
+        peak_bytes: estimated, while it runs.
+        covered: live bytes that it lowers, summed over its operators.
+    """
 
     split: TimeSplit
-    signature: tuple[object, ...]
-    length: int
+    nodes: tuple[fx.Node, ...]
     peak_bytes: float
-    cost: float
+    covered: float
 
 
 @dataclass
@@ -209,10 +223,12 @@ class _Search:
 
     def best(self) -> list[_Candidate]:
         """The most promising regions, of different places or dims."""
-        found = [c for growth in self._growths() for c in self._along(growth)]
+        most = (1 - _LEAST_GAIN) * self.score.peak_bytes
+        found = [c for g in self._growths() for c in self._along(g) if c.peak_bytes <= most]
         fitting = [c for c in found if c.peak_bytes <= self.budget_bytes]
-        ranked = sorted(fitting, key=lambda c: (c.cost, c.peak_bytes))[: _TRIED // 2]
-        ranked += sorted(found, key=lambda c: (c.peak_bytes, c.cost))
+        grain = _SAME_SHARE * self.score.peak_bytes
+        ranked = sorted(fitting, key=lambda c: (c.split.slices, -c.covered))[: _TRIED // 2]
+        ranked += sorted(found, key=lambda c: (c.peak_bytes // grain, -c.covered))
         chosen: dict[tuple[str, int], _Candidate] = {}
         for c in ranked:
             chosen.setdefault((c.split.first, c.split.dim), c)
@@ -263,8 +279,7 @@ class _Search:
                     best.append(candidate)
             if growth.end - growth.start > _LONGEST or not self._advance(growth):
                 break
-        best.sort(key=lambda c: (c.peak_bytes, c.cost))
-        yield from best[:3]
+        yield from best
 
     def _candidate(self, region: Region, growth: Growth) -> _Candidate | None:
         fixed, inner = self.live.of_region(region, growth.start, growth.end, self.training)
@@ -286,10 +301,9 @@ class _Search:
             tuple(dict.fromkeys(i.module for i in info)),
             tuple(dict.fromkeys(i.source for i in (info[0], info[-1]))),
         )  # fmt: skip
-        cost = float(count * (len(region.nodes) - len(region.before)))
-        return _Candidate(
-            split, _signature(region.nodes), len(region.nodes), fixed + inner / count, cost
-        )
+        peak = fixed + inner / count
+        covered = float(np.maximum(self.live.live[growth.start : growth.end + 1] - peak, 0).sum())
+        return _Candidate(split, region.nodes, peak, covered)
 
 
 def _named(node: fx.Node) -> str:
@@ -325,15 +339,13 @@ def _signature(nodes: Sequence[fx.Node]) -> tuple[object, ...]:
 def _with_twins(gm: fx.GraphModule, candidate: _Candidate) -> list[TimeSplit]:
     """Split a region and those that equal it, in place."""
     order, made = calls_in_order(gm), list[TimeSplit]()
-    length, k = candidate.length, 0
-    target = candidate.signature[0]
+    length, k = len(candidate.nodes), 0
+    signature = _signature(candidate.nodes)
     known: Ways = {}
     graph = as_model_graph(gm)
     while k + length <= len(order):
         nodes = order[k : k + length]
-        own = nodes[0].name == candidate.split.first
-        alike = str(nodes[0].target) == target[0]  # type: ignore[index]
-        if (own or alike) and _signature(nodes) == candidate.signature:
+        if nodes[0].target is candidate.nodes[0].target and _signature(nodes) == signature:
             growth = Growth(graph, order, k, candidate.split.dim, candidate.split.pieces, known)
             while growth.began and growth.end < k + length - 1 and growth.advance():
                 pass
