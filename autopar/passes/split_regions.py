@@ -45,21 +45,27 @@ def splittable(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> fx.Grap
     Args:
         arguments: tensors that it is called with; only their metadata is used.
     """
-    with FakeTensorMode() as mode:
+    graph = as_model_graph(with_shapes(gm, arguments))
+    return separable_form(graph, graph.inputs).gm  # type: ignore[arg-type]
+
+
+def with_shapes(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """A copy of a program whose nodes have fake tensors for values.
+
+    Args:
+        arguments: tensors that it is called with; only their metadata is used.
+    """
+    with FakeTensorMode():
         fakes = [
             torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
             .requires_grad_(t.requires_grad)
             for t in arguments
         ]  # fmt: skip
-        copy = fx.GraphModule(gm, _copied(gm.graph))
-        propagate_shapes(copy, fakes)
-        graph = as_model_graph(copy)
-        written = separable_form(graph, graph.inputs).gm  # type: ignore[arg-type]
-        del mode
-    return written
+        return propagate_shapes(fx.GraphModule(gm, copied(gm.graph)), fakes)
 
 
-def _copied(graph: fx.Graph) -> fx.Graph:
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy, with the same values."""
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     new.output(new.graph_copy(graph, copies))

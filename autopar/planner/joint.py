@@ -20,13 +20,14 @@ import torch.fx as fx
 
 from autopar.errors import InfeasibleError
 from autopar.ir.spec import ShardingSpec
-from autopar.passes.local_step import LocalStep, local_step
-from autopar.plan import MemoryEstimate, ShardingPlan
+from autopar.passes.local_step import LocalStep, local_step, untraced_step
+from autopar.plan import MemoryEstimate, ShardingPlan, TimeSplit
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
+from autopar.planner.time_splits import FittedStep, split_step
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text, time_text
 
@@ -121,6 +122,7 @@ class _Scheduled:
     result: SearchResult
     step: LocalStep
     memory: MemoryPlan
+    splits: tuple[TimeSplit, ...] = ()
 
 
 @dataclass
@@ -159,7 +161,7 @@ class _Trials:
         start = time.perf_counter()
         with problem.progress.stage("schedule") as stage:
             try:
-                step, memory = self._schedule(choices)
+                step, memory, splits = self._schedule(choices)
             except InfeasibleError as error:
                 stage.done = f"no schedule of the plan {text} fits"
                 self.errors.append(error)
@@ -173,10 +175,12 @@ class _Trials:
             )
         trial = self.tried[choices] = Trial(us, memory.added_us)
         if self.best is None or trial.step_us < self.best.trial.step_us:
-            self.best = _Scheduled(trial, replace(result, choices=choices), step, memory)
+            self.best = _Scheduled(trial, replace(result, choices=choices), step, memory, splits)
 
-    def _schedule(self, choices: tuple[int, ...]) -> tuple[LocalStep, MemoryPlan]:
-        """The first rank's step, and its schedule within the budget.
+    def _schedule(
+        self, choices: tuple[int, ...]
+    ) -> tuple[LocalStep, MemoryPlan, tuple[TimeSplit, ...]]:
+        """The first rank's step, its schedule within the budget, and its regions in slices.
 
         Raises:
             InfeasibleError: no schedule fits.
@@ -187,11 +191,42 @@ class _Trials:
         for decision, c in zip(space.decisions, choices, strict=True):
             if decision.kind != "output":
                 chosen[decision.node] += (decision.candidates[c].name,)
+        given = self.output_specs
         step = local_step(
-            space.graph, plan, trainable=space.workload.trainable,
-            output_specs=self.output_specs, choices=chosen,
+            space.graph, plan, trainable=space.workload.trainable, output_specs=given,
+            choices=chosen,
         )  # fmt: skip
-        return step, _step_budget(self.problem, step).choose(step.program)
+        budget = _step_budget(self.problem, step)
+        memory, refused = None, None
+        try:
+            memory = budget.choose(step.program)
+            if memory.added_us <= EVEN * memory.timeline.us:
+                return step, memory, ()
+        except InfeasibleError as error:
+            refused = error
+        if self.problem.deadline.over:
+            fitted = None
+        else:
+            fitted = self._in_slices(plan, budget)
+        if fitted is not None and (
+            memory is None or fitted.memory.timeline.us < memory.timeline.us
+        ):
+            return replace(step, program=fitted.traced.program), fitted.memory, fitted.splits
+        if memory is None:
+            assert refused is not None
+            raise refused
+        return step, memory, ()
+
+    def _in_slices(self, plan: ShardingPlan, budget: StepBudget) -> FittedStep | None:
+        """The step with regions in slices; None if that does not fit."""
+        space = self.problem.space
+        step = untraced_step(
+            space.graph, space.graph, plan, space.workload.trainable, self.output_specs
+        )
+        try:
+            return split_step(step.gm, step.arguments, step.options, budget)
+        except InfeasibleError:
+            return None
 
     def fastest(self) -> JointPlan:
         """The fastest joint plan.
@@ -297,4 +332,6 @@ def _with_schedule(plan: ShardingPlan, joint: _Scheduled, budget: StepBudget) ->
         transient_bytes=0.0,
     )
     summary = memory.summary(budget.resident_bytes)
-    return replace(plan, time=time_us, memory=estimate, step=summary)
+    return replace(
+        plan, time=time_us, memory=estimate, step=summary, time_splits=joint.splits
+    )

@@ -17,14 +17,22 @@ import numpy as np
 import torch
 import torch.fx as fx
 
-from autopar.errors import PlanError
+from autopar.errors import InfeasibleError, PlanError
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph
-from autopar.passes.lower import trace_step
+from autopar.passes.lower import TracedStep, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.passes.regions import Growth, Region, Ways, as_model_graph, may_split
-from autopar.passes.split_regions import IN_SLICES, calls_in_order, split_region, splittable
+from autopar.passes.split_regions import (
+    IN_SLICES,
+    calls_in_order,
+    copied,
+    split_region,
+    splittable,
+    with_shapes,
+)
 from autopar.plan import TimeSplit
+from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.schedule.joint import JointProgram
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import ScheduleFront
@@ -34,6 +42,7 @@ from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
 
+EVEN = 1e-2  # of a step: what fitting may cost before regions are split
 _FURTHEST = 160  # operators before the peak at which a region may begin
 _LONGEST = 240  # operators of a region
 _SMALLEST_SHARE = 0.02  # of the peak: smaller results begin no region
@@ -127,7 +136,7 @@ def _lower(
             continue
         new = score(_copy(tried))
         if now.peak_bytes - new.peak_bytes >= _LEAST_GAIN * now.peak_bytes:
-            return new, made, splittable(tried, arguments)
+            return new, made, with_shapes(tried, arguments)
     return None
 
 
@@ -178,12 +187,83 @@ def _origin(reading: JointProgram, i: int) -> str:
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))
-    for old, new in copies.items():
-        new.meta = dict(old.meta)
-    return fx.GraphModule(gm, graph)
+    return fx.GraphModule(gm, copied(gm.graph))
+
+
+@dataclass(frozen=True)
+class FittedStep:
+    """A step that fits its memory.
+
+    Args:
+        gm: its forward program.
+        splits: the regions of it that run in slices.
+    """
+
+    gm: fx.GraphModule
+    traced: TracedStep
+    memory: MemoryPlan
+    splits: tuple[TimeSplit, ...] = ()
+
+
+def split_step(
+    gm: fx.GraphModule,
+    arguments: Sequence[torch.Tensor],
+    options: LowerOptions,
+    budget: StepBudget,
+) -> FittedStep | None:
+    """Schedule a step with regions of it in slices; None if none lowers its peak.
+
+    Args:
+        gm: a rank's forward program; is not changed.
+        arguments: tensors that it is called with; only their metadata is used.
+
+    Raises:
+        InfeasibleError: the step does not fit in slices either.
+    """
+    training = any(t.requires_grad for t in arguments)
+    score = (training_score if training else forward_score)(arguments, options)
+    choice = choose_splits(gm, arguments, budget.step_bytes, score, training=training)
+    if choice is None:
+        return None
+    traced = trace_step(_copy(choice.program), arguments, options)
+    return FittedStep(choice.program, traced, budget.choose(traced.program), choice.splits)
+
+
+def fit_step(
+    gm: fx.GraphModule,
+    arguments: Sequence[torch.Tensor],
+    options: LowerOptions,
+    budget: StepBudget,
+) -> FittedStep:
+    """Schedule a step, with regions of it in slices if nothing else fits, or if that is faster.
+
+    Args:
+        gm: a rank's forward program; is not changed.
+        arguments: tensors that it is called with; only their metadata is used.
+
+    Raises:
+        InfeasibleError: nothing fits.
+    """
+    traced = trace_step(_copy(gm), arguments, options)
+    whole: FittedStep | None = None
+    errors: list[InfeasibleError] = []
+    try:
+        whole = FittedStep(gm, traced, budget.choose(traced.program))
+        if whole.memory.added_us <= EVEN * whole.memory.timeline.us:
+            return whole
+    except InfeasibleError as error:
+        errors.append(error)
+    try:
+        split = split_step(gm, arguments, options, budget)
+        if split is not None and (
+            whole is None or split.memory.timeline.us < whole.memory.timeline.us
+        ):
+            return split
+    except InfeasibleError as error:
+        errors.append(error)
+    if whole is None:
+        raise min(errors, key=lambda error: error.smallest_bytes)
+    return whole
 
 
 @dataclass(frozen=True)
