@@ -21,7 +21,7 @@ from autopar.ir.graph import ModelGraph, NodeInfo, producer
 from autopar.passes.regions import Growth, Region, as_model_graph, separate_region
 from autopar.passes.separable_form import separable_form
 from autopar.passes.slice_graph import slice_graph
-from autopar.passes.split_loss import SplitLoss
+from autopar.passes.split_loss import SplitLoss, Taken
 from autopar.passes.time_split import State, dim_of
 from autopar.passes.verify import propagate_shapes
 from autopar.plan import TimeSplit
@@ -172,17 +172,20 @@ class _Writer:
     states: Sequence[State]
     info: NodeInfo
 
+    def lengths(self, node: fx.Node, dim: int, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Of the slices of a value."""
+        rows = node.meta["val"].shape[dim] // sum(sizes)
+        return tuple(size * rows for size in sizes)
+
     def cut(self, sizes: Sequence[int]) -> list[list[fx.Node]]:
         """The slices of values that slices take: by value, then by slice."""
-        pieces = sum(sizes)
         cut: list[list[fx.Node]] = []
         for node, state in zip(self.values, self.states, strict=True):
             if state == "R":
                 cut.append([node] * len(sizes))
                 continue
             dim = dim_of(state)
-            rows = node.meta["val"].shape[dim] // pieces
-            lengths: Any = [size * rows for size in sizes]
+            lengths: Any = list(self.lengths(node, dim, sizes))
             all_ = self.call(node, aten.split_with_sizes.default, node, lengths, dim)
             cut.append(
                 [self.call(node, operator.getitem, all_, k) for k, _ in enumerate(lengths)]
@@ -254,14 +257,16 @@ def _at_once(
     gm: fx.GraphModule, writer: _Writer, parts: Sequence[ModelGraph], sizes: Sequence[int]
 ) -> list[fx.Node]:  # fmt: skip
     """A call of the slices of a loss, forward and backward."""
-    cut = writer.cut(sizes)
-    by_slice = [[*writer.entries, *(x[k] for x in cut)] for k, _ in enumerate(sizes)]
-    flat = list(dict.fromkeys(x for taken in by_slice for x in taken))
-    at = {x: k for k, x in enumerate(flat)}
+    flat = list(dict.fromkeys((*writer.entries, *writer.values)))
+    number = {x: k for k, x in enumerate(flat)}
+    taken = [Taken(number[x]) for x in writer.entries]
+    for x, state in zip(writer.values, writer.states, strict=True):
+        dim = None if state == "R" else dim_of(state)
+        lengths = () if dim is None else writer.lengths(x, dim, sizes)
+        taken.append(Taken(number[x], dim, lengths))
     name = next(f"split_loss_{k}" for k in range(10**6) if not hasattr(gm, f"split_loss_{k}"))
-    positions = [[at[x] for x in taken] for taken in by_slice]
-    gm.add_module(name, SplitLoss([part.gm for part in parts], positions))
+    gm.add_module(name, SplitLoss([part.gm for part in parts], taken))
     node = gm.graph.call_module(name, tuple(flat))
     (result,) = parts[0].output.args[0]  # type: ignore[misc, union-attr]
-    node.meta = {"val": result.meta["val"], "autopar": writer.info}  # type: ignore[union-attr]
+    node.meta = {"val": result.meta["val"], "autopar": writer.info, IN_SLICES: True}  # type: ignore[union-attr]
     return [node]

@@ -51,6 +51,7 @@ _COUNTS = (2, 4, 8, 16, 32, 64)
 _TRIED = 3  # regions that are written and simulated, per peak
 _ROUNDS = 12
 _LEAST_GAIN = 0.01  # of the peak
+_GAIN_OF_MORE_SLICES = 0.05  # of the peak, for twice as many
 _SAME_SHARE = 0.05  # of the peak: estimates that differ by less are the same
 _SMALL = 0.25  # of what slices do not shrink: that much of a slice is small
 
@@ -130,14 +131,32 @@ def _lower(
     peak."""
     search = _Search(program, now, training, budget_bytes)
     for candidate in search.best():
-        tried = _copy(program)
-        made = _with_twins(tried, candidate)
-        if not made:
-            continue
-        new = score(_copy(tried))
-        if now.peak_bytes - new.peak_bytes >= _LEAST_GAIN * now.peak_bytes:
+        best: tuple[Score, list[TimeSplit], fx.GraphModule] | None = None
+        most = min(candidate.split.pieces, _COUNTS[-1])
+        while candidate.split.slices <= most:
+            tried = _copy(program)
+            made = _with_twins(tried, candidate)
+            if not made:
+                break
+            new = score(_copy(tried))
+            least = (now if best is None else best[0]).peak_bytes
+            gain = _LEAST_GAIN if best is None else _GAIN_OF_MORE_SLICES
+            if new.peak_bytes > (1 - gain) * least:
+                break
+            best = new, made, tried
+            if new.peak_bytes <= budget_bytes or new.at not in _names(tried, in_slices=True):
+                break
+            more = replace(candidate.split, slices=2 * candidate.split.slices)
+            candidate = replace(candidate, split=more)
+        if best is not None:
+            new, made, tried = best
             return new, made, with_shapes(tried, arguments)
     return None
+
+
+def _names(gm: fx.GraphModule, *, in_slices: bool) -> set[str]:
+    """Of operators that are in slices, or not."""
+    return {n.name for n in gm.graph.nodes if (IN_SLICES in n.meta) is in_slices}
 
 
 def forward_score(

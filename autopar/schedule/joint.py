@@ -18,6 +18,7 @@ from autopar.ir.aliasing import overwritable, tensors_of
 from autopar.ir.graph import bound_arguments
 from autopar.ir.joint_graph import JointGraph
 from autopar.ir.randomness import draws
+from autopar.operators.scaled_gradient import scaled_gradient
 from autopar.profiler.counting import Recorder, Work
 from autopar.profiler.time_model import Kernel, KernelLog, computed, node_us
 from autopar.schedule.program import INPUT, SIDE, Op, Program, Resource
@@ -179,7 +180,7 @@ class _Reader:
             Op(
                 node.name, _kind(node), self._reads(node), tuple(makes), flops, us,
                 replays=_may_replay(node), overwrites=self._overwrites(node, makes),
-                fills=self._fills(node, makes), carries=node in self.carrying,
+                takes_over=_takes_over(node), fills=self._fills(node, makes), carries=node in self.carrying,
                 module=_module(node), resource=resource,
             )
         )  # fmt: skip
@@ -209,7 +210,8 @@ class _Reader:
         if len(makes) != 1 or not isinstance(node.meta.get("val"), torch.Tensor):
             return ()
         overwrites: dict[int, None] = {}
-        for operand in overwritable(node):
+        operands = node.all_input_nodes[:1] if _takes_over(node) else overwritable(node)
+        for operand in operands:
             number = self.base[operand]
             aliases = [n for n in node.all_input_nodes if self.base.get(n) == number]
             if len(aliases) == 1 and self.sizes[number] == self.sizes[makes[0]]:
@@ -222,6 +224,10 @@ class _Reader:
         parts = Counter(self.base[n] for n in node.all_input_nodes)
         made = {s for op in self.ops for s in op.makes}
         return tuple(s for s, count in parts.items() if count == 1 and s in made)
+
+
+def _takes_over(node: fx.Node) -> bool:
+    return node.target is scaled_gradient
 
 
 def _checks(node: fx.Node) -> bool:

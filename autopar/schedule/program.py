@@ -59,6 +59,7 @@ class Op:
         us: time on its resource, microseconds.
         replays: it may run twice: the same operands give the same results, without side effects.
         overwrites: storages it reads that its one result may be written over.
+        takes_over: it may be written over what the forward has saved for it.
         fills: storages it reads that are copied into its one result as soon as they are made, if
             nothing reads them afterwards (parts of a concatenation).
         carries: a gradient flows through it.
@@ -75,6 +76,7 @@ class Op:
     us: float
     replays: bool = True
     overwrites: tuple[int, ...] = ()
+    takes_over: bool = False
     fills: tuple[int, ...] = ()
     carries: bool = True
     module: str = ""

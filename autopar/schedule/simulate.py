@@ -40,7 +40,7 @@ class LiveRanges(NamedTuple):
 def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
     """The live ranges of a schedule."""
     accesses, nbytes = program.accesses, program.nbytes
-    forward = len(schedule.forward)
+    forward, sequence = len(schedule.forward), schedule.forward + schedule.backward
     storage: list[int] = list(program.parameters)
     current: dict[int, int] = {s: k for k, s in enumerate(storage)}
     start: list[int] = [0] * len(storage)
@@ -52,7 +52,7 @@ def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
     # position, live range, and the ranges that it may be filled from
     filled: list[tuple[int, int, tuple[int, ...]]] = []
     read_before: dict[int, int] = {}  # by range, the reader before the last
-    for at, i in enumerate(schedule.forward + schedule.backward):
+    for at, i in enumerate(sequence):
         reads, makes, overwrites, held = accesses[i]
         for s in reads:
             if s in current:
@@ -88,7 +88,8 @@ def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
         for operand in operands:
             s = storage[operand]
             same_part = (start[operand] >= forward) == (at >= forward)
-            if end[operand] == at and same_part and nbytes[s] and s not in returned:
+            own = same_part or program.ops[sequence[at]].takes_over
+            if end[operand] == at and own and nbytes[s] and s not in returned:
                 over[k] = operand
                 break
     buffers = {
