@@ -176,12 +176,12 @@ def forward_score(
 def training_score(
     arguments: Sequence[torch.Tensor], options: LowerOptions
 ) -> Callable[[fx.GraphModule], Score]:
-    """Scores training steps: by common checkpointing policies, which are found quickly."""
+    """Scores training steps, by a schedule with a low peak that is found quickly."""
 
     def score(gm: fx.GraphModule) -> Score:
         reading = _reading(gm, arguments, options)
         program = in_order(reading.program)
-        least = min(ScheduleFront(program).candidates, key=lambda c: (c.peak_bytes, c.cost))
+        least = ScheduleFront(program).low()
         sequence = least.schedule.forward + least.schedule.backward
         peak = int(live_bytes(program, least.schedule).argmax())
         us = sum(program.ops[i].us for i in sequence)
@@ -317,6 +317,7 @@ class _Search:
         self.order = calls_in_order(self.gm)
         self.number = {node: k for k, node in enumerate(self.order)}
         self.live = _LiveRanges(self.gm, self.order)
+        self.text = _as_text(self.order)
         names = {node.name: k for k, node in enumerate(self.order)}
         self.at = names.get(self.score.at, self.live.peak_at)
 
@@ -380,6 +381,14 @@ class _Search:
                 break
         yield from best
 
+    def _places(self, first: int, last: int) -> int | None:
+        """How many regions equal that one; None if the peak's operator also stands elsewhere."""
+        pattern, peak = self.text[first : last + 1], self.text[self.at]
+        places = self.text.count(pattern)
+        if places * pattern.count(peak) < self.text.count(peak):
+            return None
+        return places
+
     def _candidate(self, region: Region, growth: Growth) -> _Candidate | None:
         fixed, inner = self.live.of_region(region, growth.start, growth.end, self.training)
         if inner <= 0:
@@ -401,8 +410,21 @@ class _Search:
             tuple(dict.fromkeys(i.source for i in (info[0], info[-1]))),
         )  # fmt: skip
         peak = fixed + inner / count
-        covered = float(np.maximum(self.live.live[growth.start : growth.end + 1] - peak, 0).sum())
-        return _Candidate(split, region.nodes, peak, covered)
+        places = self._places(growth.start, growth.end)
+        if places is None:
+            return None
+        covered = places * float(np.maximum(self.live.live[growth.start : growth.end + 1] - peak, 0).sum())
+        return _Candidate(split, region.nodes, peak, covered) if covered else None
+
+
+def _as_text(order: Sequence[fx.Node]) -> str:
+    """Operators as characters, equal for equal operators on values of the same shapes."""
+    known: dict[object, str] = {}
+    kinds = (
+        (str(n.target), *((tuple(t.shape), t.dtype) for t in tensors_of(n.meta.get("val"))))
+        for n in order
+    )
+    return "".join(known.setdefault(kind, chr(0x1000 + len(known))) for kind in kinds)
 
 
 def _named(node: fx.Node) -> str:
