@@ -241,7 +241,7 @@ def compile_step(
             fitted = fit_step(local.gm, called_with.tensors, lowering, budget)
             traced, memory = fitted.traced, fitted.memory
             local = replace(local, gm=fitted.gm)
-            plan = replace(plan, time_splits=fitted.splits)
+            plan = replace(plan, time_splits=fitted.splits, whole_results=fitted.whole_results)
             running.done = f"scheduled memory: values peak at {bytes_text(memory.peak_bytes)}"
     else:
         with stage("differentiate") as running:

@@ -352,6 +352,8 @@ class ShardingPlan:
         pipeline: its stages. The mesh has one rank on their axis.
         time_splits: regions of a rank's program that run in slices, in the order in which they are
             split.
+        whole_results: results of the model, besides scalars, that are a large part of its step's
+            peak: no split makes them smaller.
     """
 
     model: str
@@ -379,6 +381,7 @@ class ShardingPlan:
     microbatches: int = 1
     pipeline: PipelinePlan | None = None
     time_splits: tuple[TimeSplit, ...] = ()
+    whole_results: tuple[str, ...] = ()
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""

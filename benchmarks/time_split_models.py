@@ -69,8 +69,9 @@ class Transition(nn.Module):
     def __init__(self, channels: int, factor: int = 4) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.up, self.down = nn.Linear(channels, factor * channels), nn.Linear(
-            factor * channels, channels
+        self.up, self.down = (
+            nn.Linear(channels, factor * channels),
+            nn.Linear(factor * channels, channels),
         )
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,9 @@ class UNet(nn.Module):
         self.stem, self.head = nn.Conv2d(3, c, 3, padding=1), nn.Conv2d(c, 3, 3, padding=1)
         self.down = ResBlock(c, c)
         self.shrink = nn.Conv2d(c, 2 * c, 3, stride=2, padding=1)
-        self.middle = nn.Sequential(ResBlock(2 * c, 2 * c), PixelAttention(2 * c), ResBlock(2 * c, 2 * c))
+        self.middle = nn.Sequential(
+            ResBlock(2 * c, 2 * c), PixelAttention(2 * c), ResBlock(2 * c, 2 * c)
+        )
         self.grow = nn.ConvTranspose2d(2 * c, c, 2, stride=2)
         self.up = ResBlock(2 * c, c)
 

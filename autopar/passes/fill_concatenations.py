@@ -40,16 +40,21 @@ def _dying(graph: fx.Graph, node: fx.Node) -> dict[int, tuple[fx.Node, list[fx.N
         last |= dict.fromkeys(read, n)
         if where[n] is None or n.op == "output":
             held |= read
-    parts: Any = node.args[0]
     return {
         k: (source[0], chain)
-        for k, x in enumerate(parts)
+        for k, x in enumerate(cat_parts(node))
         if (source := where[x]) is not None
         and last[source] is node
         and source not in held
         and (chain := _views(x, source[0])) is not None
         and sum(where[n] == source for n in node.all_input_nodes) == 1
     }
+
+
+def cat_parts(node: fx.Node) -> list[fx.Node]:
+    """What a concatenation takes."""
+    parts: Any = node.args[0]
+    return list(parts)
 
 
 def _views(x: fx.Node, maker: fx.Node) -> list[fx.Node] | None:
@@ -69,8 +74,9 @@ def _fill(
     graph: fx.Graph, node: fx.Node, dying: dict[int, tuple[fx.Node, list[fx.Node]]],
     filled: dict[fx.Node, fx.Node],
 ) -> None:  # fmt: skip
-    value, parts = node.meta["val"], list(node.args[0])  # type: ignore[arg-type]
-    dim = (node.args[1] if len(node.args) > 1 else 0) % value.ndim  # type: ignore[operator]
+    value, parts = node.meta["val"], cat_parts(node)
+    along: Any = node.args[1] if len(node.args) > 1 else 0
+    dim = along % value.ndim
     dying = {k: (filled.get(maker, maker), chain) for k, (maker, chain) in dying.items()}
     makers = {maker for maker, _ in dying.values()}
     first = next(n for n in graph.nodes if n in makers)

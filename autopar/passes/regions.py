@@ -155,9 +155,7 @@ class Growth:
     known: Ways = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.states = RegionStates(
-            self.program, {}, self.pieces, frozenset(), known=self.known
-        )
+        self.states = RegionStates(self.program, {}, self.pieces, frozenset(), known=self.known)
         self.end = self.start
         first = self.order[self.start]
         self._enter(first)
@@ -263,7 +261,5 @@ def separate_region(region: Region) -> tuple[Separation, list[fx.Node]]:
         raise NotSeparableError(f"{calls[0]} does not split into {region.pieces} pieces")
     for node in given:
         states.need(producer(node), states.states[producer(node)])
-    separation = Separation(
-        graph, region.pieces, states.states, states.steps, states.whole
-    )
+    separation = Separation(graph, region.pieces, states.states, states.steps, states.whole)
     return separation, entries

@@ -145,7 +145,7 @@ def split_region(gm: fx.GraphModule, region: Region, split: TimeSplit) -> None:
             results = writer.write([parts[size] for size in sizes], sizes, states, given)
     gm.graph.erase_node(anchor)
     for node, new in zip(given, results, strict=True):
-        node.replace_all_uses_with(new, lambda user: user is not new)
+        node.replace_all_uses_with(new)
     for node in reversed(region.nodes):
         if node not in region.before:
             gm.graph.erase_node(node)
@@ -187,9 +187,7 @@ class _Writer:
             dim = dim_of(state)
             lengths: Any = list(self.lengths(node, dim, sizes))
             all_ = self.call(node, aten.split_with_sizes.default, node, lengths, dim)
-            cut.append(
-                [self.call(node, operator.getitem, all_, k) for k, _ in enumerate(lengths)]
-            )
+            cut.append([self.call(node, operator.getitem, all_, k) for k, _ in enumerate(lengths)])
         return cut
 
     def write(
@@ -267,6 +265,6 @@ def _at_once(
     name = next(f"split_loss_{k}" for k in range(10**6) if not hasattr(gm, f"split_loss_{k}"))
     gm.add_module(name, SplitLoss([part.gm for part in parts], taken))
     node = gm.graph.call_module(name, tuple(flat))
-    (result,) = parts[0].output.args[0]  # type: ignore[misc, union-attr]
-    node.meta = {"val": result.meta["val"], "autopar": writer.info, IN_SLICES: True}  # type: ignore[union-attr]
+    results: Any = parts[0].output.args[0]
+    node.meta = {"val": results[0].meta["val"], "autopar": writer.info, IN_SLICES: True}
     return [node]

@@ -21,7 +21,7 @@ import torch.fx as fx
 from autopar.errors import InfeasibleError
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.local_step import LocalStep, local_step, untraced_step
-from autopar.plan import MemoryEstimate, ShardingPlan, TimeSplit
+from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
@@ -122,7 +122,7 @@ class _Scheduled:
     result: SearchResult
     step: LocalStep
     memory: MemoryPlan
-    splits: tuple[TimeSplit, ...] = ()
+    split: FittedStep | None = None
 
 
 @dataclass
@@ -161,7 +161,7 @@ class _Trials:
         start = time.perf_counter()
         with problem.progress.stage("schedule") as stage:
             try:
-                step, memory, splits = self._schedule(choices)
+                step, memory, split = self._schedule(choices)
             except InfeasibleError as error:
                 stage.done = f"no schedule of the plan {text} fits"
                 self.errors.append(error)
@@ -175,11 +175,11 @@ class _Trials:
             )
         trial = self.tried[choices] = Trial(us, memory.added_us)
         if self.best is None or trial.step_us < self.best.trial.step_us:
-            self.best = _Scheduled(trial, replace(result, choices=choices), step, memory, splits)
+            self.best = _Scheduled(trial, replace(result, choices=choices), step, memory, split)
 
     def _schedule(
         self, choices: tuple[int, ...]
-    ) -> tuple[LocalStep, MemoryPlan, tuple[TimeSplit, ...]]:
+    ) -> tuple[LocalStep, MemoryPlan, FittedStep | None]:
         """The first rank's step, its schedule within the budget, and its regions in slices.
 
         Raises:
@@ -201,7 +201,7 @@ class _Trials:
         try:
             memory = budget.choose(step.program)
             if memory.added_us <= EVEN * memory.timeline.us:
-                return step, memory, ()
+                return step, memory, None
         except InfeasibleError as error:
             refused = error
         if self.problem.deadline.over:
@@ -211,11 +211,12 @@ class _Trials:
         if fitted is not None and (
             memory is None or fitted.memory.timeline.us < memory.timeline.us
         ):
-            return replace(step, program=fitted.traced.program), fitted.memory, fitted.splits
+            fitted = fitted.compared_with(step.program)
+            return replace(step, program=fitted.traced.program), fitted.memory, fitted
         if memory is None:
             assert refused is not None
             raise refused
-        return step, memory, ()
+        return step, memory, None
 
     def _in_slices(self, plan: ShardingPlan, budget: StepBudget) -> FittedStep | None:
         """The step with regions in slices; None if that does not fit."""
@@ -332,6 +333,8 @@ def _with_schedule(plan: ShardingPlan, joint: _Scheduled, budget: StepBudget) ->
         transient_bytes=0.0,
     )
     summary = memory.summary(budget.resident_bytes)
-    return replace(
-        plan, time=time_us, memory=estimate, step=summary, time_splits=joint.splits
-    )
+    plan = replace(plan, time=time_us, memory=estimate, step=summary)
+    split = joint.split
+    if split is None:
+        return plan
+    return replace(plan, time_splits=split.splits, whole_results=split.whole_results)

@@ -12,6 +12,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +37,9 @@ from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.schedule.joint import JointProgram
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import ScheduleFront
-from autopar.schedule.program import eager_schedule
+from autopar.schedule.program import Program, eager_schedule
 from autopar.schedule.simulate import live_bytes, timeline
+from autopar.schedule.streams import step_us
 from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ _ROUNDS = 12
 _LEAST_GAIN = 0.01  # of the peak
 _GAIN_OF_MORE_SLICES = 0.05  # of the peak, for twice as many
 _SAME_SHARE = 0.05  # of the peak: estimates that differ by less are the same
+_LARGE_RESULT = 0.2  # of the peak
 _SMALL = 0.25  # of what slices do not shrink: that much of a slice is small
 
 
@@ -130,33 +133,50 @@ def _lower(
     """One more region in slices, with those that equal it; None if that does not lower the
     peak."""
     search = _Search(program, now, training, budget_bytes)
+    best: tuple[Score, list[TimeSplit], fx.GraphModule] | None = None
     for candidate in search.best():
-        best: tuple[Score, list[TimeSplit], fx.GraphModule] | None = None
-        most = min(candidate.split.pieces, _COUNTS[-1])
-        while candidate.split.slices <= most:
-            tried = _copy(program)
-            made = _with_twins(tried, candidate)
-            if not made:
-                break
-            new = score(_copy(tried))
-            least = (now if best is None else best[0]).peak_bytes
-            gain = _LEAST_GAIN if best is None else _GAIN_OF_MORE_SLICES
-            if new.peak_bytes > (1 - gain) * least:
-                break
-            best = new, made, tried
-            if new.peak_bytes <= budget_bytes or new.at not in _names(tried, in_slices=True):
-                break
-            more = replace(candidate.split, slices=2 * candidate.split.slices)
-            candidate = replace(candidate, split=more)
-        if best is not None:
-            new, made, tried = best
-            return new, made, with_shapes(tried, arguments)
-    return None
+        found = _with_enough_slices(program, candidate, budget_bytes, now, score)
+        if found is None or (best is not None and found[0].peak_bytes >= best[0].peak_bytes):
+            continue
+        best = found
+        if best[0].peak_bytes <= budget_bytes or not _in_slices(best[2], best[0].at):
+            break  # the peak is elsewhere
+    if best is None:
+        return None
+    new, made, tried = best
+    return new, made, with_shapes(tried, arguments)
 
 
-def _names(gm: fx.GraphModule, *, in_slices: bool) -> set[str]:
-    """Of operators that are in slices, or not."""
-    return {n.name for n in gm.graph.nodes if (IN_SLICES in n.meta) is in_slices}
+def _with_enough_slices(
+    program: fx.GraphModule,
+    candidate: _Candidate,
+    budget_bytes: float,
+    now: Score,
+    score: Callable[[fx.GraphModule], Score],
+) -> tuple[Score, list[TimeSplit], fx.GraphModule] | None:
+    """The program with a region and its equals in so many slices that the peak fits or is
+    elsewhere; None if that does not lower it."""
+    best: tuple[Score, list[TimeSplit], fx.GraphModule] | None = None
+    least, gain = now.peak_bytes, _LEAST_GAIN
+    split = candidate.split
+    while split.slices <= min(split.pieces, _COUNTS[-1]):
+        tried = _copy(program)
+        made = _with_twins(tried, replace(candidate, split=split))
+        if not made:
+            break
+        new = score(_copy(tried))
+        if new.peak_bytes > (1 - gain) * least:
+            break
+        best, least, gain = (new, made, tried), new.peak_bytes, _GAIN_OF_MORE_SLICES
+        if new.peak_bytes <= budget_bytes or not _in_slices(tried, new.at):
+            break
+        split = replace(split, slices=2 * split.slices)
+    return best
+
+
+def _in_slices(gm: fx.GraphModule, name: str) -> bool:
+    """Whether an operator belongs to slices."""
+    return any(n.name == name and IN_SLICES in n.meta for n in gm.graph.nodes)
 
 
 def forward_score(
@@ -216,12 +236,20 @@ class FittedStep:
     Args:
         gm: its forward program.
         splits: the regions of it that run in slices.
+        whole_results: as of a plan.
     """
 
     gm: fx.GraphModule
     traced: TracedStep
     memory: MemoryPlan
     splits: tuple[TimeSplit, ...] = ()
+    whole_results: tuple[str, ...] = ()
+
+    def compared_with(self, whole: Program) -> FittedStep:
+        """The same, with the time of its slices in what it takes longer than a program without."""
+        own, other = (step_us(p, eager_schedule(p)) for p in (self.traced.program, whole))
+        added = max(0.0, self.memory.added_us + own - other)
+        return replace(self, memory=replace(self.memory, added_us=added))
 
 
 def split_step(
@@ -245,7 +273,21 @@ def split_step(
     if choice is None:
         return None
     traced = trace_step(_copy(choice.program), arguments, options)
-    return FittedStep(choice.program, traced, budget.choose(traced.program), choice.splits)
+    memory = budget.choose(traced.program)
+    whole = _whole_results(choice.program, memory.peak_bytes)
+    return FittedStep(choice.program, traced, memory, choice.splits, whole)
+
+
+def _whole_results(gm: fx.GraphModule, peak_bytes: float) -> tuple[str, ...]:
+    """Results that are a large part of a peak."""
+    outputs: Any = gm.graph.output_node().args[0]
+    large = []
+    for k, x in enumerate(outputs):
+        value = x.meta["val"] if isinstance(x, fx.Node) else None
+        if isinstance(value, torch.Tensor) and value.nbytes >= _LARGE_RESULT * peak_bytes:
+            size = bytes_text(value.nbytes)
+            large.append(f"result {k} of shape {list(value.shape)} ({size})")
+    return tuple(large)
 
 
 def fit_step(
@@ -277,7 +319,7 @@ def fit_step(
         if split is not None and (
             whole is None or split.memory.timeline.us < whole.memory.timeline.us
         ):
-            return split
+            return split.compared_with(traced.program)
     except InfeasibleError as error:
         errors.append(error)
     if whole is None:
@@ -327,8 +369,10 @@ class _Search:
         found = [c for g in self._growths() for c in self._along(g) if c.peak_bytes <= most]
         fitting = [c for c in found if c.peak_bytes <= self.budget_bytes]
         grain = _SAME_SHARE * self.score.peak_bytes
-        ranked = sorted(fitting, key=lambda c: (c.split.slices, -c.covered))[: _TRIED // 2]
-        ranked += sorted(found, key=lambda c: (c.peak_bytes // grain, -c.covered))
+        ranked = sorted(fitting, key=lambda c: (c.split.slices, -c.covered, -_many(c)))[
+            : _TRIED // 2
+        ]
+        ranked += sorted(found, key=lambda c: (c.peak_bytes // grain, -c.covered, -_many(c)))
         chosen: dict[tuple[str, int], _Candidate] = {}
         for c in ranked:
             chosen.setdefault((c.split.first, c.split.dim), c)
@@ -340,9 +384,8 @@ class _Search:
         smallest = _SMALLEST_SHARE * self.score.peak_bytes
         for k in range(self.at, max(-1, self.at - _FURTHEST), -1):
             node = self.order[k]
-            if IN_SLICES in node.meta:
-                if not self.nested:
-                    return
+            if IN_SLICES in node.meta and not self.nested:
+                return
             if node.target is operator.getitem or not may_split(node):
                 continue
             value = tensors_of(node.meta["val"])[0]
@@ -413,8 +456,15 @@ class _Search:
         places = self._places(growth.start, growth.end)
         if places is None:
             return None
-        covered = places * float(np.maximum(self.live.live[growth.start : growth.end + 1] - peak, 0).sum())
+        covered = places * float(
+            np.maximum(self.live.live[growth.start : growth.end + 1] - peak, 0).sum()
+        )
         return _Candidate(split, region.nodes, peak, covered) if covered else None
+
+
+def _many(candidate: _Candidate) -> int:
+    """Slices that there can be."""
+    return min(candidate.split.pieces, _COUNTS[-1])
 
 
 def _as_text(order: Sequence[fx.Node]) -> str:
@@ -447,7 +497,7 @@ def _signature(nodes: Sequence[fx.Node]) -> tuple[object, ...]:
     """Equal for regions of the same operators on values of the same shapes."""
     number = {node: k for k, node in enumerate(nodes)}
 
-    def described(n: fx.Node) -> object:
+    def described(n: fx.Node) -> Any:
         if n in number:
             return number[n]
         return tuple((tuple(t.shape), t.dtype) for t in tensors_of(n.meta.get("val")))

@@ -180,7 +180,8 @@ class _Reader:
             Op(
                 node.name, _kind(node), self._reads(node), tuple(makes), flops, us,
                 replays=_may_replay(node), overwrites=self._overwrites(node, makes),
-                takes_over=_takes_over(node), fills=self._fills(node, makes), carries=node in self.carrying,
+                takes_over=_takes_over(node), fills=self._fills(node, makes),
+                carries=node in self.carrying,
                 module=_module(node), resource=resource,
             )
         )  # fmt: skip

@@ -1,10 +1,10 @@
 """Live bytes of a schedule, operator by operator, as the compiled step runs it.
 
 While an operator runs, its operands and results are alive; a storage is freed after its last
-reader. A pointwise operator may write its result over an operand that dies with it, and the parts of
-a concatenation are copied into its result as they are made. Storages that
-the step makes count; gradients of parameters count from when they are made, and a parameter that is
-offloaded counts negatively meanwhile. Collectives have buffers while they run.
+reader. A pointwise operator may write its result over an operand that dies with it, and the parts
+of a concatenation are copied into its result as they are made. Storages that the step makes count;
+gradients of parameters count from when they are made, and a parameter that is offloaded counts
+negatively meanwhile. Collectives have buffers while they run.
 """
 
 from __future__ import annotations
