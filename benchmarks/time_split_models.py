@@ -97,7 +97,7 @@ class PairStack(nn.Module):
     def forward(self, z: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         for block in self.blocks:
             z = block(z)
-        return z if target is None else F.mse_loss(z, target)
+        return z if target is None else (z - target).square().mean()
 
 
 class ResBlock(nn.Module):
@@ -149,7 +149,7 @@ class UNet(nn.Module):
         a = self.down(self.stem(x))
         h = self.grow(self.middle(self.shrink(a)))
         y = self.head(self.up(torch.cat([a, h], 1)))
-        return y if target is None else F.mse_loss(y, target)
+        return y if target is None else (y - target).square().mean()
 
 
 class Block(nn.Module):

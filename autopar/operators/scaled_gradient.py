@@ -3,7 +3,8 @@
 Where nothing else holds it, it is scaled in place: the gradient of a head's weight is as large as
 the weight. It is held elsewhere if the backward may run again (`retain_graph=True`).
 
-Private to torch here: `_storage_Use_Count`, as CUDA graph trees use it. Tested with 2.11 and 2.13.
+Private to torch here: `_use_count` of tensors and `_storage_Use_Count`, as CUDA graph trees use it.
+Tested with 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 _LIBRARY = torch.library.Library("autopar", "FRAGMENT")
 _LIBRARY.define("scaled_gradient(Tensor gradient, Tensor factor) -> Tensor")
 
-# Of a tensor's storage while an operator runs on it, if nothing but the caller holds the tensor.
-_HOLDERS = 2  # the tensor, and the storage object that is asked
+# Holders of a tensor and of its storage while an operator runs on it, if there are no others than
+# the caller, and the objects that are asked.
+_HOLDERS = 2
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -24,7 +26,8 @@ def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         factor: []
     """
     storage = gradient.untyped_storage()
-    if torch._C._storage_Use_Count(storage._cdata) > _HOLDERS:
+    shared = torch._C._storage_Use_Count(storage._cdata) > _HOLDERS
+    if shared or gradient._use_count() > _HOLDERS:  # type: ignore[attr-defined]
         return gradient * factor
     return gradient.mul_(factor)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,6 +45,7 @@ from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
 
+SECONDS = 30.0  # of the search
 EVEN = 1e-2  # of a step: what fitting may cost before regions are split
 _FURTHEST = 160  # operators before the peak at which a region may begin
 _LONGEST = 240  # operators of a region
@@ -97,6 +99,7 @@ def choose_splits(
     score: Callable[[fx.GraphModule], Score],
     *,
     training: bool,
+    seconds: float = SECONDS,
 ) -> Choice | None:
     """Regions to run in slices, so that a program's peak comes within a budget, or as near as it
     gets; None if no region lowers it.
@@ -106,14 +109,16 @@ def choose_splits(
         arguments: tensors that it is called with.
         score: simulates a program; may change it.
         training: a backward follows.
+        seconds: after which the search ends with what it has.
     """
+    deadline = time.monotonic() + seconds
     program = splittable(gm, arguments)
     first = now = score(_copy(program))
     splits: list[TimeSplit] = []
     for _ in range(_ROUNDS):
-        if now.peak_bytes <= budget_bytes:
+        if now.peak_bytes <= budget_bytes or time.monotonic() > deadline:
             break
-        found = _lower(program, arguments, budget_bytes, now, score, training)
+        found = _lower(program, arguments, budget_bytes, now, score, training, deadline)
         if found is None:
             break
         now, made, program = found
@@ -129,6 +134,7 @@ def _lower(
     now: Score,
     score: Callable[[fx.GraphModule], Score],
     training: bool,
+    deadline: float,
 ) -> tuple[Score, list[TimeSplit], fx.GraphModule] | None:
     """One more region in slices, with those that equal it; None if that does not lower the
     peak."""
@@ -141,6 +147,8 @@ def _lower(
         best = found
         if best[0].peak_bytes <= budget_bytes or not _in_slices(best[2], best[0].at):
             break  # the peak is elsewhere
+        if time.monotonic() > deadline:
+            break
     if best is None:
         return None
     new, made, tried = best
