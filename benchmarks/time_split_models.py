@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 
@@ -199,3 +200,84 @@ class Head(nn.Module):
         if target is None:
             return logits.argmax(-1)
         return F.cross_entropy(logits.flatten(0, -2), target.flatten())
+
+
+class WideMLP(nn.Module):
+    """An MLP whose hidden values outweigh all others."""
+
+    def __init__(self, width: int, factor: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, factor * width), nn.Linear(factor * width, width)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        y = x + self.down(F.gelu(self.up(self.norm(x))))
+        return y if target is None else (y - target).square().mean()
+
+
+class TiledMLP(nn.Module):
+    """The same in tiles of tokens, each recomputed for its backward, as written by hand.
+
+    Args:
+        tiles: number of them.
+    """
+
+    def __init__(self, model: nn.Module, tiles: int = 8) -> None:
+        super().__init__()
+        self.model, self.tiles = model, tiles
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        parts = [
+            torch.utils.checkpoint.checkpoint(self.model, part, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else self.model(part)
+            for part in x.chunk(self.tiles, 1)
+        ]
+        y = torch.cat(parts, 1)  # type: ignore[arg-type]
+        return y if target is None else (y - target).square().mean()
+
+
+class _FusedLoss(torch.autograd.Function):
+    """A linear layer and cross-entropy in chunks of tokens (as Liger, arXiv:2410.10989)."""
+
+    @staticmethod
+    def forward(ctx, h, weight, target, chunks):
+        loss, of_weight, of_h = 0.0, torch.zeros_like(weight), []
+        for part, labels in zip(h.chunk(chunks), target.chunk(chunks), strict=True):
+            logits = part @ weight.t()
+            scale = logits.logsumexp(1, keepdim=True)
+            loss = loss + (scale.squeeze(1) - logits.gather(1, labels[:, None]).squeeze(1)).sum()
+            gradient = logits.sub_(scale).exp_()
+            gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
+            gradient.div_(len(h))
+            of_h.append(gradient @ weight)
+            of_weight.addmm_(gradient.t(), part)
+        ctx.save_for_backward(torch.cat(of_h), of_weight)
+        return loss / len(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        of_h, of_weight = ctx.saved_tensors
+        return of_h.mul_(grad), of_weight.mul_(grad), None, None
+
+
+class HeadByHand(nn.Module):
+    """A `Head` whose loss is computed in chunks by hand."""
+
+    def __init__(self, model: Head, chunks: int = 16) -> None:
+        super().__init__()
+        self.model, self.chunks = model, chunks
+
+    def forward(self, h: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        m = self.model
+        h = h + m.down(F.silu(m.gate(h)) * m.up(h))
+        loss: torch.Tensor = _FusedLoss.apply(
+            h.flatten(0, -2), m.head.weight, target.flatten(), self.chunks
+        )
+        return loss
+
+
+def by_hand(model: nn.Module) -> nn.Module:
+    """A head by hand."""
+    assert isinstance(model, Head)
+    return HeadByHand(model)

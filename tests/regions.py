@@ -192,7 +192,11 @@ class SplitCase:
             slices = draw.randint(2, min(pieces, 5))
             splits.append(
                 TimeSplit(
-                    order[start].name, order[end].name, dim, pieces, slices,
+                    order[start].name,
+                    order[end].name,
+                    dim,
+                    pieces,
+                    slices,
                     at_once=scalar and draw.random() < 0.7,
                 )  # fmt: skip
             )
