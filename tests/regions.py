@@ -198,7 +198,7 @@ class SplitCase:
                     pieces,
                     slices,
                     at_once=scalar and draw.random() < 0.7,
-                )  # fmt: skip
+                )
             )
         return splits
 
