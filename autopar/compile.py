@@ -25,11 +25,11 @@ from autopar.passes.pipeline import LowerOptions
 from autopar.passes.split_regions import split_regions
 from autopar.plan import ShardingPlan
 from autopar.planner.batch import TracedBatch
+from autopar.planner.fitted_step import fit_step
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.microbatched import BatchPlanner, worth_splitting
 from autopar.planner.planner import TIME_LIMIT, Planned, PlanningProblem, build_problem
 from autopar.planner.stages import PipelineOptions
-from autopar.planner.time_splits import fit_step
 from autopar.progress import Progress, Tell
 from autopar.schedule.agreed import agreed_schedule
 from autopar.units import bytes_text

@@ -61,7 +61,12 @@ def with_shapes(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> fx.Gra
             .requires_grad_(t.requires_grad)
             for t in arguments
         ]  # fmt: skip
-        return propagate_shapes(fx.GraphModule(gm, copied(gm.graph)), fakes)
+        return propagate_shapes(copy_of(gm), fakes)
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a program with a graph of its own."""
+    return fx.GraphModule(gm, copied(gm.graph))
 
 
 def copied(graph: fx.Graph) -> fx.Graph:

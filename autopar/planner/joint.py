@@ -23,11 +23,12 @@ from autopar.ir.spec import ShardingSpec
 from autopar.passes.local_step import LocalStep, local_step, untraced_step
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
+from autopar.planner.fitted_step import FittedStep, split_step
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
-from autopar.planner.time_splits import FittedStep, split_step
+from autopar.planner.time_splits import SECONDS
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text, time_text
 
@@ -225,7 +226,10 @@ class _Trials:
             space.graph, space.graph, plan, space.workload.trainable, self.output_specs
         )
         try:
-            return split_step(step.gm, step.arguments, step.options, budget)
+            return split_step(
+                step.gm, step.arguments, step.options, budget,
+                min(SECONDS, self.problem.deadline.left),
+            )  # fmt: skip
         except InfeasibleError:
             return None
 
