@@ -20,7 +20,7 @@ from autopar.schedule.program import Program, eager_schedule
 from autopar.schedule.streams import step_us
 from autopar.units import bytes_text
 
-EVEN = 1e-2  # of a step: what fitting may cost before regions are split
+MOST_RECOMPUTED = 3e-2  # of a step: what fitting may cost before regions are split
 _LARGE_RESULT = 0.2  # of the peak
 
 
@@ -109,7 +109,7 @@ def fit_step(
     errors: list[InfeasibleError] = []
     try:
         whole = FittedStep(gm, traced, budget.choose(traced.program))
-        if whole.memory.added_us <= EVEN * whole.memory.timeline.us:
+        if whole.memory.added_us <= MOST_RECOMPUTED * whole.memory.timeline.us:
             return whole
     except InfeasibleError as error:
         errors.append(error)

@@ -23,7 +23,7 @@ from autopar.ir.spec import ShardingSpec
 from autopar.passes.local_step import LocalStep, local_step, untraced_step
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
-from autopar.planner.fitted_step import FittedStep, split_step
+from autopar.planner.fitted_step import MOST_RECOMPUTED, FittedStep, split_step
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import SearchResult, search
@@ -201,7 +201,7 @@ class _Trials:
         memory, refused = None, None
         try:
             memory = budget.choose(step.program)
-            if memory.added_us <= EVEN * memory.timeline.us:
+            if memory.added_us <= MOST_RECOMPUTED * memory.timeline.us:
                 return step, memory, None
         except InfeasibleError as error:
             refused = error

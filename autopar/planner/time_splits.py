@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SECONDS = 30.0  # of the search
 _ROUNDS = 12
+_MOST_NESTED = 600  # operators of a program whose slices are looked into
 _GAIN_OF_MORE_SLICES = 0.05  # of the peak, for twice as many
 
 
@@ -117,9 +118,8 @@ def _lower(
 ) -> tuple[Score, list[TimeSplit], fx.GraphModule] | None:
     """One more region in slices, with those that equal it; None if that does not lower the
     peak."""
-    search = RegionSearch(program, now.peak_bytes, now.at, training, budget_bytes)
     best: tuple[Score, list[TimeSplit], fx.GraphModule] | None = None
-    for candidate in search.best():
+    for candidate in _candidates(program, now, budget_bytes, training):
         found = _with_enough_slices(program, candidate, budget_bytes, now, score)
         if found is None or (best is not None and found[0].peak_bytes >= best[0].peak_bytes):
             continue
@@ -132,6 +132,17 @@ def _lower(
         return None
     new, made, tried = best
     return new, made, with_shapes(tried, arguments)
+
+
+def _candidates(
+    program: fx.GraphModule, now: Score, budget_bytes: float, training: bool
+) -> list[Candidate]:
+    """Regions around the peak; in slices of others if there are none outside of them."""
+    search = RegionSearch(program, now.peak_bytes, now.at, training, budget_bytes)
+    found = search.best()
+    if found or len(program.graph.nodes) > _MOST_NESTED:
+        return found
+    return replace(search, nested=True).best()
 
 
 def _with_enough_slices(
