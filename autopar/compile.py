@@ -233,7 +233,13 @@ def compile_step(
         cluster=options.cluster, scheduled=budget is not None, compile=options.compile,
         dump=options.dump_passes,
     )  # fmt: skip
-    local = replace(local, gm=split_regions(local.gm, called_with.tensors, plan.time_splits))
+    whole = local.gm
+    local = replace(
+        local,
+        gm=place.ranks.together(
+            lambda: split_regions(whole, called_with.tensors, plan.time_splits)
+        ),
+    )
     memory = None
     open_ = plan.step is None and not plan.time_splits and math.prod(plan.mesh) == 1
     if budget is not None and open_:

@@ -32,6 +32,7 @@ from autopar.passes.overlap import overlap_collectives
 from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import forward_nodes
 from autopar.passes.runner import Pass, run_passes
+from autopar.passes.split_loss import scale_copies
 from autopar.passes.sum_dtypes import sum_gradients_in
 from autopar.plan import ShardingPlan
 from autopar.schedule.transfers import large_parameters
@@ -156,6 +157,9 @@ PIPELINE = (
     Entry("split", add_bias_within,
           "oneDNN adds the bias inside the product: one pass over memory less",
           when=lambda o: o.device_type == "cpu" and not o.compile),
+    Entry("split", scale_copies,
+          "Inductor does not know that an operator may write over what the forward has saved",
+          when=lambda o: o.compile),
     Entry("split", fill_concatenations,
           "a concatenation needs its parts and its result at once; slices are freed as they come",
           when=lambda o: not o.compile),

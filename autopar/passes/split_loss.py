@@ -33,6 +33,13 @@ class Taken:
     lengths: tuple[int, ...] = ()
 
 
+def scale_copies(gm: fx.GraphModule) -> fx.GraphModule:
+    """Scale gradients that were computed ahead as copies, where memory is not ours to reuse."""
+    for node in gm.graph.find_nodes(op="call_function", target=scaled_gradient):
+        node.target = torch.ops.aten.mul.Tensor
+    return gm
+
+
 class SplitLoss(torch.nn.Module):
     """Computes a scalar as the sum of what slices give.
 
