@@ -22,7 +22,7 @@ from autopar.passes.regions import Growth, Region, as_model_graph, separate_regi
 from autopar.passes.separable_form import separable_form
 from autopar.passes.slice_graph import slice_graph
 from autopar.passes.split_loss import SplitLoss, Taken
-from autopar.passes.time_split import State, dim_of
+from autopar.passes.time_split import State, dim_of, even_sizes
 from autopar.passes.verify import propagate_shapes
 from autopar.plan import TimeSplit
 
@@ -30,12 +30,6 @@ aten = torch.ops.aten
 
 # Marks operators that belong to a slice.
 IN_SLICES = "autopar_in_slices"
-
-
-def even_sizes(pieces: int, count: int) -> tuple[int, ...]:
-    """Pieces of `count` slices, which differ by one at most; larger ones first."""
-    size, rest = divmod(pieces, count)
-    return (size + 1,) * rest + (size,) * (count - rest)
 
 
 def splittable(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> fx.GraphModule:
@@ -119,7 +113,7 @@ def region_of(gm: fx.GraphModule, split: TimeSplit) -> Region:
             pass
         if growth.began and growth.end == number[split.last]:
             region = growth.region()
-    if region is None:
+    if region is None or not 1 <= split.slices <= split.pieces:
         raise PlanError(
             f"the plan splits {split.first} to {split.last} over time, and the program has no such "
             "region; make the plan again with this version of the model and of autopar"
@@ -135,20 +129,18 @@ def split_region(gm: fx.GraphModule, region: Region, split: TimeSplit) -> None:
     given = [n for n in region.nodes if _is_given(n, region)]
     outputs: Any = separation.graph.output.args[0]
     states = [separation.state(x) for x in outputs]
-    last = region.nodes[-1]
     entered = dict(zip(separation.graph.placeholders.values(), entries, strict=True))
     writer = _Writer(
         gm.graph, entries, [entered[node] for (node, _), _ in separation.whole],
         [state for _, state in separation.whole], region.nodes[0].meta["autopar"],
     )  # fmt: skip
-    with gm.graph.inserting_after(last):
-        anchor = gm.graph.call_function(operator.add, (0, 0))  # where slices are written
-    with gm.graph.inserting_before(anchor):
+    with gm.graph.inserting_before(region.nodes[-1].next):
         if split.at_once:
+            if states != ["P"] or given[0].meta["val"].ndim:
+                raise PlanError(f"{split.last} is no sum over slices: no backward of it at once")
             results = _at_once(gm, writer, [parts[size] for size in sizes], sizes)
         else:
             results = writer.write([parts[size] for size in sizes], sizes, states, given)
-    gm.graph.erase_node(anchor)
     for node, new in zip(given, results, strict=True):
         node.replace_all_uses_with(new)
     for node in reversed(region.nodes):

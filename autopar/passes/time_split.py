@@ -60,6 +60,12 @@ class NotSeparableError(PlanError):
     """The batch cannot be split exactly: an operator mixes its samples."""
 
 
+def even_sizes(samples: int, count: int) -> tuple[int, ...]:
+    """Sizes of `count` slices of a batch, which differ by one at most; larger ones first."""
+    size, rest = divmod(samples, count)
+    return (size + 1,) * rest + (size,) * (count - rest)
+
+
 def with_outer(state: State, outer: int) -> State:
     """A state whose sliced dim, if there is one, has such an outer part."""
     return f"{state}/{outer}" if state[0] == "S" and outer > 1 else state
