@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.local_step import fake_arguments
 from autopar.passes.lower import lower, trace_step
 from autopar.passes.pipeline import LowerOptions
+from autopar.passes.split_regions import split_regions
 from autopar.plan import ShardingPlan
 from autopar.planner.batch import TracedBatch
+from autopar.planner.fitted_step import fit_step
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.microbatched import BatchPlanner, worth_splitting
 from autopar.planner.planner import TIME_LIMIT, Planned, PlanningProblem, build_problem
@@ -230,11 +233,27 @@ def compile_step(
         cluster=options.cluster, scheduled=budget is not None, compile=options.compile,
         dump=options.dump_passes,
     )  # fmt: skip
-    with stage("differentiate") as running:
-        traced = trace_step(local.gm, called_with.tensors, lowering)
-        running.done = "differentiated the program"
+    whole = local.gm
+    local = replace(
+        local,
+        gm=place.ranks.together(
+            lambda: split_regions(whole, called_with.tensors, plan.time_splits)
+        ),
+    )
     memory = None
-    if budget is not None:
+    open_ = plan.step is None and not plan.time_splits and math.prod(plan.mesh) == 1
+    if budget is not None and open_:
+        with stage("schedule") as running:
+            fitted = fit_step(local.gm, called_with.tensors, lowering, budget)
+            traced, memory = fitted.traced, fitted.memory
+            local = replace(local, gm=fitted.gm)
+            plan = replace(plan, time_splits=fitted.splits, whole_results=fitted.whole_results)
+            running.done = f"scheduled memory: values peak at {bytes_text(memory.peak_bytes)}"
+    else:
+        with stage("differentiate") as running:
+            traced = trace_step(local.gm, called_with.tensors, lowering)
+            running.done = "differentiated the program"
+    if budget is not None and memory is None:
         with stage("schedule") as running:
             known = planned.schedule_of(traced.program)
             memory = agreed_schedule(traced.program, budget, place.ranks, known)

@@ -17,7 +17,7 @@ from autopar.ir.precision import Precision
 from autopar.ir.spec import ShardingSpec
 from autopar.units import mesh_text
 
-FORMAT = 8
+FORMAT = 9
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,34 @@ class StepSummary:
 
 
 @dataclass(frozen=True)
+class TimeSplit:
+    """A region of a rank's program that runs in slices, one after another.
+
+    Splits of a plan are applied in order, each to what the ones before it made.
+
+    Args:
+        first, last: names of its first and its last operator.
+        dim: of the first one's first result, that is sliced.
+        pieces: that the dim comes in.
+        slices: each takes one or more of the pieces; their numbers differ by one at most.
+        at_once: the backward of each slice runs right after its forward.
+        factor: what is sliced, for reports: "dim 1 of size 128 of linear".
+        modules: that the region belongs to.
+        sources: lines of the model, as `file:line`, where it begins and ends.
+    """
+
+    first: str
+    last: str
+    dim: int
+    pieces: int
+    slices: int
+    at_once: bool = False
+    factor: str = ""
+    modules: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """One stage of a pipeline, per device.
 
@@ -363,6 +391,10 @@ class ShardingPlan:
         pipeline: its stages. The mesh has one rank on their axis.
         work: what a step processes.
         sizes: those that were tried, if one was searched for.
+        time_splits: regions of a rank's program that run in slices, in the order in which they are
+            split.
+        whole_results: results of the model, besides scalars, that are a large part of its step's
+            peak: no split makes them smaller.
     """
 
     model: str
@@ -391,6 +423,8 @@ class ShardingPlan:
     pipeline: PipelinePlan | None = None
     work: StepWork | None = None
     sizes: tuple[TriedSize, ...] = ()
+    time_splits: tuple[TimeSplit, ...] = ()
+    whole_results: tuple[str, ...] = ()
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""

@@ -57,6 +57,12 @@ class JointGraph:
         return list(flat)  # type: ignore[arg-type]
 
     @property
+    def gradients_too(self) -> list[Any]:
+        """The same, with None for all gradients if the graph has no backward."""
+        outputs = self.outputs
+        return outputs if self.differentiable else outputs + [None] * len(self.primals)
+
+    @property
     def differentiable(self) -> bool:
         return any(result.differentiable for result in self.results)
 

@@ -101,11 +101,12 @@ def _copy_aliased_results(gm: fx.GraphModule, arguments: Sequence[torch.Tensor])
 
 
 def _with_modules(gm: fx.GraphModule) -> Callable[..., Any]:
-    """The program, run so that nodes traced from its nodes name their module as those do."""
+    """The program, run so that nodes traced from its nodes name their module as those do, and the
+    node itself."""
     for node in gm.graph.nodes:
-        if "autopar" in node.meta:
+        if node.meta.get("autopar") is not None:
             path = node.meta["autopar"].module
-            node.meta["nn_module_stack"] = {path: (path, "")}
+            node.meta["nn_module_stack"] = {path: (path, node.name)}
 
     def run(*flat: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():

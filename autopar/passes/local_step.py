@@ -41,6 +41,23 @@ class LocalStep:
     copied_bytes: int
 
 
+@dataclass(frozen=True)
+class UntracedStep:
+    """The same before it is traced.
+
+    Args:
+        gm: the forward program.
+        arguments: fake tensors that it is called with.
+        options: of its lowering.
+        copied_bytes: as of `LocalStep`.
+    """
+
+    gm: fx.GraphModule
+    arguments: tuple[torch.Tensor, ...]
+    options: LowerOptions
+    copied_bytes: int
+
+
 def local_step(
     graph: ModelGraph,
     plan: ShardingPlan,
@@ -82,7 +99,21 @@ def _traced(
     output_specs: Sequence[ShardingSpec] | None,
     disable: frozenset[str] = frozenset(),
 ) -> LocalStep:
-    """
+    step = untraced_step(graph, whole, plan, trainable, output_specs, disable)
+    program = trace_step(step.gm, step.arguments, step.options).program
+    return LocalStep(program, step.arguments, step.copied_bytes)
+
+
+def untraced_step(
+    graph: ModelGraph,
+    whole: ModelGraph,
+    plan: ShardingPlan,
+    trainable: frozenset[str],
+    output_specs: Sequence[ShardingSpec] | None,
+    disable: frozenset[str] = frozenset(),
+) -> UntracedStep:
+    """The step that a plan makes of a model, with all of its blocks.
+
     Args:
         whole: the graph that this one is a part of.
         disable: names of passes to leave out.
@@ -99,7 +130,7 @@ def _traced(
         graph, plan, frozenset(large_parameters(whole).values()), device_type=device_type,
         cluster=ClusterInfo.from_dict(plan.cluster), scheduled=True, disable=disable,
     )  # fmt: skip
-    return LocalStep(trace_step(local.gm, arguments, options).program, arguments, copied)
+    return UntracedStep(local.gm, arguments, options, copied)
 
 
 def fake_arguments(

@@ -85,7 +85,7 @@ def trace_step(
     options = options or LowerOptions()
     gm = run_stage("program", gm, options)
     joint = trace_joint(gm, arguments, name_modules=options.scheduled)
-    if not joint.differentiable:
+    if not joint.differentiable and not options.scheduled:
         return TracedStep(joint, None, options)
     joint = replace(joint, gm=run_stage("joint", joint.gm, options, joint))
     reading = _read(joint, options) if options.scheduled else None
@@ -99,6 +99,8 @@ def _read(joint: JointGraph, options: LowerOptions) -> JointProgram:
     if reading.kept_random:
         log.info("kept, as they draw and cannot run again: %s", ", ".join(reading.kept_random))
     primals = joint.primals
+    if not joint.differentiable:  # nothing to recompute or to offload in between
+        return with_buffers(reading)
     offloadable = {primals[k]: name for k, name in options.offloadable.items()}
     reading = with_transfers(reading, joint.gm.graph, options.cluster, offloadable)
     return with_buffers(with_splits(reading, joint.gm.graph))

@@ -26,11 +26,13 @@ from autopar.kernels.substitute import substitute_kernels
 from autopar.passes.async_sums import early_sums, returned_sums
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.drop_views import drop_views
+from autopar.passes.fill_concatenations import fill_concatenations
 from autopar.passes.functional_collectives import functional_collectives
 from autopar.passes.overlap import overlap_collectives
 from autopar.passes.overwrite import overwrite
 from autopar.passes.partition import forward_nodes
 from autopar.passes.runner import Pass, run_passes
+from autopar.passes.split_loss import scale_copies
 from autopar.passes.sum_dtypes import sum_gradients_in
 from autopar.plan import ShardingPlan
 from autopar.schedule.transfers import large_parameters
@@ -155,6 +157,12 @@ PIPELINE = (
     Entry("split", add_bias_within,
           "oneDNN adds the bias inside the product: one pass over memory less",
           when=lambda o: o.device_type == "cpu" and not o.compile),
+    Entry("split", scale_copies,
+          "Inductor does not know that an operator may write over what the forward has saved",
+          when=lambda o: o.compile),
+    Entry("split", fill_concatenations,
+          "a concatenation needs its parts and its result at once; slices are freed as they come",
+          when=lambda o: not o.compile),
     Entry("split", overwrite,
           "a pointwise result can take its dying operand's memory; Inductor does this itself",
           when=lambda o: not o.compile),

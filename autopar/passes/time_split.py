@@ -60,6 +60,12 @@ class NotSeparableError(PlanError):
     """The batch cannot be split exactly: an operator mixes its samples."""
 
 
+def even_sizes(samples: int, count: int) -> tuple[int, ...]:
+    """Sizes of `count` slices of a batch, which differ by one at most; larger ones first."""
+    size, rest = divmod(samples, count)
+    return (size + 1,) * rest + (size,) * (count - rest)
+
+
 def with_outer(state: State, outer: int) -> State:
     """A state whose sliced dim, if there is one, has such an outer part."""
     return f"{state}/{outer}" if state[0] == "S" and outer > 1 else state
@@ -119,11 +125,21 @@ def separate(
     Raises:
         NotSeparableError: naming the operator that mixes samples, its source line and the remedy.
     """
-    return _Analysis(separable_form(graph, dims), dims, samples, trainable).run()
+    return Analysis(separable_form(graph, dims), dims, samples, trainable).run()
 
 
 @dataclass
-class _Analysis:
+class Analysis:
+    """Finds the states of values, operator by operator.
+
+    Args:
+        graph, dims, samples, trainable: as of `separate`.
+
+    Attributes:
+        of_data: nodes computed from inputs, buffers and constants alone.
+        from_whole: values of these that are computed from the whole batch.
+    """
+
     graph: ModelGraph
     dims: Mapping[str, int]
     samples: int
@@ -131,8 +147,8 @@ class _Analysis:
     states: dict[Value, State] = field(default_factory=dict)
     steps: dict[tuple[fx.Node, State], Step] = field(default_factory=dict)
     whole: dict[tuple[Value, State], None] = field(default_factory=dict)
-    of_data: set[fx.Node] = field(default_factory=set)  # of inputs, buffers and constants alone
-    from_whole: set[Value] = field(default_factory=set)  # values of data, of the whole batch
+    of_data: set[fx.Node] = field(default_factory=set)
+    from_whole: set[Value] = field(default_factory=set)
 
     def run(self) -> Separation:
         for name, node in self.graph.placeholders.items():
@@ -154,7 +170,7 @@ class _Analysis:
                         "pass microbatch='independent' to treat each microbatch as a batch of its "
                         "own"
                     )
-                self._need(producer(x), state)
+                self.need(producer(x), state)
         return Separation(self.graph, self.samples, self.states, self.steps, self.whole)
 
     def _call(self, node: fx.Node) -> None:
@@ -165,9 +181,9 @@ class _Analysis:
         if draws(node) and all(state in (None, "R") for state in have):
             raise NotSeparableError(self._refusal(node, "what all samples share, and draws for it"))
         if all(state in (None, "R") for state in have):
-            self._define(node, Step(None, tuple(have)), ["R"] * len(results(node)))
+            self.define(node, Step(None, tuple(have)), ["R"] * len(results(node)))
             return
-        found = self._best(node)
+        found = self.best(node)
         if found is None or (node in self.of_data and "P" in found[1]):
             if node not in self.of_data:
                 sums = "sums over the batch, of which it needs the total"
@@ -177,31 +193,31 @@ class _Analysis:
                 raise NotSeparableError(self._refusal(node, mixed))
             self._compute_from_whole(node)
             return
-        self._define(node, *found)
+        self.define(node, *found)
 
     def _compute_from_whole(self, node: fx.Node) -> None:
         for k, _ in enumerate(results(node)):
             self.states[node, k] = "R"
             self.from_whole.add((node, k))
 
-    def _define(self, node: fx.Node, step: Step, outputs: list[State]) -> None:
+    def define(self, node: fx.Node, step: Step, outputs: list[State]) -> None:
         for k, output in enumerate(outputs):
             self.states[node, k] = output
             self.steps[node, output] = step
         for operand, state in zip(operands(node), step.inputs, strict=True):
             if operand is not None and state is not None:
-                self._need(producer(operand), state)
+                self.need(producer(operand), state)
 
-    def _best(self, node: fx.Node) -> tuple[Step, list[State]] | None:
+    def best(self, node: fx.Node) -> tuple[Step, list[State]] | None:
         """The step that takes the operands as they are, or with the least that is made for it."""
         best: tuple[int, Step, list[State]] | None = None
-        for step, outputs in self._steps(node):
+        for step, outputs in self.ways(node):
             cost = 0
             for operand, state in zip(operands(node), step.inputs, strict=True):
                 if operand is not None and state is not None:
                     value = producer(operand)
                     if self.states[value] != state:
-                        if not self._can(value, state):
+                        if not self.can(value, state):
                             break
                         cost += 1
             else:
@@ -209,7 +225,7 @@ class _Analysis:
                     best = cost, step, outputs
         return None if best is None else best[1:]
 
-    def _steps(self, node: fx.Node) -> Iterator[tuple[Step, list[State]]]:
+    def ways(self, node: fx.Node) -> Iterator[tuple[Step, list[State]]]:
         """How an operator may carry slices."""
         if _picks_of_each_sample(node):
             own = ["S0", "I", *["S0"] * len(operands(node)[2:])]
@@ -267,7 +283,7 @@ class _Analysis:
 
     # -- values in another state than their own ---------------------------------------------------
 
-    def _can(self, value: Value, state: State) -> bool:
+    def can(self, value: Value, state: State) -> bool:
         """Whether a value that is the same for every slice can be had as slices, or as a sum."""
         node, result = value
         if self.states[value] != "R":
@@ -292,19 +308,19 @@ class _Analysis:
             # of the operand of a fill, only the dtype counts
             have = (None if n is None else self.states[producer(n)] for n in operands(node))
             return Step(None, tuple(have))
-        for step, outputs in self._steps(node):
+        for step, outputs in self.ways(node):
             pairs = zip(operands(node), step.inputs, strict=True)
             if outputs[result] == state and all(
                 operand is None
                 or need is None
                 or need == self.states[producer(operand)]
-                or self._can(producer(operand), need)
+                or self.can(producer(operand), need)
                 for operand, need in pairs
             ):
                 return step
         return None
 
-    def _need(self, value: Value, state: State) -> None:
+    def need(self, value: Value, state: State) -> None:
         """Note what makes a value in a state that is not its own."""
         if state == "P":  # a share of what it is by itself
             state = self.states[value]
@@ -322,7 +338,7 @@ class _Analysis:
             self.steps[node, state] = step
             for operand, need in zip(operands(node), step.inputs, strict=True):
                 if operand is not None and need is not None:
-                    self._need(producer(operand), need)
+                    self.need(producer(operand), need)
 
     def _refusal(self, node: fx.Node, taken: str) -> str:
         info = self.graph.info(node)

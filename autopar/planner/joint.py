@@ -20,13 +20,15 @@ import torch.fx as fx
 
 from autopar.errors import InfeasibleError
 from autopar.ir.spec import ShardingSpec
-from autopar.passes.local_step import LocalStep, local_step
+from autopar.passes.local_step import LocalStep, local_step, untraced_step
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
+from autopar.planner.fitted_step import MOST_RECOMPUTED, FittedStep, split_step
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
+from autopar.planner.time_splits import SECONDS
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text, time_text
 
@@ -124,6 +126,7 @@ class _Scheduled:
     result: SearchResult
     step: LocalStep
     memory: MemoryPlan
+    split: FittedStep | None = None
 
 
 @dataclass
@@ -162,7 +165,7 @@ class _Trials:
         start = time.perf_counter()
         with problem.progress.stage("schedule") as stage:
             try:
-                step, memory = self._schedule(choices)
+                step, memory, split = self._schedule(choices)
             except InfeasibleError as error:
                 stage.done = f"no schedule of the plan {text} fits"
                 self.errors.append(error)
@@ -176,10 +179,12 @@ class _Trials:
             )
         trial = self.tried[choices] = Trial(us, memory.added_us)
         if self.best is None or trial.step_us < self.best.trial.step_us:
-            self.best = _Scheduled(trial, replace(result, choices=choices), step, memory)
+            self.best = _Scheduled(trial, replace(result, choices=choices), step, memory, split)
 
-    def _schedule(self, choices: tuple[int, ...]) -> tuple[LocalStep, MemoryPlan]:
-        """The first rank's step, and its schedule within the budget.
+    def _schedule(
+        self, choices: tuple[int, ...]
+    ) -> tuple[LocalStep, MemoryPlan, FittedStep | None]:
+        """The first rank's step, its schedule within the budget, and its regions in slices.
 
         Raises:
             InfeasibleError: no schedule fits.
@@ -190,11 +195,46 @@ class _Trials:
         for decision, c in zip(space.decisions, choices, strict=True):
             if decision.kind != "output":
                 chosen[decision.node] += (decision.candidates[c].name,)
+        given = self.output_specs
         step = local_step(
-            space.graph, plan, trainable=space.workload.trainable,
-            output_specs=self.output_specs, choices=chosen,
+            space.graph, plan, trainable=space.workload.trainable, output_specs=given,
+            choices=chosen,
         )  # fmt: skip
-        return step, _step_budget(self.problem, step).choose(step.program)
+        budget = _step_budget(self.problem, step)
+        memory, refused = None, None
+        try:
+            memory = budget.choose(step.program)
+            if memory.added_us <= MOST_RECOMPUTED * memory.timeline.us:
+                return step, memory, None
+        except InfeasibleError as error:
+            refused = error
+        if self.problem.deadline.over:
+            fitted = None
+        else:
+            fitted = self._in_slices(plan, budget)
+        if fitted is not None and (
+            memory is None or fitted.memory.timeline.us < memory.timeline.us
+        ):
+            fitted = fitted.compared_with(step.program)
+            return replace(step, program=fitted.traced.program), fitted.memory, fitted
+        if memory is None:
+            assert refused is not None
+            raise refused
+        return step, memory, None
+
+    def _in_slices(self, plan: ShardingPlan, budget: StepBudget) -> FittedStep | None:
+        """The step with regions in slices; None if that does not fit."""
+        space = self.problem.space
+        step = untraced_step(
+            space.graph, space.graph, plan, space.workload.trainable, self.output_specs
+        )
+        try:
+            return split_step(
+                step.gm, step.arguments, step.options, budget,
+                min(SECONDS, self.problem.deadline.left),
+            )  # fmt: skip
+        except InfeasibleError:
+            return None
 
     @property
     def out_of_reach(self) -> bool:
@@ -307,4 +347,8 @@ def _with_schedule(plan: ShardingPlan, joint: _Scheduled, budget: StepBudget) ->
         transient_bytes=0.0,
     )
     summary = memory.summary(budget.resident_bytes)
-    return replace(plan, time=time_us, memory=estimate, step=summary)
+    plan = replace(plan, time=time_us, memory=estimate, step=summary)
+    split = joint.split
+    if split is None:
+        return plan
+    return replace(plan, time_splits=split.splits, whole_results=split.whole_results)

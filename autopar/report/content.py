@@ -18,6 +18,7 @@ from autopar.plan import (
     ModuleSummary,
     ShardingPlan,
     TimeEstimate,
+    TimeSplit,
     TriedSize,
 )
 from autopar.planner.describe import grouped_names
@@ -141,6 +142,43 @@ def step_table(plan: ShardingPlan) -> Table | None:
         " ".join(filter(None, notes)),
         total=len(rows) - 1,
     )
+
+
+def time_splits_table(plan: ShardingPlan) -> Table | None:
+    """Regions that run in slices, if there are any."""
+    if not plan.time_splits:
+        return None
+    alike: dict[tuple[str, int, bool, tuple[str, ...]], list[TimeSplit]] = {}
+    for split in plan.time_splits:
+        key = split.factor, split.slices, split.at_once, split.sources
+        alike.setdefault(key, []).append(split)
+    rows = []
+    for (factor, slices, at_once, sources), splits in alike.items():
+        modules = dict.fromkeys(_outermost(split.modules) or "(model)" for split in splits)
+        backward = "at once" if at_once else "as scheduled"
+        rows.append((", ".join(modules), factor, str(slices), backward, " to ".join(sources)))
+    note = (
+        "The slices of a region run one after another. At once: the backward of a slice follows "
+        "its forward."
+    )
+    if plan.whole_results:
+        note += (
+            f" The caller gets {'; '.join(plan.whole_results)}: that is whole, whatever is split. "
+            "A model that does not return it needs less memory."
+        )
+    columns = ("module", "split", "slices>", "backward", "source")
+    return Table("Split over time", columns, tuple(rows), note)
+
+
+def _outermost(modules: Sequence[str]) -> str:
+    """The module that all of some are in."""
+    parts = [m.split(".") for m in modules]
+    common = []
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common)
 
 
 def plans(plan: ShardingPlan) -> list[Baseline]:
@@ -313,6 +351,7 @@ def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
         time_table(plan.time),
         memory_table(plan.memory, plan.budget_bytes),
         step_table(plan),
+        time_splits_table(plan),
         baselines_table(plan),
         pareto_table(plan),
         meshes_table(plan),

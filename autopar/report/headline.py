@@ -27,6 +27,8 @@ def verdict(plan: ShardingPlan) -> list[tuple[str, str]]:
     reasons = []
     if plan.microbatches > 1:
         reasons.append(f"{plan.microbatches} microbatches")
+    if plan.time_splits:
+        reasons.append(f"{len(plan.time_splits)} regions in slices")
     if plan.step is not None:
         if plan.step.added_us > 0:
             reasons.append(f"recomputing and re-gathering, {time_text(plan.step.added_us)} of it")

@@ -13,12 +13,6 @@ import torch.fx as fx
 from autopar.passes.time_split import State
 
 
-def even_sizes(samples: int, count: int) -> tuple[int, ...]:
-    """Sizes of `count` slices of a batch, which differ by one at most; larger ones first."""
-    size, rest = divmod(samples, count)
-    return (size + 1,) * rest + (size,) * (count - rest)
-
-
 @dataclass(frozen=True)
 class Slicing:
     """How a rank takes its slices of a batch.

@@ -28,6 +28,7 @@ from autopar.passes.microbatches import (
     exact_microbatches,
     independent_microbatches,
 )
+from autopar.passes.time_split import even_sizes
 from autopar.plan import PipelinePlan, ShardingPlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.microbatched import BatchPlanner
@@ -36,7 +37,6 @@ from autopar.runtime.batch import BatchDim, BatchLayout, batch_dims
 from autopar.runtime.bound_step import WholeResult
 from autopar.runtime.call import Call
 from autopar.runtime.pipeline_runtime import Pipeline
-from autopar.runtime.slicing import even_sizes
 from autopar.runtime.split_binder import SplitBinder
 from autopar.runtime.split_step import SplitStep
 

@@ -228,6 +228,8 @@ class StepCompiler:
         gradients = ResultGradients.of(graph, trainable)
         evaluate = _eager(compiled.local)
         train = evaluate if compiled.lowered is None else bind(compiled.lowered, gradients)
+        if compiled.memory is not None and not trainable:
+            evaluate = train  # scheduled as a forward
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
             self._count, compiled, train, evaluate, layout, parameters,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from autopar.ir.aliasing import overwritable, tensors_of
 from autopar.ir.graph import bound_arguments
 from autopar.ir.joint_graph import JointGraph
 from autopar.ir.randomness import draws
+from autopar.operators.scaled_gradient import scaled_gradient
 from autopar.profiler.counting import Recorder, Work
 from autopar.profiler.time_model import Kernel, KernelLog, computed, node_us
 from autopar.schedule.program import INPUT, SIDE, Op, Program, Resource
@@ -81,7 +83,7 @@ def read_joint(joint: JointGraph, forward: set[fx.Node], cluster: ClusterInfo) -
         forward: nodes that the forward computes.
         cluster: whose times are predicted.
     """
-    outputs, count = joint.outputs, len(joint.results)
+    outputs, count = joint.gradients_too, len(joint.results)
     reader = _Reader(joint.gm, cluster, forward, _carrying(joint.primals, outputs[count:]))
     reader.run([n for n in outputs if isinstance(n, fx.Node)])
     program = _program(reader, joint)
@@ -178,7 +180,9 @@ class _Reader:
             Op(
                 node.name, _kind(node), self._reads(node), tuple(makes), flops, us,
                 replays=_may_replay(node), overwrites=self._overwrites(node, makes),
-                carries=node in self.carrying, module=_module(node), resource=resource,
+                takes_over=_takes_over(node), fills=self._fills(node, makes),
+                carries=node in self.carrying,
+                module=_module(node), resource=resource,
             )
         )  # fmt: skip
 
@@ -207,12 +211,24 @@ class _Reader:
         if len(makes) != 1 or not isinstance(node.meta.get("val"), torch.Tensor):
             return ()
         overwrites: dict[int, None] = {}
-        for operand in overwritable(node):
+        operands = node.all_input_nodes[:1] if _takes_over(node) else overwritable(node)
+        for operand in operands:
             number = self.base[operand]
             aliases = [n for n in node.all_input_nodes if self.base.get(n) == number]
             if len(aliases) == 1 and self.sizes[number] == self.sizes[makes[0]]:
                 overwrites[number] = None
         return tuple(overwrites)
+
+    def _fills(self, node: fx.Node, makes: Sequence[int]) -> tuple[int, ...]:
+        if node.target is not torch.ops.aten.cat.default or len(makes) != 1:
+            return ()
+        parts = Counter(self.base[n] for n in node.all_input_nodes)
+        made = {s for op in self.ops for s in op.makes}
+        return tuple(s for s, count in parts.items() if count == 1 and s in made)
+
+
+def _takes_over(node: fx.Node) -> bool:
+    return node.target is scaled_gradient
 
 
 def _checks(node: fx.Node) -> bool:
@@ -262,7 +278,7 @@ def _module(node: fx.Node) -> str:
 
 
 def _program(reader: _Reader, joint: JointGraph) -> Program:
-    outputs, num_fwd_outputs = joint.outputs, len(joint.results)
+    outputs, num_fwd_outputs = joint.gradients_too, len(joint.results)
     weights = [
         p for p, g in zip(joint.primals, outputs[num_fwd_outputs:], strict=True)
         if isinstance(g, fx.Node)

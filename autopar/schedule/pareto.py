@@ -192,6 +192,10 @@ class ScheduleFront:
         """The schedule, keeping more as far as the budget allows."""
         return self.point(point.name, self.refiner.grow(point.schedule, budget))
 
+    def low(self) -> SchedulePoint:
+        """A schedule with a low peak, found quickly: common checkpointing, refined."""
+        return self._lowered(min(self.candidates, key=_by_peak), self.refiner)
+
     def smallest(self, budget: float = math.inf) -> SchedulePoint:
         """The schedule with the smallest peak that the search can reach.
 

@@ -59,6 +59,9 @@ class Op:
         us: time on its resource, microseconds.
         replays: it may run twice: the same operands give the same results, without side effects.
         overwrites: storages it reads that its one result may be written over.
+        takes_over: it may be written over what the forward has saved for it.
+        fills: storages it reads that are copied into its one result as soon as they are made, if
+            nothing reads them afterwards (parts of a concatenation).
         carries: a gradient flows through it.
         module: path of the module that called it.
         beside: compute goes on while it runs, if the device supports that.
@@ -73,6 +76,8 @@ class Op:
     us: float
     replays: bool = True
     overwrites: tuple[int, ...] = ()
+    takes_over: bool = False
+    fills: tuple[int, ...] = ()
     carries: bool = True
     module: str = ""
     resource: Resource = Resource.COMPUTE

@@ -1,9 +1,10 @@
 """Live bytes of a schedule, operator by operator, as the compiled step runs it.
 
 While an operator runs, its operands and results are alive; a storage is freed after its last
-reader. A pointwise operator may write its result over an operand that dies with it. Storages that
-the step makes count; gradients of parameters count from when they are made, and a parameter that is
-offloaded counts negatively meanwhile. Collectives have buffers while they run.
+reader. A pointwise operator may write its result over an operand that dies with it, and the parts
+of a concatenation are copied into its result as they are made. Storages that the step makes count;
+gradients of parameters count from when they are made, and a parameter that is offloaded counts
+negatively meanwhile. Collectives have buffers while they run.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LiveRanges(NamedTuple):
 def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
     """The live ranges of a schedule."""
     accesses, nbytes = program.accesses, program.nbytes
-    forward = len(schedule.forward)
+    forward, sequence = len(schedule.forward), schedule.forward + schedule.backward
     storage: list[int] = list(program.parameters)
     current: dict[int, int] = {s: k for k, s in enumerate(storage)}
     start: list[int] = [0] * len(storage)
@@ -48,11 +49,17 @@ def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
     writers: list[tuple[int, int, tuple[int, ...]]] = []
     # position, its buffers, and the ranges of its operands, None where they exist before the step
     holders: list[tuple[int, Buffers, list[int | None]]] = []
-    for at, i in enumerate(schedule.forward + schedule.backward):
+    # position, live range, and the ranges that it may be filled from
+    filled: list[tuple[int, int, tuple[int, ...]]] = []
+    read_before: dict[int, int] = {}  # by range, the reader before the last
+    for at, i in enumerate(sequence):
         reads, makes, overwrites, held = accesses[i]
         for s in reads:
             if s in current:
-                end[current[s]] = at
+                k = current[s]
+                read_before[k], end[k] = end[k], at
+        if fills := program.ops[i].fills:
+            filled.append((at, len(storage), tuple([current[s] for s in fills if s in current])))
         if held is not None:
             holders.append((at, held, [current.get(s) for s in reads]))
         if overwrites:
@@ -69,12 +76,20 @@ def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
     returned = program.results | program.gradients
     for s in (program.gradient_bytes.keys() | program.parameters.keys()) & current.keys():
         end[current[s]] = forward + len(schedule.backward) - 1
+    made = list(start) if filled else start
+    for at, k, parts in filled:
+        for part in parts:
+            same_part = (made[part] >= forward) == (at >= forward)
+            if end[part] == at and same_part and storage[part] not in returned:
+                end[part] = read_before[part]
+                start[k] = min(start[k], made[part])
     over = [-1] * len(storage)
     for k, at, operands in writers:
         for operand in operands:
             s = storage[operand]
             same_part = (start[operand] >= forward) == (at >= forward)
-            if end[operand] == at and same_part and nbytes[s] and s not in returned:
+            own = same_part or program.ops[sequence[at]].takes_over
+            if end[operand] == at and own and nbytes[s] and s not in returned:
                 over[k] = operand
                 break
     buffers = {

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from autopar import auto_engine
 from autopar.passes.slice_graph import slice_graph, whole_graph
-from autopar.passes.time_split import NotSeparableError, Separation, separate
-from autopar.runtime.slicing import Slicing, even_sizes
+from autopar.passes.time_split import NotSeparableError, Separation, even_sizes, separate
+from autopar.runtime.slicing import Slicing
 from autopar.tracer import ColoTracer
 from tests.models import CASES
 from tests.pipelines import MODELS
