@@ -179,7 +179,8 @@ class _Unroller:
             a, b = ops[i], ops[j]
             _require(
                 replace(b, name=a.name, module=a.module, reads=a.reads, makes=a.makes,
-                        overwrites=a.overwrites) == a
+                        overwrites=a.overwrites, fills=a.fills) == a
+                and list(map(b.reads.index, b.fills)) == list(map(a.reads.index, a.fills))
                 and gap.moved(b.module, -gap.count - 1) == self._own_name(i)
                 and len(a.reads) == len(b.reads) and len(a.makes) == len(b.makes)
             )  # fmt: skip
@@ -243,6 +244,7 @@ class _Unroller:
             reads=tuple(renumbered.values()),
             makes=tuple(numbers[s, copy] for s in op.makes),
             overwrites=tuple(renumbered[s] for s in op.overwrites),
+            fills=tuple(renumbered[s] for s in op.fills),
         )
 
     def _name(self, name: str, copy: int) -> str:
