@@ -54,7 +54,8 @@ def split_step(
     budget: StepBudget,
     seconds: float = SECONDS,
 ) -> FittedStep | None:
-    """Schedule a step with regions of it in slices; None if none lowers its peak.
+    """Schedule a step with regions of it in slices; None if none lowers its peak, or if its states
+    alone are too much.
 
     Args:
         gm: a rank's forward program; is not changed.
@@ -64,6 +65,8 @@ def split_step(
     Raises:
         InfeasibleError: the step does not fit in slices either.
     """
+    if budget.is_hopeless:
+        return None
     training = any(t.requires_grad for t in arguments)
     score = (training_score if training else forward_score)(arguments, options)
     choice = choose_splits(

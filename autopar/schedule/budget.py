@@ -139,6 +139,11 @@ class StepBudget:
         """Left for what the step makes, gradients of parameters included."""
         return self.memory_bytes - self.resident_bytes
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether gradients alone need more, with all parameters on the host."""
+        return self.step_bytes + self.parameters_bytes < self.gradients_bytes
+
     def choose(self, program: Program) -> MemoryPlan:
         """The fastest schedule, with the optimizer's state on the device or on the host.
 
@@ -233,7 +238,7 @@ def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
     budgets = [budget_bytes, *_with_room(program, budget_bytes)]
     points = [point for point in front.solve(budgets, through=ladder) if point is not None]
     if not points:
-        smallest = front.smallest(budget_bytes)
+        smallest = front.smallest()
         if smallest.peak_bytes > budget_bytes:
             raise _infeasible(program, smallest.schedule, budget_bytes)
         points = [front.grown(smallest, budget_bytes)]

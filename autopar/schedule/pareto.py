@@ -27,7 +27,6 @@ _MANY_STAGES = 12  # of which the chain is better than what other searches reach
 _EXPENSIVE = ("mm.", "bmm", "convolution", "attention")
 _LOWER = (0.8, 0.9, 0.97)  # steps in which the smallest peak is sought
 _FAR_FROM_BEST = 1.3
-_OUT_OF_REACH = 2.0  # times the budget
 _SHARES = tuple(k / 24 for k in range(24))  # of the bytes that eager keeps
 _SECONDS = 0.3  # for each integer program over all operators
 # What is kept, as a share of the peak, by the schedules of the whole program that are tried.
@@ -196,23 +195,15 @@ class ScheduleFront:
         """A schedule with a low peak, found quickly: common checkpointing, refined."""
         return self._lowered(min(self.candidates, key=_by_peak), self.refiner)
 
-    def smallest(self, budget: float = math.inf) -> SchedulePoint:
-        """The schedule with the smallest peak that the search can reach.
-
-        Args:
-            budget: if even twice as much is out of reach, the search ends early.
-        """
+    def smallest(self) -> SchedulePoint:
+        """The schedule with the smallest peak that the search can reach."""
         few = len(self.program.ops) <= _FEW_OPS
-        if min(c.peak_bytes for c in self.candidates) > _OUT_OF_REACH * budget:
-            few = False
         for share in _SHARES if few else _SHARES[:2]:
             self._add_whole(share)
         count = len(self._chain.budgets)
         for k in range(0 if few else max(0, count - 2 * _CHAIN_TRIED), count):
             self._of_chain(k)
         least = min(self.candidates, key=_by_peak)
-        if least.peak_bytes > _OUT_OF_REACH * budget:
-            return least
         starts = [least]
         if self.program.transfers:  # offloading may be a dead end where recomputation is not
             recompute_only = Refiner(replace(self.program, transfers={}), self.cost)

