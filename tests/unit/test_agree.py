@@ -28,15 +28,15 @@ class Differing(Ranks):
 def compiled(ranks: Ranks, memory: float | None):
     case = CASES["mlp"]
     model = case.build()
-    planned = autoplan(model, (), case.batch(0), cluster="1")
+    planned = autoplan(model, (), case.batch(0), cluster="2")
     trainable = trainable_inputs(planned.graph, model)
-    place = Place((0,), planning_groups((1,), (0,)), ranks=ranks)
+    place = Place((0,), planning_groups((2,), (0,)), ranks=ranks)
     return compile_step(
         planned.graph,
         lambda: StepPlan(planned.plan),
         place,
         lambda plan, local: Arguments(fake_arguments(planned.graph, local, trainable)),
-        StepOptions(ClusterInfo.of("1").with_memory(memory)),
+        StepOptions(ClusterInfo.of("2").with_memory(memory)),
         trainable=trainable,
     )
 

@@ -45,7 +45,8 @@ def test_the_largest_size_is_known_to_a_sixteenth(most, start):
 
 
 def _planned(*arguments):
-    app(["plan", *map(str, arguments), "--no-baselines"], standalone_mode=False)
+    quick = ["--no-baselines", "--time-limit", "3"]
+    app(["plan", *map(str, arguments), *quick], standalone_mode=False)
 
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not(model, tmp_path, capsys):

@@ -150,14 +150,14 @@ def test_what_does_not_fit_is_recomputed_without_being_asked():
     free = plan_to_fit(model, (), batch, cluster=small_device(80))
     assert free.memory is None
     needed = free.planned.plan.memory.total_bytes / 2**30
-    joint = plan_to_fit(model, (), batch, cluster=small_device(0.7 * needed))
+    joint = plan_to_fit(model, (), batch, cluster=small_device(0.7 * needed), time_limit=10)
     plan = joint.planned.plan
     assert plan.memory.total_bytes <= 0.7 * needed * 2**30
     assert plan.step is not None or plan.microbatches > 1
     with pytest.raises(
         InfeasibleError, match=r"Give at least .* Microbatches that keep everything do not help"
     ):
-        plan_to_fit(model, (), batch, cluster=small_device(0.001 * needed))
+        plan_to_fit(model, (), batch, cluster=small_device(0.001 * needed), time_limit=3)
 
 
 class OneHot(torch.nn.Module):
