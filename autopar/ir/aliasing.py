@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -147,3 +147,30 @@ def _is_composite(target: torch._ops.OpOverload) -> bool:
     """Made of other operators alone; such may return an argument itself (dropout)."""
     has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, target.name())
     return has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU")
+
+
+class Lifetimes(NamedTuple):
+    """When storages of a graph end.
+
+    Args:
+        where: the storage of each node.
+        last: the last node that reads a storage.
+        held: storages that outlive their readers: results, and what nothing is known of reads them.
+    """
+
+    where: Mapping[fx.Node, Storage]
+    last: Mapping[Storage, fx.Node]
+    held: frozenset[Storage]
+
+
+def lifetimes(graph: fx.Graph) -> Lifetimes:
+    """The lifetimes of all storages of a graph."""
+    where = storages(graph)
+    last: dict[Storage, fx.Node] = {}
+    held: set[Storage] = set()
+    for node in graph.nodes:
+        read = {where[n] for n in node.all_input_nodes}
+        last |= dict.fromkeys(read, node)
+        if where[node] is None or node.op == "output":
+            held |= read
+    return Lifetimes(where, last, frozenset(held))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.ir.aliasing import Storage, storages
+from autopar.ir.aliasing import lifetimes
 
 aten = torch.ops.aten
 
@@ -32,14 +32,7 @@ def fill_concatenations(gm: fx.GraphModule) -> fx.GraphModule:
 def _dying(graph: fx.Graph, node: fx.Node) -> dict[int, tuple[fx.Node, list[fx.Node]]]:
     """By position, the parts that nothing reads besides the concatenation: what makes each, and the
     views that lead to it."""
-    where = storages(graph)
-    last: dict[Storage, fx.Node] = {}
-    held: set[Storage] = set()
-    for n in graph.nodes:
-        read = {where[x] for x in n.all_input_nodes}
-        last |= dict.fromkeys(read, n)
-        if where[n] is None or n.op == "output":
-            held |= read
+    where, last, held = lifetimes(graph)
     return {
         k: (source[0], chain)
         for k, x in enumerate(cat_parts(node))

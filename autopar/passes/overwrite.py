@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from autopar.ir.aliasing import Storage, overwritable, storages, variant
+from autopar.ir.aliasing import lifetimes, overwritable, variant
 
 
 def overwrite(gm: fx.GraphModule) -> fx.GraphModule:
@@ -17,14 +17,7 @@ def overwrite(gm: fx.GraphModule) -> fx.GraphModule:
     what is returned.
     """
     graph = gm.graph
-    where = storages(graph)
-    last: dict[Storage, fx.Node] = {}
-    held: set[Storage] = set()
-    for node in graph.nodes:
-        read = {where[n] for n in node.all_input_nodes}
-        last |= dict.fromkeys(read, node)
-        if where[node] is None or node.op == "output":
-            held |= read
+    where, last, held = lifetimes(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or where[node] != (node, 0):
             continue

@@ -51,34 +51,37 @@ def train(
         optimizer.step()
     saved = optimizer.state_dict()["state"][0]["exp_avg"]
     assert saved.to_local().abs().sum() > 0
-    return grads, {n: b.clone() for n, b in model.named_buffers()}, peak
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    return grads, buffers, peak, bool(engine.plan.time_splits)
 
 
 @pytest.mark.parametrize(("name", "dropout"), [("gpt2", 0.3), ("resnet", 0.0)])
 def test_training_is_the_same_in_the_smallest_budget(name, dropout):
-    expected, buffers, eager_peak = train(name, 2**30, dropout)
+    expected, buffers, eager_peak, _ = train(name, 2**30, dropout)
     with pytest.raises(InfeasibleError, match=r"parameters take .* Give ") as error:
         train(name, 1000, dropout)
     smallest = error.value.smallest_bytes
-    grads, updated, peak = train(name, smallest, dropout)
+    grads, updated, peak, in_slices = train(name, smallest, dropout)
     assert peak < eager_peak
     for step_grads, reference_grads in zip(grads, expected, strict=True):
         for grad, reference in zip(step_grads, reference_grads, strict=True):
             torch.testing.assert_close(grad, reference, rtol=0, atol=1e-9)
     for name, buffer in buffers.items():
-        torch.testing.assert_close(updated[name], buffer, rtol=0, atol=1e-9)
+        # slices add statistics up in another order
+        atol = 1e-9 if in_slices else 0.0
+        torch.testing.assert_close(updated[name], buffer, rtol=0, atol=atol)
 
 
 def test_the_optimizers_state_goes_to_the_host():
     """Where a budget is too small for it beside what the model makes."""
     host = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
-    expected, _, _ = train("mlp", 2**30)
+    expected, *_ = train("mlp", 2**30)
     with pytest.raises(InfeasibleError) as error:
         train("mlp", 1000)
     budget = 0.97 * error.value.smallest_bytes
     with pytest.raises(InfeasibleError):
         train("mlp", budget)
-    grads, _, _ = train("mlp", budget, cluster=host)
+    grads, *_ = train("mlp", budget, cluster=host)
     for step_grads, reference_grads in zip(grads, expected, strict=True):
         for grad, reference in zip(step_grads, reference_grads, strict=True):
             torch.testing.assert_close(grad, reference, rtol=0, atol=1e-9)
