@@ -28,7 +28,7 @@ def _no_process_group_left() -> Iterator[None]:
 def train(
     name: str, memory: float, dropout: float = 0.0, cluster: ClusterInfo | str = "1"
 ) -> tuple[list, dict, int, bool]:
-    """Gradients of every step, buffers, the peak of the last, and whether any region is in slices."""
+    """Gradients of every step, buffers, the peak of the last, and whether regions are in slices."""
     case = CASES[name]
     torch.manual_seed(0)
     model = LanguageModel(layers=2, dropout=dropout) if name == "gpt2" else case.make()
