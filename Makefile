@@ -11,7 +11,7 @@ NO_DEPS := torchvision==0.28.0 timm==1.0.31 lightning==2.6.6
 
 CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 
-.PHONY: help venv test test-gpu demo bench clean
+.PHONY: help venv test test-thorough test-gpu demo bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 16
@@ -41,6 +41,10 @@ test: venv ## Lint, check types, run the tests
 	$(BIN)/mypy autopar
 	$(CPU) $(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile tests --ignore tests/dist
 	$(CPU) $(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile tests/dist
+
+test-thorough: venv ## Run all cases of the tests of which make test takes a sample
+	$(CPU) $(BIN)/python -m pytest -q --thorough -n 2 --dist loadfile tests --ignore tests/dist
+	$(CPU) $(BIN)/python -m pytest -q --thorough -n 2 --dist loadfile tests/dist
 
 test-gpu: venv ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu tests/gpu tests/kernels tests/unit/test_memory_prefetch.py

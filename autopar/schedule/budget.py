@@ -233,6 +233,8 @@ def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
     if eager_bytes <= budget_bytes:
         return describe(program, prefetched(program, eager, budget_bytes))
     front = ScheduleFront(program, _costs(program))
+    if front.has_many_operators and budget_bytes < least_bytes(program):
+        raise _infeasible(program, front.low().schedule, budget_bytes)
     step = (max(1.0, budget_bytes) / eager_bytes) ** (1 / _RUNGS)
     ladder = [eager_bytes * step**k for k in range(1, _RUNGS)]
     budgets = [budget_bytes, *_with_room(program, budget_bytes)]
@@ -248,6 +250,18 @@ def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
     plan = replace(plan, front=tuple((point.peak_bytes, point.cost) for point in seen))
     log.info("the step's values peak at %s", bytes_text(plan.peak_bytes))
     return plan
+
+
+def least_bytes(program: Program) -> int:
+    """What the largest operator reads and makes: no schedule needs less."""
+    nbytes = program.nbytes
+    return max(
+        (
+            sum(nbytes[s] for s in {*op.reads, *(() if op.overwrites else op.makes)})
+            for op in program.ops
+        ),
+        default=0,
+    )
 
 
 def _gathers(program: Program) -> list[int]:

@@ -32,6 +32,7 @@ _SECONDS = 0.3  # for each integer program over all operators
 # What is kept, as a share of the peak, by the schedules of the whole program that are tried.
 _LEAST_KEPT, _MOST_KEPT = 0.85, 1.25
 _CHAIN_TRIED = 3  # schedules of the chain on either side of where they begin to fit a budget
+_SPREAD = 400  # schedules of the chain, evenly over its budgets, that look for the smallest peak
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,13 @@ class ScheduleFront:
         return StageModel(self.program, stage, self.cost)
 
     @property
+    def has_many_operators(self) -> bool:
+        """Too many to search thoroughly."""
+        return len(self.program.ops) > _FEW_OPS
+
+    @property
     def _is_long(self) -> bool:
-        return len(self.program.ops) > _FEW_OPS and len(self._stages) >= _MANY_STAGES
+        return self.has_many_operators and len(self._stages) >= _MANY_STAGES
 
     def point(self, name: str, schedule: Schedule) -> SchedulePoint:
         """Score a schedule."""
@@ -197,11 +203,12 @@ class ScheduleFront:
 
     def smallest(self) -> SchedulePoint:
         """The schedule with the smallest peak that the search can reach."""
-        few = len(self.program.ops) <= _FEW_OPS
+        few = not self.has_many_operators
         for share in _SHARES if few else _SHARES[:2]:
             self._add_whole(share)
         count = len(self._chain.budgets)
-        for k in range(0 if few else max(0, count - 2 * _CHAIN_TRIED), count):
+        last = max(0, count - 2 * _CHAIN_TRIED)
+        for k in (*range(0, last if few else 0, max(1, last // _SPREAD)), *range(last, count)):
             self._of_chain(k)
         least = min(self.candidates, key=_by_peak)
         starts = [least]

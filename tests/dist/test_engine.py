@@ -12,6 +12,7 @@ from tests.models import CASES
 pytestmark = pytest.mark.dist
 
 
+@pytest.mark.sample(0.7)
 @pytest.mark.parametrize(
     ("mesh", "kind", "how"),
     [
@@ -108,6 +109,7 @@ def test_predicted_memory_is_near_the_measured(pool, budget):
         assert 0.9 < answer["predicted"] / answer["measured"] < 1.35
 
 
+@pytest.mark.sample(0.7)
 @pytest.mark.parametrize(
     ("name", "dropout", "share", "overlaps"),
     [("gpt2", 0.1, 0.6, True), ("gpt2", 0.5, 0.6, False), ("resnet", 0.0, 0.9, False)],
@@ -125,6 +127,7 @@ def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, over
         assert [rank["measured"] for rank in ranks] == pytest.approx(peaks, abs=64)
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_parameters_on_the_host(pool, overlaps):
     ranks = pool.run(tasks.parameters_on_host, "2x2", overlaps)
@@ -155,6 +158,7 @@ def test_replicated_draws_are_equal_on_all_ranks(pool):
         assert np.array_equal(ranks[0], other)
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("mesh", ["4", "2x2"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 def test_lower_precision_is_that_of_a_single_device(pool, mesh, autocast):

@@ -41,6 +41,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sample(0.6)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {c[1]} {c[2]} {c[3]}")
 def test_training_equals_a_single_device(pool, case):
     name, mesh, _, schedule, options, _ = case
@@ -68,6 +69,7 @@ def test_large_results_are_brought_from_their_stage_when_they_are_read(pool, mes
         assert max(found.values()) < EXACT, found
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize(("mesh", "schedule"), [(BOTH, "1f1b"), (FOUR, "zb-h1")])
 def test_dropout(pool, mesh, schedule):
     ranks = pool.run(tasks.dropout, mesh, schedule)
@@ -89,6 +91,7 @@ def test_losses_and_ways_of_training(pool):
         assert max(found.values()) < EXACT, found
 
 
+@pytest.mark.sample(0.4)
 @pytest.mark.parametrize(
     ("saved", "loaded"), [(BOTH, "data=4"), (FOUR, BOTH), ("data=4", "data=2,pipe=2")]
 )

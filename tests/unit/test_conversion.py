@@ -357,7 +357,7 @@ STEPS = [
 ]  # fmt: skip
 
 
-def _some_steps(converter, shape, most=400):
+def _some_steps(converter, shape, most=150):
     """The steps out of all specs, or as many of them by chance."""
     steps = [s for spec in converter.specs(shape) for s in converter.steps_from(shape, spec)]
     return random.Random(0).sample(steps, min(most, len(steps)))

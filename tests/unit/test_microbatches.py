@@ -141,6 +141,7 @@ def test_batches_of_different_sizes_and_evaluation():
         engine.train(), alone.train()
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("name", ["gpt2", "vit", "unet", "experts"])
 def test_training(name):
     found = train_beside(name, lambda model, opt: engine_of(model, 3, opt), steps=2, evaluate=True)

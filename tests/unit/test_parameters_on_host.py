@@ -290,6 +290,7 @@ def keeps_an_array(model, alone):
     assert (array == alone.head.weight.detach().numpy()).all()
 
 
+@pytest.mark.sample(0.6)
 @pytest.mark.parametrize(
     "happens", [forwards_again, trains_again, evaluates, prepares, reads, copies, keeps_an_array]
 )

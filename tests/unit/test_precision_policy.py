@@ -35,6 +35,7 @@ def _cast_by_hand(model: nn.Module, batch, dtype: torch.dtype, keep: str = " "):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("memory", [None, 2.0**26])
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "vit"])
 def test_a_step_is_that_of_a_model_cast_by_hand(name, memory):

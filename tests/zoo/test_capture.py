@@ -23,6 +23,7 @@ def assert_equal(actual: check.Step, expected: check.Step, family: Family) -> No
     assert not differing
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("family", INSTALLED)
 def test_captured_graph_equals_the_model(family: Family) -> None:
     """Loss, results, every gradient and the buffers; on the next batch too, unless a guard
@@ -41,6 +42,7 @@ def test_captured_graph_equals_the_model(family: Family) -> None:
         assert_equal(check.step(run, model, other), check.step(alone, alone, other), family)
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("family", INSTALLED[::3])
 def test_captured_graph_draws_what_the_model_draws(family: Family) -> None:
     """From one seed, with the library's dropout: the same loss and the same gradients."""
