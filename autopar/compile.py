@@ -14,7 +14,7 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.local import as_cluster
 from autopar.comm.groups import planning_groups
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, StepPlan
-from autopar.errors import ConflictError, InfeasibleError, PlanError
+from autopar.errors import ConflictError, ConstraintError, InfeasibleError, PlanError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.precision import Precision, without_autocast
 from autopar.ir.spec import ShardingSpec
@@ -169,7 +169,7 @@ def plan_to_fit(
         planner = BatchPlanner(model, batch.exact(), batch.samples, cluster, None, rest)
         least = refused.smallest_bytes if whole is None else whole.unscheduled_bytes
         split = planner.plan_within(_fewest_microbatches(least, problem.budget_bytes))
-    except (InfeasibleError, PlanError) as error:
+    except (InfeasibleError, PlanError, ConstraintError) as error:  # a microbatch has fewer rows
         if whole is not None:
             return whole
         more = (

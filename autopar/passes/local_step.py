@@ -111,14 +111,16 @@ def untraced_step(
     trainable: frozenset[str],
     output_specs: Sequence[ShardingSpec] | None,
     disable: frozenset[str] = frozenset(),
+    coords: Sequence[int] | None = None,
 ) -> UntracedStep:
     """The step that a plan makes of a model, with all of its blocks.
 
     Args:
         whole: the graph that this one is a part of.
         disable: names of passes to leave out.
+        coords: of the rank; the first one if None.
     """
-    coords = (0,) * len(plan.mesh)
+    coords = tuple(coords or (0,) * len(plan.mesh))
     local = apply_sharding(
         graph, plan, coords=coords, groups=planning_groups(plan.mesh, coords),
         output_specs=output_specs, trainable=trainable,

@@ -4,7 +4,8 @@ A region begins with an operator whose result is to be sliced along a dim, and g
 operators carry the slices, by the states of `time_split`: what mixes slices ends it. What it takes
 from before is whole, and sliced where an operator takes slices. An operator within its range that
 depends on no slice is either computed before it, or, if only slices of it are needed, in slices
-too. AutoChunk (arXiv:2401.10652) finds such regions by tracing dims; here the sharding rules do.
+too; communication is always computed before it. AutoChunk (arXiv:2401.10652) finds such regions by
+tracing dims; here the sharding rules do.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from autopar.passes.time_split import (
 )
 from autopar.sharding.node_rules import is_floating, results, rule_of
 from autopar.sharding.rules.view import RESHAPES
+
+# In which a dim comes where its single elements cannot be told apart.
+PIECES = (64, 32, 16, 8, 4, 2)
 
 
 def as_model_graph(gm: fx.GraphModule, inputs: Sequence[str] | None = None) -> ModelGraph:
@@ -157,6 +161,7 @@ class Growth:
     def __post_init__(self) -> None:
         self.states = RegionStates(self.program, {}, self.pieces, frozenset(), known=self.known)
         self.end = self.start
+        self.apart: set[fx.Node] = set()
         first = self.order[self.start]
         self._enter(first)
         self.began = may_split(first) and first.target is not operator.getitem
@@ -174,13 +179,27 @@ class Growth:
             return False
         node = self.order[self.end + 1]
         if not may_split(node):
-            return False
-        if node.target is not operator.getitem:
+            if not self._stands_apart(node):
+                return False
+            self.apart.add(node)
+            self._enter(node)
+            self.states.enter(node)
+        elif node.target is not operator.getitem:
             self._enter(node)
             if not self.states.carry(node):
                 return False
         self.end += 1
         return True
+
+    def _stands_apart(self, node: fx.Node) -> bool:
+        """Whether a node that cannot be sliced can be computed before the slices."""
+        if node.op != "call_function" or not results(node) or draws(node):
+            return False
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            return False
+        states = self.states.states
+        return all(states.get(producer(n), "R") == "R" for n in node.all_input_nodes)
 
     def region(self) -> Region | None:
         """The region as it is, if what is used afterwards is slices, sums or whole values."""
@@ -190,7 +209,7 @@ class Growth:
         for (node, state), step in self.states.steps.items():
             if state != "R":
                 steps.setdefault(node, []).append(step)
-        before: set[fx.Node] = set()  # calls
+        before = set(self.apart)  # calls
         given: dict[Value, State] = {}
         for node in reversed(nodes):
             if any(user not in inside for user in node.users):
@@ -207,7 +226,7 @@ class Growth:
             if node.target is operator.getitem:
                 continue
             if node in before:
-                taken = [n for n in operands(node) if n is not None]
+                taken = node.all_input_nodes
             else:
                 taken = [
                     n

@@ -2,8 +2,9 @@
 
 `cross_entropy` and `nll_loss` divide by how many targets are not to be ignored (or by their
 weights). Over a part of the batch that would be another number; written out, it is a value of the
-labels alone, which can be computed from the whole batch. With probabilities for targets, which no
-sharding rule covers, `cross_entropy` is written as products and sums.
+labels alone, which can be computed from the whole batch. Where ranks have parts of the targets, the
+count is summed over them. With probabilities for targets, which no sharding rule covers,
+`cross_entropy` is written as products and sums.
 
 `broadcast_tensors`, which elementwise losses call, makes labels seem to depend on predictions;
 where it broadcasts nothing, it is left out. Dropout of what all samples share (a weight) multiplies
@@ -12,9 +13,10 @@ it by a mask, which is drawn once.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ import torch.fx as fx
 
 from autopar.ir.graph import ModelGraph, bound_arguments
 from autopar.ir.randomness import draws
+from autopar.sharding.lowerings import losses
+from autopar.sharding.lowerings.shard import groups_of
 from autopar.tracer import token_loss  # noqa: F401  (defines the operator)
 
 aten = torch.ops.aten
@@ -36,6 +40,29 @@ _LOSSES = frozenset(
         torch.ops.autopar.token_cross_entropy.default,
     }
 )
+
+# The operators that lowerings of losses compute of a shard.
+_OF_SHARD: dict[Any, Any] = {
+    losses.cross_entropy: aten.cross_entropy_loss.default,
+    losses.nll_loss: aten.nll_loss_nd.default,
+    losses.token_cross_entropy: torch.ops.autopar.token_cross_entropy.default,
+}
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A loss that is a mean over targets that are classes.
+
+    Args:
+        arguments: of the loss, without logits and targets.
+        groups: communicators of the ranks among which the targets are split.
+    """
+
+    op: torch._ops.OpOverload
+    logits: fx.Node
+    target: fx.Node
+    arguments: dict[str, Any]
+    groups: Sequence[str] = ()
 
 
 def separable_form(graph: ModelGraph, sliced: Collection[str]) -> ModelGraph:
@@ -53,8 +80,8 @@ def separable_form(graph: ModelGraph, sliced: Collection[str]) -> ModelGraph:
     copies: dict[fx.Node, fx.Node] = {}
     out = fx.Graph()
     for node in graph.nodes:
-        if _is_mean(node):
-            copies[node] = _Writer(out, node).divided(copies)
+        if (mean := _mean(node)) is not None:
+            copies[node] = _Writer(out, node).divided(mean, copies)
             copies[node].meta |= {"val": node.meta["val"]}
         elif _has_soft_targets(node):
             copies[node] = _Writer(out, node).soft(copies)
@@ -100,13 +127,27 @@ def _source(node: fx.Node) -> fx.Node:
     return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
 
 
-def _is_mean(node: fx.Node) -> bool:
-    if node.target not in _LOSSES:
-        return False
-    arguments = bound_arguments(node)
-    logits, target = arguments["self"], arguments["target"]
-    by_class = target.meta["val"].ndim == logits.meta["val"].ndim - 1
-    return by_class and arguments.get("reduction", _MEAN) == _MEAN
+def _mean(node: fx.Node) -> _Mean | None:
+    """None if the node is no mean over classes, or ranks have parts of the classes."""
+    if node.target in _OF_SHARD:
+        signature = inspect.signature(node.target)  # type: ignore[arg-type]
+        arguments = signature.bind(*node.args, **node.kwargs).arguments
+        shard = arguments.pop("shard")
+        groups = groups_of(shard, *shard)
+        logits, target = (arguments.pop(name) for name in list(signature.parameters)[:2])
+        if "v" in shard:
+            return None
+    elif node.target in _LOSSES:
+        arguments, groups = bound_arguments(node), []
+        logits, target = arguments.pop("self"), arguments.pop("target")
+    else:
+        return None
+    if target.meta["val"].ndim != logits.meta["val"].ndim - 1:
+        return None
+    if arguments.pop("reduction", _MEAN) != _MEAN:
+        return None
+    op: Any = _OF_SHARD.get(node.target, node.target)
+    return _Mean(op, logits, target, arguments, groups)
 
 
 def _has_soft_targets(node: fx.Node) -> bool:
@@ -145,16 +186,15 @@ class _Writer:
         ones = self.call(aten.full.default, shape, 1, dtype=like.dtype, device=like.device)
         return self.call(aten.native_dropout.default, ones, *self.node.args[1:])
 
-    def divided(self, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    def divided(self, mean: _Mean, copies: dict[fx.Node, fx.Node]) -> fx.Node:
         """A mean loss as a sum and a count."""
-        arguments = dict(fx.map_arg(bound_arguments(self.node), copies.__getitem__))
-        logits, target = arguments.pop("self"), arguments.pop("target")
+        arguments = dict(fx.map_arg(mean.arguments, copies.__getitem__))
+        logits, target = copies[mean.logits], copies[mean.target]
         ignored = arguments.get("ignore_index", -100)
-        loss: Any = self.node.target
         dtype = logits.meta["val"].dtype
         short = dtype.itemsize == 2
         arguments["reduction"] = _NONE if short else _SUM
-        total = self.call(loss, logits, target, **arguments)
+        total = self.call(mean.op, logits, target, **arguments)
         if short:
             total = self.call(aten._to_copy.default, total, dtype=torch.float32)
             total = self.call(aten.sum.default, total)
@@ -162,8 +202,10 @@ class _Writer:
         counts = total.meta["val"].dtype
         if count.meta["val"].dtype != counts:
             count = self.call(aten._to_copy.default, count, dtype=counts)
-        mean = self.call(aten.div.Tensor, total, count)
-        return self.call(aten._to_copy.default, mean, dtype=dtype) if short else mean
+        for group in mean.groups:
+            count = self.call(torch.ops.autopar.all_reduce.default, count, "sum", group)
+        result = self.call(aten.div.Tensor, total, count)
+        return self.call(aten._to_copy.default, result, dtype=dtype) if short else result
 
     def soft(self, copies: dict[fx.Node, fx.Node]) -> fx.Node:
         """Cross entropy with probabilities of classes for targets."""

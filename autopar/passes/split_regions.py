@@ -17,8 +17,9 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.errors import PlanError
+from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph, NodeInfo, producer
-from autopar.passes.regions import Growth, Region, as_model_graph, separate_region
+from autopar.passes.regions import PIECES, Growth, Region, as_model_graph, separate_region
 from autopar.passes.separable_form import separable_form
 from autopar.passes.slice_graph import slice_graph
 from autopar.passes.split_loss import SplitLoss, Taken
@@ -99,32 +100,37 @@ def calls_in_order(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def region_of(gm: fx.GraphModule, split: TimeSplit) -> Region:
-    """The region that a plan splits.
+    """The region that a plan splits. It may come in fewer pieces than on the first rank, whose
+    shards are the largest.
 
     Raises:
         PlanError: the program has no such region.
     """
     order = calls_in_order(gm)
     number = {node.name: k for k, node in enumerate(order)}
-    region = None
     if split.first in number and split.last in number:
-        growth = Growth(as_model_graph(gm), order, number[split.first], split.dim, split.pieces)
-        while growth.began and growth.end < number[split.last] and growth.advance():
-            pass
-        if growth.began and growth.end == number[split.last]:
-            region = growth.region()
-    if region is None or not 1 <= split.slices <= split.pieces:
-        raise PlanError(
-            f"the plan splits {split.first} to {split.last} over time, and the program has no such "
-            "region; make the plan again with this version of the model and of autopar"
-        )
-    return region
+        start, end = number[split.first], number[split.last]
+        value = tensors_of(order[start].meta["val"])[0]
+        extent = int(value.shape[split.dim]) if split.dim < value.ndim else 0
+        for pieces in dict.fromkeys((split.pieces, extent, *PIECES)):
+            if pieces < max(1, split.slices) or extent % pieces:
+                continue
+            growth = Growth(as_model_graph(gm), order, start, split.dim, pieces)
+            while growth.began and growth.end < end and growth.advance():
+                pass
+            region = growth.region() if growth.began and growth.end == end else None
+            if region is not None:
+                return region
+    raise PlanError(
+        f"the plan splits {split.first} to {split.last} over time, and the program has no such "
+        "region; make the plan again with this version of the model and of autopar"
+    )
 
 
 def split_region(gm: fx.GraphModule, region: Region, split: TimeSplit) -> None:
     """Write a region of a program in slices, in place."""
     separation, entries = separate_region(region)
-    sizes = even_sizes(split.pieces, split.slices)
+    sizes = even_sizes(region.pieces, split.slices)
     parts = {size: slice_graph(separation, size) for size in sizes}
     given = [n for n in region.nodes if _is_given(n, region)]
     outputs: Any = separation.graph.output.args[0]

@@ -227,7 +227,8 @@ def _refusal(space: SearchSpace, decision: Decision, name: str, place: str, layo
     else:
         empty = _without_a_part(layout.spec, shape, space.mesh)
         why = f"{empty or 'is not among the layouts of'} {kind} {place}"
-        if empty and "exchange" in rule_of(decision.node)[0].factors:
+        called = decision.node.op == "call_function"
+        if empty and called and "exchange" in rule_of(decision.node)[0].factors:
             why += " (`by exchange` splits the sequence outside of attention, and repeats keys)"
     return (
         f"constraint {name!r}: {layout.text!r} {why}. {kind.capitalize()} {place} of shape {shape} "

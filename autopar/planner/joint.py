@@ -10,6 +10,7 @@ plan is no slower than either.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections import defaultdict
@@ -18,9 +19,10 @@ from dataclasses import dataclass, field, replace
 
 import torch.fx as fx
 
-from autopar.errors import InfeasibleError
+from autopar.errors import InfeasibleError, PlanError
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.local_step import LocalStep, local_step, untraced_step
+from autopar.passes.split_regions import split_regions
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.fitted_step import MOST_RECOMPUTED, FittedStep, split_step
@@ -31,6 +33,8 @@ from autopar.planner.space import SearchSpace
 from autopar.planner.time_splits import SECONDS
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text, time_text
+
+log = logging.getLogger(__name__)
 
 _NEARLY = 1.25  # times the budget
 _BETWEEN = 2  # limits between none and the budget
@@ -229,12 +233,25 @@ class _Trials:
             space.graph, space.graph, plan, space.workload.trainable, self.output_specs
         )
         try:
-            return split_step(
+            fitted = split_step(
                 step.gm, step.arguments, step.options, budget,
                 min(SECONDS, self.problem.deadline.left),
             )  # fmt: skip
         except InfeasibleError:
             return None
+        if fitted is None:
+            return None
+        last = untraced_step(
+            space.graph, space.graph, plan, space.workload.trainable, self.output_specs,
+            coords=[size - 1 for size in plan.mesh],
+        )  # fmt: skip
+        if [t.shape for t in last.arguments] != [t.shape for t in step.arguments]:
+            try:  # its shards are the smallest
+                split_regions(last.gm, last.arguments, fitted.splits)
+            except PlanError as error:
+                log.info("no slices, as the last rank has too few rows for them: %s", error)
+                return None
+        return fitted
 
     @property
     def out_of_reach(self) -> bool:

@@ -20,7 +20,7 @@ import torch.fx as fx
 from autopar.errors import PlanError
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph
-from autopar.passes.regions import Growth, Region, Ways, as_model_graph, may_split
+from autopar.passes.regions import PIECES, Growth, Region, Ways, as_model_graph, may_split
 from autopar.passes.split_regions import IN_SLICES, calls_in_order, split_region
 from autopar.plan import TimeSplit
 from autopar.planner.live_ranges import LiveRanges
@@ -32,7 +32,6 @@ LEAST_GAIN = 0.01  # of the peak
 _FURTHEST = 160  # operators before the peak at which a region may begin
 _LONGEST = 240  # operators of a region
 _SMALLEST_SHARE = 0.02  # of the peak: smaller results begin no region
-_PIECES = (64, 32, 16, 8, 4, 2)  # where the single elements of a dim cannot be told apart
 _TRIED = 3  # regions per peak
 _SAME_SHARE = 0.05  # of the peak: estimates that differ by less are the same
 _SMALL = 0.25  # of what slices do not shrink: that much of a slice is small
@@ -113,7 +112,7 @@ class RegionSearch:
             if value.nbytes < smallest or self.live.is_view(node):
                 continue
             for dim, extent in enumerate(value.shape):
-                for pieces in (int(extent), *(n for n in _PIECES if n < extent)):
+                for pieces in (int(extent), *(n for n in PIECES if n < extent)):
                     if pieces < 2 or extent % pieces:
                         continue
                     growth = Growth(self.graph, self.order, k, dim, pieces, self.known)

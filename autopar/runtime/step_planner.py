@@ -12,7 +12,7 @@ import torch
 
 from autopar.compile import autoplan, plan_step
 from autopar.compiled_step import CompiledStep, Place, StepPlan
-from autopar.errors import InfeasibleError, PlanError
+from autopar.errors import ConstraintError, InfeasibleError, PlanError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import apply_sharding
@@ -125,7 +125,11 @@ class StepPlanner:
             fixed = FixedLayouts(parameters=parameters)
             planner = self.of_batch(batch.exact(), batch.samples, fixed)
             plan = planner.plan_within(2).plan
-        except (InfeasibleError, PlanError) as error:
+        except (
+            InfeasibleError,
+            PlanError,
+            ConstraintError,
+        ) as error:  # a microbatch has fewer rows
             if refused is not None:
                 raise refused from error
             return 1
