@@ -245,6 +245,7 @@ def compile_step(
     if budget is not None and open_:
         with stage("schedule") as running:
             fitted = fit_step(local.gm, called_with.tensors, lowering, budget)
+            assert fitted.traced is not None
             traced, memory = fitted.traced, fitted.memory
             local = replace(local, gm=fitted.gm)
             plan = replace(plan, time_splits=fitted.splits, whole_results=fitted.whole_results)

@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.groups import planning_groups
 from autopar.ir.graph import ModelGraph
-from autopar.ir.shorten import shortened
+from autopar.ir.shorten import ShortGraph, shortened
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.bucket import bucket_collectives
-from autopar.passes.lower import trace_step
+from autopar.passes.lower import TracedStep, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
 from autopar.schedule.program import Program
@@ -50,12 +50,22 @@ class UntracedStep:
         arguments: fake tensors that it is called with.
         options: of its lowering.
         copied_bytes: as of `LocalStep`.
+        gap: that the program has in a list of equal blocks.
     """
 
     gm: fx.GraphModule
     arguments: tuple[torch.Tensor, ...]
     options: LowerOptions
-    copied_bytes: int
+    copied_bytes: int = 0
+    gap: Gap | None = None
+
+    def traced(self, gm: fx.GraphModule) -> TracedStep:
+        """The program, or one made from it, traced; it may be changed."""
+        return trace_step(gm, self.arguments, self.options)
+
+    def program_of(self, traced: TracedStep) -> Program | None:
+        """The operators with all blocks; None if those around the gap differ."""
+        return traced.program if self.gap is None else unrolled(traced.program, self.gap)
 
 
 def local_step(
@@ -78,30 +88,34 @@ def local_step(
     """
     short = None if choices is None else shortened(graph, choices)
     if short is not None:
-        apart = frozenset({bucket_collectives.__name__})
-        step = _traced(short.graph, graph, plan, trainable, output_specs, disable=apart)
-        program = unrolled(step.program, Gap(short.blocks, short.before, short.after))
+        step = short_step(graph, short, plan, trainable=trainable, output_specs=output_specs)
+        program = step.program_of(step.traced(step.gm))
         if program is not None:
             by_name = dict(zip(_tensor_names(short.graph), step.arguments, strict=False))
             names = (short.twins.get(name, name) for name in _tensor_names(graph))
             seed = step.arguments[len(by_name) :]
-            return replace(
-                step, program=program, arguments=(*(by_name[name] for name in names), *seed)
-            )
-    return _traced(graph, graph, plan, trainable, output_specs)
+            arguments = (*(by_name[name] for name in names), *seed)
+            return LocalStep(program, arguments, step.copied_bytes)
+    step = untraced_step(graph, graph, plan, trainable, output_specs)
+    return LocalStep(step.traced(step.gm).program, step.arguments, step.copied_bytes)
 
 
-def _traced(
+def short_step(
     graph: ModelGraph,
-    whole: ModelGraph,
+    short: ShortGraph,
     plan: ShardingPlan,
+    *,
     trainable: frozenset[str],
-    output_specs: Sequence[ShardingSpec] | None,
-    disable: frozenset[str] = frozenset(),
-) -> LocalStep:
-    step = untraced_step(graph, whole, plan, trainable, output_specs, disable)
-    program = trace_step(step.gm, step.arguments, step.options).program
-    return LocalStep(program, step.arguments, step.copied_bytes)
+    output_specs: Sequence[ShardingSpec] | None = None,
+) -> UntracedStep:
+    """The step of a model without most of its equal blocks.
+
+    Args:
+        graph: of the whole model.
+    """
+    apart = frozenset({bucket_collectives.__name__})
+    step = untraced_step(short.graph, graph, plan, trainable, output_specs, disable=apart)
+    return replace(step, gap=Gap(short.blocks, short.before, short.after))
 
 
 def untraced_step(

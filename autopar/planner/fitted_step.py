@@ -10,11 +10,19 @@ import torch
 import torch.fx as fx
 
 from autopar.errors import InfeasibleError
-from autopar.passes.lower import TracedStep, trace_step
+from autopar.passes.local_step import UntracedStep
+from autopar.passes.lower import TracedStep
 from autopar.passes.pipeline import LowerOptions
 from autopar.passes.split_regions import copy_of
 from autopar.plan import TimeSplit
-from autopar.planner.time_splits import SECONDS, choose_splits, forward_score, training_score
+from autopar.planner.time_splits import (
+    SECONDS,
+    Choice,
+    choose_splits,
+    forward_score,
+    training_score,
+    with_candidates,
+)
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.schedule.program import Program, eager_schedule
 from autopar.schedule.streams import step_us
@@ -30,54 +38,69 @@ class FittedStep:
 
     Args:
         gm: its forward program.
+        program: its operators.
+        traced: None if a part of the program was traced.
         splits: the regions of it that run in slices.
         whole_results: as of a plan.
     """
 
     gm: fx.GraphModule
-    traced: TracedStep
+    program: Program
+    traced: TracedStep | None
     memory: MemoryPlan
     splits: tuple[TimeSplit, ...] = ()
     whole_results: tuple[str, ...] = ()
 
     def compared_with(self, whole: Program) -> FittedStep:
         """The same, with the time of its slices in what it takes longer than a program without."""
-        own, other = (step_us(p, eager_schedule(p)) for p in (self.traced.program, whole))
+        own, other = (step_us(p, eager_schedule(p)) for p in (self.program, whole))
         added = max(0.0, self.memory.added_us + own - other)
         return replace(self, memory=replace(self.memory, added_us=added))
 
 
 def split_step(
-    gm: fx.GraphModule,
-    arguments: Sequence[torch.Tensor],
-    options: LowerOptions,
+    step: UntracedStep,
     budget: StepBudget,
     seconds: float = SECONDS,
+    short: UntracedStep | None = None,
 ) -> FittedStep | None:
     """Schedule a step with regions of it in slices; None if none lowers its peak, or if its states
     alone are too much.
 
     Args:
-        gm: a rank's forward program; is not changed.
-        arguments: tensors that it is called with; only their metadata is used.
+        step: of a rank; is not changed.
         seconds: for the search.
+        short: the same without most of its equal blocks, in which regions are looked for.
 
     Raises:
         InfeasibleError: the step does not fit in slices either.
     """
     if budget.is_hopeless:
         return None
-    training = any(t.requires_grad for t in arguments)
-    score = (training_score if training else forward_score)(arguments, options)
-    choice = choose_splits(
-        gm, arguments, budget.step_bytes, score, training=training, seconds=seconds
-    )
+    choice = None if short is None else _choice(short, budget, seconds)
+    searched = step
+    if choice is not None and short is not None:
+        searched = short
+    else:
+        choice = _choice(step, budget, seconds)
     if choice is None:
         return None
-    traced = trace_step(copy_of(choice.program), arguments, options)
-    memory = budget.choose(traced.program)
-    whole = _whole_results(choice.program, memory.peak_bytes)
-    return FittedStep(choice.program, traced, memory, choice.splits, whole)
+    traced = searched.traced(copy_of(choice.program))
+    program = searched.program_of(traced)
+    assert program is not None, "it was scored"
+    memory = budget.choose(program)
+    if searched is step:
+        gm, splits = choice.program, choice.splits
+    else:
+        gm, splits = with_candidates(step, choice.candidates)
+    whole = _whole_results(gm, memory.peak_bytes)
+    return FittedStep(gm, program, traced if searched is step else None, memory, splits, whole)
+
+
+def _choice(step: UntracedStep, budget: StepBudget, seconds: float) -> Choice | None:
+    training = any(t.requires_grad for t in step.arguments)
+    score = (training_score if training else forward_score)(step)
+    return choose_splits(step, budget.step_bytes, score, training=training, seconds=seconds)
 
 
 def _whole_results(gm: fx.GraphModule, peak_bytes: float) -> tuple[str, ...]:
@@ -107,17 +130,18 @@ def fit_step(
     Raises:
         InfeasibleError: nothing fits.
     """
-    traced = trace_step(copy_of(gm), arguments, options)
+    step = UntracedStep(gm, tuple(arguments), options)
+    traced = step.traced(copy_of(gm))
     whole: FittedStep | None = None
     errors: list[InfeasibleError] = []
     try:
-        whole = FittedStep(gm, traced, budget.choose(traced.program))
+        whole = FittedStep(gm, traced.program, traced, budget.choose(traced.program))
         if whole.memory.added_us <= MOST_RECOMPUTED * whole.memory.timeline.us:
             return whole
     except InfeasibleError as error:
         errors.append(error)
     try:
-        split = split_step(gm, arguments, options, budget)
+        split = split_step(step, budget)
         if split is not None and (
             whole is None or split.memory.timeline.us < whole.memory.timeline.us
         ):

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, replace
 import torch.fx as fx
 
 from autopar.errors import InfeasibleError, PlanError
+from autopar.ir.shorten import ShortGraph, shortened
 from autopar.ir.spec import ShardingSpec
-from autopar.passes.local_step import LocalStep, local_step, untraced_step
+from autopar.passes.local_step import LocalStep, local_step, short_step, untraced_step
 from autopar.passes.split_regions import split_regions
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
@@ -36,6 +37,8 @@ from autopar.units import bytes_text, time_text
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 1.5  # times the budget: if checkpointing needs more, slices are looked for at once
+_LEAST_SECONDS = 15.0  # for slices of what fits in no other way
 _NEARLY = 1.25  # times the budget
 _BETWEEN = 2  # limits between none and the budget
 EVEN = 1e-2  # of a step: the cost of fitting the budget at which no other plans are tried
@@ -205,44 +208,44 @@ class _Trials:
             choices=chosen,
         )  # fmt: skip
         budget = _step_budget(self.problem, step)
-        memory, refused = None, None
+        short = shortened(space.graph, chosen)
+        memory = None
         try:
-            memory = budget.choose(step.program)
+            memory = budget.choose(step.program, patience=_PATIENCE)
             if memory.added_us <= MOST_RECOMPUTED * memory.timeline.us:
                 return step, memory, None
-        except InfeasibleError as error:
-            refused = error
-        if self.problem.deadline.over:
-            fitted = None
-        else:
-            fitted = self._in_slices(plan, budget)
+        except InfeasibleError:
+            pass
+        fitted = None
+        if memory is None or not self.problem.deadline.over:
+            fitted = self._in_slices(plan, budget, short)
         if fitted is not None and (
             memory is None or fitted.memory.timeline.us < memory.timeline.us
         ):
             fitted = fitted.compared_with(step.program)
-            return replace(step, program=fitted.traced.program), fitted.memory, fitted
-        if memory is None:
-            assert refused is not None
-            raise refused
-        return step, memory, None
+            return replace(step, program=fitted.program), fitted.memory, fitted
+        return step, memory or budget.choose(step.program), None
 
-    def _in_slices(self, plan: ShardingPlan, budget: StepBudget) -> FittedStep | None:
+    def _in_slices(
+        self, plan: ShardingPlan, budget: StepBudget, short: ShortGraph | None
+    ) -> FittedStep | None:
         """The step with regions in slices; None if that does not fit."""
-        space = self.problem.space
-        step = untraced_step(
-            space.graph, space.graph, plan, space.workload.trainable, self.output_specs
-        )
+        space, trainable = self.problem.space, self.problem.space.workload.trainable
+        step = untraced_step(space.graph, space.graph, plan, trainable, self.output_specs)
+        few = None
+        if short is not None:
+            few = short_step(
+                space.graph, short, plan, trainable=trainable, output_specs=self.output_specs
+            )
+        seconds = min(SECONDS, max(_LEAST_SECONDS, self.problem.deadline.left))
         try:
-            fitted = split_step(
-                step.gm, step.arguments, step.options, budget,
-                min(SECONDS, self.problem.deadline.left),
-            )  # fmt: skip
+            fitted = split_step(step, budget, seconds, few)
         except InfeasibleError:
             return None
         if fitted is None:
             return None
         last = untraced_step(
-            space.graph, space.graph, plan, space.workload.trainable, self.output_specs,
+            space.graph, space.graph, plan, trainable, self.output_specs,
             coords=[size - 1 for size in plan.mesh],
         )  # fmt: skip
         if [t.shape for t in last.arguments] != [t.shape for t in step.arguments]:

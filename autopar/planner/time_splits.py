@@ -8,15 +8,16 @@ Then the next peak is looked at.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 import torch.fx as fx
 
-from autopar.passes.lower import trace_step
-from autopar.passes.pipeline import LowerOptions
+from autopar.errors import PlanError
+from autopar.passes.local_step import UntracedStep
+from autopar.passes.lower import TracedStep
 from autopar.passes.split_regions import IN_SLICES, copy_of, splittable, with_shapes
 from autopar.plan import TimeSplit
 from autopar.planner.region_search import (
@@ -26,10 +27,9 @@ from autopar.planner.region_search import (
     RegionSearch,
     split_equal,
 )
-from autopar.schedule.joint import JointProgram
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import ScheduleFront
-from autopar.schedule.program import eager_schedule
+from autopar.schedule.program import Program, eager_schedule
 from autopar.schedule.simulate import live_bytes, timeline
 from autopar.units import bytes_text
 
@@ -62,19 +62,49 @@ class Choice:
 
     Args:
         splits: in the order in which they are made.
+        candidates: each stands for a row of them, that equal it.
         program: with the regions in slices.
         before, after: scores.
     """
 
     splits: tuple[TimeSplit, ...]
+    candidates: tuple[Candidate, ...]
     program: fx.GraphModule
     before: Score
     after: Score
 
 
+@dataclass(frozen=True)
+class _Lowered:
+    """A program with one more region, and those that equal it, in slices."""
+
+    score: Score
+    splits: list[TimeSplit]
+    candidate: Candidate
+    program: fx.GraphModule
+
+
+def with_candidates(
+    step: UntracedStep, candidates: Sequence[Candidate]
+) -> tuple[fx.GraphModule, tuple[TimeSplit, ...]]:
+    """A program with regions in slices that were chosen for the same program with fewer blocks.
+
+    Raises:
+        PlanError: it lacks one of them.
+    """
+    gm = splittable(step.gm, step.arguments)
+    splits: list[TimeSplit] = []
+    for candidate in candidates:
+        made = split_equal(gm, candidate)
+        if not made:
+            raise PlanError(f"the program has no region that equals {candidate.split.factor}")
+        splits += made
+        gm = with_shapes(gm, step.arguments)
+    return gm, tuple(splits)
+
+
 def choose_splits(
-    gm: fx.GraphModule,
-    arguments: Sequence[torch.Tensor],
+    step: UntracedStep,
     budget_bytes: float,
     score: Callable[[fx.GraphModule], Score],
     *,
@@ -85,53 +115,53 @@ def choose_splits(
     gets; None if no region lowers it.
 
     Args:
-        gm: a rank's program; is not changed.
-        arguments: tensors that it is called with.
+        step: of a rank; is not changed.
         score: simulates a program; may change it.
         training: a backward follows.
         seconds: after which the search ends with what it has.
     """
     deadline = time.monotonic() + seconds
-    program = splittable(gm, arguments)
+    program = splittable(step.gm, step.arguments)
     first = now = score(copy_of(program))
-    splits: list[TimeSplit] = []
+    if math.isinf(first.peak_bytes):
+        return None
+    lowered: list[_Lowered] = []
     for _ in range(_ROUNDS):
-        if now.peak_bytes <= budget_bytes or time.monotonic() > deadline:
+        if now.peak_bytes <= budget_bytes or (lowered and time.monotonic() > deadline):
             break
-        found = _lower(program, arguments, budget_bytes, now, score, training, deadline)
+        found = _lower(program, budget_bytes, now, score, training, deadline)
         if found is None:
             break
-        now, made, program = found
-        splits += made
-        log.info("split %s over time: peak %s", made[0].factor, bytes_text(now.peak_bytes))
-    return Choice(tuple(splits), program, first, now) if splits else None
+        lowered.append(found)
+        now, program = found.score, with_shapes(found.program, step.arguments)
+        log.info("split %s over time: peak %s", found.splits[0].factor, bytes_text(now.peak_bytes))
+    if not lowered:
+        return None
+    splits = tuple(split for row in lowered for split in row.splits)
+    return Choice(splits, tuple(row.candidate for row in lowered), program, first, now)
 
 
 def _lower(
     program: fx.GraphModule,
-    arguments: Sequence[torch.Tensor],
     budget_bytes: float,
     now: Score,
     score: Callable[[fx.GraphModule], Score],
     training: bool,
     deadline: float,
-) -> tuple[Score, list[TimeSplit], fx.GraphModule] | None:
+) -> _Lowered | None:
     """One more region in slices, with those that equal it; None if that does not lower the
     peak."""
-    best: tuple[Score, list[TimeSplit], fx.GraphModule] | None = None
+    best: _Lowered | None = None
     for candidate in _candidates(program, now, budget_bytes, training):
         found = _with_enough_slices(program, candidate, budget_bytes, now, score)
-        if found is None or (best is not None and found[0].peak_bytes >= best[0].peak_bytes):
+        if found is None or (best and found.score.peak_bytes >= best.score.peak_bytes):
             continue
         best = found
-        if best[0].peak_bytes <= budget_bytes or not _in_slices(best[2], best[0].at):
+        if best.score.peak_bytes <= budget_bytes or not _in_slices(best.program, best.score.at):
             break  # the peak is elsewhere
         if time.monotonic() > deadline:
             break
-    if best is None:
-        return None
-    new, made, tried = best
-    return new, made, with_shapes(tried, arguments)
+    return best
 
 
 def _candidates(
@@ -151,21 +181,23 @@ def _with_enough_slices(
     budget_bytes: float,
     now: Score,
     score: Callable[[fx.GraphModule], Score],
-) -> tuple[Score, list[TimeSplit], fx.GraphModule] | None:
+) -> _Lowered | None:
     """The program with a region and its equals in so many slices that the peak fits or is
     elsewhere; None if that does not lower it."""
-    best: tuple[Score, list[TimeSplit], fx.GraphModule] | None = None
+    best: _Lowered | None = None
     least, gain = now.peak_bytes, LEAST_GAIN
     split = candidate.split
     while split.slices <= min(split.pieces, COUNTS[-1]):
         tried = copy_of(program)
-        made = split_equal(tried, replace(candidate, split=split))
+        candidate = replace(candidate, split=split)
+        made = split_equal(tried, candidate)
         if not made:
             break
         new = score(copy_of(tried))
         if new.peak_bytes > (1 - gain) * least:
             break
-        best, least, gain = (new, made, tried), new.peak_bytes, _GAIN_OF_MORE_SLICES
+        best = _Lowered(new, made, candidate, tried)
+        least, gain = new.peak_bytes, _GAIN_OF_MORE_SLICES
         if new.peak_bytes <= budget_bytes or not _in_slices(tried, new.at):
             break
         split = replace(split, slices=2 * split.slices)
@@ -177,47 +209,49 @@ def _in_slices(gm: fx.GraphModule, name: str) -> bool:
     return any(n.name == name and IN_SLICES in n.meta for n in gm.graph.nodes)
 
 
-def forward_score(
-    arguments: Sequence[torch.Tensor], options: LowerOptions
-) -> Callable[[fx.GraphModule], Score]:
+_UNKNOWN = Score(math.inf, math.inf, "")  # of programs whose blocks became unequal
+
+
+def forward_score(step: UntracedStep) -> Callable[[fx.GraphModule], Score]:
     """Scores programs without a backward."""
 
     def score(gm: fx.GraphModule) -> Score:
-        reading = _reading(gm, arguments, options)
-        simulated = timeline(reading.program, eager_schedule(reading.program))
-        at = reading.program.forward[simulated.peak_at] if simulated.events else 0
-        return Score(simulated.peak_bytes, simulated.us, _origin(reading, at))
+        traced = step.traced(gm)
+        program = step.program_of(traced)
+        if program is None:
+            return _UNKNOWN
+        simulated = timeline(program, eager_schedule(program))
+        at = program.forward[simulated.peak_at] if simulated.events else 0
+        return Score(simulated.peak_bytes, simulated.us, _origin(traced, program, at))
 
     return score
 
 
-def training_score(
-    arguments: Sequence[torch.Tensor], options: LowerOptions
-) -> Callable[[fx.GraphModule], Score]:
+def training_score(step: UntracedStep) -> Callable[[fx.GraphModule], Score]:
     """Scores training steps, by a schedule with a low peak that is found quickly."""
 
     def score(gm: fx.GraphModule) -> Score:
-        reading = _reading(gm, arguments, options)
-        program = in_order(reading.program)
+        traced = step.traced(gm)
+        program = step.program_of(traced)
+        if program is None:
+            return _UNKNOWN
+        program = in_order(program)
         least = ScheduleFront(program).low()
         sequence = least.schedule.forward + least.schedule.backward
         peak = int(live_bytes(program, least.schedule).argmax())
         us = sum(program.ops[i].us for i in sequence)
-        return Score(least.peak_bytes, us, _origin(reading, sequence[peak]))
+        return Score(least.peak_bytes, us, _origin(traced, program, sequence[peak]))
 
     return score
 
 
-def _reading(
-    gm: fx.GraphModule, arguments: Sequence[torch.Tensor], options: LowerOptions
-) -> JointProgram:
-    reading = trace_step(gm, arguments, options).reading
+def _origin(traced: TracedStep, program: Program, i: int) -> str:
+    """The operator of the forward program that an operator of the joint graph comes from, or that
+    its twin in a traced block does."""
+    reading = traced.reading
     assert reading is not None, "regions are chosen for a schedule"
-    return reading
-
-
-def _origin(reading: JointProgram, i: int) -> str:
-    """The operator of the program that an operator of the joint graph comes from."""
-    meta = reading.calls[i].meta
+    name, _, _ = program.ops[i].name.partition(".")
+    number = next(k for k, op in enumerate(traced.program.ops) if op.name == name)
+    meta = reading.calls[number].meta
     stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack")
     return str(list(stack.values())[-1][1]) if stack else ""

@@ -144,19 +144,23 @@ class StepBudget:
         """Whether gradients alone need more, with all parameters on the host."""
         return self.step_bytes + self.parameters_bytes < self.gradients_bytes
 
-    def choose(self, program: Program) -> MemoryPlan:
+    def choose(self, program: Program, patience: float = math.inf) -> MemoryPlan:
         """The fastest schedule, with the optimizer's state on the device or on the host.
+
+        Args:
+            patience: times the budget that checkpointing of blocks may need; if it needs more, no
+                other schedule is looked for. For programs of many operators.
 
         Raises:
             InfeasibleError: no schedule fits the memory; it names the smallest budget that does.
         """
         offloading = self._with_state_on_host(program)
         try:
-            plan = self._plan(program)
+            plan = self._plan(program, patience)
         except InfeasibleError:
             if offloading is None:
                 raise
-            return offloading._plan(program)
+            return offloading._plan(program, patience)
         if offloading is None or plan.added_us <= offloading._round_trip_us:
             return plan
         return min(plan, offloading._plan(program), key=lambda plan: plan.added_us)
@@ -176,11 +180,11 @@ class StepBudget:
             return 0.0
         return 2e6 * (self.host.alpha + self.host.beta * self.optimizer_bytes)
 
-    def _plan(self, program: Program) -> MemoryPlan:
+    def _plan(self, program: Program, patience: float = math.inf) -> MemoryPlan:
         if self.state_on_host:
             program = replace(program, host_bytes=program.host_bytes - self.optimizer_bytes)
         try:
-            plan = plan_memory(program, self.step_bytes)
+            plan = plan_memory(program, self.step_bytes, patience)
         except InfeasibleError as error:
             smallest = self.resident_bytes + error.smallest_bytes
             raise InfeasibleError(
@@ -216,13 +220,14 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
     )
 
 
-def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
+def plan_memory(program: Program, budget_bytes: float, patience: float = math.inf) -> MemoryPlan:
     """The fastest schedule whose peak is within the budget, with its collectives split where that
     hides them. Schedules for somewhat less memory are also tried: they leave room for gathers in
     flight.
 
     Args:
         budget_bytes: for what the step makes.
+        patience: as of `StepBudget.choose`.
 
     Raises:
         InfeasibleError: no schedule fits; it names the smallest budget with one.
@@ -233,8 +238,12 @@ def plan_memory(program: Program, budget_bytes: float) -> MemoryPlan:
     if eager_bytes <= budget_bytes:
         return describe(program, prefetched(program, eager, budget_bytes))
     front = ScheduleFront(program, _costs(program))
-    if front.has_many_operators and budget_bytes < least_bytes(program):
-        raise _infeasible(program, front.low().schedule, budget_bytes)
+    if front.has_many_operators:
+        common = front.checkpointed()
+        if common.peak_bytes > patience * budget_bytes:
+            raise _infeasible(program, common.schedule, budget_bytes)
+        if budget_bytes < least_bytes(program):
+            raise _infeasible(program, front.low().schedule, budget_bytes)
     step = (max(1.0, budget_bytes) / eager_bytes) ** (1 / _RUNGS)
     ladder = [eager_bytes * step**k for k in range(1, _RUNGS)]
     budgets = [budget_bytes, *_with_room(program, budget_bytes)]

@@ -199,7 +199,11 @@ class ScheduleFront:
 
     def low(self) -> SchedulePoint:
         """A schedule with a low peak, found quickly: common checkpointing, refined."""
-        return self._lowered(min(self.candidates, key=_by_peak), self.refiner)
+        return self._lowered(self.checkpointed(), self.refiner)
+
+    def checkpointed(self) -> SchedulePoint:
+        """The schedule with the lowest peak by common checkpointing."""
+        return min(self.candidates, key=_by_peak)
 
     def smallest(self) -> SchedulePoint:
         """The schedule with the smallest peak that the search can reach."""
