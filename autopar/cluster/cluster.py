@@ -14,6 +14,7 @@ import yaml
 from autopar.cluster.data import check_number, plain
 from autopar.cluster.device import Device, device
 from autopar.cluster.link import Link
+from autopar.cluster.tiers import HOST, Tier, check_tiers, off_device_tiers, tier_named
 from autopar.errors import MeshError
 from autopar.units import mesh_text
 
@@ -27,6 +28,9 @@ NODE_SIZE = 8
 
 # The name of the mesh axis whose coordinates are pipeline stages.
 PIPE = "pipe"
+
+# What a tier of the host says as well.
+_OF_HOST = ("host_link", "host_memory_bytes")
 
 # A smaller number without a unit is no number of bytes: the unit was forgotten.
 _FEW_BYTES = 1000
@@ -99,6 +103,8 @@ class ClusterInfo:
         host_link: copies between device and host, if they have different memory.
         host_memory_bytes: host memory per device, for what is offloaded.
         axis_names: a name per mesh axis, for reports; empty if the axes have none.
+        tiers: memory beyond the device's. That of the host gives `host_link` and
+            `host_memory_bytes`.
     """
 
     mesh: tuple[int, ...]
@@ -108,8 +114,15 @@ class ClusterInfo:
     host_link: Link | None = None
     host_memory_bytes: float | None = None
     axis_names: tuple[str, ...] = ()
+    tiers: tuple[Tier, ...] = ()
 
     def __post_init__(self) -> None:
+        check_tiers(self.tiers)
+        host = tier_named(self.tiers, HOST)
+        if host is not None:
+            capacity = None if host.capacity is None else host.device_bytes
+            object.__setattr__(self, "host_link", host.link)
+            object.__setattr__(self, "host_memory_bytes", capacity)
         if len(self.links) != len(self.mesh):
             raise MeshError(
                 f"mesh {self.mesh} has {len(self.mesh)} axes but {len(self.links)} links; "
@@ -144,6 +157,11 @@ class ClusterInfo:
     @property
     def budget_bytes(self) -> float:
         return self.device.memory_bytes if self.memory_bytes is None else self.memory_bytes
+
+    @property
+    def off_device_tiers(self) -> tuple[Tier, ...]:
+        """The tiers that states can be on."""
+        return off_device_tiers(self.tiers, self.device.kind, self.world_size)
 
     @property
     def mesh_text(self) -> str:
@@ -228,6 +246,8 @@ class ClusterInfo:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without fields that have their default. A mesh with names is text."""
         data = plain(replace(self, axis_names=()))
+        if tier_named(self.tiers, HOST) is not None:
+            data = {k: v for k, v in data.items() if k not in _OF_HOST}
         return data | {"mesh": self.mesh_text} if self.axis_names else data
 
     @staticmethod
@@ -258,7 +278,16 @@ class ClusterInfo:
         }
         host = data.get("host_link")
         host_link = None if host is None else Link.from_dict("host_link", host)
-        return replace(usual, links=tuple(links) or usual.links, host_link=host_link, **memory)
+        rows = enumerate(data.get("tiers") or ())
+        tiers = tuple(Tier.from_dict(f"tiers[{i}]", row, parse_bytes) for i, row in rows)
+        if tier_named(tiers, HOST) is not None and not data.keys().isdisjoint(_OF_HOST):
+            raise ValueError(
+                f"ClusterInfo: a tier {HOST!r} has the link and the capacity of the host; leave "
+                f"{' and '.join(_OF_HOST)} out"
+            )
+        return replace(
+            usual, links=tuple(links) or usual.links, host_link=host_link, tiers=tiers, **memory
+        )
 
     @staticmethod
     def load(path: str | Path) -> ClusterInfo:
