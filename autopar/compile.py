@@ -21,7 +21,7 @@ from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.local_step import fake_arguments
 from autopar.passes.lower import lower, trace_step
-from autopar.passes.pipeline import LowerOptions
+from autopar.passes.pipeline import LowerOptions, run_stage
 from autopar.passes.split_regions import split_regions
 from autopar.plan import ShardingPlan
 from autopar.planner.batch import TracedBatch
@@ -224,6 +224,13 @@ def compile_step(
         trainable=trainable, output_specs=output_specs, whole_sizes=whole_sizes,
     )  # fmt: skip
     plan = planned.plan
+    if plan.step is None and options.states_on:  # as in the steps before
+        plan = replace(plan, states_on=options.states_on)
+    if options.states_on is not None and options.states_on != plan.states_on:
+        raise PlanError(
+            f"the states are on the {options.states_on or 'device'} since the first step, and the "
+            f"plan has them on the {plan.states_on or 'device'}; plan again"
+        )
     called_with = arguments(plan, local)
     if not options.lowered:
         return CompiledStep(graph, plan, local, None, None)
@@ -248,7 +255,10 @@ def compile_step(
             assert fitted.traced is not None
             traced, memory = fitted.traced, fitted.memory
             local = replace(local, gm=fitted.gm)
-            plan = replace(plan, time_splits=fitted.splits, whole_results=fitted.whole_results)
+            plan = replace(
+                plan, time_splits=fitted.splits, whole_results=fitted.whole_results,
+                states_on=memory.states_on,
+            )  # fmt: skip
             running.done = f"scheduled memory: values peak at {bytes_text(memory.peak_bytes)}"
     else:
         with stage("differentiate") as running:
@@ -265,6 +275,9 @@ def compile_step(
         running.done = f"lowered: {_size(lowered.forward)} operators forward" + (
             "" if lowered.backward is None else f", {_size(lowered.backward)} backward"
         )
+    if plan.states_on:  # evaluation fetches, too
+        on_host = replace(lowering, states_on=plan.states_on)
+        local = replace(local, gm=run_stage("program", local.gm, on_host))
     return CompiledStep(graph, plan, local, lowered, memory)
 
 

@@ -264,8 +264,8 @@ def _enter(
         ]  # fmt: skip
     names = list(graph.parameters)
     lowering = LowerOptions.of(
-        graph, plan, frozenset(), device_type=place.device_type, cluster=options.cluster,
-        compile=options.compile, dump=options.dump_passes,
+        graph, plan, frozenset(), device_type=place.device_type,
+        cluster=options.cluster, compile=options.compile, dump=options.dump_passes,
     )  # fmt: skip
     casts = {
         k: graph.casts[names[position]].reductions

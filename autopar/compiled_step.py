@@ -20,7 +20,7 @@ from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
 from autopar.planner.planner import ADAM_STATE, Planned
 from autopar.progress import SILENT, Progress
-from autopar.schedule.budget import MemoryPlan, StepBudget
+from autopar.schedule.budget import MemoryPlan, StepBudget, frozen_bytes
 from autopar.schedule.program import Program
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,8 @@ class StepOptions:
         lowered: False leaves the local program as it is, to run eagerly (debugging).
         compile: Inductor runs the graphs.
         optimizer_state: bytes of optimizer state per byte of trainable parameter.
+        elementwise: the optimizer treats each element by itself.
+        states_on: the tier of all states, "" for the device; None to choose.
         dump_passes: folder for the graph before and after each pass.
         progress: is told the stages, on every rank.
     """
@@ -156,6 +158,8 @@ class StepOptions:
     lowered: bool = True
     compile: bool = False
     optimizer_state: float = ADAM_STATE
+    elementwise: bool = False
+    states_on: str | None = None
     dump_passes: Path | None = None
     progress: Progress = SILENT
 
@@ -169,6 +173,11 @@ class StepOptions:
         if memory_bytes is None:
             return None
         copied = sum(graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders)
-        return StepBudget.of(
+        budget = StepBudget.of(
             arguments.tensors, memory_bytes, self.optimizer_state, copied, self.cluster.host_link
         )
+        return replace(
+            budget, tiers=self.cluster.off_device_tiers, states_on=plan.states_on,
+            elementwise=self.elementwise and self.states_on is None,
+            frozen_bytes=frozen_bytes(arguments.tensors[: len(graph.parameters)]),
+        )  # fmt: skip

@@ -393,6 +393,8 @@ class ShardingPlan:
         sizes: those that were tried, if one was searched for.
         time_splits: regions of a rank's program that run in slices, in the order in which they are
             split.
+        states_on: the tier ("host", "nvme") that has the optimizer's state, and runs its step;
+            parameters and gradients are on the host then. Empty if all are on the device.
         whole_results: results of the model, besides scalars, that are a large part of its step's
             peak: no split makes them smaller.
     """
@@ -424,6 +426,7 @@ class ShardingPlan:
     work: StepWork | None = None
     sizes: tuple[TriedSize, ...] = ()
     time_splits: tuple[TimeSplit, ...] = ()
+    states_on: str = ""
     whole_results: tuple[str, ...] = ()
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:

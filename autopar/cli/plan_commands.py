@@ -187,7 +187,7 @@ def plan(
             from autopar.cluster.cluster import ClusterInfo
             from autopar.ir.precision import Precision
             from autopar.plan import TriedSize
-            from autopar.planner.optimizer_state import named_state_ratio
+            from autopar.planner.optimizer_state import is_elementwise, named_state_ratio
             from autopar.planner.stages import PipelineOptions
 
             if microbatch not in ("exact", "independent"):
@@ -217,6 +217,7 @@ def plan(
                 example, source = example_of(model, **sizes)
                 stage.done = f"loaded {type(example.model).__name__}"
             options["optimizer_state"] = named_state_ratio(optimizer.lower(), example.model)
+            options["elementwise"] = is_elementwise(optimizer.lower())
         tried: tuple[TriedSize, ...] = ()
         if find:
             with short_errors():

@@ -8,6 +8,8 @@ the streams is the same.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -82,5 +84,54 @@ def finish_reload(x: torch.Tensor) -> None:
     wait(x)
 
 
-# The result is on the host, also where that is a CPU's own memory.
-HOST = torch.ops.autopar.offload.default
+# Values whose place between steps is the host: a fetch is `reload` and its finish, a store is
+# `offload` and its finish, which a schedule may put in their place.
+
+
+@operator(_empty)
+def fetch(host: torch.Tensor, device: str) -> torch.Tensor:
+    """Copy a tensor of the host to the device."""
+    x = reload(host, device)
+    wait(x)
+    return x
+
+
+@operator(lambda x: _empty(x, "cpu"))
+def store(x: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to the host, for the caller to read there."""
+    host = offload(x)
+    if x.is_cuda:  # the caller reads on the host, in no stream
+        _RUNNING.pop(host.untyped_storage()).synchronize()
+    return host
+
+
+def settle(values: Iterable[object]) -> None:
+    """Wait on the host for what a device has stored there, and what computes waits for already."""
+    if torch.cuda.is_initialized():
+        stored = (isinstance(x, torch.Tensor) and not x.is_cuda for x in values)
+        if any(stored):
+            torch.cuda.current_stream().synchronize()
+
+
+class _Fetched(torch.autograd.Function):
+    """A parameter on the device; its gradient is stored on the host."""
+
+    @staticmethod
+    def forward(ctx: Any, host: torch.Tensor, device: str) -> torch.Tensor:
+        return torch.ops.autopar.fetch(host, device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return torch.ops.autopar.store(grad), None
+
+
+def fetched(host: torch.Tensor, device: str) -> torch.Tensor:
+    """A parameter of the host on the device, differentiable."""
+    return _Fetched.apply(host, device)
+
+
+# Operators whose results are on the host, also where that is a CPU's own memory.
+ON_HOST = frozenset((torch.ops.autopar.offload.default, torch.ops.autopar.store.default))
+
+# Operators that copy over the link to the host, in one piece.
+FETCH, STORE = torch.ops.autopar.fetch.default, torch.ops.autopar.store.default

@@ -143,8 +143,9 @@ def untraced_step(
     copied = sum(graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders)
     device_type = arguments[0].device.type if arguments else "cpu"
     options = LowerOptions.of(
-        graph, plan, frozenset(large_parameters(whole).values()), device_type=device_type,
-        cluster=ClusterInfo.from_dict(plan.cluster), scheduled=True, disable=disable,
+        graph, plan, frozenset(large_parameters(whole).values()),
+        device_type=device_type, cluster=ClusterInfo.from_dict(plan.cluster), scheduled=True,
+        disable=disable,
     )  # fmt: skip
     return UntracedStep(local.gm, arguments, options, copied)
 

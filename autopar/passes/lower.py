@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.ir.joint_graph import JointGraph, Result
 from autopar.passes.joint import trace_joint
@@ -83,6 +84,9 @@ def trace_step(
             their metadata is used, so they may be fake.
     """
     options = options or LowerOptions()
+    if options.states_on:
+        arguments = [*map(_on_host, arguments[: options.parameters]),
+                     *arguments[options.parameters :]]  # fmt: skip
     gm = run_stage("program", gm, options)
     joint = trace_joint(gm, arguments, name_modules=options.scheduled)
     if not joint.differentiable and not options.scheduled:
@@ -90,6 +94,13 @@ def trace_step(
     joint = replace(joint, gm=run_stage("joint", joint.gm, options, joint))
     reading = _read(joint, options) if options.scheduled else None
     return TracedStep(joint, reading, options)
+
+
+def _on_host(t: torch.Tensor) -> torch.Tensor:
+    """A tensor like another one, on the host."""
+    with FakeTensorMode():
+        host = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
+    return host.requires_grad_(t.requires_grad)
 
 
 def _read(joint: JointGraph, options: LowerOptions) -> JointProgram:
@@ -101,7 +112,8 @@ def _read(joint: JointGraph, options: LowerOptions) -> JointProgram:
     primals = joint.primals
     if not joint.differentiable:  # nothing to recompute or to offload in between
         return with_buffers(reading)
-    offloadable = {primals[k]: name for k, name in options.offloadable.items()}
+    resident = {} if options.states_on else options.offloadable
+    offloadable = {primals[k]: name for k, name in resident.items()}
     reading = with_transfers(reading, joint.gm.graph, options.cluster, offloadable)
     return with_buffers(with_splits(reading, joint.gm.graph))
 

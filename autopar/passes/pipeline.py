@@ -26,6 +26,7 @@ from autopar.kernels.substitute import substitute_kernels
 from autopar.passes.async_sums import early_sums, returned_sums
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.drop_views import drop_views
+from autopar.passes.fetch_parameters import fetch_parameters
 from autopar.passes.fill_concatenations import fill_concatenations
 from autopar.passes.functional_collectives import functional_collectives
 from autopar.passes.overlap import overlap_collectives
@@ -55,6 +56,9 @@ class LowerOptions:
             it is not the dtype of compute.
         offloadable: names of the parameters that a schedule may have on the host for a part of the
             step, by their positions among the arguments.
+        parameters: their number; they are the first arguments.
+        states_on: the tier of the optimizer's state; parameters and gradients are on the host
+            between steps then. The device if empty.
         disable: names of passes to leave out (debugging).
         dump: folder for the graph before and after each pass.
     """
@@ -66,6 +70,8 @@ class LowerOptions:
     reshard_after_forward: frozenset[int] = frozenset()
     sum_dtypes: Mapping[int, torch.dtype] = field(default_factory=dict)
     offloadable: Mapping[int, str] = field(default_factory=dict)
+    parameters: int = 0
+    states_on: str = ""
     disable: frozenset[str] = frozenset()
     dump: Path | None = None
 
@@ -95,6 +101,8 @@ class LowerOptions:
                 for k, name in large_parameters(graph).items()
                 if offloadable is None or name in offloadable
             },
+            parameters=len(graph.parameters),
+            states_on=plan.states_on,
             **options,
         )
 
@@ -130,6 +138,10 @@ def _overlaps(o: LowerOptions) -> bool:
 PIPELINE = (
     Entry("program", use_library,
           "cuDNN's BatchNorm keeps a workspace whose size only cuDNN knows", when=_on_gpu),
+    Entry("program", fetch_parameters,
+          "states that the device has no room for are on the host between steps",
+          when=lambda o: bool(o.states_on),
+          arguments=lambda o, _: {"parameters": range(o.parameters), "device_type": o.device_type}),
     Entry("joint", drop_views,
           "views that change nothing hide which operators read a value"),
     Entry("joint", sum_gradients_in,

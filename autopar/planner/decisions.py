@@ -135,7 +135,11 @@ class Workload:
     Args:
         trainable: placeholder names of parameters that require grad.
         state_bytes_per_param_byte: optimizer state per byte of parameter (Adam: 2).
+        elementwise: the optimizer treats each element by itself.
+        states_on: the tier of all states, "" for the device; None to choose.
     """
 
     trainable: frozenset[str]
     state_bytes_per_param_byte: float = 2.0
+    elementwise: bool = False
+    states_on: str | None = None

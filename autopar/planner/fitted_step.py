@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.schedule.program import Program, eager_schedule
 from autopar.schedule.streams import step_us
 from autopar.units import bytes_text
+
+log = logging.getLogger(__name__)
 
 MOST_RECOMPUTED = 3e-2  # of a step: what fitting may cost before regions are split
 _LARGE_RESULT = 0.2  # of the peak
@@ -121,7 +124,8 @@ def fit_step(
     options: LowerOptions,
     budget: StepBudget,
 ) -> FittedStep:
-    """Schedule a step, with regions of it in slices if nothing else fits, or if that is faster.
+    """Schedule a step, with regions of it in slices if nothing else fits, or if that is faster; and
+    with its states on a tier, if it does not fit the device with them.
 
     Args:
         gm: a rank's forward program; is not changed.
@@ -130,6 +134,25 @@ def fit_step(
     Raises:
         InfeasibleError: nothing fits.
     """
+    off_device = budget.off_device() if budget.is_too_small_for_states else None
+    if off_device is None:
+        try:
+            return _fit(gm, arguments, options, budget)
+        except InfeasibleError as error:
+            off_device = budget.off_device()
+            if off_device is None:
+                raise
+            log.info("states move off the device: %s", error)
+    return _fit(gm, arguments, replace(options, states_on=off_device.states_on), off_device)
+
+
+def _fit(
+    gm: fx.GraphModule,
+    arguments: Sequence[torch.Tensor],
+    options: LowerOptions,
+    budget: StepBudget,
+) -> FittedStep:
+    """The same, with the states where the budget has them."""
     step = UntracedStep(gm, tuple(arguments), options)
     traced = step.traced(copy_of(gm))
     whole: FittedStep | None = None

@@ -22,7 +22,13 @@ import torch.fx as fx
 from autopar.errors import InfeasibleError, PlanError
 from autopar.ir.shorten import ShortGraph, shortened
 from autopar.ir.spec import ShardingSpec
-from autopar.passes.local_step import LocalStep, local_step, short_step, untraced_step
+from autopar.passes.local_step import (
+    LocalStep,
+    UntracedStep,
+    local_step,
+    short_step,
+    untraced_step,
+)
 from autopar.passes.split_regions import split_regions
 from autopar.plan import MemoryEstimate, ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
@@ -32,7 +38,7 @@ from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
 from autopar.planner.time_splits import SECONDS
-from autopar.schedule.budget import MemoryPlan, StepBudget
+from autopar.schedule.budget import MemoryPlan, StepBudget, frozen_bytes
 from autopar.units import bytes_text, time_text
 
 log = logging.getLogger(__name__)
@@ -196,8 +202,35 @@ class _Trials:
         Raises:
             InfeasibleError: no schedule fits.
         """
+        states_on = self.problem.space.workload.states_on
+        if states_on is not None or not self.problem.space.cluster.off_device_tiers:
+            return self._scheduled_with(choices, states_on or "")
+        budget = self._whole_budget(choices)
+        if not budget.is_too_small_for_states:
+            try:
+                return self._scheduled_with(choices, "")
+            except InfeasibleError as error:
+                refused = error
+            off_device = budget.off_device()
+            if off_device is None:
+                raise refused
+        else:
+            off_device = budget.off_device()
+        return self._scheduled_with(choices, "" if off_device is None else off_device.states_on)
+
+    def _whole_budget(self, choices: tuple[int, ...]) -> StepBudget:
+        """Of the step with all of its blocks, before it is traced."""
+        graph, workload = self.problem.space.graph, self.problem.space.workload
+        plan = make_plan(self.problem.space, choices, self.problem.model)
+        step = untraced_step(graph, graph, plan, workload.trainable, self.output_specs)
+        return _step_budget(self.problem, step)
+
+    def _scheduled_with(
+        self, choices: tuple[int, ...], states_on: str
+    ) -> tuple[LocalStep, MemoryPlan, FittedStep | None]:
+        """The same with the states on a tier, or on the device if that is empty."""
         space = self.problem.space
-        plan = make_plan(space, choices, self.problem.model)
+        plan = replace(make_plan(space, choices, self.problem.model), states_on=states_on)
         chosen: dict[fx.Node, tuple[str, ...]] = defaultdict(tuple)
         for decision, c in zip(space.decisions, choices, strict=True):
             if decision.kind != "output":
@@ -207,7 +240,7 @@ class _Trials:
             space.graph, plan, trainable=space.workload.trainable, output_specs=given,
             choices=chosen,
         )  # fmt: skip
-        budget = _step_budget(self.problem, step)
+        budget = replace(_step_budget(self.problem, step), states_on=states_on)
         short = shortened(space.graph, chosen)
         memory = None
         try:
@@ -338,10 +371,19 @@ def _limited_plans(
             yield limit, between
 
 
-def _step_budget(problem: PlanningProblem, step: LocalStep) -> StepBudget:
-    state = problem.space.workload.state_bytes_per_param_byte
-    link = problem.space.cluster.host_link
-    return StepBudget.of(step.arguments, problem.budget_bytes, state, step.copied_bytes, link)
+def _step_budget(problem: PlanningProblem, step: LocalStep | UntracedStep) -> StepBudget:
+    workload, cluster = problem.space.workload, problem.space.cluster
+    budget = StepBudget.of(
+        step.arguments, problem.budget_bytes, workload.state_bytes_per_param_byte,
+        step.copied_bytes, cluster.host_link,
+    )  # fmt: skip
+    frozen = frozen_bytes(step.arguments[: len(problem.space.graph.parameters)])
+    return replace(
+        budget,
+        tiers=cluster.off_device_tiers,
+        elementwise=workload.elementwise,
+        frozen_bytes=frozen,
+    )
 
 
 def _with_schedule(plan: ShardingPlan, joint: _Scheduled, budget: StepBudget) -> ShardingPlan:
@@ -352,22 +394,22 @@ def _with_schedule(plan: ShardingPlan, joint: _Scheduled, budget: StepBudget) ->
         compute_us=plan.time.compute_us + memory.added_us - memory.exposed_us,
         exposed_us=plan.time.exposed_us + memory.exposed_us,
     )
-    budget = replace(budget, state_on_host=memory.state_on_host)
+    budget = replace(budget, state_on_host=memory.state_on_host, states_on=memory.states_on)
     sequence = memory.schedule.forward + memory.schedule.backward
     at = memory.timeline.peak_at
     away = sum(event.evicted_bytes for event in memory.timeline.events[at : at + 1])
     storages = {s for i in sequence[: at + 1] for s in program.ops[i].makes}
     gradients = float(sum(n for s, n in program.gradient_bytes.items() if s in storages))
     estimate = MemoryEstimate(
-        parameters_bytes=budget.parameters_bytes - away,
+        parameters_bytes=0.0 if budget.states_on else budget.parameters_bytes - away,
         gradients_bytes=gradients,
-        optimizer_bytes=0.0 if budget.state_on_host else budget.optimizer_bytes,
+        optimizer_bytes=0.0 if budget.state_on_host or budget.states_on else budget.optimizer_bytes,
         activations_bytes=memory.peak_bytes + away - gradients,
-        buffers_bytes=budget.other_bytes,
+        buffers_bytes=budget.other_bytes - (budget.frozen_bytes if budget.states_on else 0.0),
         transient_bytes=0.0,
     )
     summary = memory.summary(budget.resident_bytes)
-    plan = replace(plan, time=time_us, memory=estimate, step=summary)
+    plan = replace(plan, time=time_us, memory=estimate, step=summary, states_on=memory.states_on)
     split = joint.split
     if split is None:
         return plan

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn.parameter import UninitializedParameter
 
+from autopar.optim.elementwise import ELEMENTWISE
+
 # Sizes of a probe's dims, all different, so that its state shows which dims it has.
 _PROBE = (3, 5, 7, 11, 13, 17, 19, 23)
 
@@ -27,6 +29,12 @@ def named_state_ratio(name: str, model: torch.nn.Module) -> float:
     """`optimizer_state_ratio` of an optimizer by name, over all that a model trains."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return optimizer_state_ratio(OPTIMIZERS[name](trained, lr=1e-3)) if trained else 0.0
+
+
+def is_elementwise(name: str) -> bool:
+    """Whether an optimizer by name treats each element by itself."""
+    made = OPTIMIZERS[name]
+    return (made.func if isinstance(made, functools.partial) else made) in ELEMENTWISE
 
 
 def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:

@@ -159,6 +159,8 @@ def build_problem(
     budget_bytes: float | None = None,
     precision: Precision | str | torch.dtype | None = None,
     optimizer_state: float = ADAM_STATE,
+    elementwise: bool = False,
+    states_on: str | None = None,
     fixed: FixedLayouts | None = None,
     constraints: Constraints | str | None = None,
     time_limit: float = TIME_LIMIT,
@@ -173,6 +175,9 @@ def build_problem(
         budget_bytes: per device, that the plan keeps to; the memory of the cluster if None.
         precision: dtypes of the step, of a graph that is captured here: "bf16" or a `Precision`.
         optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
+        elementwise: the optimizer treats each element by itself, so that its step may run where
+            its state is, on a tier of the cluster.
+        states_on: that tier, "" for the device; None to choose.
         fixed: layouts that the caller decides.
         constraints: layouts by the names of parameters, inputs, outputs, modules and operators
             (`autopar.planner.names`): `{"h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`; or the
@@ -207,7 +212,7 @@ def build_problem(
             constraints = preset_constraints(constraints, graph, cluster.mesh)
         constraints = dict(constraints or {})
         fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
-        workload = Workload(trainable_inputs(graph, model), optimizer_state)
+        workload = Workload(trainable_inputs(graph, model), optimizer_state, elementwise, states_on)
         space = SearchSpace(graph, cluster, workload, fixed, orders=axis_orders(constraints))
         mask = allowed(space, constraints)
         candidates = sum(len(d.candidates) for d in space.decisions)

@@ -131,6 +131,10 @@ def step_table(plan: ShardingPlan) -> Table | None:
         f"would peak at {bytes_text(step.eager_bytes)} if everything were kept. "
         f"{bytes_text(step.resident_bytes)} are in use before the step.",
         "The optimizer's state is on the host outside of its step." if step.state_on_host else "",
+        f"Between steps, states are on the {plan.states_on}: parameters are fetched and gradients "
+        "stored while the step runs, and the optimizer steps there."
+        if plan.states_on
+        else "",
         f"On the host for a part of the step: {', '.join(step.parameters_on_host)}."
         if step.parameters_on_host
         else "",

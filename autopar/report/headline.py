@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autopar.cluster.cluster import ClusterInfo
+from autopar.cluster.tiers import HOST
 from autopar.plan import ShardingPlan, StepWork
 from autopar.units import bytes_text, count_text, flops_text, percent_text, time_text
 
@@ -32,12 +33,21 @@ def verdict(plan: ShardingPlan) -> list[tuple[str, str]]:
     if plan.step is not None:
         if plan.step.added_us > 0:
             reasons.append(f"recomputing and re-gathering, {time_text(plan.step.added_us)} of it")
+        if plan.states_on:
+            reasons.append(_place(plan))
         if plan.step.state_on_host:
             reasons.append("the optimizer's state on the host")
         if plan.step.parameters_on_host:
             reasons.append(f"{len(plan.step.parameters_on_host)} parameters on the host")
     by = [("made to fit by", "; ".join(reasons))] if reasons else []
     return [("fits", f"yes: {step}, {bytes_text(max(0.0, spare))} to spare"), *by]
+
+
+def _place(plan: ShardingPlan) -> str:
+    """Where states are that the device has no room for."""
+    if plan.states_on == HOST:
+        return "parameters, gradients and the optimizer's state on the host, and its step"
+    return f"the optimizer's state on {plan.states_on}, its step and the parameters on the host"
 
 
 def speed(plan: ShardingPlan, cluster: ClusterInfo) -> list[tuple[str, str]]:

@@ -49,4 +49,5 @@ def agreed_schedule(
     schedule, state_on_host = ranks.from_rank_zero(keep_everything if differing else choose)
     if differing:
         schedule = eager_schedule(program)
-    return replace(describe(program, schedule), state_on_host=state_on_host)
+    memory = describe(program, schedule)
+    return replace(memory, state_on_host=state_on_host, states_on=budget.states_on)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from autopar.cluster.link import Link
+from autopar.cluster.tiers import StateBytes, Tier
 from autopar.errors import InfeasibleError
 from autopar.plan import StepSummary
 from autopar.schedule.build import schedule_of
+from autopar.schedule.chunk_states import Changes, chunk_states
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import ScheduleFront, undominated
-from autopar.schedule.prefetch import GATHER, exposed_share, prefetched
+from autopar.schedule.prefetch import GATHERS, exposed_share, prefetched
 from autopar.schedule.program import Program, Resource, Schedule, eager_schedule
 from autopar.schedule.simulate import peak_bytes, timeline
 from autopar.schedule.streams import step_us
@@ -41,6 +43,8 @@ class MemoryPlan:
         exposed_us: the part of that spent waiting for collectives.
         state_on_host: the optimizer's state is on the host outside of the optimizer step.
         parameters_on_host: names of parameters that are on the host for a part of the step.
+        states_on: the tier that all states are on between steps; the device if empty.
+        chunks: the states of each module's parameters over the step, if they are on a tier.
         front: peaks, and what schedules of them add, that the search has seen; from the largest
             peak down.
     """
@@ -52,6 +56,8 @@ class MemoryPlan:
     exposed_us: float = 0.0
     state_on_host: bool = False
     parameters_on_host: tuple[str, ...] = ()
+    states_on: str = ""
+    chunks: Mapping[str, Changes] = field(default_factory=dict)
     front: tuple[tuple[int, float], ...] = ()
 
     def added_us_with(self, more_bytes: float) -> float:
@@ -100,9 +106,16 @@ class StepBudget:
 
     Args:
         memory_bytes: of the device, for this model.
-        other_bytes: inputs, buffers and constants, and copies of buffers that the step updates.
+        other_bytes: inputs, buffers and constants, copies of buffers that the step updates, and
+            frozen parameters.
         host: the link to the host, if there is one.
         state_on_host: the optimizer's state is on the host while the model runs.
+        tiers: of the cluster, for states that the device has no room for.
+        elementwise: the optimizer treats each element by itself, so its step may run on the host,
+            on some parameters after others.
+        states_on: the tier that parameters, gradients and the optimizer's state are on; the device
+            if empty.
+        frozen_bytes: of the parameters that are not trained.
     """
 
     memory_bytes: float
@@ -112,6 +125,10 @@ class StepBudget:
     other_bytes: float
     host: Link | None = None
     state_on_host: bool = False
+    tiers: tuple[Tier, ...] = ()
+    elementwise: bool = False
+    states_on: str = ""
+    frozen_bytes: float = 0.0
 
     @staticmethod
     def of(
@@ -131,6 +148,8 @@ class StepBudget:
     @property
     def resident_bytes(self) -> float:
         """In use while the model runs."""
+        if self.states_on:
+            return self.other_bytes - self.frozen_bytes
         state = 0.0 if self.state_on_host else self.optimizer_bytes
         return self.parameters_bytes + state + self.other_bytes
 
@@ -142,7 +161,39 @@ class StepBudget:
     @property
     def is_hopeless(self) -> bool:
         """Whether gradients alone need more, with all parameters on the host."""
-        return self.step_bytes + self.parameters_bytes < self.gradients_bytes
+        gradients = 0.0 if self.states_on else self.gradients_bytes
+        return self.step_bytes + self.parameters_bytes < gradients
+
+    @property
+    def is_too_small_for_states(self) -> bool:
+        """Whether all parameters, gradients and the optimizer's state, which are on the device
+        together before its step, need more."""
+        return self.gradients_bytes + self.optimizer_bytes > self.memory_bytes - (
+            self.parameters_bytes + self.other_bytes
+        )
+
+    @property
+    def states(self) -> StateBytes:
+        """Of this device's part of the model."""
+        parameters = self.parameters_bytes + self.frozen_bytes
+        return StateBytes(parameters, self.gradients_bytes, self.optimizer_bytes)
+
+    def off_device(self) -> StepBudget | None:
+        """The same with all states on the nearest tier that has room for them; None if there is
+        none, or if the optimizer's step cannot run there.
+
+        Raises:
+            InfeasibleError: the tiers are too small.
+        """
+        if self.states_on or not self.elementwise or not self.parameters_bytes:
+            return None
+        try:
+            place = self.states.place(self.tiers)
+        except ValueError as error:
+            raise InfeasibleError(
+                str(error), budget_bytes=self.memory_bytes, smallest_bytes=math.inf
+            ) from error
+        return None if place is None else replace(self, states_on=place)
 
     def choose(self, program: Program, patience: float = math.inf) -> MemoryPlan:
         """The fastest schedule, with the optimizer's state on the device or on the host.
@@ -154,6 +205,8 @@ class StepBudget:
         Raises:
             InfeasibleError: no schedule fits the memory; it names the smallest budget that does.
         """
+        if self.states_on:
+            return self._plan(program, patience)
         offloading = self._with_state_on_host(program)
         try:
             plan = self._plan(program, patience)
@@ -183,10 +236,22 @@ class StepBudget:
     def _plan(self, program: Program, patience: float = math.inf) -> MemoryPlan:
         if self.state_on_host:
             program = replace(program, host_bytes=program.host_bytes - self.optimizer_bytes)
+        if self.states_on:
+            held = self.states.on_host(self.states_on)
+            program = replace(program, host_bytes=program.host_bytes - held)
         try:
             plan = plan_memory(program, self.step_bytes, patience)
         except InfeasibleError as error:
             smallest = self.resident_bytes + error.smallest_bytes
+            if self.states_on:
+                raise InfeasibleError(
+                    f"{error}. Parameters, gradients and the optimizer's state are on the "
+                    f"{self.states_on} already; inputs and buffers take "
+                    f"{bytes_text(self.resident_bytes)}. Give at least {bytes_text(smallest)} "
+                    f"({smallest:.0f} bytes), more devices, or a smaller batch",
+                    budget_bytes=self.memory_bytes,
+                    smallest_bytes=smallest,
+                ) from error
             raise InfeasibleError(
                 f"{error}. Of {bytes_text(self.memory_bytes)}, parameters take "
                 f"{bytes_text(self.parameters_bytes)}, the optimizer "
@@ -199,7 +264,16 @@ class StepBudget:
                 smallest_bytes=smallest,
             ) from error
         added = plan.added_us + self._round_trip_us
-        return replace(plan, state_on_host=self.state_on_host, added_us=added)
+        if self.states_on:
+            added += self.states.step_us(self.tiers, self.states_on)
+        return replace(
+            plan, state_on_host=self.state_on_host, states_on=self.states_on, added_us=added
+        )
+
+
+def frozen_bytes(parameters: Sequence[torch.Tensor]) -> float:
+    """Of parameters that are not trained."""
+    return float(sum(p.nbytes for p in parameters if not p.requires_grad))
 
 
 def describe(program: Program, schedule: Schedule) -> MemoryPlan:
@@ -216,6 +290,7 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
         peak_bytes(program, eager),
         max(0.0, scheduled.us - fastest.us),
         max(0.0, exposed_us - least_exposed_us),
+        chunks=chunk_states(program, schedule),
         parameters_on_host=tuple(p.name for s, p in program.parameters.items() if s in offloaded),
     )
 
@@ -275,7 +350,7 @@ def least_bytes(program: Program) -> int:
 
 def _gathers(program: Program) -> list[int]:
     """Gathers that can be split."""
-    return [i for i in program.splits if program.ops[i].kind.startswith(GATHER)]
+    return [i for i in program.splits if program.ops[i].kind.startswith(GATHERS)]
 
 
 def _costs(program: Program) -> dict[int, float]:

@@ -13,6 +13,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.cluster.cluster import ClusterInfo
+from autopar.comm import host_copies
 from autopar.comm.cost import STARTS, communicates, communication_us
 from autopar.ir.aliasing import overwritable, tensors_of
 from autopar.ir.graph import bound_arguments
@@ -161,6 +162,8 @@ class _Reader:
             self.parts.setdefault(node, []).append(number)
             if new:
                 makes.append(number)
+                if node.target in host_copies.ON_HOST:
+                    self.sizes[number] = 0
                 self.owner[number] = node  # a getitem of it takes over
         if isinstance(value, torch.Tensor):
             self.base[node] = self.parts[node][0]
@@ -194,6 +197,10 @@ class _Reader:
         if communicates(node):
             us = communication_us(node, operands, results, self.cluster)
             return Resource.COMMUNICATION, 0.0, us
+        link = self.cluster.host_link
+        if node.target in (host_copies.FETCH, host_copies.STORE) and link is not None:
+            moved = sum(t.nbytes for t in results)
+            return Resource.HOST, 0.0, 1e6 * (link.alpha + link.beta * moved)
         elements = max((t.numel() for t in (*operands, *results)), default=0)
         dtype = str(results[0].dtype).removeprefix("torch.") if results else "float32"
         if not kernels:

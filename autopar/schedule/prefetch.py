@@ -23,7 +23,8 @@ from autopar.schedule.simulate import live_bytes
 from autopar.schedule.streams import step_us
 
 _ATTEMPTS = 3
-GATHER = "autopar.all_gather"  # begins the kind of all gathers
+# What the kinds of gathers, and of fetches from the host, begin with.
+GATHERS = ("autopar.all_gather", "autopar.fetch")
 
 
 def prefetched(program: Program, schedule: Schedule, budget_bytes: float) -> Schedule:
@@ -81,7 +82,7 @@ class _Placement:
         gathers = []
         for p, i in enumerate(self.sequence):
             if i in self.program.splits:
-                if self.ops[p].kind.startswith(GATHER):
+                if self.ops[p].kind.startswith(GATHERS):
                     gathers.append(p)
                 else:
                     self._wait_later(p)
@@ -119,7 +120,10 @@ class _Placement:
         """Bytes alive besides the result at the finish: none if the buffer becomes the result."""
         program, i = self.program, self.sequence[p]
         (buffer,) = program.ops[program.splits[i].start].makes
-        return 0.0 if buffer in program.ops[i].makes else float(program.sizes[buffer])
+        if buffer in program.ops[i].makes:  # a store reads its operand until then
+            read = set(program.ops[program.splits[i].finish].reads) - {buffer}
+            return float(sum(program.sizes[s] for s in read))
+        return float(program.sizes[buffer])
 
     def _bytes(self, p: int) -> float:
         return float(sum(self.program.sizes[s] for s in self.ops[p].makes))

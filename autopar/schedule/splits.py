@@ -1,4 +1,5 @@
-"""Collectives as a start and a finish in a joint graph, for schedules to use."""
+"""Collectives, and copies over the link to the host, as a start and a finish in a joint graph, for
+schedules to use."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from autopar.comm import host_copies
 from autopar.comm.async_collectives import numbers_of
 from autopar.comm.functional import gathers_rows
 from autopar.ir.fx_calls import add_call
@@ -63,6 +65,12 @@ SPLITS: dict[Any, Callable[[fx.Node], tuple[Any, _Finish]]] = {
     _OPS.reduce_scatter_many.default: _reduce_scatter_many,
 }
 
+# What starts a copy over the link to the host.
+COPIES = {
+    host_copies.FETCH: _OPS.reload.default,
+    host_copies.STORE: _OPS.offload.default,
+}
+
 
 def halves_of(node: fx.Node) -> tuple[Any, _Finish] | None:
     """The operator that starts a collective, with the same arguments; and the one that finishes it,
@@ -71,6 +79,8 @@ def halves_of(node: fx.Node) -> tuple[Any, _Finish] | None:
     Returns:
         None if the collective cannot be split.
     """
+    if node.target in COPIES:
+        return COPIES[node.target], None
     if node.target not in SPLITS or _dtype(node) is torch.bool:
         return None
     return SPLITS[node.target](node)
@@ -96,7 +106,7 @@ def with_splits(joint: JointProgram, graph: fx.Graph) -> JointProgram:
             start = add_call(graph, target, node.args)
             if finish is None:
                 buffer = extension.base[start] = op.makes[0]
-                done = graph.call_function(_OPS.wait_in_place.default, (start,))
+                done = _waited(graph, node, start)
             else:
                 nbytes = int(start.meta["val"].untyped_storage().nbytes())
                 buffer = extension.storage(nbytes, start)
@@ -107,13 +117,25 @@ def with_splits(joint: JointProgram, graph: fx.Graph) -> JointProgram:
             op, name=start.name, kind=f"{target} {op.kind}", makes=(buffer,), beside=True
         )
         finish_op = Op(
-            done.name, str(done.target), (buffer,), () if finish is None else op.makes,
+            done.name, str(done.target),
+            (*op.reads, buffer) if node.target is host_copies.STORE else (buffer,),
+            () if finish is None else op.makes,
             0.0, 0.0, replays=False, carries=op.carries, module=op.module,
         )  # fmt: skip
         splits[i] = Split(
             extension.add(start, start_op, node), extension.add(done, finish_op, node)
         )
     return extension.extended(splits=splits)
+
+
+def _waited(graph: fx.Graph, node: fx.Node, start: fx.Node) -> fx.Node:
+    """What finishes a collective or a copy in the buffer itself. A store reads the copied value
+    until then."""
+    if node.target is host_copies.STORE:
+        return graph.call_function(_OPS.finish_offload.default, (node.args[0], start))
+    fetches = node.target is host_copies.FETCH
+    wait = _OPS.finish_reload.default if fetches else _OPS.wait_in_place.default
+    return graph.call_function(wait, (start,))
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

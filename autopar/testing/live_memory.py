@@ -68,7 +68,7 @@ class LiveMemory(TorchDispatchMode):
             out = func(*args, **kwargs)
         if shard is not None:  # negative where it is evicted
             self.record(shard.nbytes() - held)
-        for t in pytree.tree_leaves(out) if func is not host_copies.HOST else ():
+        for t in pytree.tree_leaves(out) if func not in host_copies.ON_HOST else ():
             if not isinstance(t, torch.Tensor) or isinstance(t, DTensor):
                 continue
             storage = t.untyped_storage()
