@@ -7,14 +7,21 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a file. On failure, a file that is already there does not change."""
+def write_atomically(path: str | Path, text: str, *, durably: bool = False) -> None:
+    """Write a file. On failure, a file that is already there does not change.
+
+    Args:
+        durably: it is on the drive when this returns, also if the machine loses power then.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            if durably:
+                file.flush()
+                os.fsync(file.fileno())
         # mkstemp makes files that only the owner can read
         umask = os.umask(0)
         os.umask(umask)
@@ -23,3 +30,9 @@ def write_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    if durably:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -21,6 +21,7 @@ from autopar.cluster.local import as_cluster
 from autopar.compiled_step import StepOptions
 from autopar.errors import PlanError
 from autopar.ir.precision import Precision
+from autopar.optim.elementwise import ELEMENTWISE
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
@@ -58,6 +59,7 @@ def auto_engine(
     schedule: str | None = None,
     stages: str | None = None,
     loss_fn: Callable[..., Any] | None = None,
+    resume: bool = False,
     time_limit: float = 60.0,
     progress: Callable[[str], None] | bool | None = True,
     dump_passes: str | Path | None = None,
@@ -103,6 +105,8 @@ def auto_engine(
         stages: modules at which the second and later stages begin ("h.4,h.8"); the fastest if None.
         loss_fn: a loss outside of the model, as a part of its program: `engine(x, target=y)` gives
             `loss_fn(model(x), y)`. It has no parameters of its own.
+        resume: go on from the last states that a run has left on the drive of the cluster's tier
+            "nvme" (docs/memory.md); begin anew if there are none.
         time_limit: seconds for all runs of the solver and all schedules of a plan together. The
             best plan known then is taken, and its line says how far it may be from the optimum.
         progress: how rank 0 tells of the stages of planning, in a line each with its time: True
@@ -171,6 +175,7 @@ def auto_engine(
             lowered=lower,
             compile=compile,
             optimizer_state=optimizer_state_ratio(optimizer),
+            elementwise=type(optimizer) in ELEMENTWISE,
             dump_passes=None if dump_passes is None else Path(dump_passes),
             progress=Progress(None if tell is None else _on_rank_zero(tell)),
         ),
@@ -186,6 +191,7 @@ def auto_engine(
         schedule=schedule,
         stages=stages,
         loss_fn=loss_fn,
+        resume=resume,
     )
     engine = engine_of(StepRunner(StepCompiler(model, optimizer, options)))
     handle_later_optimizers()

@@ -106,6 +106,12 @@ class Engine(torch.nn.Module):
         return self._autopar_runner.steps
 
     @_attribute
+    def stored_steps(self) -> int:
+        """Steps of the optimizer in the last complete version of its states on a drive: of a run
+        that was resumed, those that it has done. 0 if they are on no drive."""
+        return self._autopar_runner.stored_steps
+
+    @_attribute
     def _programs(self) -> list[BoundStep]:
         return self._autopar_runner.steps  # under the name that scripts have counted captures by
 

@@ -30,3 +30,4 @@ class EngineOptions:
     schedule: str | None = None
     stages: str | None = None
     loss_fn: Callable[..., Any] | None = None
+    resume: bool = False

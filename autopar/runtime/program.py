@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 from torch.distributed.tensor import DTensor
 
+from autopar.comm import host_copies
 from autopar.comm.world import explained_failures
 from autopar.errors import EngineError
 from autopar.passes.inductor import compile_graph
@@ -147,6 +148,7 @@ class _Run(torch.autograd.Function):
         assert program.backward is not None
         with torch.no_grad():
             local = program.run(program.backward, arguments)
+            host_copies.settle(local)
             if program.gradients is not None:
                 used = program.gradients.used(present)
                 local = [g if k in used else None for k, g in enumerate(local)]

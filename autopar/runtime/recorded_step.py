@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from autopar.optim.elementwise import ELEMENTWISE
 from autopar.optim.lazy_numbers import lazy_max_and_min
 from autopar.optim.lazy_tensor import LazyTensor
 from autopar.optim.local_program import LocalProgram
 from autopar.optim.programs import Programs
 from autopar.optim.recorder import Recorder
 from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter, ShardedState
-from autopar.runtime.step_on_shards import ELEMENTWISE
 
 # Whose steps run the model, or take gradients that are no dense tensors.
 _ON_DTENSORS = (torch.optim.LBFGS, torch.optim.SparseAdam)

@@ -46,6 +46,7 @@ from autopar.runtime.lazy_modules import initialize_lazy_modules
 from autopar.runtime.loss_outside import with_loss
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.pipeline_runtime import Pipeline
+from autopar.runtime.placed_states import looked_at, place_states
 from autopar.runtime.program import bind
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.split_compiler import SplitCompiler
@@ -91,6 +92,10 @@ class StepCompiler:
             self.device.type,
             WorldRanks(),
         )
+        if optimizer is not None:
+            cluster = looked_at(cluster, dist.get_rank(), self.place.ranks, resume=options.resume)
+            options = replace(options, step=replace(options.step, cluster=cluster))
+            self.options = options
         self.stage_place = self.place.of_a_stage(cluster)
         self._planner = StepPlanner(model, options, self.stage_place)
         self._count = 0
@@ -207,6 +212,7 @@ class StepCompiler:
             lambda: self._planner.decide(graph, fixed, None if alike is None else alike.compiled)
         )
         open_ = options.microbatches is None and options.step.lowered and not layout.local
+        open_ = open_ and not options.step.states_on
         if open_:
             count = self.place.ranks.from_rank_zero(
                 lambda: self._planner.fastest_count(call, graph, fixed.parameters, decide)
@@ -225,6 +231,7 @@ class StepCompiler:
             output_specs=fixed.outputs,
             whole_sizes=fixed.whole_sizes,
         )
+        self._keep_states(compiled.plan.states_on)
         gradients = ResultGradients.of(graph, trainable)
         evaluate = _eager(compiled.local)
         train = evaluate if compiled.lowered is None else bind(compiled.lowered, gradients)
@@ -273,6 +280,7 @@ class StepCompiler:
         )
         stored = stored_layouts(self.model) if self.laid_out else {}
         compiled, step, whole = compiler.compile(call, layout, graph, trainable, stored)
+        self._keep_states("")
         self._planner.keep_stages(compiled.plan.pipeline)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
@@ -280,6 +288,17 @@ class StepCompiler:
             parameters, Assumptions.of(self.model), bind_reads(self.model, graph.reads),
             step.result_gradients.feeding, whole, split=True,
         )  # fmt: skip
+
+    def _keep_states(self, states_on: str) -> None:
+        """Let later steps find the states where the first one has them."""
+        first = self.options.step.states_on is None
+        step = replace(self.options.step, states_on=states_on)
+        self.options = self._planner.options = replace(self.options, step=step)
+        if first and self.optimizer is not None:
+            place_states(
+                self.model, self.optimizer, states_on, step.cluster, dist.get_rank(),
+                self.place.ranks, resume=self.options.resume,
+            )  # fmt: skip
 
     def _pipeline_of(self, plan: PipelinePlan) -> Pipeline:
         """This rank's place in the pipeline of a plan."""

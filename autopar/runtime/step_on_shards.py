@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from autopar.errors import EngineError
+from autopar.optim.elementwise import ELEMENTWISE
+from autopar.runtime.chunk_files import ChunkFiles, Version
 from autopar.runtime.distribute import laid_out_like, sharded_state
 from autopar.runtime.sharded_values import ShardedState
-
-ELEMENTWISE = {
-    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
-    torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD,
-    torch.optim.Adagrad, torch.optim.Adadelta,
-}  # fmt: skip
+from autopar.runtime.states_on_drive import StatesOnDrive, StoredShard
 
 # What a second engine of the same optimizer finds done.
-_ATTACHED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_ATTACHED: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepOnShards] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+# Whose fused kernels run on CPUs: one pass over the memory instead of ten.
+_FUSED_ON_HOST = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
 
 
 class StepOnShards:
@@ -37,30 +42,99 @@ class StepOnShards:
     def attach(cls, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer step on shards, if each element is on its own to it."""
         if type(optimizer) in ELEMENTWISE and optimizer not in _ATTACHED:
-            _ATTACHED.add(optimizer)
-            cls(optimizer)
+            _ATTACHED[optimizer] = cls(optimizer)
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> StepOnShards:
+        """That of an optimizer which steps on shards."""
+        cls.attach(optimizer)
+        return _ATTACHED[optimizer]
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+        self._own = weakref.ref(optimizer)
+        self._on_host = False
+        self._drive: StatesOnDrive | None = None
+        self._names: Mapping[torch.Tensor, str] = {}
+        self._fused: list[dict[str, Any]] = []  # groups that are while a step runs
         self._dtensors: list[list[torch.Tensor]] | None = None  # of each group, while a step runs
         self._state: defaultdict[torch.Tensor, Any] = defaultdict(
             dict
         )  # of the DTensors, meanwhile
         optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(lambda *_: self._back())
+        optimizer.register_step_post_hook(lambda *_: self._back(done=True))
         # after a step that failed
-        optimizer.register_state_dict_pre_hook(lambda _: self._back())
+        optimizer.register_state_dict_pre_hook(lambda _: self._load())
+        optimizer.register_load_state_dict_pre_hook(lambda *_: self._load())
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._own()
+        assert optimizer is not None
+        return optimizer
+
+    def run_on_host(
+        self, names: Mapping[torch.Tensor, str], files: ChunkFiles | None, resume: Version | None
+    ) -> None:
+        """Step on the host, where shards are.
+
+        Args:
+            names: of parameters.
+            files: for the optimizer's state, if it is on a drive.
+            resume: the version of them to go on from.
+
+        Raises:
+            EngineError: that is of other parameters.
+        """
+        self._on_host, self._names = True, names
+        if files is None:
+            return
+        self._drive = StatesOnDrive(self._optimizer, files)
+        if resume is None:
+            return
+        groups = self._optimizer.param_groups
+        parameters = {_local(p): p for group in groups for p in group["params"]}
+        state = self._drive.resume({s: names[p] for s, p in parameters.items()}, resume)
+        for shard, entries in state.items():
+            p = parameters[shard]
+            self._optimizer.state[p] = {k: _as_before(k, v, None, p) for k, v in entries.items()}
+        self._drive.stand_in({shard: self._optimizer.state[parameters[shard]] for shard in state})
+
+    def _load(self) -> None:
+        self._back()
+        if self._drive is not None:
+            self._drive.load_all()
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._back()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         groups = optimizer.param_groups
         if closure is not None or any(g.get("differentiable") for g in groups):
+            if self._drive is not None:
+                raise EngineError(
+                    "the optimizer's state is on a drive, and steps with a closure or with "
+                    "differentiable=True take all of it at once; call step() without them"
+                )
             return
         self._dtensors = [g["params"] for g in groups]
         self._state, optimizer.state = optimizer.state, defaultdict(dict)
         for group, params in zip(groups, self._dtensors, strict=True):
             group["params"] = [self._shard(p) for p in params]
+        if self._on_host:
+            self._begin_on_host(optimizer)
+
+    def _begin_on_host(self, optimizer: Any) -> None:
+        if type(optimizer) in _FUSED_ON_HOST:
+            self._fused = [g for g in optimizer.param_groups if _may_fuse(g, optimizer.state)]
+            for group in self._fused:
+                group["fused"] = True
+        if self._drive is not None:
+            assert self._dtensors is not None
+            parameters = (p for params in self._dtensors for p in params)
+            try:
+                self._drive.begin({_local(p): self._names.get(p, "") for p in parameters})
+            except BaseException:
+                self._back()
+                raise
 
     def _shard(self, p: torch.Tensor) -> torch.Tensor:
         """A parameter's own shard, with its gradient's and its state's."""
@@ -77,9 +151,25 @@ class StepOnShards:
         return shard
 
     @torch.no_grad()
-    def _back(self) -> None:
+    def _back(self, *, done: bool = False) -> None:
+        """
+        Args:
+            done: the step has ended; else it may have failed.
+        """
         if self._dtensors is None:
             return
+        for group in self._fused:
+            group["fused"] = None
+        self._fused = []
+        try:
+            if self._drive is not None:
+                self._drive.end() if done else self._drive.roll_back()
+        finally:
+            self._swap_back()
+
+    def _swap_back(self) -> None:
+        assert self._dtensors is not None
+        parameters = {}
         stepped, self._optimizer.state = self._optimizer.state, self._state
         for group, params in zip(self._optimizer.param_groups, self._dtensors, strict=True):
             for p, shard in zip(params, group["params"], strict=True):
@@ -88,8 +178,12 @@ class StepOnShards:
                     self._keep(p, now)
                 if shard is not p:
                     shard.grad = None
+                parameters[shard] = p
             group["params"] = params
         self._dtensors, self._state = None, defaultdict(dict)
+        if self._drive is not None:
+            state = self._optimizer.state
+            self._drive.stand_in({s: state[p] for s, p in parameters.items() if p in state})
 
     def _keep(self, p: torch.Tensor, now: dict[str, Any]) -> None:
         """A shard's state after the step as its parameter's; it is mostly written in place."""
@@ -98,9 +192,31 @@ class StepOnShards:
             self._state[p] = {k: _as_before(k, v, held.get(k), p) for k, v in now.items()}
 
 
+def stored_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Steps of an optimizer that the complete version on a drive has; 0 without one."""
+    stepped = _ATTACHED.get(optimizer)
+    return 0 if stepped is None or stepped._drive is None else stepped._drive.steps
+
+
 def _local(x: Any) -> Any:
-    """As `DTensor.to_local` finds it, which asks autograd first."""
-    return x._local_tensor if type(x) is DTensor or isinstance(x, DTensor) else x
+    """As `DTensor.to_local` finds it, which asks autograd first; also if it is on a drive."""
+    if type(x) is not DTensor and not isinstance(x, DTensor):
+        return x
+    local = x._local_tensor
+    return local.shard if isinstance(local, StoredShard) else local
+
+
+def _may_fuse(group: dict[str, Any], state: Mapping[torch.Tensor, Any]) -> bool:
+    """Whether a group leaves the implementation open, and a fused one takes its tensors."""
+    steps = (state[p].get("step") for p in group["params"] if p in state)
+    return (
+        group.get("fused") is None
+        and not group.get("foreach")
+        and not group.get("capturable")
+        and not isinstance(group.get("lr"), torch.Tensor)
+        and all(p.is_floating_point() for p in group["params"])
+        and all(not isinstance(s, torch.Tensor) or s.dtype == torch.float32 for s in steps)
+    )
 
 
 def _as_before(key: str, value: Any, held: Any, p: torch.Tensor) -> Any:

@@ -145,6 +145,8 @@ class StepPlanner:
         """Options of every planning."""
         return {
             "optimizer_state": self.options.step.optimizer_state,
+            "elementwise": self.options.step.elementwise,
+            "states_on": self.options.step.states_on,
             "constraints": self.options.constraints,
             "time_limit": self.options.time_limit,
             "progress": self.options.step.progress,

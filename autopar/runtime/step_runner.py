@@ -27,6 +27,7 @@ from autopar.runtime.sharded_values import SavedShard, view, views
 from autopar.runtime.state_on_host import StateOnHost
 from autopar.runtime.step_choice import StepChoice
 from autopar.runtime.step_compiler import StepCompiler
+from autopar.runtime.step_on_shards import stored_steps
 from autopar.runtime.whole_parameters import stored_parameters, whole_parameters
 
 
@@ -87,6 +88,11 @@ class StepRunner:
     def steps(self) -> list[BoundStep]:
         """In the order in which they were compiled."""
         return self._choice.steps
+
+    @property
+    def stored_steps(self) -> int:
+        optimizer = self._compiler.optimizer
+        return 0 if optimizer is None else stored_steps(optimizer)
 
     def step_for(self, call: Call) -> BoundStep:
         """The step that serves a call, compiled if there is none."""

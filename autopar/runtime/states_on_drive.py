@@ -1,0 +1,445 @@
+"""An optimizer whose state is on a drive, and is stepped on the host, chunk by chunk.
+
+A chunk is a part of the parameters with all of their state. While one is stepped, the next is read
+and those before are written, as a new version (`chunk_files.py`). When all are written, the new
+version is complete and takes the place of the old one. If a write fails, the old one is loaded
+again: nothing is lost, and the step may be repeated.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from autopar.comm.offloaded_parameters import EvictedShard
+from autopar.errors import EngineError
+from autopar.runtime.chunk_files import ChunkFiles, Version
+
+# Of the parameters in a chunk: large enough to move at a drive's bandwidth.
+CHUNK_BYTES = 32 * 2**20
+_WRITTEN = 2  # chunks that may be in memory while they are written
+
+
+class _Item(NamedTuple):
+    """A tensor of a chunk's file.
+
+    Args:
+        parameter: its name.
+        key: of its state; empty for the parameter itself.
+        tensor: this rank's shard.
+        counter: of writes to the tensor, at the time that the item tells of.
+    """
+
+    parameter: str
+    key: str
+    tensor: torch.Tensor
+    counter: int
+
+    @property
+    def row(self) -> list[Any]:
+        """What it is, as plain data."""
+        t = self.tensor
+        return [self.parameter, self.key, list(t.shape), list(t.stride()), str(t.dtype)]
+
+
+@dataclass
+class _Chunk:
+    """
+    Args:
+        number: of its file.
+        shards: its parameters.
+        held: what its file of the complete version has.
+    """
+
+    number: int
+    shards: list[torch.Tensor]
+    held: list[_Item]
+
+
+class StatesOnDrive:
+    """The state of an optimizer over this rank's shards.
+
+    Args:
+        optimizer: in whose groups and state shards are while it steps.
+
+    Attributes:
+        steps: of the optimizer, in the version that is complete.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, files: ChunkFiles) -> None:
+        self._own, self._files = weakref.ref(optimizer), files
+        self.steps = 0
+        self._names: dict[torch.Tensor, str] = {}
+        self._chunks: list[_Chunk] = []
+        self._stand_ins: list[StoredShard] = []
+        self._version: Version | None = None
+        self._slot = 0  # that is being written
+        self._all: list[list[torch.Tensor]] | None = None  # shards by group, while a step runs
+        self._reading: dict[int, Future[None]] = {}
+        self._writing: dict[int, tuple[list[_Item], Future[None]]] = {}
+        self._done: dict[int, list[_Item]] = {}
+        self._only_here: set[int] = set()  # tensors that no complete version has as they are
+        self._stepped = False  # parameters may differ from the complete version
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._own()
+        assert optimizer is not None
+        return optimizer
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def begin(self, names: Mapping[torch.Tensor, str]) -> None:
+        """Step all chunks but the last one, and leave that to the optimizer.
+
+        Args:
+            names: of parameters, by their shards.
+
+        Raises:
+            EngineError: the states cannot be read or written; they are as before.
+        """
+        groups = self._optimizer.param_groups
+        self._all, self._names = [group["params"] for group in groups], dict(names)
+        try:
+            self._follow()
+            self._start(self.steps)
+            self._stepped = True
+            for chunk in self._chunks[:-1]:
+                self._load(chunk)
+                self._select(chunk)
+                with torch.no_grad():
+                    inspect.unwrap(type(self._optimizer).step)(self._optimizer)
+                self._store(chunk)
+            self._load(self._chunks[-1])
+            self._select(self._chunks[-1])
+        except BaseException as error:
+            self.roll_back()
+            if isinstance(error, OSError):
+                raise self._unwritten(error) from error
+            raise
+
+    def end(self) -> None:
+        """Write the last chunk, and declare the new version complete.
+
+        Raises:
+            EngineError: that failed; the states are as before the step.
+        """
+        if self._all is None:
+            return
+        try:
+            self._store(self._chunks[-1])
+            self._commit(self.steps + 1)
+        except BaseException as error:
+            self.roll_back()
+            if isinstance(error, OSError):
+                raise self._unwritten(error) from error
+            raise
+        self._restore_groups()
+
+    def roll_back(self) -> None:
+        """Return to the version that is complete, from a step that failed."""
+        if self._all is None:
+            return
+        self._settle()
+        state, version = self._optimizer.state, self._version
+        for chunk in self._chunks if self._stepped else ():
+            assert version is not None
+            _free(item.tensor for item in self._items(chunk) if item.key)
+            for shard in chunk.shards:
+                state.pop(shard, None)
+                numbers = version.numbers.get(self._names[shard])
+                if numbers:
+                    state[shard].update({k: _number(x) for k, x in numbers.items()})
+            shards = {self._names[shard]: shard for shard in chunk.shards}
+            for item in chunk.held:
+                if item.key:
+                    state[shards[item.parameter]][item.key] = item.tensor
+            parts = [item.tensor.nbytes if item.key else item.tensor for item in chunk.held]
+            self._files.read(chunk.number, version.slot, parts).result()
+            chunk.held = [item._replace(counter=item.tensor._version) for item in chunk.held]
+        self._restore_groups()
+
+    def _unwritten(self, error: OSError) -> EngineError:
+        return EngineError(
+            f"the states after step {self.steps + 1} cannot be written to "
+            f"{self._files.directory}: {error.strerror or error}. Nothing is lost: parameters and "
+            f"the optimizer's state are those after step {self.steps}, and gradients are there "
+            "still. Free space, and call optimizer.step() again"
+        )
+
+    def _select(self, chunk: _Chunk) -> None:
+        assert self._all is not None
+        own = set(map(id, chunk.shards))
+        for group, shards in zip(self._optimizer.param_groups, self._all, strict=True):
+            group["params"] = [shard for shard in shards if id(shard) in own]
+
+    def _restore_groups(self) -> None:
+        if self._all is not None:
+            for group, shards in zip(self._optimizer.param_groups, self._all, strict=True):
+                group["params"] = shards
+        self._all, self._stepped = None, False
+
+    # -- going on ------------------------------------------------------------------------------
+
+    def resume(
+        self, names: Mapping[torch.Tensor, str], version: Version
+    ) -> dict[torch.Tensor, dict[str, Any]]:
+        """Load the parameters of a complete version; its state is loaded when it is needed.
+
+        Args:
+            names: of parameters, by their shards, in the order of the optimizer.
+
+        Returns:
+            the state of each shard.
+
+        Raises:
+            EngineError: the version is of other parameters.
+        """
+        self._names = dict(names)
+        self._chunks = [_Chunk(k, part, []) for k, part in enumerate(_partition(list(names)))]
+        own = [[name, list(shard.shape), str(shard.dtype)] for shard, name in names.items()]
+        rows = [[row[0], row[2], row[4]] for rows in version.chunks for row in rows if not row[1]]
+        if own != rows or len(self._chunks) != len(version.chunks):
+            pairs = zip_longest([*own, None], [*rows, None])
+            differing = next((a, b) for a, b in pairs if a != b)
+            raise EngineError(
+                f"the states in {self._files.directory} are of other parameters than this "
+                f"rank's: {differing[1]} instead of {differing[0]}; resume with the same model, "
+                "mesh and plan, or remove the directory"
+            )
+        state: dict[torch.Tensor, dict[str, Any]] = {}
+        for chunk, chunk_rows in zip(self._chunks, version.chunks, strict=True):
+            shards = {names[shard]: shard for shard in chunk.shards}
+            for name, key, shape, stride, dtype in chunk_rows:
+                t = shards[name]
+                if key:
+                    t = torch.empty_strided(shape, stride, dtype=_dtype(dtype))
+                    state.setdefault(shards[name], {})[key] = t
+                chunk.held.append(_Item(name, key, t, t._version))
+            parts = [item.tensor.nbytes if item.key else item.tensor for item in chunk.held]
+            self._files.read(chunk.number, version.slot, parts).result()
+            _free(item.tensor for item in chunk.held if item.key)
+        for shard, name in names.items():
+            numbers = version.numbers.get(name)
+            if numbers:
+                own_state = state.setdefault(shard, {})
+                state[shard] = {k: _number(x) for k, x in numbers.items()} | own_state
+        self._files.keep_only(version.steps)
+        self._version, self.steps = version, version.steps
+        return state
+
+    # -- versions ------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Write what was changed since the complete version (parameters that were loaded, another
+        state), so that it can be returned to."""
+        assert self._all is not None
+        shards = [shard for group in self._all for shard in group]
+        known = [shard for chunk in self._chunks for shard in chunk.shards]
+        if list(map(id, shards)) != list(map(id, known)):
+            self.load_all()
+            self._chunks = [_Chunk(k, part, []) for k, part in enumerate(_partition(shards))]
+            self._version = None
+        if self._version is not None and not self._changed():
+            return
+        self._start(None if self._version is None else self.steps)
+        items = (item for chunk in self._chunks for item in self._items(chunk))
+        self._only_here = {id(item.tensor) for item in items if not _is_away(item.tensor)}
+        for chunk in self._chunks:
+            self._load(chunk)
+            self._store(chunk)
+        self._commit(self.steps)
+
+    def _changed(self) -> bool:
+        assert self._version is not None
+        for chunk in self._chunks:
+            items = self._items(chunk)
+            held = [(id(item.tensor), item.counter) for item in chunk.held]
+            if [(id(item.tensor), item.counter) for item in items] != held:
+                return True
+        return bool(self._numbers() != self._version.numbers)
+
+    def _start(self, steps: int | None) -> None:
+        """Begin a version, in the slot that the version of so many steps is not in."""
+        self._files.keep_only(steps)
+        self._slot = self._files.free_slot()
+        self._start_reading(0)
+
+    def _commit(self, steps: int) -> None:
+        """Declare the version that was written complete."""
+        for number in list(self._writing):
+            self._wait_written(number)
+        version = Version(
+            steps, self._slot, [[item.row for item in self._done[c.number]] for c in self._chunks],
+            self._numbers(),
+        )  # fmt: skip
+        self._files.commit(version)
+        self._version, self.steps = version, steps
+        self._only_here.clear()
+        for chunk in self._chunks:
+            chunk.held = self._done.pop(chunk.number)
+            _free(item.tensor for item in chunk.held if item.key)
+
+    def _numbers(self) -> dict[str, dict[str, Any]]:
+        """The state that is in no file, by name of the parameter and key."""
+        state = self._optimizer.state
+        return {
+            self._names[shard]: {
+                key: [value.item(), str(value.dtype)] if isinstance(value, torch.Tensor) else value
+                for key, value in state[shard].items()
+                if not isinstance(value, torch.Tensor) or not value.ndim
+            }
+            for chunk in self._chunks
+            for shard in chunk.shards
+            if shard in state
+        }
+
+    def _items(self, chunk: _Chunk) -> list[_Item]:
+        """What a chunk has now."""
+        items = []
+        for shard in chunk.shards:
+            name = self._names[shard]
+            items.append(_Item(name, "", shard, shard._version))
+            for key, value in self._optimizer.state.get(shard, {}).items():
+                if isinstance(value, torch.Tensor) and value.ndim:
+                    items.append(_Item(name, key, value, value._version))
+        return items
+
+    # -- moving chunks -------------------------------------------------------------------------
+
+    def _start_reading(self, number: int) -> None:
+        """Read what is on the drive alone."""
+        if self._version is None or not 0 <= number < len(self._chunks):
+            return
+        if number in self._reading:
+            return
+        parts = []
+        for item in self._chunks[number].held:
+            away = _is_away(item.tensor)
+            if away:
+                item.tensor.untyped_storage().resize_(item.tensor.nbytes)
+            parts.append(item.tensor if away else item.tensor.nbytes)
+        if any(isinstance(part, torch.Tensor) for part in parts):
+            self._reading[number] = self._files.read(number, self._version.slot, parts)
+
+    def _load(self, chunk: _Chunk) -> None:
+        """Wait for a chunk, while the next is read."""
+        self._start_reading(chunk.number)
+        self._wait_written(chunk.number - _WRITTEN)
+        self._start_reading(chunk.number + 1)
+        if (future := self._reading.pop(chunk.number, None)) is not None:
+            future.result()
+
+    def _store(self, chunk: _Chunk) -> None:
+        """Start to write a chunk."""
+        items = self._items(chunk)
+        future = self._files.write(chunk.number, self._slot, [item.tensor for item in items])
+        self._writing[chunk.number] = items, future
+
+    def _wait_written(self, number: int) -> None:
+        """Wait for the write of a chunk, and free its state."""
+        if number in self._writing:
+            items, future = self._writing[number]
+            future.result()
+            del self._writing[number]
+            _free(t for _, key, t, _ in items if key and id(t) not in self._only_here)
+            self._done[number] = items
+
+    def _settle(self) -> None:
+        """Wait for all reads and writes, whatever becomes of them."""
+        for future in (*self._reading.values(), *(f for _, f in self._writing.values())):
+            future.exception()
+        self._reading.clear()
+        self._writing.clear()
+        self._done.clear()
+        self._only_here.clear()
+
+    def load_all(self) -> None:
+        """Load the state into memory, for whoever reads it as a whole."""
+        for chunk in self._chunks:
+            self._start_reading(chunk.number)
+        for number in list(self._reading):
+            self._reading.pop(number).result()
+        for stored in self._stand_ins:
+            stored.reload()
+        self._stand_ins.clear()
+
+    def stand_in(self, owners: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
+        """Let DTensors of the state load it if they are used between steps.
+
+        Args:
+            owners: the state of each shard's parameter, as DTensors.
+        """
+        self._stand_ins.clear()
+        for chunk in self._chunks:
+            shards = {self._names[shard]: shard for shard in chunk.shards}
+            for item in chunk.held:
+                owner = owners.get(shards[item.parameter], {}).get(item.key)
+                if not isinstance(owner, DTensor) or not _is_away(item.tensor):
+                    continue
+                if owner._local_tensor is item.tensor:
+                    stored = StoredShard(item.tensor, item.tensor, weakref.ref(owner))
+                    stored.load = lambda number=chunk.number: self._load_one(number)
+                    owner._local_tensor = stored
+                    self._stand_ins.append(stored)
+
+    def _load_one(self, number: int) -> None:
+        self._start_reading(number)
+        if (future := self._reading.pop(number, None)) is not None:
+            future.result()
+
+
+class StoredShard(EvictedShard):
+    """Takes the place of a shard of the state that is on a drive. Any operator on it loads it."""
+
+    load: Any
+
+    def prefetch(self) -> None:
+        if not self._loading:
+            self._loading = True
+            self.load()
+
+
+def _is_away(t: torch.Tensor) -> bool:
+    return bool(t.nbytes) and not t.untyped_storage().nbytes()
+
+
+def _free(tensors: Iterable[torch.Tensor]) -> None:
+    for t in tensors:
+        storage = t.untyped_storage()
+        if storage.resizable() and storage.nbytes() == t.nbytes:
+            storage.resize_(0)
+
+
+def _partition(shards: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Parts of at most `CHUNK_BYTES`, or of one shard."""
+    part: list[torch.Tensor] = []
+    size = 0
+    for shard in shards:
+        if part and size + shard.nbytes > CHUNK_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(shard)
+        size += shard.nbytes
+    if part:
+        yield part
+
+
+def _number(value: Any) -> Any:
+    """Inverse of how a manifest has it."""
+    if isinstance(value, list):
+        return torch.tensor(value[0], dtype=_dtype(value[1]))
+    return value
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return dtype
