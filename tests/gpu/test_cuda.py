@@ -17,6 +17,7 @@ import torch
 from autopar import ClusterInfo, auto_engine
 from autopar.cluster.link import Link
 from autopar.cluster.local import as_cluster
+from autopar.cluster.tiers import Tier
 from autopar.comm import world as environment
 from autopar.comm.offloaded_parameters import evicted_shard
 from autopar.errors import InfeasibleError
@@ -224,3 +225,25 @@ def test_softmax_may_write_over_its_operand(width, dtype):
 
 def _result(packet: Any) -> str:
     return next(a.name for a in packet.out._schema.arguments if a.is_out)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_states_on_the_host(kind):
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = Classifier(1024, 4000).double()
+        return model, kind(model.parameters(), lr=1e-3)
+
+    plain, beside = made()
+    plain = plain.cuda()
+    beside = kind(plain.parameters(), lr=1e-3)
+    expected, _ = steps_with_a_look(plain, beside, 4)
+    states = sum(p.nbytes for p in plain.parameters()) * (4 if kind is torch.optim.AdamW else 2)
+    tiered = replace(as_cluster("1"), tiers=(Tier("host", 1e12),))
+    model, optimizer = auto_engine(*made(), tiered, memory=0.9 * states)
+    actual, peak = steps_with_a_look(model, optimizer, 4)
+    assert model.plan.states_on == "host"
+    assert all(p.device.type == "cpu" and p.grad.device.type == "cpu" for p in model.parameters())
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x.cuda(), y.cuda(), rtol=0, atol=1e-10)
+    assert peak == pytest.approx(model.memory_plan.peak_bytes, rel=0.03)

@@ -1,0 +1,285 @@
+"""Memory beyond the device's: what a cluster says of it, states on a drive, and what goes wrong
+there."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from autopar import ClusterInfo, auto_engine
+from autopar.cluster.tiers import HOST, NVME, StateBytes, Tier
+from autopar.comm import world as environment
+from autopar.errors import EngineError, InfeasibleError, MeshError
+from autopar.optim.elementwise import ELEMENTWISE
+from autopar.runtime import states_on_drive
+from autopar.runtime.chunk_files import ChunkFiles
+
+ROWS = """
+mesh: [2]
+device: A100-80G
+tiers:
+- {name: host, capacity: 512GiB, bandwidth: 25.0e+9, latency: 12.0e-6, shared_by: 8}
+- {name: nvme, capacity: 3TB, bandwidth: 5.0e+9, directory: /local/states}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    environment.stop()
+
+
+# -- a cluster's tiers --------------------------------------------------------------------------
+
+
+def test_tiers_are_rows_of_a_cluster_file():
+    cluster = ClusterInfo.from_dict(yaml.safe_load(ROWS))
+    assert cluster.host_link.beta == 1 / 25e9 and cluster.host_link.alpha == 12e-6
+    assert cluster.host_memory_bytes == 512 * 2**30 / 8
+    assert ClusterInfo.from_dict(yaml.safe_load(cluster.to_yaml())) == cluster
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"bandwidth": 0}, r"tier 'host': bandwidth must be positive and finite, got 0"),
+        ({"capacity": 0}, r"tiers\[0\].capacity: memory size must be positive"),
+        ({"latency": -1.0}, r"tier 'host': latency must be zero or positive"),
+        ({"shared_by": 0}, r"tier 'host': shared_by is a number of devices, got 0"),
+        ({"directory": "/tmp"}, r"tier 'host': directory= is where states are written"),
+        ({"name": "tape"}, r"tier 'tape': a tier is named 'host' or 'nvme'"),
+        ({"speed": 1}, r"tiers\[0\] must have bandwidth and name .*, got .*speed"),
+        ({"name": "nvme"}, r"'nvme' needs one"),
+        ({"name": "nvme", "directory": "/x"}, r"states on 'nvme' are stepped on the host; add a"),
+    ],
+)
+def test_bad_rows_are_refused(row, message):
+    data = {"mesh": [1], "device": "cpu", "tiers": [{"name": "host", "bandwidth": 1e9} | row]}
+    with pytest.raises(ValueError, match=message):
+        ClusterInfo.from_dict(data)
+
+
+def test_one_way_to_say_it():
+    data = yaml.safe_load(ROWS) | {"host_link": {"alpha": 0, "beta": 1e-9}}
+    with pytest.raises(ValueError, match="leave host_link and host_memory_bytes out"):
+        ClusterInfo.from_dict(data)
+    data["tiers"] *= 2
+    del data["host_link"]
+    with pytest.raises(ValueError, match="host, nvme, host, nvme: give each name once"):
+        ClusterInfo.from_dict(data)
+
+
+def test_states_take_the_nearest_tier_with_room():
+    states = StateBytes(100.0, 100.0, 200.0)
+    drive = Tier(NVME, 1e9, directory="/x", capacity=600.0)
+
+    def place(host_bytes: float, *more: Tier) -> str | None:
+        return states.place((Tier(HOST, 1e9, capacity=2 * host_bytes, shared_by=2), *more))
+
+    assert states.place(()) is None
+    assert place(400.0) == HOST and place(399.0, drive) == NVME
+    for refused, message in (
+        ((399.0,), "need 400 B on the host, which has 399 B"),
+        ((199.0, drive), "parameters and gradients still need 200 B there"),
+        ((399.0, replace(drive, shared_by=2)), "need 600 B, and it has 300 B for a device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place(*refused)
+
+
+# -- training with states on a drive ------------------------------------------------------------
+
+HOST_BYTES = 45_000.0  # room for parameters and gradients
+
+
+def built(kind: type = torch.optim.AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16), nn.Linear(16, 4))
+    model = model.double()
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    return model, kind(model.parameters(), lr=1e-2, **options)
+
+
+# one of a kind: in what state they have, and in how they step
+KINDS = (
+    torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam, torch.optim.ASGD, torch.optim.Adagrad,
+)  # fmt: skip
+assert ELEMENTWISE.issuperset(KINDS)
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(
+        8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
+    )  # fmt: skip
+
+
+def engine(directory: Path | str, kind: type = torch.optim.AdamW, **options):
+    tiers = (
+        Tier(HOST, 1e9, capacity=HOST_BYTES),
+        Tier(NVME, 1e9, directory=str(directory)),
+    )
+    model, optimizer = built(kind)
+    cluster = replace(ClusterInfo.of("1"), tiers=tiers)
+    return auto_engine(model, optimizer, cluster, memory=30e3, progress=False, **options)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def difference(model: nn.Module, alone: nn.Module) -> float:
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return max((p.full_tensor() - q).abs().max().item() for p, q in pairs)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(states_on_drive, "CHUNK_BYTES", 3000)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_from_a_drive_are_the_same(kind, tmp_path, small_chunks):
+    (model, optimizer), (alone, beside) = engine(tmp_path, kind), built(kind)
+    train(model, optimizer, range(2))
+    train(alone, beside, range(2))
+    assert model.plan.states_on == NVME and model.stored_steps == 2
+    assert difference(model, alone) < 1e-12
+    # whoever asks for the state finds it, and may change it
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        for key, value in beside.state[q].items():
+            found = optimizer.state[p][key]
+            whole = found.full_tensor() if hasattr(found, "full_tensor") else found
+            assert torch.allclose(torch.as_tensor(whole), torch.as_tensor(value), atol=1e-12)
+            if torch.is_tensor(value) and value.ndim:
+                value.mul_(1.5)
+                found.mul_(1.5)
+    saved = optimizer.state_dict()
+    train(model, optimizer, range(2, 4))
+    train(alone, beside, range(2, 4))
+    assert difference(model, alone) < 1e-12
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, range(4, 5))
+    assert model.stored_steps == 5
+
+
+def test_a_full_drive_loses_nothing(tmp_path, small_chunks, monkeypatch):
+    (model, optimizer), (alone, beside) = engine(tmp_path), built()
+    write = os.pwritev
+    # which write of a step fails: of the version before the first step, of any chunk, of the last
+    for step, fails in enumerate([(2, 7), (1,), (4, 3), ()]):
+        model(batch(step)).square().mean().backward()
+        before = [p.full_tensor().clone() for p in model.parameters()]
+        for count in fails:
+            left = [count]
+
+            def full(*args, left=left):
+                left[0] -= 1
+                if not left[0]:
+                    raise OSError(28, "No space left on device")
+                return write(*args)
+
+            monkeypatch.setattr(os, "pwritev", full)
+            with pytest.raises(EngineError, match=r"No space left on device. Nothing is lost"):
+                optimizer.step()
+            monkeypatch.setattr(os, "pwritev", write)
+            for p, q in zip(model.parameters(), before, strict=True):
+                assert torch.equal(p.full_tensor(), q)
+            assert model.stored_steps == step
+        optimizer.step()
+        optimizer.zero_grad()
+    train(alone, beside, range(4))
+    assert difference(model, alone) < 1e-12
+
+
+KILLED = """
+import os, signal, sys
+from autopar.runtime import states_on_drive
+from autopar.runtime.chunk_files import ChunkFiles
+from tests.unit.test_tiers import engine, train
+states_on_drive.CHUNK_BYTES = 3000
+model, optimizer = engine(sys.argv[1])
+train(model, optimizer, range(2))
+write = os.pwritev
+def amid(file, parts, offset):
+    if model.stored_steps == 2 and b"0002." in os.readlink(f"/proc/self/fd/{file}").encode():
+        write(file, [bytes(parts[0])[:100]], offset)  # a part of a chunk
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(file, parts, offset)
+os.pwritev = amid
+train(model, optimizer, range(2, 4))
+"""
+
+
+def test_a_run_that_was_killed_amid_a_write_goes_on(tmp_path, small_chunks):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    killed = subprocess.run(command, cwd=root, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    with pytest.raises(EngineError, match="the states of a run after step 2; pass resume=True"):
+        engine(tmp_path)
+    model, optimizer = engine(tmp_path, resume=True)
+    alone, beside = built()
+    model.plan_for(batch(0))
+    assert model.stored_steps == 2
+    train(alone, beside, range(2))
+    assert difference(model, alone) < 1e-12
+    train(model, optimizer, range(2, 5))
+    train(alone, beside, range(2, 5))
+    assert difference(model, alone) < 1e-12
+    environment.stop()
+    other = nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4)).double()
+    tiers = (Tier(HOST, 1e9, capacity=HOST_BYTES), Tier(NVME, 1e9, directory=str(tmp_path)))
+    cluster = replace(ClusterInfo.of("1"), tiers=tiers)
+    with pytest.raises(EngineError, match="are of other parameters than this rank's: "):
+        auto_engine(
+            other, torch.optim.AdamW(other.parameters()), cluster, memory=40e3, resume=True,
+            example_inputs=batch(0), progress=False,
+        )  # fmt: skip
+
+
+def test_bad_drives_are_refused_at_the_start(tmp_path):
+    model, optimizer = built()
+    kept = list(model.parameters())
+    (tmp_path / "file").write_text("")
+    huge = replace(Tier(NVME, 1e9, directory=str(tmp_path)), capacity=1e18)
+    for tier, message in (
+        (Tier(NVME, 1e9, directory=str(tmp_path / "file")), "cannot be written: "),
+        (huge, "GiB free, and tier 'nvme' of the cluster says"),
+    ):
+        cluster = replace(ClusterInfo.of("1"), tiers=(Tier(HOST, 1e9), tier))
+        with pytest.raises(MeshError, match=message):
+            auto_engine(model, optimizer, cluster, memory=30e3)
+        environment.stop()
+    with pytest.raises(EngineError, match="the cluster has no tier 'nvme'"):
+        auto_engine(model, optimizer, "1", resume=True)
+    pairs = zip(kept, model.parameters(), strict=True)
+    assert all(p is q and type(p) is nn.Parameter for p, q in pairs)
+    small = Tier(NVME, 1e9, directory=str(tmp_path), capacity=1e4)
+    cluster = replace(ClusterInfo.of("1"), tiers=(Tier(HOST, 1e9, capacity=HOST_BYTES), small))
+    with pytest.raises(InfeasibleError, match="two versions of parameters and optimizer's states"):
+        auto_engine(model, optimizer, cluster, memory=30e3, example_inputs=batch(0))
+
+
+def test_other_optimizers_keep_their_state_on_the_device(tmp_path):
+    model, _ = built()
+    optimizer = torch.optim.Adafactor(model.parameters())
+    cluster = replace(ClusterInfo.of("1"), tiers=(Tier(HOST, 1e9),))
+    with pytest.raises(InfeasibleError, match="parameters take"):
+        auto_engine(model, optimizer, cluster, memory=20e3, example_inputs=batch(0))
+
+
+def test_a_damaged_manifest_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"autopar_states": 1, "vers')
+    with pytest.raises(EngineError, match=r"manifest.json cannot be read: .*remove its directory"):
+        ChunkFiles(tmp_path)
