@@ -66,6 +66,12 @@ def problem_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], mesh: str
     return build_problem(model, (), batch, cluster=ClusterInfo.of(mesh, "H100"), **options)
 
 
+def traced(graph, whole, plan, trainable, disable=APART) -> steps.LocalStep:
+    """The step of a graph as it is."""
+    step = steps.untraced_step(graph, whole, plan, trainable, None, disable=disable)
+    return steps.LocalStep(step.traced(step.gm).program, step.arguments, step.copied_bytes)
+
+
 def step_of(problem: PlanningProblem, *, short: bool) -> steps.LocalStep:
     """The step of the plan without a limit, its buckets apart."""
     space = problem.space
@@ -74,7 +80,7 @@ def step_of(problem: PlanningProblem, *, short: bool) -> steps.LocalStep:
     trainable = space.workload.trainable
     if short:
         return steps.local_step(space.graph, plan, trainable=trainable, choices={})
-    return steps._traced(space.graph, space.graph, plan, trainable, None, APART)
+    return traced(space.graph, space.graph, plan, trainable)
 
 
 @pytest.mark.parametrize("mesh", ["4", "2x2"])
@@ -120,9 +126,7 @@ def test_buckets_over_blocks_are_not_unrolled():
     trainable = problem.space.workload.trainable
     gap = Gap(short.blocks, short.before, short.after)
     for disable in (APART, frozenset()):
-        step = steps._traced(
-            short.graph, problem.space.graph, plan, trainable, None, disable=disable
-        )
+        step = traced(short.graph, problem.space.graph, plan, trainable, disable)
         buckets = any("many" in op.kind for op in step.program.ops)
         assert (unrolled(step.program, gap) is None) == buckets == (disable != APART)
 
