@@ -14,13 +14,24 @@ import yaml
 from autopar.cluster.data import check_number, plain
 from autopar.cluster.device import Device, device
 from autopar.cluster.link import Link
+from autopar.cluster.software import Software
 from autopar.errors import MeshError
 from autopar.units import mesh_text
 
 # Inside a node (NVLink), between nodes (one 400 Gb/s port per GPU), and Gloo over loopback.
 NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
+NVLINK_3 = Link(alpha=6e-6, beta=1 / 230e9)  # of the A100
 INFINIBAND = Link(alpha=15e-6, beta=1 / 40e9)
 PCIE = Link(alpha=12e-6, beta=1 / 20e9)
+# Networks between nodes, as one port of one GPU sees them.
+NETWORKS = {
+    "4x200G InfiniBand": Link(alpha=15e-6, beta=1 / 11e9),
+    "8x200G InfiniBand": Link(alpha=15e-6, beta=1 / 21e9),
+    "8x200G RoCE": Link(alpha=15e-6, beta=1 / 21e9),
+    "8x400G InfiniBand": INFINIBAND,
+    "8x400G RoCE": INFINIBAND,
+    "8x400G RDMA": INFINIBAND,
+}
 LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
 
 NODE_SIZE = 8
@@ -87,6 +98,13 @@ def parse_bytes(value: str | float, *, of: float | None = None) -> float:
     return value * of if of is not None and value <= 1 else float(value)
 
 
+def _inside(dev: Device) -> Link:
+    """The link between devices of a node."""
+    if dev.name in ("L4", "4090"):
+        return PCIE
+    return NVLINK_3 if dev.name.startswith("A100") else NVLINK
+
+
 @dataclass(frozen=True)
 class ClusterInfo:
     """The devices that a plan is made for.
@@ -99,6 +117,7 @@ class ClusterInfo:
         host_link: copies between device and host, if they have different memory.
         host_memory_bytes: host memory per device, for what is offloaded.
         axis_names: a name per mesh axis, for reports; empty if the axes have none.
+        software: what the framework adds; nothing if None.
     """
 
     mesh: tuple[int, ...]
@@ -108,6 +127,7 @@ class ClusterInfo:
     host_link: Link | None = None
     host_memory_bytes: float | None = None
     axis_names: tuple[str, ...] = ()
+    software: Software | None = None
 
     def __post_init__(self) -> None:
         if len(self.links) != len(self.mesh):
@@ -195,7 +215,12 @@ class ClusterInfo:
 
     @staticmethod
     def of(
-        mesh: str | Sequence[int], device_name: str | Device = "cpu", *, node_size: int = NODE_SIZE
+        mesh: str | Sequence[int],
+        device_name: str | Device = "cpu",
+        *,
+        node_size: int = NODE_SIZE,
+        network: Link | None = None,
+        software: Software | None = None,
     ) -> ClusterInfo:
         """A cluster of one kind of device with the usual links.
 
@@ -207,23 +232,28 @@ class ClusterInfo:
             mesh: sizes, or text such as `"2x8"` or `"node=2,gpu=8"`.
             device_name: a device, or the name of one in `DEVICES`.
             node_size: devices per node.
+            network: of a port between nodes; InfiniBand of 400 Gb/s if None.
+            software: what the framework adds.
         """
         shape, names = parse_mesh(mesh) if isinstance(mesh, str) else (tuple(mesh), ())
         dev = device(device_name) if isinstance(device_name, str) else device_name
         links: list[Link] = []
         span = 1
-        inside = PCIE if dev.name in ("L4", "4090") else NVLINK
+        inside = _inside(dev)
+        outside = network or INFINIBAND
         for size in reversed(shape):
             together = min(size, max(1, node_size // span))
             span *= size
             if dev.kind == "cpu":
                 links.append(LOOPBACK)
             elif span > node_size:
-                ports = max(1.0, min(float(together), INFINIBAND.beta / inside.beta))
-                links.append(replace(INFINIBAND, ports=ports))
+                ports = max(1.0, min(float(together), outside.beta / inside.beta))
+                links.append(replace(outside, ports=ports))
             else:
                 links.append(inside)
-        return ClusterInfo(shape, dev, tuple(reversed(links)), axis_names=names)
+        return ClusterInfo(
+            shape, dev, tuple(reversed(links)), axis_names=names, software=software
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without fields that have their default. A mesh with names is text."""
@@ -258,7 +288,11 @@ class ClusterInfo:
         }
         host = data.get("host_link")
         host_link = None if host is None else Link.from_dict("host_link", host)
-        return replace(usual, links=tuple(links) or usual.links, host_link=host_link, **memory)
+        software = data.get("software")
+        return replace(
+            usual, links=tuple(links) or usual.links, host_link=host_link, **memory,
+            software=None if software is None else Software.from_dict(software),
+        )  # fmt: skip
 
     @staticmethod
     def load(path: str | Path) -> ClusterInfo:

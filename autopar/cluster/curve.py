@@ -58,6 +58,14 @@ class Curve:
         return Curve((1.0,), (rate,))
 
     @staticmethod
+    @lru_cache
+    def saturating(rate: float, half: float) -> Curve:
+        """A rate that work of size `half` reaches half of: every piece of work takes `half / rate`
+        seconds beyond those at the full rate (filling the device, and its last wave)."""
+        sizes = tuple(half * 10.0 ** (k / 4) for k in range(-12, 17))
+        return Curve(sizes, tuple(rate * size / (size + half) for size in sizes))
+
+    @staticmethod
     def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Curve:
         """A curve from measured times. Rates keep four digits.
 

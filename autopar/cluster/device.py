@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -132,14 +132,58 @@ def _gpu(name: str, gib: float, bandwidth: float, fp32: float, tf: float, fp64: 
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Achieved:
+    """What kernels reach of a data sheet's peaks.
+
+    Args:
+        matmul: share of the peak by large products.
+        matmul_half: FLOPs of a product that reaches half of that.
+        unaligned: share by products whose rows do not begin at multiples of 16 bytes.
+        attention: share by fused attention.
+        bandwidth: share of the memory's bandwidth.
+        bandwidth_half: bytes of a kernel that reaches half of that.
+    """
+
+    matmul: float
+    matmul_half: float
+    unaligned: float
+    attention: float
+    bandwidth: float
+    bandwidth_half: float
+
+
+def _with_curves(device: Device, achieved: Achieved, launch_us: float) -> Device:
+    flops, rates = {}, {}
+    for dtype in ("bfloat16", "float16"):
+        peak = device.rated_flops[dtype]
+        flops |= {
+            f"matmul.{dtype}": Curve.saturating(achieved.matmul * peak, achieved.matmul_half),
+            f"unaligned.{dtype}": Curve.saturating(achieved.unaligned * peak, achieved.matmul_half),
+            f"attention.{dtype}": Curve.saturating(achieved.attention * peak, achieved.matmul_half),
+        }
+        rates[dtype] = achieved.matmul * peak
+    raw = device.bandwidth / 0.8
+    moves = Curve.saturating(achieved.bandwidth * raw, achieved.bandwidth_half)
+    return replace(
+        device, flops_by_size=flops, bytes_by_size={"read": moves, "write": moves},
+        bandwidth=achieved.bandwidth * raw, launch_us=launch_us,
+        peak_flops={**device.peak_flops, **rates},
+    )  # fmt: skip
+
+
+A100 = Achieved(0.82, 2.5e9, 0.3, 0.5, 0.8, 4e6)
+H100 = Achieved(0.70, 5e9, 0.2, 0.3, 0.8, 6e6)
+
 # From public data sheets, for dense matrices: memory in GiB, bandwidth in B/s, TFLOP/s in fp32
 # (without TF32), bf16, fp64.
 DEVICES: dict[str, Device] = {
     d.name.lower(): d
     for d in (
-        _gpu("A100-40G", 40, 1.555e12, 19.5, 312, 19.5),
-        _gpu("A100-80G", 80, 2.039e12, 19.5, 312, 19.5),
-        _gpu("H100", 80, 3.35e12, 67, 989, 67),
+        _with_curves(_gpu("A100-40G", 40, 1.555e12, 19.5, 312, 19.5), A100, 3.0),
+        _with_curves(_gpu("A100-80G", 80, 2.039e12, 19.5, 312, 19.5), A100, 3.0),
+        _with_curves(_gpu("H100", 80, 3.35e12, 67, 989, 67), H100, 3.0),
+        _with_curves(_gpu("H100-96G-500W", 96, 2.4e12, 67, 989, 67), H100, 3.0),
         _gpu("H200", 141, 4.8e12, 67, 989, 67),
         _gpu("B200", 180, 8.0e12, 80, 2250, 40),
         _gpu("L4", 24, 0.3e12, 30.3, 121, 0.47),

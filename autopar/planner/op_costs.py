@@ -63,6 +63,14 @@ class OpCosts:
         device, traffic = self.cluster.device, local / total
         return node_us(forward, device, share, traffic), node_us(backward, device, share, traffic)
 
+    def host_us(self, node: fx.Node) -> tuple[float, float]:
+        """What the host takes to launch an operator's forward and its backward, whatever the
+        strategy."""
+        software, profile = self.cluster.software, self.profile[node]
+        if software is None:
+            return 0.0, 0.0
+        return software.forward_us, software.backward_us * profile.differentiable
+
     def step_us(self, nbytes: np.ndarray, state: float) -> np.ndarray:
         """The optimizer's step on one parameter: memory traffic and launches.
 

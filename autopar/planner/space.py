@@ -96,6 +96,10 @@ class SearchSpace:
         """Bytes of a value on the fullest rank."""
         return self._costs.local_bytes(shape, itemsize, spec)
 
+    def host_us(self, node: fx.Node) -> tuple[float, float]:
+        """What the host takes to launch an operator's forward and its backward."""
+        return self._costs.host_us(node)
+
     def problem(self) -> TiedProblem:
         """The SPMD problem without rows (`liveness.Liveness` makes them), with copies in repeated
         blocks in one class. Communication that overlaps with compute is not in its times."""

@@ -1,0 +1,216 @@
+"""Predictions of published runs: each is a baseline plan of autopar, with its pipeline.
+
+Blocks of a model are alike, so two of them are captured, costed and laid out, and the second one
+stands for all that follow. Layouts are chosen once per model, mesh and microbatch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from autopar.cluster.cluster import NETWORKS, ClusterInfo
+from autopar.cluster.software import SOFTWARE
+from autopar.ir.precision import Precision
+from autopar.planner.baselines import baseline_plans
+from autopar.planner.estimate import estimate_memory, estimate_time, optimizer_us
+from autopar.planner.liveness import Liveness
+from autopar.planner.pipeline_blocks import operator_chain
+from autopar.planner.planner import PlanningProblem, build_problem
+from autopar.planner.space import SearchSpace
+from autopar.planner.stage_names import firsts_of
+from autopar.schedule.pipeline.blocks import Block, Chain
+from autopar.schedule.pipeline.option import Option
+from autopar.schedule.pipeline.timeline import simulate
+from autopar.tracer import ColoTracer
+from benchmarks.published_models import Decoder, ModelShape
+from benchmarks.published_rows import Run
+
+UNLIMITED = 1e15
+LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted step.
+
+    Args:
+        step_s: seconds.
+        peak_gib: of the fullest rank.
+        activation_gib: of these, activations.
+        parts_s: of the first stage: forward, backward, and what follows the last backward.
+    """
+
+    step_s: float
+    peak_gib: float
+    activation_gib: float
+    parts_s: dict[str, float]
+
+
+def predict(run: Run) -> Prediction:
+    """The step time and memory of a run."""
+    return _Predictor(run).prediction()
+
+
+def cluster_of(run: Run) -> ClusterInfo:
+    """The devices and links of a run, pipe axis outermost."""
+    degrees = {"pipe": run.pipe, "data": run.data, "tensor": run.tensor}
+    axes = {name: n for name, n in degrees.items() if n > 1} or {"data": 1}
+    mesh = ",".join(f"{name}={n}" for name, n in axes.items())
+    cluster = ClusterInfo.of(
+        mesh, run.device, network=NETWORKS[run.network], software=SOFTWARE[run.software]
+    )
+    return cluster.with_memory(UNLIMITED)
+
+
+class _Predictor:
+    def __init__(self, run: Run) -> None:
+        self.run, self.cluster = run, cluster_of(run)
+
+    def prediction(self) -> Prediction:
+        if self.run.sharded == "parameters" and self.run.pipe == 1:
+            return self.gathered()
+        run = self.run
+        stages = run.pipe * run.stages_per_rank
+        first, layer, other, last = self.blocks()
+        blocks = [first, layer, *[other] * (run.shape.layers - 1), last]
+        borders = self.borders(stages)
+        link = self.cluster.links[0]
+        name = "interleaved" if run.stages_per_rank > 1 else "1f1b"
+        option = Option(
+            name, run.pipe, run.stages_per_rank, run.microbatches, Chain(blocks, link, False),
+            UNLIMITED, "all" if run.recompute == "full" else "none",
+        )  # fmt: skip
+        counts = tuple(b - a if run.recompute == "full" else 0
+                       for a, b in zip(borders, borders[1:], strict=False))  # fmt: skip
+        costs = option.costs(borders, counts)
+        if run.pipe * run.stages_per_rank * run.microbatches < 5000:
+            timeline = simulate(option.schedule(), costs)
+            step_us, peaks = timeline.step_us, timeline.peak_bytes
+        else:
+            step_us, peaks = option.estimate_us(costs), (0.0,)
+        one = costs[0]
+        return Prediction(
+            1e-6 * step_us, max(peaks) / 2**30,
+            (max(peaks) - max(c.state_bytes for c in costs)) / 2**30,
+            {
+                "forward": 1e-6 * one.forward_us, "backward": 1e-6 * one.backward_us,
+                "after": 1e-6 * one.after_us,
+            },
+        )  # fmt: skip
+
+    def gathered(self) -> Prediction:
+        """A step of microbatches that each gather parameters and reduce gradients beside compute.
+        What a block adds follows from two depths."""
+        run, few, more = self.run, 2, 4
+        at = [self._one(n) for n in (few, more)]
+        pass_us, waits_us, step_us, peak = (
+            a + (run.shape.layers - few) * (b - a) / (more - few) for a, b in zip(*at, strict=True)
+        )
+        total = run.microbatches * (pass_us + waits_us) + step_us
+        return Prediction(
+            1e-6 * total, peak / 2**30, 0.0,
+            {"pass": 1e-6 * pass_us, "waits": 1e-6 * waits_us, "after": 1e-6 * step_us},
+        )  # fmt: skip
+
+    def _one(self, layers: int) -> tuple[float, float, float, float]:
+        """Of a microbatch of so many blocks: passes, exposed communication; the optimizer's step;
+        peak memory."""
+        space, choices = laid_out(self.key(layers))
+        liveness = Liveness(space, math.inf)
+        peak = estimate_memory(space, choices, liveness).total_bytes
+        if self.run.recompute == "full":
+            recomputed(space)
+            liveness = Liveness(space, math.inf)
+        time, step_us = estimate_time(space, choices, liveness), optimizer_us(space, choices)
+        return time.compute_us - step_us, time.exposed_us, step_us, peak
+
+    def borders(self, stages: int) -> tuple[int, ...]:
+        """Where stages begin among embedding, blocks and head; as many blocks in each."""
+        layers = self.run.shape.layers
+        inner = [1 + layers * k // stages for k in range(1, stages)]
+        return (0, *inner, layers + 2)
+
+    def blocks(self) -> tuple[Block, Block, Block, Block]:
+        """The embedding, the first and another block, and the head."""
+        space, choices = laid_out(self.key())
+        chain = operator_chain(space, choices)
+        places = firsts_of(space.graph, "layers.0,layers.1,norm")
+        first, layer, other, last = chain.between(places)
+        # frameworks recompute blocks alone
+        first = replace(first, recompute_us=0.0, checkpoint_bytes=first.held_bytes)
+        last = replace(last, recompute_us=0.0, checkpoint_bytes=last.held_bytes)
+        return first, layer, other, last
+
+    def key(self, layers: int = LAYERS) -> Run:
+        """The run without what does not change costs of a microbatch."""
+        shape = replace(self.run.shape, layers=layers)
+        return replace(self.run, shape=shape, microbatches=1, stages_per_rank=1)
+
+
+@lru_cache(maxsize=None)
+def _graph(shape: ModelShape, samples: int, dtype: str, sums: str, master: bool) -> Any:
+    with torch.device("meta"):
+        model = Decoder(shape)
+        ids = torch.zeros(samples, shape.tokens, dtype=torch.int64)
+    precision = None
+    if master:
+        precision = Precision(dtype, "float32", sums or dtype)
+    else:
+        model = model.to(getattr(torch, dtype))
+    tracer = ColoTracer(precision=precision)
+    return model, tracer.trace(model, (), {"ids": ids, "labels": ids})
+
+
+@lru_cache(maxsize=None)
+def _chosen(key: Run) -> dict[str, str]:
+    """Names of the candidates of the baseline's layouts."""
+    problem = problem_of(key)
+    space = problem.space
+    if space.cluster.world_size == 1:
+        choices: Sequence[int] = problem.decide().choices
+    else:
+        (plan,) = baseline_plans(space, named=_baseline(key))
+        choices = plan.choices
+    return {d.name: d.candidates[c].name for d, c in zip(space.decisions, choices, strict=True)}
+
+
+def laid_out(key: Run) -> tuple[Any, tuple[int, ...]]:
+    names = _chosen(key)
+    space = problem_of(key).space
+    choices = tuple(
+        [c.name for c in d.candidates].index(names[d.name]) for d in space.decisions
+    )
+    return space, choices
+
+
+def recomputed(space: SearchSpace) -> None:
+    """Let the backward of every block compute its forward again."""
+    for i, d in enumerate(space.decisions):
+        if d.kind == "op" and "layers." in space.graph.info(d.node).module:
+            more = d.parts["forward_us"]
+            parts = {key: d.parts[key] + more for key in ("compute_us", "backward_us")}
+            space.decisions[i] = replace(d, parts={**d.parts, **parts})
+
+
+def problem_of(key: Run) -> PlanningProblem:
+    model, graph = _graph(
+        key.shape, key.microbatch * key.data, key.dtype, key.sums, key.master
+    )
+    state = 2.0 if key.master else 6.0  # moments; and weights in float32
+    return build_problem(
+        model, graph=graph, cluster=cluster_of(key).of_a_stage(), optimizer_state=state
+    )
+
+
+def _baseline(key: Run) -> str:
+    if key.sharded == "parameters":
+        return "FSDP" if key.tensor == 1 else "Megatron TP, FSDP"
+    if key.tensor == 1:
+        return "DDP"
+    return "Megatron TP, data parallel" if key.data > 1 else "Megatron TP"
