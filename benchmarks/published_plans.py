@@ -77,7 +77,7 @@ class _Predictor:
             return self.gathered()
         run = self.run
         stages = run.pipe * run.stages_per_rank
-        first, layer, other, last = self.blocks()
+        first, layer, other, last = blocks_of(self.key())
         blocks = [first, layer, *[other] * (run.shape.layers - 1), last]
         borders = self.borders(stages)
         link = self.cluster.links[0]
@@ -108,7 +108,7 @@ class _Predictor:
         """A step of microbatches that each gather parameters and reduce gradients beside compute.
         What a block adds follows from two depths."""
         run, few, more = self.run, 2, 4
-        at = [self._one(n) for n in (few, more)]
+        at = [microbatch_of(self.key(n)) for n in (few, more)]
         pass_us, waits_us, step_us, peak = (
             a + (run.shape.layers - few) * (b - a) / (more - few) for a, b in zip(*at, strict=True)
         )
@@ -118,39 +118,43 @@ class _Predictor:
             {"pass": 1e-6 * pass_us, "waits": 1e-6 * waits_us, "after": 1e-6 * step_us},
         )  # fmt: skip
 
-    def _one(self, layers: int) -> tuple[float, float, float, float]:
-        """Of a microbatch of so many blocks: passes, exposed communication; the optimizer's step;
-        peak memory."""
-        space, choices = laid_out(self.key(layers))
-        liveness = Liveness(space, math.inf)
-        peak = estimate_memory(space, choices, liveness).total_bytes
-        if self.run.recompute == "full":
-            recomputed(space)
-            liveness = Liveness(space, math.inf)
-        time, step_us = estimate_time(space, choices, liveness), optimizer_us(space, choices)
-        return time.compute_us - step_us, time.exposed_us, step_us, peak
-
     def borders(self, stages: int) -> tuple[int, ...]:
         """Where stages begin among embedding, blocks and head; as many blocks in each."""
         layers = self.run.shape.layers
         inner = [1 + layers * k // stages for k in range(1, stages)]
         return (0, *inner, layers + 2)
 
-    def blocks(self) -> tuple[Block, Block, Block, Block]:
-        """The embedding, the first and another block, and the head."""
-        space, choices = laid_out(self.key())
-        chain = operator_chain(space, choices)
-        places = firsts_of(space.graph, "layers.0,layers.1,norm")
-        first, layer, other, last = chain.between(places)
-        # frameworks recompute blocks alone
-        first = replace(first, recompute_us=0.0, checkpoint_bytes=first.held_bytes)
-        last = replace(last, recompute_us=0.0, checkpoint_bytes=last.held_bytes)
-        return first, layer, other, last
-
     def key(self, layers: int = LAYERS) -> Run:
         """The run without what does not change costs of a microbatch."""
         shape = replace(self.run.shape, layers=layers)
         return replace(self.run, shape=shape, microbatches=1, stages_per_rank=1)
+
+
+@lru_cache(maxsize=None)
+def blocks_of(key: Run) -> tuple[Block, Block, Block, Block]:
+    """The embedding, the first and another block, and the head, on a rank of a stage."""
+    space, choices = laid_out(key)
+    chain = operator_chain(space, choices)
+    places = firsts_of(space.graph, "layers.0,layers.1,norm")
+    first, layer, other, last = chain.between(places)
+    # frameworks recompute blocks alone
+    first = replace(first, recompute_us=0.0, checkpoint_bytes=first.held_bytes)
+    last = replace(last, recompute_us=0.0, checkpoint_bytes=last.held_bytes)
+    return first, layer, other, last
+
+
+@lru_cache(maxsize=None)
+def microbatch_of(key: Run) -> tuple[float, float, float, float]:
+    """Of a microbatch whose parameters are gathered: passes and exposed communication in us; the
+    optimizer's step in us; peak memory in bytes."""
+    space, choices = laid_out(key)
+    liveness = Liveness(space, math.inf)
+    peak = estimate_memory(space, choices, liveness).total_bytes
+    if key.recompute == "full":
+        recomputed(space)
+        liveness = Liveness(space, math.inf)
+    time, step_us = estimate_time(space, choices, liveness), optimizer_us(space, choices)
+    return time.compute_us - step_us, time.exposed_us, step_us, peak
 
 
 @lru_cache(maxsize=None)
@@ -167,26 +171,17 @@ def _graph(shape: ModelShape, samples: int, dtype: str, sums: str, master: bool)
     return model, tracer.trace(model, (), {"ids": ids, "labels": ids})
 
 
-@lru_cache(maxsize=None)
-def _chosen(key: Run) -> dict[str, str]:
-    """Names of the candidates of the baseline's layouts."""
+def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
+    """The space of a microbatch on the mesh of a stage, and the choices of the baseline."""
     problem = problem_of(key)
     space = problem.space
     if space.cluster.world_size == 1:
-        choices: Sequence[int] = problem.decide().choices
-    else:
-        (plan,) = baseline_plans(space, named=_baseline(key))
-        choices = plan.choices
-    return {d.name: d.candidates[c].name for d, c in zip(space.decisions, choices, strict=True)}
-
-
-def laid_out(key: Run) -> tuple[Any, tuple[int, ...]]:
-    names = _chosen(key)
-    space = problem_of(key).space
-    choices = tuple(
-        [c.name for c in d.candidates].index(names[d.name]) for d in space.decisions
-    )
-    return space, choices
+        return space, tuple(problem.decide().choices)
+    (plan,) = baseline_plans(
+        space, named=_baseline(key), sequence=key.sequence,
+        gathers_again=key.sharded == "parameters",
+    )  # fmt: skip
+    return space, plan.choices
 
 
 def recomputed(space: SearchSpace) -> None:
@@ -209,7 +204,7 @@ def problem_of(key: Run) -> PlanningProblem:
 
 
 def _baseline(key: Run) -> str:
-    if key.sharded == "parameters":
+    if key.sharded and key.data > 1:
         return "FSDP" if key.tensor == 1 else "Megatron TP, FSDP"
     if key.tensor == 1:
         return "DDP"

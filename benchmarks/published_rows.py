@@ -188,7 +188,7 @@ def _vtrain(row: Mapping[str, Any]) -> Run:
     # Vocabularies are padded for tensor parallelism alone.
     row = {"vocab": 50257 if tensor == 1 else None, **row}
     return Run(
-        _gpt(row, dropout=0.1), device, network, "Megatron-DeepSpeed", pipe, data, tensor, "",
+        _gpt(row, dropout=0.1), device, network, "Megatron-DeepSpeed", pipe, data, tensor, "optimizer",
         False, size, count, 1, recompute, "float16", "", False,
     )  # fmt: skip
 

@@ -233,10 +233,11 @@ class ClusterInfo:
             device_name: a device, or the name of one in `DEVICES`.
             node_size: devices per node.
             network: of a port between nodes; InfiniBand of 400 Gb/s if None.
-            software: what the framework adds.
+            software: what the framework adds; the device is as its kernels find it.
         """
         shape, names = parse_mesh(mesh) if isinstance(mesh, str) else (tuple(mesh), ())
         dev = device(device_name) if isinstance(device_name, str) else device_name
+        dev = dev if software is None else software.on(dev)
         links: list[Link] = []
         span = 1
         inside = _inside(dev)

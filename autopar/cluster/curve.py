@@ -65,6 +65,10 @@ class Curve:
         sizes = tuple(half * 10.0 ** (k / 4) for k in range(-12, 17))
         return Curve(sizes, tuple(rate * size / (size + half) for size in sizes))
 
+    def scaled(self, factor: float) -> Curve:
+        """All rates times a factor."""
+        return Curve(self.sizes, tuple(factor * rate for rate in self.rates))
+
     @staticmethod
     def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Curve:
         """A curve from measured times. Rates keep four digits.

@@ -43,6 +43,7 @@ class Device:
             from `peak_flops`.
         overlaps: whether collectives and copies run beside compute. If None, only on GPUs: on a
             CPU they take the cores that compute, and device memory is host memory.
+        gap_us: idle time between two kernels of a GPU, see `Software`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Device:
     extra_ns: Mapping[str, float] = field(default_factory=dict)
     rated_flops: Mapping[str, float] = field(default_factory=dict)
     overlaps: bool | None = None
+    gap_us: float = 0.0
 
     def __post_init__(self) -> None:
         prefix = f"device {self.name}: "
@@ -68,6 +70,7 @@ class Device:
         check_number(f"{prefix}memory_bytes", self.memory_bytes)
         check_number(f"{prefix}bandwidth", self.bandwidth)
         check_number(f"{prefix}launch_us", self.launch_us, zero=True)
+        check_number(f"{prefix}gap_us", self.gap_us, zero=True)
         for key, ns in self.extra_ns.items():
             check_number(f"{prefix}extra_ns[{key}]", ns, zero=True)
         libraries = {key.split(".")[0] for key in self.flops_by_size}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from autopar.cluster.data import check_number
+from autopar.cluster.device import Device
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,38 @@ class Software:
         name: for reports.
         forward_us: of the host per operator of the forward: Python, dispatch and launch.
         backward_us: per operator of the backward, which autograd launches.
+        wait_us: of the host per collective, for every rank of its group but the first: hosts are
+            late at random, and a collective waits for the last.
+        gap_us: idle time of the device between two kernels.
+        traffic: bytes moved per byte of the graph's operands and results: casts under autocast and
+            temporaries of eager kernels that the graph does not have.
+        attention: speed of its fused attention, as a share of the device's.
         source: where the numbers come from.
     """
 
     name: str
     forward_us: float = 0.0
     backward_us: float = 0.0
+    wait_us: float = 0.0
+    gap_us: float = 0.0
+    traffic: float = 1.0
+    attention: float = 1.0
     source: str = ""
 
     def __post_init__(self) -> None:
-        for key in ("forward_us", "backward_us"):
+        for key in ("forward_us", "backward_us", "wait_us", "gap_us"):
             check_number(f"software {self.name}: {key}", getattr(self, key), zero=True)
+        for key in ("traffic", "attention"):
+            check_number(f"software {self.name}: {key}", getattr(self, key))
+
+    def on(self, device: Device) -> Device:
+        """The device as kernels of this framework find it."""
+        flops = {
+            key: curve.scaled(self.attention if key.startswith("attention.") else 1.0)
+            for key, curve in device.flops_by_size.items()
+        }
+        moves = {key: c.scaled(1 / self.traffic) for key, c in device.bytes_by_size.items()}
+        return replace(device, flops_by_size=flops, bytes_by_size=moves, gap_us=self.gap_us)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Software:
@@ -48,13 +70,17 @@ class Software:
         return Software(**data)
 
 
+# `benchmarks.published_steps` fits and tests the numbers; docs/accuracy.md has the rows of each.
 SOFTWARE: dict[str, Software] = {
     s.name: s
     for s in (
-        Software("Megatron-DeepSpeed", 60.0, 30.0),
-        Software("Megatron-LM", 20.0, 10.0),
-        Software("Composer", 20.0, 10.0),
-        Software("torchtitan, eager", 20.0, 10.0),
-        Software("torchtitan, compiled", 10.0, 10.0),
+        Software("Megatron-DeepSpeed", 60.7, 92.8, 37.2, 24.0, source="half of vTrain-single"),
+        Software("Megatron-LM", 20.0, 10.0, source="assumed"),
+        Software(
+            "Composer", 20.0, 20.0, gap_us=20.0, traffic=1.23, attention=0.55,
+            source="half of MPT-llm-foundry; attention is Triton's first flash attention",
+        ),
+        Software("torchtitan, eager", 20.0, 10.0, source="assumed"),
+        Software("torchtitan, compiled", 10.0, 10.0, source="assumed"),
     )
-}
+}  # fmt: skip

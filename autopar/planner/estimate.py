@@ -57,6 +57,8 @@ def host_waits_us(space: SearchSpace, choices: Sequence[int]) -> float:
     for edge in space.edges:
         if not edge.weight:
             costs, pair = space.edge_costs(edge), (choices[edge.source], choices[edge.target])
+            for k, more in enumerate(space.collective_host_us(edge, choices)):
+                host[k] += more
             device[0] += float(costs.forward_us[pair])
             device[1] += float(costs.backward_us[pair])
     return sum(max(0.0, h - d) for h, d in zip(host, device, strict=True))

@@ -124,7 +124,7 @@ class _Chain:
         self._parameters(rows)
         forward, backward = self._crossing()
         return OperatorChain(
-            tuple(self.nodes), tuple(rows), tuple(self.space.host_us(n) for n in self.nodes),
+            tuple(self.nodes), tuple(rows), tuple(self._host_us()),
             tuple(forward), tuple(backward),
             tuple(self._shares()), tuple(_narrow(forward)),
         )  # fmt: skip
@@ -146,6 +146,16 @@ class _Chain:
             "before_us": 0.0,
             "after_us": 0.0,
         }
+
+    def _host_us(self) -> list[tuple[float, float]]:
+        """Per operator, what the host takes for it and for conversions of its operands."""
+        us = [list(self.space.host_us(node)) for node in self.nodes]
+        for edge in self.space.edges:
+            at = self._place(self.space.decisions[edge.target])
+            if at is not None and not edge.weight:
+                for k, more in enumerate(self.space.collective_host_us(edge, self.choices)):
+                    us[at][k] += more
+        return [(forward, backward) for forward, backward in us]
 
     def _weight_share(self, node: fx.Node) -> float:
         """The part of a backward that nobody but the optimizer waits for."""
