@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from autopar.cluster.cluster import NETWORKS, ClusterInfo
 from autopar.cluster.software import SOFTWARE
+from autopar.ir.graph import operands, shape_of
 from autopar.ir.precision import Precision
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import estimate_memory, estimate_time, optimizer_us
@@ -27,6 +29,7 @@ from autopar.planner.stage_names import firsts_of
 from autopar.schedule.pipeline.blocks import Block, Chain
 from autopar.schedule.pipeline.option import Option
 from autopar.schedule.pipeline.timeline import simulate
+from autopar.sharding.node_rules import results
 from autopar.tracer import ColoTracer
 from benchmarks.published_models import Decoder, ModelShape
 from benchmarks.published_rows import Run
@@ -148,11 +151,11 @@ def microbatch_of(key: Run) -> tuple[float, float, float, float]:
     """Of a microbatch whose parameters are gathered: passes and exposed communication in us; the
     optimizer's step in us; peak memory in bytes."""
     space, choices = laid_out(key)
+    again_bytes = 0.0
+    if key.recompute in ("full", "half"):
+        again_bytes = recompute(space, choices, key.recompute)
     liveness = Liveness(space, math.inf)
-    peak = estimate_memory(space, choices, liveness).total_bytes
-    if key.recompute == "full":
-        recomputed(space)
-        liveness = Liveness(space, math.inf)
+    peak = estimate_memory(space, choices, liveness).total_bytes + again_bytes
     time, step_us = estimate_time(space, choices, liveness), optimizer_us(space, choices)
     return time.compute_us - step_us, time.exposed_us, step_us, peak
 
@@ -184,13 +187,42 @@ def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
     return space, plan.choices
 
 
-def recomputed(space: SearchSpace) -> None:
-    """Let the backward of every block compute its forward again."""
+def recompute(space: SearchSpace, choices: Sequence[int], how: str) -> float:
+    """Let the backward of every block compute operators again, and keep less for it.
+
+    Args:
+        how: "full" keeps the input of a block; "half" also every second product and attention, as
+            torchtitan does per operator.
+
+    Returns:
+        bytes of what one block makes again, which is there while its backward runs.
+    """
+    again_bytes = 0.0
+    seen: dict[str, int] = {}
     for i, d in enumerate(space.decisions):
-        if d.kind == "op" and "layers." in space.graph.info(d.node).module:
-            more = d.parts["forward_us"]
-            parts = {key: d.parts[key] + more for key in ("compute_us", "backward_us")}
-            space.decisions[i] = replace(d, parts={**d.parts, **parts})
+        module = space.graph.info(d.node).module if d.kind == "op" else ""
+        block = ".".join(module.split(".")[:2])
+        if not block.startswith("layers."):
+            continue
+        c = choices[i]
+        product = bool(space.profile[d.node].forward.flops)
+        first, number = block not in seen, seen.setdefault(block, 0)
+        seen[block] = number + product
+        kept = how == "half" and product and ("attention" in str(d.node.target) or number % 2 == 0)
+        held = 0.0
+        for value, spec in zip(results(d.node), d.candidates[c].outputs, strict=True):
+            if kept:
+                held += space.local_bytes(shape_of(value), value.element_size(), spec)
+        if first:
+            source, spec = operands(d.node)[0].meta["val"], d.candidates[c].inputs[0]
+            held += space.local_bytes(shape_of(source), source.element_size(), spec)
+        if block == "layers.1":
+            again_bytes += float(d.parts["activations_bytes"][c])
+        more = 0.0 if kept else d.parts["forward_us"]
+        parts = {key: d.parts[key] + more for key in ("compute_us", "backward_us")}
+        parts["activations_bytes"] = np.full(len(d.candidates), held)
+        space.decisions[i] = replace(d, parts={**d.parts, **parts})
+    return again_bytes
 
 
 def problem_of(key: Run) -> PlanningProblem:

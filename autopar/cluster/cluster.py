@@ -20,12 +20,12 @@ from autopar.units import mesh_text
 
 # Inside a node (NVLink), between nodes (one 400 Gb/s port per GPU), and Gloo over loopback.
 NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
-NVLINK_3 = Link(alpha=6e-6, beta=1 / 230e9)  # of the A100
+NVLINK_3 = Link(alpha=3e-6, beta=1 / 210e9)  # of the A100
 INFINIBAND = Link(alpha=15e-6, beta=1 / 40e9)
 PCIE = Link(alpha=12e-6, beta=1 / 20e9)
 # Networks between nodes, as one port of one GPU sees them.
 NETWORKS = {
-    "4x200G InfiniBand": Link(alpha=15e-6, beta=1 / 11e9),
+    "4x200G InfiniBand": Link(alpha=15e-6, beta=1 / 13.6e9),
     "8x200G InfiniBand": Link(alpha=15e-6, beta=1 / 21e9),
     "8x200G RoCE": Link(alpha=15e-6, beta=1 / 21e9),
     "8x400G InfiniBand": INFINIBAND,

@@ -175,18 +175,19 @@ def _with_curves(device: Device, achieved: Achieved, launch_us: float) -> Device
     )  # fmt: skip
 
 
-A100 = Achieved(0.82, 2.5e9, 0.3, 0.5, 0.8, 4e6)
-H100 = Achieved(0.70, 5e9, 0.2, 0.3, 0.8, 6e6)
+A100 = Achieved(0.785, 8e9, 0.245, 0.55, 0.78, 2e6)
+H100 = Achieved(0.67, 2e10, 0.2, 0.33, 0.78, 2e6)
+H100_500W = Achieved(0.55, 2e10, 0.2, 0.24, 0.78, 2e6)
 
 # From public data sheets, for dense matrices: memory in GiB, bandwidth in B/s, TFLOP/s in fp32
 # (without TF32), bf16, fp64.
 DEVICES: dict[str, Device] = {
     d.name.lower(): d
     for d in (
-        _with_curves(_gpu("A100-40G", 40, 1.555e12, 19.5, 312, 19.5), A100, 3.0),
-        _with_curves(_gpu("A100-80G", 80, 2.039e12, 19.5, 312, 19.5), A100, 3.0),
-        _with_curves(_gpu("H100", 80, 3.35e12, 67, 989, 67), H100, 3.0),
-        _with_curves(_gpu("H100-96G-500W", 96, 2.4e12, 67, 989, 67), H100, 3.0),
+        _with_curves(_gpu("A100-40G", 40, 1.555e12, 19.5, 312, 19.5), A100, 2.0),
+        _with_curves(_gpu("A100-80G", 80, 2.039e12, 19.5, 312, 19.5), A100, 2.0),
+        _with_curves(_gpu("H100", 80, 3.35e12, 67, 989, 67), H100, 2.0),
+        _with_curves(_gpu("H100-96G-500W", 96, 2.4e12, 67, 989, 67), H100_500W, 2.0),
         _gpu("H200", 141, 4.8e12, 67, 989, 67),
         _gpu("B200", 180, 8.0e12, 80, 2250, 40),
         _gpu("L4", 24, 0.3e12, 30.3, 121, 0.47),

@@ -23,10 +23,12 @@ class Software:
         backward_us: per operator of the backward, which autograd launches.
         wait_us: of the host per collective, for every rank of its group but the first: hosts are
             late at random, and a collective waits for the last.
+        skew_us: of the device per collective on activations, whose ranks reach it at random times.
         gap_us: idle time of the device between two kernels.
         traffic: bytes moved per byte of the graph's operands and results: casts under autocast and
             temporaries of eager kernels that the graph does not have.
         attention: speed of its fused attention, as a share of the device's.
+        fuses: neighbouring operators without products are one kernel, as a compiler makes them.
         source: where the numbers come from.
     """
 
@@ -34,13 +36,15 @@ class Software:
     forward_us: float = 0.0
     backward_us: float = 0.0
     wait_us: float = 0.0
+    skew_us: float = 0.0
     gap_us: float = 0.0
     traffic: float = 1.0
     attention: float = 1.0
+    fuses: bool = False
     source: str = ""
 
     def __post_init__(self) -> None:
-        for key in ("forward_us", "backward_us", "wait_us", "gap_us"):
+        for key in ("forward_us", "backward_us", "wait_us", "skew_us", "gap_us"):
             check_number(f"software {self.name}: {key}", getattr(self, key), zero=True)
         for key in ("traffic", "attention"):
             check_number(f"software {self.name}: {key}", getattr(self, key))
@@ -74,13 +78,20 @@ class Software:
 SOFTWARE: dict[str, Software] = {
     s.name: s
     for s in (
-        Software("Megatron-DeepSpeed", 60.7, 92.8, 37.2, 24.0, source="half of vTrain-single"),
-        Software("Megatron-LM", 20.0, 10.0, source="assumed"),
         Software(
-            "Composer", 20.0, 20.0, gap_us=20.0, traffic=1.23, attention=0.55,
-            source="half of MPT-llm-foundry; attention is Triton's first flash attention",
+            "Megatron-DeepSpeed", 43.8, 99.5, 45.3, 272.0, 11.2, source="half of vTrain-single"
         ),
-        Software("torchtitan, eager", 20.0, 10.0, source="assumed"),
-        Software("torchtitan, compiled", 10.0, 10.0, source="assumed"),
+        Software("Megatron-LM", 20.0, 20.0, gap_us=4.0, source="assumed"),
+        Software(
+            "Composer", 20.0, 20.0, gap_us=11.2, traffic=1.78, attention=0.57,
+            source="half of MPT-llm-foundry; its attention is Triton's first flash attention",
+        ),
+        Software(
+            "torchtitan, eager", 20.0, 20.0, gap_us=4.0, source="half of torchtitan's bf16 rows"
+        ),
+        Software(
+            "torchtitan, compiled", 10.0, 20.0, gap_us=2.0, fuses=True,
+            source="half of torchtitan's bf16 rows",
+        ),
     )
 }  # fmt: skip
