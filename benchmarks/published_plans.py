@@ -1,19 +1,20 @@
 """Predictions of published runs: each is a baseline plan of autopar, with its pipeline.
 
-Blocks of a model are alike, so two of them are captured, costed and laid out, and the second one
-stands for all that follow. Layouts are chosen once per model, mesh and microbatch.
+Blocks of a model are alike, so one of them is captured, costed and laid out, and stands for all.
+Where parameters are gathered beside compute, a block costs what the second of two adds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+import torch.fx as fx
 
 from autopar.cluster.cluster import NETWORKS, ClusterInfo
 from autopar.cluster.software import SOFTWARE
@@ -22,20 +23,19 @@ from autopar.ir.precision import Precision
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import estimate_memory, estimate_time, optimizer_us
 from autopar.planner.liveness import Liveness
-from autopar.planner.pipeline_blocks import operator_chain
+from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import PlanningProblem, build_problem
 from autopar.planner.space import SearchSpace
 from autopar.planner.stage_names import firsts_of
 from autopar.schedule.pipeline.blocks import Block, Chain
 from autopar.schedule.pipeline.option import Option
 from autopar.schedule.pipeline.timeline import simulate
-from autopar.sharding.node_rules import results
+from autopar.sharding.node_rules import results, rule_of
 from autopar.tracer import ColoTracer
 from benchmarks.published_models import Decoder, ModelShape
 from benchmarks.published_rows import Run
 
 UNLIMITED = 1e15
-LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class _Predictor:
             return self.gathered()
         run = self.run
         stages = run.pipe * run.stages_per_rank
-        first, layer, other, last = blocks_of(self.key())
-        blocks = [first, layer, *[other] * (run.shape.layers - 1), last]
+        first, layer, last = blocks_of(self.key())
+        blocks = [first, *[layer] * run.shape.layers, last]
         borders = self.borders(stages)
         link = self.cluster.links[0]
         name = "interleaved" if run.stages_per_rank > 1 else "1f1b"
@@ -92,15 +92,14 @@ class _Predictor:
         counts = tuple(b - a if run.recompute == "full" else 0
                        for a, b in zip(borders, borders[1:], strict=False))  # fmt: skip
         costs = option.costs(borders, counts)
-        if run.pipe * run.stages_per_rank * run.microbatches < 5000:
-            timeline = simulate(option.schedule(), costs)
-            step_us, peaks = timeline.step_us, timeline.peak_bytes
-        else:
-            step_us, peaks = option.estimate_us(costs), (0.0,)
+        schedule = option.schedule()
+        timeline = simulate(schedule, costs)
+        ranks = zip(timeline.peak_bytes, schedule.stages_of_rank, strict=True)
+        states = (sum(costs[s].state_bytes for s in own) for own in schedule.stages_of_rank)
+        activations = (peak - held for (peak, _), held in zip(ranks, states, strict=True))
         one = costs[0]
         return Prediction(
-            1e-6 * step_us, max(peaks) / 2**30,
-            (max(peaks) - max(c.state_bytes for c in costs)) / 2**30,
+            1e-6 * timeline.step_us, max(timeline.peak_bytes) / 2**30, max(activations) / 2**30,
             {
                 "forward": 1e-6 * one.forward_us, "backward": 1e-6 * one.backward_us,
                 "after": 1e-6 * one.after_us,
@@ -110,7 +109,7 @@ class _Predictor:
     def gathered(self) -> Prediction:
         """A step of microbatches that each gather parameters and reduce gradients beside compute.
         What a block adds follows from two depths."""
-        run, few, more = self.run, 2, 4
+        run, few, more = self.run, 1, 2
         at = [microbatch_of(self.key(n)) for n in (few, more)]
         pass_us, waits_us, step_us, peak = (
             a + (run.shape.layers - few) * (b - a) / (more - few) for a, b in zip(*at, strict=True)
@@ -127,23 +126,72 @@ class _Predictor:
         inner = [1 + layers * k // stages for k in range(1, stages)]
         return (0, *inner, layers + 2)
 
-    def key(self, layers: int = LAYERS) -> Run:
+    def key(self, layers: int = 1) -> Run:
         """The run without what does not change costs of a microbatch."""
         shape = replace(self.run.shape, layers=layers)
         return replace(self.run, shape=shape, microbatches=1, stages_per_rank=1)
 
 
 @lru_cache(maxsize=None)
-def blocks_of(key: Run) -> tuple[Block, Block, Block, Block]:
-    """The embedding, the first and another block, and the head, on a rank of a stage."""
+def blocks_of(key: Run) -> tuple[Block, Block, Block]:
+    """The embedding, a block and the head, on a rank of a stage."""
     space, choices = laid_out(key)
-    chain = operator_chain(space, choices)
-    places = firsts_of(space.graph, "layers.0,layers.1,norm")
-    first, layer, other, last = chain.between(places)
+    chain = as_run(operator_chain(space, choices), space, choices, key)
+    places = firsts_of(space.graph, "layers.0,norm")
+    first, layer, last = chain.between(places)
     # frameworks recompute blocks alone
     first = replace(first, recompute_us=0.0, checkpoint_bytes=first.held_bytes)
     last = replace(last, recompute_us=0.0, checkpoint_bytes=last.held_bytes)
-    return first, layer, other, last
+    return first, layer, last
+
+
+def as_run(
+    chain: OperatorChain, space: SearchSpace, choices: Sequence[int], key: Run
+) -> OperatorChain:
+    """The chain with what Megatron computes and gathers again in the backward: attention between
+    its products, if that is recomputed; with sequence parallelism, the inputs of products, of which
+    it keeps the tokens of a rank."""
+    costs = [dict(row) for row in chain.costs]
+    number = {node: k for k, node in enumerate(chain.nodes)}
+    if key.recompute == "attention":
+        for k, node in enumerate(chain.nodes):
+            if attends(node):
+                costs[k]["input_us"] += costs[k]["forward_us"]
+                # queries and keys are kept
+                keeps = chain.nodes[k - 1].target is torch.ops.aten.transpose.int
+                costs[k]["held_bytes"] *= keeps
+    if key.sequence:
+        for node, us in gathers(space, choices):
+            costs[number[node]]["input_us"] += us
+            costs[number[node]]["held_bytes"] /= key.tensor
+    for row in costs:
+        row["weight_bytes"] = min(row["weight_bytes"], row["held_bytes"])
+    return replace(chain, costs=tuple(costs))
+
+
+def gathers(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Node, float]]:
+    """Products of blocks whose operand is gathered in the forward, and what that takes in us."""
+    for edge in space.edges:
+        target = space.decisions[edge.target]
+        pair = choices[edge.source], choices[edge.target]
+        us = float(space.edge_costs(edge).forward_us[pair])
+        users = [target.node] if target.kind == "op" else list(target.node.users)
+        products = [n for n in users if n in space.profile and space.profile[n].forward.flops]
+        block = products and space.graph.info(products[0]).module.startswith("layers.")
+        before = space.decisions[edge.source].candidates[pair[0]].outputs[edge.result]
+        if block and us and not edge.weight and not before.partial:
+            yield products[0], us
+
+
+def attends(node: fx.Node) -> bool:
+    """Whether an operator makes scores, or takes them."""
+    values = [*node.all_input_nodes, node]
+    shapes = [v.meta["val"].shape for v in values if isinstance(v.meta["val"], torch.Tensor)]
+    square = [s for s in shapes if len(s) == 4 and s[-1] == s[-2]]
+    return bool(square) or (
+        node.target is torch.ops.aten.native_dropout.default
+        and len(node.meta["val"][0].shape) == 4
+    )
 
 
 @lru_cache(maxsize=None)
@@ -157,7 +205,8 @@ def microbatch_of(key: Run) -> tuple[float, float, float, float]:
     liveness = Liveness(space, math.inf)
     peak = estimate_memory(space, choices, liveness).total_bytes + again_bytes
     time, step_us = estimate_time(space, choices, liveness), optimizer_us(space, choices)
-    return time.compute_us - step_us, time.exposed_us, step_us, peak
+    again_us = sum(us for _, us in gathers(space, choices)) if again_bytes else 0.0
+    return time.compute_us - step_us, time.exposed_us + again_us, step_us, peak
 
 
 @lru_cache(maxsize=None)
@@ -183,8 +232,23 @@ def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
     (plan,) = baseline_plans(
         space, named=_baseline(key), sequence=key.sequence,
         gathers_again=key.sharded == "parameters",
+        mask={} if key.asynchronous else in_one_piece(space),
     )  # fmt: skip
     return space, plan.choices
+
+
+def in_one_piece(space: SearchSpace) -> dict[int, np.ndarray]:
+    """The candidates whose products do not run in steps beside their collective."""
+    mask = {}
+    for i, d in enumerate(space.decisions):
+        if d.kind != "op":
+            continue
+        stepwise = {name for name, f in rule_of(d.node)[0].factors.items() if f.beside}
+        strategies = [c.strategy for c in d.candidates]
+        allowed = np.array([s is None or not stepwise & {*s.splits} for s in strategies])
+        if not allowed.all():
+            mask[i] = allowed
+    return mask
 
 
 def recompute(space: SearchSpace, choices: Sequence[int], how: str) -> float:
@@ -216,7 +280,7 @@ def recompute(space: SearchSpace, choices: Sequence[int], how: str) -> float:
         if first:
             source, spec = operands(d.node)[0].meta["val"], d.candidates[c].inputs[0]
             held += space.local_bytes(shape_of(source), source.element_size(), spec)
-        if block == "layers.1":
+        if block == "layers.0":
             again_bytes += float(d.parts["activations_bytes"][c])
         more = 0.0 if kept else d.parts["forward_us"]
         parts = {key: d.parts[key] + more for key in ("compute_us", "backward_us")}

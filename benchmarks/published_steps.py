@@ -7,7 +7,8 @@ may also stand in the environment variable AUTOPAR_PUBLISHED_STEPS. Each row tha
 covers is written as a baseline (data, tensor, sequence and pipeline parallelism, ZeRO, microbatches,
 recomputation, precision) and predicted by the planner's cost model, for the devices, networks and
 frameworks of `autopar/cluster/`. Their numbers were fitted to a seeded random half of each data
-set; errors are those of the other half (`--half`).
+set; errors are those of the other half. With `--all`, no row counts as fitted: for a file of other
+rows.
 
 Per data set it prints the mean absolute percentage error, the bias (mean of the signed errors), and
 for groups of rows that do the same work on as many GPUs Kendall's tau and the regret: how much
@@ -100,8 +101,15 @@ def _activations(row: Mapping[str, Any]) -> float | None:
     return row.get("act_gib_seq_sel") if selective else None
 
 
-def figures(name: str, compared: Sequence[Compared]) -> Iterator[Row]:
-    """The rows of one data set."""
+def figures(name: str, every: Sequence[Compared]) -> Iterator[Row]:
+    """The rows of one data set: of those that nothing was fitted to, and the error of the others."""
+    compared = [c for c in every if not c.fitted]
+    fitted = [abs(c.error) for c in every if c.fitted]
+    if fitted:
+        yield Row(name, "rows of the fitted half", len(fitted), "")
+        yield Row(name, "mean absolute error, fitted half", fmean(fitted), "%")
+    if not compared:
+        return
     errors = [c.error for c in compared]
     yield Row(name, "rows", len(compared), "")
     yield Row(name, "mean absolute error", fmean(map(abs, errors)), "%", ERROR)
@@ -118,15 +126,28 @@ def figures(name: str, compared: Sequence[Compared]) -> Iterator[Row]:
         pairs = [len(g) * (len(g) - 1) / 2 for g in several]
         tau = sum(n * kendall(g) for n, g in zip(pairs, several, strict=True)) / sum(pairs)
         yield Row(name, "1 - Kendall's tau", 1 - tau, "", 1 - TAU if ranks else None)
-        regrets = [regret(g) for g in several]
-        yield Row(name, "median regret", median(regrets), "%", MEDIAN_REGRET if ranks else None)
-        yield Row(name, "worst regret", max(regrets), "%", WORST_REGRET if ranks else None)
+        yield from _regrets(name, "", several, ranks)
+        whole: dict[tuple[Any, ...], list[Compared]] = defaultdict(list)
+        for c in every:
+            whole[group_of(c.row)].append(c)
+        if fitted:
+            groups_of_all = [g for g in whole.values() if len(g) > 1]
+            yield from _regrets(name, ", both halves", groups_of_all, ranks)
     for what, target, ratios in (
         ("peak memory", MEMORY, [c.peak for c in compared if c.peak]),
         ("activation memory", ACTIVATIONS, [c.activations for c in compared if c.activations]),
     ):
         if ratios:
             yield Row(name, f"error of {what}", 100 * fmean(abs(r - 1) for r in ratios), "%", target)
+
+
+def _regrets(
+    name: str, which: str, groups: Sequence[Sequence[Compared]], ranks: bool
+) -> Iterator[Row]:
+    regrets = [regret(g) for g in groups]
+    typical, worst = (MEDIAN_REGRET, WORST_REGRET) if ranks else (None, None)
+    yield Row(name, f"median regret{which}", median(regrets), "%", typical)
+    yield Row(name, f"worst regret{which}", max(regrets), "%", worst)
 
 
 def kendall(group: Sequence[Compared]) -> float:
@@ -152,9 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.parser(__doc__ or "")
     parser.add_argument("--data", type=Path, default=os.environ.get(VARIABLE))
     parser.add_argument("--only", default="", help="data sets whose name contains this")
-    parser.add_argument(
-        "--half", choices=("other", "fitted", "all"), default="other", help="which rows count"
-    )
+    parser.add_argument("--all", action="store_true", help="nothing was fitted to these rows")
     parser.add_argument("--rows", type=Path, help="write every row with its prediction here")
     parser.add_argument("--plots", type=Path, help="write the scatter plots into this folder")
     parser.add_argument("--worst", type=int, default=0, help="print so many of the largest errors")
@@ -165,12 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = load(Path(options.data))
     except ValueError as error:
         parser.error(str(error))
-    fitted = halves(rows, SEED)
-    chosen = [
-        (row, fit)
-        for row, fit in zip(rows, fitted, strict=True)
-        if options.only in row["dataset"] and options.half in ("all", ("other", "fitted")[fit])
-    ]
+    fitted = [False] * len(rows) if options.all else halves(rows, SEED)
+    pairs = zip(rows, fitted, strict=True)
+    chosen = [(row, fit) for row, fit in pairs if options.only in row["dataset"]]
     if options.quick:
         by_name: dict[str, list[Any]] = defaultdict(list)
         for pair in chosen:
@@ -192,9 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for c in by_error[: options.worst]:
         console.print(f"{c.error:+6.1f}%  {_words(c.row)}", markup=False, soft_wrap=True)
     headline = f"{len(compared)} rows predicted, {sum(left_out.values())} not covered"
-    if compared:
-        error = fmean(abs(c.error) for c in compared)
-        headline += f"; mean absolute error {error:.1f}%"
+    if other := [abs(c.error) for c in compared if not c.fitted]:
+        headline += f"; mean absolute error of {len(other)} others {fmean(other):.1f}%"
     return common.finish("Published steps", table, headline, options.json)
 
 

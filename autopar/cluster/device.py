@@ -176,7 +176,7 @@ def _with_curves(device: Device, achieved: Achieved, launch_us: float) -> Device
 
 
 A100 = Achieved(0.785, 8e9, 0.245, 0.55, 0.78, 2e6)
-H100 = Achieved(0.67, 2e10, 0.2, 0.33, 0.78, 2e6)
+H100 = Achieved(0.606, 2e10, 0.2, 0.32, 0.78, 2e6)
 H100_500W = Achieved(0.55, 2e10, 0.2, 0.24, 0.78, 2e6)
 
 # From public data sheets, for dense matrices: memory in GiB, bandwidth in B/s, TFLOP/s in fp32

@@ -175,7 +175,9 @@ class OpCosts:
         total = np.zeros(len(strategies))
         for k, s in enumerate(strategies):
             nbytes = tape.saved_own_bytes * s.share(self.mesh)
-            nbytes = sum((self._tensor_bytes(values[i], s.inputs[i]) for i in ins), nbytes)
+            nbytes += sum(
+                self._tensor_bytes(values[i], s.inputs[i]) * self.saved.whole(node, i) for i in ins
+            )
             total[k] = sum((self._tensor_bytes(outs[i], s.outputs[i]) for i in own), nbytes)
         return total
 
