@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ class _Predictor:
         self.run, self.cluster = run, cluster_of(run)
 
     def prediction(self) -> Prediction:
-        if self.run.sharded == "parameters" and self.run.pipe == 1:
+        if self.run.sharded in ("parameters", "gradients") and self.run.pipe == 1:
             return self.gathered()
         run = self.run
         stages = run.pipe * run.stages_per_rank
@@ -89,8 +90,8 @@ class _Predictor:
             name, run.pipe, run.stages_per_rank, run.microbatches, Chain(blocks, link, False),
             UNLIMITED, "all" if run.recompute == "full" else "none",
         )  # fmt: skip
-        counts = tuple(b - a if run.recompute == "full" else 0
-                       for a, b in zip(borders, borders[1:], strict=False))  # fmt: skip
+        recomputes = run.recompute == "full"
+        counts = tuple((b - a) * recomputes for a, b in pairwise(borders))
         costs = option.costs(borders, counts)
         schedule = option.schedule()
         timeline = simulate(schedule, costs)
@@ -132,7 +133,7 @@ class _Predictor:
         return replace(self.run, shape=shape, microbatches=1, stages_per_rank=1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def blocks_of(key: Run) -> tuple[Block, Block, Block]:
     """The embedding, a block and the head, on a rank of a stage."""
     space, choices = laid_out(key)
@@ -169,6 +170,17 @@ def as_run(
     return replace(chain, costs=tuple(costs))
 
 
+def log_probabilities_bytes(space: SearchSpace, choices: Sequence[int]) -> float:
+    """What torch's cross-entropy holds at the peak beyond autopar's operator, which saves one number
+    per token: log-probabilities, and their gradient."""
+    total = 0.0
+    for d, c in zip(space.decisions, choices, strict=True):
+        if d.kind == "op" and "cross_entropy" in str(d.node.target):
+            logits, spec = operands(d.node)[0].meta["val"], d.candidates[c].inputs[0]
+            total += 2.0 * space.local_bytes(shape_of(logits), logits.element_size(), spec)
+    return total
+
+
 def gathers(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Node, float]]:
     """Products of blocks whose operand is gathered in the forward, and what that takes in us."""
     for edge in space.edges:
@@ -189,12 +201,11 @@ def attends(node: fx.Node) -> bool:
     shapes = [v.meta["val"].shape for v in values if isinstance(v.meta["val"], torch.Tensor)]
     square = [s for s in shapes if len(s) == 4 and s[-1] == s[-2]]
     return bool(square) or (
-        node.target is torch.ops.aten.native_dropout.default
-        and len(node.meta["val"][0].shape) == 4
+        node.target is torch.ops.aten.native_dropout.default and len(node.meta["val"][0].shape) == 4
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def microbatch_of(key: Run) -> tuple[float, float, float, float]:
     """Of a microbatch whose parameters are gathered: passes and exposed communication in us; the
     optimizer's step in us; peak memory in bytes."""
@@ -204,12 +215,13 @@ def microbatch_of(key: Run) -> tuple[float, float, float, float]:
         again_bytes = recompute(space, choices, key.recompute)
     liveness = Liveness(space, math.inf)
     peak = estimate_memory(space, choices, liveness).total_bytes + again_bytes
+    peak += log_probabilities_bytes(space, choices)
     time, step_us = estimate_time(space, choices, liveness), optimizer_us(space, choices)
     again_us = sum(us for _, us in gathers(space, choices)) if again_bytes else 0.0
     return time.compute_us - step_us, time.exposed_us + again_us, step_us, peak
 
 
-@lru_cache(maxsize=None)
+@cache
 def _graph(shape: ModelShape, samples: int, dtype: str, sums: str, master: bool) -> Any:
     with torch.device("meta"):
         model = Decoder(shape)
@@ -290,9 +302,7 @@ def recompute(space: SearchSpace, choices: Sequence[int], how: str) -> float:
 
 
 def problem_of(key: Run) -> PlanningProblem:
-    model, graph = _graph(
-        key.shape, key.microbatch * key.data, key.dtype, key.sums, key.master
-    )
+    model, graph = _graph(key.shape, key.microbatch * key.data, key.dtype, key.sums, key.master)
     state = 2.0 if key.master else 6.0  # moments; and weights in float32
     return build_problem(
         model, graph=graph, cluster=cluster_of(key).of_a_stage(), optimizer_state=state

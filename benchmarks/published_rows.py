@@ -35,8 +35,9 @@ class Run:
         network: a key of `autopar.cluster.link.NETWORKS`: the links between hosts.
         software: a key of `autopar.cluster.software.SOFTWARE`.
         pipe, data, tensor: degrees.
-        sharded: parameters are split over the data ranks and gathered before use, as by FSDP;
-            "optimizer" where the optimizer's states alone are split (ZeRO-1); "" where neither is.
+        sharded: what the data ranks split: "optimizer" states alone (ZeRO-1); also "gradients", and
+            parameters from a step to the next forward (ZeRO-2); "parameters", which are gathered
+            for the forward and for the backward (ZeRO-3, FSDP); or nothing, "".
         sequence: activations between products are split over the tensor ranks by tokens.
         microbatch: samples of one data rank that are processed at a time.
         microbatches: how often, in a step.
@@ -190,8 +191,8 @@ def _vtrain(row: Mapping[str, Any]) -> Run:
     # Vocabularies are padded for tensor parallelism alone.
     row = {"vocab": 50257 if tensor == 1 else None, **row}
     return Run(
-        _gpt(row, dropout=0.1), device, network, "Megatron-DeepSpeed", pipe, data, tensor, "optimizer",
-        False, size, count, 1, recompute, "float16", "", False,
+        _gpt(row, dropout=0.1), device, network, "Megatron-DeepSpeed", pipe, data, tensor,
+        "optimizer", False, size, count, 1, recompute, "float16", "", False,
     )  # fmt: skip
 
 
@@ -211,13 +212,14 @@ def _mpt(row: Mapping[str, Any]) -> Run:
     pipe, data, tensor = _degrees(row)
     size, count = _microbatches(row, data)
     device, network = _hardware(row)
-    if row.get("sharding") != "FULL_SHARD":
-        raise NotCovered(f"sharding {row.get('sharding')}: gathered weights are kept to the step")
+    sharded = {"FULL_SHARD": "parameters", "SHARD_GRAD_OP": "gradients"}.get(row["sharding"])
+    if sharded is None:
+        raise NotCovered(f"sharding {row['sharding']} of Composer")
     recompute = "full" if row.get("activation_checkpointing") else "none"
     sums = "float32" if row.get("mp_mode") == "DEFAULT" else ""
     return Run(
         _gpt(row, bias=False, flash=True), device, network, "Composer", pipe, data, tensor,
-        "parameters", False, size, count, 1, recompute, "bfloat16", sums, True,
+        sharded, False, size, count, 1, recompute, "bfloat16", sums, True,
     )  # fmt: skip
 
 
@@ -233,9 +235,7 @@ def _torchtitan(row: Mapping[str, Any]) -> Run:
     size, count = _microbatches(row, data)
     device, network = _hardware(row)
     dims = LLAMA[row["model"].rsplit("-", 1)[1].lower()]
-    shape = ModelShape(
-        *dims, int(row["seq_len"]), gated=True, bias=False, tied=False, flash=True
-    )
+    shape = ModelShape(*dims, int(row["seq_len"]), gated=True, bias=False, tied=False, flash=True)
     software = "torchtitan, compiled" if row.get("torch_compile") else "torchtitan, eager"
     ac = str(row.get("activation_checkpointing"))
     recompute = {"full": "full", "selective": "half", "per-op selective": "half"}[ac]

@@ -4,11 +4,11 @@
 
 The file is a JSON list of measured steps (`benchmarks/published_rows.py` says which keys); its path
 may also stand in the environment variable AUTOPAR_PUBLISHED_STEPS. Each row that the search space
-covers is written as a baseline (data, tensor, sequence and pipeline parallelism, ZeRO, microbatches,
-recomputation, precision) and predicted by the planner's cost model, for the devices, networks and
-frameworks of `autopar/cluster/`. Their numbers were fitted to a seeded random half of each data
-set; errors are those of the other half. With `--all`, no row counts as fitted: for a file of other
-rows.
+covers is written as a baseline (data, tensor, sequence and pipeline parallelism, ZeRO,
+microbatches, recomputation, precision) and predicted by the planner's cost model, for the devices,
+networks and frameworks of `autopar/cluster/`. Their numbers were fitted to a seeded random half of
+each data set; errors are those of the other half. With `--all`, no row counts as fitted: for a file
+of other rows.
 
 Per data set it prints the mean absolute percentage error, the bias (mean of the signed errors), and
 for groups of rows that do the same work on as many GPUs Kendall's tau and the regret: how much
@@ -102,7 +102,7 @@ def _activations(row: Mapping[str, Any]) -> float | None:
 
 
 def figures(name: str, every: Sequence[Compared]) -> Iterator[Row]:
-    """The rows of one data set: of those that nothing was fitted to, and the error of the others."""
+    """The rows of one data set: those that nothing was fitted to, and the error of the others."""
     compared = [c for c in every if not c.fitted]
     fitted = [abs(c.error) for c in every if c.fitted]
     if fitted:
@@ -138,7 +138,8 @@ def figures(name: str, every: Sequence[Compared]) -> Iterator[Row]:
         ("activation memory", ACTIVATIONS, [c.activations for c in compared if c.activations]),
     ):
         if ratios:
-            yield Row(name, f"error of {what}", 100 * fmean(abs(r - 1) for r in ratios), "%", target)
+            error = 100 * fmean(abs(ratio - 1) for ratio in ratios)
+            yield Row(name, f"error of {what}", error, "%", target)
 
 
 def _regrets(
@@ -197,9 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rows is not None:
         _write(options.rows, compared)
     if options.plots is not None:
-        from benchmarks.published_plots import scatter
-
-        scatter(compared, options.plots)
+        _plot(options.plots, [c for c in compared if not c.fitted])
     names = dict.fromkeys(c.row["dataset"] for c in compared)
     table = [r for n in names for r in figures(n, [c for c in compared if c.row["dataset"] == n])]
     for (name, reason), count in sorted(left_out.items()):
@@ -222,6 +221,19 @@ def _words(row: Mapping[str, Any]) -> str:
         "recompute", "activation_checkpointing", "step_time_s", "derived_step_time_s",
     )  # fmt: skip
     return ", ".join(f"{k} {str(row[k])[:24]}" for k in keys if row.get(k) is not None)
+
+
+def _plot(folder: Path, compared: Sequence[Compared]) -> None:
+    """Two plots: of vTrain's rows, and of all others."""
+    from benchmarks.published_plots import write
+
+    for file, ranked in (("accuracy_vtrain.svg", True), ("accuracy_others.svg", False)):
+        points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for c in compared:
+            if (c.row["dataset"] in RANKED) == ranked:
+                points[c.row["dataset"]].append((c.measured_s, c.predicted_s))
+        if points:
+            write(points, folder / file)
 
 
 def _write(path: Path, compared: Sequence[Compared]) -> None:

@@ -62,7 +62,7 @@ class Curve:
     def saturating(rate: float, half: float) -> Curve:
         """A rate that work of size `half` reaches half of: every piece of work takes `half / rate`
         seconds beyond those at the full rate (filling the device, and its last wave)."""
-        sizes = tuple(half * 10.0 ** (k / 4) for k in range(-12, 17))
+        sizes = tuple(half * 10.0 ** (k / 3) for k in range(-9, 7))
         return Curve(sizes, tuple(rate * size / (size + half) for size in sizes))
 
     def scaled(self, factor: float) -> Curve:
