@@ -155,12 +155,18 @@ def as_run(
     costs = [dict(row) for row in chain.costs]
     number = {node: k for k, node in enumerate(chain.nodes)}
     if key.recompute == "attention":
-        for k, node in enumerate(chain.nodes):
-            if attends(node):
-                costs[k]["input_us"] += costs[k]["forward_us"]
-                # queries and keys are kept
-                keeps = chain.nodes[k - 1].target is torch.ops.aten.transpose.int
-                costs[k]["held_bytes"] *= keeps
+        chosen = {d.node: d.candidates[c] for d, c in zip(space.decisions, choices, strict=True)}
+        for node in filter(attends, chain.nodes):
+            row = costs[number[node]]
+            row["input_us"] += row["forward_us"]
+            if not space.profile[node].forward.flops:
+                row["held_bytes"] = 0.0
+                continue
+            for value, spec in zip(operands(node), chosen[node].inputs, strict=True):
+                if value is not None and spec is not None and _square(value):  # scores
+                    scores = value.meta["val"]
+                    size = space.local_bytes(shape_of(scores), scores.element_size(), spec)
+                    row["held_bytes"] = max(0.0, row["held_bytes"] - size)
     if key.sequence:
         for node, us in gathers(space, choices):
             costs[number[node]]["input_us"] += us
@@ -171,8 +177,8 @@ def as_run(
 
 
 def log_probabilities_bytes(space: SearchSpace, choices: Sequence[int]) -> float:
-    """What torch's cross-entropy holds at the peak beyond autopar's operator, which saves one number
-    per token: log-probabilities, and their gradient."""
+    """What torch's cross-entropy holds at the peak beyond autopar's operator, which saves one
+    number per token: log-probabilities, and their gradient."""
     total = 0.0
     for d, c in zip(space.decisions, choices, strict=True):
         if d.kind == "op" and "cross_entropy" in str(d.node.target):
@@ -196,13 +202,15 @@ def gathers(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Nod
 
 
 def attends(node: fx.Node) -> bool:
-    """Whether an operator makes scores, or takes them."""
-    values = [*node.all_input_nodes, node]
-    shapes = [v.meta["val"].shape for v in values if isinstance(v.meta["val"], torch.Tensor)]
-    square = [s for s in shapes if len(s) == 4 and s[-1] == s[-2]]
-    return bool(square) or (
-        node.target is torch.ops.aten.native_dropout.default and len(node.meta["val"][0].shape) == 4
-    )
+    """Whether an operator makes scores of attention, or takes them."""
+    return any(_square(value) for value in (*node.all_input_nodes, node))
+
+
+def _square(node: fx.Node) -> bool:
+    """Whether a value is scores: [samples, heads, tokens, tokens]."""
+    value = node.meta["val"]
+    shape = shape_of(value[0] if isinstance(value, tuple | list) else value)
+    return len(shape) == 4 and shape[-1] == shape[-2]
 
 
 @cache

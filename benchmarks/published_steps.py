@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare; returns the exit code."""
     parser = common.parser(__doc__ or "")
     parser.add_argument("--data", type=Path, default=os.environ.get(VARIABLE))
-    parser.add_argument("--only", default="", help="data sets whose name contains this")
+    parser.add_argument("--only", default="", help="parts of names of data sets, with commas")
     parser.add_argument("--all", action="store_true", help="nothing was fitted to these rows")
     parser.add_argument("--rows", type=Path, help="write every row with its prediction here")
     parser.add_argument("--plots", type=Path, help="write the scatter plots into this folder")
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     fitted = [False] * len(rows) if options.all else halves(rows, SEED)
     pairs = zip(rows, fitted, strict=True)
-    chosen = [(row, fit) for row, fit in pairs if options.only in row["dataset"]]
+    chosen = [(row, fit) for row, fit in pairs if _named(row, options.only)]
     if options.quick:
         by_name: dict[str, list[Any]] = defaultdict(list)
         for pair in chosen:
@@ -221,6 +221,10 @@ def _words(row: Mapping[str, Any]) -> str:
         "recompute", "activation_checkpointing", "step_time_s", "derived_step_time_s",
     )  # fmt: skip
     return ", ".join(f"{k} {str(row[k])[:24]}" for k in keys if row.get(k) is not None)
+
+
+def _named(row: Mapping[str, Any], only: str) -> bool:
+    return any(part in row["dataset"] for part in only.split(","))
 
 
 def _plot(folder: Path, compared: Sequence[Compared]) -> None:

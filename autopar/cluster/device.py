@@ -154,8 +154,8 @@ class Achieved:
     bandwidth_half: float
 
 
-# Fitted to half of the rows of vTrain and MPT-llm-foundry. Attention is that of FlashAttention-2, and
-# no row tests it: MPT has Triton's first one, at 0.57 of this (`software.py`).
+# Fitted to half of the rows of vTrain and MPT-llm-foundry. Attention is that of FlashAttention-2,
+# and no row tests it: MPT has Triton's first one, at 0.57 of this (`software.py`).
 A100 = Achieved(0.774, 3e9, 0.241, 0.55, 0.82, 2e6)
 # Fitted to half of MPT-llm-foundry's rows on H100, with the A100's bandwidths.
 H100 = Achieved(0.603, 7.5e9, 0.2, 0.32, 0.82, 2e6)
