@@ -252,20 +252,30 @@ def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
     (plan,) = baseline_plans(
         space, named=_baseline(key), sequence=key.sequence,
         gathers_again=key.sharded == "parameters",
-        mask={} if key.asynchronous else in_one_piece(space),
+        mask=as_published(space, key),
     )  # fmt: skip
     return space, plan.choices
 
 
-def in_one_piece(space: SearchSpace) -> dict[int, np.ndarray]:
-    """The candidates whose products do not run in steps beside their collective."""
+def as_published(space: SearchSpace, key: Run) -> dict[int, np.ndarray]:
+    """By decision, the candidates that a framework has. With tensor parallelism it splits all
+    matrices of blocks and the vocabulary, whether or not that is faster. Unless a run says so, its
+    products do not run in steps beside their collective."""
     mask = {}
+    tensor = len(space.mesh) - 1 if key.tensor > 1 else None
     for i, d in enumerate(space.decisions):
-        if d.kind != "op":
-            continue
-        stepwise = {name for name, f in rule_of(d.node)[0].factors.items() if f.beside}
-        strategies = [c.strategy for c in d.candidates]
-        allowed = np.array([s is None or not stepwise & {*s.splits} for s in strategies])
+        allowed = np.ones(len(d.candidates), dtype=bool)
+        if d.kind == "op" and not key.asynchronous:
+            stepwise = {name for name, f in rule_of(d.node)[0].factors.items() if f.beside}
+            strategies = [c.strategy for c in d.candidates]
+            allowed = np.array([s is None or not stepwise & {*s.splits} for s in strategies])
+        if d.kind == "parameter" and tensor is not None:
+            name = space.graph.parameters[str(d.node.target)]
+            specs = [c.outputs[0] for c in d.candidates]
+            if name in ("embedding.weight", "head.weight"):
+                allowed = np.array([tensor in spec.dims[0] for spec in specs])
+            elif name.startswith("layers.") and len(specs[0].dims) == 2:
+                allowed = np.array([any(tensor in axes for axes in spec.dims) for spec in specs])
         if not allowed.all():
             mask[i] = allowed
     return mask
