@@ -111,10 +111,10 @@ def run_of(row: Mapping[str, Any]) -> Run:
     Raises:
         NotCovered: it says too little, or it is something that the search space lacks.
     """
+    _check_common(row)
     reader = _READERS.get(row["dataset"])
     if reader is None:
-        raise NotCovered(f"no reader for data set {row['dataset']}")
-    _check_common(row)
+        raise NotCovered("no reader: the data set's rows do not say enough of the model")
     return reader(row)
 
 
@@ -135,20 +135,22 @@ def _hardware(row: Mapping[str, Any]) -> tuple[str, str]:
     for part, device, network in _HARDWARE:
         if part in row["hardware"]:
             return device, network
-    raise NotCovered(f"hardware {row['hardware'].split(' (')[0]} is not in the device table")
+    raise NotCovered("the hardware is not in the device table")
 
 
 def _check_common(row: Mapping[str, Any]) -> None:
-    precision = str(row.get("precision", "")).lower()
+    _hardware(row)
+    precision = str(row.get("precision") or "").lower()
+    if not precision:
+        raise NotCovered("the precision is not stated")
     if not any(name in precision for name in ("bf16", "fp16")):
-        raise NotCovered(f"precision {row.get('precision')}: products in 8 or 4 bits")
+        raise NotCovered("products in 8 or 4 bits")
     if (row.get("ep") or 1) > 1 or "MoE" in row["model"] or "GPT OSS" in row["model"]:
         raise NotCovered("mixture of experts: routing and expert placement are not stated")
     if (row.get("cp") or 1) > 1:
         raise NotCovered("context parallelism in a row without a stated ring")
     if "LoRA" in str(row.get("task", "")):
         raise NotCovered("low-rank adaptation: ranks and targets are not stated")
-    _hardware(row)
     measured_s(row)
 
 

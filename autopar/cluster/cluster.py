@@ -253,7 +253,9 @@ class ClusterInfo:
                 links.append(LOOPBACK)
             elif span > node_size:
                 ports = max(1.0, min(float(together), outside.beta / inside.beta))
-                links.append(replace(outside, ports=ports))
+                # a ring leaves a node once for all its ranks there
+                alpha = (outside.alpha + (together - 1) * inside.alpha) / together
+                links.append(replace(outside, alpha=alpha, ports=ports))
             else:
                 links.append(inside)
         return ClusterInfo(shape, dev, tuple(reversed(links)), axis_names=names, software=software)
