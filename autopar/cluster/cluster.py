@@ -254,8 +254,9 @@ class ClusterInfo:
             elif span > node_size:
                 ports = max(1.0, min(float(together), outside.beta / inside.beta))
                 # a ring leaves a node once for all its ranks there
-                alpha = (outside.alpha + (together - 1) * inside.alpha) / together
-                links.append(replace(outside, alpha=alpha, ports=ports))
+                hop = (outside.alpha + (together - 1) * inside.alpha) / together
+                ring_alpha = hop if together > 1 else None
+                links.append(replace(outside, ports=ports, ring_alpha=ring_alpha))
             else:
                 links.append(inside)
         return ClusterInfo(shape, dev, tuple(reversed(links)), axis_names=names, software=software)

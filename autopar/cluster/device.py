@@ -198,15 +198,15 @@ DEVICES: dict[str, Device] = {
     d.name.lower(): d
     for d in (
         _gpu(
-            "A100-40G", 40, 1.555e12, 19.5, 312, 19.5, A100, error=6.0,
+            "A100-40G", 40, 1.555e12, 19.5, 312, 19.5, A100, error=5.0,
             source="data sheet; shares of it fitted to vTrain and MPT-llm-foundry",
         ),
         _gpu(
-            "A100-80G", 80, 2.039e12, 19.5, 312, 19.5, A100, error=6.0,
+            "A100-80G", 80, 2.039e12, 19.5, 312, 19.5, A100, error=5.0,
             source="data sheet; shares of it fitted to vTrain and MPT-llm-foundry",
         ),
         _gpu(
-            "H100", 80, 3.35e12, 67, 989, 67, H100, error=6.0,
+            "H100", 80, 3.35e12, 67, 989, 67, H100, error=8.0,
             source="data sheet; shares of it fitted to MPT-llm-foundry",
         ),
         _gpu(
