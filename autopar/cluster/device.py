@@ -206,7 +206,7 @@ DEVICES: dict[str, Device] = {
             source="data sheet; shares of it fitted to vTrain and MPT-llm-foundry",
         ),
         _gpu(
-            "H100", 80, 3.35e12, 67, 989, 67, H100, error=8.0,
+            "H100", 80, 3.35e12, 67, 989, 67, H100, error=7.0,
             source="data sheet; shares of it fitted to MPT-llm-foundry",
         ),
         _gpu(

@@ -42,7 +42,6 @@ PAGES = (
     "docs/capture.md",
     "docs/profile.md",
     "docs/cluster.md",
-    "docs/accuracy.md",
     "docs/conversion.md",
     "docs/rules.md",
     "docs/solver.md",
