@@ -14,15 +14,30 @@ import yaml
 from autopar.cluster.data import check_number, plain
 from autopar.cluster.device import Device, device
 from autopar.cluster.link import Link
+from autopar.cluster.software import Software
 from autopar.cluster.tiers import HOST, Tier, check_tiers, off_device_tiers, tier_named
 from autopar.errors import MeshError
 from autopar.units import mesh_text
 
-# Inside a node (NVLink), between nodes (one 400 Gb/s port per GPU), and Gloo over loopback.
+# Inside a node: of the H100, not tested by published rows, and of the A100, fitted to half of
+# vTrain-single.
 NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
-INFINIBAND = Link(alpha=15e-6, beta=1 / 40e9)
+NVLINK_3 = Link(alpha=2.5e-6, beta=1 / 203e9)
 PCIE = Link(alpha=12e-6, beta=1 / 20e9)
+# Gloo on one machine.
 LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
+# Between nodes: one port of 400 Gb/s per GPU.
+INFINIBAND = Link(alpha=15e-6, beta=1 / 40e9)
+# Networks by the ports of a node of eight, as one GPU sees its share; that of four ports is fitted
+# to half of vTrain-multi, the others have 80 to 85% of their rate.
+NETWORKS = {
+    "4x200G InfiniBand": Link(alpha=15e-6, beta=1 / 13.4e9),
+    "8x200G InfiniBand": Link(alpha=15e-6, beta=1 / 21e9),
+    "8x200G RoCE": Link(alpha=15e-6, beta=1 / 21e9),
+    "8x400G InfiniBand": INFINIBAND,
+    "8x400G RoCE": INFINIBAND,
+    "8x400G RDMA": INFINIBAND,
+}
 
 NODE_SIZE = 8
 
@@ -91,6 +106,13 @@ def parse_bytes(value: str | float, *, of: float | None = None) -> float:
     return value * of if of is not None and value <= 1 else float(value)
 
 
+def _inside(dev: Device) -> Link:
+    """The link between devices of a node."""
+    if dev.name in ("L4", "4090"):
+        return PCIE
+    return NVLINK_3 if dev.name.startswith("A100") else NVLINK
+
+
 @dataclass(frozen=True)
 class ClusterInfo:
     """The devices that a plan is made for.
@@ -105,6 +127,7 @@ class ClusterInfo:
         axis_names: a name per mesh axis, for reports; empty if the axes have none.
         tiers: memory beyond the device's. That of the host gives `host_link` and
             `host_memory_bytes`.
+        software: what the framework adds; nothing if None.
     """
 
     mesh: tuple[int, ...]
@@ -115,6 +138,7 @@ class ClusterInfo:
     host_memory_bytes: float | None = None
     axis_names: tuple[str, ...] = ()
     tiers: tuple[Tier, ...] = ()
+    software: Software | None = None
 
     def __post_init__(self) -> None:
         check_tiers(self.tiers)
@@ -213,7 +237,12 @@ class ClusterInfo:
 
     @staticmethod
     def of(
-        mesh: str | Sequence[int], device_name: str | Device = "cpu", *, node_size: int = NODE_SIZE
+        mesh: str | Sequence[int],
+        device_name: str | Device = "cpu",
+        *,
+        node_size: int = NODE_SIZE,
+        network: Link | None = None,
+        software: Software | None = None,
     ) -> ClusterInfo:
         """A cluster of one kind of device with the usual links.
 
@@ -225,23 +254,30 @@ class ClusterInfo:
             mesh: sizes, or text such as `"2x8"` or `"node=2,gpu=8"`.
             device_name: a device, or the name of one in `DEVICES`.
             node_size: devices per node.
+            network: of a port between nodes; InfiniBand of 400 Gb/s if None.
+            software: what the framework adds; the device is as its kernels find it.
         """
         shape, names = parse_mesh(mesh) if isinstance(mesh, str) else (tuple(mesh), ())
         dev = device(device_name) if isinstance(device_name, str) else device_name
+        dev = dev if software is None else software.on(dev)
         links: list[Link] = []
         span = 1
-        inside = PCIE if dev.name in ("L4", "4090") else NVLINK
+        inside = _inside(dev)
+        outside = network or INFINIBAND
         for size in reversed(shape):
             together = min(size, max(1, node_size // span))
             span *= size
             if dev.kind == "cpu":
                 links.append(LOOPBACK)
             elif span > node_size:
-                ports = max(1.0, min(float(together), INFINIBAND.beta / inside.beta))
-                links.append(replace(INFINIBAND, ports=ports))
+                ports = max(1.0, min(float(together), outside.beta / inside.beta))
+                # a ring leaves a node once for all its ranks there
+                hop = (outside.alpha + (together - 1) * inside.alpha) / together
+                ring_alpha = hop if together > 1 else None
+                links.append(replace(outside, ports=ports, ring_alpha=ring_alpha))
             else:
                 links.append(inside)
-        return ClusterInfo(shape, dev, tuple(reversed(links)), axis_names=names)
+        return ClusterInfo(shape, dev, tuple(reversed(links)), axis_names=names, software=software)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without fields that have their default. A mesh with names is text."""
@@ -285,9 +321,11 @@ class ClusterInfo:
                 f"ClusterInfo: a tier {HOST!r} has the link and the capacity of the host; leave "
                 f"{' and '.join(_OF_HOST)} out"
             )
+        software = data.get("software")
         return replace(
-            usual, links=tuple(links) or usual.links, host_link=host_link, tiers=tiers, **memory
-        )
+            usual, links=tuple(links) or usual.links, host_link=host_link, tiers=tiers,
+            software=None if software is None else Software.from_dict(software), **memory,
+        )  # fmt: skip
 
     @staticmethod
     def load(path: str | Path) -> ClusterInfo:

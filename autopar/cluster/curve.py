@@ -58,6 +58,18 @@ class Curve:
         return Curve((1.0,), (rate,))
 
     @staticmethod
+    @lru_cache
+    def saturating(rate: float, half: float) -> Curve:
+        """A rate that work of size `half` reaches half of: every piece of work takes `half / rate`
+        seconds beyond those at the full rate (filling the device, and its last wave)."""
+        sizes = tuple(half * 10.0 ** (k / 3) for k in range(-9, 7))
+        return Curve(sizes, tuple(rate * size / (size + half) for size in sizes))
+
+    def scaled(self, factor: float) -> Curve:
+        """All rates times a factor."""
+        return Curve(self.sizes, tuple(factor * rate for rate in self.rates))
+
+    @staticmethod
     def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Curve:
         """A curve from measured times. Rates keep four digits.
 

@@ -37,12 +37,15 @@ class Link:
         ports: number of ports through which a ring leaves a node. A ring visits all its ranks in
             the node, each with a port of its own. An all-to-all sends a rank's bytes through that
             rank's port alone.
+        ring_alpha: seconds per hop of a ring, on average, where most of its hops are within nodes;
+            alpha if None.
         curves: measured bytes/s by bytes of the buffer, per collective.
     """
 
     alpha: float
     beta: float
     ports: float = 1.0
+    ring_alpha: float | None = None
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,7 +82,10 @@ class Link:
             return curve.us(np.maximum(size, curve.sizes[0]))
         beta = self.beta if kind == "all_to_all" else self.beta / self.ports
         share = size * (ranks - 1) / ranks
-        ring = PASSES[kind] * ((ranks - 1) * self.alpha + share * beta)
+        alpha = self.alpha
+        if kind != "all_to_all" and self.ring_alpha is not None:
+            alpha = self.ring_alpha
+        ring = PASSES[kind] * ((ranks - 1) * alpha + share * beta)
         if kind == "all_reduce":
             tree = 2 * (math.ceil(math.log2(ranks)) * self.alpha + size * beta)
             ring = np.minimum(ring, tree)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -59,16 +60,28 @@ class _Baseline:
         data: mesh axes over which the batch is split and weights are consumed replicated.
         tensor: the axis of tensor parallelism, if any.
         sharded: whether parameters are stored split over the data axes.
+        sequence: between products of tensor parallelism, activations are split by tokens over the
+            tensor axis, instead of replicated (Korthikanti et al. 2022).
+        gathers_again: parameters that are split over the data axes are gathered a second time for
+            the backward, as by ZeRO-3, instead of kept from the forward on.
     """
 
     name: str
     data: tuple[int, ...]
     tensor: int | None
     sharded: bool
+    sequence: bool = False
+    gathers_again: bool = True
 
 
 def baseline_plans(
-    space: SearchSpace, *, time_limit: float = 60.0, mask: Allowed | None = None, named: str = ""
+    space: SearchSpace,
+    *,
+    time_limit: float = 60.0,
+    mask: Allowed | None = None,
+    named: str = "",
+    sequence: bool = False,
+    gathers_again: bool = True,
 ) -> list[BaselinePlan]:
     """The plans of all baselines that exist on the mesh, solved without a memory limit.
 
@@ -76,9 +89,12 @@ def baseline_plans(
         time_limit: seconds for the solver, per baseline.
         mask: candidates per decision, where not all of them are allowed.
         named: only baselines whose name begins so.
+        sequence: with tensor parallelism, also split activations by tokens.
+        gathers_again: whether FSDP gathers a second time, for the backward.
     """
+    chosen: dict[str, Any] = {"sequence": sequence, "gathers_again": gathers_again}
     return [
-        _completed(space, baseline, time_limit, mask or {})
+        _completed(space, replace(baseline, **chosen), time_limit, mask or {})
         for baseline in _baselines(space.mesh)
         if baseline.name.startswith(named)
     ]
@@ -150,9 +166,12 @@ def _decision_penalties(
                 # ... and for the same samples along the tensor axis
                 count[i] += tensor in spec.varying
         if tensor is not None and norm:
-            # the residual stream is replicated along the tensor axis
-            specs = (c.inputs[0], c.outputs[0])
-            count[i] += sum(spec is not None and spec.state(tensor) != "R" for spec in specs)
+            # the residual stream is replicated along the tensor axis, or split by tokens
+            specs = [spec for spec in (c.inputs[0], c.outputs[0]) if spec is not None]
+            if baseline.sequence:
+                count[i] += sum(tensor not in spec.dims[-2] for spec in specs)
+            else:
+                count[i] += sum(spec.state(tensor) != "R" for spec in specs)
     return count
 
 
@@ -164,7 +183,7 @@ def _storage_penalties(baseline: _Baseline, decision: Decision) -> np.ndarray:
         return np.array([float(len(axes)) for axes in split])
     # FSDP splits dim 0; beside tensor parallelism, the dim that this leaves free
     first = [len(s.dims[0]) if baseline.tensor is None and s.dims else 0 for s in specs]
-    again = [c.reshard_after_forward for c in decision.candidates]
+    again = [c.reshard_after_forward == baseline.gathers_again for c in decision.candidates]
     preference = list(zip(map(len, split), first, again, strict=True))
     return np.array([float(p < max(preference)) for p in preference])
 

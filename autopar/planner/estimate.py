@@ -26,6 +26,8 @@ def estimate_time(
     for decision, c in zip(space.decisions, choices, strict=True):
         for part in ("compute_us", "step_us"):
             compute += float(decision.parts[part][c]) if part in decision.parts else 0.0
+    compute += host_waits_us(space, choices)
+    for decision, c in zip(space.decisions, choices, strict=True):
         if "communication_us" in decision.parts:
             exposed += float(decision.parts["communication_us"][c])
     for edge in space.edges:
@@ -38,6 +40,28 @@ def estimate_time(
         return TimeEstimate(compute, exposed + weights, 0.0, weights)
     waiting = (liveness or Liveness(space, math.inf)).exposed_us(choices)
     return TimeEstimate(compute, exposed + waiting, max(0.0, weights - waiting), weights)
+
+
+def host_waits_us(space: SearchSpace, choices: Sequence[int]) -> float:
+    """How long the device waits for the host, which launches its kernels: a forward or a backward
+    takes the longer of the two. 0 if the cluster has no software."""
+    if space.cluster.software is None:
+        return 0.0
+    device, host = [0.0, 0.0], [0.0, 0.0]
+    for decision, c in zip(space.decisions, choices, strict=True):
+        if decision.kind == "op":
+            for k, part in enumerate(("forward_us", "backward_us")):
+                device[k] += float(decision.parts[part][c])
+                device[k] += float(decision.parts["communication_us"][c]) / 2
+                host[k] += space.host_us(decision.node)[k]
+    for edge in space.edges:
+        if not edge.weight:
+            costs, pair = space.edge_costs(edge), (choices[edge.source], choices[edge.target])
+            for k, more in enumerate(space.collective_host_us(edge, choices)):
+                host[k] += more
+            device[0] += float(costs.forward_us[pair])
+            device[1] += float(costs.backward_us[pair])
+    return sum(max(0.0, h - d) for h, d in zip(host, device, strict=True))
 
 
 def optimizer_us(space: SearchSpace, choices: Sequence[int]) -> float:

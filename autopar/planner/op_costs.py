@@ -11,13 +11,14 @@ import torch
 import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.ir.graph import operands, shape_of
+from autopar.ir.graph import operands, producer, shape_of
 from autopar.ir.spec import ShardingSpec, local_shape
 from autopar.planner.decisions import Workload
 from autopar.planner.saved_values import SavedValues
+from autopar.profiler.counting import Work
 from autopar.profiler.profile import NodeProfile
 from autopar.profiler.tape import OWN
-from autopar.profiler.time_model import kernels_of, node_us
+from autopar.profiler.time_model import Kernel, kernels_of, node_us
 from autopar.sharding.node_rules import declared_of, results
 from autopar.sharding.rule import Strategy
 
@@ -59,9 +60,40 @@ class OpCosts:
         for k, s in enumerate(strategies):
             pairs = zip(values, (*s.inputs, *s.outputs), strict=True)
             local[k] = sum(self._tensor_bytes(t, spec) for t, spec in pairs if t is not None)
-        forward, backward = kernels_of(node, self.profile[node], self.cluster.device)
         device, traffic = self.cluster.device, local / total
+        software = self.cluster.software
+        if software is not None and software.fuses and self._fusible(node):
+            forward, backward = self._fused(node)
+        else:
+            forward, backward = kernels_of(node, self.profile[node], device)
         return node_us(forward, device, share, traffic), node_us(backward, device, share, traffic)
+
+    def _fusible(self, node: fx.Node) -> bool:
+        """Whether an operator can be a part of a kernel with its neighbours: it has no products."""
+        known = self.profile.get(node)
+        return known is not None and not known.forward.flops
+
+    def _fused(self, node: fx.Node) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
+        """The kernels of an operator that is fused with its neighbours: values that pass between
+        two of them are not moved. The backward reads the operands and the gradient of the result
+        where these are moved, and writes the gradients of the operands."""
+        sources = [n for n in operands(node) if n is not None]
+        read = sum(n.meta["val"].nbytes for n in sources if not self._fusible(producer(n)[0]))
+        leaves = not all(self._fusible(user) for user in node.users)
+        written = sum(t.nbytes for t in results(node)) if leaves else 0
+        if self.profile[node].aliases_input:
+            return (), ()
+        forward = Kernel(Work(0, read, written, 1 if read or written else 0), "float32")
+        backward = Kernel(Work(0, read + written, read, forward.work.kernels), "float32")
+        return (forward,), (backward,) if self.profile[node].differentiable else ()
+
+    def host_us(self, node: fx.Node) -> tuple[float, float]:
+        """What the host takes to launch an operator's forward and its backward, whatever the
+        strategy."""
+        software, profile = self.cluster.software, self.profile[node]
+        if software is None:
+            return 0.0, 0.0
+        return software.forward_us, software.backward_us * profile.differentiable
 
     def step_us(self, nbytes: np.ndarray, state: float) -> np.ndarray:
         """The optimizer's step on one parameter: memory traffic and launches.
@@ -143,7 +175,9 @@ class OpCosts:
         total = np.zeros(len(strategies))
         for k, s in enumerate(strategies):
             nbytes = tape.saved_own_bytes * s.share(self.mesh)
-            nbytes = sum((self._tensor_bytes(values[i], s.inputs[i]) for i in ins), nbytes)
+            nbytes += sum(
+                self._tensor_bytes(values[i], s.inputs[i]) * self.saved.whole(node, i) for i in ins
+            )
             total[k] = sum((self._tensor_bytes(outs[i], s.outputs[i]) for i in own), nbytes)
         return total
 

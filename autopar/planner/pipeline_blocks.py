@@ -50,6 +50,7 @@ class OperatorChain:
     Args:
         nodes: the operators.
         costs: per operator, what sums up over the operators of a block.
+        host_us: per operator, what the host takes to launch its forward and its backward.
         forward_bytes, backward_bytes: what crosses a cut before each operator, and behind the last;
             values and gradients.
         shares: per operator, parameters that other operators use too, with their bytes.
@@ -58,6 +59,7 @@ class OperatorChain:
 
     nodes: tuple[fx.Node, ...]
     costs: tuple[Mapping[str, float], ...]
+    host_us: tuple[tuple[float, float], ...]
     forward_bytes: tuple[float, ...]
     backward_bytes: tuple[float, ...]
     shares: tuple[Sequence[tuple[str, float]], ...]
@@ -74,6 +76,12 @@ class OperatorChain:
 
     def _block(self, first: int, end: int) -> Block:
         sums = {name: sum(costs[name] for costs in self.costs[first:end]) for name in _SUMMED}
+        # passes wait for the host where that takes longer to launch them
+        forward_us, backward_us = (
+            sum(host[k] for host in self.host_us[first:end]) for k in range(2)
+        )
+        sums["forward_us"] = max(sums["forward_us"], forward_us)
+        sums["input_us"] += max(0.0, backward_us - sums["input_us"] - sums["weight_us"])
         held = sums["held_bytes"]
         return Block(
             self.nodes[first].name, **sums | {"weight_bytes": min(held, sums["weight_bytes"])},
@@ -116,7 +124,8 @@ class _Chain:
         self._parameters(rows)
         forward, backward = self._crossing()
         return OperatorChain(
-            tuple(self.nodes), tuple(rows), tuple(forward), tuple(backward),
+            tuple(self.nodes), tuple(rows), tuple(self._host_us()),
+            tuple(forward), tuple(backward),
             tuple(self._shares()), tuple(_narrow(forward)),
         )  # fmt: skip
 
@@ -137,6 +146,16 @@ class _Chain:
             "before_us": 0.0,
             "after_us": 0.0,
         }
+
+    def _host_us(self) -> list[tuple[float, float]]:
+        """Per operator, what the host takes for it and for conversions of its operands."""
+        us = [list(self.space.host_us(node)) for node in self.nodes]
+        for edge in self.space.edges:
+            at = self._place(self.space.decisions[edge.target])
+            if at is not None and not edge.weight:
+                for k, more in enumerate(self.space.collective_host_us(edge, self.choices)):
+                    us[at][k] += more
+        return [(forward, backward) for forward, backward in us]
 
     def _weight_share(self, node: fx.Node) -> float:
         """The part of a backward that nobody but the optimizer waits for."""

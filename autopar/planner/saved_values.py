@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.fx as fx
 
-from autopar.ir.graph import ModelGraph, operand_at, operands, producer
+from autopar.ir.graph import ModelGraph, operand_at, operands, producer, shape_of
 from autopar.profiler.profile import NodeProfile
 from autopar.sharding.node_rules import results
 
@@ -65,6 +67,14 @@ class SavedValues:
     def counted_here(self, node: fx.Node, operand: int) -> bool:
         root = self.root(operand_at(node, operand))
         return root.op != "placeholder" and self._first.get(root) == (node, operand)
+
+    def whole(self, node: fx.Node, operand: int) -> float:
+        """Elements that are kept per element of an operand that is counted here: a view keeps all
+        of its base, as a part of a product for query, key and value does."""
+        value = operand_at(node, operand)
+        sizes = [math.prod(shape_of(v.meta["val"])) for v in (self.root(value), value)
+                 if isinstance(v.meta["val"], torch.Tensor)]  # fmt: skip
+        return max(1.0, sizes[0] / max(1, sizes[-1]))
 
     def output_counted(self, node: fx.Node, result: int) -> bool:
         return (node, result) in self._output_first

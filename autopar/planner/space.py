@@ -11,6 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,26 @@ class SearchSpace:
     def local_bytes(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> int:
         """Bytes of a value on the fullest rank."""
         return self._costs.local_bytes(shape, itemsize, spec)
+
+    def host_us(self, node: fx.Node) -> tuple[float, float]:
+        """What the host takes to launch an operator's forward and its backward."""
+        return self._costs.host_us(node)
+
+    def collective_host_us(self, edge: Edge, choices: Sequence[int]) -> tuple[float, float]:
+        """What the host takes to launch the conversion of a value on an edge under a full choice,
+        and of its gradient."""
+        software, costs = self.cluster.software, self.edge_costs(edge)
+        source, target = self.decisions[edge.source], self.decisions[edge.target]
+        pair = choices[edge.source], choices[edge.target]
+        before = source.candidates[pair[0]].outputs[edge.result]
+        after = target.candidates[pair[1]].inputs[edge.operand]
+        if software is None or after is None:
+            return 0.0, 0.0
+        axes = [a for a in range(len(self.mesh)) if before.state(a) != after.state(a)]
+        waits = software.wait_us * (prod(self.mesh[a] for a in axes) - 1)
+        local = self.cluster.device.launch_us  # a conversion that launches no collective
+        forward, backward = float(costs.forward_us[pair]), float(costs.backward_us[pair])
+        return waits * (forward > local), waits * (backward > local)
 
     def problem(self) -> TiedProblem:
         """The SPMD problem without rows (`liveness.Liveness` makes them), with copies in repeated

@@ -6,7 +6,7 @@ A kernel takes
 
 with rates by its own size, and counts of expensive elements (`profiler/elementwise.py`). A GPU
 computes while the host launches ahead: on a measured GPU, whose rates hold for kernels of any size,
-a kernel takes the larger of the launch and the rest.
+a kernel takes the larger of the launch and the rest, and the gap behind it that a framework leaves.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Kernel:
         launch = device.launch_us * count
         if device.kind == "cpu" or not device.measured:
             return work + launch
-        return np.maximum(work, launch)
+        return np.maximum(work, launch) + device.gap_us * count
 
 
 def node_us(

@@ -108,10 +108,17 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
         ("links", links),
         *precision,
         *split,
-        ("step", time_text(plan.time.step_us)),
+        ("step", time_text(plan.time.step_us) + _expected_error(cluster)),
         (
             "memory",
             f"{bytes_text(plan.memory.total_bytes)} of {bytes_text(plan.budget_bytes)} per device",
         ),
         ("use", f'auto_engine(model, optimizer, "{mesh}", plan="plan.json")'),
     ]
+
+
+def _expected_error(cluster: ClusterInfo) -> str:
+    """How far predictions for this device are from steps that others measured, if some were
+    published."""
+    error = cluster.device.error_percent
+    return "" if error is None else f" (published steps on this device: ±{error:g}% on average)"

@@ -245,7 +245,8 @@ class LayoutConverter:
                 splits it too.
         """
         link, size = self.cluster.links[axis], self.mesh[axis]
-        device = self.cluster.device
+        device, software = self.cluster.device, self.cluster.software
+        skew_us = 0.0 if software is None else software.skew_us
         buffer = np.divide(nbytes, size if kind == "all_to_all" else 1)
 
         def collective(name: str | None) -> np.ndarray | float:
@@ -253,7 +254,7 @@ class LayoutConverter:
                 return 0.0
             if weight:
                 return device.launch_us + link.bucketed_us(name, size, buffer, self.message_bytes)
-            return device.launch_us + link.collective_us(name, size, buffer)
+            return device.launch_us + skew_us + link.collective_us(name, size, buffer)
 
         def copied(share: float) -> np.ndarray | float:
             return device.launch_us + 2e6 * share * buffer / device.bandwidth

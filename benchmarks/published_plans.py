@@ -1,0 +1,335 @@
+"""Predictions of published runs: each is a baseline plan of autopar, with its pipeline.
+
+Blocks of a model are alike, so one of them is captured, costed and laid out, and stands for all.
+Where parameters are gathered beside compute, a block costs what the second of two adds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx as fx
+
+from autopar.cluster.cluster import NETWORKS, ClusterInfo
+from autopar.cluster.software import SOFTWARE
+from autopar.ir.graph import operands, shape_of
+from autopar.ir.precision import Precision
+from autopar.planner.baselines import baseline_plans
+from autopar.planner.estimate import estimate_memory, estimate_time, optimizer_us
+from autopar.planner.liveness import Liveness
+from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
+from autopar.planner.planner import PlanningProblem, build_problem
+from autopar.planner.space import SearchSpace
+from autopar.planner.stage_names import firsts_of
+from autopar.schedule.pipeline.blocks import Block, Chain
+from autopar.schedule.pipeline.option import Option
+from autopar.schedule.pipeline.timeline import simulate
+from autopar.sharding.node_rules import results, rule_of
+from autopar.tracer import ColoTracer
+from benchmarks.published_models import Decoder, ModelShape
+from benchmarks.published_rows import Run
+
+UNLIMITED = 1e15
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted step.
+
+    Args:
+        step_s: seconds.
+        peak_gib: of the fullest rank.
+        activation_gib: of these, activations.
+        parts_s: of the first stage: forward, backward, and what follows the last backward.
+    """
+
+    step_s: float
+    peak_gib: float
+    activation_gib: float
+    parts_s: dict[str, float]
+
+
+def predict(run: Run) -> Prediction:
+    """The step time and memory of a run."""
+    return _Predictor(run).prediction()
+
+
+def cluster_of(run: Run) -> ClusterInfo:
+    """The devices and links of a run, pipe axis outermost."""
+    degrees = {"pipe": run.pipe, "data": run.data, "tensor": run.tensor}
+    axes = {name: n for name, n in degrees.items() if n > 1} or {"data": 1}
+    mesh = ",".join(f"{name}={n}" for name, n in axes.items())
+    cluster = ClusterInfo.of(
+        mesh, run.device, network=NETWORKS[run.network], software=SOFTWARE[run.software]
+    )
+    return cluster.with_memory(UNLIMITED)
+
+
+class _Predictor:
+    def __init__(self, run: Run) -> None:
+        self.run, self.cluster = run, cluster_of(run)
+
+    def prediction(self) -> Prediction:
+        if self.run.sharded in ("parameters", "gradients") and self.run.pipe == 1:
+            return self.gathered()
+        run = self.run
+        stages = run.pipe * run.stages_per_rank
+        first, layer, last = blocks_of(self.key())
+        blocks = [first, *[layer] * run.shape.layers, last]
+        borders = self.borders(stages)
+        link = self.cluster.links[0]
+        name = "interleaved" if run.stages_per_rank > 1 else "1f1b"
+        option = Option(
+            name, run.pipe, run.stages_per_rank, run.microbatches, Chain(blocks, link, False),
+            UNLIMITED, "all" if run.recompute == "full" else "none",
+        )  # fmt: skip
+        recomputes = run.recompute == "full"
+        counts = tuple((b - a) * recomputes for a, b in pairwise(borders))
+        costs = option.costs(borders, counts)
+        schedule = option.schedule()
+        timeline = simulate(schedule, costs)
+        ranks = zip(timeline.peak_bytes, schedule.stages_of_rank, strict=True)
+        states = (sum(costs[s].state_bytes for s in own) for own in schedule.stages_of_rank)
+        activations = (peak - held for (peak, _), held in zip(ranks, states, strict=True))
+        one = costs[0]
+        return Prediction(
+            1e-6 * timeline.step_us, max(timeline.peak_bytes) / 2**30, max(activations) / 2**30,
+            {
+                "forward": 1e-6 * one.forward_us, "backward": 1e-6 * one.backward_us,
+                "after": 1e-6 * one.after_us,
+            },
+        )  # fmt: skip
+
+    def gathered(self) -> Prediction:
+        """A step of microbatches that each gather parameters and reduce gradients beside compute.
+        What a block adds follows from two depths."""
+        run, few, more = self.run, 1, 2
+        at = [microbatch_of(self.key(n)) for n in (few, more)]
+        pass_us, waits_us, step_us, peak = (
+            a + (run.shape.layers - few) * (b - a) / (more - few) for a, b in zip(*at, strict=True)
+        )
+        total = run.microbatches * (pass_us + waits_us) + step_us
+        return Prediction(
+            1e-6 * total, peak / 2**30, 0.0,
+            {"pass": 1e-6 * pass_us, "waits": 1e-6 * waits_us, "after": 1e-6 * step_us},
+        )  # fmt: skip
+
+    def borders(self, stages: int) -> tuple[int, ...]:
+        """Where stages begin among embedding, blocks and head; as many blocks in each."""
+        layers = self.run.shape.layers
+        inner = [1 + layers * k // stages for k in range(1, stages)]
+        return (0, *inner, layers + 2)
+
+    def key(self, layers: int = 1) -> Run:
+        """The run without what does not change costs of a microbatch."""
+        shape = replace(self.run.shape, layers=layers)
+        return replace(self.run, shape=shape, microbatches=1, stages_per_rank=1)
+
+
+@cache
+def blocks_of(key: Run) -> tuple[Block, Block, Block]:
+    """The embedding, a block and the head, on a rank of a stage."""
+    space, choices = laid_out(key)
+    chain = as_run(operator_chain(space, choices), space, choices, key)
+    places = firsts_of(space.graph, "layers.0,norm")
+    first, layer, last = chain.between(places)
+    # frameworks recompute blocks alone
+    first = replace(first, recompute_us=0.0, checkpoint_bytes=first.held_bytes)
+    last = replace(last, recompute_us=0.0, checkpoint_bytes=last.held_bytes)
+    return first, layer, last
+
+
+def as_run(
+    chain: OperatorChain, space: SearchSpace, choices: Sequence[int], key: Run
+) -> OperatorChain:
+    """The chain with what Megatron computes and gathers again in the backward: attention between
+    its products, if that is recomputed; with sequence parallelism, the inputs of products, of which
+    it keeps the tokens of a rank."""
+    costs = [dict(row) for row in chain.costs]
+    number = {node: k for k, node in enumerate(chain.nodes)}
+    if key.recompute == "attention":
+        chosen = {d.node: d.candidates[c] for d, c in zip(space.decisions, choices, strict=True)}
+        for node in filter(attends, chain.nodes):
+            row = costs[number[node]]
+            row["input_us"] += row["forward_us"]
+            if not space.profile[node].forward.flops:
+                row["held_bytes"] = 0.0
+                continue
+            for value, spec in zip(operands(node), chosen[node].inputs, strict=True):
+                if value is not None and spec is not None and _square(value):  # scores
+                    scores = value.meta["val"]
+                    size = space.local_bytes(shape_of(scores), scores.element_size(), spec)
+                    row["held_bytes"] = max(0.0, row["held_bytes"] - size)
+    if key.sequence:
+        for node, us in gathers(space, choices):
+            costs[number[node]]["input_us"] += us
+            costs[number[node]]["held_bytes"] /= key.tensor
+    for row in costs:
+        row["weight_bytes"] = min(row["weight_bytes"], row["held_bytes"])
+    return replace(chain, costs=tuple(costs))
+
+
+def log_probabilities_bytes(space: SearchSpace, choices: Sequence[int]) -> float:
+    """What torch's cross-entropy holds at the peak beyond autopar's operator, which saves one
+    number per token: log-probabilities, and their gradient."""
+    total = 0.0
+    for d, c in zip(space.decisions, choices, strict=True):
+        if d.kind == "op" and "cross_entropy" in str(d.node.target):
+            logits, spec = operands(d.node)[0].meta["val"], d.candidates[c].inputs[0]
+            total += 2.0 * space.local_bytes(shape_of(logits), logits.element_size(), spec)
+    return total
+
+
+def gathers(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Node, float]]:
+    """Products of blocks whose operand is gathered in the forward, and what that takes in us."""
+    for edge in space.edges:
+        target = space.decisions[edge.target]
+        pair = choices[edge.source], choices[edge.target]
+        us = float(space.edge_costs(edge).forward_us[pair])
+        users = [target.node] if target.kind == "op" else list(target.node.users)
+        products = [n for n in users if n in space.profile and space.profile[n].forward.flops]
+        block = products and space.graph.info(products[0]).module.startswith("layers.")
+        before = space.decisions[edge.source].candidates[pair[0]].outputs[edge.result]
+        if block and us and not edge.weight and not before.partial:
+            yield products[0], us
+
+
+def attends(node: fx.Node) -> bool:
+    """Whether an operator makes scores of attention, or takes them."""
+    return any(_square(value) for value in (*node.all_input_nodes, node))
+
+
+def _square(node: fx.Node) -> bool:
+    """Whether a value is scores: [samples, heads, tokens, tokens]."""
+    value = node.meta["val"]
+    shape = shape_of(value[0] if isinstance(value, tuple | list) else value)
+    return len(shape) == 4 and shape[-1] == shape[-2]
+
+
+@cache
+def microbatch_of(key: Run) -> tuple[float, float, float, float]:
+    """Of a microbatch whose parameters are gathered: passes and exposed communication in us; the
+    optimizer's step in us; peak memory in bytes."""
+    space, choices = laid_out(key)
+    again_bytes = 0.0
+    if key.recompute in ("full", "half"):
+        again_bytes = recompute(space, choices, key.recompute)
+    liveness = Liveness(space, math.inf)
+    peak = estimate_memory(space, choices, liveness).total_bytes + again_bytes
+    peak += log_probabilities_bytes(space, choices)
+    time, step_us = estimate_time(space, choices, liveness), optimizer_us(space, choices)
+    again_us = sum(us for _, us in gathers(space, choices)) if again_bytes else 0.0
+    return time.compute_us - step_us, time.exposed_us + again_us, step_us, peak
+
+
+@cache
+def _graph(shape: ModelShape, samples: int, dtype: str, sums: str, master: bool) -> Any:
+    with torch.device("meta"):
+        model = Decoder(shape)
+        ids = torch.zeros(samples, shape.tokens, dtype=torch.int64)
+    precision = None
+    if master:
+        precision = Precision(dtype, "float32", sums or dtype)
+    else:
+        model = model.to(getattr(torch, dtype))
+    tracer = ColoTracer(precision=precision)
+    return model, tracer.trace(model, (), {"ids": ids, "labels": ids})
+
+
+def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
+    """The space of a microbatch on the mesh of a stage, and the choices of the baseline."""
+    problem = problem_of(key)
+    space = problem.space
+    if space.cluster.world_size == 1:
+        return space, tuple(problem.decide().choices)
+    (plan,) = baseline_plans(
+        space, named=_baseline(key), sequence=key.sequence,
+        gathers_again=key.sharded == "parameters",
+        mask=as_published(space, key),
+    )  # fmt: skip
+    return space, plan.choices
+
+
+def as_published(space: SearchSpace, key: Run) -> dict[int, np.ndarray]:
+    """By decision, the candidates that a framework has. With tensor parallelism it splits all
+    matrices of blocks and the vocabulary, whether or not that is faster. Unless a run says so, its
+    products do not run in steps beside their collective."""
+    mask = {}
+    tensor = len(space.mesh) - 1 if key.tensor > 1 else None
+    for i, d in enumerate(space.decisions):
+        allowed = np.ones(len(d.candidates), dtype=bool)
+        if d.kind == "op" and not key.asynchronous:
+            stepwise = {name for name, f in rule_of(d.node)[0].factors.items() if f.beside}
+            strategies = [c.strategy for c in d.candidates]
+            allowed = np.array([s is None or not stepwise & {*s.splits} for s in strategies])
+        if d.kind == "parameter" and tensor is not None:
+            name = space.graph.parameters[str(d.node.target)]
+            specs = [c.outputs[0] for c in d.candidates]
+            if name in ("embedding.weight", "head.weight"):
+                allowed = np.array([tensor in spec.dims[0] for spec in specs])
+            elif name.startswith("layers.") and len(specs[0].dims) == 2:
+                allowed = np.array([any(tensor in axes for axes in spec.dims) for spec in specs])
+        if not allowed.all():
+            mask[i] = allowed
+    return mask
+
+
+def recompute(space: SearchSpace, choices: Sequence[int], how: str) -> float:
+    """Let the backward of every block compute operators again, and keep less for it.
+
+    Args:
+        how: "full" keeps the input of a block; "half" also every second product and attention, as
+            torchtitan does per operator.
+
+    Returns:
+        bytes of what one block makes again, which is there while its backward runs.
+    """
+    again_bytes = 0.0
+    seen: dict[str, int] = {}
+    for i, d in enumerate(space.decisions):
+        module = space.graph.info(d.node).module if d.kind == "op" else ""
+        block = ".".join(module.split(".")[:2])
+        if not block.startswith("layers."):
+            continue
+        c = choices[i]
+        product = bool(space.profile[d.node].forward.flops)
+        first, number = block not in seen, seen.setdefault(block, 0)
+        seen[block] = number + product
+        kept = how == "half" and product and ("attention" in str(d.node.target) or number % 2 == 0)
+        held = 0.0
+        for value, spec in zip(results(d.node), d.candidates[c].outputs, strict=True):
+            if kept:
+                held += space.local_bytes(shape_of(value), value.element_size(), spec)
+        if first:
+            source, spec = operands(d.node)[0].meta["val"], d.candidates[c].inputs[0]
+            held += space.local_bytes(shape_of(source), source.element_size(), spec)
+        if block == "layers.0":
+            again_bytes += float(d.parts["activations_bytes"][c])
+        more = 0.0 if kept else d.parts["forward_us"]
+        parts = {key: d.parts[key] + more for key in ("compute_us", "backward_us")}
+        parts["activations_bytes"] = np.full(len(d.candidates), held)
+        space.decisions[i] = replace(d, parts={**d.parts, **parts})
+    return again_bytes
+
+
+def problem_of(key: Run) -> PlanningProblem:
+    model, graph = _graph(key.shape, key.microbatch * key.data, key.dtype, key.sums, key.master)
+    state = 2.0 if key.master else 6.0  # moments; and weights in float32
+    return build_problem(
+        model, graph=graph, cluster=cluster_of(key).of_a_stage(), optimizer_state=state
+    )
+
+
+def _baseline(key: Run) -> str:
+    if key.sharded and key.data > 1:
+        return "FSDP" if key.tensor == 1 else "Megatron TP, FSDP"
+    if key.tensor == 1:
+        return "DDP"
+    return "Megatron TP, data parallel" if key.data > 1 else "Megatron TP"
