@@ -59,6 +59,7 @@ class LowerOptions:
         parameters: their number; they are the first arguments.
         states_on: the tier of the optimizer's state; parameters and gradients are on the host
             between steps then. The device if empty.
+        donated: positions of the arguments that results may be written over.
         disable: names of passes to leave out (debugging).
         dump: folder for the graph before and after each pass.
     """
@@ -72,6 +73,7 @@ class LowerOptions:
     offloadable: Mapping[int, str] = field(default_factory=dict)
     parameters: int = 0
     states_on: str = ""
+    donated: frozenset[int] = frozenset()
     disable: frozenset[str] = frozenset()
     dump: Path | None = None
 
@@ -103,8 +105,17 @@ class LowerOptions:
             },
             parameters=len(graph.parameters),
             states_on=plan.states_on,
+            donated=frozenset(
+                k
+                for k, node in enumerate(_tensor_placeholders(graph))
+                if node.target in graph.donated
+            ),
             **options,
         )
+
+
+def _tensor_placeholders(graph: ModelGraph) -> list[fx.Node]:
+    return [n for n in graph.placeholders.values() if isinstance(n.meta["val"], torch.Tensor)]
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,8 @@ PIPELINE = (
           when=lambda o: not o.compile),
     Entry("split", overwrite,
           "a pointwise result can take its dying operand's memory; Inductor does this itself",
-          when=lambda o: not o.compile),
+          when=lambda o: not o.compile,
+          arguments=lambda o, joint: {"donated": o.donated}),
     Entry("split", functional_collectives,
           "torch's tools know `_c10d_functional` collectives",
           arguments=lambda o, _: {"mutate": not o.compile}),

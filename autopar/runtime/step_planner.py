@@ -50,9 +50,18 @@ class StepPlanner:
             self.pipeline = self.pipeline.as_in(plan)
 
     def decide(
-        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None
+        self,
+        graph: ModelGraph,
+        fixed: FixedLayouts,
+        alike: CompiledStep | None,
+        *,
+        forward: bool = False,
     ) -> StepPlan:
-        """The plan that was given, that of a step for other sizes, or a new one; on rank 0."""
+        """The plan that was given, that of a step for other sizes, or a new one; on rank 0.
+
+        Args:
+            forward: of a step that trains nothing.
+        """
         options, cluster = self.options, self.options.step.cluster.of_a_stage()
         if alike is not None and alike.memory is None:
             plan = replace(alike.plan, fingerprint=graph.fingerprint)
@@ -70,6 +79,7 @@ class StepPlanner:
             "graph": graph,
             "cluster": cluster,
             "fixed": fixed,
+            "forward": forward,
             **self._options,
         }
         if not options.step.lowered:

@@ -145,6 +145,13 @@ def _index_add(call: Call) -> OpRule:
     return call.bind(f"+ {target}, i, {added} -> {target}", linear=((0, 2),))
 
 
+def _index_copy(call: Call) -> OpRule:
+    """Rows of the second tensor replace those that the index says."""
+    names, dim = _dim_names(call)
+    target, copied = " ".join(names), " ".join([*names[:dim], "[i]", *names[dim + 1 :]])
+    return call.bind(f"{target}, [i], {copied} -> {target}", linear=((0, 2),))
+
+
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     # values are consumed in order, across all dims
     "aten.masked_scatter.default": Row("..., ..., ... -> ...", linear=((0, 2),))
@@ -156,6 +163,7 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
     "aten.index_add.default": _index_add,
+    "aten.index_copy.default": _index_copy,
     "aten.slice_scatter.default": _write,
     "aten.select_scatter.default": _write,
     **{
