@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from autopar.errors import EngineError
 from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.runtime.call import Call
+from autopar.runtime.distribute import shard_of
 from autopar.runtime.donated_inputs import DonatedInput
 
 ARGUMENT = "past_key_values"
@@ -72,8 +75,8 @@ class CacheTensors:
         tensors: keys and values of each layer in turn; empty until the batch is known.
     """
 
-    def __init__(self, layouts: CacheLayouts, length: int, mesh: Sequence[int]) -> None:
-        self.layouts, self._mesh = layouts, tuple(mesh)
+    def __init__(self, layouts: CacheLayouts, length: int, mesh: DeviceMesh) -> None:
+        self.layouts, self._mesh = layouts, mesh
         self.length = -(-(length + 1) // _LENGTHS) * _LENGTHS
         self.tokens = 0
         self.tensors: list[DonatedInput] = []
@@ -117,7 +120,7 @@ class CacheTensors:
         specs = specs or [None] * len(shapes)
         for (shape, dtype), spec in zip(shapes, specs, strict=True):
             fits = spec is not None and all(
-                fills_every_rank(n, axes, self._mesh)
+                fills_every_rank(n, axes, tuple(self._mesh.shape))
                 for n, axes in zip(shape, spec.dims, strict=True)
             )
             self.tensors.append(DonatedInput.of(shape, dtype, spec if fits else None))
@@ -129,20 +132,30 @@ class CacheTensors:
             self.layouts.specs = [x.spec for x in self.tensors if x.spec is not None]
 
     def reorder(self, index: torch.Tensor) -> None:
-        """Take the sequences of these numbers, as beam search does.
-
-        Raises:
-            EngineError: sequences lie on different ranks.
-        """
+        """Take the sequences of these numbers, as beam search does; on all ranks."""
         for x in self.tensors:
             assert x.spec is not None
             assert x.local is not None
-            if x.spec.dims[0]:
-                raise EngineError(
-                    f"beam search exchanges sequences, and the plan splits them over ranks "
-                    f"({x.spec}); plan with constraints that keep them whole"
-                )
-            x.local = x.local.index_select(0, index.to(x.local.device))
+            local = x.local
+            coords = self._mesh.get_coordinate()
+            assert coords is not None, "the mesh is over all processes"
+            batch = ShardingSpec((x.spec.dims[0], *[()] * (x.ndim - 1)))
+            if x.spec.dims[0]:  # sequences go from rank to rank
+                local = _gathered(local, x.shape[0], batch, self._mesh)
+            local = local.index_select(0, index.to(local.device))
+            x.local = shard_of(local, batch, tuple(self._mesh.shape), tuple(coords)).contiguous()
+
+
+def _gathered(
+    local: torch.Tensor, batch: int, spec: ShardingSpec, mesh: DeviceMesh
+) -> torch.Tensor:
+    """All sequences of what a rank holds of them."""
+    shape = torch.Size((batch, *local.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    split = DTensor.from_local(
+        local, mesh, spec.to_placements(mesh.ndim), run_check=False, shape=shape, stride=stride
+    )
+    return split.full_tensor()
 
 
 def sharded(cache: Any) -> CacheTensors | None:

@@ -103,6 +103,9 @@ class StepPlanner:
             nodes = graph.compute_nodes()
             chosen = ((n, strategy_by_name(n, plan.mesh, plan.choices[n.name])) for n in nodes)
             serves = all(fixed.allows_strategy(n, strategy) for n, strategy in chosen)
+            names = [name for name in graph.inputs if name is not None]
+            held = zip(names, fixed.inputs or (), strict=False)
+            serves &= all(spec is None or plan.choices[n] == str(spec) for n, spec in held)
         except PlanError as error:
             log.info("%s", error)
             serves = False

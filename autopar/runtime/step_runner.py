@@ -110,7 +110,7 @@ class StepRunner:
                 "generate() runs on the same batch on all ranks, and batch='local' was asked for; "
                 "leave that out of auto_engine"
             )
-        return CacheTensors(self._caches, length, self._compiler.options.step.cluster.mesh)
+        return CacheTensors(self._caches, length, self._compiler.mesh)
 
     def plan_with_cache(self, **kwargs: Any) -> None:
         """Plan the program of a call with a cache, without running it."""
@@ -124,6 +124,10 @@ class StepRunner:
     ) -> Call:
         argument = cache.argument(self.model, _tokens(args, kwargs))
         return Call.of(args, {**kwargs, CACHE: argument})
+
+    def forget_programs(self) -> None:
+        """Compile anew what is called next: layers were replaced, whose memory programs hold."""
+        self._choice = StepChoice(self._compiler, self._agreement)
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
