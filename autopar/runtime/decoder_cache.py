@@ -169,6 +169,18 @@ def decoder_cache(model: torch.nn.Module, tensors: CacheTensors) -> Any:
     return _classes().held(model, tensors)
 
 
+def call_with(cache: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A call with the argument of a cache; quick, as it is made for every token."""
+    kwargs = {**kwargs, ARGUMENT: cache}
+    plain = (torch.Tensor, bool, int, float, str, type(None))
+    if not all(isinstance(x, plain) for x in (*args, *kwargs.values()) if x is not cache):
+        return Call.of(args, kwargs)
+    leaves: list[Any] = list(args)
+    for x in kwargs.values():
+        leaves += [cache["tokens"], *cache["tensors"]] if x is cache else [x]
+    return Call(args, kwargs, leaves, (len(args), len(cache["tensors"]), *kwargs))
+
+
 @contextmanager
 def with_cache(model: torch.nn.Module, call: Call) -> Iterator[None]:
     """While on, calling the model with the tensors of a cache gives its results, and the tensors

@@ -91,7 +91,8 @@ def lay_out_donated(tensors: Sequence[torch.Tensor], specs: Sequence[ShardingSpe
 
 
 def with_donations(graph: ModelGraph, leaves: Sequence[Any]) -> ModelGraph:
-    """A graph whose last results take the memory of the donated inputs, in their order.
+    """A graph whose results `(results, [tensor, ...])` are the results alone; the tensors behind
+    them take the memory of the donated inputs, in their order.
 
     Args:
         leaves: the flattened inputs.
@@ -101,12 +102,19 @@ def with_donations(graph: ModelGraph, leaves: Sequence[Any]) -> ModelGraph:
         for name, x in zip(graph.inputs, leaves, strict=True)
         if name is not None and isinstance(x, DonatedInput)
     ]
+    if not names:
+        return graph
     end = len(graph.mutations) + graph.out_spec.num_leaves
-    return replace(graph, donated=dict(zip(names, range(end - len(names), end), strict=True)))
+    donated = dict(zip(names, range(end - len(names), end), strict=True))
+    results, tensors = graph.out_spec.children()
+    assert tensors.num_leaves == len(names)
+    return replace(graph, donated=donated, out_spec=results)
 
 
-def take_back(graph: ModelGraph, leaves: Sequence[Any], results: Sequence[torch.Tensor]) -> None:
-    """Let donated inputs hold the results that a run has written to them.
+def take_back(
+    graph: ModelGraph, leaves: Sequence[Any], results: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Let donated inputs hold the results that a run has written to them; the other results.
 
     Args:
         results: of the program.
@@ -114,3 +122,5 @@ def take_back(graph: ModelGraph, leaves: Sequence[Any], results: Sequence[torch.
     for name, x in zip(graph.inputs, leaves, strict=True):
         if isinstance(x, DonatedInput) and name is not None:
             x.local = results[graph.donated[name]]
+    taken = set(graph.donated.values())
+    return [x for k, x in enumerate(results) if k not in taken]

@@ -21,7 +21,7 @@ from autopar.runtime.bound_step import BoundStep, WholeResult
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.call import Call
 from autopar.runtime.decoder_cache import ARGUMENT as CACHE
-from autopar.runtime.decoder_cache import CacheLayouts, CacheTensors, sharded
+from autopar.runtime.decoder_cache import CacheLayouts, CacheTensors, call_with, sharded
 from autopar.runtime.deferred_result import DeferredResult
 from autopar.runtime.distribute import shards
 from autopar.runtime.donated_inputs import take_back
@@ -122,8 +122,7 @@ class StepRunner:
     def _call_with(
         self, cache: CacheTensors, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Call:
-        argument = cache.argument(self.model, _tokens(args, kwargs))
-        return Call.of(args, {**kwargs, CACHE: argument})
+        return call_with(cache.argument(self.model, _tokens(args, kwargs)), args, kwargs)
 
     def forget_programs(self) -> None:
         """Compile anew what is called next: layers were replaced, whose memory programs hold."""
@@ -169,7 +168,7 @@ class StepRunner:
                     "a cache of generate() is for calls without gradients; make the call within "
                     "torch.no_grad()"
                 )
-            results, _ = self._run(self._call_with(cache, args, kwargs))
+            results = self._run(self._call_with(cache, args, kwargs))
             cache.written(_tokens(args, kwargs).shape[1])
             results[CACHE] = kwargs[CACHE]
             return results
@@ -195,14 +194,14 @@ class StepRunner:
         flat, mutated = self._flat(step, call, values)
         with self._common_draws(graph):
             results = list(step.train(*flat) if trains else step.evaluate(*shards(flat)))
-        if graph.donated:
-            take_back(graph, call.leaves, results)
         count = len(mutated)
         if mutated:
             with torch.no_grad():
                 copy_all(mutated, results[:count])
         for position, whole in step.whole_results.items():
             results[position] = self._deferred(results[position], position - count, whole)
+        if graph.donated:
+            results = take_back(graph, call.leaves, results)
         given = step.layout.give(results[count:])
         if step.compiled.lowered is not None and trains:
             for position in step.feeding:
