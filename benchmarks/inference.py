@@ -1,28 +1,32 @@
 """Generation: tokens per second and memory, against transformers' own tensor parallelism.
 
 A Llama with grouped heads and random weights generates greedily from a prompt, with one sequence
-and with a batch. Contestants run in the same processes, which hold one model after the other from
-one file, and take turns: `tp_plan="auto"` of transformers (on one process its plain model), with
-its dynamic cache and with its static one, and autopar. transformers has no int8 of its own on CPUs,
-so autopar's int8 is measured beside its bfloat16. Seconds are those of the slowest rank, bytes those
-of the fullest: parameters and buffers, and what is alive while it generates.
+and with a batch. Contestants run in the same processes, read the same file and take turns:
+`tp_plan="auto"` of transformers (on one process its plain model), with its dynamic cache and with
+its static one, and autopar. transformers has no int8 of its own on CPUs, so autopar's int8 is
+measured beside its bfloat16. Seconds are those of the slowest rank; bytes are those of the fullest:
+parameters and buffers, and what else is alive while it generates. Ratios are medians over rounds,
+to the faster of transformers' caches and to the smaller.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
+import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import answer, turns
+from benchmarks.common import Row, answer, finish, machine, on_ranks, parser, turns
 
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
@@ -35,13 +39,13 @@ class Case:
     """
     Args:
         dtype: of `DTYPES`.
-        batch: sequences.
+        batches: numbers of sequences, one after the other.
         tokens: that each generates.
         rounds: of turns.
     """
 
     dtype: str
-    batch: int
+    batches: tuple[int, ...]
     tokens: int
     rounds: int
 
@@ -66,33 +70,30 @@ class Contestant:
     model: Any
     options: Mapping[str, Any]
 
-    def generate(self, case: Case) -> torch.Tensor:
+    def generate(self, batch: int, tokens: int) -> torch.Tensor:
         """The tokens, [batch, prompt + tokens]."""
-        ids = torch.randint(
-            2, 8000, (case.batch, _PROMPT), generator=torch.Generator().manual_seed(3)
-        )
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(2, 8000, (batch, _PROMPT), generator=generator)
         result: torch.Tensor = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            min_new_tokens=case.tokens, max_new_tokens=case.tokens, **self.options,
+            min_new_tokens=tokens, max_new_tokens=tokens, **self.options,
         )  # fmt: skip
         return result
 
     def held_bytes(self) -> int:
-        """Of parameters and buffers on this rank, each once."""
+        """Of parameters and buffers on this rank, each once. transformers' shards on CPUs are views
+        of whole tensors; only what they show is counted, as on a device that they are copied to."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         local = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
-        return sum(
-            {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in local}.values()
-        )
+        return sum({x.data_ptr(): x.nbytes for x in local}.values())
 
-    def peak_bytes(self, case: Case) -> int:
+    def peak_bytes(self, batch: int, tokens: int) -> int:
         from autopar.testing.live_memory import LiveMemory
 
         gc.collect()
-        held = self.held_bytes()
         with LiveMemory() as live:
-            self.generate(case)
-        return held + live.peak
+            self.generate(batch, tokens)
+        return self.held_bytes() + live.peak
 
 
 def theirs(folder: str, dtype: torch.dtype, name: str) -> Contestant:
@@ -104,60 +105,102 @@ def theirs(folder: str, dtype: torch.dtype, name: str) -> Contestant:
     return Contestant(name, model, static)
 
 
-def ours(folder: str, case: Case) -> Contestant:
+def ours(folder: str, dtype: str) -> Contestant:
     import transformers as hf
 
     import autopar
 
-    config = hf.AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = hf.LlamaForCausalLM(config).to(DTYPES[case.dtype]).eval()
-    if case.dtype == "int8":
-        model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        model = autopar.quantize(model, "int8")
-        folder = None
+    with autopar.deferred_init():
+        config = hf.AutoConfig.from_pretrained(folder)
+        model = hf.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    weights: str | None = folder
+    if dtype == "int8":  # rounded before it is planned
+        model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        model, weights = autopar.quantize(model, "int8"), None
     engine, _ = autopar.auto_engine(
-        model, None, str(dist.get_world_size()), weights=folder, progress=False
+        model.eval(), None, str(dist.get_world_size()), weights=weights, progress=False
     )
     return Contestant("autopar", engine, {})
 
 
-def measure(folder: str, case: Case) -> dict[str, Any]:
-    racing = [theirs(folder, DTYPES[case.dtype], name) for name in THEIRS]
-    racing.append(ours(folder, case))
-    tokens = [c.generate(case) for c in racing]  # plans and compiles
-    agree = [float((t == tokens[0]).float().mean()) for t in tokens]
+def measure(racing: list[Contestant], batch: int, case: Case) -> dict[str, Any]:
+    """Seconds of the slowest rank per round and contestant, and bytes of the fullest."""
+    tokens = [c.generate(batch, case.tokens) for c in racing]  # plans and compiles
     for c in racing:
-        c.generate(case)
+        c.generate(batch, case.tokens)
     times = torch.zeros(case.rounds, len(racing))
     for k, order in enumerate(turns(len(racing), case.rounds)):
         gc.collect()
         for who in order:
             dist.barrier()
             begin = time.perf_counter()
-            racing[who].generate(case)
+            racing[who].generate(batch, case.tokens)
             times[k, who] = time.perf_counter() - begin
     dist.all_reduce(times, dist.ReduceOp.MAX)
-    peaks = torch.tensor([c.peak_bytes(case) for c in racing], dtype=torch.float64)
-    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    peaks = [c.peak_bytes(batch, case.tokens) for c in racing]
+    most = torch.tensor(peaks, dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
     return {
-        "names": [c.name for c in racing],
         "seconds": times.tolist(),
-        "peaks": peaks.tolist(),
-        "agree": agree,
-        "programs": len(racing[-1].model.steps),
+        "peaks": most.tolist(),
+        "same": float((tokens[-1] == tokens[0]).float().mean()),
     }
 
 
-def run_rank(folder: str, case: str) -> None:
+def run_rank(folder: str, case: Case) -> None:
+    """One rank; rank 0 answers."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    measured = measure(folder, Case(**json.loads(case)))
+    racing = [theirs(folder, DTYPES[case.dtype], name) for name in THEIRS]
+    racing.append(ours(folder, case.dtype))
+    measured = {str(batch): measure(racing, batch, case) for batch in case.batches}
     if dist.get_rank() == 0:
         answer(measured)
     dist.destroy_process_group()
 
 
+def rows_of(name: str, batch: int, tokens: int, measured: Mapping[str, Any]) -> list[Row]:
+    seconds, peaks = measured["seconds"], measured["peaks"]
+    ratios = [own / min(other) for *other, own in seconds]
+    best = [min(column) for column in zip(*seconds, strict=True)]
+    count = batch * tokens
+    return [
+        Row(name, "tokens per second, transformers", count / min(best[:-1]), "1/s"),
+        Row(name, "tokens per second, autopar", count / best[-1], "1/s"),
+        Row(name, "time / transformers'", statistics.median(ratios), "", 1.0),
+        Row(name, "memory, transformers", min(peaks[:-1]) / MIB, "MiB"),
+        Row(name, "memory, autopar", peaks[-1] / MIB, "MiB"),
+        Row(name, "memory / transformers'", peaks[-1] / min(peaks[:-1]), "", 1.0),
+        Row(name, "tokens that are the same", 100 * measured["same"], "%"),
+    ]
+
+
+def main(options: argparse.Namespace) -> int:
+    quick = options.quick
+    ranks, dtypes = ((2,), ("float32",)) if quick else ((1, 2, 4), tuple(DTYPES))
+    batches, tokens, rounds = ((2,), 8, 2) if quick else ((1, 8), 32, 7)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder, quick=quick)
+        for count in ranks:
+            for dtype in dtypes:
+                case = Case(dtype, batches, tokens, rounds)
+                job = json.dumps(asdict(case))
+                measured = on_ranks("benchmarks.inference", count, folder, job)
+                for batch in batches:
+                    name = f"{count} ranks, {dtype}, {batch} sequences"
+                    rows += rows_of(name, batch, tokens, measured[str(batch)])
+                    print(*(f"{r.metric}: {r.value:.2f}" for r in rows[-7:]), sep="; ", flush=True)
+    ahead = sum(row.ok is True for row in rows)
+    targets = sum(row.target is not None for row in rows)
+    headline = f"ahead of transformers' tensor parallelism in {ahead} of {targets} ratios"
+    return finish(f"Generation ({machine()})", rows, headline, options.json)
+
+
 if __name__ == "__main__":
-    run_rank(sys.argv[2], sys.argv[3])
+    if sys.argv[1:2] == ["--rank"]:
+        fields = json.loads(sys.argv[3])
+        run_rank(sys.argv[2], Case(**{**fields, "batches": tuple(fields["batches"])}))
+    else:
+        sys.exit(main(parser(__doc__).parse_args()))

@@ -59,14 +59,12 @@ def whole_products(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _as_linear(graph: fx.Graph, node: fx.Node) -> None:
-    *bias, rows, transposed = node.args
-    if node.kwargs or len(node.users) != 1 or not isinstance(transposed, fx.Node):
+    arguments: Any = node.args
+    *bias, flat, transposed = arguments
+    if node.kwargs or len(node.users) != 1 or transposed.target is not aten.t.default:
         return
     (result,) = node.users
-    flat: Any = rows
-    if transposed.target is not aten.t.default or result.target not in _VIEWS:
-        return
-    if flat.target not in _VIEWS:
+    if flat.target not in _VIEWS or result.target not in _VIEWS:
         return
     x, weight = flat.args[0], transposed.args[0]
     shape = (*x.meta["val"].shape[:-1], weight.meta["val"].shape[0])

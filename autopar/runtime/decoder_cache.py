@@ -256,7 +256,7 @@ def _classes() -> types.SimpleNamespace:
     """Caches of transformers', which is optional."""
     from transformers.cache_utils import Cache, StaticLayer
 
-    class _Layer(StaticLayer):  # type: ignore[misc]
+    class _Layer(StaticLayer):
         """A layer of all positions, whatever part of them a mask shows."""
 
         def __init__(self, kind: str, length: int) -> None:
@@ -310,7 +310,7 @@ def _classes() -> types.SimpleNamespace:
             self.shape = CacheShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
             return keys, values
 
-    class DecoderCache(Cache):  # type: ignore[misc]
+    class DecoderCache(Cache):
         """A cache that lies on the ranks as the plan says; `generate` makes it."""
 
         def __init__(self, model: Any, tensors: CacheTensors) -> None:
@@ -323,7 +323,7 @@ def _classes() -> types.SimpleNamespace:
         def reset(self) -> None:
             self.sharded.tokens = 0
 
-    class _TracedCache(Cache):  # type: ignore[misc]
+    class _TracedCache(Cache):
         def __init__(self, model: Any, given: Mapping[str, Any]) -> None:
             tensors = given["tensors"]
             pairs = zip(layer_types(model), tensors[::2], tensors[1::2], strict=True)
@@ -332,7 +332,7 @@ def _classes() -> types.SimpleNamespace:
         def written(self) -> list[Any]:
             return [x for layer in self.layers for x in (layer.keys, layer.values)]
 
-    class _Probe(Cache):  # type: ignore[misc]
+    class _Probe(Cache):
         def __init__(self, model: Any) -> None:
             super().__init__(layers=[_ProbeLayer(kind, 1) for kind in layer_types(model)])
 

@@ -29,7 +29,7 @@ class DonatedInput(torch.Tensor):
 
     spec: ShardingSpec | None
     local: torch.Tensor | None
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(shape: Sequence[int], dtype: torch.dtype, spec: ShardingSpec | None) -> DonatedInput:
