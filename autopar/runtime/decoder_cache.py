@@ -171,7 +171,8 @@ def decoder_cache(model: torch.nn.Module, tensors: CacheTensors) -> Any:
 
 def call_with(cache: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """A call with the argument of a cache; quick, as it is made for every token."""
-    kwargs = {**kwargs, ARGUMENT: cache}
+    # export knows no dynamic sizes beside arguments that a forward takes by `**`, as this one
+    kwargs = {k: v for k, v in kwargs.items() if k != "return_dict"} | {ARGUMENT: cache}
     plain = (torch.Tensor, bool, int, float, str, type(None))
     if not all(isinstance(x, plain) for x in (*args, *kwargs.values()) if x is not cache):
         return Call.of(args, kwargs)
@@ -192,9 +193,10 @@ def with_cache(model: torch.nn.Module, call: Call) -> Iterator[None]:
     own = model.__dict__.get("forward")
     forward = type(model).forward
 
+    @functools.wraps(forward)
     def traced(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache = _classes().traced(self, kwargs[ARGUMENT])
-        results = forward(self, *args, **{**kwargs, ARGUMENT: cache})
+        results = forward(self, *args, **{**kwargs, ARGUMENT: cache, "return_dict": True})
         kept = {k: v for k, v in results.items() if k != ARGUMENT}
         return type(results)(**kept), cache.written()
 

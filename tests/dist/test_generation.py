@@ -18,7 +18,7 @@ CLOSE = 1e-5
 def test_tokens_of_two_ranks(pair, family, cache):
     for answer in pair.run(tasks.same_tokens, "2", family, cache):
         assert max(answer["gaps"].values()) < CLOSE
-        assert answer["programs"] == 6  # of a prompt and of a token: two batches, with padding
+        assert answer["programs"] <= 6  # of a prompt and of a token: two batches, with padding
         assert answer["forwards"]
         if cache != "RRS0R":  # what is split by tokens is gathered to be written
             assert answer["copies"] == 0
