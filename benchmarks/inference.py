@@ -51,7 +51,7 @@ class Case:
 
 
 def save(folder: str, *, quick: bool) -> None:
-    """A model in safetensors, in float32."""
+    """A model in safetensors, in a folder per dtype."""
     import transformers as hf
 
     torch.manual_seed(0)
@@ -61,7 +61,9 @@ def save(folder: str, *, quick: bool) -> None:
         num_attention_heads=8, num_key_value_heads=4, vocab_size=8192, max_position_embeddings=512,
         initializer_range=0.1, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    hf.LlamaForCausalLM(config).save_pretrained(folder)
+    model = hf.LlamaForCausalLM(config)
+    for dtype in ("float32", "bf16"):
+        model.to(DTYPES[dtype]).save_pretrained(f"{folder}/{dtype}")
 
 
 @dataclass
@@ -187,7 +189,8 @@ def main(options: argparse.Namespace) -> int:
             for dtype in dtypes:
                 case = Case(dtype, batches, tokens, rounds)
                 job = json.dumps(asdict(case))
-                measured = on_ranks("benchmarks.inference", count, folder, job)
+                file = f"{folder}/{'float32' if dtype == 'float32' else 'bf16'}"
+                measured = on_ranks("benchmarks.inference", count, file, job)
                 for batch in batches:
                     name = f"{count} ranks, {dtype}, {batch} sequences"
                     rows += rows_of(name, batch, tokens, measured[str(batch)])

@@ -20,6 +20,7 @@ _LIBRARY.define("int8_mm(Tensor input, Tensor weight) -> Tensor")
 
 # Rows of the input up to which the packed kernel of CPUs is faster than a product in bfloat16.
 _PACKED_ROWS = 4
+_PACKED_MULTIPLE = 32  # of columns; the kernel reads past the end of others
 # Of a weight, that are in the dtype of the input at a time: they stay in the cache.
 _CONVERTED_BYTES = 2**19
 # What cuBLAS wants of products of 8-bit integers.
@@ -38,7 +39,8 @@ def _int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
         [*b, n], of the dtype of x.
     """
     rows = math.prod(x.shape[:-1])
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= _PACKED_ROWS:
+    packed = x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= _PACKED_ROWS
+    if packed and x.shape[-1] % _PACKED_MULTIPLE == 0:
         ones = torch.ones_like(scale)  # rounded once, after the sum
         flat = x.reshape(rows, x.shape[-1]).contiguous()
         out = torch.ops.aten._weight_int8pack_mm(flat, weight.contiguous(), ones)
