@@ -180,8 +180,8 @@ def rows_of(name: str, batch: int, tokens: int, measured: Mapping[str, Any]) -> 
 
 def main(options: argparse.Namespace) -> int:
     quick = options.quick
-    ranks, dtypes = ((2,), ("float32",)) if quick else ((1, 2, 4), tuple(DTYPES))
-    batches, tokens, rounds = ((2,), 8, 2) if quick else ((1, 8), 32, 7)
+    ranks, dtypes = ((2,), ("float32",)) if quick else ((2, 1, 4), tuple(DTYPES))
+    batches, tokens, rounds = ((2,), 8, 2) if quick else ((1, 8), 24, 5)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         save(folder, quick=quick)

@@ -20,8 +20,9 @@ def test_tokens_of_two_ranks(pair, family, cache):
         assert max(answer["gaps"].values()) < CLOSE
         assert answer["programs"] <= 6  # of a prompt and of a token: two batches, with padding
         assert answer["forwards"]
-        if cache != "RRS0R":  # what is split by tokens is gathered to be written
-            assert answer["copies"] == 0
+        assert answer["copies"] == 0  # caches are written in place
+        if cache == "RRS0R":
+            assert answer["attention"] == "keys"
         assert answer["caches"] == {cache} if cache else "RRRR" not in answer["caches"]
 
 

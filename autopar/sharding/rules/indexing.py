@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from autopar.sharding.lowerings.rows import copy_own_rows
 from autopar.sharding.rule import OpRule, Row, Shape
 from autopar.sharding.rules.call import Call
 
@@ -146,10 +147,14 @@ def _index_add(call: Call) -> OpRule:
 
 
 def _index_copy(call: Call) -> OpRule:
-    """Rows of the second tensor replace those that the index says."""
+    """Rows of the second tensor replace those that the index says; a rank that has a part of the
+    rows takes those that are its own."""
     names, dim = _dim_names(call)
-    target, copied = " ".join(names), " ".join([*names[:dim], "[i]", *names[dim + 1 :]])
-    return call.bind(f"{target}, [i], {copied} -> {target}", linear=((0, 2),))
+    copied = " ".join([*names[:dim], "[i]", *names[dim + 1 :]])
+    rows = [*names[:dim], "rows:lowered", *names[dim + 1 :]]
+    given = " ".join(n.removesuffix(":lowered") for n in rows)
+    notation = f"{' '.join(rows)}, [i], {copied} -> {given}"
+    return call.bind(notation, linear=((0, 2),), lowering=copy_own_rows)
 
 
 ROWS: dict[str, Row | tuple[Row, ...]] = {

@@ -88,6 +88,8 @@ def _grouped_mm(draw: Draw) -> Arguments:
 def _attention(draw: Draw) -> Arguments:
     batch, heads, groups = draw.size(), draw.size(), draw.integer(1, 3)
     q, k, d, e = draw.size(), draw.size(), draw.size(), draw.size()
+    if draw.chance(15):  # a token to a cache
+        q, k = 1, draw.integer(8, 12)
     kind = draw.integer(0, 9)
     causal = kind < 3
     kwargs: dict[str, Any] = {"is_causal": True} if causal else {}
