@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar.errors import EngineError
+from autopar.ir.precision import Precision
 from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import shard_of
@@ -52,12 +53,16 @@ class CacheShape:
 class CacheLayouts:
     """Of the caches of one engine: all have the shapes per layer and the layouts of the first.
 
+    Args:
+        precision: policy of the engine; keys and values are in its dtype of compute.
+
     Attributes:
         shapes: per layer; empty until they are known.
         specs: of keys and values, in turn; empty until a program was planned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, precision: Precision | None = None) -> None:
+        self.precision = precision
         self.shapes: list[CacheShape] = []
         self.specs: list[ShardingSpec] = []
 
@@ -115,8 +120,11 @@ class CacheTensors:
         specs: list[ShardingSpec | None] = list(self.layouts.specs)
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
         for s in self.layouts.shapes:
+            dtype = s.dtype
+            if self.layouts.precision is not None:
+                dtype = self.layouts.precision.input_dtype(torch.empty(0, dtype=dtype))
             for width in (s.key_dim, s.value_dim):
-                shapes.append(((batch, s.heads, self.length, width), s.dtype))
+                shapes.append(((batch, s.heads, self.length, width), dtype))
         specs = specs or [None] * len(shapes)
         for (shape, dtype), spec in zip(shapes, specs, strict=True):
             fits = spec is not None and all(

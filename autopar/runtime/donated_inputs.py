@@ -121,6 +121,7 @@ def take_back(
     """
     for name, x in zip(graph.inputs, leaves, strict=True):
         if isinstance(x, DonatedInput) and name is not None:
-            x.local = results[graph.donated[name]]
+            # a policy may have another dtype for results
+            x.local = results[graph.donated[name]].to(x.dtype)
     taken = set(graph.donated.values())
     return [x for k, x in enumerate(results) if k not in taken]

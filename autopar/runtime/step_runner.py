@@ -57,7 +57,7 @@ class StepRunner:
         self._seed = seed
         self._agreement = Agreement(compiler.device, same_batches=same_batches)
         self._choice = StepChoice(compiler, self._agreement)
-        self._caches = CacheLayouts()
+        self._caches = CacheLayouts(compiler.options.precision)
         if same_batches:  # what the caller computes with parameters is replicated
             dtensor_rules.replicate_plain_tensors()
         dtensor_rules.install(compiler.device.type)
