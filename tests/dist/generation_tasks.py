@@ -67,11 +67,13 @@ def same_tokens(mesh: str, family: str, cache: str | None) -> dict[str, Any]:
     """
     alone = language_model(family)
     constraints = {} if cache is None else {_CACHE: cache}
+    cluster: Any = eager_to_shard(mesh)
+    longest = {}
+    if cache == "RRS0R":  # long enough that nobody gathers it, over links as they are
+        cluster, longest = mesh, {"max_cache_len": 16000}
     engine, _ = auto_engine(
-        language_model(family), None, eager_to_shard(mesh), constraints=constraints, progress=False
+        language_model(family), None, cluster, constraints=constraints, progress=False
     )
-    # long enough that nobody gathers it
-    longest = {"max_cache_len": 4000} if cache == "RRS0R" else {}
     gaps = {}
     for lengths in ((7, 7, 7, 7), (3, 7, 6, 5)):
         for name, how in HOW.items():
