@@ -55,7 +55,32 @@ def whole_products(gm: fx.GraphModule) -> fx.GraphModule:
     for target in (aten.mm.default, aten.addmm.default):
         for node in graph.find_nodes(op="call_function", target=target):
             _as_linear(graph, node)
+    for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        _without_batch(graph, node)
     return gm
+
+
+def _without_batch(graph: fx.Graph, node: fx.Node) -> None:
+    """A product of rows that are not dense with a weight that is repeated for each of the batch,
+    which kernels copy: of dense rows with the one weight."""
+    arguments: Any = node.args
+    rows, weights = arguments
+    if rows.target is not aten.expand.default or weights.target is not aten.expand.default:
+        return
+    x, transposed = rows.args[0], weights.args[0]
+    if transposed.target is not aten.t.default or x.meta["val"].shape != rows.meta["val"].shape:
+        return
+    with graph.inserting_before(node):
+        dense = graph.call_function(
+            aten.clone.default, (x,), {"memory_format": torch.contiguous_format}
+        )
+        linear = graph.call_function(aten.linear.default, (dense, transposed.args[0]))
+    dense.meta, linear.meta = dict(x.meta), dict(node.meta)
+    dense.meta["val"] = x.meta["val"].contiguous()
+    node.replace_all_uses_with(linear)
+    for unused in (node, rows, weights, transposed):
+        if not unused.users:
+            graph.erase_node(unused)
 
 
 def _as_linear(graph: fx.Graph, node: fx.Node) -> None:
@@ -67,6 +92,8 @@ def _as_linear(graph: fx.Graph, node: fx.Node) -> None:
     if flat.target not in _VIEWS or result.target not in _VIEWS:
         return
     x, weight = flat.args[0], transposed.args[0]
+    if not x.meta["val"].is_contiguous():  # torch would repeat the weight for a batched product
+        return
     shape = (*x.meta["val"].shape[:-1], weight.meta["val"].shape[0])
     if tuple(result.meta["val"].shape) != shape or (bias and bias[0].meta["val"].ndim != 1):
         return
