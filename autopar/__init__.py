@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from autopar.compile import autoplan
     from autopar.ir.precision import Precision
     from autopar.plan import ShardingPlan
+    from autopar.quantization import quantize
     from autopar.runtime.auto_engine import auto_engine
     from autopar.runtime.deferred_init import deferred_init
     from autopar.tracer import ColoTracer
@@ -22,6 +23,7 @@ __all__ = [
     "auto_engine",
     "autoplan",
     "deferred_init",
+    "quantize",
 ]
 
 # Imported at first use: `autopar --help` should not wait for torch.
@@ -33,6 +35,7 @@ _HOMES = {
     "auto_engine": "autopar.runtime.auto_engine",
     "autoplan": "autopar.compile",
     "deferred_init": "autopar.runtime.deferred_init",
+    "quantize": "autopar.quantization",
 }
 
 

@@ -66,6 +66,9 @@ class ModelGraph:
         casts: by placeholder name, arguments that the caller holds in another dtype than that of
             the placeholder, or whose gradients are summed in another one.
         precision: the policy that it was captured under.
+        donated: by placeholder name, inputs whose memory the caller gives to a result (a cache of
+            keys and values), and the position of that result among the outputs. Both have one
+            layout, and stay sharded.
     """
 
     gm: fx.GraphModule
@@ -84,6 +87,7 @@ class ModelGraph:
     numbers: Numbers = field(default_factory=Numbers)
     casts: Mapping[str, Cast] = field(default_factory=dict)
     precision: Precision | None = None
+    donated: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:

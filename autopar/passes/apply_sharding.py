@@ -358,6 +358,7 @@ class _Rewriter:
         """Return the results; the layouts of deferred ones, and of all."""
         flat: list[Any] = []
         buffers = len(self.graph.mutations)
+        donated = {position: name for name, position in self.graph.donated.items()}
         waiting = deferred_results(self.graph) if output_specs is None else frozenset()
         deferred: dict[int, ShardingSpec] = {}
         given: dict[int, ShardingSpec] = {}
@@ -368,7 +369,9 @@ class _Rewriter:
                 flat.append(value)
                 continue
             spec = ShardingSpec.replicated(value.meta["val"].ndim)
-            if output_specs is not None and i >= buffers:
+            if i in donated:
+                spec = self._placeholder_spec(self.graph.placeholders[donated[i]])
+            elif output_specs is not None and i >= buffers:
                 spec = next(remaining)
             elif i in waiting:
                 spec = deferred[i] = self._most_split(*producer(value))

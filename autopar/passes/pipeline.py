@@ -27,6 +27,7 @@ from autopar.passes.async_sums import early_sums, returned_sums
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.drop_views import drop_views
 from autopar.passes.fetch_parameters import fetch_parameters
+from autopar.passes.few_operators import share_equal_operators, whole_products
 from autopar.passes.fill_concatenations import fill_concatenations
 from autopar.passes.functional_collectives import functional_collectives
 from autopar.passes.overlap import overlap_collectives
@@ -59,6 +60,7 @@ class LowerOptions:
         parameters: their number; they are the first arguments.
         states_on: the tier of the optimizer's state; parameters and gradients are on the host
             between steps then. The device if empty.
+        donated: positions of the arguments that results may be written over.
         disable: names of passes to leave out (debugging).
         dump: folder for the graph before and after each pass.
     """
@@ -72,6 +74,7 @@ class LowerOptions:
     offloadable: Mapping[int, str] = field(default_factory=dict)
     parameters: int = 0
     states_on: str = ""
+    donated: frozenset[int] = frozenset()
     disable: frozenset[str] = frozenset()
     dump: Path | None = None
 
@@ -103,8 +106,17 @@ class LowerOptions:
             },
             parameters=len(graph.parameters),
             states_on=plan.states_on,
+            donated=frozenset(
+                k
+                for k, node in enumerate(_tensor_placeholders(graph))
+                if node.target in graph.donated
+            ),
             **options,
         )
+
+
+def _tensor_placeholders(graph: ModelGraph) -> list[fx.Node]:
+    return [n for n in graph.placeholders.values() if isinstance(n.meta["val"], torch.Tensor)]
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,11 @@ class Entry:
 
 def _on_gpu(o: LowerOptions) -> bool:
     return o.device_type == "cuda" and torch.cuda.is_available()
+
+
+def _is_of_a_token(o: LowerOptions) -> bool:
+    """A program with a cache, whose operators are small."""
+    return bool(o.donated) and not o.compile
 
 
 def _overlaps(o: LowerOptions) -> bool:
@@ -159,6 +176,10 @@ PIPELINE = (
           "few large messages beat many small ones; the forward's gathers stay apart, for the "
           "schedule to repeat",
           when=lambda o: o.scheduled, arguments=lambda o, joint: {"apart": forward_nodes(joint)}),
+    Entry("split", drop_views,
+          "the program of a token waits for the dispatcher", when=_is_of_a_token),
+    Entry("split", share_equal_operators,
+          "layers compute masks and angles alike", when=_is_of_a_token),
     Entry("split", substitute_kernels,
           "Triton kernels replace slow ATen operators",
           when=lambda o: not o.scheduled, arguments=lambda o, _: {"device_type": o.device_type}),
@@ -174,10 +195,13 @@ PIPELINE = (
           when=lambda o: o.compile),
     Entry("split", fill_concatenations,
           "a concatenation needs its parts and its result at once; slices are freed as they come",
-          when=lambda o: not o.compile),
+          when=lambda o: not o.compile and not _is_of_a_token(o)),
     Entry("split", overwrite,
           "a pointwise result can take its dying operand's memory; Inductor does this itself",
-          when=lambda o: not o.compile),
+          when=lambda o: not o.compile,
+          arguments=lambda o, joint: {"donated": o.donated}),
+    Entry("split", whole_products,
+          "one operator instead of four", when=_is_of_a_token),
     Entry("split", functional_collectives,
           "torch's tools know `_c10d_functional` collectives",
           arguments=lambda o, _: {"mutate": not o.compile}),

@@ -161,6 +161,7 @@ def build_problem(
     optimizer_state: float = ADAM_STATE,
     elementwise: bool = False,
     states_on: str | None = None,
+    forward: bool = False,
     fixed: FixedLayouts | None = None,
     constraints: Constraints | str | None = None,
     time_limit: float = TIME_LIMIT,
@@ -178,6 +179,7 @@ def build_problem(
         elementwise: the optimizer treats each element by itself, so that its step may run where
             its state is, on a tier of the cluster.
         states_on: that tier, "" for the device; None to choose.
+        forward: nothing is trained: no backward, no gradients, no optimizer state.
         fixed: layouts that the caller decides.
         constraints: layouts by the names of parameters, inputs, outputs, modules and operators
             (`autopar.planner.names`): `{"h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`; or the
@@ -212,7 +214,8 @@ def build_problem(
             constraints = preset_constraints(constraints, graph, cluster.mesh)
         constraints = dict(constraints or {})
         fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
-        workload = Workload(trainable_inputs(graph, model), optimizer_state, elementwise, states_on)
+        trainable = frozenset[str]() if forward else trainable_inputs(graph, model)
+        workload = Workload(trainable, optimizer_state, elementwise, states_on)
         space = SearchSpace(graph, cluster, workload, fixed, orders=axis_orders(constraints))
         mask = allowed(space, constraints)
         candidates = sum(len(d.candidates) for d in space.decisions)

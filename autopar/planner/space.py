@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -204,12 +204,15 @@ class SearchSpace:
         place = dict(zip(calls, places(zip(modules, signatures, strict=True)), strict=True))
         free = self.fixed.outputs is None
         deferred = deferred_results(self.graph) if free else frozenset()
+        donated: dict[int, int] = {}  # decision on an input, by the position of its result
         users = _user_edges(self.graph, deferred)
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 if not results(node):  # a flag, specialized
                     continue
-                self._add(self._placeholder(node, input_names), 0)
+                index = self._add(self._placeholder(node, input_names), 0)
+                if node.target in self.graph.donated:
+                    donated[self.graph.donated[str(node.target)]] = index
             elif node in self.profile:
                 decision = self._operator(node, place[node])
                 index = self._add(decision, *range(len(results(node))))
@@ -221,7 +224,7 @@ class SearchSpace:
             for result in range(len(results(node))):
                 if len(users[node, result]) > 1:
                     self._add_shared_layout(node, result, users[node, result])
-        self._outputs(deferred)
+        self._outputs(deferred, donated)
 
     def _connect(self, value: fx.Node, target: int, operand: int) -> None:
         node, result = producer(value)
@@ -264,10 +267,16 @@ class SearchSpace:
             kind = "input"
         else:
             specs, kind = [ShardingSpec.replicated(len(shape))], "buffer"
-        candidates = tuple(Candidate(str(s) or "scalar", (s,)) for s in specs)
+        donated = name in self.graph.donated
+        candidates = tuple(
+            # a donated one takes back a result in the layout that it is held in
+            Candidate(str(s) or "scalar", (s,), (s,) if donated else ())
+            for s in specs
+        )
         nbytes = np.array([float(self._costs.local_bytes(shape, itemsize, s)) for s in specs])
         return Decision(
-            kind, node, candidates, np.zeros(len(specs)), nbytes, self._class(kind, *specs),
+            kind, node, candidates, np.zeros(len(specs)), nbytes,
+            self._class(kind, donated, *specs),
             self._class("cost", kind, shape, itemsize, *specs), {"buffers_bytes": nbytes},
         )  # fmt: skip
 
@@ -453,16 +462,20 @@ class SearchSpace:
             self._shared[key] = self._class("shared", *specs), candidates
         return self._shared[key]
 
-    def _outputs(self, deferred: Collection[int]) -> None:
+    def _outputs(self, deferred: Collection[int], donated: Mapping[int, int]) -> None:
         """Add the mutated buffers and the results, each in the layout that the caller expects.
 
         Args:
             deferred: positions of the results that stay as they are laid out.
+            donated: decisions on inputs that results are written to, by the results' positions.
         """
+        outputs: Any = self.graph.output.args[0]
+        for i, index in donated.items():
+            self._connect(outputs[i], index, 0)
         values = [
             v
-            for i, v in enumerate(self.graph.output.args[0])  # type: ignore[arg-type]
-            if isinstance(v, fx.Node) and i not in deferred
+            for i, v in enumerate(outputs)
+            if isinstance(v, fx.Node) and i not in deferred and i not in donated
         ]
         buffers = len(self.graph.mutations)
         specs = [ShardingSpec.replicated(value.meta["val"].ndim) for value in values]

@@ -147,7 +147,7 @@ def _bytes(x: torch.Tensor) -> bytes:
 
 def described(key: Any) -> str:
     """The inputs and modes of a program's key: `(int64[4, 12]) in training`."""
-    training, precision, _, leaves = key
+    _, training, precision, _, leaves = key
     shapes = ", ".join(
         f"{str(x[1]).removeprefix('torch.')}{list(x[0])}{' with gradient' if x[2] else ''}"
         if isinstance(x, tuple)

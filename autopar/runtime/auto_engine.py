@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,10 @@ def auto_engine(
     Args:
         model: any module that `ColoTracer` captures; an engine to distribute anew, and what
             `torch.compile` or DistributedDataParallel wrapped, is taken out of its wrapper.
-        optimizer: any `torch.optim` optimizer over the model's parameters, or None to evaluate
-            only or to make it from the engine's parameters. It is returned itself, with its
+        optimizer: any `torch.optim` optimizer over the model's parameters, or None for inference,
+            or to make it from the engine's parameters. With None, what is called without gradients
+            is planned as a forward, and so is `example_inputs` if the model is in evaluation mode
+            (docs/inference.md). An optimizer is returned itself, with its
             parameters and state sharded once the plan is known, so schedulers that hold it keep
             working.
         cluster_info: a `ClusterInfo`, the path of its YAML, or a mesh string such as "2x2", of GPUs
@@ -199,7 +202,9 @@ def auto_engine(
         record_steps(optimizer)
     if example_inputs is not None:
         args, kwargs = split_inputs(example_inputs)
-        engine._autopar_runner.step_for(Call.of(args, kwargs))
+        evaluates = optimizer is None and not model.training
+        with torch.no_grad() if evaluates else nullcontext():
+            engine._autopar_runner.step_for(Call.of(args, kwargs))
     return engine, optimizer
 
 

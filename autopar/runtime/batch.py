@@ -21,6 +21,7 @@ from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.spec import ShardingSpec, local_shape
 from autopar.runtime.call import Call
 from autopar.runtime.distribute import shard_of
+from autopar.runtime.donated_inputs import DonatedInput, as_examples
 
 
 def _differentiated(x: torch.Tensor) -> bool:
@@ -118,7 +119,7 @@ class BatchLayout:
     def global_inputs(self, call: Call) -> tuple[Any, Any]:
         """Inputs of global shape to trace with."""
         if not self.local:
-            return call.inputs
+            return as_examples(call.inputs)
         whole = [self.gather(k, x) for k, x in enumerate(call.leaves)]
         args, kwargs = pytree.tree_unflatten(whole, pytree.tree_structure(call.inputs))
         return args, kwargs
@@ -177,6 +178,8 @@ class BatchLayout:
             return [self._own(x.to(device)) for x in tensors]
 
         def part(x: torch.Tensor, spec: ShardingSpec) -> torch.Tensor:
+            if isinstance(x, DonatedInput):
+                return x.held(spec, self.cluster.mesh, coords, device)
             return shard_of(x, spec, self.cluster.mesh, coords).to(device).contiguous()
 
         def whole(shard: torch.Tensor, x: torch.Tensor, spec: ShardingSpec) -> torch.Tensor:

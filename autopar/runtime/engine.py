@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import EngineError
 from autopar.plan import ShardingPlan
+from autopar.runtime import generation
 from autopar.runtime.bound_step import BoundStep
 from autopar.runtime.call import Call
 from autopar.runtime.full_state import distribute_state, gather_state
+from autopar.runtime.generation import generates
 from autopar.runtime.step_runner import StepRunner
 from autopar.schedule.budget import MemoryPlan
 
@@ -114,6 +116,17 @@ class Engine(torch.nn.Module):
     @_attribute
     def _programs(self) -> list[BoundStep]:
         return self._autopar_runner.steps  # under the name that scripts have counted captures by
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name != "generate":
+                raise
+            raise AttributeError(
+                f"{error}: only models of transformers that generate text (GenerationMixin) have "
+                "it; call the engine for each token"
+            ) from None
 
     @_method
     def run_within(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -244,7 +257,10 @@ def _engine_class(model_class: type[torch.nn.Module]) -> type[Engine]:
     def forward(self: Engine, *args: Any, **kwargs: Any) -> Any:
         return self._autopar_runner(*args, **kwargs)
 
-    members = {**_members_of(model_class), "__slots__": ("_autopar_runner",), "forward": forward}
+    members = _members_of(model_class)
+    if generates(model_class):
+        members |= generation.members(model_class)
+    members |= {"__slots__": ("_autopar_runner",), "forward": forward}
     members |= {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
     name, bases = model_class.__name__, (Engine, model_class)
     metaclass: Any = type(model_class)

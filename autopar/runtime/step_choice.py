@@ -171,7 +171,8 @@ class StepChoice:
 
     def _key(self, call: Call, varying: Collection[Origin]) -> Any:
         precision = precision_modes(self._compiler.device.type)
-        return self.model.training, precision, call.structure, call.described(varying)
+        forward = self._compiler.runs_forward(call)
+        return forward, self.model.training, precision, call.structure, call.described(varying)
 
     def _as_tensors(self, call: Call, varying: Collection[Origin]) -> list[torch.Tensor]:
         """The numbers that vary, to compare with those of other ranks."""

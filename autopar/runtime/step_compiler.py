@@ -38,8 +38,15 @@ from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
+from autopar.runtime.decoder_cache import with_cache
 from autopar.runtime.deferred_parameters import refuse_without_values
 from autopar.runtime.distribute import distribute, shards, stored_layouts, stored_specs
+from autopar.runtime.donated_inputs import (
+    donated_inputs,
+    held_layouts,
+    lay_out_donated,
+    with_donations,
+)
 from autopar.runtime.engine_options import EngineOptions
 from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
@@ -148,15 +155,24 @@ class StepCompiler:
         Raises:
             AutoparError: on all ranks. A first step that fails leaves parameters as they were.
         """
-        # whatever mode the caller is in, the step is that of training
+        forward = self.runs_forward(call)
+        # whatever mode the caller is in, the graph is that of training
         with torch.inference_mode(False), torch.enable_grad():
             self.place.ranks.together(
                 lambda: initialize_lazy_modules(self.model, call.args, call.kwargs)
             )
             with self._untouched_if_it_fails():
-                step = self._compile(call, varying, alike)
+                step = self._compile(call, varying, alike, forward)
         self._count += 1
         return step
+
+    def runs_forward(self, call: Call) -> bool:
+        """Whether the step of a call is planned and lowered as a forward: without gradients, where
+        nothing is trained or a cache is written."""
+        if torch.is_grad_enabled() or self._planner.pipeline is not None:
+            return False
+        untrained = self.optimizer is None and (self.options.microbatches or 1) == 1
+        return untrained or bool(donated_inputs(call.leaves))
 
     @contextmanager
     def _untouched_if_it_fails(self) -> Iterator[None]:
@@ -177,7 +193,7 @@ class StepCompiler:
         self._moved = []
 
     def _compile(
-        self, call: Call, varying: Collection[Origin], alike: BoundStep | None
+        self, call: Call, varying: Collection[Origin], alike: BoundStep | None, forward: bool
     ) -> BoundStep:
         options = self.options
         layout = self.layout_of(call)
@@ -186,7 +202,7 @@ class StepCompiler:
             stage.done = captured(self.model, graph)
         fixed = FixedLayouts(
             parameters=stored_specs(self.model) if self.laid_out else {},
-            inputs=layout.fixed_inputs(),
+            inputs=layout.fixed_inputs() or held_layouts(call.tensors),
             outputs=layout.fixed_outputs(graph),
             whole_sizes=_varying_sizes(graph, alike, options.step.cluster.world_size),
         )
@@ -200,19 +216,24 @@ class StepCompiler:
             self._lay_out(plan)
             parameters = dict(self.model.named_parameters())
             return Arguments(
-                self._example(graph, local, layout, differentiated),
+                self._example(graph, local, layout, differentiated, trains=not forward),
                 offloadable(parameters, self.model.buffers()),
             )
 
         trainable = trainable_inputs(graph, self.model) | differentiated
+        if forward:
+            trainable = frozenset()
         split = partial(self._compile_split, call, varying, layout, graph, trainable)
         if (options.microbatches or 1) > 1 or self._planner.pipeline is not None:
             return split(options.microbatches)
         decide = cache(
-            lambda: self._planner.decide(graph, fixed, None if alike is None else alike.compiled)
+            lambda: self._planner.decide(
+                graph, fixed, None if alike is None else alike.compiled, forward=forward
+            )
         )
         open_ = options.microbatches is None and options.step.lowered and not layout.local
         open_ = open_ and not options.step.states_on
+        open_ &= not forward
         if open_:
             count = self.place.ranks.from_rank_zero(
                 lambda: self._planner.fastest_count(call, graph, fixed.parameters, decide)
@@ -235,8 +256,9 @@ class StepCompiler:
         gradients = ResultGradients.of(graph, trainable)
         evaluate = _eager(compiled.local)
         train = evaluate if compiled.lowered is None else bind(compiled.lowered, gradients)
-        if compiled.memory is not None and not trainable:
-            evaluate = train  # scheduled as a forward
+        if forward or (compiled.memory is not None and not trainable):
+            evaluate = train  # lowered as a forward
+        lay_out_donated(call.tensors, compiled.local.input_specs)
         parameters = [_holder(self.model, name) for name in graph.parameters.values()]
         return BoundStep(
             self._count, compiled, train, evaluate, layout, parameters,
@@ -357,8 +379,12 @@ class StepCompiler:
                 cast_first=self.options.step.lowered,
                 dynamic=dynamic,
             )
-            with with_loss(self.model, self.options.loss_fn, call.kwargs):
-                return tracer.trace(self.model, *inputs, varying=varying)
+            with (
+                with_loss(self.model, self.options.loss_fn, call.kwargs),
+                with_cache(self.model, call),
+            ):
+                graph = tracer.trace(self.model, *inputs, varying=varying)
+            return with_donations(graph, call.leaves)
         except CaptureError as error:
             joined, lines = layout.joined, str(error).splitlines()
             if len(joined) < 2:
@@ -399,13 +425,14 @@ class StepCompiler:
         program: LocalProgram,
         layout: BatchLayout,
         differentiated: frozenset[str],
+        trains: bool = True,
     ) -> list[torch.Tensor]:
         """Tensors as the program will be called with."""
         parameters: dict[str, Any] = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
         nodes = program.gm.graph.find_nodes(op="placeholder")
         example = [
-            _like(parameters[n], node)
+            _like(parameters[n], node, trains)
             for n, node in zip(graph.parameters.values(), nodes, strict=False)
         ]
         example += [buffers[n] for n in graph.buffers.values()]
@@ -437,13 +464,13 @@ def _varying_sizes(graph: ModelGraph, alike: BoundStep | None, ranks: int) -> fr
     return frozenset(varying.difference(batches, *held))
 
 
-def _like(p: Any, node: fx.Node) -> torch.Tensor:
+def _like(p: Any, node: fx.Node, trains: bool) -> torch.Tensor:
     """A parameter's shard, or a tensor like it where another rank of the pipeline has it."""
     local = p.to_local().detach()
     if tuple(local.shape) != tuple(node.meta["local_shape"]):
         with FakeTensorMode():
             local = torch.empty(node.meta["local_shape"], dtype=local.dtype, device=local.device)
-    return local.requires_grad_(p.requires_grad)
+    return local.requires_grad_(trains and p.requires_grad)
 
 
 def _eager(local: LocalProgram) -> Callable[..., Any]:

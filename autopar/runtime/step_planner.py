@@ -50,9 +50,18 @@ class StepPlanner:
             self.pipeline = self.pipeline.as_in(plan)
 
     def decide(
-        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None
+        self,
+        graph: ModelGraph,
+        fixed: FixedLayouts,
+        alike: CompiledStep | None,
+        *,
+        forward: bool = False,
     ) -> StepPlan:
-        """The plan that was given, that of a step for other sizes, or a new one; on rank 0."""
+        """The plan that was given, that of a step for other sizes, or a new one; on rank 0.
+
+        Args:
+            forward: of a step that trains nothing.
+        """
         options, cluster = self.options, self.options.step.cluster.of_a_stage()
         if alike is not None and alike.memory is None:
             plan = replace(alike.plan, fingerprint=graph.fingerprint)
@@ -70,6 +79,7 @@ class StepPlanner:
             "graph": graph,
             "cluster": cluster,
             "fixed": fixed,
+            "forward": forward,
             **self._options,
         }
         if not options.step.lowered:
@@ -93,6 +103,9 @@ class StepPlanner:
             nodes = graph.compute_nodes()
             chosen = ((n, strategy_by_name(n, plan.mesh, plan.choices[n.name])) for n in nodes)
             serves = all(fixed.allows_strategy(n, strategy) for n, strategy in chosen)
+            names = [name for name in graph.inputs if name is not None]
+            held = zip(names, fixed.inputs or (), strict=False)
+            serves &= all(spec is None or plan.choices[n] == str(spec) for n, spec in held)
         except PlanError as error:
             log.info("%s", error)
             serves = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from autopar.comm import dtensor_rules, world
+from autopar.errors import EngineError
 from autopar.ir.graph import ModelGraph
 from autopar.ir.numbers import Values
 from autopar.ir.precision import without_autocast
@@ -19,8 +20,11 @@ from autopar.runtime.agreement import Agreement
 from autopar.runtime.bound_step import BoundStep, WholeResult
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.call import Call
+from autopar.runtime.decoder_cache import ARGUMENT as CACHE
+from autopar.runtime.decoder_cache import CacheLayouts, CacheTensors, call_with, sharded
 from autopar.runtime.deferred_result import DeferredResult
 from autopar.runtime.distribute import shards
+from autopar.runtime.donated_inputs import take_back
 from autopar.runtime.initial_values import InitialValues
 from autopar.runtime.result_gradients import refuse_hooks
 from autopar.runtime.sharded_values import SavedShard, view, views
@@ -53,6 +57,7 @@ class StepRunner:
         self._seed = seed
         self._agreement = Agreement(compiler.device, same_batches=same_batches)
         self._choice = StepChoice(compiler, self._agreement)
+        self._caches = CacheLayouts(compiler.options.precision)
         if same_batches:  # what the caller computes with parameters is replicated
             dtensor_rules.replicate_plain_tensors()
         dtensor_rules.install(compiler.device.type)
@@ -98,6 +103,31 @@ class StepRunner:
         """The step that serves a call, compiled if there is none."""
         return self._choice.step_for(call)
 
+    def new_cache(self, length: int) -> CacheTensors:
+        """The tensors of a cache of keys and values, for this many tokens."""
+        if self._compiler.options.batch == "local":
+            raise EngineError(
+                "generate() runs on the same batch on all ranks, and batch='local' was asked for; "
+                "leave that out of auto_engine"
+            )
+        return CacheTensors(self._caches, length, self._compiler.mesh)
+
+    def plan_with_cache(self, **kwargs: Any) -> None:
+        """Plan the program of a call with a cache, without running it."""
+        tensors = sharded(kwargs[CACHE])
+        assert tensors is not None
+        self.step_for(self._call_with(tensors, (), kwargs))
+        tensors.written(0)
+
+    def _call_with(
+        self, cache: CacheTensors, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
+        return call_with(cache.argument(self.model, _tokens(args, kwargs)), args, kwargs)
+
+    def forget_programs(self) -> None:
+        """Compile anew what is called next: layers were replaced, whose memory programs hold."""
+        self._choice = StepChoice(self._compiler, self._agreement)
+
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
         """The model's modules find whole parameters, gathered as they are read. Without gradients
@@ -130,7 +160,18 @@ class StepRunner:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if not self._whole:
-            return self._run(Call.of(args, kwargs))
+            cache = sharded(kwargs.get(CACHE))
+            if cache is None:
+                return self._run(Call.of(args, kwargs))
+            if torch.is_grad_enabled():
+                raise EngineError(
+                    "a cache of generate() is for calls without gradients; make the call within "
+                    "torch.no_grad()"
+                )
+            results = self._run(self._call_with(cache, args, kwargs))
+            cache.written(_tokens(args, kwargs).shape[1])
+            results[CACHE] = kwargs[CACHE]
+            return results
         if not torch.is_grad_enabled():
             # not the class's own __call__, which has called the engine
             return torch.nn.Module.__call__(self.model, *args, **kwargs)
@@ -159,6 +200,8 @@ class StepRunner:
                 copy_all(mutated, results[:count])
         for position, whole in step.whole_results.items():
             results[position] = self._deferred(results[position], position - count, whole)
+        if graph.donated:
+            results = take_back(graph, call.leaves, results)
         given = step.layout.give(results[count:])
         if step.compiled.lowered is not None and trains:
             for position in step.feeding:
@@ -224,3 +267,12 @@ class StepRunner:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed((self._seed + self._draws) % 2**62)
             yield
+
+
+def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The tokens of a call, or their embeddings: [batch, tokens, ...]."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    tokens: torch.Tensor | None = next((x for x in given if x is not None), None)
+    if tokens is None:
+        raise EngineError("a call with a cache needs input_ids or inputs_embeds")
+    return tokens

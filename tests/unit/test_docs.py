@@ -53,6 +53,7 @@ PAGES = (
     "docs/checkpoints.md",
     "docs/optimizers.md",
     "docs/precision.md",
+    "docs/inference.md",
     "docs/integrations.md",
     "benchmarks/README.md",
 )

@@ -18,7 +18,7 @@ LAYERS = (
     "passes",
     "planner",
     "compiled_step", "compiled_stages",
-    "compile", "runtime", "integrations", "testing", "report", "cli",
+    "compile", "runtime", "quantization", "integrations", "testing", "report", "cli",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from autopar.sharding.lowerings import attention, banded_attention
+from autopar.sharding.lowerings.split_keys import split_keys
 from autopar.sharding.rule import Row
 
 
@@ -28,6 +29,13 @@ def _is_causal(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("is_causal"))
 
 
+def _has_few_queries(arguments: Mapping[str, Any]) -> bool:
+    """Whether scores are small beside the keys, as those of a token to a cache."""
+    query, key = arguments["query"], arguments["key"]
+    few = query[-2] <= _FEW and query[-2] * _FEW <= key[-2]
+    return few and not _is_causal(arguments) and not _has_dropout(arguments)
+
+
 # If queries are split (q), keys and values are not: every rank needs all of them. On a ring they
 # are, and travel. Where heads share keys there may be fewer than ranks, so that no conversion can
 # exchange a part of the sequence for a part of them: the lowering does that (exchange).
@@ -37,6 +45,9 @@ _EXCHANGE = (
     "*b ring:axis|q|exchange:axis [d], *b ring|exchange [d], *b ring|exchange e, *b ring|q [k] "
     "-> *b ring|q|exchange e"
 )  # fmt: skip
+# Queries of a token that share keys are at most so many, and so many times fewer than keys.
+_FEW = 8
+_SPLIT_KEYS = "*b q [d], *b keys:lowered [d], *b keys e, *b q keys -> *b q e"
 _HEADS = {"exchange": (0, -3)}
 _VALUES: tuple[tuple[int, ...], ...] = ((2,),)
 _SCORES_REPEATED = ("e",)
@@ -72,6 +83,20 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
             lowering=attention.attention_with_dropout,
             always=True,
             when=_has_dropout,
+        ),
+        Row(
+            _SPLIT_KEYS.replace("*b q keys", "*b [o] keys"),
+            linear=_VALUES,
+            half=_SCORES_REPEATED,
+            lowering=split_keys,
+            when=lambda a: _has_few_queries(a) and _shares_mask(a),
+        ),
+        Row(
+            _SPLIT_KEYS,
+            linear=_VALUES,
+            half=_SCORES_REPEATED,
+            lowering=split_keys,
+            when=_has_few_queries,
         ),
         _row(_lowered(_EXCHANGE), when=lambda a: _is_causal(a) and _shares_keys(a)),
         _row(_lowered(_RING), when=_is_causal),

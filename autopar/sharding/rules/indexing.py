@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from autopar.sharding.lowerings.rows import copy_own_rows
 from autopar.sharding.rule import OpRule, Row, Shape
 from autopar.sharding.rules.call import Call
 
@@ -145,6 +146,17 @@ def _index_add(call: Call) -> OpRule:
     return call.bind(f"+ {target}, i, {added} -> {target}", linear=((0, 2),))
 
 
+def _index_copy(call: Call) -> OpRule:
+    """Rows of the second tensor replace those that the index says; a rank that has a part of the
+    rows takes those that are its own."""
+    names, dim = _dim_names(call)
+    copied = " ".join([*names[:dim], "[i]", *names[dim + 1 :]])
+    rows = [*names[:dim], "rows:lowered", *names[dim + 1 :]]
+    given = " ".join(n.removesuffix(":lowered") for n in rows)
+    notation = f"{' '.join(rows)}, [i], {copied} -> {given}"
+    return call.bind(notation, linear=((0, 2),), lowering=copy_own_rows)
+
+
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     # values are consumed in order, across all dims
     "aten.masked_scatter.default": Row("..., ..., ... -> ...", linear=((0, 2),))
@@ -156,6 +168,7 @@ DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
     "aten.index_add.default": _index_add,
+    "aten.index_copy.default": _index_copy,
     "aten.slice_scatter.default": _write,
     "aten.select_scatter.default": _write,
     **{

@@ -138,6 +138,13 @@ def _index_add(draw: Draw) -> Arguments:
     return (draw.normal(*shape), dim, index, draw.normal(*source)), {}
 
 
+@sampler("aten.index_copy.default")
+def _index_copy(draw: Draw) -> Arguments:
+    (x, dim, index, source), _ = _index_add(draw)
+    index = index.unique()  # the last of equal ones would stay
+    return (x, dim, index, source.narrow(dim, 0, len(index))), {}
+
+
 @sampler("aten.masked_scatter.default")
 def _masked_scatter(draw: Draw) -> Arguments:
     shape = draw.shape(1, 3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from autopar.operators import int8_linear  # noqa: F401  (it defines the products)
 from autopar.testing.rules.draw import Arguments, Draw, sampler
 from autopar.testing.rules.rows import Argument, calls, distinct, flag, normal, one_of
 from autopar.tracer import packed  # noqa: F401  (it defines the packed products)
@@ -27,6 +28,20 @@ def _other_points(draw: Draw, shape: list[int]) -> torch.Tensor:
 
 
 calls("cdist.default", (2, 3), normal, _other_points, one_of(1.0, 2.0))
+
+
+@sampler("autopar.int8_linear.default")
+def _int8_linear(draw: Draw) -> Arguments:
+    batch, k, n = draw.shape(0, 3), draw.size(), draw.size()
+    weight = draw.integers([n, k], -127, 128).to(torch.int8)
+    return (draw.normal(*batch, k), weight, draw.normal(n)), {}
+
+
+@sampler("autopar.int8_mm.default")
+def _int8_mm(draw: Draw) -> Arguments:
+    batch, k, n = draw.shape(0, 3), draw.size(), draw.size()
+    x, weight = (draw.integers(s, -127, 128).to(torch.int8) for s in ([*batch, k], [n, k]))
+    return (x, weight), {}
 
 
 @sampler("autopar.packed_linear.default")
@@ -73,6 +88,8 @@ def _grouped_mm(draw: Draw) -> Arguments:
 def _attention(draw: Draw) -> Arguments:
     batch, heads, groups = draw.size(), draw.size(), draw.integer(1, 3)
     q, k, d, e = draw.size(), draw.size(), draw.size(), draw.size()
+    if draw.chance(15):  # a token to a cache
+        q, k = 1, draw.integer(8, 12)
     kind = draw.integer(0, 9)
     causal = kind < 3
     kwargs: dict[str, Any] = {"is_causal": True} if causal else {}

@@ -1,0 +1,145 @@
+"""Forwards are planned as such; weights of 8 bits keep what a model has learned."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autopar import auto_engine, quantize
+from autopar.operators.int8_linear import int8_linear, int8_mm
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 8)).double().eval()
+
+
+def test_a_call_without_gradients_is_planned_as_a_forward():
+    model, x = mlp(), torch.randn(32, 16, dtype=torch.float64)
+    engine, _ = auto_engine(copy.deepcopy(model), None, "1", progress=False)
+    with torch.no_grad():
+        assert torch.equal(engine(x), model(x))
+    memory = engine.plan.memory
+    assert memory.gradients_bytes == memory.optimizer_bytes == memory.activations_bytes == 0
+    assert engine.steps[0].compiled.lowered.backward is None
+    # and trains all the same
+    optimizer = torch.optim.SGD(engine.parameters(), lr=0.1)
+    alone = torch.optim.SGD(model.parameters(), lr=0.1)
+    for m, o in ((engine, optimizer), (model, alone)):
+        m(x).square().mean().backward()
+        o.step()
+        o.zero_grad()
+    with torch.no_grad():
+        torch.testing.assert_close(engine(x), model(x), rtol=1e-12, atol=1e-12)
+    assert [step.compiled.lowered.backward is None for step in engine.steps] == [True, False]
+
+
+@pytest.mark.parametrize(("evaluates", "backwards"), [(True, [False]), (False, [True])])
+def test_examples_are_planned_for_the_mode_of_the_model(evaluates, backwards):
+    model = mlp().train(not evaluates)
+    example = {"input": torch.zeros(32, 16, dtype=torch.float64)}
+    engine, _ = auto_engine(model, None, "1", example_inputs=example, progress=False)
+    found = [step.compiled.lowered.backward is not None for step in engine.steps]
+    assert found == backwards
+
+
+def test_a_model_without_generate_says_so():
+    engine, _ = auto_engine(mlp(), None, "1", progress=False)
+    assert not hasattr(engine, "generate")
+    with pytest.raises(AttributeError, match=r"GenerationMixin.* call the engine for each token"):
+        engine.generate(torch.zeros(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1500), (2, 1536), (40, 1500)])
+def test_products_with_8_bits(rows, width, dtype):
+    generator = torch.Generator().manual_seed(0)
+    # more than one block of the weight
+    weight = torch.randint(-127, 128, (300, width), generator=generator).to(torch.int8)
+    x = torch.randn(2, rows, width, generator=generator).to(dtype)
+    scale = (torch.rand(300, generator=generator) / 100).to(dtype)
+    want = F.linear(x.double(), weight.double() * scale.double()[:, None])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        int8_linear(x, weight, scale).double(),
+        want,
+        rtol=4 * eps,
+        atol=8 * eps * float(want.abs().max()),
+    )
+    whole = torch.randint(-127, 128, (2, rows, width), generator=generator).to(torch.int8)
+    assert torch.equal(int8_mm(whole, weight), (whole.long() @ weight.long().T).int())
+
+
+def trained_language_model():
+    """A small Llama that has learned sequences of a constant step."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=48, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        ids = sequences(32)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def sequences(count):
+    start, step = torch.randint(0, 48, (count, 1)), torch.randint(1, 5, (count, 1))
+    noise = (torch.rand(count, 24) < 0.1) * torch.randint(0, 48, (count, 24))
+    return (start + step * torch.arange(24) + noise) % 48
+
+
+def test_perplexity_of_8_bits_is_within_a_percent():
+    model = trained_language_model()
+    ids = sequences(256)
+
+    def perplexity(m):
+        with torch.no_grad():
+            return float(m(input_ids=ids, labels=ids).loss.exp())
+
+    before = perplexity(model)
+    assert before < 30  # of 48 by chance
+    for scheme in ("int8", "int8-dynamic"):
+        rounded = quantize(copy.deepcopy(model), scheme)
+        after = perplexity(rounded)
+        assert after == pytest.approx(before, rel=0.01)
+        engine, _ = auto_engine(rounded, None, "1", progress=False)
+        assert perplexity(engine) == pytest.approx(after, rel=1e-5)
+
+
+def test_layers_that_stay_as_they_are():
+    import transformers as hf
+
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=40))
+    quantize(model, skip=["*.c_proj"])
+    kinds = {
+        n: type(m).__name__
+        for n, m in model.named_modules()
+        if n.endswith(("head", "c_fc", "c_proj"))
+    }
+    assert kinds == {
+        "lm_head": "Linear",  # tied to the embedding
+        "transformer.h.0.mlp.c_fc": "Int8Linear",
+        "transformer.h.0.mlp.c_proj": "Conv1D",
+        "transformer.h.0.attn.c_proj": "Conv1D",
+    }
+    with pytest.raises(ValueError, match=r"int4 and fp8 are torchao's \(pip install torchao\)"):
+        quantize(model, "int4")
+    with pytest.raises(
+        ValueError, match=r"skip= names \['head'\], and linear layers are \['lm_head'"
+    ):
+        quantize(model, skip=["head"])
+    with pytest.raises(ValueError, match="ReLU has no linear layer"):
+        quantize(nn.ReLU())
+    with pytest.raises(RuntimeError, match=r"0\.weight has no values to round yet"):
+        with torch.device("meta"):
+            empty = nn.Sequential(nn.Linear(4, 4))
+        quantize(empty)
