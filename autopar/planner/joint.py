@@ -44,7 +44,6 @@ from autopar.units import bytes_text, time_text
 log = logging.getLogger(__name__)
 
 _PATIENCE = 1.5  # times the budget: if checkpointing needs more, slices are looked for at once
-_LEAST_SECONDS = 15.0  # for slices of what fits in no other way
 _NEARLY = 1.25  # times the budget
 _BETWEEN = 2  # limits between none and the budget
 EVEN = 1e-2  # of a step: the cost of fitting the budget at which no other plans are tried
@@ -270,7 +269,7 @@ class _Trials:
             few = short_step(
                 space.graph, short, plan, trainable=trainable, output_specs=self.output_specs
             )
-        seconds = min(SECONDS, max(_LEAST_SECONDS, self.problem.deadline.left))
+        seconds = min(SECONDS, self.problem.deadline.left)
         try:
             fitted = split_step(step, budget, seconds, few)
         except InfeasibleError:

@@ -153,7 +153,7 @@ def _lower(
     peak."""
     best: _Lowered | None = None
     for candidate in _candidates(program, now, budget_bytes, training):
-        found = _with_enough_slices(program, candidate, budget_bytes, now, score)
+        found = _with_enough_slices(program, candidate, budget_bytes, now, score, deadline)
         if found is None or (best and found.score.peak_bytes >= best.score.peak_bytes):
             continue
         best = found
@@ -181,6 +181,7 @@ def _with_enough_slices(
     budget_bytes: float,
     now: Score,
     score: Callable[[fx.GraphModule], Score],
+    deadline: float,
 ) -> _Lowered | None:
     """The program with a region and its equals in so many slices that the peak fits or is
     elsewhere; None if that does not lower it."""
@@ -199,6 +200,8 @@ def _with_enough_slices(
         best = _Lowered(new, made, candidate, tried)
         least, gain = new.peak_bytes, _GAIN_OF_MORE_SLICES
         if new.peak_bytes <= budget_bytes or not _in_slices(tried, new.at):
+            break
+        if time.monotonic() > deadline:
             break
         split = replace(split, slices=2 * split.slices)
     return best

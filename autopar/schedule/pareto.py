@@ -31,6 +31,7 @@ _SHARES = tuple(k / 24 for k in range(24))  # of the bytes that eager keeps
 _SECONDS = 0.3  # for each integer program over all operators
 # What is kept, as a share of the peak, by the schedules of the whole program that are tried.
 _LEAST_KEPT, _MOST_KEPT = 0.85, 1.25
+_TOGETHER, _ROUNDS = 256, 8  # results that growing keeps at once in programs of many operators
 _CHAIN_TRIED = 3  # schedules of the chain on either side of where they begin to fit a budget
 _SPREAD = 400  # schedules of the chain, evenly over its budgets, that look for the smallest peak
 
@@ -195,7 +196,8 @@ class ScheduleFront:
 
     def grown(self, point: SchedulePoint, budget: float) -> SchedulePoint:
         """The schedule, keeping more as far as the budget allows."""
-        return self.point(point.name, self.refiner.grow(point.schedule, budget))
+        limits = (_TOGETHER, _ROUNDS) if self.has_many_operators else ()
+        return self.point(point.name, self.refiner.grow(point.schedule, budget, *limits))
 
     def low(self) -> SchedulePoint:
         """A schedule with a low peak, found quickly: common checkpointing, refined."""

@@ -7,6 +7,7 @@ value. Both follow the simulated peak, which repairs what the models before them
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,8 +211,15 @@ class Refiner:
 
         return list(ops) if add(program.maker[storage]) else None
 
-    def grow(self, schedule: Schedule, budget: float) -> Schedule:
-        """Keep what is recomputed or offloaded, the most expensive first, within the budget."""
+    def grow(
+        self, schedule: Schedule, budget: float, together: int = 1, rounds: float = math.inf
+    ) -> Schedule:
+        """Keep what is recomputed or offloaded, the most expensive first, within the budget.
+
+        Args:
+            together: results of so many operators are kept at once, and simulated once.
+            rounds: after which it ends.
+        """
         program = self.program
         for s in sorted(schedule.offloaded(program), key=lambda s: -program.sizes[s]):
             candidate = without_offload(program, schedule, s)
@@ -219,14 +227,18 @@ class Refiner:
                 schedule = candidate
         rejected: set[tuple[int, int]] = set()
         now = self._simulated(schedule)
-        while (larger := self._with_one_less(now, budget, rejected)) is not None:
-            now = larger
+        done = 0
+        while done < rounds:
+            larger = self._with_less(now, budget, rejected, together)
+            if larger is None:
+                break
+            now, done = larger, done + 1
         return now.schedule
 
-    def _with_one_less(
-        self, now: _Simulated, budget: float, rejected: set[tuple[int, int]]
+    def _with_less(
+        self, now: _Simulated, budget: float, rejected: set[tuple[int, int]], together: int
     ) -> _Simulated | None:
-        """Leave out one recomputed operator.
+        """Leave out recomputed operators.
 
         Args:
             rejected: operators, with their position from the end, that need not be tried; those
@@ -246,21 +258,38 @@ class Refiner:
             if i in seen and i not in program.transferred:
                 recomputed.append((self.cost[i], k))
             seen.add(i)
-        for _, k in sorted(recomputed, reverse=True):
-            i, at = schedule.backward[k], forward + k
-            key = (i, len(schedule.backward) - k)
-            if key in rejected:
-                continue
-            rejected.add(key)
-            need = np.zeros(len(now.live))
-            for end, nbytes in idle.get(at, ()):
-                need[end + 1 : at] += nbytes
-            if (now.live + need)[:at].max(initial=0) > budget:
-                continue
-            backward = (*schedule.backward[:k], *schedule.backward[k + 1 :])
-            larger = self._simulated(self._without_unread(Schedule(schedule.forward, backward)))
-            if larger.live.max() <= budget:
+
+        def key(k: int) -> tuple[int, int]:
+            return schedule.backward[k], len(schedule.backward) - k
+
+        waiting = [k for _, k in sorted(recomputed, reverse=True) if key(k) not in rejected]
+        while waiting:
+            chosen, seen_to = set[int](), len(waiting)
+            live = now.live.astype(float)
+            for position, k in enumerate(waiting):
+                at = forward + k
+                spans = [(slice(end + 1, at), nbytes) for end, nbytes in idle.get(at, ())]
+                for span, nbytes in spans:
+                    live[span] += nbytes
+                if max((live[span].max(initial=0) for span, _ in spans), default=0) <= budget:
+                    chosen.add(k)
+                    if len(chosen) == together:
+                        seen_to = position + 1
+                        break
+                else:
+                    for span, nbytes in spans:
+                        live[span] -= nbytes
+            if chosen:
+                backward = tuple(i for k, i in enumerate(schedule.backward) if k not in chosen)
+                larger = self._simulated(self._without_unread(Schedule(schedule.forward, backward)))
+                fits = larger.live.max() <= budget
+                if not fits and len(chosen) > 1:
+                    together = len(chosen) // 2
+                    continue
+            rejected.update(map(key, waiting[:seen_to]))
+            if chosen and fits:
                 return larger
+            waiting = waiting[seen_to:]
         return None
 
     def _without_unread(self, schedule: Schedule) -> Schedule:

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.dist
 CLOSE = 1e-5
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize(
     ("family", "cache"),
     [("llama", "RS0RR"), ("llama", "RRS0R"), ("gpt2", None), ("mistral", "S0RRR")],
@@ -26,6 +27,7 @@ def test_tokens_of_two_ranks(pair, family, cache):
         assert answer["caches"] == {cache} if cache else "RRRR" not in answer["caches"]
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_tokens_of_a_mesh(pool, family):
     for answer in pool.run(tasks.same_tokens, "2x2", family, None):
@@ -40,6 +42,7 @@ def test_prompts_of_many_lengths_share_programs(pair):
         assert answer["programs"] <= 5
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize(("scheme", "sharded"), [("int8", True), ("int8-dynamic", False)])
 def test_rounded_weights(pair, scheme, sharded):
     for answer in pair.run(tasks.rounded_weights, "2", scheme, sharded):

@@ -54,9 +54,9 @@ def test_methods_train_and_evaluate_the_model(pool):
 
 def test_programs_follow_what_they_depend_on(pool):
     for counts in pool.run(tasks.programs, "2x2"):
-        assert counts == {
-            "first": 1, "no_grad": 1, "inference_mode": 1, "frozen": 2, "thawed": 2,
-            "autocast": 3, "back": 3, "eval": 4, "another head": 5,
+        assert counts == {  # without gradients, a forward is a program of its own
+            "first": 1, "no_grad": 2, "inference_mode": 2, "frozen": 3, "thawed": 3,
+            "autocast": 4, "back": 4, "eval": 5, "another head": 6,
         }  # fmt: skip
 
 

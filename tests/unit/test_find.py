@@ -45,13 +45,13 @@ def test_the_largest_size_is_known_to_a_sixteenth(most, start):
 
 
 def _planned(*arguments):
-    quick = ["--no-baselines", "--time-limit", "3"]
+    quick = ["--no-baselines", "--time-limit", "1"]
     app(["plan", *map(str, arguments), *quick], standalone_mode=False)
 
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not(model, tmp_path, capsys):
     file = tmp_path / "plan.json"
-    budget = "4MiB"
+    budget = "3MiB"
     _planned(model, "--mesh", 2, "--memory", budget, "--find", "largest-batch", "-o", file)
     plan = ShardingPlan.load(file)
     fitting = [s for s in plan.sizes if math.isfinite(s.step_us)]

@@ -148,6 +148,7 @@ def test_training(name):
     assert max(found.values()) < MODELS[name].tolerance, found
 
 
+@pytest.mark.sample(0.67)
 @pytest.mark.parametrize("options", [{"memory": "1MiB"}, {"memory": "60KiB"}, {"compile": True}])
 def test_training_with(options):
     found = train_beside("mlp", lambda model, opt: engine_of(model, 4, opt, **options), steps=2)

@@ -12,6 +12,7 @@ from autopar.comm import world
 from autopar.errors import PlanError
 from autopar.ir.randomness import draws
 from autopar.passes.fill_concatenations import fill_concatenations
+from autopar.passes.local_step import UntracedStep
 from autopar.passes.pipeline import LowerOptions
 from autopar.passes.regions import may_split
 from autopar.passes.split_regions import split_regions
@@ -31,6 +32,7 @@ def _equal(values, expected):
         torch.testing.assert_close(value, reference, rtol=0, atol=1e-9)
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("name", SMALL)
 def test_random_regions_in_slices_give_what_the_whole_gives(name):
     case = case_of(name)
@@ -83,10 +85,11 @@ def test_a_region_that_the_program_lacks_is_refused():
 @pytest.mark.parametrize(("name", "share"), [("vit, many patches", 0.3), ("head, many words", 0.3)])
 def test_what_is_chosen_lowers_the_peak_of_training(name, share):
     case = case_of(name)
-    score = training_score(case.arguments, OPTIONS)
+    step = UntracedStep(case.gm, tuple(case.arguments), OPTIONS)
+    score = training_score(step)
     before = score(copy.deepcopy(case.gm))
     budget = share * before.peak_bytes
-    choice = choose_splits(case.gm, case.arguments, budget, score, training=True)
+    choice = choose_splits(step, budget, score, training=True)
     assert choice is not None
     assert choice.after.peak_bytes <= budget
     again = split_regions(case.gm, case.arguments, choice.splits)
@@ -169,5 +172,6 @@ def test_inference_fits_a_budget_in_slices():
 def test_inference_is_scored_by_its_forward():
     case = case_of("vit")
     frozen = [t.detach() for t in case.arguments]
-    score = forward_score(frozen, OPTIONS)(copy.deepcopy(case.gm))
+    step = UntracedStep(case.gm, tuple(frozen), OPTIONS)
+    score = forward_score(step)(copy.deepcopy(case.gm))
     assert score.at in {n.name for n in propagate_shapes(case.gm, frozen).graph.nodes}
