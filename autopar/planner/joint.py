@@ -274,6 +274,9 @@ class _Trials:
             fitted = split_step(step, budget, seconds, few)
         except InfeasibleError:
             return None
+        except PlanError as error:  # a region of the few blocks that all of them do not have
+            log.info("no slices: %s", error)
+            return None
         if fitted is None:
             return None
         last = untraced_step(

@@ -357,24 +357,25 @@ STEPS = [
 ]  # fmt: skip
 
 
-def _some_steps(converter, shape, most=150):
-    """The steps out of all specs, or as many of them by chance."""
+def _some_steps(converter, shape, thorough):
+    """The steps out of all specs, or a number of them by chance."""
+    most = 400 if thorough else 150
     steps = [s for spec in converter.specs(shape) for s in converter.steps_from(shape, spec)]
     return random.Random(0).sample(steps, min(most, len(steps)))
 
 
 @pytest.mark.parametrize(("mesh", "shape"), STEPS)
-def test_every_step_gives_the_right_shards_and_gradients(mesh, shape):
+def test_every_step_gives_the_right_shards_and_gradients(mesh, shape, thorough):
     """All steps out of all specs, or a sample of them; sizes that do not divide among them."""
     simulated = _Mesh(mesh, shape)
-    steps = _some_steps(simulated.converter, shape)
+    steps = _some_steps(simulated.converter, shape, thorough)
     assert len(steps) > 3
     for step in steps:
         simulated.check([step], step.source, step.target)
 
 
 @pytest.mark.parametrize(("mesh", "shape"), [("2x4", (8, 16)), ("2x3x2", (12, 24)), ("8", (8, 8))])
-def test_every_step_is_charged_for_the_bytes_it_sends(mesh, shape):
+def test_every_step_is_charged_for_the_bytes_it_sends(mesh, shape, thorough):
     """Prices of a microsecond per byte sent and nothing else; sizes that divide."""
     simulated = _Mesh(mesh, shape)
     cluster = ClusterInfo.of(mesh, "cpu")
@@ -382,7 +383,7 @@ def test_every_step_is_charged_for_the_bytes_it_sends(mesh, shape):
     links = (Link(1e-99, 1e-6),) * len(cluster.mesh)
     converter = LayoutConverter(replace(cluster, device=device, links=links))
     seen = set()
-    for step in _some_steps(converter, shape):
+    for step in _some_steps(converter, shape, thorough):
         sent = simulated.check([step], step.source, step.target)
         assert converter.step_us(shape, 8, step) == pytest.approx(sent), str(step)
         seen.add(step.kind)
@@ -413,10 +414,11 @@ def test_the_steps_of_every_path_chain(shape):
 
 @pytest.mark.parametrize(
     ("mesh", "shape", "count"),
-    [("2x2", (5, 7), 200), ("2x2x2", (6, 8, 5), 50), ("2x3x2", (5, 7, 12), 40),
-     ("2x2x2", (2, 3, 4, 5), 40)],
+    [("2x2", (5, 7), None), ("2x2x2", (6, 8, 5), 100), ("2x3x2", (5, 7, 12), 40),
+     ("2x2x2", (2, 3, 4, 5), 75)],
 )  # fmt: skip
-def test_paths_give_the_right_shards_and_gradients(mesh, shape, count):
+def test_paths_give_the_right_shards_and_gradients(mesh, shape, count, thorough):
     simulated = _Mesh(mesh, shape)
+    count = count if thorough else (count or 400) // 2
     for source, target in _reachable(simulated.converter.specs(shape), count, 1):
         simulated.check(simulated.converter.path(shape, 8, source, target), source, target)
