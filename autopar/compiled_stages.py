@@ -15,6 +15,7 @@ from autopar.errors import InfeasibleError
 from autopar.ir.graph import ModelGraph
 from autopar.passes.apply_sharding import LocalProgram
 from autopar.passes.cut import Crossing, StageProgram, cut
+from autopar.passes.joint import return_arguments
 from autopar.passes.lower import LoweredStep, TracedStep, lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
@@ -273,7 +274,10 @@ def _enter(
         if names[position] in graph.casts
     }
     lowering = replace(lowering, sum_dtypes=casts, reshard_after_forward=frozenset())
-    return lower(trace_step(program.enter, parameters, lowering)), entered
+    lowered = lower(trace_step(program.enter, parameters, lowering))
+    for gm in (program.enter, lowered.forward):
+        return_arguments(gm)  # microbatches read parameters where they are
+    return lowered, entered
 
 
 def _gathered_again(graph: ModelGraph, plan: ShardingPlan, program: StageProgram) -> frozenset[int]:

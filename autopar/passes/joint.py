@@ -100,6 +100,18 @@ def _copy_aliased_results(gm: fx.GraphModule, arguments: Sequence[torch.Tensor])
     gm.recompile()
 
 
+def return_arguments(gm: fx.GraphModule) -> None:
+    """Take back the copies of results that share memory with an argument: for a caller who writes
+    to none of them."""
+    output = gm.graph.output_node()
+    results: Any = output.args[0]
+    output.args = (
+        tuple(r.args[0] if isinstance(r, fx.Node) and r.target is _CLONE else r for r in results),
+    )
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
 def _with_modules(gm: fx.GraphModule) -> Callable[..., Any]:
     """The program, run so that nodes traced from its nodes name their module as those do, and the
     node itself."""

@@ -20,3 +20,8 @@ def test_a_loss_of_split_targets_runs_in_slices(pair, samples, rows, constraints
         assert rank["error"] < 1e-12
         assert rank["slices"] and all(at_once for _, at_once in rank["slices"])
         assert rank["peak"] < 0.6  # logits and their gradient are 2, half of them on each rank
+
+
+def test_microbatches_read_parameters_where_they_are(pair):
+    for rank in pair.run(tasks.microbatched_peak, 63):
+        assert rank["measured"] <= rank["planned"]

@@ -37,3 +37,20 @@ def sliced_loss(samples: int, rows: int, constraints: dict[str, str], share: flo
         "peak": live.peak / (target.numel() * WORDS * 8),
         "slices": [(s.slices, s.at_once) for s in engine.plan.time_splits],
     }
+
+
+def microbatched_peak(rows: int) -> dict:
+    """Live bytes of a step in microbatches whose tokens are split over ranks, and what its plan
+    says; the sums of gradients are as large as the parameters, which were there before."""
+    torch.manual_seed(0)
+    model = Head(16, WORDS).double()
+    h, target = torch.randn(3, rows, 16).double(), torch.randint(0, WORDS, (3, rows))
+    constraints = {"inputs.h": "RS0R", "inputs.target": "RS0", "**.weight": "RR"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, _ = auto_engine(model, optimizer, "2", microbatches=3, constraints=constraints)
+    engine(h, target).backward()
+    for p in engine.parameters():
+        p.grad = None
+    with LiveMemory() as live:
+        engine(h, target).backward()
+    return {"measured": live.peak, "planned": engine.plan.memory.total_bytes}
