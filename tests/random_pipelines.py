@@ -21,7 +21,8 @@ from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions, S
 from autopar.ir.graph import ModelGraph
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram
-from autopar.plan import PipelinePlan, ShardingPlan
+from autopar.plan import ShardingPlan
+from autopar.plan_records import PipelinePlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import build_problem, make_plan, trainable_inputs
 from autopar.planner.stages import schedule_of

@@ -20,7 +20,7 @@ from autopar.passes.lower import lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.passes.regions import Growth, as_model_graph, may_split
 from autopar.passes.split_regions import calls_in_order, splittable
-from autopar.plan import TimeSplit
+from autopar.plan_records import TimeSplit
 from autopar.runtime.program import bind
 from autopar.schedule.program import eager_schedule
 from autopar.schedule.simulate import peak_bytes

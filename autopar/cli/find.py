@@ -14,7 +14,8 @@ from autopar.cli.plan import AnyMesh, target_of
 from autopar.cluster.cluster import ClusterInfo
 from autopar.compile import plan_step, plan_to_fit
 from autopar.errors import CaptureError, ConflictError, InfeasibleError
-from autopar.plan import ShardingPlan, TriedSize
+from autopar.plan import ShardingPlan
+from autopar.plan_records import TriedSize
 from autopar.planner.joint import JointPlan
 from autopar.progress import Progress
 from autopar.units import bytes_text, mesh_text, time_text

@@ -17,7 +17,8 @@ from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.device import device as device_of
 from autopar.compile import compile_first_rank, plan_batch, plan_step, plan_to_fit
 from autopar.files import write_atomically
-from autopar.plan import Baseline, ParetoPoint, ShardingPlan
+from autopar.plan import ShardingPlan
+from autopar.plan_records import Baseline, ParetoPoint
 from autopar.planner import pareto
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.constraints import Constraints, load_constraints

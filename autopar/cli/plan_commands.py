@@ -186,7 +186,7 @@ def plan(
             )
             from autopar.cluster.cluster import ClusterInfo
             from autopar.ir.precision import Precision
-            from autopar.plan import TriedSize
+            from autopar.plan_records import TriedSize
             from autopar.planner.optimizer_state import is_elementwise, named_state_ratio
             from autopar.planner.stages import PipelineOptions
 

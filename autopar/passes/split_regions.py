@@ -25,7 +25,7 @@ from autopar.passes.slice_graph import slice_graph
 from autopar.passes.split_loss import SplitLoss, Taken
 from autopar.passes.time_split import State, dim_of, even_sizes
 from autopar.passes.verify import propagate_shapes
-from autopar.plan import TimeSplit
+from autopar.plan_records import TimeSplit
 
 aten = torch.ops.aten
 

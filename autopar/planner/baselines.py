@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from autopar.ir.spec import ShardingSpec
-from autopar.plan import MemoryEstimate, TimeEstimate
+from autopar.plan_records import MemoryEstimate, TimeEstimate
 from autopar.planner.constraints import Allowed, masked
 from autopar.planner.decisions import Decision, Edge
 from autopar.planner.estimate import estimate_memory, estimate_time

@@ -26,7 +26,7 @@ import torch.fx as fx
 
 from autopar.ir.graph import operand_at, shape_of
 from autopar.ir.repeats import INDEX, pattern
-from autopar.plan import ModuleSummary
+from autopar.plan_records import ModuleSummary
 from autopar.planner.decisions import Candidate, Decision
 from autopar.planner.scheme_roles import DEPTH, ROLES, AtRest, scheme_of
 from autopar.planner.space import SearchSpace

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import ClusterInfo
-from autopar.plan import MEMORY_KINDS, TIME_KINDS, ModuleSummary, ShardingPlan
+from autopar.plan import ShardingPlan
+from autopar.plan_records import MEMORY_KINDS, TIME_KINDS, ModuleSummary
 from autopar.planner.describe import grouped_names, indexed
 from autopar.planner.names import copies_in
 from autopar.units import bytes_text, time_text

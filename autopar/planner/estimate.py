@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autopar.plan import MEMORY_KINDS, MemoryEstimate, TimeEstimate
+from autopar.plan_records import MEMORY_KINDS, MemoryEstimate, TimeEstimate
 from autopar.planner.decisions import Edge
 from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace

@@ -15,7 +15,7 @@ from autopar.passes.local_step import UntracedStep
 from autopar.passes.lower import TracedStep
 from autopar.passes.pipeline import LowerOptions
 from autopar.passes.split_regions import copy_of
-from autopar.plan import TimeSplit
+from autopar.plan_records import TimeSplit
 from autopar.planner.time_splits import (
     SECONDS,
     Choice,

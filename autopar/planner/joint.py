@@ -30,7 +30,8 @@ from autopar.passes.local_step import (
     untraced_step,
 )
 from autopar.passes.split_regions import split_regions
-from autopar.plan import MemoryEstimate, ShardingPlan
+from autopar.plan import ShardingPlan
+from autopar.plan_records import MemoryEstimate
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.fitted_step import MOST_RECOMPUTED, FittedStep, split_step
 from autopar.planner.liveness import Liveness

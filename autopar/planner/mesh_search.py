@@ -27,7 +27,7 @@ from autopar.errors import (
 )
 from autopar.ir.graph import ModelGraph
 from autopar.ir.precision import Precision
-from autopar.plan import MeshResult
+from autopar.plan_records import MeshResult
 from autopar.planner.batch import TracedBatch
 from autopar.planner.constraints import masked
 from autopar.planner.joint import plan_jointly

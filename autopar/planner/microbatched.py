@@ -22,7 +22,8 @@ from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import producer, shape_of
 from autopar.ir.spec import local_shape
 from autopar.passes.microbatches import Microbatches
-from autopar.plan import MemoryEstimate, ShardingPlan, StepWork, TimeEstimate
+from autopar.plan import ShardingPlan
+from autopar.plan_records import MemoryEstimate, StepWork, TimeEstimate
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import accumulation_us, optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain

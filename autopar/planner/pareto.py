@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.errors import InfeasibleError
-from autopar.plan import ParetoPoint
+from autopar.plan_records import ParetoPoint
 from autopar.planner.constraints import Allowed
 from autopar.planner.describe import describe
 from autopar.planner.estimate import estimate_memory, estimate_time

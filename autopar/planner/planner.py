@@ -16,7 +16,8 @@ from autopar.cluster.local import as_cluster
 from autopar.errors import InfeasibleError, PlanError
 from autopar.gc_utils import collection_paused, existing_objects_frozen
 from autopar.ir.precision import Precision
-from autopar.plan import ShardingPlan, SolverRecord
+from autopar.plan import ShardingPlan
+from autopar.plan_records import SolverRecord
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.constraints import (
     Allowed,

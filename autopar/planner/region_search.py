@@ -22,7 +22,7 @@ from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph
 from autopar.passes.regions import PIECES, Growth, Region, Ways, as_model_graph, may_split
 from autopar.passes.split_regions import IN_SLICES, calls_in_order, split_region
-from autopar.plan import TimeSplit
+from autopar.plan_records import TimeSplit
 from autopar.planner.live_ranges import LiveRanges
 
 log = logging.getLogger(__name__)

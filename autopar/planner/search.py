@@ -20,7 +20,7 @@ import numpy as np
 
 from autopar.errors import InfeasibleError
 from autopar.ir.repeats import pattern
-from autopar.plan import SolverRecord
+from autopar.plan_records import SolverRecord
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.constraints import Allowed, masked
 from autopar.planner.liveness import Item, Liveness

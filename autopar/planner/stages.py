@@ -12,7 +12,8 @@ from typing import Any
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.link import Link
 from autopar.errors import ConstraintError, MeshError, PlanError
-from autopar.plan import MemoryEstimate, PipelinePlan, ShardingPlan, StagePlan, TimeEstimate
+from autopar.plan import ShardingPlan
+from autopar.plan_records import MemoryEstimate, PipelinePlan, StagePlan, TimeEstimate
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import Planned
 from autopar.planner.stage_names import firsts_of, layout_of, name_of

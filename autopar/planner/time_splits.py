@@ -19,7 +19,7 @@ from autopar.errors import PlanError
 from autopar.passes.local_step import UntracedStep
 from autopar.passes.lower import TracedStep
 from autopar.passes.split_regions import IN_SLICES, copy_of, splittable, with_shapes
-from autopar.plan import TimeSplit
+from autopar.plan_records import TimeSplit
 from autopar.planner.region_search import (
     COUNTS,
     LEAST_GAIN,

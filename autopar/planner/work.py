@@ -10,7 +10,7 @@ import torch.fx as fx
 
 from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import ModelGraph, shape_of
-from autopar.plan import StepWork
+from autopar.plan_records import StepWork
 from autopar.profiler.profile import NodeProfile
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from autopar.plan import MEMORY_KINDS, TIME_KINDS, Baseline, ShardingPlan, StepSummary
+from autopar.plan import ShardingPlan
+from autopar.plan_records import MEMORY_KINDS, TIME_KINDS, Baseline, StepSummary
 from autopar.report import colors
 from autopar.report.content import alike_blocks, plans
 from autopar.report.pipeline import timeline_figure

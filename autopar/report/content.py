@@ -9,14 +9,14 @@ from dataclasses import astuple
 from typing import Any
 
 from autopar.ir.repeats import pattern
-from autopar.plan import (
+from autopar.plan import ShardingPlan
+from autopar.plan_records import (
     MEMORY_KINDS,
     TIME_KINDS,
     Baseline,
     MemoryEstimate,
     ModuleMemory,
     ModuleSummary,
-    ShardingPlan,
     TimeEstimate,
     TimeSplit,
     TriedSize,

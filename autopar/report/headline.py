@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.tiers import HOST
-from autopar.plan import ShardingPlan, StepWork
+from autopar.plan import ShardingPlan
+from autopar.plan_records import StepWork
 from autopar.units import bytes_text, count_text, flops_text, percent_text, time_text
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from autopar.plan import PipelinePlan, ShardingPlan
+from autopar.plan import ShardingPlan
+from autopar.plan_records import PipelinePlan
 from autopar.planner.stages import in_flight, schedule_of
 from autopar.report import colors
 from autopar.report.table import Table

@@ -29,7 +29,8 @@ from autopar.passes.microbatches import (
     independent_microbatches,
 )
 from autopar.passes.time_split import even_sizes
-from autopar.plan import PipelinePlan, ShardingPlan
+from autopar.plan import ShardingPlan
+from autopar.plan_records import PipelinePlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.stages import PipelineOptions, schedule_of

@@ -29,7 +29,8 @@ from autopar.ir.numbers import Origin
 from autopar.ir.precision import without_autocast
 from autopar.ir.size_formulas import input_shapes
 from autopar.passes.apply_sharding import LocalProgram
-from autopar.plan import PipelinePlan, ShardingPlan
+from autopar.plan import ShardingPlan
+from autopar.plan_records import PipelinePlan
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.planner import captured, trainable_inputs
 from autopar.planner.stages import schedule_of

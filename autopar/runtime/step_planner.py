@@ -17,7 +17,8 @@ from autopar.ir.graph import ModelGraph
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.passes.microbatches import Microbatches
-from autopar.plan import PipelinePlan, ShardingPlan
+from autopar.plan import ShardingPlan
+from autopar.plan_records import PipelinePlan
 from autopar.planner.batch import TracedBatch
 from autopar.planner.decisions import FixedLayouts
 from autopar.planner.microbatched import BatchPlanner, worth_splitting

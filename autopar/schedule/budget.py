@@ -13,7 +13,7 @@ import torch
 from autopar.cluster.link import Link
 from autopar.cluster.tiers import StateBytes, Tier
 from autopar.errors import InfeasibleError
-from autopar.plan import StepSummary
+from autopar.plan_records import StepSummary
 from autopar.schedule.build import schedule_of
 from autopar.schedule.chunk_states import Changes, chunk_states
 from autopar.schedule.order import in_order

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from autopar.plan import ModuleMemory
+from autopar.plan_records import ModuleMemory
 from autopar.schedule.program import Resource
 
 

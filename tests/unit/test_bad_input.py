@@ -13,7 +13,7 @@ from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.cluster.data import plain
 from autopar.cluster.device import DEVICES
 from autopar.errors import InfeasibleError, MeshError
-from autopar.plan import Baseline, MeshResult, ParetoPoint
+from autopar.plan_records import Baseline, MeshResult, ParetoPoint
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.report.text import render

@@ -10,7 +10,7 @@ from torch import nn
 from autopar.cluster.cluster import ClusterInfo
 from autopar.compile import autoplan
 from autopar.ir.spec import ShardingSpec
-from autopar.plan import Baseline
+from autopar.plan_records import Baseline
 from autopar.planner.baselines import BaselinePlan, baseline_plans
 from autopar.planner.planner import Planned
 from autopar.report.content import baselines_table

@@ -14,8 +14,8 @@ ROOT = Path(autopar.__file__).parent
 # From the ground up. A module at the top of the package is a layer of its own.
 LAYERS = (
     "errors", "units", "files", "gc_utils", "progress", "versions", "ir", "cluster", "operators",
-    "tracer", "solver", "plan", "comm", "profiler", "sharding", "optim", "schedule", "kernels",
-    "passes",
+    "tracer", "solver", "plan_records", "plan", "comm", "profiler", "sharding", "optim",
+    "schedule", "kernels", "passes",
     "planner",
     "compiled_step", "compiled_stages",
     "compile", "runtime", "quantization", "integrations", "testing", "report", "cli",

@@ -9,7 +9,7 @@ from autopar import ClusterInfo, autoplan
 from autopar.cluster.curve import Curve
 from autopar.cluster.link import Link
 from autopar.passes.local_step import local_step
-from autopar.plan import ModuleMemory
+from autopar.plan_records import ModuleMemory
 from autopar.planner.planner import trainable_inputs
 from autopar.report.charts import live_figure, modules_figure
 from autopar.report.content import alike_blocks

@@ -10,7 +10,8 @@ import torch
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.compile import autoplan
-from autopar.plan import Baseline, ShardingPlan
+from autopar.plan import ShardingPlan
+from autopar.plan_records import Baseline
 from autopar.planner import describe as words
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.planner import Planned, make_plan

@@ -4,7 +4,8 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 
 from autopar.ir.spec import ShardingSpec
-from autopar.plan import ShardingPlan, SolverRecord, StepSummary
+from autopar.plan import ShardingPlan
+from autopar.plan_records import SolverRecord, StepSummary
 
 # Any float may stand in a plan; infinity and NaN too.
 texts, numbers = st.dictionaries(st.text(), st.text()), st.dictionaries(st.text(), st.floats())

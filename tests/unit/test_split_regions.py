@@ -17,7 +17,8 @@ from autopar.passes.pipeline import LowerOptions
 from autopar.passes.regions import may_split
 from autopar.passes.split_regions import split_regions
 from autopar.passes.verify import propagate_shapes
-from autopar.plan import ShardingPlan, TimeSplit
+from autopar.plan import ShardingPlan
+from autopar.plan_records import TimeSplit
 from autopar.planner.time_splits import choose_splits, forward_score, training_score
 from autopar.schedule.build import schedule_of
 from autopar.testing.live_memory import LiveMemory

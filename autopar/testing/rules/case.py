@@ -16,7 +16,8 @@ from autopar.comm.groups import planning_groups
 from autopar.ir.graph import operands
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
-from autopar.plan import MemoryEstimate, ShardingPlan, SolverRecord, TimeEstimate
+from autopar.plan import ShardingPlan
+from autopar.plan_records import MemoryEstimate, SolverRecord, TimeEstimate
 from autopar.sharding.node_rules import declared_of
 from autopar.sharding.rule import Strategy
 from autopar.testing.rules.collectives import Run, counted, undeclared
