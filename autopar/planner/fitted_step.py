@@ -102,7 +102,7 @@ def split_step(
 
 def _choice(step: UntracedStep, budget: StepBudget, seconds: float) -> Choice | None:
     training = any(t.requires_grad for t in step.arguments)
-    score = (training_score if training else forward_score)(step)
+    score = training_score(step, budget.step_bytes) if training else forward_score(step)
     return choose_splits(step, budget.step_bytes, score, training=training, seconds=seconds)
 
 

@@ -230,8 +230,11 @@ def forward_score(step: UntracedStep) -> Callable[[fx.GraphModule], Score]:
     return score
 
 
-def training_score(step: UntracedStep) -> Callable[[fx.GraphModule], Score]:
-    """Scores training steps, by a schedule with a low peak that is found quickly."""
+def training_score(
+    step: UntracedStep, budget_bytes: float = 0.0
+) -> Callable[[fx.GraphModule], Score]:
+    """Scores training steps, by a schedule with a low peak that is found quickly; of those that
+    fit, by one that does."""
 
     def score(gm: fx.GraphModule) -> Score:
         traced = step.traced(gm)
@@ -239,7 +242,7 @@ def training_score(step: UntracedStep) -> Callable[[fx.GraphModule], Score]:
         if program is None:
             return _UNKNOWN
         program = in_order(program)
-        least = ScheduleFront(program).low()
+        least = ScheduleFront(program).low(budget_bytes)
         sequence = least.schedule.forward + least.schedule.backward
         peak = int(live_bytes(program, least.schedule).argmax())
         us = sum(program.ops[i].us for i in sequence)

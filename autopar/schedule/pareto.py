@@ -31,7 +31,8 @@ _SHARES = tuple(k / 24 for k in range(24))  # of the bytes that eager keeps
 _SECONDS = 0.3  # for each integer program over all operators
 # What is kept, as a share of the peak, by the schedules of the whole program that are tried.
 _LEAST_KEPT, _MOST_KEPT = 0.85, 1.25
-_TOGETHER, _ROUNDS = 256, 8  # results that growing keeps at once in programs of many operators
+# In programs of many operators, growing keeps so many results at once, and ends below that gain.
+_TOGETHER, _LEAST_GAIN = 256, 1e-4
 _CHAIN_TRIED = 3  # schedules of the chain on either side of where they begin to fit a budget
 _SPREAD = 400  # schedules of the chain, evenly over its budgets, that look for the smallest peak
 
@@ -196,12 +197,16 @@ class ScheduleFront:
 
     def grown(self, point: SchedulePoint, budget: float) -> SchedulePoint:
         """The schedule, keeping more as far as the budget allows."""
-        limits = (_TOGETHER, _ROUNDS) if self.has_many_operators else ()
+        limits = (_TOGETHER, _LEAST_GAIN) if self.has_many_operators else ()
         return self.point(point.name, self.refiner.grow(point.schedule, budget, *limits))
 
-    def low(self) -> SchedulePoint:
-        """A schedule with a low peak, found quickly: common checkpointing, refined."""
-        return self._lowered(self.checkpointed(), self.refiner)
+    def low(self, enough: float = 0.0) -> SchedulePoint:
+        """A schedule with a low peak, found quickly: common checkpointing, refined.
+
+        Args:
+            enough: bytes; no lower peak is looked for.
+        """
+        return self._lowered(self.checkpointed(), self.refiner, enough)
 
     def checkpointed(self) -> SchedulePoint:
         """The schedule with the lowest peak by common checkpointing."""
@@ -223,10 +228,10 @@ class ScheduleFront:
             starts.append(self._lowered(least, recompute_only))
         return min((self._lowered(start, self.refiner) for start in starts), key=_by_peak)
 
-    def _lowered(self, best: SchedulePoint, refiner: Refiner) -> SchedulePoint:
+    def _lowered(self, best: SchedulePoint, refiner: Refiner, enough: float = 0.0) -> SchedulePoint:
         """Refined as far as that lowers the peak."""
         for share in _LOWER:
-            while True:
+            while best.peak_bytes > enough:
                 smaller = refiner.shrink(best.schedule, share * best.peak_bytes, steps=400)
                 if smaller is None:
                     break

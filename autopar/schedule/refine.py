@@ -7,7 +7,6 @@ value. Both follow the simulated peak, which repairs what the models before them
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,13 +211,13 @@ class Refiner:
         return list(ops) if add(program.maker[storage]) else None
 
     def grow(
-        self, schedule: Schedule, budget: float, together: int = 1, rounds: float = math.inf
+        self, schedule: Schedule, budget: float, together: int = 1, least_gain: float = 0.0
     ) -> Schedule:
         """Keep what is recomputed or offloaded, the most expensive first, within the budget.
 
         Args:
             together: results of so many operators are kept at once, and simulated once.
-            rounds: after which it ends.
+            least_gain: share of the schedule's cost; it ends when keeping them saves less.
         """
         program = self.program
         for s in sorted(schedule.offloaded(program), key=lambda s: -program.sizes[s]):
@@ -226,14 +225,15 @@ class Refiner:
             if self._simulated(candidate).live.max() <= budget:
                 schedule = candidate
         rejected: set[tuple[int, int]] = set()
-        now = self._simulated(schedule)
-        done = 0
-        while done < rounds:
-            larger = self._with_less(now, budget, rejected, together)
-            if larger is None:
+        now, cost = self._simulated(schedule), self._cost(schedule)
+        while (larger := self._with_less(now, budget, rejected, together)) is not None:
+            before, now, cost = cost, larger, self._cost(larger.schedule)
+            if before - cost < least_gain * before:
                 break
-            now, done = larger, done + 1
         return now.schedule
+
+    def _cost(self, schedule: Schedule) -> float:
+        return sum(self.cost[i] for i in schedule.forward + schedule.backward)
 
     def _with_less(
         self, now: _Simulated, budget: float, rejected: set[tuple[int, int]], together: int
