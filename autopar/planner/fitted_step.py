@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.errors import InfeasibleError
+from autopar.errors import InfeasibleError, PlanError
 from autopar.passes.local_step import UntracedStep
 from autopar.passes.lower import TracedStep
 from autopar.passes.pipeline import LowerOptions
@@ -80,12 +80,11 @@ def split_step(
     """
     if budget.is_hopeless:
         return None
-    choice = None if short is None else _choice(short, budget, seconds)
-    searched = step
-    if choice is not None and short is not None:
-        searched = short
-    else:
-        choice = _choice(step, budget, seconds)
+    searched = step if short is None else short
+    try:
+        choice = _choice(searched, budget, seconds)
+    except PlanError:
+        searched, choice = step, _choice(step, budget, seconds)
     if choice is None:
         return None
     traced = searched.traced(copy_of(choice.program))

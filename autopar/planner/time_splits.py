@@ -119,12 +119,15 @@ def choose_splits(
         score: simulates a program; may change it.
         training: a backward follows.
         seconds: after which the search ends with what it has.
+
+    Raises:
+        PlanError: the program is short of equal blocks, and cannot stand for the whole.
     """
     deadline = time.monotonic() + seconds
     program = splittable(step.gm, step.arguments)
     first = now = score(copy_of(program))
     if math.isinf(first.peak_bytes):
-        return None
+        raise PlanError("blocks that stand for others do not equal them")
     lowered: list[_Lowered] = []
     for _ in range(_ROUNDS):
         if now.peak_bytes <= budget_bytes or (lowered and time.monotonic() > deadline):

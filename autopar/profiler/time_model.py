@@ -98,8 +98,8 @@ def kernels_of(
     if device.measured:
         forward, backward = _dispatched(node, profile)
     else:
-        values = tensors_of(node.meta["val"])
-        dtype = _name(values[0].dtype) if values else "float32"
+        values = [t for n in operands(node) if n for t in tensors_of(n.meta["val"])]
+        dtype = dtype_of(values, tensors_of(node.meta["val"]))
         arguments = bound_arguments(node)
         forward, backward = (
             (Kernel(computed(node.target, arguments, work), dtype),)
@@ -185,7 +185,13 @@ def _kernels(recorded: Sequence[tuple[Work, Kernel]], total: Work) -> tuple[Kern
     return (*kernels, Kernel(rest, "float32")) if rest.kernels else kernels
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_of(operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> str:
+    """The name of the dtype in which a kernel multiplies: that of its operands if it accumulates in
+    a wider one, as partial attention does."""
+    dtype = results[0].dtype if results else torch.float32
+    for t in operands:
+        if t.ndim > 1 and t.dtype.is_floating_point and 1 < t.itemsize < dtype.itemsize:
+            dtype = t.dtype
     return str(dtype).removeprefix("torch.")
 
 
@@ -211,7 +217,7 @@ class KernelLog(Recorder):
 def kernel_of(func: Any, args: Any, kwargs: Any, out: Any, work: Work) -> Kernel:
     """A dispatched operator as a kernel, from its counted work."""
     results = tensors_of(out)
-    dtype = _name(results[0].dtype) if results else "float32"
+    dtype = dtype_of(tensors_of((args, kwargs)), results)
     if work.flops:
         done = computed(func, by_name(func, args, kwargs), work)
         return Kernel(done, dtype, _library(func, args, kwargs, results))

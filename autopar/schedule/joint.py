@@ -21,7 +21,7 @@ from autopar.ir.joint_graph import JointGraph
 from autopar.ir.randomness import draws
 from autopar.operators.scaled_gradient import scaled_gradient
 from autopar.profiler.counting import Recorder, Work
-from autopar.profiler.time_model import Kernel, KernelLog, computed, node_us
+from autopar.profiler.time_model import Kernel, KernelLog, computed, dtype_of, node_us
 from autopar.schedule.program import INPUT, SIDE, Op, Program, Resource
 
 
@@ -202,9 +202,9 @@ class _Reader:
             moved = sum(t.nbytes for t in results)
             return Resource.HOST, 0.0, 1e6 * (link.alpha + link.beta * moved)
         elements = max((t.numel() for t in (*operands, *results)), default=0)
-        dtype = str(results[0].dtype).removeprefix("torch.") if results else "float32"
         if not kernels:
-            kernels = [Kernel(computed(node.target, bound_arguments(node), work), dtype)]
+            done = computed(node.target, bound_arguments(node), work)
+            kernels = [Kernel(done, dtype_of(operands, results))]
         us = float(node_us(kernels, self.cluster.device))
         return Resource.COMPUTE, float(work.flops or elements), us
 

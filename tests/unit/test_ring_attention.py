@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autopar import ClusterInfo, autoplan
+from autopar.cluster.link import Link
 from autopar.comm.spans import chunks, halves, length_of, zigzag
 from autopar.operators.attention_blocks import Block, attend, attend_backward, merge
+from autopar.passes.local_step import local_step
 from autopar.sharding.lowerings.attention_operators import products, segments
 from autopar.sharding.lowerings.ring_attention import base_of
 
@@ -146,3 +149,33 @@ def test_short_dtypes_merge_in_float32(dtype):
     # blocks are rounded as attention is, once each
     error = (merged[0] - exact).abs().max()
     assert error <= torch.finfo(dtype).eps * v.float().abs().max()
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+class Causal(torch.nn.Module):
+    """Eight heads, two of keys, of 32768 tokens, in bfloat16."""
+
+    def forward(self, x):
+        q, k, v = (t.transpose(1, 2) for t in x.unflatten(-1, (12, 64)).split([8, 2, 2], 2))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.float().square().mean()
+
+
+@pytest.mark.parametrize("way", ["by b1", "by q", "by ring", "by exchange"])
+def test_a_rank_is_predicted_to_compute_its_share_of_attention(way):
+    """In the dtype of its operands, also where partial results accumulate in float32; pairs of a
+    query and a later key are not counted."""
+    device, x = ClusterInfo.of("1", "H100").device, torch.empty(1, 32768, 768, dtype=torch.bfloat16)
+    ranks = 2 if way == "by b1" else 4
+    cluster = ClusterInfo((ranks,), device, (Link(1e-6, 1e-11),))
+    planned = autoplan(
+        Causal(), (), {"x": x.requires_grad_()}, cluster=cluster,
+        constraints={"**.scaled_dot_product_attention": way},
+    )  # fmt: skip
+    program = local_step(planned.graph, planned.plan, trainable=(0,)).program
+    us = sum(op.us for op in program.ops if "attention" in op.kind.partition(" ")[0])
+    flops = 8 / ranks * 32768 * 32769 / 2 * 64 * 4
+    rate = device.flops_curve("attention", "bfloat16").rate(flops)
+    assert us == pytest.approx(1e6 * flops / rate, rel=0.15)

@@ -215,12 +215,15 @@ def attention_block_backward(
 
 
 def _pairs(queries: Sequence[int], keys: Sequence[int], causal: bool) -> int:
-    return sum(p.rows[1] * p.columns[1] for p in _products(queries, keys, causal))
+    """Of a query and a key that it sees; causal products are square."""
+    return sum(
+        p.rows[1] * (p.rows[1] + 1) // 2 if p.causal else p.rows[1] * p.columns[1]
+        for p in _products(queries, keys, causal)
+    )
 
 
 @register_flop_formula(torch.ops.autopar.attention_block)
 def _flops(q, k, v, mask, base, queries, keys, causal, scale, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    """As torch counts attention: a causal product counts whole."""
     return 2 * math.prod(q[:-2]) * _pairs(queries, keys, causal) * (q[-1] + v[-1])
 
 
