@@ -32,6 +32,8 @@ from autopar.units import bytes_text
 log = logging.getLogger(__name__)
 
 MOST_RECOMPUTED = 3e-2  # of a step: what fitting may cost before regions are split
+# of the budget: where a step fits, but recomputes much, slices bring its least peak down to that
+ROOMY = 0.5
 _LARGE_RESULT = 0.2  # of the peak
 
 
@@ -66,6 +68,7 @@ def split_step(
     budget: StepBudget,
     seconds: float = SECONDS,
     short: UntracedStep | None = None,
+    share: float = 1.0,
 ) -> FittedStep | None:
     """Schedule a step with regions of it in slices; None if none lowers its peak, or if its states
     alone are too much.
@@ -74,6 +77,7 @@ def split_step(
         step: of a rank; is not changed.
         seconds: for the search.
         short: the same without most of its equal blocks, in which regions are looked for.
+        share: of the budget that the least peak is brought to; what is left keeps more values.
 
     Raises:
         InfeasibleError: the step does not fit in slices either.
@@ -82,9 +86,9 @@ def split_step(
         return None
     searched = step if short is None else short
     try:
-        choice = _choice(searched, budget, seconds)
+        choice = _choice(searched, share * budget.step_bytes, seconds)
     except PlanError:
-        searched, choice = step, _choice(step, budget, seconds)
+        searched, choice = step, _choice(step, share * budget.step_bytes, seconds)
     if choice is None:
         return None
     traced = searched.traced(copy_of(choice.program))
@@ -99,10 +103,10 @@ def split_step(
     return FittedStep(gm, program, traced if searched is step else None, memory, splits, whole)
 
 
-def _choice(step: UntracedStep, budget: StepBudget, seconds: float) -> Choice | None:
+def _choice(step: UntracedStep, budget_bytes: float, seconds: float) -> Choice | None:
     training = any(t.requires_grad for t in step.arguments)
-    score = training_score(step, budget.step_bytes) if training else forward_score(step)
-    return choose_splits(step, budget.step_bytes, score, training=training, seconds=seconds)
+    score = training_score(step, budget_bytes) if training else forward_score(step)
+    return choose_splits(step, budget_bytes, score, training=training, seconds=seconds)
 
 
 def _whole_results(gm: fx.GraphModule, peak_bytes: float) -> tuple[str, ...]:
@@ -163,7 +167,7 @@ def _fit(
     except InfeasibleError as error:
         errors.append(error)
     try:
-        split = split_step(step, budget)
+        split = split_step(step, budget, share=1.0 if whole is None else ROOMY)
         if split is not None and (
             whole is None or split.memory.timeline.us < whole.memory.timeline.us
         ):

@@ -33,7 +33,7 @@ from autopar.passes.split_regions import split_regions
 from autopar.plan import ShardingPlan
 from autopar.plan_records import MemoryEstimate
 from autopar.planner.estimate import estimate_memory, estimate_time
-from autopar.planner.fitted_step import MOST_RECOMPUTED, FittedStep, split_step
+from autopar.planner.fitted_step import MOST_RECOMPUTED, ROOMY, FittedStep, split_step
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import SearchResult, search
@@ -251,7 +251,7 @@ class _Trials:
             pass
         fitted = None
         if memory is None or not self.problem.deadline.over:
-            fitted = self._in_slices(plan, budget, short)
+            fitted = self._in_slices(plan, budget, short, 1.0 if memory is None else ROOMY)
         if fitted is not None and (
             memory is None or fitted.memory.timeline.us < memory.timeline.us
         ):
@@ -260,9 +260,13 @@ class _Trials:
         return step, memory or budget.choose(step.program), None
 
     def _in_slices(
-        self, plan: ShardingPlan, budget: StepBudget, short: ShortGraph | None
+        self, plan: ShardingPlan, budget: StepBudget, short: ShortGraph | None, share: float
     ) -> FittedStep | None:
-        """The step with regions in slices; None if that does not fit."""
+        """The step with regions in slices; None if that does not fit.
+
+        Args:
+            share: as of `split_step`.
+        """
         space, trainable = self.problem.space, self.problem.space.workload.trainable
         step = untraced_step(space.graph, space.graph, plan, trainable, self.output_specs)
         few = None
@@ -272,7 +276,7 @@ class _Trials:
             )
         seconds = min(SECONDS, self.problem.deadline.left)
         try:
-            fitted = split_step(step, budget, seconds, few)
+            fitted = split_step(step, budget, seconds, few, share)
         except InfeasibleError:
             return None
         except PlanError as error:  # a region of the few blocks that all of them do not have
