@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,9 +32,9 @@ from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
 
-MOST_RECOMPUTED = 3e-2  # of a step: what fitting may cost before regions are split
+_MOST_RECOMPUTED = 3e-2  # of a step: what fitting may cost before regions are split
 # of the budget: where a step fits, but recomputes much, slices bring its least peak down to that
-ROOMY = 0.5
+_ROOMY = 0.5
 _LARGE_RESULT = 0.2  # of the peak
 
 
@@ -68,27 +69,51 @@ def split_step(
     budget: StepBudget,
     seconds: float = SECONDS,
     short: UntracedStep | None = None,
-    share: float = 1.0,
+    whole: MemoryPlan | None = None,
 ) -> FittedStep | None:
-    """Schedule a step with regions of it in slices; None if none lowers its peak, or if its states
-    alone are too much.
+    """Schedule a step with regions of it in slices: until it fits, and further if it recomputes
+    much. None if no region lowers its peak, or if its states alone are too much.
 
     Args:
         step: of a rank; is not changed.
         seconds: for the search.
         short: the same without most of its equal blocks, in which regions are looked for.
-        share: of the budget that the least peak is brought to; what is left keeps more values.
+        whole: its schedule without slices, if it fits.
 
     Raises:
         InfeasibleError: the step does not fit in slices either.
     """
     if budget.is_hopeless:
         return None
-    searched = step if short is None else short
+    deadline = time.monotonic() + seconds
+    best = _split_to(step, budget, 1.0 if whole is None else _ROOMY, deadline, short)
+    if best is None or whole is not None or recomputes_little(best.memory):
+        return best
+    if time.monotonic() > deadline:
+        return best
     try:
-        choice = _choice(searched, share * budget.step_bytes, seconds)
+        split = _split_to(step, budget, _ROOMY, deadline, short)
+    except InfeasibleError:
+        return best
+    better = split is not None and split.memory.timeline.us < best.memory.timeline.us
+    return split if better else best
+
+
+def recomputes_little(memory: MemoryPlan) -> bool:
+    """Whether fitting costs too little to look for slices."""
+    return memory.added_us <= _MOST_RECOMPUTED * memory.timeline.us
+
+
+def _split_to(
+    step: UntracedStep, budget: StepBudget, share: float, deadline: float,
+    short: UntracedStep | None,
+) -> FittedStep | None:  # fmt: skip
+    """The same with its least peak at a share of the budget; what is left keeps more values."""
+    searched, target = step if short is None else short, share * budget.step_bytes
+    try:
+        choice = _choice(searched, target, deadline)
     except PlanError:
-        searched, choice = step, _choice(step, share * budget.step_bytes, seconds)
+        searched, choice = step, _choice(step, target, deadline)
     if choice is None:
         return None
     traced = searched.traced(copy_of(choice.program))
@@ -99,13 +124,14 @@ def split_step(
         gm, splits = choice.program, choice.splits
     else:
         gm, splits = with_candidates(step, choice.candidates)
-    whole = _whole_results(gm, memory.peak_bytes)
-    return FittedStep(gm, program, traced if searched is step else None, memory, splits, whole)
+    results = _whole_results(gm, memory.peak_bytes)
+    return FittedStep(gm, program, traced if searched is step else None, memory, splits, results)
 
 
-def _choice(step: UntracedStep, budget_bytes: float, seconds: float) -> Choice | None:
+def _choice(step: UntracedStep, budget_bytes: float, deadline: float) -> Choice | None:
     training = any(t.requires_grad for t in step.arguments)
     score = training_score(step, budget_bytes) if training else forward_score(step)
+    seconds = max(0.0, deadline - time.monotonic())
     return choose_splits(step, budget_bytes, score, training=training, seconds=seconds)
 
 
@@ -162,12 +188,12 @@ def _fit(
     errors: list[InfeasibleError] = []
     try:
         whole = FittedStep(gm, traced.program, traced, budget.choose(traced.program))
-        if whole.memory.added_us <= MOST_RECOMPUTED * whole.memory.timeline.us:
+        if recomputes_little(whole.memory):
             return whole
     except InfeasibleError as error:
         errors.append(error)
     try:
-        split = split_step(step, budget, share=1.0 if whole is None else ROOMY)
+        split = split_step(step, budget, whole=None if whole is None else whole.memory)
         if split is not None and (
             whole is None or split.memory.timeline.us < whole.memory.timeline.us
         ):

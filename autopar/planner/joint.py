@@ -33,7 +33,7 @@ from autopar.passes.split_regions import split_regions
 from autopar.plan import ShardingPlan
 from autopar.plan_records import MemoryEstimate
 from autopar.planner.estimate import estimate_memory, estimate_time
-from autopar.planner.fitted_step import MOST_RECOMPUTED, ROOMY, FittedStep, split_step
+from autopar.planner.fitted_step import FittedStep, recomputes_little, split_step
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import SearchResult, search
@@ -245,13 +245,13 @@ class _Trials:
         memory = None
         try:
             memory = budget.choose(step.program, patience=_PATIENCE)
-            if memory.added_us <= MOST_RECOMPUTED * memory.timeline.us:
+            if recomputes_little(memory):
                 return step, memory, None
         except InfeasibleError:
             pass
         fitted = None
         if memory is None or not self.problem.deadline.over:
-            fitted = self._in_slices(plan, budget, short, 1.0 if memory is None else ROOMY)
+            fitted = self._in_slices(plan, budget, short, memory)
         if fitted is not None and (
             memory is None or fitted.memory.timeline.us < memory.timeline.us
         ):
@@ -260,12 +260,13 @@ class _Trials:
         return step, memory or budget.choose(step.program), None
 
     def _in_slices(
-        self, plan: ShardingPlan, budget: StepBudget, short: ShortGraph | None, share: float
-    ) -> FittedStep | None:
+        self, plan: ShardingPlan, budget: StepBudget, short: ShortGraph | None,
+        whole: MemoryPlan | None,
+    ) -> FittedStep | None:  # fmt: skip
         """The step with regions in slices; None if that does not fit.
 
         Args:
-            share: as of `split_step`.
+            whole: its schedule without slices, if it fits.
         """
         space, trainable = self.problem.space, self.problem.space.workload.trainable
         step = untraced_step(space.graph, space.graph, plan, trainable, self.output_specs)
@@ -276,7 +277,7 @@ class _Trials:
             )
         seconds = min(SECONDS, self.problem.deadline.left)
         try:
-            fitted = split_step(step, budget, seconds, few, share)
+            fitted = split_step(step, budget, seconds, few, whole)
         except InfeasibleError:
             return None
         except PlanError as error:  # a region of the few blocks that all of them do not have
