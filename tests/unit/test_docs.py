@@ -54,6 +54,7 @@ PAGES = (
     "docs/optimizers.md",
     "docs/precision.md",
     "docs/inference.md",
+    "docs/kernels.md",
     "docs/integrations.md",
     "benchmarks/README.md",
 )
