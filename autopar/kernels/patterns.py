@@ -39,11 +39,10 @@ def matched(pattern: PatternExpr, node: fx.Node) -> Matched | None:
     match = pattern.match(node)
     if not is_match(match):
         return None
-    for part, value in match.ctx.pattern_to_node.items():
-        # the matcher passes over keywords that a pattern does not name
-        if isinstance(part, CallFunction) and value is not None:
-            if set(value.kwargs) - set(part.kwargs):
-                return None
+    # the matcher passes over keywords that a pattern does not name
+    calls = {p: n for p, n in match.ctx.pattern_to_node.items() if isinstance(p, CallFunction)}
+    if any(node is not None and set(node.kwargs) - set(p.kwargs) for p, node in calls.items()):
+        return None
     return Matched(tuple(dict.fromkeys(match.nodes)), match.kwargs)
 
 

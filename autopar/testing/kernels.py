@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.cluster.device import DEVICES
 from autopar.ir.graph import ModelGraph
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from autopar.kernels.table import KernelRow
 
 
-class _Function(nn.Module):
+class Function(nn.Module):
+    """A function of tensors as a module."""
+
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
@@ -31,7 +34,7 @@ class _Function(nn.Module):
 def with_kernels(function: Callable[..., Tensor], operands: Sequence[Tensor]) -> fx.GraphModule:
     """A function of tensors, captured, with kernels wherever they move fewer bytes: they are
     substituted as for a device whose launches take no time. It returns a tuple."""
-    return with_kernels_in_model(_Function(function), {}, operands).gm
+    return with_kernels_in_model(Function(function), {}, operands).gm
 
 
 def with_kernels_in_model(
@@ -41,16 +44,38 @@ def with_kernels_in_model(
     graph = ColoTracer().trace(model, tuple(positional), dict(inputs))
     values = [n.meta["val"] for n in graph.placeholders.values()]
     slow = replace(DEVICES["cpu"], kind=values[0].device.type, bandwidth=1.0, launch_us=0.0)
-    return replace(graph, gm=substitute_kernels(with_shapes(graph.gm, values), device=slow))
+    gm = substitute_kernels(with_shapes(graph.gm, values), device=slow)
+    gm.recompile()
+    return replace(graph, gm=gm)
 
 
 def kernels_in(gm: fx.GraphModule) -> list[str]:
     """The names of the operators in a program that launch kernels."""
+    return [name for name in map(_kernel, (n.target for n in gm.graph.nodes)) if name]
+
+
+def _kernel(target: Any) -> str:
+    """The name of an operator that launches kernels; empty of others."""
     from autopar.kernels import launch
 
-    targets = [n.target for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
-    names = [t._opname for t in targets if t.namespace == "autopar"]
-    return [name for name in names if name in launch.names]
+    ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "autopar"
+    return target._opname if ours and target._opname in launch.names else ""
+
+
+class KernelCalls(TorchDispatchMode):
+    """Notes which operators that launch kernels are called.
+
+    Attributes:
+        names: of them, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names += filter(None, [_kernel(func)])
+        return func(*args, **(kwargs or {}))
 
 
 def roundings_off(
@@ -76,16 +101,14 @@ def roundings_off(
         t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
         for t in operands
     ]
-    (actual,), expected = gm(*operands), row.sample.run(*exact)
-    seed = torch.randn_like(actual)
-    pairs = [
-        (actual, expected),
-        *zip(
-            _gradients(actual, operands, seed), _gradients(expected, exact, seed.double()),
-            strict=True,
-        ),
-    ]  # fmt: skip
-    return max(_roundings(a, b) for a, b in pairs)
+    with KernelCalls() as calls:
+        (result,) = gm(*operands)
+        seed = torch.randn_like(result)
+        actual = [result.detach(), *_gradients(result, operands, seed)]
+    assert len(calls.names) == 2, f"{row.name} runs {calls.names}, not its two kernels"
+    result = row.sample.run(*exact)
+    expected = [result.detach(), *_gradients(result, exact, seed.double())]
+    return max(_roundings(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def _gradients(result: Tensor, operands: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, ...]:
