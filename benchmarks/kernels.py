@@ -24,7 +24,7 @@ SECONDS = 270.0
 SIZES = ((2048, 1024), (4096, 2048), (8192, 4096), (16384, 4096), (8192, 8192))
 # Bytes over the bandwidth are 0.85 of the time or more; and Inductor is not faster.
 MOST_OVER_IDEAL, MOST_OF_INDUCTOR = 1 / 0.85, 1.0
-ROUNDINGS = 8.0
+ROUNDINGS = 4.0
 QUICK_SHAPES = ((6, 50), (17, 258))
 
 

@@ -28,10 +28,12 @@ class Matched:
     Args:
         nodes: in order; the last one has the result.
         bound: what stands in the named places: nodes and constants.
+        views: what is made of the widened operand of the kernel before it is used.
     """
 
     nodes: tuple[fx.Node, ...]
     bound: Mapping[str, Any]
+    views: tuple[fx.Node, ...] = ()
 
 
 def matched(pattern: PatternExpr, node: fx.Node) -> Matched | None:

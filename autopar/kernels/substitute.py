@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar.cluster.device import Device
-from autopar.ir.aliasing import tensors_of
+from autopar.ir.aliasing import is_view, tensors_of
 from autopar.ir.graph import bound_arguments
 from autopar.kernels import kernels_run_on
 from autopar.profiler.time_model import Kernel, KernelLog, node_us
@@ -78,25 +78,44 @@ def _match(row: KernelRow, node: fx.Node) -> Matched | None:
 
 
 def _widened(row: KernelRow, match: Matched) -> Matched:
-    """The same, from before a cast that the kernel does itself."""
+    """The same, from before a cast that the kernel does itself, and the views of it."""
     from autopar.kernels.patterns import Matched
 
-    cast = match.bound.get(row.widened)
+    cast: Any = match.bound.get(row.widened)
+    views: list[fx.Node] = []
+    while isinstance(cast, fx.Node) and is_view(cast) and len(cast.users) == 1:
+        views.insert(0, cast)
+        cast = cast.args[0]
     if (
         not isinstance(cast, fx.Node)
         or cast.target is not aten._to_copy.default
         or dict(cast.kwargs) != {"dtype": torch.float32}
         or len(cast.users) != 1
+        or any(v.kwargs or v.all_input_nodes != [v.args[0]] for v in views)
     ):
         return match
     (source,) = cast.args
     if _value(source).dtype not in (torch.bfloat16, torch.float16):
         return match
-    return Matched((cast, *match.nodes), {**match.bound, row.widened: source})
+    bound = {**match.bound, row.widened: source}
+    return Matched((cast, *views, *match.nodes), bound, tuple(views))
 
 
 def _value(bound: Any) -> Any:
     return bound.meta.get("val") if isinstance(bound, fx.Node) else bound
+
+
+def _result(row: KernelRow, match: Matched, call: Callable[..., Any], bound: Any) -> Any:
+    """The kernel's result."""
+    return row.write(call, **_viewed(row, match, call, bound))
+
+
+def _viewed(row: KernelRow, match: Matched, call: Callable[..., Any], bound: Any) -> Any:
+    """What is bound, with the views of the widened operand."""
+    for view in match.views:
+        operand = call(view.target, bound[row.widened], *view.args[1:])
+        bound = {**bound, row.widened: operand}
+    return bound
 
 
 def _is_better(row: KernelRow, match: Matched, device: Device, prices: dict[Any, bool]) -> bool:
@@ -115,7 +134,9 @@ def _is_better(row: KernelRow, match: Matched, device: Device, prices: dict[Any,
         tuple(n.target for n in _only_here(match.nodes)),
     )
     if key not in prices:
-        prices[key] = row.applies(out=result, **values) and _is_faster(row, match, values, device)
+        with result.fake_mode:
+            viewed = _viewed(row, match, lambda op, *args: op(*args), values)
+        prices[key] = row.applies(out=result, **viewed) and _is_faster(row, match, values, device)
     return prices[key]
 
 
@@ -136,7 +157,7 @@ def _is_faster(row: KernelRow, match: Matched, values: Mapping[str, Any], device
 
     def kernel(*operands: Tensor) -> Any:
         given = {**values, **dict(zip(names, operands, strict=True))}
-        return row.write(lambda op, *args: op(*args), **given)
+        return _result(row, match, lambda op, *args: op(*args), given)
 
     replaced = _only_here(match.nodes)
     inside = set(replaced)
@@ -208,7 +229,7 @@ def _write(row: KernelRow, match: Matched) -> set[fx.Node]:
 
     replaced = _only_here(match.nodes)
     with last.graph.inserting_before(last):
-        result = row.write(call, **match.bound)
+        result = _result(row, match, call, match.bound)
     result.meta = dict(last.meta)
     last.replace_all_uses_with(result)
     for node in reversed(replaced):

@@ -58,7 +58,7 @@ def check_row(name: str) -> None:
         ((5, 130), torch.bfloat16),
         ((5, 34), torch.float16),
     ):
-        assert roundings_off(row, *shape, dtype) < 8
+        assert roundings_off(row, *shape, dtype) < 4
 
 
 @needs_triton
@@ -69,6 +69,36 @@ def check_row(name: str) -> None:
 )  # fmt: skip
 def test_rows_match_their_samples_and_equal_float64(interpreted: Interpreter, name) -> None:
     interpreted(check_row, name)
+
+
+def check_losses_of_rows() -> None:
+    """As on a rank that has a part of the batch: the cast stands before a view, and rows are not
+    summed yet."""
+    from autopar.testing.kernels import KernelCalls, kernels_in, with_kernels
+
+    target = torch.tensor([3, -100, 0, 5, 1, 6])
+
+    def losses(logits: Tensor, target: Tensor) -> Tensor:
+        rows = logits.float().flatten(0, -2)
+        return F.cross_entropy(rows, target, ignore_index=-100, reduction="none")
+
+    logits = torch.randn(2, 3, 7, dtype=torch.float16).requires_grad_()
+    gm = with_kernels(losses, [logits, target])
+    assert kernels_in(gm) == ["cross_entropy_fwd"]
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default)
+    with KernelCalls() as calls:
+        (actual,) = gm(logits, target)
+        seed = torch.randn_like(actual)
+        (gradient,) = torch.autograd.grad(actual, logits, seed)
+    assert calls.names == ["cross_entropy_fwd", "cross_entropy_bwd"]
+    expected = losses(logits, target)
+    assert_close(actual, expected)
+    assert_close(gradient, torch.autograd.grad(expected, logits, seed)[0])
+
+
+@needs_triton
+def test_a_cast_before_a_view_is_the_kernels(interpreted: Interpreter) -> None:
+    interpreted(check_losses_of_rows)
 
 
 def built(name: str, dtype: torch.dtype, **options: Any) -> nn.Module:
@@ -93,9 +123,7 @@ def step(run: Callable[..., Any], model: nn.Module) -> list[Tensor]:
 
 def distance(values: list[Tensor], exact: list[Tensor]) -> float:
     """The relative errors of the values, each by its norm, added up."""
-    return sum(
-        float((a.float() - b).norm() / b.norm()) for a, b in zip(values, exact, strict=True)
-    )
+    return sum(float((a.float() - b).norm() / b.norm()) for a, b in zip(values, exact, strict=True))
 
 
 def check_model(name: str, dtype: torch.dtype, expected: Counter[str]) -> None:
@@ -109,13 +137,14 @@ def check_model(name: str, dtype: torch.dtype, expected: Counter[str]) -> None:
         for a, b in zip(actual, eager, strict=True):
             assert_close(a, b, rtol=0, atol=float(b.abs().max()) * 3e-6)
         return
-    # roundings of a whole model add up: kernels, which round less often, are not farther off
+    # Roundings of a whole model add up: kernels, which round less often, are not farther off. This
+    # is float16, as the interpreter truncates to bfloat16 where GPUs round.
     exact = step(wide := model.to(torch.float32), wide)
     assert distance(actual, exact) < 1.1 * distance(eager, exact)
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", list(MODELS))
 def test_models_as_written(interpreted: Interpreter, name, dtype) -> None:
     interpreted(check_model, name, dtype, MODELS[name][1])

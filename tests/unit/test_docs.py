@@ -197,6 +197,7 @@ def test_python_runs(page: str, workplace: Path) -> None:
         "docs/cluster.md",
         "docs/training_scripts.md",
         "docs/conversion.md",
+        "docs/kernels.md",
         "benchmarks/README.md",
     )
     assert count or page in without
