@@ -247,14 +247,14 @@ def _write_cross_entropy(
     call: Call, *, self: Any, target: Any, reduction: int = _MEAN, ignore_index: int = -100,
     **_: Any,
 ) -> Any:  # fmt: skip
+    count = None
+    if reduction == _MEAN:  # first, so that the flow to the loss is not interrupted
+        count = call(aten.sum.default, call(aten.ne.Scalar, target, ignore_index))
     rows = call(getitem, call(ours.cross_entropy_fwd.default, self, target, ignore_index), 0)
     if reduction == _NONE:
         return rows
     total = call(aten.sum.default, rows)
-    if reduction != _MEAN:
-        return total
-    valid = call(aten.ne.Scalar, target, ignore_index)
-    return call(aten.div.Tensor, total, call(aten.sum.default, valid))
+    return total if count is None else call(aten.div.Tensor, total, count)
 
 
 def _next_token(logits: Tensor, target: Tensor) -> Tensor:

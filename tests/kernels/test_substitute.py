@@ -47,11 +47,18 @@ MODELS: dict[str, tuple[Callable[[], Any], Counter[str]]] = {
 }  # fmt: skip
 
 
+NAMES = [
+    "SwiGLU", "GeGLU", "RMSNorm", "LayerNorm", "rotary embedding", "cross-entropy",
+    "softmax with mask and bias",
+]  # fmt: skip
+
+
 def check_row(name: str) -> None:
     from autopar.kernels.table import ROWS
     from autopar.testing.kernels import roundings_off
 
-    (row,) = [row for row in ROWS if row.name == name]
+    assert [row.name for row in ROWS] == NAMES
+    row = ROWS[NAMES.index(name)]
     for shape, dtype in (
         ((6, 50), torch.float64),
         ((17, 258), torch.float32),
@@ -62,13 +69,24 @@ def check_row(name: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "name",
-    ["SwiGLU", "GeGLU", "RMSNorm", "LayerNorm", "rotary embedding", "cross-entropy",
-     "softmax with mask and bias"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_match_their_samples_and_equal_float64(interpreted: Interpreter, name) -> None:
     interpreted(check_row, name)
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_on_the_gpu(name) -> None:
+    from autopar.kernels import launch
+    from autopar.kernels.table import ROWS
+    from autopar.testing.kernels import roundings_off
+
+    row = ROWS[NAMES.index(name)]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for shape in ((300, 1000), (4096, 4096)):
+            assert roundings_off(row, *shape, dtype, "cuda") < 4
+    assert not launch.failed
 
 
 def check_losses_of_rows() -> None:
