@@ -2,8 +2,8 @@
 
 It runs before differentiation: a kernel's operator has its derivative, so that the backward has the
 backward kernel, and a schedule sees the sizes and times of both. What is kept for the backward is
-what the kernels need. Everything that is decided here follows from the program and the plan's
-device; no rank decides for itself.
+what the kernels need. All that decides is the program and the plan's device, so ranks with the same
+program decide alike.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar.cluster.device import Device
-from autopar.ir.aliasing import is_view, tensors_of
+from autopar.ir.aliasing import is_view
 from autopar.ir.graph import bound_arguments
 from autopar.kernels import kernels_run_on
-from autopar.profiler.time_model import Kernel, KernelLog, node_us
+from autopar.profiler.time_model import Kernel, KernelLog
 
 if TYPE_CHECKING:
     from autopar.kernels.patterns import Matched
@@ -171,14 +171,11 @@ def _is_faster(row: KernelRow, match: Matched, values: Mapping[str, Any], device
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return known[match.nodes[-1]]
 
-    ours, result = _kernels(kernel, [values[name] for name in names])
-    theirs, expected = _kernels(operators, [_value(n) for n in outer])
+    ours_us, result = _step_us(kernel, [values[name] for name in names], device)
+    atens_us, expected = _step_us(operators, [_value(n) for n in outer], device)
     if _layout(result) != _layout(expected):
         return False
-    hidden = Kernel(row.hidden(**values), "float32")
-    atens_us = float(node_us([*theirs, hidden], device))
-    least_us = HOST_US if device.kind == "cuda" else 0.0
-    ours_us = sum(max(float(k.us(device)), least_us * k.work.kernels) for k in ours)
+    atens_us += float(Kernel(row.hidden(**values), "float32").us(device))
     log.debug("%s: %.1f us by ATen, %.1f us by the kernel", row.name, atens_us, ours_us)
     return ours_us < atens_us
 
@@ -192,8 +189,30 @@ def _only_here(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return [n for n in nodes if n in gone]
 
 
-def _kernels(function: Callable[..., Any], values: Sequence[Tensor]) -> tuple[list[Kernel], Tensor]:
-    """The kernels of a forward and a backward on tensors like these; and the result."""
+class _Costs(KernelLog):
+    """Adds up the time of kernels on a device.
+
+    Attributes:
+        us: microseconds.
+    """
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device, self.us = device, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = len(self.kernels)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        on_host = func.namespace == "autopar" and self.device.kind == "cuda"
+        for _, kernel in self.kernels[known:]:
+            self.us += max(float(kernel.us(self.device)), HOST_US if on_host else 0.0)
+        return out
+
+
+def _step_us(
+    function: Callable[..., Any], values: Sequence[Tensor], device: Device
+) -> tuple[float, Tensor]:
+    """Microseconds of a forward and a backward on tensors like these; and the result."""
     mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
     with mode, torch.enable_grad():
         copies = [
@@ -201,16 +220,16 @@ def _kernels(function: Callable[..., Any], values: Sequence[Tensor]) -> tuple[li
             .requires_grad_(x.requires_grad)
             for x in values
         ]  # fmt: skip
-        with KernelLog() as forward:
+        with _Costs(device) as forward:
             result = function(*copies)
-        logs = [*forward.kernels]
+        us = forward.us
         leaves = [x for x in copies if x.requires_grad]
         if leaves and result.requires_grad:
             seed = torch.empty_like(result)
-            with KernelLog() as backward:
+            with _Costs(device) as backward:
                 torch.autograd.grad(result, leaves, seed, allow_unused=True)
-            logs += backward.kernels
-    return [kernel for _, kernel in logs], tensors_of(result)[0]
+            us += backward.us
+    return us, result
 
 
 def _write(row: KernelRow, match: Matched) -> set[fx.Node]:
