@@ -65,12 +65,14 @@ _FLIPS = (False, True)
 
 
 def rms_norm() -> Iterator[PatternExpr]:
-    """`weight * (x * rsqrt(mean(x²) + eps))` with x widened for it or not; rounded before the
-    weight (Llama), or behind it (Gemma)."""
+    """`weight * (x * rsqrt(mean(x²) + eps))` with x widened for both or for the mean alone (T5), or
+    not; rounded before the weight (Llama), or behind it (Gemma)."""
     for outer, inner in product(_FLIPS, _FLIPS):
-        for widened, rounded in ((False, ""), (True, "first"), (True, "last")):
-            x = _cast(Arg("x"), "wide", users=2) if widened else Arg("x")
-            variance = _call(aten.mean.dim, _call(aten.pow.Tensor_Scalar, x, 2), Arg("dims"), True)
+        for widened, rounded in ((0, ""), (1, "first"), (2, "first"), (2, "last")):
+            wide = _cast(Arg("x"), "wide", users=widened) if widened else Arg("x")
+            x = wide if widened == 2 else Arg("x")
+            squares = _call(aten.pow.Tensor_Scalar, wide, 2)
+            variance = _call(aten.mean.dim, squares, Arg("dims"), True)
             rstd = _call(aten.rsqrt.default, _call(aten.add.Tensor, variance, Arg("eps")))
             x_hat: PatternExpr = _either(aten.mul.Tensor, x, rstd, inner)
             if rounded == "first":
@@ -111,7 +113,7 @@ def geglu() -> Iterator[PatternExpr]:
 def masked_softmax() -> Iterator[PatternExpr]:
     """`softmax(scale * x + mask + bias)`, with a scale and a bias or not; in float32 and rounded,
     or in the dtype of x."""
-    for scaled, biased, wide, left, right in product(*[_FLIPS] * 5):
+    for scaled, biased, wide, left, right in product(*[_FLIPS[::-1]] * 5):  # the largest first
         if right and not biased:
             continue
         x = _call(aten.mul.Tensor, Arg("x"), Arg("scale")) if scaled else Arg("x")

@@ -48,15 +48,19 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, out_ptr, ds_ptr, width, SCALE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad_ptr, out_ptr, dx_ptr,
+    ds_ptr,  # None if not required
+    width, SCALE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
     grad = tl.load(grad_ptr + row * width + cols, mask=inside, other=0.0).to(ACC)
     y = tl.load(out_ptr + row * width + cols, mask=inside, other=0.0).to(ACC)
     ds = y * (grad - tl.sum(y * grad, axis=0))
-    tl.store(ds_ptr + row * width + cols, ds * SCALE, mask=inside)
+    tl.store(dx_ptr + row * width + cols, ds * SCALE, mask=inside)
+    if ds_ptr is not None:
+        tl.store(ds_ptr + row * width + cols, ds, mask=inside)
 
 
 def _forward_by_aten(x: Tensor, mask: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -66,10 +70,15 @@ def _forward_by_aten(x: Tensor, mask: Tensor, bias: Tensor | None, scale: float)
     return sums.to(acc_dtype(x.dtype)).softmax(-1).to(x.dtype).contiguous()
 
 
-def _backward_by_aten(grad: Tensor, out: Tensor, scale: float) -> Tensor:
+def _backward_by_aten(grad: Tensor, out: Tensor, scale: float, both: bool) -> tuple[Tensor, Tensor]:
     acc = acc_dtype(out.dtype)
     dy, y = grad.to(acc), out.to(acc)
-    return (scale * y * (dy - (y * dy).sum(-1, True))).to(out.dtype).contiguous()
+    wide = y * (dy - (y * dy).sum(-1, True))
+    dx, ds = _backward_outputs(out, both)
+    dx.copy_(scale * wide)
+    if both:
+        ds.copy_(wide)
+    return dx, ds
 
 
 @operator("masked_softmax_fwd", instead=_forward_by_aten)
@@ -97,23 +106,29 @@ def masked_softmax_fwd(x: Tensor, mask: Tensor, bias: Tensor | None, scale: floa
 
 
 @operator("masked_softmax_bwd", instead=_backward_by_aten)
-def masked_softmax_bwd(grad: Tensor, out: Tensor, scale: float) -> Tensor:
-    """`scale` times the gradient of the sums that the softmax is of; contiguous."""
-    ds = out.new_empty(out.shape)
+def masked_softmax_bwd(
+    grad: Tensor, out: Tensor, scale: float, both: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and, if `both`, of the sums that the softmax is of; contiguous."""
+    dx, ds = _backward_outputs(out, both)
     if not out.numel():
-        return ds
+        return dx, ds
     block, warps = tile("masked_softmax", out.shape[-1])
     width = out.shape[-1]
     with torch.cuda.device_of(out):
         backward_kernel[(out.numel() // width,)](
-            grad.contiguous(), out.contiguous(), ds, width,
+            grad.contiguous(), out.contiguous(), dx, ds if both else None, width,
             SCALE=scale, ACC=triton_dtype(acc_dtype(out.dtype)), BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return ds
+    return dx, ds
+
+
+def _backward_outputs(out: Tensor, both: bool) -> tuple[Tensor, Tensor]:
+    return out.new_empty(out.shape), out.new_empty(out.shape if both else 0)
 
 
 masked_softmax_fwd.register_fake(lambda x, mask, bias, scale: x.new_empty(x.shape))
-masked_softmax_bwd.register_fake(lambda grad, out, scale: out.new_empty(out.shape))
+masked_softmax_bwd.register_fake(lambda grad, out, scale, both: _backward_outputs(out, both))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -125,13 +140,12 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     (out,) = ctx.saved_tensors
     for_x, *for_addends = ctx.needs_input_grad[:3]
-    dx = ds = None
-    if for_x or ctx.scale == 1.0:
-        dx = ds = masked_softmax_bwd(grad, out, ctx.scale)
-    if any(for_addends) and ctx.scale != 1.0:
-        ds = masked_softmax_bwd(grad, out, 1.0)
+    scale = ctx.scale if for_x else 1.0
+    both = any(for_addends) and scale != 1.0
+    dx, ds = masked_softmax_bwd(grad, out, scale, both)
+    sums = ds if both else dx
     addends = [
-        ds.sum_to_size(shape) if needed and ds is not None else None
+        sums.sum_to_size(shape) if needed else None
         for needed, shape in zip(for_addends, ctx.shapes, strict=True)
     ]
     return dx if for_x else None, *addends, None

@@ -283,6 +283,7 @@ def test_compile_for_a_gpu(element) -> None:
         (softmax.forward_kernel, {"SCALE": 0.5, "mask_a": 0, "mask_d": 1}),
         (softmax.forward_kernel, {"SCALE": 1.0, "bias_ptr": None}),
         (softmax.backward_kernel, {"SCALE": 0.5}),
+        (softmax.backward_kernel, {"SCALE": 1.0, "ds_ptr": None}),
     ]  # fmt: skip
     for kernel, more in cases:
         constants = {k: v for k, v in shared.items() if k in kernel.arg_names} | more

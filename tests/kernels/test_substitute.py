@@ -43,6 +43,13 @@ MODELS: dict[str, tuple[Callable[[], Any], Counter[str]]] = {
     "Gemma": (
         lambda: transformers.GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=16), GATED
     ),
+    "Phi-3": (  # gate and up are halves of one product
+        lambda: transformers.Phi3Config(**SMALL, pad_token_id=0, eos_token_id=1), GATED
+    ),
+    "Llama, attention written out": (
+        lambda: transformers.LlamaConfig(**SMALL, attn_implementation="eager"),
+        GATED + Counter(masked_softmax_fwd=2),
+    ),
     "GPT-2": (lambda: GPT2, Counter(layer_norm_fwd=5, cross_entropy_fwd=1)),
 }  # fmt: skip
 
