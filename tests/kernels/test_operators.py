@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from autopar.kernels import kernels_run_on
 from tests.interpreter import Interpreter, needs_triton, tolerance
 
-TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TYPES = (torch.float32, torch.float64, torch.bfloat16)
 IGNORED = -100
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
