@@ -16,8 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A row must fit the registers of one program: for wider ones ptxas (sm_90) spills.
-MAX_WIDTH = 8192
+from autopar.kernels.launch import (
+    acc_dtype,
+    contiguous,
+    operator,
+    programs_for,
+    rows_and_width,
+    tile,
+    triton_dtype,
+)
+
+aten = torch.ops.aten
 
 
 @triton.jit
@@ -107,34 +116,58 @@ def backward_kernel(
         tl.store(partial_db_ptr + partial, db, mask=inside)
 
 
-@torch.library.custom_op("autopar::layer_norm_fwd", mutates_args=())
+def _forward_by_aten(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, mean, rstd = aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    acc = acc_dtype(x.dtype)  # ATen rounds the statistics on CPUs
+    return out.contiguous(), mean.to(acc), rstd.to(acc)
+
+
+def _backward_by_aten(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
+    bias: Tensor | None, output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    acc, rows = acc_dtype(x.dtype), tuple(range(x.ndim - 1))
+    x_hat, dy = (x.to(acc) - mean) * rstd, grad.to(acc)
+    g = dy if weight is None else dy * weight.to(acc)
+    dx = rstd * (g - g.mean(-1, True) - x_hat * (g * x_hat).mean(-1, True))
+    totals = (dx, (dy * x_hat).sum(rows), dy.sum(rows))
+    dx, dw, db = _backward_outputs(x, weight, bias, output_mask)
+    for result, total in zip((dx, dw, db), totals, strict=True):
+        if result.numel():
+            result.copy_(total)
+    return dx, dw, db
+
+
+@operator("layer_norm_fwd", instead=_forward_by_aten)
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`aten.native_layer_norm` over the last dim: the output, and each row's mean and rstd."""
     out, mean, rstd = _forward_outputs(x)
-    rows, width = _rows_and_width(x)
+    rows, width = rows_and_width(x)
     if rows and width:
-        block, warps = tile(width)
+        block, warps = tile("layer_norm", width)
         with torch.cuda.device_of(x):
-            forward_kernel[(_programs(x, rows, warps),)](
+            forward_kernel[(programs_for(x, rows, warps),)](
                 x.contiguous(),
-                _contiguous(weight),
-                _contiguous(bias),
+                contiguous(weight),
+                contiguous(bias),
                 out,
                 mean,
                 rstd,
                 rows,
                 width,
                 EPS=eps,
-                ACC=_triton_dtype(mean.dtype),
+                ACC=triton_dtype(mean.dtype),
                 BLOCK=block,
                 num_warps=warps,
             )
     return out, mean, rstd
 
 
-@torch.library.custom_op("autopar::layer_norm_bwd", mutates_args=())
+@operator("layer_norm_bwd", instead=_backward_by_aten)
 def layer_norm_bwd(
     grad: Tensor,
     x: Tensor,
@@ -149,11 +182,11 @@ def layer_norm_bwd(
     A custom op cannot return None: a gradient that the mask excludes is an empty tensor.
     """
     dx, dw, db = _backward_outputs(x, weight, bias, output_mask)
-    rows, width = _rows_and_width(x)
+    rows, width = rows_and_width(x)
     if not rows or not width:
         return dx, dw.zero_(), db.zero_()
-    block, warps = tile(width)
-    programs = _programs(x, rows, warps)
+    block, warps = tile("layer_norm", width)
+    programs = programs_for(x, rows, warps)
     acc = acc_dtype(x.dtype)
     partial_dw, partial_db = (
         x.new_empty(programs, width, dtype=acc) if total.numel() else None for total in (dw, db)
@@ -164,13 +197,13 @@ def layer_norm_bwd(
             x.contiguous(),
             mean.contiguous(),
             rstd.contiguous(),
-            _contiguous(weight),
+            contiguous(weight),
             dx if dx.numel() else None,
             partial_dw,
             partial_db,
             rows,
             width,
-            ACC=_triton_dtype(acc),
+            ACC=triton_dtype(acc),
             BLOCK=block,
             num_warps=warps,
         )
@@ -207,9 +240,12 @@ def _save_for_backward(ctx, inputs, output) -> None:
     _, mean, rstd = output
     ctx.save_for_backward(x, mean, rstd, weight, bias)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _grad_mean, _grad_rstd):
+    if grad is None:
+        return None, None, None, None
     x, mean, rstd, weight, bias = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:3])
     grads = layer_norm_bwd(grad, x, mean, rstd, weight, bias, needed)
@@ -217,40 +253,3 @@ def _backward(ctx, grad, _grad_mean, _grad_rstd):
 
 
 layer_norm_fwd.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic on this dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def tile(width: int) -> tuple[int, int]:
-    """The padded width of a row, a power of two, and the number of warps per row."""
-    if width > MAX_WIDTH:
-        raise ValueError(
-            f"autopar::layer_norm: rows of {width} elements are wider than the {MAX_WIDTH} that "
-            "fit the registers of one program; use aten.native_layer_norm"
-        )
-    block = triton.next_power_of_2(width)
-    return block, min(max(block // 256, 1), 16)
-
-
-def _programs(x: Tensor, rows: int, warps: int) -> int:
-    """Number of programs that occupy the device, with 32 warps per multiprocessor."""
-    if x.device.type != "cuda":
-        return min(rows, 4)  # the interpreter: a few, so that tests cover the loop and the sum
-    processors: int = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return min(rows, processors * (32 // warps))
-
-
-def _rows_and_width(x: Tensor) -> tuple[int, int]:
-    width = x.shape[-1]
-    return (x.numel() // width if width else 0), width
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,93 +1,256 @@
-"""The pass that substitutes autopar's kernels for ATen operators."""
+"""The pass that substitutes kernels for ATen operators, in a forward program.
 
-from operator import getitem
-from typing import Any
+It runs before differentiation: a kernel's operator has its derivative, so that the backward has the
+backward kernel, and a schedule sees the sizes and times of both. What is kept for the backward is
+what the kernels need. All that decides is the program and the plan's device, so ranks with the same
+program decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from autopar.cluster.device import Device
+from autopar.ir.aliasing import is_view
+from autopar.ir.graph import bound_arguments
 from autopar.kernels import kernels_run_on
+from autopar.profiler.time_model import Kernel, KernelLog
+
+if TYPE_CHECKING:
+    from autopar.kernels.patterns import Matched
+    from autopar.kernels.table import KernelRow
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
+# The least time of a kernel on a GPU, assumed: the host's, for a call of an operator that is
+# registered in Python and launches a Triton kernel. On a slow host (2-core VM) the call takes 53 us
+# without the launch, one of ATen's operators 7.
+HOST_US = 50.0
 
-def substitute_kernels(gm: fx.GraphModule, *, device_type: str) -> fx.GraphModule:
-    """Replace LayerNorm over the last dim, and its backward, by one Triton kernel each.
 
-    Works in place on the forward and backward graphs of AOTAutograd. A node is replaced if it is on
-    a device of this type and the kernel's outputs have the node's shapes, strides and dtypes.
+def substitute_kernels(gm: fx.GraphModule, *, device: Device) -> fx.GraphModule:
+    """Replace what the rows of the table match, where the kernels are faster.
+
+    Args:
+        gm: a forward program, with fake tensors as `meta["val"]`; is changed in place.
+        device: whose numbers both sides are priced by.
     """
-    if not kernels_run_on(device_type):
+    if not kernels_run_on(device.kind):
         return gm
-    for target in (aten.native_layer_norm.default, aten.native_layer_norm_backward.default):
-        for node in gm.graph.find_nodes(op="call_function", target=target):
-            if _is_row_norm(node, device_type):
-                _replace(node, *_kernel_call(node))
+    from autopar.kernels.table import ROWS
+
+    prices: dict[Any, bool] = {}
+    counts: Counter[str] = Counter()
+    gone: set[fx.Node] = set()
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op != "call_function" or node in gone:
+            continue
+        for row in ROWS:
+            match = _match(row, node)
+            if match is not None and _is_better(row, match, device, prices):
+                gone |= _write(row, match)
+                counts[row.name] += 1
+                break
+    if counts:
+        log.info("kernels: %s", ", ".join(f"{n} {name}" for name, n in sorted(counts.items())))
     return gm
 
 
-def _is_row_norm(node: fx.Node, device_type: str) -> bool:
-    """Whether the node normalizes rows that the kernels support, on such a device."""
-    from autopar.kernels.layer_norm import MAX_WIDTH
+def _match(row: KernelRow, node: fx.Node) -> Matched | None:
+    from autopar.kernels.patterns import Matched, matched
 
-    vals = [arg.meta.get("val") for arg in node.all_input_nodes]
-    if node.kwargs or not all(
-        isinstance(val, FakeTensor) and val.device.type == device_type for val in vals
+    for pattern in row.patterns:
+        if isinstance(pattern, torch._ops.OpOverload):
+            if node.target is pattern:
+                return _widened(row, Matched((node,), bound_arguments(node)))
+        elif node.target in pattern.fns and (match := matched(pattern, node)) is not None:
+            return match
+    return None
+
+
+def _widened(row: KernelRow, match: Matched) -> Matched:
+    """The same, from before a cast that the kernel does itself, and the views of it."""
+    from autopar.kernels.patterns import Matched
+
+    cast: Any = match.bound.get(row.widened)
+    views: list[fx.Node] = []
+    while isinstance(cast, fx.Node) and is_view(cast) and len(cast.users) == 1:
+        views.insert(0, cast)
+        cast = cast.args[0]
+    if (
+        not isinstance(cast, fx.Node)
+        or cast.target is not aten._to_copy.default
+        or dict(cast.kwargs) != {"dtype": torch.float32}
+        or len(cast.users) != 1
+        or any(v.kwargs or v.all_input_nodes != [v.args[0]] for v in views)
+    ):
+        return match
+    (source,) = cast.args
+    if _value(source).dtype not in (torch.bfloat16, torch.float16):
+        return match
+    bound = {**match.bound, row.widened: source}
+    return Matched((cast, *views, *match.nodes), bound, tuple(views))
+
+
+def _value(bound: Any) -> Any:
+    return bound.meta.get("val") if isinstance(bound, fx.Node) else bound
+
+
+def _result(row: KernelRow, match: Matched, call: Callable[..., Any], bound: Any) -> Any:
+    """The kernel's result."""
+    return row.write(call, **_viewed(row, match, call, bound))
+
+
+def _viewed(row: KernelRow, match: Matched, call: Callable[..., Any], bound: Any) -> Any:
+    """What is bound, with the views of the widened operand."""
+    for view in match.views:
+        operand = call(view.target, bound[row.widened], *view.args[1:])
+        bound = {**bound, row.widened: operand}
+    return bound
+
+
+def _is_better(row: KernelRow, match: Matched, device: Device, prices: dict[Any, bool]) -> bool:
+    """Whether the kernel does the same in less time. Cached by the operands' layouts."""
+    values = {name: _value(x) for name, x in match.bound.items()}
+    result = _value(match.nodes[-1])
+    operands = [values[k] for k, x in match.bound.items() if isinstance(x, fx.Node)]
+    if not all(
+        isinstance(x, FakeTensor) and x.device.type == device.kind for x in (result, *operands)
     ):
         return False
-    backward = node.target is aten.native_layer_norm_backward.default
-    normalized_shape = node.args[2 if backward else 1]
-    assert isinstance(normalized_shape, list | tuple)
-    match normalized_shape:
-        case [int(width)]:
-            return width <= MAX_WIDTH
-    return False
+    key = (
+        row.name,
+        _key(result),
+        tuple(sorted((name, _key(x)) for name, x in values.items())),
+        tuple(n.target for n in _only_here(match.nodes)),
+    )
+    if key not in prices:
+        with result.fake_mode:
+            viewed = _viewed(row, match, lambda op, *args: op(*args), values)
+        prices[key] = row.applies(out=result, **viewed) and _is_faster(row, match, values, device)
+    return prices[key]
 
 
-def _kernel_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
-    """The custom op that does the node's work, and its arguments."""
-    import autopar.kernels.layer_norm  # noqa: F401 - registers the ops
-
-    if node.target is aten.native_layer_norm.default:
-        x, _, weight, bias, eps = node.args
-        return torch.ops.autopar.layer_norm_fwd.default, (x, weight, bias, eps)
-    grad, x, _, mean, rstd, weight, bias, output_mask = node.args
-    args = (grad, x, mean, rstd, weight, bias, output_mask)
-    return torch.ops.autopar.layer_norm_bwd.default, args
+def _key(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{_layout(value)} {value.requires_grad}"
+    return repr(value)
 
 
-def _replace(node: fx.Node, op: Any, args: tuple[Any, ...]) -> None:
-    """Replace the node by `op(*args)` if the used outputs have the same layout."""
-    with torch.no_grad():
-        outputs = op(*fx.map_arg(args, lambda arg: arg.meta["val"]))
-    if not _same_to_users(node, outputs):
-        return
-    with node.graph.inserting_before(node):
-        kernel = node.graph.call_function(op, args)
-    kernel.meta = node.meta | {"val": outputs}
-    node.replace_all_uses_with(kernel)
-    node.graph.erase_node(node)
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    return tuple(value.shape), value.stride(), value.dtype, value.device
 
 
-def _same_to_users(node: fx.Node, outputs: tuple[Tensor, ...]) -> bool:
-    """Whether the kernel's outputs match every used output of the node.
+def _is_faster(row: KernelRow, match: Matched, values: Mapping[str, Any], device: Device) -> bool:
+    """Time both sides, forward and backward, by the bytes and the launches of their operators. The
+    kernel's result must lie as the operators' does."""
+    names = [name for name, x in match.bound.items() if isinstance(x, fx.Node)]
 
-    They may differ: on CPUs ATen rounds the statistics of low-precision inputs, and an output that
-    the mask excludes is None.
+    def kernel(*operands: Tensor) -> Any:
+        given = {**values, **dict(zip(names, operands, strict=True))}
+        return _result(row, match, lambda op, *args: op(*args), given)
+
+    replaced = _only_here(match.nodes)
+    inside = set(replaced)
+    read = dict.fromkeys(operand for node in replaced for operand in node.all_input_nodes)
+    outer = [n for n in read if n not in inside]
+
+    def operators(*operands: Tensor) -> Any:
+        known = dict(zip(outer, operands, strict=True))
+        for node in replaced:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return known[match.nodes[-1]]
+
+    ours_us, result = _step_us(kernel, [values[name] for name in names], device)
+    atens_us, expected = _step_us(operators, [_value(n) for n in outer], device)
+    if _layout(result) != _layout(expected):
+        return False
+    atens_us += float(Kernel(row.hidden(**values), "float32").us(device))
+    log.debug("%s: %.1f us by ATen, %.1f us by the kernel", row.name, atens_us, ours_us)
+    return ours_us < atens_us
+
+
+def _only_here(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes that nothing else needs, in order."""
+    gone = {nodes[-1]}
+    for node in reversed(nodes[:-1]):
+        if all(user in gone for user in node.users):
+            gone.add(node)
+    return [n for n in nodes if n in gone]
+
+
+class _Costs(KernelLog):
+    """Adds up the time of kernels on a device.
+
+    Attributes:
+        us: microseconds.
     """
-    for user in node.users:
-        if not user.users:
-            continue
-        if user.target is not getitem:
-            return False
-        index = user.args[1]
-        assert isinstance(index, int)
-        expected, actual = node.meta["val"][index], outputs[index]
-        if expected is None or _layout(expected) != _layout(actual):
-            return False
-    return True
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device, self.us = device, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = len(self.kernels)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        on_host = func.namespace == "autopar" and self.device.kind == "cuda"
+        for _, kernel in self.kernels[known:]:
+            self.us += max(float(kernel.us(self.device)), HOST_US if on_host else 0.0)
+        return out
 
 
-def _layout(val: Tensor) -> tuple[Any, ...]:
-    return val.shape, val.stride(), val.dtype, val.device
+def _step_us(
+    function: Callable[..., Any], values: Sequence[Tensor], device: Device
+) -> tuple[float, Tensor]:
+    """Microseconds of a forward and a backward on tensors like these; and the result."""
+    mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
+    with mode, torch.enable_grad():
+        copies = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            .requires_grad_(x.requires_grad)
+            for x in values
+        ]  # fmt: skip
+        with _Costs(device) as forward:
+            result = function(*copies)
+        us = forward.us
+        leaves = [x for x in copies if x.requires_grad]
+        if leaves and result.requires_grad:
+            seed = torch.empty_like(result)
+            with _Costs(device) as backward:
+                torch.autograd.grad(result, leaves, seed, allow_unused=True)
+            us += backward.us
+    return us, result
+
+
+def _write(row: KernelRow, match: Matched) -> set[fx.Node]:
+    """Write the kernel's operator in the place of the last node.
+
+    Returns:
+        the nodes that are gone.
+    """
+    last = match.nodes[-1]
+    meta = {k: v for k, v in last.meta.items() if k not in ("val", "local_shape", "spec")}
+
+    def call(op: Any, *args: Any) -> fx.Node:
+        node = last.graph.call_function(op, args)
+        node.meta = dict(meta)
+        return node
+
+    replaced = _only_here(match.nodes)
+    with last.graph.inserting_before(last):
+        result = _result(row, match, call, match.bound)
+    result.meta = dict(last.meta)
+    last.replace_all_uses_with(result)
+    for node in reversed(replaced):
+        last.graph.erase_node(node)
+    return set(replaced)

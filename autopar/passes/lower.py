@@ -15,10 +15,12 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.ir.joint_graph import JointGraph, Result
+from autopar.kernels import kernels_run_on
 from autopar.passes.joint import trace_joint
 from autopar.passes.partition import forward_nodes, split_as_eager
 from autopar.passes.pipeline import LowerOptions, run_stage
 from autopar.passes.split_backward import split_backward
+from autopar.passes.split_regions import with_shapes
 from autopar.schedule.buffers import with_buffers
 from autopar.schedule.joint import JointProgram, read_joint
 from autopar.schedule.program import Program, Schedule
@@ -88,6 +90,8 @@ def trace_step(
         arguments = [*map(_on_host, arguments[: options.parameters]),
                      *arguments[options.parameters :]]  # fmt: skip
     gm = run_stage("program", gm, options)
+    if kernels_run_on(options.device_type):
+        gm = run_stage("shaped", with_shapes(gm, arguments), options)
     joint = trace_joint(gm, arguments, name_modules=options.scheduled)
     if not joint.differentiable and not options.scheduled:
         return TracedStep(joint, None, options)

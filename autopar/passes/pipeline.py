@@ -124,7 +124,8 @@ class Entry:
     """A pass in the pipeline.
 
     Args:
-        stage: of the graph it runs on: "program", "joint", or "split" (forward and backward).
+        stage: of the graph it runs on: "program", "shaped" (the same with fake tensors), "joint",
+            or "split" (forward and backward).
         run: the pass.
         reason: why it is there.
         when: whether it runs.
@@ -159,6 +160,10 @@ PIPELINE = (
           "states that the device has no room for are on the host between steps",
           when=lambda o: bool(o.states_on),
           arguments=lambda o, _: {"parameters": range(o.parameters), "device_type": o.device_type}),
+    Entry("shaped", substitute_kernels,
+          "one Triton kernel moves fewer bytes than several operators; before differentiation, so "
+          "that a schedule sees what both directions keep and take; Inductor fuses them itself",
+          when=lambda o: not o.compile, arguments=lambda o, _: {"device": o.cluster.device}),
     Entry("joint", drop_views,
           "views that change nothing hide which operators read a value"),
     Entry("joint", sum_gradients_in,
@@ -169,9 +174,6 @@ PIPELINE = (
           arguments=lambda o, joint: {"results": len(joint.results)}),
     Entry("joint", early_sums,
           "sums of inputs (the count of targets) can start with the step and hide"),
-    Entry("joint", substitute_kernels,
-          "Triton kernels replace slow ATen operators; a schedule must see their costs",
-          when=lambda o: o.scheduled, arguments=lambda o, _: {"device_type": o.device_type}),
     Entry("joint", bucket_collectives,
           "few large messages beat many small ones; the forward's gathers stay apart, for the "
           "schedule to repeat",
@@ -180,9 +182,6 @@ PIPELINE = (
           "the program of a token waits for the dispatcher", when=_is_of_a_token),
     Entry("split", share_equal_operators,
           "layers compute masks and angles alike", when=_is_of_a_token),
-    Entry("split", substitute_kernels,
-          "Triton kernels replace slow ATen operators",
-          when=lambda o: not o.scheduled, arguments=lambda o, _: {"device_type": o.device_type}),
     Entry("split", bucket_collectives,
           "few large messages are faster than many small", when=lambda o: not o.scheduled),
     Entry("split", overlap_collectives,

@@ -54,6 +54,7 @@ PAGES = (
     "docs/optimizers.md",
     "docs/precision.md",
     "docs/inference.md",
+    "docs/kernels.md",
     "docs/integrations.md",
     "benchmarks/README.md",
 )
@@ -196,6 +197,7 @@ def test_python_runs(page: str, workplace: Path) -> None:
         "docs/cluster.md",
         "docs/training_scripts.md",
         "docs/conversion.md",
+        "docs/kernels.md",
         "benchmarks/README.md",
     )
     assert count or page in without
