@@ -50,8 +50,9 @@ def _planned(*arguments):
 
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not(model, tmp_path, capsys):
-    file = tmp_path / "plan.json"
-    budget = "3MiB"
+    file, budget = tmp_path / "plan.json", "1MiB"
+    layers = "nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)"
+    model.write_text(FILE.replace(layers, "nn.Linear(64, 64)"))  # nothing to recompute
     _planned(model, "--mesh", 2, "--memory", budget, "--find", "largest-batch", "-o", file)
     plan = ShardingPlan.load(file)
     fitting = [s for s in plan.sizes if math.isfinite(s.step_us)]
@@ -74,10 +75,12 @@ def test_the_longest_sequence_ends_where_the_configuration_does(tmp_path):
     assert notes and all("allows 300 tokens (max_position_embeddings)" in note for note in notes)
 
 
-def test_the_fewest_devices_are_one_too_many_for_half(model, tmp_path):
-    file = tmp_path / "plan.json"
+def test_the_fewest_devices_are_one_too_many_for_half(tmp_path):
+    """States are most of the memory, so no schedule is looked for where they do not fit."""
+    model, file = tmp_path / "model.py", tmp_path / "plan.json"
+    model.write_text(FILE.replace("batch=16, sequence=128", "batch=8, sequence=4"))
     _planned(
-        model, "--memory", "1400KiB", "--devices", 8, "--per-node", 4,
+        model, "--memory", "300KiB", "--devices", 8, "--per-node", 4,
         "--find", "fewest-devices", "-o", file,
     )  # fmt: skip
     plan = ShardingPlan.load(file)
