@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -21,16 +20,16 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.deferred_results import deferred_results
 from autopar.ir.graph import ModelGraph, operands, producer, shape_of
-from autopar.ir.repeats import has_index, pattern, places
-from autopar.ir.spec import ShardingSpec, fills_every_rank
+from autopar.ir.repeats import places
+from autopar.ir.spec import ShardingSpec
+from autopar.planner.candidates import CandidateTable
 from autopar.planner.decisions import Candidate, Decision, Edge, FixedLayouts, Workload
 from autopar.planner.edge_costs import EdgeCosts, EdgeCostTable
 from autopar.planner.op_costs import OpCosts
 from autopar.planner.saved_values import SavedValues
 from autopar.profiler.profile import profile_graph, requires_grad_map
 from autopar.sharding.conversion.converter import converter_for
-from autopar.sharding.node_rules import call_of, results, rule_of, strategies_of
-from autopar.sharding.rule import Strategy
+from autopar.sharding.node_rules import call_of, results, rule_of
 from autopar.sharding.rules import describe_missing
 from autopar.solver import PairCost, Problem
 from autopar.solver.reductions import TiedProblem
@@ -64,19 +63,15 @@ class SearchSpace:
         self.mesh = cluster.mesh
         self.profile = profile_graph(graph, set(workload.trainable))
         self.grads = requires_grad_map(graph, set(workload.trainable))
-        # what is equal is made once, and known by an integer
-        self._classes: dict[Hashable, int] = {}
-        self._call_class: dict[fx.Node, int] = {}
-        self._strategies_of: dict[int, list[Strategy]] = {}
-        self._operators: dict[Hashable, Decision] = {}
-        self._parameters: dict[Hashable, Decision] = {}
-        self._shared: dict[Hashable, tuple[int, tuple[Candidate, ...]]] = {}
-        self._gradients: dict[Hashable, np.ndarray] = {}
         self.unruled = [n for n in graph.compute_nodes() if not rule_of(n)[1]]
         for node in self.unruled:
             log.info("%s", describe_missing(call_of(node), graph.info(node).source))
         self._saved = SavedValues(graph, self.profile)
         self._costs = OpCosts(cluster, self.profile, self._saved)
+        self._table = CandidateTable(
+            graph, workload, self.fixed, self.grads, self._costs, any_order=any_order,
+            orders=orders,
+        )  # fmt: skip
         weights = [int(graph.placeholders[p].meta["val"].nbytes) for p in graph.parameters]
         small = sum(n for n in weights if n <= BUCKET_MEMBER_BYTES)
         converter = converter_for(cluster, small, self.fixed.whole_sizes)
@@ -166,29 +161,6 @@ class SearchSpace:
 
     # -- construction ---------------------------------------------------------------------------
 
-    def _splits(self, shape: tuple[int, ...]) -> list[ShardingSpec]:
-        """Every placement of a stored tensor: each axis splits one dim or none. The axes of a dim
-        are in ascending order: DTensor's placements cannot express another."""
-        specs = [ShardingSpec.replicated(len(shape))]
-        for axis, size in enumerate(self.mesh):
-            if size == 1:
-                continue
-            specs += [
-                ShardingSpec(tuple((*a, axis) if e == d else a for e, a in enumerate(s.dims)))
-                for s in specs
-                for d in range(len(shape))
-            ]
-        return [
-            s
-            for s in specs
-            if all(fills_every_rank(n, a, self.mesh) for n, a in zip(shape, s.dims, strict=True))
-            and self.fixed.allows(shape, s)
-        ]
-
-    def _class(self, *key: Hashable) -> int:
-        """An integer for a key, equal for equal keys."""
-        return self._classes.setdefault(key, len(self._classes))
-
     def _add(self, decision: Decision, *values: int) -> int:
         self.decisions.append(decision)
         for result in values:
@@ -197,9 +169,8 @@ class SearchSpace:
 
     def _build(self) -> None:
         input_names = [name for name in self.graph.inputs if name is not None]
-        calls = [n for n in self.graph.nodes if n in self.profile]
-        self._calls = {n: call_of(n) for n in calls}
-        signatures = [(str(c.op), c.inputs, c.outputs) for c in self._calls.values()]
+        calls = self._table.calls
+        signatures = [(str(c.op), c.inputs, c.outputs) for c in calls.values()]
         modules = [self.graph.info(n).module for n in calls]
         place = dict(zip(calls, places(zip(modules, signatures, strict=True)), strict=True))
         free = self.fixed.outputs is None
@@ -210,11 +181,11 @@ class SearchSpace:
             if node.op == "placeholder":
                 if not results(node):  # a flag, specialized
                     continue
-                index = self._add(self._placeholder(node, input_names), 0)
+                index = self._add(self._table.placeholder(node, input_names), 0)
                 if node.target in self.graph.donated:
                     donated[self.graph.donated[str(node.target)]] = index
             elif node in self.profile:
-                decision = self._operator(node, place[node])
+                decision = self._table.operator(node, place[node])
                 index = self._add(decision, *range(len(results(node))))
                 for i, operand in enumerate(operands(node)):
                     if operand is not None:
@@ -255,167 +226,13 @@ class SearchSpace:
     def _is_parameter(self, node: fx.Node) -> bool:
         return node.op == "placeholder" and node.target in self.graph.parameters
 
-    def _placeholder(self, node: fx.Node, input_names: Sequence[str]) -> Decision:
-        name = str(node.target)
-        shape, itemsize = shape_of(node.meta["val"]), self.graph.storage_dtype(name).itemsize
-        if name in self.graph.parameters:
-            return self._parameter(node, shape, itemsize)
-        if name in input_names:
-            fixed = self.fixed.inputs
-            spec = fixed[input_names.index(name)] if fixed is not None else None
-            specs = self._splits(shape) if spec is None else [spec]
-            kind = "input"
-        else:
-            specs, kind = [ShardingSpec.replicated(len(shape))], "buffer"
-        donated = name in self.graph.donated
-        candidates = tuple(
-            # a donated one takes back a result in the layout that it is held in
-            Candidate(str(s) or "scalar", (s,), (s,) if donated else ())
-            for s in specs
-        )
-        nbytes = np.array([float(self._costs.local_bytes(shape, itemsize, s)) for s in specs])
-        return Decision(
-            kind, node, candidates, np.zeros(len(specs)), nbytes,
-            self._class(kind, donated, *specs),
-            self._class("cost", kind, shape, itemsize, *specs), {"buffers_bytes": nbytes},
-        )  # fmt: skip
-
-    def _parameter(self, node: fx.Node, shape: tuple[int, ...], itemsize: int) -> Decision:
-        qualified = self.graph.parameters[str(node.target)]
-        fixed = self.fixed.parameters.get(qualified)
-        trains = node.target in self.workload.trainable
-        key = shape, itemsize, node.meta["val"].element_size(), fixed, trains
-        if key not in self._parameters:
-            self._parameters[key] = self._new_parameter(node, *key)
-        decision = self._parameters[key]
-        repeats = None
-        if has_index(qualified):
-            repeats = ("parameter", pattern(qualified), shape, len(decision.candidates), trains)
-        return replace(decision, node=node, repeats=repeats)
-
-    def _new_parameter(
-        self,
-        node: fx.Node,
-        shape: tuple[int, ...],
-        itemsize: int,
-        compute_itemsize: int,
-        fixed: ShardingSpec | None,
-        trains: bool,
-    ) -> Decision:
-        specs = [fixed] if fixed is not None else self._splits(shape)
-        candidates = []
-        for spec in specs:
-            candidates.append(Candidate(str(spec) or "scalar", (spec,)))
-            if not spec.is_replicated:
-                candidates.append(Candidate(f"{spec} reshard", (spec,), reshard_after_forward=True))
-        nbytes = np.array(
-            [float(self._costs.local_bytes(shape, itemsize, c.outputs[0])) for c in candidates]
-        )
-        parts = {
-            "parameters_bytes": nbytes,
-            "gradients_bytes": nbytes * trains,
-            "optimizer_bytes": nbytes * trains * self.workload.state_bytes_per_param_byte,
-        }
-        memory = sum(parts.values(), np.zeros(len(nbytes)))
-        step = self._costs.step_us(nbytes * trains, self.workload.state_bytes_per_param_byte)
-        parts |= {
-            "step_us": step * trains,
-            "step_bytes": nbytes * trains * self._costs.step_copies(self.workload),
-        }
-        if itemsize != compute_itemsize:
-            parts["compute_us"] = self._costs.cast_us(nbytes, compute_itemsize / itemsize, trains)
-        return Decision(
-            "parameter", node, tuple(candidates), parts["step_us"] + parts.get("compute_us", 0.0),
-            memory, self._class("parameter", *specs),
-            self._class("cost", "parameter", shape, itemsize, compute_itemsize, fixed, trains),
-            parts,
-        )  # fmt: skip
-
-    def _operator(self, node: fx.Node, place: Any) -> Decision:
-        repeats = None
-        if place is not None:
-            call = self._calls[node]
-            count = len(self._strategies(node))
-            repeats = (
-                "op", place, str(call.op), call.inputs, call.outputs, count, self._saved.key(node),
-            )  # fmt: skip
-        number = self._class(
-            "op", self._class_of(node), self.profile[node], self._saved.counted(node)
-        )
-        if number in self._operators:
-            return replace(self._operators[number], node=node, repeats=repeats)
-        strategies = self._strategies(node)
-        candidates = tuple(Candidate(s.name, s.outputs, s.inputs, s) for s in strategies)
-        forward, backward = self._costs.compute_us(node, strategies)
-        parts = {
-            "compute_us": forward + backward,
-            "forward_us": forward,
-            "backward_us": backward,
-            "communication_us": self._costs.lowering_us(node, strategies, forward + backward),
-            "activations_bytes": self._costs.saved_bytes(node, strategies),
-            "working": self._costs.working_bytes(node, strategies),
-        }
-        if len(results(node)) == 1 and self.grads[node]:
-            parts["gradient"] = self._gradient_bytes(node, 0, number, candidates)
-        time, saved = parts["compute_us"] + parts["communication_us"], parts["activations_bytes"]
-        self._operators[number] = decision = Decision(
-            "op", node, candidates, time, saved, number, number, parts, repeats=repeats
-        )
-        return decision
-
-    def _class_of(self, node: fx.Node) -> int:
-        """Equal for calls that have the same strategies."""
-        if node not in self._call_class:
-            call = self._calls[node]
-            values = [*results(node), *(n.meta["val"] if n else None for n in operands(node))]
-            types = [None if v is None else str(v.dtype) for v in values]
-            self._call_class[node] = self._class(
-                "call", call.op, repr(call.arguments), call.inputs, call.outputs, call.masks,
-                call.strides, *types,
-            )  # fmt: skip
-        return self._call_class[node]
-
-    def _strategies(self, node: fx.Node) -> list[Strategy]:
-        number = self._class_of(node)
-        if number not in self._strategies_of:
-            self._strategies_of[number] = [
-                strategy
-                for strategy in strategies_of(
-                    node,
-                    self.mesh,
-                    any_order=self.any_order or bool(self.orders),
-                    beside=self.cluster.device.runs_beside,
-                )
-                if self._is_offered(strategy) and self.fixed.allows_strategy(node, strategy)
-            ]
-        return self._strategies_of[number]
-
-    def _is_offered(self, strategy: Strategy) -> bool:
-        """Whether the order of axes in each dim is one that the space has."""
-        return self.any_order or all(
-            list(axes) == sorted(axes) or axes in self.orders for axes in strategy.splits.values()
-        )
-
-    def _gradient_bytes(
-        self, node: fx.Node, result: int, number: int, candidates: Sequence[Candidate]
-    ) -> np.ndarray:
-        """Per candidate, of the class `number`, the bytes of the gradient of a value."""
-        fake = results(node)[result]
-        shape, itemsize = shape_of(fake), fake.element_size()
-        index = result if len(candidates[0].outputs) > 1 else 0
-        key = shape, itemsize, index, number
-        if key not in self._gradients:
-            local = [self._costs.local_bytes(shape, itemsize, c.outputs[index]) for c in candidates]
-            self._gradients[key] = np.array(local, dtype=float)
-        return self._gradients[key]
-
     def _add_shared_layout(
         self, node: fx.Node, result: int, users: Sequence[tuple[fx.Node, int]]
     ) -> None:
         """Add the decision on the layout that the users of a value share."""
         source = self._decision_of[node, result]
         grad = self.grads[node]
-        number, candidates = self._shared_candidates(source, result, users, grad)
+        number, candidates = self._table.shared(self.decisions[source], result, users, grad)
         copies = self.decisions[source].repeats
         repeats = None if copies is None else ("shared", result, copies, number)
         fake = results(node)[result]
@@ -424,9 +241,9 @@ class SearchSpace:
         weight = self._is_parameter(root)
         parts = {}
         if grad and not weight:
-            parts["gradient"] = self._gradient_bytes(node, result, number, candidates)
+            parts["gradient"] = self._table.gradient_bytes(node, result, number, candidates)
         zero = np.zeros(len(candidates))
-        cost_class = self._class("cost", "shared", number, shape, itemsize, *parts)
+        cost_class = self._table.class_of("cost", "shared", number, shape, itemsize, *parts)
         decision = Decision(
             "shared", node, candidates, zero, zero, number, cost_class, parts, result, repeats
         )
@@ -438,29 +255,6 @@ class SearchSpace:
             )
         )  # fmt: skip
         self._add(decision, result)
-
-    def _shared_candidates(
-        self, source: int, result: int, users: Sequence[tuple[fx.Node, int]], grad: bool
-    ) -> tuple[int, tuple[Candidate, ...]]:
-        """Every layout that the value is made in or that a user takes, and a class for them."""
-        decision = self.decisions[source]
-        calls = [(user, operand) for user, operand in users if user.op != "output"]
-        key = (
-            decision.candidates_class, result, grad,
-            *((self._class_of(user), operand) for user, operand in calls),
-        )  # fmt: skip
-        if key not in self._shared:
-            specs = dict.fromkeys(c.outputs[result] for c in decision.candidates)
-            for user, operand in calls:
-                for strategy in self._strategies(user):
-                    spec = strategy.inputs[operand]
-                    assert spec is not None
-                    specs.setdefault(spec)
-            if not grad:
-                specs = dict.fromkeys(s.data() for s in specs)
-            candidates = tuple(Candidate(str(s) or "scalar", (s,), (s,)) for s in specs)
-            self._shared[key] = self._class("shared", *specs), candidates
-        return self._shared[key]
 
     def _outputs(self, deferred: Collection[int], donated: Mapping[int, int]) -> None:
         """Add the mutated buffers and the results, each in the layout that the caller expects.
@@ -481,7 +275,7 @@ class SearchSpace:
         specs = [ShardingSpec.replicated(value.meta["val"].ndim) for value in values]
         if self.fixed.outputs is not None:
             specs[buffers:] = self.fixed.outputs
-        zero, number = np.zeros(1), self._class("output")
+        zero, number = np.zeros(1), self._table.class_of("output")
         candidates = (Candidate("outputs", (), tuple(specs)),)
         decision = Decision("output", self.graph.output, candidates, zero, zero, number, number)
         index = self._add(decision)
