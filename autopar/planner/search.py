@@ -235,7 +235,7 @@ class _Search:
             return
         starts = [tied.contract(c) for c in (self.best.choices, *before.near)]
         solution = self._solve(
-            tied, before, seconds, starts, tree, mip_rounds=2, branching_gap=BRANCHING_GAP
+            tied, before, seconds, starts, tree, mip_rounds=4, branching_gap=BRANCHING_GAP
         )
         if math.isfinite(solution.bound_us):
             self._keep(name, tied.expand(solution.choices), solution.time_us)

@@ -115,7 +115,7 @@ def measure_device(
     in_step, single = _launch_seconds(device)
     launch = single if device.type == "cpu" else 0.0
     say("memory bandwidth ...")
-    traffic = _memory_curves(device, effort, launch)
+    traffic = _memory_curves(device, effort, launch, Deadline(effort.device_s / 4))
     say("cost of elements beyond moving them ...")
     extra = _extra_ns(device, effort, launch)
     times = _arithmetic_seconds(device, effort, deadline, say)
@@ -163,15 +163,23 @@ def _launch_seconds(device: torch.device) -> tuple[float, float]:
     return seconds_of(step, device, 0.1) / (2 * count), seconds_of(factor.clone, device, 0.02)
 
 
-def _memory_curves(device: torch.device, effort: Effort, launch: float) -> dict[str, Curve]:
-    """Rates of reading and writing. A sum reads, a copy reads and writes."""
+def _memory_curves(
+    device: torch.device, effort: Effort, launch: float, limit: Deadline
+) -> dict[str, Curve]:
+    """Rates of reading and writing, up to the largest size that is expected to take no longer than
+    until the limit. A sum reads, a copy reads and writes."""
     reads, writes = [], []
+    took, before = 0.0, effort.bytes[0]
     for nbytes in effort.bytes:
+        if took * nbytes / before > limit.left:
+            break
+        begin = time.monotonic()
         x = torch.ones(nbytes // 4, device=device)
         read = _kernel_seconds(x.sum, device, effort.seconds)
         copy = _kernel_seconds(x.clone, device, effort.seconds)
         reads.append((float(nbytes), read))
         writes.append((float(nbytes), max(copy - max(read - launch, 0.0), 0.1 * copy)))
+        took, before = time.monotonic() - begin, nbytes
     return {"read": _curve(reads, launch), "write": _curve(writes, launch)}
 
 
