@@ -81,8 +81,12 @@ THOROUGH = Effort(
     0.1,
     3,
 )
-# Most of a thorough run goes into the largest sizes, at whose rates the next smaller ones run too.
-STANDARD = replace(THOROUGH, seconds=0.03, device_s=32.0, links_s=16.0)
+# The largest sizes take most of a thorough run, and run at the rates of the next smaller ones. They
+# are also the first that other work on the machine interrupts.
+STANDARD = replace(
+    THOROUGH, sides=THOROUGH.sides[:-1], channels=THOROUGH.channels[:-1],
+    lengths=THOROUGH.lengths[:-1], seconds=0.03, device_s=24.0, links_s=12.0,
+)  # fmt: skip
 EFFORTS = {"quick": QUICK, "standard": STANDARD, "thorough": THOROUGH}
 
 
