@@ -93,10 +93,15 @@ def solve(
 
 @dataclass(eq=False)
 class _Node:
-    """A subproblem in the branching tree."""
+    """A subproblem in the branching tree.
+
+    Attributes:
+        sibling: the part of the same subproblem that is bounded before.
+    """
 
     subproblem: Subproblem
     parts: list[_Node] = field(default_factory=list)
+    sibling: _Node | None = None
 
     def leaves(self) -> list[_Node]:
         return [leaf for part in self.parts for leaf in part.leaves()] if self.parts else [self]
@@ -229,6 +234,10 @@ class _Search:
         closed = math.inf  # the lowest bound of parts in which nothing is better by the gap
         while heap and not self._done() and explored < self.subproblems:
             _, _, node = heapq.heappop(heap)
+            if node.sibling is not None and self._worthwhile(node.subproblem):
+                # the prices that are best there drop other choices here than those of the bound
+                prices = node.sibling.subproblem.prices
+                node.subproblem = node.subproblem.fixed(self.margin, prices)
             if node is not tree:
                 node.subproblem = self._tighten_bound(node.subproblem, BRANCH_STEPS)
             explored += 1
@@ -246,6 +255,8 @@ class _Search:
                     parts = [node] if self._worthwhile(subproblem) else []  # rows were missing
                 else:
                     parts = node.parts = [_Node(half) for half in subproblem.branches()]
+                    for first, second in itertools.pairwise(parts):
+                        second.sibling = first
             for part in parts:
                 heapq.heappush(heap, (part.subproblem.lowest, next(order), part))
             if not parts:
