@@ -50,7 +50,7 @@ CLOSING, CLOSING_S = 1.0, 3.0
 BRANCHING_GAP, SMALL = 1.5e-3, 10_000
 # Subproblems that branching explores with all blocks tied, and parts of a branching tree that are
 # replayed with the ends untied.
-SUBPROBLEMS, REPLAYED = 512, 8
+SUBPROBLEMS, REPLAYED = 1000, 8
 
 
 @dataclass(frozen=True)
