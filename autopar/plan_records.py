@@ -94,6 +94,7 @@ class SolverRecord:
         seconds: run time by phase of planning.
         sharing_us: the best objective by the way in which copies of repeated blocks share
             decisions.
+        bounded: which of these the bound holds for: plans in which no more copies differ.
     """
 
     method: str
@@ -102,6 +103,7 @@ class SolverRecord:
     gap: float
     seconds: Mapping[str, float] = field(default_factory=dict)
     sharing_us: Mapping[str, float] = field(default_factory=dict)
+    bounded: str = ""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,26 @@ class Progress:
 
 SILENT = Progress()
 
+_BAR = 20  # characters
+
+
+class Bar:
+    """Says which of a known number of steps runs, behind a bar that shows how many are done."""
+
+    def __init__(self, say: Tell, steps: int) -> None:
+        self._say, self._steps, self._done = say, steps, 0
+
+    def __call__(self, line: str) -> None:
+        """The next step begins."""
+        self.at(self._done, line)
+
+    def at(self, step: int, line: str) -> None:
+        """This step begins, and those before it are done or left out."""
+        share = min(1.0, step / self._steps)
+        full = round(_BAR * share)
+        self._say(f"[{'=' * full}{' ' * (_BAR - full)}] {share:4.0%}  {line}")
+        self._done = step + 1
+
 
 @dataclass(frozen=True)
 class Deadline:

@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cluster is not None:
         cluster = ClusterInfo.load(options.cluster)
     else:
-        measured = measure_cluster("1", kind, quick=options.quick)
+        measured = measure_cluster("1", kind, level="quick" if options.quick else "standard")
         assert measured is not None  # this is rank 0
         cluster = measured.cluster
     cases = QUICK if options.quick or kind == "cpu" else CASES

@@ -272,7 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(common.machine(), markup=False)
     rounds = options.rounds or (1 if options.quick else 3)
     start = time.perf_counter()
-    device = measure_device(torch.device(kind), effort_for(kind, quick=options.quick))
+    device = measure_device(
+        torch.device(kind), effort_for(kind, "quick" if options.quick else "thorough")
+    )
     console.print(
         f"measured {device.name} in {time.perf_counter() - start:.0f} s; {rounds} round(s) through "
         "each model; calls that launch no kernel are left out",

@@ -84,7 +84,7 @@ def clusters(ranks: int, folder: Path, quick: bool) -> dict[str, Path]:
     stages, flat = folder / f"cluster-pipe={ranks}.yaml", folder / f"cluster-{ranks}.yaml"
     if not stages.exists():
         console.print(f"measure the machine for {ranks} stages ...", markup=False)
-        measured = measure_cluster(f"pipe={ranks}", "cpu", quick=quick)
+        measured = measure_cluster(f"pipe={ranks}", "cpu", level="quick" if quick else "standard")
         assert measured is not None
         write_measured(measured, stages)
     flat.write_text(replace(ClusterInfo.load(stages), axis_names=()).to_yaml())

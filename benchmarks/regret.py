@@ -64,7 +64,7 @@ def clusters(world: int, folder: Path, quick: bool) -> dict[str, Path]:
         files[mesh] = folder / f"cluster-{mesh}.yaml"
         if not files[mesh].exists():
             console.print(f"measure the machine for mesh {mesh} ...", markup=False)
-            measured = measure_cluster(mesh, "cpu", quick=quick)
+            measured = measure_cluster(mesh, "cpu", level="quick" if quick else "standard")
             assert measured is not None
             first = files[MESHES[world][0]]
             if first.exists():

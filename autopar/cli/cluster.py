@@ -20,7 +20,7 @@ from autopar.units import bytes_text, flops_text
 
 
 def measure(
-    mesh: str | None, device: str | None, quick: bool, say: Callable[[str], None]
+    mesh: str | None, device: str | None, level: str, say: Callable[[str], None]
 ) -> Measurement | None:
     """Measure as the command's options say. The result is None on all ranks but the first.
 
@@ -33,7 +33,7 @@ def measure(
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"cannot measure a device {kind!r}; it is cpu or cuda")
     mesh = mesh or os.environ.get("WORLD_SIZE", "1")
-    return measure_cluster(mesh, kind, quick=quick, say=say)
+    return measure_cluster(mesh, kind, level=level, say=say)
 
 
 def write_measured(measurement: Measurement, path: Path) -> None:

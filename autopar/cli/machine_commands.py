@@ -81,11 +81,13 @@ def cluster(
     device: str | None = typer.Option(
         None, metavar="KIND", help="cpu or cuda.  [default: cuda if there is one]"
     ),
-    quick: bool = typer.Option(
-        False, "--quick", help="Fewer sizes and repetitions: seconds, not minutes."
+    quick: bool = typer.Option(False, "--quick", help="Fewer sizes and repetitions: some seconds."),
+    thorough: bool = typer.Option(
+        False, "--thorough", help="All sizes, three times: minutes, for a machine with other work."
     ),
 ) -> None:
-    """Measure this machine: arithmetic, memory, launches, and the links of a mesh.
+    """Measure this machine in at most a minute: arithmetic, memory, launches, and the links of a
+    mesh.
 
     On one host it starts the processes itself. On several hosts, run it under torchrun on each:
     torchrun ... --no-python autopar cluster --mesh 2x8 -o cluster.yaml.
@@ -93,7 +95,10 @@ def cluster(
     with progress() as say, short_errors(ValueError):
         from autopar.cli.cluster import measure
 
-        measurement = measure(mesh, device, quick, say)
+        if quick and thorough:
+            raise ValueError("a measurement is --quick or --thorough, not both")
+        level = "quick" if quick else "thorough" if thorough else "standard"
+        measurement = measure(mesh, device, level, say)
     if measurement is None:  # rank 0 prints
         return
     with short_errors(OSError):

@@ -34,16 +34,23 @@ from autopar.solver.restricted_mip import combine
 from autopar.solver.solve import TARGET_GAP
 from autopar.units import bytes_text, time_text
 
+# Which copies of a block are tied.
+ALL_TIED, ENDS, EVERY_SECOND = "all blocks tied", "first and last untied", "every second untied"
 # Untied blocks have to save at least this share of a step.
 SIMPLER = 1e-4
 # Parts (a half, a quarter, ...) into which blocks are untied, and segments of the step in which
 # rows are separated then.
 PARTS, SEGMENTS = 4, 16
-# Closing a gap may take this many times as long as all before, and at least these seconds.
-CLOSING, CLOSING_S = 4.0, 6.0
-# Subproblems that branching explores: with all blocks tied, to see whether that closes the gap, and
-# with the ends untied, where it did.
-SUBPROBLEMS, MORE_SUBPROBLEMS = 24, 96
+# restricted MIPs over parts, at most
+COMBINING = 3
+# A relaxed problem may take this many times as long as all before, and at least these seconds.
+CLOSING, CLOSING_S = 1.0, 3.0
+# Of a problem with untied blocks, a larger gap than this is left open: its subproblems take long.
+# The problem is then solved for its plan alone, if it has at most so many choices.
+BRANCHING_GAP, SMALL = 1.5e-3, 10_000
+# Subproblems that branching explores with all blocks tied, and parts of a branching tree that are
+# replayed with the ends untied.
+SUBPROBLEMS, REPLAYED = 1000, 8
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class SearchResult:
     """Choices per decision, and their quality.
 
     Args:
+        bounded: which copies the bound's plans have tied, of `sharing`; "" if there are none.
         sharing: which copies were tied, and the best step with that, from all tied to least tied.
         seconds: that the search took.
     """
@@ -59,6 +67,7 @@ class SearchResult:
     step_us: float
     bound_us: float
     method: str
+    bounded: str = ""
     sharing: tuple[tuple[str, float], ...] = ()
     seconds: float = 0.0
 
@@ -69,13 +78,16 @@ class SearchResult:
 
     def describe(self) -> str:
         """`a step of 20.1 ms, within 0.05% of the optimum`."""
-        return f"a step of {time_text(self.step_us)}, within {self.gap:.2%} of the optimum"
+        tied = self.bounded != (self.sharing or (("", 0.0),))[-1][0]
+        among = f" with {self.bounded}" if tied else ""
+        return f"a step of {time_text(self.step_us)}, within {self.gap:.2%} of the optimum{among}"
 
     def record(self, seconds: Mapping[str, float]) -> SolverRecord:
         """The entry of a plan, with the seconds by stage."""
         return SolverRecord(
-            self.method, self.step_us, self.bound_us, self.gap, dict(seconds), dict(self.sharing)
-        )
+            self.method, self.step_us, self.bound_us, self.gap, dict(seconds),
+            dict(self.sharing), self.bounded,
+        )  # fmt: skip
 
 
 def search(
@@ -134,18 +146,13 @@ class _Search:
         tied = self.ties.tied()
         solution = self._all_tied(tied, repeated)
         if repeated:
-            closed = solution.gap <= TARGET_GAP  # else branching does not close that of untied ends
-            replay = closed and solution.tree is not None and "replay" not in self.disable
-            untied = self._solve_relaxed(
-                "first and last untied", ends, replace(solution, near=()), mip_rounds=2,
-                subproblems=MORE_SUBPROBLEMS if closed else 0,
-                more_starts=[tied.expand(c) for c in solution.visited],
-                tree=_for_middle_copies(solution.tree, classes, ends) if replay else None,
-            )  # fmt: skip
-            self._close_gap(ends, untied)
+            self._untie(ends, tied, solution)
         if self.best.choices != tied.expand(tied.contract(self.best.choices)):
             self.best = replace(self.best, choices=self._tied_where_equal(self.best.choices))
-        return replace(self.best, sharing=tuple(self.steps.items()), seconds=self.spent)
+        bound = min(self.best.bound_us, self.best.step_us)
+        return replace(
+            self.best, bound_us=bound, sharing=tuple(self.steps.items()), seconds=self.spent
+        )
 
     def _all_tied(self, tied: TiedVariables, repeated: bool) -> Solution:
         """Solve with all copies of a block tied.
@@ -180,59 +187,72 @@ class _Search:
                 smallest_bytes=smallest,
             ) from None
         choices, method = tied.expand(solution.choices), solution.method
-        self.best = SearchResult(choices, solution.time_us, solution.bound_us, method)
-        self.steps["all blocks tied"] = solution.time_us
+        name = ALL_TIED
+        self.best = SearchResult(choices, solution.time_us, solution.bound_us, method, name)
+        self.steps[name] = solution.time_us
         return solution
 
-    def _close_gap(self, ends: Sequence[int], solution: Solution) -> None:
-        """Untie every second block and so on if that helps; else branch on with the ends untied."""
-        if solution.near and not self.disable & {"interleaving", "restricted MIP"}:
-            classes = interleave(ends, block_positions(self.space, ends), PARTS)
-            better = self._combined(classes, solution)
-            if better is not None:
-                self._solve_relaxed("every second untied", classes, solution, more_starts=[better])
-                return
-        if solution.gap > TARGET_GAP:
-            tree = None if "replay" in self.disable else solution.tree
-            self._solve_relaxed("first and last untied", ends, solution, mip_rounds=0, tree=tree)
-
-    def _solve_relaxed(
-        self,
-        name: str,
-        classes: Sequence[int],
-        before: Solution,
-        more_starts: Sequence[Choices] = (),
-        **options: Any,
-    ) -> Solution:
-        """Solve with fewer copies tied, and update the best plan.
+    def _untie(self, ends: Sequence[int], tied: TiedVariables, solution: Solution) -> None:
+        """Untie every second block and so on if prices did not close the gap and that helps; else
+        the first and the last block.
 
         Args:
-            before: of the problem before, over all decisions; its choices and prices are the start.
-            more_starts: over all decisions.
+            solution: with all blocks tied.
         """
-        seconds = self.time_limit - self.spent
-        if options.get("subproblems") is None:
-            seconds = min(seconds, max(CLOSING * self.spent, CLOSING_S))
+        before = replace(solution, near=tuple(tied.expand(c) for c in solution.near))
+        name, classes = ENDS, ends
+        if before.near and not self.disable & {"interleaving", "restricted MIP"}:
+            parts = interleave(ends, block_positions(self.space, ends), PARTS)
+            better = self._combined(parts, before)
+            if better is not None:
+                name, classes = EVERY_SECOND, parts
+                step = self.ties.problem.choices_us(better) + self.liveness.exposed_us(better)
+                self._keep(name, better, step)
+        # no prices bound a relaxed problem higher than this one
+        open_gap = self.best.step_us - before.relaxed_us > BRANCHING_GAP * self.best.step_us
+        relaxed = self.ties.tied(classes)
+        if open_gap and sum(map(len, relaxed.problem.time_us)) > SMALL:
+            return
+        tree = None
+        if name == ENDS and solution.gap <= TARGET_GAP and "replay" not in self.disable:
+            tree = _for_middle_copies(solution.tree, self.ties.classes, ends)
+        if tree is not None and tree.leaves > REPLAYED:
+            tree = None
+        self._solve_relaxed(name, relaxed, before, tree)
+
+    def _solve_relaxed(
+        self, name: str, tied: TiedVariables, before: Solution, tree: Branch | None
+    ) -> None:
+        """Solve with fewer copies tied, and update the best plan, and the bound if it is close.
+
+        Args:
+            tied: the problem.
+            before: of the problem before, over all decisions; its choices and prices are the start.
+            tree: of branching on that problem, to replay.
+        """
+        seconds = min(self.time_limit - self.spent, max(CLOSING * self.spent, CLOSING_S))
         if seconds <= 0:
-            return replace(before, near=())
-        tied = self.ties.tied(classes)
-        starts = [tied.contract(c) for c in (self.best.choices, *before.near, *more_starts)]
-        solution = self._solve(tied, before, seconds, starts, **options)
-        solution = replace(
-            solution,
-            choices=tied.expand(solution.choices),
-            near=tuple(tied.expand(c) for c in solution.near),
+            return
+        starts = [tied.contract(c) for c in (self.best.choices, *before.near)]
+        solution = self._solve(
+            tied, before, seconds, starts, tree, mip_rounds=4, branching_gap=BRANCHING_GAP
         )
         if math.isfinite(solution.bound_us):
-            self.steps[name] = solution.time_us
-            steps = ", ".join(f"{name} {us:.0f} us" for name, us in self.steps.items())
-            self.say(f"blocks: {steps}")
-            # a plan with more blocks tied reads better; the bound is that of the relaxed problem
-            best, choices = self.best.step_us, self.best.choices
-            if solution.time_us < best * (1 - SIMPLER):
-                best, choices = solution.time_us, solution.choices
-            self.best = SearchResult(choices, best, min(solution.bound_us, best), solution.method)
-        return solution
+            self._keep(name, tied.expand(solution.choices), solution.time_us)
+            relaxed = replace(
+                self.best, bound_us=solution.bound_us, method=solution.method, bounded=name
+            )
+            # the bound of a problem that was closed says more than one that is still open
+            if relaxed.gap <= TARGET_GAP or self.best.gap > TARGET_GAP:
+                self.best = relaxed
+
+    def _keep(self, name: str, choices: Choices, step_us: float) -> None:
+        """Record the best step of a problem with fewer copies tied; keep the plan if it is faster.
+        One with more blocks tied reads better."""
+        self.steps[name] = step_us
+        self.say("blocks: " + ", ".join(f"{how} {us:.0f} us" for how, us in self.steps.items()))
+        if step_us < self.best.step_us * (1 - SIMPLER):
+            self.best = replace(self.best, choices=choices, step_us=step_us)
 
     def _combined(self, classes: Sequence[int], before: Solution) -> Choices | None:
         """The best plan, over all decisions, made of choices visited before when fewer copies are
@@ -246,7 +266,7 @@ class _Search:
         combined = combine(
             replace(restricted.problem, rows=tuple(map(rows.named, before.prices))),
             [restricted.contract(c) for c in starts],
-            separate=rows, prices=before.prices, rounds=6, gap=TARGET_GAP, say=self.say,
+            separate=rows, prices=before.prices, rounds=COMBINING, gap=TARGET_GAP, say=self.say,
             enough_us=before.relaxed_us / (1 - TARGET_GAP),
             expired=lambda: self.spent > self.time_limit, disable=self.disable,
         )  # fmt: skip

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from autopar.cluster.curve import Curve
 from autopar.cluster.device import Device
 from autopar.profiler.clock import seconds_of
+from autopar.progress import Deadline
 
 Progress = Callable[[str], None]
 KiB, MiB = 2**10, 2**20
@@ -41,6 +43,8 @@ class Effort:
         rounds: rounds through all arithmetic. A disturbance in one round may be over in the next.
         side: side of the square tensor that measures the cost of elements.
         images: shape of the images that measure the cost of a variance; at most as many elements.
+        device_s, links_s: seconds for the device and for the collectives of all axes, after which
+            larger sizes and further rounds are left out.
     """
 
     bytes: tuple[int, ...]
@@ -52,6 +56,8 @@ class Effort:
     rounds: int = 1
     side: int = 768
     images: tuple[int, ...] = (8, 8, 96, 96)
+    device_s: float = math.inf
+    links_s: float = math.inf
 
 
 _kernel_seconds = partial(seconds_of, queued=True)
@@ -66,7 +72,7 @@ QUICK = Effort(
     (KiB, 64 * KiB, MiB, 8 * MiB),
     0.02,
 )
-FULL = Effort(
+THOROUGH = Effort(
     (16 * KiB, 128 * KiB, MiB, 4 * MiB, 16 * MiB, 30 * MiB, 34 * MiB, 64 * MiB, 256 * MiB),
     (32, 64, 128, 256, 512, 1024, 2048),
     (8, 16, 32, 64, 128, 256, 512),
@@ -75,11 +81,18 @@ FULL = Effort(
     0.1,
     3,
 )
+# The largest sizes take most of a thorough run, and run at the rates of the next smaller ones. They
+# are also the first that other work on the machine interrupts.
+STANDARD = replace(
+    THOROUGH, sides=THOROUGH.sides[:-1], channels=THOROUGH.channels[:-1],
+    lengths=THOROUGH.lengths[:-1], seconds=0.03, device_s=24.0, links_s=12.0,
+)  # fmt: skip
+EFFORTS = {"quick": QUICK, "standard": STANDARD, "thorough": THOROUGH}
 
 
-def effort_for(kind: str, quick: bool) -> Effort:
-    """What to measure on a device type, `"cpu"` or `"cuda"`."""
-    effort = QUICK if quick else FULL
+def effort_for(kind: str, level: str) -> Effort:
+    """What to measure on a device type, `"cpu"` or `"cuda"`, at a level of `EFFORTS`."""
+    effort = EFFORTS[level]
     if kind == "cpu":
         return effort
     # a GPU is far from its peak at sizes that keep a CPU busy
@@ -101,22 +114,16 @@ def measure_device(
     Args:
         processes: number of processes on this host. They share its memory if the device is the CPU.
     """
+    deadline = Deadline(effort.device_s)
     say("launch overhead ...")
     in_step, single = _launch_seconds(device)
     launch = single if device.type == "cpu" else 0.0
     say("memory bandwidth ...")
-    traffic = _memory_curves(device, effort, launch)
+    traffic = _memory_curves(device, effort, launch, Deadline(effort.device_s / 4))
     say("cost of elements beyond moving them ...")
     extra = _extra_ns(device, effort, launch)
-    best: dict[str, dict[float, float]] = {}
-    for number in range(effort.rounds):
-        for library, dtype, jobs in _arithmetic(device, effort):
-            say(f"{library} in {dtype}, round {number + 1} of {effort.rounds} ...")
-            times = best.setdefault(f"{library}.{dtype}", {})
-            for job in jobs:
-                seconds = _kernel_seconds(job.call, device, effort.seconds) / job.kernels
-                times[job.flops] = min(seconds, times.get(job.flops, seconds))
-    flops = {key: _curve(list(times.items()), launch) for key, times in best.items()}
+    times = _arithmetic_seconds(device, effort, deadline, say)
+    flops = {key: _curve(list(points.items()), launch) for key, points in times.items()}
     peaks = {
         key.removeprefix("matmul."): max(curve.rates)
         for key, curve in flops.items()
@@ -160,15 +167,23 @@ def _launch_seconds(device: torch.device) -> tuple[float, float]:
     return seconds_of(step, device, 0.1) / (2 * count), seconds_of(factor.clone, device, 0.02)
 
 
-def _memory_curves(device: torch.device, effort: Effort, launch: float) -> dict[str, Curve]:
-    """Rates of reading and writing. A sum reads, a copy reads and writes."""
+def _memory_curves(
+    device: torch.device, effort: Effort, launch: float, limit: Deadline
+) -> dict[str, Curve]:
+    """Rates of reading and writing, up to the largest size that is expected to take no longer than
+    until the limit. A sum reads, a copy reads and writes."""
     reads, writes = [], []
+    took, before = 0.0, effort.bytes[0]
     for nbytes in effort.bytes:
+        if took * nbytes / before > limit.left:
+            break
+        begin = time.monotonic()
         x = torch.ones(nbytes // 4, device=device)
         read = _kernel_seconds(x.sum, device, effort.seconds)
         copy = _kernel_seconds(x.clone, device, effort.seconds)
         reads.append((float(nbytes), read))
         writes.append((float(nbytes), max(copy - max(read - launch, 0.0), 0.1 * copy)))
+        took, before = time.monotonic() - begin, nbytes
     return {"read": _curve(reads, launch), "write": _curve(writes, launch)}
 
 
@@ -233,17 +248,83 @@ class _Job:
     call: Callable[[], Any]
 
 
-def _arithmetic(device: torch.device, effort: Effort) -> Iterator[tuple[str, str, list[_Job]]]:
-    """Library, dtype and jobs. The tensors of one group exist at a time."""
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of kernel.
+
+    Args:
+        library, dtype: of its curve.
+        sizes: ascending.
+        power: of the size, that the FLOPs grow with.
+        job: of a size. Its tensors exist while it is measured.
+    """
+
+    library: str
+    dtype: str
+    sizes: Sequence[int]
+    power: int
+    job: Callable[[int], _Job]
+
+    def measure(
+        self, device: torch.device, budget: float, limit: Deadline, best: dict[float, float]
+    ) -> None:
+        """Update the best seconds of a kernel by its FLOPs, up to the largest size that is expected
+        to take no longer than until the limit.
+
+        Args:
+            budget: seconds for each size.
+        """
+        took, before = 0.0, self.sizes[0]
+        for size in self.sizes:
+            if took * (size / before) ** self.power > limit.left:
+                return
+            begin = time.monotonic()
+            job = self.job(size)
+            seconds = _kernel_seconds(job.call, device, budget) / job.kernels
+            best[job.flops] = min(seconds, best.get(job.flops, seconds))
+            took, before = time.monotonic() - begin, size
+
+
+def _arithmetic_seconds(
+    device: torch.device, effort: Effort, deadline: Deadline, say: Progress
+) -> dict[str, dict[float, float]]:
+    """Per library and dtype the best seconds of a kernel by its FLOPs."""
+    kinds = _arithmetic(device, effort)
+    best: dict[str, dict[float, float]] = {f"{k.library}.{k.dtype}": {} for k in kinds}
+    for number in range(effort.rounds):
+        begin = time.monotonic()
+        for i, kind in enumerate(kinds):
+            say(f"{kind.library} in {kind.dtype}, round {number + 1} of {effort.rounds} ...")
+            limit = Deadline(deadline.share(len(kinds) - i))
+            kind.measure(device, effort.seconds, limit, best[f"{kind.library}.{kind.dtype}"])
+        if time.monotonic() - begin > deadline.left:
+            break
+    return best
+
+
+def _arithmetic(device: torch.device, effort: Effort) -> list[_Kind]:
+    """Kinds of kernels, whose curves a device has."""
     dtypes = ["float32", "float64", "bfloat16"] + ["float16"] * (device.type == "cuda")
+    kinds = []
     for dtype in dtypes:
-        yield "matmul", dtype, [_matmul(n, dtype, device) for n in effort.sides]
+        product = partial(_matmul, dtype=dtype, device=device)
+        kinds.append(_Kind("matmul", dtype, effort.sides, 3, product))
         if device.type == "cuda" and dtype.endswith("16"):
-            yield "unaligned", dtype, [_matmul(n - 1, dtype, device) for n in effort.sides]
+            odd = [n - 1 for n in effort.sides]
+            kinds.append(_Kind("unaligned", dtype, odd, 3, product))
     for dtype in ("float32",) if device.type == "cpu" else ("float32", "bfloat16"):
-        yield "convolution", dtype, [_convolution(n, dtype, device) for n in effort.channels]
-        yield "depthwise", dtype, [_convolution(n, dtype, device, n) for n in effort.channels]
-        yield "attention", dtype, [_attention(n, dtype, device) for n in effort.lengths]
+        dense = partial(_convolution, dtype=dtype, device=device)
+        kinds.append(_Kind("convolution", dtype, effort.channels, 2, dense))
+        depthwise = partial(_convolution, dtype=dtype, device=device, depthwise=True)
+        kinds.append(_Kind("depthwise", dtype, effort.channels, 1, depthwise))
+        attention = partial(_attention, dtype=dtype, device=device)
+        kinds.append(_Kind("attention", dtype, effort.lengths, 2, attention))
+    return kinds
+
+
+def device_steps(device: torch.device, effort: Effort) -> int:
+    """How many steps `measure_device` tells of."""
+    return 3 + effort.rounds * len(_arithmetic(device, effort))
 
 
 def _random(dtype: str, device: torch.device, *shape: int) -> torch.Tensor:
@@ -260,7 +341,8 @@ def _step(forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -
     return lambda: torch.autograd.grad(forward(), inputs, gradient)
 
 
-def _convolution(n: int, dtype: str, device: torch.device, groups: int = 1) -> _Job:
+def _convolution(n: int, dtype: str, device: torch.device, depthwise: bool = False) -> _Job:
+    groups = n if depthwise else 1
     batch, side = (4, 28) if device.type == "cpu" else (32, 56)
     kernel = 5 if groups > 1 else 3
     x = _random(dtype, device, batch, n, side, side)

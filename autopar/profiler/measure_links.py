@@ -14,18 +14,19 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from autopar.cluster.cluster import ClusterInfo, parse_mesh
@@ -39,11 +40,15 @@ from autopar.profiler.clock import seconds_of
 from autopar.profiler.measure import (
     Effort,
     Progress,
+    device_steps,
     effort_for,
     host_memory,
     measure_device,
 )
+from autopar.progress import Bar
+from autopar.units import bytes_text
 
+_POLL_S = 0.2
 # the file by which rank 0 of local processes hands its measurement to the caller
 _RESULT = "measurement.pickle"
 
@@ -100,7 +105,7 @@ class Measurement:
 
 
 def measure_cluster(
-    mesh: str, kind: str, *, quick: bool = False, say: Progress = lambda line: None
+    mesh: str, kind: str, *, level: str = "standard", say: Progress = lambda line: None
 ) -> Measurement | None:
     """Measure the machine for a mesh.
 
@@ -110,7 +115,8 @@ def measure_cluster(
     Args:
         mesh: as `"2x8"` or `"node=2,gpu=8"`.
         kind: "cpu" or "cuda".
-        quick: fewer sizes and repetitions.
+        level: of `measure.EFFORTS`.
+        say: called with a line per step, behind a bar.
 
     Returns:
         The measurement on rank 0, None elsewhere.
@@ -126,13 +132,14 @@ def measure_cluster(
     if "WORLD_SIZE" in os.environ:
         started = not dist.is_initialized()
         try:
-            return _measure_rank(mesh, kind, quick, say)
+            return _measure_rank(mesh, kind, level, say)
         finally:
             if started and dist.is_initialized():
                 stop()
     if size == 1:
-        effort = effort_for(kind, quick)
-        cluster = _cluster_with_usual_links(mesh, torch.device(kind), effort, 1, say)
+        effort, device = effort_for(kind, level), torch.device(kind)
+        bar = Bar(say, device_steps(device, effort))
+        cluster = _cluster_with_usual_links(mesh, device, effort, 1, bar)
         return Measurement(cluster, (None,) * len(sizes))
     if kind == "cuda" and torch.cuda.device_count() < size:
         raise MeshError(
@@ -142,19 +149,32 @@ def measure_cluster(
         )
     say(f"start {size} processes ...")
     with tempfile.TemporaryDirectory() as folder:
-        run_local(_measure_local, size, (folder, mesh, kind, quick))
+        lines = get_context("spawn").SimpleQueue()
+        run_local(_measure_local, size, (folder, mesh, kind, level, lines), lines, say)
         measurement: Measurement = pickle.loads((Path(folder) / _RESULT).read_bytes())
         return measurement
 
 
-def run_local(function: Callable[..., None], size: int, args: tuple[Any, ...]) -> None:
+def run_local(
+    function: Callable[..., None],
+    size: int,
+    args: tuple[Any, ...],
+    lines: SimpleQueue[str] | None = None,
+    say: Progress = lambda line: None,
+) -> None:
     """Run `function(rank, size, *args)` in as many processes. If one fails, all are stopped.
+
+    Args:
+        lines: that the processes put there are said.
 
     Raises:
         EngineError: a process failed; the message names it.
     """
     try:
-        spawn(function, (size, *args), nprocs=size)
+        processes = spawn(function, (size, *args), nprocs=size, join=False)
+        while not processes.join(_POLL_S):
+            while lines is not None and not lines.empty():
+                say(lines.get())
     except ProcessExitedException as error:
         raise EngineError(
             f"process {error.error_index} of {size} died ({error}); the others were stopped. "
@@ -167,7 +187,9 @@ def run_local(function: Callable[..., None], size: int, args: tuple[Any, ...]) -
         ) from error
 
 
-def _measure_local(rank: int, size: int, folder: str, mesh: str, kind: str, quick: bool) -> None:
+def _measure_local(
+    rank: int, size: int, folder: str, mesh: str, kind: str, level: str, lines: SimpleQueue[str]
+) -> None:
     """One of the processes that `measure_cluster` starts."""
     torch.set_num_threads(1)
     os.environ.update(
@@ -179,39 +201,55 @@ def _measure_local(rank: int, size: int, folder: str, mesh: str, kind: str, quic
         "nccl" if kind == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank,
         world_size=size, timeout=DEFAULT_TIMEOUT,
     )  # fmt: skip
-    say = partial(print, file=sys.stderr, flush=True)
     try:
-        measurement = _measure_rank(mesh, kind, quick, say)
+        measurement = _measure_rank(mesh, kind, level, lines.put)
         if measurement is not None:
             (Path(folder) / _RESULT).write_bytes(pickle.dumps(measurement))
     finally:
         stop()
 
 
-def _measure_rank(mesh: str, kind: str, quick: bool, say: Progress) -> Measurement | None:
+def _measure_rank(mesh: str, kind: str, level: str, say: Progress) -> Measurement | None:
     """Measure as one rank of a world. Rank 0 returns the result."""
     device = torch.device("cpu")
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    effort = effort_for(kind, quick)
+    effort = effort_for(kind, level)
     shape = ClusterInfo.of(mesh, Device("measured", kind, {"float32": 1.0}, 1.0, 1.0, 1.0))
     device_mesh = start(shape, device)
-    say = say if dist.get_rank() == 0 else (lambda line: None)
+    axes = sum(size > 1 for size in shape.mesh)
+    on_device = device_steps(device, effort)
+    bar = Bar(
+        say if dist.get_rank() == 0 else (lambda line: None),
+        on_device + 1 + axes * len(effort.messages),
+    )
     # all ranks at once, because in training, too, they share memory bandwidth and perhaps cores
     _barrier(device)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cluster = _cluster_with_usual_links(mesh, device, effort, processes, say)
+    cluster = _cluster_with_usual_links(mesh, device, effort, processes, bar)
     _barrier(device)
     groups = [find_group(name) for name in process_groups(device_mesh)]
-    say("waits of ranks for each other ...")
+    begin, left = time.monotonic(), effort.links_s
+    bar.at(on_device, "waits of ranks for each other ...")
     waiting = _waiting_seconds([g for g in groups if g.size > 1], device, effort.seconds)
     fits: list[LinkFit | None] = []
     for axis, group in enumerate(groups):
         if group.size == 1:
             fits.append(None)
             continue
-        say(f"collectives of {cluster.axis_label(axis)} ({group.size} ranks) ...")
-        fits.append(measure_axis(group, device, effort, cluster.device.launch_us, waiting))
+        measured = axes - sum(g.size > 1 for g in groups[axis:])
+
+        def tell(number: int, nbytes: int, axis: int = axis, before: int = measured) -> None:
+            bar.at(
+                on_device + 1 + before * len(effort.messages) + number,
+                f"collectives of {cluster.axis_label(axis)}, {bytes_text(nbytes)} ...",
+            )
+
+        left = effort.links_s - _slowest(time.monotonic() - begin, device)
+        limit = max(0.0, left) / (axes - measured)
+        fits.append(
+            measure_axis(group, device, effort, cluster.device.launch_us, waiting, limit, tell)
+        )
     if dist.get_rank() != 0:
         return None
     links = tuple(fit.link if fit else link for fit, link in zip(fits, cluster.links, strict=True))
@@ -231,8 +269,6 @@ def _cluster_with_usual_links(
     """A mesh of devices measured as this one. Its links are the table's, which stay for axes of one
     rank, along which nothing is sent."""
     model = measure_device(device, effort, processes=processes, say=say)
-    if device.type == "cuda":
-        say("host link ...")
     link = measure_host_link(device, effort)
     memory = None if link is None else host_memory() / processes
     return replace(ClusterInfo.of(mesh, model), host_link=link, host_memory_bytes=memory)
@@ -255,7 +291,13 @@ def measure_host_link(device: torch.device, effort: Effort) -> Link | None:
 
 
 def measure_axis(
-    group: Group, device: torch.device, effort: Effort, launch_us: float, waiting: float
+    group: Group,
+    device: torch.device,
+    effort: Effort,
+    launch_us: float,
+    waiting: float,
+    limit_s: float = math.inf,
+    tell: Callable[[int, int], None] = lambda number, nbytes: None,
 ) -> LinkFit:
     """Time the collectives of one group by message size.
 
@@ -263,6 +305,8 @@ def measure_axis(
         group: a group of the axis. Every rank of the world calls this at the same time.
         launch_us: launch of an operator, which the time model adds.
         waiting: seconds that a collective adds to its own time.
+        limit_s: seconds, equal on all ranks, after which larger messages are left out.
+        tell: called with the number and the bytes of the messages that come.
     """
     ops = torch.ops._c10d_functional
     calls: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -276,7 +320,12 @@ def measure_axis(
         ),
     }
     samples: list[tuple[str, int, float]] = []
-    for nbytes in effort.messages:
+    spent, took, before = 0.0, 0.0, effort.messages[0]
+    for number, nbytes in enumerate(effort.messages):
+        if took * nbytes / before > limit_s - spent:
+            break
+        tell(number, nbytes)
+        begin = time.monotonic()
         x = torch.ones(-(-nbytes // (4 * group.size)) * group.size, device=device)
         seconds = {
             name: _collective_seconds(partial(_waited, call, x), device, effort.seconds)
@@ -285,6 +334,8 @@ def measure_axis(
         for name in ("all_gather", "reduce_scatter"):  # an all-reduce does both
             seconds[name] = min(seconds[name], seconds["all_reduce"])
         samples += [(name, 4 * x.numel(), waiting + s) for name, s in seconds.items()]
+        took, before = _slowest(time.monotonic() - begin, device), nbytes
+        spent += took
     k = group.size
     rows = [
         (PASSES[name] * (k - 1.0), PASSES[name] * nbytes * (k - 1.0) / k)
@@ -353,9 +404,14 @@ def _slowest_seconds(call: Callable[[], Any], device: torch.device, repetitions:
         call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    slowest = torch.tensor(time.perf_counter() - begin, dtype=torch.float64, device=device)
+    return _slowest(time.perf_counter() - begin, device) / repetitions
+
+
+def _slowest(seconds: float, device: torch.device) -> float:
+    """The largest of the ranks' numbers."""
+    slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest) / repetitions
+    return float(slowest)
 
 
 def _collective_seconds(call: Callable[[], Any], device: torch.device, budget: float) -> float:

@@ -19,6 +19,9 @@ Pair = tuple[int, int, np.ndarray]
 
 # entries of a table that stays in the cache
 _CACHED = 65_536
+# sums of a product in double precision; larger ones are in single precision, which rounds both
+# operands and the sum, of which none is negative
+_DOUBLE, _SINGLE_ERROR = 100_000, 4 * 2.0**-24
 
 
 @dataclass
@@ -188,12 +191,22 @@ def _without(total: np.ndarray, part: np.ndarray) -> np.ndarray:
 
 
 def _product(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """[i, j]: min over k of first[k, i] + second[k, j], in blocks of rows that fit the cache."""
+    """[i, j]: min over k of first[k, i] + second[k, j], in blocks of rows that fit the cache.
+
+    A large product is computed in single precision and rounded down, so that it is a lower bound.
+    """
     (terms, rows), columns = first.shape, second.shape[1]
+    single, base = terms * rows * columns > _DOUBLE, 0.0
+    if single:
+        # from the minimum on: what is near it, and decides, is nearly exact
+        base = sum(float(t.min()) for t in (first, second))
+        if not np.isfinite(base):
+            return np.full((rows, columns), np.inf)
+        first, second = ((t - t.min()).astype(np.float32) for t in (first, second))
     second = np.ascontiguousarray(second)[:, None, :]
-    product = np.empty((rows, columns))
+    product = np.empty((rows, columns), first.dtype)
     several = max(1, _CACHED // (terms * columns))
     for i in range(0, rows, several):
         part = first[:, i : i + several, None] + second
         part.min(axis=0, out=product[i : i + several])
-    return product
+    return base + (1 - _SINGLE_ERROR) * product.astype(float) if single else product

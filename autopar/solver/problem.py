@@ -140,6 +140,11 @@ class Branch:
     prices: Mapping[str, float]
     parts: tuple[Branch, ...] = ()
 
+    @property
+    def leaves(self) -> int:
+        """The number of its parts that are not divided."""
+        return sum(part.leaves for part in self.parts) or 1
+
 
 @dataclass(frozen=True)
 class Solution:

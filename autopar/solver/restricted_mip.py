@@ -94,7 +94,7 @@ def combine(
     root = Subproblem(pool, [np.arange(len(t)) for t in problem.time_us])
     root.prices = dict(prices)
     solve_restricted(
-        pool, root.near_domains(), rounds=rounds, gap=gap / 2, better_by=gap, say=say,
+        pool, root.near_domains(), rounds=rounds, gap=gap, better_by=gap, say=say,
         done=lambda: pool.time_us <= enough_us or expired(),
     )  # fmt: skip
     assert pool.choices is not None

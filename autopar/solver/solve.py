@@ -55,6 +55,7 @@ def solve(
     gap: float = TARGET_GAP,
     enough_us: float = -math.inf,
     subproblems: float = math.inf,
+    branching_gap: float = math.inf,
     mip_rounds: int = 6,
     fallback: Callable[[], Iterable[Choices]] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -72,6 +73,7 @@ def solve(
         enough_us: stop at an assignment as fast as this.
         subproblems: that branch and bound explores, at most; with a limit, none is solved as an
             integer program.
+        branching_gap: relative; a larger one is left as prices have it.
         mip_rounds: of the restricted MIP, at most; each has the rows that the last one violated.
         fallback: gives assignments where none within the hard rows is found for a while.
         progress: called with a line per phase.
@@ -83,7 +85,7 @@ def solve(
     assert disable <= {*LAYERS}, f"{disable} are not all among {LAYERS}"
     search = _Search(
         CutPool(problem, separate, disable), separate, time.monotonic() + time_limit, gap,
-        enough_us, subproblems, 0 if "restricted MIP" in disable else mip_rounds,
+        enough_us, subproblems, branching_gap, 0 if "restricted MIP" in disable else mip_rounds,
         fallback or (lambda: ()), progress or (lambda line: None),
     )  # fmt: skip
     return search.run(starts, prices or {}, tree)
@@ -91,10 +93,15 @@ def solve(
 
 @dataclass(eq=False)
 class _Node:
-    """A subproblem in the branching tree."""
+    """A subproblem in the branching tree.
+
+    Attributes:
+        sibling: the part of the same subproblem that is bounded before.
+    """
 
     subproblem: Subproblem
     parts: list[_Node] = field(default_factory=list)
+    sibling: _Node | None = None
 
     def leaves(self) -> list[_Node]:
         return [leaf for part in self.parts for leaf in part.leaves()] if self.parts else [self]
@@ -112,6 +119,7 @@ class _Search:
     gap: float
     enough_us: float
     subproblems: float
+    branching_gap: float
     mip_rounds: int
     fallback: Callable[[], Iterable[Choices]]
     say: Callable[[str], None]
@@ -148,13 +156,14 @@ class _Search:
             return self._solution(root, "Lagrangian prices" if root.prices else "elimination")
         self.say(f"best {pool.time_us:.0f} us, bound {self.bound:.0f} us")
         self._restricted_mip(root)
-        if self._done() or not self.subproblems:
+        distance = pool.time_us - self.bound
+        if self._done() or not self.subproblems or distance > self.branching_gap * pool.time_us:
             return self._solution(root, "Lagrangian prices")
         return self._branch_and_bound(root, _Node(root.fixed(self.margin)))
 
     def _replayed(self, subproblem: Subproblem, tree: Branch) -> _Node:
         """A subproblem divided as in another tree, each part bounded at its prices there."""
-        if not self._worthwhile(subproblem) or not tree.parts:
+        if not self._worthwhile(subproblem) or not tree.parts or self._done():
             return _Node(subproblem)
         subproblem = subproblem.fixed(self.margin)
         parts = []
@@ -225,6 +234,10 @@ class _Search:
         closed = math.inf  # the lowest bound of parts in which nothing is better by the gap
         while heap and not self._done() and explored < self.subproblems:
             _, _, node = heapq.heappop(heap)
+            if node.sibling is not None and self._worthwhile(node.subproblem):
+                # the prices that are best there drop other choices here than those of the bound
+                prices = node.sibling.subproblem.prices
+                node.subproblem = node.subproblem.fixed(self.margin, prices)
             if node is not tree:
                 node.subproblem = self._tighten_bound(node.subproblem, BRANCH_STEPS)
             explored += 1
@@ -242,6 +255,8 @@ class _Search:
                     parts = [node] if self._worthwhile(subproblem) else []  # rows were missing
                 else:
                     parts = node.parts = [_Node(half) for half in subproblem.branches()]
+                    for first, second in itertools.pairwise(parts):
+                        second.sibling = first
             for part in parts:
                 heapq.heappush(heap, (part.subproblem.lowest, next(order), part))
             if not parts:

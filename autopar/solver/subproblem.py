@@ -117,6 +117,10 @@ class Subproblem:
             self.pool.visit(tuple(int(d[c]) for d, c in choices))
         return relaxed
 
+    def _cost_of(self, prices: Mapping[str, float]) -> float:
+        """What prices cost, whatever the choices."""
+        return sum(max(0.0, prices.get(row.name, 0.0)) * row.limit for row in self.pool.rows)
+
     def maximize(self, *, gap: float, steps: int, done: Callable[[], bool]) -> None:
         """Raise the bound until it is within `gap` of the best assignment, no prices promise a
         higher one, or `done()`."""
@@ -139,13 +143,20 @@ class Subproblem:
 
     # -- smaller subproblems ----------------------------------------------------------------------
 
-    def fixed(self, gap: float = 0.0) -> Subproblem:
+    def fixed(self, gap: float = 0.0, prices: Mapping[str, float] | None = None) -> Subproblem:
         """Without the choices whose min-marginal shows that no assignment with them is better than
-        the best known by more than `gap`."""
-        if self._tightest is None:
-            self.evaluate(self.prices)
-        assert self._tightest is not None
-        relaxed, constant = self._tightest
+        the best known by more than `gap`.
+
+        Args:
+            prices: at which the min-marginals are; those of the bound if None.
+        """
+        if prices is not None:
+            relaxed, constant = self.evaluate(prices), self._cost_of(prices)
+        else:
+            if self._tightest is None:
+                self.evaluate(self.prices)
+            assert self._tightest is not None
+            relaxed, constant = self._tightest
         best = self.pool.time_us - gap * abs(self.pool.time_us)
         limit = best + constant
         limit += 1e-9 * max(1.0, abs(limit))

@@ -26,6 +26,7 @@ from autopar.profiler.measure_links import fit_link, measure_cluster, run_local
 from autopar.profiler.model import profile_model
 from autopar.profiler.profile import profile_graph
 from autopar.profiler.time_model import Kernel, kernels_of, node_us
+from autopar.progress import Bar
 from autopar.sharding.conversion.converter import LayoutConverter
 from autopar.tracer import ColoTracer
 
@@ -269,6 +270,32 @@ def test_this_device_is_measured():
     assert ClusterInfo.from_dict(yaml.safe_load(again.to_yaml())) == again
 
 
+def test_sizes_that_take_longer_than_the_time_are_left_out():
+    """The least one is always measured, and rounds end with the time."""
+    effort = replace(TINY, sides=(32, 64, 4096), rounds=50, device_s=3.0)
+    lines = []
+    start = time.monotonic()
+    measured = measure_device(torch.device("cpu"), effort, say=lines.append)
+    assert time.monotonic() - start < 20  # the large products alone take longer
+    assert measured.flops_by_size["matmul.float64"].sizes == (2.0 * 32**3, 2.0 * 64**3)
+    assert not any("round 50" in line for line in lines)
+    none = measure_device(torch.device("cpu"), replace(effort, device_s=0.0))
+    assert none.flops_by_size["matmul.float32"].sizes == (2.0 * 32**3,)
+
+
+def test_a_bar_says_how_far_a_measurement_is():
+    lines = []
+    bar = Bar(lines.append, 4)
+    bar("first")
+    bar.at(2, "third")
+    bar("fourth")
+    bar("more than were expected")
+    assert lines[0] == f"[{' ' * 20}]   0%  first"
+    assert lines[1] == f"[{'=' * 10}{' ' * 10}]  50%  third"
+    assert lines[2].endswith("75%  fourth")
+    assert lines[3].startswith(f"[{'=' * 20}] 100%")
+
+
 def test_a_core_is_shared_by_the_ranks_of_a_host(monkeypatch):
     """A call takes its processor time as often as there are ranks that take turns."""
 
@@ -290,6 +317,7 @@ def test_a_cluster_is_measured_and_planned_for(tmp_path):
     path, model = tmp_path / "out" / "cluster.yaml", tmp_path / "model.py"
     result = run("cluster", "--mesh", "2x1", "--quick", "--device", "cpu", "-o", str(path))
     assert "alpha us" in result.stdout
+    assert "%  collectives of axis 0, 1 KiB ..." in result.stderr  # by the process that measures
     assert f"written to {path}" in result.stdout.replace("\n", "")
     cluster = ClusterInfo.load(path)
     assert cluster.mesh == (2, 1)
@@ -326,6 +354,7 @@ def test_a_process_that_dies_ends_the_others():
     [
         (("--mesh", "2xx"), "cannot read mesh '2xx'"),
         (("--device", "tpu"), "cannot measure a device 'tpu'; it is cpu or cuda"),
+        (("--quick", "--thorough"), "a measurement is --quick or --thorough, not both"),
     ],
 )
 def test_bad_options(arguments, message):

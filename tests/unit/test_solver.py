@@ -11,7 +11,7 @@ import pytest
 
 from autopar.errors import InfeasibleError
 from autopar.solver import PairCost, Problem, Row, solve
-from autopar.solver.contraction import Contraction
+from autopar.solver.contraction import Contraction, _product
 from autopar.solver.cutting_planes import CutPool
 from autopar.solver.ilp import solve_ilp
 from autopar.solver.linear_program import LinearProgram
@@ -315,6 +315,32 @@ def test_contraction_equals_brute_force(seed, nodes):
             assert marginal <= best + 1e-9
             if not result.messages:
                 assert marginal == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [20, 60])
+def test_large_min_plus_products_are_rounded_down(seed, size):
+    """By less than a millionth; small ones are exact."""
+    rng = np.random.default_rng(seed)
+    first, second = (1e6 + 1e5 * rng.random((size, size)) ** 8 for _ in range(2))
+    first[rng.random(first.shape) < 0.3] = np.inf
+    first[:, 0] = np.inf
+    exact = (first[:, :, None] + second[:, None, :]).min(axis=0)
+    product = _product(first, second)
+    assert (product <= exact).all()
+    np.testing.assert_allclose(product, exact, rtol=1e-6 if size**3 > 100_000 else 0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_gap_that_is_too_large_to_branch_on_is_left_as_it_is(seed):
+    leanest, fastest = budgets(seed, 3)
+    problem = random_problem(seed, budget=leanest + 0.4 * (fastest - leanest), soft=3)
+    best = brute_force(problem)
+    solution = solve(problem, gap=1e-6, branching_gap=0.0, mip_rounds=0)
+    assert solution.tree is None
+    assert solution.bound_us <= best + 1e-6
+    assert solution.time_us >= best - 1e-6
+    assert solve(problem, gap=1e-6, branching_gap=1.0).gap <= 1e-6
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -73,5 +73,6 @@ def test_the_record_says_what_tying_costs():
     plan = autoplan(blocks, (torch.zeros(64, 64),), cluster=ClusterInfo.of("4")).plan
     steps = plan.solver.sharing_us
     assert list(steps)[:2] == ["all blocks tied", "first and last untied"]
+    assert plan.solver.bounded in steps
     assert min(steps.values()) <= steps["all blocks tied"] * (1 + 1e-9)
     assert plan.solver.objective_us <= steps["all blocks tied"] * (1 + 1e-9)
