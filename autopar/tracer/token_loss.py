@@ -60,8 +60,6 @@ def keep_token_dims(graph: fx.Graph) -> None:
 def _keep(node: fx.Node) -> None:
     arguments = bound_arguments(node)
     logits, target = arguments.pop("self"), arguments.pop("target")
-    if arguments.get("reduction", _MEAN) == _NONE:
-        return  # the caller sees rows
     cast = logits if logits.target is aten._to_copy.default else None
     tokens, labels = _unflattened(logits if cast is None else cast.args[0]), _unflattened(target)
     if tokens is None or labels is None:
@@ -76,6 +74,11 @@ def _keep(node: fx.Node) -> None:
         if cast is not None:
             tokens = call_like(cast, cast.target, (tokens, *cast.args[1:]), cast.kwargs)
         loss = call_like(node, TOKEN_CROSS_ENTROPY, (tokens, labels), arguments)
+        if arguments.get("reduction", _MEAN) == _NONE:  # the caller sees rows, and no padding
+            dim, count = len(of_labels) - 1, of_labels[-1]
+            if loss.meta["val"].shape[dim] != count:
+                loss = call_like(node, aten.slice.Tensor, (loss, dim, 0, count), {})
+            loss = call_like(node, aten.reshape.default, (loss, [target.meta["val"].shape[0]]), {})
     node.replace_all_uses_with(loss)
     graph = node.graph
     graph.erase_node(node)

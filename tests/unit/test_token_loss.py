@@ -50,7 +50,19 @@ def weighted(logits, labels):
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight)
 
 
-LOSSES = [flattened, shifted, shifted_contiguous, padded, weighted]
+def by_token(logits, labels):
+    """With a weight of every token."""
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return (losses.view(B, S) * (labels % 3)).sum()
+
+
+def by_token_shifted(logits, labels):
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.reshape(-1, V), labels.reshape(-1), reduction="none")
+    return (losses * (labels.reshape(-1) % 3)).mean()
+
+
+LOSSES = [flattened, shifted, shifted_contiguous, padded, weighted, by_token, by_token_shifted]
 
 
 def batch():
@@ -89,12 +101,11 @@ def test_the_captured_loss_is_the_models(loss):
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda x, y: F.cross_entropy(x.view(-1, V), y.view(-1), reduction="none").sum(),
         lambda x, y: F.cross_entropy(x.view(-1, V), y.t().reshape(-1)),
         lambda x, y: F.cross_entropy(x.transpose(1, 2), y),
         lambda x, y: F.cross_entropy(x[:, 1:].reshape(-1, V), y[:, :-1].reshape(-1)),
     ],
-    ids=["rows are seen", "other labels", "not flattened", "the loss of the token before"],
+    ids=["other labels", "not flattened", "the loss of the token before"],
 )
 def test_other_losses_stay_as_they_are(loss):
     graph = ColoTracer().trace(Model(loss).double(), (), batch())
@@ -103,7 +114,7 @@ def test_other_losses_stay_as_they_are(loss):
         assert tuple(node.args[0].meta["val"].shape) == (B, S - 1, V)
 
 
-@pytest.mark.parametrize("loss", [flattened, shifted, padded])
+@pytest.mark.parametrize("loss", [flattened, shifted, padded, by_token, by_token_shifted])
 def test_a_split_sequence_never_holds_all_logits(loss):
     model, inputs = Model(loss).double(), batch()
     planned = autoplan(
