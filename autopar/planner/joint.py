@@ -40,6 +40,7 @@ from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
 from autopar.planner.time_splits import SECONDS
 from autopar.schedule.budget import MemoryPlan, StepBudget, frozen_bytes
+from autopar.schedule.pareto import has_many_operators
 from autopar.units import bytes_text, time_text
 
 log = logging.getLogger(__name__)
@@ -242,14 +243,13 @@ class _Trials:
         )  # fmt: skip
         budget = replace(_step_budget(self.problem, step), states_on=states_on)
         short = shortened(space.graph, chosen)
-        memory = None
+        memory = fitted = refused = None
         try:
             memory = budget.choose(step.program, patience=_PATIENCE)
             if recomputes_little(memory):
                 return step, memory, None
-        except InfeasibleError:
-            pass
-        fitted = None
+        except InfeasibleError as error:
+            refused = error
         if memory is None or not self.problem.deadline.over:
             fitted = self._in_slices(plan, budget, short, memory)
         if fitted is not None and (
@@ -257,6 +257,8 @@ class _Trials:
         ):
             fitted = fitted.compared_with(step.program)
             return replace(step, program=fitted.program), fitted.memory, fitted
+        if refused is not None and not has_many_operators(step.program):
+            raise refused  # patience makes no difference
         return step, memory or budget.choose(step.program), None
 
     def _in_slices(

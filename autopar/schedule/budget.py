@@ -17,7 +17,7 @@ from autopar.plan_records import StepSummary
 from autopar.schedule.build import schedule_of
 from autopar.schedule.chunk_states import Changes, chunk_states
 from autopar.schedule.order import in_order
-from autopar.schedule.pareto import ScheduleFront, undominated
+from autopar.schedule.pareto import ScheduleFront, has_many_operators, undominated
 from autopar.schedule.prefetch import GATHERS, exposed_share, prefetched
 from autopar.schedule.program import Program, Resource, Schedule, eager_schedule
 from autopar.schedule.simulate import peak_bytes, timeline
@@ -313,7 +313,7 @@ def plan_memory(program: Program, budget_bytes: float, patience: float = math.in
     if eager_bytes <= budget_bytes:
         return describe(program, prefetched(program, eager, budget_bytes))
     front = ScheduleFront(program, _costs(program))
-    if front.has_many_operators:
+    if has_many_operators(program):
         common = front.checkpointed()
         if common.peak_bytes > patience * budget_bytes:
             raise _infeasible(program, common.schedule, budget_bytes)
@@ -337,15 +337,14 @@ def plan_memory(program: Program, budget_bytes: float, patience: float = math.in
 
 
 def least_bytes(program: Program) -> int:
-    """What the largest operator reads and makes: no schedule needs less."""
+    """What the largest operator reads and makes, with all parameters that can be elsewhere
+    elsewhere: no schedule needs less."""
     nbytes = program.nbytes
-    return max(
-        (
-            sum(nbytes[s] for s in {*op.reads, *(() if op.overwrites else op.makes)})
-            for op in program.ops
-        ),
-        default=0,
-    )
+    most = 0
+    for op in program.ops:
+        held = {*op.reads, *(() if op.overwrites else op.makes)} - set(op.fills)
+        most = max(most, sum(nbytes[s] for s in held))
+    return most - sum(parameter.nbytes for parameter in program.parameters.values())
 
 
 def _gathers(program: Program) -> list[int]:

@@ -54,6 +54,11 @@ class SchedulePoint:
     name: str
 
 
+def has_many_operators(program: Program) -> bool:
+    """Whether a program has too many to search its schedules thoroughly."""
+    return len(program.ops) > _FEW_OPS
+
+
 class ScheduleFront:
     """Schedules of a program for all budgets.
 
@@ -86,13 +91,8 @@ class ScheduleFront:
         return StageModel(self.program, stage, self.cost)
 
     @property
-    def has_many_operators(self) -> bool:
-        """Too many to search thoroughly."""
-        return len(self.program.ops) > _FEW_OPS
-
-    @property
     def _is_long(self) -> bool:
-        return self.has_many_operators and len(self._stages) >= _MANY_STAGES
+        return has_many_operators(self.program) and len(self._stages) >= _MANY_STAGES
 
     def point(self, name: str, schedule: Schedule) -> SchedulePoint:
         """Score a schedule."""
@@ -197,7 +197,7 @@ class ScheduleFront:
 
     def grown(self, point: SchedulePoint, budget: float) -> SchedulePoint:
         """The schedule, keeping more as far as the budget allows."""
-        limits = (_TOGETHER, _LEAST_GAIN) if self.has_many_operators else ()
+        limits = (_TOGETHER, _LEAST_GAIN) if has_many_operators(self.program) else ()
         return self.point(point.name, self.refiner.grow(point.schedule, budget, *limits))
 
     def low(self, enough: float = 0.0) -> SchedulePoint:
@@ -214,7 +214,7 @@ class ScheduleFront:
 
     def smallest(self) -> SchedulePoint:
         """The schedule with the smallest peak that the search can reach."""
-        few = not self.has_many_operators
+        few = not has_many_operators(self.program)
         for share in _SHARES if few else _SHARES[:2]:
             self._add_whole(share)
         count = len(self._chain.budgets)
@@ -223,6 +223,8 @@ class ScheduleFront:
             self._of_chain(k)
         least = min(self.candidates, key=_by_peak)
         starts = [least]
+        if not few:  # the smallest that was named for a smaller budget
+            starts.append(self.low())
         if self.program.transfers:  # offloading may be a dead end where recomputation is not
             recompute_only = Refiner(replace(self.program, transfers={}), self.cost)
             starts.append(self._lowered(least, recompute_only))
