@@ -5,7 +5,7 @@ from __future__ import annotations
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.tiers import HOST
 from autopar.plan import ShardingPlan
-from autopar.plan_records import StepWork
+from autopar.plan_records import StepSummary, StepWork
 from autopar.units import bytes_text, count_text, flops_text, percent_text, time_text
 
 
@@ -32,16 +32,26 @@ def verdict(plan: ShardingPlan) -> list[tuple[str, str]]:
     if plan.time_splits:
         reasons.append(f"{len(plan.time_splits)} regions in slices")
     if plan.step is not None:
-        if plan.step.added_us > 0:
-            reasons.append(f"recomputing and re-gathering, {time_text(plan.step.added_us)} of it")
+        again, off_device = _added(plan.step, plan.states_on)
+        if again > 0:
+            reasons.append(f"recomputing and re-gathering, {time_text(again)} of it")
         if plan.states_on:
-            reasons.append(_place(plan))
+            reasons.append(f"{_place(plan)}, {time_text(off_device)} of it")
         if plan.step.state_on_host:
             reasons.append("the optimizer's state on the host")
         if plan.step.parameters_on_host:
             reasons.append(f"{len(plan.step.parameters_on_host)} parameters on the host")
     by = [("made to fit by", "; ".join(reasons))] if reasons else []
     return [("fits", f"yes: {step}, {bytes_text(max(0.0, spare))} to spare"), *by]
+
+
+def _added(step: StepSummary, states_on: str) -> tuple[float, float]:
+    """What fitting adds to a step: by recomputing and re-gathering, and by states off the device
+    (their moves and the optimizer's step there), in microseconds."""
+    if not (states_on or step.state_on_host or step.parameters_on_host):
+        return step.added_us, 0.0
+    again = sum(m.recompute_us + m.repeated_collectives_us for m in step.modules)
+    return min(again, step.added_us), max(0.0, step.added_us - again)
 
 
 def _place(plan: ShardingPlan) -> str:
@@ -78,7 +88,8 @@ def _parts(plan: ShardingPlan) -> list[str]:
         parts = {"compute": time.compute_us, "waiting in the pipeline": time.exposed_us}
     elif step is not None and step.added_us:
         parts["compute"] -= step.added_us
-        parts["recomputation and re-gathering"] = step.added_us
+        again, off_device = _added(step, plan.states_on)
+        parts |= {"recomputation and re-gathering": again, "states off the device": off_device}
     ordered = sorted(parts.items(), key=lambda part: -part[1])
     return [f"{percent_text(us, time.step_us)} {name}" for name, us in ordered if us > 0]
 

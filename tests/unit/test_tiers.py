@@ -19,6 +19,7 @@ from autopar.cluster.tiers import HOST, NVME, StateBytes, Tier
 from autopar.comm import world as environment
 from autopar.errors import EngineError, InfeasibleError, MeshError
 from autopar.optim.elementwise import ELEMENTWISE
+from autopar.report.headline import headline
 from autopar.runtime import states_on_drive
 from autopar.runtime.chunk_files import ChunkFiles
 
@@ -154,6 +155,7 @@ def test_steps_from_a_drive_are_the_same(kind, tmp_path, small_chunks):
     train(model, optimizer, range(2))
     train(alone, beside, range(2))
     assert model.plan.states_on == NVME and model.stored_steps == 2
+    assert "states off the device" in dict(headline(model.plan))["step is"]
     assert difference(model, alone) < 1e-12
     # whoever asks for the state finds it, and may change it
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
