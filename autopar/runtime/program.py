@@ -17,10 +17,12 @@ import torch.fx as fx
 from torch.distributed.tensor import DTensor
 
 from autopar.comm import host_copies
+from autopar.comm.ranks import Ranks
 from autopar.comm.world import explained_failures
 from autopar.errors import EngineError
-from autopar.passes.inductor import compile_graph
 from autopar.passes.lower import LoweredStep
+from autopar.progress import SILENT, Progress
+from autopar.runtime.compiled_graphs import compiled_graphs
 from autopar.runtime.distribute import argument_of, gradients
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.sharded_values import ShardedParameter
@@ -71,16 +73,28 @@ class Program:
         ]
 
 
-def bind(step: LoweredStep, gradients: ResultGradients | None = None) -> Program:
-    """Make a lowered step callable."""
+def bind(
+    step: LoweredStep,
+    gradients: ResultGradients | None = None,
+    *,
+    ranks: Ranks | None = None,
+    progress: Progress = SILENT,
+) -> Program:
+    """Make a lowered step callable.
 
-    def runnable(gm: fx.GraphModule, backward: bool) -> Boxed:
-        return compile_graph(gm, backward=backward) if step.compile else boxed(gm)
+    Args:
+        ranks: that bind the same step now, and agree on how it is compiled; each by itself if None.
 
-    forward = runnable(step.forward, backward=False)
-    backward = None if step.backward is None else runnable(step.backward, backward=True)
-    weights = None if step.weights is None else runnable(step.weights, backward=True)
-    return Program(step, forward, backward, gradients, weights)
+    Raises:
+        EngineError, VerifyError: see `compiled_graphs`.
+    """
+    parts = {"forward": step.forward, "backward": step.backward, "weights": step.weights}
+    graphs = {name: gm for name, gm in parts.items() if gm is not None}
+    if step.compile:
+        run = compiled_graphs(graphs, step.compile, boxed, ranks, progress)
+    else:
+        run = {name: boxed(gm) for name, gm in graphs.items()}
+    return Program(step, run["forward"], run.get("backward"), gradients, run.get("weights"))
 
 
 def boxed(gm: fx.GraphModule) -> Boxed:
