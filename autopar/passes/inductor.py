@@ -20,9 +20,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from autopar.passes.verify import VerifyError
 
-# Operators that move data between ranks, or to the host: their order is planned.
-_ORDERED = ("_c10d_functional", "autopar")
-_CALL = re.compile(rf"torch\.ops\.({'|'.join(_ORDERED)})\.(\w+)\.\w+\((.*)\)")
+# Of autopar's operators, those that start to move data to or from the host. What ends that is
+# declared to write.
+_TRANSFERS = ("offload", "reload", "fetch", "store")
+_CALL = re.compile(r"torch\.ops\.(?:_c10d_functional|autopar)\.(\w+)\.\w+\((.*)\)")
 _TEXT = re.compile(r"'([^']*)'")
 
 
@@ -98,11 +99,12 @@ def compile_graph(gm: fx.GraphModule, *, backward: bool) -> CompiledGraph:
         "layout_optimization": False,
         # the order is planned: for memory, and for collectives, equally on ranks of other sizes
         "reorder_for_peak_memory": False,
+        "reorder_for_locality": False,
     }
     hits = counters["inductor"]["fxgraph_cache_hit"]
     with tracing, config.patch(options):
         built = compile_fx_inner(graph, arguments, is_backward=backward)
-    check_order(calls, calls_in_source(getattr(built, "source_code", None) or ""))
+    check_order(calls, _calls_in_source(getattr(built, "source_code", None) or "", calls))
     from_cache = counters["inductor"]["fxgraph_cache_hit"] > hits
     return CompiledGraph(_Checked(built, planned), from_cache)
 
@@ -112,15 +114,27 @@ def ordered_calls(gm: fx.GraphModule) -> list[tuple[str, ...]]:
     return [
         (_functional(node.target._opname), *(a for a in node.args if isinstance(a, str)))
         for node in gm.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in _ORDERED
+        if _is_ordered(node.target)
     ]
 
 
-def calls_in_source(source: str) -> list[tuple[str, ...]]:
-    """The same of code that Inductor has generated."""
+def _is_ordered(target: Any) -> bool:
+    """Whether an operator has its planned place among others: collectives, and transfers to the
+    host and back."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target.namespace == "autopar":
+        return target._schema.is_mutable or target._opname in _TRANSFERS
+    return target.namespace == "_c10d_functional"
+
+
+def _calls_in_source(source: str, planned: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The same of code that Inductor has generated, of the operators that are planned."""
+    names = {name for name, *_ in planned}
     lines = (line for line in source.splitlines() if not line.lstrip().startswith("#"))
     found = (match for line in lines if (match := _CALL.search(line)))
-    return [(_functional(match[2]), *_TEXT.findall(match[3])) for match in found]
+    calls = ((_functional(match[1]), *_TEXT.findall(match[2])) for match in found)
+    return [call for call in calls if call[0] in names]
 
 
 def _functional(name: str) -> str:
