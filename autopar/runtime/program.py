@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from autopar.runtime.compiled_graphs import compiled_graphs
 from autopar.runtime.distribute import argument_of, gradients
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.sharded_values import ShardedParameter
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 # A graph is called by a list of tensors, which it empties so that they are freed at their last use.
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -160,7 +163,8 @@ class _Run(torch.autograd.Function):
         callers = [g.data_ptr() for g in grads if g is not None]
         grads.clear()
         assert program.backward is not None
-        with torch.no_grad():
+        differentiated = torch.is_grad_enabled()  # create_graph=True
+        with torch.no_grad() if differentiated else _NOTHING:
             local = program.run(program.backward, arguments)
             host_copies.settle(local)
             if program.gradients is not None:
@@ -168,7 +172,7 @@ class _Run(torch.autograd.Function):
                 local = [g if k in used else None for k, g in enumerate(local)]
             parameter_grads = gradients(ctx.parameters, local, taken=callers)
             del local
-        if torch.is_grad_enabled():  # create_graph=True
+        if differentiated:
             parameter_grads = without_gradients(parameter_grads)
         else:
             deliver(ctx.parameters, parameter_grads, [node for node, _ in ctx.next_functions])
