@@ -16,12 +16,10 @@ class CompileMode:
         inductor: Inductor builds and runs them.
         verified: what cannot be built, or gives other results than ATen at the first step, runs as
             ATen's operators.
-        cuda_graphs: a step's kernels are launched together.
     """
 
     inductor: bool = False
     verified: bool = False
-    cuda_graphs: bool = False
 
     def __bool__(self) -> bool:
         return self.inductor
@@ -29,8 +27,6 @@ class CompileMode:
     @property
     def option(self) -> bool | str:
         """What asks for it."""
-        if self.cuda_graphs:
-            return "cudagraphs"
         return "auto" if self.verified else self.inductor
 
     @staticmethod
@@ -41,7 +37,7 @@ class CompileMode:
             lowered: graphs are lowered; only those are compiled.
 
         Raises:
-            ValueError: it is another one, or not for this device.
+            ValueError: it is another one, or "cudagraphs", which is not supported yet.
         """
         if not isinstance(option, bool) and option not in ("auto", "cudagraphs"):
             raise ValueError(f"compile must be True, False, 'auto' or 'cudagraphs', got {option!r}")
@@ -54,9 +50,12 @@ class CompileMode:
             raise ValueError(
                 f"compile={option!r} compiles the lowered graphs; leave lower=False out"
             )
-        if option == "cudagraphs" and device_type != "cuda":
-            raise ValueError(
-                f"compile='cudagraphs' is for GPUs, and the cluster's devices are {device_type}s; "
-                "pass compile=True, which runs Inductor on them"
+        if option == "cudagraphs":
+            why = (
+                "is not supported yet: a CUDA graph writes over the results and gradients of the "
+                "step before, and holds memory that no plan counts"
+                if device_type == "cuda"
+                else f"is for GPUs, and the cluster's devices are {device_type}s"
             )
-        return CompileMode(inductor=True, cuda_graphs=option == "cudagraphs")
+            raise ValueError(f"compile='cudagraphs' {why}; pass compile=True, which runs Inductor")
+        return CompileMode(inductor=True)

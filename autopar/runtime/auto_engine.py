@@ -98,7 +98,7 @@ def auto_engine(
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
         compile: True runs forward and backward by Inductor; the plan stays in force. "auto" does so
             on GPUs, with ATen's operators for what cannot be built or differs at the first step.
-            "cudagraphs" adds CUDA graphs (docs/memory.md).
+            "cudagraphs" is refused as yet (docs/memory.md).
         constraints: layouts by name, or the name of a preset, as in `autoplan`; those of results
             are for `batch` to say.
         microbatches: slices of the batch that the step processes one after another, with the

@@ -43,11 +43,13 @@ def test_modes():
     assert CompileMode.of("auto", "cuda", lowered=False) == CompileMode()
     assert CompileMode.of(True, "cpu") == CompileMode(inductor=True)
     assert CompileMode.of("auto", "cuda") == CompileMode(inductor=True, verified=True)
-    for option in ("auto", True, False, "cudagraphs"):
+    for option in ("auto", True, False):
         assert CompileMode.of(option, "cuda").option == option
     for option in (1, None, "yes"):
         with pytest.raises(ValueError, match="must be True, False, 'auto' or 'cudagraphs', got"):
             CompileMode.of(option, "cuda")
+    with pytest.raises(ValueError, match="is not supported yet: a CUDA graph writes over"):
+        CompileMode.of("cudagraphs", "cuda")
     with pytest.raises(ValueError, match=r"is for GPUs.* are cpus; pass compile=True"):
         auto_engine(nn.Linear(2, 2), None, "1", compile="cudagraphs")
 
