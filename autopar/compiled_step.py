@@ -15,6 +15,7 @@ from autopar.comm.ranks import Ranks
 from autopar.errors import EngineError
 from autopar.ir.graph import ModelGraph
 from autopar.passes.apply_sharding import LocalProgram
+from autopar.passes.compile_mode import CompileMode
 from autopar.passes.lower import LoweredStep
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
@@ -146,7 +147,7 @@ class StepOptions:
         cluster: what the step runs on; its memory is the budget that a schedule keeps to, and
             without one the step keeps what eager PyTorch keeps.
         lowered: False leaves the local program as it is, to run eagerly (debugging).
-        compile: Inductor runs the graphs.
+        compile: how the graphs are compiled.
         optimizer_state: bytes of optimizer state per byte of trainable parameter.
         elementwise: the optimizer treats each element by itself.
         states_on: the tier of all states, "" for the device; None to choose.
@@ -156,7 +157,7 @@ class StepOptions:
 
     cluster: ClusterInfo
     lowered: bool = True
-    compile: bool = False
+    compile: CompileMode = field(default_factory=CompileMode)
     optimizer_state: float = ADAM_STATE
     elementwise: bool = False
     states_on: str | None = None

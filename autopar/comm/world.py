@@ -6,7 +6,7 @@ import atexit
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -145,23 +145,34 @@ def _forget_process_groups(mesh: DeviceMesh) -> None:
 _TRANSPORT_ERRORS = ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
 
 
-@contextmanager
-def explained_failures() -> Iterator[None]:
-    """Explain a failed collective: nearly always, another rank is gone.
+class _ExplainedFailures:
+    """Of collectives; one object serves all, as every step enters it several times."""
 
-    Raises:
-        EngineError: in the place of the transport's own error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, RuntimeError):
+            return
         message = str(error)
         if not isinstance(error, dist.DistError) and not any(
             part in message for part in _TRANSPORT_ERRORS
         ):
-            raise
+            return
         raise EngineError(
             f"rank {dist.get_rank()}: a collective failed: {message.splitlines()[0]}\n  Another "
             "rank has died, or runs a different program; look for the first error among the other "
             "ranks' output."
         ) from error
+
+
+_EXPLAINED = _ExplainedFailures()
+
+
+def explained_failures() -> AbstractContextManager[None]:
+    """Explain a failed collective: nearly always, another rank is gone.
+
+    Raises:
+        EngineError: in the place of the transport's own error.
+    """
+    return _EXPLAINED

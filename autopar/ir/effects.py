@@ -167,9 +167,10 @@ class Effects:
             values: of the numbers that vary, from before the run.
         """
         rest = iter(results)
-        with torch.no_grad():
-            for k in self.inputs:
-                leaves[k].copy_(next(rest))
+        if self.inputs:
+            with torch.no_grad():
+                for k in self.inputs:
+                    leaves[k].copy_(next(rest))
         for assignment in self.assigned:
             assignment.carry_out(model, rest, values)
         for call in self.hooks:

@@ -201,8 +201,13 @@ class ModelGraph:
         own = list(results[:count])
         for position, number in self.effects.numbers.items():
             own[position] = evaluate(number, values)
-        results = pytree.tree_unflatten(own, self.out_spec)
+        results = own[0] if self._returns_one else pytree.tree_unflatten(own, self.out_spec)
         return realized(results) if self._returns_objects else results
+
+    @cached_property
+    def _returns_one(self) -> bool:
+        """A single result, nested in nothing."""
+        return self.out_spec.is_leaf()
 
     @cached_property
     def _returns_objects(self) -> bool:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.ir.joint_graph import JointGraph, Result
 from autopar.kernels import kernels_run_on
+from autopar.passes.compile_mode import CompileMode
 from autopar.passes.joint import trace_joint
 from autopar.passes.partition import forward_nodes, split_as_eager
 from autopar.passes.pipeline import LowerOptions, run_stage
@@ -41,7 +42,7 @@ class LoweredStep:
         backward: takes that and the gradients of differentiable results, returns the gradients of
             the arguments. None if no result is differentiable.
         results: of the forward, without what the backward needs.
-        compile: Inductor is to run the graphs.
+        compile: how the graphs are compiled.
         weights: the part of the backward that can wait, if it was split: takes what the other part
             returns behind its gradients, and returns the rest of the gradients.
     """
@@ -49,7 +50,7 @@ class LoweredStep:
     forward: fx.GraphModule
     backward: fx.GraphModule | None
     results: tuple[Result, ...]
-    compile: bool
+    compile: CompileMode
     weights: fx.GraphModule | None = None
 
 

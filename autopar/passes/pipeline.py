@@ -25,6 +25,7 @@ from autopar.kernels.linear import add_bias_within
 from autopar.kernels.substitute import substitute_kernels
 from autopar.passes.async_sums import early_sums, returned_sums
 from autopar.passes.bucket import bucket_collectives
+from autopar.passes.compile_mode import CompileMode
 from autopar.passes.drop_views import drop_views
 from autopar.passes.fetch_parameters import fetch_parameters
 from autopar.passes.few_operators import share_equal_operators, whole_products
@@ -50,7 +51,7 @@ class LowerOptions:
             devices can do that.
         scheduled: a schedule will decide what the step keeps, recomputes and offloads; else the
             step keeps what eager PyTorch keeps.
-        compile: Inductor runs the graphs.
+        compile: how the graphs are compiled.
         reshard_after_forward: positions of the arguments whose gathered copies are gathered again
             for the backward. A schedule decides that itself.
         sum_dtypes: in which gradients are summed over ranks, by positions of the arguments, where
@@ -68,7 +69,7 @@ class LowerOptions:
     device_type: str = "cpu"
     cluster: ClusterInfo = field(default_factory=lambda: ClusterInfo.of("1"))
     scheduled: bool = False
-    compile: bool = False
+    compile: CompileMode = field(default_factory=CompileMode)
     reshard_after_forward: frozenset[int] = frozenset()
     sum_dtypes: Mapping[int, torch.dtype] = field(default_factory=dict)
     offloadable: Mapping[int, str] = field(default_factory=dict)
@@ -191,7 +192,7 @@ PIPELINE = (
           when=lambda o: o.device_type == "cpu" and not o.compile),
     Entry("split", scale_copies,
           "Inductor does not know that an operator may write over what the forward has saved",
-          when=lambda o: o.compile),
+          when=lambda o: bool(o.compile)),
     Entry("split", fill_concatenations,
           "a concatenation needs its parts and its result at once; slices are freed as they come",
           when=lambda o: not o.compile and not _is_of_a_token(o)),

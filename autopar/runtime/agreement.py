@@ -37,6 +37,7 @@ class Agreement:
 
     def __init__(self, device: torch.device, *, same_batches: bool) -> None:
         self._device, self._same_batches = device, same_batches
+        self._alone = dist.get_world_size() == 1
         self._engine: int | None = None
         self._calls = self._switches = 0
         self._last: Any = None
@@ -54,7 +55,7 @@ class Agreement:
             EngineError: a rank does not come, calls with other shapes or modes, or passes another
                 batch where the same is expected.
         """
-        if dist.get_world_size() == 1:
+        if self._alone:
             return
         if key != self._last:
             self.meet(f"calls the model with {described(key)}")
@@ -84,7 +85,7 @@ class Agreement:
         Args:
             described: what, as what this rank does.
         """
-        if dist.get_world_size() == 1:
+        if self._alone:
             return
         if self._engine is None:  # one rank alone may copy an engine; calls are in the same order
             self._engine = next(_engines)

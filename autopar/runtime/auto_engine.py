@@ -23,6 +23,7 @@ from autopar.compiled_step import StepOptions
 from autopar.errors import PlanError
 from autopar.ir.precision import Precision
 from autopar.optim.elementwise import ELEMENTWISE
+from autopar.passes.compile_mode import CompileMode
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio
@@ -53,7 +54,7 @@ def auto_engine(
     memory: str | float | None = None,
     precision: Precision | str | torch.dtype | None = None,
     lower: bool = True,
-    compile: bool = False,
+    compile: bool | str = False,
     constraints: Mapping[str, str] | str | None = None,
     microbatches: int | None = None,
     microbatch: str = "exact",
@@ -95,7 +96,9 @@ def auto_engine(
             "bf16", "fp16", or a `Precision` (docs/precision.md). If None, those of the plan that
             is given, else those of the model's tensors and of an autocast around its calls.
         lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
-        compile: run forward and backward by Inductor; the plan stays in force.
+        compile: True runs forward and backward by Inductor; the plan stays in force. "auto" does so
+            on GPUs, with ATen's operators for what cannot be built or differs at the first step.
+            "cudagraphs" is refused as yet (docs/memory.md).
         constraints: layouts by name, or the name of a preset, as in `autoplan`; those of results
             are for `batch` to say.
         microbatches: slices of the batch that the step processes one after another, with the
@@ -131,8 +134,6 @@ def auto_engine(
     """
     if batch not in ("global", "local"):
         raise ValueError(f"batch must be 'global' or 'local', got {batch!r}")
-    if compile and not lower:
-        raise ValueError("compile=True compiles the lowered graphs; leave lower=False out")
     if microbatch not in ("exact", "independent"):
         raise ValueError(f"microbatch must be 'exact' or 'independent', got {microbatch!r}")
     if microbatches is not None and (type(microbatches) is not int or microbatches < 1):
@@ -152,6 +153,7 @@ def auto_engine(
         refuse_outputs(constraints)
     model = unwrapped(model)
     cluster = as_cluster(cluster_info).with_memory(memory)
+    compiled = CompileMode.of(compile, cluster.device.kind, lowered=lower)
     if plan is not None:
         if microbatches not in (None, plan.microbatches):
             raise PlanError(
@@ -176,7 +178,7 @@ def auto_engine(
         step=StepOptions(
             cluster=cluster,
             lowered=lower,
-            compile=compile,
+            compile=compiled,
             optimizer_state=optimizer_state_ratio(optimizer),
             elementwise=type(optimizer) in ELEMENTWISE,
             dump_passes=None if dump_passes is None else Path(dump_passes),

@@ -130,7 +130,7 @@ class BoundStep:
     def compiles(self) -> bool:
         """Whether Inductor runs it."""
         lowered = self.compiled.lowered
-        return lowered is not None and lowered.compile
+        return lowered is not None and bool(lowered.compile)
 
     @property
     def offloads_parameters(self) -> bool:

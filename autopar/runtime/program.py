@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,17 @@ import torch.fx as fx
 from torch.distributed.tensor import DTensor
 
 from autopar.comm import host_copies
+from autopar.comm.ranks import Ranks
 from autopar.comm.world import explained_failures
 from autopar.errors import EngineError
-from autopar.passes.inductor import compile_graph
 from autopar.passes.lower import LoweredStep
+from autopar.progress import SILENT, Progress
+from autopar.runtime.compiled_graphs import compiled_graphs
 from autopar.runtime.distribute import argument_of, gradients
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.sharded_values import ShardedParameter
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 # A graph is called by a list of tensors, which it empties so that they are freed at their last use.
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -71,16 +76,28 @@ class Program:
         ]
 
 
-def bind(step: LoweredStep, gradients: ResultGradients | None = None) -> Program:
-    """Make a lowered step callable."""
+def bind(
+    step: LoweredStep,
+    gradients: ResultGradients | None = None,
+    *,
+    ranks: Ranks | None = None,
+    progress: Progress = SILENT,
+) -> Program:
+    """Make a lowered step callable.
 
-    def runnable(gm: fx.GraphModule, backward: bool) -> Boxed:
-        return compile_graph(gm, backward=backward) if step.compile else boxed(gm)
+    Args:
+        ranks: that bind the same step now, and agree on how it is compiled; each by itself if None.
 
-    forward = runnable(step.forward, backward=False)
-    backward = None if step.backward is None else runnable(step.backward, backward=True)
-    weights = None if step.weights is None else runnable(step.weights, backward=True)
-    return Program(step, forward, backward, gradients, weights)
+    Raises:
+        EngineError, VerifyError: see `compiled_graphs`.
+    """
+    parts = {"forward": step.forward, "backward": step.backward, "weights": step.weights}
+    graphs = {name: gm for name, gm in parts.items() if gm is not None}
+    if step.compile:
+        run = compiled_graphs(graphs, step.compile, boxed, ranks, progress)
+    else:
+        run = {name: boxed(gm) for name, gm in graphs.items()}
+    return Program(step, run["forward"], run.get("backward"), gradients, run.get("weights"))
 
 
 def boxed(gm: fx.GraphModule) -> Boxed:
@@ -146,7 +163,8 @@ class _Run(torch.autograd.Function):
         callers = [g.data_ptr() for g in grads if g is not None]
         grads.clear()
         assert program.backward is not None
-        with torch.no_grad():
+        differentiated = torch.is_grad_enabled()  # create_graph=True
+        with torch.no_grad() if differentiated else _NOTHING:
             local = program.run(program.backward, arguments)
             host_copies.settle(local)
             if program.gradients is not None:
@@ -154,7 +172,7 @@ class _Run(torch.autograd.Function):
                 local = [g if k in used else None for k, g in enumerate(local)]
             parameter_grads = gradients(ctx.parameters, local, taken=callers)
             del local
-        if torch.is_grad_enabled():  # create_graph=True
+        if differentiated:
             parameter_grads = without_gradients(parameter_grads)
         else:
             deliver(ctx.parameters, parameter_grads, [node for node, _ in ctx.next_functions])

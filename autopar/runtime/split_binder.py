@@ -17,6 +17,7 @@ from autopar.errors import PlanError
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.passes.cut import Crossing
 from autopar.passes.microbatches import Microbatches
+from autopar.progress import SILENT, Progress
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.bound_step import WholeResult
 from autopar.runtime.pipeline_runtime import Pipeline
@@ -40,6 +41,7 @@ class SplitBinder:
         pipeline: of whose ranks this is one; None if it runs all stages.
         owners: by name of a parameter, the rank of the pipeline that has it; None if all have.
         place: of this rank, on the mesh of its stage.
+        progress: is told what is compiled.
     """
 
     graph: ModelGraph
@@ -54,6 +56,7 @@ class SplitBinder:
     place: Place
     mesh: DeviceMesh
     device: torch.device
+    progress: Progress = SILENT
 
     @property
     def _ranks(self) -> int:
@@ -78,7 +81,7 @@ class SplitBinder:
         graph = self.graph
         return SplitStep(
             self._slicing(),
-            {size: bind_stages(slice_) for size, slice_ in self.compiled.items()},
+            {size: bind_stages(slice_, self.progress) for size, slice_ in self.compiled.items()},
             {size: slice_.programs for size, slice_ in self.compiled.items()},
             self._take,
             fixed=len(graph.parameters) + len(graph.buffers) + len(graph.constants),

@@ -157,7 +157,7 @@ class SplitCompiler:
         assert first is not None
         binder = SplitBinder(
             graph, split, compiled, sizes, dims, layout, trainable, pipeline, owners,
-            self.stage_place, self.mesh, self.device,
+            self.stage_place, self.mesh, self.device, self.options.progress,
         )  # fmt: skip
         return first, binder.step(), binder.whole_results
 

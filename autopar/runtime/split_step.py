@@ -11,6 +11,7 @@ import torch
 from autopar.compiled_stages import CompiledSlice, CompiledStage
 from autopar.passes.accumulate import adding_backward
 from autopar.passes.cut import Crossing, StageProgram
+from autopar.progress import SILENT, Progress
 from autopar.runtime.pipeline_runtime import Pipeline
 from autopar.runtime.program import Boxed, Program, bind, boxed
 from autopar.runtime.result_gradients import ResultGradients
@@ -41,15 +42,17 @@ class BoundStage:
     adding: Adding | None = None
 
 
-def bind_stages(compiled: CompiledSlice) -> dict[int, BoundStage]:
+def bind_stages(compiled: CompiledSlice, progress: Progress = SILENT) -> dict[int, BoundStage]:
     """Make the stages of a rank callable."""
     return {
         number: BoundStage(
-            stage.program, None if stage.enter is None else bind(stage.enter), bind(stage.body),
+            stage.program,
+            None if stage.enter is None else bind(stage.enter, progress=progress),
+            bind(stage.body, progress=progress),
             _adding(stage),
         )
         for number, stage in compiled.stages.items()
-    }  # fmt: skip
+    }
 
 
 def _adding(stage: CompiledStage) -> Adding | None:

@@ -21,7 +21,7 @@ from autopar.comm.offloaded_parameters import offloadable
 from autopar.comm.ranks import GroupRanks, Ranks, WorldRanks
 from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import compile_step
-from autopar.compiled_step import Arguments, Place
+from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions
 from autopar.errors import CaptureError, EngineError, MeshError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
@@ -29,6 +29,7 @@ from autopar.ir.numbers import Origin
 from autopar.ir.precision import without_autocast
 from autopar.ir.size_formulas import input_shapes
 from autopar.passes.apply_sharding import LocalProgram
+from autopar.passes.compile_mode import CompileMode
 from autopar.plan import ShardingPlan
 from autopar.plan_records import PipelinePlan
 from autopar.planner.decisions import FixedLayouts
@@ -39,6 +40,7 @@ from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
+from autopar.runtime.compiled_graphs import NotBuiltError, usable
 from autopar.runtime.decoder_cache import with_cache
 from autopar.runtime.deferred_parameters import refuse_without_values
 from autopar.runtime.distribute import distribute, shards, stored_layouts, stored_specs
@@ -55,7 +57,7 @@ from autopar.runtime.loss_outside import with_loss
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.pipeline_runtime import Pipeline
 from autopar.runtime.placed_states import looked_at, place_states
-from autopar.runtime.program import bind
+from autopar.runtime.program import Program, bind
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.split_compiler import SplitCompiler
 from autopar.runtime.split_function import evaluate, train
@@ -112,8 +114,13 @@ class StepCompiler:
             self.place.ranks.together(lambda: check_state(optimizer))
             initial = self._initial_values()
             self._refuse_other_options()
+            self._set_compile(usable(options.step.compile, self.device.type, self.place.ranks))
         self._initial = initial
         self._moved = adopt(model, optimizer, self.mesh, options.precision)
+
+    def _set_compile(self, mode: CompileMode) -> None:
+        step = replace(self.options.step, compile=mode)
+        self.options = self._planner.options = replace(self.options, step=step)
 
     def _refuse_other_options(self) -> None:
         """Refuse ranks that ask for different microbatches or stages.
@@ -127,7 +134,7 @@ class StepCompiler:
             schedule = Path(schedule).read_text()
         mine = {
             "microbatches": options.microbatches, "microbatch": options.microbatch,
-            "schedule": schedule, "stages": options.stages,
+            "schedule": schedule, "stages": options.stages, "compile": options.step.compile.option,
         }  # fmt: skip
         for rank, theirs in enumerate(self.place.ranks.of_all(mine)):
             for name, value in theirs.items():
@@ -241,22 +248,15 @@ class StepCompiler:
             )
             if count > 1:
                 return split(count)
-        compiled = compile_step(
-            graph,
-            decide,
-            self.place,
-            arguments,
-            replace(
-                options.step, dump_passes=options.step.dump_passes if not dist.get_rank() else None
-            ),
-            trainable=trainable,
-            output_specs=fixed.outputs,
-            whole_sizes=fixed.whole_sizes,
-        )
-        self._keep_states(compiled.plan.states_on)
         gradients = ResultGradients.of(graph, trainable)
+        compiling = partial(
+            compile_step, graph, decide, self.place, arguments,
+            trainable=trainable, output_specs=fixed.outputs, whole_sizes=fixed.whole_sizes,
+        )  # fmt: skip
+        compiled, program = self._bound(compiling, gradients)
+        self._keep_states(compiled.plan.states_on)
         evaluate = _eager(compiled.local)
-        train = evaluate if compiled.lowered is None else bind(compiled.lowered, gradients)
+        train = program or evaluate
         if forward or (compiled.memory is not None and not trainable):
             evaluate = train  # lowered as a forward
         lay_out_donated(call.tensors, compiled.local.input_specs)
@@ -267,6 +267,25 @@ class StepCompiler:
             whole_results(compiled),
         )  # fmt: skip
 
+    def _bound(
+        self, compiling: Callable[[StepOptions], CompiledStep], gradients: ResultGradients
+    ) -> tuple[CompiledStep, Program | None]:
+        """A compiled step and what runs it: without Inductor, if that may be and it fails."""
+        step = self.options.step
+        if dist.get_rank():
+            step = replace(step, dump_passes=None)
+        compiled = compiling(step)
+        if compiled.lowered is None:
+            return compiled, None
+        bound = partial(bind, gradients=gradients, ranks=self.place.ranks, progress=step.progress)
+        try:
+            return compiled, bound(compiled.lowered)
+        except NotBuiltError as error:
+            log.warning("a step runs uncompiled: %s", error)
+        compiled = compiling(replace(step, compile=CompileMode()))
+        assert compiled.lowered is not None
+        return compiled, bound(compiled.lowered)
+
     def _compile_split(
         self, call: Call, varying: Collection[Origin], layout: BatchLayout, graph: ModelGraph,
         trainable: frozenset[str], count: int | None,
@@ -274,6 +293,8 @@ class StepCompiler:
         """The step in microbatches; their number is chosen if None."""
         options = self.options
         cluster = options.step.cluster
+        if options.step.compile.verified:  # ranks of a pipeline run different programs
+            options = replace(options, step=replace(options.step, compile=CompileMode()))
 
         def example(
             plan: ShardingPlan, owners: Mapping[str, int | None], graph: ModelGraph,

@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from autopar.comm import dtensor_rules, world
 from autopar.errors import EngineError
-from autopar.ir.graph import ModelGraph
 from autopar.ir.numbers import Values
 from autopar.ir.precision import without_autocast
 from autopar.runtime import gathered_part
@@ -33,6 +32,8 @@ from autopar.runtime.step_choice import StepChoice
 from autopar.runtime.step_compiler import StepCompiler
 from autopar.runtime.step_on_shards import stored_steps
 from autopar.runtime.whole_parameters import stored_parameters, whole_parameters
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class StepRunner:
@@ -192,7 +193,7 @@ class StepRunner:
         if step.offloads_state and trains and self._offloaded_state is not None:
             self._offloaded_state.leave()
         flat, mutated = self._flat(step, call, values)
-        with self._common_draws(graph):
+        with self._common_draws() if graph.random else _NOTHING:
             results = list(step.train(*flat) if trains else step.evaluate(*shards(flat)))
         count = len(mutated)
         if mutated:
@@ -257,11 +258,8 @@ class StepRunner:
         return flat, mutated
 
     @contextmanager
-    def _common_draws(self, graph: ModelGraph) -> Iterator[None]:
+    def _common_draws(self) -> Iterator[None]:
         """Random operators that run replicated draw the same on every rank, anew at each step."""
-        if not graph.random:
-            yield
-            return
         self._draws += 1
         device = self._compiler.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

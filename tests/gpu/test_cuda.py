@@ -107,7 +107,7 @@ def test_a_mesh_by_name_is_of_the_gpu_that_is_here():
     assert device.memory_bytes == torch.cuda.get_device_properties(0).total_memory
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
+@pytest.mark.parametrize("compiled", [False, True, "auto"], ids=["eager", "inductor", "auto"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_equals_plain_training(name, compiled):
     plain = copy.deepcopy(built(name)).cuda()
