@@ -313,7 +313,7 @@ class _Trials:
             InfeasibleError: none fits; the error with the smallest budget.
         """
         if self.best is None:
-            raise min(self.errors, key=lambda error: error.smallest_bytes)
+            raise self._refusal()
         best, problem = self.best, self.problem
         planned = problem.planned(best.result, {"schedule": self.seconds})
         plan = _with_schedule(planned.plan, best, _step_budget(problem, best.step))
@@ -323,6 +323,17 @@ class _Trials:
         trials = tuple(self.tried.values())
         least = min((e.smallest_bytes for e in self.errors), default=0.0)
         return JointPlan(replace(planned, plan=plan), best.memory, best.step, trials, least)
+
+    def _refusal(self) -> InfeasibleError:
+        """The error of the plan that needs least, with that of tiers that have no room."""
+        least = min(self.errors, key=lambda error: error.smallest_bytes)
+        tiers = [error for error in self.errors if math.isinf(error.smallest_bytes)]
+        if not tiers or least in tiers:
+            return least
+        return InfeasibleError(
+            f"{least} The states cannot rest off the device: {tiers[0]}",
+            budget_bytes=least.budget_bytes, smallest_bytes=least.smallest_bytes,
+        )  # fmt: skip
 
 
 def _fits(problem: PlanningProblem, result: SearchResult) -> bool:

@@ -14,9 +14,10 @@ import torch
 import yaml
 from torch import nn
 
-from autopar import ClusterInfo, auto_engine
+from autopar import ClusterInfo, ShardingPlan, auto_engine
 from autopar.cluster.tiers import HOST, NVME, StateBytes, Tier
 from autopar.comm import world as environment
+from autopar.compile import plan_step
 from autopar.errors import EngineError, InfeasibleError, MeshError
 from autopar.optim.elementwise import ELEMENTWISE
 from autopar.report.headline import headline
@@ -149,13 +150,33 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(states_on_drive, "CHUNK_BYTES", 3000)
 
 
+def test_a_report_tells_moves_of_states_from_recomputation():
+    plan = _on_a_host(1e9)
+    lines = dict(headline(plan))
+    assert plan.states_on == HOST and "states off the device" in lines["step is"]
+    assert "recomput" not in lines["made to fit by"]
+
+
+def test_a_host_without_room_is_named():
+    with pytest.raises(InfeasibleError, match=r"need .* on the host, which has 43\.9 KiB for it"):
+        _on_a_host(45e3)
+
+
+def _on_a_host(capacity: float) -> ShardingPlan:
+    """Of a model whose states are too much for the device."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    cluster = replace(ClusterInfo.of("1"), tiers=(Tier(HOST, 1e9, capacity=capacity),))
+    batch = (torch.zeros(8, 256),)
+    joint = plan_step(model, batch, cluster=cluster.with_memory(3e6), elementwise=True)
+    return joint.planned.plan
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_from_a_drive_are_the_same(kind, tmp_path, small_chunks):
     (model, optimizer), (alone, beside) = engine(tmp_path, kind), built(kind)
     train(model, optimizer, range(2))
     train(alone, beside, range(2))
     assert model.plan.states_on == NVME and model.stored_steps == 2
-    assert "states off the device" in dict(headline(model.plan))["step is"]
     assert difference(model, alone) < 1e-12
     # whoever asks for the state finds it, and may change it
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
