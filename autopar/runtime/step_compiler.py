@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.fx as fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.comm import world
 from autopar.comm.offloaded_parameters import offloadable
@@ -22,7 +20,7 @@ from autopar.comm.ranks import GroupRanks, Ranks, WorldRanks
 from autopar.comm.stored_layout import StoredLayout
 from autopar.compile import compile_step
 from autopar.compiled_step import Arguments, CompiledStep, Place, StepOptions
-from autopar.errors import CaptureError, EngineError, MeshError
+from autopar.errors import EngineError
 from autopar.ir.bound_reads import bind as bind_reads
 from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.numbers import Origin
@@ -40,20 +38,19 @@ from autopar.runtime.assumptions import Assumptions
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.bound_step import BoundStep, whole_results
 from autopar.runtime.call import Call
+from autopar.runtime.capture_call import capture_call
 from autopar.runtime.compiled_graphs import NotBuiltError, usable
-from autopar.runtime.decoder_cache import with_cache
 from autopar.runtime.deferred_parameters import refuse_without_values
 from autopar.runtime.distribute import distribute, shards, stored_layouts, stored_specs
 from autopar.runtime.donated_inputs import (
     donated_inputs,
     held_layouts,
     lay_out_donated,
-    with_donations,
 )
 from autopar.runtime.engine_options import EngineOptions
+from autopar.runtime.example_arguments import example_arguments
 from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
-from autopar.runtime.loss_outside import with_loss
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.pipeline_runtime import Pipeline
 from autopar.runtime.placed_states import looked_at, place_states
@@ -64,7 +61,6 @@ from autopar.runtime.split_function import evaluate, train
 from autopar.runtime.step_on_shards import StepOnShards
 from autopar.runtime.step_planner import StepPlanner
 from autopar.sharding.node_rules import results
-from autopar.tracer import ColoTracer
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +202,7 @@ class StepCompiler:
         options = self.options
         layout = self.layout_of(call)
         with options.step.progress.stage("trace") as stage:
-            graph = self.place.ranks.together(lambda: self._trace(layout, call, varying))
+            graph = self.place.ranks.together(lambda: self._captured(call, layout, varying))
             stage.done = captured(self.model, graph)
         fixed = FixedLayouts(
             parameters=stored_specs(self.model) if self.laid_out else {},
@@ -224,7 +220,9 @@ class StepCompiler:
             self._lay_out(plan)
             parameters = dict(self.model.named_parameters())
             return Arguments(
-                self._example(graph, local, layout, differentiated, trains=not forward),
+                self._example(
+                    graph, local, layout, differentiated=differentiated, trains=not forward
+                ),
                 offloadable(parameters, self.model.buffers()),
             )
 
@@ -301,7 +299,7 @@ class StepCompiler:
             local: LocalProgram,
         ) -> Arguments:  # fmt: skip
             self._lay_out(plan, owners)
-            return Arguments(self._example(graph, local, layout, frozenset()))
+            return Arguments(self._example(graph, local, layout))
 
         # a plan that is given serves the first call
         plans = self._planner.pipeline is not None and (options.plan is None or self.laid_out)
@@ -319,7 +317,7 @@ class StepCompiler:
             decide=self._planner.decide,
             planner=self._planner.of_batch if plans else None,
             example=example,
-            trace=lambda part: self._trace(self.layout_of(part), part, varying),
+            trace=lambda part: self._captured(part, self.layout_of(part), varying),
             pipeline_of=self._pipeline_of,
         )
         stored = stored_layouts(self.model) if self.laid_out else {}
@@ -383,42 +381,23 @@ class StepCompiler:
             CaptureError: on all ranks.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            return self.place.ranks.together(lambda: self._trace(layout, call, varying, dynamic))
+            return self.place.ranks.together(lambda: self._captured(call, layout, varying, dynamic))
 
-    def _trace(
+    def _captured(
         self,
-        layout: BatchLayout,
         call: Call,
+        layout: BatchLayout,
         varying: Collection[Origin],
         dynamic: bool | Mapping[int, Collection[int]] = False,
     ) -> ModelGraph:
-        """Capture the model for the global inputs."""
-        inputs = layout.global_inputs(call)
-        try:
-            tracer = ColoTracer(
-                self.device.type,
-                precision=self.options.precision,
-                cast_first=self.options.step.lowered,
-                dynamic=dynamic,
-            )
-            with (
-                with_loss(self.model, self.options.loss_fn, call.kwargs),
-                with_cache(self.model, call),
-            ):
-                graph = tracer.trace(self.model, *inputs, varying=varying)
-            return with_donations(graph, call.leaves)
-        except CaptureError as error:
-            joined, lines = layout.joined, str(error).splitlines()
-            if len(joined) < 2:
-                raise
-            listed = ", ".join(f"{name} (dim {dim})" for name, dim in joined.items())
-            raise MeshError(
-                "the model cannot be captured for all ranks' samples. With batch='local', these "
-                f"inputs are joined over the ranks along the dim that has {layout.samples} "
-                f"samples: {listed}. If one of them is not per sample (weights of classes, a mask "
-                "of positions), pass batch_dim={'its name': None} to auto_engine, or the dim that "
-                "holds its samples. Else:\n" + "\n".join(lines[1:] or lines)
-            ) from error
+        options, kind = self.options, self.device.type
+        return capture_call(self.model, call, layout, options, kind, varying, dynamic)
+
+    def _example(
+        self, graph: ModelGraph, program: LocalProgram, layout: BatchLayout, **options: Any
+    ) -> list[torch.Tensor]:
+        coords, device = self.place.coords, self.device
+        return example_arguments(self.model, graph, program, layout, coords, device, **options)
 
     def _lay_out(self, plan: ShardingPlan, owners: Mapping[str, int | None] | None = None) -> None:
         """Lay parameters and optimizer state out by the first plan.
@@ -441,33 +420,6 @@ class StepCompiler:
             StepOnShards.attach(self.optimizer)
             handle_state_dicts(self.optimizer)
 
-    def _example(
-        self,
-        graph: ModelGraph,
-        program: LocalProgram,
-        layout: BatchLayout,
-        differentiated: frozenset[str],
-        trains: bool = True,
-    ) -> list[torch.Tensor]:
-        """Tensors as the program will be called with."""
-        parameters: dict[str, Any] = dict(self.model.named_parameters())
-        buffers = dict(self.model.named_buffers())
-        nodes = program.gm.graph.find_nodes(op="placeholder")
-        example = [
-            _like(parameters[n], node, trains)
-            for n, node in zip(graph.parameters.values(), nodes, strict=False)
-        ]
-        example += [buffers[n] for n in graph.buffers.values()]
-        example += [t.to(self.device) for t in graph.constants.values()]
-        inputs = layout.example_shards(graph, program.input_specs, self.place.coords, self.device)
-        names = (n for n in graph.inputs if n is not None)
-        example += [
-            x.requires_grad_(name in differentiated) for name, x in zip(names, inputs, strict=True)
-        ]
-        if program.takes_seed:
-            example.append(torch.zeros((), dtype=torch.int64))
-        return example
-
 
 def _varying_sizes(graph: ModelGraph, alike: BoundStep | None, ranks: int) -> frozenset[int]:
     """Sizes in a graph that another graph of the model has otherwise, and that are no multiples of
@@ -484,15 +436,6 @@ def _varying_sizes(graph: ModelGraph, alike: BoundStep | None, ranks: int) -> fr
     held = [shape_of(graph.placeholders[name].meta["val"]) for name in graph.parameters]
     batches = {shape[0] for shape in input_shapes(graph) if shape}
     return frozenset(varying.difference(batches, *held))
-
-
-def _like(p: Any, node: fx.Node, trains: bool) -> torch.Tensor:
-    """A parameter's shard, or a tensor like it where another rank of the pipeline has it."""
-    local = p.to_local().detach()
-    if tuple(local.shape) != tuple(node.meta["local_shape"]):
-        with FakeTensorMode():
-            local = torch.empty(node.meta["local_shape"], dtype=local.dtype, device=local.device)
-    return local.requires_grad_(trains and p.requires_grad)
 
 
 def _eager(local: LocalProgram) -> Callable[..., Any]:
