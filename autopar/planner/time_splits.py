@@ -35,7 +35,7 @@ from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
 
-SECONDS = 30.0  # of the search
+SECONDS = 60.0  # of the search
 _ROUNDS = 12
 _MOST_NESTED = 600  # operators of a program whose slices are looked into
 _GAIN_OF_MORE_SLICES = 0.05  # of the peak, for twice as many
