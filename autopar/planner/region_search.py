@@ -45,12 +45,14 @@ class Candidate:
         nodes: its operators.
         peak_bytes: estimated, while it runs.
         covered: live bytes that it lowers, summed over its operators.
+        raised: fewer slices seemed to fit, but to lower nothing.
     """
 
     split: TimeSplit
     nodes: tuple[fx.Node, ...]
     peak_bytes: float
     covered: float
+    raised: bool
 
 
 @dataclass
@@ -89,9 +91,9 @@ class RegionSearch:
         found = [c for g in self._growths() for c in self._along(g) if c.peak_bytes <= most]
         fitting = [c for c in found if c.peak_bytes <= self.budget_bytes]
         grain = _SAME_SHARE * self.peak_bytes
-        fitting.sort(key=lambda c: (c.split.slices, -c.covered, -_many(c)))
+        fitting.sort(key=lambda c: (c.raised, c.split.slices, -c.covered, -_many(c)))
         ranked = fitting[:1] + sorted(
-            found, key=lambda c: (c.peak_bytes // grain, -c.covered, -_many(c))
+            found, key=lambda c: (c.raised, c.peak_bytes // grain, -c.covered, -_many(c))
         )
         chosen: dict[tuple[str, int], Candidate] = {}
         for c in ranked:
@@ -154,12 +156,19 @@ class RegionSearch:
         fixed, inner = self.live.of_region(region, growth.start, growth.end, self.training)
         if inner <= 0:
             return None
+        places = self._places(growth.start, growth.end)
+        if places is None:
+            return None
         most = min(COUNTS[-1], region.pieces)
         counts = [n for n in COUNTS if n <= most] or [most]
-        count = next(
+        live = self.live.live[growth.start : growth.end + 1]
+        enough = next(
             (n for n in counts if fixed + inner / n <= self.budget_bytes),
             next((n for n in counts if inner / n <= _SMALL * fixed), counts[-1]),
         )
+        count = next((n for n in counts if n >= enough and fixed + inner / n < live.max()), None)
+        if count is None:
+            return None
         first, last = region.nodes[0], region.nodes[-1]
         info = [n.meta["autopar"] for n in region.nodes if n.meta.get("autopar")]
         value = tensors_of(first.meta["val"])[0]
@@ -171,13 +180,8 @@ class RegionSearch:
             tuple(dict.fromkeys(i.source for i in (info[0], info[-1]))),
         )  # fmt: skip
         peak = fixed + inner / count
-        places = self._places(growth.start, growth.end)
-        if places is None:
-            return None
-        covered = places * float(
-            np.maximum(self.live.live[growth.start : growth.end + 1] - peak, 0).sum()
-        )
-        return Candidate(split, region.nodes, peak, covered) if covered else None
+        covered = places * float(np.maximum(live - peak, 0).sum())
+        return Candidate(split, region.nodes, peak, covered, count > enough)
 
 
 def _many(candidate: Candidate) -> int:

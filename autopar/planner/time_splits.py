@@ -111,8 +111,8 @@ def choose_splits(
     training: bool,
     seconds: float = SECONDS,
 ) -> Choice | None:
-    """Regions to run in slices, so that a program's peak comes within a budget, or as near as it
-    gets; None if no region lowers it.
+    """Regions to run in slices, one at least, so that a program's peak comes within a budget, or as
+    near as it gets; None if no region lowers it.
 
     Args:
         step: of a rank; is not changed.
@@ -130,7 +130,7 @@ def choose_splits(
         raise PlanError("blocks that stand for others do not equal them")
     lowered: list[_Lowered] = []
     for _ in range(_ROUNDS):
-        if now.peak_bytes <= budget_bytes or (lowered and time.monotonic() > deadline):
+        if lowered and (now.peak_bytes <= budget_bytes or time.monotonic() > deadline):
             break
         found = _lower(program, budget_bytes, now, score, training, deadline)
         if found is None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.cluster.link import Link
@@ -108,3 +110,41 @@ def test_a_plan_with_its_step_is_json_and_a_page(problem):
     assert "From forward to backward" in render(plan)
     page = render_html(plan)
     assert "Memory over the step" in page and "kept from the forward" in page
+
+
+class Classifier(nn.Module):
+    """A body that is expensive to recompute, and a loss over many classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024))
+        self.head = nn.Linear(1024, 32000)
+
+    def forward(self, x, labels):
+        logits = self.head(self.body(self.body(self.body(x))))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def _classified(budget: float) -> ShardingPlan:
+    with torch.device("meta"):
+        model, x = Classifier(), torch.empty(4, 2048, 1024)
+        labels = torch.empty(4, 2048, dtype=torch.int64)
+    cluster = ClusterInfo.of("1", "H100").with_memory(budget)
+    plan = plan_step(model, (x, labels), cluster=cluster).planned.plan
+    assert plan.memory.total_bytes <= budget
+    return plan
+
+
+def test_slices_take_the_place_of_much_recomputation(monkeypatch):
+    """Also where the step fits by recomputation alone."""
+    sliced = _classified(2800 * 2**20)
+    monkeypatch.setattr("autopar.planner.joint.split_step", lambda *_: None)
+    whole = _classified(2800 * 2**20)
+    assert not whole.time_splits and whole.step.added_us > 0.03 * whole.step.us
+    assert sliced.time_splits and sliced.step.added_us < 0.5 * whole.step.added_us
+
+
+@pytest.mark.parametrize("budget", [2500, 2400, 2000])
+def test_slices_fit_what_recomputation_does_not(budget):
+    """Also where the loss as a sum and a count would fit by itself."""
+    assert _classified(budget * 2**20).time_splits
