@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = 1.5  # times the budget: if checkpointing needs more, slices are looked for at once
 _NEARLY = 1.25  # times the budget
+_TIED = 5e-3  # of a step: what untied blocks must save to be scheduled
 _BETWEEN = 2  # limits between none and the budget
 EVEN = 1e-2  # of a step: the cost of fitting the budget at which no other plans are tried
 
@@ -129,6 +130,8 @@ def plan_jointly(
         if limit_and_result is None:
             break
         trials.add(*limit_and_result)
+    if not always and fitting is not None and trials.is_beaten_by(fitting[1]):
+        return JointPlan(problem.planned(fitting[1]))
     return trials.fastest()
 
 
@@ -164,6 +167,7 @@ class _Trials:
     def add(self, limit: float, result: SearchResult) -> None:
         """Schedule a plan, unless that was done or it cannot be the fastest."""
         problem, space = self.problem, self.problem.space
+        result = result.tied_within(_TIED)  # of equal blocks, few are traced
         choices = without_reshard(space, result.choices)
         if choices in self.tried:
             return
@@ -194,6 +198,13 @@ class _Trials:
         trial = self.tried[choices] = Trial(us, memory.added_us)
         if self.best is None or trial.step_us < self.best.trial.step_us:
             self.best = _Scheduled(trial, replace(result, choices=choices), step, memory, split)
+
+    def is_beaten_by(self, result: SearchResult) -> bool:
+        """Whether a plan that was not scheduled, for lack of time, fits and is faster as it is."""
+        choices = without_reshard(self.problem.space, result.tied_within(_TIED).choices)
+        if choices in self.tried or not _fits(self.problem, result):
+            return False
+        return self.best is None or result.step_us < self.best.trial.step_us
 
     def _schedule(
         self, choices: tuple[int, ...]

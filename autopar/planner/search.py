@@ -61,6 +61,7 @@ class SearchResult:
         bounded: which copies the bound's plans have tied, of `sharing`; "" if there are none.
         sharing: which copies were tied, and the best step with that, from all tied to least tied.
         seconds: that the search took.
+        tied: the choices with all blocks tied; none if they were not searched.
     """
 
     choices: Choices
@@ -70,11 +71,19 @@ class SearchResult:
     bounded: str = ""
     sharing: tuple[tuple[str, float], ...] = ()
     seconds: float = 0.0
+    tied: Choices = ()
 
     @property
     def gap(self) -> float:
         """The share of the step by which a better plan might be faster, at most."""
         return max(0.0, 1 - self.bound_us / self.step_us) if self.step_us else 0.0
+
+    def tied_within(self, share: float) -> SearchResult:
+        """The plan with all blocks tied, if its step is at most a share longer; else this one."""
+        step_us = dict(self.sharing).get(ALL_TIED, math.inf)
+        if not self.tied or step_us > (1 + share) * self.step_us:
+            return self
+        return replace(self, choices=self.tied, step_us=step_us)
 
     def describe(self) -> str:
         """`a step of 20.1 ms, within 0.05% of the optimum`."""
@@ -188,7 +197,9 @@ class _Search:
             ) from None
         choices, method = tied.expand(solution.choices), solution.method
         name = ALL_TIED
-        self.best = SearchResult(choices, solution.time_us, solution.bound_us, method, name)
+        self.best = SearchResult(
+            choices, solution.time_us, solution.bound_us, method, name, tied=choices
+        )
         self.steps[name] = solution.time_us
         return solution
 

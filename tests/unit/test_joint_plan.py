@@ -13,10 +13,12 @@ from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.cluster.link import Link
 from autopar.compile import compile_first_rank, plan_step
 from autopar.errors import InfeasibleError
+from autopar.planner import joint
 from autopar.planner.estimate import estimate_memory
 from autopar.planner.explain import explain
 from autopar.planner.joint import EVEN, plan_jointly
 from autopar.planner.planner import PlanningProblem, build_problem
+from autopar.progress import Deadline
 from autopar.report.html import render_html
 from autopar.report.text import render
 from autopar.schedule.program import Program
@@ -148,3 +150,23 @@ def test_slices_take_the_place_of_much_recomputation(monkeypatch):
 def test_slices_fit_what_recomputation_does_not(budget):
     """Also where the loss as a sum and a count would fit by itself."""
     assert _classified(budget * 2**20).time_splits
+
+
+def test_a_plan_that_fits_is_not_lost_when_time_ends(problem, monkeypatch):
+    """The fastest plan is scheduled first, and time is over before the one that fits is."""
+    needed = estimate_memory(problem.space, problem.decide(math.inf).choices).total_bytes
+    limited = replace(within(problem, 0.96 * needed), deadline=Deadline(60.0))
+    add = joint._Trials.add
+
+    def slow(trials, limit, result):
+        add(trials, limit, result)
+        trial = replace(trials.best.trial, added_us=1e9)
+        trials.best = replace(trials.best, trial=trial)
+        object.__setattr__(limited.deadline, "_end", 0.0)
+
+    fitting = limited.decide(limited.budget_bytes)
+    monkeypatch.setattr(joint._Trials, "add", slow)
+    monkeypatch.setattr(joint, "EVEN", -1.0)  # the plan that fits is not taken at once
+    plan = plan_jointly(limited).planned.plan
+    assert plan.time.step_us == pytest.approx(fitting.step_us)
+    assert plan.memory.total_bytes <= limited.budget_bytes
