@@ -30,8 +30,9 @@ def activation(x, KIND: tl.constexpr):
     """The activation and its derivative."""
     if KIND == "silu":
         sigmoid = 1.0 / (1.0 + tl.exp(-x))
+        rest = 1.0 / (1.0 + tl.exp(x))  # 1 - sigmoid would cancel
         value = x * sigmoid
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
+        slope = sigmoid * (1.0 + x * rest)
     elif KIND == "gelu":
         below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # of the normal distribution
         value = x * below
@@ -39,10 +40,19 @@ def activation(x, KIND: tl.constexpr):
     else:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         sigmoid = 1.0 / (1.0 + tl.exp(-2.0 * inner))  # (1 + tanh(inner)) / 2
+        rest = 1.0 / (1.0 + tl.exp(2.0 * inner))
         value = x * sigmoid
         inner_slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-        slope = sigmoid + 2.0 * x * sigmoid * (1.0 - sigmoid) * inner_slope
+        slope = sigmoid + 2.0 * x * sigmoid * rest * inner_slope
     return value, slope
+
+
+@triton.jit
+def place(width, blocks, BLOCK: tl.constexpr):
+    """The row of a program, its columns, and which of them the row has."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return row, cols, cols < width
 
 
 @triton.jit
@@ -50,9 +60,7 @@ def forward_kernel(
     gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, blocks,
     KIND: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < width
+    row, cols, inside = place(width, blocks, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=inside, other=0.0).to(ACC)
     up = tl.load(up_ptr + row * up_stride + cols, mask=inside, other=0.0).to(ACC)
     value, _ = activation(gate, KIND)
@@ -65,9 +73,7 @@ def backward_kernel(
     width, grad_stride, gate_stride, up_stride, blocks,
     KIND: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < width
+    row, cols, inside = place(width, blocks, BLOCK)
     grad = tl.load(grad_ptr + row * grad_stride + cols, mask=inside, other=0.0).to(ACC)
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=inside, other=0.0).to(ACC)
     up = tl.load(up_ptr + row * up_stride + cols, mask=inside, other=0.0).to(ACC)
