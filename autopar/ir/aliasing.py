@@ -26,8 +26,11 @@ _BY_ROWS = {
     aten._softmax.default,
     aten._softmax_backward_data.default,
 }
-# Copies of an operand, of which the index says which rows are other ones.
-_WRITE_ROWS = {aten.index_copy.default}
+# Copies of an operand, of which the index says which elements are other ones.
+_WRITE_AT_INDEX = {
+    aten.index_copy.default: aten.index_copy_.default,
+    aten.scatter_add.default: aten.scatter_add_.default,
+}
 # In-place variants without a kernel of their own that are truly in place.
 _COMPOSITE = {"aten::add_.Scalar", "aten::sub_.Scalar", "aten::mul_.Scalar", "aten::div_.Scalar"}
 
@@ -60,8 +63,8 @@ def variant(target: Any, operand: int, device_type: str) -> tuple[Any, str | Non
     if len(target._schema.returns) != 1 or target._schema.is_mutable:
         return None
     by_rows = target in _BY_ROWS
-    if target in _WRITE_ROWS:
-        return (aten.index_copy_.default, None) if operand == 0 else None
+    if target in _WRITE_AT_INDEX:
+        return (_WRITE_AT_INDEX[target], None) if operand == 0 else None
     if not by_rows and torch.Tag.pointwise not in target.tags:
         return None
     if operand == 0 and not by_rows:

@@ -23,6 +23,7 @@ from autopar.ir.joint_graph import JointGraph
 from autopar.kernels.batch_norm import use_library
 from autopar.kernels.linear import add_bias_within
 from autopar.kernels.substitute import substitute_kernels
+from autopar.passes.add_at_index import add_at_index
 from autopar.passes.async_sums import early_sums, returned_sums
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.compile_mode import CompileMode
@@ -167,6 +168,8 @@ PIPELINE = (
           when=lambda o: not o.compile, arguments=lambda o, _: {"device": o.cluster.device}),
     Entry("joint", drop_views,
           "views that change nothing hide which operators read a value"),
+    Entry("joint", add_at_index,
+          "the derivative of a gather is as large as what it gathers from"),
     Entry("joint", sum_gradients_in,
           "sums in a short dtype over many ranks lose digits", when=lambda o: bool(o.sum_dtypes),
           arguments=lambda o, joint: {"results": len(joint.results), "dtypes": o.sum_dtypes}),

@@ -178,6 +178,8 @@ class OpCosts:
             nbytes += sum(
                 self._tensor_bytes(values[i], s.inputs[i]) * self.saved.whole(node, i) for i in ins
             )
+            if s.lowered and tape.saved and values[0] is not None:
+                nbytes += declared_of(node, s, self.mesh).saved * values[0].element_size()
             total[k] = sum((self._tensor_bytes(outs[i], s.outputs[i]) for i in own), nbytes)
         return total
 

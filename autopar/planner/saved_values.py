@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ class SavedValues:
 
     def __init__(self, graph: ModelGraph, profile: Mapping[fx.Node, NodeProfile]) -> None:
         self._profile = profile
+        self._needed: dict[fx.Node, bool] = {}
         self._root: dict[fx.Node, fx.Node] = {}
         self._first: dict[fx.Node, tuple[fx.Node, int]] = {}
         self._output_first: set[tuple[fx.Node, int]] = set()
@@ -34,7 +36,7 @@ class SavedValues:
                 aliased = profile[source].aliases_input
                 self._root[node] = self._root[source] if aliased else node
                 continue
-            first = next((n for n in operands(node) if n is not None), node)
+            first = _aliased(node) or node
             self._root[node] = self._root[first] if profile[node].aliases_input else node
             for i in profile[node].tape.saved_operands:
                 self._first.setdefault(self._root[operand_at(node, i)], (node, i))
@@ -60,9 +62,24 @@ class SavedValues:
         return root in self._first
 
     def needs(self, node: fx.Node, operand: int) -> bool:
-        """The operand is saved but counted elsewhere, so that a converted copy adds memory."""
-        saved = self._profile[node].tape.saved_operands
-        return operand in saved and not self.counted_here(node, operand)
+        """The operand, or a view of it, is saved but counted elsewhere, so that a converted copy
+        adds memory."""
+        if operand in self._profile[node].tape.saved_operands:
+            return not self.counted_here(node, operand)
+        return self._views_are_needed(node) and operand_at(node, operand) is _aliased(node)
+
+    def _views_are_needed(self, node: fx.Node) -> bool:
+        """Whether an operator's results are views, and a reader of them needs a copy."""
+        if node not in self._needed:
+            users = [(user, result) for result in _values_of(node) for user in result.users]
+            self._needed[node] = self._profile[node].aliases_input and any(
+                self.needs(user, k)
+                for user, result in users
+                if user in self._profile
+                for k, operand in enumerate(operands(user))
+                if operand is result
+            )
+        return self._needed[node]
 
     def counted_here(self, node: fx.Node, operand: int) -> bool:
         root = self.root(operand_at(node, operand))
@@ -88,3 +105,13 @@ class SavedValues:
     def key(self, node: fx.Node) -> tuple[Any, ...]:
         """Differs between copies of a block that save different values."""
         return tuple(sorted(self._first_of.get(node, ())))
+
+
+def _aliased(node: fx.Node) -> fx.Node | None:
+    """The operand that a view shows."""
+    return next((n for n in operands(node) if n is not None), None)
+
+
+def _values_of(node: fx.Node) -> list[fx.Node]:
+    """A node and the results that are taken out of it."""
+    return [node, *(user for user in node.users if user.target is operator.getitem)]

@@ -6,11 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.comm.async_collectives import numbers_of
 from autopar.comm.groups import planning_groups
 from autopar.ir.aliasing import storages
+from autopar.passes.add_at_index import add_at_index
 from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.lower import LoweredStep
 from autopar.passes.pipeline import PIPELINE
@@ -282,3 +284,23 @@ def test_every_pass_has_a_reason_and_a_name_of_its_own():
         names = [pass_name(entry.run) for entry in PIPELINE if entry.stage == stage]
         assert len(set(names)) == len(names) > 0
     assert all(len(entry.reason) > 20 for entry in PIPELINE)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_is_scattered_into_zeros_and_added_is_scattered_into_the_other_term(dense):
+    """If the other term is a tensor of its own, not one number for all elements."""
+
+    def function(x, index):
+        y = x.exp()
+        picked = y.gather(1, index)
+        return (picked * picked).sum() + (y * y if dense else y).sum()
+
+    torch.manual_seed(0)
+    x, index = torch.randn(6, 8, dtype=torch.float64), torch.randint(8, (6, 2))
+    gm = make_fx(torch.func.grad(function), tracing_mode="fake")(x, index)
+    expected = gm(x, index)
+    add_at_index(gm)
+    counts = Counter(n.target for n in gm.graph.nodes)
+    torch.testing.assert_close(gm(x, index), expected, rtol=0, atol=0)
+    assert counts[torch.ops.aten.scatter_add.default] == 1
+    assert counts[torch.ops.aten.new_zeros.default] == (0 if dense else 1)

@@ -1,6 +1,7 @@
 """Attention over a split sequence: what each rank computes, and how partial results merge."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -179,3 +180,29 @@ def test_a_rank_is_predicted_to_compute_its_share_of_attention(way):
     flops = 8 / ranks * 32768 * 32769 / 2 * 64 * 4
     rate = device.flops_curve("attention", "bfloat16").rate(flops)
     assert us == pytest.approx(1e6 * flops / rate, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("keys", "way"),
+    [(8, "by q"), (8, "by ring"), (2, "by exchange"), (8, "RS0RR"), (8, "RS0RR, vocabulary")],
+)
+def test_memory_is_estimated_before_there_is_a_program(keys, way):
+    """With what an exchange, and the balancing of causal work, keep beside their results."""
+    from autopar.schedule.budget import plan_memory
+    from benchmarks.sequence_cases import Case
+
+    case = Case(tokens=512, width=64, heads=8, keys=keys, layers=1)
+    layout, _, split = way.partition(", ")
+    constraints = {"**.scaled_dot_product_attention": layout}
+    if split:
+        constraints["head.weight"] = "S0R"
+    planned = autoplan(
+        case.build(), (), case.batch(), cluster=ClusterInfo.of("4", "cpu"), constraints=constraints
+    )
+    step = local_step(
+        planned.graph, planned.plan, trainable=planned.space.workload.trainable, choices={}
+    )
+    made = plan_memory(step.program, math.inf).peak_bytes
+    memory = planned.plan.memory
+    estimated = memory.activations_bytes + memory.transient_bytes + memory.gradients_bytes
+    assert estimated == pytest.approx(made, rel=0.02)

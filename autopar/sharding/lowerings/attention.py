@@ -172,6 +172,7 @@ def _declared(call: LocalCall) -> Declared:
     query, key, value = (_shape(call, k) for k in range(3))
     queries, keys = _lengths([call.arguments[n] for n in ("query", "key")])
     moves: list[Collective] = []
+    saved = 0
     heads = _heads(query, key, queries, keys, ranks)
     if heads is not None:
         me = ranks["exchange"][0][1]
@@ -191,13 +192,16 @@ def _declared(call: LocalCall) -> Declared:
         index = heads.alike(me)
         if index != [i // (len(index) // own_keys) for i in range(len(index))]:
             own_keys = len(index)
+        saved -= math.prod(key) + math.prod(value)
         key, value = ((*s[:-3], own_keys, sum(heads.key_lengths), s[-1]) for s in (key, value))
-    if not call.arguments.get("is_causal") and "ring" not in ranks:
-        return Declared(tuple(moves))
-    layout = _Layout.of(queries, keys, ranks, bool(call.arguments.get("is_causal")))
-    moves += _balancing(layout, ranks, axis, query, key, value)
+        saved += math.prod(key) + math.prod(value)
+    if call.arguments.get("is_causal") or "ring" in ranks:
+        layout = _Layout.of(queries, keys, ranks, bool(call.arguments.get("is_causal")))
+        moves += _balancing(layout, ranks, axis, query, key, value)
+    if moves:  # the result as it was computed, beside the one that is returned
+        saved += math.prod(call.results[0])
     if "ring" not in ranks:
-        return Declared(tuple(moves))
+        return Declared(tuple(moves), saved=saved)
     size, me = ranks["ring"][0]
     per_key = (math.prod(key) // key[-2]) + (math.prod(value) // value[-2])
     elements = [per_key * length_of(spans) for spans in layout.keys[1]]
@@ -206,7 +210,7 @@ def _declared(call: LocalCall) -> Declared:
         travels = int(step < size - 1)
         moves.append(Collective("exchange", axis["ring"], most, travels, travels, beside=True))
         moves.append(Collective("exchange", axis["ring"], most, 0, 1, wide=True, beside=True))
-    return Declared(tuple(moves), _PASSES * (size - 1))
+    return Declared(tuple(moves), _PASSES * (size - 1), saved=saved)
 
 
 def _shape(call: LocalCall, operand: int) -> Shape:

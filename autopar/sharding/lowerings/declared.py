@@ -84,12 +84,15 @@ class Declared:
         passes: kernels, forward and backward, that read and write the first operand's shard once.
         kernels: further kernels.
         elements: that these read and write.
+        saved: elements that it keeps for the backward, in the dtype of the first operand, beyond
+            what the operator keeps of its operands and results.
     """
 
     collectives: tuple[Collective, ...] = ()
     passes: int = 0
     kernels: int = 0
     elements: int = 0
+    saved: int = 0
 
 
 Lowering = Callable[..., Any]
