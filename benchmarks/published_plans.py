@@ -24,8 +24,10 @@ from autopar.ir.precision import Precision
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import estimate_memory, estimate_time, optimizer_us
 from autopar.planner.liveness import Liveness
+from autopar.planner.op_costs import OpCosts
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import PlanningProblem, build_problem
+from autopar.planner.saved_values import SavedValues
 from autopar.planner.space import SearchSpace
 from autopar.planner.stage_names import firsts_of
 from autopar.schedule.pipeline.blocks import Block, Chain
@@ -63,7 +65,9 @@ def predict(run: Run) -> Prediction:
 
 def cluster_of(run: Run) -> ClusterInfo:
     """The devices and links of a run, pipe axis outermost."""
-    degrees = {"pipe": run.pipe, "data": run.data, "tensor": run.tensor}
+    degrees = {
+        "pipe": run.pipe, "data": run.data, "context": run.context, "tensor": run.tensor,
+    }  # fmt: skip
     axes = {name: n for name, n in degrees.items() if n > 1} or {"data": 1}
     mesh = ",".join(f"{name}={n}" for name, n in axes.items())
     cluster = ClusterInfo.of(
@@ -247,11 +251,13 @@ def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
     """The space of a microbatch on the mesh of a stage, and the choices of the baseline."""
     problem = problem_of(key)
     space = problem.space
+    if key.float8:
+        in_float8(space)
     if space.cluster.world_size == 1:
         return space, tuple(problem.decide().choices)
     (plan,) = baseline_plans(
         space, named=_baseline(key), sequence=key.sequence,
-        gathers_again=key.sharded == "parameters",
+        gathers_again=key.sharded == "parameters", context=_context(space, key),
         mask=as_published(space, key),
     )  # fmt: skip
     return space, plan.choices
@@ -260,14 +266,18 @@ def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
 def as_published(space: SearchSpace, key: Run) -> dict[int, np.ndarray]:
     """By decision, the candidates that a framework has. With tensor parallelism it splits all
     matrices of blocks and the vocabulary, whether or not that is faster. Unless a run says so, its
-    products do not run in steps beside their collective."""
+    products do not run in steps beside their collective. Attention over split tokens is a ring."""
     mask = {}
     tensor = len(space.mesh) - 1 if key.tensor > 1 else None
+    context = _context(space, key)
     for i, d in enumerate(space.decisions):
         allowed = np.ones(len(d.candidates), dtype=bool)
-        if d.kind == "op" and not key.asynchronous:
+        strategies = [c.strategy for c in d.candidates] if d.kind == "op" else []
+        if d.kind == "op" and context is not None and "attention" in str(d.node.target):
+            rings = [s.splits.get("ring") if s is not None else None for s in strategies]
+            allowed = np.array([axes == (context,) for axes in rings])
+        elif d.kind == "op" and not key.asynchronous:
             stepwise = {name for name, f in rule_of(d.node)[0].factors.items() if f.beside}
-            strategies = [c.strategy for c in d.candidates]
             allowed = np.array([s is None or not stepwise & {*s.splits} for s in strategies])
         if d.kind == "parameter" and tensor is not None:
             name = space.graph.parameters[str(d.node.target)]
@@ -279,6 +289,36 @@ def as_published(space: SearchSpace, key: Run) -> dict[int, np.ndarray]:
         if not allowed.all():
             mask[i] = allowed
     return mask
+
+
+def in_float8(space: SearchSpace) -> None:
+    """Price the products of blocks with their weights in float8: at the device's rate for it, and
+    with casts, which read an operand twice, once for its scale, and write it. Input and weight are
+    cast again for the backward, whose products read them the other way round."""
+    device = space.cluster.device
+    costs = OpCosts(
+        replace(space.cluster, device=device.multiplying_in("bfloat16", "float8")),
+        space.profile, SavedValues(space.graph, space.profile),
+    )  # fmt: skip
+    read, write = device.bytes_curve("read"), device.bytes_curve("write")
+    for i, d in enumerate(space.decisions):
+        if d.kind != "op" or "linear" not in str(d.node.target):
+            continue
+        if not space.graph.info(d.node).module.startswith("layers."):
+            continue
+        strategies = [c.strategy for c in d.candidates]
+        forward, backward = costs.compute_us(d.node, strategies)
+        values = [n.meta["val"] for n in (*operands(d.node)[:2], d.node)]
+        cast = np.zeros((3, len(strategies)))
+        for c, candidate in enumerate(d.candidates):
+            specs = (*candidate.inputs[:2], candidate.outputs[0])
+            for k, (value, spec) in enumerate(zip(values, specs, strict=True)):
+                nbytes = space.local_bytes(shape_of(value), value.element_size(), spec)
+                cast[k, c] = 2 * float(read.us(nbytes)) + float(write.us(nbytes / 2))
+        forward, backward = forward + cast[0] + cast[1], backward + cast.sum(0)
+        parts = {"forward_us": forward, "backward_us": backward, "compute_us": forward + backward}
+        time = d.time_us + parts["compute_us"] - d.parts["compute_us"]
+        space.decisions[i] = replace(d, parts={**d.parts, **parts}, time_us=time)
 
 
 def recompute(space: SearchSpace, choices: Sequence[int], how: str) -> float:
@@ -327,9 +367,15 @@ def problem_of(key: Run) -> PlanningProblem:
     )
 
 
+def _context(space: SearchSpace, key: Run) -> int | None:
+    """The axis that splits tokens of a sample."""
+    return len(space.mesh) - 1 - (key.tensor > 1) if key.context > 1 else None
+
+
 def _baseline(key: Run) -> str:
-    if key.sharded and key.data > 1:
+    several = key.data * key.context > 1
+    if key.sharded and several:
         return "FSDP" if key.tensor == 1 else "Megatron TP, FSDP"
     if key.tensor == 1:
         return "DDP"
-    return "Megatron TP, data parallel" if key.data > 1 else "Megatron TP"
+    return "Megatron TP, data parallel" if several else "Megatron TP"

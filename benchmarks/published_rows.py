@@ -34,7 +34,8 @@ class Run:
         device: a key of `autopar.cluster.device.DEVICES`.
         network: a key of `autopar.cluster.link.NETWORKS`: the links between hosts.
         software: a key of `autopar.cluster.software.SOFTWARE`.
-        pipe, data, tensor: degrees.
+        pipe, data, context, tensor: degrees. Context ranks split the tokens of a sample, and
+            attention is a ring over them.
         sharded: what the data ranks split: "optimizer" states alone (ZeRO-1); also "gradients", and
             parameters from a step to the next forward (ZeRO-2); "parameters", which are gathered
             for the forward and for the backward (ZeRO-3, FSDP); or nothing, "".
@@ -46,6 +47,7 @@ class Run:
         sums: dtype of the sums of gradients, if it differs from that of compute.
         master: weights are held in float32 and cast before they are gathered.
         asynchronous: products may run in steps beside the collective on their operand or result.
+        float8: products of blocks with weights are in float8, with one scale per tensor.
     """
 
     shape: ModelShape
@@ -65,6 +67,8 @@ class Run:
     sums: str
     master: bool
     asynchronous: bool = False
+    context: int = 1
+    float8: bool = False
 
 
 def load(path: Path) -> list[Mapping[str, Any]]:
@@ -143,11 +147,14 @@ def _check_common(row: Mapping[str, Any]) -> None:
     precision = str(row.get("precision") or "").lower()
     if not precision:
         raise NotCovered("the precision is not stated")
-    if not any(name in precision for name in ("bf16", "fp16")):
-        raise NotCovered("products in 8 or 4 bits")
+    if "rowwise" in precision:
+        raise NotCovered("float8 with a scale per row: kernels that the device table lacks")
+    known = ("bf16", "fp16", "float8") if row["dataset"] == "torchtitan" else ("bf16", "fp16")
+    if not any(name in precision for name in known):
+        raise NotCovered("products in 8 or 4 bits by a framework that the table lacks")
     if (row.get("ep") or 1) > 1 or "MoE" in row["model"] or "GPT OSS" in row["model"]:
         raise NotCovered("mixture of experts: routing and expert placement are not stated")
-    if (row.get("cp") or 1) > 1:
+    if (row.get("cp") or 1) > 1 and row["dataset"] != "torchtitan":
         raise NotCovered("context parallelism in a row without a stated ring")
     if "LoRA" in str(row.get("task", "")):
         raise NotCovered("low-rank adaptation: ranks and targets are not stated")
@@ -157,7 +164,7 @@ def _check_common(row: Mapping[str, Any]) -> None:
 def _degrees(row: Mapping[str, Any]) -> tuple[int, int, int]:
     """Pipe, data, tensor."""
     pipe, tensor = int(row.get("pp") or 1), int(row.get("tp") or 1)
-    data, rest = divmod(int(row["n_gpus"]), pipe * tensor)
+    data, rest = divmod(int(row["n_gpus"]), pipe * tensor * int(row.get("cp") or 1))
     stated = row.get("dp") or row.get("fsdp") or data
     if rest or int(stated) != data:
         raise NotCovered("degrees do not multiply to the number of GPUs")
@@ -239,11 +246,19 @@ def _torchtitan(row: Mapping[str, Any]) -> Run:
     dims = LLAMA[row["model"].rsplit("-", 1)[1].lower()]
     shape = ModelShape(*dims, int(row["seq_len"]), gated=True, bias=False, tied=False, flash=True)
     software = "torchtitan, compiled" if row.get("torch_compile") else "torchtitan, eager"
-    ac = str(row.get("activation_checkpointing"))
+    ac, extra = str(row.get("activation_checkpointing")), str(row.get("extra"))
     recompute = {"full": "full", "selective": "half", "per-op selective": "half"}[ac]
+    stages_per_rank, sharded = 1, "parameters"
+    if pipe > 1:  # as many microbatches as stages; weights stay gathered between them
+        stages_per_rank, sharded = (2 if "interleaved" in extra else 1), "optimizer"
+        count = pipe * stages_per_rank
+        size, rest = divmod(size, count)
+        if rest or not size:
+            raise NotCovered("stages do not divide the batch of a data rank")
     return Run(
-        shape, device, network, software, pipe, data, tensor, "parameters", tensor > 1, size,
-        count, 1, recompute, "bfloat16", "float32", True, "async" in str(row.get("extra")),
+        shape, device, network, software, pipe, data, tensor, sharded, tensor > 1, size, count,
+        stages_per_rank, recompute, "bfloat16", "float32", True, "async" in extra,
+        int(row.get("cp") or 1), "float8" in row["precision"],
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -113,6 +113,11 @@ class Device:
         curve = curves.get(f"{library}.{dtype}") or curves.get(f"matmul.{dtype}")
         return curve or Curve.constant(self.flops_per_s(dtype))
 
+    def multiplying_in(self, dtype: str, faster: str) -> Device:
+        """The device with products of one dtype at the rate of another."""
+        curves = {**self.flops_by_size, f"matmul.{dtype}": self.flops_curve("matmul", faster)}
+        return replace(self, flops_by_size=curves)
+
     def bytes_curve(self, direction: str) -> Curve:
         """Bytes/s by bytes that a kernel moves in a direction, `"read"` or `"write"`."""
         return self.bytes_by_size.get(direction) or Curve.constant(self.bandwidth)
@@ -144,6 +149,7 @@ class Achieved:
         attention: share by fused attention, over its forward and its backward.
         bandwidth: share of the memory's bandwidth.
         bandwidth_half: bytes of a kernel that reaches half of that.
+        float8: share of twice the peak by large products in float8; 0 if they are not known.
     """
 
     matmul: float
@@ -152,6 +158,7 @@ class Achieved:
     attention: float
     bandwidth: float
     bandwidth_half: float
+    float8: float = 0.0
 
 
 # Fitted to half of the rows of vTrain and MPT-llm-foundry. Attention is that of FlashAttention-2,
@@ -160,7 +167,7 @@ A100 = Achieved(0.774, 3e9, 0.241, 0.55, 0.82, 2e6)
 # Fitted to half of MPT-llm-foundry's rows on H100, with the A100's bandwidths.
 H100 = Achieved(0.603, 7.5e9, 0.2, 0.32, 0.82, 2e6)
 # Set by half of torchtitan's bf16 rows, with the H100's other numbers.
-H100_500W = Achieved(0.54, 7.5e9, 0.2, 0.24, 0.82, 2e6)
+H100_500W = Achieved(0.54, 7.5e9, 0.2, 0.215, 0.82, 2e6, 0.5)
 
 _LAUNCH_US = 2.0  # the least time of a kernel, whose launch is hidden
 
@@ -184,6 +191,9 @@ def _gpu(
             rate = getattr(achieved, library) * rated[dtype]
             curves[f"{library}.{dtype}"] = Curve.saturating(rate, achieved.matmul_half)
         rates[dtype] = achieved.matmul * rated[dtype]
+    if achieved.float8:
+        rates["float8"] = achieved.float8 * 2 * rated["bfloat16"]
+        curves["matmul.float8"] = Curve.saturating(rates["float8"], 2 * achieved.matmul_half)
     moves = Curve.saturating(achieved.bandwidth * bandwidth, achieved.bandwidth_half)
     return Device(
         name, "cuda", rates, gib * GiB, achieved.bandwidth * bandwidth, _LAUNCH_US, curves,

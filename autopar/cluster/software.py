@@ -28,6 +28,8 @@ class Software:
         traffic: bytes moved per byte of the graph's operands and results: casts under autocast and
             temporaries of eager kernels that the graph does not have.
         attention: speed of its fused attention, as a share of the device's.
+        hides: share of a collective that a product or attention in steps hides; their parts are
+            less efficient than the whole, and copies take bandwidth.
         fuses: neighbouring operators without products are one kernel, as a compiler makes them.
         source: where the numbers come from.
     """
@@ -40,13 +42,14 @@ class Software:
     gap_us: float = 0.0
     traffic: float = 1.0
     attention: float = 1.0
+    hides: float = 1.0
     fuses: bool = False
     source: str = ""
 
     def __post_init__(self) -> None:
         for key in ("forward_us", "backward_us", "wait_us", "skew_us", "gap_us"):
             check_number(f"software {self.name}: {key}", getattr(self, key), zero=True)
-        for key in ("traffic", "attention"):
+        for key in ("traffic", "attention", "hides"):
             check_number(f"software {self.name}: {key}", getattr(self, key))
 
     def on(self, device: Device) -> Device:
@@ -90,7 +93,7 @@ SOFTWARE: dict[str, Software] = {
             "torchtitan, eager", 20.0, 20.0, gap_us=4.0, source="half of torchtitan's bf16 rows"
         ),
         Software(
-            "torchtitan, compiled", 10.0, 20.0, gap_us=2.0, fuses=True,
+            "torchtitan, compiled", 10.0, 20.0, gap_us=2.0, hides=0.45, fuses=True,
             source="half of torchtitan's bf16 rows",
         ),
     )

@@ -64,6 +64,7 @@ class _Baseline:
             tensor axis, instead of replicated (Korthikanti et al. 2022).
         gathers_again: parameters that are split over the data axes are gathered a second time for
             the backward, as by ZeRO-3, instead of kept from the forward on.
+        context: the one of the data axes that splits the tokens of a sample, not the batch, if any.
     """
 
     name: str
@@ -72,6 +73,7 @@ class _Baseline:
     sharded: bool
     sequence: bool = False
     gathers_again: bool = True
+    context: int | None = None
 
 
 def baseline_plans(
@@ -82,6 +84,7 @@ def baseline_plans(
     named: str = "",
     sequence: bool = False,
     gathers_again: bool = True,
+    context: int | None = None,
 ) -> list[BaselinePlan]:
     """The plans of all baselines that exist on the mesh, solved without a memory limit.
 
@@ -91,8 +94,11 @@ def baseline_plans(
         named: only baselines whose name begins so.
         sequence: with tensor parallelism, also split activations by tokens.
         gathers_again: whether FSDP gathers a second time, for the backward.
+        context: the data axis that splits dim 1 of inputs, the tokens, instead of the batch.
     """
-    chosen: dict[str, Any] = {"sequence": sequence, "gathers_again": gathers_again}
+    chosen: dict[str, Any] = {
+        "sequence": sequence, "gathers_again": gathers_again, "context": context,
+    }  # fmt: skip
     return [
         _completed(space, replace(baseline, **chosen), time_limit, mask or {})
         for baseline in _baselines(space.mesh)
@@ -189,11 +195,15 @@ def _storage_penalties(baseline: _Baseline, decision: Decision) -> np.ndarray:
 
 
 def _batch_penalties(baseline: _Baseline, decision: Decision) -> np.ndarray:
-    """Of all but dim 0, the batch, split over as many data axes as possible."""
+    """Of all but dim 0, the batch, split over as many data axes as possible, and dim 1 over that
+    of tokens."""
     parts = []
+    context = {axis for axis in baseline.data if axis == baseline.context}
     for dims in (c.outputs[0].dims for c in decision.candidates):
-        other = dims and ({*dims[0]} - {*baseline.data} or any(dims[1:]))
-        parts.append(-1 if other else len(dims[0]) if dims else 0)
+        split: list[set[int]] = [*map(set, dims), set(), set()]
+        batch, tokens, *rest = split
+        other = batch - ({*baseline.data} - context) or tokens - context or any(rest)
+        parts.append(-1 if other else len(batch) + len(tokens))
     return np.array([float(p < max(parts)) for p in parts])
 
 

@@ -36,6 +36,10 @@ class OpCosts:
         self.cluster, self.profile, self.saved = cluster, profile, saved
         self.mesh = cluster.mesh
         self.local_bytes = lru_cache(maxsize=None)(self._local_bytes)
+        software = cluster.software
+        self.hides = 1.0 if software is None else software.hides
+        if not cluster.device.runs_beside:
+            self.hides = 0.0
 
     def _local_bytes(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> int:
         """Bytes on the fullest rank."""
@@ -151,10 +155,9 @@ class OpCosts:
             link, size = self.cluster.links[c.axis], self.mesh[c.axis]
             nbytes = c.elements * max(value.element_size(), 4 * c.wide)
             us = (c.forward + c.backward) * float(link.collective_us(c.kind, size, nbytes))
-            if c.beside and self.cluster.device.runs_beside:
-                beside += us
-            else:
-                total += us
+            hides = self.hides if c.beside else 0.0
+            beside += hides * us
+            total += (1 - hides) * us
         device = self.cluster.device
         if work.kernels:
             again = float(device.bytes_curve("read").us(work.elements * value.element_size()))

@@ -105,6 +105,7 @@ class _Chain:
         self.nodes = [d.node for _, d in self.ops]
         self.number = {node: k for k, node in enumerate(self.nodes)}
         self.of = {i: k for k, (i, _) in enumerate(self.ops)}
+        self.converted: set[fx.Node] = set()  # parameters whose copies have the gradients
         self.layout = {
             (d.node, r): spec
             for d, c in zip(space.decisions, choices, strict=True)
@@ -205,7 +206,8 @@ class _Chain:
             after = target.candidates[pair[1]].inputs[edge.operand]
             if after is not None and (edge.cast or before.dims != after.dims):
                 nbytes = self._local_bytes(edge.shape, edge.itemsize, after)
-                rows[at]["state_bytes"] += nbytes * (2 if edge.grad else 1)
+                rows[at]["state_bytes"] += nbytes * (1 + edge.grad * _width_of_sums(edge.itemsize))
+                self.converted.add(source.node)
 
     def _place(self, target: Decision) -> int | None:
         """The operator at which a conversion happens."""
@@ -227,6 +229,10 @@ class _Chain:
                 continue
             row = rows[users[0]]
             row["state_bytes"] += float(d.memory_bytes[c])
+            if d.node not in self.converted:
+                itemsize = d.node.meta["val"].element_size()
+                more = _width_of_sums(itemsize) - 1
+                row["state_bytes"] += more * float(d.parts["gradients_bytes"][c])
             row["after_us"] += float(d.time_us[c])
 
     def _users_of_parameters(self) -> dict[fx.Node, list[int]]:
@@ -293,6 +299,12 @@ class _Chain:
 
     def _local_bytes(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> float:
         return float(self.space.local_bytes(shape, itemsize, spec))
+
+
+def _width_of_sums(itemsize: int) -> float:
+    """Bytes of a sum of gradients over microbatches per byte of a gradient: those of two bytes are
+    summed in float32."""
+    return 2.0 if itemsize == 2 else 1.0
 
 
 def _narrow(crossing: Sequence[float]) -> list[int]:
