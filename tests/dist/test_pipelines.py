@@ -41,7 +41,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sample(0.4)
+@pytest.mark.sample(0.25)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]} {c[1]} {c[2]} {c[3]}")
 def test_training_equals_a_single_device(pool, case):
     name, mesh, _, schedule, options, _ = case
@@ -91,7 +91,7 @@ def test_losses_and_ways_of_training(pool):
         assert max(found.values()) < EXACT, found
 
 
-@pytest.mark.sample(0.4)
+@pytest.mark.sample(0.25)
 @pytest.mark.parametrize(
     ("saved", "loaded"), [(BOTH, "data=4"), (FOUR, BOTH), ("data=4", "data=2,pipe=2")]
 )

@@ -34,7 +34,7 @@ PAIRS = [(name, "1") for name in ALONE] + [(name, "2x2") for name in DISTRIBUTED
 
 
 @pytest.mark.dist
-@pytest.mark.sample(0.5)
+@pytest.mark.sample(0.35)
 @pytest.mark.parametrize(
     ("name", "mesh"), PAIRS, ids=[f"{name}, on {mesh}" for name, mesh in PAIRS]
 )

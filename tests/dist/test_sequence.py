@@ -20,7 +20,7 @@ FORCED = [
 ]
 
 
-@pytest.mark.sample(0.4)
+@pytest.mark.sample(0.22)
 @pytest.mark.parametrize(("name", "mesh", "strategy"), FORCED)
 def test_a_forced_strategy_equals_a_single_device(pool, name, mesh, strategy):
     for worst in pool.run(error, name, mesh, {ATTENTION: strategy}):

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.dist
 ALIKE = "large logits", "batches too", "decoder"  # as long as the others together
 
 
-@pytest.mark.sample(0.6)
+@pytest.mark.sample(0.4)
 @pytest.mark.parametrize(
     ("name", "batch"),
     [*((n, "global") for n in tasks.MODELS if n not in ALIKE), ("decoder", "local")],

@@ -359,7 +359,7 @@ STEPS = [
 
 def _some_steps(converter, shape, thorough):
     """The steps out of all specs, or a number of them by chance."""
-    most = 400 if thorough else 150
+    most = 400 if thorough else 100
     steps = [s for spec in converter.specs(shape) for s in converter.steps_from(shape, spec)]
     return random.Random(0).sample(steps, min(most, len(steps)))
 
@@ -419,6 +419,6 @@ def test_the_steps_of_every_path_chain(shape):
 )  # fmt: skip
 def test_paths_give_the_right_shards_and_gradients(mesh, shape, count, thorough):
     simulated = _Mesh(mesh, shape)
-    count = count if thorough else (count or 400) // 2
+    count = count if thorough else (count or 400) // 4
     for source, target in _reachable(simulated.converter.specs(shape), count, 1):
         simulated.check(simulated.converter.path(shape, 8, source, target), source, target)

@@ -83,6 +83,7 @@ def step_of(problem: PlanningProblem, *, short: bool) -> steps.LocalStep:
     return traced(space.graph, space.graph, plan, trainable)
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("mesh", ["4", "2x2"])
 def test_a_program_from_four_blocks_is_that_of_all(mesh):
     problem = problem_of(*llama(7), mesh, constraints={"inputs.input_ids": "S0R"})

@@ -110,7 +110,7 @@ def test_solver_plan_equals_single_device(name):
     assert largest_error(name, plan, "adamw", lowered=True) < TOLERANCE
 
 
-@pytest.mark.sample(0.5)
+@pytest.mark.sample(0.25)
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", list(CASES))
 def test_random_plans_equal_single_device(name, part):

@@ -23,7 +23,7 @@ def assert_equal(actual: check.Step, expected: check.Step, family: Family) -> No
     assert not differing
 
 
-@pytest.mark.sample(0.35)
+@pytest.mark.sample(0.25)
 @pytest.mark.parametrize("family", INSTALLED)
 def test_captured_graph_equals_the_model(family: Family) -> None:
     """Loss, results, every gradient and the buffers; on the next batch too, unless a guard
