@@ -91,9 +91,7 @@ class Contestant:
         """The same, by the program that runs on this rank."""
         engine: Any = self.model
         held = sum(training_state_bytes(self.model, self.optimizer).values())
-        # the program's inputs have copies of buffers
-        copied = sum(b.nbytes for b in self.model.buffers())
-        return float(held + copied + engine.memory_plan.peak_bytes)
+        return float(held + engine.memory_plan.peak_bytes)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
