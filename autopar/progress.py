@@ -111,18 +111,21 @@ class Deadline:
 
     Args:
         seconds: in all.
+        clock: processor time of this process unless it says otherwise, so that what is found does
+            not depend on other work on the machine.
     """
 
     seconds: float
+    clock: Callable[[], float] = time.process_time
     _end: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_end", time.monotonic() + self.seconds)
+        object.__setattr__(self, "_end", self.clock() + self.seconds)
 
     @property
     def left(self) -> float:
         """Seconds; 0 afterwards."""
-        return max(0.0, self._end - time.monotonic())
+        return max(0.0, self._end - self.clock())
 
     @property
     def over(self) -> bool:

@@ -161,8 +161,8 @@ def plan(
     time_limit: float = typer.Option(
         60.0,
         metavar="SECONDS",
-        help="For all of planning: the best plan known then is given with its gap. As much again "
-        "for each baseline and for the Pareto front.",
+        help="Of processor time, for all of planning: the best plan known then is given with its "
+        "gap. As much again for each baseline and for the Pareto front.",
         min=0.1,
     ),
 ) -> None:

@@ -36,6 +36,7 @@ _MOST_RECOMPUTED = 3e-2  # of a step: what fitting may cost before regions are s
 # of the budget: where a step fits, but recomputes much, slices bring its least peak down to that
 _ROOMY = 0.5
 _LARGE_RESULT = 0.2  # of the peak
+_UNTIL_IT_FITS = 3.0  # times the seconds of a search, as the step is refused otherwise
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def split_step(
 
     Args:
         step: of a rank; is not changed.
-        seconds: for the search.
+        seconds: of processor time for the search; three times as many if nothing fits before.
         short: the same without most of its equal blocks, in which regions are looked for.
         whole: its schedule without slices, if it fits.
 
@@ -85,11 +86,15 @@ def split_step(
     """
     if budget.is_hopeless:
         return None
-    deadline = time.monotonic() + seconds
-    best = _split_to(step, budget, 1.0 if whole is None else _ROOMY, deadline, short)
+    now = time.process_time()
+    deadline = now + seconds
+    if whole is None:
+        best = _split_to(step, budget, 1.0, now + _UNTIL_IT_FITS * seconds, short)
+    else:
+        best = _split_to(step, budget, _ROOMY, deadline, short)
     if best is None or whole is not None or recomputes_little(best.memory):
         return best
-    if time.monotonic() > deadline:
+    if time.process_time() > deadline:
         return best
     try:
         split = _split_to(step, budget, _ROOMY, deadline, short)
@@ -131,7 +136,7 @@ def _split_to(
 def _choice(step: UntracedStep, budget_bytes: float, deadline: float) -> Choice | None:
     training = any(t.requires_grad for t in step.arguments)
     score = training_score(step, budget_bytes) if training else forward_score(step)
-    seconds = max(0.0, deadline - time.monotonic())
+    seconds = max(0.0, deadline - time.process_time())
     return choose_splits(step, budget_bytes, score, training=training, seconds=seconds)
 
 

@@ -141,13 +141,13 @@ class _Search:
     time_limit: float
     say: Callable[[str], None]
     disable: frozenset[str]
-    start: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.process_time)
     best: SearchResult = field(init=False)
     steps: dict[str, float] = field(default_factory=dict)
 
     @property
     def spent(self) -> float:
-        return time.monotonic() - self.start
+        return time.process_time() - self.start
 
     def run(self) -> SearchResult:
         classes, ends = list(self.ties.classes), untie_ends(self.ties.classes)

@@ -123,14 +123,14 @@ def choose_splits(
     Raises:
         PlanError: the program is short of equal blocks, and cannot stand for the whole.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.process_time() + seconds
     program = splittable(step.gm, step.arguments)
     first = now = score(copy_of(program))
     if math.isinf(first.peak_bytes):
         raise PlanError("blocks that stand for others do not equal them")
     lowered: list[_Lowered] = []
     for _ in range(_ROUNDS):
-        if lowered and (now.peak_bytes <= budget_bytes or time.monotonic() > deadline):
+        if lowered and (now.peak_bytes <= budget_bytes or time.process_time() > deadline):
             break
         found = _lower(program, budget_bytes, now, score, training, deadline)
         if found is None:
@@ -162,7 +162,7 @@ def _lower(
         best = found
         if best.score.peak_bytes <= budget_bytes or not _in_slices(best.program, best.score.at):
             break  # the peak is elsewhere
-        if time.monotonic() > deadline:
+        if time.process_time() > deadline:
             break
     return best
 
@@ -204,7 +204,7 @@ def _with_enough_slices(
         least, gain = new.peak_bytes, _GAIN_OF_MORE_SLICES
         if new.peak_bytes <= budget_bytes or not _in_slices(tried, new.at):
             break
-        if time.monotonic() > deadline:
+        if time.process_time() > deadline:
             break
         split = replace(split, slices=2 * split.slices)
     return best

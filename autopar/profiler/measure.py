@@ -114,12 +114,12 @@ def measure_device(
     Args:
         processes: number of processes on this host. They share its memory if the device is the CPU.
     """
-    deadline = Deadline(effort.device_s)
+    deadline = Deadline(effort.device_s, time.monotonic)
     say("launch overhead ...")
     in_step, single = _launch_seconds(device)
     launch = single if device.type == "cpu" else 0.0
     say("memory bandwidth ...")
-    traffic = _memory_curves(device, effort, launch, Deadline(effort.device_s / 4))
+    traffic = _memory_curves(device, effort, launch, Deadline(effort.device_s / 4, time.monotonic))
     say("cost of elements beyond moving them ...")
     extra = _extra_ns(device, effort, launch)
     times = _arithmetic_seconds(device, effort, deadline, say)
@@ -295,7 +295,7 @@ def _arithmetic_seconds(
         begin = time.monotonic()
         for i, kind in enumerate(kinds):
             say(f"{kind.library} in {kind.dtype}, round {number + 1} of {effort.rounds} ...")
-            limit = Deadline(deadline.share(len(kinds) - i))
+            limit = Deadline(deadline.share(len(kinds) - i), time.monotonic)
             kind.measure(device, effort.seconds, limit, best[f"{kind.library}.{kind.dtype}"])
         if time.monotonic() - begin > deadline.left:
             break

@@ -113,8 +113,9 @@ def auto_engine(
             `loss_fn(model(x), y)`. It has no parameters of its own.
         resume: go on from the last states that a run has left on the drive of the cluster's tier
             "nvme" (docs/memory.md); begin anew if there are none.
-        time_limit: seconds for all runs of the solver and all schedules of a plan together. The
-            best plan known then is taken, and its line says how far it may be from the optimum.
+        time_limit: seconds of processor time for all runs of the solver and all schedules of a plan
+            together. The best plan known then is taken, and its line says how far it may be from
+            the optimum.
         progress: how rank 0 tells of the stages of planning, in a line each with its time: True
             writes them to stderr, a function gets them, False or None is silent. `logging` has
             them and more, under the name "autopar".

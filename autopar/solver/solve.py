@@ -68,7 +68,8 @@ def solve(
         starts: assignments to visit first.
         prices: by row name, to start from.
         tree: of branching on a similar problem, to follow.
-        time_limit: seconds; afterwards the best assignment is returned with its gap.
+        time_limit: seconds of processor time; afterwards the best assignment is returned with its
+            gap.
         gap: relative, at which to stop.
         enough_us: stop at an assignment as fast as this.
         subproblems: that branch and bound explores, at most; with a limit, none is solved as an
@@ -84,7 +85,7 @@ def solve(
     """
     assert disable <= {*LAYERS}, f"{disable} are not all among {LAYERS}"
     search = _Search(
-        CutPool(problem, separate, disable), separate, time.monotonic() + time_limit, gap,
+        CutPool(problem, separate, disable), separate, time.process_time() + time_limit, gap,
         enough_us, subproblems, branching_gap, 0 if "restricted MIP" in disable else mip_rounds,
         fallback or (lambda: ()), progress or (lambda line: None),
     )  # fmt: skip
@@ -177,7 +178,7 @@ class _Search:
     def _done(self) -> bool:
         best = self.pool.time_us
         closed = best - self.bound <= self.gap * abs(best) or best <= self.enough_us
-        return closed or time.monotonic() > self.end
+        return closed or time.process_time() > self.end
 
     def _solution(self, root: Subproblem, method: str, tree: Branch | None = None) -> Solution:
         pool = self.pool
@@ -247,7 +248,7 @@ class _Search:
                 small = self._small_program(subproblem)
                 if small is not None:
                     programs += 1
-                    seconds = max(1.0, self.end - time.monotonic())
+                    seconds = max(1.0, self.end - time.process_time())
                     bound = visit_optimum(
                         self.pool, small, gap=self.gap / 4, seconds=seconds, better_by=self.gap / 2
                     )
@@ -292,7 +293,7 @@ class _Search:
             root.evaluate(pool.hard_prices(price))
             if pool.choices is not None:
                 return
-        seconds = self.end - time.monotonic()
+        seconds = self.end - time.process_time()
         try:
             pool.visit(self._least_excess(FEASIBILITY_SHARE * seconds))
         except InfeasibleError as error:
@@ -339,7 +340,7 @@ class _Search:
         solution = solve(
             relaxed,
             separate=violated,
-            time_limit=min(seconds, max(1.0, self.end - time.monotonic())),
+            time_limit=min(seconds, max(1.0, self.end - time.process_time())),
             enough_us=1.0,
             disable=self.pool.disable,
         )
