@@ -98,18 +98,20 @@ class SizedSteps:
         """Of the sizes that vary: those that are known, then those of a new capture, as the model's
         Python may take another way for these sizes."""
         shapes = [input_shapes(s.compiled.graph) for s in (sized.first, sized.second)]
-        new = layout.whole_shapes()
-        varying = varying_dims(sized.second.compiled.graph, [*shapes, new])
+        new, graph = layout.whole_shapes(), sized.second.compiled.graph
+        varying = varying_dims(graph, [*shapes, new])
         name = kind, tuple((k, *dims) for k, dims in varying.items())
         known = self._formulas.setdefault(name, [])
         yield from [f for f in known if f is not None]
+        tensors = [k for k, name in enumerate(graph.inputs) if name is not None]
+        sizes = [n[d] for k, n in zip(tensors, new, strict=True) for d in varying.get(k, ())]
         # sizes 0 and 1 have no symbols
-        if len(known) >= _CAPTURES or not varying or min(map(min, filter(None, new))) < 2:
+        if len(known) >= _CAPTURES or min(sizes, default=0) < 2:
             return
         found = None
         try:
             symbolic = self._trace(call, layout, varying)
-            if _gives_alike(symbolic, sized.second.compiled.graph):
+            if _gives_alike(symbolic, graph):
                 found = SizeFormulas.of(symbolic)
         except CaptureError as error:
             log.info("sizes of inputs stay constants of programs: %s", error)
