@@ -92,7 +92,8 @@ def lay_out_donated(tensors: Sequence[torch.Tensor], specs: Sequence[ShardingSpe
 
 def with_donations(graph: ModelGraph, leaves: Sequence[Any]) -> ModelGraph:
     """A graph whose results `(results, [tensor, ...])` are the results alone; the tensors behind
-    them take the memory of the donated inputs, in their order.
+    them take the memory of the donated inputs, in their order. `()` in the place of a tensor leaves
+    an input as it is.
 
     Args:
         leaves: the flattened inputs.
@@ -104,10 +105,11 @@ def with_donations(graph: ModelGraph, leaves: Sequence[Any]) -> ModelGraph:
     ]
     if not names:
         return graph
+    results, tensors = graph.out_spec.children()
+    written = zip(names, tensors.children(), strict=True)
+    names = [name for name, spec in written if spec.num_leaves]
     end = len(graph.mutations) + graph.out_spec.num_leaves
     donated = dict(zip(names, range(end - len(names), end), strict=True))
-    results, tensors = graph.out_spec.children()
-    assert tensors.num_leaves == len(names)
     return replace(graph, donated=donated, out_spec=results)
 
 
@@ -120,8 +122,8 @@ def take_back(
         results: of the program.
     """
     for name, x in zip(graph.inputs, leaves, strict=True):
-        if isinstance(x, DonatedInput) and name is not None:
+        if isinstance(x, DonatedInput) and name is not None and name in graph.donated:
             # a policy may have another dtype for results
-            x.local = results[graph.donated[name]].to(x.dtype)
+            x.local = results[graph.donated[name]].to(x.dtype).contiguous()
     taken = set(graph.donated.values())
     return [x for k, x in enumerate(results) if k not in taken]

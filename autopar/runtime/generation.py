@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -20,7 +21,9 @@ import torch
 import torch.distributed as dist
 
 from autopar.errors import EngineError
-from autopar.runtime.decoder_cache import ARGUMENT, decoder_cache, layer_types, sharded
+from autopar.runtime.cache_classes import ARGUMENT, held_cache, layer_types
+from autopar.runtime.decoder_cache import sharded
+from autopar.runtime.encoder_inputs import noted_encoder
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def members(model_class: type) -> dict[str, Any]:
 
     @functools.wraps(own.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _has_decoder_cache(self):  # the model's own forward, with whole parameters
+        if not _has_own_cache(self):  # the model's own forward, with whole parameters
             with self._autopar_runner.whole_parameters():
                 return own.generate(self, *args, **kwargs)
         _refuse(kwargs)
@@ -59,7 +62,7 @@ def members(model_class: type) -> dict[str, Any]:
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any,
         batch_size: int, max_cache_length: int, *rest: Any,
     ) -> None:  # fmt: skip
-        if not _has_decoder_cache(self):
+        if not _has_own_cache(self):
             own._prepare_cache_for_generation(
                 self, generation_config, model_kwargs, mode, batch_size, max_cache_length, *rest
             )
@@ -84,15 +87,24 @@ def members(model_class: type) -> dict[str, Any]:
                 "a token is compiled for one; leave it out, or pass 'static'"
             )
         longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-        model_kwargs[ARGUMENT] = decoder_cache(self, self._autopar_runner.new_cache(longest))
+        model_kwargs[ARGUMENT] = held_cache(self, self._autopar_runner.new_cache(longest))
 
     @functools.wraps(own.prepare_inputs_for_generation)
     def prepare_inputs(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("tokenizer", None)  # of stop strings, which transformers hands to the model
         prepare = functools.partial(own.prepare_inputs_for_generation, self)
         tensors = sharded(kwargs.get(ARGUMENT))
-        if tensors is not None and not tensors.layouts.specs and not tensors.tokens and not args:
+        begins = tensors is not None and not tensors.layouts.specs and not tensors.tokens
+        if begins and not args and not self.config.is_encoder_decoder:
             _plan_a_token(self, prepare, input_ids, kwargs)
         return prepare(input_ids, *args, **kwargs)
+
+    def prepare_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare = functools.partial(own._prepare_text_encoder_decoder_kwargs_for_generation, self)
+        if not _has_own_cache(self):
+            return prepare(*args, **kwargs)
+        with noted_encoder(self, functools.partial(own.get_encoder, self)):
+            return prepare(*args, **kwargs)
 
     def never(self: Any, *_: Any, **__: Any) -> bool:
         return False  # the engine has compiled the model
@@ -100,20 +112,44 @@ def members(model_class: type) -> dict[str, Any]:
     def as_it_is(self: Any) -> AbstractContextManager[None]:
         return nullcontext()
 
-    return {
+    return _of_whisper(own) | {
         "generate": generate,
         "prepare_inputs_for_generation": prepare_inputs,
         "_prepare_cache_for_generation": prepare_cache,
+        "_prepare_text_encoder_decoder_kwargs_for_generation": prepare_encoder,
         "_valid_auto_compile_criteria": never,
         "_optimize_model_for_decode": as_it_is,
     }
 
 
-def _has_decoder_cache(model: Any) -> bool:
+def _of_whisper(own: Any) -> dict[str, Any]:
+    """Methods of Whisper, which generates for segments of audio, one after the other."""
+    # public ones that call the model: they run on shards, too
+    members = {
+        name: getattr(own, name)
+        for name in ("generate_with_fallback", "detect_language")
+        if hasattr(own, name)
+    }
+    if members:
+
+        def postprocess(self: Any, seek_outputs: Any, **kwargs: Any) -> Any:
+            if isinstance(seek_outputs, Mapping):  # it would take the tensors of the cache apart
+                kept = {k: v for k, v in seek_outputs.items() if k != ARGUMENT}
+                seek_outputs = type(seek_outputs)(**kept)
+            return own._postprocess_outputs(self, seek_outputs, **kwargs)
+
+        members["_postprocess_outputs"] = postprocess
+    return members
+
+
+def _has_own_cache(model: Any) -> bool:
     """Whether a model keeps keys and values of its layers in a `Cache`, and nothing else."""
-    if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
+    keeps = model._supports_default_dynamic_cache()
+    if model.config.is_encoder_decoder:  # those of what was encoded, too
+        keeps &= hasattr(sys.modules[type(model).__module__], "EncoderDecoderCache")
+    if not keeps:
         log.warning(
-            "%s generates with whole parameters on every rank: its cache is none of a decoder",
+            "%s generates with whole parameters on every rank: no cache of keys and values",
             type(model).__name__,
         )
         return False

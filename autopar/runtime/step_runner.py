@@ -18,12 +18,14 @@ from autopar.runtime import gathered_part
 from autopar.runtime.agreement import Agreement
 from autopar.runtime.bound_step import BoundStep, WholeResult
 from autopar.runtime.buffers import copies_of, copy_all
+from autopar.runtime.cache_classes import ARGUMENT as CACHE
 from autopar.runtime.call import Call
-from autopar.runtime.decoder_cache import ARGUMENT as CACHE
 from autopar.runtime.decoder_cache import CacheLayouts, CacheTensors, call_with, sharded
 from autopar.runtime.deferred_result import DeferredResult
 from autopar.runtime.distribute import shards
 from autopar.runtime.donated_inputs import take_back
+from autopar.runtime.encoder_inputs import ARGUMENT as ENCODER
+from autopar.runtime.encoder_inputs import EncoderInputs, without_cache
 from autopar.runtime.initial_values import InitialValues
 from autopar.runtime.result_gradients import refuse_hooks
 from autopar.runtime.sharded_values import SavedShard, view, views
@@ -123,6 +125,10 @@ class StepRunner:
     def _call_with(
         self, cache: CacheTensors, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Call:
+        if ENCODER in kwargs:
+            if not cache.tokens:
+                cache.encodes = EncoderInputs.of(kwargs[ENCODER])
+            kwargs = {k: v for k, v in kwargs.items() if k != ENCODER}
         return call_with(cache.argument(self.model, _tokens(args, kwargs)), args, kwargs)
 
     def forget_programs(self) -> None:
@@ -163,7 +169,7 @@ class StepRunner:
         if not self._whole:
             cache = sharded(kwargs.get(CACHE))
             if cache is None:
-                return self._run(Call.of(args, kwargs))
+                return self._run(Call.of(args, without_cache(kwargs)))
             if torch.is_grad_enabled():
                 raise EngineError(
                     "a cache of generate() is for calls without gradients; make the call within "
@@ -269,7 +275,8 @@ class StepRunner:
 
 def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The tokens of a call, or their embeddings: [batch, tokens, ...]."""
-    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+    given = (*map(kwargs.get, names), *args)
     tokens: torch.Tensor | None = next((x for x in given if x is not None), None)
     if tokens is None:
         raise EngineError("a call with a cache needs input_ids or inputs_embeds")

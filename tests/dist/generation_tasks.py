@@ -36,6 +36,73 @@ def language_model(family: str) -> Any:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**width, **heads, **common)).double().eval()
 
 
+def model_with_encoder(family: str) -> Any:
+    """An encoder with a decoder, in float64, whose weights are large enough that tokens vary."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    tokens = {"eos_token_id": 95, "pad_token_id": 0, "decoder_start_token_id": 1}
+    width = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "init_std": 0.3}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    inner = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
+    if family == "t5":
+        config = hf.T5Config(
+            vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2,
+            num_heads=4, initializer_factor=3.0, **tokens,
+        )  # fmt: skip
+        return hf.T5ForConditionalGeneration(config).double().eval()
+    if family == "bart":
+        config = hf.BartConfig(
+            vocab_size=96, bos_token_id=1, forced_eos_token_id=None, **width, **heads, **inner,
+            **tokens,
+        )  # fmt: skip
+        return hf.BartForConditionalGeneration(config).double().eval()
+    config = hf.WhisperConfig(
+        vocab_size=96, bos_token_id=1, num_mel_bins=8, max_source_positions=20,
+        max_target_positions=64, begin_suppress_tokens=None, suppress_tokens=None,
+        **width, **heads, encoder_ffn_dim=64, decoder_ffn_dim=64, **tokens,
+    )  # fmt: skip
+    return hf.WhisperForConditionalGeneration(config).double().eval()
+
+
+def encoded_requests(family: str, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Sequences of these lengths to encode, padded at the right; of audio, as many frames."""
+    if family != "whisper":
+        batch = requests(lengths)
+        return {name: x.flip(1) for name, x in batch.items()}
+    generator = torch.Generator().manual_seed(1)
+    return {"input_features": torch.randn(len(lengths), 8, 40, generator=generator).double()}
+
+
+def same_tokens_with_encoder(mesh: str, family: str) -> dict[str, Any]:
+    """Sequences of two lengths are encoded; keys and values are split by heads, and some weights of
+    the encoder."""
+    alone = model_with_encoder(family)
+    split = "model.encoder.layers.*.fc1.weight"
+    if family == "t5":
+        split = "encoder.block.*.layer.1.DenseReluDense.wi.weight"
+    engine, _ = auto_engine(
+        model_with_encoder(family), None, eager_to_shard(mesh),
+        constraints={_CACHE: "RS0RR", split: "S0R"}, progress=False,
+    )  # fmt: skip
+    batch = encoded_requests(family, (5, 9))
+    gaps = {}
+    for name in ("greedy", "beams"):
+        one = generated(alone, batch, 5, **HOW[name])
+        gaps[name] = apart(one, generated(engine, batch, 5, **HOW[name]))
+    choices = engine.plan.choices
+    return {
+        "gaps": gaps,
+        "caches": {v for k, v in choices.items() if k.startswith("past_key_values_tensors")},
+        "split": {
+            name.split(".")[0]
+            for name, p in engine.named_parameters()
+            if p.to_local().numel() < p.numel()
+        },
+        "programs": len(engine.steps),
+    }
+
+
 def requests(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Prompts of these lengths, padded at the left."""
     ids = torch.randint(
@@ -56,7 +123,7 @@ def apart(a: Any, b: Any) -> float:
     """Of the logits of two runs; infinite where tokens differ."""
     if not torch.equal(a.sequences, b.sequences):
         return float("inf")
-    return max((float((x - y).abs().max()) for x, y in zip(a.logits, b.logits, strict=True)))
+    return max(float((x - y).abs().max()) for x, y in zip(a.logits, b.logits, strict=True))
 
 
 def same_tokens(mesh: str, family: str, cache: str | None) -> dict[str, Any]:

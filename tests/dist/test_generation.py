@@ -35,6 +35,16 @@ def test_tokens_of_a_mesh(pool, family):
         assert answer["programs"] == 6
 
 
+@pytest.mark.sample(0.5)
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
+def test_tokens_of_models_with_an_encoder(pair, family):
+    for answer in pair.run(tasks.same_tokens_with_encoder, "2", family):
+        assert max(answer["gaps"].values()) < CLOSE
+        assert answer["caches"] == {"RS0RR"}  # of what was encoded, too
+        assert answer["split"] >= ({"encoder", "decoder"} if family == "t5" else {"model"})
+        assert answer["programs"] == 4
+
+
 def test_prompts_of_many_lengths_share_programs(pair):
     for answer in pair.run(tasks.prompts_of_many_lengths, "2"):
         assert answer["gap"] < CLOSE
