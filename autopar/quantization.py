@@ -1,11 +1,13 @@
-"""`quantize`: linear layers with weights of 8 bits.
+"""`quantize`: linear layers with weights of 8 or 4 bits.
 
-A row of a weight (an output feature) has one scale, the largest absolute value over 127, so that
-rounding moves a weight by at most half a scale (symmetric quantization per channel; Jacob et al.
-2018, section 2, without zero points). "int8-dynamic" rounds the inputs likewise, per token and as
-they come, and multiplies integers.
+A row of a weight (an output feature) has one scale, the largest absolute value over the largest
+number of 8 bits, so that rounding to integers moves a weight by at most half a scale (symmetric
+quantization per channel; Jacob et al. 2018, section 2, without zero points). "int8-dynamic" rounds
+the inputs likewise, per token and as they come, and multiplies integers. "float8" has the numbers
+of `float8_e4m3fn` (Micikevicius et al. 2022). "int4" has a scale for each group of 32 weights of a
+row, which lets the largest of a group be -8 of the levels -8 to 7 (ggml's Q4_0).
 
-torchao keeps such weights in a tensor subclass. A plan needs them as what they are, parameters that
+torchao keeps such weights in tensor subclasses. A plan needs them as what they are, parameters that
 have layouts and operators that have rules; so they are plain tensors of a module here.
 """
 
@@ -20,31 +22,42 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from autopar.comm.owned_shards import Owned
-from autopar.operators.int8_linear import int8_linear, int8_mm
+from autopar.operators.quantized_linear import (
+    GROUP,
+    float8_linear,
+    int4_linear,
+    int4_packed,
+    int8_linear,
+    int8_mm,
+)
 from autopar.runtime.deferred_parameters import has_no_values
 from autopar.runtime.engine import Engine
 from autopar.runtime.sharded_values import ShardedParameter
 
-_LARGEST = 127
-SCHEMES = ("int8", "int8-dynamic")
+_LARGEST_INT8, _LARGEST_FLOAT8 = 127, torch.finfo(torch.float8_e4m3fn).max
+_LOWEST_INT4, _LEVELS_INT4 = -8, 16
+SCHEMES = ("int8", "int8-dynamic", "float8", "int4")
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with a weight of 8 bits.
+class QuantizedLinear(nn.Module):
+    """A linear layer with a weight of 8 or 4 bits.
 
     Args:
-        weight: [out_features, in_features], int8.
-        scale: [out_features], of the dtype of the layer it takes the place of.
+        weight: [out_features, in_features], int8, or for float8 its bytes as uint8; for int4
+            [out_features, groups, bytes of a group], uint8.
+        scale: [out_features], for int4 [out_features, groups], of the dtype of the layer it takes
+            the place of.
         bias: [out_features], or None.
-        dynamic: inputs are rounded to 8 bits, too, with one scale per row.
+        scheme: one of `SCHEMES`.
     """
 
     def __init__(
-        self, weight: nn.Parameter, scale: nn.Parameter, bias: nn.Parameter | None, dynamic: bool
+        self, weight: nn.Parameter, scale: nn.Parameter, bias: nn.Parameter | None, scheme: str
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight, self.scale, self.dynamic = weight, scale, dynamic
+        self.out_features = weight.shape[0]
+        self.in_features = weight.shape[1] * (GROUP if scheme == "int4" else 1)
+        self.weight, self.scale, self.scheme = weight, scale, scheme
         self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,42 +69,44 @@ class Int8Linear(nn.Module):
             [*b, out_features]
         """
         scale = self.scale.to(x.dtype)
-        if self.dynamic:
+        if self.scheme == "int8-dynamic":
             largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-            rows = largest / _LARGEST
-            rounded = (x / rows).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+            rows = largest / _LARGEST_INT8
+            rounded = (x / rows).round().clamp(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8)
             out = int8_mm(rounded, self.weight).to(x.dtype) * rows * scale
-        else:
+        elif self.scheme == "int8":
             out = int8_linear(x, self.weight, scale)
+        elif self.scheme == "float8":
+            out = float8_linear(x, self.weight, scale)
+        else:
+            out = int4_linear(x.unflatten(-1, (-1, GROUP)), self.weight, scale)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
-        kind = "int8-dynamic" if self.dynamic else "int8"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
 
 
 def quantize(model: nn.Module, scheme: str = "int8", *, skip: Collection[str] = ()) -> nn.Module:
-    """Round the weights of a model's linear layers to 8 bits, in place.
+    """Round the weights of a model's linear layers to 8 or 4 bits, in place.
 
     Layers that share their weight with another module (a head that is tied to an embedding) stay as
     they are: the other one needs the values.
 
     Args:
         model: a module, or an engine, whose ranks round their shards. All ranks call it.
-        scheme: "int8" rounds weights, "int8-dynamic" inputs, too.
+        scheme: "int8", "float8" and "int4" round weights, "int8-dynamic" inputs, too.
         skip: names of layers that stay, with wildcards ("lm_head", "*.gate").
 
     Returns:
         the model.
 
     Raises:
-        ValueError: the scheme is unknown, a name in `skip` is none of a linear layer, or there is
-            no linear layer.
+        ValueError: the scheme is unknown, a name in `skip` is none of a linear layer, there is no
+            linear layer, or the groups of "int4" do not divide a layer.
         RuntimeError: a weight has no values yet.
     """
     if scheme not in SCHEMES:
-        more = "; int4 and fp8 are torchao's (pip install torchao), whose layers no plan can split"
-        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}{more}")
+        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
     layers = dict(_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
@@ -102,17 +117,23 @@ def quantize(model: nn.Module, scheme: str = "int8", *, skip: Collection[str] = 
     for module in model.modules():
         for p in module._parameters.values():
             uses[id(p)] = uses.get(id(p), 0) + 1
-    for name, layer in layers.items():
+    chosen = {
+        name: layer
+        for name, layer in layers.items()
+        if uses[id(layer.weight)] == 1 and not any(fnmatch(name, pattern) for pattern in skip)
+    }
+    if scheme == "int4":
+        for name, layer in chosen.items():
+            _refuse_parts_of_groups(name, layer)
+    for name, layer in chosen.items():
         weight: Any = layer.weight
-        if uses[id(weight)] > 1 or any(fnmatch(name, pattern) for pattern in skip):
-            continue
         if has_no_values(weight):
             raise RuntimeError(
                 f"{name}.weight has no values to round yet; call quantize after they are read: of "
                 "the engine, after its first batch or with example_inputs="
             )
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, _rounded(layer, scheme == "int8-dynamic"))
+        setattr(model.get_submodule(parent), own, _rounded(layer, scheme))
     if isinstance(model, Engine):
         model._autopar_runner.forget_programs()
     return model
@@ -125,25 +146,67 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _weight_of(layer: Any) -> Any:
+    """[out_features, in_features]"""
+    # transformers' Conv1D has the transpose
+    return layer.weight if type(layer) is nn.Linear else layer.weight.t()
+
+
+def _refuse_parts_of_groups(name: str, layer: Any) -> None:
+    """
+    Raises:
+        ValueError: the groups of int4 do not divide the inputs of a layer, or a rank's part.
+    """
+    weight, ranks = _weight_of(layer), 1
+    if isinstance(weight, DTensor):
+        for axis, placement in enumerate(weight.placements):
+            ranks *= weight.device_mesh.size(axis) if placement.is_shard(1) else 1
+    if weight.shape[1] % (ranks * GROUP) == 0:
+        return
+    split = f", split over {ranks} ranks," if ranks > 1 else ""
+    remedy = "quantize before auto_engine, or name" if ranks > 1 else "name"
+    raise ValueError(
+        f"{name} has {weight.shape[1]} inputs{split} and int4 rounds groups of {GROUP} of them; "
+        f"{remedy} the layer in skip="
+    )
+
+
 @torch.no_grad()
-def _rounded(layer: Any, dynamic: bool) -> Int8Linear:
+def _rounded(layer: Any, scheme: str) -> QuantizedLinear:
     """A layer with the weight of another one, rounded."""
-    weight = layer.weight
+    weight = _weight_of(layer)
     if isinstance(weight, DTensor) and any(isinstance(p, Owned) for p in weight.placements):
         raise ValueError("layers of pipeline stages are not quantized; do so before auto_engine")
-    if type(layer) is not nn.Linear:  # transformers' Conv1D has [in_features, out_features]
-        weight = weight.t()
     local: Any = weight.to_local() if isinstance(weight, DTensor) else weight.detach()
-    largest = local.abs().amax(1)
-    if isinstance(weight, DTensor):
-        largest = _over_shards(largest, weight)
-    scale = (largest / _LARGEST).clamp_min(torch.finfo(local.dtype).tiny)
-    rounded = (local / scale[:, None]).round_().to(torch.int8).contiguous()
-    new = [_parameter(rounded, weight), _parameter(scale, weight)]
+    tiny = torch.finfo(local.dtype).tiny
+    columns: tuple[tuple[int, ...], tuple[int, ...]] = (weight.shape[1],), ()
+    if scheme == "int4":
+        groups = local.unflatten(1, (-1, GROUP))
+        extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        scale = extreme / _LOWEST_INT4
+        scale = scale.where(scale.abs() >= tiny, tiny)
+        levels = (groups / scale[..., None]).round_() - _LOWEST_INT4
+        rounded = int4_packed(levels.clamp_(0, _LEVELS_INT4 - 1).to(torch.uint8))
+        columns = (weight.shape[1] // GROUP, GROUP // 2), (weight.shape[1] // GROUP,)
+    else:
+        largest = local.abs().amax(1)
+        if isinstance(weight, DTensor):
+            largest = _over_shards(largest, weight)
+        most = _LARGEST_FLOAT8 if scheme == "float8" else _LARGEST_INT8
+        scale = (largest / most).clamp_min(tiny)
+        values = local / scale[:, None]
+        if scheme == "float8":
+            rounded = values.clamp_(-most, most).to(torch.float8_e4m3fn).view(torch.uint8)
+        else:
+            rounded = values.round_().to(torch.int8)
+    new = [
+        _parameter(x.contiguous(), weight, rest)
+        for x, rest in zip((rounded, scale), columns, strict=True)
+    ]
     if getattr(layer.weight, "_handles", ()) is None:  # laid out by a plan
         for p in new:
             p._handles = None
-    return Int8Linear(new[0], new[1], layer.bias, dynamic)
+    return QuantizedLinear(new[0], new[1], layer.bias, scheme)
 
 
 def _over_shards(largest: torch.Tensor, weight: DTensor) -> torch.Tensor:
@@ -155,12 +218,17 @@ def _over_shards(largest: torch.Tensor, weight: DTensor) -> torch.Tensor:
     return largest
 
 
-def _parameter(local: torch.Tensor, like: Any) -> Any:
-    """A parameter of this rank's values, split as the rows of another one."""
+def _parameter(local: torch.Tensor, like: Any, columns: tuple[int, ...]) -> Any:
+    """A parameter of this rank's values, split as the rows, and as the columns if it has any, of
+    another one.
+
+    Args:
+        columns: all dims but the first, over all ranks.
+    """
     if not isinstance(like, DTensor):
         return nn.Parameter(local, requires_grad=False)
-    shape = torch.Size((like.shape[0], *like.shape[1 : local.ndim]))
-    placements = [p if p.is_shard(0) or local.ndim == 2 else Replicate() for p in like.placements]
+    shape = torch.Size((like.shape[0], *columns))
+    placements = [p if p.is_shard(0) or columns else Replicate() for p in like.placements]
     values = DTensor.from_local(
         local, like.device_mesh, placements, run_check=False,
         shape=shape, stride=torch.empty(shape, device="meta").stride(),

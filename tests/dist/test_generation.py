@@ -53,11 +53,14 @@ def test_prompts_of_many_lengths_share_programs(pair):
 
 
 @pytest.mark.sample(0.5)
-@pytest.mark.parametrize(("scheme", "sharded"), [("int8", True), ("int8-dynamic", False)])
+@pytest.mark.parametrize(
+    ("scheme", "sharded"),
+    [("int8", True), ("int8-dynamic", False), ("float8", True), ("int4", False)],
+)
 def test_rounded_weights(pair, scheme, sharded):
     for answer in pair.run(tasks.rounded_weights, "2", scheme, sharded):
         assert answer["gap"] < CLOSE
-        assert answer["dtypes"] == {torch.int8}
+        assert answer["dtypes"] == {torch.int8 if scheme.startswith("int8") else torch.uint8}
         assert answer["held"] == answer["predicted"]
 
 

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar import auto_engine, quantize
-from autopar.operators.int8_linear import int8_linear, int8_mm
+from autopar.operators.quantized_linear import (
+    GROUP,
+    float8_linear,
+    int4_linear,
+    int4_packed,
+    int8_linear,
+    int8_mm,
+)
 
 
 def mlp() -> nn.Module:
@@ -45,6 +52,14 @@ def test_examples_are_planned_for_the_mode_of_the_model(evaluates, backwards):
     assert found == backwards
 
 
+def test_a_server_says_what_to_install(monkeypatch):
+    from autopar.integrations import serve
+
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    with pytest.raises(ImportError, match=r"fastapi, uvicorn, .*; pip install autopar\[serve\]"):
+        serve.check_installed()
+
+
 def test_a_model_without_generate_says_so():
     engine, _ = auto_engine(mlp(), None, "1", progress=False)
     assert not hasattr(engine, "generate")
@@ -72,6 +87,34 @@ def test_products_with_8_bits(rows, width, dtype):
     assert torch.equal(int8_mm(whole, weight), (whole.long() @ weight.long().T).int())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_products_with_4_bits_and_floats_of_8(rows, dtype):
+    generator = torch.Generator().manual_seed(0)
+    groups = 47  # more than one block of the weight
+    x = torch.randn(2, rows, groups * GROUP, generator=generator).to(dtype)
+    levels = torch.randint(0, 16, (300, groups, GROUP), generator=generator)
+    scale = (torch.rand(300, groups, generator=generator) / 100).to(dtype)
+    weight = ((levels - 8) * scale.double()[..., None]).flatten(1)
+    packed = int4_packed(levels.to(torch.uint8))
+    assert packed.nbytes == weight.numel() // 2
+    grouped = x.unflatten(-1, (groups, GROUP)).requires_grad_()
+    got = int4_linear(grouped, packed, scale)
+    numbers = torch.randn(300, groups * GROUP, generator=generator).to(torch.float8_e4m3fn)
+    floats = float8_linear(x, numbers.view(torch.uint8), scale[:, 0].contiguous())
+    scaled = numbers.double() * scale[:, :1].double()
+    eps = torch.finfo(dtype).eps
+    for out, exact in ((got, weight), (floats, scaled)):
+        want = F.linear(x.double(), exact)
+        most = 16 * eps * float(want.abs().max())
+        torch.testing.assert_close(out.double(), want, rtol=4 * eps, atol=most)
+    got.sum().backward()
+    slope = weight.sum(0).to(dtype).expand(2, rows, -1)
+    torch.testing.assert_close(
+        grouped.grad.flatten(-2), slope, rtol=0, atol=32 * eps * float(slope.abs().max())
+    )
+
+
 def trained_language_model():
     """A small Llama that has learned sequences of a constant step."""
     import transformers as hf
@@ -97,7 +140,7 @@ def sequences(count):
     return (start + step * torch.arange(24) + noise) % 48
 
 
-def test_perplexity_of_8_bits_is_within_a_percent():
+def test_perplexity_is_within_a_percent_with_8_bits_and_within_5_with_4():
     model = trained_language_model()
     ids = sequences(256)
 
@@ -107,10 +150,11 @@ def test_perplexity_of_8_bits_is_within_a_percent():
 
     before = perplexity(model)
     assert before < 30  # of 48 by chance
-    for scheme in ("int8", "int8-dynamic"):
+    for scheme in ("int8", "int8-dynamic", "float8", "int4"):
         rounded = quantize(copy.deepcopy(model), scheme)
         after = perplexity(rounded)
-        assert after == pytest.approx(before, rel=0.01)
+        assert after == pytest.approx(before, rel=0.05 if scheme == "int4" else 0.01)
+        assert after != before
         engine, _ = auto_engine(rounded, None, "1", progress=False)
         assert perplexity(engine) == pytest.approx(after, rel=1e-5)
 
@@ -127,12 +171,14 @@ def test_layers_that_stay_as_they_are():
     }
     assert kinds == {
         "lm_head": "Linear",  # tied to the embedding
-        "transformer.h.0.mlp.c_fc": "Int8Linear",
+        "transformer.h.0.mlp.c_fc": "QuantizedLinear",
         "transformer.h.0.mlp.c_proj": "Conv1D",
         "transformer.h.0.attn.c_proj": "Conv1D",
     }
-    with pytest.raises(ValueError, match=r"int4 and fp8 are torchao's \(pip install torchao\)"):
-        quantize(model, "int4")
+    with pytest.raises(ValueError, match=r"scheme must be one of .*'int4'.*, got 'int2'"):
+        quantize(model, "int2")
+    with pytest.raises(ValueError, match=r"^0 has 48 inputs and int4 rounds groups of 32 of them"):
+        quantize(nn.Sequential(nn.Linear(48, 8)), "int4")
     with pytest.raises(
         ValueError, match=r"skip= names \['head'\], and linear layers are \['lm_head'"
     ):

@@ -32,8 +32,11 @@ ROWS: dict[str, Row | tuple[Row, ...]] = {
         lowering=collective_linear.collective_linear,
         moves={"gather": (0, -2), "scatter": (0, -2)},
     ),
-    # sums of int8 products, of rows that have a scale each
+    # rows of the weight have a scale each
     "autopar.int8_linear.default": Row("*b k, n k, n -> *b n", linear=((0,),)),
+    "autopar.float8_linear.default": Row("*b k, n k, n -> *b n", linear=((0,),)),
+    # groups of a row have one, and two weights to a byte
+    "autopar.int4_linear.default": Row("*b g [k], n g [h], n g -> *b n", linear=((0,),)),
     "autopar.int8_mm.default": Row("*b k, n k -> *b n", linear=((0,), (1,))),
     "autopar.packed_linear.default": Row("*b k, [p] n k, +[p] n -> *b [p] n", linear=((0,), (1,))),
     "autopar.packed_addmm.default": Row("+[p] n, m k, k [p] n -> m [p] n", linear=((1,), (2,))),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autopar.operators import int8_linear  # noqa: F401  (it defines the products)
+from autopar.operators.quantized_linear import GROUP
 from autopar.testing.rules.draw import Arguments, Draw, sampler
 from autopar.testing.rules.rows import Argument, calls, distinct, flag, normal, one_of
 from autopar.tracer import packed  # noqa: F401  (it defines the packed products)
@@ -35,6 +35,20 @@ def _int8_linear(draw: Draw) -> Arguments:
     batch, k, n = draw.shape(0, 3), draw.size(), draw.size()
     weight = draw.integers([n, k], -127, 128).to(torch.int8)
     return (draw.normal(*batch, k), weight, draw.normal(n)), {}
+
+
+@sampler("autopar.float8_linear.default")
+def _float8_linear(draw: Draw) -> Arguments:
+    batch, k, n = draw.shape(0, 3), draw.size(), draw.size()
+    weight = draw.normal(n, k).detach().to(torch.float8_e4m3fn).view(torch.uint8)
+    return (draw.normal(*batch, k), weight, draw.normal(n)), {}
+
+
+@sampler("autopar.int4_linear.default")
+def _int4_linear(draw: Draw) -> Arguments:
+    batch, groups, n = draw.shape(0, 3), draw.size(), draw.size()
+    weight = draw.integers([n, groups, GROUP // 2], 0, 256).to(torch.uint8)
+    return (draw.normal(*batch, groups, GROUP), weight, draw.normal(n, groups)), {}
 
 
 @sampler("autopar.int8_mm.default")
