@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 import autopar
-from autopar.cli import inspect_commands, machine_commands, plan_commands
+from autopar.cli import inspect_commands, machine_commands, plan_commands, serve_command
 from autopar.cli.common import progress, short_errors
 from autopar.versions import torch_version
 
@@ -35,6 +35,7 @@ rules = typer.Typer(
 for command in (
     plan_commands.plan, inspect_commands.report, inspect_commands.explain, inspect_commands.diff,
     machine_commands.profile, machine_commands.cluster, machine_commands.devices,
+    serve_command.serve,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(rules)

@@ -7,7 +7,7 @@ Of the fenced blocks in the README and in docs:
     ```text output      what the block before it prints
     ```text error       lines are in messages of the package, word for word
     ```yaml             loads as a cluster
-    ```console          lines `$ autopar ...` run in order, those with gpt2 are only parsed;
+    ```console          lines `$ autopar ...` run in order, gpt2's and serve are only parsed;
                         lines `$ make ...` name targets that exist
 """
 
@@ -207,7 +207,8 @@ def test_python_runs(page: str, workplace: Path) -> None:
 def test_autopar_commands(page: str, workplace: Path) -> None:
     root = typer.main.get_command(app)
     for arguments in commands(page_text(page), "autopar"):
-        if "examples/gpt2.py" in arguments:  # seconds each; its options must still be right
+        # seconds each, or run in tests/dist/test_serve.py; options must still be right
+        if "examples/gpt2.py" in arguments or arguments[0] == "serve":
             command = root.commands[arguments[0]]  # type: ignore[attr-defined]
             command.make_context(arguments[0], arguments[1:])
             continue

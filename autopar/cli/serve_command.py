@@ -1,0 +1,109 @@
+"""The command that starts a server: `serve`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import typer
+
+from autopar.cli.common import short_errors
+
+_HOST = "127.0.0.1"  # of the ranks' store
+
+
+def serve(
+    model: str = typer.Argument(
+        ...,
+        metavar="MODEL",
+        help="A folder with the configuration, the tokenizer and the safetensors of a language "
+        "model of transformers, or an id of the Hugging Face hub.",
+    ),
+    mesh: str = typer.Option(
+        "1",
+        metavar="SIZES",
+        help="Device mesh: 2, or 2x2. A process is started for each device, unless torchrun has.",
+    ),
+    host: str = typer.Option("localhost", metavar="NAME", help="Address to listen on."),
+    port: int = typer.Option(8000, metavar="N", help="Port to listen on."),
+    memory: str | None = typer.Option(
+        None, metavar="SIZE", help="Budget per device: 20GiB, 512MB, or a share such as 0.8."
+    ),
+    precision: str | None = typer.Option(
+        None, metavar="DTYPE", help="Compute and gather in bf16 or fp16.  [default: the model's]"
+    ),
+    quantize: str | None = typer.Option(
+        None, metavar="SCHEME", help="Round the weights, as `autopar.quantize` does: int8."
+    ),
+    warm_up: bool = typer.Option(
+        True, help="Make the programs for prompts of all lengths before the first request."
+    ),
+) -> None:
+    """Serve a language model over several devices, by the server of transformers.
+
+    It has the endpoints of `transformers serve` that generate text: /v1/chat/completions,
+    /v1/completions and /v1/responses, with streaming. SIGINT and SIGTERM end it.
+    """
+    with short_errors(ValueError, OSError, ImportError):
+        from autopar.cluster.local import as_cluster
+        from autopar.integrations.serve import ServeOptions, check_installed, run_rank
+
+        check_installed()
+        options = ServeOptions(model, mesh, memory, precision, quantize, host, port, warm_up)
+        ranks = as_cluster(mesh).world_size
+        if "WORLD_SIZE" in os.environ or ranks == 1:
+            run_rank(options)
+            return
+    raise typer.Exit(_on_processes(options, ranks))
+
+
+def _on_processes(options: Any, ranks: int) -> int:
+    """Serve on processes of this host, until they end; the exit code."""
+    from torch._C._distributed_c10d import TCPStore
+    from torch.multiprocessing.spawn import (
+        ProcessExitedException,
+        ProcessRaisedException,
+        start_processes,
+    )
+
+    # nobody else can take its port meanwhile
+    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = start_processes(
+        _rank, (options, ranks, store.port), nprocs=ranks, join=False, start_method="spawn"
+    )
+    asked = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        context.processes[0].terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    try:
+        while not context.join():
+            pass
+    except ProcessExitedException as error:
+        if not asked:
+            print(f"autopar: {error}", file=sys.stderr)
+            return 1
+    except ProcessRaisedException as error:
+        if not asked:
+            print(f"autopar: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _rank(rank: int, options: Any, ranks: int, port: int) -> None:
+    """One of the processes, with the environment that torchrun gives."""
+    from autopar.integrations.serve import run_rank
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR=_HOST, MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+    )  # fmt: skip
+    run_rank(options)

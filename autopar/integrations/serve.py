@@ -1,0 +1,232 @@
+"""transformers' server with an engine behind it.
+
+The server, its endpoints and its threads are those of `transformers serve`. Rank 0 runs it, with an
+engine in the place of the model that it would load; the other ranks follow its `generate`
+(`shared_generation.py`).
+
+Private to transformers here: `transformers.cli.serving`; tested with transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers as hf
+from transformers.utils.import_utils import is_serve_available
+
+from autopar.comm import world
+from autopar.errors import EngineError
+from autopar.quantization import quantize
+from autopar.runtime.auto_engine import auto_engine
+from autopar.runtime.deferred_init import deferred_init
+
+# Prompts that are generated from before the server starts: the third length finds how programs
+# depend on it, and further ones need no capture.
+_FIRST_LENGTHS = (8, 12, 20)
+_NOT_SERVED = 501
+_GRACE_S = 5  # for requests that run when the server is told to end
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """
+    Args:
+        model: a folder with safetensors, or an id of the Hugging Face hub.
+        mesh: of devices, as for `auto_engine`.
+        memory: budget per device.
+        precision: policy, as for `auto_engine`.
+        quantization: scheme of `autopar.quantize`.
+        host, port: that rank 0 listens on.
+        warm_up: have programs for prompts of all lengths before the first request.
+    """
+
+    model: str
+    mesh: str = "1"
+    memory: str | None = None
+    precision: str | None = None
+    quantization: str | None = None
+    host: str = "localhost"
+    port: int = 8000
+    warm_up: bool = True
+
+
+def check_installed() -> None:
+    """
+    Raises:
+        ImportError: what the server needs is not installed.
+    """
+    if not is_serve_available():
+        raise ImportError(
+            "the server needs fastapi, uvicorn, openai and pydantic; pip install autopar[serve]"
+        )
+
+
+def run_rank(options: ServeOptions) -> None:
+    """Read the model, and serve it until the process is told to end; on every rank.
+
+    Raises:
+        EngineError: the model is none that generates text from text, or another rank has died.
+    """
+    from autopar.integrations.shared_generation import SharedGeneration
+
+    check_installed()
+    place = _bound(options) if int(os.environ.get("RANK", "0")) == 0 else None
+    engine, tokenizer = load(options)
+    shared = SharedGeneration(engine, tokenizer)
+    try:
+        if place is not None:
+            _listen(place, application(shared, options.model, tokenizer), options.model)
+            shared.end()
+        else:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # rank 0 says when to end
+            shared.follow()
+    finally:
+        world.stop()
+
+
+def _bound(options: ServeOptions) -> socket.socket:
+    """A port that is taken is told before the model is read."""
+    place = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((options.host, options.port))
+    except OSError as error:
+        raise OSError(f"port {options.port} of {options.host}: {error}") from error
+    return place
+
+
+def load(options: ServeOptions) -> tuple[Any, Any]:
+    """The engine, with its weights and programs, and the tokenizer.
+
+    Raises:
+        EngineError: the model is none that generates text from text.
+    """
+    folder = options.model
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(folder)
+    config = hf.AutoConfig.from_pretrained(folder)
+    if config.is_encoder_decoder:
+        raise EngineError(
+            f"{options.model} is a {config.model_type}, and the server takes decoders; call "
+            "engine.generate of an encoder with a decoder"
+        )
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    with deferred_init():  # no rank holds the whole model
+        model = hf.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    if (Path(folder) / "generation_config.json").exists():
+        model.generation_config = hf.GenerationConfig.from_pretrained(folder)
+    model.name_or_path = options.model
+    engine, _ = auto_engine(
+        model.eval(), None, options.mesh, weights=folder, memory=options.memory,
+        precision=options.precision,
+    )  # fmt: skip
+    lengths = _FIRST_LENGTHS if options.warm_up else _FIRST_LENGTHS[:1]
+    if options.quantization is not None:
+        _generate(engine, lengths[:1])  # reads the weights
+        quantize(engine, options.quantization)
+    _generate(engine, lengths)
+    return engine, tokenizer
+
+
+def _generate(engine: Any, lengths: Iterable[int]) -> None:
+    for length in lengths:
+        ids = torch.zeros(1, length, dtype=torch.int64, device=next(engine.parameters()).device)
+        config = copy.deepcopy(engine.generation_config)
+        config.max_cache_len, config.do_sample = 64 * length, False
+        config.min_new_tokens = config.max_new_tokens = 2
+        mask = torch.ones_like(ids)
+        engine.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+
+def _listen(place: socket.socket, app: Any, model: str) -> None:
+    """Serve until a signal asks to end."""
+    import uvicorn
+
+    host, port = place.getsockname()[:2]
+
+    class Server(uvicorn.Server):
+        async def startup(self, *args: Any, **kwargs: Any) -> None:
+            await super().startup(*args, **kwargs)
+            ranks = dist.get_world_size()
+            line = f"autopar: serving {model} on {ranks} ranks at http://{host}:{port}"
+            print(line, file=sys.stderr, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn raises it again when it has ended
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
+    Server(config).run([place])
+
+
+def application(shared: Any, model: str, tokenizer: Any) -> Any:
+    """The web application of transformers' server, for one model.
+
+    Args:
+        shared: a `SharedGeneration`.
+        model: how requests name it.
+    """
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState
+
+    class OneModel(ModelManager):
+        """Has the engine, and loads and frees nothing."""
+
+        def __init__(self) -> None:
+            self.loaded_models: dict[str, Any] = {}
+            self.force_model = model
+
+        def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
+            return shared, tokenizer
+
+        async def load_model_streaming(self, *_: Any, **__: Any) -> Any:
+            yield f'data: {{"status": "ready", "model": "{model}", "cached": true}}\n\n'
+
+        def get_gen_models(self) -> list[dict[str, Any]]:
+            return [{"id": model, "object": "model", "owned_by": "", "created": 0}]
+
+        def shutdown(self) -> None:
+            pass
+
+    state, manager = GenerationState(), OneModel()
+    app = build_server(
+        manager,
+        ChatCompletionHandler(manager, state),
+        completion_handler=CompletionHandler(manager, state),
+        response_handler=ResponseHandler(manager, state),
+        transcription_handler=_NotServed(),
+        systemone_handler=_NotServed(),
+        generation_state=state,
+    )
+    app.add_exception_handler(Exception, _told)
+    return app
+
+
+class _NotServed:
+    """Of endpoints that call more of a model than `generate`."""
+
+    async def handle_request(self, *_: Any) -> Any:
+        from fastapi import HTTPException
+
+        raise HTTPException(_NOT_SERVED, "an engine serves text that is generated from text")
+
+
+async def _told(_: Any, error: Exception) -> Any:
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"error": str(error)}, status_code=500)

@@ -1,0 +1,113 @@
+"""`autopar serve` answers as one process generates."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.dist
+
+PROMPTS = ("once upon", "the", "a longer prompt than the others have been")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Llama and a tokenizer whose tokens are letters."""
+    import transformers as hf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    path = str(tmp_path_factory.mktemp("model"))
+    letters = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c.isascii() or c in "ĠĊ"]
+    tokens = Tokenizer(models.BPE({c: k for k, c in enumerate(letters)}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=tokens)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=len(letters), initializer_range=0.2,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """Its address; it has ended well when the tests have."""
+    command = [sys.executable, "-m", "autopar", "serve", folder, "--mesh", "2", "--port", "0"]
+    command.append("--no-warm-up")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if found := re.search(r"serving .* on 2 ranks at (http://\S+)", line):
+            break
+    else:
+        pytest.fail("".join(lines))
+    yield found[1]
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, rest
+
+
+def asked(url, **body):
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return answer.read().decode()
+
+
+def continued(folder, text, count):
+    """What one process generates."""
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    tokens = model.generate(ids, max_new_tokens=count, do_sample=False)
+    return tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_completions_are_those_of_one_process(server, folder):
+    for prompt in PROMPTS:
+        body = {"prompt": prompt, "max_tokens": 20, "temperature": 0}
+        answer = json.loads(asked(f"{server}/v1/completions", **body))
+        assert answer["choices"][0]["text"] == continued(folder, prompt, 20)
+        assert answer["usage"]["completion_tokens"] == 20
+
+
+def test_a_chat_is_streamed(server, folder):
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"messages": messages, "max_tokens": 20, "temperature": 0, "stream": True}
+    lines = asked(f"{server}/v1/chat/completions", **body).splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data")]
+    deltas = [c["choices"][0]["delta"].get("content") or "" for c in chunks]
+    assert len([d for d in deltas if d]) > 1
+    assert "".join(deltas) == continued(folder, "user: hello\n", 20)
+
+
+def test_a_bad_request_is_told_and_the_next_one_served(server, folder):
+    bad = json.dumps({"max_new_tokens": 4, "cache_implementation": "quantized"})
+    with pytest.raises(urllib.error.HTTPError) as failed:
+        asked(f"{server}/v1/completions", prompt="the", generation_config=bad)
+    assert failed.value.code == 500
+    assert "cache_implementation='quantized'" in failed.value.read().decode()
+    # one who leaves before all tokens are there
+    body = {"prompt": "the", "max_tokens": 200, "temperature": 0, "stream": True}
+    request = urllib.request.Request(
+        f"{server}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        answer.readline()
+    after = asked(f"{server}/v1/completions", prompt="the", max_tokens=9, temperature=0)
+    assert json.loads(after)["choices"][0]["text"] == continued(folder, "the", 9)
