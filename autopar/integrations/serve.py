@@ -30,9 +30,9 @@ from autopar.quantization import quantize
 from autopar.runtime.auto_engine import auto_engine
 from autopar.runtime.deferred_init import deferred_init
 
-# Prompts that are generated from before the server starts: the third length finds how programs
-# depend on it, and further ones need no capture.
-_FIRST_LENGTHS = (8, 12, 20)
+# Prompts that are generated from before the server starts, and what their caches hold: the third
+# finds how programs depend on both, and further ones need no capture.
+_FIRST = ((12, 16), (16, 1000), (24, 2000))
 _NOT_SERVED = 501
 _GRACE_S = 5  # for requests that run when the server is told to end
 
@@ -133,19 +133,19 @@ def load(options: ServeOptions) -> tuple[Any, Any]:
         model.eval(), None, options.mesh, weights=folder, memory=options.memory,
         precision=options.precision,
     )  # fmt: skip
-    lengths = _FIRST_LENGTHS if options.warm_up else _FIRST_LENGTHS[:1]
+    first = _FIRST if options.warm_up else _FIRST[:1]
     if options.quantization is not None:
-        _generate(engine, lengths[:1])  # reads the weights
+        _generate(engine, first[:1])  # reads the weights
         quantize(engine, options.quantization)
-    _generate(engine, lengths)
+    _generate(engine, first)
     return engine, tokenizer
 
 
-def _generate(engine: Any, lengths: Iterable[int]) -> None:
-    for length in lengths:
+def _generate(engine: Any, prompts: Iterable[tuple[int, int]]) -> None:
+    for length, held in prompts:
         ids = torch.zeros(1, length, dtype=torch.int64, device=next(engine.parameters()).device)
         config = copy.deepcopy(engine.generation_config)
-        config.max_cache_len, config.do_sample = 64 * length, False
+        config.max_cache_len, config.do_sample = held, False
         config.min_new_tokens = config.max_new_tokens = 2
         mask = torch.ones_like(ids)
         engine.generate(input_ids=ids, attention_mask=mask, generation_config=config)

@@ -170,9 +170,9 @@ def prompts_of_many_lengths(mesh: str) -> dict[str, Any]:
     engine, _ = auto_engine(language_model("llama"), None, eager_to_shard(mesh), progress=False)
     gaps = []
     for length in (5, 9, 6, 8, 12):
-        batch = requests((length, length))
+        batch = requests((length,))
         gaps.append(apart(*(generated(m, batch, 0, do_sample=False) for m in (alone, engine))))
-    first = generated(engine, requests((5, 5)), 0, do_sample=False)
+    first = generated(engine, requests((5,)), 0, do_sample=False)
     longer = {"input_ids": torch.cat([first.sequences, first.sequences[:, :3]], 1)}
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
     again = engine.generate(**longer, past_key_values=first.past_key_values, max_new_tokens=4)
