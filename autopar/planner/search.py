@@ -107,6 +107,7 @@ def search(
     progress: Callable[[str], None] | None = None,
     mask: Allowed | None = None,
     disable: frozenset[str] = frozenset(),
+    us_per_byte: float = 0.0,
 ) -> SearchResult:
     """The fastest plan within the budget at every program point of the step.
 
@@ -115,6 +116,8 @@ def search(
         time_limit: seconds.
         mask: candidates per decision, where not all of them are allowed.
         disable: names of `solver.LAYERS` to switch off, to measure what they earn.
+        us_per_byte: price of the bytes that are held (`SearchSpace.held_bytes`), which the times of
+            the result then have in them.
 
     Raises:
         InfeasibleError: naming the smallest feasible budget.
@@ -122,7 +125,7 @@ def search(
     return _Search(
         space,
         Liveness(space, budget_bytes),
-        masked(space.problem(), mask or {}),
+        masked(space.problem(us_per_byte), mask or {}),
         mask or {},
         time_limit,
         progress or (lambda line: None),

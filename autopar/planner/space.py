@@ -36,6 +36,8 @@ from autopar.solver.reductions import TiedProblem
 
 log = logging.getLogger(__name__)
 
+_HELD = ("parameter", "input")  # decisions on what a rank holds between steps
+
 
 class SearchSpace:
     """All legal plans of a graph on a cluster.
@@ -112,9 +114,18 @@ class SearchSpace:
         forward, backward = float(costs.forward_us[pair]), float(costs.backward_us[pair])
         return waits * (forward > local), waits * (backward > local)
 
-    def problem(self) -> TiedProblem:
+    def held_bytes(self, choices: Sequence[int]) -> float:
+        """Bytes of parameters and inputs (a cache) on the fullest rank, under a full choice."""
+        chosen = zip(self.decisions, choices, strict=True)
+        return sum(float(d.memory_bytes[c]) for d, c in chosen if d.kind in _HELD)
+
+    def problem(self, us_per_byte: float = 0.0) -> TiedProblem:
         """The SPMD problem without rows (`liveness.Liveness` makes them), with copies in repeated
-        blocks in one class. Communication that overlaps with compute is not in its times."""
+        blocks in one class. Communication that overlaps with compute is not in its times.
+
+        Args:
+            us_per_byte: price of `held_bytes`, added to times.
+        """
         ties: dict[Hashable, int] = {}
         keys = [d.repeats or ("decision", i) for i, d in enumerate(self.decisions)]
         edge_costs = [self.edge_costs(e) for e in self.edges]
@@ -122,7 +133,10 @@ class SearchSpace:
         edges = zip(self.edges, edge_costs, hidden, strict=True)
         return TiedProblem(
             Problem(
-                tuple(d.time_us for d in self.decisions),
+                tuple(
+                    d.time_us + us_per_byte * d.memory_bytes if d.kind in _HELD else d.time_us
+                    for d in self.decisions
+                ),
                 tuple(
                     PairCost(e.source, e.target, costs.hidden_us if hide else costs.time_us)
                     for e, costs, hide in edges

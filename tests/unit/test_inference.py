@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autopar import auto_engine, quantize
+from autopar import ClusterInfo, auto_engine, autoplan, quantize
 from autopar.operators.quantized_linear import (
     GROUP,
     float8_linear,
@@ -41,6 +41,21 @@ def test_a_call_without_gradients_is_planned_as_a_forward():
     with torch.no_grad():
         torch.testing.assert_close(engine(x), model(x), rtol=1e-12, atol=1e-12)
     assert [step.compiled.lowered.backward is None for step in engine.steps] == [True, False]
+
+
+def test_a_forward_holds_less_where_that_costs_little():
+    """Of one row, copies of the weights are a little faster than a sum over ranks."""
+    model = nn.Sequential(nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 256))
+    x = (torch.zeros(1, 1024),)
+    plans = {
+        memory: autoplan(model, x, cluster=ClusterInfo.of("2", "cpu"), forward=True, memory=memory)
+        for memory in (None, 1.0)
+    }
+    weighed, fastest = (plans[memory].plan for memory in (None, 1.0))
+    less = 1 - weighed.memory.parameters_bytes / fastest.memory.parameters_bytes
+    longer = weighed.time.step_us / fastest.time.step_us - 1
+    assert 0 < longer < less
+    assert weighed.solver.gap < 1e-3
 
 
 @pytest.mark.parametrize(("evaluates", "backwards"), [(True, [False]), (False, [True])])
