@@ -35,7 +35,7 @@ def test_tokens_of_a_mesh(pool, family):
         assert answer["programs"] == 6
 
 
-@pytest.mark.sample(0.5)
+@pytest.mark.sample(0.34)
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
 def test_tokens_of_models_with_an_encoder(pair, family):
     for answer in pair.run(tasks.same_tokens_with_encoder, "2", family):
@@ -52,7 +52,7 @@ def test_prompts_of_many_lengths_share_programs(pair):
         assert answer["programs"] <= 5
 
 
-@pytest.mark.sample(0.5)
+@pytest.mark.sample(0.25)
 @pytest.mark.parametrize(
     ("scheme", "sharded"),
     [("int8", True), ("int8-dynamic", False), ("float8", True), ("int4", False)],
