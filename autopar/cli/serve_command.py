@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,7 @@ import typer
 from autopar.cli.common import short_errors
 
 _HOST = "127.0.0.1"  # of the ranks' store
+_NEEDS = ("transformers", "fastapi", "uvicorn", "openai", "pydantic")
 
 
 def serve(
@@ -48,10 +50,12 @@ def serve(
     /v1/completions and /v1/responses, with streaming. SIGINT and SIGTERM end it.
     """
     with short_errors(ValueError, OSError, ImportError):
+        if missing := [name for name in _NEEDS if find_spec(name) is None]:
+            needed = ", ".join(missing)
+            raise ImportError(f"the server needs {needed}: pip install autopar[serve]")
         from autopar.cluster.local import as_cluster
-        from autopar.integrations.serve import ServeOptions, check_installed, run_rank
+        from autopar.integrations.serve import ServeOptions, run_rank
 
-        check_installed()
         options = ServeOptions(model, mesh, memory, precision, quantize, host, port, warm_up)
         ranks = as_cluster(mesh).world_size
         if "WORLD_SIZE" in os.environ or ranks == 1:

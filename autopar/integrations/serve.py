@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers as hf
-from transformers.utils.import_utils import is_serve_available
 
 from autopar.comm import world
 from autopar.errors import EngineError
@@ -60,17 +59,6 @@ class ServeOptions:
     warm_up: bool = True
 
 
-def check_installed() -> None:
-    """
-    Raises:
-        ImportError: what the server needs is not installed.
-    """
-    if not is_serve_available():
-        raise ImportError(
-            "the server needs fastapi, uvicorn, openai and pydantic; pip install autopar[serve]"
-        )
-
-
 def run_rank(options: ServeOptions) -> None:
     """Read the model, and serve it until the process is told to end; on every rank.
 
@@ -79,7 +67,6 @@ def run_rank(options: ServeOptions) -> None:
     """
     from autopar.integrations.shared_generation import SharedGeneration
 
-    check_installed()
     place = _bound(options) if int(os.environ.get("RANK", "0")) == 0 else None
     engine, tokenizer = load(options)
     shared = SharedGeneration(engine, tokenizer)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from typer.testing import CliRunner
 
 from autopar import ClusterInfo, auto_engine, autoplan, quantize
 from autopar.operators.quantized_linear import (
@@ -68,11 +69,12 @@ def test_examples_are_planned_for_the_mode_of_the_model(evaluates, backwards):
 
 
 def test_a_server_says_what_to_install(monkeypatch):
-    from autopar.integrations import serve
+    from autopar.cli import app, serve_command
 
-    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
-    with pytest.raises(ImportError, match=r"fastapi, uvicorn, .*; pip install autopar\[serve\]"):
-        serve.check_installed()
+    monkeypatch.setattr(serve_command, "find_spec", lambda name: None if name == "openai" else True)
+    result = CliRunner().invoke(app.app, ["serve", "folder"])
+    assert result.exit_code == 2
+    assert "the server needs openai: pip install autopar[serve]" in result.output
 
 
 def test_a_model_without_generate_says_so():
