@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--memory", help="per device, such as 16GiB")
-    parser.add_argument("--int8", action="store_true", help="round weights to 8 bits")
+    parser.add_argument("--quantize", help="round weights: int8, float8 or int4")
     parser.add_argument("--sample", action="store_true", help="instead of the likeliest tokens")
     options = parser.parse_args()
     prompts = options.prompt or ["Once upon a time", "The"]
@@ -62,13 +62,15 @@ def main() -> None:
     config = hf.AutoConfig.from_pretrained(folder[0])
     with deferred_init():  # no rank holds the whole model
         model = hf.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    if os.path.exists(os.path.join(folder[0], "generation_config.json")):
+        model.generation_config = hf.GenerationConfig.from_pretrained(folder[0])
     engine, _ = auto_engine(
         model.eval(), None, options.mesh, weights=folder[0], memory=options.memory
     )
     how = {"do_sample": options.sample, "max_new_tokens": options.tokens}
     engine.generate(**batch, **how)  # plans, reads weights, compiles
-    if options.int8:
-        quantize(engine, "int8")
+    if options.quantize:
+        quantize(engine, options.quantize)
         engine.generate(**batch, **how)
     begin = time.perf_counter()
     tokens = engine.generate(**batch, **how)
