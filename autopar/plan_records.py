@@ -223,6 +223,19 @@ class ModuleMemory:
 
 
 @dataclass(frozen=True)
+class HostStep:
+    """The optimizer's step on the host, where the states are.
+
+    Args:
+        us: predicted time of all of it.
+        exposed_us: of what comes after the backward; the rest runs beside it.
+    """
+
+    us: float
+    exposed_us: float
+
+
+@dataclass(frozen=True)
 class StepSummary:
     """A scheduled step. Bytes are per device.
 
@@ -241,6 +254,7 @@ class StepSummary:
         live: over time: (us, bytes kept, bytes recomputed, other bytes, bytes of parameters on
             the host).
         modules: per block, in the order of the forward.
+        host_step: the optimizer's step, if it runs on the host.
     """
 
     us: float
@@ -255,6 +269,7 @@ class StepSummary:
     parameters_on_host: tuple[str, ...]
     live: tuple[tuple[float, int, int, int, int], ...]
     modules: tuple[ModuleMemory, ...]
+    host_step: HostStep | None = None
 
 
 @dataclass(frozen=True)

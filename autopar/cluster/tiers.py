@@ -165,14 +165,29 @@ class StateBytes:
         """Two versions of what a step changes: the last one that is complete, and the next."""
         return 2 * (self.parameters + self.optimizer)
 
+    @property
+    def second_bytes(self) -> float:
+        """Of a second version of what a step changes, on the host."""
+        return self.gradients + self.optimizer
+
     def step_us(self, tiers: Sequence[Tier], name: str) -> float:
         """Predicted time of the optimizer's step where the states are: each is read and written
         once; reads and writes of a drive run beside that, and beside each other."""
+        return self._passing_us(tiers, name, 2 * self._changed + self.gradients)
+
+    def second_step_us(self, tiers: Sequence[Tier], name: str) -> float:
+        """The same into a second version, to which states are copied first."""
+        return self._passing_us(tiers, name, 4 * self._changed + self.gradients)
+
+    @property
+    def _changed(self) -> float:
+        return self.parameters + self.optimizer
+
+    def _passing_us(self, tiers: Sequence[Tier], name: str, passes_bytes: float) -> float:
         host, drive = tier_named(tiers, HOST), tier_named(tiers, NVME)
-        passes = 2 * (self.parameters + self.optimizer) + self.gradients
-        us = 1e6 * passes / (host.passes_per_s if host is not None else _MEMORY_BANDWIDTH)
+        us = 1e6 * passes_bytes / (host.passes_per_s if host is not None else _MEMORY_BANDWIDTH)
         if name == NVME and drive is not None:
-            us = max(us, 1e6 * (self.parameters + self.optimizer) / drive.bandwidth)
+            us = max(us, 1e6 * self._changed / drive.bandwidth)
         return us
 
     def place(self, tiers: Sequence[Tier]) -> str | None:

@@ -8,7 +8,9 @@ the streams is the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,6 +115,40 @@ def settle(values: Iterable[object]) -> None:
             torch.cuda.current_stream().synchronize()
 
 
+# Who wants to know which gradients are on the host, amid a backward. It takes the position of the
+# argument that a gradient is of, the gradient, and what waits until it is written; None if it is.
+Listener = Callable[[int, torch.Tensor, Callable[[], None] | None], None]
+_LISTENING = threading.local()
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell a listener of the gradients that this thread's programs store."""
+    before = getattr(_LISTENING, "listener", None)
+    _LISTENING.listener = listener
+    try:
+        yield
+    finally:
+        _LISTENING.listener = before
+
+
+def _announce(host: torch.Tensor, argument: int) -> None:
+    """A gradient is stored, as soon as the device is here."""
+    listener: Listener | None = getattr(_LISTENING, "listener", None)
+    if listener is not None:
+        on_gpu = torch.cuda.is_initialized()
+        event = torch.cuda.current_stream().record_event() if on_gpu else None
+        listener(argument, host, None if event is None else event.synchronize)
+
+
+# Declared as a mutation, so that it stays in its place. Not by `custom_op`, which would make a new
+# version of the gradient.
+_LIBRARY = torch.library.Library("autopar", "FRAGMENT")
+_LIBRARY.define("announce(Tensor(a!) host, int argument) -> ()")
+_LIBRARY.impl("announce", _announce, "CompositeExplicitAutograd")
+torch.library.register_fake("autopar::announce", lambda *_: None, lib=_LIBRARY)
+
+
 class _Fetched(torch.autograd.Function):
     """A parameter on the device; its gradient is stored on the host."""
 
@@ -135,3 +171,5 @@ ON_HOST = frozenset((torch.ops.autopar.offload.default, torch.ops.autopar.store.
 
 # Operators that copy over the link to the host, in one piece.
 FETCH, STORE = torch.ops.autopar.fetch.default, torch.ops.autopar.store.default
+
+ANNOUNCE = torch.ops.autopar.announce.default

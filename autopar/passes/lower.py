@@ -152,5 +152,6 @@ def lower(
         backward, weights = split_backward(backward, first)
         weights = run_stage("split", weights, options, label="weights")
     if backward is not None:
+        backward = run_stage("backward", backward, options)
         backward = run_stage("split", backward, options, label="backward")
     return LoweredStep(forward, backward, joint.results, options.compile, weights)

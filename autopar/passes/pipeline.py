@@ -24,6 +24,7 @@ from autopar.kernels.batch_norm import use_library
 from autopar.kernels.linear import add_bias_within
 from autopar.kernels.substitute import substitute_kernels
 from autopar.passes.add_at_index import add_at_index
+from autopar.passes.announce_gradients import announce_gradients
 from autopar.passes.async_sums import early_sums, returned_sums
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.compile_mode import CompileMode
@@ -127,7 +128,7 @@ class Entry:
 
     Args:
         stage: of the graph it runs on: "program", "shaped" (the same with fake tensors), "joint",
-            or "split" (forward and backward).
+            "backward", or "split" (forward and backward).
         run: the pass.
         reason: why it is there.
         when: whether it runs.
@@ -182,6 +183,9 @@ PIPELINE = (
           "few large messages beat many small ones; the forward's gathers stay apart, for the "
           "schedule to repeat",
           when=lambda o: o.scheduled, arguments=lambda o, joint: {"apart": forward_nodes(joint)}),
+    Entry("backward", announce_gradients,
+          "the optimizer's step on the host may begin beside the rest of the backward",
+          when=lambda o: bool(o.states_on) and o.cluster.device.runs_beside),
     Entry("split", drop_views,
           "the program of a token waits for the dispatcher", when=_is_of_a_token),
     Entry("split", share_equal_operators,

@@ -105,8 +105,9 @@ def split_step(
 
 
 def recomputes_little(memory: MemoryPlan) -> bool:
-    """Whether fitting costs too little to look for slices."""
-    return memory.added_us <= _MOST_RECOMPUTED * memory.timeline.us
+    """Whether fitting costs too little to look for slices, which make no optimizer's step shorter."""
+    step_us = 0.0 if memory.host_step is None else memory.host_step.exposed_us
+    return memory.added_us - step_us <= _MOST_RECOMPUTED * memory.timeline.us
 
 
 def _split_to(

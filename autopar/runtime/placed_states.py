@@ -49,9 +49,12 @@ def looked_at(cluster: ClusterInfo, rank: int, ranks: Ranks, *, resume: bool) ->
 
 def place_states(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, states_on: str,
-    cluster: ClusterInfo, rank: int, ranks: Ranks, *, resume: bool,
+    cluster: ClusterInfo, rank: int, ranks: Ranks, *, resume: bool, room_bytes: float = 0.0,
 ) -> None:  # fmt: skip
     """Let an optimizer step where the states are.
+
+    Args:
+        room_bytes: of the host, for second versions of chunks that are stepped beside the backward.
 
     Raises:
         EngineError: on all ranks: there is nothing to resume, or it is of other parameters.
@@ -72,7 +75,7 @@ def place_states(
         _move_to_host(model)
         names = {p: name for name, p in model.named_parameters()}
         stepped = StepOnShards.of(optimizer)
-        ranks.together(lambda: stepped.run_on_host(names, files, version))
+        ranks.together(lambda: stepped.run_on_host(names, files, version, room_bytes))
 
 
 @torch.no_grad()

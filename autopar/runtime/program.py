@@ -8,7 +8,7 @@ which knows no `boxed_grads_call`, and 2.13.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from autopar.comm import host_copies
 from autopar.comm.ranks import Ranks
 from autopar.comm.world import explained_failures
 from autopar.errors import EngineError
+from autopar.passes.announce_gradients import announced
 from autopar.passes.lower import LoweredStep
 from autopar.progress import SILENT, Progress
 from autopar.runtime.compiled_graphs import compiled_graphs
@@ -34,6 +35,9 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
 
+Beside = Callable[[Sequence[Any], Collection[int]], AbstractContextManager[None]]
+
+
 @dataclass(frozen=True)
 class Program:
     """Call it with flat tensors; parameters may be DTensors, and then so are their gradients.
@@ -44,6 +48,9 @@ class Program:
         backward: takes what is saved and the gradients of results, gives those of the arguments.
         weights: the rest of a backward that is split; takes what it returns behind its gradients.
         gradients: which results have a part in which gradients; None if each has a part in all.
+        beside: what an optimizer does beside the backward; takes the arguments, and positions of
+            those whose gradients are announced.
+        announced: these positions.
     """
 
     step: LoweredStep
@@ -51,6 +58,8 @@ class Program:
     backward: Boxed | None
     gradients: ResultGradients | None = None
     weights: Boxed | None = None
+    beside: Beside | None = None
+    announced: frozenset[int] = frozenset()
 
     def __call__(self, *flat: torch.Tensor) -> tuple[Any, ...]:
         if self.backward is None:
@@ -80,12 +89,14 @@ def bind(
     step: LoweredStep,
     gradients: ResultGradients | None = None,
     *,
+    beside: Beside | None = None,
     ranks: Ranks | None = None,
     progress: Progress = SILENT,
 ) -> Program:
     """Make a lowered step callable.
 
     Args:
+        beside: as of `Program`.
         ranks: that bind the same step now, and agree on how it is compiled; each by itself if None.
 
     Raises:
@@ -97,7 +108,11 @@ def bind(
         run = compiled_graphs(graphs, step.compile, boxed, ranks, progress)
     else:
         run = {name: boxed(gm) for name, gm in graphs.items()}
-    return Program(step, run["forward"], run.get("backward"), gradients, run.get("weights"))
+    announcing = frozenset() if step.backward is None else announced(step.backward)
+    return Program(
+        step, run["forward"], run.get("backward"), gradients, run.get("weights"),
+        beside if announcing else None, announcing,
+    )  # fmt: skip
 
 
 def boxed(gm: fx.GraphModule) -> Boxed:
@@ -164,11 +179,16 @@ class _Run(torch.autograd.Function):
         grads.clear()
         assert program.backward is not None
         differentiated = torch.is_grad_enabled()  # create_graph=True
+        used = None if program.gradients is None else program.gradients.used(present)
+        beside = _NOTHING
+        if program.beside is not None and not differentiated:
+            told = program.announced if used is None else program.announced & used
+            beside = program.beside(ctx.parameters, told)
         with torch.no_grad() if differentiated else _NOTHING:
-            local = program.run(program.backward, arguments)
-            host_copies.settle(local)
-            if program.gradients is not None:
-                used = program.gradients.used(present)
+            with beside:
+                local = program.run(program.backward, arguments)
+                host_copies.settle(local)
+            if used is not None:
                 local = [g if k in used else None for k, g in enumerate(local)]
             parameter_grads = gradients(ctx.parameters, local, taken=callers)
             del local

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,12 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from autopar.comm.offloaded_parameters import EvictedShard
 from autopar.errors import EngineError
 from autopar.runtime.chunk_files import ChunkFiles, Version
+from autopar.runtime.chunks import StoredShard, partition
 
-# Of the parameters in a chunk: large enough to move at a drive's bandwidth.
-CHUNK_BYTES = 32 * 2**20
 _WRITTEN = 2  # chunks that may be in memory while they are written
 
 
@@ -204,7 +202,7 @@ class StatesOnDrive:
             EngineError: the version is of other parameters.
         """
         self._names = dict(names)
-        self._chunks = [_Chunk(k, part, []) for k, part in enumerate(_partition(list(names)))]
+        self._chunks = [_Chunk(k, part, []) for k, part in enumerate(partition(list(names)))]
         own = [[name, list(shard.shape), str(shard.dtype)] for shard, name in names.items()]
         rows = [[row[0], row[2], row[4]] for rows in version.chunks for row in rows if not row[1]]
         if own != rows or len(self._chunks) != len(version.chunks):
@@ -246,7 +244,7 @@ class StatesOnDrive:
         known = [shard for chunk in self._chunks for shard in chunk.shards]
         if list(map(id, shards)) != list(map(id, known)):
             self.load_all()
-            self._chunks = [_Chunk(k, part, []) for k, part in enumerate(_partition(shards))]
+            self._chunks = [_Chunk(k, part, []) for k, part in enumerate(partition(shards))]
             self._version = None
         if self._version is not None and not self._changed():
             return
@@ -397,17 +395,6 @@ class StatesOnDrive:
             future.result()
 
 
-class StoredShard(EvictedShard):
-    """Takes the place of a shard of the state that is on a drive. Any operator on it loads it."""
-
-    load: Any
-
-    def prefetch(self) -> None:
-        if not self._loading:
-            self._loading = True
-            self.load()
-
-
 def _is_away(t: torch.Tensor) -> bool:
     return bool(t.nbytes) and not t.untyped_storage().nbytes()
 
@@ -417,20 +404,6 @@ def _free(tensors: Iterable[torch.Tensor]) -> None:
         storage = t.untyped_storage()
         if storage.resizable() and storage.nbytes() == t.nbytes:
             storage.resize_(0)
-
-
-def _partition(shards: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Parts of at most `CHUNK_BYTES`, or of one shard."""
-    part: list[torch.Tensor] = []
-    size = 0
-    for shard in shards:
-        if part and size + shard.nbytes > CHUNK_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(shard)
-        size += shard.nbytes
-    if part:
-        yield part
 
 
 def _number(value: Any) -> Any:

@@ -252,7 +252,8 @@ class StepCompiler:
             trainable=trainable, output_specs=fixed.outputs, whole_sizes=fixed.whole_sizes,
         )  # fmt: skip
         compiled, program = self._bound(compiling, gradients)
-        self._keep_states(compiled.plan.states_on)
+        memory = compiled.memory
+        self._keep_states(compiled.plan.states_on, 0.0 if memory is None else memory.room_bytes)
         evaluate = _eager(compiled.local)
         train = program or evaluate
         if forward or (compiled.memory is not None and not trainable):
@@ -275,7 +276,12 @@ class StepCompiler:
         compiled = compiling(step)
         if compiled.lowered is None:
             return compiled, None
-        bound = partial(bind, gradients=gradients, ranks=self.place.ranks, progress=step.progress)
+        beside = None
+        if compiled.plan.states_on and self.optimizer is not None:
+            beside = StepOnShards.of(self.optimizer).beside
+        bound = partial(
+            bind, gradients=gradients, beside=beside, ranks=self.place.ranks, progress=step.progress
+        )
         try:
             return compiled, bound(compiled.lowered)
         except NotBuiltError as error:
@@ -331,15 +337,19 @@ class StepCompiler:
             step.result_gradients.feeding, whole, split=True,
         )  # fmt: skip
 
-    def _keep_states(self, states_on: str) -> None:
-        """Let later steps find the states where the first one has them."""
+    def _keep_states(self, states_on: str, room_bytes: float = 0.0) -> None:
+        """Let later steps find the states where the first one has them.
+
+        Args:
+            room_bytes: of the host, for second versions of chunks.
+        """
         first = self.options.step.states_on is None
         step = replace(self.options.step, states_on=states_on)
         self.options = self._planner.options = replace(self.options, step=step)
         if first and self.optimizer is not None:
             place_states(
                 self.model, self.optimizer, states_on, step.cluster, dist.get_rank(),
-                self.place.ranks, resume=self.options.resume,
+                self.place.ranks, resume=self.options.resume, room_bytes=room_bytes,
             )  # fmt: skip
 
     def _pipeline_of(self, plan: PipelinePlan) -> Pipeline:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,18 +18,16 @@ from torch.distributed.tensor import DTensor
 from autopar.errors import EngineError
 from autopar.optim.elementwise import ELEMENTWISE
 from autopar.runtime.chunk_files import ChunkFiles, Version
+from autopar.runtime.chunks import fused_groups, local_of
 from autopar.runtime.distribute import laid_out_like, sharded_state
 from autopar.runtime.sharded_values import ShardedState
-from autopar.runtime.states_on_drive import StatesOnDrive, StoredShard
+from autopar.runtime.speculative_step import SpeculativeStep
+from autopar.runtime.states_on_drive import StatesOnDrive
 
 # What a second engine of the same optimizer finds done.
 _ATTACHED: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepOnShards] = (
     weakref.WeakKeyDictionary()
 )
-
-
-# Whose fused kernels run on CPUs: one pass over the memory instead of ten.
-_FUSED_ON_HOST = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
 
 
 class StepOnShards:
@@ -55,12 +54,15 @@ class StepOnShards:
         self._on_host = False
         self._drive: StatesOnDrive | None = None
         self._names: Mapping[torch.Tensor, str] = {}
+        self._speculative: SpeculativeStep | None = None
         self._fused: list[dict[str, Any]] = []  # groups that are while a step runs
-        self._dtensors: list[list[torch.Tensor]] | None = None  # of each group, while a step runs
+        # of each group, while a step runs
+        self._dtensors: list[list[torch.Tensor]] | None = None
+        self._shards: list[list[torch.Tensor]] = []
         self._state: defaultdict[torch.Tensor, Any] = defaultdict(
             dict
         )  # of the DTensors, meanwhile
-        optimizer.register_step_pre_hook(self._before_step)
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(lambda *_: self._back(done=True))
         # after a step that failed
         optimizer.register_state_dict_pre_hook(lambda _: self._load())
@@ -73,31 +75,44 @@ class StepOnShards:
         return optimizer
 
     def run_on_host(
-        self, names: Mapping[torch.Tensor, str], files: ChunkFiles | None, resume: Version | None
-    ) -> None:
+        self, names: Mapping[torch.Tensor, str], files: ChunkFiles | None, resume: Version | None,
+        room_bytes: float = 0.0,
+    ) -> None:  # fmt: skip
         """Step on the host, where shards are.
 
         Args:
             names: of parameters.
             files: for the optimizer's state, if it is on a drive.
             resume: the version of them to go on from.
+            room_bytes: of the host, for second versions of chunks that are stepped beside the
+                backward.
 
         Raises:
             EngineError: that is of other parameters.
         """
         self._on_host, self._names = True, names
         if files is None:
+            if room_bytes:
+                self._speculative = SpeculativeStep(self._optimizer, self._hook.id, room_bytes)
             return
         self._drive = StatesOnDrive(self._optimizer, files)
         if resume is None:
             return
         groups = self._optimizer.param_groups
-        parameters = {_local(p): p for group in groups for p in group["params"]}
+        parameters = {local_of(p): p for group in groups for p in group["params"]}
         state = self._drive.resume({s: names[p] for s, p in parameters.items()}, resume)
         for shard, entries in state.items():
             p = parameters[shard]
             self._optimizer.state[p] = {k: _as_before(k, v, None, p) for k, v in entries.items()}
         self._drive.stand_in({shard: self._optimizer.state[parameters[shard]] for shard in state})
+
+    def beside(
+        self, parameters: Sequence[torch.Tensor | None], announced: Collection[int]
+    ) -> AbstractContextManager[None]:
+        """A backward runs: chunks may be stepped beside it. See `SpeculativeStep.beside`."""
+        if self._speculative is None:
+            return nullcontext()
+        return self._speculative.beside(parameters, announced)
 
     def _load(self) -> None:
         self._back()
@@ -119,35 +134,43 @@ class StepOnShards:
         self._state, optimizer.state = optimizer.state, defaultdict(dict)
         for group, params in zip(groups, self._dtensors, strict=True):
             group["params"] = [self._shard(p) for p in params]
+        self._shards = [group["params"] for group in groups]
         if self._on_host:
             self._begin_on_host(optimizer)
 
     def _begin_on_host(self, optimizer: Any) -> None:
-        if type(optimizer) in _FUSED_ON_HOST:
-            self._fused = [g for g in optimizer.param_groups if _may_fuse(g, optimizer.state)]
-            for group in self._fused:
-                group["fused"] = True
+        assert self._dtensors is not None
+        groups, fused = optimizer.param_groups, fused_groups(optimizer, optimizer.state)
+        if self._speculative is not None:
+            stepped = set()
+            for part in self._speculative.accepted(self._dtensors, self._state):
+                part.accept(optimizer.state[part.shard])
+                stepped.add(id(part.shard))
+            for group, shards in zip(groups, self._shards, strict=True):
+                group["params"] = [shard for shard in shards if id(shard) not in stepped]
+        self._fused = [groups[k] for k in fused]
+        for group in self._fused:
+            group["fused"] = True
         if self._drive is not None:
-            assert self._dtensors is not None
             parameters = (p for params in self._dtensors for p in params)
             try:
-                self._drive.begin({_local(p): self._names.get(p, "") for p in parameters})
+                self._drive.begin({local_of(p): self._names.get(p, "") for p in parameters})
             except BaseException:
                 self._back()
                 raise
 
     def _shard(self, p: torch.Tensor) -> torch.Tensor:
         """A parameter's own shard, with its gradient's and its state's."""
-        shard = _local(p)
+        shard = local_of(p)
         if shard is not p:
             grad = p.grad
             if grad is not None and not isinstance(grad, DTensor):  # the caller's, whole
                 grad = laid_out_like(grad, p)
-            shard.grad = None if grad is None else _local(grad)
+            shard.grad = None if grad is None else local_of(grad)
         held = self._state.get(p)
         if held is not None:
             held.update({k: sharded_state(v, p) for k, v in held.items()})
-            self._optimizer.state[shard] = {k: _local(v) for k, v in held.items()}
+            self._optimizer.state[shard] = {k: local_of(v) for k, v in held.items()}
         return shard
 
     @torch.no_grad()
@@ -171,8 +194,10 @@ class StepOnShards:
         assert self._dtensors is not None
         parameters = {}
         stepped, self._optimizer.state = self._optimizer.state, self._state
-        for group, params in zip(self._optimizer.param_groups, self._dtensors, strict=True):
-            for p, shard in zip(params, group["params"], strict=True):
+        for group, params, shards in zip(
+            self._optimizer.param_groups, self._dtensors, self._shards, strict=True
+        ):
+            for p, shard in zip(params, shards, strict=True):
                 now = stepped.get(shard)
                 if now is not None:
                     self._keep(p, now)
@@ -180,7 +205,7 @@ class StepOnShards:
                     shard.grad = None
                 parameters[shard] = p
             group["params"] = params
-        self._dtensors, self._state = None, defaultdict(dict)
+        self._dtensors, self._shards, self._state = None, [], defaultdict(dict)
         if self._drive is not None:
             state = self._optimizer.state
             self._drive.stand_in({s: state[p] for s, p in parameters.items() if p in state})
@@ -188,7 +213,7 @@ class StepOnShards:
     def _keep(self, p: torch.Tensor, now: dict[str, Any]) -> None:
         """A shard's state after the step as its parameter's; it is mostly written in place."""
         held = self._state.get(p, {})
-        if len(held) != len(now) or any(_local(held.get(k)) is not v for k, v in now.items()):
+        if len(held) != len(now) or any(local_of(held.get(k)) is not v for k, v in now.items()):
             self._state[p] = {k: _as_before(k, v, held.get(k), p) for k, v in now.items()}
 
 
@@ -198,34 +223,13 @@ def stored_steps(optimizer: torch.optim.Optimizer) -> int:
     return 0 if stepped is None or stepped._drive is None else stepped._drive.steps
 
 
-def _local(x: Any) -> Any:
-    """As `DTensor.to_local` finds it, which asks autograd first; also if it is on a drive."""
-    if type(x) is not DTensor and not isinstance(x, DTensor):
-        return x
-    local = x._local_tensor
-    return local.shard if isinstance(local, StoredShard) else local
-
-
-def _may_fuse(group: dict[str, Any], state: Mapping[torch.Tensor, Any]) -> bool:
-    """Whether a group leaves the implementation open, and a fused one takes its tensors."""
-    steps = (state[p].get("step") for p in group["params"] if p in state)
-    return (
-        group.get("fused") is None
-        and not group.get("foreach")
-        and not group.get("capturable")
-        and not isinstance(group.get("lr"), torch.Tensor)
-        and all(p.is_floating_point() for p in group["params"])
-        and all(not isinstance(s, torch.Tensor) or s.dtype == torch.float32 for s in steps)
-    )
-
-
 def _as_before(key: str, value: Any, held: Any, p: torch.Tensor) -> Any:
     """An entry of the state, as a DTensor where it is laid out like its parameter."""
     if isinstance(held, DTensor) and held._local_tensor is value:
         return held
     if held is value or not isinstance(p, DTensor) or not isinstance(value, torch.Tensor):
         return value
-    if value.shape != p.to_local().shape or key == "step":
+    if value.shape != p._local_tensor.shape or key == "step":
         return value
     return ShardedState.of_dtensor(
         DTensor.from_local(

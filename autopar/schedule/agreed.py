@@ -50,4 +50,4 @@ def agreed_schedule(
     if differing:
         schedule = eager_schedule(program)
     memory = describe(program, schedule)
-    return replace(memory, state_on_host=state_on_host, states_on=budget.states_on)
+    return budget.with_host_step(replace(memory, state_on_host=state_on_host), program)

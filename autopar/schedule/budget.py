@@ -13,9 +13,10 @@ import torch
 from autopar.cluster.link import Link
 from autopar.cluster.tiers import StateBytes, Tier
 from autopar.errors import InfeasibleError
-from autopar.plan_records import StepSummary
+from autopar.plan_records import HostStep, StepSummary
 from autopar.schedule.build import schedule_of
 from autopar.schedule.chunk_states import Changes, chunk_states
+from autopar.schedule.host_step import host_step, room_bytes
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import ScheduleFront, has_many_operators, undominated
 from autopar.schedule.prefetch import GATHERS, exposed_share, prefetched
@@ -45,6 +46,8 @@ class MemoryPlan:
         parameters_on_host: names of parameters that are on the host for a part of the step.
         states_on: the tier that all states are on between steps; the device if empty.
         chunks: the states of each module's parameters over the step, if they are on a tier.
+        host_step: the optimizer's step, if it runs on the host.
+        room_bytes: of the host, for what of that step runs beside the backward.
         front: peaks, and what schedules of them add, that the search has seen; from the largest
             peak down.
     """
@@ -58,6 +61,8 @@ class MemoryPlan:
     parameters_on_host: tuple[str, ...] = ()
     states_on: str = ""
     chunks: Mapping[str, Changes] = field(default_factory=dict)
+    host_step: HostStep | None = None
+    room_bytes: float = 0.0
     front: tuple[tuple[int, float], ...] = ()
 
     def added_us_with(self, more_bytes: float) -> float:
@@ -97,6 +102,7 @@ class MemoryPlan:
                 for e in events
             ),
             modules=self.timeline.by_module(),
+            host_step=self.host_step,
         )  # fmt: skip
 
 
@@ -263,12 +269,21 @@ class StepBudget:
                 budget_bytes=self.memory_bytes,
                 smallest_bytes=smallest,
             ) from error
-        added = plan.added_us + self._round_trip_us
-        if self.states_on:
-            added += self.states.step_us(self.tiers, self.states_on)
-        return replace(
-            plan, state_on_host=self.state_on_host, states_on=self.states_on, added_us=added
+        plan = replace(
+            plan, state_on_host=self.state_on_host, added_us=plan.added_us + self._round_trip_us
         )
+        return self.with_host_step(plan, program)
+
+    def with_host_step(self, plan: MemoryPlan, program: Program) -> MemoryPlan:
+        """A schedule with the optimizer's step, if that is where the states are."""
+        if not self.states_on:
+            return plan
+        where = self.states, self.tiers, self.states_on
+        step = host_step(program, plan.schedule, *where)
+        return replace(
+            plan, states_on=self.states_on, added_us=plan.added_us + step.exposed_us,
+            host_step=step, room_bytes=room_bytes(program, plan.schedule, *where),
+        )  # fmt: skip
 
 
 def frozen_bytes(parameters: Sequence[torch.Tensor]) -> float:

@@ -10,7 +10,7 @@ from torch import nn
 
 from autopar import auto_engine
 from autopar.cluster.tiers import NVME, Tier
-from autopar.runtime import states_on_drive
+from autopar.runtime import chunks
 from autopar.testing.live_memory import LiveMemory
 from tests.clusters import eager_to_shard
 from tests.models import Classifier, words
@@ -24,7 +24,7 @@ def trained(mesh: str, overlaps: bool, directory: str | None, steps: int = 4) ->
         overlaps: copies and collectives run beside compute; else shards are uneven.
         directory: of a drive; None for the host.
     """
-    states_on_drive.CHUNK_BYTES = 20_000
+    chunks.CHUNK_BYTES = 20_000
     host = Tier("host", 1e15, 1e-9, capacity=None if directory is None else 4.2e5)
     drive = [] if directory is None else [Tier(NVME, 1e9, directory=directory)]
     cluster = replace(eager_to_shard(mesh, overlaps=overlaps), tiers=(host, *drive))

@@ -21,7 +21,7 @@ from autopar.compile import plan_step
 from autopar.errors import EngineError, InfeasibleError, MeshError
 from autopar.optim.elementwise import ELEMENTWISE
 from autopar.report.headline import headline
-from autopar.runtime import states_on_drive
+from autopar.runtime import chunks
 from autopar.runtime.chunk_files import ChunkFiles
 
 ROWS = """
@@ -147,7 +147,7 @@ def difference(model: nn.Module, alone: nn.Module) -> float:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(states_on_drive, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 3000)
 
 
 def test_a_report_tells_moves_of_states_from_recomputation():
@@ -227,10 +227,10 @@ def test_a_full_drive_loses_nothing(tmp_path, small_chunks, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from autopar.runtime import states_on_drive
+from autopar.runtime import chunks
 from autopar.runtime.chunk_files import ChunkFiles
 from tests.unit.test_tiers import engine, train
-states_on_drive.CHUNK_BYTES = 3000
+chunks.CHUNK_BYTES = 3000
 model, optimizer = engine(sys.argv[1])
 train(model, optimizer, range(2))
 write = os.pwritev

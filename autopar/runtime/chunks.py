@@ -1,0 +1,68 @@
+"""Chunks of parameters whose states are off the device, and how their steps run on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from autopar.comm.offloaded_parameters import EvictedShard
+from autopar.schedule.host_step import CHUNK_BYTES
+
+# Whose fused kernels run on CPUs: one pass over the memory instead of ten.
+_FUSED_ON_HOST = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
+
+
+def partition(shards: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Parts of at most `CHUNK_BYTES`, or of one shard."""
+    part: list[torch.Tensor] = []
+    size = 0
+    for shard in shards:
+        if part and size + shard.nbytes > CHUNK_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(shard)
+        size += shard.nbytes
+    if part:
+        yield part
+
+
+class StoredShard(EvictedShard):
+    """Takes the place of a shard of the state that is on a drive. Any operator on it loads it."""
+
+    load: Any
+
+    def prefetch(self) -> None:
+        if not self._loading:
+            self._loading = True
+            self.load()
+
+
+def local_of(x: Any) -> Any:
+    """As `DTensor.to_local` finds it, which asks autograd first; also if it is on a drive."""
+    if type(x) is not DTensor and not isinstance(x, DTensor):
+        return x
+    local = x._local_tensor
+    return local.shard if isinstance(local, StoredShard) else local
+
+
+def fused_groups(optimizer: torch.optim.Optimizer, state: Mapping[Any, Any]) -> list[int]:
+    """Numbers of the parameter groups that leave the implementation open, where a fused one takes
+    their tensors."""
+    if type(optimizer) not in _FUSED_ON_HOST:
+        return []
+    return [k for k, g in enumerate(optimizer.param_groups) if _may_fuse(g, state)]
+
+
+def _may_fuse(group: dict[str, Any], state: Mapping[Any, Any]) -> bool:
+    steps = (state[p].get("step") for p in group["params"] if p in state)
+    return (
+        group.get("fused") is None
+        and not group.get("foreach")
+        and not group.get("capturable")
+        and not isinstance(group.get("lr"), torch.Tensor)
+        and all(p.is_floating_point() for p in group["params"])
+        and all(not isinstance(s, torch.Tensor) or s.dtype == torch.float32 for s in steps)
+    )

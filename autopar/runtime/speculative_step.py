@@ -1,0 +1,298 @@
+"""The optimizer's step on the host beside the backward: speculated on, then validated.
+
+When all gradients of a chunk of parameters are on the host, a thread steps a second version of the
+chunk, with the options that the optimizer has then. Until `optimizer.step()` the caller may do what
+makes that wrong: clip gradients, set another learning rate, load a state. So `step()` compares all
+that the thread has read with what is there. A chunk of which nothing differs is stepped: its two
+versions exchange their memory. Any other is stepped as if there was no second version. So results
+are those of a step after the backward, bit by bit.
+
+This is the speculation-then-validation of SuperOffload (arXiv:2509.21271), without its undoing:
+the first version is whole until the second one is accepted.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from autopar.comm import host_copies
+from autopar.runtime.chunks import fused_groups, local_of, partition
+from autopar.runtime.second_version import Part, step_parts, twin_of
+from autopar.runtime.sharded_values import ShardedParameter
+
+log = logging.getLogger(__name__)
+
+# Backwards without speculation after one that was in vain; so many times more after each further
+# one in a row.
+_PAUSE = 4
+
+_DENORMAL = 1e-40  # as a number of float32
+
+
+@dataclass
+class _Chunk:
+    """
+    Args:
+        waiting: for so many gradients.
+        future: of its step, when that was asked for.
+    """
+
+    number: int
+    parts: list[Part]
+    waiting: int = 0
+    future: Future[None] | None = None
+
+    @property
+    def second_bytes(self) -> int:
+        return sum(part.second_bytes for part in self.parts if part.expects)
+
+
+@dataclass
+class _Trial:
+    """The speculation of one backward.
+
+    Args:
+        groups: the parameter groups as they were, with the lists that they held.
+        options: for the step, by group.
+        threads: of an operator, where the caller runs it.
+        flushes: denormal numbers count as zero there.
+        at: which part and chunk the gradient of an argument completes.
+    """
+
+    groups: list[dict[str, Any]]
+    options: list[dict[str, Any]]
+    chunks: list[_Chunk]
+    twin: torch.optim.Optimizer
+    threads: int
+    flushes: bool
+    at: dict[int, tuple[_Chunk, Part]] = field(default_factory=dict)
+
+    def stop(self) -> list[_Chunk]:
+        """Begin with no other chunk, and wait for the one that is being stepped; those that are."""
+        futures = [(chunk, chunk.future) for chunk in self.chunks if chunk.future is not None]
+        begun = [(chunk, future) for chunk, future in reversed(futures) if not future.cancel()]
+        for _, future in begun:
+            future.exception()
+        return [chunk for chunk, _ in begun]
+
+
+class SpeculativeStep:
+    """Steps chunks of an optimizer's parameters beside the backward.
+
+    Args:
+        optimizer: treats each element by itself; its parameters are on the host.
+        hook: number of the hook of its step that accepts; hooks behind that one do not see what was
+            accepted.
+        room_bytes: of the host, for second versions.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, hook: int, room_bytes: float
+    ) -> None:
+        self._own, self._hook, self._room = weakref.ref(optimizer), hook, room_bytes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="autopar-step")
+        self._trial: _Trial | None = None
+        self._spares = WeakIdKeyDictionary()  # by shard
+        self._keep = False  # gradients that were read, as somebody writes to them
+        self._rest, self._pause = 0, 1  # backwards without speculation, and so many the next time
+        self._told = False
+
+    @contextmanager
+    def beside(
+        self, parameters: Sequence[torch.Tensor | None], announced: Collection[int]
+    ) -> Iterator[None]:
+        """A backward runs, whose gradients are stored on the host.
+
+        Args:
+            parameters: arguments of the program.
+            announced: positions of those whose gradients it announces and gives to the caller.
+        """
+        self._drop()
+        trial = self._trial = self._begin(parameters, announced)
+        if trial is None:
+            yield
+            return
+
+        def stored(position: int, gradient: torch.Tensor, ready: Any) -> None:
+            if position in trial.at:
+                chunk, part = trial.at[position]
+                part.store(gradient, ready)
+                chunk.waiting -= 1
+                if not chunk.waiting:
+                    chunk.future = self._thread.submit(self._step, trial, chunk)
+
+        try:
+            with host_copies.listening(stored):
+                yield
+        except BaseException:
+            trial.stop()
+            self._trial = None
+            raise
+
+    def accepted(
+        self, parameters: Sequence[Sequence[torch.Tensor]], state: Mapping[torch.Tensor, Any]
+    ) -> list[Part]:
+        """The parts whose second version is what a step would make; `Part.accept` takes them over.
+
+        Args:
+            parameters: of each group of the optimizer.
+            state: of the optimizer, by parameter.
+        """
+        trial, self._trial = self._trial, None
+        if trial is None:
+            return []
+        stepped = trial.stop()
+        difference = self._difference(trial, parameters)
+        right: list[_Chunk] = []
+        for chunk in stepped:
+            assert chunk.future is not None
+            error = chunk.future.exception()
+            found = difference or next(filter(None, (
+                p.difference(state.get(p.parameter)) for p in chunk.parts)), "")  # fmt: skip
+            if error is not None:
+                log.warning("the optimizer no longer steps beside the backward: %r", error)
+                self._room = 0.0
+            elif not found:
+                right.append(chunk)
+            difference = difference or found
+        if difference and stepped:
+            self._judge(difference)
+        elif stepped:
+            self._pause = 1
+        return [part for chunk in right for part in chunk.parts if part.expects]
+
+    # -- a trial -------------------------------------------------------------------------------
+
+    def _begin(
+        self, parameters: Sequence[torch.Tensor | None], announced: Collection[int]
+    ) -> _Trial | None:
+        """None if it would be in vain."""
+        if self._rest:
+            self._rest -= 1
+            return None
+        optimizer = self._own()
+        if optimizer is None or not self._room or not self._may(optimizer):
+            return None
+        groups, state = optimizer.param_groups, optimizer.state
+        fused = fused_groups(optimizer, state)
+        options = [{**g, "fused": True} if k in fused else dict(g) for k, g in enumerate(groups)]
+        expected = {p: k for k, p in enumerate(parameters) if p is not None and k in announced}
+        parts: dict[torch.Tensor, Part] = {}
+        for number, group in enumerate(groups):
+            for p in group["params"]:
+                shard, held = local_of(p), state.get(p)
+                entries = {key: local_of(x) for key, x in (held or {}).items()}
+                parts[shard] = Part(
+                    p, shard, number, held, entries, p in expected, self._spares_of(shard)
+                )
+        trial = _Trial(
+            [{**g, "params": list(g["params"])} for g in groups], options, [], twin_of(optimizer),
+            torch.get_num_threads(), not (torch.tensor(_DENORMAL) * 1).item(),
+        )  # fmt: skip
+        room = self._room
+        for number, shards in reversed([*enumerate(partition(list(parts)))]):
+            chunk = _Chunk(number, [parts[shard] for shard in shards])
+            own = [part for part in chunk.parts if part.expects]
+            needed = chunk.second_bytes + self._keep * sum(p.shard.nbytes for p in own)
+            if not own or needed > room or not all(map(_may_step, chunk.parts)):
+                continue
+            room -= needed
+            chunk.waiting = len(own)
+            trial.chunks.append(chunk)
+            trial.at |= {expected[part.parameter]: (chunk, part) for part in own}
+        return trial
+
+    def _may(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step depends on nothing that cannot be compared."""
+        hooks = optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
+        scaled = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        return (
+            next(reversed(hooks)) == self._hook
+            and scaled == (None, None)
+            and not any(
+                g.get("differentiable") or any(isinstance(x, torch.Tensor) for x in g.values())
+                for g in optimizer.param_groups
+            )
+        )
+
+    def _spares_of(self, shard: torch.Tensor) -> dict[str, torch.Tensor]:
+        if shard not in self._spares:
+            self._spares[shard] = {}
+        spares: dict[str, torch.Tensor] = self._spares[shard]
+        return spares
+
+    @torch.no_grad()
+    def _step(self, trial: _Trial, chunk: _Chunk) -> None:
+        """Step a chunk, in the thread, as the caller's thread would."""
+        if torch.get_num_threads() != trial.threads:
+            torch.set_num_threads(trial.threads)
+        torch.set_flush_denormal(trial.flushes)
+        for part in chunk.parts:
+            if part.expects:
+                part.read(keep=self._keep)
+        step_parts(trial.twin, trial.options, chunk.parts)
+
+    def _difference(
+        self, trial: _Trial, parameters: Sequence[Sequence[torch.Tensor]]
+    ) -> str:
+        """What differs for all chunks.
+
+        Args:
+            parameters: of each group.
+        """
+        optimizer = self._own()
+        assert optimizer is not None
+        if not self._may(optimizer) or len(optimizer.param_groups) != len(trial.groups):
+            return "parameter groups or hooks were added"
+        for now, before, own in zip(
+            optimizer.param_groups, trial.groups, parameters, strict=True
+        ):
+            if list(map(id, own)) != list(map(id, before["params"])):
+                return "parameters were added"
+            for key in (now.keys() | before.keys()) - {"params"}:
+                if key not in before or key not in now or now[key] != before[key]:
+                    return f"{key} was changed"
+        return ""
+
+    # -- what was in vain ----------------------------------------------------------------------
+
+    def _drop(self) -> None:
+        """There was a backward whose step was not called."""
+        trial, self._trial = self._trial, None
+        if trial is not None and trial.stop():
+            self._judge("another backward came before the step")
+
+    def _judge(self, difference: str) -> None:
+        """A trial was in vain: keep what was read, if that may help, or rest."""
+        if difference == "gradients were written to" and not self._keep:
+            self._keep = True
+            return
+        self._rest = self._pause = _PAUSE * self._pause
+        self._spares.clear()
+        if not self._told:
+            self._told = True
+            log.warning(
+                "the optimizer's step begins beside the backward, and that was in vain: between "
+                "backward() and step(), %s. It is tried again every now and then", difference,
+            )  # fmt: skip
+
+
+def _may_step(part: Part) -> bool:
+    """Whether a part is as the step finds it: state that was loaded whole is laid out first."""
+    p = part.parameter
+    if not part.expects:
+        return p.grad is None
+    laid_out = all(
+        not isinstance(x, torch.Tensor) or not x.ndim or hasattr(x, "_lent")
+        for x in (part.held or {}).values()
+    )
+    return isinstance(p, ShardedParameter) and p.grad is None and laid_out
