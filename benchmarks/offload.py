@@ -7,7 +7,7 @@ and depth together.
 
 Contestants, each with AdamW fused on the host, and each by its best setting:
 
-* autopar with a tier "host";
+* autopar with a tier "host", with the optimizer's step beside the backward and after it;
 * FSDP2 with `CPUOffloadPolicy`, as it runs on a CPU: layers of blocks, or of every linear layer;
   with and without activation checkpointing. It copies nothing on a CPU, so the link's time is
   computed and taken to be hidden as far as there is compute;
@@ -144,8 +144,12 @@ class Trainer:
 # -- contestants --------------------------------------------------------------------------------
 
 
-def autopar(size: int, budget: float) -> Trainer:
-    """Train within a budget; if that is too small, say so."""
+def autopar(size: int, budget: float, beside: bool = True) -> Trainer:
+    """Train within a budget; if that is too small, say so.
+
+    Args:
+        beside: the optimizer's step begins beside the backward; else all of it comes after it.
+    """
     import torch
 
     from autopar import auto_engine
@@ -153,6 +157,7 @@ def autopar(size: int, budget: float) -> Trainer:
     from autopar.cluster.tiers import Tier
     from autopar.comm import world
     from autopar.errors import InfeasibleError
+    from autopar.runtime.step_on_shards import StepOnShards
     from autopar.testing.live_memory import LiveMemory, training_state_bytes
 
     world.stop()
@@ -167,6 +172,8 @@ def autopar(size: int, budget: float) -> Trainer:
         )
     except InfeasibleError as error:
         return Trainer(lambda: None, {"peak": float("inf"), "least": error.smallest_bytes})
+    if not beside:
+        StepOnShards.of(optimizer).only_after_the_backward()
     link = Link(BANDWIDTH)
     held = sum(x.nbytes for x in (*batch.values(), *model.buffers()))
     if not model.plan.states_on:
@@ -394,7 +401,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         best = {name: _largest(of, budget) for name, of in others.items()}
         trained: dict[int, list[tuple[str, dict[str, Any]]]] = {}
         for size in sorted({*best.values()} - {0}) + [s for s in sizes if s > max(best.values())]:
-            contestants: list[Case] = [("autopar", {"size": size, "budget": budget})]
+            contestants: list[Case] = [
+                ("autopar", {"size": size, "budget": budget, "beside": beside})
+                for beside in (True, False)
+            ]
             for of in others.values():
                 contestants += [c for peak, c in of[size] if peak <= budget]
             found = _measured(contestants, rounds)
@@ -415,7 +425,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for s, results in trained.items():
             size_text = f"{count[s] / 1e6:.1f} M"
             found = results[0][1]
+            after = results[1][1]["seconds"]
             rows.append(Row(case, f"step of {size_text}, autopar", 1e3 * found["seconds"], "ms"))
+            rows.append(Row(case, f"step of {size_text}, step after", 1e3 * after, "ms"))
             for name in others:
                 times = [result["seconds"] for who, result in results if who == name]
                 if times:

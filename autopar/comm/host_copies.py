@@ -56,8 +56,7 @@ def _empty(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 @operator(lambda x: _empty(x, "cpu"))
 def offload(x: torch.Tensor) -> torch.Tensor:
     """Start to copy a tensor to the host; only `reload` may read the result."""
-    flat = torch.empty(x.numel(), dtype=x.dtype, pin_memory=x.is_cuda)
-    host = flat.as_strided(x.size(), x.stride())
+    host = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, pin_memory=x.is_cuda)
     copy(host, x)
     return host
 

@@ -1,5 +1,5 @@
-"""Gradients that are stored on the host are announced as soon as they are, so that the optimizer's step
-may begin beside the rest of the backward."""
+"""Gradients that are stored on the host are announced as soon as they are, so that the optimizer's
+step may begin beside the rest of the backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autopar.comm.host_copies import ANNOUNCE, ON_HOST
 
 
 def announce_gradients(gm: fx.GraphModule) -> fx.GraphModule:
-    """Announce results of a backward graph by their positions, behind whatever finishes the copy."""
+    """Announce results of a backward graph by their positions, behind what finishes the copy."""
     graph = gm.graph
     results: Any = graph.output_node().args[0]
     order = {node: k for k, node in enumerate(graph.nodes)}
@@ -27,4 +27,4 @@ def announce_gradients(gm: fx.GraphModule) -> fx.GraphModule:
 def announced(gm: fx.GraphModule) -> frozenset[int]:
     """Positions of the gradients that a backward graph announces."""
     nodes = gm.graph.find_nodes(op="call_function", target=ANNOUNCE)
-    return frozenset(node.args[1] for node in nodes)  # type: ignore[misc]
+    return frozenset(node.args[1] for node in nodes)

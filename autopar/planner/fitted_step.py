@@ -105,7 +105,7 @@ def split_step(
 
 
 def recomputes_little(memory: MemoryPlan) -> bool:
-    """Whether fitting costs too little to look for slices, which make no optimizer's step shorter."""
+    """Whether fitting costs too little to look for slices, which shorten no optimizer's step."""
     step_us = 0.0 if memory.host_step is None else memory.host_step.exposed_us
     return memory.added_us - step_us <= _MOST_RECOMPUTED * memory.timeline.us
 

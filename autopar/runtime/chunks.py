@@ -9,18 +9,21 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from autopar.comm.offloaded_parameters import EvictedShard
+from autopar.runtime.watched_shard import WatchedShard
 from autopar.schedule.host_step import CHUNK_BYTES
 
 # Whose fused kernels run on CPUs: one pass over the memory instead of ten.
 _FUSED_ON_HOST = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad}
 
 
-def partition(shards: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Parts of at most `CHUNK_BYTES`, or of one shard."""
+def partition(
+    shards: Sequence[torch.Tensor], nbytes: float | None = None
+) -> Iterator[list[torch.Tensor]]:
+    """Parts of at most so many bytes, or of one shard; `CHUNK_BYTES` if None."""
     part: list[torch.Tensor] = []
-    size = 0
+    size, nbytes = 0, CHUNK_BYTES if nbytes is None else nbytes
     for shard in shards:
-        if part and size + shard.nbytes > CHUNK_BYTES:
+        if part and size + shard.nbytes > nbytes:
             yield part
             part, size = [], 0
         part.append(shard)
@@ -40,12 +43,18 @@ class StoredShard(EvictedShard):
             self.load()
 
 
+def is_away(t: torch.Tensor) -> bool:
+    """Whether a tensor is on a drive alone."""
+    return bool(t.nbytes) and not t.untyped_storage().nbytes()
+
+
 def local_of(x: Any) -> Any:
-    """As `DTensor.to_local` finds it, which asks autograd first; also if it is on a drive."""
+    """As `DTensor.to_local` finds it, which asks autograd first; also if it is on a drive, or
+    watched."""
     if type(x) is not DTensor and not isinstance(x, DTensor):
         return x
     local = x._local_tensor
-    return local.shard if isinstance(local, StoredShard) else local
+    return local.shard if isinstance(local, StoredShard | WatchedShard) else local
 
 
 def fused_groups(optimizer: torch.optim.Optimizer, state: Mapping[Any, Any]) -> list[int]:

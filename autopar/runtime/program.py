@@ -184,18 +184,19 @@ class _Run(torch.autograd.Function):
         if program.beside is not None and not differentiated:
             told = program.announced if used is None else program.announced & used
             beside = program.beside(ctx.parameters, told)
-        with torch.no_grad() if differentiated else _NOTHING:
-            with beside:
+        with beside:
+            with torch.no_grad() if differentiated else _NOTHING:
                 local = program.run(program.backward, arguments)
                 host_copies.settle(local)
-            if used is not None:
-                local = [g if k in used else None for k, g in enumerate(local)]
-            parameter_grads = gradients(ctx.parameters, local, taken=callers)
-            del local
-        if differentiated:
-            parameter_grads = without_gradients(parameter_grads)
-        else:
-            deliver(ctx.parameters, parameter_grads, [node for node, _ in ctx.next_functions])
+                if used is not None:
+                    local = [g if k in used else None for k, g in enumerate(local)]
+                parameter_grads = gradients(ctx.parameters, local, taken=callers)
+                del local
+            if differentiated:
+                parameter_grads = without_gradients(parameter_grads)
+            else:
+                nodes = [node for node, _ in ctx.next_functions]
+                deliver(ctx.parameters, parameter_grads, nodes)
         return None, *parameter_grads
 
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from autopar.comm.dtensor_rules import by_dtensor
 from autopar.errors import EngineError
 from autopar.runtime.gathered_part import GatheredPart
+from autopar.runtime.watched_shard import WatchedShard
 
 
 class _Freezing:
@@ -38,10 +39,6 @@ class _Editable(DTensor):
     # `p.detach()`): all of these, which take the layout with it.
     _handles: list[weakref.ref[_Editable]] | None = None
 
-    # Somebody had this rank's part as a plain tensor, whose writes need not be counted with its own
-    # (`x.to_local().data.mul_(2)`).
-    _lent = False
-
     @classmethod
     def of(cls, local: torch.Tensor, spec: Any) -> Any:
         """A DTensor over a local tensor."""
@@ -54,7 +51,7 @@ class _Editable(DTensor):
     @classmethod
     def of_dtensor(cls, x: DTensor) -> Any:
         """The same tensor, of this class."""
-        return cls.of(_no_view(x._local_tensor), x._spec)
+        return cls.of(_plain(x._local_tensor), x._spec)
 
     def _handle(self, x: _Editable) -> _Editable:
         """Let another tensor over the same memory be laid out with this one."""
@@ -65,12 +62,8 @@ class _Editable(DTensor):
         return x
 
     def to_local(self, **options: Any) -> torch.Tensor:
-        self._lent = True
+        self._local_tensor = _plain(self._local_tensor)
         return super().to_local(**options)
-
-    def full_tensor(self, **options: Any) -> torch.Tensor:
-        self._lent = True
-        return super().full_tensor(**options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self)] = twin = type(self).of(self._local_tensor.detach().clone(), self._spec)
@@ -113,7 +106,7 @@ class _Editable(DTensor):
     def lay_out(self, value: DTensor) -> None:
         """Take over the values, the layout and the device of another DTensor of this shape."""
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self._local_tensor, self._spec = _no_view(value._local_tensor), value._spec
+        self._local_tensor, self._spec = _plain(value._local_tensor), value._spec
         handles, self._handles = self._handles or (), None
         for handle in (ref() for ref in handles):
             if handle is not None:
@@ -125,8 +118,10 @@ class _View(_Editable):
     """A view of all elements, over the same shards."""
 
 
-def _no_view(x: torch.Tensor) -> torch.Tensor:
-    """The same memory, not as a view, which would keep its base: `DTensor.from_local` makes one."""
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """The same memory, as a tensor that is neither watched nor a view, which would keep its base:
+    `DTensor.from_local` makes one."""
+    x = x.give() if isinstance(x, WatchedShard) else x
     return x.detach() if x._is_view() else x
 
 

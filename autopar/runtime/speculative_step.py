@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +25,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autopar.comm import host_copies
-from autopar.runtime.chunks import fused_groups, local_of, partition
+from autopar.runtime.chunks import fused_groups, is_away, local_of, partition
 from autopar.runtime.second_version import Part, step_parts, twin_of
-from autopar.runtime.sharded_values import ShardedParameter
+from autopar.runtime.sharded_values import ShardedParameter, ShardedState
+from autopar.runtime.states_on_drive import StatesOnDrive
+from autopar.schedule.host_step import chunk_bytes
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +41,11 @@ _DENORMAL = 1e-40  # as a number of float32
 
 
 @dataclass
-class _Chunk:
-    """
+class Chunk:
+    """Parameters that are stepped together.
+
     Args:
+        number: in the order of the optimizer.
         waiting: for so many gradients.
         future: of its step, when that was asked for.
     """
@@ -70,14 +74,21 @@ class _Trial:
 
     groups: list[dict[str, Any]]
     options: list[dict[str, Any]]
-    chunks: list[_Chunk]
+    chunks: list[Chunk]
     twin: torch.optim.Optimizer
     threads: int
     flushes: bool
-    at: dict[int, tuple[_Chunk, Part]] = field(default_factory=dict)
+    at: dict[int, tuple[Chunk, Part]] = field(default_factory=dict)
 
-    def stop(self) -> list[_Chunk]:
-        """Begin with no other chunk, and wait for the one that is being stepped; those that are."""
+    @property
+    def parts(self) -> list[Part]:
+        return [part for chunk in self.chunks for part in chunk.parts]
+
+    def stop(self) -> list[Chunk]:
+        """Begin with no other chunk, wait for the one that is being stepped, and watch no longer;
+        the chunks that are stepped."""
+        for part in self.parts:
+            part.unwatch()
         futures = [(chunk, chunk.future) for chunk in self.chunks if chunk.future is not None]
         begun = [(chunk, future) for chunk, future in reversed(futures) if not future.cancel()]
         for _, future in begun:
@@ -93,12 +104,15 @@ class SpeculativeStep:
         hook: number of the hook of its step that accepts; hooks behind that one do not see what was
             accepted.
         room_bytes: of the host, for second versions.
+        drive: that has the optimizer's state.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, hook: int, room_bytes: float
-    ) -> None:
+        self, optimizer: torch.optim.Optimizer, hook: int, room_bytes: float,
+        drive: StatesOnDrive | None = None,
+    ) -> None:  # fmt: skip
         self._own, self._hook, self._room = weakref.ref(optimizer), hook, room_bytes
+        self._drive = drive
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="autopar-step")
         self._trial: _Trial | None = None
         self._spares = WeakIdKeyDictionary()  # by shard
@@ -116,7 +130,7 @@ class SpeculativeStep:
             parameters: arguments of the program.
             announced: positions of those whose gradients it announces and gives to the caller.
         """
-        self._drop()
+        self.drop()
         trial = self._trial = self._begin(parameters, announced)
         if trial is None:
             yield
@@ -125,7 +139,7 @@ class SpeculativeStep:
         def stored(position: int, gradient: torch.Tensor, ready: Any) -> None:
             if position in trial.at:
                 chunk, part = trial.at[position]
-                part.store(gradient, ready)
+                part.gradient, part.ready = gradient, ready
                 chunk.waiting -= 1
                 if not chunk.waiting:
                     chunk.future = self._thread.submit(self._step, trial, chunk)
@@ -137,11 +151,13 @@ class SpeculativeStep:
             trial.stop()
             self._trial = None
             raise
+        for part in trial.parts:
+            part.watch_gradient()
 
     def accepted(
         self, parameters: Sequence[Sequence[torch.Tensor]], state: Mapping[torch.Tensor, Any]
-    ) -> list[Part]:
-        """The parts whose second version is what a step would make; `Part.accept` takes them over.
+    ) -> list[Chunk]:
+        """The chunks whose second version is what a step would make; `Part.accept` takes them over.
 
         Args:
             parameters: of each group of the optimizer.
@@ -152,23 +168,22 @@ class SpeculativeStep:
             return []
         stepped = trial.stop()
         difference = self._difference(trial, parameters)
-        right: list[_Chunk] = []
+        right: list[Chunk] = []
         for chunk in stepped:
             assert chunk.future is not None
             error = chunk.future.exception()
             found = difference or next(filter(None, (
                 p.difference(state.get(p.parameter)) for p in chunk.parts)), "")  # fmt: skip
-            if error is not None:
-                log.warning("the optimizer no longer steps beside the backward: %r", error)
-                self._room = 0.0
-            elif not found:
+            if error is not None and not found:
+                found = f"a chunk could not be stepped there ({error})"
+            if not found:
                 right.append(chunk)
             difference = difference or found
         if difference and stepped:
             self._judge(difference)
         elif stepped:
             self._pause = 1
-        return [part for chunk in right for part in chunk.parts if part.expects]
+        return right
 
     # -- a trial -------------------------------------------------------------------------------
 
@@ -199,8 +214,14 @@ class SpeculativeStep:
             torch.get_num_threads(), not (torch.tensor(_DENORMAL) * 1).item(),
         )  # fmt: skip
         room = self._room
-        for number, shards in reversed([*enumerate(partition(list(parts)))]):
-            chunk = _Chunk(number, [parts[shard] for shard in shards])
+        if self._drive is None:
+            total = sum(shard.nbytes for shard in parts)
+            chunks = [*partition(list(parts), chunk_bytes(total))]
+        else:
+            chunks = self._drive.partition({s: part.entries for s, part in parts.items()})
+            room -= max((_read_bytes(parts[s] for s in shards) for shards in chunks), default=0)
+        for number, shards in reversed([*enumerate(chunks)]):
+            chunk = Chunk(number, [parts[shard] for shard in shards])
             own = [part for part in chunk.parts if part.expects]
             needed = chunk.second_bytes + self._keep * sum(p.shard.nbytes for p in own)
             if not own or needed > room or not all(map(_may_step, chunk.parts)):
@@ -209,11 +230,13 @@ class SpeculativeStep:
             chunk.waiting = len(own)
             trial.chunks.append(chunk)
             trial.at |= {expected[part.parameter]: (chunk, part) for part in own}
+        for part in trial.parts:
+            part.watch()
         return trial
 
     def _may(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step depends on nothing that cannot be compared."""
-        hooks = optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
+        hooks = optimizer._optimizer_step_pre_hooks
         scaled = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         return (
             next(reversed(hooks)) == self._hook
@@ -231,19 +254,21 @@ class SpeculativeStep:
         return spares
 
     @torch.no_grad()
-    def _step(self, trial: _Trial, chunk: _Chunk) -> None:
+    def _step(self, trial: _Trial, chunk: Chunk) -> None:
         """Step a chunk, in the thread, as the caller's thread would."""
         if torch.get_num_threads() != trial.threads:
             torch.set_num_threads(trial.threads)
         torch.set_flush_denormal(trial.flushes)
         for part in chunk.parts:
-            if part.expects:
+            if part.expects or self._drive is not None:
                 part.read(keep=self._keep)
+        if self._drive is not None:
+            self._drive.read(chunk.number, {part.shard: part.spares for part in chunk.parts})
         step_parts(trial.twin, trial.options, chunk.parts)
+        if self._drive is not None:
+            self._drive.write(chunk.number, [t for part in chunk.parts for t in part.write()])
 
-    def _difference(
-        self, trial: _Trial, parameters: Sequence[Sequence[torch.Tensor]]
-    ) -> str:
+    def _difference(self, trial: _Trial, parameters: Sequence[Sequence[torch.Tensor]]) -> str:
         """What differs for all chunks.
 
         Args:
@@ -251,11 +276,11 @@ class SpeculativeStep:
         """
         optimizer = self._own()
         assert optimizer is not None
+        if self._drive is not None and not self._drive.is_unchanged(optimizer.state):
+            return "the optimizer's state was read or written to"
         if not self._may(optimizer) or len(optimizer.param_groups) != len(trial.groups):
             return "parameter groups or hooks were added"
-        for now, before, own in zip(
-            optimizer.param_groups, trial.groups, parameters, strict=True
-        ):
+        for now, before, own in zip(optimizer.param_groups, trial.groups, parameters, strict=True):
             if list(map(id, own)) != list(map(id, before["params"])):
                 return "parameters were added"
             for key in (now.keys() | before.keys()) - {"params"}:
@@ -265,8 +290,8 @@ class SpeculativeStep:
 
     # -- what was in vain ----------------------------------------------------------------------
 
-    def _drop(self) -> None:
-        """There was a backward whose step was not called."""
+    def drop(self) -> None:
+        """There was a backward whose step does not come, or comes in another way."""
         trial, self._trial = self._trial, None
         if trial is not None and trial.stop():
             self._judge("another backward came before the step")
@@ -286,13 +311,18 @@ class SpeculativeStep:
             )  # fmt: skip
 
 
+def _read_bytes(parts: Iterable[Part]) -> int:
+    """What is read from a drive."""
+    return sum(t.nbytes for part in parts for t in part.tensors().values() if is_away(t))
+
+
 def _may_step(part: Part) -> bool:
     """Whether a part is as the step finds it: state that was loaded whole is laid out first."""
     p = part.parameter
-    if not part.expects:
-        return p.grad is None
+    if not isinstance(p, ShardedParameter) or p.grad is not None:
+        return False
     laid_out = all(
-        not isinstance(x, torch.Tensor) or not x.ndim or hasattr(x, "_lent")
+        not isinstance(x, torch.Tensor) or not x.ndim or isinstance(x, ShardedState)
         for x in (part.held or {}).values()
     )
-    return isinstance(p, ShardedParameter) and p.grad is None and laid_out
+    return laid_out

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import EngineError
 from autopar.runtime.chunk_files import ChunkFiles, Version
-from autopar.runtime.chunks import StoredShard, partition
+from autopar.runtime.chunks import StoredShard, is_away, partition
 
 _WRITTEN = 2  # chunks that may be in memory while they are written
 
@@ -86,6 +86,7 @@ class StatesOnDrive:
         self._done: dict[int, list[_Item]] = {}
         self._only_here: set[int] = set()  # tensors that no complete version has as they are
         self._stepped = False  # parameters may differ from the complete version
+        self._accepted: set[int] = set()  # chunks of the step that runs
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -95,11 +96,15 @@ class StatesOnDrive:
 
     # -- a step --------------------------------------------------------------------------------
 
-    def begin(self, names: Mapping[torch.Tensor, str]) -> None:
+    def begin(
+        self, names: Mapping[torch.Tensor, str], accept: Callable[[], Collection[int]]
+    ) -> None:
         """Step all chunks but the last one, and leave that to the optimizer.
 
         Args:
             names: of parameters, by their shards.
+            accept: takes over chunks that were stepped and written beside the backward, and gives
+                their numbers; nothing if states are not those of the complete version.
 
         Raises:
             EngineError: the states cannot be read or written; they are as before.
@@ -107,17 +112,24 @@ class StatesOnDrive:
         groups = self._optimizer.param_groups
         self._all, self._names = [group["params"] for group in groups], dict(names)
         try:
-            self._follow()
+            self._accepted = set(accept())
+            self._stepped = bool(self._accepted)
+            if not self._accepted:
+                self._follow()
             self._start(self.steps)
             self._stepped = True
-            for chunk in self._chunks[:-1]:
+            for chunk in self._chunks:
+                if chunk.number in self._accepted:
+                    self._done[chunk.number] = self._items(chunk)
+            for chunk in self._left[:-1]:
                 self._load(chunk)
-                self._select(chunk)
+                self._select(chunk.shards)
                 with torch.no_grad():
                     inspect.unwrap(type(self._optimizer).step)(self._optimizer)
                 self._store(chunk)
-            self._load(self._chunks[-1])
-            self._select(self._chunks[-1])
+            for chunk in self._left[-1:]:
+                self._load(chunk)
+            self._select([shard for chunk in self._left[-1:] for shard in chunk.shards])
         except BaseException as error:
             self.roll_back()
             if isinstance(error, OSError):
@@ -133,7 +145,8 @@ class StatesOnDrive:
         if self._all is None:
             return
         try:
-            self._store(self._chunks[-1])
+            for chunk in self._left[-1:]:
+                self._store(chunk)
             self._commit(self.steps + 1)
         except BaseException as error:
             self.roll_back()
@@ -173,9 +186,14 @@ class StatesOnDrive:
             "still. Free space, and call optimizer.step() again"
         )
 
-    def _select(self, chunk: _Chunk) -> None:
+    @property
+    def _left(self) -> list[_Chunk]:
+        """Those that the step itself steps."""
+        return [chunk for chunk in self._chunks if chunk.number not in self._accepted]
+
+    def _select(self, chosen: Sequence[torch.Tensor]) -> None:
         assert self._all is not None
-        own = set(map(id, chunk.shards))
+        own = set(map(id, chosen))
         for group, shards in zip(self._optimizer.param_groups, self._all, strict=True):
             group["params"] = [shard for shard in shards if id(shard) in own]
 
@@ -183,7 +201,47 @@ class StatesOnDrive:
         if self._all is not None:
             for group, shards in zip(self._optimizer.param_groups, self._all, strict=True):
                 group["params"] = shards
-        self._all, self._stepped = None, False
+        self._all, self._stepped, self._accepted = None, False, set()
+
+    # -- beside the backward -------------------------------------------------------------------
+
+    def partition(
+        self, state: Mapping[torch.Tensor, Mapping[str, Any]]
+    ) -> list[list[torch.Tensor]]:
+        """The shards of each chunk; nothing if states are not those of the complete version, on the
+        drive alone.
+
+        Args:
+            state: of all shards, in the order of the optimizer.
+        """
+        known = [shard for chunk in self._chunks for shard in chunk.shards]
+        if list(map(id, state)) != list(map(id, known)) or not self.is_unchanged(state):
+            return []
+        return [list(chunk.shards) for chunk in self._chunks]
+
+    def is_unchanged(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> bool:
+        """Whether states are those of the complete version, on the drive alone."""
+        held = (item.tensor for chunk in self._chunks for item in chunk.held if item.key)
+        return self._version is not None and not self._changed(state) and all(map(is_away, held))
+
+    def read(self, number: int, state: Mapping[torch.Tensor, Mapping[str, torch.Tensor]]) -> None:
+        """Read the state of a chunk of the complete version into other tensors.
+
+        Args:
+            state: these, by shard.
+        """
+        assert self._version is not None
+        chunk = self._chunks[number]
+        own = {self._names[shard]: state[shard] for shard in chunk.shards}
+        parts = [
+            own[item.parameter][item.key] if item.key else item.tensor.nbytes for item in chunk.held
+        ]
+        self._files.read(number, self._version.slot, parts).result()
+
+    def write(self, number: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Write a chunk of the next version, in the order of its items."""
+        self._files.keep_only(self.steps)
+        self._files.write(number, self._files.free_slot(), tensors).result()
 
     # -- going on ------------------------------------------------------------------------------
 
@@ -246,24 +304,24 @@ class StatesOnDrive:
             self.load_all()
             self._chunks = [_Chunk(k, part, []) for k, part in enumerate(partition(shards))]
             self._version = None
-        if self._version is not None and not self._changed():
+        if self._version is not None and not self._changed(self._optimizer.state):
             return
         self._start(None if self._version is None else self.steps)
         items = (item for chunk in self._chunks for item in self._items(chunk))
-        self._only_here = {id(item.tensor) for item in items if not _is_away(item.tensor)}
+        self._only_here = {id(item.tensor) for item in items if not is_away(item.tensor)}
         for chunk in self._chunks:
             self._load(chunk)
             self._store(chunk)
         self._commit(self.steps)
 
-    def _changed(self) -> bool:
+    def _changed(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> bool:
         assert self._version is not None
         for chunk in self._chunks:
-            items = self._items(chunk)
+            items = self._items(chunk, state)
             held = [(id(item.tensor), item.counter) for item in chunk.held]
             if [(id(item.tensor), item.counter) for item in items] != held:
                 return True
-        return bool(self._numbers() != self._version.numbers)
+        return bool(self._numbers(state) != self._version.numbers)
 
     def _start(self, steps: int | None) -> None:
         """Begin a version, in the slot that the version of so many steps is not in."""
@@ -277,7 +335,7 @@ class StatesOnDrive:
             self._wait_written(number)
         version = Version(
             steps, self._slot, [[item.row for item in self._done[c.number]] for c in self._chunks],
-            self._numbers(),
+            self._numbers(self._optimizer.state),
         )  # fmt: skip
         self._files.commit(version)
         self._version, self.steps = version, steps
@@ -286,9 +344,10 @@ class StatesOnDrive:
             chunk.held = self._done.pop(chunk.number)
             _free(item.tensor for item in chunk.held if item.key)
 
-    def _numbers(self) -> dict[str, dict[str, Any]]:
+    def _numbers(
+        self, state: Mapping[torch.Tensor, Mapping[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
         """The state that is in no file, by name of the parameter and key."""
-        state = self._optimizer.state
         return {
             self._names[shard]: {
                 key: [value.item(), str(value.dtype)] if isinstance(value, torch.Tensor) else value
@@ -297,16 +356,18 @@ class StatesOnDrive:
             }
             for chunk in self._chunks
             for shard in chunk.shards
-            if shard in state
+            if state.get(shard)
         }
 
-    def _items(self, chunk: _Chunk) -> list[_Item]:
-        """What a chunk has now."""
-        items = []
+    def _items(
+        self, chunk: _Chunk, state: Mapping[torch.Tensor, Mapping[str, Any]] | None = None
+    ) -> list[_Item]:
+        """What a chunk has now; with the state of the optimizer if None."""
+        items, state = [], self._optimizer.state if state is None else state
         for shard in chunk.shards:
             name = self._names[shard]
             items.append(_Item(name, "", shard, shard._version))
-            for key, value in self._optimizer.state.get(shard, {}).items():
+            for key, value in state.get(shard, {}).items():
                 if isinstance(value, torch.Tensor) and value.ndim:
                     items.append(_Item(name, key, value, value._version))
         return items
@@ -317,11 +378,11 @@ class StatesOnDrive:
         """Read what is on the drive alone."""
         if self._version is None or not 0 <= number < len(self._chunks):
             return
-        if number in self._reading:
+        if number in self._reading or number in self._accepted:
             return
         parts = []
         for item in self._chunks[number].held:
-            away = _is_away(item.tensor)
+            away = is_away(item.tensor)
             if away:
                 item.tensor.untyped_storage().resize_(item.tensor.nbytes)
             parts.append(item.tensor if away else item.tensor.nbytes)
@@ -381,7 +442,7 @@ class StatesOnDrive:
             shards = {self._names[shard]: shard for shard in chunk.shards}
             for item in chunk.held:
                 owner = owners.get(shards[item.parameter], {}).get(item.key)
-                if not isinstance(owner, DTensor) or not _is_away(item.tensor):
+                if not isinstance(owner, DTensor) or not is_away(item.tensor):
                     continue
                 if owner._local_tensor is item.tensor:
                     stored = StoredShard(item.tensor, item.tensor, weakref.ref(owner))
@@ -393,10 +454,6 @@ class StatesOnDrive:
         self._start_reading(number)
         if (future := self._reading.pop(number, None)) is not None:
             future.result()
-
-
-def _is_away(t: torch.Tensor) -> bool:
-    return bool(t.nbytes) and not t.untyped_storage().nbytes()
 
 
 def _free(tensors: Iterable[torch.Tensor]) -> None:

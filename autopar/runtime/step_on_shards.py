@@ -10,6 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from autopar.runtime.chunk_files import ChunkFiles, Version
 from autopar.runtime.chunks import fused_groups, local_of
 from autopar.runtime.distribute import laid_out_like, sharded_state
 from autopar.runtime.sharded_values import ShardedState
-from autopar.runtime.speculative_step import SpeculativeStep
+from autopar.runtime.speculative_step import Chunk, SpeculativeStep
 from autopar.runtime.states_on_drive import StatesOnDrive
 
 # What a second engine of the same optimizer finds done.
@@ -91,12 +92,13 @@ class StepOnShards:
             EngineError: that is of other parameters.
         """
         self._on_host, self._names = True, names
-        if files is None:
-            if room_bytes:
-                self._speculative = SpeculativeStep(self._optimizer, self._hook.id, room_bytes)
-            return
-        self._drive = StatesOnDrive(self._optimizer, files)
-        if resume is None:
+        if files is not None:
+            self._drive = StatesOnDrive(self._optimizer, files)
+        if room_bytes:
+            self._speculative = SpeculativeStep(
+                self._optimizer, self._hook.id, room_bytes, self._drive
+            )
+        if self._drive is None or resume is None:
             return
         groups = self._optimizer.param_groups
         parameters = {local_of(p): p for group in groups for p in group["params"]}
@@ -114,6 +116,10 @@ class StepOnShards:
             return nullcontext()
         return self._speculative.beside(parameters, announced)
 
+    def only_after_the_backward(self) -> None:
+        """Step nothing beside the backward, for comparison."""
+        self._speculative = None
+
     def _load(self) -> None:
         self._back()
         if self._drive is not None:
@@ -124,6 +130,8 @@ class StepOnShards:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         groups = optimizer.param_groups
         if closure is not None or any(g.get("differentiable") for g in groups):
+            if self._speculative is not None:
+                self._speculative.drop()
             if self._drive is not None:
                 raise EngineError(
                     "the optimizer's state is on a drive, and steps with a closure or with "
@@ -140,24 +148,35 @@ class StepOnShards:
 
     def _begin_on_host(self, optimizer: Any) -> None:
         assert self._dtensors is not None
-        groups, fused = optimizer.param_groups, fused_groups(optimizer, optimizer.state)
+        chunks: list[Chunk] = []
         if self._speculative is not None:
-            stepped = set()
-            for part in self._speculative.accepted(self._dtensors, self._state):
-                part.accept(optimizer.state[part.shard])
-                stepped.add(id(part.shard))
-            for group, shards in zip(groups, self._shards, strict=True):
-                group["params"] = [shard for shard in shards if id(shard) not in stepped]
-        self._fused = [groups[k] for k in fused]
+            chunks = self._speculative.accepted(self._dtensors, self._state)
+        groups, names = optimizer.param_groups, self._names
+        self._fused = [groups[k] for k in fused_groups(optimizer, optimizer.state)]
         for group in self._fused:
             group["fused"] = True
-        if self._drive is not None:
-            parameters = (p for params in self._dtensors for p in params)
-            try:
-                self._drive.begin({local_of(p): self._names.get(p, "") for p in parameters})
-            except BaseException:
-                self._back()
-                raise
+        if self._drive is None:
+            self._take_over(chunks)
+            return
+        parameters = [p for params in self._dtensors for p in params]
+        try:
+            self._drive.begin(
+                {local_of(p): names.get(p, "") for p in parameters},
+                partial(self._take_over, chunks),
+            )
+        except BaseException:
+            self._back()
+            raise
+
+    def _take_over(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Take chunks over that were stepped beside the backward; their numbers."""
+        optimizer, stepped = self._optimizer, set()
+        for part in (part for chunk in chunks for part in chunk.parts if part.expects):
+            part.accept(optimizer.state[part.shard])
+            stepped.add(id(part.shard))
+        for group, shards in zip(optimizer.param_groups, self._shards, strict=True):
+            group["params"] = [shard for shard in shards if id(shard) not in stepped]
+        return [chunk.number for chunk in chunks]
 
     def _shard(self, p: torch.Tensor) -> torch.Tensor:
         """A parameter's own shard, with its gradient's and its state's."""
@@ -231,8 +250,7 @@ def _as_before(key: str, value: Any, held: Any, p: torch.Tensor) -> Any:
         return value
     if value.shape != p._local_tensor.shape or key == "step":
         return value
-    return ShardedState.of_dtensor(
-        DTensor.from_local(
-            value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-        )
+    laid_out = DTensor.from_local(
+        value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
+    return ShardedState.of(value, laid_out._spec)  # the step's own tensor, not a view of it

@@ -1,23 +1,34 @@
 """The optimizer's step on the host beside the backward, predicted.
 
 A thread steps a chunk when its gradients are stored, into a second version
-(`runtime/speculative_step.py`). What it has not begun when the backward ends is stepped then, without
-a second version.
+(`runtime/speculative_step.py`). What it has not begun when the backward ends is stepped then,
+without a second version.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autopar.cluster.tiers import HOST, StateBytes, Tier, tier_named
+from autopar.cluster.tiers import HOST, NVME, StateBytes, Tier, tier_named
 from autopar.plan_records import HostStep
 from autopar.schedule.program import Program, Resource, Schedule
 from autopar.schedule.streams import run_times, step_us
 
-# Of the parameters in a chunk: large enough to move at a drive's bandwidth.
+# Of the parameters in a chunk: large enough to move at a drive's bandwidth. On the host, a small
+# model has smaller ones, which are large enough for the calls that step them.
 CHUNK_BYTES = 32 * 2**20
+_CHUNKS, _LEAST_BYTES = 16, 2**20
 
 _STORE = "autopar.store"
+
+
+def chunk_bytes(total_bytes: float) -> float:
+    """Of the parameters in a chunk on the host.
+
+    Args:
+        total_bytes: of all parameters.
+    """
+    return min(CHUNK_BYTES, max(_LEAST_BYTES, total_bytes / _CHUNKS))
 
 
 def host_step(
@@ -30,11 +41,12 @@ def host_step(
     room = room_bytes(program, schedule, states, tiers, states_on)
     stored = _stored(program, schedule) if Resource.HOST in program.beside else []
     total = sum(nbytes for _, nbytes in stored)
+    least = CHUNK_BYTES if states_on == NVME else chunk_bytes(total)
     end_us = step_us(program, schedule)
     free_us = stepped = gathered = 0.0
     for ready_us, nbytes in stored:
         gathered += nbytes
-        if gathered < CHUNK_BYTES and stepped + gathered < total:
+        if gathered < least and stepped + gathered < total:
             continue
         start_us = max(free_us, ready_us)
         if start_us >= end_us or second * (stepped + gathered) / total > room:
@@ -53,7 +65,9 @@ def _stored(program: Program, schedule: Schedule) -> list[tuple[float, float]]:
     for i, run in zip(sequence, runs, strict=True):
         store = program.started.get(i, i)  # that is split, if it is
         if program.ops[store].kind.startswith(_STORE):
-            stored.append((run.end, float(sum(program.nbytes[s] for s in program.ops[store].reads))))
+            stored.append(
+                (run.end, float(sum(program.nbytes[s] for s in program.ops[store].reads)))
+            )
     return sorted(stored)
 
 
