@@ -165,10 +165,9 @@ class StateBytes:
         """Two versions of what a step changes: the last one that is complete, and the next."""
         return 2 * (self.parameters + self.optimizer)
 
-    @property
-    def second_bytes(self) -> float:
+    def second_bytes(self, tier: str) -> float:
         """Of a second version of what a step changes, on the host."""
-        return self.gradients + self.optimizer
+        return self.gradients + (self.optimizer if tier == HOST else 0.0)
 
     def step_us(self, tiers: Sequence[Tier], name: str) -> float:
         """Predicted time of the optimizer's step where the states are: each is read and written
@@ -176,8 +175,13 @@ class StateBytes:
         return self._passing_us(tiers, name, 2 * self._changed + self.gradients)
 
     def second_step_us(self, tiers: Sequence[Tier], name: str) -> float:
-        """The same into a second version, to which states are copied first."""
-        return self._passing_us(tiers, name, 4 * self._changed + self.gradients)
+        """The same into a second version, to which states are copied first; of a drive, chunk after
+        chunk is read, stepped and written."""
+        us = self._passing_us(tiers, HOST, 4 * self._changed + self.gradients)
+        drive = tier_named(tiers, NVME)
+        if name == NVME and drive is not None:
+            us += 1e6 * (self._changed + self.optimizer) / drive.bandwidth
+        return us
 
     @property
     def _changed(self) -> float:

@@ -87,12 +87,12 @@ class _Trial:
     def stop(self) -> list[Chunk]:
         """Begin with no other chunk, wait for the one that is being stepped, and watch no longer;
         the chunks that are stepped."""
-        for part in self.parts:
-            part.unwatch()
         futures = [(chunk, chunk.future) for chunk in self.chunks if chunk.future is not None]
         begun = [(chunk, future) for chunk, future in reversed(futures) if not future.cancel()]
         for _, future in begun:
             future.exception()
+        for part in self.parts:  # when nothing in the thread uses their storages
+            part.unwatch()
         return [chunk for chunk, _ in begun]
 
 

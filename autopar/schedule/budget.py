@@ -280,9 +280,10 @@ class StepBudget:
             return plan
         where = self.states, self.tiers, self.states_on
         step = host_step(program, plan.schedule, *where)
+        room = room_bytes(program, plan.schedule, *where) if step.exposed_us < step.us else 0.0
         return replace(
             plan, states_on=self.states_on, added_us=plan.added_us + step.exposed_us,
-            host_step=step, room_bytes=room_bytes(program, plan.schedule, *where),
+            host_step=step, room_bytes=room,
         )  # fmt: skip
 
 

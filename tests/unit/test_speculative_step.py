@@ -54,6 +54,7 @@ class Training:
         fused = {"fused": True} if kind in chunks._FUSED_ON_HOST else {}
         optimizer = kind(groups, lr=1e-2, **options)
         beside = kind(twins, lr=1e-2, **options, **fused)
+        tiers = replace(tiers[0], memory_bandwidth=1e13), *tiers[1:]
         cluster = ClusterInfo.of("1")
         device = replace(cluster.device, overlaps=True)
         cluster = replace(cluster, device=device, tiers=tiers)
@@ -104,6 +105,9 @@ def whole_chunks():
     patch = pytest.MonkeyPatch()
     patch.setattr(chunks, "CHUNK_BYTES", CHUNK_BYTES)
     patch.setattr(speculative_step, "chunk_bytes", lambda _: CHUNK_BYTES)
+    patch.setattr(host_step, "chunk_bytes", lambda _: CHUNK_BYTES)
+    patch.setattr(host_step, "CHUNK_BYTES", CHUNK_BYTES)
+    patch.setattr(host_step, "BOOKKEEPING_US", 0.0)
     stop, accept = speculative_step._Trial.stop, Part.accept
 
     def after_all(trial):
@@ -353,7 +357,7 @@ def test_optimizers(kind):
 
 def test_chunks_on_a_drive(tmp_path, monkeypatch, caplog):
     environment.stop()
-    tiers = Tier(HOST, 1e15, 1e-9, capacity=66e3), Tier(NVME, 1e9, directory=str(tmp_path))
+    tiers = Tier(HOST, 1e15, 1e-9, capacity=66e3), Tier(NVME, 1e13, directory=str(tmp_path))
     training = Training.of(tiers=tiers)
     assert training.engine.plan.states_on == NVME
     counts = []
