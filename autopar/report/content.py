@@ -17,6 +17,7 @@ from autopar.plan_records import (
     MemoryEstimate,
     ModuleMemory,
     ModuleSummary,
+    StepSummary,
     TimeEstimate,
     TimeSplit,
     TriedSize,
@@ -104,6 +105,15 @@ def alike_blocks(modules: Sequence[ModuleMemory]) -> list[ModuleMemory]:
     return grouped
 
 
+def _host_step(step: StepSummary) -> str:
+    """How long the optimizer's step on the host takes."""
+    if step.host_step is None:
+        return ""
+    beside_us = step.host_step.us - step.host_step.exposed_us
+    part = f"{time_text(beside_us)} of it" if beside_us > 0 else "none of it"
+    return f", for {time_text(step.host_step.us)}, {part} beside the backward"
+
+
 def step_table(plan: ShardingPlan) -> Table | None:
     """What is kept, offloaded, recomputed and re-gathered, per block, if that was decided."""
     step = plan.step
@@ -132,7 +142,7 @@ def step_table(plan: ShardingPlan) -> Table | None:
         f"{bytes_text(step.resident_bytes)} are in use before the step.",
         "The optimizer's state is on the host outside of its step." if step.state_on_host else "",
         f"Between steps, states are on the {plan.states_on}: parameters are fetched and gradients "
-        "stored while the step runs, and the optimizer steps there."
+        f"stored while the step runs, and the optimizer steps there{_host_step(step)}."
         if plan.states_on
         else "",
         f"On the host for a part of the step: {', '.join(step.parameters_on_host)}."

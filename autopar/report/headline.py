@@ -37,6 +37,7 @@ def verdict(plan: ShardingPlan) -> list[tuple[str, str]]:
             reasons.append(f"recomputing and re-gathering, {time_text(again)} of it")
         if plan.states_on:
             reasons.append(f"{_place(plan)}, {time_text(off_device)} of it")
+            reasons += _beside(plan.step)
         if plan.step.state_on_host:
             reasons.append("the optimizer's state on the host")
         if plan.step.parameters_on_host:
@@ -52,6 +53,15 @@ def _added(step: StepSummary, states_on: str) -> tuple[float, float]:
         return step.added_us, 0.0
     again = sum(m.recompute_us + m.repeated_collectives_us for m in step.modules)
     return min(again, step.added_us), max(0.0, step.added_us - again)
+
+
+def _beside(step: StepSummary) -> list[str]:
+    """What of the optimizer's step on the host takes no time of its own."""
+    host_step = step.host_step
+    if host_step is None or host_step.exposed_us >= host_step.us:
+        return []
+    hidden, whole = time_text(host_step.us - host_step.exposed_us), time_text(host_step.us)
+    return [f"{hidden} of the optimizer's {whole} beside the backward"]
 
 
 def _place(plan: ShardingPlan) -> str:

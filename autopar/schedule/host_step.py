@@ -37,7 +37,7 @@ def chunk_bytes(total_bytes: float) -> float:
 def host_step(
     program: Program, schedule: Schedule, states: StateBytes, tiers: Sequence[Tier], states_on: str
 ) -> HostStep:
-    """What the optimizer's step takes where the states are, and what of it comes after the backward:
+    """What the optimizer's step takes where the states are, and what of it follows the backward:
     all of it, where nothing beside the backward makes the step shorter."""
     us = states.step_us(tiers, states_on)
     beside_us, second = states.second_step_us(tiers, states_on), states.second_bytes(states_on)
