@@ -50,9 +50,14 @@ def example_arguments(
 
 
 def _like(p: Any, node: fx.Node, trains: bool) -> torch.Tensor:
-    """A parameter's shard, or a tensor like it where another rank of the pipeline has it."""
-    local = p.to_local().detach()
-    if tuple(local.shape) != tuple(node.meta["local_shape"]):
-        with FakeTensorMode():
-            local = torch.empty(node.meta["local_shape"], dtype=local.dtype, device=local.device)
-    return local.requires_grad_(trains and p.requires_grad)
+    """A tensor like a parameter's shard, also where another rank of the pipeline has it. It has no
+    memory: whoever keeps it would keep that of the shard."""
+    local = p._local_tensor
+    with FakeTensorMode():
+        if tuple(local.shape) == tuple(node.meta["local_shape"]):
+            like = torch.empty_strided(
+                local.size(), local.stride(), dtype=local.dtype, device=local.device
+            )
+        else:
+            like = torch.empty(node.meta["local_shape"], dtype=local.dtype, device=local.device)
+    return like.requires_grad_(trains and p.requires_grad)

@@ -13,6 +13,7 @@ the first version is whole until the second one is accepted.
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -105,6 +106,9 @@ class SpeculativeStep:
             accepted.
         room_bytes: of the host, for second versions.
         drive: that has the optimizer's state.
+
+    Attributes:
+        taken_over: chunks whose second version was accepted, over all steps.
     """
 
     def __init__(
@@ -118,7 +122,8 @@ class SpeculativeStep:
         self._spares = WeakIdKeyDictionary()  # by shard
         self._keep = False  # gradients that were read, as somebody writes to them
         self._rest, self._pause = 0, 1  # backwards without speculation, and so many the next time
-        self._told = False
+        self._is_first, self._told = True, False
+        self.taken_over = 0
 
     @contextmanager
     def beside(
@@ -183,6 +188,7 @@ class SpeculativeStep:
             self._judge(difference)
         elif stepped:
             self._pause = 1
+        self.taken_over += len(right)
         return right
 
     # -- a trial -------------------------------------------------------------------------------
@@ -195,8 +201,11 @@ class SpeculativeStep:
             self._rest -= 1
             return None
         optimizer = self._own()
-        if optimizer is None or not self._room or not self._may(optimizer):
+        if optimizer is None or not self._may(optimizer):
             return None
+        if self._is_first:
+            self._is_first = False
+            gc.collect()  # planning leaves cycles that hold views of parameters
         groups, state = optimizer.param_groups, optimizer.state
         fused = fused_groups(optimizer, state)
         options = [{**g, "fused": True} if k in fused else dict(g) for k, g in enumerate(groups)]

@@ -7,7 +7,7 @@ from tests.dist import tier_tasks as tasks
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("place, overlaps", [("host", True), ("nvme", False)])
+@pytest.mark.parametrize("place, overlaps", [("host", True), ("nvme", False), ("nvme", True)])
 def test_states_off_the_device_are_the_same(pair, tmp_path, place, overlaps):
     directory = str(tmp_path) if place == "nvme" else None
     for found in pair.run(tasks.trained, "2", overlaps, directory):
@@ -17,3 +17,4 @@ def test_states_off_the_device_are_the_same(pair, tmp_path, place, overlaps):
         assert found["peak"] < 4 * found["parameters"], found  # with gradients and moments
         assert bool(found["ahead"]) == overlaps
         assert found["stored"] == (4 if directory else 0)
+        assert bool(found["beside"]) == overlaps, found

@@ -10,7 +10,9 @@ from torch import nn
 
 from autopar import auto_engine
 from autopar.cluster.tiers import NVME, Tier
-from autopar.runtime import chunks
+from autopar.runtime import chunks, speculative_step
+from autopar.runtime.step_on_shards import StepOnShards
+from autopar.schedule import host_step
 from autopar.testing.live_memory import LiveMemory
 from tests.clusters import eager_to_shard
 from tests.models import Classifier, words
@@ -24,9 +26,13 @@ def trained(mesh: str, overlaps: bool, directory: str | None, steps: int = 4) ->
         overlaps: copies and collectives run beside compute; else shards are uneven.
         directory: of a drive; None for the host.
     """
-    chunks.CHUNK_BYTES = 20_000
-    host = Tier("host", 1e15, 1e-9, capacity=None if directory is None else 4.2e5)
-    drive = [] if directory is None else [Tier(NVME, 1e9, directory=directory)]
+    chunks.CHUNK_BYTES = host_step.CHUNK_BYTES = 20_000
+    host_step.BOOKKEEPING_US, host_step.chunk_bytes = 0.0, lambda _: 20_000
+    speculative_step.chunk_bytes = host_step.chunk_bytes
+    host = Tier(
+        "host", 1e15, 1e-9, capacity=None if directory is None else 4.2e5, memory_bandwidth=1e15
+    )
+    drive = [] if directory is None else [Tier(NVME, 1e15, directory=directory)]
     cluster = replace(eager_to_shard(mesh, overlaps=overlaps), tiers=(host, *drive))
 
     def built() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -43,8 +49,12 @@ def trained(mesh: str, overlaps: bool, directory: str | None, steps: int = 4) ->
         with LiveMemory() as live:
             model(**data).backward()
         alone(**data).backward()
-        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
-            gradients = max(gradients, (p.grad.full_tensor() - q.grad).abs().max().item())
+        if step % 2:  # else nothing is read before the step
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+                gradients = max(gradients, (p.grad.full_tensor() - q.grad).abs().max().item())
+        speculative = StepOnShards.of(optimizer)._speculative
+        for chunk in speculative._trial.chunks if speculative and speculative._trial else ():
+            chunk.future.exception()  # it is stepped
         for each in (optimizer, beside):
             each.step()
             each.zero_grad()
@@ -67,4 +77,5 @@ def trained(mesh: str, overlaps: bool, directory: str | None, steps: int = 4) ->
         "parameters": sum(p.to_local().nbytes for p in model.parameters()),
         "ahead": len(ahead),
         "stored": model.stored_steps,
+        "beside": speculative.taken_over if speculative else 0,
     }

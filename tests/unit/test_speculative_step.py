@@ -3,8 +3,12 @@ are those of a step after the backward, bit by bit."""
 
 import itertools
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +42,7 @@ class Training:
     def of(
         kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
         tiers: tuple[Tier, ...] = (Tier(HOST, 1e15, 1e-9),),
+        resume: bool = False,
         **options,
     ) -> "Training":
         torch.manual_seed(0)
@@ -59,7 +64,7 @@ class Training:
         device = replace(cluster.device, overlaps=True)
         cluster = replace(cluster, device=device, tiers=tiers)
         engine, optimizer = auto_engine(
-            model, optimizer, cluster, memory=40e3, progress=False, microbatches=1
+            model, optimizer, cluster, memory=40e3, progress=False, microbatches=1, resume=resume
         )
         made = Training(engine, optimizer, [p for v in values for p in v], beside, None)
         engine.plan_for(made.batch())
@@ -99,10 +104,8 @@ class Training:
         return len(ACCEPTED)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def whole_chunks():
+def speculate_on_all(patch: pytest.MonkeyPatch) -> None:
     """Small chunks, all of which are stepped before `step()` is called."""
-    patch = pytest.MonkeyPatch()
     patch.setattr(chunks, "CHUNK_BYTES", CHUNK_BYTES)
     patch.setattr(speculative_step, "chunk_bytes", lambda _: CHUNK_BYTES)
     patch.setattr(host_step, "chunk_bytes", lambda _: CHUNK_BYTES)
@@ -123,6 +126,12 @@ def whole_chunks():
         accept(part, state)
 
     patch.setattr(Part, "accept", noted)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_chunks() -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    speculate_on_all(patch)
     yield
     patch.undo()
     environment.stop()
@@ -355,10 +364,13 @@ def test_optimizers(kind):
         assert training.step() == EVERY
 
 
+def with_drive(directory: Path | str) -> tuple[Tier, Tier]:
+    return Tier(HOST, 1e15, 1e-9, capacity=66e3), Tier(NVME, 1e13, directory=str(directory))
+
+
 def test_chunks_on_a_drive(tmp_path, monkeypatch, caplog):
     environment.stop()
-    tiers = Tier(HOST, 1e15, 1e-9, capacity=66e3), Tier(NVME, 1e13, directory=str(tmp_path))
-    training = Training.of(tiers=tiers)
+    training = Training.of(tiers=with_drive(tmp_path))
     assert training.engine.plan.states_on == NVME
     counts = []
     for _ in range(4):
@@ -386,6 +398,42 @@ def test_chunks_on_a_drive(tmp_path, monkeypatch, caplog):
     training.backward()
     assert training.step() == 0  # as state was in memory
     assert training.engine.stored_steps == 6
+
+
+KILLED = """
+import os, signal, sys
+import pytest, torch
+from tests.unit.test_speculative_step import Training, speculate_on_all, with_drive
+speculate_on_all(pytest.MonkeyPatch())
+training = Training.of(tiers=with_drive(sys.argv[1] + "/drive"))
+for _ in range(3):
+    training.backward()
+    training.step()
+torch.save([p._local_tensor for p in training.parameters], sys.argv[1] + "/parameters.pt")
+write = os.pwritev
+def amid(file, parts, offset):
+    write(file, [bytes(parts[0])[:100]], offset)  # a part of a chunk
+    os.kill(os.getpid(), signal.SIGKILL)
+os.pwritev = amid
+training.backward()
+training.step()
+"""
+
+
+def test_a_run_that_was_killed_amid_a_second_version_goes_on(tmp_path):
+    environment.stop()
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    killed = subprocess.run(command, cwd=root, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    training = Training.of(tiers=with_drive(tmp_path / "drive"), resume=True)
+    assert training.engine.stored_steps == 3
+    values = torch.load(tmp_path / "parameters.pt")
+    for p, value in zip(training.parameters, values, strict=True):
+        assert torch.equal(p._local_tensor, value)
+    training.backward()
+    training.optimizer.step()
+    assert training.engine.stored_steps == 4
 
 
 def test_room_is_that_of_the_host():
