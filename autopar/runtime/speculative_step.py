@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,10 @@ log = logging.getLogger(__name__)
 # Backwards without speculation after one that was in vain; so many times more after each further
 # one in a row.
 _PAUSE = 4
+
+# Steps that are timed with speculation, and as many without: the thread may take what the others
+# need, such as the only cores.
+_TIMED = 4
 
 _DENORMAL = 1e-40  # as a number of float32
 
@@ -124,6 +129,9 @@ class SpeculativeStep:
         self._rest, self._pause = 0, 1  # backwards without speculation, and so many the next time
         self._is_first, self._told = True, False
         self.taken_over = 0
+        self._taken = 0  # before this step
+        self._began: float | None = None  # the backward of this step
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}  # with speculation, without
 
     @contextmanager
     def beside(
@@ -136,6 +144,7 @@ class SpeculativeStep:
             announced: positions of those whose gradients it announces and gives to the caller.
         """
         self.drop()
+        self._began, self._taken = time.perf_counter(), self.taken_over
         trial = self._trial = self._begin(parameters, announced)
         if trial is None:
             yield
@@ -191,6 +200,25 @@ class SpeculativeStep:
         self.taken_over += len(right)
         return right
 
+    def finish(self) -> None:
+        """A step has ended: it counts among those that are timed."""
+        if self._began is None:
+            return
+        seconds, self._began = time.perf_counter() - self._began, None
+        timed = self._seconds[self.taken_over > self._taken]
+        if len(timed) < _TIMED:
+            timed.append(seconds)
+            if not self._is_faster() and len(self._seconds[False]) == _TIMED:
+                log.info("the optimizer's step follows the backward, as that is faster here")
+
+    def _is_faster(self) -> bool:
+        """Whether speculation makes a step shorter, from its backward on, as far as that was
+        timed."""
+        beside, after = self._seconds[True], self._seconds[False]
+        if len(beside) < _TIMED or not _TIMED:
+            return True
+        return len(after) == _TIMED and min(beside) <= min(after)
+
     # -- a trial -------------------------------------------------------------------------------
 
     def _begin(
@@ -201,7 +229,7 @@ class SpeculativeStep:
             self._rest -= 1
             return None
         optimizer = self._own()
-        if optimizer is None or not self._may(optimizer):
+        if optimizer is None or not self._may(optimizer) or not self._is_faster():
             return None
         if self._is_first:
             self._is_first = False

@@ -208,6 +208,8 @@ class StepOnShards:
                 self._drive.end() if done else self._drive.roll_back()
         finally:
             self._swap_back()
+        if done and self._speculative is not None:
+            self._speculative.finish()
 
     def _swap_back(self) -> None:
         assert self._dtensors is not None

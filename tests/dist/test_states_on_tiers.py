@@ -7,7 +7,7 @@ from tests.dist import tier_tasks as tasks
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("place, overlaps", [("host", True), ("nvme", False), ("nvme", True)])
+@pytest.mark.parametrize("place, overlaps", [("host", True), ("nvme", False)])
 def test_states_off_the_device_are_the_same(pair, tmp_path, place, overlaps):
     directory = str(tmp_path) if place == "nvme" else None
     for found in pair.run(tasks.trained, "2", overlaps, directory):

@@ -111,6 +111,7 @@ def speculate_on_all(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(host_step, "chunk_bytes", lambda _: CHUNK_BYTES)
     patch.setattr(host_step, "CHUNK_BYTES", CHUNK_BYTES)
     patch.setattr(host_step, "BOOKKEEPING_US", 0.0)
+    patch.setattr(speculative_step, "_TIMED", 0)
     stop, accept = speculative_step._Trial.stop, Part.accept
 
     def after_all(trial):
@@ -187,7 +188,8 @@ def without_one(parameters, optimizer):
 
 
 def faster(parameters, optimizer):
-    optimizer.param_groups[0]["lr"] *= 1.5
+    group = optimizer.param_groups[0]
+    group["lr"] = 0.02 if group["lr"] == 0.01 else 0.01
 
 
 def first_state(parameters, optimizer):
@@ -338,6 +340,29 @@ def test_a_hook_that_comes_later_sees_all_gradients(trained):
     handle.remove()
     trained.backward()
     assert trained.step() == EVERY
+
+
+@pytest.mark.parametrize("slower", [True, False])
+def test_the_faster_way_is_kept(trained, monkeypatch, slower):
+    monkeypatch.setattr(speculative_step, "_TIMED", 2)
+    trained.speculative._seconds = {True: [], False: []}
+    now = itertools.count()
+    accepted = SpeculativeStep.accepted
+
+    def timed(speculative, *args):
+        chunks = accepted(speculative, *args)
+        for _ in range(10 if bool(chunks) == slower else 0):
+            next(now)
+        return chunks
+
+    monkeypatch.setattr(SpeculativeStep, "accepted", timed)
+    monkeypatch.setattr(speculative_step.time, "perf_counter", lambda: next(now))
+    counts = []
+    for _ in range(6):
+        trained.backward()
+        counts.append(trained.step())
+    kept = 0 if slower else EVERY
+    assert counts == [EVERY, EVERY, 0, 0, kept, kept]
 
 
 def test_a_group_that_is_added_is_stepped(trained):
