@@ -203,11 +203,17 @@ def _within(
             break
         reserved = (least + most) / 2
     why = f" {refused}" if refused is not None else ""
+    tiers = ""
+    if traced.options.cluster.off_device_tiers:
+        tiers = (
+            ". States of microbatches and of stages stay on the device; a tier takes those of "
+            "steps without microbatches=, where gradients of several backwards add up on the host"
+        )
     raise InfeasibleError(
         f"pipeline stage {room.number} does not fit {bytes_text(budget.memory_bytes)}, with "
         f"{room.more} other microbatches in flight and {bytes_text(room.others_bytes)} for other "
         f"stages of its rank.{why}\n  Use more microbatches, which are smaller, more stages, or "
-        "more memory",
+        f"more memory{tiers}",
         budget_bytes=budget.memory_bytes, smallest_bytes=budget.memory_bytes,
     )  # fmt: skip
 

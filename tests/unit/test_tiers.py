@@ -302,6 +302,16 @@ def test_other_optimizers_keep_their_state_on_the_device(tmp_path):
         auto_engine(model, optimizer, cluster, memory=20e3, example_inputs=batch(0))
 
 
+def test_states_of_microbatches_stay_on_the_device():
+    model, optimizer = built()
+    cluster = replace(ClusterInfo.of("1"), tiers=(Tier(HOST, 1e9),))
+    with pytest.raises(InfeasibleError, match="a tier takes those of steps without microbatches="):
+        auto_engine(
+            model, optimizer, cluster, memory=40e3, microbatches=2, example_inputs=batch(0),
+            progress=False,
+        )  # fmt: skip
+
+
 def test_a_damaged_manifest_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"autopar_states": 1, "vers')
     with pytest.raises(EngineError, match=r"manifest.json cannot be read: .*remove its directory"):
