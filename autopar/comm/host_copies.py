@@ -103,6 +103,8 @@ def store(x: torch.Tensor) -> torch.Tensor:
     host = offload(x)
     if x.is_cuda:  # the caller reads on the host, in no stream
         _RUNNING.pop(host.untyped_storage()).synchronize()
+    else:
+        wait(host)
     return host
 
 
