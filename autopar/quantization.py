@@ -46,10 +46,12 @@ class QuantizedLinear(nn.Module):
         weight: [out_features, in_features], int8, or for float8 its bytes as uint8; for int4
             [out_features, groups, bytes of a group], uint8.
         scale: [out_features], for int4 [out_features, groups], of the dtype of the layer it takes
-            the place of.
+            the place of; float32 in that of float16, whose range is too short for scales.
         bias: [out_features], or None.
         scheme: one of `SCHEMES`.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self, weight: nn.Parameter, scale: nn.Parameter, bias: nn.Parameter | None, scheme: str
@@ -68,12 +70,13 @@ class QuantizedLinear(nn.Module):
         Returns:
             [*b, out_features]
         """
-        scale = self.scale.to(x.dtype)
+        scale = self.scale.to(_dtype_of_scales(x.dtype))
         if self.scheme == "int8-dynamic":
-            largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-            rows = largest / _LARGEST_INT8
-            rounded = (x / rows).round().clamp(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8)
-            out = int8_mm(rounded, self.weight).to(x.dtype) * rows * scale
+            out = self._with_rounded_inputs(x.detach(), scale)
+            if torch.is_grad_enabled() and x.requires_grad:
+                # the rounding has no slope: the gradient is that of inputs as they are
+                through = int8_linear(x, self.weight, scale)
+                out = through + (out - through).detach()
         elif self.scheme == "int8":
             out = int8_linear(x, self.weight, scale)
         elif self.scheme == "float8":
@@ -82,8 +85,29 @@ class QuantizedLinear(nn.Module):
             out = int4_linear(x.unflatten(-1, (-1, GROUP)), self.weight, scale)
         return out if self.bias is None else out + self.bias
 
+    def _with_rounded_inputs(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        wide = x.to(scale.dtype)
+        largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+        rows = largest / _LARGEST_INT8
+        rounded = (wide / rows).round().clamp(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8)
+        out: torch.Tensor = int8_mm(rounded, self.weight).to(wide.dtype) * rows * scale
+        return out.to(x.dtype)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+
+
+def _dtype_of_scales(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def check_scheme(scheme: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such scheme.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
 
 
 def quantize(model: nn.Module, scheme: str = "int8", *, skip: Collection[str] = ()) -> nn.Module:
@@ -101,15 +125,14 @@ def quantize(model: nn.Module, scheme: str = "int8", *, skip: Collection[str] = 
         the model.
 
     Raises:
-        ValueError: the scheme is unknown, a name in `skip` is none of a linear layer, there is no
-            linear layer, or the groups of "int4" do not divide a layer.
+        ValueError: the scheme is unknown, a name in `skip` is none of a linear layer, no linear
+            layer is left, or the groups of "int4" do not divide a layer.
         RuntimeError: a weight has no values yet.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
+    check_scheme(scheme)
     layers = dict(_layers(model))
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
+        raise ValueError(_nothing_to_quantize(model))
     unused = [name for name in skip if not any(fnmatch(layer, name) for layer in layers)]
     if unused:
         raise ValueError(f"skip= names {unused}, and linear layers are {sorted(layers)[:8]}, ...")
@@ -122,6 +145,11 @@ def quantize(model: nn.Module, scheme: str = "int8", *, skip: Collection[str] = 
         for name, layer in layers.items()
         if uses[id(layer.weight)] == 1 and not any(fnmatch(name, pattern) for pattern in skip)
     }
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__}: all linear layers share their weights with other modules, or "
+            "are named in skip="
+        )
     if scheme == "int4":
         for name, layer in chosen.items():
             _refuse_parts_of_groups(name, layer)
@@ -137,6 +165,15 @@ def quantize(model: nn.Module, scheme: str = "int8", *, skip: Collection[str] = 
     if isinstance(model, Engine):
         model._autopar_runner.forget_programs()
     return model
+
+
+def _nothing_to_quantize(model: nn.Module) -> str:
+    name = type(model).__name__
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return f"{name} is quantized already"
+    if type(model) is nn.Linear:
+        return "layers are replaced in the module that has them: give nn.Sequential(layer)"
+    return f"{name} has no linear layer to quantize"
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -178,6 +215,7 @@ def _rounded(layer: Any, scheme: str) -> QuantizedLinear:
     if isinstance(weight, DTensor) and any(isinstance(p, Owned) for p in weight.placements):
         raise ValueError("layers of pipeline stages are not quantized; do so before auto_engine")
     local: Any = weight.to_local() if isinstance(weight, DTensor) else weight.detach()
+    local = local.to(_dtype_of_scales(local.dtype))
     tiny = torch.finfo(local.dtype).tiny
     columns: tuple[tuple[int, ...], tuple[int, ...]] = (weight.shape[1],), ()
     if scheme == "int4":

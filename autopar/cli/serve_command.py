@@ -38,7 +38,9 @@ def serve(
         None, metavar="DTYPE", help="Compute and gather in bf16 or fp16.  [default: the model's]"
     ),
     quantize: str | None = typer.Option(
-        None, metavar="SCHEME", help="Round the weights, as `autopar.quantize` does: int8."
+        None,
+        metavar="SCHEME",
+        help="Round the weights, as `autopar.quantize` does: int8, int8-dynamic, float8 or int4.",
     ),
     warm_up: bool = typer.Option(
         True, help="Make the programs for prompts of all lengths before the first request."
@@ -55,7 +57,10 @@ def serve(
             raise ImportError(f"the server needs {needed}: pip install autopar[serve]")
         from autopar.cluster.local import as_cluster
         from autopar.integrations.serve import ServeOptions, run_rank
+        from autopar.quantization import check_scheme
 
+        if quantize is not None:
+            check_scheme(quantize)  # before the model is read
         options = ServeOptions(model, mesh, memory, precision, quantize, host, port, warm_up)
         ranks = as_cluster(mesh).world_size
         if "WORLD_SIZE" in os.environ or ranks == 1:

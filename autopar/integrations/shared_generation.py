@@ -68,7 +68,13 @@ class SharedGeneration:
 
         Raises:
             EngineError: the server ends, or another rank has died.
+            ValueError: there is no token to begin with.
         """
+        ids = arguments.get("input_ids")
+        if ids is None:
+            ids = arguments.get("inputs")
+        if ids is not None and not ids.shape[-1]:
+            raise ValueError("the prompt is empty: there is no token to go on from")
         with self._one_at_a_time:
             if self._ending.is_set():
                 raise EngineError("the server is ending")

@@ -4,6 +4,9 @@
 quantization); `int8_mm` multiplies 8-bit integers exactly. None holds the whole weight in another
 dtype.
 
+Scales have the dtype of the input, but float32 where that is float16: they may be below its range,
+and sums of products that are not scaled yet above it. Weights are scaled before the product then.
+
 Private to torch here: `_weight_int8pack_mm` and `_int_mm`; tested with 2.13 on CPUs.
 """
 
@@ -78,17 +81,23 @@ def _by_blocks(
     return out
 
 
+def _scaled(numbers: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return numbers.to(scale.dtype).mul_(scale).to(dtype)
+
+
 def _int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`linear(x, weight * scale[:, None])`.
 
     Args:
         x: [*b, k], float32, bfloat16, float16 or float64.
         weight: [n, k], int8.
-        scale: [n], of the dtype of x.
+        scale: [n].
 
     Returns:
         [*b, n], of the dtype of x.
     """
+    if scale.dtype != x.dtype:
+        return _by_blocks(x, weight, lambda a, b: _scaled(weight[a:b], scale[a:b, None], x.dtype))
     rows = math.prod(x.shape[:-1])
     packed = x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= _PACKED_ROWS
     if packed and x.shape[-1] % _PACKED_MULTIPLE == 0:
@@ -105,12 +114,14 @@ def _float8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -
     Args:
         x: [*b, k], float32, bfloat16, float16 or float64.
         weight: [n, k], the bytes of float8_e4m3fn as uint8, which every collective takes.
-        scale: [n], of the dtype of x.
+        scale: [n].
 
     Returns:
         [*b, n], of the dtype of x.
     """
     numbers = weight.view(torch.float8_e4m3fn)
+    if scale.dtype != x.dtype:
+        return _by_blocks(x, weight, lambda a, b: _scaled(numbers[a:b], scale[a:b, None], x.dtype))
     return _by_blocks(x, weight, lambda a, b: numbers[a:b].to(x.dtype)).mul_(scale)
 
 
@@ -120,15 +131,15 @@ def _int4_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
     Args:
         x: [*b, groups, GROUP], float32, bfloat16, float16 or float64.
         weight: [n, groups, GROUP / 2], uint8.
-        scale: [n, groups], of the dtype of x.
+        scale: [n, groups].
 
     Returns:
         [*b, n], of the dtype of x.
     """
 
     def values(start: int, end: int) -> torch.Tensor:
-        rows = _int4_unpacked(weight[start:end], x.dtype)
-        return rows.mul_(scale[start:end, :, None]).flatten(1)
+        rows = _int4_unpacked(weight[start:end], scale.dtype)
+        return rows.mul_(scale[start:end, :, None]).flatten(1).to(x.dtype)
 
     return _by_blocks(x.flatten(-2), weight, values)
 
@@ -168,19 +179,21 @@ def _fake_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _int8_backward(ctx: Any, grad: torch.Tensor) -> Any:
     weight, scale = ctx.saved_tensors
-    return torch.matmul(grad * scale, weight.to(grad.dtype)), None, None
+    wide = grad.to(scale.dtype)
+    return torch.matmul(wide * scale, weight.to(wide.dtype)).to(grad.dtype), None, None
 
 
 def _float8_backward(ctx: Any, grad: torch.Tensor) -> Any:
     weight, scale = ctx.saved_tensors
-    numbers = weight.view(torch.float8_e4m3fn)
-    return torch.matmul(grad * scale, numbers.to(grad.dtype)), None, None
+    numbers, wide = weight.view(torch.float8_e4m3fn), grad.to(scale.dtype)
+    return torch.matmul(wide * scale, numbers.to(wide.dtype)).to(grad.dtype), None, None
 
 
 def _int4_backward(ctx: Any, grad: torch.Tensor) -> Any:
     weight, scale = ctx.saved_tensors
-    values = _int4_unpacked(weight, grad.dtype) * scale[..., None]
-    return torch.matmul(grad, values.flatten(1)).unflatten(-1, (-1, GROUP)), None, None
+    values = _int4_unpacked(weight, scale.dtype) * scale[..., None]
+    gradient = torch.matmul(grad.to(scale.dtype), values.flatten(1)).to(grad.dtype)
+    return gradient.unflatten(-1, (-1, GROUP)), None, None
 
 
 def _keep(ctx: Any, inputs: Any, output: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from autopar.operators.quantized_linear import (
     int8_linear,
     int8_mm,
 )
+from autopar.quantization import SCHEMES
 
 
 def mlp() -> nn.Module:
@@ -206,3 +207,46 @@ def test_layers_that_stay_as_they_are():
         with torch.device("meta"):
             empty = nn.Sequential(nn.Linear(4, 4))
         quantize(empty)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_pass_through_rounded_layers(scheme):
+    """And inputs that are rounded: as if they were not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    x = torch.randn(5, 64, requires_grad=True)
+    (want,) = torch.autograd.grad(model(x).square().sum(), x)
+    out = quantize(model, scheme)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), out, rtol=1e-5, atol=1e-6)
+    (got,) = torch.autograd.grad(out.square().sum(), x)
+    assert (got - want).norm() < {"int4": 0.2, "float8": 0.06}.get(scheme, 0.03) * want.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("size", [1e-2, 1e-5])
+def test_float16_has_scales_of_float32(scheme, size):
+    """Those of small weights are below its range, sums of what is not scaled above it."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(512, 4, bias=False))
+    with torch.no_grad():
+        layer[0].weight.normal_(std=size)
+    x = 50 * torch.randn(3, 512)
+    want = layer.half()(x.half()).float()
+    assert want.isfinite().all()
+    got = quantize(layer, scheme)(x.half()).float()
+    assert layer[0].scale.dtype == torch.float32
+    assert (got - want).norm() < {"int4": 0.2, "float8": 0.06}.get(scheme, 0.03) * want.norm()
+
+
+def test_what_cannot_be_quantized_says_why():
+    shared = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    shared[1].weight = shared[0].weight
+    done = quantize(nn.Sequential(nn.Linear(8, 8)))
+    for model, message in (
+        (nn.Linear(8, 8), r"give nn\.Sequential\(layer\)"),
+        (done, "is quantized already"),
+        (shared, "share their weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize(model)
