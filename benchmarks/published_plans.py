@@ -295,11 +295,10 @@ def in_float8(space: SearchSpace) -> None:
     """Price the products of blocks with their weights in float8: at the device's rate for it, and
     with casts, which read an operand twice, once for its scale, and write it. Input and weight are
     cast again for the backward, whose products read them the other way round."""
-    device = space.cluster.device
-    costs = OpCosts(
-        replace(space.cluster, device=device.multiplying_in("bfloat16", "float8")),
-        space.profile, SavedValues(space.graph, space.profile),
-    )  # fmt: skip
+    device, saved = space.cluster.device, SavedValues(space.graph, space.profile)
+    rates = {**device.flops_by_size, "matmul.bfloat16": device.flops_curve("matmul", "float8")}
+    faster = replace(space.cluster, device=replace(device, flops_by_size=rates))
+    costs = OpCosts(faster, space.profile, saved)
     read, write = device.bytes_curve("read"), device.bytes_curve("write")
     for i, d in enumerate(space.decisions):
         if d.kind != "op" or "linear" not in str(d.node.target):

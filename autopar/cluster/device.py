@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -112,11 +112,6 @@ class Device:
         curves = self.flops_by_size
         curve = curves.get(f"{library}.{dtype}") or curves.get(f"matmul.{dtype}")
         return curve or Curve.constant(self.flops_per_s(dtype))
-
-    def multiplying_in(self, dtype: str, faster: str) -> Device:
-        """The device with products of one dtype at the rate of another."""
-        curves = {**self.flops_by_size, f"matmul.{dtype}": self.flops_curve("matmul", faster)}
-        return replace(self, flops_by_size=curves)
 
     def bytes_curve(self, direction: str) -> Curve:
         """Bytes/s by bytes that a kernel moves in a direction, `"read"` or `"write"`."""

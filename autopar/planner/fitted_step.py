@@ -88,10 +88,8 @@ def split_step(
         return None
     now = time.process_time()
     deadline = now + seconds
-    if whole is None:
-        best = _split_to(step, budget, 1.0, now + _UNTIL_IT_FITS * seconds, short)
-    else:
-        best = _split_to(step, budget, _ROOMY, deadline, short)
+    share, until = (_ROOMY, deadline) if whole else (1.0, now + _UNTIL_IT_FITS * seconds)
+    best = _split_to(step, budget, share, until, short)
     if best is None or whole is not None or recomputes_little(best.memory):
         return best
     if time.process_time() > deadline:

@@ -13,8 +13,10 @@ from autopar.cluster.link import Link
 from autopar.comm.spans import chunks, halves, length_of, zigzag
 from autopar.operators.attention_blocks import Block, attend, attend_backward, merge
 from autopar.passes.local_step import local_step
+from autopar.schedule.budget import plan_memory
 from autopar.sharding.lowerings.attention_operators import products, segments
 from autopar.sharding.lowerings.ring_attention import base_of
+from benchmarks.sequence_cases import Case
 
 SIZES = [(2, 2), (3, 2), (8, 2), (16, 4), (17, 4), (13, 3), (64, 8), (9, 8)]
 
@@ -188,9 +190,6 @@ def test_a_rank_is_predicted_to_compute_its_share_of_attention(way):
 )
 def test_memory_is_estimated_before_there_is_a_program(keys, way):
     """With what an exchange, and the balancing of causal work, keep beside their results."""
-    from autopar.schedule.budget import plan_memory
-    from benchmarks.sequence_cases import Case
-
     case = Case(tokens=512, width=64, heads=8, keys=keys, layers=1)
     layout, _, split = way.partition(", ")
     constraints = {"**.scaled_dot_product_attention": layout}
