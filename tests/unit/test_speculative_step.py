@@ -35,7 +35,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     alone: list[torch.Tensor]
     beside: torch.optim.Optimizer
-    speculative: SpeculativeStep
+    speculative: SpeculativeStep | None
     number: int = 0
 
     @staticmethod
@@ -80,9 +80,14 @@ class Training:
         return torch.randn(8, 16, dtype=torch.float64, generator=generator)
 
     def backward(self) -> None:
-        """Gradients of another batch, of both."""
+        """Gradients of another batch, of both; all chunks are stepped, so that none reads what is
+        written to later."""
         self.number += 1
         self.engine(self.batch()).square().mean().backward()
+        trial = self.speculative and self.speculative._trial
+        for chunk in trial.chunks if trial else ():
+            if chunk.future is not None:
+                chunk.future.exception()
         for p, q in zip(self.parameters, self.alone, strict=True):
             q.grad = None if p.grad is None else p.grad._local_tensor.clone()
 
@@ -105,22 +110,14 @@ class Training:
 
 
 def speculate_on_all(patch: pytest.MonkeyPatch) -> None:
-    """Small chunks, all of which are stepped before `step()` is called."""
+    """Small chunks, and notes of those that are accepted."""
     patch.setattr(chunks, "CHUNK_BYTES", CHUNK_BYTES)
     patch.setattr(speculative_step, "chunk_bytes", lambda _: CHUNK_BYTES)
     patch.setattr(host_step, "chunk_bytes", lambda _: CHUNK_BYTES)
     patch.setattr(host_step, "CHUNK_BYTES", CHUNK_BYTES)
     patch.setattr(host_step, "BOOKKEEPING_US", 0.0)
     patch.setattr(speculative_step, "_TIMED", 0)
-    stop, accept = speculative_step._Trial.stop, Part.accept
-
-    def after_all(trial):
-        for chunk in trial.chunks:
-            if chunk.future is not None:
-                chunk.future.exception()
-        return stop(trial)
-
-    patch.setattr(speculative_step._Trial, "stop", after_all)
+    accept = Part.accept
 
     def noted(part, state):
         ACCEPTED.append(part)
