@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from autopar.planner.time_splits import (
     with_candidates,
 )
 from autopar.schedule.budget import MemoryPlan, StepBudget
+from autopar.schedule.pareto import has_many_operators
 from autopar.schedule.program import Program, eager_schedule
 from autopar.schedule.streams import step_us
 from autopar.units import bytes_text
@@ -37,6 +39,8 @@ _MOST_RECOMPUTED = 3e-2  # of a step: what fitting may cost before regions are s
 _ROOMY = 0.5
 _LARGE_RESULT = 0.2  # of the peak
 _UNTIL_IT_FITS = 3.0  # times the seconds of a search, as the step is refused otherwise
+# Seconds at least, and times those of its schedule, for slices that make a step faster that fits.
+_FASTER_S, _FASTER = 5.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def split_step(
     seconds: float = SECONDS,
     short: UntracedStep | None = None,
     whole: MemoryPlan | None = None,
+    spent: float = 0.0,
 ) -> FittedStep | None:
     """Schedule a step with regions of it in slices: until it fits, and further if it recomputes
     much. None if no region lowers its peak, or if its states alone are too much.
@@ -80,6 +85,7 @@ def split_step(
         seconds: of processor time for the search; three times as many if nothing fits before.
         short: the same without most of its equal blocks, in which regions are looked for.
         whole: its schedule without slices, if it fits.
+        spent: seconds on that schedule; if there is one, the search takes about as long at most.
 
     Raises:
         InfeasibleError: the step does not fit in slices either.
@@ -87,6 +93,8 @@ def split_step(
     if budget.is_hopeless:
         return None
     now = time.process_time()
+    if whole is not None:
+        seconds = min(seconds, max(_FASTER_S, _FASTER * spent))
     deadline = now + seconds
     share, until = (_ROOMY, deadline) if whole else (1.0, now + _UNTIL_IT_FITS * seconds)
     best = _split_to(step, budget, share, until, short)
@@ -100,6 +108,46 @@ def split_step(
         return best
     better = split is not None and split.memory.timeline.us < best.memory.timeline.us
     return split if better else best
+
+
+def fit_program(
+    program: Program,
+    budget: StepBudget,
+    in_slices: Callable[[MemoryPlan | None, float], FittedStep | None],
+    patience: float = math.inf,
+) -> tuple[MemoryPlan, FittedStep | None]:
+    """The schedule of a program, or the program with regions in slices if it does not fit without
+    them, or is faster with them.
+
+    Args:
+        in_slices: the latter, for the schedule without slices, if there is one, and the seconds
+            that it took.
+        patience: as of `StepBudget.choose`, unless slices do not make it fit either.
+
+    Raises:
+        InfeasibleError: nothing fits; it names the smallest budget that does.
+    """
+    start = time.process_time()
+    whole: MemoryPlan | None = None
+    errors: list[InfeasibleError] = []
+    try:
+        whole = budget.choose(program, patience)
+        if recomputes_little(whole):
+            return whole, None
+    except InfeasibleError as error:
+        errors.append(error)
+    try:
+        split = in_slices(whole, time.process_time() - start)
+        if split is not None and (whole is None or split.memory.timeline.us < whole.timeline.us):
+            split = split.compared_with(program)
+            return split.memory, split
+    except InfeasibleError as error:
+        errors.append(error)
+    if whole is None and math.isfinite(patience) and has_many_operators(program):
+        whole = budget.choose(program)
+    if whole is None:
+        raise min(errors, key=lambda error: error.smallest_bytes)
+    return whole, None
 
 
 def recomputes_little(memory: MemoryPlan) -> bool:
@@ -188,22 +236,9 @@ def _fit(
     """The same, with the states where the budget has them."""
     step = UntracedStep(gm, tuple(arguments), options)
     traced = step.traced(copy_of(gm))
-    whole: FittedStep | None = None
-    errors: list[InfeasibleError] = []
-    try:
-        whole = FittedStep(gm, traced.program, traced, budget.choose(traced.program))
-        if recomputes_little(whole.memory):
-            return whole
-    except InfeasibleError as error:
-        errors.append(error)
-    try:
-        split = split_step(step, budget, whole=None if whole is None else whole.memory)
-        if split is not None and (
-            whole is None or split.memory.timeline.us < whole.memory.timeline.us
-        ):
-            return split.compared_with(traced.program)
-    except InfeasibleError as error:
-        errors.append(error)
-    if whole is None:
-        raise min(errors, key=lambda error: error.smallest_bytes)
-    return whole
+
+    def in_slices(whole: MemoryPlan | None, spent: float) -> FittedStep | None:
+        return split_step(step, budget, whole=whole, spent=spent)
+
+    memory, split = fit_program(traced.program, budget, in_slices)
+    return split or FittedStep(gm, traced.program, traced, memory)

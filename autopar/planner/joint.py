@@ -33,14 +33,13 @@ from autopar.passes.split_regions import split_regions
 from autopar.plan import ShardingPlan
 from autopar.plan_records import MemoryEstimate
 from autopar.planner.estimate import estimate_memory, estimate_time
-from autopar.planner.fitted_step import FittedStep, recomputes_little, split_step
+from autopar.planner.fitted_step import FittedStep, fit_program, split_step
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
 from autopar.planner.time_splits import SECONDS
 from autopar.schedule.budget import MemoryPlan, StepBudget, frozen_bytes
-from autopar.schedule.pareto import has_many_operators
 from autopar.units import bytes_text, time_text
 
 log = logging.getLogger(__name__)
@@ -254,32 +253,27 @@ class _Trials:
         )  # fmt: skip
         budget = replace(_step_budget(self.problem, step), states_on=states_on)
         short = shortened(space.graph, chosen)
-        memory = fitted = refused = None
-        try:
-            memory = budget.choose(step.program, patience=_PATIENCE)
-            if recomputes_little(memory):
-                return step, memory, None
-        except InfeasibleError as error:
-            refused = error
-        if memory is None or not self.problem.deadline.over:
-            fitted = self._in_slices(plan, budget, short, memory)
-        if fitted is not None and (
-            memory is None or fitted.memory.timeline.us < memory.timeline.us
-        ):
-            fitted = fitted.compared_with(step.program)
-            return replace(step, program=fitted.program), fitted.memory, fitted
-        if refused is not None and not has_many_operators(step.program):
-            raise refused  # patience makes no difference
-        return step, memory or budget.choose(step.program), None
+
+        def in_slices(whole: MemoryPlan | None, spent: float) -> FittedStep | None:
+            if whole is not None and self.problem.deadline.over:
+                return None
+            return self._in_slices(plan, budget, short, whole, spent)
+
+        memory, split = fit_program(step.program, budget, in_slices, _PATIENCE)
+        return step if split is None else replace(step, program=split.program), memory, split
 
     def _in_slices(
         self, plan: ShardingPlan, budget: StepBudget, short: ShortGraph | None,
-        whole: MemoryPlan | None,
+        whole: MemoryPlan | None, spent: float,
     ) -> FittedStep | None:  # fmt: skip
-        """The step with regions in slices; None if that does not fit.
+        """The step with regions in slices; None if no region helps.
 
         Args:
             whole: its schedule without slices, if it fits.
+            spent: seconds on it.
+
+        Raises:
+            InfeasibleError: slices do not make it fit.
         """
         space, trainable = self.problem.space, self.problem.space.workload.trainable
         step = untraced_step(space.graph, space.graph, plan, trainable, self.output_specs)
@@ -290,9 +284,7 @@ class _Trials:
             )
         seconds = min(SECONDS, self.problem.deadline.left)
         try:
-            fitted = split_step(step, budget, seconds, few, whole)
-        except InfeasibleError:
-            return None
+            fitted = split_step(step, budget, seconds, few, whole, spent)
         except PlanError as error:  # a region of the few blocks that all of them do not have
             log.info("no slices: %s", error)
             return None

@@ -7,7 +7,10 @@ of them, and the best are refined to the budget. So no candidate is better than 
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -123,12 +126,15 @@ class ScheduleFront:
         """Add the schedules that may be the best within a budget."""
         chain = self._chain.budgets
         low, high = 0, len(chain)  # the first that fits is between them
-        while low < high:
-            middle = (low + high) // 2
-            if self._of_chain(middle).peak_bytes <= budget:
-                high = middle
-            else:
-                low = middle + 1
+        above = 0.0  # by so much the last peak exceeds the chain's budget
+        for halves in itertools.cycle((False, False, True)):
+            if low == high:
+                break
+            near = bisect_left(chain, above - budget, low, high - 1, key=operator.neg)
+            k = (low + high) // 2 if halves else near
+            peak = self._of_chain(k).peak_bytes
+            above = peak - chain[k]
+            low, high = (low, k) if peak <= budget else (k + 1, high)
         for k in range(max(0, low - _CHAIN_TRIED), min(len(chain), low + _CHAIN_TRIED)):
             self._of_chain(k)
         if self._is_long:

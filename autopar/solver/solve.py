@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -40,6 +41,8 @@ FIX_GAP, FIX_PROGRESS = 0.2, 0.7
 FEASIBILITY_PRICES = (1.0, 4.0)
 # The share of the time spent on finding an assignment within the hard rows before `fallback`.
 FEASIBILITY_SHARE = 0.25
+# Seconds to find a smaller excess when it is proven that there is one.
+CLOSER_S = 2.0
 # variables of an integer program that is solved, not divided
 SMALL_PROGRAM = 4000
 
@@ -337,13 +340,15 @@ class _Search:
             tuple(soft(row) for row in rows if not row.slack),
             problem.names,
         )
-        solution = solve(
-            relaxed,
-            separate=violated,
-            time_limit=min(seconds, max(1.0, self.end - time.process_time())),
-            enough_us=1.0,
-            disable=self.pool.disable,
+        search = partial(
+            solve, relaxed, separate=violated, enough_us=1.0, disable=self.pool.disable
         )
+        seconds = min(seconds, max(1.0, self.end - time.process_time()))
+        solution = search(time_limit=seconds, subproblems=0)
+        if solution.time_us > 1 + 1e-9:
+            if solution.bound_us > 1:  # proven: a closer number is worth little
+                seconds = min(seconds, CLOSER_S)
+            solution = search(time_limit=seconds, starts=[solution.choices], prices=solution.prices)
         if solution.time_us > 1 + 1e-9:
             needed = offset * solution.time_us
             raise InfeasibleError(

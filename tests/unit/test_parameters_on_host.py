@@ -221,7 +221,7 @@ def test_what_is_reloaded_was_evicted():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_such_schedules_run(monkeypatch, seed):
-    def choose(self: StepBudget, program: Program) -> MemoryPlan:
+    def choose(self: StepBudget, program: Program, patience: float) -> MemoryPlan:
         *_, last = wandering(program, seed)
         return describe(program, last)
 
