@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from autopar.optim.recording import Call, Ref, Value, bound
-from autopar.sharding.rule import OpRule, Strategy, strategies
+from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.rules import Call as RuleCall
 from autopar.sharding.rules import bind
+from autopar.sharding.strategies import strategies
 
 
 def allowed_strategies(

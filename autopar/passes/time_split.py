@@ -23,8 +23,9 @@ from autopar.ir.randomness import draws
 from autopar.passes.separable_form import separable_form
 from autopar.sharding.lowerings.shard import is_scaled
 from autopar.sharding.node_rules import is_floating, results, rule_of
-from autopar.sharding.rule import OpRule, Strategy, strategies
+from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.rules.view import RESHAPES
+from autopar.sharding.strategies import strategies
 
 # A result of an operator call or a placeholder: the node, and which of its results.
 Value = tuple[fx.Node, int]

@@ -31,7 +31,8 @@ from autopar.planner.decisions import Candidate, Decision
 from autopar.planner.scheme_roles import DEPTH, ROLES, AtRest, scheme_of
 from autopar.planner.space import SearchSpace
 from autopar.sharding.node_rules import rule_of
-from autopar.sharding.rule import OpRule, alternatives, factors_of, passes_sum
+from autopar.sharding.rule import OpRule, alternatives, factors_of
+from autopar.sharding.strategies import passes_sum
 
 _PRODUCTS = (
     "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "autopar.packed_",

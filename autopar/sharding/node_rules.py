@@ -14,8 +14,9 @@ from autopar.ir.aliasing import tensors_of
 from autopar.ir.graph import bound_arguments, operands, shape_of
 from autopar.ir.spec import ShardingSpec, local_shape
 from autopar.sharding.lowerings.declared import Declared, LocalCall, declared
-from autopar.sharding.rule import OpRule, Shape, Strategy, named_strategy, strategies
+from autopar.sharding.rule import OpRule, Shape, Strategy
 from autopar.sharding.rules import Call, bind
+from autopar.sharding.strategies import named_strategy, strategies
 
 _RULE = "autopar_rule"
 
@@ -84,7 +85,7 @@ def _floating(node: fx.Node) -> list[bool]:
 def strategies_of(
     node: fx.Node, mesh: Sequence[int], *, any_order: bool = True, beside: bool = True
 ) -> list[Strategy]:
-    """Every legal strategy of a node on a mesh, see `rule.strategies`."""
+    """Every legal strategy of a node on a mesh, see `autopar.sharding.strategies`."""
     rule, _ = rule_of(node)
     return strategies(rule, mesh, _floating(node), any_order=any_order, beside=beside)
 

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from autopar.sharding.lowerings.declared import DECLARATIONS
-from autopar.sharding.rule import OpRule, Row, strategies
+from autopar.sharding.rule import OpRule, Row
 from autopar.sharding.rules import registry
+from autopar.sharding.strategies import strategies
 from autopar.testing.rules import check, record
 from autopar.testing.rules.case import check_case
 from autopar.testing.rules.draw import Draw, Sample
