@@ -1,5 +1,7 @@
 """The exceptions of autopar. Messages say what is wrong, where, the numbers, and the remedy."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -67,4 +69,13 @@ class ConflictError(InfeasibleError):
         conflicting: a smallest set of constraints in conflict, as "name: layout".
     """
 
-    conflicting: tuple[str, ...] = ()
+    def __init__(
+        self,
+        message: str,
+        conflicting: Sequence[str] = (),
+        *,
+        budget_bytes: float = math.inf,
+        smallest_bytes: float = math.inf,
+    ) -> None:
+        super().__init__(message, budget_bytes=budget_bytes, smallest_bytes=smallest_bytes)
+        self.conflicting = tuple(conflicting)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,25 +20,22 @@ import numpy as np
 import torch.fx as fx
 import yaml
 
-from autopar.errors import ConflictError, ConstraintError, InfeasibleError
+from autopar.errors import ConflictError, ConstraintError
 from autopar.ir.graph import ModelGraph, bound_arguments, shape_of
 from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.planner.decisions import Candidate, Decision, FixedLayouts
-from autopar.planner.liveness import Liveness
-from autopar.planner.liveness_rows import LivenessRows
 from autopar.planner.names import Names, output_shapes, suggestion
 from autopar.planner.space import SearchSpace
 from autopar.sharding.node_rules import rule_of
-from autopar.solver import solve
 from autopar.solver.reductions import TiedProblem
-from autopar.units import bytes_text, mesh_text
+from autopar.units import mesh_text
 
 # Name or pattern to layouts.
 Constraints = Mapping[str, str]
 # Decision to a mask over its candidates; decisions that are not listed may take any of theirs.
 Allowed = Mapping[int, np.ndarray]
 
-_OUTPUTS = "outputs."
+OUTPUTS = "outputs."
 _BY = "by"
 # Attention, and what the capture makes of it where its mask is a band.
 _ATTENTION, _IN_A_BAND = "scaled_dot_product_attention", "banded_attention"
@@ -146,15 +142,15 @@ def allowed(space: SearchSpace, constraints: Constraints) -> dict[int, np.ndarra
     masks: dict[int, np.ndarray] = {}
     by: dict[int, list[str]] = {}
     for name, text in constraints.items():
-        if name.startswith(_OUTPUTS):  # see `fixed_outputs`
+        if name.startswith(OUTPUTS):  # see `fixed_outputs`
             continue
         matches = _matches(names, space, name)
         for place, (decision, mask) in _masks(space, name, matches, text).items():
             masks[decision] = masks[decision] & mask if decision in masks else mask
             by.setdefault(decision, []).append(f"{name}: {text}")
             if not masks[decision].any():
-                raise _conflict(
-                    f"{_list(by[decision])} leave no layout for {place}; keep one of them",
+                raise ConflictError(
+                    f"{quoted(by[decision])} leave no layout for {place}; keep one of them",
                     by[decision],
                 )
     return masks
@@ -298,7 +294,7 @@ def fixed_outputs(
     Raises:
         ConstraintError: no such result, or the layout is not possible.
     """
-    constrained = {name: text for name, text in constraints.items() if name.startswith(_OUTPUTS)}
+    constrained = {name: text for name, text in constraints.items() if name.startswith(OUTPUTS)}
     if not constrained:
         return fixed
     if fixed is not None and fixed.outputs is not None:
@@ -340,7 +336,7 @@ def _output_spec(name: str, text: str, shape: tuple[int, ...], mesh: Sequence[in
 def refuse_outputs(constraints: Constraints | None) -> None:
     """Raise ConstraintError for constraints on results, whose layout the engine decides."""
     for name in constraints or {}:
-        if name.startswith(_OUTPUTS):
+        if name.startswith(OUTPUTS):
             raise ConstraintError(
                 f"constraint {name!r}: auto_engine returns global results, or with batch='local' "
                 "each rank's samples; constrain the module or operator that makes the value"
@@ -374,66 +370,7 @@ def masked(ties: TiedProblem, mask: Allowed) -> TiedProblem:
     )
 
 
-def conflict(
-    space: SearchSpace,
-    constraints: Constraints,
-    error: InfeasibleError,
-    *,
-    budget_bytes: float,
-    time_limit: float,
-    say: Callable[[str], None],
-) -> InfeasibleError:
-    """The error for constraints without a plan: it names a smallest conflicting set, found by
-    dropping one constraint after the other while there is still no plan.
-
-    Args:
-        error: of the search with all of them.
-    """
-    conflicting = {n: t for n, t in constraints.items() if not n.startswith(_OUTPUTS)}
-    if not conflicting or not _feasible(space, {}, budget_bytes, time_limit):
-        return error
-    for name in list(conflicting):
-        say(f"does {name} conflict? ...")
-        fewer = {n: t for n, t in conflicting.items() if n != name}
-        if not _feasible(space, allowed(space, fewer), budget_bytes, time_limit):
-            conflicting = fewer
-    named = [f"{name}: {text}" for name, text in conflicting.items()]
-    if math.isfinite(error.smallest_bytes):
-        needed = bytes_text(error.smallest_bytes)
-        remedy = f"relax one, or set the memory to at least {needed} ({error.smallest_bytes:.0f})"
-        within = f" within {bytes_text(error.budget_bytes)} per device"
-    else:
-        remedy, within = "relax one", ""
-    together = "these constraints together" if len(named) > 1 else "this constraint"
-    message = f"no plan satisfies {together}{within}: {_list(named)}. Without "
-    message += "any one of them there is a plan" if len(named) > 1 else "it there is a plan"
-    return _conflict(f"{message}; {remedy}", named, error.budget_bytes, error.smallest_bytes)
-
-
-def _feasible(space: SearchSpace, mask: Allowed, budget_bytes: float, time_limit: float) -> bool:
-    """Whether some plan is within the budget, however slow."""
-    tied = masked(space.problem(), mask).tied()
-    try:
-        solve(
-            tied.problem, separate=LivenessRows(Liveness(space, budget_bytes), tied),
-            time_limit=time_limit, enough_us=sys.float_info.max, subproblems=0,
-        )  # fmt: skip
-    except InfeasibleError:
-        return False
-    return True
-
-
-def _conflict(
-    message: str,
-    named: Sequence[str],
-    budget_bytes: float = math.inf,
-    smallest_bytes: float = math.inf,
-) -> ConflictError:
-    error = ConflictError(message, budget_bytes=budget_bytes, smallest_bytes=smallest_bytes)
-    error.conflicting = tuple(named)
-    return error
-
-
-def _list(named: Sequence[str]) -> str:
-    quoted = [f"'{n}'" for n in named]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+def quoted(named: Sequence[str]) -> str:
+    """`'a', 'b' and 'c'`."""
+    *names, last = [f"'{n}'" for n in named]
+    return f"{', '.join(names)} and {last}" if names else last

@@ -19,12 +19,12 @@ from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan
 from autopar.plan_records import SolverRecord
 from autopar.planner.baselines import baseline_plans
+from autopar.planner.conflict import conflict
 from autopar.planner.constraints import (
     Allowed,
     Constraints,
     allowed,
     axis_orders,
-    conflict,
     fixed_outputs,
 )
 from autopar.planner.decisions import FixedLayouts, Workload
