@@ -71,6 +71,7 @@ class ShardingPlan:
             parameters and gradients are on the host then. Empty if all are on the device.
         whole_results: results of the model, besides scalars, that are a large part of its step's
             peak: no split makes them smaller.
+        forward: it is the plan of a forward, without gradients; predictions are of that.
     """
 
     model: str
@@ -102,6 +103,12 @@ class ShardingPlan:
     time_splits: tuple[TimeSplit, ...] = ()
     states_on: str = ""
     whole_results: tuple[str, ...] = ()
+    forward: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What its predictions are of, for reports: a "step" of training, or a "forward"."""
+        return "forward" if self.forward else "step"
 
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""

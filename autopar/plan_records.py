@@ -55,6 +55,12 @@ MEMORY_KINDS = {
     "buffers": "buffers_bytes",
     "transient peak": "transient_bytes",
 }
+FORWARD_MEMORY_KINDS = {  # of a plan without gradients
+    "parameters": "parameters_bytes",
+    "inputs and buffers": "buffers_bytes",
+    "gathered results": "activations_bytes",
+    "transient peak": "transient_bytes",
+}
 TIME_KINDS = {
     "compute": "compute_us",
     "exposed communication": "exposed_us",
@@ -68,7 +74,8 @@ class StepWork:
 
     Args:
         samples, tokens: of the batch; no tokens where inputs are none.
-        flops: of forward and backward by the dtype of the result, with nothing computed twice.
+        flops: of forward and backward, if there is one, by the dtype of the result, with nothing
+            computed twice.
     """
 
     samples: int

@@ -71,6 +71,7 @@ def find(
         InfeasibleError: nothing fits.
     """
     tried: list[TriedSize] = []
+    forward = bool(options.get("forward"))
 
     def told(size: str, attempt: Callable[[], ShardingPlan]) -> bool:
         with say.as_one(size) as stage:
@@ -83,7 +84,7 @@ def find(
         return fits
 
     def plan(fastest: Callable[..., JointPlan], of: ClusterInfo, **changed: int) -> ShardingPlan:
-        example, _ = example_of(model, **{**sizes, **changed})
+        example, _ = example_of(model, forward=forward, **{**sizes, **changed})
         args, kwargs = example.args, example.kwargs
         joint = fastest(example.model, args, kwargs, cluster=of, progress=say, **options)
         return joint.planned.plan
@@ -91,7 +92,7 @@ def find(
     if isinstance(target, AnyMesh):
         for cluster in _clusters(target):
             size = f"{cluster.world_size} devices, mesh {cluster.mesh_text}"
-            if told(size, partial(plan, plan_to_fit, cluster)):
+            if told(size, partial(plan, plan_step if forward else plan_to_fit, cluster)):
                 return dict(sizes), cluster, tuple(tried)
         least = min(one.memory_bytes for one in tried)
         raise InfeasibleError(
@@ -101,7 +102,7 @@ def find(
         )  # fmt: skip
     key, words = ("batch", "samples") if question == "largest-batch" else ("sequence", "tokens")
     # microbatches fit nearly any batch, but what a device computes at once is asked
-    fastest = plan_step if key == "batch" else plan_to_fit
+    fastest = plan_step if key == "batch" or forward else plan_to_fit
 
     def attempt(size: int) -> bool:
         return told(f"{size:,} {words}", partial(plan, fastest, target, **{key: size}))

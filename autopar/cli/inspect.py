@@ -35,7 +35,7 @@ def explain_decision(
     """
     source = str(model or _source(plan, path))
     with progress.stage("load model") as stage:
-        example, _ = example_of(source)
+        example, _ = example_of(source, forward=plan.forward)
         stage.done = f"loaded {type(example.model).__name__}"
     with progress.stage("trace") as stage:
         tracer = ColoTracer(precision=plan.precision)
@@ -48,6 +48,7 @@ def explain_decision(
     problem = build_problem(
         example.model, graph=graph, cluster=ClusterInfo.from_dict(plan.cluster),
         optimizer_state=plan.optimizer_state, constraints=plan.constraints, progress=progress,
+        forward=plan.forward,
     )  # fmt: skip
     planned = Planned(plan, graph, problem.space, choices_of(problem.space, plan), problem.mask)
     return explain(planned, node, limit=alternatives, time_limit=time_limit, progress=progress)

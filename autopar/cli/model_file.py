@@ -26,6 +26,22 @@ class Example:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    def of_forward(self) -> Example:
+        """The same for inference: the model in evaluation mode, without gradients or labels.
+
+        Labels are the keyword argument of that name, as models of transformers have it, if the
+        forward does without. Their decoders take the labels for their tokens in training, and take
+        `decoder_input_ids` of the same shape instead.
+        """
+        kwargs = dict(self.kwargs)
+        parameter = inspect.signature(self.model.forward).parameters.get("labels")
+        if parameter is None or parameter.default is not inspect.Parameter.empty:
+            labels = kwargs.pop("labels", None)
+            config = getattr(self.model, "config", None)
+            if labels is not None and getattr(config, "is_encoder_decoder", False):
+                kwargs.setdefault("decoder_input_ids", labels)
+        return Example(self.model.eval().requires_grad_(False), self.args, kwargs)
+
 
 def load_example(path: Path, sizes: Mapping[str, int] | None = None) -> Example:
     """Build the model of a file, without weights and in train mode, and its example inputs.

@@ -80,16 +80,21 @@ class Source:
         prefix = "" if self.library == FILE else f"{self.library}:"
         return f"{prefix}{self.name}{query}"
 
-    def example(self) -> Example:
+    def example(self, *, forward: bool = False) -> Example:
         """The model on the meta device, in train mode, and its batch.
+
+        Args:
+            forward: for inference: in evaluation mode, without gradients or labels.
 
         Raises:
             ValueError: the library is missing, does not know the name, or the model takes inputs
                 that are not known here; or the file fails.
         """
         if self.library == FILE:
-            return load_example(Path(self.name), self.sizes)
-        return self._of_transformers() if self.library == "hf" else self._of_timm()
+            example = load_example(Path(self.name), self.sizes)
+        else:
+            example = self._of_transformers() if self.library == "hf" else self._of_timm()
+        return example.of_forward() if forward else example
 
     def _of_transformers(self) -> Example:
         try:
@@ -116,7 +121,9 @@ class Source:
         config.use_cache = False
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
-                f"{self}: its weights are quantized, and cannot be trained as they are"
+                f"{self}: its weights are quantized in a form that plans do not know, and that "
+                "cannot be trained; leave quantization_config out, or call autopar.quantize in a "
+                "model file"
             )
         try:
             with torch.device("meta"):
@@ -181,17 +188,18 @@ class Source:
         return Example(model.train(), (images,), {})
 
 
-def example_of(model: str, **sizes: int | None) -> tuple[Example, str]:
+def example_of(model: str, *, forward: bool = False, **sizes: int | None) -> tuple[Example, str]:
     """The example of a model file, or of a library, and the source that names it again.
 
     Args:
+        forward: for inference.
         sizes: of the batch; None of what is not given. A file takes them in `example_inputs`.
 
     Raises:
         ValueError: it cannot be built, or has no such sizes.
     """
     source = Source.of(model, **sizes)
-    return source.example(), str(source)
+    return source.example(forward=forward), str(source)
 
 
 def _first_line(error: BaseException) -> str:

@@ -83,6 +83,24 @@ def target_of(
     return ClusterInfo.of(mesh, device or DEFAULT_DEVICE).with_memory(memory)
 
 
+def refuse_for_forward(target: ClusterInfo | AnyMesh, given: Mapping[str, object]) -> None:
+    """Refuse what a forward does not have.
+
+    Args:
+        given: options of training by name; None or the default of what was not given.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if options := [f"--{name}" for name, value in given.items() if value not in (None, "exact")]:
+        raise ValueError(f"--forward plans no training: leave out {' and '.join(options)}")
+    if isinstance(target, ClusterInfo) and target.pipeline_ranks > 1:
+        raise ValueError(
+            f"--forward plans for meshes without an axis named pipe, and {target.mesh_text} has "
+            f"{target.pipeline_ranks} pipeline stages: give the axis another name"
+        )
+
+
 def constraints_of(preset: str | None, file: Path | None) -> Constraints | str:
     """The constraints of a file, or the name of a preset.
 
@@ -126,11 +144,11 @@ def make_plan(
     options["progress"] = progress
     model, args, kwargs = example.model, example.args, example.kwargs
     if isinstance(target, AnyMesh):
-        options |= vars(target) | {"pipelines": True}
+        options |= vars(target) | {"pipelines": not options["forward"]}
         joint = JointPlan(search_meshes(model, args, kwargs, **options))
     elif target.pipeline_ranks > 1 or (batch["microbatches"] or 1) > 1:
         return _plan_of_batch(example, target, batch, trace, options)
-    elif batch["microbatches"] is not None:
+    elif batch["microbatches"] is not None or options["forward"]:
         joint = plan_step(model, args, kwargs, cluster=target, schedule=schedule, **options)
     else:
         joint = plan_to_fit(model, args, kwargs, cluster=target, schedule=schedule, **options)

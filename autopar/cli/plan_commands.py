@@ -77,8 +77,16 @@ def plan(
         help="Compute and gather in bf16 or fp16, with parameters, their optimizer state and the "
         "sums of gradients in float32.  [default: the model's dtypes]",
     ),
-    optimizer: str = typer.Option(
-        "adamw", metavar="NAME", help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}."
+    forward: bool = typer.Option(
+        False,
+        "--forward",
+        help="Plan for inference: the model in evaluation mode, without labels, gradients and "
+        "optimizer, as auto_engine(model, None, mesh) does.",
+    ),
+    optimizer: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        help=f"Optimizer whose state is held: {', '.join(OPTIMIZERS)}.  [default: adamw]",
     ),
     microbatches: int | None = typer.Option(
         None,
@@ -166,20 +174,23 @@ def plan(
         min=0.1,
     ),
 ) -> None:
-    """Find the fastest plan that fits the memory. It needs no GPU and no weights.
+    """Find the fastest plan of a training step that fits the memory, or with --forward of a
+    forward. It needs no GPU and no weights.
 
     The report goes to stdout, progress to stderr. The exit code is 1 if nothing fits the memory or
     the model cannot be captured, and 2 if the input is wrong.
     """
     with ended_by_ctrl_c(), progress() as say:
         with short_errors(ValueError, OSError):
-            check_optimizer(optimizer)
+            name = (optimizer or "adamw").lower()
+            check_optimizer(name)
             from autopar.cli import find as questions
             from autopar.cli.model_library import example_of
             from autopar.cli.plan import (
                 constraints_of,
                 make_plan,
                 print_report,
+                refuse_for_forward,
                 target_of,
                 write_constraints,
                 write_html,
@@ -195,6 +206,12 @@ def plan(
             policy = Precision.of(precision)
             where = (mesh, devices, per_node, device, cluster, memory)
             target = questions.target_for(find, *where) if find else target_of(*where)
+            if forward:
+                training = {
+                    "optimizer": optimizer, "microbatches": microbatches,
+                    "microbatch": microbatch, "schedule": schedule, "stages": stages,
+                }  # fmt: skip
+                refuse_for_forward(target, training)
             if find and (microbatches or schedule or stages):
                 raise ValueError("--find chooses microbatches itself, and has no stages")
             if trace is not None and not isinstance(target, ClusterInfo):
@@ -211,18 +228,19 @@ def plan(
                 "constraints": constraints_of(preset, constraints),
                 "time_limit": time_limit,
                 "precision": policy,
+                "forward": forward,
             }
             sizes = {"batch": batch, "sequence": sequence}
             with say.stage("load model") as stage:
-                example, source = example_of(model, **sizes)
+                example, source = example_of(model, forward=forward, **sizes)
                 stage.done = f"loaded {type(example.model).__name__}"
-            options["optimizer_state"] = named_state_ratio(optimizer.lower(), example.model)
-            options["elementwise"] = is_elementwise(optimizer.lower())
+            options["optimizer_state"] = named_state_ratio(name, example.model)
+            options["elementwise"] = is_elementwise(name)
         tried: tuple[TriedSize, ...] = ()
         if find:
             with short_errors():
                 sizes, target, tried = questions.find(find, model, target, sizes, say, **options)
-                example, source = example_of(model, **sizes)
+                example, source = example_of(model, forward=forward, **sizes)
                 microbatches = 1 if find == "largest-batch" else None
         with short_errors():
             result = make_plan(

@@ -13,6 +13,8 @@ model.
     Megatron, FSDP  as Megatron TP, and split       as Megatron TP, re-gathered for backward
                     over the other axes
 
+Of a forward they are the same without gradients, and DDP is called replicas.
+
 Penalties are finite: an operator without a rule must run replicated in every plan, which costs a
 baseline one penalty instead of the whole plan.
 """
@@ -101,7 +103,7 @@ def baseline_plans(
     }  # fmt: skip
     return [
         _completed(space, replace(baseline, **chosen), time_limit, mask or {})
-        for baseline in _baselines(space.mesh)
+        for baseline in _baselines(space.mesh, space.workload.forward)
         if baseline.name.startswith(named)
     ]
 
@@ -117,7 +119,7 @@ def _completed(
     return BaselinePlan(baseline.name, choices, time, estimate_memory(space, choices, liveness))
 
 
-def _baselines(mesh: Sequence[int]) -> list[_Baseline]:
+def _baselines(mesh: Sequence[int], forward: bool) -> list[_Baseline]:
     axes = tuple(axis for axis, size in enumerate(mesh) if size > 1)
     if not axes:
         return []
@@ -125,8 +127,8 @@ def _baselines(mesh: Sequence[int]) -> list[_Baseline]:
     data = tuple(outer)
     megatron = "Megatron TP, data parallel" if data else "Megatron TP"
     baselines = [
-        _Baseline("DDP", axes, None, sharded=False),
-        _Baseline("FSDP (ZeRO-3)", axes, None, sharded=True),
+        _Baseline("replicas" if forward else "DDP", axes, None, sharded=False),
+        _Baseline("FSDP" if forward else "FSDP (ZeRO-3)", axes, None, sharded=True),
         _Baseline(megatron, data, last, sharded=False),
     ]
     if data:

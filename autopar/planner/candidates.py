@@ -131,7 +131,7 @@ class CandidateTable:
         candidates = []
         for spec in specs:
             candidates.append(Candidate(str(spec) or "scalar", (spec,)))
-            if not spec.is_replicated:
+            if not spec.is_replicated and not self.workload.forward:
                 candidates.append(Candidate(f"{spec} reshard", (spec,), reshard_after_forward=True))
         nbytes = np.array(
             [float(self.costs.local_bytes(shape, itemsize, c.outputs[0])) for c in candidates]
@@ -187,6 +187,8 @@ class CandidateTable:
         }
         if len(results(node)) == 1 and self.grads[node]:
             parts["gradient"] = self.gradient_bytes(node, 0, number, candidates)
+        if self.workload.forward:
+            parts["value"] = self.costs.result_bytes(node, strategies)
         time, saved = parts["compute_us"] + parts["communication_us"], parts["activations_bytes"]
         self._operators[number] = decision = Decision(
             "op", node, candidates, time, saved, number, number, parts, repeats=repeats

@@ -181,6 +181,8 @@ def _masks(
     layouts. Every place must have one of the layouts, and every layout some place, unless the
     caller has fixed the layout of a place (a parameter that is sharded already)."""
     layouts = [_Layout.parse(part.strip()) for part in text.split("|")]
+    if space.workload.forward:  # no backward gathers again
+        layouts = [replace(layout, reshard_after_forward=None) for layout in layouts]
     masks: dict[str, tuple[int, np.ndarray]] = {}
     unused = dict(enumerate(layouts))
     for place, i in matches.items():

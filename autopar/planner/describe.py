@@ -10,9 +10,9 @@ tensors have the factor:
     a middle dim of them                heads of attention, else sequence
     last dim of them                    features
 
-and a parameter that is stored split but consumed replicated is sharded as by ZeRO. Products that
-are split by rows and features at once, with operands gathered for them, are 2D, 2.5D or 3D tensor
-parallel (`autopar/planner/scheme_roles.py`).
+and a parameter that is stored split but consumed replicated is sharded as by ZeRO, or gathered for
+use where there is no backward. Products that are split by rows and features at once, with operands
+gathered for them, are 2D, 2.5D or 3D tensor parallel (`autopar/planner/scheme_roles.py`).
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ _ZERO = {
     True: "ZeRO-3 (re-gathered for backward)",
     False: "ZeRO-2 (gathered once, kept for backward)",
 }
+_GATHERED = dict.fromkeys(_ZERO, "weights gathered for use")  # where there is no backward
 
 # Per mesh axis what was done along it, in the order of the operators that did.
 Roles = dict[int, tuple[str, ...]]
@@ -96,13 +97,14 @@ def describe(space: SearchSpace, choices: Sequence[int]) -> tuple[ModuleSummary,
     parents = dict.fromkeys(name.rpartition(".")[0] for name in modules if name)
     pairs = {parent: pair for parent in parents if (pair := _pairs(parent, roles))}
     entries: dict[str, tuple[str, _Module]] = {}
+    gathered = _GATHERED if space.workload.forward else _ZERO
     for name in modules:
         for entry in (name.rpartition(".")[0], name):
             if entry in pairs or entry == name:
                 module = modules.get(entry, _Module())
                 pair, own = pairs.get(entry, {}), roles.get(entry, {})
                 both = {axis: pair.get(axis, ()) + own.get(axis, ()) for axis in {**pair, **own}}
-                words = _words(both, module.gathers, space.cluster.axis_names)
+                words = _words(both, module.gathers, space.cluster.axis_names, gathered)
                 entries.setdefault(entry, (words, module))
     return tuple(_grouped(entries))
 
@@ -227,7 +229,12 @@ def _roles_of(module: _Module) -> Roles:
 # -- phrases ------------------------------------------------------------------------------------
 
 
-def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str]) -> str:
+def _words(
+    roles: Roles,
+    gathers: Mapping[int, bool],
+    axis_names: Sequence[str],
+    gathered: Mapping[bool, str],
+) -> str:
     """`data parallel on axis 0, ZeRO-3 (re-gathered for backward); tensor parallel on ...`"""
     phrases = []
     gathering = {axis for axis, names in roles.items() if {*ROLES} & {*names}}
@@ -250,11 +257,12 @@ def _words(roles: Roles, gathers: Mapping[int, bool], axis_names: Sequence[str])
         if name in ROLES and again:
             phrase += ", weights re-gathered for backward"
         for kind in [kind for kind, over in zero.items() if name == "data" and over == axes]:
-            phrase += f", {_ZERO[kind]}"
+            phrase += f", {gathered[kind]}"
             del zero[kind]
         phrases.append(phrase)
     phrases += [
-        f"parameters sharded over {_axes(axes, axis_names)}, {_ZERO[a]}" for a, axes in zero.items()
+        f"parameters sharded over {_axes(axes, axis_names)}, {gathered[kind]}"
+        for kind, axes in zero.items()
     ]
     return "; ".join(phrases) or "replicated"
 

@@ -82,6 +82,7 @@ def _setting(a: ShardingPlan, b: ShardingPlan) -> list[Change]:
         cluster = ClusterInfo.from_dict(plan.cluster)
         facts = {
             "model": f"{plan.model} (graph {plan.fingerprint})",
+            "planned": f"a {plan.unit}" + ("" if plan.forward else " of training"),
             "mesh": cluster.mesh_text,
             "device": cluster.device.name,
             "links": ", ".join(f"{1e-9 / k.beta:.3g} GB/s" for k in cluster.links),

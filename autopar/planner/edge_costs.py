@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -11,9 +11,25 @@ from typing import Any
 import numpy as np
 
 from autopar.comm.cost import ASYNC_SUM_BYTES
+from autopar.ir.spec import ShardingSpec
 from autopar.planner.decisions import Decision, Edge
 from autopar.planner.op_costs import OpCosts
 from autopar.sharding.conversion.converter import LayoutConverter
+
+
+@dataclass(frozen=True)
+class CopyBytes:
+    """Bytes that a conversion takes beside its source, all [source candidate, target candidate].
+
+    Args:
+        result: of the copy that is made.
+        working: more than that while it runs, as a gather reorders what has arrived.
+        dying: the same if the source is freed before.
+    """
+
+    result: np.ndarray
+    working: np.ndarray
+    dying: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,7 @@ class EdgeCosts:
         forward_us, backward_us: of the value and of its gradient; infinite without a conversion.
         again_us: of the second gather of a parameter, before its backward.
         memory_bytes: of the converted copy, where one is kept.
+        copies: what a conversion makes, of a forward.
     """
 
     cost_class: int
@@ -32,6 +49,7 @@ class EdgeCosts:
     backward_us: np.ndarray
     again_us: np.ndarray
     memory_bytes: np.ndarray | None
+    copies: CopyBytes | None = None
 
     @cached_property
     def time_us(self) -> np.ndarray:
@@ -59,8 +77,8 @@ class EdgeCosts:
 class EdgeCostTable:
     """Costs of edges, computed once per class."""
 
-    def __init__(self, converter: LayoutConverter, costs: OpCosts) -> None:
-        self._converter, self._costs = converter, costs
+    def __init__(self, converter: LayoutConverter, costs: OpCosts, *, forward: bool) -> None:
+        self._converter, self._costs, self._forward = converter, costs, forward
         self._known: dict[Hashable, EdgeCosts] = {}
 
     def of(self, edge: Edge, source: Decision, target: Decision) -> EdgeCosts:
@@ -99,18 +117,46 @@ class EdgeCostTable:
             sums = np.array([[bool(a.partial) and a.dims == b.dims for b in specs] for a in rows])
             forward = np.where(sums[every], self._costs.cluster.device.launch_us, forward)
         reshards = np.array([[c.reshard_after_forward] for c in source.candidates])
-        memory = None
+        memory = copies = None
+        local_bytes = [
+            0 if spec is None else self._costs.local_bytes(edge.shape, edge.itemsize, spec)
+            for spec in columns
+        ]
+        if self._forward:
+            copies = self._copies(edge, rows, columns, every)
         if edge.saved or target.kind == "output":
-            local_bytes = [
-                0 if spec is None else self._costs.local_bytes(edge.shape, edge.itemsize, spec)
-                for spec in columns
-            ]
             converts = np.array([[edge.cast or a.dims != b.dims for b in specs] for a in rows])
             # a copy that is dropped after the forward is not kept; the caller keeps results
             keeps = (target.kind == "output") | ~reshards
             memory = keeps * (converts * np.array(local_bytes, dtype=np.float64))[every]
         again = reshards * possible + forbidden
-        return EdgeCosts(cost_class, forward, backward, again, memory)
+        return EdgeCosts(cost_class, forward, backward, again, memory, copies)
+
+    def _copies(
+        self,
+        edge: Edge,
+        rows: Sequence[ShardingSpec],
+        columns: Sequence[ShardingSpec | None],
+        every: tuple[np.ndarray, ...],
+    ) -> CopyBytes:
+        shape = len(rows), len(columns)
+        result, working, dying = np.zeros((3, *shape))
+        for i, before in enumerate(rows):
+            source = self._costs.local_bytes(edge.shape, edge.itemsize, before)
+            for j, after in enumerate(columns):
+                if after is None:
+                    continue
+                converts = before.dims != after.dims or before.partial != after.partial
+                if converts or edge.cast:
+                    made = self._costs.local_bytes(edge.shape, edge.itemsize, after)
+                    result[i, j] = made
+                    if _gathers(before, after):
+                        working[i, j], dying[i, j] = made, max(0, made - source)
+        return CopyBytes(result[every], working[every], dying[every])
+
+
+def _gathers(before: ShardingSpec, after: ShardingSpec) -> bool:
+    return any(set(a) - set(b) for a, b in zip(before.dims, after.dims, strict=True))
 
 
 def _unique(items: Iterable[Any]) -> tuple[list[Any], list[int]]:

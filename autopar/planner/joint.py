@@ -432,6 +432,9 @@ def _with_schedule(plan: ShardingPlan, joint: _Scheduled, budget: StepBudget) ->
         buffers_bytes=budget.other_bytes - (budget.frozen_bytes if budget.states_on else 0.0),
         transient_bytes=0.0,
     )
+    if plan.forward:
+        held, rest = budget.frozen_bytes, budget.other_bytes - budget.frozen_bytes
+        estimate = MemoryEstimate(held, 0.0, 0.0, 0.0, rest, float(memory.peak_bytes))
     summary = memory.summary(budget.resident_bytes)
     plan = replace(plan, time=time_us, memory=estimate, step=summary, states_on=memory.states_on)
     split = joint.split

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autopar.planner.liveness import Liveness, Series
+from autopar.planner.liveness import Liveness
+from autopar.planner.series import Series
 from autopar.solver import Row
 from autopar.solver.reductions import RestrictedDomains, TermGroups, TiedVariables
 

@@ -186,6 +186,13 @@ class OpCosts:
             total[k] = sum((self._tensor_bytes(outs[i], s.outputs[i]) for i in own), nbytes)
         return total
 
+    def result_bytes(self, node: fx.Node, strategies: Sequence[Strategy]) -> np.ndarray:
+        """Bytes of an operator's results."""
+        outs = results(node)
+        return np.array([
+            float(sum(map(self._tensor_bytes, outs, s.outputs))) for s in strategies
+        ])  # fmt: skip
+
     def working_bytes(self, node: fx.Node, strategies: Sequence[Strategy]) -> np.ndarray:
         """Bytes alive while an operator runs, beside saved values: in backward the gradients of its
         results and of its operands, and its temporaries; in forward its temporaries."""

@@ -241,7 +241,8 @@ def build_problem(
         constraints = dict(constraints or {})
         fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
         trainable = frozenset[str]() if forward else trainable_inputs(graph, model)
-        workload = Workload(trainable, optimizer_state, elementwise, states_on)
+        state = 0.0 if forward else optimizer_state
+        workload = Workload(trainable, state, elementwise, states_on, forward)
         space = SearchSpace(graph, cluster, workload, fixed, orders=axis_orders(constraints))
         mask = allowed(space, constraints)
         candidates = sum(len(d.candidates) for d in space.decisions)
@@ -298,6 +299,7 @@ def make_plan(
         optimizer_state=space.workload.state_bytes_per_param_byte,
         precision=space.graph.precision,
         work=work_of(space.graph, space.profile),
+        forward=space.workload.forward,
     )
 
 

@@ -23,8 +23,9 @@ from autopar.ir.repeats import pattern
 from autopar.plan_records import SolverRecord
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.constraints import Allowed, masked
-from autopar.planner.liveness import Item, Liveness
+from autopar.planner.liveness import Liveness
 from autopar.planner.liveness_rows import LivenessRows
+from autopar.planner.series import Item
 from autopar.planner.space import SearchSpace
 from autopar.planner.tied_repeats import block_positions, interleave, untie_ends
 from autopar.solver import PairCost, Solution, solve

@@ -77,7 +77,7 @@ class SearchSpace:
         weights = [int(graph.placeholders[p].meta["val"].nbytes) for p in graph.parameters]
         small = sum(n for n in weights if n <= BUCKET_MEMBER_BYTES)
         converter = converter_for(cluster, small, self.fixed.whole_sizes)
-        self._edge_costs = EdgeCostTable(converter, self._costs)
+        self._edge_costs = EdgeCostTable(converter, self._costs, forward=workload.forward)
         self.decisions: list[Decision] = []
         self.edges: list[Edge] = []
         self._decision_of: dict[tuple[fx.Node, int], int] = {}
@@ -254,8 +254,10 @@ class SearchSpace:
         root = self._saved.root(node) if len(results(node)) == 1 else node
         weight = self._is_parameter(root)
         parts = {}
-        if grad and not weight:
-            parts["gradient"] = self._table.gradient_bytes(node, result, number, candidates)
+        if (grad or self.workload.forward) and not weight:
+            # the gradient has the bytes of the value
+            part = "value" if self.workload.forward else "gradient"
+            parts[part] = self._table.gradient_bytes(node, result, number, candidates)
         zero = np.zeros(len(candidates))
         cost_class = self._table.class_of("cost", "shared", number, shape, itemsize, *parts)
         decision = Decision(

@@ -9,7 +9,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from autopar.plan import ShardingPlan
-from autopar.plan_records import MEMORY_KINDS, TIME_KINDS, Baseline, StepSummary
+from autopar.plan_records import (
+    FORWARD_MEMORY_KINDS,
+    MEMORY_KINDS,
+    TIME_KINDS,
+    Baseline,
+    StepSummary,
+)
 from autopar.report import colors
 from autopar.report.content import alike_blocks, plans
 from autopar.report.pipeline import timeline_figure
@@ -28,13 +34,15 @@ _LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceord
 def figures(plan: ShardingPlan) -> dict[str, list[go.Figure]]:
     """The charts by heading, in the order of the page."""
     charts = {
-        "Predicted step time": [_time_figure(plans(plan))],
-        "Predicted memory per device": [_memory_figure(plans(plan), plan.budget_bytes)],
+        f"Predicted {plan.unit} time": [_time_figure(plans(plan))],
+        "Predicted memory per device": [_memory_figure(plan)],
     }
     if plan.pipeline is not None:
         charts["Timeline of the stages"] = [timeline_figure(plan.pipeline)]
     if plan.step is not None:
-        charts["Memory over the step"] = [live_figure(plan.step), modules_figure(plan.step)]
+        charts[f"Memory over the {plan.unit}"] = [
+            live_figure(plan.step, plan.unit), modules_figure(plan.step),
+        ]  # fmt: skip
     if plan.pareto_front:
         charts["Time against memory"] = [_pareto_figure(plan)]
     return charts
@@ -58,10 +66,14 @@ def _time_figure(rows: Sequence[Baseline]) -> go.Figure:
     return _bars(rows, values, _TIME_COLORS, 1e-3, time_text, "ms")
 
 
-def _memory_figure(rows: Sequence[Baseline], budget_bytes: float) -> go.Figure:
-    values = {kind: [getattr(b.memory, key) for b in rows] for kind, key in MEMORY_KINDS.items()}
+def _memory_figure(plan: ShardingPlan) -> go.Figure:
+    rows, budget_bytes = plans(plan), plan.budget_bytes
+    kinds = FORWARD_MEMORY_KINDS if plan.forward else MEMORY_KINDS
+    values = {kind: [getattr(b.memory, key) for b in rows] for kind, key in kinds.items()}
+    of_kind = dict(zip(MEMORY_KINDS.values(), _MEMORY_COLORS, strict=True))
     title = f"GiB; the budget is {bytes_text(budget_bytes)}"
-    figure = _bars(rows, values, _MEMORY_COLORS, 1 / _GIB, bytes_text, title)
+    filled = [of_kind[key] for key in kinds.values()]
+    figure = _bars(rows, values, filled, 1 / _GIB, bytes_text, title)
     # a line far beyond all bars would squeeze them
     if budget_bytes < 3 * max(b.memory.total_bytes for b in rows):
         figure.add_vline(x=budget_bytes / _GIB, line=_BUDGET_LINE)
@@ -112,7 +124,7 @@ def _pareto_figure(plan: ShardingPlan) -> go.Figure:
     figure = _figure(
         320, [line],
         xaxis={"title": "GiB per device", "rangemode": "tozero", "automargin": True},
-        yaxis={"title": "ms per step", "rangemode": "tozero", "automargin": True},
+        yaxis={"title": f"ms per {plan.unit}", "rangemode": "tozero", "automargin": True},
     )  # fmt: skip
     if plan.budget_bytes < 2 * points[0].memory_bytes:
         figure.add_vline(x=plan.budget_bytes / _GIB, line=_BUDGET_LINE)
@@ -122,32 +134,37 @@ def _pareto_figure(plan: ShardingPlan) -> go.Figure:
 # -- the scheduled step -------------------------------------------------------------------------
 
 
-def live_figure(step: StepSummary) -> go.Figure:
+def live_figure(step: StepSummary, unit: str = "step") -> go.Figure:
     """Live bytes over time by origin, and below zero the bytes of parameters on the host."""
+    backward = unit == "step"
+    dashed = "; the backward starts at the dashed line" if backward else ""
     us, kept, recomputed, other, on_host = zip(*step.live, strict=True) if step.live else ((),) * 5
     times = [t * 1e-3 for t in us]
     sums = [sum(parts) for parts in zip(kept, recomputed, other, strict=True)]
-    totals, (unit, scale) = list(map(bytes_text, sums)), bytes_unit(max(sums, default=0))
+    totals, (memory, scale) = list(map(bytes_text, sums)), bytes_unit(max(sums, default=0))
     figure = _figure(
         320, legend=_LEGEND,
-        xaxis={"title": "ms, predicted; the backward starts at the dashed line"},
-        yaxis={"title": f"{unit} that the step makes", "rangemode": "tozero", "automargin": True},
+        xaxis={"title": f"ms, predicted{dashed}"},
+        yaxis={
+            "title": f"{memory} that the {unit} makes", "rangemode": "tozero", "automargin": True,
+        },
     )  # fmt: skip
+    other_name = "gradients and temporary values" if backward else "temporary values"
     for name, color, values in (
         ("kept from the forward", colors.KEPT, kept),
         ("recomputed, re-gathered or reloaded", colors.RECOMPUTED, recomputed),
-        ("gradients and temporary values", colors.TRANSIENT, other),
+        (other_name, colors.TRANSIENT, other),
     ):
         figure.add_scatter(
             name=name, x=times, y=[v / scale for v in values], stackgroup="live",
             line={"shape": "hv", "width": 0}, fillcolor=color, customdata=totals,
-            hovertemplate="%{y:.2f} " + f"{unit} of %{{customdata}} {name}<extra></extra>",
+            hovertemplate="%{y:.2f} " + f"{memory} of %{{customdata}} {name}<extra></extra>",
         )  # fmt: skip
     if any(on_host):
         figure.add_scatter(
             name="parameters on the host", x=times, y=[-v / scale for v in on_host],
             line={"shape": "hv", "width": 0}, fill="tozeroy", fillcolor=colors.ON_HOST,
-            hovertemplate="%{y:.2f} " + unit + " of parameters on the host<extra></extra>",
+            hovertemplate="%{y:.2f} " + memory + " of parameters on the host<extra></extra>",
         )  # fmt: skip
     if 0 < step.backward_us < step.us:
         figure.add_vline(x=step.backward_us * 1e-3, line={"dash": "dash", "width": 1})

@@ -19,11 +19,12 @@ def explanation_table(explanation: Explanation, *, shown_changes: int = 2) -> Ta
     """The table of `autopar explain`."""
     chosen, cluster = explanation.chosen, ClusterInfo.from_dict(explanation.plan.cluster)
     rows = tuple(_row(a, chosen, shown_changes) for a in explanation.alternatives)
+    unit = explanation.plan.unit
     return Table(
         explanation.name,
-        ("choice", "layout", "step>", "to the plan>", "memory>", "what else changes"),
+        ("choice", "layout", f"{unit}>", "to the plan>", "memory>", "what else changes"),
         rows,
-        "Each row is the best plan that makes this choice. A step with >= is a bound: it was not "
+        "Each row is the best plan that makes this choice. A time with >= is a bound: it was not "
         "solved for, and no plan with that choice is faster." + _axes_note(cluster.axes_text),
     )
 

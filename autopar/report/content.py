@@ -11,10 +11,10 @@ from typing import Any
 from autopar.ir.repeats import pattern
 from autopar.plan import ShardingPlan
 from autopar.plan_records import (
+    FORWARD_MEMORY_KINDS,
     MEMORY_KINDS,
     TIME_KINDS,
     Baseline,
-    MemoryEstimate,
     ModuleMemory,
     ModuleSummary,
     StepSummary,
@@ -68,18 +68,23 @@ def _module_row(m: ModuleSummary, total_us: float) -> tuple[str, ...]:
     )
 
 
-def time_table(time: TimeEstimate) -> Table:
-    """The predicted step time by kind."""
+def time_table(time: TimeEstimate, unit: str) -> Table:
+    """The predicted time of a step or a forward, by kind."""
     parts = {kind: getattr(time, key) for kind, key in TIME_KINDS.items()}
     rows = [(kind, time_text(us), percent_text(us, time.step_us)) for kind, us in parts.items()]
-    rows.insert(-1, ("step", time_text(time.step_us), "100.0%"))
-    note = "Predicted. Overlapped communication runs beside compute and adds nothing to the step."
-    return Table("Step time", ("", "time>", "of the step>"), tuple(rows), note, len(rows) - 2)
+    rows.insert(-1, (unit, time_text(time.step_us), "100.0%"))
+    note = (
+        f"Predicted. Overlapped communication runs beside compute and adds nothing to the {unit}."
+    )
+    columns = ("", "time>", f"of the {unit}>")
+    return Table(f"{unit.capitalize()} time", columns, tuple(rows), note, len(rows) - 2)
 
 
-def memory_table(memory: MemoryEstimate, budget_bytes: float) -> Table:
+def memory_table(plan: ShardingPlan) -> Table:
     """The predicted memory by kind."""
-    parts = {kind: getattr(memory, key) for kind, key in MEMORY_KINDS.items()}
+    memory, budget_bytes = plan.memory, plan.budget_bytes
+    kinds = FORWARD_MEMORY_KINDS if plan.forward else MEMORY_KINDS
+    parts = {kind: getattr(memory, key) for kind, key in kinds.items()}
     parts["total"] = memory.total_bytes
     rows = tuple((kind, bytes_text(n), percent_text(n, budget_bytes)) for kind, n in parts.items())
     note = (
@@ -117,7 +122,7 @@ def _host_step(step: StepSummary) -> str:
 def step_table(plan: ShardingPlan) -> Table | None:
     """What is kept, offloaded, recomputed and re-gathered, per block, if that was decided."""
     step = plan.step
-    if step is None:
+    if step is None or (plan.forward and not step.modules):
         return None
 
     def row(name: str, modules: Sequence[ModuleMemory]) -> tuple[str, ...]:
@@ -135,7 +140,8 @@ def step_table(plan: ShardingPlan) -> Table | None:
     rows.append(row("total", step.modules))
     waits = ", ".join(f"{time_text(us)} for {resource}" for resource, us in step.waited_us.items())
     notes = (
-        f"Forward and backward take {time_text(step.us)}. Of that, {time_text(step.added_us)} "
+        f"{'The forward takes' if plan.forward else 'Forward and backward take'} "
+        f"{time_text(step.us)}. Of that, {time_text(step.added_us)} "
         f"serve to fit the memory. Compute waits {waits or 'for nothing'}.",
         f"The step's own values peak at {bytes_text(step.peak_bytes)}, at {step.peak_at}; they "
         f"would peak at {bytes_text(step.eager_bytes)} if everything were kept. "
@@ -150,7 +156,7 @@ def step_table(plan: ShardingPlan) -> Table | None:
         else "",
     )
     return Table(
-        "From forward to backward",
+        "Values within the forward" if plan.forward else "From forward to backward",
         ("module", "kept>", "on the host>", "recomputed>", "re-gathered>"),
         tuple(rows),
         " ".join(filter(None, notes)),
@@ -171,17 +177,18 @@ def time_splits_table(plan: ShardingPlan) -> Table | None:
         modules = dict.fromkeys(_outermost(split.modules) or "(model)" for split in splits)
         backward = "at once" if at_once else "as scheduled"
         rows.append((", ".join(modules), factor, str(slices), backward, " to ".join(sources)))
-    note = (
-        "The slices of a region run one after another. At once: the backward of a slice follows "
-        "its forward."
-    )
+    note = "The slices of a region run one after another."
+    if not plan.forward:
+        note += " At once: the backward of a slice follows its forward."
     if plan.whole_results:
         note += (
             f" The caller gets {'; '.join(plan.whole_results)}: that is whole, whatever is split. "
             "A model that does not return it needs less memory."
         )
     columns = ("module", "split", "slices>", "backward", "source")
-    return Table("Split over time", columns, tuple(rows), note)
+    shown = [k for k, column in enumerate(columns) if column != "backward" or not plan.forward]
+    every = [tuple(row[k] for k in shown) for row in (columns, *rows)]
+    return Table("Split over time", every[0], tuple(every[1:]), note)
 
 
 def _outermost(modules: Sequence[str]) -> str:
@@ -216,7 +223,8 @@ def baselines_table(plan: ShardingPlan) -> Table | None:
         for b in plans(plan)
     )
     columns = (
-        "plan", "step>", "to autopar>", "compute>", "exposed>", "overlapped>", "memory>", "fits>",
+        "plan", f"{plan.unit}>", "to autopar>", "compute>", "exposed>", "overlapped>", "memory>",
+        "fits>",
     )  # fmt: skip
     return Table(
         "Baselines",
@@ -246,7 +254,9 @@ def pareto_table(plan: ShardingPlan) -> Table | None:
         )
         for p, words in zip(points, previous, strict=False)
     )
-    columns = ("budget>", "memory>", "step>", "to the first>", "gap>", "fits>", "most parameters")
+    columns = (
+        "budget>", "memory>", f"{plan.unit}>", "to the first>", "gap>", "fits>", "most parameters",
+    )  # fmt: skip
     return Table(
         "Time and memory",
         columns,
@@ -274,7 +284,7 @@ def meshes_table(plan: ShardingPlan) -> Table | None:
         )
         for m in sorted(plan.meshes, key=lambda m: (m.step_us, m.bound_us))
     )
-    return Table("Meshes", ("mesh", "step>", "bound>", "memory>", ""), rows)
+    return Table("Meshes", ("mesh", f"{plan.unit}>", "bound>", "memory>", ""), rows)
 
 
 def sizes_table(plan: ShardingPlan) -> Table | None:
@@ -291,7 +301,7 @@ def sizes_table(plan: ShardingPlan) -> Table | None:
 
     return Table(
         "Sizes",
-        ("size>", "step>", "memory>", "throughput>", ""),
+        ("size>", f"{plan.unit}>", "memory>", "throughput>", ""),
         tuple(map(row, plan.sizes)),
         "In the order of trying. Of what does not fit, the least memory that was found.",
     )
@@ -303,7 +313,7 @@ def solver_table(plan: ShardingPlan) -> Table:
     among = f" with {solver.bounded}" if solver.bounded != "" and len(solver.sharing_us) > 1 else ""
     rows = [
         ("method", solver.method),
-        ("objective", f"{time_text(solver.objective_us)} per step, overlap deducted"),
+        ("objective", f"{time_text(solver.objective_us)} per {plan.unit}, overlap deducted"),
         ("bound", f"no plan of the search space{among} is below {time_text(solver.bound_us)}"),
         ("gap", f"{solver.gap:.3%}"),
         *((how, time_text(step)) for how, step in solver.sharing_us.items()),
@@ -333,7 +343,7 @@ def unruled_table(plan: ShardingPlan) -> Table | None:
     )
     return Table(
         "Operators without a sharding rule",
-        ("operator", "calls>", "for example at", "time>", "of the step>"),
+        ("operator", "calls>", "for example at", "time>", f"of the {plan.unit}>"),
         rows,
         "They run replicated, which is always correct. A row in autopar/sharding/rules would split "
         "them.",
@@ -363,8 +373,8 @@ def tables(plan: ShardingPlan, *, fold: bool) -> list[Table]:
     every = [
         pipeline_table(plan),
         modules_table(plan, fold=fold),
-        time_table(plan.time),
-        memory_table(plan.memory, plan.budget_bytes),
+        time_table(plan.time, plan.unit),
+        memory_table(plan),
         step_table(plan),
         time_splits_table(plan),
         baselines_table(plan),

@@ -23,7 +23,7 @@ def amounts(work: StepWork, step_us: float) -> list[str]:
 def verdict(plan: ShardingPlan) -> list[tuple[str, str]]:
     """Whether the plan fits the memory, at which step time, and what makes it fit."""
     spare = plan.budget_bytes - plan.memory.total_bytes
-    step = f"{time_text(plan.time.step_us)} per step"
+    step = f"{time_text(plan.time.step_us)} per {plan.unit}"
     if not fits(plan.memory.total_bytes, plan):
         return [("fits", f"no: {step}, {bytes_text(-spare)} too much")]
     reasons = []
@@ -86,8 +86,8 @@ def speed(plan: ShardingPlan, cluster: ClusterInfo) -> list[tuple[str, str]]:
         ideal = sum(count / rated(dtype) for dtype, count in work.flops.items())
         share = percent_text(ideal / cluster.world_size, seconds)
         flops = flops_text(sum(work.flops.values()))
-        rows.append(("MFU", f"{share}, {flops} of the model per step"))
-    return [*rows, ("step is", ", ".join(_parts(plan)))]
+        rows.append(("MFU", f"{share}, {flops} of the model per {plan.unit}"))
+    return [*rows, (f"{plan.unit} is", ", ".join(_parts(plan)))]
 
 
 def _parts(plan: ShardingPlan) -> list[str]:
@@ -105,8 +105,8 @@ def _parts(plan: ShardingPlan) -> list[str]:
 
 
 def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
-    """Whether the plan fits, its speed, its purpose, predicted time and memory, and the line of
-    code that uses it."""
+    """What was planned, whether it fits, its speed, its purpose, predicted time and memory, and the
+    line of code that uses it."""
     cluster = ClusterInfo.from_dict(plan.cluster)
     if plan.pipeline is not None:
         cluster = cluster.with_stages(plan.pipeline.ranks)
@@ -115,6 +115,9 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
         f"{cluster.axis_label(axis)} {1e-9 / link.beta:.3g} GB/s + {1e6 * link.alpha:.3g} us"
         for axis, link in enumerate(cluster.links)
     )
+    error = _expected_error(cluster)
+    planned = [("planned", "a forward: no gradients, no optimizer state")] if plan.forward else []
+    optimizer = "None" if plan.forward else "optimizer"
     precision = [] if plan.precision is None else [("precision", str(plan.precision))]
     split = []
     if plan.pipeline is not None:
@@ -123,6 +126,7 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
     if plan.microbatches > 1:
         split.append(("microbatches", str(plan.microbatches)))
     return [
+        *planned,
         *verdict(plan),
         *speed(plan, cluster),
         ("model", f"{plan.model} (graph {plan.fingerprint})"),
@@ -130,17 +134,17 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
         ("links", links),
         *precision,
         *split,
-        ("step", time_text(plan.time.step_us) + _expected_error(cluster)),
+        (plan.unit, time_text(plan.time.step_us) + ("" if plan.forward else error)),
         (
             "memory",
             f"{bytes_text(plan.memory.total_bytes)} of {bytes_text(plan.budget_bytes)} per device",
         ),
-        ("use", f'auto_engine(model, optimizer, "{mesh}", plan="plan.json")'),
+        ("use", f'auto_engine(model, {optimizer}, "{mesh}", plan="plan.json")'),
     ]
 
 
 def _expected_error(cluster: ClusterInfo) -> str:
-    """How far predictions for this device are from steps that others measured, if some were
-    published."""
+    """How far predictions for this device are from training steps that others measured, if some
+    were published."""
     error = cluster.device.error_percent
     return "" if error is None else f" (published steps on this device: ±{error:g}% on average)"

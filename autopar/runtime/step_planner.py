@@ -75,6 +75,12 @@ class StepPlanner:
                 precision=options.precision,
                 pipeline_ranks=options.step.cluster.pipeline_ranks,
             )  # fmt: skip
+            if options.plan.forward and not forward:
+                raise PlanError(
+                    "the plan is that of a forward (autopar plan --forward), and this call trains: "
+                    "its memory has no room for gradients; plan again without --forward, or call "
+                    "the engine under torch.no_grad()"
+                )
             return StepPlan(options.plan)
         planning: dict[str, Any] = {
             "graph": graph,

@@ -259,13 +259,8 @@ class StepBudget:
                     smallest_bytes=smallest,
                 ) from error
             raise InfeasibleError(
-                f"{error}. Of {bytes_text(self.memory_bytes)}, parameters take "
-                f"{bytes_text(self.parameters_bytes)}, the optimizer "
-                f"{bytes_text(0 if self.state_on_host else self.optimizer_bytes)}, inputs and "
-                f"buffers {bytes_text(self.other_bytes)}, and gradients of parameters come to "
-                f"{bytes_text(self.gradients_bytes)} as backward proceeds. Give at "
-                f"least {bytes_text(smallest)} ({smallest:.0f} bytes), more devices, or a "
-                "smaller batch",
+                f"{error}. Of {bytes_text(self.memory_bytes)}, {self._held}. Give at least "
+                f"{bytes_text(smallest)} ({smallest:.0f} bytes), more devices, or a smaller batch",
                 budget_bytes=self.memory_bytes,
                 smallest_bytes=smallest,
             ) from error
@@ -273,6 +268,23 @@ class StepBudget:
             plan, state_on_host=self.state_on_host, added_us=plan.added_us + self._round_trip_us
         )
         return self.with_host_step(plan, program)
+
+    @property
+    def _held(self) -> str:
+        """What takes memory beside the values of the step, in words."""
+        if not self.parameters_bytes:
+            rest = self.other_bytes - self.frozen_bytes
+            return (
+                f"parameters take {bytes_text(self.frozen_bytes)}, inputs and buffers "
+                f"{bytes_text(rest)}"
+            )
+        state = 0 if self.state_on_host else self.optimizer_bytes
+        return (
+            f"parameters take {bytes_text(self.parameters_bytes)}, the optimizer "
+            f"{bytes_text(state)}, inputs and buffers {bytes_text(self.other_bytes)}, and "
+            f"gradients of parameters come to {bytes_text(self.gradients_bytes)} as backward "
+            "proceeds"
+        )
 
     def with_host_step(self, plan: MemoryPlan, program: Program) -> MemoryPlan:
         """A schedule with the optimizer's step, if that is where the states are."""
