@@ -84,22 +84,22 @@ def _of_case(case: str, kernel: Any, operands: Sequence[Any], peak: float) -> li
 
     from autopar.profiler.clock import seconds_of
     from autopar.profiler.time_model import KernelLog
-    from autopar.testing.kernels import kernels_in, with_kernels
+    from autopar.testing.kernels import as_tuple, kernels_in, with_kernels
 
     gm = with_kernels(kernel.sample.run, operands)
     if not kernels_in(gm):
         raise RuntimeError(f"{case}: the kernel was not substituted")
     torch._dynamo.reset()
     methods: dict[str, Callable[..., Any]] = {
-        "autopar": lambda *given: gm(*given)[0],
+        "autopar": gm,
         "eager": kernel.sample.run,
         "Inductor": torch.compile(kernel.sample.run, dynamic=False),
     }
     leaves = [t for t in operands if t.requires_grad]
-    seed = torch.randn_like(kernel.sample.run(*operands))
+    seeds = [torch.randn_like(result) for result in as_tuple(kernel.sample.run(*operands))]
 
     def step(run: Callable[..., Any]) -> None:
-        torch.autograd.grad(run(*operands), leaves, seed)
+        torch.autograd.grad(as_tuple(run(*operands)), leaves, seeds)
 
     with KernelLog() as log:
         step(methods["autopar"])

@@ -107,6 +107,12 @@ def as_rows(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, x.shape[-1])
 
 
+def residual_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of two operands that are added: that of their sum, where they need one."""
+    first, second = (grad if need else None for need in ctx.needs_input_grad[:2])
+    return first, second
+
+
 def contiguous(x: Tensor | None) -> Tensor | None:
     """The same elements, contiguous."""
     return None if x is None else x.contiguous()

@@ -29,11 +29,18 @@ class Matched:
         nodes: in order; the last one has the result.
         bound: what stands in the named places: nodes and constants.
         views: what is made of the widened operand of the kernel before it is used.
+        added: the addition among them, whose result the kernel gives as well.
     """
 
     nodes: tuple[fx.Node, ...]
     bound: Mapping[str, Any]
     views: tuple[fx.Node, ...] = ()
+    added: fx.Node | None = None
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """The nodes whose results the kernel gives."""
+        return (self.nodes[-1],) if self.added is None else (self.nodes[-1], self.added)
 
 
 def matched(pattern: PatternExpr, node: fx.Node) -> Matched | None:

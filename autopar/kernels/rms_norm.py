@@ -4,9 +4,10 @@ With r = 1 / sqrt(mean(x²) + eps), x̂ = x · r, y = x̂ · w, and g = dy · w,
 
     dx = r · (g - x̂ · mean(g · x̂))      dw = Σ_rows dy · x̂
 
-Programs loop over rows, and sum their shares of dw in registers, as in `layer_norm`. Arithmetic is
-in float32, or float64 for float64 inputs. Llama rounds x̂ to the dtype of x before it multiplies by
-w, Gemma does not and has w in float32: both are options.
+With a residual, x is the sum of both, rounded as an addition rounds it; the sum is a result, too,
+and dx gets its gradient. Programs loop over rows, and sum their shares of dw in registers, as in
+`layer_norm`. Arithmetic is in float32, or float64 for float64 inputs. Llama rounds x̂ to the dtype
+of x before it multiplies by w, Gemma does not and has w in float32: both are options.
 """
 
 import torch
@@ -19,6 +20,7 @@ from autopar.kernels.launch import (
     contiguous,
     operator,
     programs_for,
+    residual_gradients,
     rows_and_width,
     tile,
     triton_dtype,
@@ -27,7 +29,9 @@ from autopar.kernels.launch import (
 
 @triton.jit
 def forward_kernel(
-    x_ptr, weight_ptr, out_ptr, rstd_ptr, rows, width,
+    x_ptr, weight_ptr, out_ptr, rstd_ptr,
+    residual_ptr, sum_ptr,  # or None
+    rows, width,
     EPS: tl.constexpr,  # as an argument it would be rounded to float32
     ROUND: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -38,6 +42,10 @@ def forward_kernel(
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         offsets = row * row_stride + cols
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(ACC)
+        if residual_ptr is not None:
+            x += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(ACC)
+            x = x.to(x_ptr.dtype.element_ty).to(ACC)
+            tl.store(sum_ptr + offsets, x, mask=inside)
         rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + EPS)
         x_hat = x * rstd
         if ROUND:
@@ -50,6 +58,7 @@ def forward_kernel(
 def backward_kernel(
     grad_ptr, x_ptr, rstd_ptr, weight_ptr, dx_ptr,
     partial_dw_ptr,  # [programs, width]; None if not required
+    grad_sum_ptr,  # the gradient of the sum, or None
     rows, width,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +79,10 @@ def backward_kernel(
         if dx_ptr is not None:
             grad = grad * weight
             mean = tl.sum(grad * x_hat, axis=0) / width
-            tl.store(dx_ptr + offsets, rstd * (grad - x_hat * mean), mask=inside)
+            dx = rstd * (grad - x_hat * mean)
+            if grad_sum_ptr is not None:
+                dx += tl.load(grad_sum_ptr + offsets, mask=inside, other=0.0).to(ACC)
+            tl.store(dx_ptr + offsets, dx, mask=inside)
     if partial_dw_ptr is not None:
         tl.store(partial_dw_ptr + tl.program_id(0) * row_stride + cols, dw, mask=inside)
 
@@ -87,13 +99,23 @@ def _forward_by_aten(
     return (x_hat * weight.to(acc)).to(x.dtype).contiguous(), rstd
 
 
+def _add_forward_by_aten(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, round_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.contiguous() + residual.contiguous()
+    out, rstd = _forward_by_aten(total, weight, eps, round_first)
+    return out, total, rstd
+
+
 def _backward_by_aten(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, output_mask: list[bool]
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, output_mask: list[bool],
+    grad_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc = acc_dtype(x.dtype)
     x_hat, dy = x.to(acc) * rstd, grad.to(acc)
     g = dy * weight.to(acc)
     wide = rstd * (g - x_hat * (g * x_hat).mean(-1, True))
+    wide = wide if grad_sum is None else wide + grad_sum.to(acc)
     dx, dw = _backward_outputs(x, weight, output_mask)
     for result, total in ((dx, wide), (dw, (dy * x_hat).sum(tuple(range(x.ndim - 1))))):
         if result.numel():
@@ -110,23 +132,48 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> tu
         round_first: normalized rows are rounded to the dtype of x before they meet the weight.
     """
     out, rstd = _forward_outputs(x)
-    rows, width = rows_and_width(x)
-    if rows and width:
-        block, warps = tile("rms_norm", width)
-        with torch.cuda.device_of(x):
-            forward_kernel[(programs_for(x, rows, warps),)](
-                x.contiguous(), weight.contiguous(), out, rstd, rows, width,
-                EPS=eps, ROUND=round_first, ACC=triton_dtype(rstd.dtype),
-                BLOCK=block, num_warps=warps,
-            )  # fmt: skip
+    _launch_forward(x, weight, out, rstd, None, None, eps, round_first)
     return out, rstd
+
+
+@operator("add_rms_norm_fwd", instead=_add_forward_by_aten)
+def add_rms_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, round_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalized rows of x + residual, which have one shape and dtype; the sum; and
+    1 / sqrt(mean of squares of the sum + eps). Arguments are those of `rms_norm_fwd`."""
+    out, rstd = _forward_outputs(x)
+    total = torch.empty_like(out)
+    _launch_forward(x, weight, out, rstd, residual.contiguous(), total, eps, round_first)
+    return out, total, rstd
+
+
+def _launch_forward(
+    x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, residual: Tensor | None,
+    total: Tensor | None, eps: float, round_first: bool,
+) -> None:  # fmt: skip
+    rows, width = rows_and_width(x)
+    if not rows or not width:
+        return
+    block, warps = tile("rms_norm", width)
+    with torch.cuda.device_of(x):
+        forward_kernel[(programs_for(x, rows, warps),)](
+            x.contiguous(), weight.contiguous(), out, rstd, residual, total, rows, width,
+            EPS=eps, ROUND=round_first, ACC=triton_dtype(rstd.dtype),
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
 
 
 @operator("rms_norm_bwd", instead=_backward_by_aten)
 def rms_norm_bwd(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, output_mask: list[bool]
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight; one that the mask excludes is an empty tensor."""
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, output_mask: list[bool],
+    grad_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and weight; one that the mask excludes is an empty tensor.
+
+    Args:
+        grad_sum: a gradient of x from elsewhere, to add.
+    """
     dx, dw = _backward_outputs(x, weight, output_mask)
     rows, width = rows_and_width(x)
     if not rows or not width:
@@ -138,7 +185,7 @@ def rms_norm_bwd(
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](
             grad.contiguous(), x.contiguous(), rstd.contiguous(), contiguous(weight),
-            dx if output_mask[0] else None, partial, rows, width,
+            dx if output_mask[0] else None, partial, contiguous(grad_sum), rows, width,
             ACC=triton_dtype(acc), BLOCK=block, num_warps=warps,
         )  # fmt: skip
     if partial is not None:
@@ -155,8 +202,16 @@ def _backward_outputs(x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tens
     return dx, dw
 
 
+@add_rms_norm_fwd.register_fake
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    out, rstd = _forward_outputs(x)
+    return out, torch.empty_like(out), rstd
+
+
 rms_norm_fwd.register_fake(lambda x, *_: _forward_outputs(x))
-rms_norm_bwd.register_fake(lambda grad, x, rstd, weight, mask: _backward_outputs(x, weight, mask))
+rms_norm_bwd.register_fake(
+    lambda grad, x, rstd, weight, mask, grad_sum=None: _backward_outputs(x, weight, mask)
+)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -175,4 +230,20 @@ def _backward(ctx, grad, _grad_rstd):
     return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None
 
 
+def _save_sum_for_backward(ctx, inputs, output) -> None:
+    _, total, rstd = output
+    ctx.save_for_backward(total, rstd, inputs[2])
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _add_backward(ctx, grad, grad_sum, _grad_rstd):
+    dw, needs_weight = None, ctx.needs_input_grad[2]
+    if grad is not None:
+        needed = [any(ctx.needs_input_grad[:2]), needs_weight]
+        grad_sum, dw = rms_norm_bwd(grad, *ctx.saved_tensors, needed, grad_sum)
+    return *residual_gradients(ctx, grad_sum), dw if needs_weight else None, None, None
+
+
 rms_norm_fwd.register_autograd(_backward, setup_context=_save_for_backward)
+add_rms_norm_fwd.register_autograd(_add_backward, setup_context=_save_sum_for_backward)

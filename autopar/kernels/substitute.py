@@ -37,12 +37,16 @@ aten = torch.ops.aten
 HOST_US = 50.0
 
 
-def substitute_kernels(gm: fx.GraphModule, *, device: Device) -> fx.GraphModule:
+def substitute_kernels(
+    gm: fx.GraphModule, *, device: Device, scheduled: bool = False
+) -> fx.GraphModule:
     """Replace what the rows of the table match, where the kernels are faster.
 
     Args:
         gm: a forward program, with fake tensors as `meta["val"]`; is changed in place.
         device: whose numbers both sides are priced by.
+        scheduled: a schedule will decide what is recomputed. A kernel that adds a residual would
+            keep it from recomputing a norm alone, from the sum that it keeps.
     """
     if not kernels_run_on(device.kind):
         return gm
@@ -55,6 +59,8 @@ def substitute_kernels(gm: fx.GraphModule, *, device: Device) -> fx.GraphModule:
         if node.op != "call_function" or node in gone:
             continue
         for row in ROWS:
+            if scheduled and row.added:
+                continue
             match = _match(row, node)
             if match is not None and _is_better(row, match, device, prices):
                 gone |= _write(row, match)
@@ -71,10 +77,43 @@ def _match(row: KernelRow, node: fx.Node) -> Matched | None:
     for pattern in row.patterns:
         if isinstance(pattern, torch._ops.OpOverload):
             if node.target is pattern:
-                return _widened(row, Matched((node,), bound_arguments(node)))
+                of_call = _widened(row, Matched((node,), bound_arguments(node)))
+                return _added(row, of_call) if row.added else of_call
         elif node.target in pattern.fns and (match := matched(pattern, node)) is not None:
-            return match
+            return _added(row, match) if row.added else match
     return None
+
+
+def _added(row: KernelRow, match: Matched) -> Matched | None:
+    """The same, from before the addition of a residual; None if there is none that the kernel can
+    do in its place."""
+    from autopar.kernels.patterns import Matched
+
+    node: Any = match.bound[row.added]
+    if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or node.kwargs:
+        return None
+    if not all(isinstance(arg, fx.Node) for arg in node.args):
+        return None
+    values = [_value(arg) for arg in (*node.args, node)]
+    if not all(isinstance(value, Tensor) for value in values):
+        return None
+    if len({(value.shape, value.dtype) for value in values}) > 1:
+        return None
+    bound = {**match.bound, row.added: node.args[0], "residual": node.args[1]}
+    whole = Matched((node, *match.nodes), bound, added=node)
+    before = _place(whole)
+    given = [n for n in bound.values() if isinstance(n, fx.Node)]
+    return whole if all(n < before for n in given) else None
+
+
+def _place(match: Matched) -> fx.Node:
+    """The node before which the kernel runs: the first that reads a result, or is replaced by one
+    and not the addition."""
+    added = match.added
+    if added is None:
+        return match.nodes[-1]
+    inside = set(match.nodes)
+    return min([match.nodes[-1], *(user for user in added.users if user not in inside)])
 
 
 def _widened(row: KernelRow, match: Matched) -> Matched:
@@ -105,9 +144,12 @@ def _value(bound: Any) -> Any:
     return bound.meta.get("val") if isinstance(bound, fx.Node) else bound
 
 
-def _result(row: KernelRow, match: Matched, call: Callable[..., Any], bound: Any) -> Any:
-    """The kernel's result."""
-    return row.write(call, **_viewed(row, match, call, bound))
+def _results(
+    row: KernelRow, match: Matched, call: Callable[..., Any], bound: Any
+) -> tuple[Any, ...]:
+    """The kernel's results, as those of the match."""
+    results = row.write(call, **_viewed(row, match, call, bound))
+    return results if match.added is not None else (results,)
 
 
 def _viewed(row: KernelRow, match: Matched, call: Callable[..., Any], bound: Any) -> Any:
@@ -131,7 +173,8 @@ def _is_better(row: KernelRow, match: Matched, device: Device, prices: dict[Any,
         row.name,
         _key(result),
         tuple(sorted((name, _key(x)) for name, x in values.items())),
-        tuple(n.target for n in _only_here(match.nodes)),
+        tuple(n.target for n in _only_here(match)),
+        _used(match),
     )
     if key not in prices:
         with result.fake_mode:
@@ -152,14 +195,16 @@ def _layout(value: Tensor) -> tuple[Any, ...]:
 
 def _is_faster(row: KernelRow, match: Matched, values: Mapping[str, Any], device: Device) -> bool:
     """Time both sides, forward and backward, by the bytes and the launches of their operators. The
-    kernel's result must lie as the operators' does."""
+    kernel's results must lie as the operators' do."""
+    used = _used(match)
     names = [name for name, x in match.bound.items() if isinstance(x, fx.Node)]
 
     def kernel(*operands: Tensor) -> Any:
         given = {**values, **dict(zip(names, operands, strict=True))}
-        return _result(row, match, lambda op, *args: op(*args), given)
+        results = _results(row, match, lambda op, *args: op(*args), given)
+        return [result for result, use in zip(results, used, strict=True) if use]
 
-    replaced = _only_here(match.nodes)
+    replaced = _only_here(match)
     inside = set(replaced)
     read = dict.fromkeys(operand for node in replaced for operand in node.all_input_nodes)
     outer = [n for n in read if n not in inside]
@@ -169,20 +214,26 @@ def _is_faster(row: KernelRow, match: Matched, values: Mapping[str, Any], device
         for node in replaced:
             args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return known[match.nodes[-1]]
+        return [known[node] for node, use in zip(match.results, used, strict=True) if use]
 
-    ours_us, result = _step_us(kernel, [values[name] for name in names], device)
+    ours_us, results = _step_us(kernel, [values[name] for name in names], device)
     atens_us, expected = _step_us(operators, [_value(n) for n in outer], device)
-    if _layout(result) != _layout(expected):
+    if list(map(_layout, results)) != list(map(_layout, expected)):
         return False
     atens_us += float(Kernel(row.hidden(**values), "float32").us(device))
     log.debug("%s: %.1f us by ATen, %.1f us by the kernel", row.name, atens_us, ours_us)
     return ours_us < atens_us
 
 
-def _only_here(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes that nothing else needs, in order."""
-    gone = {nodes[-1]}
+def _used(match: Matched) -> tuple[bool, ...]:
+    """Which results of the match are read by others."""
+    inside = set(match.nodes)
+    return True, *(any(user not in inside for user in node.users) for node in match.results[1:])
+
+
+def _only_here(match: Matched) -> list[fx.Node]:
+    """The nodes that nothing else needs once the kernel gives the results, in order."""
+    nodes, gone = match.nodes, set(match.results)
     for node in reversed(nodes[:-1]):
         if all(user in gone for user in node.users):
             gone.add(node)
@@ -211,8 +262,8 @@ class _Costs(KernelLog):
 
 def _step_us(
     function: Callable[..., Any], values: Sequence[Tensor], device: Device
-) -> tuple[float, Tensor]:
-    """Microseconds of a forward and a backward on tensors like these; and the result."""
+) -> tuple[float, list[Tensor]]:
+    """Microseconds of a forward and a backward on tensors like these; and the results."""
     mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
     with mode, torch.enable_grad():
         copies = [
@@ -221,19 +272,20 @@ def _step_us(
             for x in values
         ]  # fmt: skip
         with _Costs(device) as forward:
-            result = function(*copies)
+            results = function(*copies)
         us = forward.us
         leaves = [x for x in copies if x.requires_grad]
-        if leaves and result.requires_grad:
-            seed = torch.empty_like(result)
+        ends = [result for result in results if result.requires_grad]
+        if leaves and ends:
+            seeds = [torch.empty_like(end) for end in ends]
             with _Costs(device) as backward:
-                torch.autograd.grad(result, leaves, seed, allow_unused=True)
+                torch.autograd.grad(ends, leaves, seeds, allow_unused=True)
             us += backward.us
-    return us, result
+    return us, results
 
 
 def _write(row: KernelRow, match: Matched) -> set[fx.Node]:
-    """Write the kernel's operator in the place of the last node.
+    """Write the kernel's operator, and let all read its results.
 
     Returns:
         the nodes that are gone.
@@ -246,11 +298,15 @@ def _write(row: KernelRow, match: Matched) -> set[fx.Node]:
         node.meta = dict(meta)
         return node
 
-    replaced = _only_here(match.nodes)
-    with last.graph.inserting_before(last):
-        result = _result(row, match, call, match.bound)
-    result.meta = dict(last.meta)
-    last.replace_all_uses_with(result)
+    replaced = _only_here(match)
+    with last.graph.inserting_before(_place(match)):
+        results = _results(row, match, call, match.bound)
+    for node, result in zip(match.results, results, strict=True):
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
     for node in reversed(replaced):
         last.graph.erase_node(node)
+    for result in results:
+        if not result.users:  # a sum that the norm alone reads
+            last.graph.erase_node(result)
     return set(replaced)

@@ -41,11 +41,11 @@ class Sample:
     """A case as authors write it, for tests and benchmarks.
 
     Args:
-        run: of the operands, in plain torch.
+        run: of the operands, in plain torch; the results that are used.
         operands: of a number of rows and a width, in a dtype: shapes, as `(name, shape)`.
     """
 
-    run: Callable[..., Tensor]
+    run: Callable[..., Tensor | tuple[Tensor, Tensor]]
     operands: Callable[[int, int, torch.dtype], list[Tensor]]
 
 
@@ -61,6 +61,8 @@ class KernelRow:
         write: the result by the kernel, through a `Call`, of what is bound.
         sample: what it replaces, as authors write it.
         widened: an operand that the kernel widens to its dtype of arithmetic itself.
+        added: an operand that is the sum of it and `residual`, which the kernel adds. It writes the
+            sum, too, for all who read it.
         hidden: the work of ATen that its operands and results do not show.
     """
 
@@ -70,6 +72,7 @@ class KernelRow:
     write: Callable[..., Any]
     sample: Sample
     widened: str = ""
+    added: str = ""
     hidden: Callable[..., Work] = field(default=lambda **_: Work())
 
     @cached_property
@@ -88,7 +91,7 @@ def _is_last(dim: int, of: Tensor) -> bool:
 def _rms_norm_applies(
     *, out: Tensor, x: Tensor, weight: Tensor, eps: float, dims: list[int],
     wide: torch.dtype | None = None, first: torch.dtype | None = None,
-    last: torch.dtype | None = None,
+    last: torch.dtype | None = None, residual: Tensor | None = None,
 ) -> bool:  # fmt: skip
     acc = launch.acc_dtype(x.dtype)
     return (
@@ -112,14 +115,30 @@ def _write_rms_norm(
     return call(getitem, results, 0)
 
 
+def _write_added_rms_norm(
+    call: Call, *, x: Any, residual: Any, weight: Any, eps: float,
+    first: torch.dtype | None = None, **_: Any,
+) -> Any:  # fmt: skip
+    arguments = (x, residual, weight, eps, first is not None)
+    results = call(ours.add_rms_norm_fwd.default, *arguments)
+    return call(getitem, results, 0), call(getitem, results, 1)
+
+
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.to(torch.float32)
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def _rows_and_weights(count: int) -> Callable[[int, int, torch.dtype], list[Tensor]]:
+def _residual_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _rms_norm(total, weight), total
+
+
+def _rows_and_weights(
+    count: int, inputs: int = 1
+) -> Callable[[int, int, torch.dtype], list[Tensor]]:
     def operands(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-        shapes = [(rows, width), *[(width,)] * count]
+        shapes = [*[(rows, width)] * inputs, *[(width,)] * count]
         return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
     return operands
@@ -145,6 +164,14 @@ def _write_layer_norm(
     return call(getitem, call(ours.layer_norm_fwd.default, input, weight, bias, eps), 0)
 
 
+def _write_added_layer_norm(
+    call: Call, *, input: Any, residual: Any, weight: Any = None, bias: Any = None,
+    eps: float = 1e-5, **_: Any,
+) -> Any:  # fmt: skip
+    results = call(ours.add_layer_norm_fwd.default, input, residual, weight, bias, eps)
+    return call(getitem, results, 0), call(getitem, results, 1)
+
+
 def _layer_norm_hidden(*, input: Tensor, weight: Tensor | None = None, **_: Any) -> Work:
     """ATen's backward on GPUs has a second kernel for the weight and the bias, which reads the
     gradient and x again (layer_norm_kernel.cu)."""
@@ -155,6 +182,13 @@ def _layer_norm_hidden(*, input: Tensor, weight: Tensor | None = None, **_: Any)
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def _residual_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _layer_norm(total, weight, bias), total
 
 
 # ---- gated linear units -------------------------------------------------------------------------
@@ -318,8 +352,17 @@ ROWS = (
         Sample(lambda gate, up: F.gelu(gate, approximate="tanh") * up, _halves),
     ),
     KernelRow(
+        "residual and RMSNorm", patterns.rms_norm, _rms_norm_applies, _write_added_rms_norm,
+        Sample(_residual_rms_norm, _rows_and_weights(1, 2)), added="x",
+    ),
+    KernelRow(
         "RMSNorm", patterns.rms_norm, _rms_norm_applies, _write_rms_norm,
         Sample(_rms_norm, _rows_and_weights(1)),
+    ),
+    KernelRow(
+        "residual and LayerNorm", lambda: [aten.layer_norm.default], _layer_norm_applies,
+        _write_added_layer_norm, Sample(_residual_layer_norm, _rows_and_weights(2, 2)),
+        hidden=_layer_norm_hidden, added="input",
     ),
     KernelRow(
         "LayerNorm", lambda: [aten.layer_norm.default], _layer_norm_applies, _write_layer_norm,

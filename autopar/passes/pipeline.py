@@ -166,7 +166,8 @@ PIPELINE = (
     Entry("shaped", substitute_kernels,
           "one Triton kernel moves fewer bytes than several operators; before differentiation, so "
           "that a schedule sees what both directions keep and take; Inductor fuses them itself",
-          when=lambda o: not o.compile, arguments=lambda o, _: {"device": o.cluster.device}),
+          when=lambda o: not o.compile,
+          arguments=lambda o, _: {"device": o.cluster.device, "scheduled": o.scheduled}),
     Entry("joint", drop_views,
           "views that change nothing hide which operators read a value"),
     Entry("joint", add_at_index,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Function(nn.Module):
     """A function of tensors as a module."""
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
 
@@ -31,7 +31,7 @@ class Function(nn.Module):
         return self.function(*operands)
 
 
-def with_kernels(function: Callable[..., Tensor], operands: Sequence[Tensor]) -> fx.GraphModule:
+def with_kernels(function: Callable[..., Any], operands: Sequence[Tensor]) -> fx.GraphModule:
     """A function of tensors, captured, with kernels wherever they move fewer bytes: they are
     substituted as for a device whose launches take no time. It returns a tuple."""
     return with_kernels_in_model(Function(function), {}, operands).gm
@@ -84,7 +84,7 @@ def roundings_off(
     """Run the sample of a row by its kernel, forward and backward, and compare with float64.
 
     Returns:
-        the largest error of the result and of the gradients, in roundings (machine epsilons of the
+        the largest error of the results and of the gradients, in roundings (machine epsilons of the
         dtype) of the largest element of each.
 
     Raises:
@@ -102,17 +102,25 @@ def roundings_off(
         for t in operands
     ]
     with KernelCalls() as calls:
-        (result,) = gm(*operands)
-        seed = torch.randn_like(result)
-        actual = [result.detach(), *_gradients(result, operands, seed)]
+        results = gm(*operands)
+        seeds = [torch.randn_like(result) for result in results]
+        actual = [*(r.detach() for r in results), *_gradients(results, operands, seeds)]
     assert len(calls.names) == 2, f"{row.name} runs {calls.names}, not its two kernels"
-    result = row.sample.run(*exact)
-    expected = [result.detach(), *_gradients(result, exact, seed.double())]
+    results = as_tuple(row.sample.run(*exact))
+    wide = [seed.double() for seed in seeds]
+    expected = [*(r.detach() for r in results), *_gradients(results, exact, wide)]
     return max(_roundings(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def _gradients(result: Tensor, operands: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(result, [t for t in operands if t.requires_grad], seed)
+def as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One or several results of a sample."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _gradients(
+    results: Sequence[Tensor], operands: Sequence[Tensor], seeds: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(results, [t for t in operands if t.requires_grad], seeds)
 
 
 def _roundings(actual: Tensor, expected: Tensor) -> float:

@@ -96,6 +96,65 @@ def check_rms_norm(dtype: torch.dtype) -> None:
             equal(a, b, max(rstd, x.numel() ** 0.5))
 
 
+def check_residual(dtype: torch.dtype) -> None:
+    """A norm of a sum, and the sum: of transposed rows and of every second column, with gradients
+    of both results or of one; what needs no gradient gets none."""
+    operators: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+        "rms": lambda x, residual, weight: ops().add_rms_norm_fwd(x, residual, weight, 1e-5, False),
+        "layer": lambda x, residual, weight: ops().add_layer_norm_fwd(
+            x, residual, weight, None, 1e-5
+        ),
+    }
+
+    def norm(kind: str, total: Tensor, weight: Tensor) -> Tensor:
+        if kind == "layer":
+            return F.layer_norm(total, total.shape[-1:], weight)
+        return weight * total * (total.square().mean(-1, True) + 1e-5).rsqrt()
+
+    for x, residual in (
+        (draw(2, 5, 3, 257, dtype=dtype).transpose(1, 2), draw(2, 3, 5, 257, dtype=dtype)),
+        (draw(9, 100, dtype=dtype)[:, ::2], draw(1, 50, dtype=dtype).expand(9, 50)),
+        (draw(4, 1, dtype=dtype), draw(4, 1, dtype=dtype)),
+        (draw(0, 8, dtype=dtype), draw(0, 8, dtype=dtype)),
+    ):
+        weight = draw(x.shape[-1], dtype=dtype)
+        for kind, operator in operators.items():
+            operands = [t.detach().requires_grad_() for t in (x, residual, weight)]
+            out, total, *_ = operator(*operands)
+            assert torch.equal(total, (x + residual)) or dtype == torch.bfloat16  # truncated here
+            exact = [t.detach().double().requires_grad_() for t in operands]
+            wide = exact[0] + exact[1]
+            expected = norm(kind, wide, exact[2])
+            scale = 1.0
+            if x.numel():
+                deviation = (
+                    wide.var(-1, correction=0) if kind == "layer" else wide.square().mean(-1)
+                )
+                rstd = (deviation + 1e-5).rsqrt().max().item()
+                scale = max(rstd * max(rstd, 1.0), x.numel() ** 0.5)  # the sum is rounded
+            equal(total, wide)
+            equal(out, expected, scale)
+            seeds = [torch.randn_like(out), torch.randn_like(total)]
+            for used in ((0, 1), (0,), (1,)):
+                of = operands if 0 in used else operands[:2]
+                wanted = exact if 0 in used else exact[:2]
+                actual = torch.autograd.grad(
+                    [(out, total)[k] for k in used], of, [seeds[k] for k in used], retain_graph=True
+                )
+                others = torch.autograd.grad(
+                    [(expected, wide)[k] for k in used], wanted,
+                    [seeds[k].double() for k in used], retain_graph=True,
+                )  # fmt: skip
+                for a, b in zip(actual, others, strict=True):
+                    equal(a, b, scale)
+            frozen = [operands[0].detach(), operands[1], operands[2].detach()]
+            out, total, *_ = operator(*frozen)
+            (gradient,) = torch.autograd.grad([out, total], [operands[1]], seeds)
+            equal(gradient, torch.autograd.grad(
+                [expected, wide], [exact[1]], [s.double() for s in seeds]
+            )[0], scale)  # fmt: skip
+
+
 def check_rotary(dtype: torch.dtype) -> None:
     """Transposed heads, a part of the head, one sequence of angles or one each; two dims."""
     heads = draw(2, 7, 3, 24, dtype=dtype).transpose(1, 2)
@@ -182,7 +241,9 @@ def test_a_class_that_does_not_exist_gives_no_number(interpreted: Interpreter) -
     interpreted(check_unknown_class)
 
 
-CHECKS = (check_gated, check_rms_norm, check_rotary, check_cross_entropy, check_softmax)
+CHECKS = (
+    check_gated, check_rms_norm, check_residual, check_rotary, check_cross_entropy, check_softmax,
+)  # fmt: skip
 
 
 @needs_triton
@@ -201,6 +262,8 @@ def check_custom_operators() -> None:
     cases: list[tuple[Any, tuple[Any, ...]]] = [
         (ops().glu_fwd, (leaf(3, 4), leaf(3, 4), "silu")),
         (ops().rms_norm_fwd, (leaf(3, 5), leaf(5), 1e-5, False)),
+        (ops().add_rms_norm_fwd, (leaf(3, 5), leaf(3, 5), leaf(5), 1e-5, False)),
+        (ops().add_layer_norm_fwd, (leaf(3, 5), leaf(3, 5), leaf(5), None, 1e-5)),
         (ops().rotary, (x, angles, angles, False)),
         (ops().cross_entropy_fwd, (leaf(4, 5), target, IGNORED)),
         (ops().masked_softmax_fwd, (leaf(2, 3, 5), leaf(5), leaf(3, 5), 0.5)),
@@ -269,17 +332,20 @@ def test_compile_for_a_gpu(element) -> None:
             return "*i64"
         return "*" + (acc if name.startswith(wide) else element)
 
+    alone: dict[str, Any] = {"residual_ptr": None, "sum_ptr": None}
+    no_sum: dict[str, Any] = {"grad_sum_ptr": None}
     # Triton compiles an argument that is None, or 1, as a constant.
     cases: list[tuple[Any, dict[str, Any]]] = [
         (layer_norm.forward_kernel, {"EPS": 1e-5}),
-        (layer_norm.forward_kernel, {"EPS": 1e-5, "weight_ptr": None, "bias_ptr": None}),
+        (layer_norm.forward_kernel, {"EPS": 1e-5, **alone}),
+        (layer_norm.forward_kernel, {"EPS": 1e-5, "weight_ptr": None, "bias_ptr": None, **alone}),
         (layer_norm.backward_kernel, {}),
-        (layer_norm.backward_kernel, {"dx_ptr": None, "partial_db_ptr": None}),
+        (layer_norm.backward_kernel, {"dx_ptr": None, "partial_db_ptr": None, **no_sum}),
         (layer_norm.backward_kernel, {"weight_ptr": None, "partial_dw_ptr": None, "rows": 1}),
         (rms_norm.forward_kernel, {"EPS": 1e-5, "ROUND": True}),
-        (rms_norm.forward_kernel, {"EPS": 1e-5, "ROUND": False, "rows": 1, "width": 1}),
+        (rms_norm.forward_kernel, {"EPS": 1e-5, "ROUND": False, "rows": 1, "width": 1, **alone}),
         (rms_norm.backward_kernel, {}),
-        (rms_norm.backward_kernel, {"dx_ptr": None}),
+        (rms_norm.backward_kernel, {"dx_ptr": None, **no_sum}),
         (rms_norm.backward_kernel, {"partial_dw_ptr": None}),
         *((kernel, {"KIND": kind})
           for kernel in (gated.forward_kernel, gated.backward_kernel) for kind in gated.KINDS),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -35,7 +36,7 @@ GPT2 = transformers.GPT2Config(
     n_embd=32, n_head=2, n_layer=2, vocab_size=61, n_positions=16, use_cache=False,
     attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
-GATED = Counter(rms_norm_fwd=5, glu_fwd=2, rotary=4, cross_entropy_fwd=1)
+GATED = Counter(add_rms_norm_fwd=4, rms_norm_fwd=1, glu_fwd=2, rotary=4, cross_entropy_fwd=1)
 # the model's configuration, and the kernels in its forward
 MODELS: dict[str, tuple[Callable[[], Any], Counter[str]]] = {
     "Llama": (lambda: transformers.LlamaConfig(**SMALL, num_key_value_heads=1), GATED),
@@ -50,13 +51,13 @@ MODELS: dict[str, tuple[Callable[[], Any], Counter[str]]] = {
         lambda: transformers.LlamaConfig(**SMALL, attn_implementation="eager"),
         GATED + Counter(masked_softmax_fwd=2),
     ),
-    "GPT-2": (lambda: GPT2, Counter(layer_norm_fwd=5, cross_entropy_fwd=1)),
+    "GPT-2": (lambda: GPT2, Counter(add_layer_norm_fwd=4, layer_norm_fwd=1, cross_entropy_fwd=1)),
 }  # fmt: skip
 
 
 NAMES = [
-    "SwiGLU", "GeGLU", "RMSNorm", "LayerNorm", "rotary embedding", "cross-entropy",
-    "softmax with mask and bias",
+    "SwiGLU", "GeGLU", "residual and RMSNorm", "RMSNorm", "residual and LayerNorm", "LayerNorm",
+    "rotary embedding", "cross-entropy", "softmax with mask and bias",
 ]  # fmt: skip
 
 
@@ -124,6 +125,50 @@ def check_losses_of_rows() -> None:
 @needs_triton
 def test_a_cast_before_a_view_is_the_kernels(interpreted: Interpreter) -> None:
     interpreted(check_losses_of_rows)
+
+
+def check_where_a_residual_is_added() -> None:
+    """The norm's kernel adds the residual where its weight is known by then, and no schedule wants
+    to recompute the norm alone; the sum goes to all who read it."""
+    from autopar.testing.kernels import kernels_in, with_kernels
+
+    def stream(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        total = x + residual
+        doubled = total * 2  # before the norm
+        return F.layer_norm(total, (6,), weight) + doubled + total.sin()
+
+    def weight_of_the_sum(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        total = x + residual
+        return F.layer_norm(total, (6,), weight * (total * 2).mean())
+
+    def norm_alone(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return F.layer_norm(x + residual, (6,), weight)
+
+    def broadcast(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return F.layer_norm(x + residual[:1], (6,), weight)
+
+    for run, name in (
+        (stream, "add_layer_norm_fwd"), (weight_of_the_sum, "layer_norm_fwd"),
+        (norm_alone, "add_layer_norm_fwd"), (broadcast, "layer_norm_fwd"),
+    ):  # fmt: skip
+        operands = _leaves((4, 6), (4, 6), (6,))
+        gm = with_kernels(run, operands)
+        assert kernels_in(gm) == [name]
+        (actual,), expected = gm(*operands), run(*operands)
+        seed = torch.randn_like(expected)
+        assert_close(actual, expected)
+        pairs = (torch.autograd.grad(result, operands, seed) for result in (actual, expected))
+        for a, b in zip(*pairs, strict=True):
+            assert_close(a, b)
+    graph = ColoTracer().trace(Function(stream), tuple(operands))
+    gm = with_shapes(graph.gm, [n.meta["val"] for n in graph.placeholders.values()])
+    slow = replace(DEVICES["cpu"], bandwidth=1.0, launch_us=0.0)
+    assert kernels_in(substitute_kernels(gm, device=slow, scheduled=True)) == ["layer_norm_fwd"]
+
+
+@needs_triton
+def test_residuals_are_added_where_that_can_be(interpreted: Interpreter) -> None:
+    interpreted(check_where_a_residual_is_added)
 
 
 def built(name: str, dtype: torch.dtype, **options: Any) -> nn.Module:
