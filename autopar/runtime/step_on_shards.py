@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from autopar.errors import EngineError
 from autopar.optim.elementwise import ELEMENTWISE
 from autopar.runtime.chunk_files import ChunkFiles, Version
-from autopar.runtime.chunks import fused_groups, local_of
+from autopar.runtime.chunks import counters_on_host, fuse_on_device, fused_groups, local_of
 from autopar.runtime.distribute import laid_out_like, sharded_state
 from autopar.runtime.sharded_values import ShardedState
 from autopar.runtime.speculative_step import Chunk, SpeculativeStep
@@ -68,6 +68,7 @@ class StepOnShards:
         # after a step that failed
         optimizer.register_state_dict_pre_hook(lambda _: self._load())
         optimizer.register_load_state_dict_pre_hook(lambda *_: self._load())
+        optimizer.register_state_dict_post_hook(counters_on_host)
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -145,6 +146,8 @@ class StepOnShards:
         self._shards = [group["params"] for group in groups]
         if self._on_host:
             self._begin_on_host(optimizer)
+        else:
+            self._fused = fuse_on_device(optimizer)
 
     def _begin_on_host(self, optimizer: Any) -> None:
         assert self._dtensors is not None

@@ -247,3 +247,25 @@ def test_states_on_the_host(kind):
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x.cuda(), y.cuda(), rtol=0, atol=1e-10)
     assert peak == pytest.approx(model.memory_plan.peak_bytes, rel=0.03)
+
+
+def test_adamw_is_fused_and_resumes(monkeypatch):
+    """Counters of steps are beside the parameters while it runs, and on the host in state dicts."""
+    calls, run = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: (calls.append(1), run(*a, **k)))
+    plain = built("mlp").cuda()
+    beside = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    model = built("mlp")
+    model, optimizer = auto_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-2), "1")
+    for step in range(4):
+        for m, o in ((plain, beside), (model, optimizer)):
+            o.zero_grad()
+            m(**batch("mlp", step)).backward()
+            o.step()
+        saved = optimizer.state_dict()
+        assert all(entries["step"].device.type == "cpu" for entries in saved["state"].values())
+        if step == 1:
+            optimizer.load_state_dict(saved)
+    assert len(calls) == 4
+    for p, expected in zip(values(model.parameters()), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, expected, rtol=0, atol=1e-10)

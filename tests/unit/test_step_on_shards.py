@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar import auto_engine
 from autopar.comm import world as environment
+from autopar.runtime import chunks
 from tests.models import CASES
 
 ELEMENTWISE = ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD"]
@@ -57,6 +58,34 @@ def test_equals_a_step_without_a_mesh(name):
                 assert isinstance(kept, DTensor), key
                 kept = kept.to_local()
             torch.testing.assert_close(kept, value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_steps_on_gpus_are_fused_where_that_is_open(name, monkeypatch):
+    """Here the CPU stands for the GPU: torch has fused kernels for both."""
+    plain, theirs, _ = trained(name, False)
+    monkeypatch.setattr(chunks, "FUSED_DEVICES", {"cpu"})
+    calls = []
+    for kernel in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
+        original = getattr(torch, kernel)
+        monkeypatch.setattr(
+            torch, kernel, lambda *a, run=original, **k: (calls.append(run), run(*a, **k))
+        )
+    model, mine, _ = trained(name, True)
+    assert len(calls) == 3
+    for p, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.to_local(), expected, rtol=0, atol=1e-12)
+    assert [g["fused"] for g in mine.param_groups] == [None] * len(mine.param_groups)
+    saved = mine.state_dict()["state"]
+    for k, entries in theirs.state_dict()["state"].items():
+        assert saved[k].keys() == entries.keys()
+        if "step" in entries:
+            assert torch.equal(saved[k]["step"], entries["step"])
+    # who has chosen an implementation keeps it
+    for group in mine.param_groups:
+        group["foreach"] = False
+    mine.step()
+    assert len(calls) == 3
 
 
 def test_a_step_that_fails_leaves_the_parameters():
