@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from importlib.util import find_spec
 from types import FrameType
 from typing import Any
@@ -14,6 +15,7 @@ import typer
 from autopar.cli.common import short_errors
 
 _HOST = "127.0.0.1"  # of the ranks' store
+_ASKED_EVERY_S = 0.2
 _NEEDS = ("transformers", "fastapi", "uvicorn", "openai", "pydantic")
 
 
@@ -42,6 +44,12 @@ def serve(
         metavar="SCHEME",
         help="Round the weights, as `autopar.quantize` does: int8, int8-dynamic, float8 or int4.",
     ),
+    batch: int = typer.Option(
+        4,
+        metavar="N",
+        min=1,
+        help="Waiting requests with the same options that are generated together, at most.",
+    ),
     warm_up: bool = typer.Option(
         True, help="Make the programs for prompts of all lengths before the first request."
     ),
@@ -56,17 +64,17 @@ def serve(
             needed = ", ".join(missing)
             raise ImportError(f"the server needs {needed}: pip install autopar[serve]")
         from autopar.cluster.local import as_cluster
-        from autopar.integrations.serve import ServeOptions, run_rank
+        from autopar.integrations.serve import ServeOptions, leave, run_rank
         from autopar.quantization import check_scheme
 
         if quantize is not None:
             check_scheme(quantize)  # before the model is read
-        options = ServeOptions(model, mesh, memory, precision, quantize, host, port, warm_up)
+        options = ServeOptions(model, mesh, memory, precision, quantize, host, port, warm_up, batch)
         ranks = as_cluster(mesh).world_size
         if "WORLD_SIZE" in os.environ or ranks == 1:
             run_rank(options)
             return
-    raise typer.Exit(_on_processes(options, ranks))
+    leave(_on_processes(options, ranks))
 
 
 def _on_processes(options: Any, ranks: int) -> int:
@@ -78,30 +86,34 @@ def _on_processes(options: Any, ranks: int) -> int:
         start_processes,
     )
 
+    from autopar.integrations.serve import END_WITHIN_S
+
     # nobody else can take its port meanwhile
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = start_processes(
         _rank, (options, ranks, store.port), nprocs=ranks, join=False, start_method="spawn"
     )
-    asked = False
+    asked_at: float | None = None
 
     def end(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal asked_at
+        asked_at = asked_at or time.monotonic()
         context.processes[0].terminate()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     try:
-        while not context.join():
-            pass
+        while not context.join(timeout=_ASKED_EVERY_S):
+            if asked_at is not None and time.monotonic() - asked_at > END_WITHIN_S:
+                for process in context.processes:
+                    process.kill()
     except ProcessExitedException as error:
-        if not asked:
+        if asked_at is None:
             print(f"autopar: {error}", file=sys.stderr)
             return 1
     except ProcessRaisedException as error:
-        if not asked:
+        if asked_at is None:
             print(f"autopar: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
             return 1
     return 0

@@ -10,14 +10,17 @@ Private to transformers here: `transformers.cli.serving`; tested with transforme
 from __future__ import annotations
 
 import copy
+import multiprocessing.util
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,7 @@ import transformers as hf
 
 from autopar.comm import world
 from autopar.errors import EngineError
+from autopar.integrations.serving_threads import ThreadPerRequest
 from autopar.quantization import quantize
 from autopar.runtime.auto_engine import auto_engine
 from autopar.runtime.deferred_init import deferred_init
@@ -32,8 +36,9 @@ from autopar.runtime.deferred_init import deferred_init
 # Prompts that are generated from before the server starts, and what their caches hold: the third
 # finds how programs depend on both, and further ones need no capture.
 _FIRST = ((12, 16), (16, 1000), (24, 2000))
-_NOT_SERVED = 501
-_GRACE_S = 5  # for requests that run when the server is told to end
+_BAD_REQUEST, _NOT_SERVED, _ENDING = 400, 501, 503
+_GRACE_S = 2  # for answers to requests that run when the server is told to end
+END_WITHIN_S = 3.0  # then the process ends, whatever runs
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class ServeOptions:
         quantization: scheme of `autopar.quantize`.
         host, port: that rank 0 listens on.
         warm_up: have programs for prompts of all lengths before the first request.
+        batch: requests with the same options that are generated together, at most.
     """
 
     model: str
@@ -57,10 +63,12 @@ class ServeOptions:
     host: str = "localhost"
     port: int = 8000
     warm_up: bool = True
+    batch: int = 4
 
 
 def run_rank(options: ServeOptions) -> None:
-    """Read the model, and serve it until the process is told to end; on every rank.
+    """Read the model, and serve it until the process is told to end; on every rank. The process
+    ends here: freeing a model and shutting torch down would take seconds.
 
     Raises:
         EngineError: the model is none that generates text from text, or another rank has died.
@@ -69,17 +77,27 @@ def run_rank(options: ServeOptions) -> None:
 
     place = _bound(options) if int(os.environ.get("RANK", "0")) == 0 else None
     engine, tokenizer = load(options)
-    shared = SharedGeneration(engine, tokenizer)
+    shared = SharedGeneration(engine, tokenizer, options.batch)
     try:
         if place is not None:
-            _listen(place, application(shared, options.model, tokenizer), options.model)
+            _listen(place, application(shared, options.model, tokenizer), options.model, shared)
             shared.end()
         else:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)  # rank 0 says when to end
             shared.follow()
-    finally:
+    except BaseException:
         world.stop()
+        raise
+    leave()
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End the process without the seconds that torch and a model take to be freed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+    os._exit(code)
 
 
 def _bound(options: ServeOptions) -> socket.socket:
@@ -120,17 +138,22 @@ def load(options: ServeOptions) -> tuple[Any, Any]:
         model.eval(), None, options.mesh, weights=folder, memory=options.memory,
         precision=options.precision,
     )  # fmt: skip
-    first = _FIRST if options.warm_up else _FIRST[:1]
+    first: Sequence[tuple[int, int]] = _FIRST if options.warm_up else _FIRST[:1]
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or _FIRST[-1][1]
+    first = tuple((min(n, longest - 2), min(held, longest)) for n, held in first)
     if options.quantization is not None:
         _generate(engine, first[:1])  # reads the weights
         quantize(engine, options.quantization)
     _generate(engine, first)
+    if options.warm_up and options.batch > 1:
+        _generate(engine, first, options.batch)
     return engine, tokenizer
 
 
-def _generate(engine: Any, prompts: Iterable[tuple[int, int]]) -> None:
+def _generate(engine: Any, prompts: Iterable[tuple[int, int]], rows: int = 1) -> None:
+    device = next(engine.parameters()).device
     for length, held in prompts:
-        ids = torch.zeros(1, length, dtype=torch.int64, device=next(engine.parameters()).device)
+        ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
         config = copy.deepcopy(engine.generation_config)
         config.max_cache_len, config.do_sample = held, False
         config.min_new_tokens = config.max_new_tokens = 2
@@ -138,7 +161,7 @@ def _generate(engine: Any, prompts: Iterable[tuple[int, int]]) -> None:
         engine.generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
 
-def _listen(place: socket.socket, app: Any, model: str) -> None:
+def _listen(place: socket.socket, app: Any, model: str, shared: Any) -> None:
     """Serve until a signal asks to end."""
     import uvicorn
 
@@ -150,6 +173,15 @@ def _listen(place: socket.socket, app: Any, model: str) -> None:
             ranks = dist.get_world_size()
             line = f"autopar: serving {model} on {ranks} ranks at http://{host}:{port}"
             print(line, file=sys.stderr, flush=True)
+
+        def handle_exit(self, *args: Any) -> None:
+            if self.should_exit:  # the terminal and the parent process both tell it
+                return
+            last = threading.Timer(END_WITHIN_S, os._exit, [0])
+            last.daemon = True
+            last.start()
+            shared.stop()
+            super().handle_exit(*args)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises it again when it has ended
@@ -169,7 +201,9 @@ def application(shared: Any, model: str, tokenizer: Any) -> Any:
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState
+    from transformers.cli.serving.utils import GenerateManager, GenerationState
+
+    from autopar.integrations.shared_generation import SEED, RequestError, ServerEndsError
 
     class OneModel(ModelManager):
         """Has the engine, and loads and frees nothing."""
@@ -190,16 +224,42 @@ def application(shared: Any, model: str, tokenizer: Any) -> Any:
         def shutdown(self) -> None:
             pass
 
-    state, manager = GenerationState(), OneModel()
+    class Waiting(GenerateManager):
+        """Requests wait for a generation side by side, so that they can be a batch."""
+
+        def __init__(self) -> None:
+            self._thread = ThreadPerRequest()
+
+    class OneState(GenerationState):
+        def get_manager(self, *_: Any, **__: Any) -> Any:
+            return waiting
+
+    def seeded(handler: Any) -> Any:
+        """A handler that gives the seed to the generation. Transformers' sets the generator of the
+        process, also while another request draws from it."""
+
+        class Seeded(handler):
+            def _build_generation_config(self, body: Any, *args: Any, **kwargs: Any) -> Any:
+                seed = body.pop("seed", None)
+                config = super()._build_generation_config(body, *args, **kwargs)
+                if seed is not None:
+                    setattr(config, SEED, int(seed))
+                return config
+
+        return Seeded(manager, state)
+
+    state, manager, waiting = OneState(), OneModel(), Waiting()
     app = build_server(
         manager,
-        ChatCompletionHandler(manager, state),
-        completion_handler=CompletionHandler(manager, state),
-        response_handler=ResponseHandler(manager, state),
+        seeded(ChatCompletionHandler),
+        completion_handler=seeded(CompletionHandler),
+        response_handler=seeded(ResponseHandler),
         transcription_handler=_NotServed(),
         systemone_handler=_NotServed(),
         generation_state=state,
     )
+    app.add_exception_handler(RequestError, partial(_told, code=_BAD_REQUEST))
+    app.add_exception_handler(ServerEndsError, partial(_told, code=_ENDING))
     app.add_exception_handler(Exception, _told)
     return app
 
@@ -213,7 +273,7 @@ class _NotServed:
         raise HTTPException(_NOT_SERVED, "an engine serves text that is generated from text")
 
 
-async def _told(_: Any, error: Exception) -> Any:
+async def _told(_: Any, error: Exception, code: int = 500) -> Any:
     from fastapi.responses import JSONResponse
 
-    return JSONResponse({"error": str(error)}, status_code=500)
+    return JSONResponse({"error": str(error)}, status_code=code)

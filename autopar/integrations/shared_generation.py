@@ -2,7 +2,8 @@
 
 A server has its requests on rank 0 alone, and an engine's program runs on all ranks. So rank 0
 sends the arguments of each `generate` to the others, which wait for them. What it alone decides,
-to end a generation that nobody reads any more, it tells the others after every few tokens.
+to end a generation that nobody reads any more, it tells the others after every few tokens. One
+thread of rank 0 generates, for one request, or for several that wait (`batched_requests.py`).
 
 An error that every rank has is that of the request, and the next one is served. Where some ranks
 have one and others go on, their programs are no longer in step, and the error ends the process.
@@ -13,7 +14,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from autopar.comm import world
 from autopar.errors import EngineError
+from autopar.integrations.batched_requests import Request, Rows, as_batch, take
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ _IDLE = timedelta(days=365)
 _ERRORS_WITHIN_S = 30.0
 # Tokens after which rank 0 says whether to go on: a message costs as much as a small program.
 _ASKED_EVERY = 8
+# An attribute of a generation_config, which has no option for it.
+SEED = "autopar_seed"
 
 
 class SharedGeneration:
@@ -42,17 +47,23 @@ class SharedGeneration:
     Args:
         engine: of a model of transformers that generates text.
         tokenizer: of the model, for stop strings; the same on all ranks.
+        batch: requests that are generated together, at most.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any) -> None:
-        self.engine, self._tokenizer = engine, tokenizer
+    def __init__(self, engine: Any, tokenizer: Any, batch: int = 1) -> None:
+        self.engine, self._tokenizer, self._batch = engine, tokenizer, batch
         self._device: torch.device = next(engine.parameters()).device
         self._alone = dist.get_world_size() == 1
         self._group: Any = None
         if not self._alone:
             self._group = dist.new_group(backend="gloo", timeout=_IDLE)
         self._requests = 0
-        self._one_at_a_time = threading.Lock()
+        text = engine.config.get_text_config()
+        self._positions = int(getattr(text, "max_position_embeddings", None) or 0)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._changed = threading.Condition()
+        self._worker: threading.Thread | None = None
         self._ending = threading.Event()
 
     def __getattr__(self, name: str) -> Any:
@@ -64,32 +75,86 @@ class SharedGeneration:
         Args:
             streamer: gets the tokens, on rank 0. An exception of its ends the generation.
             tokenizer: all ranks take their own in its place.
-            arguments: of the engine's `generate`.
+            arguments: of the engine's `generate`. A generation_config gets the number of new
+                tokens that the model has positions for, and may have `autopar_seed`, an integer.
 
         Raises:
             EngineError: the server ends, or another rank has died.
-            ValueError: there is no token to begin with.
+            RequestError: there is no token to begin with, or no position for another one.
         """
-        ids = arguments.get("input_ids")
-        if ids is None:
-            ids = arguments.get("inputs")
-        if ids is not None and not ids.shape[-1]:
-            raise ValueError("the prompt is empty: there is no token to go on from")
-        with self._one_at_a_time:
+        config = arguments.get("generation_config")
+        self._check(arguments, config)
+        seed = None if config is None else vars(config).pop(SEED, None)
+        arguments = pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), arguments)
+        request = Request(dict(arguments), streamer, tokenizer is not None, seed)
+        with self._changed:
             if self._ending.is_set():
-                raise EngineError("the server is ending")
-            arguments["tokenizer"] = tokenizer is not None
-            arguments["streamer"] = streamer is not None
-            self._send(pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), arguments))
-            guarded = None if streamer is None else _GuardedStreamer(streamer)
-            result = self._run(
-                arguments, guarded, lambda: self._ending.is_set() or _failed(guarded)
+                raise ServerEndsError("the server is ending")
+            self._waiting.append(request)
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, daemon=True)
+                self._worker.start()
+            self._changed.notify_all()
+        return request.result.result()
+
+    def _check(self, arguments: dict[str, Any], config: Any) -> None:
+        """Refuse a prompt that is empty or too long; let no more tokens be generated than fit."""
+        ids = arguments.get("input_ids")
+        ids = arguments.get("inputs") if ids is None else ids
+        if ids is None:
+            return
+        length = ids.shape[-1]
+        if not length:
+            raise RequestError("the prompt is empty: there is no token to go on from")
+        if not self._positions:
+            return
+        left = self._positions - length
+        if left < 1:
+            raise RequestError(
+                f"the prompt has {length:,} tokens, and the model has {self._positions:,} "
+                "positions, of which the first new token takes one: shorten the prompt to "
+                f"{self._positions - 1:,} tokens"
             )
-        if guarded is not None and guarded.error is not None:
-            raise guarded.error
-        if self._ending.is_set():
-            raise EngineError("the server ended before all tokens were generated")
-        return result
+        if config is not None and config.max_new_tokens is not None:
+            config.max_new_tokens = min(config.max_new_tokens, left)
+
+    def _work(self) -> None:
+        """Generate what is waited for, until the server ends; in a thread of rank 0."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._ending.is_set())
+                if self._ending.is_set():
+                    return
+                self._running = take(self._waiting, self._batch)
+            try:
+                self._answer(self._running)
+            except Exception as error:
+                for request in self._running:
+                    request.answer(error)
+
+    def _answer(self, requests: Sequence[Request]) -> None:
+        """Run `generate` for one request, or for several at once."""
+        first = requests[0]
+        if first.seed is not None:
+            torch.manual_seed(first.seed)
+        if len(requests) == 1:
+            streamer = None if first.streamer is None else _GuardedStreamer(first.streamer)
+            arguments = {**first.arguments, "tokenizer": first.has_tokenizer}
+            arguments |= {"streamer": streamer is not None, "limits": None}
+            self._send(arguments)
+            result = self._run(
+                arguments, streamer, lambda: self._ending.is_set() or _failed(streamer)
+            )
+            if streamer is not None and streamer.error is not None:
+                raise streamer.error
+            first.answer(result)
+            return
+        arguments, limits = as_batch(requests, self._batch)
+        ends = arguments["generation_config"].eos_token_id
+        rows = Rows(requests, ends if isinstance(ends, list) else [] if ends is None else [ends])
+        arguments |= {"tokenizer": False, "streamer": True, "limits": limits}
+        self._send(arguments)
+        self._run(arguments, rows, lambda: self._ending.is_set() or rows.finished)
 
     def follow(self) -> None:
         """Run what rank 0 is asked for, until it ends; on the other ranks.
@@ -105,18 +170,40 @@ class SharedGeneration:
                 raise
             except Exception as error:
                 log.info("the request failed on all ranks: %s", error)
+        self._meet()
+
+    def stop(self) -> None:
+        """Answer all requests that they are not served, and end the generation that runs as soon as
+        it can; on rank 0, from any thread or a signal's handler."""
+        self._ending.set()
+        # the thread that a handler interrupts may hold the lock
+        threading.Thread(target=self._refuse, daemon=True).start()
+
+    def _refuse(self) -> None:
+        with self._changed:
+            for request in (*self._running, *self._waiting):
+                request.answer(ServerEndsError("the server ended before all tokens were generated"))
+            self._changed.notify_all()
 
     def end(self) -> None:
-        """End the generation that runs, and the other ranks' waiting; on rank 0."""
-        self._ending.set()
-        with self._one_at_a_time:
-            self._send(None)
+        """The same, and end the other ranks' waiting; on rank 0."""
+        self.stop()
+        if self._worker is not None:
+            self._worker.join()
+        self._send(None)
+        self._meet()
+
+    def _meet(self) -> None:
+        """Wait until all ranks have the last message."""
+        if not self._alone:
+            with world.explained_failures():
+                dist.barrier(group=self._group)
 
     def _run(self, arguments: dict[str, Any], streamer: Any, stops: Callable[[], bool]) -> Any:
         self._requests += 1
         arguments = pytree.tree_map_only(torch.Tensor, lambda x: x.to(self._device), arguments)
         arguments["tokenizer"] = self._tokenizer if arguments["tokenizer"] else None
-        criterion = _StopTogether(self._group, stops)
+        criterion = _StopTogether(self._group, stops, arguments.pop("limits"))
         arguments |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([criterion])}
         try:
             if self._device.type == "cuda":  # a thread's own
@@ -159,25 +246,41 @@ class SharedGeneration:
         return arguments
 
 
+class RequestError(ValueError):
+    """A request that cannot be served, whatever the server does."""
+
+
+class ServerEndsError(EngineError):
+    """The server has been told to end."""
+
+
 class _OutOfStepError(EngineError):
     """Ranks no longer run the same programs."""
 
 
 class _StopTogether(StoppingCriteria):
-    """Ends a generation on all ranks when rank 0 wants it."""
+    """Ends a generation on all ranks when rank 0 wants it, and rows that have all their tokens.
 
-    def __init__(self, group: Any, stops: Callable[[], bool]) -> None:
-        self._group, self._stops, self._calls = group, stops, 0
+    Args:
+        limits: new tokens of each row; None where `generate` counts them itself.
+    """
+
+    def __init__(
+        self, group: Any, stops: Callable[[], bool], limits: Sequence[int] | None = None
+    ) -> None:
+        self._group, self._stops, self._limits, self._calls = group, stops, limits, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self._calls += 1
+        self._calls += 1  # once per token
         stops = False
         if self._calls % _ASKED_EVERY == 0:
             told = torch.tensor([self._stops()])
             if self._group is not None:
                 dist.broadcast(told, src=0, group=self._group)
             stops = bool(told)
-        return torch.full((len(input_ids),), stops, device=input_ids.device)
+        if stops or self._limits is None:
+            return torch.full((len(input_ids),), stops, device=input_ids.device)
+        return torch.tensor(self._limits, device=input_ids.device) <= self._calls
 
 
 class _GuardedStreamer:

@@ -5,8 +5,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ def folder(tmp_path_factory):
 def server(folder):
     """Its address; it has ended well when the tests have."""
     command = [sys.executable, "-m", "autopar", "serve", folder, "--mesh", "2", "--port", "0"]
-    command.append("--no-warm-up")
+    command += ["--no-warm-up", "--batch", "3"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines = []
     for line in process.stderr:
@@ -55,9 +57,11 @@ def server(folder):
     else:
         pytest.fail("".join(lines))
     yield found[1]
+    begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 0, rest
+    assert time.monotonic() - begin < 5, rest
 
 
 def asked(url, **body):
@@ -85,6 +89,25 @@ def test_completions_are_those_of_one_process(server, folder):
         answer = json.loads(asked(f"{server}/v1/completions", **body))
         assert answer["choices"][0]["text"] == continued(folder, prompt, 20)
         assert answer["usage"]["completion_tokens"] == 20
+
+
+def test_waiting_requests_are_a_batch(server, folder):
+    """Behind a longer one, on both ranks; a prompt that is too long is refused beside them."""
+    counts = {PROMPTS[0]: 60, PROMPTS[1]: 9, "a": 20, "once upon": 12}
+    with ThreadPoolExecutor(len(counts)) as pool:
+        answers = {}
+        for prompt, count in counts.items():
+            body = {"prompt": prompt, "max_tokens": count, "temperature": 0}
+            answers[prompt] = pool.submit(asked, f"{server}/v1/completions", **body)
+            time.sleep(0.2)
+        with pytest.raises(urllib.error.HTTPError) as failed:
+            asked(f"{server}/v1/completions", prompt="a" * 2048, max_tokens=1)
+        assert failed.value.code == 400
+        assert "has 2,048 tokens, and the model has 2,048 positions" in failed.value.read().decode()
+        for prompt, count in counts.items():
+            choice = json.loads(answers[prompt].result())["choices"][0]
+            assert choice["text"] == continued(folder, prompt, count)
+            assert choice["finish_reason"] == "length"
 
 
 def test_a_chat_is_streamed(server, folder):
