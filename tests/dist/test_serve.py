@@ -92,14 +92,14 @@ def test_completions_are_those_of_one_process(server, folder):
 
 
 def test_waiting_requests_are_a_batch(server, folder):
-    """Behind a longer one, on both ranks; a prompt that is too long is refused beside them."""
-    counts = {PROMPTS[0]: 60, PROMPTS[1]: 9, "a": 20, "once upon": 12}
+    """Behind another one, on both ranks; a prompt that is too long is refused beside them."""
+    counts = {PROMPTS[0]: 50, PROMPTS[1]: 9, "a": 20, "once upon": 12}
     with ThreadPoolExecutor(len(counts)) as pool:
         answers = {}
         for prompt, count in counts.items():
             body = {"prompt": prompt, "max_tokens": count, "temperature": 0}
             answers[prompt] = pool.submit(asked, f"{server}/v1/completions", **body)
-            time.sleep(0.2)
+            time.sleep(0.05 if prompt == PROMPTS[0] else 0)
         with pytest.raises(urllib.error.HTTPError) as failed:
             asked(f"{server}/v1/completions", prompt="a" * 2048, max_tokens=1)
         assert failed.value.code == 400

@@ -12,6 +12,7 @@ import transformers as hf
 from autopar import auto_engine
 from autopar.comm import world
 from autopar.errors import EngineError
+from autopar.integrations.serve import ServeOptions, load
 from autopar.integrations.shared_generation import SEED, RequestError, SharedGeneration
 
 ROWS, POSITIONS = 3, 64
@@ -152,3 +153,11 @@ def test_prompts_have_to_fit_the_positions(models):
     assert shared.generate(**request).shape[1] == POSITIONS
     assert request["generation_config"].max_new_tokens == 2
     shared.end()
+
+
+def test_a_model_with_an_encoder_is_refused_by_name(tmp_path):
+    hf.T5Config(
+        d_model=16, num_layers=1, architectures=["T5ForConditionalGeneration"]
+    ).save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match="is a t5, and the server takes decoders"):
+        load(ServeOptions(str(tmp_path)))
