@@ -139,24 +139,27 @@ class EdgeCostTable:
         columns: Sequence[ShardingSpec | None],
         every: tuple[np.ndarray, ...],
     ) -> CopyBytes:
-        shape = len(rows), len(columns)
-        result, working, dying = np.zeros((3, *shape))
-        for i, before in enumerate(rows):
-            source = self._costs.local_bytes(edge.shape, edge.itemsize, before)
-            for j, after in enumerate(columns):
-                if after is None:
-                    continue
-                converts = before.dims != after.dims or before.partial != after.partial
-                if converts or edge.cast:
-                    made = self._costs.local_bytes(edge.shape, edge.itemsize, after)
-                    result[i, j] = made
-                    if _gathers(before, after):
-                        working[i, j], dying[i, j] = made, max(0, made - source)
+        specs = [rows[0] if spec is None else spec for spec in columns]
+        made = np.array([self._costs.local_bytes(edge.shape, edge.itemsize, s) for s in specs])
+        held = np.array([self._costs.local_bytes(edge.shape, edge.itemsize, s) for s in rows])
+        known: dict[Hashable, int] = {}
+        before, after = (
+            np.array([known.setdefault((s.dims, s.partial), len(known)) for s in each])
+            for each in (rows, specs)
+        )
+        converts = (before[:, None] != after) | edge.cast
+        converts &= np.array([spec is not None for spec in columns])
+        split, kept = (np.array([_axes_of_dims(s) for s in each]) for each in (rows, specs))
+        gathers = converts & (split[:, None] & ~kept != 0).any(axis=-1)
+        result = converts * made.astype(float)
+        working = gathers * made.astype(float)
+        dying = gathers * np.maximum(0.0, made.astype(float) - held[:, None])
         return CopyBytes(result[every], working[every], dying[every])
 
 
-def _gathers(before: ShardingSpec, after: ShardingSpec) -> bool:
-    return any(set(a) - set(b) for a, b in zip(before.dims, after.dims, strict=True))
+def _axes_of_dims(spec: ShardingSpec) -> list[int]:
+    """The mesh axes that split each dim, as bits."""
+    return [sum(1 << axis for axis in axes) for axes in spec.dims]
 
 
 def _unique(items: Iterable[Any]) -> tuple[list[Any], list[int]]:
