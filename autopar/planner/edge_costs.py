@@ -149,7 +149,9 @@ class EdgeCostTable:
         )
         converts = (before[:, None] != after) | edge.cast
         converts &= np.array([spec is not None for spec in columns])
-        split, kept = (np.array([_axes_of_dims(s) for s in each]) for each in (rows, specs))
+        split, kept = (
+            np.array([_axes_of_dims(s) for s in each], dtype=np.int64) for each in (rows, specs)
+        )
         gathers = converts & (split[:, None] & ~kept != 0).any(axis=-1)
         result = converts * made.astype(float)
         working = gathers * made.astype(float)
