@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,12 +61,19 @@ def local_of(x: Any) -> Any:
     return local.shard if isinstance(local, StoredShard | WatchedShard) else local
 
 
-def fused_groups(optimizer: torch.optim.Optimizer, state: Mapping[Any, Any]) -> list[int]:
+def fused_groups(
+    optimizer: torch.optim.Optimizer, state: Mapping[Any, Any], stepped: Callable[[Any], bool]
+) -> list[int]:
     """Numbers of the parameter groups that leave the implementation open, where a fused one takes
-    their tensors."""
+    their tensors.
+
+    Args:
+        stepped: whether a parameter has a gradient in the step.
+    """
     if type(optimizer) not in _FUSED_ON_HOST:
         return []
-    return [k for k, g in enumerate(optimizer.param_groups) if _may_fuse(g, state)]
+    groups = enumerate(optimizer.param_groups)
+    return [k for k, g in groups if _may_fuse(g, [p for p in g["params"] if stepped(p)], state)]
 
 
 def fuse_on_device(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -77,7 +84,8 @@ def fuse_on_device(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     groups, state = [], optimizer.state
     for group in optimizer.param_groups:
         on_device = all(p.device.type in FUSED_DEVICES for p in group["params"])
-        if not on_device or group.get("foreach") is not None or not _may_fuse(group, state):
+        own = [p for p in group["params"] if p.grad is not None]
+        if not on_device or group.get("foreach") is not None or not _may_fuse(group, own, state):
             continue
         group["fused"] = True
         groups.append(group)
@@ -102,13 +110,16 @@ def counters_on_host(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
     return {**saved, "state": state}
 
 
-def _may_fuse(group: dict[str, Any], state: Mapping[Any, Any]) -> bool:
-    steps = (state[p].get("step") for p in group["params"] if p in state)
+def _may_fuse(group: dict[str, Any], own: Sequence[torch.Tensor], state: Mapping[Any, Any]) -> bool:
+    entries = [state.get(p) or {} for p in own]
+    steps = (entry.get("step") for entry in entries)
     return (
         group.get("fused") is None
         and not group.get("foreach")
         and not group.get("capturable")
         and not isinstance(group.get("lr"), torch.Tensor)
-        and all(p.is_floating_point() for p in group["params"])
+        and all(p.is_floating_point() for p in own)
         and all(not isinstance(s, torch.Tensor) or s.dtype == torch.float32 for s in steps)
+        # that of SGD takes momentum of all parameters or of none
+        and len({entry.get("momentum_buffer") is None for entry in entries}) < 2
     )

@@ -107,8 +107,6 @@ class SpeculativeStep:
 
     Args:
         optimizer: treats each element by itself; its parameters are on the host.
-        hook: number of the hook of its step that accepts; hooks behind that one do not see what was
-            accepted.
         room_bytes: of the host, for second versions.
         drive: that has the optimizer's state.
 
@@ -117,10 +115,10 @@ class SpeculativeStep:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, hook: int, room_bytes: float,
+        self, optimizer: torch.optim.Optimizer, room_bytes: float,
         drive: StatesOnDrive | None = None,
     ) -> None:  # fmt: skip
-        self._own, self._hook, self._room = weakref.ref(optimizer), hook, room_bytes
+        self._own, self._room = weakref.ref(optimizer), room_bytes
         self._drive = drive
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="autopar-step")
         self._trial: _Trial | None = None
@@ -235,9 +233,9 @@ class SpeculativeStep:
             self._is_first = False
             gc.collect()  # planning leaves cycles that hold views of parameters
         groups, state = optimizer.param_groups, optimizer.state
-        fused = fused_groups(optimizer, state)
-        options = [{**g, "fused": True} if k in fused else dict(g) for k, g in enumerate(groups)]
         expected = {p: k for k, p in enumerate(parameters) if p is not None and k in announced}
+        fused = fused_groups(optimizer, state, expected.__contains__)
+        options = [{**g, "fused": True} if k in fused else dict(g) for k, g in enumerate(groups)]
         parts: dict[torch.Tensor, Part] = {}
         for number, group in enumerate(groups):
             for p in group["params"]:
@@ -273,11 +271,9 @@ class SpeculativeStep:
 
     def _may(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step depends on nothing that cannot be compared."""
-        hooks = optimizer._optimizer_step_pre_hooks
         scaled = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         return (
-            next(reversed(hooks)) == self._hook
-            and scaled == (None, None)
+            scaled == (None, None)
             and not any(
                 g.get("differentiable") or any(isinstance(x, torch.Tensor) for x in g.values())
                 for g in optimizer.param_groups
@@ -316,7 +312,7 @@ class SpeculativeStep:
         if self._drive is not None and not self._drive.is_unchanged(optimizer.state):
             return "the optimizer's state was read or written to"
         if not self._may(optimizer) or len(optimizer.param_groups) != len(trial.groups):
-            return "parameter groups or hooks were added"
+            return "parameter groups were added"
         for now, before, own in zip(optimizer.param_groups, trial.groups, parameters, strict=True):
             if list(map(id, own)) != list(map(id, before["params"])):
                 return "parameters were added"

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -446,14 +447,18 @@ class StatesOnDrive:
                     continue
                 if owner._local_tensor is item.tensor:
                     stored = StoredShard(item.tensor, item.tensor, weakref.ref(owner))
-                    stored.load = lambda number=chunk.number: self._load_one(number)
+                    stored.load = partial(self._load_tensor, item.tensor)
                     owner._local_tensor = stored
                     self._stand_ins.append(stored)
 
-    def _load_one(self, number: int) -> None:
-        self._start_reading(number)
-        if (future := self._reading.pop(number, None)) is not None:
-            future.result()
+    def _load_tensor(self, t: torch.Tensor) -> None:
+        """Load the chunk that has a tensor now; chunks follow the optimizer's parameters."""
+        for chunk in self._chunks if is_away(t) else ():
+            if any(item.tensor is t for item in chunk.held):
+                self._start_reading(chunk.number)
+                if (future := self._reading.pop(chunk.number, None)) is not None:
+                    future.result()
+                return
 
 
 def _free(tensors: Iterable[torch.Tensor]) -> None:

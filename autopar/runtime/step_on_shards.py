@@ -63,8 +63,9 @@ class StepOnShards:
         self._state: defaultdict[torch.Tensor, Any] = defaultdict(
             dict
         )  # of the DTensors, meanwhile
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(lambda *_: self._back(done=True))
+        before = optimizer.register_step_pre_hook(self._before_step)
+        after = optimizer.register_step_post_hook(lambda *_: self._back(done=True))
+        _run_next_to_the_step(optimizer, before.id, after.id)
         # after a step that failed
         optimizer.register_state_dict_pre_hook(lambda _: self._load())
         optimizer.register_load_state_dict_pre_hook(lambda *_: self._load())
@@ -96,9 +97,7 @@ class StepOnShards:
         if files is not None:
             self._drive = StatesOnDrive(self._optimizer, files)
         if room_bytes:
-            self._speculative = SpeculativeStep(
-                self._optimizer, self._hook.id, room_bytes, self._drive
-            )
+            self._speculative = SpeculativeStep(self._optimizer, room_bytes, self._drive)
         if self._drive is None or resume is None:
             return
         groups = self._optimizer.param_groups
@@ -155,7 +154,8 @@ class StepOnShards:
         if self._speculative is not None:
             chunks = self._speculative.accepted(self._dtensors, self._state)
         groups, names = optimizer.param_groups, self._names
-        self._fused = [groups[k] for k in fused_groups(optimizer, optimizer.state)]
+        fused = fused_groups(optimizer, optimizer.state, lambda shard: shard.grad is not None)
+        self._fused = [groups[k] for k in fused]
         for group in self._fused:
             group["fused"] = True
         if self._drive is None:
@@ -239,6 +239,26 @@ class StepOnShards:
         held = self._state.get(p, {})
         if len(held) != len(now) or any(local_of(held.get(k)) is not v for k, v in now.items()):
             self._state[p] = {k: _as_before(k, v, held.get(k), p) for k, v in now.items()}
+
+
+def _run_next_to_the_step(optimizer: torch.optim.Optimizer, before: int, after: int) -> None:
+    """Let a hook be the last before the step and one the first after it, whenever the caller
+    registers his: those see all parameters, as DTensors.
+
+    Args:
+        before, after: numbers of the hooks.
+    """
+    optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)  # type: ignore[attr-defined]
+    own = weakref.ref(optimizer)
+
+    def register_step_pre_hook(hook: Any) -> Any:
+        optimizer = own()
+        assert optimizer is not None
+        handle = type(optimizer).register_step_pre_hook(optimizer, hook)
+        optimizer._optimizer_step_pre_hooks.move_to_end(before)  # type: ignore[attr-defined]
+        return handle
+
+    optimizer.register_step_pre_hook = register_step_pre_hook  # type: ignore[method-assign]
 
 
 def stored_steps(optimizer: torch.optim.Optimizer) -> int:
