@@ -149,7 +149,7 @@ class StepOptions:
         lowered: False leaves the local program as it is, to run eagerly (debugging).
         compile: how the graphs are compiled.
         optimizer_state: bytes of optimizer state per byte of trainable parameter.
-        elementwise: the optimizer treats each element by itself.
+        steps_on: the tiers that the optimizer can step on.
         states_on: the tier of all states, "" for the device; None to choose.
         dump_passes: folder for the graph before and after each pass.
         progress: is told the stages, on every rank.
@@ -159,7 +159,7 @@ class StepOptions:
     lowered: bool = True
     compile: CompileMode = field(default_factory=CompileMode)
     optimizer_state: float = ADAM_STATE
-    elementwise: bool = False
+    steps_on: tuple[str, ...] = ()
     states_on: str | None = None
     dump_passes: Path | None = None
     progress: Progress = SILENT
@@ -177,8 +177,9 @@ class StepOptions:
         budget = StepBudget.of(
             arguments.tensors, memory_bytes, self.optimizer_state, copied, self.cluster.host_link
         )
+        is_open = plan.states_on or self.states_on is None
         return replace(
-            budget, tiers=self.cluster.off_device_tiers, states_on=plan.states_on,
-            elementwise=self.elementwise and self.states_on is None,
+            budget, tiers=self.cluster.off_device_tiers if is_open else (),
+            states_on=plan.states_on, steps_on=self.steps_on,
             frozen_bytes=frozen_bytes(arguments.tensors[: len(graph.parameters)]),
         )  # fmt: skip

@@ -198,7 +198,7 @@ def plan(
             from autopar.cluster.cluster import ClusterInfo
             from autopar.ir.precision import Precision
             from autopar.plan_records import TriedSize
-            from autopar.planner.optimizer_state import is_elementwise, named_state_ratio
+            from autopar.planner.optimizer_state import named_state_ratio, named_step_tiers
             from autopar.planner.stages import PipelineOptions
 
             if microbatch not in ("exact", "independent"):
@@ -235,7 +235,7 @@ def plan(
                 example, source = example_of(model, forward=forward, **sizes)
                 stage.done = f"loaded {type(example.model).__name__}"
             options["optimizer_state"] = named_state_ratio(name, example.model)
-            options["elementwise"] = is_elementwise(name)
+            options["steps_on"] = named_step_tiers(name)
         tried: tuple[TriedSize, ...] = ()
         if find:
             with short_errors():

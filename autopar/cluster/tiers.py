@@ -194,8 +194,13 @@ class StateBytes:
             us = max(us, 1e6 * self._changed / drive.bandwidth)
         return us
 
-    def place(self, tiers: Sequence[Tier]) -> str | None:
+    def place(
+        self, tiers: Sequence[Tier], steps_on: Sequence[str] = (HOST, NVME)
+    ) -> str | None:  # fmt: skip
         """The nearest tier with room for the states; None if there is no host.
+
+        Args:
+            steps_on: the tiers that the optimizer can step on.
 
         Raises:
             ValueError: none has room; the message has the numbers.
@@ -209,6 +214,11 @@ class StateBytes:
             f"states of a device need {bytes_text(self.on_host(HOST))} on the host, which has "
             f"{bytes_text(host.device_bytes)} for it"
         )
+        if NVME not in steps_on:
+            raise ValueError(
+                f"{needs}; give it more, as only an optimizer that treats each element by itself "
+                f"(AdamW, SGD) steps on {NVME!r}"
+            )
         if drive is None:
             raise ValueError(f"{needs}; give it more, or add a tier {NVME!r}")
         if self.on_host(NVME) > host.device_bytes:

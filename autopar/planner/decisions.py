@@ -135,13 +135,13 @@ class Workload:
     Args:
         trainable: placeholder names of parameters that require grad.
         state_bytes_per_param_byte: optimizer state per byte of parameter (Adam: 2).
-        elementwise: the optimizer treats each element by itself.
+        steps_on: the tiers that the optimizer can step on.
         states_on: the tier of all states, "" for the device; None to choose.
         forward: nothing is trained, and there is no backward.
     """
 
     trainable: frozenset[str]
     state_bytes_per_param_byte: float = 2.0
-    elementwise: bool = False
+    steps_on: tuple[str, ...] = ()
     states_on: str | None = None
     forward: bool = False

@@ -405,7 +405,7 @@ def _step_budget(problem: PlanningProblem, step: LocalStep | UntracedStep) -> St
     return replace(
         budget,
         tiers=cluster.off_device_tiers,
-        elementwise=workload.elementwise,
+        steps_on=workload.steps_on,
         frozen_bytes=frozen,
     )
 

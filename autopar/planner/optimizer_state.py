@@ -1,4 +1,5 @@
-"""Bytes of optimizer state, measured by stepping a copy of the optimizer on small parameters."""
+"""Bytes of optimizer state, measured by stepping a copy of the optimizer on small parameters; and
+where an optimizer can step."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import UninitializedParameter
 
+from autopar.cluster.tiers import HOST, NVME
 from autopar.optim.elementwise import ELEMENTWISE
 
 # Sizes of a probe's dims, all different, so that its state shows which dims it has.
@@ -31,10 +33,17 @@ def named_state_ratio(name: str, model: torch.nn.Module) -> float:
     return optimizer_state_ratio(OPTIMIZERS[name](trained, lr=1e-3)) if trained else 0.0
 
 
-def is_elementwise(name: str) -> bool:
-    """Whether an optimizer by name treats each element by itself."""
-    made = OPTIMIZERS[name]
-    return (made.func if isinstance(made, functools.partial) else made) in ELEMENTWISE
+def named_step_tiers(name: str) -> tuple[str, ...]:
+    """`step_tiers` of an optimizer by name."""
+    return step_tiers(OPTIMIZERS[name]([torch.zeros(1)], lr=1e-3))
+
+
+def step_tiers(optimizer: torch.optim.Optimizer | None) -> tuple[str, ...]:
+    """The tiers that an optimizer can step on. On a drive, only a part of its state is in memory at
+    a time, so it has to treat each element by itself."""
+    if optimizer is None:
+        return ()
+    return (HOST, NVME) if type(optimizer) in ELEMENTWISE else (HOST,)
 
 
 def optimizer_state_ratio(optimizer: torch.optim.Optimizer | None) -> float:

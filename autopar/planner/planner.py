@@ -185,7 +185,7 @@ def build_problem(
     budget_bytes: float | None = None,
     precision: Precision | str | torch.dtype | None = None,
     optimizer_state: float = ADAM_STATE,
-    elementwise: bool = False,
+    steps_on: tuple[str, ...] = (),
     states_on: str | None = None,
     forward: bool = False,
     fixed: FixedLayouts | None = None,
@@ -202,8 +202,7 @@ def build_problem(
         budget_bytes: per device, that the plan keeps to; the memory of the cluster if None.
         precision: dtypes of the step, of a graph that is captured here: "bf16" or a `Precision`.
         optimizer_state: bytes of optimizer state per byte of trainable parameter (Adam: 2).
-        elementwise: the optimizer treats each element by itself, so that its step may run where
-            its state is, on a tier of the cluster.
+        steps_on: the tiers that the optimizer can step on (`planner/optimizer_state.py`).
         states_on: that tier, "" for the device; None to choose.
         forward: nothing is trained: no backward, no gradients, no optimizer state.
         fixed: layouts that the caller decides.
@@ -242,7 +241,7 @@ def build_problem(
         fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
         trainable = frozenset[str]() if forward else trainable_inputs(graph, model)
         state = 0.0 if forward else optimizer_state
-        workload = Workload(trainable, state, elementwise, states_on, forward)
+        workload = Workload(trainable, state, steps_on, states_on, forward)
         space = SearchSpace(graph, cluster, workload, fixed, orders=axis_orders(constraints))
         mask = allowed(space, constraints)
         candidates = sum(len(d.candidates) for d in space.decisions)

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.fx as fx
 
@@ -227,8 +228,9 @@ def forward_score(step: UntracedStep) -> Callable[[fx.GraphModule], Score]:
         if program is None:
             return _UNKNOWN
         simulated = timeline(program, eager_schedule(program))
-        at = program.forward[simulated.peak_at] if simulated.events else 0
-        return Score(simulated.peak_bytes, simulated.us, _origin(traced, program, at))
+        at = simulated.peak_at if simulated.events else 0
+        origin = _origin(traced, program, program.forward[at:])
+        return Score(simulated.peak_bytes, simulated.us, origin)
 
     return score
 
@@ -249,18 +251,19 @@ def training_score(
         sequence = least.schedule.forward + least.schedule.backward
         peak = int(live_bytes(program, least.schedule).argmax())
         us = sum(program.ops[i].us for i in sequence)
-        return Score(least.peak_bytes, us, _origin(traced, program, sequence[peak]))
+        return Score(least.peak_bytes, us, _origin(traced, program, sequence[peak:]))
 
     return score
 
 
-def _origin(traced: TracedStep, program: Program, i: int) -> str:
-    """The operator of the forward program that an operator of the joint graph comes from, or that
-    its twin in a traced block does."""
+def _origin(traced: TracedStep, program: Program, sequence: Sequence[int]) -> str:
+    """The module of the first operator of a sequence that was traced, or whose twin in a traced
+    block was. Transfers to and from the host were not."""
     reading = traced.reading
     assert reading is not None, "regions are chosen for a schedule"
-    name, _, _ = program.ops[i].name.partition(".")
-    number = next(k for k, op in enumerate(traced.program.ops) if op.name == name)
-    meta = reading.calls[number].meta
+    calls = {op.name: call for op, call in zip(traced.program.ops, reading.calls, strict=False)}
+    names = (program.ops[i].name.partition(".")[0] for i in sequence)
+    call = next((calls[name] for name in names if name in calls), None)
+    meta: dict[str, Any] = {} if call is None else call.meta
     stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack")
     return str(list(stack.values())[-1][1]) if stack else ""

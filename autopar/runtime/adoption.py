@@ -73,7 +73,7 @@ def current(p: torch.Tensor) -> torch.Tensor:
 def train_current_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer from before the engine train the DTensors in its parameters' place."""
     for group in optimizer.param_groups:
-        group["params"] = [current(p) for p in group["params"]]
+        group["params"][:] = [current(p) for p in group["params"]]  # LBFGS keeps the list
     state: dict[Any, Any] = optimizer.state
     for moved in [p for p in state if current(p) is not p]:
         state[current(moved)] = state.pop(moved)
@@ -169,7 +169,7 @@ def _exchange(
     if optimizer is None:
         return
     for group in optimizer.param_groups:
-        group["params"] = [new.get(id(p), current(p)) for p in group["params"]]
+        group["params"][:] = [new.get(id(p), current(p)) for p in group["params"]]
     state: dict[Any, Any] = optimizer.state
     for trained in [p for p in state if id(p) in new]:
         p = new[id(trained)]

@@ -22,11 +22,10 @@ from autopar.cluster.local import as_cluster
 from autopar.compiled_step import StepOptions
 from autopar.errors import PlanError
 from autopar.ir.precision import Precision
-from autopar.optim.elementwise import ELEMENTWISE
 from autopar.passes.compile_mode import CompileMode
 from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
-from autopar.planner.optimizer_state import optimizer_state_ratio
+from autopar.planner.optimizer_state import optimizer_state_ratio, step_tiers
 from autopar.planner.tensor_schemes import check_scheme
 from autopar.progress import Progress, Tell, silent_if_false
 from autopar.runtime.adoption import check_optimizer
@@ -181,7 +180,7 @@ def auto_engine(
             lowered=lower,
             compile=compiled,
             optimizer_state=optimizer_state_ratio(optimizer),
-            elementwise=type(optimizer) in ELEMENTWISE,
+            steps_on=step_tiers(optimizer),
             dump_passes=None if dump_passes is None else Path(dump_passes),
             progress=Progress(None if tell is None else _on_rank_zero(tell)),
         ),

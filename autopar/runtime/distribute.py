@@ -210,8 +210,9 @@ def distribute(
     for p, value, grad in zip(parameters, values, grads, strict=True):
         _lay_out(p, value, grad)
     _put_buffers(model, buffers)
-    if optimizer is not None:
-        optimizer.state.update(state)
+    for p, entries in state.items():
+        assert optimizer is not None
+        optimizer.state[p].update(entries)  # a step that runs, whose closure came here, holds it
 
 
 def _unwritten(

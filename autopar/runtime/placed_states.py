@@ -10,6 +10,7 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.tiers import NVME, on_this_host, process_directory, tier_named
 from autopar.comm.ranks import Ranks
 from autopar.errors import EngineError
+from autopar.optim.elementwise import ELEMENTWISE
 from autopar.runtime.chunk_files import ChunkFiles, Version
 from autopar.runtime.sharded_values import ShardedGradient, ShardedParameter
 from autopar.runtime.step_on_shards import StepOnShards
@@ -74,8 +75,9 @@ def place_states(
     if states_on:
         _move_to_host(model)
         names = {p: name for name, p in model.named_parameters()}
-        stepped = StepOnShards.of(optimizer)
-        ranks.together(lambda: stepped.run_on_host(names, files, version, room_bytes))
+        if type(optimizer) in ELEMENTWISE:
+            stepped = StepOnShards.of(optimizer)
+            ranks.together(lambda: stepped.run_on_host(names, files, version, room_bytes))
 
 
 @torch.no_grad()

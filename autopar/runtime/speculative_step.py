@@ -272,12 +272,9 @@ class SpeculativeStep:
     def _may(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step depends on nothing that cannot be compared."""
         scaled = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        return (
-            scaled == (None, None)
-            and not any(
-                g.get("differentiable") or any(isinstance(x, torch.Tensor) for x in g.values())
-                for g in optimizer.param_groups
-            )
+        return scaled == (None, None) and not any(
+            g.get("differentiable") or any(isinstance(x, torch.Tensor) for x in g.values())
+            for g in optimizer.param_groups
         )
 
     def _spares_of(self, shard: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ from autopar.ir.graph import ModelGraph, shape_of
 from autopar.ir.numbers import Origin
 from autopar.ir.precision import without_autocast
 from autopar.ir.size_formulas import input_shapes
+from autopar.optim.elementwise import ELEMENTWISE
 from autopar.passes.apply_sharding import LocalProgram
 from autopar.passes.compile_mode import CompileMode
 from autopar.plan import ShardingPlan
@@ -277,7 +278,8 @@ class StepCompiler:
         if compiled.lowered is None:
             return compiled, None
         beside = None
-        if compiled.plan.states_on and self.optimizer is not None:
+        if compiled.plan.states_on and type(self.optimizer) in ELEMENTWISE:
+            assert self.optimizer is not None
             beside = StepOnShards.of(self.optimizer).beside
         bound = partial(
             bind, gradients=gradients, beside=beside, ranks=self.place.ranks, progress=step.progress

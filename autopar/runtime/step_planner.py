@@ -165,7 +165,7 @@ class StepPlanner:
         """Options of every planning."""
         return {
             "optimizer_state": self.options.step.optimizer_state,
-            "elementwise": self.options.step.elementwise,
+            "steps_on": self.options.step.steps_on,
             "states_on": self.options.step.states_on,
             "constraints": self.options.constraints,
             "time_limit": self.options.time_limit,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from autopar.cluster.link import Link
-from autopar.cluster.tiers import StateBytes, Tier
+from autopar.cluster.tiers import NVME, StateBytes, Tier
 from autopar.errors import InfeasibleError
 from autopar.plan_records import HostStep, StepSummary
 from autopar.schedule.build import schedule_of
@@ -117,8 +117,7 @@ class StepBudget:
         host: the link to the host, if there is one.
         state_on_host: the optimizer's state is on the host while the model runs.
         tiers: of the cluster, for states that the device has no room for.
-        elementwise: the optimizer treats each element by itself, so its step may run on the host,
-            on some parameters after others.
+        steps_on: the tiers that the optimizer can step on.
         states_on: the tier that parameters, gradients and the optimizer's state are on; the device
             if empty.
         frozen_bytes: of the parameters that are not trained.
@@ -132,7 +131,7 @@ class StepBudget:
     host: Link | None = None
     state_on_host: bool = False
     tiers: tuple[Tier, ...] = ()
-    elementwise: bool = False
+    steps_on: tuple[str, ...] = ()
     states_on: str = ""
     frozen_bytes: float = 0.0
 
@@ -191,10 +190,10 @@ class StepBudget:
         Raises:
             InfeasibleError: the tiers are too small.
         """
-        if self.states_on or not self.elementwise or not self.parameters_bytes:
+        if self.states_on or not self.steps_on or not self.parameters_bytes:
             return None
         try:
-            place = self.states.place(self.tiers)
+            place = self.states.place(self.tiers, self.steps_on)
         except ValueError as error:
             raise InfeasibleError(
                 str(error), budget_bytes=self.memory_bytes, smallest_bytes=math.inf
@@ -291,8 +290,9 @@ class StepBudget:
         if not self.states_on:
             return plan
         where = self.states, self.tiers, self.states_on
-        step = host_step(program, plan.schedule, *where)
-        room = room_bytes(program, plan.schedule, *where) if step.exposed_us < step.us else 0.0
+        room = room_bytes(program, plan.schedule, *where) if NVME in self.steps_on else 0.0
+        step = host_step(program, plan.schedule, *where, room)
+        room = room if step.exposed_us < step.us else 0.0
         return replace(
             plan, states_on=self.states_on, added_us=plan.added_us + step.exposed_us,
             host_step=step, room_bytes=room,

@@ -35,13 +35,17 @@ def chunk_bytes(total_bytes: float) -> float:
 
 
 def host_step(
-    program: Program, schedule: Schedule, states: StateBytes, tiers: Sequence[Tier], states_on: str
-) -> HostStep:
+    program: Program, schedule: Schedule, states: StateBytes, tiers: Sequence[Tier], states_on: str,
+    room: float,
+) -> HostStep:  # fmt: skip
     """What the optimizer's step takes where the states are, and what of it follows the backward:
-    all of it, where nothing beside the backward makes the step shorter."""
+    all of it, where nothing beside the backward makes the step shorter.
+
+    Args:
+        room: bytes of the host for second versions.
+    """
     us = states.step_us(tiers, states_on)
     beside_us, second = states.second_step_us(tiers, states_on), states.second_bytes(states_on)
-    room = room_bytes(program, schedule, states, tiers, states_on)
     stored = _stored(program, schedule) if Resource.HOST in program.beside else []
     total = sum(nbytes for _, nbytes in stored)
     least = CHUNK_BYTES if states_on == NVME else chunk_bytes(total)

@@ -167,7 +167,7 @@ def _on_a_host(capacity: float) -> ShardingPlan:
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
     cluster = replace(ClusterInfo.of("1"), tiers=(Tier(HOST, 1e9, capacity=capacity),))
     batch = (torch.zeros(8, 256),)
-    joint = plan_step(model, batch, cluster=cluster.with_memory(3e6), elementwise=True)
+    joint = plan_step(model, batch, cluster=cluster.with_memory(3e6), steps_on=(HOST,))
     return joint.planned.plan
 
 
