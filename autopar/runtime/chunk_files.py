@@ -5,12 +5,15 @@ complete ones. A process that is killed at any time leaves a complete version be
 
     directory/manifest.json     which versions are complete, and what they hold
     directory/0003.1.bin        chunk 3 of the versions with odd numbers of the slot
+    directory/lock              held by the process that writes
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +25,8 @@ import torch
 
 from autopar.errors import EngineError
 from autopar.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -58,6 +63,23 @@ class ChunkFiles:
         directory.mkdir(parents=True, exist_ok=True)
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="autopar-states")
         self.versions: dict[int, Version] = _read_manifest(directory / _MANIFEST)
+
+    def own(self) -> None:
+        """Let nobody else write here, until this object or its process ends.
+
+        Raises:
+            EngineError: somebody does.
+        """
+        self._lock = open(self.directory / "lock", "ab")  # noqa: SIM115 - as long as this object
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EngineError(
+                f"another engine, of this process or of another one, keeps its states in "
+                f"{self.directory}; end it, or name another directory"
+            ) from error
+        except OSError:  # the file system has no locks
+            log.warning("%s cannot be locked: see that no other run writes there", self.directory)
 
     def keep_only(self, steps: int | None) -> None:
         """Forget other versions, so that their slot may be written; all if None."""

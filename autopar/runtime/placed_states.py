@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -65,7 +66,7 @@ def place_states(
     if states_on == NVME:
         drive = tier_named(cluster.tiers, NVME)
         assert drive is not None, "the plan is of this cluster"
-        files = ranks.together(lambda: ChunkFiles(process_directory(drive, rank)))
+        files = ranks.together(lambda: _owned(process_directory(drive, rank)))
         version = _common(files, ranks) if resume else None
     elif resume:
         raise EngineError(
@@ -78,6 +79,12 @@ def place_states(
         if type(optimizer) in ELEMENTWISE:
             stepped = StepOnShards.of(optimizer)
             ranks.together(lambda: stepped.run_on_host(names, files, version, room_bytes))
+
+
+def _owned(directory: Path) -> ChunkFiles:
+    files = ChunkFiles(directory)
+    files.own()
+    return files
 
 
 @torch.no_grad()

@@ -157,10 +157,27 @@ class StatesOnDrive:
         self._restore_groups()
 
     def roll_back(self) -> None:
-        """Return to the version that is complete, from a step that failed."""
+        """Return to the version that is complete, from a step that failed.
+
+        Raises:
+            EngineError: that cannot be read.
+        """
         if self._all is None:
             return
         self._settle()
+        try:
+            self._reload()
+        except OSError as error:
+            raise EngineError(
+                f"the states after step {self.steps} cannot be read from {self._files.directory}: "
+                f"{error.strerror or error}. Those in memory are a mixture of two steps: begin "
+                "anew, with resume=True if the files can be read then, else from a checkpoint"
+            ) from error
+        finally:
+            self._restore_groups()
+
+    def _reload(self) -> None:
+        """Load the version that is complete."""
         state, version = self._optimizer.state, self._version
         for chunk in self._chunks if self._stepped else ():
             assert version is not None
@@ -177,7 +194,6 @@ class StatesOnDrive:
             parts = [item.tensor.nbytes if item.key else item.tensor for item in chunk.held]
             self._files.read(chunk.number, version.slot, parts).result()
             chunk.held = [item._replace(counter=item.tensor._version) for item in chunk.held]
-        self._restore_groups()
 
     def _unwritten(self, error: OSError) -> EngineError:
         return EngineError(
