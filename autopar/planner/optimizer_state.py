@@ -4,8 +4,11 @@ where an optimizer can step."""
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +16,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from autopar.cluster.tiers import HOST, NVME
 from autopar.optim.elementwise import ELEMENTWISE
+
+log = logging.getLogger(__name__)
 
 # Sizes of a probe's dims, all different, so that its state shows which dims it has.
 _PROBE = (3, 5, 7, 11, 13, 17, 19, 23)
@@ -74,15 +79,34 @@ def _twin_of(
 ) -> Callable[[int, torch.dtype], list[tuple[list[int], int]]]:
     """A function of a number of dims and a dtype: per tensor of the state of such a parameter, the
     parameter's dims that it has, and its bytes per element."""
-    options = {k: v for k, v in group.items() if k in optimizer.defaults}
 
     @functools.cache
     def state(ndim: int, dtype: torch.dtype) -> list[tuple[list[int], int]]:
         probe = torch.nn.Parameter(torch.zeros(_PROBE[:ndim], dtype=dtype))
         probe.grad = torch.zeros_like(probe)
-        twin = type(optimizer)([{"params": [probe], **options}])
-        twin.step()
-        tensors = [v for v in twin.state[probe].values() if isinstance(v, torch.Tensor) and v.ndim]
+        try:
+            entries = _stepped(optimizer, group, probe)
+        except Exception as error:  # whatever a user's own class may raise
+            log.warning(
+                "the state of %s is taken to be two numbers per element, as a step on one small "
+                "parameter failed: %s", type(optimizer).__name__, error,
+            )  # fmt: skip
+            entries = dict.fromkeys("ab", probe)
+        tensors = [v for v in entries.values() if isinstance(v, torch.Tensor) and v.ndim]
         return [([_PROBE.index(n) for n in v.shape if n > 1], v.element_size()) for v in tensors]
 
     return state
+
+
+def _stepped(optimizer: Any, group: dict[str, Any], probe: torch.Tensor) -> Mapping[str, Any]:
+    """The state of a parameter after a step of a copy of an optimizer on it."""
+    options = {k: v for k, v in group.items() if k in optimizer.defaults}
+    groups = [{"params": [probe], **options}]
+    try:
+        twin = type(optimizer)(groups)
+    except TypeError:  # its class needs more than parameters
+        twin = object.__new__(type(optimizer))
+        twin.__dict__.update(vars(optimizer), param_groups=groups, state=defaultdict(dict))
+    inspect.unwrap(type(optimizer).step)(twin)
+    entries: Mapping[str, Any] = twin.state[probe]
+    return entries

@@ -199,8 +199,9 @@ class StatesOnDrive:
         return EngineError(
             f"the states after step {self.steps + 1} cannot be written to "
             f"{self._files.directory}: {error.strerror or error}. Nothing is lost: parameters and "
-            f"the optimizer's state are those after step {self.steps}, and gradients are there "
-            "still. Free space, and call optimizer.step() again"
+            f"the optimizer's state are those after step {self.steps} (without what was written "
+            "to them since), and gradients are there still. Free space, and call "
+            "optimizer.step() again"
         )
 
     @property

@@ -325,6 +325,7 @@ def test_a_thread_that_fails_leaves_the_step_to_the_optimizer(trained, monkeypat
 
 
 def test_a_hook_that_comes_later_sees_all_gradients(trained):
+    """And may change them."""
     seen = []
 
     def hook(optimizer, *_):
@@ -333,10 +334,18 @@ def test_a_hook_that_comes_later_sees_all_gradients(trained):
 
     handle = trained.optimizer.register_step_pre_hook(hook)
     trained.backward()
-    assert trained.step() == 0 and seen == [EVERY]
+    assert trained.step() == EVERY and seen == [EVERY]
     handle.remove()
+    hooks = []
+    for optimizer, parameters in (
+        (trained.optimizer, trained.parameters), (trained.beside, trained.alone),
+    ):  # fmt: skip
+        hooks.append(optimizer.register_step_pre_hook(
+            lambda *_, own=parameters: scaled(0.5)(own, None)))  # fmt: skip
     trained.backward()
-    assert trained.step() == EVERY
+    assert trained.step() == 0
+    for handle in hooks:
+        handle.remove()
 
 
 @pytest.mark.parametrize("slower", [True, False])
@@ -384,6 +393,22 @@ def test_optimizers(kind):
     for _ in range(4):
         training.backward()
         assert training.step() == EVERY
+
+
+def test_momentum_of_some_parameters():
+    """The fused step of torch takes that of all or of none."""
+    environment.stop()
+    training = Training.of(torch.optim.SGD, momentum=0.9, dampening=0.5)
+    training.beside.param_groups[0]["fused"] = training.beside.param_groups[1]["fused"] = None
+    for step in range(3):
+        training.backward()
+        if step == 0:
+            training.both(without_one)
+        training.optimizer.step()
+        training.beside.step()
+        training.both(lambda _, optimizer: optimizer.zero_grad())
+        for p, q in zip(training.parameters, training.alone, strict=True):
+            torch.testing.assert_close(p._local_tensor, q, rtol=0, atol=1e-15)
 
 
 def with_drive(directory: Path | str) -> tuple[Tier, Tier]:

@@ -30,7 +30,10 @@ def trained(name: str, distributed: bool, steps: int = 3) -> tuple:
     seen = []
     if distributed:
         run.plan_for(**case.batch(0))
-        optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["params"][0]))
+        # behind the one that puts the shards in place
+        torch.optim.Optimizer.register_step_pre_hook(
+            optimizer, lambda o, *_: seen.append(o.param_groups[0]["params"][0])
+        )
     for step in range(steps):
         optimizer.zero_grad()
         run(**case.batch(step)).backward()
@@ -98,6 +101,49 @@ def test_a_step_that_fails_leaves_the_parameters():
     assert isinstance(optimizer.state_dict()["state"][0]["exp_avg_sq"], DTensor)
     first = next(iter(model.parameters()))
     assert optimizer.param_groups[0]["params"][0] is first
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_hooks_of_the_caller_see_parameters(early):
+    case, seen = CASES["mlp"], []
+    model = case.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, _ = auto_engine(model, optimizer, "1")
+    if not early:
+        engine.plan_for(**case.batch(0))
+
+    def look(optimizer, *_):
+        seen.extend(p for group in optimizer.param_groups for p in group["params"])
+
+    optimizer.register_step_pre_hook(look)
+    optimizer.register_step_post_hook(look)
+    engine(**case.batch(0)).backward()
+    optimizer.step()
+    assert list(map(id, seen)) == 2 * list(map(id, model.parameters()))
+
+
+def test_lbfgs_plans_in_its_closure():
+    """Its state is of the parameters, and outlives the step in which they were laid out."""
+    case, found = CASES["mlp"], []
+    for distributed in (False, True):
+        model = case.build()
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+        run = auto_engine(model, optimizer, "1")[0] if distributed else model
+
+        def closure(run=run, optimizer=optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = run(**case.batch(0))
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+        state = optimizer.state_dict()["state"][0]
+        found.append((list(model.parameters()), state["func_evals"], state["n_iter"]))
+    (plain, *counts), (sharded, *others) = found
+    assert counts == others and counts[0] == 6  # of the closure, in both steps
+    for p, q in zip(sharded, plain, strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=0, atol=1e-12)
 
 
 def test_a_closure_runs_the_model():

@@ -1,6 +1,7 @@
 """Memory beyond the device's: what a cluster says of it, states on a drive, and what goes wrong
 there."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 from torch import nn
 
 from autopar import ClusterInfo, ShardingPlan, auto_engine
+from autopar.cluster.link import Link
 from autopar.cluster.tiers import HOST, NVME, StateBytes, Tier
 from autopar.comm import world as environment
 from autopar.compile import plan_step
@@ -261,6 +263,8 @@ def test_a_run_that_was_killed_amid_a_write_goes_on(tmp_path, small_chunks):
     train(alone, beside, range(2, 5))
     assert difference(model, alone) < 1e-12
     environment.stop()
+    del model, optimizer  # which keep the directory
+    gc.collect()
     other = nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4)).double()
     tiers = (Tier(HOST, 1e9, capacity=HOST_BYTES), Tier(NVME, 1e9, directory=str(tmp_path)))
     cluster = replace(ClusterInfo.of("1"), tiers=tiers)
@@ -294,12 +298,80 @@ def test_bad_drives_are_refused_at_the_start(tmp_path):
         auto_engine(model, optimizer, cluster, memory=30e3, example_inputs=batch(0))
 
 
-def test_other_optimizers_keep_their_state_on_the_device(tmp_path):
-    model, _ = built()
-    optimizer = torch.optim.Adafactor(model.parameters())
+class Own(torch.optim.Optimizer):
+    """A user's own, by the norm of each gradient."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.grad / p.grad.norm(), 0.1)
+            p.sub_(mean, alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, lambda p: Own(p, {"lr": 0.01})])
+def test_any_optimizer_steps_on_the_host(make):
+    (model, _), (alone, _) = built(), built()
+    optimizer, beside = make(model.parameters()), make(alone.parameters())
     cluster = replace(ClusterInfo.of("1"), tiers=(Tier(HOST, 1e9),))
-    with pytest.raises(InfeasibleError, match="parameters take"):
-        auto_engine(model, optimizer, cluster, memory=20e3, example_inputs=batch(0))
+    model, optimizer = auto_engine(model, optimizer, cluster, memory=20e3, progress=False)
+    train(model, optimizer, range(3))
+    train(alone, beside, range(3))
+    assert model.plan.states_on == HOST and difference(model, alone) < 1e-12
+
+
+def test_a_drive_takes_the_state_of_some_optimizers(tmp_path):
+    model, _ = built()
+    tiers = Tier(HOST, 1e9, capacity=HOST_BYTES), Tier(NVME, 1e9, directory=str(tmp_path))
+    cluster = replace(ClusterInfo.of("1"), tiers=tiers)
+    with pytest.raises(InfeasibleError, match="only an optimizer that treats each element by its"):
+        auto_engine(
+            model, Own(model.parameters(), {"lr": 0.01}), cluster, memory=20e3,
+            example_inputs=batch(0), progress=False,
+        )  # fmt: skip
+
+
+def test_too_little_for_a_step_with_transfers_is_named():
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 17), nn.Linear(17, 4))
+    cluster = replace(ClusterInfo.of("1"), host_link=Link(1e-9, 1e-15))
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(InfeasibleError, match="Give at least"):
+        auto_engine(
+            model, optimizer, cluster, memory=11e3, example_inputs=batch(0).float(), progress=False
+        )  # fmt: skip
+
+
+def test_state_is_found_after_parameters_changed_their_places(tmp_path, small_chunks):
+    (model, optimizer), (alone, beside) = engine(tmp_path), built()
+    train(model, optimizer, range(2))
+    train(alone, beside, range(2))
+    for each in (optimizer, beside):
+        each.param_groups[0]["params"].reverse()
+    train(model, optimizer, range(2, 4))
+    train(alone, beside, range(2, 4))
+    assert difference(model, alone) < 1e-12
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        found = optimizer.state[p]["exp_avg"].full_tensor()
+        assert torch.allclose(found, beside.state[q]["exp_avg"], atol=1e-12)
+
+
+def test_a_directory_is_of_one_engine(tmp_path):
+    model, optimizer = engine(tmp_path)
+    model.plan_for(batch(0))
+    other, _ = engine(tmp_path)
+    with pytest.raises(EngineError, match="another engine, of this process or of another one, kee"):
+        other.plan_for(batch(0))
+    train(model, optimizer, range(1))
+    assert model.stored_steps == 1
+
+
+def test_files_that_vanish_are_named(tmp_path, small_chunks):
+    model, optimizer = engine(tmp_path)
+    train(model, optimizer, range(2))
+    for file in tmp_path.rglob("*.bin"):
+        file.unlink()
+    with pytest.raises(EngineError, match=r"the states after step 2 cannot be read from .*No such"):
+        train(model, optimizer, range(2, 3))
 
 
 def test_states_of_microbatches_stay_on_the_device():
