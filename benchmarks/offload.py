@@ -7,19 +7,22 @@ and depth together.
 
 Contestants, each with AdamW fused on the host, and each by its best setting:
 
-* autopar with a tier "host", with the optimizer's step beside the backward and after it;
+* autopar with a tier "host" (`step_beside` compares when its optimizer steps);
 * FSDP2 with `CPUOffloadPolicy`, as it runs on a CPU: layers of blocks, or of every linear layer;
   with and without activation checkpointing. It copies nothing on a CPU, so the link's time is
   computed and taken to be hidden as far as there is compute;
+* DeepSpeed, if it is installed, on its accelerator "cpu": ZeRO-Offload (stage 2, with the optimizer
+  on the host), and stage 3 with parameters there too; with and without checkpointing. The time of
+  the link as with FSDP2. The optimizer is torch's fused one, as `DeepSpeedCPUAdam` is compiled
+  first;
 * torchao's recipe by hand (its class takes GPUs only): gradients move in hooks, as they are made,
-  each parameter is stepped on the host and copied back;
-
-DeepSpeed's ZeRO-Offload and torchao's own class are for GPUs.
+  each parameter is stepped on the host and copied back.
 
 Steps that are compared take turns in one process, as the machine may be busy, and the least time of
 each counts. The same is counted for all: every storage that a step makes until it is freed, and
-what stays on the device between steps: nothing but inputs for autopar and FSDP2, parameters for the
-recipe. A gradient that is a result of FSDP2's step counts as on the host as soon as it exists.
+what stays on the device between steps: nothing but inputs for autopar, FSDP2 and stage 3,
+parameters for ZeRO-Offload and the recipe. A gradient that is a result of FSDP2's step counts as on
+the host as soon as it exists.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import gc
 import importlib.util
 import itertools
 import json
+import os
 import queue
 import sys
 import threading
@@ -47,6 +51,15 @@ REFERENCE = 4  # of the sizes
 SIZES = (2, 3, 4, 5, 6, 7, 8)  # of 64 in width, and as many layers
 QUICK = (3, 4)
 PREDICTED, VOCABULARY, TOKENS = 3.0, 2048, 128
+
+_BUCKET = 200_000  # elements, of DeepSpeed's buffers
+
+_BOTH = (False, True)
+SETTINGS: dict[str, dict[str, Sequence[Any]]] = {
+    "FSDP2": {"fine": _BOTH, "checkpoint": _BOTH},
+    "DeepSpeed": {"stage": (2, 3), "checkpoint": _BOTH},
+    "torchao's recipe": {"checkpoint": _BOTH},
+}
 
 
 def build(size: int) -> tuple[Any, dict[str, Any]]:
@@ -144,12 +157,8 @@ class Trainer:
 # -- contestants --------------------------------------------------------------------------------
 
 
-def autopar(size: int, budget: float, beside: bool = True) -> Trainer:
-    """Train within a budget; if that is too small, say so.
-
-    Args:
-        beside: the optimizer's step begins beside the backward; else all of it comes after it.
-    """
+def autopar(size: int, budget: float) -> Trainer:
+    """Train within a budget; if that is too small, say so."""
     import torch
 
     from autopar import auto_engine
@@ -157,7 +166,6 @@ def autopar(size: int, budget: float, beside: bool = True) -> Trainer:
     from autopar.cluster.tiers import Tier
     from autopar.comm import world
     from autopar.errors import InfeasibleError
-    from autopar.runtime.step_on_shards import StepOnShards
     from autopar.testing.live_memory import LiveMemory, training_state_bytes
 
     world.stop()
@@ -172,8 +180,6 @@ def autopar(size: int, budget: float, beside: bool = True) -> Trainer:
         )
     except InfeasibleError as error:
         return Trainer(lambda: None, {"peak": float("inf"), "least": error.smallest_bytes})
-    if not beside:
-        StepOnShards.of(optimizer).only_after_the_backward()
     link = Link(BANDWIDTH)
     held = sum(x.nbytes for x in (*batch.values(), *model.buffers()))
     if not model.plan.states_on:
@@ -264,6 +270,64 @@ def fsdp(size: int, fine: bool, checkpoint: bool) -> Trainer:
     return Trainer(step, {"peak": peak}, 3 * total / BANDWIDTH)
 
 
+def zero(size: int, stage: int, checkpoint: bool) -> Trainer:
+    """DeepSpeed on one process.
+
+    Args:
+        stage: 2 has parameters on the device, 3 has them on the host.
+        checkpoint: activations of blocks are recomputed.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from autopar.testing.live_memory import LiveMemory
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+    import deepspeed
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model, batch = build(size)
+    if checkpoint:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    total = sum(p.nbytes for p in model.parameters())
+    offload = {"device": "cpu"}
+    options: dict[str, Any] = {
+        "stage": stage, "offload_optimizer": offload, "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+    }  # fmt: skip
+    if stage == 3:  # nothing is kept or gathered ahead
+        options |= {"offload_param": offload, "stage3_prefetch_bucket_size": 0}
+        options |= dict.fromkeys(
+            ("stage3_param_persistence_threshold", "stage3_max_live_parameters",
+             "stage3_max_reuse_distance"), 0,
+        )  # fmt: skip
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters(), fused=True),
+        config={
+            "train_micro_batch_size_per_gpu": 2, "zero_optimization": options,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+        dist_init_required=False,
+    )  # fmt: skip
+
+    def backward() -> None:
+        engine.backward(engine(**batch))
+
+    def step() -> None:
+        backward()
+        engine.step()
+
+    step()
+    with LiveMemory() as live:
+        backward()
+    engine.step()
+    peak = live.peak + (total if stage == 2 else 0) + sum(x.nbytes for x in batch.values())
+    # gradients, and parameters: to the device after the step, or twice when they are gathered
+    return Trainer(step, {"peak": peak}, stage * total / BANDWIDTH)
+
+
 def by_hand(size: int, checkpoint: bool) -> Trainer:
     """torchao's recipe: parameters on the device, gradients and the step on the host."""
     import torch
@@ -318,7 +382,7 @@ def by_hand(size: int, checkpoint: bool) -> Trainer:
 
 
 TRAINERS: dict[str, Callable[..., Trainer]] = {
-    "autopar": autopar, "FSDP2": fsdp, "torchao's recipe": by_hand,
+    "autopar": autopar, "FSDP2": fsdp, "DeepSpeed": zero, "torchao's recipe": by_hand,
 }  # fmt: skip
 
 
@@ -364,18 +428,24 @@ def _measured(cases: Sequence[Case], rounds: int = 0) -> list[dict[str, Any]]:
     return list(answer["found"])
 
 
-def _peaks(sizes: Sequence[int]) -> dict[str, dict[int, list[tuple[float, Case]]]]:
-    """What the others take with each of their settings, by size."""
+def _peaks(sizes: Sequence[int], budget: float) -> dict[str, dict[int, list[tuple[float, Case]]]]:
+    """What the others take with each of their settings, by size, up to the first that is too large
+    for a budget."""
     found: dict[str, dict[int, list[tuple[float, Case]]]] = {}
-    for who, flags in (("FSDP2", ("fine", "checkpoint")), ("torchao's recipe", ("checkpoint",))):
-        cases: list[Case] = [
-            (who, {"size": size, **dict(zip(flags, values, strict=True))})
-            for size in sizes
-            for values in itertools.product((False, True), repeat=len(flags))
-        ]
-        found[who] = {size: [] for size in sizes}
-        for case, result in zip(cases, _measured(cases), strict=True):
-            found[who][case[1]["size"]].append((result["peak"], case))
+    for who, settings in SETTINGS.items():
+        if who == "DeepSpeed" and importlib.util.find_spec("deepspeed") is None:
+            console.print("no rows of DeepSpeed: it is not installed", markup=False)
+            continue
+        found[who] = {}
+        for size in sizes:
+            cases: list[Case] = [
+                (who, {"size": size, **dict(zip(settings, values, strict=True))})
+                for values in itertools.product(*settings.values())
+            ]
+            results = _measured(cases)
+            found[who][size] = [(r["peak"], c) for c, r in zip(cases, results, strict=True)]
+            if min(peak for peak, _ in found[who][size]) > budget:
+                break
     return found
 
 
@@ -387,26 +457,26 @@ def _largest(of: dict[int, list[tuple[float, Case]]], budget: float) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; returns the exit code."""
-    options = common.parser(__doc__ or "").parse_args(arguments)
+    parser = common.parser(__doc__ or "")
+    parser.add_argument("--only", metavar="SHARE", help="one of the budgets, such as 1/8")
+    options = parser.parse_args(arguments)
     console.print(common.machine(), markup=False)
-    sizes, rounds = (QUICK, 5) if options.quick else (SIZES, 12)
+    sizes, rounds = (QUICK, 5) if options.quick else (SIZES, 6)
     shares = SHARES[2:3] if options.quick else SHARES
+    shares = tuple(n for n in shares if options.only in (None, f"1/{n}"))
     count = {size: parameters(size) for size in sizes}
-    others = _peaks(sizes)
+    budgets = {n: 16 * count[REFERENCE] / n for n in shares}
+    others = _peaks(sizes, max(budgets.values()))
     rows: list[Row] = []
     worst = 0.0
-    for share in shares:
-        budget = 16 * count[REFERENCE] / share
+    for share, budget in budgets.items():
         case = f"1/{share} of the states, {budget / 2**20:.1f} MiB"
         best = {name: _largest(of, budget) for name, of in others.items()}
         trained: dict[int, list[tuple[str, dict[str, Any]]]] = {}
         for size in sorted({*best.values()} - {0}) + [s for s in sizes if s > max(best.values())]:
-            contestants: list[Case] = [
-                ("autopar", {"size": size, "budget": budget, "beside": beside})
-                for beside in (True, False)
-            ]
+            contestants: list[Case] = [("autopar", {"size": size, "budget": budget})]
             for of in others.values():
-                contestants += [c for peak, c in of[size] if peak <= budget]
+                contestants += [c for peak, c in of.get(size, []) if peak <= budget]
             found = _measured(contestants, rounds)
             if found[0]["peak"] > budget:
                 break
@@ -424,25 +494,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(Row(case, f"parameters, {name} of autopar", share_of, "%", end))
         for s, results in trained.items():
             size_text = f"{count[s] / 1e6:.1f} M"
-            found = results[0][1]
-            after = results[1][1]["seconds"]
-            rows.append(Row(case, f"step of {size_text}, autopar", 1e3 * found["seconds"], "ms"))
-            rows.append(Row(case, f"step of {size_text}, step after", 1e3 * after, "ms"))
+            found_here = results[0][1]
+            seconds = found_here["seconds"]
+            rows.append(Row(case, f"step of {size_text}, autopar", 1e3 * seconds, "ms"))
             for name in others:
                 times = [result["seconds"] for who, result in results if who == name]
                 if times:
-                    ratio = 100 * found["seconds"] / min(times)
+                    ratio = 100 * seconds / min(times)
                     rows.append(Row(case, f"step of {size_text}, {name}", 1e3 * min(times), "ms"))
                     rows.append(Row(case, f"autopar of {name}, {size_text}", ratio, "%", 100.0))
-            off = 100 * abs(found["predicted"] / found["peak"] - 1)
+            off = 100 * abs(found_here["predicted"] / found_here["peak"] - 1)
             worst = max(worst, off)
-            used = 100 * found["peak"] / budget
+            used = 100 * found_here["peak"] / budget
             rows.append(Row(case, f"peak of {size_text}, of the budget", used, "%", 100.0))
             rows.append(Row(case, f"peak of {size_text}, predicted off by", off, "%", PREDICTED))
-    for name in ("torchao", "deepspeed"):
-        known = importlib.util.find_spec(name) is not None
-        told = "it offloads from GPUs only" if known else "it is not installed"
-        console.print(f"no row of {name}: {told}", markup=False)
     headline = f"predicted peaks are within {worst:.2f}% of the measured ones"
     title = f"States on the host, over a link of {BANDWIDTH / 1e9:g} GB/s"
     return common.finish(title, rows, headline, options.json)
