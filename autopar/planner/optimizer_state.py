@@ -107,6 +107,7 @@ def _stepped(optimizer: Any, group: dict[str, Any], probe: torch.Tensor) -> Mapp
     except TypeError:  # its class needs more than parameters
         twin = object.__new__(type(optimizer))
         twin.__dict__.update(vars(optimizer), param_groups=groups, state=defaultdict(dict))
-    inspect.unwrap(type(optimizer).step)(twin)
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(twin)
     entries: Mapping[str, Any] = twin.state[probe]
     return entries
