@@ -182,7 +182,7 @@ def _split_to(
 
 def _choice(step: UntracedStep, budget_bytes: float, deadline: float) -> Choice | None:
     training = any(t.requires_grad for t in step.arguments)
-    score = training_score(step, budget_bytes) if training else forward_score(step)
+    score = training_score(step, budget_bytes, deadline) if training else forward_score(step)
     seconds = max(0.0, deadline - time.process_time())
     return choose_splits(step, budget_bytes, score, training=training, seconds=seconds)
 

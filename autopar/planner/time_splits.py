@@ -85,6 +85,35 @@ class _Lowered:
     program: fx.GraphModule
 
 
+@dataclass
+class _Clock:
+    """The processor time of a search.
+
+    Args:
+        end: at which it ends.
+        per_node: seconds to score a program, for each of its nodes; the fewest so far.
+    """
+
+    end: float
+    per_node: float = math.inf
+
+    @property
+    def is_over(self) -> bool:
+        return time.process_time() > self.end
+
+    def allows(self, gm: fx.GraphModule) -> bool:
+        """Whether a program may be scored in time."""
+        least = self.per_node * len(gm.graph.nodes) if math.isfinite(self.per_node) else 0.0
+        return time.process_time() + least <= self.end
+
+    def timed(self, score: Callable[[fx.GraphModule], Score], gm: fx.GraphModule) -> Score:
+        """Score a program, and note how long that takes."""
+        start, count = time.process_time(), len(gm.graph.nodes)
+        result = score(gm)
+        self.per_node = min(self.per_node, (time.process_time() - start) / count)
+        return result
+
+
 def with_candidates(
     step: UntracedStep, candidates: Sequence[Candidate]
 ) -> tuple[fx.GraphModule, tuple[TimeSplit, ...]]:
@@ -124,16 +153,16 @@ def choose_splits(
     Raises:
         PlanError: the program is short of equal blocks, and cannot stand for the whole.
     """
-    deadline = time.process_time() + seconds
+    clock = _Clock(time.process_time() + seconds)
     program = splittable(step.gm, step.arguments)
-    first = now = score(copy_of(program))
+    first = now = clock.timed(score, copy_of(program))
     if math.isinf(first.peak_bytes):
         raise PlanError("blocks that stand for others do not equal them")
     lowered: list[_Lowered] = []
     for _ in range(_ROUNDS):
-        if lowered and (now.peak_bytes <= budget_bytes or time.process_time() > deadline):
+        if lowered and (now.peak_bytes <= budget_bytes or clock.is_over):
             break
-        found = _lower(program, budget_bytes, now, score, training, deadline)
+        found = _lower(program, budget_bytes, now, score, training, clock)
         if found is None:
             break
         lowered.append(found)
@@ -151,19 +180,19 @@ def _lower(
     now: Score,
     score: Callable[[fx.GraphModule], Score],
     training: bool,
-    deadline: float,
+    clock: _Clock,
 ) -> _Lowered | None:
     """One more region in slices, with those that equal it; None if that does not lower the
     peak."""
     best: _Lowered | None = None
     for candidate in _candidates(program, now, budget_bytes, training):
-        found = _with_enough_slices(program, candidate, budget_bytes, now, score, deadline)
+        found = _with_enough_slices(program, candidate, budget_bytes, now, score, clock)
         if found is None or (best and found.score.peak_bytes >= best.score.peak_bytes):
             continue
         best = found
         if best.score.peak_bytes <= budget_bytes or not _in_slices(best.program, best.score.at):
             break  # the peak is elsewhere
-        if time.process_time() > deadline:
+        if clock.is_over:
             break
     return best
 
@@ -185,7 +214,7 @@ def _with_enough_slices(
     budget_bytes: float,
     now: Score,
     score: Callable[[fx.GraphModule], Score],
-    deadline: float,
+    clock: _Clock,
 ) -> _Lowered | None:
     """The program with a region and its equals in so many slices that the peak fits or is
     elsewhere; None if that does not lower it."""
@@ -196,16 +225,14 @@ def _with_enough_slices(
         tried = copy_of(program)
         candidate = replace(candidate, split=split)
         made = split_equal(tried, candidate)
-        if not made:
+        if not made or not clock.allows(tried):
             break
-        new = score(copy_of(tried))
+        new = clock.timed(score, copy_of(tried))
         if new.peak_bytes > (1 - gain) * least:
             break
         best = _Lowered(new, made, candidate, tried)
         least, gain = new.peak_bytes, _GAIN_OF_MORE_SLICES
         if new.peak_bytes <= budget_bytes or not _in_slices(tried, new.at):
-            break
-        if time.process_time() > deadline:
             break
         split = replace(split, slices=2 * split.slices)
     return best
@@ -236,10 +263,14 @@ def forward_score(step: UntracedStep) -> Callable[[fx.GraphModule], Score]:
 
 
 def training_score(
-    step: UntracedStep, budget_bytes: float = 0.0
+    step: UntracedStep, budget_bytes: float = 0.0, until: float = math.inf
 ) -> Callable[[fx.GraphModule], Score]:
     """Scores training steps, by a schedule with a low peak that is found quickly; of those that
-    fit, by one that does."""
+    fit, by one that does.
+
+    Args:
+        until: the processor time after which peaks are those of checkpointing.
+    """
 
     def score(gm: fx.GraphModule) -> Score:
         traced = step.traced(gm)
@@ -247,7 +278,7 @@ def training_score(
         if program is None:
             return _UNKNOWN
         program = in_order(program)
-        least = ScheduleFront(program).low(budget_bytes)
+        least = ScheduleFront(program).low(budget_bytes, until)
         sequence = least.schedule.forward + least.schedule.backward
         peak = int(live_bytes(program, least.schedule).argmax())
         us = sum(program.ops[i].us for i in sequence)

@@ -206,13 +206,14 @@ class ScheduleFront:
         limits = (_TOGETHER, _LEAST_GAIN) if has_many_operators(self.program) else ()
         return self.point(point.name, self.refiner.grow(point.schedule, budget, *limits))
 
-    def low(self, enough: float = 0.0) -> SchedulePoint:
+    def low(self, enough: float = 0.0, until: float = math.inf) -> SchedulePoint:
         """A schedule with a low peak, found quickly: common checkpointing, refined.
 
         Args:
             enough: bytes; no lower peak is looked for.
+            until: the processor time at which refining ends.
         """
-        return self._lowered(self.checkpointed(), self.refiner, enough)
+        return self._lowered(self.checkpointed(), self.refiner, enough, until)
 
     def checkpointed(self) -> SchedulePoint:
         """The schedule with the lowest peak by common checkpointing."""
@@ -236,11 +237,14 @@ class ScheduleFront:
             starts.append(self._lowered(least, recompute_only))
         return min((self._lowered(start, self.refiner) for start in starts), key=_by_peak)
 
-    def _lowered(self, best: SchedulePoint, refiner: Refiner, enough: float = 0.0) -> SchedulePoint:
+    def _lowered(
+        self, best: SchedulePoint, refiner: Refiner, enough: float = 0.0, until: float = math.inf
+    ) -> SchedulePoint:
         """Refined as far as that lowers the peak."""
         for share in _LOWER:
             while best.peak_bytes > enough:
-                smaller = refiner.shrink(best.schedule, share * best.peak_bytes, steps=400)
+                limit = share * best.peak_bytes
+                smaller = refiner.shrink(best.schedule, limit, steps=400, until=until)
                 if smaller is None:
                     break
                 best = self.point("refined", smaller)

@@ -7,6 +7,8 @@ value. Both follow the simulated peak, which repairs what the models before them
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,10 +87,18 @@ class Refiner:
         live = occupancy(self.program, schedule, ranges)
         return _Simulated(self.program, schedule, ranges, live)
 
-    def shrink(self, schedule: Schedule, budget: float, *, steps: int = 60) -> Schedule | None:
-        """Recompute or offload more until the peak is within the budget; None if that fails."""
+    def shrink(
+        self, schedule: Schedule, budget: float, *, steps: int = 60, until: float = math.inf
+    ) -> Schedule | None:
+        """Recompute or offload more until the peak is within the budget; None if that fails.
+
+        Args:
+            until: the processor time at which it fails.
+        """
         now = self._simulated(schedule)
         for _ in range(steps):
+            if time.process_time() > until:
+                return None
             excess = np.maximum(now.live - budget, 0)
             if not excess.any():
                 return now.schedule
