@@ -19,6 +19,7 @@ from autopar.passes.split_regions import split_regions
 from autopar.passes.verify import propagate_shapes
 from autopar.plan import ShardingPlan
 from autopar.plan_records import TimeSplit
+from autopar.planner import time_splits
 from autopar.planner.time_splits import choose_splits, forward_score, training_score
 from autopar.schedule.build import schedule_of
 from autopar.testing.live_memory import LiveMemory
@@ -97,6 +98,23 @@ def test_what_is_chosen_lowers_the_peak_of_training(name, share):
     assert str(again.graph) == str(choice.program.graph)
     outcome = case.run(again)
     _equal(outcome.values, case.whole.values)
+
+
+def test_no_program_is_scored_that_takes_longer_than_the_search(monkeypatch):
+    case = case_of("head")
+    step = UntracedStep(case.gm, tuple(case.arguments), OPTIONS)
+    score, now, scored = training_score(step), [0.0], []
+    monkeypatch.setattr(time_splits.time, "process_time", lambda: now[0])
+
+    def slow(gm):
+        scored.append(len(gm.graph.nodes))
+        now[0] += scored[-1]  # a second for each node
+        return score(gm)
+
+    assert choose_splits(step, 0.0, slow, training=True, seconds=0.0) is None
+    (alone,) = scored
+    assert choose_splits(step, 0.0, slow, training=True, seconds=20.0 * alone) is not None
+    assert sum(scored[1:]) <= 20 * alone and len(scored) > 2
 
 
 def test_parts_of_concatenations_are_freed_as_they_come():
