@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Row, console
-from benchmarks.offload import Link, emulated
+from benchmarks.offload_link import Link, emulated
 
 WIDTH, LAYERS, BATCH = 2048, 10, 16
 BANDWIDTHS = (0.5e9, 1e9, 2e9)

@@ -2,136 +2,25 @@
 are those of a step after the backward, bit by bit."""
 
 import itertools
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from autopar import ClusterInfo, auto_engine
-from autopar.cluster.tiers import HOST, NVME, StateBytes, Tier
+from autopar.cluster.tiers import HOST, StateBytes, Tier
 from autopar.comm import world as environment
-from autopar.runtime import chunks, speculative_step
-from autopar.runtime.second_version import Part
+from autopar.runtime import speculative_step
 from autopar.runtime.speculative_step import SpeculativeStep
-from autopar.runtime.step_on_shards import StepOnShards
 from autopar.schedule import host_step
-
-CHUNK_BYTES = 3000
-ACCEPTED: list[Part] = []  # by the last step
-
-
-@dataclass
-class Training:
-    """An engine, and an optimizer on plain tensors that gets the same gradients."""
-
-    engine: nn.Module
-    optimizer: torch.optim.Optimizer
-    alone: list[torch.Tensor]
-    beside: torch.optim.Optimizer
-    speculative: SpeculativeStep | None
-    number: int = 0
-
-    @staticmethod
-    def of(
-        kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
-        tiers: tuple[Tier, ...] = (Tier(HOST, 1e15, 1e-9),),
-        resume: bool = False,
-        **options,
-    ) -> "Training":
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 4)
-        ).double()
-        model[2].bias.requires_grad_(False)
-        groups = [
-            {"params": [p for p in model.parameters() if p.ndim == n], **more}
-            for n, more in ((2, {"weight_decay": 0.1}), (1, {"lr": 3e-3}))
-        ]
-        values = [[p.detach().clone() for p in group["params"]] for group in groups]
-        twins = [{**g, "params": v} for g, v in zip(groups, values, strict=True)]
-        fused = {"fused": True} if kind in chunks._FUSED_ON_HOST else {}
-        optimizer = kind(groups, lr=1e-2, **options)
-        beside = kind(twins, lr=1e-2, **options, **fused)
-        tiers = replace(tiers[0], memory_bandwidth=1e13), *tiers[1:]
-        cluster = ClusterInfo.of("1")
-        device = replace(cluster.device, overlaps=True)
-        cluster = replace(cluster, device=device, tiers=tiers)
-        engine, optimizer = auto_engine(
-            model, optimizer, cluster, memory=40e3, progress=False, microbatches=1, resume=resume
-        )
-        made = Training(engine, optimizer, [p for v in values for p in v], beside, None)
-        engine.plan_for(made.batch())
-        made.speculative = StepOnShards.of(optimizer)._speculative
-        return made
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def batch(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.number)
-        return torch.randn(8, 16, dtype=torch.float64, generator=generator)
-
-    def backward(self) -> None:
-        """Gradients of another batch, of both; all chunks are stepped, so that none reads what is
-        written to later."""
-        self.number += 1
-        self.engine(self.batch()).square().mean().backward()
-        trial = self.speculative and self.speculative._trial
-        for chunk in trial.chunks if trial else ():
-            if chunk.future is not None:
-                chunk.future.exception()
-        for p, q in zip(self.parameters, self.alone, strict=True):
-            q.grad = None if p.grad is None else p.grad._local_tensor.clone()
-
-    def both(self, change: Callable[[list[torch.Tensor], torch.optim.Optimizer], None]) -> None:
-        change(self.parameters, self.optimizer)
-        change(self.alone, self.beside)
-
-    def step(self) -> int:
-        """Step both, which are equal then; how many parameters were stepped beside the backward."""
-        ACCEPTED.clear()
-        for optimizer in (self.optimizer, self.beside):
-            optimizer.step()
-            optimizer.zero_grad()
-        for p, q in zip(self.parameters, self.alone, strict=True):
-            assert torch.equal(p._local_tensor, q)
-            state = self.optimizer.state.get(p, {})
-            for key, value in self.beside.state.get(q, {}).items():
-                assert torch.equal(getattr(state[key], "_local_tensor", state[key]), value), key
-        return len(ACCEPTED)
-
-
-def speculate_on_all(patch: pytest.MonkeyPatch) -> None:
-    """Small chunks, and notes of those that are accepted."""
-    patch.setattr(chunks, "CHUNK_BYTES", CHUNK_BYTES)
-    patch.setattr(speculative_step, "chunk_bytes", lambda _: CHUNK_BYTES)
-    patch.setattr(host_step, "chunk_bytes", lambda _: CHUNK_BYTES)
-    patch.setattr(host_step, "CHUNK_BYTES", CHUNK_BYTES)
-    patch.setattr(host_step, "BOOKKEEPING_US", 0.0)
-    patch.setattr(speculative_step, "_TIMED", 0)
-    accept = Part.accept
-
-    def noted(part, state):
-        ACCEPTED.append(part)
-        accept(part, state)
-
-    patch.setattr(Part, "accept", noted)
+from tests.speculation import ACCEPTED, EVERY, Training, speculate_on_all
 
 
 @pytest.fixture(scope="module", autouse=True)
 def whole_chunks() -> Iterator[None]:
-    patch = pytest.MonkeyPatch()
-    speculate_on_all(patch)
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        speculate_on_all(patch)
+        yield
     environment.stop()
 
 
@@ -153,9 +42,6 @@ def trained(adamw):
     adamw.step()
     speculative._rest, speculative._pause, speculative._keep = 0, 1, False
     return adamw
-
-
-EVERY = 5  # parameters that are trained
 
 
 def scaled(factor: float, get: Callable = lambda p: p.grad) -> Callable:
@@ -409,78 +295,6 @@ def test_momentum_of_some_parameters():
         training.both(lambda _, optimizer: optimizer.zero_grad())
         for p, q in zip(training.parameters, training.alone, strict=True):
             torch.testing.assert_close(p._local_tensor, q, rtol=0, atol=1e-15)
-
-
-def with_drive(directory: Path | str) -> tuple[Tier, Tier]:
-    return Tier(HOST, 1e15, 1e-9, capacity=66e3), Tier(NVME, 1e13, directory=str(directory))
-
-
-def test_chunks_on_a_drive(tmp_path, monkeypatch, caplog):
-    environment.stop()
-    training = Training.of(tiers=with_drive(tmp_path))
-    assert training.engine.plan.states_on == NVME
-    counts = []
-    for _ in range(4):
-        training.backward()
-        ACCEPTED.clear()
-        for optimizer in (training.optimizer, training.beside):
-            optimizer.step()
-            optimizer.zero_grad()
-        counts.append(len(ACCEPTED))
-        for p, q in zip(training.parameters, training.alone, strict=True):
-            assert torch.equal(p._local_tensor, q)
-    assert counts == [0, 4, 4, 4] and training.engine.stored_steps == 4
-    write, failing = os.pwritev, itertools.count()
-
-    def full(*args):
-        if next(failing) == 1:
-            raise OSError(28, "No space left on device")
-        return write(*args)
-
-    monkeypatch.setattr(os, "pwritev", full)
-    training.backward()
-    assert 0 < training.step() < EVERY  # and state is loaded
-    assert "No space left on device" in caplog.text
-    training.speculative._rest = 0
-    training.backward()
-    assert training.step() == 0  # as state was in memory
-    assert training.engine.stored_steps == 6
-
-
-KILLED = """
-import os, signal, sys
-import pytest, torch
-from tests.unit.test_speculative_step import Training, speculate_on_all, with_drive
-speculate_on_all(pytest.MonkeyPatch())
-training = Training.of(tiers=with_drive(sys.argv[1] + "/drive"))
-for _ in range(3):
-    training.backward()
-    training.step()
-torch.save([p._local_tensor for p in training.parameters], sys.argv[1] + "/parameters.pt")
-write = os.pwritev
-def amid(file, parts, offset):
-    write(file, [bytes(parts[0])[:100]], offset)  # a part of a chunk
-    os.kill(os.getpid(), signal.SIGKILL)
-os.pwritev = amid
-training.backward()
-training.step()
-"""
-
-
-def test_a_run_that_was_killed_amid_a_second_version_goes_on(tmp_path):
-    environment.stop()
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    root = Path(__file__).parents[2]
-    killed = subprocess.run(command, cwd=root, capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    training = Training.of(tiers=with_drive(tmp_path / "drive"), resume=True)
-    assert training.engine.stored_steps == 3
-    values = torch.load(tmp_path / "parameters.pt")
-    for p, value in zip(training.parameters, values, strict=True):
-        assert torch.equal(p._local_tensor, value)
-    training.backward()
-    training.optimizer.step()
-    assert training.engine.stored_steps == 4
 
 
 def test_room_is_that_of_the_host():
