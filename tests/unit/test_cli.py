@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import autopar
-from autopar.cli.app import app
 from autopar.plan import ShardingPlan
 from autopar.report.text import render
+from tests.commands import run
 
 MLP = str(Path(__file__).parents[2] / "examples" / "mlp.py")
 
@@ -26,12 +25,6 @@ def build_model():
 def example_inputs():
     return {inputs}
 """
-
-
-def run(*arguments: str, code: int = 0):
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture

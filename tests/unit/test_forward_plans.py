@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from typer.testing import CliRunner
 
 from autopar import auto_engine
-from autopar.cli.app import app
 from autopar.compile import build_problem
 from autopar.errors import PlanError
 from autopar.passes.local_step import local_step
@@ -17,17 +15,12 @@ from autopar.plan import ShardingPlan
 from autopar.planner.planner import make_plan
 from autopar.report.html import render_html
 from autopar.schedule.budget import StepBudget
+from tests.commands import run
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 96, "max_position_embeddings": 64,
 }  # fmt: skip
-
-
-def run(*arguments: str, code: int = 0):
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.fixture

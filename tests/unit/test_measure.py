@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
-from autopar.cli.app import app
 from autopar.cluster.cluster import ClusterInfo
 from autopar.cluster.curve import Curve
 from autopar.cluster.data import plain
@@ -29,6 +27,7 @@ from autopar.profiler.time_model import Kernel, kernels_of, node_us
 from autopar.progress import Bar
 from autopar.sharding.conversion.converter import LayoutConverter
 from autopar.tracer import ColoTracer
+from tests.commands import run
 
 CPU = ClusterInfo.of("1", "cpu").device
 MEASURED = replace(
@@ -37,12 +36,6 @@ MEASURED = replace(
     bytes_by_size={"read": Curve.constant(2e10), "write": Curve.constant(1e10)},
     extra_ns={"function": 1.0, "random": 5.0, "index": 2.0},
 )
-
-
-def run(*arguments: str, code: int = 0):
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, result.output
-    return result
 
 
 # -- fits ---------------------------------------------------------------------------------------
