@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ _OFF = {
 _INPUTS = {"input_ids", "attention_mask", "generation_config"}
 
 
-@dataclass
+@dataclass(eq=False)  # two requests may have equal tokens
 class Request:
     """A call of `generate`.
 
@@ -72,7 +73,7 @@ class Request:
         """That it generates."""
         return int(self.arguments["generation_config"].max_new_tokens)
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...] | None:
         """Requests with equal keys may be one batch; None if this one runs alone."""
         config, mask = (self.arguments.get(k) for k in ("generation_config", "attention_mask"))

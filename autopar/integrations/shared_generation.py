@@ -87,6 +87,7 @@ class SharedGeneration:
         seed = None if config is None else vars(config).pop(SEED, None)
         arguments = pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), arguments)
         request = Request(dict(arguments), streamer, tokenizer is not None, seed)
+        _ = request.key  # what is wrong with it is told here, not where all are served
         with self._changed:
             if self._ending.is_set():
                 raise ServerEndsError("the server is ending")
@@ -126,11 +127,13 @@ class SharedGeneration:
                 if self._ending.is_set():
                     return
                 self._running = take(self._waiting, self._batch)
+            error: Exception = EngineError("the generation ended before all tokens were there")
             try:
                 self._answer(self._running)
-            except Exception as error:
-                for request in self._running:
-                    request.answer(error)
+            except Exception as raised:
+                error = raised
+            for request in self._running:
+                request.answer(error)  # unless it has its tokens
 
     def _answer(self, requests: Sequence[Request]) -> None:
         """Run `generate` for one request, or for several at once."""
