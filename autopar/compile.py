@@ -172,15 +172,17 @@ def plan_to_fit(
     except (InfeasibleError, PlanError, ConstraintError) as error:  # a microbatch has fewer rows
         if whole is not None:
             return whole
-        more = (
-            f". With their number given, as microbatches={samples}, they recompute too"
-            if isinstance(error, InfeasibleError)
-            else ""
-        )
+        least = getattr(error, "smallest_bytes", math.inf)
+        why = f"do not help: {error}"
+        if least < refused.smallest_bytes:
+            why = (
+                f"need {bytes_text(least)} ({least:.0f} bytes); with their number given, as "
+                f"microbatches={samples}, they recompute too"
+            )
         raise InfeasibleError(
-            f"{refused}. Microbatches that keep everything do not help: {error}{more}",
+            f"{str(refused).rstrip('.')}. Microbatches that keep everything {why}",
             budget_bytes=refused.budget_bytes,
-            smallest_bytes=min(refused.smallest_bytes, getattr(error, "smallest_bytes", math.inf)),
+            smallest_bytes=min(refused.smallest_bytes, least),
         ) from error
     if whole is None or split.plan.time.step_us < whole.planned.plan.time.step_us:
         return JointPlan(split)

@@ -131,7 +131,7 @@ def split_region(gm: fx.GraphModule, region: Region, split: TimeSplit) -> None:
     """Write a region of a program in slices, in place."""
     separation, entries = separate_region(region)
     sizes = even_sizes(region.pieces, split.slices)
-    parts = {size: slice_graph(separation, size) for size in sizes}
+    parts = {size: slice_graph(separation, size) for size in dict.fromkeys(sizes)}
     given = [n for n in region.nodes if _is_given(n, region)]
     outputs: Any = separation.graph.output.args[0]
     states = [separation.state(x) for x in outputs]

@@ -41,6 +41,7 @@ _LARGE_RESULT = 0.2  # of the peak
 _UNTIL_IT_FITS = 3.0  # times the seconds of a search, as the step is refused otherwise
 # Seconds at least, and times those of its schedule, for slices that make a step faster that fits.
 _FASTER_S, _FASTER = 5.0, 1.0
+_HOPELESS_S = 2.0  # for the smallest budget, where slices cannot make the step fit
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ def split_step(
     spent: float = 0.0,
 ) -> FittedStep | None:
     """Schedule a step with regions of it in slices: until it fits, and further if it recomputes
-    much. None if no region lowers its peak, or if its states alone are too much.
+    much. None if no region lowers its peak.
 
     Args:
         step: of a rank; is not changed.
-        seconds: of processor time for the search; three times as many if nothing fits before.
+        seconds: of processor time for the search; three times as many if nothing fits before, and
+            few if states alone are too much.
         short: the same without most of its equal blocks, in which regions are looked for.
         whole: its schedule without slices, if it fits.
         spent: seconds on that schedule; if there is one, the search takes about as long at most.
@@ -90,13 +92,14 @@ def split_step(
     Raises:
         InfeasibleError: the step does not fit in slices either.
     """
-    if budget.is_hopeless:
-        return None
     now = time.process_time()
     if whole is not None:
         seconds = min(seconds, max(_FASTER_S, _FASTER * spent))
+    if budget.is_hopeless:  # what it would take is worth that
+        seconds = min(seconds, _HOPELESS_S)
     deadline = now + seconds
-    share, until = (_ROOMY, deadline) if whole else (1.0, now + _UNTIL_IT_FITS * seconds)
+    patient = whole is None and not budget.is_hopeless
+    share, until = (_ROOMY if whole else 1.0), now + (_UNTIL_IT_FITS if patient else 1.0) * seconds
     best = _split_to(step, budget, share, until, short)
     if best is None or whole is not None or recomputes_little(best.memory):
         return best
@@ -168,8 +171,7 @@ def _split_to(
         searched, choice = step, _choice(step, target, deadline)
     if choice is None:
         return None
-    traced = searched.traced(copy_of(choice.program))
-    program = searched.program_of(traced)
+    traced, program = choice.after.traced, choice.after.program
     assert program is not None, "it was scored"
     memory = budget.choose(program)
     if searched is step:

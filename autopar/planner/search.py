@@ -381,7 +381,10 @@ def _peak_breakdown(liveness: Liveness, choices: Choices) -> str:
         decision = item.decisions[-1]
         if space.decisions[decision].kind == "output":
             return "the results for the caller"
-        return pattern(space.location(decision)) or space.decisions[decision].node.name
+        location = space.location(decision)
+        if location[:1].isdigit():  # of a Sequential, whose parts differ
+            return f"module {location}"
+        return pattern(location) or space.decisions[decision].node.name
 
     def largest(label: Callable[[Item], str]) -> list[tuple[str, float]]:
         parts = series.breakdown(choices, int(np.argmax(series.values(choices))), label)

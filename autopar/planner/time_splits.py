@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.fx as fx
@@ -50,11 +50,14 @@ class Score:
         peak_bytes: the least that it can do with.
         us: without recomputation.
         at: name of the operator of the program at which the peak is.
+        traced, program: that were simulated; None if its blocks became unequal.
     """
 
     peak_bytes: float
     us: float
     at: str
+    traced: TracedStep | None = field(default=None, compare=False, repr=False)
+    program: Program | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,13 @@ class _Clock:
     def is_over(self) -> bool:
         return time.process_time() > self.end
 
+    def has(self, seconds: float) -> bool:
+        """Whether so many are left."""
+        return time.process_time() + seconds <= self.end
+
     def allows(self, gm: fx.GraphModule) -> bool:
         """Whether a program may be scored in time."""
-        least = self.per_node * len(gm.graph.nodes) if math.isfinite(self.per_node) else 0.0
-        return time.process_time() + least <= self.end
+        return self.has(self.per_node * len(gm.graph.nodes) if math.isfinite(self.per_node) else 0)
 
     def timed(self, score: Callable[[fx.GraphModule], Score], gm: fx.GraphModule) -> Score:
         """Score a program, and note how long that takes."""
@@ -221,7 +227,9 @@ def _with_enough_slices(
     best: _Lowered | None = None
     least, gain = now.peak_bytes, LEAST_GAIN
     split = candidate.split
-    while split.slices <= min(split.pieces, COUNTS[-1]):
+    seconds = 0.0
+    while split.slices <= min(split.pieces, COUNTS[-1]) and clock.has(2 * seconds):
+        start = time.process_time()
         tried = copy_of(program)
         candidate = replace(candidate, split=split)
         made = split_equal(tried, candidate)
@@ -235,6 +243,7 @@ def _with_enough_slices(
         if new.peak_bytes <= budget_bytes or not _in_slices(tried, new.at):
             break
         split = replace(split, slices=2 * split.slices)
+        seconds = time.process_time() - start
     return best
 
 
@@ -257,7 +266,7 @@ def forward_score(step: UntracedStep) -> Callable[[fx.GraphModule], Score]:
         simulated = timeline(program, eager_schedule(program))
         at = simulated.peak_at if simulated.events else 0
         origin = _origin(traced, program, program.forward[at:])
-        return Score(simulated.peak_bytes, simulated.us, origin)
+        return Score(simulated.peak_bytes, simulated.us, origin, traced, program)
 
     return score
 
@@ -277,12 +286,13 @@ def training_score(
         program = step.program_of(traced)
         if program is None:
             return _UNKNOWN
-        program = in_order(program)
-        least = ScheduleFront(program).low(budget_bytes, until)
+        ordered = in_order(program)
+        least = ScheduleFront(ordered).low(budget_bytes, until)
         sequence = least.schedule.forward + least.schedule.backward
-        peak = int(live_bytes(program, least.schedule).argmax())
+        peak = int(live_bytes(ordered, least.schedule).argmax())
         us = sum(program.ops[i].us for i in sequence)
-        return Score(least.peak_bytes, us, _origin(traced, program, sequence[peak:]))
+        origin = _origin(traced, program, sequence[peak:])
+        return Score(least.peak_bytes, us, origin, traced, program)
 
     return score
 

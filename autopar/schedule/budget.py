@@ -352,7 +352,9 @@ def plan_memory(program: Program, budget_bytes: float, patience: float = math.in
     budgets = [budget_bytes, *_with_room(program, budget_bytes)]
     points = [point for point in front.solve(budgets, through=ladder) if point is not None]
     if not points:
-        smallest = front.smallest()
+        smallest = front.low(budget_bytes)
+        if smallest.peak_bytes > budget_bytes:
+            smallest = front.smallest()
         if smallest.peak_bytes > budget_bytes:
             raise _infeasible(program, smallest.schedule, budget_bytes)
         points = [front.grown(smallest, budget_bytes)]
@@ -405,11 +407,12 @@ def _infeasible(program: Program, smallest: Schedule, budget_bytes: float) -> In
     op = program.ops[(smallest.forward + smallest.backward)[simulated.peak_at]]
     read = bytes_text(sum(program.nbytes[s] for s in op.reads))
     output = bytes_text(sum(program.nbytes[s] for s in op.makes))
+    left = bytes_text(budget_bytes) if budget_bytes >= 1 else "nothing"
+    how = " with recomputation" if program.backward else ""
     return InfeasibleError(
-        f"the step needs {bytes_text(simulated.peak_bytes)} for what it makes, and there is "
-        f"{bytes_text(max(0.0, budget_bytes))}. That is the smallest peak the search found with "
-        f"recomputation; it is reached at {_place(op.name, op.module)}, which alone reads {read} "
-        f"and makes {output}",
+        f"the step needs {bytes_text(simulated.peak_bytes)} for what it makes, and there is {left} "
+        f"left. That is the smallest peak the search found{how}; it is reached at "
+        f"{_place(op.name, op.module)}, which alone reads {read} and makes {output}",
         budget_bytes=budget_bytes,
         smallest_bytes=simulated.peak_bytes,
     )

@@ -36,6 +36,7 @@ _SECONDS = 0.3  # for each integer program over all operators
 _LEAST_KEPT, _MOST_KEPT = 0.85, 1.25
 # In programs of many operators, growing keeps so many results at once, and ends below that gain.
 _TOGETHER, _LEAST_GAIN = 256, 1e-4
+_COMMON = ("keep everything", "checkpointing")  # policies that need no search
 _CHAIN_TRIED = 3  # schedules of the chain on either side of where they begin to fit a budget
 _SPREAD = 400  # schedules of the chain, evenly over its budgets, that look for the smallest peak
 
@@ -74,7 +75,7 @@ class ScheduleFront:
         self.cost = cost or {i: op.us for i, op in enumerate(program.ops)}
         self.refiner = Refiner(program, self.cost)
         self.candidates: list[SchedulePoint] = []
-        self._add("keep everything", eager_schedule(program))
+        self._add(_COMMON[0], eager_schedule(program))
         self.eager_bytes = self.candidates[0].peak_bytes
         self._stages = linearize(program)
         self._common = _common(program, self._stages)
@@ -113,14 +114,14 @@ class ScheduleFront:
         program = self.program
         borders = [s.input for s in stages if s.input >= 0]
         for every in sorted({1, 2, max(1, round(math.sqrt(len(stages))))}):
-            self._add("checkpointing", schedule_of(program, {*borders[::every], *common}))
+            self._add(_COMMON[1], schedule_of(program, {*borders[::every], *common}))
         expensive = {
             s
             for i in program.forward
             for s in program.ops[i].makes
             if any(word in program.ops[i].kind for word in _EXPENSIVE)
         }
-        self._add("checkpointing", schedule_of(program, {*borders, *common, *expensive}))
+        self._add(_COMMON[1], schedule_of(program, {*borders, *common, *expensive}))
 
     def _add_for(self, budget: float) -> None:
         """Add the schedules that may be the best within a budget."""
@@ -217,7 +218,7 @@ class ScheduleFront:
 
     def checkpointed(self) -> SchedulePoint:
         """The schedule with the lowest peak by common checkpointing."""
-        return min(self.candidates, key=_by_peak)
+        return min((c for c in self.candidates if c.name in _COMMON), key=_by_peak)
 
     def smallest(self) -> SchedulePoint:
         """The schedule with the smallest peak that the search can reach."""
@@ -229,9 +230,7 @@ class ScheduleFront:
         for k in (*range(0, last if few else 0, max(1, last // _SPREAD)), *range(last, count)):
             self._of_chain(k)
         least = min(self.candidates, key=_by_peak)
-        starts = [least]
-        if not few:  # the smallest that was named for a smaller budget
-            starts.append(self.low())
+        starts = [least, self.low()]
         if self.program.transfers:  # offloading may be a dead end where recomputation is not
             recompute_only = Refiner(replace(self.program, transfers={}), self.cost)
             starts.append(self._lowered(least, recompute_only))

@@ -8,6 +8,7 @@ from autopar.errors import InfeasibleError
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
 from autopar.schedule.order import in_order
+from autopar.schedule.pareto import ScheduleFront
 from autopar.schedule.program import Op, Program, Schedule, eager_schedule
 from autopar.schedule.simulate import check, live_ranges, peak_bytes, timeline
 from autopar.schedule.stages import linearize
@@ -61,6 +62,15 @@ def test_the_pareto_front_is_never_worse_than_checkpointing():
     for point in [c for c in front.candidates if c.name == "checkpointing"]:
         (best,) = front.solve([point.peak_bytes])
         assert best is not None and best.cost <= point.cost
+
+
+def test_the_smallest_peak_does_not_depend_on_what_was_searched_before():
+    program = step_of("mixtral").program
+    first, searched = ScheduleFront(program), ScheduleFront(program)
+    least = first.low()
+    searched.solve([1.1 * least.peak_bytes])
+    assert searched.low() == least
+    assert searched.smallest().peak_bytes <= least.peak_bytes
 
 
 def test_writing_over_operands_saves_memory_and_changes_nothing():

@@ -190,7 +190,7 @@ def test_checks_are_scheduled():
 def test_what_cannot_fit_says_what_would():
     batch = {"x": torch.zeros(4096, 64), "y": torch.zeros(4096, dtype=torch.long)}
     with pytest.raises(
-        InfeasibleError, match=r"Give at least .* Microbatches that keep everything do not help"
+        InfeasibleError, match=r"Give at least .* Microbatches that keep everything need"
     ):
         plan_to_fit(OneHot(), (), batch, cluster=small_device(0.01 / 1024), time_limit=3)
 
