@@ -102,6 +102,7 @@ class SolverRecord:
         sharing_us: the best objective by the way in which copies of repeated blocks share
             decisions.
         bounded: which of these the bound holds for: plans in which no more copies differ.
+        trade: memory and time against those of the fastest plan, if that is another one.
     """
 
     method: str
@@ -111,6 +112,7 @@ class SolverRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     sharing_us: Mapping[str, float] = field(default_factory=dict)
     bounded: str = ""
+    trade: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ def report(
 
         loaded = ShardingPlan.load(plan)
         if html is not None:
-            write_html(loaded, html)
-        print_report(loaded)
+            write_html(loaded, html, plan)
+        print_report(loaded, plan)
 
 
 def explain(

@@ -196,11 +196,16 @@ def write_constraints(plan: ShardingPlan, path: Path) -> None:
     write_atomically(path, yaml.safe_dump(dict(plan.constraints), sort_keys=False))
 
 
-def write_html(plan: ShardingPlan, path: Path) -> None:
+def write_html(plan: ShardingPlan, path: Path, saved: Path | None = None) -> None:
     """Write the report as one page. On failure, a file that is already there does not change."""
-    write_atomically(path, render_html(plan))
+    write_atomically(path, render_html(plan, _text(saved)))
 
 
-def print_report(plan: ShardingPlan) -> None:
+def print_report(plan: ShardingPlan, saved: Path | None = None) -> None:
     """Print the report, as wide as the terminal."""
-    sys.stdout.write(render(plan, color=sys.stdout.isatty(), width=terminal_width()))
+    text = render(plan, file=_text(saved), color=sys.stdout.isatty(), width=terminal_width())
+    sys.stdout.write(text)
+
+
+def _text(path: Path | None) -> str:
+    return "" if path is None else path.as_posix()

@@ -258,8 +258,8 @@ def plan(
         if save_constraints is not None:
             write_constraints(result, save_constraints)
         if report is not None:
-            write_html(result, report)
+            write_html(result, report, output)
         if as_json:
             sys.stdout.write(result.to_json() + "\n")
         else:
-            print_report(result)
+            print_report(result, output)

@@ -95,16 +95,15 @@ class PlanningProblem:
         """
         budget = self.budget_bytes if budget_bytes is None else budget_bytes
         with existing_objects_frozen(), self.progress.stage("solve") as stage:
-            result, less = self.search(budget), ""
+            result = self.search(budget)
             if self.weighs_memory and not self.deadline.over:
-                result, less = self._with_less_memory(result, budget)
-            stage.done = f"solved: {result.describe()}{less}{self.cut_short(result)}"
+                result = self._with_less_memory(result, budget)
+            stage.done = f"solved: {result.describe()}{self.cut_short(result)}"
         return result
 
-    def _with_less_memory(self, fastest: SearchResult, budget: float) -> tuple[SearchResult, str]:
+    def _with_less_memory(self, fastest: SearchResult, budget: float) -> SearchResult:
         """The plan with the least sum of its time and of what it holds, each as a share of the
-        fastest plan's; and words for what that saves. The product of both, byte-seconds, has the
-        same slope there."""
+        fastest plan's. The product of both, byte-seconds, has the same slope there."""
         held = self.space.held_bytes(fastest.choices)
         price = fastest.step_us / held if held else 0.0
         priced = search(
@@ -113,13 +112,14 @@ class PlanningProblem:
         )  # fmt: skip
         fewer = held - self.space.held_bytes(priced.choices)
         if fewer <= 0:
-            return fastest, ""
+            return fastest
         step_us = priced.step_us - price * (held - fewer)
         longer = step_us / fastest.step_us - 1
-        result = replace(
-            priced, step_us=step_us, bound_us=step_us * (1 - priced.gap), sharing=(), bounded=""
-        )
-        return result, f", {fewer / held:.0%} less memory and {longer:.0%} longer than the fastest"
+        return replace(
+            priced, step_us=step_us, bound_us=fastest.bound_us, sharing=(),
+            bounded=fastest.bounded,
+            trade=f"{fewer / held:.0%} less memory and {longer:.0%} longer than the fastest",
+        )  # fmt: skip
 
     def search(self, budget: float) -> SearchResult:
         """The same, as a part of a stage."""

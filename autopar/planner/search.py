@@ -63,6 +63,7 @@ class SearchResult:
         sharing: which copies were tied, and the best step with that, from all tied to least tied.
         seconds: that the search took.
         tied: the choices with all blocks tied; none if they were not searched.
+        trade: memory and time against those of the fastest plan, if that is another one.
     """
 
     choices: Choices
@@ -73,6 +74,7 @@ class SearchResult:
     sharing: tuple[tuple[str, float], ...] = ()
     seconds: float = 0.0
     tied: Choices = ()
+    trade: str = ""
 
     @property
     def gap(self) -> float:
@@ -88,6 +90,8 @@ class SearchResult:
 
     def describe(self) -> str:
         """`a step of 20.1 ms, within 0.05% of the optimum`."""
+        if self.trade:
+            return f"a step of {time_text(self.step_us)}, {self.trade}"
         tied = self.bounded != (self.sharing or (("", 0.0),))[-1][0]
         among = f" with {self.bounded}" if tied else ""
         return f"a step of {time_text(self.step_us)}, within {self.gap:.2%} of the optimum{among}"
@@ -96,7 +100,7 @@ class SearchResult:
         """The entry of a plan, with the seconds by stage."""
         return SolverRecord(
             self.method, self.step_us, self.bound_us, self.gap, dict(seconds),
-            dict(self.sharing), self.bounded,
+            dict(self.sharing), self.bounded, self.trade,
         )  # fmt: skip
 
 

@@ -316,6 +316,11 @@ def solver_table(plan: ShardingPlan) -> Table:
         ("objective", f"{time_text(solver.objective_us)} per {plan.unit}, overlap deducted"),
         ("bound", f"no plan of the search space{among} is below {time_text(solver.bound_us)}"),
         ("gap", f"{solver.gap:.3%}"),
+        *(
+            [("trade", f"{solver.trade}; with a memory budget, time alone counts")]
+            if solver.trade
+            else []
+        ),
         *((how, time_text(step)) for how, step in solver.sharing_us.items()),
         *((stage, f"{seconds:.2f} s") for stage, seconds in solver.seconds.items()),
     ]

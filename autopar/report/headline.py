@@ -104,7 +104,7 @@ def _parts(plan: ShardingPlan) -> list[str]:
     return [f"{percent_text(us, time.step_us)} {name}" for name, us in ordered if us > 0]
 
 
-def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
+def headline(plan: ShardingPlan, file: str = "") -> list[tuple[str, str]]:
     """What was planned, whether it fits, its speed, its purpose, predicted time and memory, and the
     line of code that uses it."""
     cluster = ClusterInfo.from_dict(plan.cluster)
@@ -118,6 +118,7 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
     error = _expected_error(cluster)
     planned = [("planned", "a forward: no gradients, no optimizer state")] if plan.forward else []
     optimizer = "None" if plan.forward else "optimizer"
+    saved = f', plan="{file}"' if file else ""
     precision = [] if plan.precision is None else [("precision", str(plan.precision))]
     split = []
     if plan.pipeline is not None:
@@ -139,7 +140,7 @@ def headline(plan: ShardingPlan) -> list[tuple[str, str]]:
             "memory",
             f"{bytes_text(plan.memory.total_bytes)} of {bytes_text(plan.budget_bytes)} per device",
         ),
-        ("use", f'auto_engine(model, {optimizer}, "{mesh}", plan="plan.json")'),
+        ("use", f'auto_engine(model, {optimizer}, "{mesh}"{saved})'),
     ]
 
 

@@ -13,14 +13,18 @@ from autopar.report.content import decisions_table, tables
 from autopar.report.headline import headline
 
 
-def render_html(plan: ShardingPlan) -> str:
-    """The report as a page, with charts of time and memory of the plan and its baselines."""
+def render_html(plan: ShardingPlan, file: str = "") -> str:
+    """The report as a page, with charts of time and memory of the plan and its baselines.
+
+    Args:
+        file: that the plan is in, if it is in one.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("autopar", "report"), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("page.html.jinja").render(
-        plan=plan, headline=headline(plan),
+        plan=plan, headline=headline(plan, file),
         figures={title: list(map(_chart, charts)) for title, charts in figures(plan).items()},
         tables=tables(plan, fold=False), decisions=decisions_table(plan), plotly=get_plotlyjs(),
     )  # fmt: skip

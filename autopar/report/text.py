@@ -26,12 +26,16 @@ def terminal_width(otherwise: int = WIDTH) -> int:
     return max(80, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
-def render(plan: ShardingPlan, *, color: bool = False, width: int = WIDTH) -> str:
-    """The report as text. Only with `color` does it have terminal colours."""
+def render(plan: ShardingPlan, *, file: str = "", color: bool = False, width: int = WIDTH) -> str:
+    """The report as text. Only with `color` does it have terminal colours.
+
+    Args:
+        file: that the plan is in, if it is in one.
+    """
     head = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0))
     head.add_column(style="dim")
     head.add_column()
-    for key, value in headline(plan):
+    for key, value in headline(plan, file):
         head.add_row(key, value)
     return render_tables(tables(plan, fold=True), head, color=color, width=width)
 

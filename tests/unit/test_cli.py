@@ -45,13 +45,13 @@ def test_plan_prints_a_report_and_writes_files(tmp_path):
     assert loaded.mesh == (2, 2)
     assert loaded.cluster["device"]["name"] == "A100-80G"
     assert [b.name for b in loaded.baselines][:2] == ["DDP", "FSDP (ZeRO-3)"]
-    assert result.stdout == render(loaded)
+    assert result.stdout == render(loaded, file=str(plan))
     assert "blocks." in page.read_text()
     for line in (r"captured Classifier, \d+ operators", "solved: .* of the optimum", "scheduled"):
         assert re.search(rf"^{line}.* \(\d+\.\d+ s\)$", result.stderr, re.MULTILINE), line
     assert json.loads(trace.read_text())["traceEvents"]
     again = tmp_path / "again.html"
-    assert run("report", str(plan), "--html", str(again)).stdout == render(loaded)
+    assert run("report", str(plan), "--html", str(again)).stdout == result.stdout
     assert len(again.read_text()) == len(page.read_text())
 
 
@@ -120,7 +120,7 @@ def test_front_and_mesh_search(tmp_path, tiny):
     assert {m.text for m in loaded.meshes} == {"4", "2x2", "pipe=2,2", "pipe=4,1"}
     assert loaded.mesh in {(4,), (2, 2)}
     assert len(loaded.pareto_front) > 2
-    assert result.stdout == render(loaded)
+    assert result.stdout == render(loaded, file=str(plan))
     assert "Time and memory" in result.stdout and "Meshes" in result.stdout
     assert "Time against memory" in page.read_text()
     for line in ("mesh 4 (1 of 2) ...", "mesh 2x2 (2 of 2) ...", "without limit (1 of 12) ..."):
