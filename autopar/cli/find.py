@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,22 @@ _TOKENS = 128  # lengths are multiples of it
 _FIRST_LENGTH = 32 * _TOKENS
 _FINE = 16  # the answer is known to a part of itself
 _MOST = 2**24  # samples or tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    Args:
+        sizes: of the batch to plan for.
+        target: the same of meshes.
+        tried: all sizes.
+        joint: the plan of the answer.
+    """
+
+    sizes: dict[str, int | None]
+    target: ClusterInfo | AnyMesh
+    tried: tuple[TriedSize, ...]
+    joint: JointPlan
 
 
 def target_for(
@@ -59,8 +76,8 @@ def find(
     sizes: Mapping[str, int | None],
     say: Progress,
     **options: Any,
-) -> tuple[dict[str, int | None], ClusterInfo | AnyMesh, tuple[TriedSize, ...]]:
-    """The answer, as sizes of the batch and a mesh to plan for, and what was tried.
+) -> Answer:
+    """Plan for sizes until the largest, or the fewest devices, are known.
 
     Args:
         sizes: of the batch, as given: `batch`, `sequence`.
@@ -71,29 +88,30 @@ def find(
         InfeasibleError: nothing fits.
     """
     tried: list[TriedSize] = []
+    fitting: list[JointPlan] = []  # the last one
     forward = bool(options.get("forward"))
 
-    def told(size: str, attempt: Callable[[], ShardingPlan]) -> bool:
+    def told(size: str, attempt: Callable[[], JointPlan]) -> bool:
         with say.as_one(size) as stage:
-            one = _tried(size, attempt)
-            fits = math.isfinite(one.step_us)
+            one, joint = _tried(size, attempt)
+            fits = joint is not None
+            fitting[:] = fitting if joint is None else [joint]
             stage.done = f"{size}: " + (
                 f"{time_text(one.step_us)}, {bytes_text(one.memory_bytes)}" if fits else one.note
             )
         tried.append(one)
         return fits
 
-    def plan(fastest: Callable[..., JointPlan], of: ClusterInfo, **changed: int) -> ShardingPlan:
+    def plan(fastest: Callable[..., JointPlan], of: ClusterInfo, **changed: int) -> JointPlan:
         example, _ = example_of(model, forward=forward, **{**sizes, **changed})
         args, kwargs = example.args, example.kwargs
-        joint = fastest(example.model, args, kwargs, cluster=of, progress=say, **options)
-        return joint.planned.plan
+        return fastest(example.model, args, kwargs, cluster=of, progress=say, **options)
 
     if isinstance(target, AnyMesh):
         for cluster in _clusters(target):
             size = f"{cluster.world_size} devices, mesh {cluster.mesh_text}"
             if told(size, partial(plan, plan_step if forward else plan_to_fit, cluster)):
-                return dict(sizes), cluster, tuple(tried)
+                return Answer(dict(sizes), cluster, tuple(tried), fitting[0])
         least = min(one.memory_bytes for one in tried)
         raise InfeasibleError(
             f"nothing fits {target.devices} x {target.device}; the least memory that was found is "
@@ -115,7 +133,7 @@ def find(
             f"{unit} {words} is too much: {tried[-1].note}",
             budget_bytes=target.budget_bytes, smallest_bytes=tried[-1].memory_bytes,
         )  # fmt: skip
-    return {**sizes, key: best}, target, tuple(tried)
+    return Answer({**sizes, key: best}, target, tuple(tried), fitting[0])
 
 
 def largest(fits: Callable[[int], bool], start: int, unit: int = 1) -> int:
@@ -137,8 +155,10 @@ def largest(fits: Callable[[int], bool], start: int, unit: int = 1) -> int:
             at *= 2
         elif high - low <= max(1, low // _FINE):
             return low * unit
+        elif not low:
+            at = 1  # often that is too much, too
         else:
-            at = (low + high) // 2 if low else high // 2
+            at = max(low + 1, math.isqrt(low * high)) if high > 2 * low else (low + high) // 2
 
 
 def _clusters(target: AnyMesh) -> Iterator[ClusterInfo]:
@@ -151,16 +171,19 @@ def _clusters(target: AnyMesh) -> Iterator[ClusterInfo]:
         count *= 2
 
 
-def _tried(size: str, attempt: Callable[[], ShardingPlan]) -> TriedSize:
+def _tried(size: str, attempt: Callable[[], JointPlan]) -> tuple[TriedSize, JointPlan | None]:
+    """What came of a size, and its plan if it has one."""
     try:
-        plan = attempt()
+        joint = attempt()
     except ConflictError:
         raise
     except InfeasibleError as error:
-        return TriedSize(size, math.inf, error.smallest_bytes, "does not fit")
+        return TriedSize(size, math.inf, error.smallest_bytes, "does not fit"), None
     except (CaptureError, ValueError) as error:  # a model may have a longest sequence
-        return TriedSize(size, math.inf, math.inf, str(error).partition("\n")[0])
-    return TriedSize(size, plan.time.step_us, plan.memory.total_bytes, _words(plan), plan.work)
+        return TriedSize(size, math.inf, math.inf, str(error).partition("\n")[0]), None
+    plan = joint.planned.plan
+    memory = plan.memory.total_bytes
+    return TriedSize(size, plan.time.step_us, memory, _words(plan), plan.work), joint
 
 
 def _words(plan: ShardingPlan) -> str:

@@ -130,6 +130,7 @@ def make_plan(
     trace: Path | None,
     dump_passes: Path | None,
     batch: Mapping[str, Any],
+    known: JointPlan | None = None,
     **options: Any,
 ) -> ShardingPlan:
     """The plan, with what was requested beside it.
@@ -139,11 +140,14 @@ def make_plan(
         batch: how the batch is split: `microbatches`, `microbatch`, `schedule`, `stages`.
         trace: file for the predicted step.
         dump_passes: folder for the first rank's graphs before and after each pass.
+        known: the plan, if it was made before.
         options: of `build_problem` and `search_meshes`.
     """
     options["progress"] = progress
     model, args, kwargs = example.model, example.args, example.kwargs
-    if isinstance(target, AnyMesh):
+    if known is not None and (known.memory is not None or not schedule):
+        joint = known
+    elif isinstance(target, AnyMesh):
         options |= vars(target) | {"pipelines": not options["forward"]}
         joint = JointPlan(search_meshes(model, args, kwargs, **options))
     elif target.pipeline_ranks > 1 or (batch["microbatches"] or 1) > 1:
@@ -152,8 +156,9 @@ def make_plan(
         joint = plan_step(model, args, kwargs, cluster=target, schedule=schedule, **options)
     else:
         joint = plan_to_fit(model, args, kwargs, cluster=target, schedule=schedule, **options)
-        if joint.planned.plan.microbatches > 1:  # baselines have none
-            return joint.planned.plan
+    plan = joint.planned.plan
+    if plan.microbatches > 1 and plan.pipeline is None:  # baselines have none
+        return plan
     planned, time_limit = joint.planned, options["time_limit"]
     if trace is not None and joint.memory is not None:
         write_atomically(trace, json.dumps(trace_of(joint.memory.timeline)) + "\n")

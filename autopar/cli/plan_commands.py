@@ -236,12 +236,13 @@ def plan(
                 stage.done = f"loaded {type(example.model).__name__}"
             options["optimizer_state"] = named_state_ratio(name, example.model)
             options["steps_on"] = named_step_tiers(name)
-        tried: tuple[TriedSize, ...] = ()
+        known, tried = None, tuple[TriedSize, ...]()
         if find:
             with short_errors():
-                sizes, target, tried = questions.find(find, model, target, sizes, say, **options)
+                answer = questions.find(find, model, target, sizes, say, **options)
+                sizes, target, tried = answer.sizes, answer.target, answer.tried
                 example, source = example_of(model, forward=forward, **sizes)
-                microbatches = 1 if find == "largest-batch" else None
+                known, microbatches = answer.joint, 1 if find == "largest-batch" else None
         with short_errors():
             result = make_plan(
                 example, target, say, baselines=baselines, pareto_front=pareto_front,
@@ -249,7 +250,7 @@ def plan(
                 dump_passes=dump_passes, batch={
                     "microbatches": microbatches, "microbatch": microbatch, "schedule": schedule,
                     "stages": stages,
-                }, **options,
+                }, known=known, **options,
             )  # fmt: skip
             result = replace(result, source=source, sizes=tried)
     with short_errors(OSError):
