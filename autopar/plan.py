@@ -209,10 +209,11 @@ class ShardingPlan:
                 f"has {precision or 'that of the model'}; leave precision= out to take the plan's"
             )
         if self.fingerprint != fingerprint:
+            kind = " of a forward in evaluation mode" if self.forward else ""
             raise PlanError(
-                f"the plan was made for another graph: {self.model} {self.fingerprint}, this is "
-                f"{model} {fingerprint}. Layers, shapes, batch size, dtype or the train/eval mode "
-                "differ; plan again with the model and example batch of this run"
+                f"the plan was made for another graph{kind}: {self.model} {self.fingerprint}, this "
+                f"is {model} {fingerprint}. Layers, shapes, batch size, dtype or the train/eval "
+                "mode differ; plan again with the model and example batch of this run"
             )
 
 
