@@ -29,6 +29,7 @@ from autopar.planner.fitted_step import fit_step
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.microbatched import BatchPlanner, worth_splitting
 from autopar.planner.planner import TIME_LIMIT, Planned, PlanningProblem, build_problem
+from autopar.planner.scheduled_plan import with_schedule
 from autopar.planner.stages import PipelineOptions
 from autopar.progress import Progress, Tell
 from autopar.schedule.agreed import agreed_schedule
@@ -258,8 +259,8 @@ def compile_step(
             traced, memory = fitted.traced, fitted.memory
             local = replace(local, gm=fitted.gm)
             plan = replace(
-                plan, time_splits=fitted.splits, whole_results=fitted.whole_results,
-                states_on=memory.states_on,
+                with_schedule(plan, fitted.program, memory, budget),
+                time_splits=fitted.splits, whole_results=fitted.whole_results,
             )  # fmt: skip
             running.done = f"scheduled memory: values peak at {bytes_text(memory.peak_bytes)}"
     else:

@@ -31,11 +31,11 @@ from autopar.passes.local_step import (
 )
 from autopar.passes.split_regions import split_regions
 from autopar.plan import ShardingPlan
-from autopar.plan_records import MemoryEstimate
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.fitted_step import FittedStep, fit_program, split_step
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
+from autopar.planner.scheduled_plan import with_schedule
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
 from autopar.planner.time_splits import SECONDS
@@ -319,7 +319,11 @@ class _Trials:
             raise self._refusal()
         best, problem = self.best, self.problem
         planned = problem.planned(best.result, {"schedule": self.seconds})
-        plan = _with_schedule(planned.plan, best, _step_budget(problem, best.step))
+        budget = _step_budget(problem, best.step)
+        plan = with_schedule(planned.plan, best.step.program, best.memory, budget)
+        if best.split is not None:
+            split = best.split
+            plan = replace(plan, time_splits=split.splits, whole_results=split.whole_results)
         if len(self.tried) > 1:
             method = f"{plan.solver.method}; the fastest of {len(self.tried)} joint plans"
             plan = replace(plan, solver=replace(plan.solver, method=method))
@@ -408,36 +412,3 @@ def _step_budget(problem: PlanningProblem, step: LocalStep | UntracedStep) -> St
         steps_on=workload.steps_on,
         frozen_bytes=frozen,
     )
-
-
-def _with_schedule(plan: ShardingPlan, joint: _Scheduled, budget: StepBudget) -> ShardingPlan:
-    """The plan with the time and the memory of its schedule."""
-    memory, program = joint.memory, joint.step.program
-    time_us = replace(
-        plan.time,
-        compute_us=plan.time.compute_us + memory.added_us - memory.exposed_us,
-        exposed_us=plan.time.exposed_us + memory.exposed_us,
-    )
-    budget = replace(budget, state_on_host=memory.state_on_host, states_on=memory.states_on)
-    sequence = memory.schedule.forward + memory.schedule.backward
-    at = memory.timeline.peak_at
-    away = sum(event.evicted_bytes for event in memory.timeline.events[at : at + 1])
-    storages = {s for i in sequence[: at + 1] for s in program.ops[i].makes}
-    gradients = float(sum(n for s, n in program.gradient_bytes.items() if s in storages))
-    estimate = MemoryEstimate(
-        parameters_bytes=0.0 if budget.states_on else budget.parameters_bytes - away,
-        gradients_bytes=gradients,
-        optimizer_bytes=0.0 if budget.state_on_host or budget.states_on else budget.optimizer_bytes,
-        activations_bytes=memory.peak_bytes + away - gradients,
-        buffers_bytes=budget.other_bytes - (budget.frozen_bytes if budget.states_on else 0.0),
-        transient_bytes=0.0,
-    )
-    if plan.forward:
-        held, rest = budget.frozen_bytes, budget.other_bytes - budget.frozen_bytes
-        estimate = MemoryEstimate(held, 0.0, 0.0, 0.0, rest, float(memory.peak_bytes))
-    summary = memory.summary(budget.resident_bytes)
-    plan = replace(plan, time=time_us, memory=estimate, step=summary, states_on=memory.states_on)
-    split = joint.split
-    if split is None:
-        return plan
-    return replace(plan, time_splits=split.splits, whole_results=split.whole_results)

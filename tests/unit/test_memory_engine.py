@@ -47,6 +47,8 @@ def train(
                 assert (held == 0) is on_host
             loss.backward()
         peak = live.peak
+        assert engine.plan.memory.total_bytes <= memory
+        assert engine.plan.step.peak_bytes == engine.memory_plan.peak_bytes
         grads.append([p.grad.to_local().clone() for p in model.parameters()])
         optimizer.step()
     saved = optimizer.state_dict()["state"][0]["exp_avg"]
