@@ -41,7 +41,7 @@ _LARGE_RESULT = 0.2  # of the peak
 _UNTIL_IT_FITS = 3.0  # times the seconds of a search, as the step is refused otherwise
 # Seconds at least, and times those of its schedule, for slices that make a step faster that fits.
 _FASTER_S, _FASTER = 5.0, 1.0
-_HOPELESS_S = 2.0  # for the smallest budget, where slices cannot make the step fit
+_HOPELESS_S = 2.0  # for the smallest budget, where slices cannot make a forward fit
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def split_step(
     spent: float = 0.0,
 ) -> FittedStep | None:
     """Schedule a step with regions of it in slices: until it fits, and further if it recomputes
-    much. None if no region lowers its peak.
+    much. None if no region lowers its peak, or if the states of training alone are too much.
 
     Args:
         step: of a rank; is not changed.
         seconds: of processor time for the search; three times as many if nothing fits before, and
-            few if states alone are too much.
+            few if what a forward holds alone is too much.
         short: the same without most of its equal blocks, in which regions are looked for.
         whole: its schedule without slices, if it fits.
         spent: seconds on that schedule; if there is one, the search takes about as long at most.
@@ -92,10 +92,12 @@ def split_step(
     Raises:
         InfeasibleError: the step does not fit in slices either.
     """
+    if budget.is_hopeless and _trains(step):
+        return None
     now = time.process_time()
     if whole is not None:
         seconds = min(seconds, max(_FASTER_S, _FASTER * spent))
-    if budget.is_hopeless:  # what it would take is worth that
+    if budget.is_hopeless:  # what a forward would take is worth that
         seconds = min(seconds, _HOPELESS_S)
     deadline = now + seconds
     patient = whole is None and not budget.is_hopeless
@@ -182,8 +184,12 @@ def _split_to(
     return FittedStep(gm, program, traced if searched is step else None, memory, splits, results)
 
 
+def _trains(step: UntracedStep) -> bool:
+    return any(t.requires_grad for t in step.arguments)
+
+
 def _choice(step: UntracedStep, budget_bytes: float, deadline: float) -> Choice | None:
-    training = any(t.requires_grad for t in step.arguments)
+    training = _trains(step)
     score = training_score(step, budget_bytes, deadline) if training else forward_score(step)
     seconds = max(0.0, deadline - time.process_time())
     return choose_splits(step, budget_bytes, score, training=training, seconds=seconds)

@@ -10,57 +10,18 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from autopar.errors import EngineError
 from autopar.runtime.chunk_files import ChunkFiles, Version
+from autopar.runtime.chunk_moves import Chunk, ChunkMoves, Item, free
 from autopar.runtime.chunks import StoredShard, is_away, partition
-
-_WRITTEN = 2  # chunks that may be in memory while they are written
-
-
-class _Item(NamedTuple):
-    """A tensor of a chunk's file.
-
-    Args:
-        parameter: its name.
-        key: of its state; empty for the parameter itself.
-        tensor: this rank's shard.
-        counter: of writes to the tensor, at the time that the item tells of.
-    """
-
-    parameter: str
-    key: str
-    tensor: torch.Tensor
-    counter: int
-
-    @property
-    def row(self) -> list[Any]:
-        """What it is, as plain data."""
-        t = self.tensor
-        return [self.parameter, self.key, list(t.shape), list(t.stride()), str(t.dtype)]
-
-
-@dataclass
-class _Chunk:
-    """
-    Args:
-        number: of its file.
-        shards: its parameters.
-        held: what its file of the complete version has.
-    """
-
-    number: int
-    shards: list[torch.Tensor]
-    held: list[_Item]
 
 
 class StatesOnDrive:
@@ -77,15 +38,12 @@ class StatesOnDrive:
         self._own, self._files = weakref.ref(optimizer), files
         self.steps = 0
         self._names: dict[torch.Tensor, str] = {}
-        self._chunks: list[_Chunk] = []
+        self._chunks: list[Chunk] = []
         self._stand_ins: list[StoredShard] = []
         self._version: Version | None = None
         self._slot = 0  # that is being written
         self._all: list[list[torch.Tensor]] | None = None  # shards by group, while a step runs
-        self._reading: dict[int, Future[None]] = {}
-        self._writing: dict[int, tuple[list[_Item], Future[None]]] = {}
-        self._done: dict[int, list[_Item]] = {}
-        self._only_here: set[int] = set()  # tensors that no complete version has as they are
+        self._moves = ChunkMoves(files)
         self._stepped = False  # parameters may differ from the complete version
         self._accepted: set[int] = set()  # chunks of the step that runs
 
@@ -121,7 +79,7 @@ class StatesOnDrive:
             self._stepped = True
             for chunk in self._chunks:
                 if chunk.number in self._accepted:
-                    self._done[chunk.number] = self._items(chunk)
+                    self._moves.written[chunk.number] = self._items(chunk)
             for chunk in self._left[:-1]:
                 self._load(chunk)
                 self._select(chunk.shards)
@@ -164,7 +122,7 @@ class StatesOnDrive:
         """
         if self._all is None:
             return
-        self._settle()
+        self._moves.settle()
         try:
             self._reload()
         except OSError as error:
@@ -181,7 +139,7 @@ class StatesOnDrive:
         state, version = self._optimizer.state, self._version
         for chunk in self._chunks if self._stepped else ():
             assert version is not None
-            _free(item.tensor for item in self._items(chunk) if item.key)
+            free(item.tensor for item in self._items(chunk) if item.key)
             for shard in chunk.shards:
                 state.pop(shard, None)
                 numbers = version.numbers.get(self._names[shard])
@@ -205,7 +163,7 @@ class StatesOnDrive:
         )
 
     @property
-    def _left(self) -> list[_Chunk]:
+    def _left(self) -> list[Chunk]:
         """Those that the step itself steps."""
         return [chunk for chunk in self._chunks if chunk.number not in self._accepted]
 
@@ -278,7 +236,7 @@ class StatesOnDrive:
             EngineError: the version is of other parameters.
         """
         self._names = dict(names)
-        self._chunks = [_Chunk(k, part, []) for k, part in enumerate(partition(list(names)))]
+        self._chunks = [Chunk(k, part, []) for k, part in enumerate(partition(list(names)))]
         own = [[name, list(shard.shape), str(shard.dtype)] for shard, name in names.items()]
         rows = [[row[0], row[2], row[4]] for rows in version.chunks for row in rows if not row[1]]
         if own != rows or len(self._chunks) != len(version.chunks):
@@ -297,10 +255,10 @@ class StatesOnDrive:
                 if key:
                     t = torch.empty_strided(shape, stride, dtype=_dtype(dtype))
                     state.setdefault(shards[name], {})[key] = t
-                chunk.held.append(_Item(name, key, t, t._version))
+                chunk.held.append(Item(name, key, t, t._version))
             parts = [item.tensor.nbytes if item.key else item.tensor for item in chunk.held]
             self._files.read(chunk.number, version.slot, parts).result()
-            _free(item.tensor for item in chunk.held if item.key)
+            free(item.tensor for item in chunk.held if item.key)
         for shard, name in names.items():
             numbers = version.numbers.get(name)
             if numbers:
@@ -320,13 +278,13 @@ class StatesOnDrive:
         known = [shard for chunk in self._chunks for shard in chunk.shards]
         if list(map(id, shards)) != list(map(id, known)):
             self.load_all()
-            self._chunks = [_Chunk(k, part, []) for k, part in enumerate(partition(shards))]
+            self._chunks = [Chunk(k, part, []) for k, part in enumerate(partition(shards))]
             self._version = None
         if self._version is not None and not self._changed(self._optimizer.state):
             return
         self._start(None if self._version is None else self.steps)
         items = (item for chunk in self._chunks for item in self._items(chunk))
-        self._only_here = {id(item.tensor) for item in items if not is_away(item.tensor)}
+        self._moves.only_here = {id(item.tensor) for item in items if not is_away(item.tensor)}
         for chunk in self._chunks:
             self._load(chunk)
             self._store(chunk)
@@ -349,18 +307,18 @@ class StatesOnDrive:
 
     def _commit(self, steps: int) -> None:
         """Declare the version that was written complete."""
-        for number in list(self._writing):
-            self._wait_written(number)
+        self._moves.finish_writing()
+        written = self._moves.written
         version = Version(
-            steps, self._slot, [[item.row for item in self._done[c.number]] for c in self._chunks],
+            steps, self._slot, [[item.row for item in written[c.number]] for c in self._chunks],
             self._numbers(self._optimizer.state),
         )  # fmt: skip
         self._files.commit(version)
         self._version, self.steps = version, steps
-        self._only_here.clear()
+        self._moves.only_here.clear()
         for chunk in self._chunks:
-            chunk.held = self._done.pop(chunk.number)
-            _free(item.tensor for item in chunk.held if item.key)
+            chunk.held = written.pop(chunk.number)
+            free(item.tensor for item in chunk.held if item.key)
 
     def _numbers(
         self, state: Mapping[torch.Tensor, Mapping[str, Any]]
@@ -378,73 +336,44 @@ class StatesOnDrive:
         }
 
     def _items(
-        self, chunk: _Chunk, state: Mapping[torch.Tensor, Mapping[str, Any]] | None = None
-    ) -> list[_Item]:
+        self, chunk: Chunk, state: Mapping[torch.Tensor, Mapping[str, Any]] | None = None
+    ) -> list[Item]:
         """What a chunk has now; with the state of the optimizer if None."""
         items, state = [], self._optimizer.state if state is None else state
         for shard in chunk.shards:
             name = self._names[shard]
-            items.append(_Item(name, "", shard, shard._version))
+            items.append(Item(name, "", shard, shard._version))
             for key, value in state.get(shard, {}).items():
                 if isinstance(value, torch.Tensor) and value.ndim:
-                    items.append(_Item(name, key, value, value._version))
+                    items.append(Item(name, key, value, value._version))
         return items
 
     # -- moving chunks -------------------------------------------------------------------------
 
     def _start_reading(self, number: int) -> None:
-        """Read what is on the drive alone."""
+        """Read a chunk of the complete version, if there is one that the step needs."""
         if self._version is None or not 0 <= number < len(self._chunks):
             return
-        if number in self._reading or number in self._accepted:
-            return
-        parts = []
-        for item in self._chunks[number].held:
-            away = is_away(item.tensor)
-            if away:
-                item.tensor.untyped_storage().resize_(item.tensor.nbytes)
-            parts.append(item.tensor if away else item.tensor.nbytes)
-        if any(isinstance(part, torch.Tensor) for part in parts):
-            self._reading[number] = self._files.read(number, self._version.slot, parts)
+        if number not in self._accepted:
+            self._moves.start_reading(self._chunks[number], self._version.slot)
 
-    def _load(self, chunk: _Chunk) -> None:
+    def _load(self, chunk: Chunk) -> None:
         """Wait for a chunk, while the next is read."""
         self._start_reading(chunk.number)
-        self._wait_written(chunk.number - _WRITTEN)
+        self._moves.make_room(chunk.number)
         self._start_reading(chunk.number + 1)
-        if (future := self._reading.pop(chunk.number, None)) is not None:
-            future.result()
+        self._moves.finish_reading(chunk.number)
 
-    def _store(self, chunk: _Chunk) -> None:
+    def _store(self, chunk: Chunk) -> None:
         """Start to write a chunk."""
-        items = self._items(chunk)
-        future = self._files.write(chunk.number, self._slot, [item.tensor for item in items])
-        self._writing[chunk.number] = items, future
-
-    def _wait_written(self, number: int) -> None:
-        """Wait for the write of a chunk, and free its state."""
-        if number in self._writing:
-            items, future = self._writing[number]
-            future.result()
-            del self._writing[number]
-            _free(t for _, key, t, _ in items if key and id(t) not in self._only_here)
-            self._done[number] = items
-
-    def _settle(self) -> None:
-        """Wait for all reads and writes, whatever becomes of them."""
-        for future in (*self._reading.values(), *(f for _, f in self._writing.values())):
-            future.exception()
-        self._reading.clear()
-        self._writing.clear()
-        self._done.clear()
-        self._only_here.clear()
+        self._moves.start_writing(chunk.number, self._slot, self._items(chunk))
 
     def load_all(self) -> None:
         """Load the state into memory, for whoever reads it as a whole."""
         for chunk in self._chunks:
             self._start_reading(chunk.number)
-        for number in list(self._reading):
-            self._reading.pop(number).result()
+        for chunk in self._chunks:
+            self._moves.finish_reading(chunk.number)
         for stored in self._stand_ins:
             stored.reload()
         self._stand_ins.clear()
@@ -473,16 +402,8 @@ class StatesOnDrive:
         for chunk in self._chunks if is_away(t) else ():
             if any(item.tensor is t for item in chunk.held):
                 self._start_reading(chunk.number)
-                if (future := self._reading.pop(chunk.number, None)) is not None:
-                    future.result()
+                self._moves.finish_reading(chunk.number)
                 return
-
-
-def _free(tensors: Iterable[torch.Tensor]) -> None:
-    for t in tensors:
-        storage = t.untyped_storage()
-        if storage.resizable() and storage.nbytes() == t.nbytes:
-            storage.resize_(0)
 
 
 def _number(value: Any) -> Any:
