@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # Their wheels name torch, and pip could replace the build at hand by another one.
 NO_DEPS := torchvision==0.28.0 timm==1.0.31 lightning==2.6.6
 
-CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+# Dozens of processes import the package: its bytecode is kept, whatever the environment says.
+CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: help venv test test-thorough test-gpu demo bench clean
 
