@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from autopar.cluster.cluster import ClusterInfo
 from autopar.comm.steps import STEPS, SUMMED
 from autopar.errors import PlanError
 from autopar.ir.deferred_results import deferred_results
@@ -29,7 +30,7 @@ from autopar.ir.graph import (
 from autopar.ir.spec import ShardingSpec, local_range, local_shape
 from autopar.plan import ShardingPlan
 from autopar.profiler.profile import requires_grad_map
-from autopar.sharding.conversion.converter import LayoutConverter, Step, converter_of_plan
+from autopar.sharding.conversion.converter import LayoutConverter, Step, converter_for
 from autopar.sharding.node_rules import call_of, is_floating, results, rule_of, strategy_by_name
 from autopar.sharding.rule import OpRule, Strategy
 from autopar.sharding.rules.view import RESHAPES
@@ -108,7 +109,7 @@ def apply_sharding(
     Raises:
         PlanError: the plan names an operator or a strategy that the graph does not have.
     """
-    converter = converter_of_plan(plan.cluster, whole_sizes)
+    converter = converter_for(ClusterInfo.from_dict(plan.cluster), whole_sizes=whole_sizes)
     rank = _Rank(plan.mesh, tuple(coords), groups, converter)
     grads = requires_grad_map(graph, set(graph.parameters) if trainable is None else set(trainable))
     return _Rewriter(graph, plan, rank, grads).run(input_specs, output_specs)

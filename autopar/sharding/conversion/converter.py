@@ -20,12 +20,11 @@ permutation of shards would cross two axes at once, and a communicator spans one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -301,20 +300,4 @@ def converter_for(
     return _CONVERTERS[key]
 
 
-def converter_of_plan(
-    cluster: Mapping[str, Any], whole_sizes: frozenset[int] = frozenset()
-) -> LayoutConverter:
-    """The converter of a cluster as a plan holds it. It is not read again for each program.
-
-    Args:
-        cluster: what `ClusterInfo.to_dict` gives.
-        whole_sizes: dims of these sizes are not split.
-    """
-    key = repr(cluster), whole_sizes
-    if key not in _OF_PLANS:
-        _OF_PLANS[key] = converter_for(ClusterInfo.from_dict(cluster), whole_sizes=whole_sizes)
-    return _OF_PLANS[key]
-
-
 _CONVERTERS: dict[str, LayoutConverter] = {}
-_OF_PLANS: dict[tuple[str, frozenset[int]], LayoutConverter] = {}
