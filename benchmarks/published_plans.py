@@ -32,7 +32,7 @@ from autopar.planner.space import SearchSpace
 from autopar.planner.stage_names import firsts_of
 from autopar.schedule.pipeline.blocks import Block, Chain
 from autopar.schedule.pipeline.option import Option
-from autopar.schedule.pipeline.timeline import simulate
+from autopar.schedule.pipeline.timeline import StageCost, peak_bytes, simulate
 from autopar.sharding.node_rules import results, rule_of
 from autopar.tracer import ColoTracer
 from benchmarks.published_models import Decoder, ModelShape
@@ -85,8 +85,8 @@ class _Predictor:
             return self.gathered()
         run = self.run
         stages = run.pipe * run.stages_per_rank
-        first, layer, last = blocks_of(self.key())
-        blocks = [first, *[layer] * run.shape.layers, last]
+        parts, working = blocks_of(self.key())
+        blocks, more = ([a, *[b] * run.shape.layers, c] for a, b, c in (parts, working))
         borders = self.borders(stages)
         link = self.cluster.links[0]
         name = "interleaved" if run.stages_per_rank > 1 else "1f1b"
@@ -99,17 +99,48 @@ class _Predictor:
         costs = option.costs(borders, counts)
         schedule = option.schedule()
         timeline = simulate(schedule, costs)
-        ranks = zip(timeline.peak_bytes, schedule.stages_of_rank, strict=True)
-        states = (sum(costs[s].state_bytes for s in own) for own in schedule.stages_of_rank)
-        activations = (peak - held for (peak, _), held in zip(ranks, states, strict=True))
-        one = costs[0]
+        states = [sum(costs[s].state_bytes for s in own) for own in schedule.stages_of_rank]
+        activations = [a - b for a, b in zip(timeline.peak_bytes, states, strict=True)]
+        spans = [*pairwise(borders)]
+        if run.stage_buffers:
+            costs = self.with_buffers(costs, [blocks[b - 1] for _, b in spans])
+        costs = [
+            replace(c, recomputed_bytes=max(c.recomputed_bytes, *more[a:b]))
+            for c, (a, b) in zip(costs, spans, strict=True)
+        ]
+        one, peak = costs[0], max(peak_bytes(schedule, costs))
         return Prediction(
-            1e-6 * timeline.step_us, max(timeline.peak_bytes) / 2**30, max(activations) / 2**30,
+            1e-6 * timeline.step_us, peak / 2**30, max(activations) / 2**30,
             {
                 "forward": 1e-6 * one.forward_us, "backward": 1e-6 * one.backward_us,
                 "after": 1e-6 * one.after_us,
             },
         )  # fmt: skip
+
+    def with_buffers(
+        self, costs: Sequence[StageCost], before_cuts: Sequence[Block]
+    ) -> list[StageCost]:
+        """Stages that hold, from the first step on, a buffer per microbatch for the input and for
+        the gradient that they receive, and during a step what they send, as torch's pipelines do
+        (`torch/distributed/pipelining/stage.py`). The results of the last stage are logits.
+
+        Args:
+            before_cuts: the last block of every stage.
+        """
+        run, held = self.run, []
+        tokens = run.microbatch * run.shape.tokens // run.context
+        logits = 2.0 * tokens * run.shape.vocabulary / run.tensor
+        for s, (cost, block) in enumerate(zip(costs, before_cuts, strict=True)):
+            takes = before_cuts[s - 1].forward_bytes if s else 0.0  # is a checkpoint as well
+            gives = logits if s + 1 == len(costs) else block.forward_bytes + block.backward_bytes
+            state_bytes = cost.state_bytes + run.microbatches * (takes + gives)
+            held.append(
+                replace(
+                    cost, state_bytes=state_bytes, held_bytes=max(0.0, cost.held_bytes - takes),
+                    weight_bytes=0.0,
+                )
+            )  # fmt: skip
+        return held
 
     def gathered(self) -> Prediction:
         """A step of microbatches that each gather parameters and reduce gradients beside compute.
@@ -138,8 +169,9 @@ class _Predictor:
 
 
 @cache
-def blocks_of(key: Run) -> tuple[Block, Block, Block]:
-    """The embedding, a block and the head, on a rank of a stage."""
+def blocks_of(key: Run) -> tuple[tuple[Block, Block, Block], tuple[float, float, float]]:
+    """The embedding, a block and the head, on a rank of a stage; and bytes that the backward of
+    each has at once beyond what it was left."""
     space, choices = laid_out(key)
     chain = as_run(operator_chain(space, choices), space, choices, key)
     places = firsts_of(space.graph, "layers.0,norm")
@@ -147,7 +179,31 @@ def blocks_of(key: Run) -> tuple[Block, Block, Block]:
     # frameworks recompute blocks alone
     first = replace(first, recompute_us=0.0, checkpoint_bytes=first.held_bytes)
     last = replace(last, recompute_us=0.0, checkpoint_bytes=last.held_bytes)
-    return first, layer, last
+    at = [0, *places, len(chain.nodes)]
+    peaks = [backward_bytes(space, choices, a, b) for a, b in pairwise(at)]
+    peaks[2] += log_probabilities_bytes(space, choices)
+    left = (
+        block.checkpoint_bytes if key.recompute == "full" else block.held_bytes
+        for block in (first, layer, last)
+    )
+    a, b, c = (max(0.0, peak - held) for peak, held in zip(peaks, left, strict=True))
+    return (first, layer, last), (a, b, c)
+
+
+def backward_bytes(space: SearchSpace, choices: Sequence[int], first: int, end: int) -> float:
+    """The most bytes that the backward of operators first to end - 1 has at once: what they saved,
+    gradients of activations, and gradients of weights that are not yet summed."""
+    held, gradients = np.zeros(end - first), 0.0
+    for item in Liveness(space, math.inf).memory.items:
+        edge = space.edges[item.index] if item.is_edge else None
+        if not first <= item.first < end or item.kind not in ("activations", "transient"):
+            continue
+        value = float(item.values[tuple(choices[i] for i in item.decisions)])
+        if edge is not None and edge.weight:  # gathered once for all microbatches
+            gradients += value * edge.grad
+        else:
+            held[item.first - first : item.last + 1 - first] += value
+    return float(held.max(initial=0.0)) + gradients
 
 
 def as_run(
@@ -155,7 +211,7 @@ def as_run(
 ) -> OperatorChain:
     """The chain with what Megatron computes and gathers again in the backward: attention between
     its products, if that is recomputed; with sequence parallelism, the inputs of products, of which
-    it keeps the tokens of a rank."""
+    it keeps the tokens of a rank (`Run.regathers`)."""
     costs = [dict(row) for row in chain.costs]
     number = {node: k for k, node in enumerate(chain.nodes)}
     if key.recompute == "attention":
@@ -171,7 +227,7 @@ def as_run(
                     scores = value.meta["val"]
                     size = space.local_bytes(shape_of(scores), scores.element_size(), spec)
                     row["held_bytes"] = max(0.0, row["held_bytes"] - size)
-    if key.sequence:
+    if key.regathers:
         for node, us in gathers(space, choices):
             costs[number[node]]["input_us"] += us
             costs[number[node]]["held_bytes"] /= key.tensor

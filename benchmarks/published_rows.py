@@ -48,6 +48,10 @@ class Run:
         master: weights are held in float32 and cast before they are gathered.
         asynchronous: products may run in steps beside the collective on their operand or result.
         float8: products of blocks with weights are in float8, with one scale per tensor.
+        regathers: with `sequence`, products keep the tokens of a rank, and gather them again for
+            the backward, as Megatron's do.
+        stage_buffers: stages of a pipeline hold what they send and receive of all microbatches, as
+            torch's do.
     """
 
     shape: ModelShape
@@ -69,6 +73,8 @@ class Run:
     asynchronous: bool = False
     context: int = 1
     float8: bool = False
+    regathers: bool = False
+    stage_buffers: bool = False
 
 
 def load(path: Path) -> list[Mapping[str, Any]]:
@@ -213,7 +219,7 @@ def _korthikanti(row: Mapping[str, Any]) -> Run:
     return Run(
         _gpt(row, dropout=0.1), device, network, "Megatron-LM", pipe, data, tensor, "",
         not full, size, count, int(row.get("vp") or 1), "full" if full else "attention", "float16",
-        "float32", False,
+        "float32", False, regathers=not full,
     )  # fmt: skip
 
 
@@ -258,7 +264,7 @@ def _torchtitan(row: Mapping[str, Any]) -> Run:
     return Run(
         shape, device, network, software, pipe, data, tensor, sharded, tensor > 1, size, count,
         stages_per_rank, recompute, "bfloat16", "float32", True, "async" in extra,
-        int(row.get("cp") or 1), "float8" in row["precision"],
+        int(row.get("cp") or 1), "float8" in row["precision"], stage_buffers=True,
     )  # fmt: skip
 
 
