@@ -7,7 +7,7 @@ Where parameters are gathered beside compute, a block costs what the second of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -22,7 +22,13 @@ from autopar.cluster.software import SOFTWARE
 from autopar.ir.graph import operands, shape_of
 from autopar.ir.precision import Precision
 from autopar.planner.baselines import baseline_plans
-from autopar.planner.estimate import estimate_memory, estimate_time, optimizer_us
+from autopar.planner.estimate import (
+    ACCUMULATION_PASSES,
+    accumulation_us,
+    estimate_memory,
+    estimate_time,
+    optimizer_us,
+)
 from autopar.planner.liveness import Liveness
 from autopar.planner.op_costs import OpCosts
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
@@ -33,7 +39,7 @@ from autopar.planner.stage_names import firsts_of
 from autopar.schedule.pipeline.blocks import Block, Chain
 from autopar.schedule.pipeline.option import Option
 from autopar.schedule.pipeline.timeline import StageCost, peak_bytes, simulate
-from autopar.sharding.node_rules import results, rule_of
+from autopar.sharding.node_rules import declared_of, results, rule_of
 from autopar.tracer import ColoTracer
 from benchmarks.published_models import Decoder, ModelShape
 from benchmarks.published_rows import Run
@@ -210,8 +216,8 @@ def as_run(
     chain: OperatorChain, space: SearchSpace, choices: Sequence[int], key: Run
 ) -> OperatorChain:
     """The chain with what Megatron computes and gathers again in the backward: attention between
-    its products, if that is recomputed; with sequence parallelism, the inputs of products, of which
-    it keeps the tokens of a rank (`Run.regathers`)."""
+    its products, if that is recomputed; with sequence parallelism, the inputs of products. What it
+    communicates in the backward of a product runs beside the product (`Run.megatron`)."""
     costs = [dict(row) for row in chain.costs]
     number = {node: k for k, node in enumerate(chain.nodes)}
     if key.recompute == "attention":
@@ -227,13 +233,44 @@ def as_run(
                     scores = value.meta["val"]
                     size = space.local_bytes(shape_of(scores), scores.element_size(), spec)
                     row["held_bytes"] = max(0.0, row["held_bytes"] - size)
-    if key.regathers:
-        for node, us in gathers(space, choices):
-            costs[number[node]]["input_us"] += us
-            costs[number[node]]["held_bytes"] /= key.tensor
+    if key.megatron:
+        product_us = {n: chain.costs[k]["weight_us"] for n, k in number.items()}
+        for node, us in summed_gradients(space, choices):
+            costs[number[node]]["input_us"] -= min(us, product_us[node])
+        if key.sequence:
+            for node, us in gathers(space, choices):
+                hides = SOFTWARE[key.software].hides if key.asynchronous else 0.0
+                costs[number[node]]["forward_us"] -= hides * us
+                costs[number[node]]["input_us"] += max(0.0, us - product_us[node])
+                costs[number[node]]["held_bytes"] /= key.tensor
+        if key.asynchronous:
+            hide_sums(space, choices, key, costs, number)
     for row in costs:
         row["weight_bytes"] = min(row["weight_bytes"], row["held_bytes"])
     return replace(chain, costs=tuple(costs))
+
+
+def hide_sums(
+    space: SearchSpace, choices: Sequence[int], key: Run, costs: Sequence[dict[str, float]],
+    number: Mapping[fx.Node, int],
+) -> None:  # fmt: skip
+    """Run sums of results over tensor ranks, and gathers of their gradients, beside the product
+    that makes them; and add gradients of weights to their sums as they are written, which reads
+    the sums and takes no other pass."""
+    hides = SOFTWARE[key.software].hides
+    for edge in space.edges:
+        source, target = space.decisions[edge.source], space.decisions[edge.target]
+        if edge.weight and target.kind == "op":
+            more = accumulation_us(space, edge, choices) * (1 - 1 / ACCUMULATION_PASSES)
+            costs[number[target.node]]["weight_us"] -= more
+            continue
+        if target.kind != "op" or source.kind != "op" or "linear" not in str(source.node.target):
+            continue
+        if _in_block(space, source.node):
+            us = space.edge_costs(edge)
+            pair = choices[edge.source], choices[edge.target]
+            costs[number[target.node]]["forward_us"] -= hides * float(us.forward_us[pair])
+            costs[number[target.node]]["input_us"] -= hides * float(us.backward_us[pair])
 
 
 def log_probabilities_bytes(space: SearchSpace, choices: Sequence[int]) -> float:
@@ -255,15 +292,32 @@ def gathers(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Nod
         us = float(space.edge_costs(edge).forward_us[pair])
         users = [target.node] if target.kind == "op" else list(target.node.users)
         products = [n for n in users if n in space.profile and space.profile[n].forward.flops]
-        block = products and space.graph.info(products[0]).module.startswith("layers.")
+        block = products and _in_block(space, products[0])
         before = space.decisions[edge.source].candidates[pair[0]].outputs[edge.result]
         if block and us and not edge.weight and not before.partial:
+            yield products[0], us
+
+
+def summed_gradients(
+    space: SearchSpace, choices: Sequence[int]
+) -> Iterator[tuple[fx.Node, float]]:
+    """Products of blocks whose input's gradient is summed over ranks, and what that takes in us."""
+    for edge in space.edges:
+        target = space.decisions[edge.target]
+        us = float(space.edge_costs(edge).backward_us[choices[edge.source], choices[edge.target]])
+        users = [target.node] if target.kind == "op" else list(target.node.users)
+        products = [n for n in users if n in space.profile and space.profile[n].forward.flops]
+        if products and us and not edge.weight and _in_block(space, products[0]):
             yield products[0], us
 
 
 def attends(node: fx.Node) -> bool:
     """Whether an operator makes scores of attention, or takes them."""
     return any(_square(value) for value in (*node.all_input_nodes, node))
+
+
+def _in_block(space: SearchSpace, node: fx.Node) -> bool:
+    return space.graph.info(node).module.startswith("layers.")
 
 
 def _square(node: fx.Node) -> bool:
@@ -308,7 +362,9 @@ def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
     problem = problem_of(key)
     space = problem.space
     if key.float8:
-        in_float8(space)
+        in_float8(space, cached=key.megatron)
+    if key.context > 1:
+        load_balanced(space)
     if space.cluster.world_size == 1:
         return space, tuple(problem.decide().choices)
     (plan,) = baseline_plans(
@@ -332,7 +388,7 @@ def as_published(space: SearchSpace, key: Run) -> dict[int, np.ndarray]:
         if d.kind == "op" and context is not None and "attention" in str(d.node.target):
             rings = [s.splits.get("ring") if s is not None else None for s in strategies]
             allowed = np.array([axes == (context,) for axes in rings])
-        elif d.kind == "op" and not key.asynchronous:
+        elif d.kind == "op" and (key.megatron or not key.asynchronous):
             stepwise = {name for name, f in rule_of(d.node)[0].factors.items() if f.beside}
             allowed = np.array([s is None or not stepwise & {*s.splits} for s in strategies])
         if d.kind == "parameter" and tensor is not None:
@@ -341,16 +397,40 @@ def as_published(space: SearchSpace, key: Run) -> dict[int, np.ndarray]:
             if name in ("embedding.weight", "head.weight"):
                 allowed = np.array([tensor in spec.dims[0] for spec in specs])
             elif name.startswith("layers.") and len(specs[0].dims) == 2:
-                allowed = np.array([any(tensor in axes for axes in spec.dims) for spec in specs])
+                dim = 1 if name.split(".")[-2] in ("out", "down") else 0
+                allowed = np.array([tensor in spec.dims[dim] for spec in specs])
         if not allowed.all():
             mask[i] = allowed
     return mask
 
 
-def in_float8(space: SearchSpace) -> None:
+def load_balanced(space: SearchSpace) -> None:
+    """Leave out of attention on a ring what balances causal work: frameworks give each rank the
+    tokens that it computes with when they load a sample."""
+    for i, d in enumerate(space.decisions):
+        if d.kind != "op" or "attention" not in str(d.node.target):
+            continue
+        width = operands(d.node)[0].meta["val"].element_size()
+        moved = np.zeros(len(d.candidates))
+        for c, candidate in enumerate(d.candidates):
+            for move in declared_of(d.node, candidate.strategy, space.mesh).collectives:
+                if move.kind == "exchange" and not move.beside:
+                    link, size = space.cluster.links[move.axis], space.mesh[move.axis]
+                    us = float(link.collective_us(move.kind, size, move.elements * width))
+                    moved[c] += (move.forward + move.backward) * us
+        parts = {**d.parts, "communication_us": d.parts["communication_us"] - moved}
+        space.decisions[i] = replace(d, parts=parts, time_us=d.time_us - moved)
+
+
+def in_float8(space: SearchSpace, cached: bool) -> None:
     """Price the products of blocks with their weights in float8: at the device's rate for it, and
     with casts, which read an operand twice, once for its scale, and write it. Input and weight are
-    cast again for the backward, whose products read them the other way round."""
+    cast again for the backward, whose products read them the other way round.
+
+    Args:
+        cached: weights are cast once a step, as Transformer Engine does, which takes no time among
+            many microbatches.
+    """
     device, saved = space.cluster.device, SavedValues(space.graph, space.profile)
     rates = {**device.flops_by_size, "matmul.bfloat16": device.flops_curve("matmul", "float8")}
     faster = replace(space.cluster, device=replace(device, flops_by_size=rates))
@@ -370,6 +450,8 @@ def in_float8(space: SearchSpace) -> None:
             for k, (value, spec) in enumerate(zip(values, specs, strict=True)):
                 nbytes = space.local_bytes(shape_of(value), value.element_size(), spec)
                 cast[k, c] = 2 * float(read.us(nbytes)) + float(write.us(nbytes / 2))
+        if cached:
+            cast[1] = 0.0
         forward, backward = forward + cast[0] + cast[1], backward + cast.sum(0)
         parts = {"forward_us": forward, "backward_us": backward, "compute_us": forward + backward}
         time = d.time_us + parts["compute_us"] - d.parts["compute_us"]

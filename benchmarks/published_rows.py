@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,10 @@ class Run:
         master: weights are held in float32 and cast before they are gathered.
         asynchronous: products may run in steps beside the collective on their operand or result.
         float8: products of blocks with weights are in float8, with one scale per tensor.
-        regathers: with `sequence`, products keep the tokens of a rank, and gather them again for
-            the backward, as Megatron's do.
+        megatron: products are Megatron's (`LinearWithGradAccumulationAndAsyncCommunication`): the
+            gradient of an input is summed over tensor ranks beside the product for the weight's;
+            with `sequence`, inputs keep the tokens of a rank, and are gathered again beside the
+            product for the input's gradient.
         stage_buffers: stages of a pipeline hold what they send and receive of all microbatches, as
             torch's do.
     """
@@ -73,7 +76,7 @@ class Run:
     asynchronous: bool = False
     context: int = 1
     float8: bool = False
-    regathers: bool = False
+    megatron: bool = False
     stage_buffers: bool = False
 
 
@@ -141,6 +144,11 @@ _HARDWARE = (
 )
 
 
+# How data sets call products in 8 bits; and data sets whose context parallelism is a ring.
+_SHORT_PRODUCTS = {"torchtitan": ("float8",), "Megatron-Bridge": ("fp8",)}
+_RINGS = ("torchtitan", "Megatron-Bridge")
+
+
 def _hardware(row: Mapping[str, Any]) -> tuple[str, str]:
     for part, device, network in _HARDWARE:
         if part in row["hardware"]:
@@ -155,12 +163,12 @@ def _check_common(row: Mapping[str, Any]) -> None:
         raise NotCovered("the precision is not stated")
     if "rowwise" in precision:
         raise NotCovered("float8 with a scale per row: kernels that the device table lacks")
-    known = ("bf16", "fp16", "float8") if row["dataset"] == "torchtitan" else ("bf16", "fp16")
+    known = ("bf16", "fp16", *_SHORT_PRODUCTS.get(row["dataset"], ()))
     if not any(name in precision for name in known):
         raise NotCovered("products in 8 or 4 bits by a framework that the table lacks")
     if (row.get("ep") or 1) > 1 or "MoE" in row["model"] or "GPT OSS" in row["model"]:
         raise NotCovered("mixture of experts: routing and expert placement are not stated")
-    if (row.get("cp") or 1) > 1 and row["dataset"] != "torchtitan":
+    if (row.get("cp") or 1) > 1 and row["dataset"] not in _RINGS:
         raise NotCovered("context parallelism in a row without a stated ring")
     if "LoRA" in str(row.get("task", "")):
         raise NotCovered("low-rank adaptation: ranks and targets are not stated")
@@ -202,12 +210,14 @@ def _vtrain(row: Mapping[str, Any]) -> Run:
     size, count = _microbatches(row, data)
     device, network = _hardware(row)
     # Nobody states whether it was on; the single-node times exclude it (docs/accuracy.md).
-    recompute = "none" if row["dataset"] == "vTrain-single" else "full"
+    alone = row["dataset"] == "vTrain-single"
+    recompute = "none" if alone else "full"
+    software = "Megatron-DeepSpeed, layers timed alone" if alone else "Megatron-DeepSpeed"
     # Vocabularies are padded for tensor parallelism alone.
     row = {"vocab": 50257 if tensor == 1 else None, **row}
     return Run(
-        _gpt(row, dropout=0.1), device, network, "Megatron-DeepSpeed", pipe, data, tensor,
-        "optimizer", False, size, count, 1, recompute, "float16", "", False,
+        _gpt(row, dropout=0.1), device, network, software, pipe, data, tensor,
+        "optimizer", False, size, count, 1, recompute, "float16", "", False, megatron=True,
     )  # fmt: skip
 
 
@@ -219,7 +229,7 @@ def _korthikanti(row: Mapping[str, Any]) -> Run:
     return Run(
         _gpt(row, dropout=0.1), device, network, "Megatron-LM", pipe, data, tensor, "",
         not full, size, count, int(row.get("vp") or 1), "full" if full else "attention", "float16",
-        "float32", False, regathers=not full,
+        "float32", False, megatron=True,
     )  # fmt: skip
 
 
@@ -268,12 +278,34 @@ def _torchtitan(row: Mapping[str, Any]) -> Run:
     )  # fmt: skip
 
 
+def _megatron_bridge(row: Mapping[str, Any]) -> Run:
+    """Its recipes overlap tensor-parallel collectives with products (`tp_comm_overlap`), shard the
+    optimizer's states, and recompute nothing in the models that are covered."""
+    named = re.fullmatch(r"LLAMA3(?:\.1)?_(\d+B)", str(row["model"]), re.IGNORECASE)
+    if named is None or named[1].lower() not in LLAMA:
+        raise NotCovered("no reader: the data set's rows do not say enough of the model")
+    pipe, data, tensor = _degrees(row)
+    size, count = _microbatches(row, data)
+    device, network = _hardware(row)
+    shape = ModelShape(
+        *LLAMA[named[1].lower()], int(row["seq_len"]), gated=True, bias=False, tied=False,
+        flash=True,
+    )  # fmt: skip
+    return Run(
+        shape, device, network, "Megatron-Bridge", pipe, data, tensor,
+        "parameters" if row.get("fsdp") == 1 else "optimizer", tensor > 1, size, count,
+        int(row.get("vp") or 1), "none", "bfloat16", "", False, True, int(row.get("cp") or 1),
+        "fp8" in row["precision"].lower(), megatron=True,
+    )  # fmt: skip
+
+
 _READERS = {
     "vTrain-single": _vtrain,
     "vTrain-multi": _vtrain,
     "Korthikanti-tab5": _korthikanti,
     "MPT-llm-foundry": _mpt,
     "torchtitan": _torchtitan,
+    "Megatron-Bridge": _megatron_bridge,
 }
 
 

@@ -22,7 +22,7 @@ from autopar.units import mesh_text
 # Inside a node: of the H100, not tested by published rows, and of the A100, fitted to half of
 # vTrain-single.
 NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
-NVLINK_3 = Link(alpha=2.5e-6, beta=1 / 203e9)
+NVLINK_3 = Link(alpha=2.5e-6, beta=1 / 187e9)
 PCIE = Link(alpha=12e-6, beta=1 / 20e9)
 # Gloo on one machine.
 LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
@@ -31,7 +31,7 @@ INFINIBAND = Link(alpha=15e-6, beta=1 / 40e9)
 # Networks by the ports of a node of eight, as one GPU sees its share; that of four ports is fitted
 # to half of vTrain-multi, the others have 80 to 85% of their rate.
 NETWORKS = {
-    "4x200G InfiniBand": Link(alpha=15e-6, beta=1 / 13.4e9),
+    "4x200G InfiniBand": Link(alpha=15e-6, beta=1 / 11.7e9),
     "8x200G InfiniBand": Link(alpha=15e-6, beta=1 / 21e9),
     "8x200G RoCE": Link(alpha=15e-6, beta=1 / 21e9),
     "8x400G InfiniBand": INFINIBAND,

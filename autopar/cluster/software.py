@@ -21,9 +21,11 @@ class Software:
         name: for reports.
         forward_us: of the host per operator of the forward: Python, dispatch and launch.
         backward_us: per operator of the backward, which autograd launches.
-        wait_us: of the host per collective, for every rank of its group but the first: hosts are
-            late at random, and a collective waits for the last.
-        skew_us: of the device per collective on activations, whose ranks reach it at random times.
+        wait_us: of the host per collective, for every rank of its group in a node but the first:
+            processes of a node share its CPUs and are late at random, and a collective waits for
+            the last.
+        skew_us: of the device per collective on activations, whose ranks reach it at random times
+            because they began at random times. A step whose launches are ahead has none.
         gap_us: idle time of the device between two kernels.
         traffic: bytes moved per byte of the graph's operands and results: casts under autocast and
             temporaries of eager kernels that the graph does not have.
@@ -81,8 +83,12 @@ class Software:
 SOFTWARE: dict[str, Software] = {
     s.name: s
     for s in (
-        Software(
-            "Megatron-DeepSpeed", 43.8, 99.5, 45.3, 264.0, 19.7, source="half of vTrain-single"
+        *(
+            Software(name, 43.5, 100.6, 42.6, skew_us, 13.3, traffic=1.22, source="half of vTrain")
+            for name, skew_us in (
+                ("Megatron-DeepSpeed", 0.0),
+                ("Megatron-DeepSpeed, layers timed alone", 253.5),
+            )
         ),
         Software("Megatron-LM", 20.0, 20.0, gap_us=4.0, source="assumed"),
         Software(
@@ -95,6 +101,10 @@ SOFTWARE: dict[str, Software] = {
         Software(
             "torchtitan, compiled", 10.0, 20.0, gap_us=2.0, hides=0.45, fuses=True,
             source="half of torchtitan's bf16 rows",
+        ),
+        Software(
+            "Megatron-Bridge", 10.0, 20.0, gap_us=2.0, attention=1.7, hides=0.8, fuses=True,
+            source="assumed, but for the H100's share in float8, from half of its rows",
         ),
     )
 }  # fmt: skip

@@ -13,6 +13,10 @@ from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
 
 
+# Over gradients of two bytes, to add them to sums of four: read both, write the sum.
+ACCUMULATION_PASSES = 5
+
+
 def estimate_time(
     space: SearchSpace, choices: Sequence[int], liveness: Liveness | None = None
 ) -> TimeEstimate:
@@ -80,7 +84,7 @@ def accumulation_us(space: SearchSpace, edge: Edge, choices: Sequence[int]) -> f
     spec = target.candidates[choices[edge.target]].inputs[edge.operand] if edge.weight else None
     if spec is None or not edge.grad:
         return 0.0
-    passes = 1 if edge.itemsize > 2 else 5
+    passes = 1 if edge.itemsize > 2 else ACCUMULATION_PASSES
     nbytes = space.local_bytes(edge.shape, edge.itemsize, spec)
     return 1e6 * passes * nbytes / space.cluster.device.bandwidth
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch.fx as fx
 
-from autopar.cluster.cluster import ClusterInfo
+from autopar.cluster.cluster import NODE_SIZE, ClusterInfo
 from autopar.comm.cost import BUCKET_MEMBER_BYTES
 from autopar.ir.deferred_results import deferred_results
 from autopar.ir.graph import ModelGraph, operands, producer, shape_of
@@ -109,7 +109,7 @@ class SearchSpace:
         if software is None or after is None:
             return 0.0, 0.0
         axes = [a for a in range(len(self.mesh)) if before.state(a) != after.state(a)]
-        waits = software.wait_us * (prod(self.mesh[a] for a in axes) - 1)
+        waits = software.wait_us * (min(NODE_SIZE, prod(self.mesh[a] for a in axes)) - 1)
         local = self.cluster.device.launch_us  # a conversion that launches no collective
         forward, backward = float(costs.forward_us[pair]), float(costs.backward_us[pair])
         return waits * (forward > local), waits * (backward > local)
