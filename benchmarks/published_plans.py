@@ -316,6 +316,13 @@ def attends(node: fx.Node) -> bool:
     return any(_square(value) for value in (*node.all_input_nodes, node))
 
 
+def _between_products(space: SearchSpace, node: fx.Node) -> bool:
+    """Whether an operator of a block is on the residual stream: a norm, a sum or a dropout, on
+    [samples, tokens, hidden]."""
+    named = any(name in str(node.target) for name in ("norm", "add", "dropout"))
+    return named and len(shape_of(results(node)[0])) == 3 and _in_block(space, node)
+
+
 def _in_block(space: SearchSpace, node: fx.Node) -> bool:
     return space.graph.info(node).module.startswith("layers.")
 
@@ -377,8 +384,9 @@ def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
 
 def as_published(space: SearchSpace, key: Run) -> dict[int, np.ndarray]:
     """By decision, the candidates that a framework has. With tensor parallelism it splits all
-    matrices of blocks and the vocabulary, whether or not that is faster. Unless a run says so, its
-    products do not run in steps beside their collective. Attention over split tokens is a ring."""
+    matrices of blocks and the vocabulary, as Megatron does, whether or not that is faster; between
+    blocks' products it splits tokens, or nothing. Unless a run says so, its products do not run in
+    steps beside their collective. Attention over split tokens is a ring."""
     mask = {}
     tensor = len(space.mesh) - 1 if key.tensor > 1 else None
     context = _context(space, key)
@@ -391,6 +399,10 @@ def as_published(space: SearchSpace, key: Run) -> dict[int, np.ndarray]:
         elif d.kind == "op" and (key.megatron or not key.asynchronous):
             stepwise = {name for name, f in rule_of(d.node)[0].factors.items() if f.beside}
             allowed = np.array([s is None or not stepwise & {*s.splits} for s in strategies])
+        if d.kind == "op" and tensor is not None and _between_products(space, d.node):
+            dims = [c.outputs[0].dims for c in d.candidates]
+            split = [[n for n, axes in enumerate(of) if tensor in axes] for of in dims]
+            allowed &= np.array([of == [1] * key.sequence for of in split])
         if d.kind == "parameter" and tensor is not None:
             name = space.graph.parameters[str(d.node.target)]
             specs = [c.outputs[0] for c in d.candidates]
