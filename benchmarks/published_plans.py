@@ -77,8 +77,9 @@ def cluster_of(run: Run) -> ClusterInfo:
     axes = {name: n for name, n in degrees.items() if n > 1} or {"data": 1}
     mesh = ",".join(f"{name}={n}" for name, n in axes.items())
     cluster = ClusterInfo.of(
-        mesh, run.device, network=NETWORKS[run.network], software=SOFTWARE[run.software]
-    )
+        mesh, run.device, network=NETWORKS[run.network], software=SOFTWARE[run.software],
+        node_size=run.node_size,
+    )  # fmt: skip
     return cluster.with_memory(UNLIMITED)
 
 
@@ -298,9 +299,7 @@ def gathers(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Nod
             yield products[0], us
 
 
-def summed_gradients(
-    space: SearchSpace, choices: Sequence[int]
-) -> Iterator[tuple[fx.Node, float]]:
+def summed_gradients(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Node, float]]:
     """Products of blocks whose input's gradient is summed over ranks, and what that takes in us."""
     for edge in space.edges:
         target = space.decisions[edge.target]
@@ -368,8 +367,8 @@ def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
     """The space of a microbatch on the mesh of a stage, and the choices of the baseline."""
     problem = problem_of(key)
     space = problem.space
-    if key.float8:
-        in_float8(space, cached=key.megatron)
+    if key.short:
+        in_few_bits(space, key.short, cached=key.megatron)
     if key.context > 1:
         load_balanced(space)
     if space.cluster.world_size == 1:
@@ -434,17 +433,23 @@ def load_balanced(space: SearchSpace) -> None:
         space.decisions[i] = replace(d, parts=parts, time_us=d.time_us - moved)
 
 
-def in_float8(space: SearchSpace, cached: bool) -> None:
-    """Price the products of blocks with their weights in float8: at the device's rate for it, and
-    with casts, which read an operand twice, once for its scale, and write it. Input and weight are
-    cast again for the backward, whose products read them the other way round.
+# Of a cast: how often it reads its operand (once more for the scale of a whole tensor), and bits
+# of what it writes with its scales.
+_CASTS = {"float8": (2, 8.0), "mxfp8": (1, 8.25), "nvfp4": (2, 4.5)}
+
+
+def in_few_bits(space: SearchSpace, short: str, cached: bool) -> None:
+    """Price the products of blocks with their weights in 8 or 4 bits (`Run.short`): at the device's
+    rate for them, and with casts. Input and weight are cast again for the backward, whose products
+    read them the other way round.
 
     Args:
         cached: weights are cast once a step, as Transformer Engine does, which takes no time among
             many microbatches.
     """
+    reads, bits = _CASTS[short]
     device, saved = space.cluster.device, SavedValues(space.graph, space.profile)
-    rates = {**device.flops_by_size, "matmul.bfloat16": device.flops_curve("matmul", "float8")}
+    rates = {**device.flops_by_size, "matmul.bfloat16": device.flops_curve("matmul", short)}
     faster = replace(space.cluster, device=replace(device, flops_by_size=rates))
     costs = OpCosts(faster, space.profile, saved)
     read, write = device.bytes_curve("read"), device.bytes_curve("write")
@@ -461,7 +466,7 @@ def in_float8(space: SearchSpace, cached: bool) -> None:
             specs = (*candidate.inputs[:2], candidate.outputs[0])
             for k, (value, spec) in enumerate(zip(values, specs, strict=True)):
                 nbytes = space.local_bytes(shape_of(value), value.element_size(), spec)
-                cast[k, c] = 2 * float(read.us(nbytes)) + float(write.us(nbytes / 2))
+                cast[k, c] = reads * float(read.us(nbytes)) + float(write.us(nbytes * bits / 16))
         if cached:
             cast[1] = 0.0
         forward, backward = forward + cast[0] + cast[1], backward + cast.sum(0)

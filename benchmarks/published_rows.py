@@ -48,7 +48,9 @@ class Run:
         sums: dtype of the sums of gradients, if it differs from that of compute.
         master: weights are held in float32 and cast before they are gathered.
         asynchronous: products may run in steps beside the collective on their operand or result.
-        float8: products of blocks with weights are in float8, with one scale per tensor.
+        short: how products of blocks with weights are in 8 or 4 bits: "float8" with one scale per
+            tensor, "mxfp8" with one per 32 elements, "nvfp4" with one per 16; or "".
+        node_size: devices that NVLink connects.
         megatron: products are Megatron's (`LinearWithGradAccumulationAndAsyncCommunication`): the
             gradient of an input is summed over tensor ranks beside the product for the weight's;
             with `sequence`, inputs keep the tokens of a rank, and are gathered again beside the
@@ -75,9 +77,10 @@ class Run:
     master: bool
     asynchronous: bool = False
     context: int = 1
-    float8: bool = False
+    short: str = ""
     megatron: bool = False
     stage_buffers: bool = False
+    node_size: int = 8
 
 
 def load(path: Path) -> list[Mapping[str, Any]]:
@@ -140,12 +143,16 @@ _HARDWARE = (
     ("h100_80gb", "H100", "8x400G RoCE"),
     ("H100 SXM 96GB HBM2e", "H100-96G-500W", "8x400G RDMA"),
     ("DGX-H100", "H100", "8x400G InfiniBand"),
+    ("DGX-B200", "B200", "8x400G InfiniBand"),
+    ("DGX-B300", "B300", "8x800G InfiniBand"),
+    ("DGX-GB200", "GB200", "8x400G InfiniBand"),
+    ("DGX-GB300", "GB300", "8x800G InfiniBand"),
     ("H100 80GB HBM3 700W, RoCE 400", "H100", "8x400G RoCE"),
 )
 
 
 # How data sets call products in 8 bits; and data sets whose context parallelism is a ring.
-_SHORT_PRODUCTS = {"torchtitan": ("float8",), "Megatron-Bridge": ("fp8",)}
+_SHORT_PRODUCTS = {"torchtitan": ("float8",), "Megatron-Bridge": ("fp8", "nvfp4")}
 _RINGS = ("torchtitan", "Megatron-Bridge")
 
 
@@ -157,7 +164,10 @@ def _hardware(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _check_common(row: Mapping[str, Any]) -> None:
+    if (row.get("ep") or 1) > 1 or re.search("MoE|GPT.OSS", row["model"]):
+        raise NotCovered("mixture of experts: routing and expert placement are not stated")
     _hardware(row)
+    measured_s(row)
     precision = str(row.get("precision") or "").lower()
     if not precision:
         raise NotCovered("the precision is not stated")
@@ -166,13 +176,10 @@ def _check_common(row: Mapping[str, Any]) -> None:
     known = ("bf16", "fp16", *_SHORT_PRODUCTS.get(row["dataset"], ()))
     if not any(name in precision for name in known):
         raise NotCovered("products in 8 or 4 bits by a framework that the table lacks")
-    if (row.get("ep") or 1) > 1 or "MoE" in row["model"] or "GPT OSS" in row["model"]:
-        raise NotCovered("mixture of experts: routing and expert placement are not stated")
     if (row.get("cp") or 1) > 1 and row["dataset"] not in _RINGS:
         raise NotCovered("context parallelism in a row without a stated ring")
     if "LoRA" in str(row.get("task", "")):
         raise NotCovered("low-rank adaptation: ranks and targets are not stated")
-    measured_s(row)
 
 
 def _degrees(row: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -274,13 +281,18 @@ def _torchtitan(row: Mapping[str, Any]) -> Run:
     return Run(
         shape, device, network, software, pipe, data, tensor, sharded, tensor > 1, size, count,
         stages_per_rank, recompute, "bfloat16", "float32", True, "async" in extra,
-        int(row.get("cp") or 1), "float8" in row["precision"], stage_buffers=True,
+        int(row.get("cp") or 1), "float8" if "float8" in row["precision"] else "",
+        stage_buffers=True,
     )  # fmt: skip
 
 
 def _megatron_bridge(row: Mapping[str, Any]) -> Run:
     """Its recipes overlap tensor-parallel collectives with products (`tp_comm_overlap`), shard the
     optimizer's states, and recompute nothing in the models that are covered."""
+    # What it calls FSDP is a degree in some tables and a flag in others.
+    row = {key: value for key, value in row.items() if key != "fsdp"} | {
+        "gathers": bool(row.get("fsdp"))
+    }
     named = re.fullmatch(r"LLAMA3(?:\.1)?_(\d+B)", str(row["model"]), re.IGNORECASE)
     if named is None or named[1].lower() not in LLAMA:
         raise NotCovered("no reader: the data set's rows do not say enough of the model")
@@ -293,10 +305,19 @@ def _megatron_bridge(row: Mapping[str, Any]) -> Run:
     )  # fmt: skip
     return Run(
         shape, device, network, "Megatron-Bridge", pipe, data, tensor,
-        "parameters" if row.get("fsdp") == 1 else "optimizer", tensor > 1, size, count,
+        "parameters" if row["gathers"] else "optimizer", tensor > 1, size, count,
         int(row.get("vp") or 1), "none", "bfloat16", "", False, True, int(row.get("cp") or 1),
-        "fp8" in row["precision"].lower(), megatron=True,
+        _short(row["precision"].lower()), megatron=True,
+        node_size=64 if device.startswith("GB") else 8,  # of the 72 of a rack
     )  # fmt: skip
+
+
+def _short(precision: str) -> str:
+    if "bf16" in precision:
+        return ""
+    if precision.startswith("nvfp4"):
+        return "nvfp4"
+    return "mxfp8" if precision.startswith(("mxfp8", "fp8-mx")) else "float8"
 
 
 _READERS = {

@@ -19,10 +19,11 @@ from autopar.cluster.tiers import HOST, Tier, check_tiers, off_device_tiers, tie
 from autopar.errors import MeshError
 from autopar.units import mesh_text
 
-# Inside a node: of the H100, not tested by published rows, and of the A100, fitted to half of
-# vTrain-single.
+# Inside a node: of the H100, not tested by published rows, of the A100, fitted to half of vTrain,
+# and of Blackwell, with the share of the data sheet that the H100 has.
 NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
 NVLINK_3 = Link(alpha=2.5e-6, beta=1 / 187e9)
+NVLINK_5 = Link(alpha=6e-6, beta=1 / 650e9)
 PCIE = Link(alpha=12e-6, beta=1 / 20e9)
 # Gloo on one machine.
 LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
@@ -37,6 +38,7 @@ NETWORKS = {
     "8x400G InfiniBand": INFINIBAND,
     "8x400G RoCE": INFINIBAND,
     "8x400G RDMA": INFINIBAND,
+    "8x800G InfiniBand": Link(alpha=15e-6, beta=1 / 80e9),
 }
 
 NODE_SIZE = 8
@@ -110,6 +112,8 @@ def _inside(dev: Device) -> Link:
     """The link between devices of a node."""
     if dev.name in ("L4", "4090"):
         return PCIE
+    if dev.name in ("B200", "GB200", "B300", "GB300"):
+        return NVLINK_5
     return NVLINK_3 if dev.name.startswith("A100") else NVLINK
 
 

@@ -144,7 +144,9 @@ class Achieved:
         attention: share by fused attention, over its forward and its backward.
         bandwidth: share of the memory's bandwidth.
         bandwidth_half: bytes of a kernel that reaches half of that.
-        float8: share of twice the peak by large products in float8; 0 if they are not known.
+        float8, mxfp8: share of twice the peak by large products in float8, with one scale per
+            tensor or per 32 elements; 0 if they are not known.
+        nvfp4: share of the vendor's peak in 4 bits by those in 4 bits; 0 if it is not known.
     """
 
     matmul: float
@@ -154,6 +156,8 @@ class Achieved:
     bandwidth: float
     bandwidth_half: float
     float8: float = 0.0
+    mxfp8: float = 0.0
+    nvfp4: float = 0.0
 
 
 # Fitted to half of the rows of vTrain and MPT-llm-foundry. Attention is that of FlashAttention-2,
@@ -163,13 +167,16 @@ A100 = Achieved(0.79, 4.9e9, 0.297, 0.55, 0.82, 2e6)
 H100 = Achieved(0.603, 7.5e9, 0.2, 0.32, 0.82, 2e6, 0.63)
 # Set by half of torchtitan's bf16 rows, with the H100's other numbers.
 H100_500W = Achieved(0.54, 7.5e9, 0.2, 0.215, 0.82, 2e6, 0.5)
+# Shares in 8 and 4 bits are fitted to half of Megatron-Bridge's rows on GB300, the others assumed.
+BLACKWELL = Achieved(0.7, 1.5e10, 0.2, 0.28, 0.82, 5e6, 0.65, 0.62, 0.49)
 
 _LAUNCH_US = 2.0  # the least time of a kernel, whose launch is hidden
 
 
 def _gpu(
     name: str, gib: float, bandwidth: float, fp32: float, tf: float, fp64: float,
-    achieved: Achieved | None = None, *, source: str = "data sheet", error: float | None = None,
+    achieved: Achieved | None = None, *, fp4: float = 0.0, source: str = "data sheet",
+    error: float | None = None,
 ) -> Device:  # fmt: skip
     """A GPU at what its kernels achieve; if that is not known, at 70% of the vendor's peaks, which
     large matrix products reach in practice, and 80% of the bandwidth."""
@@ -186,9 +193,10 @@ def _gpu(
             rate = getattr(achieved, library) * rated[dtype]
             curves[f"{library}.{dtype}"] = Curve.saturating(rate, achieved.matmul_half)
         rates[dtype] = achieved.matmul * rated[dtype]
-    if achieved.float8:
-        rates["float8"] = achieved.float8 * 2 * rated["bfloat16"]
-        curves["matmul.float8"] = Curve.saturating(rates["float8"], 2 * achieved.matmul_half)
+    for short, times in (("float8", 2.0), ("mxfp8", 2.0), ("nvfp4", fp4 / tf)):
+        if share := times * getattr(achieved, short):
+            rates[short] = share * rated["bfloat16"]
+            curves[f"matmul.{short}"] = Curve.saturating(rates[short], times * achieved.matmul_half)
     moves = Curve.saturating(achieved.bandwidth * bandwidth, achieved.bandwidth_half)
     return Device(
         name, "cuda", rates, gib * GiB, achieved.bandwidth * bandwidth, _LAUNCH_US, curves,
@@ -222,7 +230,18 @@ DEVICES: dict[str, Device] = {
             "H200", 141, 4.8e12, 67, 989, 67, H100,
             source="data sheet; shares as of the H100, not tested",
         ),
-        _gpu("B200", 180, 8.0e12, 80, 2250, 40),
+        *(
+            _gpu(
+                name, gib, 8.0e12, 80, tf, fp64, BLACKWELL, fp4=fp4, error=error,
+                source=f"data sheet; shares in 8 and 4 bits {of}, the others assumed",
+            )
+            for name, gib, tf, fp64, fp4, error, of in (
+                ("B200", 180, 2250, 40, 9000, None, "as of the GB300"),
+                ("GB200", 186, 2500, 40, 10000, None, "as of the GB300"),
+                ("B300", 268, 2250, 1.3, 13500, None, "as of the GB300"),
+                ("GB300", 278, 2500, 1.3, 15000, 9.0, "fitted to Megatron-Bridge"),
+            )
+        ),
         _gpu("L4", 24, 0.3e12, 30.3, 121, 0.47),
         _gpu("4090", 24, 1.008e12, 82.6, 165, 1.29),
         # One core of a server CPU, as a Gloo rank with one thread sees it.

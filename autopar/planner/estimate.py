@@ -12,7 +12,6 @@ from autopar.planner.decisions import Edge
 from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
 
-
 # Over gradients of two bytes, to add them to sums of four: read both, write the sum.
 ACCUMULATION_PASSES = 5
 

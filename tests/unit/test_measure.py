@@ -224,7 +224,7 @@ TINY = replace(
 
 
 def test_a_gpu_is_launched_for_while_it_computes():
-    known = device("B200")  # without curves
+    known = device("L4")  # without curves
     gpu = replace(known, bytes_by_size={"read": Curve.constant(known.bandwidth)})
     small, large = (Kernel(Work(1, n, n, 1), "float32") for n in (1_000, 10**9))
     assert node_us([small], gpu) == gpu.launch_us

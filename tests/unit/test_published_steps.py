@@ -14,7 +14,7 @@ from autopar.planner.baselines import baseline_plans
 from autopar.planner.estimate import estimate_time
 from autopar.planner.planner import build_problem
 from benchmarks.published_models import Decoder, ModelShape
-from benchmarks.published_plans import predict
+from benchmarks.published_plans import _Predictor, cluster_of, laid_out, predict
 from benchmarks.published_rows import NotCovered, Run, halves, load, run_of
 from benchmarks.published_steps import Compared, kendall, main, regret
 
@@ -47,6 +47,7 @@ def test_a_file_without_rows_is_refused_with_the_format(tmp_path, capsys):
 def test_rows_are_runs_or_refused_with_the_reason():
     run = run_of(ROW)
     assert (run.pipe, run.data, run.tensor, run.microbatch, run.microbatches) == (2, 1, 2, 2, 8)
+    assert run.software.endswith("timed alone") and run.megatron
     for change, reason in (
         ({"precision": "FP8"}, "8 or 4 bits"),
         ({"ep": 8}, "mixture of experts"),
@@ -58,6 +59,25 @@ def test_rows_are_runs_or_refused_with_the_reason():
     ):
         with pytest.raises(NotCovered, match=reason):
             run_of(ROW | change)
+
+
+def test_rows_of_megatron_bridge_are_in_8_and_4_bits_within_a_rack():
+    row = {
+        "dataset": "Megatron-Bridge", "model": "LLAMA3_70B", "hardware": "DGX-GB300", "source": "",
+        "n_gpus": 64, "seq_len": 8192, "tp": 2, "pp": 4, "cp": 2, "vp": 5, "fsdp": 0,
+        "global_batch": 256, "micro_batch": 1, "precision": "NVFP4", "derived_step_time_s": 5.0,
+    }  # fmt: skip
+    run = run_of(row)
+    assert (run.short, run.node_size, run.context, run.data) == ("nvfp4", 64, 2, 4)
+    assert (run.sharded, run.sequence, run.stages_per_rank) == ("optimizer", True, 5)
+    names = {"FP8-CS": "float8", "FP8-CS (FP8-MX)": "float8", "MXFP8": "mxfp8", "BF16": ""}
+    for precision, short in names.items():
+        assert run_of(row | {"precision": precision}).short == short
+    assert run_of(row | {"fsdp": 64}).sharded == "parameters"
+    cluster = cluster_of(run)
+    assert cluster.links == (cluster.links[-1],) * 4  # all of them NVLink
+    with pytest.raises(NotCovered, match="do not say enough"):
+        run_of(row | {"model": "LLAMA3_9B"})
 
 
 def test_halves_are_of_every_data_set_and_seeded():
@@ -124,13 +144,64 @@ def test_recomputation_bubbles_and_splits_of_a_run():
 def test_megatron_keeps_a_rank_s_tokens_and_recomputes_attention():
     """34 s b h / t bytes a layer (Korthikanti et al. 2022), where attention is recomputed."""
     shape = replace(SHAPE, dropout=0.1)
-    run = replace(RUN, shape=shape, pipe=1, microbatches=1)
+    run = replace(RUN, shape=shape, pipe=1, microbatches=1, megatron=True)
     held = [
         predict(replace(run, sequence=True, recompute="attention", shape=of)).activation_gib
         for of in (shape, replace(shape, layers=16))
     ]
     a_layer = (held[1] - held[0]) * 2**30 / 8
     assert a_layer == pytest.approx(34 * 512 * 2 * 1024 / 2, rel=0.02)
+
+
+def test_megatron_sums_gradients_of_inputs_beside_products():
+    """Two of a block's all-reduces are in its backward."""
+    run = replace(RUN, pipe=1, microbatches=1)
+    exposed, hidden = (
+        predict(replace(run, megatron=megatron)).parts_s["backward"] for megatron in (False, True)
+    )
+    nbytes = 2 * run.microbatch * SHAPE.tokens * SHAPE.hidden
+    cluster = cluster_of(run)
+    one_us = float(cluster.links[-1].collective_us("all_reduce", 2, nbytes))
+    one_us += cluster.device.launch_us
+    assert exposed - hidden == pytest.approx(2e-6 * SHAPE.layers * one_us)
+
+
+def test_nothing_between_products_is_split_without_sequence_parallelism():
+    """Else all-reduces could become halves around split norms (which are cheaper)."""
+    run = replace(RUN, pipe=1, microbatch=64, shape=replace(SHAPE, dropout=0.1))
+    space, choices = laid_out(_Predictor(run).key())
+    sums = [
+        d.candidates[c].outputs[0]
+        for d, c in zip(space.decisions, choices, strict=True)
+        if d.kind == "op" and str(d.node.target).startswith("aten.add")
+        and space.graph.info(d.node).module.startswith("layers.")
+    ]  # fmt: skip
+    assert sums and all(not any(spec.dims) for spec in sums)
+
+
+def test_stages_of_torch_hold_their_messages():
+    """The first of two stages: gradients that it receives and results that it sent."""
+    run = replace(RUN, microbatches=8, recompute="full")
+    plain, held = (predict(replace(run, stage_buffers=b)).peak_gib for b in (False, True))
+    message = 2 * run.microbatch * SHAPE.tokens * SHAPE.hidden / 2**30
+    logits = 2 * run.microbatch * SHAPE.tokens * SHAPE.vocabulary / run.tensor / 2**30
+    assert 8 * 2 * message <= held - plain + 1e-9 <= 8 * (message + logits) + 1e-9
+
+
+def test_hosts_wait_for_ranks_of_their_node():
+    software = Software("waits", wait_us=100.0)
+    waits = []
+    for ranks in (2, 8, 16):
+        run = replace(RUN, pipe=1, tensor=ranks, microbatches=1)
+        cluster = replace(cluster_of(run), software=software)
+        with torch.device("meta"):
+            model = Decoder(replace(SHAPE, layers=1)).half()
+            ids = torch.zeros(2, 512, dtype=torch.long)
+        space = build_problem(model, (), {"ids": ids, "labels": ids}, cluster=cluster).space
+        (plan,) = baseline_plans(space, named="Megatron TP")
+        own = (space.collective_host_us(e, plan.choices) for e in space.edges if not e.weight)
+        waits.append(max(max(us) for us in own))
+    assert waits == [100.0, 700.0, 700.0]
 
 
 def test_zero_gathers_once_or_twice():
