@@ -22,6 +22,7 @@ from autopar.cluster.software import SOFTWARE
 from autopar.ir.graph import operands, shape_of
 from autopar.ir.precision import Precision
 from autopar.planner.baselines import baseline_plans
+from autopar.planner.decisions import Edge
 from autopar.planner.estimate import (
     ACCUMULATION_PASSES,
     accumulation_us,
@@ -234,15 +235,19 @@ def as_run(
                     scores = value.meta["val"]
                     size = space.local_bytes(shape_of(scores), scores.element_size(), spec)
                     row["held_bytes"] = max(0.0, row["held_bytes"] - size)
+    hides = SOFTWARE[key.software].hides
+    shown = 1 - hides if key.megatron and key.asynchronous else 1.0
+    for node, forward_us, backward_us in short_gathers(space, choices, key):
+        costs[number[node]]["forward_us"] -= shown * forward_us
+        costs[number[node]]["input_us"] -= shown * backward_us
     if key.megatron:
         product_us = {n: chain.costs[k]["weight_us"] for n, k in number.items()}
         for node, us in summed_gradients(space, choices):
-            costs[number[node]]["input_us"] -= min(us, product_us[node])
+            costs[number[node]]["input_us"] -= min(hides * us, product_us[node])
         if key.sequence:
             for node, us in gathers(space, choices):
-                hides = SOFTWARE[key.software].hides if key.asynchronous else 0.0
-                costs[number[node]]["forward_us"] -= hides * us
-                costs[number[node]]["input_us"] += max(0.0, us - product_us[node])
+                costs[number[node]]["forward_us"] -= (1 - shown) * us
+                costs[number[node]]["input_us"] += us - min(hides * us, product_us[node])
                 costs[number[node]]["held_bytes"] /= key.tensor
         if key.asynchronous:
             hide_sums(space, choices, key, costs, number)
@@ -260,18 +265,14 @@ def hide_sums(
     the sums and takes no other pass."""
     hides = SOFTWARE[key.software].hides
     for edge in space.edges:
-        source, target = space.decisions[edge.source], space.decisions[edge.target]
+        target = space.decisions[edge.target]
         if edge.weight and target.kind == "op":
             more = accumulation_us(space, edge, choices) * (1 - 1 / ACCUMULATION_PASSES)
             costs[number[target.node]]["weight_us"] -= more
-            continue
-        if target.kind != "op" or source.kind != "op" or "linear" not in str(source.node.target):
-            continue
-        if _in_block(space, source.node):
-            us = space.edge_costs(edge)
-            pair = choices[edge.source], choices[edge.target]
-            costs[number[target.node]]["forward_us"] -= hides * float(us.forward_us[pair])
-            costs[number[target.node]]["input_us"] -= hides * float(us.backward_us[pair])
+    for edge, node in results_of_products(space):
+        us, pair = space.edge_costs(edge), (choices[edge.source], choices[edge.target])
+        costs[number[node]]["forward_us"] -= hides * float(us.forward_us[pair])
+        costs[number[node]]["input_us"] -= hides * float(us.backward_us[pair])
 
 
 def log_probabilities_bytes(space: SearchSpace, choices: Sequence[int]) -> float:
@@ -283,6 +284,34 @@ def log_probabilities_bytes(space: SearchSpace, choices: Sequence[int]) -> float
             logits, spec = operands(d.node)[0].meta["val"], d.candidates[c].inputs[0]
             total += 2.0 * space.local_bytes(shape_of(logits), logits.element_size(), spec)
     return total
+
+
+def short_gathers(
+    space: SearchSpace, choices: Sequence[int], key: Run
+) -> Iterator[tuple[fx.Node, float, float]]:
+    """By operator, what gathers of inputs, and of gradients of results, take less in few bits."""
+    if not key.short or not key.sequence:
+        return
+    less = 1 - _CASTS[key.short][1] / 16
+    for node, us in gathers(space, choices):
+        yield node, less * us, 0.0
+    for edge, node in results_of_products(space):
+        yield (
+            node,
+            0.0,
+            less
+            * float(space.edge_costs(edge).backward_us[choices[edge.source], choices[edge.target]]),
+        )
+
+
+def results_of_products(space: SearchSpace) -> Iterator[tuple[Edge, fx.Node]]:
+    """Edges from products of blocks with weights to the operators that take their results."""
+    for edge in space.edges:
+        source, target = space.decisions[edge.source], space.decisions[edge.target]
+        if edge.weight or source.kind != "op" or target.kind != "op":
+            continue
+        if "linear" in str(source.node.target) and _in_block(space, source.node):
+            yield edge, target.node
 
 
 def gathers(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Node, float]]:
@@ -346,7 +375,10 @@ def microbatch_of(key: Run) -> tuple[float, float, float, float]:
     peak += log_probabilities_bytes(space, choices)
     time, step_us = estimate_time(space, choices, liveness), optimizer_us(space, choices)
     again_us = sum(us for _, us in gathers(space, choices)) if again_bytes else 0.0
-    return time.compute_us - step_us, time.exposed_us + again_us, step_us, peak
+    less_us = 0.0
+    for _, forward_us, backward_us in short_gathers(space, choices, key):
+        less_us += forward_us * (2 if again_bytes else 1) + backward_us
+    return time.compute_us - step_us, time.exposed_us + again_us - less_us, step_us, peak
 
 
 @cache
@@ -368,7 +400,7 @@ def laid_out(key: Run) -> tuple[SearchSpace, tuple[int, ...]]:
     problem = problem_of(key)
     space = problem.space
     if key.short:
-        in_few_bits(space, key.short, cached=key.megatron)
+        in_few_bits(space, key)
     if key.context > 1:
         load_balanced(space)
     if space.cluster.world_size == 1:
@@ -438,18 +470,17 @@ def load_balanced(space: SearchSpace) -> None:
 _CASTS = {"float8": (2, 8.0), "mxfp8": (1, 8.25), "nvfp4": (2, 4.5)}
 
 
-def in_few_bits(space: SearchSpace, short: str, cached: bool) -> None:
+def in_few_bits(space: SearchSpace, key: Run) -> None:
     """Price the products of blocks with their weights in 8 or 4 bits (`Run.short`): at the device's
     rate for them, and with casts. Input and weight are cast again for the backward, whose products
-    read them the other way round.
-
-    Args:
-        cached: weights are cast once a step, as Transformer Engine does, which takes no time among
-            many microbatches.
+    read them the other way round. Transformer Engine casts weights once a step, which takes no time
+    among many microbatches. With sequence parallelism, a rank casts its own tokens and gathers what
+    is cast.
     """
-    reads, bits = _CASTS[short]
+    reads, bits = _CASTS[key.short]
+    tensor = len(space.mesh) - 1 if key.sequence else None
     device, saved = space.cluster.device, SavedValues(space.graph, space.profile)
-    rates = {**device.flops_by_size, "matmul.bfloat16": device.flops_curve("matmul", short)}
+    rates = {**device.flops_by_size, "matmul.bfloat16": device.flops_curve("matmul", key.short)}
     faster = replace(space.cluster, device=replace(device, flops_by_size=rates))
     costs = OpCosts(faster, space.profile, saved)
     read, write = device.bytes_curve("read"), device.bytes_curve("write")
@@ -466,8 +497,10 @@ def in_few_bits(space: SearchSpace, short: str, cached: bool) -> None:
             specs = (*candidate.inputs[:2], candidate.outputs[0])
             for k, (value, spec) in enumerate(zip(values, specs, strict=True)):
                 nbytes = space.local_bytes(shape_of(value), value.element_size(), spec)
+                if tensor is not None and not any(tensor in axes for axes in spec.dims):
+                    nbytes /= key.tensor
                 cast[k, c] = reads * float(read.us(nbytes)) + float(write.us(nbytes * bits / 16))
-        if cached:
+        if key.megatron:
             cast[1] = 0.0
         forward, backward = forward + cast[0] + cast[1], backward + cast.sum(0)
         parts = {"forward_us": forward, "backward_us": backward, "compute_us": forward + backward}

@@ -22,7 +22,7 @@ from autopar.units import mesh_text
 # Inside a node: of the H100, not tested by published rows, of the A100, fitted to half of vTrain,
 # and of Blackwell, with the share of the data sheet that the H100 has.
 NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
-NVLINK_3 = Link(alpha=2.5e-6, beta=1 / 187e9)
+NVLINK_3 = Link(alpha=2.5e-6, beta=1 / 230e9)
 NVLINK_5 = Link(alpha=6e-6, beta=1 / 650e9)
 PCIE = Link(alpha=12e-6, beta=1 / 20e9)
 # Gloo on one machine.
@@ -32,7 +32,7 @@ INFINIBAND = Link(alpha=15e-6, beta=1 / 40e9)
 # Networks by the ports of a node of eight, as one GPU sees its share; that of four ports is fitted
 # to half of vTrain-multi, the others have 80 to 85% of their rate.
 NETWORKS = {
-    "4x200G InfiniBand": Link(alpha=15e-6, beta=1 / 11.7e9),
+    "4x200G InfiniBand": Link(alpha=15e-6, beta=1 / 12.25e9),
     "8x200G InfiniBand": Link(alpha=15e-6, beta=1 / 21e9),
     "8x200G RoCE": Link(alpha=15e-6, beta=1 / 21e9),
     "8x400G InfiniBand": INFINIBAND,

@@ -162,9 +162,9 @@ class Achieved:
 
 # Fitted to half of the rows of vTrain and MPT-llm-foundry. Attention is that of FlashAttention-2,
 # and no row tests it: MPT has Triton's first one, at 0.57 of this (`software.py`).
-A100 = Achieved(0.79, 4.9e9, 0.297, 0.55, 0.82, 2e6)
+A100 = Achieved(0.77, 5.9e9, 0.287, 0.55, 0.82, 2e6)
 # Fitted to half of MPT-llm-foundry's rows on H100, with the A100's bandwidths.
-H100 = Achieved(0.603, 7.5e9, 0.2, 0.32, 0.82, 2e6, 0.63)
+H100 = Achieved(0.603, 7.5e9, 0.2, 0.32, 0.82, 2e6, 0.59)
 # Set by half of torchtitan's bf16 rows, with the H100's other numbers.
 H100_500W = Achieved(0.54, 7.5e9, 0.2, 0.215, 0.82, 2e6, 0.5)
 # Shares in 8 and 4 bits are fitted to half of Megatron-Bridge's rows on GB300, the others assumed.
