@@ -160,10 +160,12 @@ class Achieved:
     nvfp4: float = 0.0
 
 
-# Fitted to half of the rows of vTrain and MPT-llm-foundry. Attention is that of FlashAttention-2,
+# Fitted to half of the rows of vTrain, MPT-llm-foundry and Korthikanti, but for the bandwidth, which
+# is that of large copies. Attention is that of FlashAttention-2,
 # and no row tests it: MPT has Triton's first one, at 0.57 of this (`software.py`).
 A100 = Achieved(0.77, 5.9e9, 0.287, 0.55, 0.82, 2e6)
-# Fitted to half of MPT-llm-foundry's rows on H100, with the A100's bandwidths.
+# Fitted to half of MPT-llm-foundry's rows on H100, float8 to half of Megatron-Bridge's, with the
+# A100's bandwidths.
 H100 = Achieved(0.603, 7.5e9, 0.2, 0.32, 0.82, 2e6, 0.59)
 # Set by half of torchtitan's bf16 rows, with the H100's other numbers.
 H100_500W = Achieved(0.54, 7.5e9, 0.2, 0.215, 0.82, 2e6, 0.5)
@@ -220,10 +222,10 @@ DEVICES: dict[str, Device] = {
         ),
         _gpu(
             "H100", 80, 3.35e12, 67, 989, 67, H100, error=7.0,
-            source="data sheet; shares of it fitted to MPT-llm-foundry",
+            source="data sheet; shares of it fitted to MPT-llm-foundry, in float8 to Megatron-Bridge",
         ),
         _gpu(
-            "H100-96G-500W", 96, 2.4e12, 67, 989, 67, H100_500W, error=9.0,
+            "H100-96G-500W", 96, 2.4e12, 67, 989, 67, H100_500W, error=8.0,
             source="the memory and limit that torchtitan states; shares set by its bf16 rows",
         ),
         _gpu(
@@ -239,7 +241,7 @@ DEVICES: dict[str, Device] = {
                 ("B200", 180, 2250, 40, 9000, None, "as of the GB300"),
                 ("GB200", 186, 2500, 40, 10000, None, "as of the GB300"),
                 ("B300", 268, 2250, 1.3, 13500, None, "as of the GB300"),
-                ("GB300", 278, 2500, 1.3, 15000, 9.0, "fitted to Megatron-Bridge"),
+                ("GB300", 278, 2500, 1.3, 15000, 6.0, "fitted to Megatron-Bridge"),
             )
         ),
         _gpu("L4", 24, 0.3e12, 30.3, 121, 0.47),
