@@ -160,9 +160,9 @@ class Achieved:
     nvfp4: float = 0.0
 
 
-# Fitted to half of the rows of vTrain, MPT-llm-foundry and Korthikanti, but for the bandwidth, which
-# is that of large copies. Attention is that of FlashAttention-2,
-# and no row tests it: MPT has Triton's first one, at 0.57 of this (`software.py`).
+# Fitted to half of the rows of vTrain, MPT-llm-foundry and Korthikanti; the bandwidth is that of
+# large copies. Attention is that of FlashAttention-2, and no row tests it: MPT has Triton's
+# first one, at 0.57 of this (`software.py`).
 A100 = Achieved(0.77, 5.9e9, 0.287, 0.55, 0.82, 2e6)
 # Fitted to half of MPT-llm-foundry's rows on H100, float8 to half of Megatron-Bridge's, with the
 # A100's bandwidths.
@@ -222,7 +222,7 @@ DEVICES: dict[str, Device] = {
         ),
         _gpu(
             "H100", 80, 3.35e12, 67, 989, 67, H100, error=7.0,
-            source="data sheet; shares of it fitted to MPT-llm-foundry, in float8 to Megatron-Bridge",
+            source="data sheet; shares fitted to MPT-llm-foundry, in float8 to Megatron-Bridge",
         ),
         _gpu(
             "H100-96G-500W", 96, 2.4e12, 67, 989, 67, H100_500W, error=8.0,
