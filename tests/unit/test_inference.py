@@ -210,6 +210,20 @@ def test_layers_that_stay_as_they_are():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_models_on_the_meta_device_are_rounded_for_their_plan(scheme):
+    torch.manual_seed(0)
+
+    def build() -> nn.Module:
+        return quantize(nn.Sequential(nn.Linear(64, 32), nn.GELU()), scheme).requires_grad_(False)
+
+    real, x = build(), torch.randn(4, 64)
+    with torch.device("meta"):
+        empty = build()
+    planned = autoplan(empty, (x.to("meta"),), cluster="2", forward=True).plan
+    assert planned.fingerprint == autoplan(real, (x,), cluster="2", forward=True).plan.fingerprint
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_gradients_pass_through_rounded_layers(scheme):
     """And inputs that are rounded: as if they were not."""
     torch.manual_seed(0)
