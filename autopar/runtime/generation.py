@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # Arguments of `generate` that need another loop, another model, or ranks that differ.
 _REFUSED = {
     "assistant_model": "a draft model has programs of its own; leave it out",
+    "assistant_early_exit": "its first layers are another program; leave it out",
     "synced_gpus": "ranks stop together, since they have the same tokens; leave it out",
     "custom_generate": "its loop may keep another cache; leave it out",
     "prompt_lookup_num_tokens": "it crops the cache; leave it out",

@@ -212,11 +212,15 @@ def refusals(mesh: str) -> dict[str, str]:
         "a growing cache": {"past_key_values": hf.DynamicCache(config=engine.config)},
         "a quantized cache": {"cache_implementation": "quantized"},
         "an assistant": {"assistant_model": language_model("llama")},
+        "first layers": {"assistant_early_exit": 1},
+        "first layers, configured": {
+            "generation_config": hf.GenerationConfig(assistant_early_exit=1, max_new_tokens=2)
+        },
     }
     messages = {}
     for name, arguments in other.items():
         try:
-            engine.generate(**batch, max_new_tokens=2, **arguments)
+            engine.generate(**{**batch, "max_new_tokens": 2, **arguments})
             messages[name] = "ran"
         except EngineError as error:
             messages[name] = str(error)

@@ -69,3 +69,5 @@ def test_refusals_name_what_and_what_to_do(pair):
         assert "past_key_values is a DynamicCache" in messages["a growing cache"]
         assert "cache_implementation='quantized'" in messages["a quantized cache"]
         assert "assistant_model=...) does not run on an engine" in messages["an assistant"]
+        for name in ("first layers", "first layers, configured"):
+            assert "assistant_early_exit=...) does not run on an engine" in messages[name]
