@@ -202,7 +202,10 @@ def _within(
         if not room.more:
             break
         reserved = (least + most) / 2
-    why = f" {refused}" if refused is not None else ""
+    why = ""
+    if refused is not None:
+        needed = refused.smallest_bytes
+        why = f" Beside {bytes_text(most)} for these, it needs {bytes_text(needed)} itself."
     tiers = ""
     if traced.options.cluster.off_device_tiers:
         tiers = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import median
 
 import numpy as np
@@ -64,6 +64,27 @@ class OperatorChain:
     backward_bytes: tuple[float, ...]
     shares: tuple[Sequence[tuple[str, float]], ...]
     places: tuple[int, ...]
+
+    def places_for(self, ranks: int) -> list[int]:
+        """Places at which a pipeline may be cut: blocks between `places` that take longer than a
+        rank's share of the step (layers of equal width, that have no narrow place between them)
+        are cut further, where least crosses, near their middle."""
+        us = [
+            0.0,
+            *accumulate(c["forward_us"] + c["input_us"] + c["weight_us"] for c in self.costs),
+        ]
+        crossing = [f + b for f, b in zip(self.forward_bytes, self.backward_bytes, strict=True)]
+        edges = [0, *self.places, len(self.nodes)]
+        longer = list(pairwise(edges))
+        while longer:
+            a, b = longer.pop()
+            if b - a < 2 or us[b] - us[a] <= us[-1] / ranks:
+                continue
+            middle = (us[a] + us[b]) / 2
+            cut = min(range(a + 1, b), key=lambda k: (crossing[k], abs(us[k] - middle)))
+            edges.append(cut)
+            longer += [(a, cut), (cut, b)]
+        return sorted(edges)[1:-1]
 
     def between(self, places: Sequence[int]) -> list[Block]:
         """Blocks of several operators.

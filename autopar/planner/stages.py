@@ -165,7 +165,8 @@ def plan_stages(
         InfeasibleError: no pipeline fits; it names the stage.
         PlanError: there are more stages than places to cut, or a name that the model lacks.
     """
-    chains = chains or {samples: operator_chain(planned.space, planned.choices)}
+    own = next(iter(chains)) if chains else -(-samples // (microbatches or 1))
+    chains = chains or {own: operator_chain(planned.space, planned.choices)}
     chain = next(iter(chains.values()))
     given = options.actions
     names = [n for n, row in SCHEDULES.items() if row.trains]
@@ -176,7 +177,7 @@ def plan_stages(
     elif options.schedule is not None:
         names = [options.schedule]
     cuts: tuple[int, ...] | None = None
-    places = list(chain.places)
+    places = chain.places_for(options.ranks)
     if options.stages is not None:
         try:
             places = firsts_of(planned.graph, options.stages)
@@ -190,10 +191,13 @@ def plan_stages(
     if cuts is None and len(places) + 1 < least:
         places = list(range(1, len(chain.nodes)))
     known = {size: c.between(places) for size, c in chains.items()}
+    memory = planned.plan.memory
+    beside = (memory.buffers_bytes + memory.transient_bytes) / own
     problem = PipelineProblem(
         partial(_blocks_at, known), options.ranks, samples, options.link, planned.plan.budget_bytes,
         tuple(names), stages_per_rank, microbatches, cuts,
         sends_beside=planned.space.cluster.device.runs_beside,
+        beside_bytes=lambda size: beside * size,
     )  # fmt: skip
     choice = choose_pipeline(problem)
     firsts = [places[k - 1] for k in choice.cuts]

@@ -235,7 +235,13 @@ def refusals() -> dict[str, str]:
     batch["x"] = batch["x"] + (rank == 2)
     return {
         "mixes": message("normed"),
-        "buffer": message("counted mean", mesh="pipe=4", microbatch="independent", schedule="1f1b"),
+        "buffer": message(
+            "counted mean",
+            mesh="pipe=4",
+            microbatch="independent",
+            schedule="1f1b",
+            stages="layers.1,layers.2,layers.3",
+        ),
         "schedule": message("frozen", schedule="zb"),
         "evaluates": message("frozen", schedule="forward-only"),
         "operators": message("frozen", stages="linear_9"),

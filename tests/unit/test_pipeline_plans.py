@@ -56,6 +56,11 @@ class Model(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())
 
 
+class Total(nn.Module):
+    def forward(self, x):
+        return x.pow(2).mean()
+
+
 def batch(samples: int = 32) -> dict[str, torch.Tensor]:
     ids = torch.zeros(samples, 128, dtype=torch.int64, device="meta")
     return {"ids": ids, "labels": ids}
@@ -202,10 +207,31 @@ def test_models_that_mix_samples():
 
 
 def test_memory_makes_stages_recompute():
-    needed = max(plan("pipe=2", schedule="1f1b", microbatches=8).pipeline.peak_bytes)
+    needed = plan("pipe=2", schedule="1f1b", microbatches=8).memory.total_bytes
     made = plan("pipe=2", schedule="1f1b", microbatches=8, memory=0.8 * needed)
-    assert max(made.pipeline.peak_bytes) <= 0.8 * needed
+    assert made.memory.total_bytes <= 0.8 * needed
     assert any(stage.recomputed_bytes for stage in made.pipeline.stages)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_what_fits_is_within_the_budget_with_all_that_a_rank_holds(share):
+    budget = share * plan("pipe=2").memory.total_bytes
+    try:
+        assert plan("pipe=2", memory=budget).memory.total_bytes <= budget
+    except InfeasibleError as error:
+        assert error.smallest_bytes > budget
+
+
+def test_layers_of_equal_width_are_cut_between_them():
+    """No place between them is narrower than another."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)), Total())
+    x = torch.empty(2048, 512, device="meta")
+    made = plan_batch(model, (x,), {}, cluster=ClusterInfo.of("pipe=2", "A100-80G")).plan
+    states = [0.0, 0.0]
+    for stage in made.pipeline.stages:
+        states[stage.rank] += stage.state_bytes
+    assert states[0] == states[1]
 
 
 def test_microbatches_fit_less_memory():

@@ -76,7 +76,7 @@ def _options(problem: PipelineProblem) -> list[Option]:
     options = [
         Option(
             name, p, per_rank, m, chains[m, SCHEDULES[name].splits_backward],
-            problem.budget_bytes, problem.recompute, problem.sends_beside,
+            problem.budget_bytes - _beside(problem, m), problem.recompute, problem.sends_beside,
         )
         for m in blocks
         for name in problem.schedules
@@ -128,6 +128,10 @@ def _check_cuts(problem: PipelineProblem, blocks: int) -> None:
             )
 
 
+def _beside(problem: PipelineProblem, microbatches: int) -> float:
+    return problem.beside_bytes(-(-problem.batch // microbatches))
+
+
 def _few(options: Iterable[Option]) -> bool:
     """Whether all cuts of all options can be looked at."""
     cuts = [(o.all_actions, math.comb(len(o.chain.blocks) - 1, o.stages - 1)) for o in options]
@@ -148,7 +152,7 @@ def _infeasible(problem: PipelineProblem, options: Sequence[Option]) -> Infeasib
         return option.all_borders() if proven else [option.smallest()]
 
     smallest, at, borders = min(
-        (option.peak_bytes(borders), at, borders)
+        (option.peak_bytes(borders) + _beside(problem, option.microbatches), at, borders)
         for at, option in enumerate(options)
         for borders in borders_of(option)
     )
@@ -161,21 +165,23 @@ def _infeasible(problem: PipelineProblem, options: Sequence[Option]) -> Infeasib
     )
     costs = option.costs(borders)
     state_bytes = sum(costs[s].state_bytes for s in stages)
-    live_bytes = smallest - state_bytes
+    beside = _beside(problem, option.microbatches)
+    live_bytes = smallest - state_bytes - beside
     if state_bytes >= live_bytes:
         remedy = "shard them, or use more ranks"
     elif problem.microbatches is None and problem.recompute is None:
         remedy = "use smaller blocks, a smaller batch or more ranks"
     else:
         remedy = "allow more microbatches and recomputation"
+    others = f", beside {bytes_text(beside)} of inputs and temporary values" if beside else ""
     main = "states" if state_bytes >= live_bytes else "activations"
     return InfeasibleError(
         f"no pipeline of {option.ranks} ranks fits {bytes_text(problem.budget_bytes)} per device."
         f" The smallest{'' if proven else ' found'} needs {bytes_text(smallest)} ({option.name},"
         f" {option.microbatches} microbatches): rank {rank} ({where}) has"
         f" {bytes_text(state_bytes)} of parameters, gradients and optimizer state (states) and"
-        f" {bytes_text(live_bytes)} of activations. Most are {main}: {remedy}, or raise the budget"
-        f" to {bytes_text(smallest)}",
+        f" {bytes_text(live_bytes)} of activations{others}. Most are {main}: {remedy}, or raise"
+        f" the budget to {bytes_text(smallest)}",
         budget_bytes=problem.budget_bytes,
         smallest_bytes=smallest,
         proven=proven,

@@ -30,6 +30,8 @@ class PipelineProblem:
         recompute: "none", "all" or, with cuts, how many blocks from the front of each stage are
             recomputed; if that is fixed.
         sends_beside: messages run beside compute; else they take the time of who sends them.
+        beside_bytes: what a rank holds beside states and activations (inputs, and what an operator
+            needs while it runs), by the number of samples in a microbatch.
     """
 
     blocks: Callable[[int], Sequence[Block]]
@@ -43,6 +45,7 @@ class PipelineProblem:
     cuts: tuple[int, ...] | None = None
     recompute: str | tuple[int, ...] | None = None
     sends_beside: bool = True
+    beside_bytes: Callable[[int], float] = lambda samples: 0.0
 
     def __post_init__(self) -> None:
         able = [row.name for row in SCHEDULES.values() if row.trains]
