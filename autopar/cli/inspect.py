@@ -16,6 +16,7 @@ from autopar.progress import Progress
 from autopar.report.comparison import difference_tables, explanation_table
 from autopar.report.text import render_tables, terminal_width
 from autopar.tracer import ColoTracer
+from autopar.units import mesh_text
 
 
 def explain_decision(
@@ -30,9 +31,14 @@ def explain_decision(
     """The alternatives of a decision of a saved plan.
 
     Raises:
-        ValueError: there is no model file.
+        ValueError: there is no model file, or the plan has stages.
         PlanError: the file has another model.
     """
+    if plan.pipeline is not None:
+        raise ValueError(
+            f"{path} has {len(plan.pipeline.stages)} pipeline stages, and explain compares plans "
+            f"without stages: plan with --mesh {mesh_text(plan.mesh)} for the layouts of a stage"
+        )
     source = str(model or _source(plan, path))
     with progress.stage("load model") as stage:
         example, _ = example_of(source, forward=plan.forward)

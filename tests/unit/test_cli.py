@@ -154,6 +154,9 @@ def test_explain_and_diff(tmp_path, tiny):
 
 
 def test_explain_refuses_what_it_cannot_explain(tmp_path, tiny):
+    staged = tmp_path / "staged.json"
+    run("plan", str(tiny), "--mesh", "pipe=2,data=2", "-o", str(staged))
+    assert "plan with --mesh 1x2" in refused("explain", str(staged), "0.weight")
     plan = tmp_path / "sub" / "plan.json"
     run("plan", str(tiny), "--mesh", "2", "-o", str(plan), "--no-baselines")
     message = refused("explain", str(plan), "0.wieght")
