@@ -77,6 +77,7 @@ def split_step(
     short: UntracedStep | None = None,
     whole: MemoryPlan | None = None,
     spent: float = 0.0,
+    most: float = math.inf,
 ) -> FittedStep | None:
     """Schedule a step with regions of it in slices: until it fits, and further if it recomputes
     much. None if no region lowers its peak, or if the states of training alone are too much.
@@ -88,6 +89,7 @@ def split_step(
         short: the same without most of its equal blocks, in which regions are looked for.
         whole: its schedule without slices, if it fits.
         spent: seconds on that schedule; if there is one, the search takes about as long at most.
+        most: seconds that there are in any case.
 
     Raises:
         InfeasibleError: the step does not fit in slices either.
@@ -101,7 +103,8 @@ def split_step(
         seconds = min(seconds, _HOPELESS_S)
     deadline = now + seconds
     patient = whole is None and not budget.is_hopeless
-    share, until = (_ROOMY if whole else 1.0), now + (_UNTIL_IT_FITS if patient else 1.0) * seconds
+    until = now + min((_UNTIL_IT_FITS if patient else 1.0) * seconds, most)
+    share = _ROOMY if whole else 1.0
     best = _split_to(step, budget, share, until, short)
     if best is None or whole is not None or recomputes_little(best.memory):
         return best

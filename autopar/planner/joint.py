@@ -282,9 +282,9 @@ class _Trials:
             few = short_step(
                 space.graph, short, plan, trainable=trainable, output_specs=self.output_specs
             )
-        seconds = min(SECONDS, self.problem.deadline.left)
+        left = self.problem.deadline.left
         try:
-            fitted = split_step(step, budget, seconds, few, whole, spent)
+            fitted = split_step(step, budget, min(SECONDS, left), few, whole, spent, left)
         except PlanError as error:  # a region of the few blocks that all of them do not have
             log.info("no slices: %s", error)
             return None
@@ -332,15 +332,21 @@ class _Trials:
         return JointPlan(replace(planned, plan=plan), best.memory, best.step, trials, least)
 
     def _refusal(self) -> InfeasibleError:
-        """The error of the plan that needs least, with that of tiers that have no room."""
+        """The error of the plan that needs least, with that of tiers that have no room, and with
+        the time limit if that was over."""
         least = min(self.errors, key=lambda error: error.smallest_bytes)
         tiers = [error for error in self.errors if math.isinf(error.smallest_bytes)]
-        if not tiers or least in tiers:
-            return least
+        text = str(least).rstrip(".")
+        if tiers and least not in tiers:
+            text += f". The states cannot rest off the device: {tiers[0]}"
+        if self.problem.deadline.over:
+            text += (
+                f". Planning was stopped by its time limit of {self.problem.deadline.seconds:g} s; "
+                "with a longer one, less may be enough"
+            )
         return InfeasibleError(
-            f"{least} The states cannot rest off the device: {tiers[0]}",
-            budget_bytes=least.budget_bytes, smallest_bytes=least.smallest_bytes,
-        )  # fmt: skip
+            text, budget_bytes=least.budget_bytes, smallest_bytes=least.smallest_bytes
+        )
 
 
 def _fits(problem: PlanningProblem, result: SearchResult) -> bool:
