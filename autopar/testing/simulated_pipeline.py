@@ -19,7 +19,7 @@ from autopar.passes.cut import Crossing
 from autopar.runtime.pipeline_runtime import Pipeline, StageCalls, Values
 from autopar.schedule.pipeline.actions import Kind, PipelineSchedule
 
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 300.0
 
 
 class Mailboxes:

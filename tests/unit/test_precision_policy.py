@@ -90,7 +90,7 @@ ZERO = {"up.weight": "S0R reshard", "down.weight": "S0R reshard", "inputs.x": "S
 def _zero(**options) -> JointPlan:
     """A plan that stores weights split and gathers them twice, for a large batch."""
     return plan_step(
-        Sharded(), (torch.randn(32768, 512),), cluster=ClusterInfo.of("4", "b200"),
+        Sharded(), (torch.randn(32768, 512),), cluster=ClusterInfo.of("4", "l4"),
         constraints=ZERO, **options,
     )  # fmt: skip
 
