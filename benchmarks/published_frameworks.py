@@ -100,7 +100,7 @@ def in_few_bits(space: SearchSpace, key: Run) -> None:
     for i, d in enumerate(space.decisions):
         if d.kind != "op" or "linear" not in str(d.node.target):
             continue
-        if not space.graph.info(d.node).module.startswith("layers."):
+        if not _in_block(space, d.node):
             continue
         strategies = [c.strategy for c in d.candidates]
         forward, backward = costs.compute_us(d.node, strategies)
@@ -249,12 +249,8 @@ def short_gathers(
     for node, us in gathers(space, choices):
         yield node, less * us, 0.0
     for edge, node in results_of_products(space):
-        yield (
-            node,
-            0.0,
-            less
-            * float(space.edge_costs(edge).backward_us[choices[edge.source], choices[edge.target]]),
-        )
+        pair = choices[edge.source], choices[edge.target]
+        yield node, 0.0, less * float(space.edge_costs(edge).backward_us[pair])
 
 
 def results_of_products(space: SearchSpace) -> Iterator[tuple[Edge, fx.Node]]:
@@ -269,27 +265,30 @@ def results_of_products(space: SearchSpace) -> Iterator[tuple[Edge, fx.Node]]:
 
 def gathers(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Node, float]]:
     """Products of blocks whose operand is gathered in the forward, and what that takes in us."""
-    for edge in space.edges:
-        target = space.decisions[edge.target]
+    for edge, product in inputs_of_products(space):
         pair = choices[edge.source], choices[edge.target]
         us = float(space.edge_costs(edge).forward_us[pair])
-        users = [target.node] if target.kind == "op" else list(target.node.users)
-        products = [n for n in users if n in space.profile and space.profile[n].forward.flops]
-        block = products and _in_block(space, products[0])
         before = space.decisions[edge.source].candidates[pair[0]].outputs[edge.result]
-        if block and us and not edge.weight and not before.partial:
-            yield products[0], us
+        if us and not before.partial:
+            yield product, us
 
 
 def summed_gradients(space: SearchSpace, choices: Sequence[int]) -> Iterator[tuple[fx.Node, float]]:
     """Products of blocks whose input's gradient is summed over ranks, and what that takes in us."""
+    for edge, product in inputs_of_products(space):
+        us = float(space.edge_costs(edge).backward_us[choices[edge.source], choices[edge.target]])
+        if us:
+            yield product, us
+
+
+def inputs_of_products(space: SearchSpace) -> Iterator[tuple[Edge, fx.Node]]:
+    """Edges of activations, shared ones too, to products of blocks, and the first of these."""
     for edge in space.edges:
         target = space.decisions[edge.target]
-        us = float(space.edge_costs(edge).backward_us[choices[edge.source], choices[edge.target]])
         users = [target.node] if target.kind == "op" else list(target.node.users)
         products = [n for n in users if n in space.profile and space.profile[n].forward.flops]
-        if products and us and not edge.weight and _in_block(space, products[0]):
-            yield products[0], us
+        if products and not edge.weight and _in_block(space, products[0]):
+            yield edge, products[0]
 
 
 def attends(node: fx.Node) -> bool:

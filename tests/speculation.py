@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,6 +11,7 @@ from torch import nn
 
 from autopar import ClusterInfo, auto_engine
 from autopar.cluster.tiers import HOST, Tier
+from autopar.comm import world as environment
 from autopar.runtime import chunks, speculative_step
 from autopar.runtime.second_version import Part
 from autopar.runtime.speculative_step import SpeculativeStep
@@ -102,6 +103,15 @@ class Training:
             for key, value in self.beside.state.get(q, {}).items():
                 assert torch.equal(getattr(state[key], "_local_tensor", state[key]), value), key
         return len(ACCEPTED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_chunks() -> Iterator[None]:
+    """In modules that import it, all chunks of a step are beside the backward."""
+    with pytest.MonkeyPatch.context() as patch:
+        speculate_on_all(patch)
+        yield
+    environment.stop()
 
 
 def speculate_on_all(patch: pytest.MonkeyPatch) -> None:

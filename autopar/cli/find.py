@@ -88,14 +88,15 @@ def find(
         InfeasibleError: nothing fits.
     """
     tried: list[TriedSize] = []
-    fitting: list[JointPlan] = []  # the last one
+    best: JointPlan | None = None  # the last that fits: each is larger, or the first at all
     forward = bool(options.get("forward"))
 
     def told(size: str, attempt: Callable[[], JointPlan]) -> bool:
+        nonlocal best
         with say.as_one(size) as stage:
             one, joint = _tried(size, attempt)
             fits = joint is not None
-            fitting[:] = fitting if joint is None else [joint]
+            best = joint or best
             stage.done = f"{size}: " + (
                 f"{time_text(one.step_us)}, {bytes_text(one.memory_bytes)}" if fits else one.note
             )
@@ -111,7 +112,8 @@ def find(
         for cluster in _clusters(target):
             size = f"{cluster.world_size} devices, mesh {cluster.mesh_text}"
             if told(size, partial(plan, plan_step if forward else plan_to_fit, cluster)):
-                return Answer(dict(sizes), cluster, tuple(tried), fitting[0])
+                assert best is not None
+                return Answer(dict(sizes), cluster, tuple(tried), best)
         least = min(one.memory_bytes for one in tried)
         raise InfeasibleError(
             f"nothing fits {target.devices} x {target.device}; the least memory that was found is "
@@ -127,13 +129,13 @@ def find(
 
     unit = 1 if key == "batch" else _TOKENS
     start = sizes[key] or (target.world_size if key == "batch" else _FIRST_LENGTH)
-    best = largest(attempt, max(1, start // unit), unit)
-    if not best:
+    most = largest(attempt, max(1, start // unit), unit)
+    if best is None:
         raise InfeasibleError(
             f"{unit} {words} is too much: {tried[-1].note}",
             budget_bytes=target.budget_bytes, smallest_bytes=tried[-1].memory_bytes,
         )  # fmt: skip
-    return Answer({**sizes, key: best}, target, tuple(tried), fitting[0])
+    return Answer({**sizes, key: most}, target, tuple(tried), best)
 
 
 def largest(fits: Callable[[int], bool], start: int, unit: int = 1) -> int:

@@ -94,17 +94,17 @@ def split_step(
     Raises:
         InfeasibleError: the step does not fit in slices either.
     """
-    if budget.is_hopeless and _trains(step):
-        return None
+    if budget.is_hopeless:
+        if _trains(step):
+            return None
+        most = min(most, _HOPELESS_S)  # to say what a forward would take
     now = time.process_time()
-    if whole is not None:
+    if whole is None:
+        share, longest = 1.0, min(_UNTIL_IT_FITS * seconds, most)
+    else:
         seconds = min(seconds, max(_FASTER_S, _FASTER * spent))
-    if budget.is_hopeless:  # what a forward would take is worth that
-        seconds = min(seconds, _HOPELESS_S)
-    deadline = now + seconds
-    patient = whole is None and not budget.is_hopeless
-    until = now + min((_UNTIL_IT_FITS if patient else 1.0) * seconds, most)
-    share = _ROOMY if whole else 1.0
+        share, longest = _ROOMY, min(seconds, most)
+    deadline, until = now + seconds, now + longest
     best = _split_to(step, budget, share, until, short)
     if best is None or whole is not None or recomputes_little(best.memory):
         return best

@@ -336,17 +336,20 @@ class _Trials:
         the time limit if that was over."""
         least = min(self.errors, key=lambda error: error.smallest_bytes)
         tiers = [error for error in self.errors if math.isinf(error.smallest_bytes)]
-        text = str(least).rstrip(".")
+        sentences = [str(least).rstrip(".")]
         if tiers and least not in tiers:
-            text += f". The states cannot rest off the device: {tiers[0]}"
+            sentences.append(f"The states cannot rest off the device: {tiers[0]}")
         if self.problem.deadline.over:
-            text += (
-                f". Planning was stopped by its time limit of {self.problem.deadline.seconds:g} s; "
+            sentences.append(
+                f"Planning was stopped by its time limit of {self.problem.deadline.seconds:g} s; "
                 "with a longer one, less may be enough"
             )
+        if len(sentences) == 1:
+            return least
         return InfeasibleError(
-            text, budget_bytes=least.budget_bytes, smallest_bytes=least.smallest_bytes
-        )
+            ". ".join(sentences), budget_bytes=least.budget_bytes,
+            smallest_bytes=least.smallest_bytes,
+        )  # fmt: skip
 
 
 def _fits(problem: PlanningProblem, result: SearchResult) -> bool:

@@ -311,16 +311,14 @@ def solver_table(plan: ShardingPlan) -> Table:
     """How the plan was found, how far it can be from the best one, and how long that took."""
     solver = plan.solver
     among = f" with {solver.bounded}" if solver.bounded != "" and len(solver.sharing_us) > 1 else ""
+    words = f"{solver.trade}; with a memory budget, time alone counts"
+    trade = [("trade", words)] if solver.trade else []
     rows = [
         ("method", solver.method),
         ("objective", f"{time_text(solver.objective_us)} per {plan.unit}, overlap deducted"),
         ("bound", f"no plan of the search space{among} is below {time_text(solver.bound_us)}"),
         ("gap", f"{solver.gap:.3%}"),
-        *(
-            [("trade", f"{solver.trade}; with a memory budget, time alone counts")]
-            if solver.trade
-            else []
-        ),
+        *trade,
         *((how, time_text(step)) for how, step in solver.sharing_us.items()),
         *((stage, f"{seconds:.2f} s") for stage, seconds in solver.seconds.items()),
     ]

@@ -7,23 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 
 from autopar.cluster.tiers import HOST, NVME, Tier
 from autopar.comm import world as environment
-from tests.speculation import ACCEPTED, EVERY, Training, speculate_on_all
-
-
-@pytest.fixture(scope="module", autouse=True)
-def whole_chunks() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        speculate_on_all(patch)
-        yield
-    environment.stop()
+from tests.speculation import ACCEPTED, EVERY, Training
+from tests.speculation import whole_chunks as whole_chunks  # a fixture of every test here
 
 
 def with_drive(directory: Path | str) -> tuple[Tier, Tier]:

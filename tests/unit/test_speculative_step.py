@@ -13,15 +13,8 @@ from autopar.comm import world as environment
 from autopar.runtime import speculative_step
 from autopar.runtime.speculative_step import SpeculativeStep
 from autopar.schedule import host_step
-from tests.speculation import ACCEPTED, EVERY, Training, speculate_on_all
-
-
-@pytest.fixture(scope="module", autouse=True)
-def whole_chunks() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        speculate_on_all(patch)
-        yield
-    environment.stop()
+from tests.speculation import ACCEPTED, EVERY, Training
+from tests.speculation import whole_chunks as whole_chunks  # a fixture of every test here
 
 
 @pytest.fixture(scope="module")
