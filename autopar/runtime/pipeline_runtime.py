@@ -1,11 +1,14 @@
 """Runs the actions of one pipeline rank by torch's schedule runtime.
 
-Private to torch here: `_PipelineScheduleRuntime`, `_Action` and `_add_send_recv` of
-`torch.distributed.pipelining.schedules`, and what the runtime asks of a stage; tested with 2.13.
+Private to torch here: `_PipelineScheduleRuntime`, `_Action`, `_add_send_recv`, `_batch_p2p` and
+`_wait_batch_p2p` of `torch.distributed.pipelining.schedules`, and what the runtime asks of a stage;
+tested with 2.13.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -40,6 +43,48 @@ class StageCalls:
     weights: Callable[[int], None]
 
 
+class _Sent:
+    """Messages that other ranks may not have yet. Torch's runtime would hold those of all
+    microbatches until the end of the step.
+
+    A rank computes in the order of the schedule, and waits for what it takes. So a result of its
+    says that it has all that it had to take until then.
+    """
+
+    def __init__(self, schedule: PipelineSchedule) -> None:
+        self._rank_of = schedule.rank_of_stage
+        # By stage, whether it is a forward, and microbatch: the place among its rank's actions.
+        self._place = {
+            (stage, kind is Kind.FORWARD, microbatch): k
+            for row in schedule.ranks
+            for k, (stage, kind, microbatch) in enumerate(row)
+            if kind is not Kind.WEIGHT
+        }
+        self._under_way: dict[int, list[tuple[int, list[dist.Work]]]] = defaultdict(list)
+
+    def send(self, ops: list[dist.P2POp], stage: int, forward: bool, microbatch: int) -> None:
+        """Send what an action of a stage takes."""
+        place = self._place[stage, forward, microbatch]
+        works = torch_schedules._batch_p2p(ops)
+        self._under_way[self._rank_of[stage]].append((place, works))
+
+    def arrived(self, stage: int, forward: bool, microbatch: int) -> None:
+        """Release what the rank of a stage had to take until an action, whose result is here."""
+        self._release(self._rank_of[stage], self._place[stage, forward, microbatch])
+
+    def finish(self) -> None:
+        """Wait until all messages are sent."""
+        for rank in self._under_way:
+            self._release(rank, math.inf)
+
+    def _release(self, rank: int, place: float) -> None:
+        messages = self._under_way[rank]
+        self._under_way[rank] = [(at, works) for at, works in messages if at > place]
+        for at, works in messages:
+            if at <= place:
+                torch_schedules._wait_batch_p2p(works)
+
+
 class _Stage:
     """A stage, as torch's runtime sees one."""
 
@@ -53,11 +98,13 @@ class _Stage:
         calls: StageCalls,
         received: Callable[[int], Mapping[str, Crossing]],
         sent: Callable[[int], Mapping[str, Crossing]],
+        messages: _Sent,
     ) -> None:
         self.stage_index, self.num_stages = number, pipeline.schedule.stages
         self.group_size, self.group_rank = len(pipeline.schedule.ranks), pipeline.rank
         self.stage_index_to_group_rank: dict[int, int] = {}
         self._calls, self._received, self._sent = calls, received, sent
+        self._messages = messages
         self._group = pipeline.group
         self._inbox: dict[int, Values] = {}
         self._outbox: dict[int, Values] = {}
@@ -82,7 +129,7 @@ class _Stage:
         return self._ops(dist.irecv, values, self.stage_index - 1)
 
     def get_fwd_send_ops(self, microbatch: int) -> list[dist.P2POp]:
-        return self._ops(dist.isend, self._outbox.pop(microbatch), self.stage_index + 1)
+        return self._send(self._outbox.pop(microbatch), self.stage_index + 1, microbatch)
 
     def get_bwd_recv_ops(self, microbatch: int) -> list[dist.P2POp]:
         sent = self._sent(microbatch)
@@ -91,7 +138,13 @@ class _Stage:
         return self._ops(dist.irecv, values, self.stage_index + 1)
 
     def get_bwd_send_ops(self, microbatch: int) -> list[dist.P2POp]:
-        return self._ops(dist.isend, self._given.pop(microbatch), self.stage_index - 1)
+        return self._send(self._given.pop(microbatch), self.stage_index - 1, microbatch)
+
+    def _send(self, values: Values, stage: int, microbatch: int) -> list[dist.P2POp]:
+        """Send to a stage, and leave nothing to torch's runtime."""
+        ops = self._ops(dist.isend, values, stage)
+        self._messages.send(ops, stage, stage > self.stage_index, microbatch)
+        return []
 
     def set_local_fwd_input(self, values: Values, microbatch: int) -> None:
         self._inbox[microbatch] = values
@@ -103,6 +156,8 @@ class _Stage:
         self._gradients[microbatch] = values
 
     def forward_one_chunk(self, microbatch: int, *_: Any, **__: Any) -> Values:
+        if not self.is_first:
+            self._messages.arrived(self.stage_index - 1, True, microbatch)
         values = self._calls.forward(microbatch, self._inbox.pop(microbatch, {}))
         if not self.is_last:
             self._outbox[microbatch] = values
@@ -111,6 +166,8 @@ class _Stage:
     def backward_one_chunk(
         self, microbatch: int, loss: Any = None, full_backward: bool = True, **_: Any
     ) -> None:
+        if not self.is_last:
+            self._messages.arrived(self.stage_index + 1, False, microbatch)
         gradients = self._gradients.pop(microbatch, {})
         given = self._calls.backward(microbatch, gradients, full_backward)
         if not self.is_first:
@@ -181,10 +238,11 @@ class Pipeline:
             backward: run backwards, too.
         """
         schedule = self.schedule if backward else self.schedule.forwards()
+        messages = _Sent(schedule)
         stages = [
             _Stage(
                 number, self, calls[number],
-                partial(received, number), partial(received, number + 1),
+                partial(received, number), partial(received, number + 1), messages,
             )
             for number in self.own
         ]  # fmt: skip
@@ -204,6 +262,7 @@ class Pipeline:
         runtime.pipeline_order_with_comms = self._actions[backward]
         with explained_failures():
             runtime._step_microbatches()
+            messages.finish()
 
     def broadcast(self, x: torch.Tensor, stage: int) -> torch.Tensor:
         """A value that the rank of a stage has, on all ranks of the pipeline."""
