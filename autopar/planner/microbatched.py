@@ -14,17 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.fx as fx
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.errors import InfeasibleError, PlanError
-from autopar.ir.aliasing import tensors_of
-from autopar.ir.graph import producer, shape_of
-from autopar.ir.spec import local_shape
 from autopar.passes.microbatches import Microbatches
 from autopar.plan import ShardingPlan
 from autopar.plan_records import MemoryEstimate, StepWork, TimeEstimate
 from autopar.planner.baselines import baseline_plans
+from autopar.planner.batch_bytes import BatchBytes
 from autopar.planner.estimate import accumulation_us, optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import (
@@ -196,20 +193,16 @@ class BatchPlanner:
         memory, budget = planned.plan.memory, self.cluster.budget_bytes
         state = planned.plan.optimizer_state
         sums = memory.optimizer_bytes / state if state else memory.parameters_bytes
-        inputs, results = _batch_bytes(planned)
-        memory = replace(
-            memory,
-            gradients_bytes=memory.gradients_bytes + sums,
-            buffers_bytes=memory.buffers_bytes + (microbatches - 1) * inputs,
-            # of the whole batch, and a gradient of each
-            activations_bytes=memory.activations_bytes + 2 * microbatches * results,
-        )
+        of_one = BatchBytes.of(planned)
+        memory = of_one.added_to(memory, microbatches)
+        memory = replace(memory, gradients_bytes=memory.gradients_bytes + sums)
         if memory.total_bytes > budget:
+            inputs = bytes_text(microbatches * of_one.inputs)
+            results = bytes_text(2 * microbatches * of_one.results)
             raise InfeasibleError(
                 f"{microbatches} microbatches need {bytes_text(memory.total_bytes)} with the sums "
-                f"of their gradients ({bytes_text(sums)}), the whole batch "
-                f"({bytes_text(microbatches * inputs)}) and its results with their gradients "
-                f"({bytes_text(2 * microbatches * results)}), and there is {bytes_text(budget)}",
+                f"of their gradients ({bytes_text(sums)}), the whole batch ({inputs}) and its "
+                f"results with their gradients ({results}), and there is {bytes_text(budget)}",
                 budget_bytes=budget, smallest_bytes=memory.total_bytes,
             )  # fmt: skip
         return memory
@@ -270,32 +263,6 @@ class BatchPlanner:
             except PlanError as error:  # its dims do not split so
                 log.info("no costs for microbatches of %d samples: %s", size, error)
         return chains
-
-
-def _batch_bytes(planned: Planned) -> tuple[float, float]:
-    """Of the first rank's inputs, and of its results, of one microbatch; without scalars."""
-    space, graph = planned.space, planned.graph
-    layouts = {
-        decision.node: decision.candidates[choice].outputs
-        for decision, choice in zip(space.decisions, planned.choices, strict=True)
-        if decision.kind not in ("shared", "output")
-    }
-
-    def nbytes(node: fx.Node, result: int) -> float:
-        value = tensors_of(node.meta["val"])[result]
-        if not value.ndim:
-            return 0.0
-        coords = (0,) * len(space.mesh)
-        shape = local_shape(shape_of(value), layouts[node][result], space.mesh, coords)
-        return float(math.prod(shape) * value.element_size())
-
-    inputs = [graph.placeholders[name] for name in graph.inputs if name is not None]
-    returned: Any = graph.output.args[0]
-    results = {producer(n) for n in returned[len(graph.mutations) :] if isinstance(n, fx.Node)}
-    return (
-        sum(nbytes(node, 0) for node in inputs if node in layouts),
-        sum(nbytes(*result) for result in results if result[0] in layouts),
-    )
 
 
 def worth_splitting(plan: ShardingPlan) -> bool:

@@ -14,6 +14,7 @@ from autopar.cluster.link import Link
 from autopar.errors import ConstraintError, MeshError, PlanError
 from autopar.plan import ShardingPlan
 from autopar.plan_records import MemoryEstimate, PipelinePlan, StagePlan, TimeEstimate
+from autopar.planner.batch_bytes import BatchBytes
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import Planned
 from autopar.planner.stage_names import firsts_of, layout_of, name_of
@@ -191,18 +192,19 @@ def plan_stages(
     if cuts is None and len(places) + 1 < least:
         places = list(range(1, len(chain.nodes)))
     known = {size: c.between(places) for size, c in chains.items()}
-    memory = planned.plan.memory
-    beside = (memory.buffers_bytes + memory.transient_bytes) / own
+    memory = _of_batch(planned, samples / own)
+    per_sample = memory.transient_bytes / own
+    beside = memory.buffers_bytes + memory.activations_bytes
     problem = PipelineProblem(
         partial(_blocks_at, known), options.ranks, samples, options.link, planned.plan.budget_bytes,
         tuple(names), stages_per_rank, microbatches, cuts,
         sends_beside=planned.space.cluster.device.runs_beside,
-        beside_bytes=lambda size: beside * size,
+        beside_bytes=lambda size: beside + per_sample * size,
     )  # fmt: skip
     choice = choose_pipeline(problem)
     firsts = [places[k - 1] for k in choice.cuts]
     blocks = _blocks_at(known, -(-samples // choice.microbatches))
-    plan = _with_pipeline(planned, options, chain, blocks, choice, firsts, given)
+    plan = _with_pipeline(planned, options, chain, blocks, choice, firsts, given, memory)
     work = None if plan.work is None else plan.work.of_samples(samples)
     return replace(plan, work=work)
 
@@ -235,6 +237,7 @@ def _on_line(first: float, second: float, share: float) -> float:
 def _with_pipeline(
     planned: Planned, options: PipelineOptions, chain: OperatorChain, blocks: Sequence[Block],
     choice: PipelineChoice, firsts: Sequence[int], given: PipelineSchedule | None,
+    beside: MemoryEstimate,
 ) -> ShardingPlan:  # fmt: skip
     schedule = choice.schedule if given is None else given
     edges = [0, *choice.cuts, len(blocks)]
@@ -264,20 +267,31 @@ def _with_pipeline(
     )
     time = TimeEstimate(compute, max(0.0, choice.step_us - compute), 0.0)
     return replace(
-        planned.plan, time=time, memory=_memory(planned.plan, pipeline), pipeline=pipeline,
+        planned.plan, time=time, memory=_memory(beside, pipeline), pipeline=pipeline,
         microbatches=choice.microbatches,
     )  # fmt: skip
 
 
-def _memory(plan: ShardingPlan, pipeline: PipelinePlan) -> MemoryEstimate:
-    """Of the fullest rank."""
+def _of_batch(planned: Planned, microbatches: float) -> MemoryEstimate:
+    """The memory of a microbatch's plan with all that is there of the batch, but for activations,
+    which stages hold."""
+    memory = replace(planned.plan.memory, activations_bytes=0.0)
+    return BatchBytes.of(planned).added_to(memory, microbatches)
+
+
+def _memory(known: MemoryEstimate, pipeline: PipelinePlan) -> MemoryEstimate:
+    """Of the fullest rank.
+
+    Args:
+        known: as of `_of_batch`.
+    """
     fullest = max(range(pipeline.ranks), key=pipeline.peak_bytes.__getitem__)
     states = sum(s.state_bytes for s in pipeline.stages if s.rank == fullest)
-    known = plan.memory
     total = known.parameters_bytes + known.gradients_bytes + known.optimizer_bytes or 1.0
     share = states / total
     activations = pipeline.peak_bytes[fullest] - states
     return MemoryEstimate(
         known.parameters_bytes * share, known.gradients_bytes * share,
-        known.optimizer_bytes * share, activations, known.buffers_bytes, known.transient_bytes,
+        known.optimizer_bytes * share, activations + known.activations_bytes, known.buffers_bytes,
+        known.transient_bytes,
     )  # fmt: skip
