@@ -64,7 +64,7 @@ def serve(
             needed = ", ".join(missing)
             raise ImportError(f"the server needs {needed}: pip install autopar[serve]")
         from autopar.cluster.local import as_cluster
-        from autopar.integrations.serve import ServeOptions, leave, run_rank
+        from autopar.integrations.serve import ServeOptions, leave, model_folder, run_rank
         from autopar.quantization import check_scheme
 
         if quantize is not None:
@@ -74,6 +74,7 @@ def serve(
         if "WORLD_SIZE" in os.environ or ranks == 1:
             run_rank(options)
             return
+        model_folder(model)  # downloaded once, and a wrong name is told before processes start
     leave(_on_processes(options, ranks))
 
 

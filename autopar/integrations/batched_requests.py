@@ -124,7 +124,8 @@ def as_batch(requests: Sequence[Request], rows: int) -> tuple[dict[str, Any], li
     limits = [request.most_tokens for request in requests]
     prompts += prompts[:1] * (rows - len(prompts))
     limits += [1] * (rows - len(limits))
-    width = max(map(len, prompts))
+    # Some padding in each row, so that a mask is always needed: without one, it is another program.
+    width = max(map(len, prompts)) + 1
     config = copy.deepcopy(requests[0].arguments["generation_config"])
     config.max_new_tokens = max(limits)
     pad = config.pad_token_id

@@ -111,17 +111,32 @@ def _bound(options: ServeOptions) -> socket.socket:
     return place
 
 
+def model_folder(model: str) -> str:
+    """A folder as it is; for an id of the hub, the folder that it is downloaded to.
+
+    Raises:
+        OSError: there is neither.
+    """
+    if Path(model).is_dir():
+        return model
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise OSError(f"{model} is no folder")
+    from huggingface_hub import snapshot_download
+
+    print(f"autopar: asking the Hugging Face hub for {model}", file=sys.stderr, flush=True)
+    try:
+        return snapshot_download(model)
+    except (OSError, ValueError) as error:  # no connection; a name that the hub has none of
+        raise OSError(f"{model} is no folder, nor is it a model of the hub: {error}") from error
+
+
 def load(options: ServeOptions) -> tuple[Any, Any]:
     """The engine, with its weights and programs, and the tokenizer.
 
     Raises:
         EngineError: the model is none that generates text from text.
     """
-    folder = options.model
-    if not Path(folder).is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = snapshot_download(folder)
+    folder = model_folder(options.model)
     config = hf.AutoConfig.from_pretrained(folder)
     if config.is_encoder_decoder:
         raise EngineError(
@@ -158,6 +173,8 @@ def _generate(engine: Any, prompts: Iterable[tuple[int, int]], rows: int = 1) ->
         config.max_cache_len, config.do_sample = held, False
         config.min_new_tokens = config.max_new_tokens = 2
         mask = torch.ones_like(ids)
+        if rows > 1:
+            mask[:, 0] = 0  # as batches have
         engine.generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
 
@@ -196,6 +213,7 @@ def application(shared: Any, model: str, tokenizer: Any) -> Any:
         shared: a `SharedGeneration`.
         model: how requests name it.
     """
+    from jinja2 import TemplateError
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
@@ -203,6 +221,7 @@ def application(shared: Any, model: str, tokenizer: Any) -> Any:
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.utils import GenerateManager, GenerationState
 
+    from autopar.integrations.request_fields import first_problem
     from autopar.integrations.shared_generation import SEED, RequestError, ServerEndsError
 
     class OneModel(ModelManager):
@@ -234,31 +253,45 @@ def application(shared: Any, model: str, tokenizer: Any) -> Any:
         def get_manager(self, *_: Any, **__: Any) -> Any:
             return waiting
 
-    def seeded(handler: Any) -> Any:
-        """A handler that gives the seed to the generation. Transformers' sets the generator of the
-        process, also while another request draws from it."""
+    def checked(handler: Any, prompt: str) -> Any:
+        """A handler that checks the fields of a request, and gives the seed to the generation.
+        Transformers' sets the generator of the process, also while another request draws from it.
 
-        class Seeded(handler):
+        Args:
+            prompt: the field with the text to begin with.
+        """
+
+        class Checked(handler):
+            def _validate_request(self, body: dict[str, Any]) -> None:
+                super()._validate_request(body)
+                if problem := first_problem(body, prompt):
+                    raise RequestError(problem)
+
             def _build_generation_config(self, body: Any, *args: Any, **kwargs: Any) -> Any:
                 seed = body.pop("seed", None)
-                config = super()._build_generation_config(body, *args, **kwargs)
+                try:
+                    config = super()._build_generation_config(body, *args, **kwargs)
+                except (TypeError, ValueError) as error:
+                    raise RequestError(f"generation_config: {error}") from error
+                config.use_cache = True  # the tokens are the same, and programs are warmed up
                 if seed is not None:
                     setattr(config, SEED, int(seed))
                 return config
 
-        return Seeded(manager, state)
+        return Checked(manager, state)
 
     state, manager, waiting = OneState(), OneModel(), Waiting()
     app = build_server(
         manager,
-        seeded(ChatCompletionHandler),
-        completion_handler=seeded(CompletionHandler),
-        response_handler=seeded(ResponseHandler),
+        checked(ChatCompletionHandler, "messages"),
+        completion_handler=checked(CompletionHandler, "prompt"),
+        response_handler=checked(ResponseHandler, "input"),
         transcription_handler=_NotServed(),
         systemone_handler=_NotServed(),
         generation_state=state,
     )
-    app.add_exception_handler(RequestError, partial(_told, code=_BAD_REQUEST))
+    for error in (RequestError, TemplateError):
+        app.add_exception_handler(error, partial(_told, code=_BAD_REQUEST))
     app.add_exception_handler(ServerEndsError, partial(_told, code=_ENDING))
     app.add_exception_handler(Exception, _told)
     return app

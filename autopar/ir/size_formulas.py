@@ -140,6 +140,18 @@ def varying_dims(graph: ModelGraph, shapes: Sequence[Shapes]) -> dict[int, list[
     return dims
 
 
+def show_sizes(first: Shapes, second: Shapes, new: Shapes) -> bool:
+    """Whether programs for two shapes show how one for the new shapes depends on all sizes that
+    these have otherwise. Sizes 0 and 1 have no symbols."""
+    for shapes in zip(first, second, new, strict=True):
+        if len(set(map(len, shapes))) != 1:
+            return False
+        for a, b, c in zip(*shapes, strict=True):
+            if len({a, b, c}) > 1 and (a == b or min(a, b, c) < 2):
+                return False
+    return True
+
+
 def input_shapes(graph: ModelGraph) -> Shapes:
     """Of the tensor inputs."""
     return [shape_of(graph.placeholders[n].meta["val"]) for n in graph.inputs if n is not None]

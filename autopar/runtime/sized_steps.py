@@ -18,7 +18,13 @@ import torch.fx as fx
 from autopar.comm.ranks import Ranks
 from autopar.errors import CaptureError
 from autopar.ir.graph import ModelGraph
-from autopar.ir.size_formulas import SizeFormulas, input_shapes, varying_dims
+from autopar.ir.size_formulas import (
+    Shapes,
+    SizeFormulas,
+    input_shapes,
+    show_sizes,
+    varying_dims,
+)
 from autopar.ir.sized_graph import NotAlikeError
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.bound_step import BoundStep
@@ -65,7 +71,7 @@ class SizedSteps:
         """
         shapes = layout.whole_shapes()
         serving = {step.number for step in compiled}
-        for sized in self._of_kind(kind, compiled):
+        for sized in self._of_kind(kind, compiled, shapes):
             if sized.second.number not in serving:
                 continue
             for formulas in self._formulas_for(kind, sized, call, layout):
@@ -77,15 +83,18 @@ class SizedSteps:
                     return step
         return None
 
-    def _of_kind(self, kind: Any, compiled: Sequence[BoundStep]) -> Iterable[SizedStep]:
-        """Those that there are, then new ones of the last compiled step with each before it."""
+    def _of_kind(
+        self, kind: Any, compiled: Sequence[BoundStep], new: Shapes
+    ) -> Iterable[SizedStep]:
+        """Those that there are, then new ones of two compiled steps; of these that may serve."""
         alike = self._alike.setdefault(kind, [])
-        yield from list(alike)
-        second = compiled[-1]
-        for first in reversed(compiled[:-1]):
-            if (first.number, second.number) in self._tried:
+        yield from [sized for sized in alike if _may_serve(sized.first, sized.second, new)]
+        pairs = ((a, b) for k, b in enumerate(compiled) for a in compiled[:k])
+        for first, second in reversed(list(pairs)):
+            name = first.number, second.number
+            if name in self._tried or not _may_serve(first, second, new):
                 continue
-            self._tried.add((first.number, second.number))
+            self._tried.add(name)
             sized = _common(first, second)
             if self._ranks.all(sized is not None) and sized is not None:
                 log.info("sizes of inputs have become inputs of a program")
@@ -103,10 +112,7 @@ class SizedSteps:
         name = kind, tuple((k, *dims) for k, dims in varying.items())
         known = self._formulas.setdefault(name, [])
         yield from [f for f in known if f is not None]
-        tensors = [k for k, name in enumerate(graph.inputs) if name is not None]
-        sizes = [n[d] for k, n in zip(tensors, new, strict=True) for d in varying.get(k, ())]
-        # sizes 0 and 1 have no symbols
-        if len(known) >= _CAPTURES or min(sizes, default=0) < 2:
+        if len(known) >= _CAPTURES:
             return
         found = None
         try:
@@ -131,6 +137,11 @@ def _gives_alike(symbolic: ModelGraph, graph: ModelGraph) -> bool:
         and repr(symbolic.effects) == repr(graph.effects)
         and symbolic.out_spec == graph.out_spec
     )
+
+
+def _may_serve(first: BoundStep, second: BoundStep, new: Shapes) -> bool:
+    known = [input_shapes(step.compiled.graph) for step in (first, second)]
+    return show_sizes(known[0], known[1], new)
 
 
 def _common(first: BoundStep, second: BoundStep) -> SizedStep | None:

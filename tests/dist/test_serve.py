@@ -126,6 +126,10 @@ def test_a_bad_request_is_told_and_the_next_one_served(server, folder):
         asked(f"{server}/v1/completions", prompt=PROMPTS[0], generation_config=bad)
     assert failed.value.code == 500
     assert "cache_implementation='quantized'" in failed.value.read().decode()
+    with pytest.raises(urllib.error.HTTPError) as failed:
+        asked(f"{server}/v1/completions", prompt=PROMPTS[0], max_tokens="many")
+    assert failed.value.code == 400
+    assert "max_tokens: Input should be a valid integer" in failed.value.read().decode()
     # one who leaves before all tokens are there
     body = {"prompt": PROMPTS[0], "max_tokens": 50, "temperature": 0, "stream": True}
     request = urllib.request.Request(

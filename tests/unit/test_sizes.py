@@ -5,7 +5,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from autopar.ir.size_formulas import SizeFormulas, varying_dims
+from autopar.ir.size_formulas import SizeFormulas, show_sizes, varying_dims
 from autopar.ir.sized_graph import NotAlikeError, SizedGraph, merged
 from autopar.tracer import ColoTracer
 
@@ -65,6 +65,16 @@ def test_fixed_sizes_have_no_formulas():
     assert SizeFormulas.of(graph) is None
     assert varying_dims(graph, [shapes(12), shapes(16)]) == {0: [1]}
     assert varying_dims(graph, [shapes(12), [(6, 12)]]) == {}
+
+
+def test_two_programs_show_sizes_in_which_they_differ():
+    first, second = [(4, 12, 64)], [(4, 16, 1024)]
+    assert show_sizes(first, second, [(4, 24, 64)])
+    assert show_sizes(first, second, [(4, 16, 2048)])
+    assert not show_sizes(first, second, [(2, 24, 64)])  # both are for 4 rows
+    assert not show_sizes(first, second, [(4, 1, 64)])
+    assert not show_sizes(first, [(4, 1, 64)], [(4, 12, 128)])
+    assert not show_sizes(first, second, [(4, 12)])
 
 
 def test_a_graph_takes_sizes_as_inputs():
