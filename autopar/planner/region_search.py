@@ -84,6 +84,11 @@ class RegionSearch:
         self.text = _as_text(self.order)
         names = {node.name: k for k, node in enumerate(self.order)}
         self.at = names.get(self.peak_at, self.live.peak_at)
+        least = (1 - LEAST_GAIN) * self.live.live[self.at]
+        self.peaks = {
+            k for k, text in enumerate(self.text)
+            if text == self.text[self.at] and self.live.live[k] >= least
+        }  # fmt: skip
 
     def best(self) -> list[Candidate]:
         """The most promising regions, of different places or dims."""
@@ -145,12 +150,15 @@ class RegionSearch:
                 return
 
     def _places(self, first: int, last: int) -> int | None:
-        """How many regions equal that one; None if the peak's operator also stands elsewhere."""
-        pattern, peak = self.text[first : last + 1], self.text[self.at]
-        places = self.text.count(pattern)
-        if places * pattern.count(peak) < self.text.count(peak):
-            return None
-        return places
+        """How many regions equal that one; None if none of them has an equal operator at which as
+        much is alive as at the peak."""
+        pattern = self.text[first : last + 1]
+        places, uncovered, start = 0, self.peaks, self.text.find(pattern)
+        while start >= 0:
+            end = start + len(pattern)
+            places, uncovered = places + 1, uncovered - set(range(start, end))
+            start = self.text.find(pattern, end)
+        return None if uncovered else places
 
     def _candidate(self, region: Region, growth: Growth) -> Candidate | None:
         fixed, inner = self.live.of_region(region, growth.start, growth.end, self.training)
