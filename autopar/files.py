@@ -7,6 +7,22 @@ import tempfile
 from pathlib import Path
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse a path that cannot be written, before the work whose result goes there.
+
+    Raises:
+        OSError: naming the path.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, and a file is to be written there")
+    folder = next(p for p in path.absolute().parents if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror} ({folder})") from error
+
+
 def write_atomically(path: str | Path, text: str, *, durably: bool = False) -> None:
     """Write a file. On failure, a file that is already there does not change.
 

@@ -128,6 +128,7 @@ def find(
         return told(f"{size:,} {words}", partial(plan, fastest, target, **{key: size}))
 
     unit = 1 if key == "batch" else _TOKENS
+    example_of(model, forward=forward, **{**sizes, key: unit})  # refuses what takes no sizes
     start = sizes[key] or (target.world_size if key == "batch" else _FIRST_LENGTH)
     most = largest(attempt, max(1, start // unit), unit)
     if best is None:

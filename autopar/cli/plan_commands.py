@@ -196,6 +196,7 @@ def plan(
                 write_html,
             )
             from autopar.cluster.cluster import ClusterInfo
+            from autopar.files import check_writable
             from autopar.ir.precision import Precision
             from autopar.plan_records import TriedSize
             from autopar.planner.optimizer_state import named_state_ratio, named_step_tiers
@@ -222,6 +223,9 @@ def plan(
                 )
             if isinstance(target, ClusterInfo):
                 PipelineOptions.of(target, schedule, stages)
+            for path in (output, save_constraints, report, trace):
+                if path is not None:
+                    check_writable(path)
             if dump_passes is not None:
                 dump_passes.mkdir(parents=True, exist_ok=True)
             options: dict[str, Any] = {
@@ -238,7 +242,7 @@ def plan(
             options["steps_on"] = named_step_tiers(name)
         known, tried = None, tuple[TriedSize, ...]()
         if find:
-            with short_errors():
+            with short_errors(ValueError):
                 answer = questions.find(find, model, target, sizes, say, **options)
                 sizes, target, tried = answer.sizes, answer.target, answer.tried
                 example, source = example_of(model, forward=forward, **sizes)

@@ -1,4 +1,4 @@
-"""Fake implementations that torch lacks.
+"""Fake implementations that torch lacks, and what fake tensors log.
 
 `torch._subclasses.fake_impls.register_op_impl` is private (tested with torch 2.13); the public
 `torch.library.register_fake` comes after its refusal of operators with data-dependent shapes.
@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,3 +46,15 @@ def register() -> None:
     for op in (aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor):
         if op not in op_implementations_dict:
             register_op_impl(op)(_ctc_loss_backward)
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Fake tensors log an operator's error with its traceback, and raise it: here it is told once,
+    with the user's source line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -47,6 +47,7 @@ from autopar.tracer.attributes import AttributeRecorder
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.casts import keep_modules, with_casts
 from autopar.tracer.effects import Carried, Originals, check_state, collect
+from autopar.tracer.fakes import quiet_fakes
 from autopar.tracer.flex_attention import flex_attention_as_products
 from autopar.tracer.forward_hooks import ObservedHooks, copied_tensors, isolate, root_hooks
 from autopar.tracer.functional import make_functional
@@ -127,7 +128,7 @@ class ColoTracer:
         if self.precision is not None:
             self.precision.check(model)
         try:
-            with collection_paused():
+            with collection_paused(), quiet_fakes():
                 if masks_can_be_skipped():
                     try:
                         with masks_as_run():

@@ -55,6 +55,12 @@ def test_plan_prints_a_report_and_writes_files(tmp_path):
     assert len(again.read_text()) == len(page.read_text())
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_planning(tiny, tmp_path):
+    for path, reason in ((tmp_path, "is a directory"), ("/proc/report.html", "cannot write")):
+        result = run("plan", str(tiny), "--mesh", "2", "--report", str(path), code=2)
+        assert reason in result.stderr and "captured" not in result.stderr
+
+
 def test_json_is_all_that_goes_to_stdout(tiny):
     result = run("plan", str(tiny), "--mesh", "2", "--json", "--no-baselines", "--device", "h100")
     loaded = ShardingPlan.from_json(result.stdout)

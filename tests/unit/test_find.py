@@ -9,6 +9,7 @@ from autopar import ShardingPlan
 from autopar.cli.app import app
 from autopar.cli.find import largest
 from autopar.cluster.cluster import parse_bytes
+from tests.commands import run
 from tests.unit.test_model_library import CONFIG
 
 FILE = """
@@ -125,3 +126,10 @@ def test_questions_that_have_no_answer(model, capsys, arguments, message):
     with pytest.raises(SystemExit):
         app(["plan", str(model), "--batch", "2", *arguments], standalone_mode=True)
     assert message in capsys.readouterr().err
+
+
+def test_a_file_whose_inputs_take_no_size_is_refused_at_once(model):
+    model.write_text(FILE.replace(", sequence=128", "").replace("batch, sequence", "batch"))
+    result = run("plan", str(model), "--mesh", "2", "--find", "longest-sequence", code=2)
+    assert "model.py does not take sequence; define it as" in result.stderr
+    assert "tokens" not in result.stderr
