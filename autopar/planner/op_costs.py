@@ -19,7 +19,8 @@ from autopar.profiler.counting import Work
 from autopar.profiler.profile import NodeProfile
 from autopar.profiler.tape import OWN
 from autopar.profiler.time_model import Kernel, kernels_of, node_us
-from autopar.sharding.node_rules import declared_of, results
+from autopar.sharding.lowerings.declared import Declared
+from autopar.sharding.node_rules import call_of, declared_of, results
 from autopar.sharding.rule import Strategy
 
 # Passes over the parameter that one step of torch's optimizers makes, by the state per byte of
@@ -36,6 +37,8 @@ class OpCosts:
         self.cluster, self.profile, self.saved = cluster, profile, saved
         self.mesh = cluster.mesh
         self.local_bytes = lru_cache(maxsize=None)(self._local_bytes)
+        self._call_of = lru_cache(maxsize=None)(call_of)
+        self._declared: dict[tuple[fx.Node, str], Declared] = {}  # by the strategy's name
         software = cluster.software
         self.hides = 1.0 if software is None else software.hides
         if not cluster.device.runs_beside:
@@ -51,6 +54,14 @@ class OpCosts:
         if spec is None:
             return 0
         return self.local_bytes(shape_of(value), value.element_size(), spec)
+
+    def _declared_of(self, node: fx.Node, strategy: Strategy) -> Declared:
+        """What a strategy's lowering declares for a call on the first rank."""
+        key = node, strategy.name
+        if key not in self._declared:
+            call = self._call_of(node)
+            self._declared[key] = declared_of(node, strategy, self.mesh, call=call)
+        return self._declared[key]
 
     def compute_us(
         self, node: fx.Node, strategies: Sequence[Strategy]
@@ -149,7 +160,7 @@ class OpCosts:
         first, spec = operands(node)[0], strategy.inputs[0]
         if first is None or spec is None:
             return 0.0
-        value, work = first.meta["val"], declared_of(node, strategy, self.mesh)
+        value, work = first.meta["val"], self._declared_of(node, strategy)
         total = beside = 0.0
         for c in work.collectives:
             link, size = self.cluster.links[c.axis], self.mesh[c.axis]
@@ -182,7 +193,7 @@ class OpCosts:
                 self._tensor_bytes(values[i], s.inputs[i]) * self.saved.whole(node, i) for i in ins
             )
             if s.lowered and tape.saved and values[0] is not None:
-                nbytes += declared_of(node, s, self.mesh).saved * values[0].element_size()
+                nbytes += self._declared_of(node, s).saved * values[0].element_size()
             total[k] = sum((self._tensor_bytes(outs[i], s.outputs[i]) for i in own), nbytes)
         return total
 
