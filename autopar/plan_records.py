@@ -103,6 +103,7 @@ class SolverRecord:
             decisions.
         bounded: which of these the bound holds for: plans in which no more copies differ.
         trade: memory and time against those of the fastest plan, if that is another one.
+        alike: the axes that all plans of the space split alike, in words.
     """
 
     method: str
@@ -113,6 +114,7 @@ class SolverRecord:
     sharing_us: Mapping[str, float] = field(default_factory=dict)
     bounded: str = ""
     trade: str = ""
+    alike: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch.fx as fx
 from autopar.ir.graph import ModelGraph, operands, shape_of
 from autopar.ir.repeats import has_index, pattern
 from autopar.ir.spec import ShardingSpec, fills_every_rank
+from autopar.planner.axis_groups import Groups
 from autopar.planner.decisions import Candidate, Decision, FixedLayouts, Workload
 from autopar.planner.op_costs import OpCosts
 from autopar.sharding.node_rules import call_of, results, strategies_of
@@ -25,7 +26,7 @@ class CandidateTable:
     Args:
         grads: whether a value has a gradient.
         costs: of the graph's operators on a cluster.
-        any_order, orders: as of `SearchSpace`.
+        any_order, orders, groups: as of `SearchSpace`.
 
     Attributes:
         calls: the operators, as rules see them.
@@ -41,11 +42,12 @@ class CandidateTable:
         *,
         any_order: bool,
         orders: frozenset[tuple[int, ...]],
+        groups: Groups,
     ) -> None:
         self.graph, self.workload, self.fixed = graph, workload, fixed
         self.grads, self.costs = grads, costs
         self.profile, self.saved = costs.profile, costs.saved
-        self.any_order, self.orders = any_order, orders
+        self.any_order, self.orders, self.groups = any_order, orders, groups
         self.cluster, self.mesh = costs.cluster, costs.cluster.mesh
         self.calls = {n: call_of(n) for n in graph.nodes if n in costs.profile}
         self._classes: dict[Hashable, int] = {}
@@ -64,11 +66,9 @@ class CandidateTable:
         """Every placement of a stored tensor: each axis splits one dim or none. The axes of a dim
         are in ascending order: DTensor's placements cannot express another."""
         specs = [ShardingSpec.replicated(len(shape))]
-        for axis, size in enumerate(self.mesh):
-            if size == 1:
-                continue
+        for group in self.groups:
             specs += [
-                ShardingSpec(tuple((*a, axis) if e == d else a for e, a in enumerate(s.dims)))
+                ShardingSpec(tuple((*a, *group) if e == d else a for e, a in enumerate(s.dims)))
                 for s in specs
                 for d in range(len(shape))
             ]
@@ -218,6 +218,7 @@ class CandidateTable:
                     self.mesh,
                     any_order=self.any_order or bool(self.orders),
                     beside=self.cluster.device.runs_beside,
+                    alike=self.groups,
                 )
                 if self._is_offered(strategy) and self.fixed.allows_strategy(node, strategy)
             ]

@@ -70,13 +70,15 @@ def load_constraints(path: str | Path) -> dict[str, str]:
 
 def axis_orders(constraints: Constraints) -> frozenset[tuple[int, ...]]:
     """The orders of axes, other than ascending, in which constraints split dims."""
-    layouts = [_Layout.parse(part.strip()) for t in constraints.values() for part in t.split("|")]
     return frozenset(
-        axes
-        for layout in layouts
-        for axes in (() if layout.spec is None else layout.spec.dims)
-        if list(axes) != sorted(axes)
+        axes for spec in layouts_of(constraints) for axes in spec.dims if list(axes) != sorted(axes)
     )
+
+
+def layouts_of(constraints: Constraints) -> list[ShardingSpec]:
+    """All layouts that constraints name."""
+    parts = (part.strip() for text in constraints.values() for part in text.split("|"))
+    return [spec for spec in (_Layout.parse(part).spec for part in parts) if spec is not None]
 
 
 # -- what is allowed ----------------------------------------------------------------------------

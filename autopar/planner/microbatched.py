@@ -256,7 +256,7 @@ class BatchPlanner:
         for size in {1, -(-self.samples // self.pipeline.ranks)} - {own}:
             space = SearchSpace(
                 self.split.graph(size), planned.space.cluster, planned.space.workload,
-                planned.space.fixed, orders=planned.space.orders,
+                planned.space.fixed, orders=planned.space.orders, groups=planned.space.groups,
             )  # fmt: skip
             try:
                 chains[size] = operator_chain(space, choices_of(space, planned.plan))

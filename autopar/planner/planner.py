@@ -18,6 +18,7 @@ from autopar.gc_utils import collection_paused, existing_objects_frozen
 from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan
 from autopar.plan_records import SolverRecord
+from autopar.planner.axis_groups import axis_groups, groups_text
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.conflict import conflict
 from autopar.planner.constraints import (
@@ -26,6 +27,7 @@ from autopar.planner.constraints import (
     allowed,
     axis_orders,
     fixed_outputs,
+    layouts_of,
 )
 from autopar.planner.decisions import FixedLayouts, Workload
 from autopar.planner.describe import describe
@@ -242,12 +244,17 @@ def build_problem(
         trainable = frozenset[str]() if forward else trainable_inputs(graph, model)
         state = 0.0 if forward else optimizer_state
         workload = Workload(trainable, state, steps_on, states_on, forward)
-        space = SearchSpace(graph, cluster, workload, fixed, orders=axis_orders(constraints))
+        groups = axis_groups(cluster.mesh, cluster.links, layouts_of(constraints))
+        space = SearchSpace(
+            graph, cluster, workload, fixed, orders=axis_orders(constraints), groups=groups
+        )
         mask = allowed(space, constraints)
         candidates = sum(len(d.candidates) for d in space.decisions)
+        alike = groups_text(groups)
         running.done = (
             f"profiled, with {candidates:,} candidates for {len(space.decisions):,} decisions on "
             f"mesh {mesh_text(cluster.mesh, cluster.axis_names)}"
+            f"{alike and f', where {alike}'}"
         )
     with stage("conversion costs") as running, collection_paused():
         for edge in space.edges:

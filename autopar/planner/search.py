@@ -21,6 +21,7 @@ import numpy as np
 from autopar.errors import InfeasibleError
 from autopar.ir.repeats import pattern
 from autopar.plan_records import SolverRecord
+from autopar.planner.axis_groups import groups_text
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.constraints import Allowed, masked
 from autopar.planner.liveness import Liveness
@@ -64,6 +65,7 @@ class SearchResult:
         seconds: that the search took.
         tied: the choices with all blocks tied; none if they were not searched.
         trade: memory and time against those of the fastest plan, if that is another one.
+        alike: the axes that all plans of the space split alike, in words.
     """
 
     choices: Choices
@@ -75,6 +77,7 @@ class SearchResult:
     seconds: float = 0.0
     tied: Choices = ()
     trade: str = ""
+    alike: str = ""
 
     @property
     def gap(self) -> float:
@@ -94,13 +97,14 @@ class SearchResult:
             return f"a step of {time_text(self.step_us)}, {self.trade}"
         tied = self.bounded != (self.sharing or (("", 0.0),))[-1][0]
         among = f" with {self.bounded}" if tied else ""
+        among += self.alike and f" where {self.alike}"
         return f"a step of {time_text(self.step_us)}, within {self.gap:.2%} of the optimum{among}"
 
     def record(self, seconds: Mapping[str, float]) -> SolverRecord:
         """The entry of a plan, with the seconds by stage."""
         return SolverRecord(
             self.method, self.step_us, self.bound_us, self.gap, dict(seconds),
-            dict(self.sharing), self.bounded, self.trade,
+            dict(self.sharing), self.bounded, self.trade, self.alike,
         )  # fmt: skip
 
 
@@ -168,8 +172,9 @@ class _Search:
             self.best = replace(self.best, choices=self._tied_where_equal(self.best.choices))
         bound = min(self.best.bound_us, self.best.step_us)
         return replace(
-            self.best, bound_us=bound, sharing=tuple(self.steps.items()), seconds=self.spent
-        )
+            self.best, bound_us=bound, sharing=tuple(self.steps.items()), seconds=self.spent,
+            alike=groups_text(self.space.groups),
+        )  # fmt: skip
 
     def _all_tied(self, tied: TiedVariables, repeated: bool) -> Solution:
         """Solve with all copies of a block tied.

@@ -22,6 +22,7 @@ from autopar.ir.deferred_results import deferred_results
 from autopar.ir.graph import ModelGraph, operands, producer, shape_of
 from autopar.ir.repeats import places
 from autopar.ir.spec import ShardingSpec
+from autopar.planner.axis_groups import Groups, single_axes
 from autopar.planner.candidates import CandidateTable
 from autopar.planner.decisions import Candidate, Decision, Edge, FixedLayouts, Workload
 from autopar.planner.edge_costs import EdgeCosts, EdgeCostTable
@@ -47,6 +48,7 @@ class SearchSpace:
             one alone. Operators cost the same in every order and parameters are stored in one, so
             little can be won; on three axes planning takes several times as long.
         orders: the only ones of these orders that are offered.
+        groups: of axes that split alike (`planner.axis_groups`); each by itself if None.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class SearchSpace:
         *,
         any_order: bool = False,
         orders: frozenset[tuple[int, ...]] = frozenset(),
+        groups: Groups | None = None,
     ) -> None:
         self.any_order, self.orders = any_order, orders
+        self.groups = single_axes(cluster.mesh) if groups is None else groups
         self.graph, self.cluster, self.workload = graph, cluster, workload
         self.fixed = fixed or FixedLayouts()
         self.mesh = cluster.mesh
@@ -72,11 +76,11 @@ class SearchSpace:
         self._costs = OpCosts(cluster, self.profile, self._saved)
         self._table = CandidateTable(
             graph, workload, self.fixed, self.grads, self._costs, any_order=any_order,
-            orders=orders,
+            orders=orders, groups=self.groups,
         )  # fmt: skip
         weights = [int(graph.placeholders[p].meta["val"].nbytes) for p in graph.parameters]
         small = sum(n for n in weights if n <= BUCKET_MEMBER_BYTES)
-        converter = converter_for(cluster, small, self.fixed.whole_sizes)
+        converter = converter_for(cluster, small, self.fixed.whole_sizes, self.groups)
         self._edge_costs = EdgeCostTable(converter, self._costs, forward=workload.forward)
         self.decisions: list[Decision] = []
         self.edges: list[Edge] = []

@@ -311,6 +311,7 @@ def solver_table(plan: ShardingPlan) -> Table:
     """How the plan was found, how far it can be from the best one, and how long that took."""
     solver = plan.solver
     among = f" with {solver.bounded}" if solver.bounded != "" and len(solver.sharing_us) > 1 else ""
+    among += solver.alike and f" where {solver.alike}"
     words = f"{solver.trade}; with a memory budget, time alone counts"
     trade = [("trade", words)] if solver.trade else []
     rows = [

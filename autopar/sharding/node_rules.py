@@ -82,12 +82,10 @@ def _floating(node: fx.Node) -> list[bool]:
     return [is_floating(t) for t in results(node)]
 
 
-def strategies_of(
-    node: fx.Node, mesh: Sequence[int], *, any_order: bool = True, beside: bool = True
-) -> list[Strategy]:
-    """Every legal strategy of a node on a mesh, see `autopar.sharding.strategies`."""
+def strategies_of(node: fx.Node, mesh: Sequence[int], **options: Any) -> list[Strategy]:
+    """Every legal strategy of a node on a mesh, with options of `autopar.sharding.strategies`."""
     rule, _ = rule_of(node)
-    return strategies(rule, mesh, _floating(node), any_order=any_order, beside=beside)
+    return strategies(rule, mesh, _floating(node), **options)
 
 
 def strategy_by_name(node: fx.Node, mesh: Sequence[int], name: str) -> Strategy:
@@ -100,15 +98,24 @@ def strategy_by_name(node: fx.Node, mesh: Sequence[int], name: str) -> Strategy:
 
 
 def declared_of(
-    node: fx.Node, strategy: Strategy, mesh: Sequence[int], coords: Sequence[int] | None = None
+    node: fx.Node,
+    strategy: Strategy,
+    mesh: Sequence[int],
+    coords: Sequence[int] | None = None,
+    *,
+    call: Call | None = None,
 ) -> Declared:
     """What the strategy's lowering declares for the call on one rank, the first if `coords` is
-    None."""
+    None.
+
+    Args:
+        call: `call_of` the node, if that is known.
+    """
     rule, _ = rule_of(node)
     if not strategy.lowered or rule.lowering is None:
         return Declared()
     where = (0,) * len(mesh) if coords is None else tuple(coords)
-    call = call_of(node)
+    call = call or call_of(node)
 
     def local(shape: Shape | None, spec: ShardingSpec | None) -> Any:
         if shape is None or spec is None:

@@ -23,6 +23,7 @@ def strategies(
     *,
     any_order: bool = True,
     beside: bool = True,
+    alike: Sequence[Sequence[int]] | None = None,
 ) -> list[Strategy]:
     """Every legal strategy of a bound rule on a mesh, full replication first.
 
@@ -31,14 +32,18 @@ def strategies(
             if None.
         any_order: also where the axes that split a factor are not in ascending order.
         beside: also those that are only of use where collectives run beside compute.
+        alike: all axes of more than one rank, in groups that split the same; each by itself if
+            None.
     """
     floating = [True] * len(rule.outputs) if differentiable is None else differentiable
     options = ["-", *(name for name, f in rule.factors.items() if beside or not f.beside)]
     if all(floating):
         options += [f"{_SUM}{i}" for i in range(len(rule.linear))]
-    choices = [options if size > 1 else ["-"] for size in mesh]
+    groups = [(a,) for a, size in enumerate(mesh) if size > 1] if alike is None else alike
     legal = []
-    for assignment in product(*choices):
+    for chosen in product(options, repeat=len(groups)):
+        of = {axis: option for g, option in zip(groups, chosen, strict=True) for axis in g}
+        assignment = [of.get(axis, "-") for axis in range(len(mesh))]
         for splits in islice(_orders(assignment), None if any_order else 1):
             strategy = _strategy(rule, mesh, assignment, splits, floating)
             if strategy is not None:

@@ -74,6 +74,7 @@ class LayoutConverter:
     Args:
         message_bytes: size of a message that small weights share.
         whole_sizes: dims of these sizes are not split.
+        groups: of mesh axes, which paths move one after another.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class LayoutConverter:
         cluster: ClusterInfo,
         message_bytes: float = BUCKET_MEMBER_BYTES,
         whole_sizes: frozenset[int] = frozenset(),
+        groups: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.cluster, self.message_bytes = cluster, message_bytes
+        self._groups = tuple(group for group in groups if len(group) > 1)
         self._whole_sizes = whole_sizes
         self.mesh = cluster.mesh
         self.axes = tuple(axis for axis, size in enumerate(self.mesh) if size > 1)
@@ -201,7 +204,7 @@ class LayoutConverter:
         return tuple(per_size[size] for size in shape)
 
     def _legal_steps(self, orders: Orders) -> LegalSteps:
-        graph = spec_graph(len(orders), self.axes)
+        graph = spec_graph(len(orders), self.axes, self._groups)
         legal = np.ones(len(graph), dtype=bool)
         for allowed, chosen in zip(orders, graph.order, strict=True):
             legal &= np.array([o in allowed for o in graph.axis_orders])[chosen]
@@ -286,17 +289,19 @@ def converter_for(
     cluster: ClusterInfo,
     small_bytes: float = BUCKET_MEMBER_BYTES,
     whole_sizes: frozenset[int] = frozenset(),
+    groups: tuple[tuple[int, ...], ...] = (),
 ) -> LayoutConverter:
     """The converter of a cluster; equal clusters share one.
 
     Args:
         small_bytes: total size of the weights that share messages; no message is larger.
         whole_sizes: dims of these sizes are not split.
+        groups: as of `LayoutConverter`.
     """
     message = min(float(BUCKET_MEMBER_BYTES), small_bytes) or float(BUCKET_MEMBER_BYTES)
-    key = f"{message} {sorted(whole_sizes)} {cluster.to_dict()!r}"
+    key = f"{message} {sorted(whole_sizes)} {groups} {cluster.to_dict()!r}"
     if key not in _CONVERTERS:
-        _CONVERTERS[key] = LayoutConverter(cluster, message, whole_sizes)
+        _CONVERTERS[key] = LayoutConverter(cluster, message, whole_sizes, groups)
     return _CONVERTERS[key]
 
 

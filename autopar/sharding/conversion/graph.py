@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
+from itertools import groupby, permutations
 
 import numpy as np
 
@@ -59,16 +59,26 @@ class Edges:
 
 
 @cache
-def spec_graph(ndim: int, axes: tuple[int, ...]) -> SpecGraph:
+def spec_graph(
+    ndim: int, axes: tuple[int, ...], groups: tuple[tuple[int, ...], ...] = ()
+) -> SpecGraph:
     """The graph, built on first use."""
-    return SpecGraph(ndim, axes)
+    return SpecGraph(ndim, axes, groups)
 
 
 class SpecGraph:
-    """All specs of tensors with `ndim` dims over the mesh axes `axes`, and all steps."""
+    """All specs of tensors with `ndim` dims over the mesh axes `axes`, and all steps.
 
-    def __init__(self, ndim: int, axes: tuple[int, ...]) -> None:
+    Args:
+        groups: of axes, of which steps move one after another: in at most one of them, the axes are
+            in different states.
+    """
+
+    def __init__(
+        self, ndim: int, axes: tuple[int, ...], groups: tuple[tuple[int, ...], ...] = ()
+    ) -> None:
         self.ndim, self.axes = ndim, axes
+        self._groups = [[axes.index(axis) for axis in group] for group in groups]
         count = len(axes)
         self.orders = [o for n in range(count + 1) for o in permutations(range(count), n)]
         self.axis_orders = [tuple(axes[a] for a in order) for order in self.orders]
@@ -93,16 +103,36 @@ class SpecGraph:
             row, choice = np.nonzero((used[:, None] & masks) == 0)
             used = used[row] | masks[choice]
             digits = np.concatenate([digits[:, row], choice[None, :]])
+        kept = self._mixed(digits, np.array(splits)) <= 1
+        grouped = np.array([self._is_grouped(order) for order in self.orders])
+        kept &= grouped[digits[:-2]].all(axis=0)
+        used, digits = used[kept], digits[:, kept]
         self.order, self.partial, self.varying = digits[:-2], digits[-2], digits[-1]
         self.free = every & ~used
         self.split = used & ~(self.partial | self.varying)
         self._key = np.array([*self._dim, self._partial, self._varying], np.int64) @ digits
 
+    def _is_grouped(self, order: tuple[int, ...]) -> bool:
+        """Whether the axes of each group follow one another, in ascending order."""
+        of = {a: g for g, group in enumerate(self._groups) for a in group}
+        runs = [[*run] for g, run in groupby(order, key=lambda a: of.get(a, -1)) if g >= 0]
+        return len({of[run[0]] for run in runs}) == len(runs) and all(r == sorted(r) for r in runs)
+
+    def _mixed(self, digits: np.ndarray, splits: np.ndarray) -> np.ndarray:
+        """Per row, in how many groups the axes are in different states."""
+        states = [*splits[digits[:-2]], digits[-2], digits[-1]]  # masks of the axes in each
+        count = np.zeros(digits.shape[1], np.int64)
+        for group in self._groups:
+            mask = sum(1 << a for a in group)
+            parts = [state & mask for state in states]
+            count += np.any([(part != 0) & (part != mask) for part in parts], axis=0)
+        return count
+
     def __len__(self) -> int:
         return len(self._key)
 
     def _index_of(self, spec: ShardingSpec) -> int:
-        """The number of a spec; -1 if it has other dims or axes than the graph."""
+        """The number of a spec; -1 if the graph does not have it."""
         here = {axis: a for a, axis in enumerate(self.axes)}
         named = {axis for axes in (*spec.dims, spec.partial, spec.varying) for axis in axes}
         if spec.ndim != self.ndim or not named <= here.keys():
@@ -111,7 +141,8 @@ class SpecGraph:
         key += self._varying * sum(1 << here[axis] for axis in spec.varying)
         for place, axes in zip(self._dim, spec.dims, strict=True):
             key += place * self.axis_orders.index(axes)
-        return int(np.searchsorted(self._key, key))
+        index = int(np.searchsorted(self._key, key))
+        return index if index < len(self) and self._key[index] == key else -1
 
     def _spec_of(self, index: int) -> ShardingSpec:
         """Inverse of `_index_of`."""
@@ -176,8 +207,10 @@ class SpecGraph:
         if not axes:
             return Edges(*np.zeros((7, 0), np.int64))
         source, axis = np.concatenate(rows_of), np.concatenate(axes_of)
-        target = np.searchsorted(self._key, np.concatenate(keys))
+        reached = np.concatenate(keys)
+        target = np.minimum(np.searchsorted(self._key, reached), len(self) - 1)
         kind, dims, to_dims = np.repeat(np.array(labels), [len(r) for r in rows_of], axis=0).T
         others = self.split[source] & ~(1 << axis)
         edges = Edges(source, target, kind, axis, dims, to_dims, others)
-        return edges.where(np.argsort(source, kind="stable"))
+        order = np.argsort(source, kind="stable")
+        return edges.where(order[self._key[target][order] == reached[order]])
