@@ -167,7 +167,10 @@ class _Search:
         tied = self.ties.tied()
         solution = self._all_tied(tied, repeated)
         if repeated:
-            self._untie(ends, tied, solution)
+            parts = self._interleaved(ends, tied, solution)
+            if solution.gap > TARGET_GAP:
+                solution = self._branched(tied, solution)
+            self._untie(ends, parts, tied, solution)
         if self.best.choices != tied.expand(tied.contract(self.best.choices)):
             self.best = replace(self.best, choices=self._tied_where_equal(self.best.choices))
         bound = min(self.best.bound_us, self.best.step_us)
@@ -177,7 +180,7 @@ class _Search:
         )  # fmt: skip
 
     def _all_tied(self, tied: TiedVariables, repeated: bool) -> Solution:
-        """Solve with all copies of a block tied.
+        """Solve with all copies of a block tied; if there are any, without branching.
 
         Raises:
             InfeasibleError: naming the smallest feasible budget.
@@ -192,7 +195,7 @@ class _Search:
         try:
             solution = self._solve(
                 tied, None, self.time_limit, (), fallback=baselines,
-                mip_rounds=2 if repeated else 6, subproblems=SUBPROBLEMS if repeated else math.inf,
+                mip_rounds=2 if repeated else 6, subproblems=0 if repeated else math.inf,
             )  # fmt: skip
         except InfeasibleError as error:
             if not math.isfinite(error.smallest_bytes):
@@ -216,22 +219,59 @@ class _Search:
         self.steps[name] = solution.time_us
         return solution
 
-    def _untie(self, ends: Sequence[int], tied: TiedVariables, solution: Solution) -> None:
-        """Untie every second block and so on if prices did not close the gap and that helps; else
-        the first and the last block.
+    def _interleaved(
+        self, ends: Sequence[int], tied: TiedVariables, solution: Solution
+    ) -> Sequence[int] | None:
+        """Untie every second block and so on if prices did not close the gap. The classes then;
+        None if that did not help.
 
         Args:
             solution: with all blocks tied.
         """
-        before = replace(solution, near=tuple(tied.expand(c) for c in solution.near))
-        name, classes = ENDS, ends
-        if before.near and not self.disable & {"interleaving", "restricted MIP"}:
-            parts = interleave(ends, block_positions(self.space, ends), PARTS)
-            better = self._combined(parts, before)
-            if better is not None:
-                name, classes = EVERY_SECOND, parts
-                step = self.ties.problem.choices_us(better) + self.liveness.exposed_us(better)
-                self._keep(name, better, step)
+        if not solution.near or self.disable & {"interleaving", "restricted MIP"}:
+            return None
+        parts = interleave(ends, block_positions(self.space, ends), PARTS)
+        better = self._combined(parts, _expanded(solution, tied))
+        if better is None:
+            return None
+        step = self.ties.problem.choices_us(better) + self.liveness.exposed_us(better)
+        self._keep(EVERY_SECOND, better, step)
+        return parts
+
+    def _branched(self, tied: TiedVariables, solution: Solution) -> Solution:
+        """Branch with all blocks tied, until nothing is better than the best plan known: one with
+        untied blocks may be better than all of these.
+
+        Args:
+            solution: at its prices.
+        """
+        seconds = self.time_limit - self.spent
+        if seconds <= 0:
+            return solution
+        starts = [tied.contract(self.best.tied), *solution.near]
+        new = self._solve(
+            tied, solution, seconds, starts, subproblems=SUBPROBLEMS, mip_rounds=0,
+            better_than_us=self.best.step_us,
+        )  # fmt: skip
+        self.steps[ALL_TIED] = new.time_us
+        choices = tied.expand(new.choices)
+        self.best = replace(self.best, bound_us=new.bound_us, method=new.method, tied=choices)
+        if new.time_us < self.best.step_us:
+            self.best = replace(self.best, choices=choices, step_us=new.time_us)
+        return replace(new, near=solution.near)
+
+    def _untie(
+        self, ends: Sequence[int], parts: Sequence[int] | None, tied: TiedVariables,
+        solution: Solution,
+    ) -> None:  # fmt: skip
+        """Solve with every second block untied and so on, if that helped; else the first and the
+        last block.
+
+        Args:
+            solution: with all blocks tied.
+        """
+        before = _expanded(solution, tied)
+        name, classes = (ENDS, ends) if parts is None else (EVERY_SECOND, parts)
         # no prices bound a relaxed problem higher than this one
         open_gap = self.best.step_us - before.relaxed_us > BRANCHING_GAP * self.best.step_us
         relaxed = self.ties.tied(classes)
@@ -354,6 +394,11 @@ class _Search:
                 if after[0] > exposed + 1e-9 * max(1.0, exposed) or after[1] > excess:
                     current[v] = own
         return tuple(current)
+
+
+def _expanded(solution: Solution, tied: TiedVariables) -> Solution:
+    """A solution whose assignments near the best are over all decisions."""
+    return replace(solution, near=tuple(map(tied.expand, solution.near)))
 
 
 def _for_middle_copies(

@@ -46,21 +46,31 @@ class CutPool:
         problem: its rows are the first ones.
         separate: gives rows that choices violate, beyond those listed.
         disable: layers to switch off, see `solve.LAYERS`.
+        better_than_us: slower assignments are of no use.
 
     Attributes:
         time_us, choices: of the best assignment; infinite and None before there is one.
     """
 
     def __init__(
-        self, problem: Problem, separate: Separate | None, disable: frozenset[str] = frozenset()
+        self,
+        problem: Problem,
+        separate: Separate | None,
+        disable: frozenset[str] = frozenset(),
+        better_than_us: float = math.inf,
     ) -> None:
-        self.problem, self.disable = problem, disable
+        self.problem, self.disable, self.better_than_us = problem, disable, better_than_us
         self.rows: list[Row] = list(problem.rows)
         self.planes: dict[Choices, CuttingPlane] = {}
         self.time_us = math.inf
         self.choices: Choices | None = None
         self._separate = separate or (lambda choices: ())
         self._names = {row.name for row in self.rows}
+
+    @property
+    def target_us(self) -> float:
+        """Assignments that are not faster are of no use."""
+        return min(self.time_us, self.better_than_us)
 
     def add(self, row: Row) -> None:
         """Add a row, unless it is known."""

@@ -57,6 +57,7 @@ def solve(
     time_limit: float = 60.0,
     gap: float = TARGET_GAP,
     enough_us: float = -math.inf,
+    better_than_us: float = math.inf,
     subproblems: float = math.inf,
     branching_gap: float = math.inf,
     mip_rounds: int = 6,
@@ -75,6 +76,7 @@ def solve(
             gap.
         gap: relative, at which to stop.
         enough_us: stop at an assignment as fast as this.
+        better_than_us: stop when the bound shows that none is faster than this by the gap.
         subproblems: that branch and bound explores, at most; with a limit, none is solved as an
             integer program.
         branching_gap: relative; a larger one is left as prices have it.
@@ -88,7 +90,7 @@ def solve(
     """
     assert disable <= {*LAYERS}, f"{disable} are not all among {LAYERS}"
     search = _Search(
-        CutPool(problem, separate, disable), separate, time.process_time() + time_limit, gap,
+        CutPool(problem, separate, disable, better_than_us), separate, time.process_time() + time_limit, gap,
         enough_us, subproblems, branching_gap, 0 if "restricted MIP" in disable else mip_rounds,
         fallback or (lambda: ()), progress or (lambda line: None),
     )  # fmt: skip
@@ -160,7 +162,7 @@ class _Search:
             return self._solution(root, "Lagrangian prices" if root.prices else "elimination")
         self.say(f"best {pool.time_us:.0f} us, bound {self.bound:.0f} us")
         self._restricted_mip(root)
-        distance = pool.time_us - self.bound
+        distance = pool.target_us - self.bound
         if self._done() or not self.subproblems or distance > self.branching_gap * pool.time_us:
             return self._solution(root, "Lagrangian prices")
         return self._branch_and_bound(root, _Node(root.fixed(self.margin)))
@@ -179,8 +181,9 @@ class _Search:
         return _Node(subproblem, parts)
 
     def _done(self) -> bool:
-        best = self.pool.time_us
-        closed = best - self.bound <= self.gap * abs(best) or best <= self.enough_us
+        best = self.pool.target_us
+        enough = self.pool.time_us <= self.enough_us
+        closed = best - self.bound <= self.gap * abs(best) or enough
         return closed or time.process_time() > self.end
 
     def _solution(self, root: Subproblem, method: str, tree: Branch | None = None) -> Solution:
@@ -197,7 +200,7 @@ class _Search:
     def _tighten_bound(self, subproblem: Subproblem, steps: int) -> Subproblem:
         """Raise the bound of a subproblem, and fix choices whenever that has become possible."""
         while steps > 0 and self._worthwhile(subproblem) and not self._done():
-            best = self.pool.time_us
+            best = self.pool.target_us
             distance = best - subproblem.bound
             progress = FIX_PROGRESS * (best - subproblem.fixed_at)
             if distance <= min(FIX_GAP * abs(best), progress):
@@ -277,7 +280,7 @@ class _Search:
 
     def _worthwhile(self, subproblem: Subproblem) -> bool:
         """Whether it may hold an assignment that is better by the gap."""
-        best = self.pool.time_us
+        best = self.pool.target_us
         return best == math.inf or best - subproblem.bound > self.margin * abs(best)
 
     def _small_program(self, subproblem: Subproblem) -> RestrictedDomains | None:

@@ -125,7 +125,7 @@ class Subproblem:
         """Raise the bound until it is within `gap` of the best assignment, no prices promise a
         higher one, or `done()`."""
         for _ in range(steps):
-            best = self.pool.time_us
+            best = self.pool.target_us
             if done() or best - self.bound <= gap * abs(best):
                 return
             prices: Mapping[str, float] = self.prices
@@ -157,7 +157,7 @@ class Subproblem:
                 self.evaluate(self.prices)
             assert self._tightest is not None
             relaxed, constant = self._tightest
-        best = self.pool.time_us - gap * abs(self.pool.time_us)
+        best = self.pool.target_us - gap * abs(self.pool.target_us)
         limit = best + constant
         limit += 1e-9 * max(1.0, abs(limit))
         marginals = relaxed.min_marginals()
