@@ -18,6 +18,7 @@ possible reader to its last; simulating the stage gives the exact peak.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
@@ -247,9 +248,10 @@ def _incoming(program: Program, stage: Stage) -> set[int]:
 
 def _outgoing(program: Program, stage: Stage) -> set[int]:
     """Gradients that later operators read."""
-    inside = set(stage.backward)
-    read = {s for i in program.backward if i not in inside for s in program.ops[i].reads}
-    return {s for i in stage.backward for s in program.ops[i].makes if s in read}
+    inside = Counter(s for i in set(stage.backward) for s in set(program.ops[i].reads))
+    readers = program.backward_readers
+    made = {s for i in stage.backward for s in program.ops[i].makes}
+    return {s for s in made if readers.get(s, 0) > inside[s]}
 
 
 def _live(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -209,6 +210,11 @@ class Program:
         """The operators of the backward, in order."""
         forward = set(self.forward)
         return self.order or tuple(i for i in range(len(self.ops)) if i not in forward)
+
+    @cached_property
+    def backward_readers(self) -> Mapping[int, int]:
+        """How many operators of the backward read a storage."""
+        return Counter(s for i in self.backward for s in set(self.ops[i].reads))
 
     @cached_property
     def flows(self) -> frozenset[int]:
