@@ -22,6 +22,14 @@ def bytes_text(nbytes: float) -> str:
     return _scaled(nbytes, _BYTES)
 
 
+def bytes_up(nbytes: float) -> float:
+    """The next number of bytes whose text says no less."""
+    _, scale = bytes_unit(nbytes)
+    x = nbytes / scale
+    digits = 0 if x <= 0 or scale == 1.0 else min(2, max(0, 2 - math.floor(math.log10(x) + 1e-9)))
+    return math.ceil(x * 10**digits - 1e-9) / 10**digits * scale
+
+
 def count_text(count: float) -> str:
     """`38.6 M`: three digits."""
     return _scaled(count, (("", 1.0), ("K", 1e3), ("M", 1e6), ("B", 1e9)))
