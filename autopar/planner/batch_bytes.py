@@ -56,8 +56,10 @@ class BatchBytes:
 
     def added_to(self, memory: MemoryEstimate, microbatches: float) -> MemoryEstimate:
         """The memory of a microbatch, with the other inputs and all results of so many."""
-        return replace(
-            memory,
-            buffers_bytes=memory.buffers_bytes + (microbatches - 1) * self.inputs,
-            activations_bytes=memory.activations_bytes + 2 * microbatches * self.results,
-        )
+        inputs = memory.buffers_bytes + (microbatches - 1) * self.inputs
+        return replace(self.with_results(memory, microbatches), buffers_bytes=inputs)
+
+    def with_results(self, memory: MemoryEstimate, microbatches: float) -> MemoryEstimate:
+        """The same, where the inputs of all are counted already."""
+        results = memory.activations_bytes + 2 * microbatches * self.results
+        return replace(memory, activations_bytes=results)

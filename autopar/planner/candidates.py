@@ -99,6 +99,8 @@ class CandidateTable:
             for s in specs
         )
         nbytes = np.array([float(self.costs.local_bytes(shape, itemsize, s)) for s in specs])
+        if kind == "input":
+            nbytes *= self.workload.microbatches
         return Decision(
             kind, node, candidates, np.zeros(len(specs)), nbytes,
             self.class_of(kind, donated, *specs),

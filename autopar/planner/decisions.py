@@ -138,6 +138,8 @@ class Workload:
         steps_on: the tiers that the optimizer can step on.
         states_on: the tier of all states, "" for the device; None to choose.
         forward: nothing is trained, and there is no backward.
+        microbatches: of the batch; the graph is that of one. Inputs of all are there from the
+            beginning, and gradients are summed over them.
     """
 
     trainable: frozenset[str]
@@ -145,3 +147,4 @@ class Workload:
     steps_on: tuple[str, ...] = ()
     states_on: str | None = None
     forward: bool = False
+    microbatches: int = 1

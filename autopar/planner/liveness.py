@@ -94,6 +94,8 @@ class Liveness:
                 # while the backward of the last user makes it, that operator holds it
                 add(0, max(users, default=results) - 1, i, "gradients_bytes", "gradients")
                 add(step, step, i, "gradients_bytes", "gradients")
+                if self.space.workload.microbatches > 1:  # their sums
+                    add(0, step, i, "gradients_bytes", "gradients")
                 add(step, step, i, "step_bytes", "transient")
             elif "buffers_bytes" in decision.parts:
                 add(0, step, i, "buffers_bytes", "buffers")
