@@ -30,8 +30,9 @@ from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.microbatched import BatchPlanner, worth_splitting
 from autopar.planner.planner import TIME_LIMIT, Planned, PlanningProblem, build_problem
 from autopar.planner.scheduled_plan import with_schedule
+from autopar.planner.smallest_budget import budget_text, with_smallest_budget
 from autopar.planner.stages import PipelineOptions
-from autopar.progress import Progress, Tell
+from autopar.progress import Deadline, Progress, Tell
 from autopar.schedule.agreed import agreed_schedule
 from autopar.units import bytes_text
 from autopar.versions import warn_if_torch_is_untested
@@ -135,6 +136,7 @@ def plan_to_fit(
     kwargs: Mapping[str, Any] | None = None,
     *,
     schedule: bool = False,
+    smallest_budget: bool = True,
     **options: Any,
 ) -> JointPlan:
     """Find the fastest plan of a step, whatever makes it fit the memory: layouts, recomputation and
@@ -142,51 +144,89 @@ def plan_to_fit(
 
     Args:
         schedule: also say what the step keeps if everything fits.
+        smallest_budget: where nothing fits, look for a budget that does until the time limit.
         options: of `autopar.planner.planner.build_problem`.
 
     Raises:
         CaptureError: the model cannot be captured.
         ConstraintError: a constraint has an unknown name or an impossible layout.
-        InfeasibleError: nothing makes it fit.
+        InfeasibleError: nothing makes it fit; it names the smallest budget that was found.
     """
-    problem = build_problem(model, args, kwargs, **options)
-    whole: JointPlan | None = None
+    limit = options.pop("time_limit", TIME_LIMIT)
+    deadline = options.pop("deadline", None) or Deadline(limit)
+    problem = build_problem(model, args, kwargs, deadline=deadline, **options)
+    rest = {k: v for k, v in options.items() if k not in ("cluster", "memory", "graph")}
+    rest["deadline"] = deadline
+
+    def within(budget_bytes: float) -> JointPlan:
+        return _whole_or_split(replace(problem, budget_bytes=budget_bytes), schedule, split, rest)
+
+    def split() -> TracedBatch:
+        return TracedBatch.of_graph(model, args, kwargs or {}, problem.space.graph)
+
     try:
-        whole = _plan_step(problem, schedule)
+        return within(problem.budget_bytes)
+    except ConflictError:
+        raise
+    except InfeasibleError as error:
+        if not smallest_budget:
+            raise
+        with problem.progress.as_one("smallest budget") as stage:
+            refused = with_smallest_budget(error, within, deadline)
+            stage.done = f"looked for a budget that fits: {bytes_text(refused.smallest_bytes)}"
+        raise refused from error
+
+
+def _whole_or_split(
+    problem: PlanningProblem,
+    schedule: bool,
+    split: Callable[[], TracedBatch],
+    options: Mapping[str, Any],
+) -> JointPlan:
+    """The faster of a step that is planned as a whole, and one in microbatches.
+
+    Args:
+        split: the batch.
+        options: of `build_problem`, for microbatches.
+    """
+    whole: JointPlan | None = None
+    deadline = problem.deadline
+    earlier = deadline.without(min(_SPLIT_SHARE * deadline.seconds, deadline.left / 2))
+    try:
+        whole = _plan_step(replace(problem, deadline=earlier), schedule)
         if not worth_splitting(whole.planned.plan):
             return whole
     except ConflictError:  # microbatches have the same constraints
         raise
     except InfeasibleError as error:
         refused = error
-    cluster = problem.space.cluster
-    rest = {k: v for k, v in options.items() if k not in ("cluster", "memory", "graph")}
-    if whole is not None:
-        rest["time_limit"] = _SPLIT_SHARE * options.get("time_limit", TIME_LIMIT)
-    samples = 0
+    cluster, samples = problem.space.cluster, 0
+    if cluster.budget_bytes != problem.budget_bytes:
+        cluster = replace(cluster, memory_bytes=problem.budget_bytes)
     try:
-        batch = TracedBatch.of_graph(model, args, kwargs or {}, problem.space.graph)
+        batch = split()
         samples = batch.samples
-        planner = BatchPlanner(model, batch.exact(), batch.samples, cluster, None, rest)
+        planner = BatchPlanner(batch.model, batch.exact(), samples, cluster, None, options)
         least = refused.smallest_bytes if whole is None else whole.unscheduled_bytes
-        split = planner.plan_within(_fewest_microbatches(least, problem.budget_bytes))
+        planned = planner.plan_within(_fewest_microbatches(least, problem.budget_bytes))
     except (InfeasibleError, PlanError, ConstraintError) as error:  # a microbatch has fewer rows
         if whole is not None:
             return whole
         least = getattr(error, "smallest_bytes", math.inf)
-        why = f"do not help: {error}"
+        why, message = f"do not help: {error}", str(refused).rstrip(".")
         if least < refused.smallest_bytes:
+            message = message.replace(budget_text(refused.smallest_bytes), budget_text(least))
             why = (
-                f"need {bytes_text(least)} ({least:.0f} bytes); with their number given, as "
-                f"microbatches={samples}, they recompute too"
+                f"need {budget_text(least)}; with their number given, as microbatches={samples}, "
+                "they recompute too"
             )
         raise InfeasibleError(
-            f"{str(refused).rstrip('.')}. Microbatches that keep everything {why}",
+            f"{message}. Microbatches that keep everything {why}",
             budget_bytes=refused.budget_bytes,
             smallest_bytes=min(refused.smallest_bytes, least),
         ) from error
-    if whole is None or split.plan.time.step_us < whole.planned.plan.time.step_us:
-        return JointPlan(split)
+    if whole is None or planned.plan.time.step_us < whole.planned.plan.time.step_us:
+        return JointPlan(planned)
     return whole
 
 

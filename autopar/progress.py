@@ -131,6 +131,17 @@ class Deadline:
     def over(self) -> bool:
         return self.left == 0.0
 
+    @property
+    def end(self) -> float:
+        """By the clock."""
+        return self._end
+
+    def without(self, seconds: float) -> Deadline:
+        """One that ends so much earlier, for what leaves time to something else."""
+        earlier = Deadline(self.seconds, self.clock)
+        object.__setattr__(earlier, "_end", self._end - seconds)
+        return earlier
+
     def share(self, parts: int) -> float:
         """The seconds for each of the parts that are still to do, if they get equal ones."""
         return self.left / max(1, parts)

@@ -90,6 +90,7 @@ def find(
     tried: list[TriedSize] = []
     best: JointPlan | None = None  # the last that fits: each is larger, or the first at all
     forward = bool(options.get("forward"))
+    to_fit = partial(plan_to_fit, smallest_budget=False)  # another size is tried next
 
     def told(size: str, attempt: Callable[[], JointPlan]) -> bool:
         nonlocal best
@@ -111,7 +112,7 @@ def find(
     if isinstance(target, AnyMesh):
         for cluster in _clusters(target):
             size = f"{cluster.world_size} devices, mesh {cluster.mesh_text}"
-            if told(size, partial(plan, plan_step if forward else plan_to_fit, cluster)):
+            if told(size, partial(plan, plan_step if forward else to_fit, cluster)):
                 assert best is not None
                 return Answer(dict(sizes), cluster, tuple(tried), best)
         least = min(one.memory_bytes for one in tried)
@@ -122,7 +123,7 @@ def find(
         )  # fmt: skip
     key, words = ("batch", "samples") if question == "largest-batch" else ("sequence", "tokens")
     # microbatches fit nearly any batch, but what a device computes at once is asked
-    fastest = plan_step if key == "batch" or forward else plan_to_fit
+    fastest = plan_step if key == "batch" or forward else to_fit
 
     def attempt(size: int) -> bool:
         return told(f"{size:,} {words}", partial(plan, fastest, target, **{key: size}))

@@ -25,11 +25,14 @@ from autopar.planner.constraints import Constraints, load_constraints
 from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
 from autopar.planner.tensor_schemes import check_scheme
-from autopar.progress import Progress
+from autopar.progress import Deadline, Progress
 from autopar.report.html import render_html
 from autopar.report.pipeline import pipeline_trace
 from autopar.report.text import render, terminal_width
 from autopar.report.trace import trace_of
+
+# Of the time limit: for all baselines, whatever planning has left; and how many there are.
+_BASELINES, _COUNT = 1 / 8, 4
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ def make_plan(
         options: of `build_problem` and `search_meshes`.
     """
     options["progress"] = progress
+    deadline = Deadline(options["time_limit"])
     model, args, kwargs = example.model, example.args, example.kwargs
     if known is not None and (known.memory is not None or not schedule):
         joint = known
@@ -160,6 +164,7 @@ def make_plan(
     if plan.microbatches > 1 and plan.pipeline is None:  # baselines have none
         return plan
     planned, time_limit = joint.planned, options["time_limit"]
+    left = max(deadline.left, _BASELINES * time_limit)
     if trace is not None and joint.memory is not None:
         write_atomically(trace, json.dumps(trace_of(joint.memory.timeline)) + "\n")
     if dump_passes is not None:
@@ -173,7 +178,7 @@ def make_plan(
     points: tuple[ParetoPoint, ...] = ()
     if baselines:
         with progress.stage("baselines") as stage:
-            plans = baseline_plans(planned.space, time_limit=time_limit)
+            plans = baseline_plans(planned.space, time_limit=left / _COUNT)
             rows = tuple(Baseline(b.name, b.time, b.memory) for b in plans)
             stage.done = f"planned {len(rows)} baselines"
     if pareto_front:

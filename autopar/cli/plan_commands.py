@@ -167,10 +167,10 @@ def plan(
         "the fewest-devices (1, 2, 4, ... up to --devices) that fit, each to within a sixteenth.",
     ),
     time_limit: float = typer.Option(
-        60.0,
+        90.0,
         metavar="SECONDS",
         help="Of processor time, for all of planning: the best plan known then is given with its "
-        "gap. As much again for each baseline and for the Pareto front.",
+        "gap. As much again for the Pareto front.",
         min=0.1,
     ),
 ) -> None:

@@ -41,6 +41,9 @@ _LARGE_RESULT = 0.2  # of the peak
 _UNTIL_IT_FITS = 3.0  # times the seconds of a search, as the step is refused otherwise
 # Seconds at least, and times those of its schedule, for slices that make a step faster that fits.
 _FASTER_S, _FASTER = 5.0, 1.0
+# Of the time that there is: for a schedule without slices; of the rest, for the search for them.
+_SCHEDULE_SHARE, _SEARCH_SHARE = 0.6, 0.6
+_LEAST_S = 1.0  # for a schedule, also if time is over: some plan is better than none
 _HOPELESS_S = 2.0  # for the smallest budget, where slices cannot make a forward fit
 
 
@@ -77,7 +80,7 @@ def split_step(
     short: UntracedStep | None = None,
     whole: MemoryPlan | None = None,
     spent: float = 0.0,
-    most: float = math.inf,
+    until: float = math.inf,
 ) -> FittedStep | None:
     """Schedule a step with regions of it in slices: until it fits, and further if it recomputes
     much. None if no region lowers its peak, or if the states of training alone are too much.
@@ -89,29 +92,30 @@ def split_step(
         short: the same without most of its equal blocks, in which regions are looked for.
         whole: its schedule without slices, if it fits.
         spent: seconds on that schedule; if there is one, the search takes about as long at most.
-        most: seconds that there are in any case.
+        until: the processor time at which all ends, the schedule after the search included.
 
     Raises:
         InfeasibleError: the step does not fit in slices either.
     """
+    now = time.process_time()
+    most = _SEARCH_SHARE * max(0.0, until - now)
     if budget.is_hopeless:
         if _trains(step):
             return None
         most = min(most, _HOPELESS_S)  # to say what a forward would take
-    now = time.process_time()
     if whole is None:
         share, longest = 1.0, min(_UNTIL_IT_FITS * seconds, most)
     else:
         seconds = min(seconds, max(_FASTER_S, _FASTER * spent))
         share, longest = _ROOMY, min(seconds, most)
-    deadline, until = now + seconds, now + longest
-    best = _split_to(step, budget, share, until, short)
+    deadline, last = now + min(seconds, most), now + longest
+    best = _split_to(step, budget, share, last, short, until)
     if best is None or whole is not None or recomputes_little(best.memory):
         return best
     if time.process_time() > deadline:
         return best
     try:
-        split = _split_to(step, budget, _ROOMY, deadline, short)
+        split = _split_to(step, budget, _ROOMY, deadline, short, until)
     except InfeasibleError:
         return best
     better = split is not None and split.memory.timeline.us < best.memory.timeline.us
@@ -123,6 +127,7 @@ def fit_program(
     budget: StepBudget,
     in_slices: Callable[[MemoryPlan | None, float], FittedStep | None],
     patience: float = math.inf,
+    until: float = math.inf,
 ) -> tuple[MemoryPlan, FittedStep | None]:
     """The schedule of a program, or the program with regions in slices if it does not fit without
     them, or is faster with them.
@@ -131,6 +136,7 @@ def fit_program(
         in_slices: the latter, for the schedule without slices, if there is one, and the seconds
             that it took.
         patience: as of `StepBudget.choose`, unless slices do not make it fit either.
+        until: the processor time at which schedules end with what they have.
 
     Raises:
         InfeasibleError: nothing fits; it names the smallest budget that does.
@@ -139,7 +145,8 @@ def fit_program(
     whole: MemoryPlan | None = None
     errors: list[InfeasibleError] = []
     try:
-        whole = budget.choose(program, patience)
+        first = start + _SCHEDULE_SHARE * (until - start)
+        whole = budget.choose(program, patience, _with_least(first))
         if recomputes_little(whole):
             return whole, None
     except InfeasibleError as error:
@@ -152,10 +159,15 @@ def fit_program(
     except InfeasibleError as error:
         errors.append(error)
     if whole is None and math.isfinite(patience) and has_many_operators(program):
-        whole = budget.choose(program)
+        whole = budget.choose(program, until=_with_least(until))
     if whole is None:
         raise min(errors, key=lambda error: error.smallest_bytes)
     return whole, None
+
+
+def _with_least(until: float) -> float:
+    """A processor time that leaves the least time for a schedule."""
+    return max(until, time.process_time() + _LEAST_S)
 
 
 def recomputes_little(memory: MemoryPlan) -> bool:
@@ -166,7 +178,7 @@ def recomputes_little(memory: MemoryPlan) -> bool:
 
 def _split_to(
     step: UntracedStep, budget: StepBudget, share: float, deadline: float,
-    short: UntracedStep | None,
+    short: UntracedStep | None, until: float,
 ) -> FittedStep | None:  # fmt: skip
     """The same with its least peak at a share of the budget; what is left keeps more values."""
     searched, target = step if short is None else short, share * budget.step_bytes
@@ -178,7 +190,7 @@ def _split_to(
         return None
     traced, program = choice.after.traced, choice.after.program
     assert program is not None, "it was scored"
-    memory = budget.choose(program)
+    memory = budget.choose(program, until=_with_least(until))
     if searched is step:
         gm, splits = choice.program, choice.splits
     else:

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 _PATIENCE = 1.5  # times the budget: if checkpointing needs more, slices are looked for at once
 _NEARLY = 1.25  # times the budget
 _TIED = 5e-3  # of a step: what untied blocks must save to be scheduled
+_FIRST_SHARE = 0.75  # of the time that is left: to schedule a plan before any is known to fit
 _BETWEEN = 2  # limits between none and the budget
 EVEN = 1e-2  # of a step: the cost of fitting the budget at which no other plans are tried
 
@@ -123,7 +124,7 @@ def plan_jointly(
     while trials.best is None or (binds and trials.best.trial.added_us > EVEN * unlimited.step_us):
         if trials.best is None and trials.out_of_reach:
             break
-        if trials.best is not None and problem.deadline.over:
+        if problem.deadline.over:
             break
         limit_and_result = next(limited, None)
         if limit_and_result is None:
@@ -253,24 +254,27 @@ class _Trials:
         )  # fmt: skip
         budget = replace(_step_budget(self.problem, step), states_on=states_on)
         short = shortened(space.graph, chosen)
+        now, left = time.process_time(), self.problem.deadline.left
+        until = now + (left if self.best is not None else _FIRST_SHARE * left)
 
         def in_slices(whole: MemoryPlan | None, spent: float) -> FittedStep | None:
             if whole is not None and self.problem.deadline.over:
                 return None
-            return self._in_slices(plan, budget, short, whole, spent)
+            return self._in_slices(plan, budget, short, whole, spent, until)
 
-        memory, split = fit_program(step.program, budget, in_slices, _PATIENCE)
+        memory, split = fit_program(step.program, budget, in_slices, _PATIENCE, until)
         return step if split is None else replace(step, program=split.program), memory, split
 
     def _in_slices(
         self, plan: ShardingPlan, budget: StepBudget, short: ShortGraph | None,
-        whole: MemoryPlan | None, spent: float,
+        whole: MemoryPlan | None, spent: float, until: float,
     ) -> FittedStep | None:  # fmt: skip
         """The step with regions in slices; None if no region helps.
 
         Args:
             whole: its schedule without slices, if it fits.
             spent: seconds on it.
+            until: as of `split_step`.
 
         Raises:
             InfeasibleError: slices do not make it fit.
@@ -282,9 +286,8 @@ class _Trials:
             few = short_step(
                 space.graph, short, plan, trainable=trainable, output_specs=self.output_specs
             )
-        left = self.problem.deadline.left
         try:
-            fitted = split_step(step, budget, min(SECONDS, left), few, whole, spent, left)
+            fitted = split_step(step, budget, SECONDS, few, whole, spent, until)
         except PlanError as error:  # a region of the few blocks that all of them do not have
             log.info("no slices: %s", error)
             return None

@@ -66,7 +66,7 @@ def search_meshes(
     device: str | Device = "cpu",
     per_node: int = NODE_SIZE,
     memory: str | float | None = None,
-    time_limit: float = 60.0,
+    time_limit: float = 90.0,
     progress: Progress | Tell | None = None,
     pipelines: bool = False,
     **options: Any,

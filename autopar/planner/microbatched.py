@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from autopar.cluster.cluster import ClusterInfo
 from autopar.errors import InfeasibleError, PlanError
 from autopar.passes.microbatches import Microbatches
 from autopar.plan import ShardingPlan
-from autopar.plan_records import MemoryEstimate, StepWork, TimeEstimate
+from autopar.plan_records import StepWork, TimeEstimate
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.batch_bytes import BatchBytes
 from autopar.planner.estimate import accumulation_us, optimizer_us
@@ -45,6 +46,9 @@ _PER_RANK = 4
 # Layouts that the solver found.
 _SOLVED = "solver"
 
+# Of fitting the results of all microbatches, whose bytes depend on the plan.
+_ROUNDS = 3
+
 # Of a step: what microbatches must be able to gain, for them to be planned.
 _LEAST_GAIN = 0.03
 
@@ -58,7 +62,7 @@ class BatchPlanner:
         samples: of the batch.
         cluster: of all ranks.
         pipeline: its ranks, and what is fixed of it; None without one.
-        options: of `build_problem`.
+        options: of `build_problem`. All problems share one deadline.
     """
 
     model: torch.nn.Module
@@ -67,6 +71,12 @@ class BatchPlanner:
     cluster: ClusterInfo
     pipeline: PipelineOptions | None
     options: Mapping[str, Any]
+
+    @cached_property
+    def deadline(self) -> Deadline:
+        """Of all."""
+        given = self.options.get("deadline")
+        return given or Deadline(self.options.get("time_limit", TIME_LIMIT))
 
     def plan(self, microbatches: int | None) -> Planned:
         """The fastest plan that fits the memory.
@@ -145,7 +155,7 @@ class BatchPlanner:
         if only == _SOLVED:
             return
         for baseline in baseline_plans(
-            problem.space, time_limit=self.options.get("time_limit", 60.0), mask=problem.mask,
+            problem.space, time_limit=self.deadline.seconds, mask=problem.mask,
             named=only or "Megatron TP",
         ):  # fmt: skip
             plan = make_plan(problem.space, baseline.choices, problem.model)
@@ -160,7 +170,7 @@ class BatchPlanner:
     def _at(self, microbatches: int) -> Planned:
         if self.pipeline is not None:
             return self._staged(microbatches, microbatches)[1]
-        planned = self._decided(self._problem(microbatches))
+        planned = self._within(self._problem(microbatches), microbatches)
         time, step_us = planned.plan.time, optimizer_us(planned.space, planned.choices)
         waiting = time.weights_us - time.overlapped_us  # of what moves weights
         added_us = 0.0
@@ -176,36 +186,33 @@ class BatchPlanner:
         plan = replace(
             planned.plan, time=times, microbatches=microbatches, work=self._work(planned.plan)
         )
-        if microbatches > 1:
-            plan = replace(plan, memory=self._of_batch(planned, microbatches))
         return replace(planned, plan=plan)
 
     def _work(self, plan: ShardingPlan) -> StepWork | None:
         return None if plan.work is None else plan.work.of_samples(self.samples)
 
-    def _of_batch(self, planned: Planned, microbatches: int) -> MemoryEstimate:
-        """The memory of a microbatch, beside the inputs and the results of the others, and the sums
-        of gradients.
+    def _within(self, problem: PlanningProblem, microbatches: int) -> Planned:
+        """The plan of a microbatch that leaves room for the results of all.
 
         Raises:
-            InfeasibleError: that is too much.
+            InfeasibleError: there is none.
         """
-        memory, budget = planned.plan.memory, self.cluster.budget_bytes
-        state = planned.plan.optimizer_state
-        sums = memory.optimizer_bytes / state if state else memory.parameters_bytes
-        of_one = BatchBytes.of(planned)
-        memory = of_one.added_to(memory, microbatches)
-        memory = replace(memory, gradients_bytes=memory.gradients_bytes + sums)
-        if memory.total_bytes > budget:
-            inputs = bytes_text(microbatches * of_one.inputs)
-            results = bytes_text(2 * microbatches * of_one.results)
-            raise InfeasibleError(
-                f"{microbatches} microbatches need {bytes_text(memory.total_bytes)} with the sums "
-                f"of their gradients ({bytes_text(sums)}), the whole batch ({inputs}) and its "
-                f"results with their gradients ({results}), and there is {bytes_text(budget)}",
-                budget_bytes=budget, smallest_bytes=memory.total_bytes,
-            )  # fmt: skip
-        return memory
+        results, needed = 0.0, 0.0
+        for _ in range(_ROUNDS):
+            planned = self._decided(problem, self.cluster.budget_bytes - results)
+            memory = planned.plan.memory
+            if microbatches > 1:
+                memory = BatchBytes.of(planned).with_results(memory, microbatches)
+            if memory.total_bytes <= self.cluster.budget_bytes:
+                return replace(planned, plan=replace(planned.plan, memory=memory))
+            results = memory.total_bytes - planned.plan.memory.total_bytes
+            needed = memory.total_bytes
+        raise InfeasibleError(
+            f"{microbatches} microbatches need {bytes_text(needed)} with their results and the "
+            f"gradients of these ({bytes_text(results)}), and there is "
+            f"{bytes_text(self.cluster.budget_bytes)}",
+            budget_bytes=self.cluster.budget_bytes, smallest_bytes=needed,
+        )  # fmt: skip
 
     def plan_within(self, count: int) -> Planned:
         """The plan of the fewest microbatches that fit without recomputation: fewer are faster.
@@ -216,13 +223,12 @@ class BatchPlanner:
         Raises:
             InfeasibleError: not even single samples fit, or none was seen to fit in time.
         """
-        deadline = Deadline(self.options.get("time_limit", TIME_LIMIT))
         count = min(count, self.samples)
         while True:
             try:
                 return self._at(count)
             except InfeasibleError:
-                if count >= self.samples or deadline.over:
+                if count >= self.samples or self.deadline.over:
                     raise
                 count = min(self.samples, 2 * count)
 
@@ -234,12 +240,13 @@ class BatchPlanner:
             budget = self.cluster.budget_bytes * self.pipeline.ranks
         return build_problem(
             self.model, graph=self.split.graph(size), cluster=self.cluster.of_a_stage(),
-            budget_bytes=budget, **self.options,
+            budget_bytes=budget, microbatches=microbatches if self.pipeline is None else 1,
+            **{**self.options, "deadline": self.deadline},
         )  # fmt: skip
 
-    def _decided(self, problem: PlanningProblem) -> Planned:
+    def _decided(self, problem: PlanningProblem, budget_bytes: float | None = None) -> Planned:
         try:
-            result = problem.decide()
+            result = problem.decide(budget_bytes)
         except InfeasibleError:
             if self.pipeline is None:
                 raise

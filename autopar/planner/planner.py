@@ -43,7 +43,7 @@ from autopar.tracer import ColoTracer, ModelGraph
 from autopar.units import mesh_text
 
 ADAM_STATE = 2.0
-TIME_LIMIT = 60.0  # seconds
+TIME_LIMIT = 90.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,11 @@ def build_problem(
     steps_on: tuple[str, ...] = (),
     states_on: str | None = None,
     forward: bool = False,
+    microbatches: int = 1,
     fixed: FixedLayouts | None = None,
     constraints: Constraints | str | None = None,
     time_limit: float = TIME_LIMIT,
+    deadline: Deadline | None = None,
     progress: Progress | Tell | None = None,
 ) -> PlanningProblem:
     """Trace a model, profile it, and lay out the search space with all costs.
@@ -207,19 +209,22 @@ def build_problem(
         steps_on: the tiers that the optimizer can step on (`planner/optimizer_state.py`).
         states_on: that tier, "" for the device; None to choose.
         forward: nothing is trained: no backward, no gradients, no optimizer state.
+        microbatches: of the batch, if the graph is that of one of them.
         fixed: layouts that the caller decides.
         constraints: layouts by the names of parameters, inputs, outputs, modules and operators
             (`autopar.planner.names`): `{"h.*.mlp.c_fc.weight": "RS1", "inputs.x": "S0R"}`; or the
             name of a preset (`autopar.planner.presets`): "tp2d".
-        time_limit: seconds for all runs of the solver and all schedules together. Afterwards the
-            best plan is returned with its gap. If none fits yet, the fastest baseline that fits
+        time_limit: seconds from here on, for all runs of the solver and all schedules. Afterwards
+            the best plan is returned with its gap. If none fits yet, the fastest baseline that fits
             takes its place, and the record says so.
+        deadline: in place of a time limit, where other planning shares it.
         progress: called with a line per stage.
 
     Raises:
         CaptureError: the model cannot be captured.
         ConstraintError: a constraint has an unknown name or an impossible layout.
     """
+    deadline = deadline or Deadline(time_limit)
     cluster = as_cluster(cluster).with_memory(memory)
     telling = Progress.of(progress)
     seconds: dict[str, float] = {}
@@ -243,7 +248,7 @@ def build_problem(
         fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
         trainable = frozenset[str]() if forward else trainable_inputs(graph, model)
         state = 0.0 if forward else optimizer_state
-        workload = Workload(trainable, state, steps_on, states_on, forward)
+        workload = Workload(trainable, state, steps_on, states_on, forward, microbatches)
         groups = axis_groups(cluster.mesh, cluster.links, layouts_of(constraints))
         space = SearchSpace(
             graph, cluster, workload, fixed, orders=axis_orders(constraints), groups=groups
@@ -262,7 +267,7 @@ def build_problem(
         running.done = f"costed the conversions between them, on {len(space.edges):,} edges"
     budget = cluster.budget_bytes if budget_bytes is None else budget_bytes
     return PlanningProblem(
-        type(model).__name__, space, mask, constraints, budget, Deadline(time_limit), seconds,
+        type(model).__name__, space, mask, constraints, budget, deadline, seconds,
         telling, forward and cluster.memory_bytes is None and budget_bytes is None,
     )  # fmt: skip
 

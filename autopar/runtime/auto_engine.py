@@ -61,7 +61,7 @@ def auto_engine(
     stages: str | None = None,
     loss_fn: Callable[..., Any] | None = None,
     resume: bool = False,
-    time_limit: float = 60.0,
+    time_limit: float = 90.0,
     progress: Callable[[str], None] | bool | None = True,
     dump_passes: str | Path | None = None,
 ) -> tuple[torch.nn.Module, Any]:

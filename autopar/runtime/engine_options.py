@@ -22,7 +22,7 @@ class EngineOptions:
     batch: str = "global"
     batch_dim: BatchDim = 0
     constraints: Mapping[str, str] | str | None = None
-    time_limit: float = 60.0
+    time_limit: float = 90.0
     weights: Path | None = None
     precision: Precision | None = None
     microbatches: int | None = None

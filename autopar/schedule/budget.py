@@ -200,28 +200,32 @@ class StepBudget:
             ) from error
         return None if place is None else replace(self, states_on=place)
 
-    def choose(self, program: Program, patience: float = math.inf) -> MemoryPlan:
+    def choose(
+        self, program: Program, patience: float = math.inf, until: float = math.inf
+    ) -> MemoryPlan:
         """The fastest schedule, with the optimizer's state on the device or on the host.
 
         Args:
             patience: times the budget that checkpointing of blocks may need; if it needs more, no
                 other schedule is looked for. For programs of many operators.
+            until: the processor time at which the search ends with what it has.
 
         Raises:
             InfeasibleError: no schedule fits the memory; it names the smallest budget that does.
         """
         if self.states_on:
-            return self._plan(program, patience)
+            return self._plan(program, patience, until)
         offloading = self._with_state_on_host(program)
         try:
-            plan = self._plan(program, patience)
+            plan = self._plan(program, patience, until)
         except InfeasibleError:
             if offloading is None:
                 raise
-            return offloading._plan(program, patience)
+            return offloading._plan(program, patience, until)
         if offloading is None or plan.added_us <= offloading._round_trip_us:
             return plan
-        return min(plan, offloading._plan(program), key=lambda plan: plan.added_us)
+        other = offloading._plan(program, until=until)
+        return min(plan, other, key=lambda plan: plan.added_us)
 
     def _with_state_on_host(self, program: Program) -> StepBudget | None:
         """None if the optimizer's state cannot be on the host."""
@@ -238,14 +242,16 @@ class StepBudget:
             return 0.0
         return 2e6 * (self.host.alpha + self.host.beta * self.optimizer_bytes)
 
-    def _plan(self, program: Program, patience: float = math.inf) -> MemoryPlan:
+    def _plan(
+        self, program: Program, patience: float = math.inf, until: float = math.inf
+    ) -> MemoryPlan:
         if self.state_on_host:
             program = replace(program, host_bytes=program.host_bytes - self.optimizer_bytes)
         if self.states_on:
             held = self.states.on_host(self.states_on)
             program = replace(program, host_bytes=program.host_bytes - held)
         try:
-            plan = plan_memory(program, self.step_bytes, patience)
+            plan = plan_memory(program, self.step_bytes, patience, until)
         except InfeasibleError as error:
             smallest = self.resident_bytes + error.smallest_bytes
             if self.states_on:
@@ -323,14 +329,16 @@ def describe(program: Program, schedule: Schedule) -> MemoryPlan:
     )
 
 
-def plan_memory(program: Program, budget_bytes: float, patience: float = math.inf) -> MemoryPlan:
+def plan_memory(
+    program: Program, budget_bytes: float, patience: float = math.inf, until: float = math.inf
+) -> MemoryPlan:
     """The fastest schedule whose peak is within the budget, with its collectives split where that
     hides them. Schedules for somewhat less memory are also tried: they leave room for gathers in
     flight.
 
     Args:
         budget_bytes: for what the step makes.
-        patience: as of `StepBudget.choose`.
+        patience, until: as of `StepBudget.choose`.
 
     Raises:
         InfeasibleError: no schedule fits; it names the smallest budget with one.
@@ -340,7 +348,7 @@ def plan_memory(program: Program, budget_bytes: float, patience: float = math.in
     eager_bytes = peak_bytes(program, eager)
     if eager_bytes <= budget_bytes:
         return describe(program, prefetched(program, eager, budget_bytes))
-    front = ScheduleFront(program, _costs(program))
+    front = ScheduleFront(program, _costs(program), until)
     if has_many_operators(program):
         common = front.checkpointed()
         if common.peak_bytes > patience * budget_bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -31,6 +33,10 @@ class ChainSchedules:
         common: storages that are kept whatever the plan.
         cost: of recomputing each operator.
         memory: the largest budget, in bytes.
+        until: the processor time at which it gives up.
+
+    Raises:
+        TimeoutError: that has come.
 
     Attributes:
         budgets: of the chain, from the largest down, `common` included. The peak of a schedule is
@@ -39,10 +45,10 @@ class ChainSchedules:
 
     def __init__(
         self, program: Program, stages: Sequence[Stage], common: frozenset[int],
-        cost: Mapping[int, float], memory: float,
+        cost: Mapping[int, float], memory: float, until: float = math.inf,
     ) -> None:  # fmt: skip
         self._program, self._stages, self._common = program, stages, common
-        self._stage_options = _options(program, stages, cost)
+        self._stage_options = _options(program, stages, cost, until)
         chain = [
             ChainStage(
                 program.nbytes[stage.input] if stage.input >= 0 else 0,
@@ -66,11 +72,20 @@ class ChainSchedules:
 
 
 def _options(
-    program: Program, stages: Sequence[Stage], cost: Mapping[int, float]
+    program: Program, stages: Sequence[Stage], cost: Mapping[int, float], until: float
 ) -> list[list[StageOption]]:
     """Per stage, its own options and those that span it and stages after it. Each kind of stage is
     solved once."""
-    own = _per_kind(program, stages, lambda stage: stage_options(program, stage, cost))
+
+    def in_time() -> None:
+        if time.process_time() > until:
+            raise TimeoutError("the chain has stages of too many kinds")
+
+    def own_options(stage: Stage) -> tuple[StageOption, ...]:
+        in_time()
+        return stage_options(program, stage, cost)
+
+    own = _per_kind(program, stages, own_options)
     levels = [  # per stage and share, what it keeps if its output is not kept
         [frozenset(twin[s] for s in kept) for kept in kinds]
         for kinds, twin in _per_kind(
@@ -92,6 +107,7 @@ def _options(
             ]
             kind = "\n\n".join(s.kind for s in joined)
             if kind not in spans:
+                in_time()
                 spans[kind] = [span_option(program, joined, kept, cost) for kept in kept_sets]
             choices += [
                 StageOption(kept, o.costs) for kept, o in zip(kept_sets, spans[kind], strict=True)

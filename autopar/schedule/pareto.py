@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,10 +69,13 @@ class ScheduleFront:
 
     Args:
         cost: of recomputing each operator; its predicted time if None.
+        until: the processor time at which searches end with what they have.
     """
 
-    def __init__(self, program: Program, cost: Mapping[int, float] | None = None) -> None:
-        self.program = program
+    def __init__(
+        self, program: Program, cost: Mapping[int, float] | None = None, until: float = math.inf
+    ) -> None:
+        self.program, self.until = program, until
         self.cost = cost or {i: op.us for i, op in enumerate(program.ops)}
         self.refiner = Refiner(program, self.cost)
         self.candidates: list[SchedulePoint] = []
@@ -83,9 +87,22 @@ class ScheduleFront:
         self._chained: dict[int, SchedulePoint] = {}
         self._tried_shares: set[float] = set()
 
+    @property
+    def _is_over(self) -> bool:
+        return time.process_time() > self.until
+
     @cached_property
-    def _chain(self) -> ChainSchedules:
-        return ChainSchedules(self.program, self._stages, self._common, self.cost, self.eager_bytes)
+    def _chain(self) -> ChainSchedules | None:
+        """None if there is no time for it."""
+        stages, memory = self._stages, self.eager_bytes
+        try:
+            return ChainSchedules(self.program, stages, self._common, self.cost, memory, self.until)
+        except TimeoutError:
+            return None
+
+    @property
+    def _chain_budgets(self) -> Sequence[float]:
+        return () if self._chain is None else self._chain.budgets
 
     @cached_property
     def _whole(self) -> StageModel:
@@ -125,11 +142,13 @@ class ScheduleFront:
 
     def _add_for(self, budget: float) -> None:
         """Add the schedules that may be the best within a budget."""
-        chain = self._chain.budgets
+        if self._is_over:
+            return
+        chain = self._chain_budgets
         low, high = 0, len(chain)  # the first that fits is between them
         above = 0.0  # by so much the last peak exceeds the chain's budget
         for halves in itertools.cycle((False, False, True)):
-            if low == high:
+            if low == high or self._is_over:
                 break
             near = bisect_left(chain, above - budget, low, high - 1, key=operator.neg)
             k = (low + high) // 2 if halves else near
@@ -142,12 +161,13 @@ class ScheduleFront:
             return
         for share in _SHARES:
             kept = share * self._whole.needed_bytes
-            if _LEAST_KEPT * budget <= kept <= _MOST_KEPT * budget:
+            if _LEAST_KEPT * budget <= kept <= _MOST_KEPT * budget and not self._is_over:
                 self._add_whole(share)
 
     def _of_chain(self, k: int) -> SchedulePoint:
         """The schedule for one of the chain's budgets, which is a candidate then."""
         if k not in self._chained:
+            assert self._chain is not None
             self._chained[k] = self._add("chain", self._chain.schedule(self._chain.budgets[k]))
         return self._chained[k]
 
@@ -187,7 +207,7 @@ class ScheduleFront:
         for start in tried:
             schedule = start.schedule
             for k in order:
-                smaller = self.refiner.shrink(schedule, budgets[k])
+                smaller = self.refiner.shrink(schedule, budgets[k], until=self.until)
                 if smaller is None:
                     break
                 schedule = smaller
@@ -204,8 +224,9 @@ class ScheduleFront:
 
     def grown(self, point: SchedulePoint, budget: float) -> SchedulePoint:
         """The schedule, keeping more as far as the budget allows."""
-        limits = (_TOGETHER, _LEAST_GAIN) if has_many_operators(self.program) else ()
-        return self.point(point.name, self.refiner.grow(point.schedule, budget, *limits))
+        limits = (_TOGETHER, _LEAST_GAIN) if has_many_operators(self.program) else (1, 0.0)
+        grown = self.refiner.grow(point.schedule, budget, *limits, until=self.until)
+        return self.point(point.name, grown)
 
     def low(self, enough: float = 0.0, until: float = math.inf) -> SchedulePoint:
         """A schedule with a low peak, found quickly: common checkpointing, refined.
@@ -214,6 +235,7 @@ class ScheduleFront:
             enough: bytes; no lower peak is looked for.
             until: the processor time at which refining ends.
         """
+        until = min(until, self.until)
         return self._lowered(self.checkpointed(), self.refiner, enough, until)
 
     def checkpointed(self) -> SchedulePoint:
@@ -223,18 +245,28 @@ class ScheduleFront:
     def smallest(self) -> SchedulePoint:
         """The schedule with the smallest peak that the search can reach."""
         few = not has_many_operators(self.program)
-        for share in _SHARES if few else _SHARES[:2]:
-            self._add_whole(share)
-        count = len(self._chain.budgets)
+        count = len(self._chain_budgets)
         last = max(0, count - 2 * _CHAIN_TRIED)
-        for k in (*range(0, last if few else 0, max(1, last // _SPREAD)), *range(last, count)):
+        for k in (*range(last, count), *range(0, last if few else 0, max(1, last // _SPREAD))):
+            if self._is_over:
+                break
             self._of_chain(k)
+        for share in _SHARES if few else _SHARES[:2]:
+            if self._is_over:
+                break
+            self._add_whole(share)
         least = min(self.candidates, key=_by_peak)
-        starts = [least, self.low()]
+        # one that does not depend on the budgets that were tried: a peak that is named as the
+        # smallest is found again within it
+        fixed = min((c for c in self.candidates if c.name in (*_COMMON, "global")), key=_by_peak)
+        chained = [self._chained[k] for k in sorted(self._chained) if k >= last]
+        starts = [least, self.low(), min((fixed, *chained), key=_by_peak)]
+        starts = list({id(start): start for start in starts}.values())
         if self.program.transfers:  # offloading may be a dead end where recomputation is not
             recompute_only = Refiner(replace(self.program, transfers={}), self.cost)
-            starts.append(self._lowered(least, recompute_only))
-        return min((self._lowered(start, self.refiner) for start in starts), key=_by_peak)
+            starts.append(self._lowered(least, recompute_only, until=self.until))
+        lowered = [self._lowered(start, self.refiner, until=self.until) for start in starts]
+        return min(lowered, key=_by_peak)
 
     def _lowered(
         self, best: SchedulePoint, refiner: Refiner, enough: float = 0.0, until: float = math.inf

@@ -221,13 +221,15 @@ class Refiner:
         return list(ops) if add(program.maker[storage]) else None
 
     def grow(
-        self, schedule: Schedule, budget: float, together: int = 1, least_gain: float = 0.0
-    ) -> Schedule:
+        self, schedule: Schedule, budget: float, together: int = 1, least_gain: float = 0.0,
+        until: float = math.inf,
+    ) -> Schedule:  # fmt: skip
         """Keep what is recomputed or offloaded, the most expensive first, within the budget.
 
         Args:
             together: results of so many operators are kept at once, and simulated once.
             least_gain: share of the schedule's cost; it ends when keeping them saves less.
+            until: the processor time at which it ends.
         """
         program = self.program
         for s in sorted(schedule.offloaded(program), key=lambda s: -program.sizes[s]):
@@ -238,7 +240,7 @@ class Refiner:
         now, cost = self._simulated(schedule), self._cost(schedule)
         while (larger := self._with_less(now, budget, rejected, together)) is not None:
             before, now, cost = cost, larger, self._cost(larger.schedule)
-            if before - cost < least_gain * before:
+            if before - cost < least_gain * before or time.process_time() > until:
                 break
         return now.schedule
 

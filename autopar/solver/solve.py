@@ -90,8 +90,9 @@ def solve(
     """
     assert disable <= {*LAYERS}, f"{disable} are not all among {LAYERS}"
     search = _Search(
-        CutPool(problem, separate, disable, better_than_us), separate, time.process_time() + time_limit, gap,
-        enough_us, subproblems, branching_gap, 0 if "restricted MIP" in disable else mip_rounds,
+        CutPool(problem, separate, disable, better_than_us), separate,
+        time.process_time() + time_limit, gap, enough_us, subproblems, branching_gap,
+        0 if "restricted MIP" in disable else mip_rounds,
         fallback or (lambda: ()), progress or (lambda line: None),
     )  # fmt: skip
     return search.run(starts, prices or {}, tree)
