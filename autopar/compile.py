@@ -93,6 +93,7 @@ def plan_batch(
         InfeasibleError, CaptureError, ConstraintError: as of `autoplan`.
     """
     warn_if_torch_is_untested(torch.__version__)
+    options.setdefault("deadline", Deadline(options.get("time_limit", TIME_LIMIT)))
     cluster = as_cluster(cluster).with_memory(memory)
     pipeline = PipelineOptions.of(cluster, schedule, stages)
     telling = Progress.of(progress)

@@ -65,6 +65,7 @@ CASES = (
     Case("GPT-2", "8", 3.0),
     Case("GPT-2", "2x4", 5.0),
     Case("GPT-2", "2x2x2", 8.0),
+    Case("GPT-2", "2x2x2x2x2"),
     Case("GPT-2", "2x4", memory="700MiB"),
     Case("GPT-2", "2x4", 6.0, memory="600MiB", fit=True),
     Case("Llama-3-8B, 16 texts of 8192", "8", 20.0, device="H100", fit=True),
