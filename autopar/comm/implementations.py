@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.comm.functional import out_of_place
@@ -31,27 +30,27 @@ def call_key(node: fx.Node) -> Any:
 
 def implementation(node: fx.Node, *, mutate: bool = True) -> fx.Graph:
     """The implementation of a collective as a graph of the call's tensor operands, in their order.
+    Its nodes have values on the meta device, which are made in a fraction of the time of fake ones.
 
     Args:
         node: calls one of `IMPLEMENTATIONS`; nodes have their values in `meta["val"]`.
         mutate: let a collective write to its own buffer.
     """
     graph, operands = fx.Graph(), node.all_input_nodes
-    with FakeTensorMode():
-        values = {n: _fake_like(n.meta["val"]) for n in operands}
-        with (
-            _Recorder(graph, list(values.values())) as recorder,
-            contextlib.nullcontext() if mutate else out_of_place(),
-        ):
-            args = fx.node.map_arg(node.args, values.__getitem__)
-            result = IMPLEMENTATIONS[node.target](*args)  # type: ignore[index]
+    values = {n: _shape_of(n.meta["val"]) for n in operands}
+    with (
+        _Recorder(graph, list(values.values())) as recorder,
+        contextlib.nullcontext() if mutate else out_of_place(),
+    ):
+        args = fx.node.map_arg(node.args, values.__getitem__)
+        result = IMPLEMENTATIONS[node.target](*args)  # type: ignore[index]
     graph.output(recorder.nodes(result))
     graph.eliminate_dead_code()
     return graph
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes the operators that run on fake tensors to a graph. `make_fx` does as much and more, in
+    """Writes the operators that run on meta tensors to a graph. `make_fx` does as much and more, in
     several times the time: a third of that of a small model's first step."""
 
     def __init__(self, graph: fx.Graph, inputs: list[torch.Tensor]) -> None:
@@ -86,5 +85,5 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _fake_like(t: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
+def _shape_of(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")

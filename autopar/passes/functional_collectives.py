@@ -55,21 +55,21 @@ def _inline(node: fx.Node, body: fx.Graph) -> None:
     if isinstance(result, fx.Node):
         new = env[result]
         if new.op == "call_function":
-            new.meta = _described(node, new)
+            new.meta = _described(node)
         node.replace_all_uses_with(new)
     else:  # several results, which `getitem`s take apart
         for user in list(node.users):
             _, k = user.args
             new = env[result[k]]  # type: ignore[index]
-            new.meta = _described(user, new)
+            new.meta = _described(user)
             user.replace_all_uses_with(new)
             user.graph.erase_node(user)
     node.graph.erase_node(node)
 
 
-def _described(node: fx.Node, new: fx.Node) -> dict[str, Any]:
+def _described(node: fx.Node) -> dict[str, Any]:
     """The metadata of a node, but for what describes its operator."""
-    return {k: v for k, v in node.meta.items() if k != "makes"} | {"val": new.meta["val"]}
+    return {k: v for k, v in node.meta.items() if k != "makes"}
 
 
 def _wait_in_place(node: fx.Node) -> None:
