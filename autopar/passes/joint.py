@@ -1,4 +1,4 @@
-"""Trace a sharded forward program to a joint graph of forward and backward, by AOTAutograd."""
+"""Trace a sharded forward program to a joint graph of forward and backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 import torch.fx as fx
 import torch.fx.traceback
 from functorch.compile import aot_function
+from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from autopar.ir.joint_graph import JointGraph, Result
 from autopar.passes.verify import propagate_shapes, verify
@@ -19,7 +21,10 @@ from autopar.passes.verify import propagate_shapes, verify
 # Tracing uses process-wide state; simulated ranks are threads.
 _TRACING = threading.Lock()
 
-_CLONE = torch.ops.aten.clone.default
+_ATEN = torch.ops.aten
+_CLONE, _VIEW, _UNSAFE_VIEW = (
+    _ATEN.clone.default, _ATEN.view.default, _ATEN._unsafe_view.default,
+)  # fmt: skip
 
 
 def trace_joint(
@@ -39,26 +44,72 @@ def trace_joint(
         fakes = [_fake_like(t) for t in arguments]
         verify(propagate_shapes(gm, fakes))
         _copy_aliased_results(gm, fakes)
-        function = _with_modules(gm) if name_modules else gm
-        graph = _traced(function, fakes)
         (returned,) = gm.graph.output_node().args
-    tangents = iter([n.meta["val"] for n in JointGraph(graph, ()).tangents])
-    results = []
-    for node in returned:  # type: ignore[union-attr]
-        value = node.meta["val"] if isinstance(node, fx.Node) else node
-        differentiable = (
-            torch.is_grad_enabled() and isinstance(value, torch.Tensor) and value.requires_grad
-        )
-        results.append(Result(differentiable, next(tangents) if differentiable else None))
-    return JointGraph(graph, tuple(results))
+        tangents = [_tangent(n.meta["val"] if isinstance(n, fx.Node) else n) for n in returned]  # type: ignore[union-attr]
+        function = _with_modules(gm) if name_modules else gm
+        graph = _traced(function, fakes, tangents)
+    return JointGraph(graph, tuple(Result(t is not None, t) for t in tangents))
+
+
+def _tangent(value: Any) -> torch.Tensor | None:
+    """A tensor like the gradient of a result; None without one."""
+    if not (torch.is_grad_enabled() and isinstance(value, torch.Tensor) and value.requires_grad):
+        return None
+    return torch.empty_like(value.detach())
+
+
+def _traced(
+    function: Callable[..., Any],
+    arguments: Sequence[torch.Tensor],
+    tangents: Sequence[torch.Tensor | None],
+) -> fx.GraphModule:
+    """The joint graph, or the forward graph if no result carries a gradient.
+
+    AOTAutograd takes twice as long: it runs a program once more, to find out what it writes, and
+    replaces that. Ours write nothing, and few of torch's derivatives do; those it traces again.
+
+    Args:
+        tangents: gradients of the results; None for results without one.
+    """
+    kept = [t for t in tangents if t is not None]
+
+    def joint(primals: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]) -> Any:
+        results = function(*primals)
+        for node in get_proxy_mode().tracer.graph.nodes:  # type: ignore[union-attr]
+            node.meta["partitioner_tag"] = "is_forward"
+        inputs = [p for p in primals if p.requires_grad]
+        differentiated = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
+        setup_stacktrace_preservation_hooks([r.grad_fn for r in differentiated if r.grad_fn])
+        with torch.fx.traceback.preserve_node_meta():
+            given = torch.autograd.grad(differentiated, inputs, tangents, allow_unused=True)
+        gradients = iter(given)
+        return *results, *(next(gradients) if p.requires_grad else None for p in primals)
+
+    def forward(primals: Sequence[torch.Tensor]) -> Any:
+        with torch.no_grad():
+            return tuple(function(*primals))
+
+    gm = make_fx(joint)(list(arguments), kept) if kept else make_fx(forward)(list(arguments))
+    if any(_writes(node) for node in gm.graph.nodes):
+        return _functionalized(function, arguments)
+    for node in gm.graph.find_nodes(op="call_function", target=_UNSAFE_VIEW):
+        node.target = _VIEW
+    gm.graph.eliminate_dead_code()
+    return gm
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 class _Traced(Exception):
     """Ends AOTAutograd, which would go on to split the graph and to run a part."""
 
 
-def _traced(function: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> fx.GraphModule:
-    """The joint graph, or the forward graph if no result carries a gradient."""
+def _functionalized(
+    function: Callable[..., Any], arguments: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """The same graph, by AOTAutograd."""
     graphs: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
