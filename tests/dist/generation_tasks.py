@@ -126,11 +126,18 @@ def apart(a: Any, b: Any) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a.logits, b.logits, strict=True))
 
 
-def same_tokens(mesh: str, family: str, cache: str | None) -> dict[str, Any]:
-    """All ways to choose tokens, for requests of one length and of several.
+def same_tokens(
+    mesh: str,
+    family: str,
+    cache: str | None,
+    ways: tuple[str, ...] = tuple(HOW),
+    batches: tuple[tuple[int, ...], ...] = ((7, 7, 7, 7), (3, 7, 6, 5)),
+) -> dict[str, Any]:
+    """Ways to choose tokens, for requests of one length and of several.
 
     Args:
         cache: the layout of keys and values that the plan is to have.
+        batches: lengths of prompts.
     """
     alone = language_model(family)
     constraints = {} if cache is None else {_CACHE: cache}
@@ -142,12 +149,12 @@ def same_tokens(mesh: str, family: str, cache: str | None) -> dict[str, Any]:
         language_model(family), None, cluster, constraints=constraints, progress=False
     )
     gaps = {}
-    for lengths in ((7, 7, 7, 7), (3, 7, 6, 5)):
-        for name, how in HOW.items():
+    for lengths in batches:
+        for name in ways:
             batch = requests(lengths)
-            one = generated(alone, batch, 5, **how)
+            one = generated(alone, batch, 5, **HOW[name])
             # ranks draw alike, whatever their seeds
-            many = generated(engine, batch, 5 + dist.get_rank(), **longest, **how)
+            many = generated(engine, batch, 5 + dist.get_rank(), **longest, **HOW[name])
             gaps[name, len(set(lengths)) > 1] = apart(one, many)
     choices = engine.plan.choices
     return {

@@ -11,11 +11,11 @@ ALIKE = "large logits", "batches too", "decoder"  # as long as the others togeth
 
 @pytest.mark.sample(0.4)
 @pytest.mark.parametrize(
-    ("name", "batch"),
-    [*((n, "global") for n in tasks.MODELS if n not in ALIKE), ("decoder", "local")],
+    ("name", "mesh", "batch"),
+    [*((n, "2x2", "global") for n in tasks.MODELS if n not in ALIKE), ("decoder", "2", "local")],
 )
-def test_sizes_vary(pool, name, batch):
-    for answer in pool.run(tasks.varying_sizes, "2x2", batch, name):
+def test_sizes_vary(pool, pair, name, mesh, batch):
+    for answer in (pair if mesh == "2" else pool).run(tasks.varying_sizes, mesh, batch, name):
         assert answer["results"] < 1e-12
         assert answer["gap"] < 1e-12
         assert answer["programs"] <= answer["bound"]

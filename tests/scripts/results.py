@@ -119,12 +119,12 @@ def _language_model(family: str) -> Any:
     common = {"vocab_size": 96, "eos_token_id": 95, "pad_token_id": 0}
     if family == "gpt2":
         common |= {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "bos_token_id": 0}
-        return hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_embd=32, n_head=4, **common))
+        return hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=32, n_head=4, **common))
     if family == "llama":
         common |= {"hidden_size": 32, "intermediate_size": 64, "bos_token_id": 1}
-        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
         return hf.LlamaForCausalLM(hf.LlamaConfig(**heads, **common))
-    common |= {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    common |= {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     common |= {"dropout_rate": 0.0, "decoder_start_token_id": 0}
     return hf.T5ForConditionalGeneration(hf.T5Config(**common))
 
