@@ -132,7 +132,7 @@ def stop() -> None:
     forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()
+        gc.collect()
 
 
 def _forget_process_groups(mesh: DeviceMesh) -> None:

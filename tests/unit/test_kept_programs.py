@@ -12,7 +12,7 @@ from autopar.comm import world
 from autopar.runtime import step_choice
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _no_process_group_left() -> Iterator[None]:
     yield
     world.stop()

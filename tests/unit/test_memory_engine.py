@@ -19,7 +19,7 @@ from tests.models import CASES, OPTIMIZERS, LanguageModel
 STEPS = 2
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _no_process_group_left() -> Iterator[None]:
     yield
     environment.stop()

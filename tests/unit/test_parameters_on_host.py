@@ -38,7 +38,7 @@ SMALL = replace(FAST, host_memory_bytes=250_000.0)
 CLUSTERS = {"alone": ALONE, "fast": FAST, "small": SMALL}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _no_process_group_left() -> Iterator[None]:
     yield
     environment.stop()

@@ -11,7 +11,7 @@ from autopar.comm import world
 from tests.models import CASES
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _no_process_group_left() -> Iterator[None]:
     yield
     world.stop()

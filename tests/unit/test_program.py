@@ -15,7 +15,7 @@ from autopar.runtime.program import Program
 from tests.lowering import lowered
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _no_process_group_left() -> Iterator[None]:
     yield
     environment.stop()

@@ -35,7 +35,7 @@ tiers:
 """
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _no_process_group_left() -> Iterator[None]:
     yield
     environment.stop()
