@@ -59,8 +59,8 @@ def test_dropout_is_equal_on_replicas_and_differs_between_shards(pool, mesh):
     assert np.array_equal(ranks[0]["eval"], np.ones((64, 64)))
 
 
-def test_dropout_in_a_language_model(pool):
-    losses = pool.run(tasks.language_model_dropout, "2x2")
+def test_dropout_in_a_language_model(pair):
+    losses = pair.run(tasks.language_model_dropout, "2")
     assert all(np.allclose(losses[0], other, rtol=1e-12) for other in losses[1:])
     assert len(set(losses[0])) == 3
 
@@ -144,9 +144,9 @@ def test_a_rank_that_dies_stops_the_others(two):
     assert_rank_1_stops_rank_0(two, tasks.one_rank_dies)
 
 
-@pytest.mark.parametrize(("mesh", "how"), [("2x2", "global"), ("4", "local")])
-def test_batches_that_take_another_branch_are_captured_anew(pool, mesh, how):
-    for rank in pool.run(tasks.branches, mesh, how):
+@pytest.mark.parametrize("how", ["global", "local"])
+def test_batches_that_take_another_branch_are_captured_anew(pair, how):
+    for rank in pair.run(tasks.branches, "2", how):
         assert rank["error"] < 1e-9
         assert rank["captures"][-1] == rank["captures"][2] >= 2  # and those seen again are known
 

@@ -52,8 +52,8 @@ def test_methods_train_and_evaluate_the_model(pool):
         assert answer["gap"] < 1e-12
 
 
-def test_programs_follow_what_they_depend_on(pool):
-    for counts in pool.run(tasks.programs, "2x2"):
+def test_programs_follow_what_they_depend_on(pair):
+    for counts in pair.run(tasks.programs, "2"):
         assert counts == {  # without gradients, a forward is a program of its own
             "first": 1, "no_grad": 2, "inference_mode": 2, "frozen": 3, "thawed": 3,
             "autocast": 4, "back": 4, "eval": 5, "another head": 6,
