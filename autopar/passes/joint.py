@@ -13,6 +13,7 @@ import torch.fx.traceback
 from functorch.compile import aot_function
 from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from autopar.ir.joint_graph import JointGraph, Result
@@ -89,7 +90,8 @@ def _traced(
         with torch.no_grad():
             return tuple(function(*primals))
 
-    gm = make_fx(joint)(list(arguments), kept) if kept else make_fx(forward)(list(arguments))
+    with _use_lazy_graph_module(True):
+        gm = make_fx(joint)(list(arguments), kept) if kept else make_fx(forward)(list(arguments))
     if any(_writes(node) for node in gm.graph.nodes):
         return _functionalized(function, arguments)
     for node in gm.graph.find_nodes(op="call_function", target=_UNSAFE_VIEW):

@@ -1,4 +1,8 @@
-"""A part of a graph as a graph of its own."""
+"""A part of a graph as a graph of its own.
+
+`torch.fx._lazy_graph_module._LazyGraphModule` is private (the same in torch 2.11 and 2.13). Its
+code is written when it is first called, and not whenever a pass has changed the graph.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch.fx as fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 
 def ancestors(
@@ -50,4 +55,4 @@ def subgraph(
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[x] if isinstance(x, fx.Node) else x for x in outputs))
     graph.eliminate_dead_code()
-    return fx.GraphModule(root, graph)
+    return _LazyGraphModule(root, graph)

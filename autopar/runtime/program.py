@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch.distributed.tensor import DTensor
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from autopar.comm import host_copies
 from autopar.comm.ranks import Ranks
@@ -121,6 +122,7 @@ def boxed(gm: fx.GraphModule) -> Boxed:
         return fx.Interpreter(gm).boxed_run
     gm.graph.set_codegen(fx.graph._BoxedCodeGen())
     gm.recompile()
+    _LazyGraphModule.force_recompile(gm)
     return functools.partial(type(gm).forward, gm)
 
 

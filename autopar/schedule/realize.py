@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from autopar.ir.joint_graph import JointGraph
 from autopar.schedule.joint import JointProgram
@@ -88,7 +89,7 @@ class _Writer:
         """Return the values."""
         self.graph.output(tuple(self.value(v) if isinstance(v, fx.Node) else v for v in values))
         self.graph.eliminate_dead_code()
-        return fx.GraphModule(module, self.graph)
+        return _LazyGraphModule(module, self.graph)
 
 
 def realize(
