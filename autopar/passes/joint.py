@@ -1,4 +1,8 @@
-"""Trace a sharded forward program to a joint graph of forward and backward."""
+"""Trace a sharded forward program to a joint graph of forward and backward.
+
+Private to torch here: `make_fx` and its proxy mode, `enable_python_dispatcher`, lazy graph modules,
+and what AOTAutograd has for hooks on saved tensors and for the metadata of nodes; tested with 2.13.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,11 @@ import torch
 import torch.fx as fx
 import torch.fx.traceback
 from functorch.compile import aot_function
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.grad_mode import set_multithreading_enabled
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
@@ -22,10 +29,7 @@ from autopar.passes.verify import propagate_shapes, verify
 # Tracing uses process-wide state; simulated ranks are threads.
 _TRACING = threading.Lock()
 
-_ATEN = torch.ops.aten
-_CLONE, _VIEW, _UNSAFE_VIEW = (
-    _ATEN.clone.default, _ATEN.view.default, _ATEN._unsafe_view.default,
-)  # fmt: skip
+_CLONE = torch.ops.aten.clone.default
 
 
 def trace_joint(
@@ -81,7 +85,8 @@ def _traced(
         inputs = [p for p in primals if p.requires_grad]
         differentiated = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
         setup_stacktrace_preservation_hooks([r.grad_fn for r in differentiated if r.grad_fn])
-        with torch.fx.traceback.preserve_node_meta():
+        # a device's thread has not the modes of this one
+        with set_multithreading_enabled(False), torch.fx.traceback.preserve_node_meta():
             given = torch.autograd.grad(differentiated, inputs, tangents, allow_unused=True)
         gradients = iter(given)
         return *results, *(next(gradients) if p.requires_grad else None for p in primals)
@@ -90,12 +95,14 @@ def _traced(
         with torch.no_grad():
             return tuple(function(*primals))
 
-    with _use_lazy_graph_module(True):
+    # hooks on saved tensors are for what runs
+    with (
+        enable_python_dispatcher(), _disable_saved_tensors_hooks_during_tracing(),
+        _use_lazy_graph_module(True),
+    ):  # fmt: skip
         gm = make_fx(joint)(list(arguments), kept) if kept else make_fx(forward)(list(arguments))
     if any(_writes(node) for node in gm.graph.nodes):
         return _functionalized(function, arguments)
-    for node in gm.graph.find_nodes(op="call_function", target=_UNSAFE_VIEW):
-        node.target = _VIEW
     gm.graph.eliminate_dead_code()
     return gm
 

@@ -94,7 +94,7 @@ def auto_engine(
         precision: dtypes of parameters, of compute and gathers, and of the sums of gradients:
             "bf16", "fp16", or a `Precision` (docs/precision.md). If None, those of the plan that
             is given, else those of the model's tensors and of an autocast around its calls.
-        lower: False runs the sharded graph eagerly, without AOTAutograd (debugging).
+        lower: False runs the sharded graph eagerly (debugging).
         compile: True runs forward and backward by Inductor; the plan stays in force. "auto" does so
             on GPUs, with ATen's operators for what cannot be built or differs at the first step.
             "cudagraphs" is refused as yet (docs/memory.md).
