@@ -353,6 +353,7 @@ def test_sizes_are_even_and_larger_ones_come_first():
 SAMPLE = torch.randperm(len(INSTALLED), generator=torch.Generator().manual_seed(5))[:10].tolist()
 
 
+@pytest.mark.sample(0.5)
 @pytest.mark.parametrize("family", [INSTALLED[k] for k in sorted(SAMPLE)])
 def test_families_of_the_zoo(family):
     model = family.build()
