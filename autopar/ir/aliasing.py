@@ -146,7 +146,8 @@ def _shown(node: fx.Node) -> fx.Node | None:
         return None
     declared = {a.name: a for a in target._schema.arguments}
     arguments = dict(zip(declared, node.args, strict=False)) | node.kwargs
-    return next(value for name, value in arguments.items() if declared[name].alias_info)
+    value = next(value for name, value in arguments.items() if declared[name].alias_info)
+    return value if isinstance(value, fx.Node) else None  # a number has no memory
 
 
 @functools.cache

@@ -104,7 +104,22 @@ def _traced(
     if any(_writes(node) for node in gm.graph.nodes):
         return _functionalized(function, arguments)
     gm.graph.eliminate_dead_code()
+    _name_modules_of_backward(gm.graph)
     return gm
+
+
+def _name_modules_of_backward(graph: fx.Graph) -> None:
+    """Operators of the backward name the module whose forward they belong to, as AOTAutograd's do:
+    autograd numbers operators, and their derivatives alike."""
+    forward: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        number = node.meta.get("seq_nr")
+        if number is None:
+            continue
+        if node.meta.get("partitioner_tag") == "is_forward":
+            forward.setdefault(number, node)
+        elif number in forward and not node.meta.get("is_gradient_acc"):
+            node.meta["fwd_nn_module_stack"] = forward[number].meta.get("nn_module_stack")
 
 
 def _writes(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ schedule that cannot run ends with an error. Beside pipelines, ranks are those o
 from __future__ import annotations
 
 import queue
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +28,19 @@ class Mailboxes:
 
     def __init__(self) -> None:
         self._boxes: dict[Any, queue.Queue[Any]] = defaultdict(queue.Queue)
+        self._lock = threading.Lock()  # the sender and the receiver may both be the first to ask
+
+    def _box(self, box: Any) -> queue.Queue[Any]:
+        with self._lock:
+            return self._boxes[box]
 
     def send(self, box: Any, values: Any) -> None:
-        self._boxes[box].put(values)
+        self._box(box).put(values)
 
     def receive(self, box: Any) -> Any:
         """Raises AssertionError if nothing comes."""
         try:
-            return self._boxes[box].get(timeout=_TIMEOUT_S)
+            return self._box(box).get(timeout=_TIMEOUT_S)
         except queue.Empty:
             raise AssertionError(f"nothing was sent to {box}") from None
 

@@ -4,6 +4,8 @@
   captured as a `no_grad` region, which gives the same values and no gradient.
   `torch.is_inference_mode_enabled()` stays true inside.
 * `torch.cond` asks for its condition, as a Python `if` does, so that inputs may decide it.
+* Hooks on saved tensors are refused: programs save other values, and gradients would miss what the
+  hooks change. Those of torch's own (`save_on_cpu`, checkpoints) change nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from autopar.errors import CaptureError
 from autopar.tracer.functions import capturing
+from autopar.tracer.source import current_line
 
 _LOCK = threading.Lock()
 _PATCHES: dict[tuple[Any, str], tuple[int, Any]] = {}
@@ -94,6 +99,20 @@ def _cond(original: Any) -> Any:
     return cond
 
 
+def _enter_hooks(original: Any) -> Any:
+    def enter(hooks: Any) -> None:
+        if capturing() and type(hooks) is saved_tensors_hooks:
+            line = current_line()
+            raise CaptureError(
+                f"{line}: `{line.text}` has hooks on saved tensors, which would be left out: the "
+                "plan decides what is saved; leave them out of the forward (memory= makes a step "
+                "fit, and torch.autograd.graph.save_on_cpu is captured)"
+            )
+        original(hooks)
+
+    return enter
+
+
 @contextmanager
 def regions_as_run() -> Iterator[None]:
     """While on, inference-mode regions and conditions of a captured forward are as above."""
@@ -101,5 +120,6 @@ def regions_as_run() -> Iterator[None]:
         replaced(torch.inference_mode, "__enter__", _enter),
         replaced(torch, "is_inference_mode_enabled", _enabled),
         replaced(torch, "cond", _cond),
+        replaced(saved_tensors_hooks, "__enter__", _enter_hooks),
     ):
         yield

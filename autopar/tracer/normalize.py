@@ -280,6 +280,21 @@ def _source_of(node: fx.Node) -> str:
     return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else "unknown source"
 
 
+def refuse_strided_writes(gm: fx.GraphModule) -> None:
+    """Refuse writes through `as_strided`: derivatives of the functional form take the strides of
+    the gradient for those of the value, and are wrong (torch 2.13).
+
+    Raises:
+        CaptureError: naming the line.
+    """
+    written = torch.ops.aten.as_strided_scatter.default
+    for node in gm.graph.find_nodes(op="call_function", target=written):
+        raise CaptureError(
+            f"{_source_of(node)}: a write through as_strided has no right gradient in a captured "
+            "graph; write through slices, views or an index"
+        )
+
+
 def rebuild_users(gm: fx.GraphModule) -> None:
     """Rebuild a graph in which some node is not a user of its inputs.
 

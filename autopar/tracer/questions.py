@@ -24,7 +24,7 @@ from autopar.tracer import packed_sequences
 from autopar.tracer.gradient_hooks import GradientNode, ValueHooks
 from autopar.tracer.hidden_writes import HiddenWrites
 from autopar.tracer.proxies import current_tracer, slot_of
-from autopar.tracer.source import asking_frame, user_frame
+from autopar.tracer.source import asking_frame, current_line, user_frame
 from autopar.tracer.statistics import instance_norm
 
 
@@ -139,6 +139,18 @@ def _hook(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
     if slot_of(t, current_tracer()) is None:
         return func(*args, **kwargs)
     return resolver.hooks.register(t, hook)
+
+
+def _retain(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
+    """`x.retain_grad()`, which does nothing for a parameter."""
+    slot = slot_of(args[0], current_tracer())
+    if slot is None or isinstance(args[0], torch.nn.Parameter):
+        return func(*args, **kwargs)
+    line = current_line()
+    raise CaptureError(
+        f"{line}: `{line.text}` keeps the gradient of a value inside of the program, where the "
+        "caller could not read it; take it by a hook (h.register_hook)"
+    )
 
 
 def _detach(resolver: Resolver, func: Any, args: Any, kwargs: Any) -> Any:
@@ -320,6 +332,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "__get__": _property,
     "detach": _detach,
     "register_hook": _hook,
+    "retain_grad": _retain,
     "__set__": _set,
     "requires_grad_": _leaf,
     **dict.fromkeys(

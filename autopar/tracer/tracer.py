@@ -55,7 +55,12 @@ from autopar.tracer.functions import opaque_functions
 from autopar.tracer.gradient_hooks import module_hooks, originals
 from autopar.tracer.modes import regions_as_run
 from autopar.tracer.names import retraced
-from autopar.tracer.normalize import detach_no_grad_regions, model_graph, rebuild_users
+from autopar.tracer.normalize import (
+    detach_no_grad_regions,
+    model_graph,
+    rebuild_users,
+    refuse_strided_writes,
+)
 from autopar.tracer.numbers import TracedNumbers, refuse_types
 from autopar.tracer.randomness import HostFunction, Restart, host_randomness
 from autopar.tracer.results import plain_results
@@ -203,6 +208,7 @@ class ColoTracer:
             if again or not make_functional(program):
                 keep_draws(program.graph_module)
                 program = retraced(program)
+            refuse_strided_writes(program.graph_module)
         guards = (*settings, *resolver.guards)
         for guard in guards:
             # a layer that is never dropped trains differently, so warn

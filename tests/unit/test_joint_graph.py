@@ -28,7 +28,8 @@ def described(gm: fx.GraphModule) -> list[tuple]:
         if isinstance(value, torch.Tensor):
             value = tuple(value.shape), value.stride(), value.dtype
         target = node.target if node.op == "call_function" else None
-        module = list((node.meta.get("nn_module_stack") or {}).values())
+        stacks = map(node.meta.get, ("nn_module_stack", "fwd_nn_module_stack"))
+        module = [list((stack or {}).values()) for stack in stacks]
         forward = node.meta.get("partitioner_tag") == "is_forward" and target is not None
         return target, str(read), str(value), str(module), forward
 
