@@ -200,3 +200,12 @@ def test_torch_compile_runs_the_engine():
         assert torch.equal(found, result)
     compiled(x)[0].sum().backward()
     assert engine.body.weight.grad is not None and len(engine.steps) == 1
+
+
+def test_anomaly_detection_may_be_on_at_the_first_call():
+    engine, _ = auto_engine(TwoHeads(), None, "1")
+    with torch.autograd.detect_anomaly():
+        engine(torch.ones(3, 4))[0].sum().backward()
+    assert engine.body.weight.grad is not None
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="nan"):
+        engine(torch.full((3, 4), torch.nan))[0].sum().backward()
