@@ -28,13 +28,13 @@ from autopar.planner.batch import TracedBatch
 from autopar.planner.fitted_step import fit_step
 from autopar.planner.joint import JointPlan, plan_jointly
 from autopar.planner.microbatched import BatchPlanner, worth_splitting
-from autopar.planner.planner import TIME_LIMIT, Planned, PlanningProblem, build_problem
+from autopar.planner.planner import Planned, PlanningProblem, build_problem
 from autopar.planner.scheduled_plan import with_schedule
-from autopar.planner.smallest_budget import budget_text, with_smallest_budget
+from autopar.planner.smallest_budget import naming, with_smallest_budget
 from autopar.planner.stages import PipelineOptions
-from autopar.progress import Deadline, Progress, Tell
+from autopar.progress import TIME_LIMIT, Deadline, Progress, Tell
 from autopar.schedule.agreed import agreed_schedule
-from autopar.units import bytes_text
+from autopar.units import budget_text, bytes_text
 from autopar.versions import warn_if_torch_is_untested
 
 # Of the time limit, for microbatches where a plan without them is known.
@@ -216,7 +216,7 @@ def _whole_or_split(
         least = getattr(error, "smallest_bytes", math.inf)
         why, message = f"do not help: {error}", str(refused).rstrip(".")
         if least < refused.smallest_bytes:
-            message = message.replace(budget_text(refused.smallest_bytes), budget_text(least))
+            message = naming(refused, least).rstrip(".")
             why = (
                 f"need {budget_text(least)}; with their number given, as microbatches={samples}, "
                 "they recompute too"

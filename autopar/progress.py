@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+TIME_LIMIT = 90.0  # seconds of planning
 
 Tell = Callable[[str], None]
 
@@ -113,34 +116,29 @@ class Deadline:
         seconds: in all.
         clock: processor time of this process unless it says otherwise, so that what is found does
             not depend on other work on the machine.
+        end: by the clock; after these seconds unless it says otherwise.
     """
 
     seconds: float
     clock: Callable[[], float] = time.process_time
-    _end: float = field(default=0.0, compare=False)
+    end: float = field(default=math.nan, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_end", self.clock() + self.seconds)
+        if math.isnan(self.end):
+            object.__setattr__(self, "end", self.clock() + self.seconds)
 
     @property
     def left(self) -> float:
         """Seconds; 0 afterwards."""
-        return max(0.0, self._end - self.clock())
+        return max(0.0, self.end - self.clock())
 
     @property
     def over(self) -> bool:
         return self.left == 0.0
 
-    @property
-    def end(self) -> float:
-        """By the clock."""
-        return self._end
-
     def without(self, seconds: float) -> Deadline:
         """One that ends so much earlier, for what leaves time to something else."""
-        earlier = Deadline(self.seconds, self.clock)
-        object.__setattr__(earlier, "_end", self._end - seconds)
-        return earlier
+        return replace(self, end=self.end - seconds)
 
     def share(self, parts: int) -> float:
         """The seconds for each of the parts that are still to do, if they get equal ones."""

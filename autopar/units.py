@@ -22,6 +22,11 @@ def bytes_text(nbytes: float) -> str:
     return _scaled(nbytes, _BYTES)
 
 
+def budget_text(nbytes: float) -> str:
+    """`709 KiB (726016 bytes)`, as refusals name a budget."""
+    return f"{bytes_text(nbytes)} ({nbytes:.0f} bytes)"
+
+
 def bytes_up(nbytes: float) -> float:
     """The next number of bytes whose text says no less."""
     _, scale = bytes_unit(nbytes)

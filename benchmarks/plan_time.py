@@ -207,7 +207,8 @@ def work(case: Case) -> dict[str, Any]:
 def jitter_work(case: Case, seeds: int) -> dict[str, Any]:
     """Plan once up to the search, and search with the costs of each seed, in this process."""
     from autopar import ClusterInfo
-    from autopar.planner.planner import TIME_LIMIT, build_problem
+    from autopar.planner.planner import build_problem
+    from autopar.progress import TIME_LIMIT
 
     module, batch = build(case)
     cluster = ClusterInfo.of(case.mesh, case.device).with_memory(case.memory)

@@ -20,7 +20,7 @@ from autopar.files import write_atomically
 from autopar.plan import ShardingPlan
 from autopar.plan_records import Baseline, ParetoPoint
 from autopar.planner import pareto
-from autopar.planner.baselines import baseline_plans
+from autopar.planner.baselines import MOST_BASELINES, baseline_plans
 from autopar.planner.constraints import Constraints, load_constraints
 from autopar.planner.joint import JointPlan
 from autopar.planner.mesh_search import search_meshes
@@ -31,8 +31,7 @@ from autopar.report.pipeline import pipeline_trace
 from autopar.report.text import render, terminal_width
 from autopar.report.trace import trace_of
 
-# Of the time limit: for all baselines, whatever planning has left; and how many there are.
-_BASELINES, _COUNT = 1 / 8, 4
+_BASELINES_SHARE = 1 / 8  # of the time limit: for all baselines, if planning has left less
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def make_plan(
     if plan.microbatches > 1 and plan.pipeline is None:  # baselines have none
         return plan
     planned, time_limit = joint.planned, options["time_limit"]
-    left = max(deadline.left, _BASELINES * time_limit)
+    left = max(deadline.left, _BASELINES_SHARE * time_limit)
     if trace is not None and joint.memory is not None:
         write_atomically(trace, json.dumps(trace_of(joint.memory.timeline)) + "\n")
     if dump_passes is not None:
@@ -178,7 +177,7 @@ def make_plan(
     points: tuple[ParetoPoint, ...] = ()
     if baselines:
         with progress.stage("baselines") as stage:
-            plans = baseline_plans(planned.space, time_limit=left / _COUNT)
+            plans = baseline_plans(planned.space, time_limit=left / MOST_BASELINES)
             rows = tuple(Baseline(b.name, b.time, b.memory) for b in plans)
             stage.done = f"planned {len(rows)} baselines"
     if pareto_front:

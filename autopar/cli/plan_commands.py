@@ -17,6 +17,7 @@ from autopar.cli.common import (
     progress,
     short_errors,
 )
+from autopar.progress import TIME_LIMIT
 
 
 def plan(
@@ -167,7 +168,7 @@ def plan(
         "the fewest-devices (1, 2, 4, ... up to --devices) that fit, each to within a sixteenth.",
     ),
     time_limit: float = typer.Option(
-        90.0,
+        TIME_LIMIT,
         metavar="SECONDS",
         help="Of processor time, for all of planning: the best plan known then is given with its "
         "gap. As much again for the Pareto front.",

@@ -41,6 +41,8 @@ from autopar.solver.reductions import TiedProblem
 # More than any step time that ignoring a penalty could save, less than where doubles get coarse.
 PENALTY_US = 1e8
 
+MOST_BASELINES = 4  # on any mesh
+
 _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
 
 

@@ -34,7 +34,7 @@ from autopar.planner.joint import plan_jointly
 from autopar.planner.microbatched import BatchPlanner
 from autopar.planner.planner import Planned, build_problem, captured
 from autopar.planner.stages import PipelineOptions
-from autopar.progress import Deadline, Progress, Tell
+from autopar.progress import TIME_LIMIT, Deadline, Progress, Tell
 from autopar.solver.contraction import Contraction
 from autopar.tracer import ColoTracer
 from autopar.units import time_text
@@ -66,7 +66,7 @@ def search_meshes(
     device: str | Device = "cpu",
     per_node: int = NODE_SIZE,
     memory: str | float | None = None,
-    time_limit: float = 90.0,
+    time_limit: float = TIME_LIMIT,
     progress: Progress | Tell | None = None,
     pipelines: bool = False,
     **options: Any,

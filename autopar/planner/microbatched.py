@@ -26,7 +26,6 @@ from autopar.planner.batch_bytes import BatchBytes
 from autopar.planner.estimate import accumulation_us, optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import (
-    TIME_LIMIT,
     Planned,
     PlanningProblem,
     build_problem,
@@ -35,7 +34,7 @@ from autopar.planner.planner import (
 )
 from autopar.planner.space import SearchSpace
 from autopar.planner.stages import PipelineOptions, plan_stages
-from autopar.progress import Deadline
+from autopar.progress import TIME_LIMIT, Deadline
 from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)

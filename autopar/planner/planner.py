@@ -37,13 +37,12 @@ from autopar.planner.presets import preset_constraints
 from autopar.planner.search import SearchResult, search
 from autopar.planner.space import SearchSpace
 from autopar.planner.work import work_of
-from autopar.progress import Deadline, Progress, Stage, Tell
+from autopar.progress import TIME_LIMIT, Deadline, Progress, Stage, Tell
 from autopar.solver.solve import TARGET_GAP
 from autopar.tracer import ColoTracer, ModelGraph
 from autopar.units import mesh_text
 
 ADAM_STATE = 2.0
-TIME_LIMIT = 90.0  # seconds
 
 
 @dataclass(frozen=True)

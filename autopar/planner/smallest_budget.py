@@ -12,16 +12,16 @@ from collections.abc import Callable
 
 from autopar.errors import InfeasibleError
 from autopar.progress import Deadline
-from autopar.units import bytes_text, bytes_up
+from autopar.units import budget_text, bytes_up
 
 _STEP = 0.03  # of a budget that fits: how much less is tried next
 _LARGER = 1.02  # times a budget that does not, at least, is tried next
 _MOST = 5  # budgets that are tried
 
 
-def budget_text(nbytes: float) -> str:
-    """`709 KiB (726016 bytes)`, as refusals name a budget."""
-    return f"{bytes_text(nbytes)} ({nbytes:.0f} bytes)"
+def naming(refused: InfeasibleError, nbytes: float) -> str:
+    """What a refusal says, with another budget in the place of the one that it names."""
+    return str(refused).replace(budget_text(refused.smallest_bytes), budget_text(nbytes))
 
 
 def with_smallest_budget(
@@ -56,9 +56,7 @@ def with_smallest_budget(
             tried = bytes_up((1 - _STEP) * known)
     if known is None:  # its text says no less than it needs
         known = bytes_up(refused.smallest_bytes)
-    message, before = str(refused), budget_text(refused.smallest_bytes)
-    if before in message:
-        message = message.replace(before, budget_text(known))
-    else:
+    message = naming(refused, known)
+    if budget_text(known) not in message:
         message = f"{message.rstrip('.')}. A plan was found within {budget_text(known)}"
     return InfeasibleError(message, budget_bytes=refused.budget_bytes, smallest_bytes=known)

@@ -27,7 +27,7 @@ from autopar.plan import ShardingPlan
 from autopar.planner.constraints import refuse_outputs
 from autopar.planner.optimizer_state import optimizer_state_ratio, step_tiers
 from autopar.planner.tensor_schemes import check_scheme
-from autopar.progress import Progress, Tell, silent_if_false
+from autopar.progress import TIME_LIMIT, Progress, Tell, silent_if_false
 from autopar.runtime.adoption import check_optimizer
 from autopar.runtime.batch import BatchDim
 from autopar.runtime.call import Call
@@ -61,7 +61,7 @@ def auto_engine(
     stages: str | None = None,
     loss_fn: Callable[..., Any] | None = None,
     resume: bool = False,
-    time_limit: float = 90.0,
+    time_limit: float = TIME_LIMIT,
     progress: Callable[[str], None] | bool | None = True,
     dump_passes: str | Path | None = None,
 ) -> tuple[torch.nn.Module, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from autopar.compiled_step import StepOptions
 from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan
+from autopar.progress import TIME_LIMIT
 from autopar.runtime.batch import BatchDim
 
 
@@ -22,7 +23,7 @@ class EngineOptions:
     batch: str = "global"
     batch_dim: BatchDim = 0
     constraints: Mapping[str, str] | str | None = None
-    time_limit: float = 90.0
+    time_limit: float = TIME_LIMIT
     weights: Path | None = None
     precision: Precision | None = None
     microbatches: int | None = None

@@ -24,7 +24,7 @@ from autopar.schedule.program import Program, Resource, Schedule, eager_schedule
 from autopar.schedule.simulate import peak_bytes, timeline
 from autopar.schedule.streams import step_us
 from autopar.schedule.timeline import Timeline
-from autopar.units import bytes_text
+from autopar.units import budget_text, bytes_text
 
 log = logging.getLogger(__name__)
 
@@ -258,14 +258,14 @@ class StepBudget:
                 raise InfeasibleError(
                     f"{error}. Parameters, gradients and the optimizer's state are on the "
                     f"{self.states_on} already; inputs and buffers take "
-                    f"{bytes_text(self.resident_bytes)}. Give at least {bytes_text(smallest)} "
-                    f"({smallest:.0f} bytes), more devices, or a smaller batch",
+                    f"{bytes_text(self.resident_bytes)}. Give at least {budget_text(smallest)}, "
+                    "more devices, or a smaller batch",
                     budget_bytes=self.memory_bytes,
                     smallest_bytes=smallest,
                 ) from error
             raise InfeasibleError(
                 f"{error}. Of {bytes_text(self.memory_bytes)}, {self._held}. Give at least "
-                f"{bytes_text(smallest)} ({smallest:.0f} bytes), more devices, or a smaller batch",
+                f"{budget_text(smallest)}, more devices, or a smaller batch",
                 budget_bytes=self.memory_bytes,
                 smallest_bytes=smallest,
             ) from error

@@ -281,8 +281,9 @@ def _source_of(node: fx.Node) -> str:
 
 
 def refuse_strided_writes(gm: fx.GraphModule) -> None:
-    """Refuse writes through `as_strided`: derivatives of the functional form take the strides of
-    the gradient for those of the value, and are wrong (torch 2.13).
+    """Refuse writes through `as_strided`: the derivative of the functional form
+    (`as_strided_scatter`) keeps the gradients of the elements that are replaced, and drops those of
+    the others (torch 2.13).
 
     Raises:
         CaptureError: naming the line.

@@ -209,3 +209,25 @@ def test_anomaly_detection_may_be_on_at_the_first_call():
     assert engine.body.weight.grad is not None
     with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="nan"):
         engine(torch.full((3, 4), torch.nan))[0].sum().backward()
+
+
+def test_complex_numbers_are_no_tensors():
+    """An operator on a number of Python, which has no memory to share."""
+
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (torch.fft.rfft(self.layer(x)) * (2 + 1j)).abs().mean()
+
+    alone = Spectrum().double()
+    engine, _ = auto_engine(copy.deepcopy(alone), None, "1")
+    x = torch.randn(3, 4, dtype=torch.float64)
+    losses = engine(x), alone(x)
+    assert torch.allclose(*losses, rtol=0, atol=1e-12)
+    for loss in losses:
+        loss.backward()
+    gradients = engine.layer.weight.grad.full_tensor(), alone.layer.weight.grad
+    assert torch.allclose(*gradients, rtol=0, atol=1e-12)
