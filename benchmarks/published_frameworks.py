@@ -15,8 +15,8 @@ import torch.fx as fx
 from autopar.cluster.software import SOFTWARE
 from autopar.ir.graph import operands, shape_of
 from autopar.planner.decisions import Edge
-from autopar.planner.estimate import ACCUMULATION_PASSES, accumulation_us
-from autopar.planner.op_costs import OpCosts
+from autopar.planner.estimate import accumulation_us
+from autopar.planner.op_costs import ACCUMULATION_PASSES, OpCosts
 from autopar.planner.pipeline_blocks import OperatorChain
 from autopar.planner.saved_values import SavedValues
 from autopar.planner.space import SearchSpace

@@ -171,8 +171,9 @@ class CandidateTable:
             repeats = (
                 "op", place, str(call.op), call.inputs, call.outputs, count, self.saved.key(node),
             )  # fmt: skip
+        summed = self._summed(node)
         number = self.class_of(
-            "op", self._call_class(node), self.profile[node], self.saved.counted(node)
+            "op", self._call_class(node), self.profile[node], self.saved.counted(node), summed
         )
         if number in self._operators:
             return replace(self._operators[number], node=node, repeats=repeats)
@@ -187,15 +188,45 @@ class CandidateTable:
             "activations_bytes": self.costs.saved_bytes(node, strategies),
             "working": self.costs.working_bytes(node, strategies),
         }
+        if summed:
+            parts["accumulation_us"] = self._accumulation_us(node, summed, strategies)
         if len(results(node)) == 1 and self.grads[node]:
             parts["gradient"] = self.gradient_bytes(node, 0, number, candidates)
         if self.workload.forward:
             parts["value"] = self.costs.result_bytes(node, strategies)
         time, saved = parts["compute_us"] + parts["communication_us"], parts["activations_bytes"]
+        time = time + parts.get("accumulation_us", 0.0)
         self._operators[number] = decision = Decision(
             "op", node, candidates, time, saved, number, number, parts, repeats=repeats
         )
         return decision
+
+    def is_parameter(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and node.target in self.graph.parameters
+
+    def _summed(self, node: fx.Node) -> tuple[int, ...]:
+        """The operands that are weights whose gradients are summed over microbatches."""
+        if self.workload.microbatches == 1:
+            return ()
+        return tuple(
+            i
+            for i, n in enumerate(operands(node))
+            if n is not None and self.grads[n] and self.is_parameter(self.saved.root(n))
+        )
+
+    def _accumulation_us(
+        self, node: fx.Node, summed: Sequence[int], strategies: Sequence[Strategy]
+    ) -> np.ndarray:
+        """Per strategy, what these sums take."""
+        us = np.zeros(len(strategies))
+        for i, n in enumerate(operands(node)):
+            if n is None or i not in summed:
+                continue
+            shape, itemsize = shape_of(n.meta["val"]), n.meta["val"].element_size()
+            for k, strategy in enumerate(strategies):
+                if (spec := strategy.inputs[i]) is not None:
+                    us[k] += self.costs.accumulation_us(shape, itemsize, spec)
+        return us
 
     def _call_class(self, node: fx.Node) -> int:
         """Equal for calls that have the same strategies."""

@@ -12,9 +12,6 @@ from autopar.planner.decisions import Edge
 from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
 
-# Over gradients of two bytes, to add them to sums of four: read both, write the sum.
-ACCUMULATION_PASSES = 5
-
 
 def estimate_time(
     space: SearchSpace, choices: Sequence[int], liveness: Liveness | None = None
@@ -27,7 +24,7 @@ def estimate_time(
     """
     compute = exposed = weights = 0.0
     for decision, c in zip(space.decisions, choices, strict=True):
-        for part in ("compute_us", "step_us"):
+        for part in ("compute_us", "accumulation_us", "step_us"):
             compute += float(decision.parts[part][c]) if part in decision.parts else 0.0
     compute += host_waits_us(space, choices)
     for decision, c in zip(space.decisions, choices, strict=True):
@@ -74,18 +71,13 @@ def optimizer_us(space: SearchSpace, choices: Sequence[int]) -> float:
 
 
 def accumulation_us(space: SearchSpace, edge: Edge, choices: Sequence[int]) -> float:
-    """What it takes to add the gradient of a weight to that of earlier microbatches.
-
-    The product that makes it also reads the total. Gradients of two bytes are added by themselves,
-    to totals of four (`passes/accumulate.py`).
-    """
+    """What it takes to add the gradient of the weight on an edge to that of earlier microbatches;
+    0 on other edges."""
     target = space.decisions[edge.target]
     spec = target.candidates[choices[edge.target]].inputs[edge.operand] if edge.weight else None
     if spec is None or not edge.grad:
         return 0.0
-    passes = 1 if edge.itemsize > 2 else ACCUMULATION_PASSES
-    nbytes = space.local_bytes(edge.shape, edge.itemsize, spec)
-    return 1e6 * passes * nbytes / space.cluster.device.bandwidth
+    return space.accumulation_us(edge.shape, edge.itemsize, spec)
 
 
 def estimate_memory(

@@ -23,7 +23,7 @@ from autopar.plan import ShardingPlan
 from autopar.plan_records import StepWork, TimeEstimate
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.batch_bytes import BatchBytes
-from autopar.planner.estimate import accumulation_us, optimizer_us
+from autopar.planner.estimate import optimizer_us
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import (
     Planned,
@@ -172,12 +172,8 @@ class BatchPlanner:
         planned = self._within(self._problem(microbatches), microbatches)
         time, step_us = planned.plan.time, optimizer_us(planned.space, planned.choices)
         waiting = time.weights_us - time.overlapped_us  # of what moves weights
-        added_us = 0.0
-        if microbatches > 1:
-            space, choices = planned.space, planned.choices
-            added_us = sum(accumulation_us(space, edge, choices) for edge in space.edges)
         times = TimeEstimate(
-            (time.compute_us - step_us + added_us) * microbatches + step_us,
+            (time.compute_us - step_us) * microbatches + step_us,
             (time.exposed_us - waiting) * microbatches + waiting,
             time.overlapped_us,
             time.weights_us,

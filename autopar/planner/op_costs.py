@@ -23,6 +23,9 @@ from autopar.sharding.lowerings.declared import Declared
 from autopar.sharding.node_rules import call_of, declared_of, results
 from autopar.sharding.rule import Strategy
 
+# Over gradients of two bytes, to add them to sums of four: read both, write the sum.
+ACCUMULATION_PASSES = 5
+
 # Passes over the parameter that one step of torch's optimizers makes, by the state per byte of
 # parameter: SGD 3 (two reads, one write), with momentum 8, Adam's eight operators 19.
 _STEP = ((0.0, 3.0), (1.0, 8.0), (2.0, 19.0))
@@ -122,6 +125,16 @@ class OpCosts:
         passes, kernels = float(np.interp(state, states, counts)), round(1 + 3.5 * state)
         launches = kernels * device.launch_us if device.kind == "cpu" else 0.0
         return passes * nbytes / device.bandwidth * 1e6 + launches
+
+    def accumulation_us(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> float:
+        """What it takes to add the gradient of a weight to that of earlier microbatches.
+
+        The product that makes it also reads the total. Gradients of two bytes are added by
+        themselves, to totals of four (`passes/accumulate.py`).
+        """
+        nbytes = self.local_bytes(shape, itemsize, spec)
+        passes = 1 if itemsize > 2 else ACCUMULATION_PASSES
+        return 1e6 * passes * nbytes / self.cluster.device.bandwidth
 
     def cast_us(self, nbytes: np.ndarray, ratio: float, trains: bool) -> np.ndarray:
         """The cast of a parameter to the dtype of compute, and of its gradient back.

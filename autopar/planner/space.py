@@ -98,6 +98,10 @@ class SearchSpace:
         """Bytes of a value on the fullest rank."""
         return self._costs.local_bytes(shape, itemsize, spec)
 
+    def accumulation_us(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> float:
+        """As of `OpCosts`."""
+        return self._costs.accumulation_us(shape, itemsize, spec)
+
     def host_us(self, node: fx.Node) -> tuple[float, float]:
         """What the host takes to launch an operator's forward and its backward."""
         return self._costs.host_us(node)
@@ -220,7 +224,7 @@ class SearchSpace:
         source = self._decision_of[node, result]
         fake = value.meta["val"]
         root = self._saved.root(value)
-        weight = self._is_parameter(root)
+        weight = self._table.is_parameter(root)
         is_op = self.decisions[target].kind == "op"
         converts_for_saver = is_op and self._saved.needs(self.decisions[target].node, operand)
         if self.decisions[source].kind == "shared":
@@ -241,9 +245,6 @@ class SearchSpace:
             self.graph.storage_dtype(name) != source.node.meta["val"].dtype
         )
 
-    def _is_parameter(self, node: fx.Node) -> bool:
-        return node.op == "placeholder" and node.target in self.graph.parameters
-
     def _add_shared_layout(
         self, node: fx.Node, result: int, users: Sequence[tuple[fx.Node, int]]
     ) -> None:
@@ -256,7 +257,7 @@ class SearchSpace:
         fake = results(node)[result]
         shape, itemsize = shape_of(fake), fake.element_size()
         root = self._saved.root(node) if len(results(node)) == 1 else node
-        weight = self._is_parameter(root)
+        weight = self._table.is_parameter(root)
         parts = {}
         if (grad or self.workload.forward) and not weight:
             # the gradient has the bytes of the value

@@ -12,9 +12,11 @@ order in which they are needed, and hold their buffers no longer than that takes
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,6 +39,9 @@ def prefetched(program: Program, schedule: Schedule, budget_bytes: float) -> Sch
     if not program.splits or Resource.COMMUNICATION not in program.beside:
         return schedule
     before = step_us(program, schedule)
+    if math.isinf(budget_bytes):  # no need to know what is alive
+        candidate = _Placement(program, schedule, budget_bytes).placed()
+        return candidate if step_us(program, candidate) < before else schedule
     allowed = budget_bytes
     for _ in range(_ATTEMPTS):
         candidate = _Placement(program, schedule, allowed).placed()
@@ -66,7 +71,9 @@ class _Placement:
         self.sequence = schedule.forward + schedule.backward
         self.ops = [program.ops[i] for i in self.sequence]
         self.free_us = [op.us if op.resource is Resource.COMPUTE else 0.0 for op in self.ops]
-        self.room = budget_bytes - live_bytes(program, schedule)
+        self.room = np.full(len(self.ops), float(budget_bytes))
+        if math.isfinite(budget_bytes):
+            self.room -= live_bytes(program, schedule)
         self.written: dict[int, list[int]] = defaultdict(list)
         self.read: dict[int, list[int]] = defaultdict(list)
         for p, op in enumerate(self.ops):
@@ -74,6 +81,7 @@ class _Placement:
                 self.read[s].append(p)
             for s in op.makes:
                 self.written[s].append(p)
+        self.movable_maker = lru_cache(maxsize=None)(self._movable_maker)
         self.wait_at: dict[int, int] = {}
         self.replaced: dict[int, tuple[int, ...]] = {}
         self.inserted: dict[tuple[bool, int], list[int]] = defaultdict(list)
@@ -202,6 +210,11 @@ class _Placement:
         return start
 
     def _maker(self, p: int) -> int | None:
+        """As `_movable_maker`, unless it has moved already."""
+        m = self.movable_maker(p)
+        return None if m in self.replaced else m
+
+    def _movable_maker(self, p: int) -> int | None:
         """The position that makes an operator's only operand, if no other one reads it and it may
         move."""
         operand, *more = self.ops[p].reads or (INPUT,)
@@ -213,7 +226,7 @@ class _Placement:
         only_reader = _next(read, m, end) == p and _next(read, p, end) >= _next(written, p, end)
         returned = operand in program.results | program.gradients
         op, same_part = self.ops[m], (m >= self.first) == (p >= self.first)
-        movable = op.replays and len(op.reads) == len(op.makes) == 1 and m not in self.replaced
+        movable = op.replays and len(op.reads) == len(op.makes) == 1
         return m if only_reader and not returned and same_part and movable else None
 
     def _chain(self, p: int) -> tuple[int, ...]:

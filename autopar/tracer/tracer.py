@@ -72,6 +72,7 @@ from autopar.tracer.settings import (
 )
 from autopar.tracer.slots import refuse_slots
 from autopar.tracer.source import failing_line
+from autopar.tracer.stack_traces import lines_only
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ class ColoTracer:
         ):
             warnings.simplefilter("ignore")
             _watch(copied, resolver, carried, self.precision)
-            with _use_lazy_graph_module(True):
+            with _use_lazy_graph_module(True), lines_only():
                 dims = self._dynamic_shapes(model, example)
                 program = torch.export.export(
                     clone, args, kwargs, dynamic_shapes=dims, strict=False
