@@ -28,6 +28,7 @@ class Resource(enum.StrEnum):
     HOST = "host link"
 
 
+BY_NAME = tuple(sorted(Resource))  # numbers of resources, for inner loops
 SIDE = frozenset((Resource.COMMUNICATION, Resource.HOST))
 
 
@@ -168,6 +169,18 @@ class Program:
             (op.reads, op.makes, op.overwrites, op.buffers if any(op.buffers) else None)
             for op in self.ops
         )
+
+    @cached_property
+    def uses(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...], float, int, bool], ...]:
+        """What each operator reads and makes, its microseconds, its resource in `BY_NAME`, and
+        whether compute waits for it, for the inner loop of times."""
+        return tuple(
+            (
+                op.reads, op.makes, op.us, BY_NAME.index(op.resource),
+                not op.beside or op.resource not in self.beside,
+            )
+            for op in self.ops
+        )  # fmt: skip
 
     @cached_property
     def transferred(self) -> Mapping[int, int]:

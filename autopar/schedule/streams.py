@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from autopar.schedule.program import Program, Resource, Schedule
+from autopar.schedule.program import BY_NAME, Program, Resource, Schedule
+
+_COMPUTE = BY_NAME.index(Resource.COMPUTE)
 
 
 class Run(NamedTuple):
@@ -45,30 +47,35 @@ class ResourceTimes(NamedTuple):
 
 def run_times(program: Program, sequence: Sequence[int]) -> ResourceTimes:
     """Play a sequence of operators on the resources."""
-    free = dict.fromkeys(Resource, 0.0)
-    ready: dict[int, tuple[float, Resource]] = {}  # of a storage, and what makes it
-    waited: dict[Resource, float] = dict.fromkeys(Resource, 0.0)
+    uses = program.uses
+    free, waited = [0.0] * len(BY_NAME), [0.0] * len(BY_NAME)
+    ready: dict[int, tuple[float, int]] = {}  # of a storage, and what makes it
     runs = []
     for i in sequence:
-        op = program.ops[i]
-        issued = free[Resource.COMPUTE]
-        start, by = max((ready[s] for s in op.reads if s in ready), default=(0.0, op.resource))
-        start = max(start, issued, free[op.resource])
-        end = start + op.us
-        free[op.resource] = end
-        if op.resource is Resource.COMPUTE:
+        reads, makes, us, resource, blocks = uses[i]
+        issued = free[_COMPUTE]
+        last: tuple[float, int] | None = None
+        for s in reads:
+            made = ready.get(s)
+            if made is not None and (last is None or made > last):
+                last = made
+        start, by = last or (0.0, resource)
+        start = max(start, issued, free[resource])
+        end = start + us
+        free[resource] = end
+        if resource == _COMPUTE:
             if start > issued:
                 waited[by] += start - issued
-        elif not op.beside or op.resource not in program.beside:
-            waited[op.resource] += end - issued
-            free[Resource.COMPUTE] = end
-        for s in op.makes:
-            ready[s] = end, op.resource
+        elif blocks:
+            waited[resource] += end - issued
+            free[_COMPUTE] = end
+        for s in makes:
+            ready[s] = end, resource
         runs.append(Run(issued, start, end))
-    end, last = max((free[r], r) for r in Resource)
-    if last is not Resource.COMPUTE:
-        waited[last] += end - free[Resource.COMPUTE]
-    return ResourceTimes(runs, waited, end)
+    end, latest = max(zip(free, range(len(BY_NAME)), strict=True))
+    if latest != _COMPUTE:
+        waited[latest] += end - free[_COMPUTE]
+    return ResourceTimes(runs, dict(zip(BY_NAME, waited, strict=True)), end)
 
 
 def step_us(program: Program, schedule: Schedule) -> float:

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from unittest.mock import patch
 
 import torch.fx.proxy
@@ -26,7 +27,7 @@ class _Stack:
     def extract() -> _Stack:
         """The frames of `forward` methods in the caller's stack, outermost first, without text."""
         frames = []
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
             if code.co_name == "forward":
