@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from autopar.comm.offloaded_parameters import reload_all
 from autopar.errors import CaptureError, MeshError
@@ -108,8 +109,11 @@ class StepChoice:
             )  # fmt: skip
         self._captures[key] += 1
         self._agreement.check_program(None)
-        # fake tensors have no values to look for NaNs in
-        with self._told_in_one_line(key, failed), torch.autograd.set_detect_anomaly(False):
+        # fake tensors have no values to look for NaNs in, and are not what a caller's hooks are for
+        with (
+            self._told_in_one_line(key, failed), torch.autograd.set_detect_anomaly(False),
+            saved_tensors_hooks(_itself, _itself),
+        ):  # fmt: skip
             step = self._compiler.compile(
                 call, self._numbers.of(call), alike[-1] if alike else None
             )
@@ -208,6 +212,10 @@ class StepChoice:
 
     def _reload_parameters(self) -> None:
         reload_all(dict(self.model.named_parameters()), self.model.buffers())
+
+
+def _itself(saved: torch.Tensor) -> torch.Tensor:
+    return saved
 
 
 def _without_sizes(key: Any) -> Any:

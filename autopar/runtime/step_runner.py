@@ -195,6 +195,13 @@ class StepRunner:
         with world.explained_failures():
             step = self.step_for(call)
         graph = step.compiled.graph
+        if graph.random and _in_backward():
+            raise EngineError(
+                f"{type(self.model).__name__} draws random numbers (dropout), and is called within "
+                "a backward, as torch.utils.checkpoint does around an engine: it would draw others "
+                "than in the forward. Call the engine without checkpoint; memory= makes the plan "
+                "recompute what has to be"
+            )
         values = graph.numbers.values(self.model, call.leaves)
         if step.offloads_state and trains and self._offloaded_state is not None:
             self._offloaded_state.leave()
@@ -271,6 +278,12 @@ class StepRunner:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed((self._seed + self._draws) % 2**62)
             yield
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs a backward in this thread. The function is private (tested with torch
+    2.13); torch's own checkpoints and hooks ask it."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -5,7 +5,8 @@
   `torch.is_inference_mode_enabled()` stays true inside.
 * `torch.cond` asks for its condition, as a Python `if` does, so that inputs may decide it.
 * Hooks on saved tensors are refused: programs save other values, and gradients would miss what the
-  hooks change. Those of torch's own (`save_on_cpu`, checkpoints) change nothing.
+  hooks change. Those of torch's own (`save_on_cpu`, checkpoints) change nothing and are left out;
+  of checkpoints in each other, a region would be captured without gradients (torch 2.13).
 """
 
 from __future__ import annotations
@@ -101,16 +102,21 @@ def _cond(original: Any) -> Any:
 
 def _enter_hooks(original: Any) -> Any:
     def enter(hooks: Any) -> None:
-        if capturing() and type(hooks) is saved_tensors_hooks:
+        if not capturing():
+            original(hooks)
+        elif type(hooks) is saved_tensors_hooks or not type(hooks).__module__.startswith("torch."):
             line = current_line()
             raise CaptureError(
                 f"{line}: `{line.text}` has hooks on saved tensors, which would be left out: the "
                 "plan decides what is saved; leave them out of the forward (memory= makes a step "
                 "fit, and torch.autograd.graph.save_on_cpu is captured)"
             )
-        original(hooks)
 
     return enter
+
+
+def _exit_hooks(original: Any) -> Any:
+    return lambda hooks, *error: None if capturing() else original(hooks, *error)
 
 
 @contextmanager
@@ -121,5 +127,6 @@ def regions_as_run() -> Iterator[None]:
         replaced(torch, "is_inference_mode_enabled", _enabled),
         replaced(torch, "cond", _cond),
         replaced(saved_tensors_hooks, "__enter__", _enter_hooks),
+        replaced(saved_tensors_hooks, "__exit__", _exit_hooks),
     ):
         yield
