@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from autopar.comm.offloaded_parameters import reload_all
 from autopar.errors import CaptureError, MeshError
@@ -24,6 +23,7 @@ from autopar.ir.numbers import Condition, Origin, is_number
 from autopar.ir.reads import first_change
 from autopar.runtime.agreement import Agreement, described
 from autopar.runtime.assumptions import precision_modes
+from autopar.runtime.autograd_state import without_saved_tensors_hooks
 from autopar.runtime.batch import BatchLayout
 from autopar.runtime.bound_step import BoundStep
 from autopar.runtime.call import Call
@@ -112,7 +112,7 @@ class StepChoice:
         # fake tensors have no values to look for NaNs in, and are not what a caller's hooks are for
         with (
             self._told_in_one_line(key, failed), torch.autograd.set_detect_anomaly(False),
-            saved_tensors_hooks(_itself, _itself),
+            without_saved_tensors_hooks(),
         ):  # fmt: skip
             step = self._compiler.compile(
                 call, self._numbers.of(call), alike[-1] if alike else None
@@ -212,10 +212,6 @@ class StepChoice:
 
     def _reload_parameters(self) -> None:
         reload_all(dict(self.model.named_parameters()), self.model.buffers())
-
-
-def _itself(saved: torch.Tensor) -> torch.Tensor:
-    return saved
 
 
 def _without_sizes(key: Any) -> Any:

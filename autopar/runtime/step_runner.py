@@ -16,6 +16,7 @@ from autopar.ir.numbers import Values
 from autopar.ir.precision import without_autocast
 from autopar.runtime import gathered_part
 from autopar.runtime.agreement import Agreement
+from autopar.runtime.autograd_state import in_backward
 from autopar.runtime.bound_step import BoundStep, WholeResult
 from autopar.runtime.buffers import copies_of, copy_all
 from autopar.runtime.cache_classes import ARGUMENT as CACHE
@@ -195,7 +196,7 @@ class StepRunner:
         with world.explained_failures():
             step = self.step_for(call)
         graph = step.compiled.graph
-        if graph.random and _in_backward():
+        if graph.random and in_backward():
             raise EngineError(
                 f"{type(self.model).__name__} draws random numbers (dropout), and is called within "
                 "a backward, as torch.utils.checkpoint does around an engine: it would draw others "
@@ -278,12 +279,6 @@ class StepRunner:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed((self._seed + self._draws) % 2**62)
             yield
-
-
-def _in_backward() -> bool:
-    """Whether autograd runs a backward in this thread. The function is private (tested with torch
-    2.13); torch's own checkpoints and hooks ask it."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

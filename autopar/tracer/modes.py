@@ -7,6 +7,7 @@
 * Hooks on saved tensors are refused: programs save other values, and gradients would miss what the
   hooks change. Those of torch's own (`save_on_cpu`, checkpoints) change nothing and are left out;
   of checkpoints in each other, a region would be captured without gradients (torch 2.13).
+* A backward inside of a forward (`torch.autograd.grad`) is refused: graphs are captured without.
 """
 
 from __future__ import annotations
@@ -119,6 +120,21 @@ def _exit_hooks(original: Any) -> Any:
     return lambda hooks, *error: None if capturing() else original(hooks, *error)
 
 
+def _backward(original: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not capturing():
+            return original(*args, **kwargs)
+        line = current_line()
+        raise CaptureError(
+            f"{line}: `{line.text}` runs a backward inside of the forward, which a captured graph "
+            "does not have. Take this gradient outside of the model, of what the engine returns "
+            "(through an engine on one device, also with create_graph=True), or write out its "
+            "formula"
+        )
+
+    return run
+
+
 @contextmanager
 def regions_as_run() -> Iterator[None]:
     """While on, inference-mode regions and conditions of a captured forward are as above."""
@@ -128,5 +144,6 @@ def regions_as_run() -> Iterator[None]:
         replaced(torch, "cond", _cond),
         replaced(saved_tensors_hooks, "__enter__", _enter_hooks),
         replaced(saved_tensors_hooks, "__exit__", _exit_hooks),
+        replaced(torch.autograd, "_engine_run_backward", _backward),
     ):
         yield

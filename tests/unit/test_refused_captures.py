@@ -37,6 +37,16 @@ class Retained(Net):
         return h
 
 
+class Inner(Net):
+    def change(self, h):
+        return torch.autograd.grad(h.pow(3).sum(), h, create_graph=True)[0]
+
+
+class Transformed(Net):
+    def change(self, h):
+        return torch.func.grad(lambda t: t.pow(3).sum())(h)
+
+
 class OnCPU(Net):
     def change(self, h):
         with torch.autograd.graph.save_on_cpu():
@@ -45,7 +55,13 @@ class OnCPU(Net):
 
 @pytest.mark.parametrize(
     ("cls", "reason"),
-    [(Strided, "through as_strided"), (Hooks, "saved tensors"), (Retained, "register_hook")],
+    [
+        (Strided, "through as_strided"),
+        (Hooks, "saved tensors"),
+        (Retained, "register_hook"),
+        (Inner, "runs a backward inside"),
+        (Transformed, "runs a backward inside"),
+    ],
 )
 def test_they_are_refused(cls, reason):
     with pytest.raises(CaptureError, match=rf"test_refused_captures.py:\d+.*{reason}"):
