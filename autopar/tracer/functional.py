@@ -120,6 +120,7 @@ _REWRITES: dict[Any, _Rewrite] = {
     aten.numpy_T.default: _reversed_dims,
     aten.lift_fresh_copy.default: lambda node: (aten.clone.default, node.args, {}),
 }
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _GRAD_REGION = "wrap_with_set_grad_enabled"
 _ASSERTING = ("aten._assert", "aten.sym_constrain", "aten._local_scalar_dense", "aten.item")
 
@@ -205,6 +206,8 @@ def _known(gm: fx.GraphModule, node: fx.Node, alone: Set[fx.Node]) -> bool:
         return all(_known(body, n, frozenset()) for n in body.graph.nodes)
     if isinstance(node.meta.get("val"), torch.Tensor) and storage_of(node) is None:
         return False
+    if isinstance(node.meta.get("val"), _SYMBOLS):
+        return True
     if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
         return str(op).startswith(_ASSERTING)
     if op is aten.batch_norm.default:

@@ -93,7 +93,8 @@ class ColoTracer:
             program begins, before their gathers.
         dynamic: keep the first two dims of every input symbolic if the model allows it, or the dims
             that are given by the position of an input among the flattened ones; the graph's
-            `symbols` names them. Such a graph can be profiled for any size, but not planned.
+            `symbols` names them. Such a graph can be profiled for any size, but not planned; of
+            one with given dims, only sizes are of use.
     """
 
     def __init__(
@@ -204,8 +205,9 @@ class ColoTracer:
                 )
             rebuild_users(program.graph_module)
             detach_no_grad_regions(program.graph_module)
-            # the second trace writes the casts of an autocast into the graph
-            again = self.dynamic or torch.is_autocast_enabled(self.device)
+            # The second trace writes the casts of an autocast into the graph, and for every symbol
+            # the nodes that compute it, which a graph needs if more than its sizes is read.
+            again = self.dynamic is True or torch.is_autocast_enabled(self.device)
             if again or not make_functional(program):
                 keep_draws(program.graph_module)
                 program = retraced(program)
