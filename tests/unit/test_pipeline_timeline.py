@@ -280,17 +280,17 @@ def test_spans_keep_what_actions_wait_for(drawn: tuple[PipelineSchedule, list[St
 
 @pytest.mark.parametrize("name", ["interleaved", "zbv"])
 def test_simulation_is_fast(name: str):
-    """The planner simulates thousands of steps, in 0.3 to 2 ms each on an idle machine."""
+    """The planner simulates thousands of steps, in 0.3 to 2 ms each on an idle machine: were they
+    quadratic in the actions of a rank, they would take a hundred times as long."""
     schedule = make_schedule(name, 8, 64)
-    simulate(schedule, [EQUAL] * 16)
 
-    def best_ms(function) -> float:
+    def least_ms(function) -> float:
         taken = []
         for _ in range(5):
-            begin = time.perf_counter()
+            begin = time.process_time()
             function(schedule, [EQUAL] * 16)
-            taken.append(1e3 * (time.perf_counter() - begin))
+            taken.append(1e3 * (time.process_time() - begin))
         return min(taken)
 
-    assert best_ms(simulate) < 10
-    assert best_ms(step_time_us) < 5
+    assert least_ms(simulate) < 60
+    assert least_ms(step_time_us) < 30
