@@ -295,7 +295,7 @@ def compile_step(
     open_ = plan.step is None and not plan.time_splits and math.prod(plan.mesh) == 1
     if budget is not None and open_:
         with stage("schedule") as running:
-            fitted = fit_step(local.gm, called_with.tensors, lowering, budget)
+            fitted = fit_step(local.gm, called_with.tensors, lowering, budget, options.time_limit)
             assert fitted.traced is not None
             traced, memory = fitted.traced, fitted.memory
             local = replace(local, gm=fitted.gm)
@@ -311,7 +311,7 @@ def compile_step(
     if budget is not None and memory is None:
         with stage("schedule") as running:
             known = planned.schedule_of(traced.program)
-            memory = agreed_schedule(traced.program, budget, place.ranks, known)
+            memory = agreed_schedule(traced.program, budget, place.ranks, known, options.time_limit)
             running.done = f"scheduled memory: values peak at {bytes_text(memory.peak_bytes)}"
     with stage("lower") as running:
         lowered = lower(traced, None if memory is None else memory.schedule)

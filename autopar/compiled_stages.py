@@ -20,6 +20,7 @@ from autopar.passes.lower import LoweredStep, TracedStep, lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
 from autopar.planner.stages import in_flight
+from autopar.progress import Deadline
 from autopar.schedule.agreed import agreed_schedule
 from autopar.schedule.budget import MemoryPlan, StepBudget
 from autopar.units import bytes_text
@@ -125,7 +126,7 @@ def compile_stages(
             if plan.pipeline is None and plan.microbatches > 1:
                 # gradients of the microbatches before add up beside this one
                 room = replace(room, others_bytes=room.others_bytes + budget.gradients_bytes)
-            memory, body = _within(traced, budget, room, place, first)
+            memory, body = _within(traced, budget, room, place, first, options.time_limit)
         place.check_agreement(
             *(None if enter is None else enter.forward, None if enter is None else enter.backward),
             body.forward, body.backward, body.weights,
@@ -174,12 +175,15 @@ def _budget(
 
 def _within(
     traced: TracedStep, budget: StepBudget, room: StageRoom, place: Place,
-    first: Collection[int] | None,
+    first: Collection[int] | None, seconds: float,
 ) -> tuple[MemoryPlan, LoweredStep]:  # fmt: skip
     """A stage's program, scheduled so that all microbatches in flight fit.
 
     The more is reserved for the others, the more this one recomputes and the less each holds: what
     is reserved is halved in until it is enough.
+
+    Args:
+        seconds: of processor time for all searches.
 
     Raises:
         InfeasibleError: naming the stage.
@@ -187,10 +191,11 @@ def _within(
     least, most = room.others_bytes, budget.memory_bytes
     reserved = min(least + room.more * room.held_bytes, most)
     refused: InfeasibleError | None = None
+    deadline = Deadline(seconds)
     for _ in range(_TRIES):
         own = replace(budget, memory_bytes=budget.memory_bytes - reserved)
         try:
-            memory = agreed_schedule(traced.program, own, place.ranks, None)
+            memory = agreed_schedule(traced.program, own, place.ranks, None, deadline.left)
         except InfeasibleError as error:
             refused, most = error, reserved
         else:

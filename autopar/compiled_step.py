@@ -20,7 +20,7 @@ from autopar.passes.lower import LoweredStep
 from autopar.passes.verify import collective_signature
 from autopar.plan import ShardingPlan
 from autopar.planner.planner import ADAM_STATE, Planned
-from autopar.progress import SILENT, Progress
+from autopar.progress import SILENT, TIME_LIMIT, Progress
 from autopar.schedule.budget import MemoryPlan, StepBudget, frozen_bytes
 from autopar.schedule.program import Program
 
@@ -151,6 +151,7 @@ class StepOptions:
         optimizer_state: bytes of optimizer state per byte of trainable parameter.
         steps_on: the tiers that the optimizer can step on.
         states_on: the tier of all states, "" for the device; None to choose.
+        time_limit: seconds of processor time for schedules that planning has not made.
         dump_passes: folder for the graph before and after each pass.
         progress: is told the stages, on every rank.
     """
@@ -161,6 +162,7 @@ class StepOptions:
     optimizer_state: float = ADAM_STATE
     steps_on: tuple[str, ...] = ()
     states_on: str | None = None
+    time_limit: float = TIME_LIMIT
     dump_passes: Path | None = None
     progress: Progress = SILENT
 

@@ -227,6 +227,7 @@ def fit_step(
     arguments: Sequence[torch.Tensor],
     options: LowerOptions,
     budget: StepBudget,
+    seconds: float = math.inf,
 ) -> FittedStep:
     """Schedule a step, with regions of it in slices if nothing else fits, or if that is faster; and
     with its states on a tier, if it does not fit the device with them.
@@ -234,20 +235,23 @@ def fit_step(
     Args:
         gm: a rank's forward program; is not changed.
         arguments: tensors that it is called with; only their metadata is used.
+        seconds: of processor time, after which searches end with what they have.
 
     Raises:
         InfeasibleError: nothing fits.
     """
+    until = time.process_time() + seconds
     off_device = budget.off_device() if budget.is_too_small_for_states else None
     if off_device is None:
         try:
-            return _fit(gm, arguments, options, budget)
+            return _fit(gm, arguments, options, budget, until)
         except InfeasibleError as error:
             off_device = budget.off_device()
             if off_device is None:
                 raise
             log.info("states move off the device: %s", error)
-    return _fit(gm, arguments, replace(options, states_on=off_device.states_on), off_device)
+    options = replace(options, states_on=off_device.states_on)
+    return _fit(gm, arguments, options, off_device, until)
 
 
 def _fit(
@@ -255,13 +259,14 @@ def _fit(
     arguments: Sequence[torch.Tensor],
     options: LowerOptions,
     budget: StepBudget,
+    until: float,
 ) -> FittedStep:
     """The same, with the states where the budget has them."""
     step = UntracedStep(gm, tuple(arguments), options)
     traced = step.traced(copy_of(gm))
 
     def in_slices(whole: MemoryPlan | None, spent: float) -> FittedStep | None:
-        return split_step(step, budget, whole=whole, spent=spent)
+        return split_step(step, budget, whole=whole, spent=spent, until=until)
 
-    memory, split = fit_program(traced.program, budget, in_slices)
+    memory, split = fit_program(traced.program, budget, in_slices, until=until)
     return split or FittedStep(gm, traced.program, traced, memory)

@@ -10,7 +10,6 @@ from typing import Any
 from autopar.compiled_step import StepOptions
 from autopar.ir.precision import Precision
 from autopar.plan import ShardingPlan
-from autopar.progress import TIME_LIMIT
 from autopar.runtime.batch import BatchDim
 
 
@@ -23,7 +22,6 @@ class EngineOptions:
     batch: str = "global"
     batch_dim: BatchDim = 0
     constraints: Mapping[str, str] | str | None = None
-    time_limit: float = TIME_LIMIT
     weights: Path | None = None
     precision: Precision | None = None
     microbatches: int | None = None

@@ -168,6 +168,6 @@ class StepPlanner:
             "steps_on": self.options.step.steps_on,
             "states_on": self.options.step.states_on,
             "constraints": self.options.constraints,
-            "time_limit": self.options.time_limit,
+            "time_limit": self.options.step.time_limit,
             "progress": self.options.step.progress,
         }

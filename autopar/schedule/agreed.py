@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import replace
 
 from autopar.comm.ranks import Ranks
@@ -13,8 +15,9 @@ from autopar.units import bytes_text
 
 
 def agreed_schedule(
-    program: Program, budget: StepBudget, ranks: Ranks, known: MemoryPlan | None = None
-) -> MemoryPlan:
+    program: Program, budget: StepBudget, ranks: Ranks, known: MemoryPlan | None = None,
+    seconds: float = math.inf,
+) -> MemoryPlan:  # fmt: skip
     """What the step keeps, recomputes and offloads: rank 0 decides, whose shards are the largest.
 
     Ranks by themselves might decide differently, as the small integer programs behind a schedule
@@ -24,6 +27,7 @@ def agreed_schedule(
     Args:
         program, budget: of this rank.
         known: rank 0's schedule, if planning has made it.
+        seconds: of processor time, after which the search for one ends with what it has.
 
     Raises:
         InfeasibleError: nothing fits the budget of rank 0.
@@ -31,7 +35,7 @@ def agreed_schedule(
     """
 
     def choose() -> tuple[Schedule, bool]:
-        memory = known or budget.choose(program)
+        memory = known or budget.choose(program, until=time.process_time() + seconds)
         return memory.schedule, memory.state_on_host
 
     def keep_everything() -> tuple[Schedule, bool]:
