@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -14,9 +15,14 @@ def check_writable(path: str | Path) -> None:
         OSError: naming the path.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, and a file is to be written there")
-    folder = next(p for p in path.absolute().parents if p.exists())
+    if (handle := _written_directly(path)) is not None:
+        os.close(handle)
+        return
+    if _is_other(path):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"cannot write {path}: permission denied")
+        return
+    folder = next(p for p in Path(os.path.realpath(path)).parents if p.exists())
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -24,12 +30,63 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_atomically(path: str | Path, text: str, *, durably: bool = False) -> None:
-    """Write a file. On failure, a file that is already there does not change.
+    """Write a file. On failure, a file that is already there does not change. Devices and pipes are
+    written to, and stay what they are.
 
     Args:
         durably: it is on the drive when this returns, also if the machine loses power then.
+
+    Raises:
+        OSError: naming the path.
     """
     path = Path(path)
+    try:
+        handle = _written_directly(path)
+        if handle is not None or _is_other(path):
+            with open(path if handle is None else handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            return
+        _replace(Path(os.path.realpath(path)), text, durably)  # what a link names, not the link
+    except IsADirectoryError:
+        raise
+    except FileExistsError as error:  # a file where a folder should be
+        raise OSError(f"cannot write {path}: Not a directory") from error
+    except OSError as error:  # may name the temporary file, or nothing
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _written_directly(path: Path) -> int | None:
+    """A handle of stdout or stderr if the path names one (`/dev/stdout`), also where it goes to a
+    file: what is printed later must come after what is written now."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    for number in (1, 2):
+        try:
+            if os.path.samestat(found, os.fstat(number)):
+                return os.dup(number)
+        except OSError:  # closed
+            continue
+    return None
+
+
+def _is_other(path: Path) -> bool:
+    """Whether there is a device or a pipe, which a file must not replace.
+
+    Raises:
+        IsADirectoryError: there is a directory.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a directory, and a file is to be written there")
+    return not stat.S_ISREG(mode)
+
+
+def _replace(path: Path, text: str, durably: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
