@@ -64,6 +64,6 @@ def test_paths_that_cannot_be_written_are_named(tmp_path):
             write(tmp_path)
         with pytest.raises(OSError, match=f"cannot write {file}/plan.json: Not a directory"):
             write(file / "plan.json")
-        with pytest.raises(OSError, match="cannot write /proc/plan.json: ") as error:
+        with pytest.raises(OSError, match=r"cannot write /proc/plan\.json: ") as error:
             write("/proc/plan.json")
         assert ".part" not in str(error.value)
