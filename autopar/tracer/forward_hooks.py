@@ -14,10 +14,11 @@ import dis
 import logging
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import chain
 from typing import Any
 from unittest import mock
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 KINDS = ("_forward_pre_hooks", "_forward_hooks")
 _COPIED_GLOBALS = (list, dict, set)
+# of transformers: where its hooks are made, and what says that a module has them
+_COLLECTING = "transformers.utils.output_capturing"
+_COLLECTS = "_output_capturing_hooks_installed"
 
 
 def isolate(model: torch.nn.Module, memo: dict[int, Any]) -> None:
@@ -124,12 +128,55 @@ def root_hooks(clone: torch.nn.Module) -> Callable[..., Any]:
         outside = {name: namespace[name] for name in (*during, "forward") if name in namespace}
         namespace.pop("forward", None)
         namespace.update(during | own)
+        before = dict(_hooks(clone))
         try:
-            return torch.nn.Module._call_impl(clone, *args, **kwargs)
+            results = torch.nn.Module._call_impl(clone, *args, **kwargs)
+            for key, hook in _hooks(clone):
+                if key not in before:
+                    hooked = [p for p, m in clone.named_modules() if vars(m).get(_COLLECTS)]
+                    raise RegisteredHook(key[0], hook, hooked)
+            return results
         finally:
             namespace.update(outside)
 
     return call
+
+
+class RegisteredHook(Exception):
+    """The forward has registered a hook on a module of the traced copy.
+
+    Args:
+        path: of the module.
+        collecting: paths of modules that transformers has hooked to collect hidden states.
+    """
+
+    def __init__(self, path: str, hook: Any, collecting: Sequence[str]) -> None:
+        super().__init__(path)
+        self.path, self.hook, self.collecting = path, hook, collecting
+
+    def settle(self, model: torch.nn.Module) -> None:
+        """Register the hooks of transformers on the user's model, where the first call that asks
+        for hidden states would. `transformers.utils.output_capturing` is tested with 5.23.
+
+        Raises:
+            CaptureError: it is another hook.
+        """
+        if getattr(self.hook, "__module__", "") != _COLLECTING:
+            raise CaptureError(
+                f"the forward registers the hook at {source_of(self.hook)} on "
+                f"{self.path or 'the model'}, and later calls of its program would not run it: "
+                "register hooks before the model is called"
+            )
+        for path in self.collecting:
+            import_module(_COLLECTING).maybe_install_capturing_hooks(model.get_submodule(path))
+
+
+def _hooks(model: torch.nn.Module) -> Iterator[tuple[tuple[str, str, int], Any]]:
+    """The forward hooks of all modules, by path, kind and key."""
+    for path, module in model.named_modules():
+        for kind in KINDS:
+            for key, hook in getattr(module, kind).items():
+                yield (path, kind, key), hook
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,13 @@ from autopar.tracer.casts import keep_modules, with_casts
 from autopar.tracer.effects import Carried, Originals, check_state, collect
 from autopar.tracer.fakes import quiet_fakes
 from autopar.tracer.flex_attention import flex_attention_as_products
-from autopar.tracer.forward_hooks import ObservedHooks, copied_tensors, isolate, root_hooks
+from autopar.tracer.forward_hooks import (
+    ObservedHooks,
+    RegisteredHook,
+    copied_tensors,
+    isolate,
+    root_hooks,
+)
 from autopar.tracer.functional import make_functional
 from autopar.tracer.functions import opaque_functions
 from autopar.tracer.gradient_hooks import module_hooks, originals
@@ -151,13 +157,16 @@ class ColoTracer:
     def _lifting(
         self, model: torch.nn.Module, example: Any, varying: Collection[Origin]
     ) -> ModelGraph:
-        """Capture, starting over with functions that draw host random numbers as operators."""
+        """Capture, starting over with functions that draw host random numbers as operators, and
+        with hooks that transformers registers in a forward."""
         lifted: set[HostFunction] = set()
         while True:
             try:
                 return self._capture(model, example, varying, lifted)
             except Restart as restart:
                 lifted.add(restart.function)
+            except RegisteredHook as registered:
+                registered.settle(model)
 
     def _capture(
         self,

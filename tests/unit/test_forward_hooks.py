@@ -344,3 +344,41 @@ def test_a_hook_that_holds_a_generator_is_refused():
     model[0].register_forward_hook(lambda module, args, result: next(steps) and None)
     with pytest.raises(CaptureError, match=r"hook at .*_hooks.py:\d+ holds something"):
         ColoTracer().trace(model, (X,))
+
+
+class Installs(nn.Module):
+    """Registers a hook when it is first called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.ready = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        if not self.ready:
+            self.ready = True
+            self.layer.register_forward_hook(lambda module, args, output: 2 * output)
+        return self.layer(x)
+
+
+def test_a_hook_that_the_forward_registers_is_refused():
+    with pytest.raises(CaptureError, match=r"registers the hook at .*test_forward_hooks.py:\d+ on"):
+        ColoTracer().trace(Installs(), (torch.randn(2, 4),))
+
+
+def test_hidden_states_that_transformers_hooks_at_the_first_call():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from autopar import auto_engine
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = LlamaForCausalLM(config), torch.randint(0, 50, (2, 5))
+    torch.manual_seed(0)
+    engine, _ = auto_engine(LlamaForCausalLM(config), None, "1", progress=False)
+    expected = model(ids, output_hidden_states=True).hidden_states
+    for _ in range(3):
+        hidden = engine(ids, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(hidden, expected)
