@@ -49,6 +49,18 @@ def looked_at(cluster: ClusterInfo, rank: int, ranks: Ranks, *, resume: bool) ->
     return ranks.together(look)
 
 
+def resumed_steps(cluster: ClusterInfo, rank: int, ranks: Ranks) -> int:
+    """Steps of the states from which a run goes on; 0 if there are none.
+
+    Raises:
+        EngineError: on all ranks: the ranks have no version in common.
+    """
+    drive = tier_named(cluster.tiers, NVME)
+    assert drive is not None, "it was looked at"
+    version = _common(ChunkFiles(process_directory(drive, rank)), ranks)
+    return 0 if version is None else version.steps
+
+
 def place_states(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, states_on: str,
     cluster: ClusterInfo, rank: int, ranks: Ranks, *, resume: bool, room_bytes: float = 0.0,

@@ -54,7 +54,7 @@ from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.pipeline_runtime import Pipeline
-from autopar.runtime.placed_states import looked_at, place_states
+from autopar.runtime.placed_states import looked_at, place_states, resumed_steps
 from autopar.runtime.program import Program, bind
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.split_compiler import SplitCompiler
@@ -89,7 +89,7 @@ class StepCompiler:
         initial: InitialValues | None = None,
     ) -> None:
         self.model, self.optimizer, self.options = model, optimizer, options
-        self.laid_out = laid_out
+        self.laid_out, self.resumed_steps = laid_out, 0
         cluster = options.step.cluster
         self.device = world.device_for(cluster)
         self.mesh = world.start(cluster, self.device)
@@ -103,6 +103,8 @@ class StepCompiler:
             cluster = looked_at(cluster, dist.get_rank(), self.place.ranks, resume=options.resume)
             options = replace(options, step=replace(options.step, cluster=cluster))
             self.options = options
+            if options.resume:
+                self.resumed_steps = resumed_steps(cluster, dist.get_rank(), self.place.ranks)
         self.stage_place = self.place.of_a_stage(cluster)
         self._planner = StepPlanner(model, options, self.stage_place)
         self._count = 0

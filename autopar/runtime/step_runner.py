@@ -101,6 +101,8 @@ class StepRunner:
     @property
     def stored_steps(self) -> int:
         optimizer = self._compiler.optimizer
+        if not self.steps:  # the first plan reads the states
+            return self._compiler.resumed_steps
         return 0 if optimizer is None else stored_steps(optimizer)
 
     def step_for(self, call: Call) -> BoundStep:

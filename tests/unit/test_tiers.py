@@ -254,6 +254,7 @@ def test_a_run_that_was_killed_amid_a_write_goes_on(tmp_path, small_chunks):
     with pytest.raises(EngineError, match="the states of a run after step 2; pass resume=True"):
         engine(tmp_path)
     model, optimizer = engine(tmp_path, resume=True)
+    assert model.stored_steps == 2  # where the loop goes on, before the first batch
     alone, beside = built()
     model.plan_for(batch(0))
     assert model.stored_steps == 2
