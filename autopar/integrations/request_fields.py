@@ -10,10 +10,37 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+# Options in generation_config with the values that ask for what the server does, and why.
+_OF_GENERATION: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_return_sequences": ((None, 1), "the server gives one answer"),
+    "return_dict_in_generate": ((None, False), "the server answers with text alone"),
+    "guidance_scale": ((None, 1), "the server has no second prompt, nor a cache for one"),
+}
+
+
+def _repetition(penalty: float) -> float:
+    if not -1 < penalty <= 2:
+        raise PydanticCustomError(
+            "penalty",
+            "Input should be greater than -1 and at most 2: transformers' server adds 1 to it for "
+            "a repetition_penalty, which is positive",
+        )
+    return penalty
+
+
+def _of_some_text(stop: str | list[str]) -> str | list[str]:
+    if "" in ([stop] if isinstance(stop, str) else stop):
+        raise PydanticCustomError("stop", "Input should have no empty text, which ends nothing")
+    return stop
+
 
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _Count = Annotated[int, Field(ge=1)]
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]  # that torch takes
+_Token = Annotated[str, Field(pattern=r"^\d+$")]
 
 
 class _Part(BaseModel):
@@ -39,7 +66,7 @@ class _Text(BaseModel):
 class _Body(BaseModel):
     """Of /v1/chat/completions, /v1/completions and /v1/responses."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     messages: Annotated[list[_Message], Field(min_length=1)] | None = None
     prompt: str | None = None
@@ -50,10 +77,10 @@ class _Body(BaseModel):
     max_output_tokens: _Count | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    frequency_penalty: Annotated[float, AfterValidator(_repetition)] | None = None
+    logit_bias: dict[_Token, float] | None = None
+    seed: _Seed | None = None
+    stop: Annotated[str | list[str], AfterValidator(_of_some_text)] | None = None
     stream: bool | None = None
     suffix: str | None = None
     tools: list[dict[str, Any]] | None = None
@@ -105,9 +132,9 @@ def first_problem(body: dict[str, Any], prompt: str) -> str | None:
         return f"generation_config: not JSON: {error}"
     if not isinstance(options, dict):
         return f"generation_config: should be an object, not {_shown(options)}"
-    if options.get("num_return_sequences") not in (None, 1):
-        count = options["num_return_sequences"]
-        return f"generation_config: num_return_sequences: the server gives one answer, not {count}"
+    for name, (served, why) in _OF_GENERATION.items():
+        if options.get(name) not in served:
+            return f"generation_config: {name}: {why}; leave out {_shown(options[name])}"
     return None
 
 
