@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -36,6 +37,13 @@ _OFF = {
 _INPUTS = {"input_ids", "attention_mask", "generation_config"}
 
 
+class ClientLeftError(Exception):
+    """Who asked has left before all tokens were generated."""
+
+    def __init__(self) -> None:
+        super().__init__("the client left before all tokens were generated")
+
+
 @dataclass(eq=False)  # two requests may have equal tokens
 class Request:
     """A call of `generate`.
@@ -46,6 +54,7 @@ class Request:
         has_tokenizer: whether a tokenizer was among the arguments.
         seed: of the random numbers.
         result: what `generate` gives.
+        left: set when who asked has left, and nobody reads the result.
     """
 
     arguments: dict[str, Any]
@@ -53,6 +62,7 @@ class Request:
     has_tokenizer: bool = False
     seed: int | None = None
     result: Future[Any] = field(default_factory=Future)
+    left: threading.Event = field(default_factory=threading.Event)
 
     def answer(self, result: Any) -> None:
         """Give the result, or an exception, unless the request is answered already."""
@@ -93,6 +103,13 @@ class Request:
 def _acts(name: str, value: Any) -> bool:
     off = value is None or value is False or (name in _OFF and value == _OFF[name])
     return name in _BY_ROWS or not off
+
+
+def without_left(waiting: deque[Request]) -> None:
+    """Answer and remove requests that nobody waits for."""
+    for request in [r for r in waiting if r.left.is_set()]:
+        waiting.remove(request)
+        request.answer(ClientLeftError())
 
 
 def take(waiting: deque[Request], most: int) -> list[Request]:
@@ -155,6 +172,8 @@ class Rows:
 
     def put(self, value: torch.Tensor) -> None:
         for k, request in enumerate(self._requests):
+            if request.left.is_set():
+                request.answer(ClientLeftError())
             if request.result.done():
                 continue
             token = value[k : k + 1] if self._begun else request.ids

@@ -1,10 +1,8 @@
 """transformers' server with an engine behind it.
 
 The server, its endpoints and its threads are those of `transformers serve`. Rank 0 runs it, with an
-engine in the place of the model that it would load; the other ranks follow its `generate`
-(`shared_generation.py`).
-
-Private to transformers here: `transformers.cli.serving`; tested with transformers 5.23.
+engine in the place of the model that it would load (`serve_application.py`); the other ranks follow
+its `generate` (`shared_generation.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import sys
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +25,6 @@ import transformers as hf
 
 from autopar.comm import world
 from autopar.errors import EngineError
-from autopar.integrations.serving_threads import ThreadPerRequest
 from autopar.quantization import quantize
 from autopar.runtime.auto_engine import auto_engine
 from autopar.runtime.deferred_init import deferred_init
@@ -36,7 +32,6 @@ from autopar.runtime.deferred_init import deferred_init
 # Prompts that are generated from before the server starts, and what their caches hold: the third
 # finds how programs depend on both, and further ones need no capture.
 _FIRST = ((12, 16), (16, 1000), (24, 2000))
-_BAD_REQUEST, _NOT_SERVED, _ENDING = 400, 501, 503
 _GRACE_S = 2  # for answers to requests that run when the server is told to end
 END_WITHIN_S = 3.0  # then the process ends, whatever runs
 
@@ -80,6 +75,8 @@ def run_rank(options: ServeOptions) -> None:
     shared = SharedGeneration(engine, tokenizer, options.batch)
     try:
         if place is not None:
+            from autopar.integrations.serve_application import application
+
             _listen(place, application(shared, options.model, tokenizer), options.model, shared)
             shared.end()
         else:
@@ -204,109 +201,3 @@ def _listen(place: socket.socket, app: Any, model: str, shared: Any) -> None:
         signal.signal(number, lambda *_: None)  # uvicorn raises it again when it has ended
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
     Server(config).run([place])
-
-
-def application(shared: Any, model: str, tokenizer: Any) -> Any:
-    """The web application of transformers' server, for one model.
-
-    Args:
-        shared: a `SharedGeneration`.
-        model: how requests name it.
-    """
-    from jinja2 import TemplateError
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.response import ResponseHandler
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerateManager, GenerationState
-
-    from autopar.integrations.request_fields import first_problem
-    from autopar.integrations.shared_generation import SEED, RequestError, ServerEndsError
-
-    class OneModel(ModelManager):
-        """Has the engine, and loads and frees nothing."""
-
-        def __init__(self) -> None:
-            self.loaded_models: dict[str, Any] = {}
-            self.force_model = model
-
-        def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
-            return shared, tokenizer
-
-        async def load_model_streaming(self, *_: Any, **__: Any) -> Any:
-            yield f'data: {{"status": "ready", "model": "{model}", "cached": true}}\n\n'
-
-        def get_gen_models(self) -> list[dict[str, Any]]:
-            return [{"id": model, "object": "model", "owned_by": "", "created": 0}]
-
-        def shutdown(self) -> None:
-            pass
-
-    class Waiting(GenerateManager):
-        """Requests wait for a generation side by side, so that they can be a batch."""
-
-        def __init__(self) -> None:
-            self._thread = ThreadPerRequest()
-
-    class OneState(GenerationState):
-        def get_manager(self, *_: Any, **__: Any) -> Any:
-            return waiting
-
-    def checked(handler: Any, prompt: str) -> Any:
-        """A handler that checks the fields of a request, and gives the seed to the generation.
-        Transformers' sets the generator of the process, also while another request draws from it.
-
-        Args:
-            prompt: the field with the text to begin with.
-        """
-
-        class Checked(handler):
-            def _validate_request(self, body: dict[str, Any]) -> None:
-                super()._validate_request(body)
-                if problem := first_problem(body, prompt):
-                    raise RequestError(problem)
-
-            def _build_generation_config(self, body: Any, *args: Any, **kwargs: Any) -> Any:
-                seed = body.pop("seed", None)
-                try:
-                    config = super()._build_generation_config(body, *args, **kwargs)
-                except (TypeError, ValueError) as error:
-                    raise RequestError(f"generation_config: {error}") from error
-                config.use_cache = True  # the tokens are the same, and programs are warmed up
-                if seed is not None:
-                    setattr(config, SEED, int(seed))
-                return config
-
-        return Checked(manager, state)
-
-    state, manager, waiting = OneState(), OneModel(), Waiting()
-    app = build_server(
-        manager,
-        checked(ChatCompletionHandler, "messages"),
-        completion_handler=checked(CompletionHandler, "prompt"),
-        response_handler=checked(ResponseHandler, "input"),
-        transcription_handler=_NotServed(),
-        systemone_handler=_NotServed(),
-        generation_state=state,
-    )
-    for error in (RequestError, TemplateError):
-        app.add_exception_handler(error, partial(_told, code=_BAD_REQUEST))
-    app.add_exception_handler(ServerEndsError, partial(_told, code=_ENDING))
-    app.add_exception_handler(Exception, _told)
-    return app
-
-
-class _NotServed:
-    """Of endpoints that call more of a model than `generate`."""
-
-    async def handle_request(self, *_: Any) -> Any:
-        from fastapi import HTTPException
-
-        raise HTTPException(_NOT_SERVED, "an engine serves text that is generated from text")
-
-
-async def _told(_: Any, error: Exception, code: int = 500) -> Any:
-    from fastapi.responses import JSONResponse
-
-    return JSONResponse({"error": str(error)}, status_code=code)

@@ -22,19 +22,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from autopar.comm import world
 from autopar.errors import EngineError
-from autopar.integrations.batched_requests import Request, Rows, as_batch, take
+from autopar.integrations.batched_requests import (
+    ClientLeftError,
+    Request,
+    Rows,
+    as_batch,
+    take,
+    without_left,
+)
+from autopar.integrations.generation_check import RequestError, check_options
+from autopar.integrations.generation_ends import GuardedStreamer, NoStreamer, StopTogether
 
 log = logging.getLogger(__name__)
 
 # Ranks wait for requests as long as it takes.
 _IDLE = timedelta(days=365)
 _ERRORS_WITHIN_S = 30.0
-# Tokens after which rank 0 says whether to go on: a message costs as much as a small program.
-_ASKED_EVERY = 8
 # An attribute of a generation_config, which has no option for it.
 SEED = "autopar_seed"
 
@@ -69,16 +76,25 @@ class SharedGeneration:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)  # configurations, names: what a server reads
 
-    def generate(self, *, streamer: Any = None, tokenizer: Any = None, **arguments: Any) -> Any:
+    def generate(
+        self,
+        *,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        left: threading.Event | None = None,
+        **arguments: Any,
+    ) -> Any:
         """Generate on all ranks; called on rank 0, from any thread.
 
         Args:
             streamer: gets the tokens, on rank 0. An exception of its ends the generation.
             tokenizer: all ranks take their own in its place.
+            left: is set when who asked has left, which ends the generation.
             arguments: of the engine's `generate`. A generation_config gets the number of new
                 tokens that the model has positions for, and may have `autopar_seed`, an integer.
 
         Raises:
+            ClientLeftError: who asked has left.
             EngineError: the server ends, or another rank has died.
             RequestError: there is no token to begin with, or no position for another one.
         """
@@ -87,6 +103,7 @@ class SharedGeneration:
         seed = None if config is None else vars(config).pop(SEED, None)
         arguments = pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), arguments)
         request = Request(dict(arguments), streamer, tokenizer is not None, seed)
+        request.left = left or request.left
         _ = request.key  # what is wrong with it is told here, not where all are served
         with self._changed:
             if self._ending.is_set():
@@ -97,6 +114,20 @@ class SharedGeneration:
                 self._worker.start()
             self._changed.notify_all()
         return request.result.result()
+
+    def check(self, arguments: dict[str, Any], config: Any, *, streams: bool) -> None:
+        """Refuse what `generate` would refuse, before an answer begins; on rank 0.
+
+        Args:
+            arguments: of `generate`: the prompt.
+            config: with the options of the request.
+            streams: whether the answer is streamed.
+
+        Raises:
+            RequestError: naming the option, where its check does.
+        """
+        self._check(arguments, config)
+        check_options(self.engine, self._tokenizer, arguments["input_ids"], config, streams=streams)
 
     def _check(self, arguments: dict[str, Any], config: Any) -> None:
         """Refuse a prompt that is empty or too long; let no more tokens be generated than fit."""
@@ -126,6 +157,9 @@ class SharedGeneration:
                 self._changed.wait_for(lambda: self._waiting or self._ending.is_set())
                 if self._ending.is_set():
                     return
+                without_left(self._waiting)
+                if not self._waiting:
+                    continue
                 self._running = take(self._waiting, self._batch)
             error: Exception = EngineError("the generation ended before all tokens were there")
             try:
@@ -141,15 +175,20 @@ class SharedGeneration:
         if first.seed is not None:
             torch.manual_seed(first.seed)
         if len(requests) == 1:
-            streamer = None if first.streamer is None else _GuardedStreamer(first.streamer)
+            streamer = None if first.streamer is None else GuardedStreamer(first.streamer)
             arguments = {**first.arguments, "tokenizer": first.has_tokenizer}
             arguments |= {"streamer": streamer is not None, "limits": None}
             self._send(arguments)
-            result = self._run(
-                arguments, streamer, lambda: self._ending.is_set() or _failed(streamer)
-            )
+
+            def stops() -> bool:
+                failed = streamer is not None and streamer.error is not None
+                return failed or first.left.is_set() or self._ending.is_set()
+
+            result = self._run(arguments, streamer, stops)
             if streamer is not None and streamer.error is not None:
                 raise streamer.error
+            if first.left.is_set():
+                raise ClientLeftError
             first.answer(result)
             return
         arguments, limits = as_batch(requests, self._batch)
@@ -166,7 +205,7 @@ class SharedGeneration:
             EngineError: this rank is out of step with the others, or rank 0 has died.
         """
         while (arguments := self._receive()) is not None:
-            streamer = _NoStreamer() if arguments["streamer"] else None
+            streamer = NoStreamer() if arguments["streamer"] else None
             try:
                 self._run(arguments, streamer, lambda: False)
             except _OutOfStepError:
@@ -206,7 +245,7 @@ class SharedGeneration:
         self._requests += 1
         arguments = pytree.tree_map_only(torch.Tensor, lambda x: x.to(self._device), arguments)
         arguments["tokenizer"] = self._tokenizer if arguments["tokenizer"] else None
-        criterion = _StopTogether(self._group, stops, arguments.pop("limits"))
+        criterion = StopTogether(self._group, stops, arguments.pop("limits"))
         arguments |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([criterion])}
         try:
             if self._device.type == "cuda":  # a thread's own
@@ -249,74 +288,9 @@ class SharedGeneration:
         return arguments
 
 
-class RequestError(ValueError):
-    """A request that cannot be served, whatever the server does."""
-
-
 class ServerEndsError(EngineError):
     """The server has been told to end."""
 
 
 class _OutOfStepError(EngineError):
     """Ranks no longer run the same programs."""
-
-
-class _StopTogether(StoppingCriteria):
-    """Ends a generation on all ranks when rank 0 wants it, and rows that have all their tokens.
-
-    Args:
-        limits: new tokens of each row; None where `generate` counts them itself.
-    """
-
-    def __init__(
-        self, group: Any, stops: Callable[[], bool], limits: Sequence[int] | None = None
-    ) -> None:
-        self._group, self._stops, self._limits, self._calls = group, stops, limits, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self._calls += 1  # once per token
-        stops = False
-        if self._calls % _ASKED_EVERY == 0:
-            told = torch.tensor([self._stops()])
-            if self._group is not None:
-                dist.broadcast(told, src=0, group=self._group)
-            stops = bool(told)
-        if stops or self._limits is None:
-            return torch.full((len(input_ids),), stops, device=input_ids.device)
-        return torch.tensor(self._limits, device=input_ids.device) <= self._calls
-
-
-class _GuardedStreamer:
-    """A streamer whose exceptions wait until all ranks have stopped."""
-
-    def __init__(self, streamer: Any) -> None:
-        self._streamer = streamer
-        self.error: Exception | None = None
-
-    def put(self, value: torch.Tensor) -> None:
-        self._guarded(self._streamer.put, value)
-
-    def end(self) -> None:
-        self._guarded(self._streamer.end)
-
-    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
-        if self.error is not None:
-            return
-        try:
-            call(*args)
-        except Exception as error:
-            self.error = error
-
-
-def _failed(streamer: _GuardedStreamer | None) -> bool:
-    return streamer is not None and streamer.error is not None
-
-
-class _NoStreamer:
-    """On ranks other than 0."""
-
-    def put(self, value: torch.Tensor) -> None:
-        pass
-
-    def end(self) -> None:
-        pass

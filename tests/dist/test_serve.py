@@ -1,5 +1,7 @@
 """`autopar serve` answers as one process generates."""
 
+import contextlib
+import http.client
 import json
 import re
 import signal
@@ -15,6 +17,7 @@ import torch
 
 pytestmark = pytest.mark.dist
 
+JSON = {"Content-Type": "application/json"}
 # of the length that the server has programs for
 PROMPTS = ("once upon a ", "time there w")
 
@@ -65,9 +68,7 @@ def server(folder):
 
 
 def asked(url, **body):
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(url, json.dumps(body).encode(), JSON)
     with urllib.request.urlopen(request, timeout=120) as answer:
         return answer.read().decode()
 
@@ -124,18 +125,32 @@ def test_a_bad_request_is_told_and_the_next_one_served(server, folder):
     bad = json.dumps({"max_new_tokens": 4, "cache_implementation": "quantized"})
     with pytest.raises(urllib.error.HTTPError) as failed:
         asked(f"{server}/v1/completions", prompt=PROMPTS[0], generation_config=bad)
-    assert failed.value.code == 500
+    assert failed.value.code == 400
     assert "cache_implementation='quantized'" in failed.value.read().decode()
     with pytest.raises(urllib.error.HTTPError) as failed:
         asked(f"{server}/v1/completions", prompt=PROMPTS[0], max_tokens="many")
     assert failed.value.code == 400
     assert "max_tokens: Input should be a valid integer" in failed.value.read().decode()
-    # one who leaves before all tokens are there
-    body = {"prompt": PROMPTS[0], "max_tokens": 50, "temperature": 0, "stream": True}
-    request = urllib.request.Request(
-        f"{server}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    with pytest.raises(urllib.error.HTTPError) as failed:  # before a stream begins, too
+        asked(f"{server}/v1/completions", prompt=PROMPTS[0], stop=["\u00e9" * 3], stream=True)
+    assert failed.value.code == 400
+    assert "stop (stop_strings): Stop string" in failed.value.read().decode()
+    after = asked(
+        f"{server}/v1/completions", prompt=PROMPTS[1], max_tokens=9, temperature=0, stop=[]
     )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        answer.readline()
-    after = asked(f"{server}/v1/completions", prompt=PROMPTS[1], max_tokens=9, temperature=0)
     assert json.loads(after)["choices"][0]["text"] == continued(folder, PROMPTS[1], 9)
+
+
+def test_a_client_that_leaves_ends_its_generation(server, folder):
+    host, port = server.removeprefix("http://").split(":")
+    took = []
+    for stream in (False, False, True):  # the first makes the program of a long cache
+        body = {"prompt": PROMPTS[0], "max_tokens": 2000, "temperature": 0, "stream": stream}
+        with contextlib.closing(http.client.HTTPConnection(host, int(port))) as client:
+            client.request("POST", "/v1/completions", json.dumps(body), JSON)
+            time.sleep(1)
+        begin = time.monotonic()
+        after = asked(f"{server}/v1/completions", prompt=PROMPTS[1], max_tokens=9, temperature=0)
+        took.append(time.monotonic() - begin)
+        assert json.loads(after)["choices"][0]["text"] == continued(folder, PROMPTS[1], 9)
+    assert max(took[1:]) < 3, took  # all tokens take more than 10 seconds

@@ -12,6 +12,7 @@ import transformers as hf
 from autopar import auto_engine
 from autopar.comm import world
 from autopar.errors import EngineError
+from autopar.integrations.batched_requests import ClientLeftError
 from autopar.integrations.serve import ServeOptions, load
 from autopar.integrations.shared_generation import SEED, RequestError, SharedGeneration
 
@@ -153,6 +154,79 @@ def test_prompts_have_to_fit_the_positions(models):
     request = inputs(POSITIONS - 2, options(model, max_new_tokens=1000, eos_token_id=None))
     assert shared.generate(**request).shape[1] == POSITIONS
     assert request["generation_config"].max_new_tokens == 2
+    shared.end()
+
+
+def test_a_client_that_leaves_ends_its_generation(models):
+    """In a batch as alone, and before it has begun; others get their tokens."""
+    model, engine = models
+    lefts = threading.Event(), threading.Event()
+    config = options(model, eos_token_id=None, max_new_tokens=50)
+
+    class Leaves(Collected):
+        def __init__(self, left):
+            super().__init__()
+            self.left = left
+
+        def put(self, value):
+            super().put(value)
+            if len(self.tokens) == 5:
+                self.left.set()
+
+    streams = [Leaves(left) for left in lefts]
+    requests = [
+        inputs(6, config) | {"left": lefts[0], "streamer": streams[0]},  # alone
+        inputs(4, config) | {"left": lefts[1]},
+        inputs(5, config) | {"streamer": streams[1]},
+        inputs(7, options(model, repetition_penalty=1.3)) | {"left": lefts[1]},
+    ]
+    answers, rows = all_at_once(engine, requests)
+    assert rows == [1, ROWS]
+    for k in (0, 1, 3):
+        assert isinstance(answers[k], ClientLeftError)
+    assert len(streams[0].tokens) <= 5 + 8
+    assert torch.equal(answers[2], model.generate(**inputs(5, config)))
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"cache_implementation": "quantized"}, "cache_implementation='quantized' is no cache of"),
+        ({"assistant_early_exit": 1}, r"assistant_early_exit=...\) does not run on an engine"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "ask for contrastive_search, and the server gener"),
+        ({"repetition_penalty": -3.0}, "`penalty` has to be a strictly positive float"),
+        ({"guidance_scale": 2.0}, "runs the model beside the generation"),
+        ({"sequence_bias": {(9999,): 1.0}}, "9999"),
+        ({"temperature": "hot", "do_sample": True}, "`temperature`"),
+        ({"eos_token_id": 2**70}, "the options of generation: "),
+        ({"max_length": "long", "max_new_tokens": None}, "the options of generation: "),
+    ],
+)
+def test_what_generate_refuses_is_the_fault_of_the_request(models, given, problem):
+    model, engine = models
+    shared, request = SharedGeneration(engine, None, ROWS), inputs(4, options(model, **given))
+    before = request["generation_config"].to_dict()
+    with pytest.raises(RequestError, match=problem):
+        shared.check(request, request["generation_config"], streams=False)
+    assert request["generation_config"].to_dict() == before
+    shared.end()
+
+
+def test_a_check_changes_and_runs_nothing(models):
+    model, engine = models
+    shared, steps = SharedGeneration(engine, None, ROWS), len(engine.steps)
+    for given in (
+        {},
+        {"do_sample": True, "top_p": 0.5},
+        {"num_beams": 2},
+        {"bad_words_ids": [[1]]},
+    ):
+        config = options(model, **given)
+        before = config.to_dict()
+        shared.check(inputs(4, config), config, streams=False)
+        assert config.to_dict() == before and len(engine.steps) == steps
+    with pytest.raises(RequestError, match="num_beams: beams have no tokens to stream"):
+        shared.check(inputs(4, config), options(model, num_beams=2), streams=True)
     shared.end()
 
 
