@@ -16,6 +16,8 @@ from autopar.cli.common import short_errors
 
 _HOST = "127.0.0.1"  # of the ranks' store
 _ASKED_EVERY_S = 0.2
+_LAST_PORT = 65535
+_MOST_PROCESSES = 1024  # of one host
 _NEEDS = ("transformers", "fastapi", "uvicorn", "openai", "pydantic")
 
 
@@ -32,7 +34,9 @@ def serve(
         help="Device mesh: 2, or 2x2. A process is started for each device, unless torchrun has.",
     ),
     host: str = typer.Option("localhost", metavar="NAME", help="Address to listen on."),
-    port: int = typer.Option(8000, metavar="N", help="Port to listen on."),
+    port: int = typer.Option(
+        8000, metavar="N", help="Port to listen on, up to 65535; 0 for one that is free."
+    ),
     memory: str | None = typer.Option(
         None, metavar="SIZE", help="Budget per device: 20GiB, 512MB, or a share such as 0.8."
     ),
@@ -63,19 +67,50 @@ def serve(
         if missing := [name for name in _NEEDS if find_spec(name) is None]:
             needed = ", ".join(missing)
             raise ImportError(f"the server needs {needed}: pip install autopar[serve]")
-        from autopar.cluster.local import as_cluster
-        from autopar.integrations.serve import ServeOptions, leave, model_folder, run_rank
+        if not 0 <= port <= _LAST_PORT:
+            raise ValueError(
+                f"--port {port} is no port: they are 1 to {_LAST_PORT}, and 0 takes a free one"
+            )
+        from autopar.integrations.model_folder import model_folder
+
+        # before processes start, and downloaded once
+        folder = model_folder(model) if "WORLD_SIZE" not in os.environ else None
+        ranks = _ranks(mesh, started=folder is None)
+        from autopar.integrations.serve import ServeOptions, leave, run_rank
         from autopar.quantization import check_scheme
 
         if quantize is not None:
-            check_scheme(quantize)  # before the model is read
+            check_scheme(quantize)
         options = ServeOptions(model, mesh, memory, precision, quantize, host, port, warm_up, batch)
-        ranks = as_cluster(mesh).world_size
-        if "WORLD_SIZE" in os.environ or ranks == 1:
+        if folder is None or ranks == 1:
             run_rank(options)
             return
-        model_folder(model)  # downloaded once, and a wrong name is told before processes start
     leave(_on_processes(options, ranks))
+
+
+def _ranks(mesh: str, *, started: bool) -> int:
+    """The devices of a mesh that can serve.
+
+    Args:
+        started: whether a process runs for each already.
+
+    Raises:
+        ValueError: it has stages, or more devices than a host.
+    """
+    from autopar.cluster.local import as_cluster
+
+    cluster = as_cluster(mesh)
+    if cluster.pipeline_ranks > 1:
+        raise ValueError(
+            f"mesh {cluster.mesh_text} has {cluster.pipeline_ranks} pipeline stages, which are of "
+            "training: give the axis another name than pipe"
+        )
+    if not started and cluster.world_size > _MOST_PROCESSES:
+        raise ValueError(
+            f"mesh {cluster.mesh_text} has {cluster.world_size:,} devices, and this host starts a "
+            f"process for each, at most {_MOST_PROCESSES:,}; on several hosts, torchrun starts them"
+        )
+    return cluster.world_size
 
 
 def _on_processes(options: Any, ranks: int) -> int:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerationMode, StopStringCriteria
 
 _LOOPS = {
-    GenerationMode.GREEDY_SEARCH: "greedy",
+    GenerationMode.GREEDY_SEARCH: "greedy search",
     GenerationMode.SAMPLE: "sampling",
     GenerationMode.BEAM_SEARCH: "beam search",
     GenerationMode.BEAM_SAMPLE: "beam search with sampling",

@@ -25,6 +25,7 @@ import transformers as hf
 
 from autopar.comm import world
 from autopar.errors import EngineError
+from autopar.integrations.model_folder import model_folder
 from autopar.quantization import quantize
 from autopar.runtime.auto_engine import auto_engine
 from autopar.runtime.deferred_init import deferred_init
@@ -106,25 +107,6 @@ def _bound(options: ServeOptions) -> socket.socket:
     except OSError as error:
         raise OSError(f"port {options.port} of {options.host}: {error}") from error
     return place
-
-
-def model_folder(model: str) -> str:
-    """A folder as it is; for an id of the hub, the folder that it is downloaded to.
-
-    Raises:
-        OSError: there is neither.
-    """
-    if Path(model).is_dir():
-        return model
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise OSError(f"{model} is no folder")
-    from huggingface_hub import snapshot_download
-
-    print(f"autopar: asking the Hugging Face hub for {model}", file=sys.stderr, flush=True)
-    try:
-        return snapshot_download(model)
-    except (OSError, ValueError) as error:  # no connection; a name that the hub has none of
-        raise OSError(f"{model} is no folder, nor is it a model of the hub: {error}") from error
 
 
 def load(options: ServeOptions) -> tuple[Any, Any]:

@@ -234,5 +234,6 @@ def test_a_model_with_an_encoder_is_refused_by_name(tmp_path):
     hf.T5Config(
         d_model=16, num_layers=1, architectures=["T5ForConditionalGeneration"]
     ).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(EngineError, match="is a t5, and the server takes decoders"):
         load(ServeOptions(str(tmp_path)))
