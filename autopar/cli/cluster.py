@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from autopar.cli.common import check_devices
+from autopar.cluster.cluster import parse_mesh
 from autopar.files import write_atomically
 from autopar.profiler.measure_links import Measurement, measure_cluster
 from autopar.report.text import terminal_width
@@ -27,11 +30,13 @@ def measure(
     Raises:
         MeshError: the mesh does not fit the devices or processes.
         EngineError: a process died.
-        ValueError: the kind of device is unknown.
+        ValueError: the kind of device is unknown, or no host starts so many processes.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"cannot measure a device {kind!r}; it is cpu or cuda")
+    if mesh is not None and "WORLD_SIZE" not in os.environ:
+        check_devices(f"mesh {mesh}", math.prod(parse_mesh(mesh)[0]), started=True)
     mesh = mesh or os.environ.get("WORLD_SIZE", "1")
     return measure_cluster(mesh, kind, level=level, say=say)
 

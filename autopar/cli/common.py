@@ -16,6 +16,9 @@ from autopar.progress import Progress
 
 _SHOW_CURSOR = "\x1b[?25h\n"  # which a spinner hides
 
+_MOST_DEVICES = 2**20  # a search takes longer for more, and no cluster has them
+_MOST_PROCESSES = 2**10
+
 DEFAULT_DEVICE = "A100-80G"
 
 # those of `autopar.planner.optimizer_state`, whose import takes seconds
@@ -26,6 +29,27 @@ def check_optimizer(optimizer: str) -> None:
     """Raises ValueError if the optimizer is unknown."""
     if optimizer.lower() not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+
+
+def check_devices(what: str, devices: int, *, started: bool = False) -> None:
+    """Refuse a mesh that is larger than any machine.
+
+    Args:
+        what: has the devices.
+        started: whether this host starts a process for each.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if started and devices > _MOST_PROCESSES:
+        raise ValueError(
+            f"{what} has {devices:,} devices, and one host starts a process for each of at most "
+            f"{_MOST_PROCESSES:,}; on several hosts, torchrun starts them"
+        )
+    if devices > _MOST_DEVICES:
+        raise ValueError(
+            f"{what} has {devices:,} devices, and plans are made for at most {_MOST_DEVICES:,}"
+        )
 
 
 @contextlib.contextmanager

@@ -19,13 +19,14 @@ from autopar.plan import ShardingPlan
 from autopar.plan_records import TriedSize
 from autopar.planner.joint import JointPlan
 from autopar.progress import Progress
-from autopar.units import bytes_text, mesh_text, time_text
+from autopar.units import budget_text, bytes_text, mesh_text, time_text
 
 QUESTIONS = ("largest-batch", "longest-sequence", "fewest-devices")
 _MOST_DEVICES = 4096
 _TOKENS = 128  # lengths are multiples of it
 _FIRST_LENGTH = 32 * _TOKENS
 _FINE = 16  # the answer is known to a part of itself
+_TOO_LARGE = "does not fit"
 _MOST = 2**24  # samples or tokens
 
 
@@ -133,8 +134,9 @@ def find(
     start = sizes[key] or (target.world_size if key == "batch" else _FIRST_LENGTH)
     most = largest(attempt, max(1, start // unit), unit)
     if best is None:
+        size = "1 sample" if unit == 1 else f"{unit} {words}"
         raise InfeasibleError(
-            f"{unit} {words} is too much: {tried[-1].note}",
+            f"{size} is too much: {_why(tried[-1], target)}",
             budget_bytes=target.budget_bytes, smallest_bytes=tried[-1].memory_bytes,
         )  # fmt: skip
     return Answer({**sizes, key: most}, target, tuple(tried), best)
@@ -182,12 +184,22 @@ def _tried(size: str, attempt: Callable[[], JointPlan]) -> tuple[TriedSize, Join
     except ConflictError:
         raise
     except InfeasibleError as error:
-        return TriedSize(size, math.inf, error.smallest_bytes, "does not fit"), None
+        return TriedSize(size, math.inf, error.smallest_bytes, _TOO_LARGE), None
     except (CaptureError, ValueError) as error:  # a model may have a longest sequence
         return TriedSize(size, math.inf, math.inf, str(error).partition("\n")[0]), None
     plan = joint.planned.plan
     memory = plan.memory.total_bytes
     return TriedSize(size, plan.time.step_us, memory, _words(plan), plan.work), joint
+
+
+def _why(one: TriedSize, cluster: ClusterInfo) -> str:
+    """Why the smallest size has no plan."""
+    if one.note != _TOO_LARGE:
+        return one.note
+    budget = f"the budget of a device is {bytes_text(cluster.budget_bytes)}"
+    if math.isfinite(one.memory_bytes):
+        budget += f", and the least that was found to do is {budget_text(one.memory_bytes)}"
+    return f"{budget}; give more --memory, or a mesh of more devices"
 
 
 def _words(plan: ShardingPlan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from autopar.cli.common import (
     progress,
     short_errors,
 )
+from autopar.files import check_writable
 
 
 def profile(
@@ -92,7 +94,9 @@ def cluster(
     On one host it starts the processes itself. On several hosts, run it under torchrun on each:
     torchrun ... --no-python autopar cluster --mesh 2x8 -o cluster.yaml.
     """
-    with progress() as say, short_errors(ValueError):
+    with progress() as say, short_errors(ValueError, OSError):
+        if output is not None and os.environ.get("RANK", "0") == "0":  # which writes it
+            check_writable(output)
         from autopar.cli.cluster import measure
 
         if quick and thorough:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from autopar.cli.common import DEFAULT_DEVICE
+from autopar.cli.common import DEFAULT_DEVICE, check_devices
 from autopar.cli.model_file import Example
 from autopar.cluster.cluster import NODE_SIZE, ClusterInfo, parse_bytes
 from autopar.cluster.device import device as device_of
@@ -68,21 +70,52 @@ def target_of(
         if memory is not None:
             parse_bytes(memory)
         name = device_of(device or DEFAULT_DEVICE).name
+        check_devices("--mesh auto", devices)
         return AnyMesh(devices, name, per_node or NODE_SIZE, memory)
     if devices is not None or per_node is not None:
         raise ValueError(f"--devices and --per-node go with --mesh auto, not with {mesh or file}")
     if file is not None:
         if mesh is not None or device is not None:
             raise ValueError(f"{file} says mesh and device; leave out --mesh and --device")
-        try:
-            return ClusterInfo.load(file).with_memory(memory)
-        except (TypeError, KeyError, yaml.YAMLError) as error:
-            raise ValueError(f"{file} does not describe a cluster: {error}") from error
+        with _reading(f"--cluster {file}", f"autopar cluster -o {file} writes one"):
+            try:
+                cluster = ClusterInfo.load(file).with_memory(memory)
+            except yaml.YAMLError as error:
+                raise ValueError(
+                    f"{file} does not describe a cluster: it is not YAML ({_first_problem(error)})"
+                ) from error
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"{file} does not describe a cluster: {error}") from error
+        check_devices(f"mesh {cluster.mesh_text} of {file}", cluster.world_size)
+        return cluster
     if mesh is None:
         raise ValueError(
             "say what to plan for: --mesh 2x4, or --cluster cluster.yaml, or --devices 8"
         )
-    return ClusterInfo.of(mesh, device or DEFAULT_DEVICE).with_memory(memory)
+    target = ClusterInfo.of(mesh, device or DEFAULT_DEVICE).with_memory(memory)
+    check_devices(f"mesh {target.mesh_text}", target.world_size)
+    return target
+
+
+@contextmanager
+def _reading(what: str, remedy: str) -> Iterator[None]:
+    """Say which option's file cannot be read, and what to do.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what}: not a text in UTF-8; {remedy}") from error
+    except OSError as error:
+        raise ValueError(f"{what}: {error.strerror}; {remedy}") from error
+
+
+def _first_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f"line {mark.line + 1}: "
+    return where + str(getattr(error, "problem", error)).partition("\n")[0]
 
 
 def refuse_for_forward(target: ClusterInfo | AnyMesh, given: Mapping[str, object]) -> None:
@@ -107,11 +140,14 @@ def constraints_of(preset: str | None, file: Path | None) -> Constraints | str:
     """The constraints of a file, or the name of a preset.
 
     Raises:
-        ValueError: both are given.
+        ValueError: both are given, or the file cannot be read.
         ConstraintError: there is no such preset, or the file has no constraints.
     """
     if preset is None:
-        return {} if file is None else load_constraints(file)
+        if file is None:
+            return {}
+        with _reading(f"--constraints {file}", f"--save-constraints {file} writes those of a plan"):
+            return load_constraints(file)
     check_scheme(preset)
     if file is not None:
         raise ValueError(
@@ -119,6 +155,21 @@ def constraints_of(preset: str | None, file: Path | None) -> Constraints | str:
             "preset's constraints with --save-constraints, edit that file, and give it alone"
         )
     return preset
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Make the folder that an option names.
+
+    Raises:
+        ValueError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"{option} {folder}: {error.strerror}; give a folder that can be made and written to"
+        ) from error
 
 
 def make_plan(

@@ -189,6 +189,7 @@ def plan(
             from autopar.cli.model_library import example_of
             from autopar.cli.plan import (
                 constraints_of,
+                make_folder,
                 make_plan,
                 print_report,
                 refuse_for_forward,
@@ -228,7 +229,7 @@ def plan(
                 if path is not None:
                     check_writable(path)
             if dump_passes is not None:
-                dump_passes.mkdir(parents=True, exist_ok=True)
+                make_folder("--dump-passes", dump_passes)
             options: dict[str, Any] = {
                 "constraints": constraints_of(preset, constraints),
                 "time_limit": time_limit,

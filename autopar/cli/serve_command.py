@@ -12,12 +12,11 @@ from typing import Any
 
 import typer
 
-from autopar.cli.common import short_errors
+from autopar.cli.common import check_devices, short_errors
 
 _HOST = "127.0.0.1"  # of the ranks' store
 _ASKED_EVERY_S = 0.2
 _LAST_PORT = 65535
-_MOST_PROCESSES = 1024  # of one host
 _NEEDS = ("transformers", "fastapi", "uvicorn", "openai", "pydantic")
 
 
@@ -92,7 +91,7 @@ def _ranks(mesh: str, *, started: bool) -> int:
     """The devices of a mesh that can serve.
 
     Args:
-        started: whether a process runs for each already.
+        started: whether a process runs for each already, by torchrun.
 
     Raises:
         ValueError: it has stages, or more devices than a host.
@@ -105,11 +104,8 @@ def _ranks(mesh: str, *, started: bool) -> int:
             f"mesh {cluster.mesh_text} has {cluster.pipeline_ranks} pipeline stages, which are of "
             "training: give the axis another name than pipe"
         )
-    if not started and cluster.world_size > _MOST_PROCESSES:
-        raise ValueError(
-            f"mesh {cluster.mesh_text} has {cluster.world_size:,} devices, and this host starts a "
-            f"process for each, at most {_MOST_PROCESSES:,}; on several hosts, torchrun starts them"
-        )
+    if not started:
+        check_devices(f"mesh {cluster.mesh_text}", cluster.world_size, started=True)
     return cluster.world_size
 
 

@@ -61,6 +61,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_planning(tiny, tmp_path
         assert reason in result.stderr and "captured" not in result.stderr
 
 
+def test_a_measurement_that_cannot_be_written_or_started_is_refused_before_it(tmp_path):
+    for arguments, reason in (
+        (("-o", "/proc/cluster.yaml"), "cannot write /proc/cluster.yaml: No such file"),
+        (("-o", str(tmp_path)), "is a directory"),
+        (("--mesh", "2x1000"), "has 2,000 devices, and one host starts a process for each"),
+    ):
+        result = run("cluster", *arguments, "--device", "cpu", code=2)
+        assert reason in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_json_is_all_that_goes_to_stdout(tiny):
     result = run("plan", str(tiny), "--mesh", "2", "--json", "--no-baselines", "--device", "h100")
     loaded = ShardingPlan.from_json(result.stdout)
@@ -198,7 +208,10 @@ def refused(*arguments: str, code: int = 2) -> str:
         (("--mesh", "2", "--device", "A100"), "unknown device 'A100'"),
         (("--mesh", "2", "--memory", "12 parsecs"), "cannot read memory size"),
         (("--mesh", "2", "--optimizer", "lion"), "unknown optimizer 'lion'; known: adamw"),
-        (("--cluster", "missing.yaml"), "missing.yaml"),
+        (
+            ("--cluster", "missing.yaml"),
+            "--cluster missing.yaml: No such file or directory; autopar cluster -o missing.yaml",
+        ),
         (("--mesh", "2", "--cluster", "c.yaml"), "leave out --mesh"),
         (("--mesh", "auto"), "needs the number of devices: --devices 64"),
         (("--mesh", "4", "--devices", "4"), "go with --mesh auto, not with 4"),
@@ -208,7 +221,14 @@ def refused(*arguments: str, code: int = 2) -> str:
         (("--mesh", "2", "--memory", "40"), "did you mean '40GiB'?"),
         (("--devices", "4", "--memory", "80.5"), "did you mean '80.5GiB'?"),
         (("--devices", "4", "--device", "A1"), "unknown device 'A1'"),
-        (("--mesh", "2", "--constraints", "missing.yaml"), "missing.yaml"),
+        (
+            ("--mesh", "2", "--constraints", "missing.yaml"),
+            "--constraints missing.yaml: No such file or directory; --save-constraints",
+        ),
+        (("--mesh", "2", "--constraints", "/"), "--constraints /: Is a directory"),
+        (("--mesh", "2", "--dump-passes", "/proc/x"), "--dump-passes /proc/x: No such file or"),
+        (("--mesh", "99999999999"), "99,999,999,999 devices, and plans are made for at most 1,048"),
+        (("--devices", "99999999999"), "plans are made for at most 1,048,576"),
     ],
 )
 def test_bad_options(tiny, arguments, message):
@@ -219,7 +239,8 @@ def test_bad_options(tiny, arguments, message):
     ("text", "message"),
     [
         ("mesh: 2\ndevice: {name: x}\n", "does not describe a cluster"),
-        ("mesh: [2\n", "does not describe a cluster"),
+        ("mesh: [2\n", "not YAML (line 2: expected ',' or ']', but got '<stream end>')"),
+        ("mesh: 2x99999999999\ndevice: L4\n", "199,999,999,998 devices, and plans are made for"),
         ("mesh: 2\n", "missing ['device']"),
         ("mesh: 2\ndevice: L4\nlinks: [{alpha: 6e-6, beta: 1.0e-9}]", "links[0].alpha must be a"),
         ("mesh: 2\ndevice: L4\nlinks: [{alpha: .nan, beta: 1.0e-9}]", "links[0].alpha must be z"),

@@ -21,7 +21,7 @@ def folder(tmp_path):
         (("--port", "-1"), "--port -1 is no port: they are 1 to 65535"),
         (("--mesh", "pipe=2"), "mesh pipe=2 has 2 pipeline stages, which are of training"),
         (("--mesh", "pipe=2,gpu=2"), "give the axis another name than pipe"),
-        (("--mesh", "99999999999"), "has 99,999,999,999 devices, and this host starts a process"),
+        (("--mesh", "99999999999"), "has 99,999,999,999 devices, and one host starts a process"),
         (("--mesh", "2xx"), "cannot read mesh '2xx'"),
         (("--quantize", "int3"), "int3"),
     ],

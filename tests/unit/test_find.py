@@ -114,7 +114,7 @@ def test_a_file_may_take_its_sizes(model, tmp_path, capsys):
         (["--mesh", "2", "--find", "longest-sequence", "--microbatches", "2"], "itself"),
         (
             ["--mesh", "2", "--find", "largest-batch", "--memory", "8KiB"],
-            "1 samples is too much: does not fit",
+            "1 sample is too much: the budget of a device is 8 KiB, and the least that was found",
         ),
         (
             ["--devices", "2", "--find", "fewest-devices", "--memory", "8KiB"],
