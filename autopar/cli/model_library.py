@@ -31,6 +31,7 @@ _MOST_TOKENS = 8192  # of a sequence, where the length is not given
 _OF_TOKENS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 _OF_TEXTS = ("ForSequenceClassification",)
 _OF_IMAGES = ("ForImageClassification",)
+_ANSWER_WITHIN_S = 10.0
 _TRANSLATING = ("ForConditionalGeneration",)
 
 
@@ -102,7 +103,10 @@ class Source:
         except ImportError as error:
             raise ValueError(f"{self}: install transformers to plan its models") from error
         try:
-            config = transformers.AutoConfig.from_pretrained(self._folder())
+            folder = self._folder()
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=not _is_reachable(folder)
+            )
         except Exception as error:  # each configuration checks itself in its own way
             raise ValueError(
                 f"{self}: {_first_line(error)}; give a config.json, or a folder that has one"
@@ -200,6 +204,23 @@ def example_of(model: str, *, forward: bool = False, **sizes: int | None) -> tup
     """
     source = Source.of(model, **sizes)
     return source.example(forward=forward), str(source)
+
+
+def _is_reachable(name: str) -> bool:
+    """Whether a model is at hand, or its hub answers at the first try. The library tries for half a
+    minute where there is no network."""
+    if Path(name).exists():
+        return True
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_ANSWER_WITHIN_S)
+    except (HfHubHTTPError, HFValidationError):  # which the library explains
+        return True
+    except Exception:  # of whichever library makes the connection
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Models that `autopar plan` takes by name."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_what_is_wrong_is_named(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["NoSuchModel"]}))
     with pytest.raises(ValueError, match="no such class; write a model file"):
         example_of(f"hf:{tmp_path}")
+
+
+def test_without_a_network_one_try_is_made(monkeypatch):
+    import huggingface_hub
+
+    tries = []
+
+    def unreachable(url, **_):
+        tries.append(url)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="hf:no/where: We couldn't connect .*; give a config.json"):
+        example_of("hf:no/where")
+    assert len(tries) == 1 and "/no/where/" in tries[0]
+    assert time.monotonic() - begin < 10
 
 
 def test_a_plan_from_a_configuration_explains_itself(config, tmp_path, capsys):
