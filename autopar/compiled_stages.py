@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,12 +145,14 @@ class StageRoom:
         more: how many other microbatches of the stage are in flight at a time.
         held_bytes: what the plan expects each to hold.
         others_bytes: what other stages of the rank hold: states, and microbatches in flight.
+        of_pipeline: it is one of several stages.
     """
 
     number: int = 0
     more: int = 0
     held_bytes: float = 0.0
     others_bytes: float = 0.0
+    of_pipeline: bool = False
 
     @staticmethod
     def of(plan: ShardingPlan, number: int) -> StageRoom:
@@ -163,7 +166,9 @@ class StageRoom:
             for k, s in enumerate(stages)
             if s.rank == stages[number].rank and k != number
         )
-        return StageRoom(number, flying[number] - 1, stages[number].held_bytes, others)
+        return StageRoom(
+            number, flying[number] - 1, stages[number].held_bytes, others, of_pipeline=True
+        )
 
 
 def _budget(
@@ -207,22 +212,31 @@ def _within(
         if not room.more:
             break
         reserved = (least + most) / 2
-    why = ""
+    why, smallest = "", math.inf
     if refused is not None:
-        needed = refused.smallest_bytes
-        why = f" Beside {bytes_text(most)} for these, it needs {bytes_text(needed)} itself."
+        smallest = most + refused.smallest_bytes
+        why = (
+            f" Beside {bytes_text(most)} for these, it needs {bytes_text(refused.smallest_bytes)}."
+        )
     tiers = ""
     if traced.options.cluster.off_device_tiers:
         tiers = (
             ". States of microbatches and of stages stay on the device; a tier takes those of "
             "steps without microbatches=, where gradients of several backwards add up on the host"
         )
+    what = f"a microbatch does not fit {bytes_text(budget.memory_bytes)}, with "
+    remedy = "Use more microbatches, which are smaller, or more memory"
+    others = "the gradients of those before it"
+    if room.of_pipeline:
+        what = (
+            f"pipeline stage {room.number} does not fit {bytes_text(budget.memory_bytes)}, with "
+            f"{room.more} other microbatches in flight and "
+        )
+        remedy = "Use more microbatches, which are smaller, more stages, or more memory"
+        others = "other stages of its rank"
     raise InfeasibleError(
-        f"pipeline stage {room.number} does not fit {bytes_text(budget.memory_bytes)}, with "
-        f"{room.more} other microbatches in flight and {bytes_text(room.others_bytes)} for other "
-        f"stages of its rank.{why}\n  Use more microbatches, which are smaller, more stages, or "
-        f"more memory{tiers}",
-        budget_bytes=budget.memory_bytes, smallest_bytes=budget.memory_bytes,
+        f"{what}{bytes_text(room.others_bytes)} for {others}.{why}\n  {remedy}{tiers}",
+        budget_bytes=budget.memory_bytes, smallest_bytes=smallest,
     )  # fmt: skip
 
 

@@ -52,6 +52,9 @@ _OF_HOST = ("host_link", "host_memory_bytes")
 # A smaller number without a unit is no number of bytes: the unit was forgotten.
 _FEW_BYTES = 1000
 
+# Of a cluster, in bytes.
+_SIZES = ("memory_bytes", "host_memory_bytes")
+
 
 _AXIS = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<size>\d+)")
 
@@ -105,7 +108,7 @@ def parse_bytes(value: str | float, *, of: float | None = None) -> float:
             f"a memory of {value:g} would be {value:g} bytes; did you mean '{value:g}GiB'? Write "
             f"'{value:g}B' for bytes, or a share of the device's memory such as 0.8"
         )
-    return value * of if of is not None and value <= 1 else float(value)
+    return value * of if of is not None and value <= 1 and not unit else float(value)
 
 
 def _inside(dev: Device) -> Link:
@@ -288,6 +291,9 @@ class ClusterInfo:
         data = plain(replace(self, axis_names=()))
         if tier_named(self.tiers, HOST) is not None:
             data = {k: v for k, v in data.items() if k not in _OF_HOST}
+        for key in _SIZES:  # a number as small as this would be read as a slip
+            if (value := data.get(key)) is not None and value < _FEW_BYTES:
+                data[key] = f"{value:g}B"
         return data | {"mesh": self.mesh_text} if self.axis_names else data
 
     @staticmethod
@@ -312,9 +318,8 @@ class ClusterInfo:
         )
         items = enumerate(data.get("links") or ())
         links = [Link.from_dict(f"links[{i}]", link) for i, link in items]
-        sizes = ("memory_bytes", "host_memory_bytes")
         memory: dict[str, Any] = {
-            key: parse_bytes(data[key]) for key in sizes if data.get(key) is not None
+            key: parse_bytes(data[key]) for key in _SIZES if data.get(key) is not None
         }
         host = data.get("host_link")
         host_link = None if host is None else Link.from_dict("host_link", host)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -16,6 +17,7 @@ from autopar.ir.aliasing import is_view
 from autopar.ir.fx_calls import add_call
 
 BUCKET_BYTES = 4 * 2**20
+_BUDGET_SHARE = 1 / 64  # of a budget, at most, in a bucket: its members wait for each other
 
 _OPS = torch.ops.autopar
 _CAST = torch.ops.aten._to_copy.default
@@ -49,6 +51,13 @@ def bucket_collectives(
     _bucket_gathers(graph, bucket_bytes, apart)
     _bucket_reductions(graph, bucket_bytes, apart)
     return gm
+
+
+def bucket_bytes_within(budget_bytes: float) -> int:
+    """The size of buckets for a budget of memory; a power of two, so that budgets that are nearly
+    equal have the same programs."""
+    share = max(1.0, _BUDGET_SHARE * budget_bytes)
+    return BUCKET_BYTES if share >= BUCKET_BYTES else 2 ** math.floor(math.log2(share))
 
 
 def _bucket_gathers(graph: fx.Graph, bucket_bytes: int, apart: Collection[fx.Node]) -> None:
@@ -113,7 +122,7 @@ def _filled(
         if nbytes > BUCKET_MEMBER_BYTES:
             continue
         key = (node.meta["val"].dtype, *(node.args[i] for i in common))
-        if filled[key] + nbytes > bucket_bytes:
+        if filled[key] and filled[key] + nbytes > bucket_bytes:
             closed.append(open_.pop(key))
             filled[key] = 0
         open_[key].append(node)

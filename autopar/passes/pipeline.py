@@ -26,7 +26,7 @@ from autopar.kernels.substitute import substitute_kernels
 from autopar.passes.add_at_index import add_at_index
 from autopar.passes.announce_gradients import announce_gradients
 from autopar.passes.async_sums import early_sums, returned_sums
-from autopar.passes.bucket import bucket_collectives
+from autopar.passes.bucket import BUCKET_BYTES, bucket_bytes_within, bucket_collectives
 from autopar.passes.compile_mode import CompileMode
 from autopar.passes.drop_views import drop_views
 from autopar.passes.fetch_parameters import fetch_parameters
@@ -64,6 +64,7 @@ class LowerOptions:
         states_on: the tier of the optimizer's state; parameters and gradients are on the host
             between steps then. The device if empty.
         donated: positions of the arguments that results may be written over.
+        bucket_bytes: of a bucket of small collectives, at most.
         disable: names of passes to leave out (debugging).
         dump: folder for the graph before and after each pass.
     """
@@ -78,6 +79,7 @@ class LowerOptions:
     parameters: int = 0
     states_on: str = ""
     donated: frozenset[int] = frozenset()
+    bucket_bytes: int = BUCKET_BYTES
     disable: frozenset[str] = frozenset()
     dump: Path | None = None
 
@@ -108,6 +110,7 @@ class LowerOptions:
                 if offloadable is None or name in offloadable
             },
             parameters=len(graph.parameters),
+            bucket_bytes=bucket_bytes_within(plan.budget_bytes),
             states_on=plan.states_on,
             donated=frozenset(
                 k
@@ -183,7 +186,10 @@ PIPELINE = (
     Entry("joint", bucket_collectives,
           "few large messages beat many small ones; the forward's gathers stay apart, for the "
           "schedule to repeat",
-          when=lambda o: o.scheduled, arguments=lambda o, joint: {"apart": forward_nodes(joint)}),
+          when=lambda o: o.scheduled,
+          arguments=lambda o, joint: {
+              "apart": forward_nodes(joint), "bucket_bytes": o.bucket_bytes,
+          }),
     Entry("backward", announce_gradients,
           "the optimizer's step on the host may begin beside the rest of the backward",
           when=lambda o: bool(o.states_on) and o.cluster.device.runs_beside),

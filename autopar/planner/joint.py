@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch.fx as fx
@@ -33,10 +33,11 @@ from autopar.passes.split_regions import split_regions
 from autopar.plan import ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
 from autopar.planner.fitted_step import FittedStep, fit_program, split_step
+from autopar.planner.limited_plans import limited_plans, lower_plans
 from autopar.planner.liveness import Liveness
 from autopar.planner.planner import Planned, PlanningProblem, make_plan
 from autopar.planner.scheduled_plan import with_schedule
-from autopar.planner.search import SearchResult, search
+from autopar.planner.search import SearchResult
 from autopar.planner.space import SearchSpace
 from autopar.planner.time_splits import SECONDS
 from autopar.schedule.budget import MemoryPlan, StepBudget, frozen_bytes
@@ -48,7 +49,6 @@ _PATIENCE = 1.5  # times the budget: if checkpointing needs more, slices are loo
 _NEARLY = 1.25  # times the budget
 _TIED = 5e-3  # of a step: what untied blocks must save to be scheduled
 _FIRST_SHARE = 0.75  # of the time that is left: to schedule a plan before any is known to fit
-_BETWEEN = 2  # limits between none and the budget
 EVEN = 1e-2  # of a step: the cost of fitting the budget at which no other plans are tried
 
 
@@ -110,7 +110,7 @@ def plan_jointly(
     if not binds and not always:
         return JointPlan(problem.planned(unlimited))
     trials = _Trials(problem, output_specs, needed)
-    limited = _limited_plans(problem, needed, trials.errors) if binds else iter(())
+    limited = limited_plans(problem, needed, trials.errors) if binds else iter(())
     fitting = next(limited, None)
     # no plan is faster than the one without a limit
     even = (1 + EVEN) * unlimited.step_us
@@ -130,6 +130,9 @@ def plan_jointly(
         if limit_and_result is None:
             break
         trials.add(*limit_and_result)
+    if trials.best is None and binds and not trials.out_of_reach:
+        for limit, result in lower_plans(problem, trials.last_refusal):
+            trials.add(limit, result)
     if not always and fitting is not None and trials.is_beaten_by(fitting[1]):
         return JointPlan(problem.planned(fitting[1]))
     return trials.fastest()
@@ -242,7 +245,10 @@ class _Trials:
     ) -> tuple[LocalStep, MemoryPlan, FittedStep | None]:
         """The same with the states on a tier, or on the device if that is empty."""
         space = self.problem.space
-        plan = replace(make_plan(space, choices, self.problem.model), states_on=states_on)
+        plan = replace(
+            make_plan(space, choices, self.problem.model), states_on=states_on,
+            budget_bytes=self.problem.budget_bytes,
+        )  # fmt: skip
         chosen: dict[fx.Node, tuple[str, ...]] = defaultdict(tuple)
         for decision, c in zip(space.decisions, choices, strict=True):
             if decision.kind != "output":
@@ -304,6 +310,10 @@ class _Trials:
                 log.info("no slices, as the last rank has too few rows for them: %s", error)
                 return None
         return fitted
+
+    def last_refusal(self) -> InfeasibleError | None:
+        """Why the last plan has no schedule; None if some plan has one."""
+        return self.errors[-1] if self.best is None else None
 
     @property
     def out_of_reach(self) -> bool:
@@ -369,46 +379,6 @@ def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ..
         name = names[c].removesuffix(" reshard")
         stored.append(names.index(name) if name in names else c)
     return tuple(stored)
-
-
-def _limited_plans(
-    problem: PlanningProblem, needed: float, errors: list[InfeasibleError]
-) -> Iterator[tuple[float, SearchResult]]:
-    """Plans for the budget (or the smallest limit that has one), and for limits between that and
-    the memory of the plan without a limit.
-
-    Args:
-        errors: gets those of limits without a plan.
-    """
-
-    def within(limit: float) -> SearchResult | float:
-        with problem.progress.stage("solve") as stage:
-            try:
-                result = search(
-                    problem.space, budget_bytes=limit, time_limit=problem.deadline.left,
-                    progress=problem.progress.detail, mask=problem.mask,
-                )  # fmt: skip
-            except InfeasibleError as error:
-                stage.done = f"no plan within {bytes_text(limit)} without a schedule"
-                errors.append(error)
-                return error.smallest_bytes
-            described = result.describe() + problem.cut_short(result)
-            stage.done = f"solved within {bytes_text(limit)}: {described}"
-            return result
-
-    low = problem.budget_bytes
-    result = within(low)
-    if isinstance(result, float) and math.isfinite(result):
-        low = result
-        result = within(low)
-    if isinstance(result, SearchResult):
-        yield low, result
-        low = estimate_memory(problem.space, result.choices).total_bytes
-    for k in range(1, _BETWEEN + 1):
-        limit = needed * (low / needed) ** (k / (_BETWEEN + 1))
-        between = within(limit)
-        if isinstance(between, SearchResult):
-            yield limit, between
 
 
 def _step_budget(problem: PlanningProblem, step: LocalStep | UntracedStep) -> StepBudget:

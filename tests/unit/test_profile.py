@@ -434,6 +434,7 @@ def test_sizes_and_meshes_parse():
     assert parse_bytes("512 MB") == 512e6
     assert parse_bytes("0.5", of=100.0) == 50.0
     assert parse_bytes("40B") == 40.0
+    assert parse_bytes("1B", of=100.0) == 1.0
     assert parse_bytes(1, of=100.0) == 100.0
     for bare in (40, 2.0, "40"):
         with pytest.raises(ValueError, match=r"did you mean '\d+GiB'"):

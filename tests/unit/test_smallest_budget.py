@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from autopar import ClusterInfo
 from autopar.cluster.cluster import parse_bytes
@@ -104,3 +105,14 @@ def test_microbatches_are_planned_beside_the_sums_of_their_gradients():
     assert plan.memory.total_bytes <= 1.001 * least
     parameters = sum(p.numel() * 4 for p in Classifier(64).parameters()) / 2
     assert plan.memory.gradients_bytes >= parameters
+
+
+@pytest.mark.parametrize("kib", [300, 330, 340])
+def test_with_more_memory_a_plan_is_not_lost(kib):
+    """The plan for the budget takes more than its estimate, by buffers of gathers; one for a
+    smaller limit fits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    cluster = ClusterInfo.of("2", "A100-80G").with_memory(kib * KIB)
+    plan = plan_to_fit(model, (torch.zeros(16, 64),), cluster=cluster, smallest_budget=False)
+    assert plan.planned.plan.memory.total_bytes <= kib * KIB
