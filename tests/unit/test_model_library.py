@@ -104,7 +104,7 @@ def test_without_a_network_one_try_is_made(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     begin = time.monotonic()
-    with pytest.raises(ValueError, match="hf:no/where: We couldn't connect .*; give a config.json"):
+    with pytest.raises(ValueError, match="hf:no/where: We couldn't connect"):
         example_of("hf:no/where")
     assert len(tries) == 1 and "/no/where/" in tries[0]
     assert time.monotonic() - begin < 10
