@@ -75,13 +75,16 @@ def serve(
         # before processes start, and downloaded once
         folder = model_folder(model) if "WORLD_SIZE" not in os.environ else None
         ranks = _ranks(mesh, started=folder is None)
-        from autopar.integrations.serve import ServeOptions, leave, run_rank
-        from autopar.quantization import check_scheme
+        from autopar.integrations.serve_options import ServeOptions, leave
 
         if quantize is not None:
+            from autopar.quantization import check_scheme  # seconds
+
             check_scheme(quantize)
         options = ServeOptions(model, mesh, memory, precision, quantize, host, port, warm_up, batch)
         if folder is None or ranks == 1:
+            from autopar.integrations.serve import run_rank
+
             run_rank(options)
             return
     leave(_on_processes(options, ranks))
@@ -118,7 +121,7 @@ def _on_processes(options: Any, ranks: int) -> int:
         start_processes,
     )
 
-    from autopar.integrations.serve import END_WITHIN_S
+    from autopar.integrations.serve_options import END_WITHIN_S
 
     # nobody else can take its port meanwhile
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)

@@ -8,16 +8,14 @@ its `generate` (`shared_generation.py`).
 from __future__ import annotations
 
 import copy
-import multiprocessing.util
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +24,7 @@ import transformers as hf
 from autopar.comm import world
 from autopar.errors import EngineError
 from autopar.integrations.model_folder import model_folder
+from autopar.integrations.serve_options import END_WITHIN_S, ServeOptions, leave
 from autopar.quantization import quantize
 from autopar.runtime.auto_engine import auto_engine
 from autopar.runtime.deferred_init import deferred_init
@@ -34,32 +33,6 @@ from autopar.runtime.deferred_init import deferred_init
 # finds how programs depend on both, and further ones need no capture.
 _FIRST = ((12, 16), (16, 1000), (24, 2000))
 _GRACE_S = 2  # for answers to requests that run when the server is told to end
-END_WITHIN_S = 3.0  # then the process ends, whatever runs
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """
-    Args:
-        model: a folder with safetensors, or an id of the Hugging Face hub.
-        mesh: of devices, as for `auto_engine`.
-        memory: budget per device.
-        precision: policy, as for `auto_engine`.
-        quantization: scheme of `autopar.quantize`.
-        host, port: that rank 0 listens on.
-        warm_up: have programs for prompts of all lengths before the first request.
-        batch: requests with the same options that are generated together, at most.
-    """
-
-    model: str
-    mesh: str = "1"
-    memory: str | None = None
-    precision: str | None = None
-    quantization: str | None = None
-    host: str = "localhost"
-    port: int = 8000
-    warm_up: bool = True
-    batch: int = 4
 
 
 def run_rank(options: ServeOptions) -> None:
@@ -88,14 +61,6 @@ def run_rank(options: ServeOptions) -> None:
         world.stop()
         raise
     leave()
-
-
-def leave(code: int = 0) -> NoReturn:
-    """End the process without the seconds that torch and a model take to be freed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
-    os._exit(code)
 
 
 def _bound(options: ServeOptions) -> socket.socket:

@@ -13,7 +13,8 @@ from autopar import auto_engine
 from autopar.comm import world
 from autopar.errors import EngineError
 from autopar.integrations.batched_requests import ClientLeftError
-from autopar.integrations.serve import ServeOptions, load
+from autopar.integrations.serve import load
+from autopar.integrations.serve_options import ServeOptions
 from autopar.integrations.shared_generation import SEED, RequestError, SharedGeneration
 
 ROWS, POSITIONS = 3, 64
