@@ -7,8 +7,9 @@ count is summed over them. With probabilities for targets, which no sharding rul
 `cross_entropy` is written as products and sums.
 
 `broadcast_tensors`, which elementwise losses call, makes labels seem to depend on predictions;
-where it broadcasts nothing, it is left out. Dropout of what all samples share (a weight) multiplies
-it by a mask, which is drawn once.
+where it broadcasts nothing, it is left out. A number that is added to a loss (`sum(losses)` begins
+with 0) is written as a tensor, of which every part has its share. Dropout of what all samples share
+(a weight) multiplies it by a mask, which is drawn once.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ _LOSSES = frozenset(
         torch.ops.autopar.token_cross_entropy.default,
     }
 )
+
+_SUBTRACTIONS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
+_REVERSED = frozenset({aten.rsub.Scalar})
+_ADDITIONS = _SUBTRACTIONS | _REVERSED | {aten.add.Tensor, aten.add.Scalar}
 
 # The operators that lowerings of losses compute of a shard.
 _OF_SHARD: dict[Any, Any] = {
@@ -96,6 +101,8 @@ def separable_form(graph: ModelGraph, sliced: Collection[str]) -> ModelGraph:
                 copies[node] = _Writer(out, node).call(aten.mul.Tensor, copies[dropped], item)
         elif (same := _broadcasts_nothing(node)) is not None:
             copies[node] = copies[same]
+        elif (added := _added(node)) is not None:
+            copies[node] = _Writer(out, node).added(*added, copies)
         else:
             copies[node] = out.node_copy(node, copies.__getitem__)
     out.eliminate_dead_code()
@@ -113,6 +120,20 @@ def _broadcasts_nothing(node: fx.Node) -> fx.Node | None:
     operand = source.args[0][number]  # type: ignore[index]
     same = operand.meta["val"].shape == node.meta["val"].shape  # type: ignore[union-attr]
     return operand if same else None  # type: ignore[return-value]
+
+
+def _added(node: fx.Node) -> tuple[fx.Node, float, bool] | None:
+    """What a number is added to that gives a value of no dims, the number, and whether that value
+    is subtracted from it."""
+    if node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
+        return None
+    x, number = node.args
+    if not isinstance(x, fx.Node) or not isinstance(number, int | float):
+        return None
+    value, operand = node.meta["val"], x.meta["val"]
+    if value.ndim or not value.dtype.is_floating_point or value.dtype != operand.dtype:
+        return None
+    return x, -number if node.target in _SUBTRACTIONS else number, node.target in _REVERSED
 
 
 def _dropped(node: fx.Node) -> fx.Node | None:
@@ -178,6 +199,17 @@ class _Writer:
             new.meta["val"] = op(*values[0], **values[1])
         new.meta["autopar"] = self.node.meta["autopar"]
         return new
+
+    def added(
+        self, x: fx.Node, number: float, is_subtracted: bool, copies: dict[fx.Node, fx.Node]
+    ) -> fx.Node:
+        """The sum of a value of no dims and a number."""
+        own = self.call(aten.neg.default, copies[x]) if is_subtracted else copies[x]
+        if number == 0:
+            return own
+        like = self.node.meta["val"]
+        constant = self.call(aten.full.default, [], number, dtype=like.dtype, device=like.device)
+        return self.call(aten.add.Tensor, own, constant)
 
     def mask(self, operand: fx.Node) -> fx.Node:
         """Dropout of as many ones: what the operand is to be multiplied by."""

@@ -170,6 +170,9 @@ OF_VALUES = {
     "loss of a penalty": lambda m, x, y: F.mse_loss(m.layer(x), y) + m.layer.weight.square().sum(),
     "weight times loss": lambda m, x, y: F.mse_loss(m.layer(x), y) * m.layer.bias.sum(),
     "several": lambda m, x, y: (F.mse_loss(m.layer(x), y), m.layer(x).sum(), m.layer(x), y + 1),
+    "sum of a list": lambda m, x, y: sum([F.mse_loss(m.layer(x), y), m.layer(x).mean()]),
+    "one less a mean": lambda m, x, y: 1 - m.layer(x).tanh().mean(),
+    "with a margin": lambda m, x, y: (m.layer(x).mean() + 0.5) - 0.2,
     "by the batch": lambda m, x, y: ((m.layer(x) - y) ** 2).sum() / x.shape[0],
 }
 
