@@ -35,7 +35,9 @@ _REFUSED = {
     "custom_generate": "its loop may keep another cache; leave it out",
     "prompt_lookup_num_tokens": "it crops the cache; leave it out",
     "prefill_chunk_size": "the prompt is one program; leave it out",
+    "guidance_scale": "it runs a second sequence with a cache of its own; leave it out",
 }
+_NEUTRAL = {"guidance_scale": 1}  # values that ask for nothing
 
 
 def generates(model_class: type) -> bool:
@@ -52,6 +54,7 @@ def members(model_class: type) -> dict[str, Any]:
 
     @functools.wraps(own.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._autopar_runner.check_generates()
         if not _has_own_cache(self):  # the model's own forward, with whole parameters
             with self._autopar_runner.whole_parameters():
                 return own.generate(self, *args, **kwargs)
@@ -160,7 +163,7 @@ def _has_own_cache(model: Any) -> bool:
 
 def _refuse(arguments: Mapping[str, Any]) -> None:
     for name, why in _REFUSED.items():
-        if arguments.get(name):
+        if arguments.get(name) and arguments[name] != _NEUTRAL.get(name):
             raise EngineError(f"generate({name}=...) does not run on an engine: {why}")
 
 

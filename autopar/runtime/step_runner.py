@@ -109,6 +109,18 @@ class StepRunner:
         """The step that serves a call, compiled if there is none."""
         return self._choice.step_for(call)
 
+    def check_generates(self) -> None:
+        """
+        Raises:
+            EngineError: the mesh has stages.
+        """
+        cluster = self._compiler.options.step.cluster
+        if cluster.pipe_axis is not None:
+            raise EngineError(
+                f"generate() does not run on the stages of mesh {cluster.mesh_text}: they are of "
+                "training; load the weights into an engine on a mesh without the axis 'pipe'"
+            )
+
     def new_cache(self, length: int) -> CacheTensors:
         """The tensors of a cache of keys and values, for this many tokens."""
         if self._compiler.options.batch == "local":
