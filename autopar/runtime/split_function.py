@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from autopar.errors import EngineError
 from autopar.ir.precision import without_autocast
@@ -89,7 +91,7 @@ class _Run(torch.autograd.Function):
                 local = [None if g is None else g * factor for g in local]
         scalars = all(g.ndim == 0 for g in came.values())
         if not scalars:
-            step.told_of_loss = step.told_of_loss or _tell_of_loss()
+            _tell_of_loss()
         step.expected = {k: _usable(g) for k, g in came.items()} if scalars else None
         used = step.result_gradients.used(tuple(g is not None for g in grads))
         local = [g if k in used else None for k, g in enumerate(local)]
@@ -117,13 +119,15 @@ def _usable(grad: torch.Tensor) -> torch.Tensor:
     return torch.where(usable, grad, torch.ones_like(grad))
 
 
-def _tell_of_loss() -> bool:
-    log.warning(
+@cache  # once a run
+def _tell_of_loss() -> None:
+    level = logging.DEBUG if dist.is_initialized() and dist.get_rank() else logging.WARNING
+    log.log(
+        level,
         "the loss is computed outside of the model, from results of the whole batch: every step "
         "runs its microbatches forward twice. Pass auto_engine(..., loss_fn=) and call "
-        "engine(x, target=y), or return the loss from the model"
+        "engine(x, target=y), or return the loss from the model",
     )
-    return True
 
 
 def _multiple(came: Tangents, expected: Tangents) -> torch.Tensor | bool | None:

@@ -93,7 +93,6 @@ class SplitStep:
         results_like: by position, tensors of the results that another rank computes.
         late: positions of results that the caller fetches from their stage when it reads them.
         expected: gradients of results with which slices run backward at once; None to wait.
-        told_of_loss: the log has said that the loss is computed outside of the model.
     """
 
     slicing: Slicing
@@ -115,7 +114,6 @@ class SplitStep:
     results_like: Mapping[int, Crossing] = field(default_factory=dict)
     late: frozenset[int] = frozenset()
     expected: Tangents | None = None
-    told_of_loss: bool = False
 
     def crossing(self, stage: int, number: int) -> Mapping[str, Crossing]:
         """What a stage receives for a slice."""
