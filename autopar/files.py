@@ -1,4 +1,4 @@
-"""Atomic writes of files."""
+"""Atomic writes of files, and YAML."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 def check_writable(path: str | Path) -> None:
@@ -109,3 +112,19 @@ def _replace(path: Path, text: str, durably: bool) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The data of a YAML file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not YAML; names the line.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        problem = str(getattr(error, "problem", error)).partition("\n")[0]
+        raise ValueError(f"{path} is not YAML ({where}{problem})") from error

@@ -78,14 +78,7 @@ def target_of(
         if mesh is not None or device is not None:
             raise ValueError(f"{file} says mesh and device; leave out --mesh and --device")
         with _reading(f"--cluster {file}", f"autopar cluster -o {file} writes one"):
-            try:
-                cluster = ClusterInfo.load(file).with_memory(memory)
-            except yaml.YAMLError as error:
-                raise ValueError(
-                    f"{file} does not describe a cluster: it is not YAML ({_first_problem(error)})"
-                ) from error
-            except (TypeError, KeyError) as error:
-                raise ValueError(f"{file} does not describe a cluster: {error}") from error
+            cluster = ClusterInfo.load(file).with_memory(memory)
         check_devices(f"mesh {cluster.mesh_text} of {file}", cluster.world_size)
         return cluster
     if mesh is None:
@@ -110,12 +103,6 @@ def _reading(what: str, remedy: str) -> Iterator[None]:
         raise ValueError(f"{what}: not a text in UTF-8; {remedy}") from error
     except OSError as error:
         raise ValueError(f"{what}: {error.strerror}; {remedy}") from error
-
-
-def _first_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = "" if mark is None else f"line {mark.line + 1}: "
-    return where + str(getattr(error, "problem", error)).partition("\n")[0]
 
 
 def refuse_for_forward(target: ClusterInfo | AnyMesh, given: Mapping[str, object]) -> None:

@@ -17,6 +17,7 @@ from autopar.cluster.link import Link
 from autopar.cluster.software import Software
 from autopar.cluster.tiers import HOST, Tier, check_tiers, off_device_tiers, tier_named
 from autopar.errors import MeshError
+from autopar.files import read_yaml
 from autopar.units import mesh_text
 
 # Inside a node: of the H100, not tested by published rows, of the A100, fitted to half of vTrain,
@@ -341,12 +342,16 @@ class ClusterInfo:
         """Read a YAML file that `to_yaml` wrote.
 
         Raises:
+            OSError: it cannot be read.
             ValueError: it does not describe a cluster.
         """
-        data = yaml.safe_load(Path(path).read_text())
+        data = read_yaml(path)
         if not isinstance(data, Mapping):
             raise ValueError(f"{path}: expected a mapping with mesh, device and links")
-        return ClusterInfo.from_dict(data)
+        try:
+            return ClusterInfo.from_dict(data)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path} does not describe a cluster: {error}") from error
 
     def to_yaml(self) -> str:
         """The text that `load` reads."""

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch.fx as fx
-import yaml
 
 from autopar.errors import ConflictError, ConstraintError
+from autopar.files import read_yaml
 from autopar.ir.graph import ModelGraph, bound_arguments, shape_of
 from autopar.ir.spec import ShardingSpec, fills_every_rank
 from autopar.planner.decisions import Candidate, Decision, FixedLayouts
@@ -50,14 +50,9 @@ def load_constraints(path: str | Path) -> dict[str, str]:
         OSError: it cannot be read.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark is not None else ""
-        raise ConstraintError(
-            f"{path} is not YAML ({where}{getattr(error, 'problem', error)}); names that begin "
-            "with * or { need quotes"
-        ) from error
+        data = read_yaml(path)
+    except ValueError as error:
+        raise ConstraintError(f"{error}; names that begin with * or {{ need quotes") from error
     if not isinstance(data, Mapping):
         raise ConstraintError(f"{path}: expected a mapping from names to layouts, as in 'w: S0R'")
     for name, layout in data.items():
