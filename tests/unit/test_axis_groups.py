@@ -83,7 +83,9 @@ def test_a_plan_says_which_axes_split_alike_and_obeys_constraints():
     for spec in planned.plan.parameter_specs().values():
         assert spec.state(0) == spec.state(1) and spec.state(2) == spec.state(3)
     given = {"inputs.x": "S4R", "blocks.*.up.weight": "S0R"}
-    plan = autoplan(Classifier(32), (), BATCH, cluster=CLUSTER, constraints=given).plan
+    plan = autoplan(
+        Classifier(32), (), BATCH, cluster=CLUSTER, constraints=given, time_limit=3
+    ).plan
     assert str(plan.parameter_specs()["blocks.0.up.weight"]) == "S0R"
     assert plan.solver.alike == "axes 2 and 3 split alike"
 

@@ -35,7 +35,7 @@ def train(
     model = model.double().train()
     optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
     torch.manual_seed(7)
-    engine, optimizer = auto_engine(model, optimizer, cluster, memory=memory)
+    engine, optimizer = auto_engine(model, optimizer, cluster, memory=memory, time_limit=8)
     grads, peak = [], 0
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -95,7 +95,9 @@ def test_a_plan_with_a_schedule_keeps_to_its_budget():
     cluster = ClusterInfo.of("1")
 
     def joint_plan(budget: float) -> JointPlan:
-        problem = build_problem(model, (), case.batch(0), cluster=cluster.with_memory(budget))
+        problem = build_problem(
+            model, (), case.batch(0), cluster=cluster.with_memory(budget), time_limit=8
+        )
         return plan_jointly(problem)
 
     with pytest.raises(InfeasibleError) as error:
