@@ -2,7 +2,7 @@
 
 `torch.export` symbolizes the whole stack for every node, in C++ and from source files, and keeps
 the frames of `forward` methods; a fifth of a capture goes into that. Files and lines are enough
-here. `torch.fx.proxy.CapturedTraceback` is private (tested with torch 2.11 and 2.13).
+here. `torch.fx.proxy.CapturedTraceback` is private (tested with torch 2.13).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from unittest.mock import patch
 
 import torch.fx.proxy
+
+from autopar.tracer.modes import replaced
 
 
 class _Stack:
@@ -43,5 +44,5 @@ class _Stack:
 @contextmanager
 def lines_only() -> Iterator[None]:
     """Record files and lines of nodes that are traced meanwhile, and no text."""
-    with patch.object(torch.fx.proxy, "CapturedTraceback", _Stack):
+    with replaced(torch.fx.proxy, "CapturedTraceback", lambda original: _Stack):
         yield
