@@ -24,7 +24,7 @@ from autopar.planner.stages import in_flight
 from autopar.progress import Deadline
 from autopar.schedule.agreed import agreed_schedule
 from autopar.schedule.budget import MemoryPlan, StepBudget
-from autopar.units import bytes_text
+from autopar.units import budget_text, bytes_text
 
 # Amounts of memory that are tried for the microbatches in flight.
 _TRIES = 10
@@ -225,14 +225,15 @@ def _within(
             "steps without microbatches=, where gradients of several backwards add up on the host"
         )
     what = f"a microbatch does not fit {bytes_text(budget.memory_bytes)}, with "
-    remedy = "Use more microbatches, which are smaller, or more memory"
+    more = "more memory" if math.isinf(smallest) else f"at least {budget_text(smallest)}"
+    remedy = f"Use more microbatches, which are smaller, or {more}"
     others = "the gradients of those before it"
     if room.of_pipeline:
         what = (
             f"pipeline stage {room.number} does not fit {bytes_text(budget.memory_bytes)}, with "
             f"{room.more} other microbatches in flight and "
         )
-        remedy = "Use more microbatches, which are smaller, more stages, or more memory"
+        remedy = f"Use more microbatches, which are smaller, more stages, or {more}"
         others = "other stages of its rank"
     raise InfeasibleError(
         f"{what}{bytes_text(room.others_bytes)} for {others}.{why}\n  {remedy}{tiers}",
