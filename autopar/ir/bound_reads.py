@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 
 from autopar.ir.reads import (
+    FORWARD,
     HOOKS,
     MISSING,
     AttributeRead,
@@ -28,6 +29,8 @@ from autopar.ir.reads import (
 )
 
 _VERSION, _IS = operator.attrgetter("_version"), operator.is_
+_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in HOOKS]
+_FORWARD, _HAS = operator.attrgetter("forward"), operator.contains
 
 
 def bind(model: torch.nn.Module, reads: Reads) -> Callable[[], bool]:
@@ -38,7 +41,7 @@ def bind(model: torch.nn.Module, reads: Reads) -> Callable[[], bool]:
     prepared: list[_Prepared] = []
 
     def holds() -> bool:
-        if prepared and prepared[0].modules_are_same():
+        if not any(_GLOBAL_HOOKS) and prepared and prepared[0].modules_are_same():
             if prepared[0].are_same():
                 return True
             if not prepared[0].may_be_equal():
@@ -58,6 +61,12 @@ class _Prepared:
         modules = [m.module for m in reads.modules]
         hooks = [getattr(m, kind) for m in modules for kind in HOOKS]
         registries = [*(m._modules for m in modules), *hooks]
+        below = [m for m in reads.modules if m.path]
+        own = [m for m in below if FORWARD in vars(m.module)]
+        self._without_forward = [vars(m.module) for m in below if FORWARD not in vars(m.module)]
+        self._with_forward = [(vars(m.module), m.forward) for m in own]
+        self._classes = list({type(m.module) for m in below})
+        self._forwards = list(map(_FORWARD, self._classes))
         # most are empty, which costs least to see
         self._empty = [d for d in registries if not d]
         self._registries = [d.values() for d in registries if d]
@@ -107,10 +116,13 @@ class _Prepared:
                 self._watch(inner, inner_now)
 
     def modules_are_same(self) -> bool:
-        """Whether no module and no hook was replaced, added or removed."""
+        """Whether no module, no hook and no forward was replaced, added or removed."""
         return (
             not any(self._empty)
             and tuple(chain.from_iterable(self._registries)) == self._registered
+            and not any(map(_HAS, self._without_forward, repeat(FORWARD)))
+            and all(namespace.get(FORWARD) is f for namespace, f in self._with_forward)
+            and all(map(_IS, map(_FORWARD, self._classes), self._forwards))
         )
 
     def are_same(self) -> bool:

@@ -22,6 +22,7 @@ _PLAIN = (
     torch.layout, torch.memory_format,
 )  # fmt: skip
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+FORWARD = "forward"
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 
 
@@ -150,12 +151,14 @@ class ModuleRead:
         module: the module itself.
         children: by name.
         hooks: of each kind, in order.
+        forward: as `forward_of`.
     """
 
     path: str
     module: torch.nn.Module = field(repr=False)
     children: tuple[tuple[str, Any], ...] = field(repr=False)
     hooks: tuple[tuple[str, tuple[Any, ...]], ...]
+    forward: Any = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def frozen(value: Any, registered: Collection[int] = ()) -> Any:
 def read_modules(model: torch.nn.Module) -> tuple[ModuleRead, ...]:
     """The modules of a model, and their hooks, as they are."""
     return tuple(
-        ModuleRead(path, module, tuple(module._modules.items()), _hooks(module))
+        ModuleRead(path, module, tuple(module._modules.items()), _hooks(module), forward_of(module))
         for path, module in model.named_modules()
     )
 
@@ -230,6 +233,8 @@ def read_attribute(
 
 def first_change(model: torch.nn.Module, reads: Reads) -> Change | None:
     """What differs now, by names; None if nothing does."""
+    if hooks := global_hooks():
+        return Change("hooks on all modules", [], hooks)
     for was in reads.modules:
         where = was.path or "the model"
         try:
@@ -244,6 +249,8 @@ def first_change(model: torch.nn.Module, reads: Reads) -> Change | None:
         for (kind, old_hooks), (_, new_hooks) in zip(was.hooks, _hooks(module), strict=True):
             if not _same(old_hooks, new_hooks):
                 return Change(f"{kind} of {where}", list(old_hooks), list(new_hooks))
+        if was.path and forward_of(module) is not was.forward:
+            return Change(f"forward of {where}", was.forward, forward_of(module))
     for read in reads.attributes:
         new_value = read.now(value_of(model, read.path, read.name))
         if not equal(read.value, new_value):
@@ -253,6 +260,22 @@ def first_change(model: torch.nn.Module, reads: Reads) -> Change | None:
         if now != was_tensor:
             return Change("a tensor that the model holds", was_tensor, now)
     return None
+
+
+def global_hooks() -> list[Any]:
+    """Hooks of a user's own on all modules. `torch.nn.modules.module._global_forward_hooks` and its
+    siblings are private (tested with torch 2.13)."""
+    found = []
+    for kind in HOOKS:
+        for hook in getattr(torch.nn.modules.module, f"_global{kind}").values():
+            if not str(getattr(hook, "__module__", "")).startswith("torch."):
+                found.append(hook)
+    return found
+
+
+def forward_of(module: torch.nn.Module) -> Any:
+    """What a call of a module runs: what was assigned to the module itself, or its class's."""
+    return vars(module).get(FORWARD, type(module).forward)
 
 
 def _hooks(module: torch.nn.Module) -> tuple[tuple[str, tuple[Any, ...]], ...]:

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import CaptureError
 from autopar.ir.effects import Held, HookCall
+from autopar.ir.reads import global_hooks
 from autopar.tracer.attributes import CONTAINERS, AttributeRecorder, contents, same_items
 from autopar.tracer.gradient_hooks import ValueHooks
 from autopar.tracer.numbers import TracedNumbers
@@ -40,6 +41,20 @@ _COPIED_GLOBALS = (list, dict, set)
 # of transformers: where its hooks are made, and what says that a module has them
 _COLLECTING = "transformers.utils.output_capturing"
 _COLLECTS = "_output_capturing_hooks_installed"
+
+
+def refuse_global_hooks() -> None:
+    """Refuse hooks on all modules, which no program calls.
+
+    Raises:
+        CaptureError: naming the first.
+    """
+    for hook in global_hooks():
+        raise CaptureError(
+            f"the hook at {source_of(hook)} is on all modules (register_module_forward_hook or a "
+            "sibling of it), and captured programs would not run it: register it on the modules "
+            "that it is for"
+        )
 
 
 def isolate(model: torch.nn.Module, memo: dict[int, Any]) -> None:
@@ -227,6 +242,8 @@ class ObservedHooks:
             for kind in KINDS:
                 hooks = getattr(module, kind)
                 for key, hook in hooks.items():
+                    if getattr(hook, "__module__", "") == _COLLECTING:
+                        continue  # collects for the forward alone
                     hooks[key] = partial(self._call, self._count, path, kind, key, hook)
                     self._count += 1
         # the dicts, because export puts other tensors into them

@@ -54,6 +54,7 @@ from autopar.tracer.forward_hooks import (
     RegisteredHook,
     copied_tensors,
     isolate,
+    refuse_global_hooks,
     root_hooks,
 )
 from autopar.tracer.functional import make_functional
@@ -138,6 +139,7 @@ class ColoTracer:
         """
         example = (tuple(args), dict(kwargs or {}))
         check_inputs(model, example)
+        refuse_global_hooks()
         if self.precision is not None:
             self.precision.check(model)
         try:

@@ -382,3 +382,55 @@ def test_hidden_states_that_transformers_hooks_at_the_first_call():
     for _ in range(3):
         hidden = engine(ids, output_hidden_states=True).hidden_states
         torch.testing.assert_close(hidden, expected)
+
+
+def test_hidden_states_of_an_evaluation_with_a_cache():
+    """The blocks of GPT-2 get it by position, so that hooks see it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from autopar import auto_engine
+
+    config = GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    model, ids = GPT2LMHeadModel(config).eval(), torch.randint(0, 50, (2, 5))
+    torch.manual_seed(0)
+    engine, _ = auto_engine(GPT2LMHeadModel(config).eval(), None, "1", progress=False)
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True)
+        for _ in range(2):
+            results = engine(ids, output_hidden_states=True)
+            torch.testing.assert_close(results.hidden_states, expected.hidden_states)
+            torch.testing.assert_close(engine(ids).logits, expected.logits)
+
+
+@pytest.mark.parametrize("of_class", [False, True])
+def test_another_forward_of_a_module_makes_another_program(of_class, monkeypatch):
+    class Doubling(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model = nn.Sequential(nn.Linear(4, 4), Doubling())
+    x = torch.randn(2, 4)
+    holds = bind(model, ColoTracer().trace(model, (x,)).reads)
+    assert holds() and holds()
+    owner = Doubling if of_class else model[1]
+    forward = (lambda self, x: 3 * x) if of_class else (lambda x: 3 * x)
+    monkeypatch.setattr(owner, "forward", forward)
+    assert not holds()
+    graph = ColoTracer().trace(model, (x,))
+    assert torch.equal(graph.bind(model)(x), model(x))
+
+
+def test_hooks_on_all_modules_are_refused():
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    holds = bind(model, ColoTracer().trace(model, (x,)).reads)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, a, o: 2 * o)
+    try:
+        assert not holds()
+        with pytest.raises(CaptureError, match=r"test_forward_hooks.py:\d+ is on all modules"):
+            ColoTracer().trace(model, (x,))
+    finally:
+        handle.remove()
+    assert holds()
