@@ -14,7 +14,7 @@ import dis
 import logging
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -169,21 +169,28 @@ class RegisteredHook(Exception):
         super().__init__(path)
         self.path, self.hook, self.collecting = path, hook, collecting
 
-    def settle(self, model: torch.nn.Module) -> None:
-        """Register the hooks of transformers on the user's model, where the first call that asks
-        for hidden states would. `transformers.utils.output_capturing` is tested with 5.23.
+    def check(self, known: Sequence[str]) -> None:
+        """
+        Args:
+            known: modules that were hooked before the forward.
 
         Raises:
-            CaptureError: it is another hook.
+            CaptureError: it is no hook with which transformers collects hidden states.
         """
-        if getattr(self.hook, "__module__", "") != _COLLECTING:
+        collects = getattr(self.hook, "__module__", "") == _COLLECTING
+        if not collects or set(known) >= set(self.collecting):
             raise CaptureError(
                 f"the forward registers the hook at {source_of(self.hook)} on "
                 f"{self.path or 'the model'}, and later calls of its program would not run it: "
                 "register hooks before the model is called"
             )
-        for path in self.collecting:
-            import_module(_COLLECTING).maybe_install_capturing_hooks(model.get_submodule(path))
+
+
+def collect_outputs(clone: torch.nn.Module, paths: Iterable[str]) -> None:
+    """Register the hooks of transformers on modules of a traced copy, as their first call that asks
+    for hidden states would. `transformers.utils.output_capturing` is tested with 5.23."""
+    for path in paths:
+        import_module(_COLLECTING).maybe_install_capturing_hooks(clone.get_submodule(path))
 
 
 def _hooks(model: torch.nn.Module) -> Iterator[tuple[tuple[str, str, int], Any]]:

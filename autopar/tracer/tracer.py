@@ -52,6 +52,7 @@ from autopar.tracer.flex_attention import flex_attention_as_products
 from autopar.tracer.forward_hooks import (
     ObservedHooks,
     RegisteredHook,
+    collect_outputs,
     copied_tensors,
     isolate,
     refuse_global_hooks,
@@ -162,13 +163,15 @@ class ColoTracer:
         """Capture, starting over with functions that draw host random numbers as operators, and
         with hooks that transformers registers in a forward."""
         lifted: set[HostFunction] = set()
+        collecting: list[str] = []
         while True:
             try:
-                return self._capture(model, example, varying, lifted)
+                return self._capture(model, example, varying, lifted, collecting)
             except Restart as restart:
                 lifted.add(restart.function)
             except RegisteredHook as registered:
-                registered.settle(model)
+                registered.check(collecting)
+                collecting += registered.collecting
 
     def _capture(
         self,
@@ -176,12 +179,14 @@ class ColoTracer:
         example: Any,
         varying: Collection[Origin],
         lifted: set[HostFunction],
+        collecting: Sequence[str],
     ) -> ModelGraph:
         mode = FakeTensorMode(
             shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=not self.dynamic
         )
         copied = self._fake_clone(model, mode)
         clone = copied.clone
+        collect_outputs(clone, collecting)
         settings = apply_settings(clone)
         keep_modules(clone, self.precision)
         args, kwargs = pytree.tree_map_only(
