@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_impls import op_implementations_dict, register_op_impl
 
+from autopar.tracer.modes import replaced
+
 aten = torch.ops.aten
+
+_LOGGERS = [
+    logging.getLogger(f"torch.{name}")
+    for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
+]
 
 
 def _ctc_loss(
@@ -51,10 +58,8 @@ def register() -> None:
 @contextlib.contextmanager
 def quiet_fakes() -> Iterator[None]:
     """Fake tensors log an operator's error with its traceback, and raise it: here it is told once,
-    with the user's source line."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
+    with the user's source line. Symbols log with theirs what they cannot solve, and go on."""
+    with contextlib.ExitStack() as stack:
+        for logger in _LOGGERS:
+            stack.enter_context(replaced(logger, "disabled", lambda before: True))
         yield
-    finally:
-        logger.disabled = before
