@@ -170,6 +170,23 @@ class StageRoom:
             number, flying[number] - 1, stages[number].held_bytes, others, of_pipeline=True
         )
 
+    def described(self, refused: InfeasibleError | None, reserved: float) -> str:
+        """What does not fit, and what it needs.
+
+        Args:
+            refused: its schedule beside what was reserved for the others, if it had none.
+        """
+        others = f"beside {bytes_text(reserved)} of gradients of those before it"
+        what = "a microbatch"
+        if self.of_pipeline:
+            what = f"pipeline stage {self.number}"
+            others = (
+                f"beside {bytes_text(reserved)} for {self.more} other microbatches in flight and "
+                f"for other stages of its rank ({bytes_text(self.others_bytes)})"
+            )
+        needs = "more" if refused is None else bytes_text(refused.smallest_bytes)
+        return f"{what} needs {needs} {others}"
+
 
 def _budget(
     graph: ModelGraph, options: StepOptions, memory_bytes: float, arguments: Sequence[torch.Tensor]
@@ -212,31 +229,18 @@ def _within(
         if not room.more:
             break
         reserved = (least + most) / 2
-    why, smallest = "", math.inf
-    if refused is not None:
-        smallest = most + refused.smallest_bytes
-        why = (
-            f" Beside {bytes_text(most)} for these, it needs {bytes_text(refused.smallest_bytes)}."
-        )
+    smallest = math.inf if refused is None else most + refused.smallest_bytes
+    more = "more memory" if refused is None else f"at least {budget_text(smallest)}"
     tiers = ""
     if traced.options.cluster.off_device_tiers:
         tiers = (
             ". States of microbatches and of stages stay on the device; a tier takes those of "
             "steps without microbatches=, where gradients of several backwards add up on the host"
         )
-    what = f"a microbatch does not fit {bytes_text(budget.memory_bytes)}, with "
-    more = "more memory" if math.isinf(smallest) else f"at least {budget_text(smallest)}"
-    remedy = f"Use more microbatches, which are smaller, or {more}"
-    others = "the gradients of those before it"
-    if room.of_pipeline:
-        what = (
-            f"pipeline stage {room.number} does not fit {bytes_text(budget.memory_bytes)}, with "
-            f"{room.more} other microbatches in flight and "
-        )
-        remedy = f"Use more microbatches, which are smaller, more stages, or {more}"
-        others = "other stages of its rank"
     raise InfeasibleError(
-        f"{what}{bytes_text(room.others_bytes)} for {others}.{why}\n  {remedy}{tiers}",
+        f"{room.described(refused, most)}, and there is {bytes_text(budget.memory_bytes)}.\n"
+        f"  Use more microbatches, which are smaller, {'more stages, ' * room.of_pipeline}or "
+        f"{more}{tiers}",
         budget_bytes=budget.memory_bytes, smallest_bytes=smallest,
     )  # fmt: skip
 

@@ -64,30 +64,18 @@ def application(shared: Any, model: str, tokenizer: Any) -> Any:
             self._thread = ThreadPerRequest()
 
         def generate_streaming(
-            self,
-            model: Any,
-            processor: Any,
-            inputs: Any,
-            gen_config: Any,
-            *args: Any,
-            **kwargs: Any,
+            self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **more: Any
         ) -> Any:
             shared.check(inputs, gen_config, streams=True)
-            return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+            return super().generate_streaming(model, processor, inputs, gen_config, *rest, **more)
 
         async def generate_non_streaming(
-            self,
-            model: Any,
-            processor: Any,
-            inputs: Any,
-            gen_config: Any,
-            *args: Any,
-            **kwargs: Any,
+            self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **more: Any
         ) -> Any:
             # stop strings take a second in a large vocabulary
             await asyncio.to_thread(shared.check, inputs, gen_config, streams=False)
             return await super().generate_non_streaming(
-                model, processor, inputs, gen_config, *args, **kwargs
+                model, processor, inputs, gen_config, *rest, **more
             )
 
         def async_submit(self, function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from autopar.ir.reads import (
     FORWARD,
+    GLOBAL_HOOKS,
     HOOKS,
     MISSING,
     AttributeRead,
@@ -29,7 +30,6 @@ from autopar.ir.reads import (
 )
 
 _VERSION, _IS = operator.attrgetter("_version"), operator.is_
-_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in HOOKS]
 _FORWARD, _HAS = operator.attrgetter("forward"), operator.contains
 
 
@@ -41,7 +41,7 @@ def bind(model: torch.nn.Module, reads: Reads) -> Callable[[], bool]:
     prepared: list[_Prepared] = []
 
     def holds() -> bool:
-        if not any(_GLOBAL_HOOKS) and prepared and prepared[0].modules_are_same():
+        if not any(GLOBAL_HOOKS) and prepared and prepared[0].modules_are_same():
             if prepared[0].are_same():
                 return True
             if not prepared[0].may_be_equal():

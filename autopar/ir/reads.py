@@ -22,6 +22,8 @@ _PLAIN = (
     torch.layout, torch.memory_format,
 )  # fmt: skip
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# Of all modules, by kind; private (tested with torch 2.13).
+GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{kind}") for kind in HOOKS]
 FORWARD = "forward"
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 
@@ -263,14 +265,9 @@ def first_change(model: torch.nn.Module, reads: Reads) -> Change | None:
 
 
 def global_hooks() -> list[Any]:
-    """Hooks of a user's own on all modules. `torch.nn.modules.module._global_forward_hooks` and its
-    siblings are private (tested with torch 2.13)."""
-    found = []
-    for kind in HOOKS:
-        for hook in getattr(torch.nn.modules.module, f"_global{kind}").values():
-            if not str(getattr(hook, "__module__", "")).startswith("torch."):
-                found.append(hook)
-    return found
+    """Hooks of a user's own on all modules."""
+    hooks = chain.from_iterable(registry.values() for registry in GLOBAL_HOOKS)
+    return [h for h in hooks if not str(getattr(h, "__module__", "")).startswith("torch.")]
 
 
 def forward_of(module: torch.nn.Module) -> Any:

@@ -205,8 +205,9 @@ class CandidateTable:
         return node.op == "placeholder" and node.target in self.graph.parameters
 
     def _summed(self, node: fx.Node) -> tuple[int, ...]:
-        """The operands that are weights whose gradients are summed over microbatches."""
-        if self.workload.microbatches == 1:
+        """The operands that are weights whose gradients are summed over microbatches; of views of a
+        weight, whoever reads them."""
+        if self.workload.microbatches == 1 or self.is_parameter(self.saved.root(node)):
             return ()
         return tuple(
             i

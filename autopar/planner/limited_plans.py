@@ -26,16 +26,11 @@ def limited_plans(
     """
 
     def within(limit: float) -> SearchResult | float:
-        with problem.progress.stage("solve") as stage:
-            try:
-                result = _searched(problem, limit)
-            except InfeasibleError as error:
-                stage.done = f"no plan within {bytes_text(limit)} without a schedule"
-                errors.append(error)
-                return error.smallest_bytes
-            described = result.describe() + problem.cut_short(result)
-            stage.done = f"solved within {bytes_text(limit)}: {described}"
-            return result
+        result = _solved(problem, limit)
+        if isinstance(result, InfeasibleError):
+            errors.append(result)
+            return result.smallest_bytes
+        return result
 
     low = problem.budget_bytes
     result = within(low)
@@ -52,16 +47,20 @@ def limited_plans(
             yield limit, between
 
 
-def _searched(problem: PlanningProblem, limit: float) -> SearchResult:
-    """The fastest plan within a limit.
-
-    Raises:
-        InfeasibleError: there is none.
-    """
-    return search(
-        problem.space, budget_bytes=limit, time_limit=problem.deadline.left,
-        progress=problem.progress.detail, mask=problem.mask,
-    )  # fmt: skip
+def _solved(problem: PlanningProblem, limit: float) -> SearchResult | InfeasibleError:
+    """The fastest plan within a limit, or why there is none."""
+    with problem.progress.stage("solve") as stage:
+        try:
+            result = search(
+                problem.space, budget_bytes=limit, time_limit=problem.deadline.left,
+                progress=problem.progress.detail, mask=problem.mask,
+            )  # fmt: skip
+        except InfeasibleError as error:
+            stage.done = f"no plan within {bytes_text(limit)} without a schedule"
+            return error
+        described = result.describe() + problem.cut_short(result)
+        stage.done = f"solved within {bytes_text(limit)}: {described}"
+        return result
 
 
 def lower_plans(
@@ -77,14 +76,14 @@ def lower_plans(
     while (refused := refusal()) is not None and not problem.deadline.over:
         excess = refused.smallest_bytes - problem.budget_bytes
         limit = min(_LOWER * limit, limit - excess) if excess < limit else 0.0
-        smallest = False
-        try:
-            result = _searched(problem, max(1.0, limit))
-        except InfeasibleError as error:
-            if not limit < error.smallest_bytes < problem.budget_bytes:
+        result = _solved(problem, max(1.0, limit))
+        is_last = isinstance(result, InfeasibleError)
+        if isinstance(result, InfeasibleError):
+            if not limit < result.smallest_bytes < problem.budget_bytes:
                 return
-            limit, smallest = error.smallest_bytes, True
-            result = _searched(problem, limit)
-        yield limit, result
-        if smallest:
+            limit = result.smallest_bytes
+            result = _solved(problem, limit)
+        if isinstance(result, SearchResult):
+            yield limit, result
+        if is_last:
             return
