@@ -331,11 +331,10 @@ def apply_plan(
     place: Place,
     options: StepOptions,
     **rest: Any,
-) -> tuple[ShardingPlan, LocalProgram]:
+) -> tuple[StepPlan, LocalProgram]:
     """The plan, and this rank's program, of a step that is compiled in stages."""
     with without_autocast():
-        planned, local = _planned(graph, decide, place, options, **rest)
-    return planned.plan, local
+        return _planned(graph, decide, place, options, **rest)
 
 
 def _planned(

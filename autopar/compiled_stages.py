@@ -11,15 +11,17 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.compiled_step import Arguments, Place, StepOptions
+from autopar.compiled_step import Arguments, Place, StepOptions, StepPlan
 from autopar.errors import InfeasibleError
 from autopar.ir.graph import ModelGraph
 from autopar.passes.apply_sharding import LocalProgram
+from autopar.passes.bucket import bucket_bytes_within
 from autopar.passes.cut import Crossing, StageProgram, cut
 from autopar.passes.joint import return_arguments
 from autopar.passes.lower import LoweredStep, TracedStep, lower, trace_step
 from autopar.passes.pipeline import LowerOptions
 from autopar.plan import ShardingPlan
+from autopar.planner.microbatch_step import STATES_STAY
 from autopar.planner.stages import in_flight
 from autopar.progress import Deadline
 from autopar.schedule.agreed import agreed_schedule
@@ -79,7 +81,7 @@ class CompiledSlice:
 
 def compile_stages(
     graph: ModelGraph,
-    plan: ShardingPlan,
+    planned: StepPlan,
     local: LocalProgram,
     programs: tuple[StageProgram, ...],
     called_with: Arguments,
@@ -98,6 +100,7 @@ def compile_stages(
         own: stages of this rank.
         split_backward: gradients of weights are a program of their own.
     """
+    plan = planned.plan
     memory_bytes = step_memory(options, plan)
     stages: dict[int, CompiledStage] = {}
     for number in own:
@@ -112,7 +115,7 @@ def compile_stages(
             device_type=place.device_type, cluster=options.cluster,
             scheduled=memory_bytes is not None, compile=options.compile,
             reshard_after_forward=_gathered_again(graph, plan, program),
-            dump=options.dump_passes,
+            bucket_bytes=bucket_bytes_within(plan.budget_bytes), dump=options.dump_passes,
         )  # fmt: skip
         traced = trace_step(program.body, given, lowering)
         first = None
@@ -121,13 +124,15 @@ def compile_stages(
         if memory_bytes is None:
             memory, body = None, lower(traced, first=first)
         else:
-            others = [tensors[k] for k in program.others]
-            budget = _budget(graph, options, memory_bytes, [*entering, *others])
+            arguments = [*entering, *(tensors[k] for k in program.others)]
+            budget = _budget(graph, options, memory_bytes, arguments)
             room = StageRoom.of(plan, number)
-            if plan.pipeline is None and plan.microbatches > 1:
-                # gradients of the microbatches before add up beside this one
-                room = replace(room, others_bytes=room.others_bytes + budget.gradients_bytes)
-            memory, body = _within(traced, budget, room, place, first, options.time_limit)
+            known = None
+            if plan.pipeline is None:
+                inputs = tensors[graph.input_arguments]
+                budget = budget.of_microbatch(arguments, inputs, plan.microbatches)
+                known = planned.schedule_of(traced.program)
+            memory, body = _within(traced, budget, room, place, first, known, options.time_limit)
         place.check_agreement(
             *(None if enter is None else enter.forward, None if enter is None else enter.backward),
             body.forward, body.backward, body.weights,
@@ -176,16 +181,14 @@ class StageRoom:
         Args:
             refused: its schedule beside what was reserved for the others, if it had none.
         """
-        others = f"beside {bytes_text(reserved)} of gradients of those before it"
-        what = "a microbatch"
-        if self.of_pipeline:
-            what = f"pipeline stage {self.number}"
-            others = (
-                f"beside {bytes_text(reserved)} for {self.more} other microbatches in flight and "
-                f"for other stages of its rank ({bytes_text(self.others_bytes)})"
-            )
         needs = "more" if refused is None else bytes_text(refused.smallest_bytes)
-        return f"{what} needs {needs} {others}"
+        if not self.of_pipeline:
+            return f"a microbatch needs {needs}, with gradients of those before it"
+        return (
+            f"pipeline stage {self.number} needs {needs} beside {bytes_text(reserved)} for "
+            f"{self.more} other microbatches in flight and for other stages of its rank "
+            f"({bytes_text(self.others_bytes)})"
+        )
 
 
 def _budget(
@@ -197,7 +200,7 @@ def _budget(
 
 def _within(
     traced: TracedStep, budget: StepBudget, room: StageRoom, place: Place,
-    first: Collection[int] | None, seconds: float,
+    first: Collection[int] | None, known: MemoryPlan | None, seconds: float,
 ) -> tuple[MemoryPlan, LoweredStep]:  # fmt: skip
     """A stage's program, scheduled so that all microbatches in flight fit.
 
@@ -205,6 +208,7 @@ def _within(
     is reserved is halved in until it is enough.
 
     Args:
+        known: the schedule, if planning has made it.
         seconds: of processor time for all searches.
 
     Raises:
@@ -217,7 +221,7 @@ def _within(
     for _ in range(_TRIES):
         own = replace(budget, memory_bytes=budget.memory_bytes - reserved)
         try:
-            memory = agreed_schedule(traced.program, own, place.ranks, None, deadline.left)
+            memory = agreed_schedule(traced.program, own, place.ranks, known, deadline.left)
         except InfeasibleError as error:
             refused, most = error, reserved
         else:
@@ -231,12 +235,7 @@ def _within(
         reserved = (least + most) / 2
     smallest = math.inf if refused is None else most + refused.smallest_bytes
     more = "more memory" if refused is None else f"at least {budget_text(smallest)}"
-    tiers = ""
-    if traced.options.cluster.off_device_tiers:
-        tiers = (
-            ". States of microbatches and of stages stay on the device; a tier takes those of "
-            "steps without microbatches=, where gradients of several backwards add up on the host"
-        )
+    tiers = f". {STATES_STAY}" if traced.options.cluster.off_device_tiers else ""
     raise InfeasibleError(
         f"{room.described(refused, most)}, and there is {bytes_text(budget.memory_bytes)}.\n"
         f"  Use more microbatches, which are smaller, {'more stages, ' * room.of_pipeline}or "

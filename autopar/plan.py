@@ -110,6 +110,11 @@ class ShardingPlan:
         """What its predictions are of, for reports: a "step" of training, or a "forward"."""
         return "forward" if self.forward else "step"
 
+    @property
+    def added_us(self) -> float:
+        """How much longer the step takes to fit the memory, in all microbatches."""
+        return 0.0 if self.step is None else self.microbatches * self.step.added_us
+
     def parameter_specs(self) -> dict[str, ShardingSpec]:
         """Storage layout of every parameter by qualified name."""
         return {name: ShardingSpec.parse(spec) for name, spec in self.parameters.items()}

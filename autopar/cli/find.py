@@ -204,6 +204,6 @@ def _why(one: TriedSize, cluster: ClusterInfo) -> str:
 
 def _words(plan: ShardingPlan) -> str:
     words = [f"{plan.microbatches} microbatches"] if plan.microbatches > 1 else []
-    if plan.step is not None and plan.step.added_us:
-        words.append(f"{time_text(plan.step.added_us)} of recomputation")
+    if plan.added_us:
+        words.append(f"{time_text(plan.added_us)} of recomputation")
     return ", ".join(words)

@@ -101,6 +101,12 @@ class ModelGraph:
     def placeholders(self) -> dict[str, fx.Node]:
         return {str(n.target): n for n in self.nodes if n.op == "placeholder"}
 
+    @property
+    def input_arguments(self) -> slice:
+        """Where its inputs are among the tensors that its program takes."""
+        first = len(self.parameters) + len(self.buffers) + len(self.constants)
+        return slice(first, first + sum(name is not None for name in self.inputs))
+
     def compute_nodes(self) -> Iterator[fx.Node]:
         """Operator calls, without `getitem`s of multiple results and arithmetic on symbolic
         sizes."""

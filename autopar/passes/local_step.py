@@ -142,8 +142,9 @@ def untraced_step(
     arguments = fake_arguments(graph, local, trainable)
     copied = sum(graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders)
     device_type = arguments[0].device.type if arguments else "cpu"
+    large = large_parameters(whole).values() if plan.microbatches == 1 else ()
     options = LowerOptions.of(
-        graph, plan, frozenset(large_parameters(whole).values()),
+        graph, plan, frozenset(large),
         device_type=device_type, cluster=ClusterInfo.from_dict(plan.cluster), scheduled=True,
         disable=disable,
     )  # fmt: skip

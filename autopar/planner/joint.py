@@ -247,7 +247,7 @@ class _Trials:
         space = self.problem.space
         plan = replace(
             make_plan(space, choices, self.problem.model), states_on=states_on,
-            budget_bytes=self.problem.budget_bytes,
+            budget_bytes=self.problem.budget_bytes, microbatches=space.workload.microbatches,
         )  # fmt: skip
         chosen: dict[fx.Node, tuple[str, ...]] = defaultdict(tuple)
         for decision, c in zip(space.decisions, choices, strict=True):
@@ -383,11 +383,15 @@ def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ..
 
 def _step_budget(problem: PlanningProblem, step: LocalStep | UntracedStep) -> StepBudget:
     workload, cluster = problem.space.workload, problem.space.cluster
+    arguments, graph, count = step.arguments, problem.space.graph, workload.microbatches
     budget = StepBudget.of(
-        step.arguments, problem.budget_bytes, workload.state_bytes_per_param_byte,
+        arguments, problem.budget_bytes, workload.state_bytes_per_param_byte,
         step.copied_bytes, cluster.host_link,
     )  # fmt: skip
-    frozen = frozen_bytes(step.arguments[: len(problem.space.graph.parameters)])
+    if count > 1:  # their states stay on the device
+        budget = budget.of_microbatch(arguments, arguments[graph.input_arguments], count)
+        return replace(budget, host=None)
+    frozen = frozen_bytes(arguments[: len(graph.parameters)])
     return replace(
         budget,
         tiers=cluster.off_device_tiers,

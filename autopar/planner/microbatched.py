@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,12 +18,12 @@ import torch
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.errors import InfeasibleError, PlanError
+from autopar.ir.precision import without_autocast
 from autopar.passes.microbatches import Microbatches
 from autopar.plan import ShardingPlan
-from autopar.plan_records import StepWork, TimeEstimate
 from autopar.planner.baselines import baseline_plans
-from autopar.planner.batch_bytes import BatchBytes
-from autopar.planner.estimate import optimizer_us
+from autopar.planner.joint import JointPlan, plan_jointly
+from autopar.planner.microbatch_step import plan_microbatch
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import (
     Planned,
@@ -35,7 +35,6 @@ from autopar.planner.planner import (
 from autopar.planner.space import SearchSpace
 from autopar.planner.stages import PipelineOptions, plan_stages
 from autopar.progress import TIME_LIMIT, Deadline
-from autopar.units import bytes_text
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +43,6 @@ _PER_RANK = 4
 
 # Layouts that the solver found.
 _SOLVED = "solver"
-
-# Of fitting the results of all microbatches, whose bytes depend on the plan.
-_ROUNDS = 3
 
 # Of a step: what microbatches must be able to gain, for them to be planned.
 _LEAST_GAIN = 0.03
@@ -101,7 +97,10 @@ class BatchPlanner:
                     f"{microbatches} microbatches of a batch of {self.samples} samples: each needs "
                     f"at least one; choose 1 to {self.samples}"
                 )
-            return self._at(microbatches)
+            if self.pipeline is not None:
+                return self._staged(microbatches, microbatches)[1]
+            with without_autocast():
+                return self._at(microbatches, plan_jointly)
         if self.pipeline is None:
             return self.plan_within(1)
         first = min(self.samples, _PER_RANK * self.pipeline.ranks)
@@ -166,48 +165,9 @@ class BatchPlanner:
                 Planned(plan, problem.space.graph, problem.space, baseline.choices, problem.mask),
             )
 
-    def _at(self, microbatches: int) -> Planned:
-        if self.pipeline is not None:
-            return self._staged(microbatches, microbatches)[1]
-        planned = self._within(self._problem(microbatches), microbatches)
-        time, step_us = planned.plan.time, optimizer_us(planned.space, planned.choices)
-        waiting = time.weights_us - time.overlapped_us  # of what moves weights
-        times = TimeEstimate(
-            (time.compute_us - step_us) * microbatches + step_us,
-            (time.exposed_us - waiting) * microbatches + waiting,
-            time.overlapped_us,
-            time.weights_us,
-        )
-        plan = replace(
-            planned.plan, time=times, microbatches=microbatches, work=self._work(planned.plan)
-        )
-        return replace(planned, plan=plan)
-
-    def _work(self, plan: ShardingPlan) -> StepWork | None:
-        return None if plan.work is None else plan.work.of_samples(self.samples)
-
-    def _within(self, problem: PlanningProblem, microbatches: int) -> Planned:
-        """The plan of a microbatch that leaves room for the results of all.
-
-        Raises:
-            InfeasibleError: there is none.
-        """
-        results, needed = 0.0, 0.0
-        for _ in range(_ROUNDS):
-            planned = self._decided(problem, self.cluster.budget_bytes - results)
-            memory = planned.plan.memory
-            if microbatches > 1:
-                memory = BatchBytes.of(planned).with_results(memory, microbatches)
-            if memory.total_bytes <= self.cluster.budget_bytes:
-                return replace(planned, plan=replace(planned.plan, memory=memory))
-            results = memory.total_bytes - planned.plan.memory.total_bytes
-            needed = memory.total_bytes
-        raise InfeasibleError(
-            f"{microbatches} microbatches need {bytes_text(needed)} with their results and the "
-            f"gradients of these ({bytes_text(results)}), and there is "
-            f"{bytes_text(self.cluster.budget_bytes)}",
-            budget_bytes=self.cluster.budget_bytes, smallest_bytes=needed,
-        )  # fmt: skip
+    def _at(self, microbatches: int, decide: Callable[[PlanningProblem], JointPlan]) -> Planned:
+        problem = self._problem(microbatches)
+        return plan_microbatch(problem, self.samples, decide).planned
 
     def plan_within(self, count: int) -> Planned:
         """The plan of the fewest microbatches that fit without recomputation: fewer are faster.
@@ -221,7 +181,7 @@ class BatchPlanner:
         count = min(count, self.samples)
         while True:
             try:
-                return self._at(count)
+                return self._at(count, _keeping_everything)
             except InfeasibleError:
                 if count >= self.samples or self.deadline.over:
                     raise
@@ -239,12 +199,11 @@ class BatchPlanner:
             **{**self.options, "deadline": self.deadline},
         )  # fmt: skip
 
-    def _decided(self, problem: PlanningProblem, budget_bytes: float | None = None) -> Planned:
+    def _decided(self, problem: PlanningProblem) -> Planned:
+        """Layouts of one microbatch of a pipeline."""
         try:
-            result = problem.decide(budget_bytes)
+            result = problem.decide()
         except InfeasibleError:
-            if self.pipeline is None:
-                raise
             result = problem.decide(math.inf)  # stages may recompute
         planned = problem.planned(result)
         return replace(planned, plan=replace(planned.plan, budget_bytes=self.cluster.budget_bytes))
@@ -267,10 +226,13 @@ class BatchPlanner:
         return chains
 
 
+def _keeping_everything(problem: PlanningProblem) -> JointPlan:
+    return JointPlan(problem.planned(problem.decide()))
+
+
 def worth_splitting(plan: ShardingPlan) -> bool:
     """Whether microbatches without recomputation may be faster than a plan without microbatches."""
-    added_us = 0.0 if plan.step is None else plan.step.added_us
-    return added_us > _LEAST_GAIN * plan.time.step_us
+    return plan.added_us > _LEAST_GAIN * plan.time.step_us
 
 
 def _recomputes(plan: ShardingPlan) -> bool:

@@ -22,6 +22,7 @@ from autopar.planner.decisions import Decision
 from autopar.planner.estimate import accumulation_us
 from autopar.planner.liveness import Liveness
 from autopar.planner.space import SearchSpace
+from autopar.schedule.budget import width_of_sums
 from autopar.schedule.pipeline.blocks import Block
 from autopar.sharding.node_rules import is_floating, results
 
@@ -227,7 +228,7 @@ class _Chain:
             after = target.candidates[pair[1]].inputs[edge.operand]
             if after is not None and (edge.cast or before.dims != after.dims):
                 nbytes = self._local_bytes(edge.shape, edge.itemsize, after)
-                rows[at]["state_bytes"] += nbytes * (1 + edge.grad * _width_of_sums(edge.itemsize))
+                rows[at]["state_bytes"] += nbytes * (1 + edge.grad * width_of_sums(edge.itemsize))
                 self.converted.add(source.node)
 
     def _place(self, target: Decision) -> int | None:
@@ -252,7 +253,7 @@ class _Chain:
             row["state_bytes"] += float(d.memory_bytes[c])
             if d.node not in self.converted:
                 itemsize = d.node.meta["val"].element_size()
-                more = _width_of_sums(itemsize) - 1
+                more = width_of_sums(itemsize) - 1
                 row["state_bytes"] += more * float(d.parts["gradients_bytes"][c])
             row["after_us"] += float(d.time_us[c])
 
@@ -320,12 +321,6 @@ class _Chain:
 
     def _local_bytes(self, shape: tuple[int, ...], itemsize: int, spec: ShardingSpec) -> float:
         return float(self.space.local_bytes(shape, itemsize, spec))
-
-
-def _width_of_sums(itemsize: int) -> float:
-    """Bytes of a sum of gradients over microbatches per byte of a gradient: those of two bytes are
-    summed in float32."""
-    return 2.0 if itemsize == 2 else 1.0
 
 
 def _narrow(crossing: Sequence[float]) -> list[int]:

@@ -247,6 +247,8 @@ def build_problem(
         fixed = fixed_outputs(graph, cluster.mesh, constraints, fixed)
         trainable = frozenset[str]() if forward else trainable_inputs(graph, model)
         state = 0.0 if forward else optimizer_state
+        if microbatches > 1:  # gradients of several backwards add up on the device
+            states_on = ""
         workload = Workload(trainable, state, steps_on, states_on, forward, microbatches)
         groups = axis_groups(cluster.mesh, cluster.links, layouts_of(constraints))
         space = SearchSpace(

@@ -46,9 +46,10 @@ def _estimate(
     away = sum(event.evicted_bytes for event in memory.timeline.events[at : at + 1])
     storages = {s for i in sequence[: at + 1] for s in program.ops[i].makes}
     gradients = float(sum(n for s, n in program.gradient_bytes.items() if s in storages))
+    sums = budget.sums_bytes
     return MemoryEstimate(
         parameters_bytes=0.0 if budget.states_on else budget.parameters_bytes - away,
-        gradients_bytes=gradients,
+        gradients_bytes=gradients + sums,
         optimizer_bytes=0.0 if budget.state_on_host or budget.states_on else budget.optimizer_bytes,
         activations_bytes=memory.peak_bytes + away - gradients,
         buffers_bytes=budget.other_bytes - (budget.frozen_bytes if budget.states_on else 0.0),

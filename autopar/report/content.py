@@ -139,9 +139,11 @@ def step_table(plan: ShardingPlan) -> Table | None:
     rows = [row(m.module or "(model)", [m]) for m in alike_blocks(step.modules)]
     rows.append(row("total", step.modules))
     waits = ", ".join(f"{time_text(us)} for {resource}" for resource, us in step.waited_us.items())
+    passes = "The forward takes" if plan.forward else "Forward and backward take"
+    if plan.microbatches > 1:
+        passes = "Forward and backward of one microbatch take"
     notes = (
-        f"{'The forward takes' if plan.forward else 'Forward and backward take'} "
-        f"{time_text(step.us)}. Of that, {time_text(step.added_us)} "
+        f"{passes} {time_text(step.us)}. Of that, {time_text(step.added_us)} "
         f"serve to fit the memory. Compute waits {waits or 'for nothing'}.",
         f"The step's own values peak at {bytes_text(step.peak_bytes)}, at {step.peak_at}; they "
         f"would peak at {bytes_text(step.eager_bytes)} if everything were kept. "

@@ -32,7 +32,7 @@ def verdict(plan: ShardingPlan) -> list[tuple[str, str]]:
     if plan.time_splits:
         reasons.append(f"{len(plan.time_splits)} regions in slices")
     if plan.step is not None:
-        again, off_device = _added(plan.step, plan.states_on)
+        again, off_device = _added(plan)
         if again > 0:
             reasons.append(f"recomputing and re-gathering, {time_text(again)} of it")
         if plan.states_on:
@@ -46,13 +46,14 @@ def verdict(plan: ShardingPlan) -> list[tuple[str, str]]:
     return [("fits", f"yes: {step}, {bytes_text(max(0.0, spare))} to spare"), *by]
 
 
-def _added(step: StepSummary, states_on: str) -> tuple[float, float]:
+def _added(plan: ShardingPlan) -> tuple[float, float]:
     """What fitting adds to a step: by recomputing and re-gathering, and by states off the device
     (their moves and the optimizer's step there), in microseconds."""
-    if not (states_on or step.state_on_host or step.parameters_on_host):
-        return step.added_us, 0.0
+    step, added_us = plan.step, plan.added_us
+    if step is None or not (plan.states_on or step.state_on_host or step.parameters_on_host):
+        return added_us, 0.0
     again = sum(m.recompute_us + m.repeated_collectives_us for m in step.modules)
-    return min(again, step.added_us), max(0.0, step.added_us - again)
+    return min(again, added_us), max(0.0, added_us - again)
 
 
 def _beside(step: StepSummary) -> list[str]:
@@ -92,13 +93,13 @@ def speed(plan: ShardingPlan, cluster: ClusterInfo) -> list[tuple[str, str]]:
 
 def _parts(plan: ShardingPlan) -> list[str]:
     """What the step is spent on, the largest part first."""
-    time, step = plan.time, plan.step
+    time = plan.time
     parts = {"compute": time.compute_us, "exposed communication": time.exposed_us}
     if plan.pipeline is not None:
         parts = {"compute": time.compute_us, "waiting in the pipeline": time.exposed_us}
-    elif step is not None and step.added_us:
-        parts["compute"] -= step.added_us
-        again, off_device = _added(step, plan.states_on)
+    elif plan.added_us:
+        parts["compute"] -= plan.added_us
+        again, off_device = _added(plan)
         parts |= {"recomputation and re-gathering": again, "states off the device": off_device}
     ordered = sorted(parts.items(), key=lambda part: -part[1])
     return [f"{percent_text(us, time.step_us)} {name}" for name, us in ordered if us > 0]

@@ -149,7 +149,12 @@ def accumulated(
 
 
 def _wide(g: torch.Tensor | None) -> torch.Tensor | None:
-    return g.float() if g is not None and g.dtype.itemsize == 2 else g
+    if g is None:
+        return None
+    if g.dtype.itemsize == 2:
+        return g.float()
+    # a shard that was cut from a whole gradient would keep all of it
+    return g if g.untyped_storage().nbytes() == g.nbytes else g.clone()
 
 
 def extents_of(parts: Sequence[Any], state: State | None) -> list[int]:

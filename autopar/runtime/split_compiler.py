@@ -28,6 +28,7 @@ from autopar.passes.microbatches import (
     exact_microbatches,
     independent_microbatches,
 )
+from autopar.passes.split_regions import split_regions
 from autopar.passes.time_split import even_sizes
 from autopar.plan import ShardingPlan
 from autopar.plan_records import PipelinePlan
@@ -55,8 +56,7 @@ class SplitCompiler:
         place: of this rank; `stage_place` on the mesh of its stage.
         cluster: of all ranks.
         options: of the stages, with the cluster of one.
-        decide: the plan of a microbatch, with layouts that are fixed, and a step whose plan serves
-            if it can; on rank 0.
+        decide: the plan of a microbatch, as `StepPlanner.decide`; on rank 0.
         planner: of a batch in microbatches, with layouts that are fixed.
         example: tensors that a program of a microbatch is called with; lays parameters out.
         trace: captures the model for a call.
@@ -73,7 +73,7 @@ class SplitCompiler:
     device: torch.device
     cluster: ClusterInfo
     options: StepOptions
-    decide: Callable[[ModelGraph, FixedLayouts, CompiledStep | None], StepPlan]
+    decide: Callable[..., StepPlan]
     planner: Callable[[Microbatches, int, FixedLayouts], BatchPlanner] | None
     example: Callable[[ShardingPlan, Mapping[str, int | None], ModelGraph, LocalProgram], Arguments]
     trace: Callable[[Call], ModelGraph]
@@ -131,12 +131,18 @@ class SplitCompiler:
         for size in sorted(set(sizes), reverse=True):
             slice_ = split.graph(size * ranks)
             fixed = self._fixed(layout, slice_, split, specs)
-            plan, local = apply_plan(
-                slice_, partial(self._decided, slice_, fixed, first, chosen, count),
+            decided = partial(self._decided, slice_, fixed, first, chosen, count, samples * ranks)
+            planned, local = apply_plan(
+                slice_, decided,
                 self.stage_place, self.options, trainable=trainable,
                 output_specs=fixed.outputs if first is None else _as_before(slice_, first.local),
             )  # fmt: skip
+            plan = planned.plan
             specs = specs or plan.parameter_specs()  # other sizes find parameters laid out so
+            called_with: Arguments | None = None
+            if plan.time_splits and plan.pipeline is None:
+                called_with = self.example(plan, owners, slice_, local)
+                local = self._in_slices(local, called_with, plan)
             firsts = _numbers(slice_, plan)
             programs = stage_programs(slice_, plan, local, self.options, firsts)
             if pipeline is None and plan.pipeline is not None:
@@ -144,9 +150,9 @@ class SplitCompiler:
                 stage_place = replace(self.stage_place, ranks=pipeline.alike)
             if pipeline is not None and not owners:
                 owners = _owners(slice_, programs, pipeline)
-            called_with = self.example(plan, owners, slice_, local)
+            called_with = called_with or self.example(plan, owners, slice_, local)
             compile_own = partial(
-                compile_stages, slice_, plan, local, programs, called_with, stage_place,
+                compile_stages, slice_, planned, local, programs, called_with, stage_place,
                 self.options, own=(0,) if pipeline is None else pipeline.own,
                 split_backward=pipeline is not None and pipeline.splits_backward,
             )  # fmt: skip
@@ -179,6 +185,13 @@ class SplitCompiler:
                 "samples; pass the whole batch on every rank (batch='global')"
             )
 
+    def _in_slices(
+        self, local: LocalProgram, called_with: Arguments, plan: ShardingPlan
+    ) -> LocalProgram:
+        """The program of a microbatch with its regions in slices."""
+        split = partial(split_regions, local.gm, called_with.tensors, plan.time_splits)
+        return replace(local, gm=self.place.ranks.together(split))
+
     # -- pipelines --------------------------------------------------------------------------------
 
     def _chosen(self, split: Microbatches, samples: int, fixed: FixedLayouts) -> StepPlan | None:
@@ -192,12 +205,13 @@ class SplitCompiler:
 
     def _decided(
         self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None,
-        chosen: StepPlan | None, count: int,
+        chosen: StepPlan | None, count: int, samples: int,
     ) -> StepPlan:  # fmt: skip
         """The plan of a microbatch, with its stages; on rank 0."""
         if chosen is not None and alike is None:
             return chosen
-        decided = self.decide(graph, fixed, alike)
+        alone = 1 if self.pipeline is not None else count  # stages plan their room themselves
+        decided = self.decide(graph, fixed, alike, microbatches=alone, samples=samples)
         pipeline = decided.plan.pipeline if alike is None else alike.plan.pipeline
         return replace(decided, plan=replace(decided.plan, microbatches=count, pipeline=pipeline))
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from autopar.compile import autoplan, plan_step
 from autopar.compiled_step import CompiledStep, Place, StepPlan
 from autopar.errors import ConstraintError, InfeasibleError, PlanError
 from autopar.ir.graph import ModelGraph
+from autopar.ir.precision import without_autocast
 from autopar.ir.spec import ShardingSpec
 from autopar.passes.apply_sharding import apply_sharding
 from autopar.passes.microbatches import Microbatches
@@ -21,7 +23,10 @@ from autopar.plan import ShardingPlan
 from autopar.plan_records import PipelinePlan
 from autopar.planner.batch import TracedBatch
 from autopar.planner.decisions import FixedLayouts
+from autopar.planner.joint import JointPlan, plan_jointly
+from autopar.planner.microbatch_step import plan_microbatch
 from autopar.planner.microbatched import BatchPlanner, worth_splitting
+from autopar.planner.planner import build_problem
 from autopar.planner.stages import PipelineOptions
 from autopar.runtime.call import Call
 from autopar.runtime.engine_options import EngineOptions
@@ -57,11 +62,15 @@ class StepPlanner:
         alike: CompiledStep | None,
         *,
         forward: bool = False,
+        microbatches: int = 1,
+        samples: int = 0,
     ) -> StepPlan:
         """The plan that was given, that of a step for other sizes, or a new one; on rank 0.
 
         Args:
             forward: of a step that trains nothing.
+            microbatches: of the batch, if the graph is that of one of them.
+            samples: of that batch.
         """
         options, cluster = self.options, self.options.step.cluster.of_a_stage()
         if alike is not None and alike.memory is None:
@@ -91,14 +100,17 @@ class StepPlanner:
         }
         if not options.step.lowered:
             return StepPlan((planned := autoplan(self.model, **planning)).plan, planned=planned)
+        if microbatches > 1:
+            problem = build_problem(self.model, microbatches=microbatches, **planning)
+            jointly = partial(plan_jointly, output_specs=fixed.outputs)
+            with without_autocast():
+                return _of_joint(plan_microbatch(problem, samples, jointly))
         if cluster.memory_bytes is not None and cluster.world_size == 1:
             # its one plan is scheduled when it is compiled
             planned = autoplan(self.model, budget_bytes=math.inf, **planning)
             plan = replace(planned.plan, budget_bytes=cluster.budget_bytes)
             return StepPlan(plan, planned=planned)
-        joint = plan_step(self.model, output_specs=fixed.outputs, **planning)
-        program = None if joint.step is None else joint.step.program
-        return StepPlan(joint.planned.plan, program, joint.memory, joint.planned)
+        return _of_joint(plan_step(self.model, output_specs=fixed.outputs, **planning))
 
     def _serves(self, graph: ModelGraph, plan: ShardingPlan, fixed: FixedLayouts) -> bool:
         """Whether a plan for other sizes is one for a graph."""
@@ -171,3 +183,8 @@ class StepPlanner:
             "time_limit": self.options.step.time_limit,
             "progress": self.options.step.progress,
         }
+
+
+def _of_joint(joint: JointPlan) -> StepPlan:
+    program = None if joint.step is None else joint.step.program
+    return StepPlan(joint.planned.plan, program, joint.memory, joint.planned)

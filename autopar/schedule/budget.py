@@ -121,6 +121,7 @@ class StepBudget:
         states_on: the tier that parameters, gradients and the optimizer's state are on; the device
             if empty.
         frozen_bytes: of the parameters that are not trained.
+        sums_bytes: sums of the gradients of earlier microbatches.
     """
 
     memory_bytes: float
@@ -134,6 +135,7 @@ class StepBudget:
     steps_on: tuple[str, ...] = ()
     states_on: str = ""
     frozen_bytes: float = 0.0
+    sums_bytes: float = 0.0
 
     @staticmethod
     def of(
@@ -150,13 +152,27 @@ class StepBudget:
         other = sum(t.nbytes for t in arguments if not t.requires_grad) + copied_bytes
         return StepBudget(memory_bytes, trained, trained, optimizer_state * trained, other, host)
 
+    def of_microbatch(
+        self, arguments: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], count: int
+    ) -> StepBudget:
+        """The budget of one of several microbatches.
+
+        Args:
+            arguments: of its program.
+            inputs: those that are slices of the batch; the others' slices are there, too.
+        """
+        others = (count - 1) * sum(x.nbytes for x in inputs)
+        trained = [t for t in arguments if t.requires_grad]
+        sums = sum(width_of_sums(t.itemsize) * t.nbytes for t in trained) if count > 1 else 0.0
+        return replace(self, other_bytes=self.other_bytes + others, sums_bytes=sums)
+
     @property
     def resident_bytes(self) -> float:
         """In use while the model runs."""
         if self.states_on:
             return self.other_bytes - self.frozen_bytes
         state = 0.0 if self.state_on_host else self.optimizer_bytes
-        return self.parameters_bytes + state + self.other_bytes
+        return self.parameters_bytes + state + self.other_bytes + self.sums_bytes
 
     @property
     def step_bytes(self) -> float:
@@ -284,9 +300,12 @@ class StepBudget:
                 f"{bytes_text(rest)}"
             )
         state = 0 if self.state_on_host else self.optimizer_bytes
+        sums = ""
+        if self.sums_bytes:
+            sums = f"gradients of earlier microbatches {bytes_text(self.sums_bytes)}, "
         return (
             f"parameters take {bytes_text(self.parameters_bytes)}, the optimizer "
-            f"{bytes_text(state)}, inputs and buffers {bytes_text(self.other_bytes)}, and "
+            f"{bytes_text(state)}, inputs and buffers {bytes_text(self.other_bytes)}, {sums}and "
             f"gradients of parameters come to {bytes_text(self.gradients_bytes)} as backward "
             "proceeds"
         )
@@ -303,6 +322,12 @@ class StepBudget:
             plan, states_on=self.states_on, added_us=plan.added_us + step.exposed_us,
             host_step=step, room_bytes=room,
         )  # fmt: skip
+
+
+def width_of_sums(itemsize: int) -> float:
+    """Bytes of a sum of gradients over microbatches per byte of a gradient: those of two bytes are
+    summed in float32."""
+    return 2.0 if itemsize == 2 else 1.0
 
 
 def frozen_bytes(parameters: Sequence[torch.Tensor]) -> float:

@@ -382,6 +382,49 @@ def parameters_on_host(mesh: str, overlaps: bool) -> dict[str, Any]:
     }
 
 
+def microbatches_within(mesh: str) -> dict[str, Any]:
+    """Train in four microbatches within the smallest memory that a refusal names, and within more,
+    beside a single device: the largest difference, and by memory what is used beyond it."""
+    cluster = eager_to_shard(mesh)
+
+    def built() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layers = (m for _ in range(4) for m in (nn.Linear(24, 24), nn.GELU()))
+        model = nn.Sequential(nn.Linear(12, 24), *layers, nn.Linear(24, 8)).double()
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+
+    def within(memory: float | str) -> Any:
+        return auto_engine(
+            *built(), cluster, memory=memory, microbatches=4, example_inputs=batch(0, 32)[0]
+        )  # fmt: skip
+
+    named: list[float] = []
+    while len(named) < 3:
+        try:
+            within(named[-1] if named else "1kB")
+            break
+        except InfeasibleError as refused:
+            named.append(refused.smallest_bytes)
+    error, over = 0.0, {}
+    for more in (1.0, 1.04, 1.3, 1.8):
+        budget = more * named[-1]
+        model, optimizer = within(budget)
+        alone, beside = built()
+        for step in range(3):
+            x, y = batch(step, 32)
+            live = LiveMemory()
+            with live if step else nullcontext():  # the first step compiles
+                F.cross_entropy(model(x), y).backward()
+            F.cross_entropy(alone(x), y).backward()
+            for each in (optimizer, beside):
+                each.step()
+                each.zero_grad()
+        error = max(error, difference(model, alone))
+        held = sum(training_state_bytes(model, optimizer).values())
+        over[more] = (held + live.peak + x.nbytes // 4) / budget
+    return {"named": len(named), "error": error, "over": over, "mb": model.plan.microbatches}
+
+
 def _is_finish(name: str) -> bool:
     """Of a collective: its unpacking is written out in the graphs that run."""
     return name.startswith(("finish_", "wait_in_place"))

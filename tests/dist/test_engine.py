@@ -127,6 +127,14 @@ def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, over
         assert [rank["measured"] for rank in ranks] == pytest.approx(peaks, abs=64)
 
 
+def test_microbatches_within_a_budget(pool):
+    """The smallest memory that a refusal names is enough, and so is more."""
+    for rank in pool.run(tasks.microbatches_within, "2x2"):
+        assert rank["mb"] == 4 and rank["named"] <= 2
+        assert rank["error"] < 1e-9
+        assert max(rank["over"].values()) < 1.03
+
+
 @pytest.mark.sample(0.5)
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_parameters_on_the_host(pool, overlaps):
