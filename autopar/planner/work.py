@@ -9,9 +9,10 @@ import torch
 import torch.fx as fx
 
 from autopar.ir.aliasing import tensors_of
-from autopar.ir.graph import ModelGraph, shape_of
+from autopar.ir.graph import ModelGraph, bound_arguments, shape_of
 from autopar.plan_records import StepWork
 from autopar.profiler.profile import NodeProfile
+from autopar.profiler.time_model import computed
 
 
 def batch_dims(
@@ -41,7 +42,8 @@ def work_of(graph: ModelGraph, profile: Mapping[fx.Node, NodeProfile]) -> StepWo
     """The work of a graph's step, forward and backward, with nothing computed twice.
 
     Tokens are the elements of the largest input of integers that has samples and a dim beside.
-    FLOPs are those of products, convolutions and attention.
+    FLOPs are those of products, convolutions and attention, of this without the pairs that a causal
+    mask or a window leaves out.
     """
     inputs = [graph.placeholders[name] for name in graph.inputs if name is not None]
     values = [n.meta["val"] for n in inputs if isinstance(n.meta["val"], torch.Tensor)]
@@ -54,7 +56,9 @@ def work_of(graph: ModelGraph, profile: Mapping[fx.Node, NodeProfile]) -> StepWo
     ]
     flops: dict[str, float] = defaultdict(float)
     for node, costs in profile.items():
-        if count := float(costs.forward.flops + costs.backward.flops):
+        arguments = bound_arguments(node)
+        works = (computed(node.target, arguments, work) for work in (costs.forward, costs.backward))
+        if count := sum(float(work.flops) for work in works):
             dtype = tensors_of(node.meta["val"])[0].dtype
             flops[str(dtype).removeprefix("torch.")] += count
     return StepWork(samples, max(tokens, default=0), dict(flops))
