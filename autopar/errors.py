@@ -26,7 +26,7 @@ class InfeasibleError(AutoparError, ValueError):
 
     Attributes:
         budget_bytes: the budget per device.
-        smallest_bytes: the smallest budget that has a plan.
+        smallest_bytes: the smallest budget that has a plan, in whole bytes.
         choices: choices of that plan, if the solver knows them.
         proven: whether no plan exists; otherwise none was found in time.
     """
@@ -42,12 +42,17 @@ class InfeasibleError(AutoparError, ValueError):
     ) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
-        self.smallest_bytes = smallest_bytes
+        self.smallest_bytes = _rounded_up(smallest_bytes)
         self.choices = choices
         self.proven = proven
 
     def __reduce__(self) -> Any:  # rank 0 sends its errors to the others
         return _infeasible, (str(self), self.budget_bytes, self.smallest_bytes)
+
+
+def _rounded_up(nbytes: float) -> float:
+    """Whole bytes, so that an `int` of them is enough; but for what floats lose."""
+    return float(math.ceil(nbytes - 1e-6)) if math.isfinite(nbytes) else nbytes
 
 
 def _infeasible(message: str, budget_bytes: float, smallest_bytes: float) -> InfeasibleError:

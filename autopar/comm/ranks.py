@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from autopar.comm import world
-from autopar.errors import AutoparError, EngineError
+from autopar.errors import AutoparError, EngineError, InfeasibleError
 
 T = TypeVar("T")
 
@@ -138,12 +138,17 @@ class WorldRanks(Ranks):
             result = act()
         except Exception as error:
             mine = error
-        dist.all_gather_object(errors, None if mine is None else f"{type(mine).__name__}: {mine}")
+        text = None if mine is None else f"{type(mine).__name__}: {mine}"
+        dist.all_gather_object(errors, mine if isinstance(mine, InfeasibleError) else text)
+        failed = {rank: each for rank, each in enumerate(errors) if each is not None}
+        infeasible = [e for e in failed.values() if isinstance(e, InfeasibleError)]
+        if infeasible and len(infeasible) == len(failed):
+            # the same on all ranks, as a script may try again with the memory that it names
+            raise max(infeasible, key=lambda error: error.smallest_bytes) from mine
         if mine is not None:
             raise mine
-        failed = {rank: text for rank, text in enumerate(errors) if text is not None}
-        for rank, text in failed.items():
-            raise EngineError(f"rank {rank} failed, so all ranks stop: {text}")
+        for rank, each in failed.items():
+            raise EngineError(f"rank {rank} failed, so all ranks stop: {each}")
         return result
 
     def all(self, mine: bool) -> bool:

@@ -271,6 +271,11 @@ def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
             "SparseAdam takes sparse gradients, and a distributed program gives dense ones; use "
             "Adam, SGD or Adagrad (SGD and Adagrad then make the same updates as with sparse ones)"
         )
+    if not hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):  # Lookahead of timm
+        raise EngineError(
+            f"{type(optimizer).__name__} does not call Optimizer.__init__, so its state cannot be "
+            "laid out; pass the optimizer that it wraps to auto_engine, and wrap what comes back"
+        )
     known = {id(current(p)) for p in model.parameters()}
     for i, group in enumerate(optimizer.param_groups):
         strange = [tuple(p.shape) for p in group["params"] if id(current(p)) not in known]

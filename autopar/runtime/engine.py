@@ -155,6 +155,7 @@ class Engine(torch.nn.Module):
             rank0_only: ranks other than 0 get an empty dict, as with FSDP; False gives it to all.
             offload_to_cpu: tensors are on the CPU; False leaves them on the device.
         """
+        self._autopar_runner.check_values()
         state = super().state_dict(keep_vars=True)
         return gather_state(state, rank0_only=rank0_only, offload_to_cpu=offload_to_cpu)
 
@@ -203,6 +204,7 @@ class Engine(torch.nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's, with DTensors for `torch.distributed.checkpoint`; whole tensors within the
         model's own methods (`save_pretrained`)."""
+        self._autopar_runner.check_values()
         state = super().state_dict(*args, **kwargs)
         for name, value in state.items():
             if isinstance(value, DTensor):
@@ -222,6 +224,7 @@ class Engine(torch.nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """An engine of its own, without an optimizer, by the same plan."""
+        self._autopar_runner.check_values()
         model = copy.deepcopy(self._autopar_runner.model, memo)
         memo[id(self)] = twin = engine_of(self._autopar_runner.for_copy(model))
         return twin

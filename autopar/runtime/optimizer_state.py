@@ -43,7 +43,7 @@ def handle_later_optimizers() -> None:
 
 def _lay_out_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     steps.count += 1
-    if _STEPPED.get(optimizer) is optimizer.state:
+    if _STEPPED.get(optimizer) is optimizer.state or not has_state_hooks(optimizer):
         return
     train_current_parameters(optimizer)
     for p, entry in optimizer.state.items():
@@ -54,6 +54,12 @@ def _lay_out_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
         StepOnShards.attach(optimizer)
         record_steps(optimizer)
     _STEPPED[optimizer] = optimizer.state
+
+
+def has_state_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """False of one that does not call `Optimizer.__init__`, as it wraps another one (Lookahead of
+    timm): the state is that of the other."""
+    return hasattr(optimizer, "_optimizer_state_dict_pre_hooks")
 
 
 def handle_state_dicts(optimizer: torch.optim.Optimizer) -> None:

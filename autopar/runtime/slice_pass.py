@@ -161,14 +161,27 @@ class SlicePass:
 
     def _added(self, size: int, stage: int, graph: Boxed, arguments: list[Any]) -> list[Any]:
         """What a graph gives, without the gradients that it adds to those of earlier slices."""
-        bound, totals = self.step.stages[size][stage], self.totals.get((size, stage))
+        bound, totals = self.step.stages[size][stage], self.totals.get(self._summed(size, stage))
         if bound.adding is not None and totals is not None:
-            graph = bound.adding.run
-            arguments += [totals[k] for k in bound.adding.totals]
+            added = [totals[k] for k in bound.adding.totals]
+            if all(total is not None for total in added):
+                graph = bound.adding.run
+                arguments += added
         return list(bound.body.run(graph, arguments))
 
+    def _summed(self, size: int, stage: int) -> tuple[int, int]:
+        """Whose totals the gradients of a slice are added to: those of slices of another size, if
+        both take the parameters as they are."""
+        bound = self.step.stages[size][stage]
+        for other, number in self.totals:
+            known = self.step.stages[other][number]
+            alike = known.program.parameters == bound.program.parameters
+            if number == stage and alike and known.enter is None and bound.enter is None:
+                return other, stage
+        return size, stage
+
     def _add(self, size: int, stage: int, given: list[torch.Tensor | None]) -> None:
-        key = size, stage
+        key = self._summed(size, stage)
         self.totals[key] = accumulated(self.totals.get(key), given, self.counts[key])
         self.counts[key] += 1
 
@@ -201,7 +214,8 @@ class SlicePass:
     def gradients(self) -> list[torch.Tensor | None]:
         """Of this rank's parameters, over all slices."""
         grads: list[torch.Tensor | None] = [None] * self.step.parameters
-        for (size, stage), totals in self.totals.items():
+        while self.totals:
+            (size, stage), totals = self.totals.popitem()
             bound = self.step.stages[size][stage]
             entered = self.entered[size, stage]
             totals = [
@@ -212,7 +226,7 @@ class SlicePass:
                 totals = list(bound.enter.run(bound.enter.backward, arguments))
             for k, g in zip(bound.program.parameters, totals, strict=False):
                 known = grads[k]
-                grads[k] = g if known is None or g is None else known + g
+                grads[k] = known if g is None else g if known is None else known.add_(g)
         return grads
 
     def _entered(self, size: int, stage: int) -> list[torch.Tensor]:

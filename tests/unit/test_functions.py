@@ -1,5 +1,7 @@
 """Custom autograd functions, checkpoints, functions of the host and operators with bodies."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -287,6 +289,29 @@ def test_an_optimizer_of_sparse_gradients_is_refused():
     model = nn.Embedding(20, 8, sparse=True)
     with pytest.raises(EngineError, match=r"SparseAdam takes sparse gradients.*Adagrad"):
         auto_engine(model, torch.optim.SparseAdam(model.parameters()), "1")
+
+
+def test_an_optimizer_around_another_one_is_refused_and_wraps_an_engines():
+    """Lookahead of timm has no hooks, and its state is that of the one that it wraps."""
+    lookahead = pytest.importorskip("timm.optim.lookahead").Lookahead
+    torch.manual_seed(0)
+    alone = nn.Linear(8, 4).double()
+    model = copy.deepcopy(alone)
+    with pytest.raises(EngineError, match=r"Lookahead does not call .*wrap what comes back"):
+        auto_engine(model, lookahead(torch.optim.Adam(model.parameters())), "1")
+    model, optimizer = auto_engine(
+        model, torch.optim.Adam(model.parameters()), "1", progress=False
+    )  # fmt: skip
+    around = lookahead(optimizer, k=2)
+    beside = lookahead(torch.optim.Adam(alone.parameters()), k=2)
+    for step in range(4):
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for each, o in ((model, around), (alone, beside)):
+            each(x).square().mean().backward()
+            o.step()
+            o.zero_grad()
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    assert max((p.full_tensor() - q).abs().max().item() for p, q in pairs) < 1e-12
 
 
 def test_a_softmax_is_not_written_over_values_with_gaps():

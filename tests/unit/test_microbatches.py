@@ -11,6 +11,7 @@ from torch._inductor import config
 from autopar import auto_engine
 from autopar.errors import EngineError
 from autopar.passes.time_split import NotSeparableError
+from autopar.testing.live_memory import LiveMemory
 from tests.models import CASES
 from tests.pipelines import (
     MODELS,
@@ -345,3 +346,21 @@ def test_the_size_of_most_inputs_is_that_of_the_batch():
     for model in (engine, alone):
         model(weights=weights, **vectors(0)).backward()
     assert gradients_gap(engine, alone) < EXACT
+
+
+def test_gradients_of_slices_of_two_sizes_are_one_sum():
+    """Ten samples in three: 4, 3 and 3. Beside the gradients of a slice there is one sum."""
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 1)).double()
+    engine, _ = engine_of(copy.deepcopy(alone), 3)
+    x, parameters = vectors(0, 10)["x"], sum(p.nbytes for p in alone.parameters())
+    peaks = []
+    for _ in range(2):
+        for model in (engine, alone):
+            model.zero_grad()
+        with LiveMemory() as live:
+            engine(x).square().mean().backward()
+        peaks.append(live.peak)
+        alone(x).square().mean().backward()
+        assert gradients_gap(engine, alone) < EXACT
+    assert peaks[-1] < 2 * parameters + 2 * 4 * 512 * 8 + 10_000

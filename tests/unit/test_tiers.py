@@ -1,6 +1,7 @@
 """Memory beyond the device's: what a cluster says of it, states on a drive, and what goes wrong
 there."""
 
+import copy
 import gc
 import os
 import signal
@@ -255,6 +256,12 @@ def test_a_run_that_was_killed_amid_a_write_goes_on(tmp_path, small_chunks):
         engine(tmp_path)
     model, optimizer = engine(tmp_path, resume=True)
     assert model.stored_steps == 2  # where the loop goes on, before the first batch
+    # the parameters are those of a run that begins anew until the first plan
+    for read in (model.full_state_dict, model.state_dict, optimizer.state_dict):
+        with pytest.raises(EngineError, match=r"are those after step 2 from the first batch on"):
+            read()
+    with pytest.raises(EngineError, match="run a batch first"):
+        copy.deepcopy(model)
     alone, beside = built()
     model.plan_for(batch(0))
     assert model.stored_steps == 2
@@ -264,7 +271,7 @@ def test_a_run_that_was_killed_amid_a_write_goes_on(tmp_path, small_chunks):
     train(alone, beside, range(2, 5))
     assert difference(model, alone) < 1e-12
     environment.stop()
-    del model, optimizer  # which keep the directory
+    del model, optimizer, read  # which keep the directory
     gc.collect()
     other = nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 4)).double()
     tiers = (Tier(HOST, 1e9, capacity=HOST_BYTES), Tier(NVME, 1e9, directory=str(tmp_path)))
