@@ -181,8 +181,9 @@ def plan_stages(
     places = chain.places_for(options.ranks)
     if options.stages is not None:
         try:
-            places = firsts_of(planned.graph, options.stages)
-            cuts = tuple(range(1, len(places) + 1))
+            fixed = firsts_of(planned.graph, options.stages)
+            places = sorted({*places, *fixed})  # stages recompute block by block
+            cuts = tuple(places.index(first) + 1 for first in fixed)
         except ConstraintError:
             if not options.if_possible:
                 raise

@@ -222,6 +222,20 @@ def test_what_fits_is_within_the_budget_with_all_that_a_rank_holds(share):
         assert error.smallest_bytes > budget
 
 
+def test_a_smaller_batch_fits_on_the_stages_of_a_larger_one():
+    """They recompute block by block, as when the cuts are chosen."""
+    options = {"schedule": "1f1b", "microbatches": 4}
+    first = plan("pipe=2", **options)
+    budget = 0.75 * first.memory.total_bytes
+    larger = plan("pipe=2", memory=budget, **options)
+    assert any(stage.recomputed_bytes for stage in larger.pipeline.stages)
+    stages = ",".join(stage.first for stage in larger.pipeline.stages[1:])
+    for samples in (32, 30):
+        same = plan("pipe=2", samples, memory=budget, stages=stages, **options)
+        assert same.pipeline.firsts == larger.pipeline.firsts
+        assert same.memory.total_bytes <= budget
+
+
 def test_layers_of_equal_width_are_cut_between_them():
     """No place between them is narrower than another."""
     with torch.device("meta"):
