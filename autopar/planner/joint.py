@@ -189,6 +189,8 @@ class _Trials:
                 step, memory, split = self._schedule(choices)
             except InfeasibleError as error:
                 stage.done = f"no schedule of the plan {text} fits"
+                # the estimate that named this limit is known to be too small
+                self.errors[:] = [e for e in self.errors if e.smallest_bytes != limit]
                 self.errors.append(error)
                 self.tried[choices] = Trial(us, math.inf)
                 return

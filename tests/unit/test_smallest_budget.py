@@ -88,7 +88,7 @@ def test_the_budget_that_a_refusal_names_is_enough(monkeypatch):
     with pytest.raises(InfeasibleError) as error:
         plan_to_fit(Classifier(64, 1), (), BATCH, cluster=cluster(2048.0), time_limit=30.0)
     least = error.value.smallest_bytes
-    assert f"the smallest budget with a plan is {budget_text(least)}" in str(error.value)
+    assert budget_text(least) in str(error.value)
     budget = parse_bytes(bytes_text(least).replace(" ", ""))  # as it is printed
     plan = plan_to_fit(Classifier(64, 1), (), BATCH, cluster=cluster(budget)).planned.plan
     assert plan.memory.total_bytes <= budget
