@@ -2,7 +2,8 @@
 
 * Placeholders are parameters, buffers, constants and inputs, in this order; a tied weight is one.
 * `view` becomes `reshape`: strides on fake tensors can differ from a kernel's, and a
-  `contiguous` that was removed as redundant may be needed.
+  `contiguous` that was removed as redundant may be needed. Views that negate what they show when it
+  is read (`conj`) become values, as messages are of memory.
 * `copy` becomes a conversion and an expansion, because it has no derivative.
 * Products whose result is cut into equal parts get a dim for the parts (`packed.py`).
 * Losses of tokens keep the dims of the batch (`token_loss.py`).
@@ -48,6 +49,8 @@ _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _SAME_AS = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
+    aten._conj.default: aten.conj_physical.default,
+    aten._neg_view.default: aten.neg.default,
 }
 _EMBEDDINGS = {
     aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx,

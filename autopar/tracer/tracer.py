@@ -46,6 +46,7 @@ from autopar.tracer.arguments import Arguments, check_inputs, examples
 from autopar.tracer.attributes import AttributeRecorder
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.casts import keep_modules, with_casts
+from autopar.tracer.causal_bias import causal_biases, causal_biases_as_masks
 from autopar.tracer.effects import Carried, Originals, check_state, collect
 from autopar.tracer.fakes import quiet_fakes
 from autopar.tracer.flex_attention import flex_attention_as_products
@@ -208,6 +209,7 @@ class ColoTracer:
             torch.random.fork_rng(devices=[]),
             opaque_functions(),
             flex_attention_as_products(),
+            causal_biases_as_masks(),
             regions_as_run(),
             module_hooks(model, clone),
             host_randomness(resolver, lifted),
@@ -295,6 +297,7 @@ class ColoTracer:
             memo[id(p)] = torch.nn.Parameter(self._fake(mode, p, dtype), p.requires_grad)
         for t in computed_tensors(model):
             memo[id(t)] = self._fake(mode, t)
+        memo |= {id(bias): bias for bias in causal_biases(model)}
         try:
             with copied_tensors() as histories:
                 isolate(model, memo)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from autopar import ColoTracer
 from autopar.ir.graph import bound_arguments
@@ -202,6 +203,39 @@ def test_causal_masks_are_aligned_at_the_first_query_and_key():
         assert call(graph) == (("all", (N, 5)) if expected == "stays" else expected)
         check(model, graph, X)
     del k
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "queries", "expected"),
+    [
+        (causal_upper_left, 5, ("causal", None)),
+        (causal_lower_right, N, ("causal", None)),
+        (causal_lower_right, 5, ("band", None, 4, False)),
+    ],
+)
+def test_causal_biases_are_masks(bias, queries, expected, held):
+    """Made in the forward, or held by the model. Torch's kernels for them only run forward."""
+
+    def attend(m, x, mask):
+        q, k = m.linear(x[..., :queries, :]), m.linear(x).sin()
+        return F.scaled_dot_product_attention(q, k, k.cos(), mask)
+
+    def function(m, x):
+        return attend(m, x, m.mask if held else bias(queries, N))
+
+    torch.manual_seed(0)
+    model = Holder(function).double()
+    model.mask = bias(queries, N)
+    graph = ColoTracer().trace(model, (X,))
+    assert call(graph) == expected
+    diagonal = N - queries if bias is causal_lower_right else 0
+    seen = torch.ones(queries, N, dtype=torch.bool).tril(diagonal)
+    actual, wanted = graph.bind(model)(X), attend(model, X, seen)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-13)
+    weights = list(model.parameters())
+    pairs = [torch.autograd.grad(result.sin().sum(), weights) for result in (actual, wanted)]
+    torch.testing.assert_close(*pairs, rtol=0, atol=1e-12)
 
 
 def test_dropout_keeps_a_band_as_a_mask():
