@@ -117,6 +117,10 @@ def first_problem(body: dict[str, Any], prompt: str) -> str | None:
     if body.get(prompt) is None:
         return f"{prompt}: the request has none"
     try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"text with {error.object[error.start]!a}, which is half of a character"
+    try:
         _Body.model_validate(body)
     except ValidationError as error:
         # of a field that may have several types, the one that it comes closest to

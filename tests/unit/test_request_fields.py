@@ -33,6 +33,7 @@ def test_what_the_server_follows_is_served(fields):
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1, not 0"),
         ({"messages": "hello"}, "messages: Input should be a valid list, not 'hello'"),
         ({"messages": None}, "messages: the request has none"),
+        ({"stop": "a\ud83d b"}, r"text with '\ud83d', which is half of a character"),
         ({"messages": [{"content": "x"}]}, "messages.0.role: Field required"),
         ({"messages": [{"role": "user", "content": [PART]}]}, "not 'image_url'"),
         ({"seed": 2**70}, "seed: Input should be less than 18446744073709551616, not 1180"),
