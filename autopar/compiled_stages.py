@@ -115,6 +115,7 @@ def compile_stages(
             device_type=place.device_type, cluster=options.cluster,
             scheduled=memory_bytes is not None, compile=options.compile,
             reshard_after_forward=_gathered_again(graph, plan, program),
+            sum_dtypes=_wider_sums(graph, entered),
             bucket_bytes=bucket_bytes_within(plan.budget_bytes), dump=options.dump_passes,
         )  # fmt: skip
         traced = trace_step(program.body, given, lowering)
@@ -310,6 +311,21 @@ def _enter(
     for gm in (program.enter, lowered.forward):
         return_arguments(gm)  # microbatches read parameters where they are
     return lowered, entered
+
+
+def _wider_sums(
+    graph: ModelGraph, entered: Sequence[torch.Tensor]
+) -> dict[int, torch.dtype]:  # fmt: skip
+    """By position of what enters as a parameter, the dtype in which its gradient is summed over
+    ranks within a microbatch, where that is wider than its own."""
+    widest = max((c.reductions for c in graph.casts.values()), key=_itemsize, default=None)
+    if widest is None:
+        return {}
+    return {k: widest for k, x in enumerate(entered) if x.dtype.itemsize < widest.itemsize}
+
+
+def _itemsize(dtype: torch.dtype) -> int:
+    return dtype.itemsize
 
 
 def _gathered_again(graph: ModelGraph, plan: ShardingPlan, program: StageProgram) -> frozenset[int]:

@@ -52,13 +52,19 @@ def bits_of_split_storage(how: str) -> bool:
     return split and all(torch.equal(p.full_tensor(), q) for p, q in pairs)
 
 
-def uneven_gradients(how: str) -> float:
-    """A gradient that is 256 for one rank's sample and 0.5 for each of the others'."""
+def uneven_gradients(how: str, microbatches: int | None = None) -> float:
+    """A gradient that is 256 for one rank's sample and 0.5 for each of the others', in each of the
+    microbatches, which gather weights."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     policy = "bf16" if how == "policy" else None
     layouts = {"0.weight": "S0R", "inputs.input": "S0R", "0": "S0R"}
-    engine, _ = auto_engine(model, None, "4", precision=policy, constraints=layouts)
-    x = torch.tensor([[256.0], [0.5], [0.5], [0.5]]).expand(4, 4).contiguous()
+    memory = None if microbatches is None else "1GiB"
+    engine, _ = auto_engine(
+        model, None, "4", precision=policy, constraints=layouts, microbatches=microbatches,
+        memory=memory,
+    )  # fmt: skip
+    x = torch.tensor([[256.0], [0.5], [0.5], [0.5]] * (microbatches or 1)).expand(-1, 4)
+    x = x.contiguous()
     with _autocast(how):
         out = engine(x)
     out.float().sum().backward()

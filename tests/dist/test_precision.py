@@ -49,6 +49,12 @@ def test_sums_over_ranks_keep_the_digits_of_float32(pool, how):
         assert gradient == pytest.approx(256 + 3 * 0.5)
 
 
+def test_so_do_those_of_microbatches_that_gather_weights(pool):
+    """What each adds to the sum has the digits of compute."""
+    for gradient in pool.run(tasks.uneven_gradients, "policy", 2):
+        assert gradient == 2 * 258  # 257.5 in bfloat16; summed in it, 256
+
+
 def test_a_scaler_skips_a_step_on_all_ranks(pool):
     """One rank's gradient overflows; all ranks keep their weights, and halve the scale."""
     for changed, scale in pool.run(tasks.overflow_on_one_rank):
