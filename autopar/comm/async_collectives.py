@@ -17,6 +17,7 @@ from autopar.comm.functional import (
     own_parts,
     padded_shard,
     stack_parts,
+    start_exchanging,
     start_gathering,
     start_reduction,
     start_scattering,
@@ -128,10 +129,7 @@ def start_exchange(
     """`exchange`; finished by `wait_in_place`."""
     if not row.numel() and not sum(received):
         return row.new_empty(0)
-    g = find_group(group)
-    return torch.ops._c10d_functional.all_to_all_single(
-        row.contiguous(), list(received), list(sent), g.name
-    )
+    return start_exchanging(row, sent, received, find_group(group))
 
 
 # -- several at once: their shapes, as tensors they would be alive until the finish, are numbers --

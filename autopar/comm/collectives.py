@@ -2,7 +2,7 @@
 
 `torch.ops.autopar.*` are opaque to autograd and stand for one collective each while a program is
 planned, bucketed and scheduled. Each is implemented by `torch.ops._c10d_functional` collectives and
-`wait_tensor`. The last pass (`autopar.passes.functional_collectives`) writes these implementations
+`wait_tensor`. A late pass (`autopar.passes.functional_collectives`) writes these implementations
 into the graphs that run.
 
 A collective is also available in two halves, for compute to run between them
@@ -35,6 +35,7 @@ from autopar.comm.functional import (
     pad,
     scattered_shape,
     stack_parts,
+    start_exchanging,
     wait,
 )
 from autopar.comm.groups import find_group
@@ -99,7 +100,7 @@ def all_to_all(
     sizes = [parts.numel() // g.size] * g.size
     received = parts
     if parts.numel():
-        received = wait(_C10D.all_to_all_single(parts.view(-1), sizes, sizes, g.name))
+        received = wait(start_exchanging(parts.view(-1), sizes, sizes, g))
     # [parts, split, ...]: bring the gathered dim next to the parts, then concatenate over both
     inner = gather_dim if gather_dim > split_dim else gather_dim + 1
     joined = received.view(parts.shape).movedim(inner + 1, 1).flatten(0, 1)[:gather_size]

@@ -73,8 +73,10 @@ def start_gathering(shards: Sequence[torch.Tensor], group: Group) -> torch.Tenso
         own.copy_(shards[0])
     else:
         torch.cat(list(shards), out=own)
-    flat = _C10D.all_gather_into_tensor_out(own, group.size, group.name, out=rows.view(-1))
-    return flat.view(group.size, -1)
+    flat = _C10D.all_gather_into_tensor_out(
+        _numbers(own), group.size, group.name, out=_numbers(rows.view(-1))
+    )
+    return _values(flat, rows.dtype).view(group.size, -1)
 
 
 def start_scattering(parts: torch.Tensor, group: Group) -> torch.Tensor:
@@ -88,6 +90,35 @@ def start_scattering(parts: torch.Tensor, group: Group) -> torch.Tensor:
     else:
         own = _C10D.reduce_scatter_tensor(flat, "sum", group.size, group.name)
     return own.view(parts.shape[1:])
+
+
+def start_exchanging(
+    row: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: Group
+) -> torch.Tensor:
+    """Start to send parts of [elements] to every rank, and to receive parts of theirs: [elements].
+
+    Args:
+        sent, received: elements for, and from, each rank.
+    """
+    each = 2 if row.is_complex() else 1
+    numbers = _C10D.all_to_all_single(
+        _numbers(row.contiguous()), [each * n for n in received], [each * n for n in sent],
+        group.name,
+    )  # fmt: skip
+    return _values(numbers, row.dtype)
+
+
+# These two collectives take real numbers alone; of the others torch does the same (torch 2.13).
+
+
+def _numbers(row: torch.Tensor) -> torch.Tensor:
+    """[elements] as real numbers in the same memory: two for a complex element."""
+    return torch.view_as_real(row).view(-1) if row.is_complex() else row
+
+
+def _values(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse."""
+    return torch.view_as_complex(numbers.view(-1, 2)) if dtype.is_complex else numbers
 
 
 # -- parts of tensors ---------------------------------------------------------------------------

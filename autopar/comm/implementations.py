@@ -1,6 +1,6 @@
 """What a collective's operator does, as a graph of functional collectives and ATen operators.
 
-The last pass writes these graphs into the programs that run. Schedules read from them what a
+A late pass writes these graphs into the programs that run. Schedules read from them what a
 collective holds while it runs.
 """
 

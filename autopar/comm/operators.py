@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# Of the operators that the last pass replaces, the implementation by functional collectives.
+# Of the operators that a late pass replaces, the implementation by functional collectives.
 IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
@@ -19,7 +19,7 @@ def operator(
     Args:
         shapes: the same on fake tensors.
         mutates: names of operands that it writes to.
-        inline: the last pass writes the implementation into the graphs that run.
+        inline: a late pass writes the implementation into the graphs that run.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,9 +34,11 @@ _WRITE_AT_INDEX = {
 # In-place variants without a kernel of their own that are truly in place.
 _COMPOSITE = {"aten::add_.Scalar", "aten::sub_.Scalar", "aten::mul_.Scalar", "aten::div_.Scalar"}
 
-# Whose results are views although their schema does not say so.
+# Whose results are views although their schema does not say so. Lowered graphs have `reshape` and
+# `contiguous` only of what shows its operand by its fake (`passes/any_strides.py`).
 _SHOW_UNSAID = {
     aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default,
+    aten.contiguous.default, aten.reshape.default,
 }  # fmt: skip
 
 
@@ -79,6 +81,11 @@ def variant(target: Any, operand: int, device_type: str) -> tuple[Any, str | Non
         if others == arguments and len(outs) == 1 and _has_kernel(other, device_type):
             return other, outs[0]
     return None
+
+
+def writes_by_rows(target: Any) -> bool:
+    """Whether an operator's result argument must be contiguous."""
+    return target in _BY_ROWS
 
 
 def _has_kernel(op: torch._ops.OpOverload, device_type: str) -> bool:

@@ -15,6 +15,8 @@ import torch.fx as fx
 
 aten = torch.ops.aten
 
+_VIEWS = {aten.t.default, aten.view.default, aten.reshape.default}
+
 
 def adding_backward(
     backward: fx.GraphModule, gradients: int
@@ -64,7 +66,7 @@ def _views_of_product(result: Any, results: Sequence[Any]) -> list[fx.Node] | No
     if not isinstance(result, fx.Node) or results.count(result) > 1 or result.users:
         return None
     views, node = [result], result
-    while node.target in (aten.t.default, aten.view.default):
+    while node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
         views.append(node)
         if len(node.users) > 1:

@@ -48,9 +48,6 @@ def _inline(node: fx.Node, body: fx.Graph) -> None:
         for inner in body.nodes:
             if inner.op == "call_function":
                 env[inner] = node.graph.node_copy(inner, lambda n: env[n])
-                # a kernel may lay a tensor out unlike its fake one, for which a view was possible
-                if inner.target is torch.ops.aten.view.default:
-                    env[inner].target = torch.ops.aten.reshape.default
     (result,) = body.output_node().args
     if isinstance(result, fx.Node):
         new = env[result]

@@ -11,7 +11,8 @@ from collections.abc import Collection
 
 import torch.fx as fx
 
-from autopar.ir.aliasing import lifetimes, overwritable, variant
+from autopar.ir.aliasing import lifetimes, overwritable, variant, writes_by_rows
+from autopar.passes.any_strides import contiguous
 
 
 def overwrite(gm: fx.GraphModule, *, donated: Collection[int] = ()) -> fx.GraphModule:
@@ -40,8 +41,14 @@ def overwrite(gm: fx.GraphModule, *, donated: Collection[int] = ()) -> fx.GraphM
 
 
 def _write_over(node: fx.Node, operand: fx.Node) -> None:
+    """What takes memory for contiguous gets such, which is the operand itself but where a kernel
+    has laid it out unlike its fake."""
     overload = variant(node.target, node.args.index(operand), node.meta["val"].device.type)
     assert overload is not None
+    if writes_by_rows(node.target):
+        dense = contiguous(node, operand)
+        node.replace_input_with(operand, dense)
+        operand = dense
     node.target, result = overload
     if result is not None:
         node.kwargs = {**node.kwargs, result: operand}

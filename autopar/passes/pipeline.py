@@ -25,6 +25,7 @@ from autopar.kernels.linear import add_bias_within
 from autopar.kernels.substitute import substitute_kernels
 from autopar.passes.add_at_index import add_at_index
 from autopar.passes.announce_gradients import announce_gradients
+from autopar.passes.any_strides import any_strides
 from autopar.passes.async_sums import early_sums, returned_sums
 from autopar.passes.bucket import BUCKET_BYTES, bucket_bytes_within, bucket_collectives
 from autopar.passes.compile_mode import CompileMode
@@ -219,6 +220,9 @@ PIPELINE = (
     Entry("split", functional_collectives,
           "torch's tools know `_c10d_functional` collectives",
           arguments=lambda o, _: {"mutate": not o.compile}),
+    Entry("split", any_strides,
+          "kernels lay some results out unlike fake tensors; Inductor checks strides itself",
+          when=lambda o: not o.compile),
 )
 # fmt: on
 
