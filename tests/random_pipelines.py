@@ -88,7 +88,7 @@ class _Deciding:
         self.plans: dict[str, ShardingPlan] = {}
 
     def __call__(
-        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None
+        self, graph: ModelGraph, fixed: FixedLayouts, alike: CompiledStep | None, **_: Any
     ) -> StepPlan:
         if graph.fingerprint not in self.plans:
             cluster = self.draw.cluster.of_a_stage()

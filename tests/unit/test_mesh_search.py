@@ -93,14 +93,17 @@ def test_nodes_decide_the_links():
 
 
 def test_nothing_fits_anywhere():
-    with pytest.raises(InfeasibleError, match="no plan fits") as error:
+    with pytest.raises(InfeasibleError, match=r"the step needs .* Give at least ") as error:
         search_meshes(model(), BATCH, devices=4, memory="1KiB")
+    least = error.value.smallest_bytes
+    assert search_meshes(model(), BATCH, devices=4, memory=least).plan.memory.total_bytes <= least
     each = []
     for shape in meshes(4):
         with pytest.raises(InfeasibleError) as one:
             autoplan(model(), BATCH, cluster=ClusterInfo.of(shape), memory="1KiB")
         each.append(one.value.smallest_bytes)
-    assert error.value.smallest_bytes == min(each)
+    # plans that keep everything, by estimates that lack what their gathers hold
+    assert least == pytest.approx(min(each), rel=0.05)
 
 
 def test_constraints_that_name_an_axis_need_a_mesh_with_it():
