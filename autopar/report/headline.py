@@ -120,6 +120,8 @@ def headline(plan: ShardingPlan, file: str = "") -> list[tuple[str, str]]:
     planned = [("planned", "a forward: no gradients, no optimizer state")] if plan.forward else []
     optimizer = "None" if plan.forward else "optimizer"
     saved = f', plan="{file}"' if file else ""
+    if plan.microbatches > 1 and not file:  # a plan's file says it
+        saved = f", microbatches={plan.microbatches}"
     precision = [] if plan.precision is None else [("precision", str(plan.precision))]
     split = []
     if plan.pipeline is not None:

@@ -16,6 +16,7 @@ from autopar.compile import plan_batch, plan_to_fit
 from autopar.errors import InfeasibleError
 from autopar.planner.smallest_budget import budget_text, with_smallest_budget
 from autopar.progress import Deadline
+from autopar.report.headline import headline
 from autopar.units import bytes_text, bytes_up
 from tests.planning import Classifier
 
@@ -105,6 +106,7 @@ def test_microbatches_are_planned_beside_the_sums_of_their_gradients():
     assert plan.memory.total_bytes <= 1.001 * least
     parameters = sum(p.numel() * 4 for p in Classifier(64).parameters()) / 2
     assert plan.memory.gradients_bytes >= parameters
+    assert dict(headline(plan))["use"] == 'auto_engine(model, optimizer, "2", microbatches=8)'
 
 
 @pytest.mark.parametrize("kib", [300, 330, 340])
