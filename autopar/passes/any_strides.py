@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from autopar.kernels.linear import linear_operator
+
 aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -29,7 +31,7 @@ def any_strides(gm: fx.GraphModule) -> fx.GraphModule:
         if node.target in _VIEWS:
             node.target = aten.reshape.default
         elif _depends_on_strides(node.target):
-            for operand in node.all_input_nodes:
+            for operand in _read_by_strides(node):
                 if _is_contiguous(operand):
                     node.replace_input_with(operand, contiguous(node, operand))
     return gm
@@ -47,6 +49,13 @@ def _depends_on_strides(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
     return target in _BY_STRIDES or target.namespace not in _TAKE_ANY
+
+
+def _read_by_strides(node: fx.Node) -> list[fx.Node]:
+    if node.target is not linear_operator():
+        return node.all_input_nodes
+    bias = node.args[2]  # the only operand that it takes for contiguous; parameters are as foretold
+    return [bias] if isinstance(bias, fx.Node) and bias.op != "placeholder" else []
 
 
 def _is_contiguous(operand: fx.Node) -> bool:
