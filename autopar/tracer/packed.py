@@ -51,8 +51,15 @@ _PRODUCTS: dict[Any, tuple[Any, int, int, int]] = {
 def pack(graph: fx.Graph) -> None:
     """Add a dim for the parts to every product whose result is cut into equal parts."""
     for product in [n for n in graph.nodes if n.target in _PRODUCTS]:
-        if all(isinstance(size, int) for size in product.meta["val"].shape):
+        fixed = all(isinstance(size, int) for size in product.meta["val"].shape)
+        if fixed and not product.kwargs and _has_plain_bias(product):
             _pack(graph, product)
+
+
+def _has_plain_bias(product: fx.Node) -> bool:
+    """Whether it has no bias, or a vector: `addmm` adds matrices, too."""
+    bias = dict(enumerate(product.args)).get(_PRODUCTS[product.target][2])
+    return not isinstance(bias, fx.Node) or bias.meta["val"].ndim == 1
 
 
 def _pack(graph: fx.Graph, product: fx.Node) -> None:

@@ -103,6 +103,19 @@ def test_products_that_are_cut_have_their_parts_as_a_dim():
     assert _packed(graph) == ["autopar.packed_linear.default"]
 
 
+@pytest.mark.parametrize("rows", [None, 1, 6])
+def test_cut_products_that_are_scaled_or_add_a_matrix_stay(rows):
+    def cut(m, x):
+        bias = m.linear.bias if rows is None else m.linear.bias.repeat(rows, 1)
+        scales = {"beta": 0.5, "alpha": 2.0} if rows is None else {}
+        a, b = torch.addmm(bias, x, m.linear.weight, **scales).split(2, dim=-1)
+        return a.tanh() * b
+
+    model, graph = captured(cut, X)
+    check(model, graph, X)
+    assert not _packed(graph)
+
+
 def test_products_that_are_not_cut_stay():
     def full_buffers(m, x):
         h = m.linear(x)

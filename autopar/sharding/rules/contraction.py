@@ -23,8 +23,6 @@ _GROUPED_KERNEL = Row(
 ROWS: dict[str, Row | tuple[Row, ...]] = {
     "aten.mm.default": Row("m k, k n -> m n", linear=((0,), (1,))),
     "aten.bmm.default": Row("b m k, b k n -> b m n", linear=((0,), (1,))),
-    "aten.addmm.default": Row("+n, m k, k n -> m n", linear=((1,), (2,))),
-    "aten.baddbmm.default": Row("+b m n, b m k, b k n -> b m n", linear=((1,), (2,))),
     # rows may be gathered before the product, or summed and scattered behind it, in steps
     "aten.linear.default": Row(
         "*b|gather:beside k|scatter:beside, n|gather k|scatter, +n|gather -> *b|scatter n|gather",
@@ -85,7 +83,25 @@ def _einsum(call: Call) -> OpRule | None:
     return call.bind(f"{', '.join(patterns[:-1])} -> {patterns[-1]}", linear=linear)
 
 
+def _added_product(call: Call) -> OpRule:
+    """A product with a term of its dims, or of the last ones, which may be 1 and broadcast."""
+    term, left, right = (call.operand(i) for i in range(3))
+    names = ("b", "m", "n")[3 - len(left) :]
+    sizes = (*left[:-1], right[-1])
+    place = len(names) - len(term)
+    dims = [
+        name if size == whole else f"[one{name}]"
+        for name, size, whole in zip(names[place:], term, sizes[place:], strict=True)
+    ]
+    batch = "b " * (len(left) == 3)
+    return call.bind(
+        f"+{' '.join(dims)}, {batch}m k, {batch}k n -> {batch}m n", linear=((1,), (2,))
+    )
+
+
 DERIVED: dict[str, Callable[[Call], OpRule | None]] = {
+    "aten.addmm.default": _added_product,
+    "aten.baddbmm.default": _added_product,
     "aten.matmul.default": _matmul,
     "aten.einsum.default": _einsum,
 }

@@ -22,6 +22,24 @@ def _matmul(draw: Draw) -> Arguments:
     return (draw.normal(*left), draw.normal(*right)), {}
 
 
+def _added_product(draw: Draw, *batch: int) -> Arguments:
+    """The term may have the last dims only, and broadcast; both may be scaled."""
+    m, k, n = draw.size(), draw.size(), draw.size()
+    term = [n] if draw.chance(30) else draw.broadcast([*batch, m, n])
+    scales = {"beta": 0.5, "alpha": 2.0} if draw.chance(30) else {}
+    return (draw.normal(*term), draw.normal(*batch, m, k), draw.normal(*batch, k, n)), scales
+
+
+@sampler("aten.addmm.default")
+def _addmm(draw: Draw) -> Arguments:
+    return _added_product(draw)
+
+
+@sampler("aten.baddbmm.default")
+def _baddbmm(draw: Draw) -> Arguments:
+    return _added_product(draw, draw.size())
+
+
 def _other_points(draw: Draw, shape: list[int]) -> torch.Tensor:
     """As many batches and coordinates, and another number of points."""
     return draw.normal(*shape[:-2], draw.size(), shape[-1])
