@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -313,19 +314,14 @@ def _enter(
     return lowered, entered
 
 
-def _wider_sums(
-    graph: ModelGraph, entered: Sequence[torch.Tensor]
-) -> dict[int, torch.dtype]:  # fmt: skip
+def _wider_sums(graph: ModelGraph, entered: Sequence[torch.Tensor]) -> dict[int, torch.dtype]:
     """By position of what enters as a parameter, the dtype in which its gradient is summed over
     ranks within a microbatch, where that is wider than its own."""
-    widest = max((c.reductions for c in graph.casts.values()), key=_itemsize, default=None)
+    sums = (cast.reductions for cast in graph.casts.values())
+    widest = max(sums, key=attrgetter("itemsize"), default=None)
     if widest is None:
         return {}
     return {k: widest for k, x in enumerate(entered) if x.dtype.itemsize < widest.itemsize}
-
-
-def _itemsize(dtype: torch.dtype) -> int:
-    return dtype.itemsize
 
 
 def _gathered_again(graph: ModelGraph, plan: ShardingPlan, program: StageProgram) -> frozenset[int]:

@@ -45,11 +45,9 @@ class WantedLayout:
         words = text.split()
         if _BY in words[:-1]:
             place = words.index(_BY)
-            layout = (
-                WantedLayout.parse(" ".join(words[:place]))
-                if place
-                else WantedLayout(None, None, "")
-            )
+            layout = WantedLayout(None, None, "")
+            if place:
+                layout = WantedLayout.parse(" ".join(words[:place]))
             return replace(layout, text=text, factors=tuple(words[place + 1 :]))
         reshard = {"reshard": True, "keep": False}.get(words[-1]) if len(words) > 1 else None
         body = " ".join(words if reshard is None else words[:-1])
@@ -103,9 +101,8 @@ def refusal_of(
     else:
         empty = _without_a_part(layout.spec, shape, space.mesh)
         why = f"{empty or 'is not among the layouts of'} {kind} {place}"
-        if empty and any(
-            c.strategy and "exchange" in c.strategy.splits for c in decision.candidates
-        ):
+        strategies = [c.strategy for c in decision.candidates if c.strategy is not None]
+        if empty and any("exchange" in strategy.splits for strategy in strategies):
             why += " (`by exchange` splits the sequence outside of attention, and repeats keys)"
         if varying := _varying_size(space, layout.spec, shape):
             why += (

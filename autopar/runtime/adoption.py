@@ -258,6 +258,12 @@ def check_state(optimizer: torch.optim.Optimizer | None) -> None:
                 )
 
 
+def has_state_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """False of one that does not call `Optimizer.__init__`, as it wraps another one (Lookahead of
+    timm): the state is that of the other."""
+    return hasattr(optimizer, "_optimizer_state_dict_pre_hooks")
+
+
 def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Refuse an optimizer that trains parameters of another model, or takes sparse gradients alone.
 
@@ -271,7 +277,7 @@ def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
             "SparseAdam takes sparse gradients, and a distributed program gives dense ones; use "
             "Adam, SGD or Adagrad (SGD and Adagrad then make the same updates as with sparse ones)"
         )
-    if not hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):  # Lookahead of timm
+    if not has_state_hooks(optimizer):
         raise EngineError(
             f"{type(optimizer).__name__} does not call Optimizer.__init__, so its state cannot be "
             "laid out; pass the optimizer that it wraps to auto_engine, and wrap what comes back"

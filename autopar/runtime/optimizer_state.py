@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 from torch.utils import _pytree as pytree
 
 from autopar.comm.dtensor_rules import enter_step, leave_step
-from autopar.runtime.adoption import train_current_parameters
+from autopar.runtime.adoption import has_state_hooks, train_current_parameters
 from autopar.runtime.distribute import sharded_state
 from autopar.runtime.gathered_part import steps
 from autopar.runtime.recorded_step import record_later_optimizers, record_steps
@@ -54,12 +54,6 @@ def _lay_out_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
         StepOnShards.attach(optimizer)
         record_steps(optimizer)
     _STEPPED[optimizer] = optimizer.state
-
-
-def has_state_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """False of one that does not call `Optimizer.__init__`, as it wraps another one (Lookahead of
-    timm): the state is that of the other."""
-    return hasattr(optimizer, "_optimizer_state_dict_pre_hooks")
 
 
 def handle_state_dicts(optimizer: torch.optim.Optimizer) -> None:

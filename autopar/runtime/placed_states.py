@@ -61,22 +61,6 @@ def resumed_steps(cluster: ClusterInfo, rank: int, ranks: Ranks) -> int:
     return 0 if version is None else version.steps
 
 
-def refuse_unread_states(steps: int) -> None:
-    """
-    Args:
-        steps: of the stored states that a run goes on from.
-
-    Raises:
-        EngineError: there are such states. The first plan reads them, as it says which part of
-            them is this rank's.
-    """
-    if steps:
-        raise EngineError(
-            f"resume=True: parameters and the optimizer's state are those after step {steps} from "
-            "the first batch on; run a batch first, or pass example_inputs= to auto_engine"
-        )
-
-
 def place_states(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, states_on: str,
     cluster: ClusterInfo, rank: int, ranks: Ranks, *, resume: bool, room_bytes: float = 0.0,

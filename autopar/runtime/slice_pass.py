@@ -161,12 +161,12 @@ class SlicePass:
 
     def _added(self, size: int, stage: int, graph: Boxed, arguments: list[Any]) -> list[Any]:
         """What a graph gives, without the gradients that it adds to those of earlier slices."""
-        bound, totals = self.step.stages[size][stage], self.totals.get(self._summed(size, stage))
-        if bound.adding is not None and totals is not None:
-            added = [totals[k] for k in bound.adding.totals]
-            if all(total is not None for total in added):
-                graph = bound.adding.run
-                arguments += added
+        bound, key = self.step.stages[size][stage], self._summed(size, stage)
+        totals, first = self.totals.get(key), self.step.stages[key[0]][stage].adding
+        # those of the first slice are products as well, which share memory with nothing
+        if bound.adding and first and totals and {*bound.adding.totals} <= {*first.totals}:
+            graph = bound.adding.run
+            arguments += [totals[k] for k in bound.adding.totals]
         return list(bound.body.run(graph, arguments))
 
     def _summed(self, size: int, stage: int) -> tuple[int, int]:
@@ -226,7 +226,8 @@ class SlicePass:
                 totals = list(bound.enter.run(bound.enter.backward, arguments))
             for k, g in zip(bound.program.parameters, totals, strict=False):
                 known = grads[k]
-                grads[k] = known if g is None else g if known is None else known.add_(g)
+                # never in place: two parameters may have one gradient
+                grads[k] = known if g is None else g if known is None else known + g
         return grads
 
     def _entered(self, size: int, stage: int) -> list[torch.Tensor]:

@@ -54,12 +54,7 @@ from autopar.runtime.initial_values import InitialValues, initial_values
 from autopar.runtime.lazy_modules import initialize_lazy_modules
 from autopar.runtime.optimizer_state import handle_state_dicts
 from autopar.runtime.pipeline_runtime import Pipeline
-from autopar.runtime.placed_states import (
-    looked_at,
-    place_states,
-    refuse_unread_states,
-    resumed_steps,
-)
+from autopar.runtime.placed_states import looked_at, place_states, resumed_steps
 from autopar.runtime.program import Program, bind
 from autopar.runtime.result_gradients import ResultGradients
 from autopar.runtime.split_compiler import SplitCompiler
@@ -110,7 +105,7 @@ class StepCompiler:
             self.options = options
             if options.resume:
                 self.resumed_steps = resumed_steps(cluster, dist.get_rank(), self.place.ranks)
-                optimizer.register_state_dict_pre_hook(lambda _: self._refuse_unread_states())
+                optimizer.register_state_dict_pre_hook(lambda _: self.refuse_unread_states())
         self.stage_place = self.place.of_a_stage(cluster)
         self._planner = StepPlanner(model, options, self.stage_place)
         self._count = 0
@@ -123,9 +118,18 @@ class StepCompiler:
         self._initial = initial
         self._moved = adopt(model, optimizer, self.mesh, options.precision)
 
-    def _refuse_unread_states(self) -> None:
-        if not self.laid_out:
-            refuse_unread_states(self.resumed_steps)
+    def refuse_unread_states(self) -> None:
+        """
+        Raises:
+            EngineError: the run goes on from stored states, and no plan has read them. The first
+                one does, as it says which part of them is this rank's.
+        """
+        if self.resumed_steps and not self.laid_out:
+            raise EngineError(
+                "resume=True: parameters and the optimizer's state are those after step "
+                f"{self.resumed_steps} from the first batch on; run a batch first, or pass "
+                "example_inputs= to auto_engine"
+            )
 
     def _set_compile(self, mode: CompileMode) -> None:
         step = replace(self.options.step, compile=mode)

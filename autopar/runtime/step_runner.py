@@ -28,7 +28,6 @@ from autopar.runtime.donated_inputs import take_back
 from autopar.runtime.encoder_inputs import ARGUMENT as ENCODER
 from autopar.runtime.encoder_inputs import EncoderInputs, without_cache
 from autopar.runtime.initial_values import InitialValues
-from autopar.runtime.placed_states import refuse_unread_states
 from autopar.runtime.result_gradients import refuse_hooks
 from autopar.runtime.sharded_values import SavedShard, view, views
 from autopar.runtime.state_on_host import StateOnHost
@@ -111,8 +110,7 @@ class StepRunner:
         Raises:
             EngineError: the run goes on from stored states, which the first plan reads.
         """
-        if not self.steps:
-            refuse_unread_states(self._compiler.resumed_steps)
+        self._compiler.refuse_unread_states()
 
     def step_for(self, call: Call) -> BoundStep:
         """The step that serves a call, compiled if there is none."""

@@ -6,6 +6,7 @@ import pytest
 from autopar import autoplan
 from tests.clusters import eager_to_shard
 from tests.dist import engine_tasks as tasks
+from tests.dist import memory_tasks
 from tests.dist.pool import assert_rank_1_stops_rank_0
 from tests.models import CASES
 
@@ -102,7 +103,7 @@ def test_local_batches_must_agree(pool):
 
 @pytest.mark.parametrize("budget", [None, "1100KiB"])
 def test_predicted_memory_is_near_the_measured(pool, budget):
-    for answer in pool.run(tasks.memory, "2x2", budget):
+    for answer in pool.run(memory_tasks.memory, "2x2", budget):
         assert answer["parameters"] == pytest.approx(1, rel=0.05)
         assert answer["optimizer"] == pytest.approx(1, rel=0.05)
         # gradients and activations are summed though the ones replace the others
@@ -115,7 +116,7 @@ def test_predicted_memory_is_near_the_measured(pool, budget):
     [("gpt2", 0.1, 0.6, True), ("gpt2", 0.5, 0.6, False), ("resnet", 0.0, 0.9, False)],
 )
 def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, overlaps):
-    ranks = pool.run(tasks.recomputed, name, dropout, share, "2x2", overlaps)
+    ranks = pool.run(memory_tasks.recomputed, name, dropout, share, "2x2", overlaps)
     assert all(rank["error"] < 1e-9 for rank in ranks)
     assert all(rank["peak"] < rank["ample"] for rank in ranks)
     assert all(rank["again"] == ranks[0]["again"] for rank in ranks)
@@ -129,7 +130,7 @@ def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, over
 
 def test_microbatches_within_a_budget(pool):
     """The smallest memory that a refusal names is enough, and so is more."""
-    for rank in pool.run(tasks.microbatches_within, "2x2"):
+    for rank in pool.run(memory_tasks.microbatches_within, "2x2"):
         assert rank["mb"] == 4 and rank["named"] <= 2
         assert rank["error"] < 1e-9
         assert max(rank["over"].values()) < 1.03
@@ -138,7 +139,7 @@ def test_microbatches_within_a_budget(pool):
 @pytest.mark.sample(0.5)
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_parameters_on_the_host(pool, overlaps):
-    ranks = pool.run(tasks.parameters_on_host, "2x2", overlaps)
+    ranks = pool.run(memory_tasks.parameters_on_host, "2x2", overlaps)
     peaks = [rank["peak"] for rank in ranks]
     assert [rank["measured"] for rank in ranks] == pytest.approx(peaks, abs=64)
     for rank in ranks:

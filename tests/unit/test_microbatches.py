@@ -364,3 +364,23 @@ def test_gradients_of_slices_of_two_sizes_are_one_sum():
         alone(x).square().mean().backward()
         assert gradients_gap(engine, alone) < EXACT
     assert peaks[-1] < 2 * parameters + 2 * 4 * 512 * 8 + 10_000
+
+
+class Sums(nn.Module):
+    """Two parameters with one gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return (x + self.a + self.b).square().mean()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_one_gradient_of_two_parameters(count):
+    engine, alone = pair(Sums, count)
+    x = vectors(0, 10)["x"]
+    for model in (engine, alone):
+        model(x).backward()
+    assert gradients_gap(engine, alone) < EXACT
