@@ -29,6 +29,7 @@ from autopar.passes.any_strides import any_strides
 from autopar.passes.async_sums import early_sums, returned_sums
 from autopar.passes.bucket import BUCKET_BYTES, bucket_bytes_within, bucket_collectives
 from autopar.passes.compile_mode import CompileMode
+from autopar.passes.copy_parts import copy_parts
 from autopar.passes.drop_views import drop_views
 from autopar.passes.fetch_parameters import fetch_parameters
 from autopar.passes.few_operators import share_equal_operators, whole_products
@@ -176,6 +177,9 @@ PIPELINE = (
           "views that change nothing hide which operators read a value"),
     Entry("joint", add_at_index,
           "the derivative of a gather is as large as what it gathers from"),
+    Entry("joint", copy_parts,
+          "a slice that outlives what it was cut from would keep all of it",
+          arguments=lambda o, joint: {"forward": forward_nodes(joint)}),
     Entry("joint", sum_gradients_in,
           "sums in a short dtype over many ranks lose digits", when=lambda o: bool(o.sum_dtypes),
           arguments=lambda o, joint: {"results": len(joint.results), "dtypes": o.sum_dtypes}),
