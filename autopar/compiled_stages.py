@@ -118,6 +118,7 @@ def compile_stages(
             reshard_after_forward=_gathered_again(graph, plan, program),
             sum_dtypes=_wider_sums(graph, entered),
             bucket_bytes=bucket_bytes_within(plan.budget_bytes), dump=options.dump_passes,
+            added=len(entered) if plan.microbatches > 1 else 0,
         )  # fmt: skip
         traced = trace_step(program.body, given, lowering)
         first = None
@@ -134,6 +135,8 @@ def compile_stages(
                 inputs = tensors[graph.input_arguments]
                 budget = budget.of_microbatch(arguments, inputs, plan.microbatches)
                 known = planned.schedule_of(traced.program)
+            else:
+                budget = budget.with_sums(arguments, plan.microbatches)
             memory, body = _within(traced, budget, room, place, first, known, options.time_limit)
         place.check_agreement(
             *(None if enter is None else enter.forward, None if enter is None else enter.backward),

@@ -2,7 +2,8 @@
 
 A product `mm(a, b)` of which only the total is needed becomes `total.addmm_(a, b)`: BLAS adds as it
 writes. Otherwise the product is written, read again, and the total read and written, for every
-microbatch. Megatron-LM calls this gradient accumulation fusion.
+microbatch. Megatron-LM calls this gradient accumulation fusion. A schedule leaves room for the
+totals, and for the gradients that are not added so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+
+from autopar.ir.joint_graph import JointGraph
 
 aten = torch.ops.aten
 
@@ -60,16 +63,29 @@ def adding_backward(
     return fx.GraphModule(backward, graph), tuple(taken)
 
 
+def gradients_in_place(joint: JointGraph, gradients: int) -> list[fx.Node]:
+    """The gradients that the backward of a joint graph will add in place.
+
+    Args:
+        gradients: as of `adding_backward`.
+    """
+    outputs = joint.gradients_too
+    own = outputs[len(joint.results) :][:gradients]
+    return [g for g in own if _views_of_product(g, outputs) is not None]
+
+
 def _views_of_product(result: Any, results: Sequence[Any]) -> list[fx.Node] | None:
     """The views from a result to the product that it shows, and the product; None if anything else
-    reads one of them."""
-    if not isinstance(result, fx.Node) or results.count(result) > 1 or result.users:
+    reads or returns one of them."""
+    if not isinstance(result, fx.Node) or results.count(result) > 1:
+        return None
+    if any(user.op != "output" for user in result.users):
         return None
     views, node = [result], result
     while node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
         views.append(node)
-        if len(node.users) > 1:
+        if len(node.users) > 1 or node in results:
             return None
     like = result.meta.get("val")
     wide = isinstance(like, torch.Tensor) and like.dtype.itemsize > 2

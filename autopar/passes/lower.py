@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.ir.joint_graph import JointGraph, Result
 from autopar.kernels import kernels_run_on
+from autopar.passes.accumulate import gradients_in_place
 from autopar.passes.compile_mode import CompileMode
 from autopar.passes.joint import trace_joint
 from autopar.passes.partition import forward_nodes, split_as_eager
@@ -112,6 +113,8 @@ def _read(joint: JointGraph, options: LowerOptions) -> JointProgram:
     """Read the joint graph, and add the operators that split collectives and move values to the
     host, for a schedule to take in; and what collectives hold."""
     reading = read_joint(joint, forward_nodes(joint), options.cluster)
+    if options.added and not options.compile:
+        reading = reading.without_gradients(gradients_in_place(joint, options.added))
     if reading.kept_random:
         log.info("kept, as they draw and cannot run again: %s", ", ".join(reading.kept_random))
     primals = joint.primals

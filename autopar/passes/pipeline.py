@@ -63,6 +63,8 @@ class LowerOptions:
         offloadable: names of the parameters that a schedule may have on the host for a part of the
             step, by their positions among the arguments.
         parameters: their number; they are the first arguments.
+        added: how many arguments, the first ones, have gradients that are added to those of
+            earlier microbatches.
         states_on: the tier of the optimizer's state; parameters and gradients are on the host
             between steps then. The device if empty.
         donated: positions of the arguments that results may be written over.
@@ -79,6 +81,7 @@ class LowerOptions:
     sum_dtypes: Mapping[int, torch.dtype] = field(default_factory=dict)
     offloadable: Mapping[int, str] = field(default_factory=dict)
     parameters: int = 0
+    added: int = 0
     states_on: str = ""
     donated: frozenset[int] = frozenset()
     bucket_bytes: int = BUCKET_BYTES
@@ -112,6 +115,7 @@ class LowerOptions:
                 if offloadable is None or name in offloadable
             },
             parameters=len(graph.parameters),
+            added=len(graph.parameters) if plan.microbatches > 1 else 0,
             bucket_bytes=bucket_bytes_within(plan.budget_bytes),
             states_on=plan.states_on,
             donated=frozenset(

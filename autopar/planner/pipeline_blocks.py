@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 from statistics import median
 
 import numpy as np
+import torch
 import torch.fx as fx
 
 from autopar.ir.graph import operands, producer, shape_of
@@ -27,12 +28,14 @@ from autopar.schedule.pipeline.blocks import Block
 from autopar.sharding.node_rules import is_floating, results
 
 # Operators whose weight has a gradient of its own: a product as large as that for their input.
-_PRODUCTS = frozenset(
+_MATRIX_PRODUCTS = frozenset(
     f"{name}.default"
     for name in (
-        "aten.linear aten.mm aten.addmm aten.matmul aten.bmm aten.einsum aten.conv1d aten.conv2d "
-        "aten.conv3d autopar.packed_linear autopar.packed_addmm"
+        "aten.linear aten.mm aten.addmm aten.matmul autopar.packed_linear autopar.packed_addmm"
     ).split()
+)
+_PRODUCTS = _MATRIX_PRODUCTS | frozenset(
+    f"aten.{name}.default" for name in "bmm einsum conv1d conv2d conv3d".split()
 )
 
 _SUMMED = (
@@ -128,6 +131,7 @@ class _Chain:
         self.number = {node: k for k, node in enumerate(self.nodes)}
         self.of = {i: k for k, (i, _) in enumerate(self.ops)}
         self.converted: set[fx.Node] = set()  # parameters whose copies have the gradients
+        self.reduced: set[fx.Node] = set()  # parameters whose gradients are summed over ranks
         self.layout = {
             (d.node, r): spec
             for d, c in zip(space.decisions, choices, strict=True)
@@ -222,6 +226,8 @@ class _Chain:
                 rows[at]["input_us"] += backward
                 continue
             rows[at]["weight_us"] += accumulation_us(self.space, edge, self.choices)
+            if backward:
+                self.reduced.add(source.node)
             rows[at]["before_us"] += forward
             rows[at]["after_us"] += backward
             before = source.candidates[pair[0]].outputs[edge.result]
@@ -252,10 +258,23 @@ class _Chain:
             row = rows[users[0]]
             row["state_bytes"] += float(d.memory_bytes[c])
             if d.node not in self.converted:
-                itemsize = d.node.meta["val"].element_size()
-                more = width_of_sums(itemsize) - 1
+                sums = width_of_sums(d.node.meta["val"].element_size())
+                more = sums - 1 if self._is_added_in_place(d.node, users) else sums
                 row["state_bytes"] += more * float(d.parts["gradients_bytes"][c])
             row["after_us"] += float(d.time_us[c])
+
+    def _is_added_in_place(self, parameter: fx.Node, users: Sequence[int]) -> bool:
+        """Whether the product that makes a gradient adds to that of earlier microbatches
+        (`passes/accumulate.py`); else both are there."""
+        weight: torch.Tensor = parameter.meta["val"]
+        (user, *others) = users
+        return (
+            weight.ndim == 2
+            and width_of_sums(weight.element_size()) == 1
+            and not others
+            and str(self.nodes[user].target) in _MATRIX_PRODUCTS
+            and parameter not in self.reduced
+        )
 
     def _users_of_parameters(self) -> dict[fx.Node, list[int]]:
         """Operators that use each parameter, also through what is computed of parameters alone."""

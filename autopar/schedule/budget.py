@@ -162,9 +162,13 @@ class StepBudget:
             inputs: those that are slices of the batch; the others' slices are there, too.
         """
         others = (count - 1) * sum(x.nbytes for x in inputs)
+        return replace(self, other_bytes=self.other_bytes + others).with_sums(arguments, count)
+
+    def with_sums(self, arguments: Sequence[torch.Tensor], count: int) -> StepBudget:
+        """The budget beside sums of the gradients of so many microbatches."""
         trained = [t for t in arguments if t.requires_grad]
         sums = sum(width_of_sums(t.itemsize) * t.nbytes for t in trained) if count > 1 else 0.0
-        return replace(self, other_bytes=self.other_bytes + others, sums_bytes=sums)
+        return replace(self, sums_bytes=sums)
 
     @property
     def resident_bytes(self) -> float:

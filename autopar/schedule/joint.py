@@ -42,6 +42,13 @@ class JointProgram:
     owner: Mapping[int, fx.Node]
     kept_random: tuple[str, ...] = ()
 
+    def without_gradients(self, nodes: Iterable[fx.Node]) -> JointProgram:
+        """The same, without the bytes of gradients that lie in memory of earlier microbatches."""
+        elsewhere = {self.base[node] for node in nodes}
+        own = self.program.gradient_bytes.items()
+        kept = {s: nbytes for s, nbytes in own if s not in elsewhere}
+        return replace(self, program=replace(self.program, gradient_bytes=kept))
+
 
 class Extension:
     """Adds operators to a joint program and its graph, for schedules to use."""

@@ -25,6 +25,32 @@ def _no_process_group_left() -> Iterator[None]:
     environment.stop()
 
 
+@pytest.mark.parametrize("share", [1.0, 1.2])
+def test_microbatches_take_what_is_planned(share: float) -> None:
+    """Sums of gradients are most of the memory: products add to them in place."""
+
+    def built() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layers = (nn.Sequential(nn.Linear(48, 48), nn.GELU(), nn.LayerNorm(48)) for _ in range(4))
+        model = nn.Sequential(*layers, nn.Linear(48, 7)).double()
+        return model, torch.optim.AdamW(model.parameters())
+
+    x = torch.randn(8, 48, dtype=torch.float64)
+    options = {"microbatches": 4, "time_limit": 8, "example_inputs": (x,)}
+    with pytest.raises(InfeasibleError) as refused:
+        auto_engine(*built(), "1", memory="1kB", **options)
+    memory = share * refused.value.smallest_bytes
+    engine, optimizer = auto_engine(*built(), "1", memory=memory, **options)
+    for _ in range(STEPS):
+        with LiveMemory() as live:
+            engine(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held = sum(training_state_bytes(engine, optimizer).values())
+    assert engine.plan.memory.total_bytes <= memory
+    assert held + live.peak + x.nbytes == pytest.approx(engine.plan.memory.total_bytes, rel=0.02)
+
+
 def train(
     name: str, memory: float, dropout: float = 0.0, cluster: ClusterInfo | str = "1"
 ) -> tuple[list, dict, int, bool]:
