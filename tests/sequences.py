@@ -152,6 +152,10 @@ def _tokens(step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.roll(1, 1)}
 
 
+def _seven(step: int) -> dict[str, torch.Tensor]:
+    return {name: x[:, :7] for name, x in _tokens(step).items()}
+
+
 def _padded(step: int) -> dict[str, torch.Tensor]:
     batch = _tokens(step)
     mask = torch.ones(BATCH, TOKENS, dtype=torch.int64)
@@ -232,6 +236,7 @@ def _gpt2(layers: int = 1) -> nn.Module:
 
 CASES = {
     "gpt2": Case(_gpt2),
+    "seven tokens": Case(_gpt2, _seven),
     "two blocks": Case(lambda: _gpt2(2)),
     "llama": Case(_llama, tolerance=1e-6),
     "mistral": Case(_mistral, tolerance=1e-6),

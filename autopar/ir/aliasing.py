@@ -157,11 +157,44 @@ def _shown(node: fx.Node) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None  # a number has no memory
 
 
+def _is_named(node: fx.Node, name: str) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name == name
+
+
 @functools.cache
 def _is_composite(target: torch._ops.OpOverload) -> bool:
     """Made of other operators alone; such may return an argument itself (dropout)."""
     has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, target.name())
     return has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU")
+
+
+def last_writers(graph: fx.Graph, where: Mapping[fx.Node, Storage]) -> dict[Storage, fx.Node]:
+    """The last node that writes to each storage after it was made. A wait counts as one: what a
+    collective has started to write may not be read before it.
+
+    Args:
+        where: `storages` of the graph.
+    """
+    last: dict[Storage, fx.Node] = {}
+    for node in graph.nodes:
+        last |= {where[n]: node for n in _written(node)}
+    return last
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operator writes to."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return []
+    declared = {a.name: a for a in target._schema.arguments}
+    arguments = dict(zip(declared, node.args, strict=False)) | node.kwargs
+    written: list[fx.Node] = []
+    for name, value in arguments.items():
+        alias = declared[name].alias_info
+        if alias is not None and alias.is_write:
+            written += [n for n in pytree.tree_leaves(value) if isinstance(n, fx.Node)]
+    return written
 
 
 class Lifetimes(NamedTuple):
@@ -179,12 +212,18 @@ class Lifetimes(NamedTuple):
 
 
 def lifetimes(graph: fx.Graph) -> Lifetimes:
-    """The lifetimes of all storages of a graph."""
+    """The lifetimes of all storages of a graph. An exchange reads what it sends until it is waited
+    for; other collectives send copies."""
     where = storages(graph)
     last: dict[Storage, fx.Node] = {}
     held: set[Storage] = set()
+    sent: dict[Storage, set[Storage]] = {}
     for node in graph.nodes:
         read = {where[n] for n in node.all_input_nodes}
+        if _is_named(node, "autopar::start_exchange"):
+            sent[where[node]] = read
+        elif sent and _is_named(node, "autopar::wait_in_place"):
+            read = read.union(*(sent.get(s, ()) for s in read))
         last |= dict.fromkeys(read, node)
         if where[node] is None or node.op == "output":
             held |= read

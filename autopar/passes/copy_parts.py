@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.ir.aliasing import Storage, storages
+from autopar.comm import collectives  # noqa: F401  (defines the operators)
+from autopar.ir.aliasing import Storage, last_writers, storages
 
 aten = torch.ops.aten
 
@@ -35,11 +36,13 @@ def copy_parts(gm: fx.GraphModule, *, forward: Collection[fx.Node]) -> fx.GraphM
     for node in gm.graph.nodes:
         if where[node] is not None and _outlives(node, forward):
             outliving.setdefault(where[node], []).append(node)
+    written = last_writers(gm.graph, where)
     parts: list[fx.Node] = []
-    for nodes in outliving.values():
+    for storage, nodes in outliving.items():
         root = _shown(nodes[0], where)[-1]
-        # the memory of arguments is not the program's
-        if root.op == "call_function" and root.target not in _GATHERED:
+        # the memory of arguments is not the program's, and a part of what is written later is not
+        # there when it is cut
+        if storage not in written and root.op == "call_function" and root.target not in _GATHERED:
             parts += _parts(nodes, where)
     if parts:
         _update_views(gm.graph, [_copied(part) for part in parts])

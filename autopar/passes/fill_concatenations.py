@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from autopar.ir.aliasing import lifetimes
+from autopar.ir.aliasing import last_writers, lifetimes
 
 aten = torch.ops.aten
 
@@ -21,20 +21,20 @@ aten = torch.ops.aten
 def fill_concatenations(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy the parts of concatenations into place where they are made."""
     graph = gm.graph
-    filled: dict[fx.Node, fx.Node] = {}  # results, and the last copy into each
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
         dying = _dying(graph, node)
         if dying:
-            _fill(graph, node, dying, filled)
+            _fill(graph, node, dying)
     return gm
 
 
 def _dying(graph: fx.Graph, node: fx.Node) -> dict[int, tuple[fx.Node, list[fx.Node]]]:
-    """By position, the parts that nothing reads besides the concatenation: what makes each, and the
-    views that lead to it."""
+    """By position, the parts that nothing reads besides the concatenation: the node after which
+    each is complete, and the views that lead to it."""
     where, last, held = lifetimes(graph)
+    written = last_writers(graph, where)
     return {
-        k: (source[0], chain)
+        k: (written.get(source, source[0]), chain)
         for k, x in enumerate(cat_parts(node))
         if (source := where[x]) is not None
         and last[source] is node
@@ -63,36 +63,32 @@ def _views(x: fx.Node, maker: fx.Node) -> list[fx.Node] | None:
     return chain[::-1] if maker.op == "call_function" else None
 
 
-def _fill(
-    graph: fx.Graph, node: fx.Node, dying: dict[int, tuple[fx.Node, list[fx.Node]]],
-    filled: dict[fx.Node, fx.Node],
-) -> None:  # fmt: skip
+def _fill(graph: fx.Graph, node: fx.Node, dying: dict[int, tuple[fx.Node, list[fx.Node]]]) -> None:
     value, parts = node.meta["val"], cat_parts(node)
     along: Any = node.args[1] if len(node.args) > 1 else 0
     dim = along % value.ndim
-    dying = {k: (filled.get(maker, maker), chain) for k, (maker, chain) in dying.items()}
-    makers = {maker for maker, _ in dying.values()}
-    first = next(n for n in graph.nodes if n in makers)
+    position = {n: k for k, n in enumerate(graph.nodes)}
+    first = min((complete for complete, _ in dying.values()), key=position.__getitem__)
     with graph.inserting_before(first):
         result = graph.call_function(
             aten.empty_strided.default, (list(value.shape), list(value.stride())),
             {"dtype": value.dtype, "device": value.device},
         )  # fmt: skip
     result.meta = dict(node.meta)
-    start, copies = 0, set[fx.Node]()
+    start = 0
     for k, x in enumerate(parts):
         size = x.meta["val"].shape[dim]
         at = node
         if k in dying:
             at, chain = dying[k]
             for view in chain:
-                at.append(view)
-                at = view
+                if position[view] > position[dying[k][0]]:
+                    at.append(view)
+                    at = view
             at = at.next
         with graph.inserting_before(at):
             place = graph.call_function(aten.slice.Tensor, (result, dim, start, start + size))
-            copies.add(graph.call_function(aten.copy_.default, (place, x)))
+            graph.call_function(aten.copy_.default, (place, x))
         start += size
-    filled[result] = next(n for n in reversed(graph.nodes) if n in copies)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

@@ -80,7 +80,7 @@ def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
     arguments = argument_views(graph)
     chains: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target not in _GATHERS or not node.users:
+        if node.target not in _GATHERS or not node.users or halves_of(node) is None:
             continue
         sources = node.all_input_nodes
         if len(sources) == 1 and sources[0] in chains and len(sources[0].users) == 1:

@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from autopar.comm.groups import group_of_all
 from autopar.comm.steps import STEPS
+from autopar.ir.aliasing import Storage, storages
 
 _STEPS = set(STEPS.values())
 _NAMESPACES = ("autopar", "_c10d_functional")
@@ -21,7 +22,8 @@ class VerifyError(AssertionError):
 
 
 def verify(gm: fx.GraphModule) -> None:
-    """Check one program: SSA form, and the shapes that the plan foretold.
+    """Check one program: SSA form, the shapes that the plan foretold, and that nothing reads what
+    a collective still writes.
 
     Raises:
         VerifyError: naming the node.
@@ -36,6 +38,37 @@ def verify(gm: fx.GraphModule) -> None:
                 f"{node.format_node()}: the layout {node.meta.get('spec')} gives the local shape "
                 f"{tuple(expected)}, the program computes {tuple(value.shape)}"
             )
+    _check_waits(gm.graph)
+
+
+def _check_waits(graph: fx.Graph) -> None:
+    """A collective that was started may be shown, finished and returned, and nothing else may read
+    it before it is finished."""
+    if not any(_half(node) == "start" for node in graph.nodes):
+        return
+    where = storages(graph)
+    started: set[Storage] = set()
+    for node in graph.nodes:
+        half = _half(node)
+        if half == "start":
+            started.add(where[node])
+        if half in ("finish", "wait"):
+            started -= {where[n] for n in node.all_input_nodes}
+        elif node.op == "call_function" and where[node] not in started:
+            early = [n for n in node.all_input_nodes if where[n] in started]
+            if early:
+                raise VerifyError(
+                    f"{node.format_node()}: reads {early[0]} before its collective is finished"
+                )
+
+
+def _half(node: fx.Node) -> str:
+    """Whether an operator starts a collective or finishes one; empty for others."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "autopar":
+        return ""
+    name = target._opname.split("_")[0]
+    return name if name in ("start", "finish", "wait") else ""
 
 
 class _Shapes(fx.Interpreter):

@@ -10,7 +10,11 @@ ATTENTION = "**.scaled_dot_product_attention"
 WINDOWS = "mistral", "padded window"
 FORCED = [
     *((name, "4", "by halo") for name in WINDOWS),
-    *((name, "4", "by ring") for name in CASES if name not in ("gemma", "two blocks", *WINDOWS)),
+    *(
+        (name, "4", "by ring")
+        for name in CASES
+        if name not in ("gemma", "seven tokens", "two blocks", *WINDOWS)
+    ),
     *((name, "4", "by q") for name in ("gpt2", "padded window", "whisper")),
     *((name, "2x2", "by ring q") for name in ("gpt2", "block diagonal")),
     *((name, "2x2", "by halo q") for name in ("padded window",)),
@@ -21,10 +25,18 @@ FORCED = [
 
 
 @pytest.mark.sample(0.22)
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize(("name", "mesh", "strategy"), FORCED)
-def test_a_forced_strategy_equals_a_single_device(pool, name, mesh, strategy):
-    for worst in pool.run(error, name, mesh, {ATTENTION: strategy}):
+def test_a_forced_strategy_equals_a_single_device(pool, name, mesh, strategy, overlaps):
+    for worst in pool.run(error, name, mesh, {ATTENTION: strategy}, 3, overlaps):
         assert worst < CASES[name].tolerance
+
+
+@pytest.mark.parametrize("strategy", ["by q", "by ring"])
+def test_a_rank_that_receives_one_piece_waits_for_it(pool, strategy):
+    """7 tokens of 4 ranks: the concatenation of what is received has one part."""
+    for worst in pool.run(error, "seven tokens", "4", {ATTENTION: strategy}, 3, True):
+        assert worst < CASES["seven tokens"].tolerance
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma", "bert", "whisper", "vit"])
