@@ -138,7 +138,7 @@ def _wrong_in_place() -> Iterator[Any]:
     """Operators that write with another layout than they leave on the tensor that they write."""
     for name in (
         "index_copy_", "index_add_", "index_fill_", "index_reduce_", "scatter_", "scatter_add_",
-        "scatter_reduce_", "masked_scatter_", "put_", "fill_diagonal_", "eye",
+        "scatter_reduce_", "masked_scatter_", "put_", "index_put_", "fill_diagonal_", "eye",
     ):  # fmt: skip
         packet = getattr(torch.ops.aten, name)
         overloads = [o for o in packet.overloads() if name != "eye" or o.endswith("out")]

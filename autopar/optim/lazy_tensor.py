@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils import _pytree as pytree
 
+from autopar.comm.dtensor_rules import UnsupportedOperator
 from autopar.comm.owned_shards import Owned
 from autopar.optim.layout import Layout
 from autopar.optim.recording import Value
@@ -74,6 +75,21 @@ class LazyTensor(torch.Tensor):
         return DTensor.from_local(
             local, self._mesh, placements, run_check=False, shape=self.shape, stride=self.stride()
         )
+
+    def value(self) -> Any:
+        """The same value, to be read: a view that shards do not have is one of the whole value."""
+        try:
+            return self.as_dtensor()
+        except UnsupportedOperator:
+            assert self.view_of is not None, "a value itself lies in a shard"
+        op, args, kwargs, index = self.view_of
+        with torch.no_grad():
+            made = op(
+                *pytree.tree_map_only(LazyTensor, lambda x: x.value().full_tensor(), args), **kwargs
+            )
+        part = made if isinstance(made, torch.Tensor) else made[index]
+        placements = [Replicate()] * self._mesh.ndim
+        return DTensor.from_local(part, self._mesh, placements, run_check=False)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyTensor({list(self.shape)}, {self.dtype}, shard={self.shard})"

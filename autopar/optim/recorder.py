@@ -293,8 +293,8 @@ class Recorder(TorchDispatchMode):
                     f"this optimizer's step cannot run on shards: {op} writes a view. Compute the "
                     "whole result and write it by p.copy_(...)"
                 )
-        return op(*pytree.tree_map_only(LazyTensor, LazyTensor.as_dtensor, args),
-                  **pytree.tree_map_only(LazyTensor, LazyTensor.as_dtensor, kwargs))  # fmt: skip
+        return op(*pytree.tree_map_only(LazyTensor, LazyTensor.value, args),
+                  **pytree.tree_map_only(LazyTensor, LazyTensor.value, kwargs))  # fmt: skip
 
     # -- numbers ----------------------------------------------------------------------------------
 

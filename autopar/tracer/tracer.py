@@ -79,6 +79,7 @@ from autopar.tracer.settings import (
     masks_as_run,
     masks_can_be_skipped,
 )
+from autopar.tracer.shared_buffers import merge_shared_buffers, refuse_changes
 from autopar.tracer.slots import refuse_slots
 from autopar.tracer.source import failing_line
 from autopar.tracer.stack_traces import lines_only
@@ -222,6 +223,7 @@ class ColoTracer:
                     clone, args, kwargs, dynamic_shapes=dims, strict=False
                 )
             rebuild_users(program.graph_module)
+            merge_shared_buffers(program, model)
             detach_no_grad_regions(program.graph_module)
             # The second trace writes the casts of an autocast into the graph, and for every symbol
             # the nodes that compute it, which a graph needs if more than its sizes is read.
@@ -230,6 +232,7 @@ class ColoTracer:
                 keep_draws(program.graph_module)
                 program = retraced(program)
             refuse_strided_writes(program.graph_module)
+            refuse_changes(program, model)
         guards = (*settings, *resolver.guards)
         for guard in guards:
             # a layer that is never dropped trains differently, so warn

@@ -237,6 +237,18 @@ def views_that_outlive_a_number(self, p, g, state):
 
 
 @habit
+def flat_views_of_results(self, p, g, state):
+    """Top-k with error feedback."""
+    error = state.setdefault("error", torch.zeros_like(p))
+    total = g + error
+    flat = total.flatten()
+    largest = flat.abs().topk(max(1, flat.numel() // 3)).indices
+    sent = torch.zeros_like(flat).scatter(0, largest, flat[largest]).view_as(total)
+    error.copy_(total - sent)
+    p.sub_(sent, alpha=0.1)
+
+
+@habit
 def inverses_and_solutions(self, p, g, state):
     if p.ndim != 2:
         return

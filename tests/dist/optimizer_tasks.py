@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from autopar.cluster.cluster import ClusterInfo
 from autopar.comm import dtensor_rules, world
@@ -366,6 +366,16 @@ def around_a_step(what: str) -> str:
             value = optimizer.step(closure)
             results.append(_whole(value).item())
         return "right" if gap() < 1e-12 and abs(results[0] - results[1]) < 1e-12 else f"{gap()}"
+    if what == "masked":  # as in Rprop, whose step with a closure runs on DTensors
+        worst = 0.0
+        for dim in (0, 1):
+            sign = whole[1].sign()
+            other = distribute_tensor(sign.clone(), mesh, [Shard(dim)])
+            for x in (sign, other):
+                x[x.gt(0)] = 1.2
+                x[x.lt(0)] = 0.5
+            worst = max(worst, _gap(other, sign))
+        return "right" if worst == 0 else f"{worst}"
     if what == "error":
 
         def fails(self: Any, p: Any, g: Any, state: Any) -> None:

@@ -68,7 +68,8 @@ def test_an_engine_trains_and_resumes(pair, name):
 
 
 @pytest.mark.parametrize(
-    "what", ["closure", "error", "random", "scaler", "late", "kept", "clip", "refused", "shapes"]
+    "what",
+    ["closure", "error", "random", "scaler", "late", "kept", "clip", "refused", "shapes", "masked"],
 )
 def test_what_happens_around_a_step(pair, what):
     for found in pair.run(tasks.around_a_step, what):
