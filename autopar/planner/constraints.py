@@ -21,7 +21,8 @@ from autopar.errors import ConflictError, ConstraintError
 from autopar.files import read_yaml
 from autopar.ir.graph import ModelGraph
 from autopar.ir.spec import ShardingSpec, fills_every_rank
-from autopar.planner.decisions import FixedLayouts
+from autopar.operators.quantized_linear import int4_linear
+from autopar.planner.decisions import Decision, FixedLayouts
 from autopar.planner.names import Names, output_shapes, suggestion
 from autopar.planner.space import SearchSpace
 from autopar.planner.wanted_layout import ATTENTION, IN_A_BAND, WantedLayout, axes_of, refusal_of
@@ -137,7 +138,8 @@ def _masks(
     unused = dict(enumerate(layouts))
     for place, i in matches.items():
         decision = space.decisions[i]
-        each = np.array([[k.allows(c) for c in decision.candidates] for k in layouts])
+        own = [_of_groups(k, decision) for k in layouts]
+        each = np.array([[k.allows(c) for c in decision.candidates] for k in own])
         if not each.any():
             raise ConstraintError(refusal_of(space, decision, name, place, layouts[0]))
         masks[place] = i, np.asarray(each.any(axis=0))
@@ -147,6 +149,16 @@ def _masks(
         refusal = refusal_of(space, space.decisions[i], name, place, next(iter(unused.values())))
         raise ConstraintError(refusal)
     return masks
+
+
+def _of_groups(layout: WantedLayout, decision: Decision) -> WantedLayout:
+    """The layout of a weight of int4, which has its inputs in groups, where the constraint is that
+    of the weight before."""
+    spec, node = layout.spec, decision.node
+    rounded = node.users and all(user.target is int4_linear for user in node.users)
+    if spec is None or not rounded or spec.ndim != node.meta["val"].ndim - 1:
+        return layout
+    return replace(layout, spec=replace(spec, dims=(*spec.dims, ())))
 
 
 def _is_fixed(space: SearchSpace, decision: int) -> bool:

@@ -14,7 +14,7 @@ for the mesh) is for the solver to lay out.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -30,7 +30,7 @@ from autopar.planner.describe import grouped_names
 from autopar.planner.names import every_name, matcher, operator_names
 from autopar.planner.tensor_schemes import SCHEMES, Axes, SplitProduct, mesh_axes
 from autopar.sharding.node_rules import is_floating, results, rule_of, strategy_by_name
-from autopar.sharding.rule import Dims
+from autopar.sharding.rule import Dims, OpRule
 from autopar.units import mesh_text
 
 _PRODUCTS = (
@@ -78,7 +78,9 @@ class _Layouts:
         self.name, self.scheme, self.graph, self.mesh = name, SCHEMES[name], graph, mesh
         self._axes = axes
         nodes = list(graph.compute_nodes())
-        self.calls = {n: call for n in nodes if (call := _product(graph, n)) is not None}
+        self.calls = {
+            n: call for n in nodes if (call := _product(graph, n, self._rows)) is not None
+        }
         self.parity = _parities(graph, self.calls)
         self.shapes = {
             shape_of(value.meta["val"])
@@ -117,7 +119,7 @@ class _Layouts:
         small, remedies = [], []
         for what, remedy, name, axes in zip(
             ("rows", "summed features", "features of the result"),
-            ("a larger batch", "a smaller mesh", "a smaller mesh"),
+            ("more samples or longer ones", "a smaller mesh", "a smaller mesh"),
             self.calls[node].factors, (how.m, how.k, how.n), strict=True,
         ):  # fmt: skip
             if axes and (name not in factors or not factors[name].allows(axes, self.mesh)):
@@ -138,6 +140,20 @@ class _Layouts:
     def _split(self, node: fx.Node) -> SplitProduct:
         how = self.scheme.products[self.parity[self.calls[node].activations]]
         return SplitProduct(*(self._on_mesh(getattr(how, f)) for f in how.__dataclass_fields__))
+
+    def _rows(self, rule: OpRule, dims: Sequence[str | None]) -> str | None:
+        """The factor of the rows: the first dim that is large enough, the batch or the sequence.
+
+        Args:
+            dims: factors of all dims that may be rows.
+        """
+        axes = {self._on_mesh(how.m) for how in self.scheme.products}
+        axes |= {self._on_mesh(rows) for rows, _ in self.scheme.activations}
+
+        def fits(dim: str | None) -> bool:
+            return dim is not None and all(rule.factors[dim].allows(a, self.mesh) for a in axes)
+
+        return next((dim for dim in dims if fits(dim)), dims[0] if dims else None)
 
     def _activations(self, node: fx.Node) -> tuple[Axes, Axes]:
         rows, features = self.scheme.activations[self.parity.get(node, 0)]
@@ -161,10 +177,12 @@ class _Layouts:
         if node not in self.parity or len(values) != 1 or shape_of(values[0]) not in self.shapes:
             return None
         rows, features = self._activations(node)
-        dims = rule_of(node)[0].outputs[0]
-        if (rows and dims[0] is None) or (features and dims[-1] is None):
+        rule = rule_of(node)[0]
+        *others, last = rule.outputs[0]
+        first = self._rows(rule, others)
+        if (rows and first is None) or (features and last is None):
             return None
-        return self._result(node, {dims[0] or "": rows, dims[-1] or "": features})
+        return self._result(node, {first or "": rows, last or "": features})
 
     def _result(self, node: fx.Node, splits: Mapping[str, Axes]) -> str | None:
         """The layout of a result if the node splits its factors so; None if it cannot."""
@@ -204,8 +222,14 @@ class _Layouts:
         return " | ".join(legal) or None
 
 
-def _product(graph: ModelGraph, node: fx.Node) -> _Call | None:
-    """The product that a node is; None if it is none of activations with a weight."""
+def _product(
+    graph: ModelGraph, node: fx.Node, rows: Callable[[OpRule, Sequence[str | None]], str | None]
+) -> _Call | None:
+    """The product that a node is; None if it is none of activations with a weight.
+
+    Args:
+        rows: the factor of the rows, of those that may be.
+    """
     if not str(node.target).startswith(_PRODUCTS):
         return None
     rule, values = rule_of(node)[0], operands(node)
@@ -223,9 +247,12 @@ def _product(graph: ModelGraph, node: fx.Node) -> _Call | None:
     (weight, dims), (activations, own) = weights[0], others[0]
     summed = [d for d in dims if d is not None and d not in out]
     kept = [d for d in dims if d is not None and d in out and d not in own]
-    m = out[0]
-    if len(summed) != 1 or len(kept) != 1 or m not in own or summed[0] not in own:
+    if len(summed) != 1 or len(kept) != 1 or summed[0] not in own:
         return None
+    left = [dim for dim in out if dim in own and (dim is None or dim not in dims)]
+    if not left:
+        return None
+    m = rows(rule, left)
     parameter = _parameter(graph, weight)
     assert parameter is not None
     direct = weight.op == "placeholder"

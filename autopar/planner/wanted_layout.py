@@ -116,11 +116,16 @@ def refusal_of(
 
 
 def _without_a_part(spec: ShardingSpec, shape: Sequence[int], mesh: Sequence[int]) -> str:
-    """Which dim has fewer elements than ranks; empty if none has."""
+    """Which dim is too short for its ranks, which take parts as `torch.chunk` cuts them; empty if
+    none is."""
     for dim, (size, axes) in enumerate(zip(shape, spec.dims, strict=True)):
         ranks = math.prod(mesh[a] for a in axes)
-        if ranks > size:
-            return f"leaves ranks without a part: {ranks} split dim {dim}, of size {size}, of"
+        if not fills_every_rank(size, axes, mesh):
+            part = -(-size // ranks)
+            parts = f" in parts of {part}" if part > 1 else ""
+            return (
+                f"leaves ranks without a part: {ranks} split dim {dim}, of size {size}{parts}, of"
+            )
     return ""
 
 

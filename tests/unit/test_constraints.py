@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autopar import autoplan
+from autopar import autoplan, quantize
 from autopar.errors import ConflictError, ConstraintError, InfeasibleError
 from autopar.ir.spec import ShardingSpec
 from autopar.planner.constraints import allowed, load_constraints
@@ -233,3 +233,12 @@ def test_allowed_masks_are_what_constraints_say(free):
     ((decision, mask),) = only.items()
     candidates = free.space.decisions[decision].candidates
     assert {c.name for c, ok in zip(candidates, mask, strict=True) if ok} == {"S0", "S1"}
+
+
+def test_the_layout_of_a_weight_is_that_of_its_int4():
+    """Which has its inputs in groups, a dim more."""
+    model = quantize(nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64)), "int4")
+    planned = autoplan(
+        model, (torch.randn(4, 64),), cluster=eager_to_shard("2"), constraints={"0.weight": "RS0"}
+    )
+    assert str(planned.plan.parameter_specs()["0.weight"]) == "RS0R"

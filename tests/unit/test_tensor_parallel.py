@@ -114,9 +114,11 @@ def test_products_of_one_value_gather_it_once():
 # -- results ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rows", [8, 1], ids=["a batch", "one text"])
 @pytest.mark.parametrize("preset", list(MESHES))
-def test_a_transformer_equals_a_single_device(preset):
-    case = Case.transformer(8)
+def test_a_transformer_equals_a_single_device(preset, rows):
+    """The rows of one text are its tokens."""
+    case = Case.transformer(rows, 6 if rows > 1 else 12)
     planned = case.plan(MESHES[preset], preset)
     assert max(m.error for m in measure(case, planned).values()) < 1e-10
     words = {m.name: m.words for m in planned.plan.modules}
@@ -217,11 +219,13 @@ def test_meshes_that_are_refused(preset, mesh, message):
 
 def test_dims_that_are_too_small_are_refused():
     product = r"mesh .* leaves ranks without a part of every one of the model's 2: aten.linear.* "
-    rows = product + r"would split rows of size 3 over 4 ranks. Take a larger batch$"
+    rows = product + r"would split rows of size 3 over 4 ranks. Take more samples or longer ones$"
     with pytest.raises(ConstraintError, match=rows):
         Case.blocks(1, 3, WIDTH).plan("2x2x2", "tp2.5d")
-    both = r"rows of size 1 over 4 ranks and features of the result of size 2 over 4 ranks. Take a"
-    with pytest.raises(ConstraintError, match=both + " larger batch and a smaller mesh"):
+    both = r"rows of size 1 over 4 ranks and features of the result of size 2 over 4 ranks. Take"
+    with pytest.raises(
+        ConstraintError, match=both + " more samples or longer ones and a smaller mesh"
+    ):
         Case.transformer(1, length=1, width=2).plan("4x4", "tp2d")
     features = product + r"would split features of the result of size 8 over 16 ranks. Take a sm"
     with pytest.raises(ConstraintError, match=features):
