@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -31,6 +30,8 @@ from autopar.units import budget_text, bytes_text
 
 # Amounts of memory that are tried for the microbatches in flight.
 _TRIES = 10
+# Of a budget that was named and is not enough.
+_SLACK = 0.001
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def compile_stages(
             if plan.pipeline is None:
                 inputs = tensors[graph.input_arguments]
                 budget = budget.of_microbatch(arguments, inputs, plan.microbatches)
+                results = plan.microbatches * _results_bytes(traced)
+                budget = replace(budget, other_bytes=budget.other_bytes + results)
                 known = planned.schedule_of(traced.program)
             else:
                 budget = budget.with_sums(arguments, plan.microbatches)
@@ -180,17 +183,17 @@ class StageRoom:
             number, flying[number] - 1, stages[number].held_bytes, others, of_pipeline=True
         )
 
-    def described(self, refused: InfeasibleError | None, reserved: float) -> str:
+    def described(self, own: float, others: float) -> str:
         """What does not fit, and what it needs.
 
         Args:
-            refused: its schedule beside what was reserved for the others, if it had none.
+            own, others: bytes of one microbatch, and of what else is there.
         """
-        needs = "more" if refused is None else bytes_text(refused.smallest_bytes)
+        needs = bytes_text(own)
         if not self.of_pipeline:
             return f"a microbatch needs {needs}, with gradients of those before it"
         return (
-            f"pipeline stage {self.number} needs {needs} beside {bytes_text(reserved)} for "
+            f"pipeline stage {self.number} needs {needs} beside {bytes_text(others)} for "
             f"{self.more} other microbatches in flight and for other stages of its rank "
             f"({bytes_text(self.others_bytes)})"
         )
@@ -201,6 +204,17 @@ def _budget(
 ) -> StepBudget:
     copied = sum(graph.placeholders[k].meta["val"].nbytes for k in graph.mutated_placeholders)
     return StepBudget.of(arguments, memory_bytes, options.optimizer_state, copied)
+
+
+def _results_bytes(traced: TracedStep) -> float:
+    """Of the results of a microbatch and of their gradients: those of all microbatches are there at
+    the end. Scalars do not count."""
+    nbytes = 0.0
+    for node, result in zip(traced.joint.outputs, traced.joint.results, strict=False):
+        value = node.meta["val"] if isinstance(node, fx.Node) else None
+        if isinstance(value, torch.Tensor) and value.ndim:
+            nbytes += (2 if result.differentiable else 1) * value.nbytes
+    return nbytes
 
 
 def _within(
@@ -221,14 +235,14 @@ def _within(
     """
     least, most = room.others_bytes, budget.memory_bytes
     reserved = min(least + room.more * room.held_bytes, most)
-    refused: InfeasibleError | None = None
+    smallest = 1.0  # memory with which this one has a schedule, as far as known
     deadline = Deadline(seconds)
     for _ in range(_TRIES):
         own = replace(budget, memory_bytes=budget.memory_bytes - reserved)
         try:
             memory = agreed_schedule(traced.program, own, place.ranks, known, deadline.left)
         except InfeasibleError as error:
-            refused, most = error, reserved
+            smallest, most = error.smallest_bytes, reserved
         else:
             body = lower(traced, memory.schedule, first=first)
             needed = room.others_bytes + room.more * held_bytes(body)
@@ -238,14 +252,27 @@ def _within(
         if not room.more:
             break
         reserved = (least + most) / 2
-    smallest = math.inf if refused is None else most + refused.smallest_bytes
-    more = "more memory" if refused is None else f"at least {budget_text(smallest)}"
+    # the schedule that needs least is one that keeps little
+    for _ in range(_TRIES):
+        own = replace(budget, memory_bytes=smallest)
+        try:
+            memory = agreed_schedule(traced.program, own, place.ranks, None, deadline.left)
+        except InfeasibleError as error:
+            smallest = max(error.smallest_bytes, (1 + _SLACK) * smallest)
+            continue
+        body = lower(traced, memory.schedule, first=first)
+        needed = max(place.ranks.of_all(room.others_bytes + room.more * held_bytes(body)))
+        if smallest + needed <= budget.memory_bytes:
+            return memory, body
+        break
+    else:
+        needed = most
     tiers = f". {STATES_STAY}" if traced.options.cluster.off_device_tiers else ""
     raise InfeasibleError(
-        f"{room.described(refused, most)}, and there is {bytes_text(budget.memory_bytes)}.\n"
+        f"{room.described(smallest, needed)}, and there is {bytes_text(budget.memory_bytes)}.\n"
         f"  Use more microbatches, which are smaller, {'more stages, ' * room.of_pipeline}or "
-        f"{more}{tiers}",
-        budget_bytes=budget.memory_bytes, smallest_bytes=smallest,
+        f"at least {budget_text(smallest + needed)}{tiers}",
+        budget_bytes=budget.memory_bytes, smallest_bytes=smallest + needed,
     )  # fmt: skip
 
 

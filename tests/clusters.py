@@ -10,9 +10,11 @@ def eager_to_shard(mesh: str, *, overlaps: bool | None = None) -> ClusterInfo:
     """Slow devices and fast links: the solver splits whatever it can.
 
     Args:
-        overlaps: collectives run beside compute.
+        overlaps: collectives run beside compute, as on GPUs. By default on meshes of several axes,
+            and not on others, so that both ways are tried.
     """
     cluster = ClusterInfo.of(mesh, "cpu")
+    overlaps = len(cluster.mesh) > 1 if overlaps is None else overlaps
     slow = replace(
         cluster.device, peak_flops={"float32": 1e6, "float64": 1e6}, bandwidth=1e7, launch_us=0.01,
         overlaps=overlaps,

@@ -49,6 +49,7 @@ _PATIENCE = 1.5  # times the budget: if checkpointing needs more, slices are loo
 _NEARLY = 1.25  # times the budget
 _TIED = 5e-3  # of a step: what untied blocks must save to be scheduled
 _FIRST_SHARE = 0.75  # of the time that is left: to schedule a plan before any is known to fit
+_SURE = 0.95  # of the budget: a plan that is estimated to need more is scheduled to see if it fits
 EVEN = 1e-2  # of a step: the cost of fitting the budget at which no other plans are tried
 
 
@@ -78,7 +79,7 @@ class JointPlan:
         planned: its time and memory are those of the schedule, if there is one.
         memory: the schedule; None where the plan fits without one.
         step: that is scheduled.
-        tried: all trials; sharding first is the first of them.
+        tried: all trials. The first is sharding first, unless a plan that is hardly slower fits.
         unscheduled_bytes: the least memory of a plan that keeps everything, as far as known.
     """
 
@@ -106,22 +107,27 @@ def plan_jointly(
     """
     unlimited = problem.decide(math.inf)
     needed = estimate_memory(problem.space, unlimited.choices).total_bytes
-    binds = needed > problem.budget_bytes
-    if not binds and not always:
+    if needed <= _SURE * problem.budget_bytes and not always:
         return JointPlan(problem.planned(unlimited))
     trials = _Trials(problem, output_specs, needed)
-    limited = limited_plans(problem, needed, trials.errors) if binds else iter(())
-    fitting = next(limited, None)
     # no plan is faster than the one without a limit
     even = (1 + EVEN) * unlimited.step_us
+    if needed <= problem.budget_bytes:
+        trials.add(math.inf, unlimited)
+        if trials.best_us <= even:
+            return trials.fastest()
+    limited = limited_plans(problem, needed, trials.errors)
+    fitting = next(limited, None)
     if fitting is not None and fitting[1].step_us <= even and _fits(problem, fitting[1]):
-        if not always:
+        sure = estimate_memory(problem.space, fitting[1].choices).total_bytes
+        if not always and sure <= _SURE * problem.budget_bytes:
             return JointPlan(problem.planned(fitting[1]))
         trials.add(*fitting)
-        return trials.fastest()
+        if trials.best_us <= even:
+            return trials.fastest()
     trials.add(math.inf, unlimited)
     limited = itertools.chain([] if fitting is None else [fitting], limited)
-    while trials.best is None or (binds and trials.best.trial.added_us > EVEN * unlimited.step_us):
+    while trials.best is None or trials.best.trial.added_us > EVEN * unlimited.step_us:
         if trials.best is None and trials.out_of_reach:
             break
         if problem.deadline.over:
@@ -130,7 +136,7 @@ def plan_jointly(
         if limit_and_result is None:
             break
         trials.add(*limit_and_result)
-    if trials.best is None and binds and not trials.out_of_reach:
+    if trials.best is None and not trials.out_of_reach:
         for limit, result in lower_plans(problem, trials.last_refusal):
             trials.add(limit, result)
     if not always and fitting is not None and trials.is_beaten_by(fitting[1]):
@@ -203,6 +209,11 @@ class _Trials:
         trial = self.tried[choices] = Trial(us, memory.added_us)
         if self.best is None or trial.step_us < self.best.trial.step_us:
             self.best = _Scheduled(trial, replace(result, choices=choices), step, memory, split)
+
+    @property
+    def best_us(self) -> float:
+        """Of the fastest step so far; infinite without one."""
+        return math.inf if self.best is None else self.best.trial.step_us
 
     def is_beaten_by(self, result: SearchResult) -> bool:
         """Whether a plan that was not scheduled, for lack of time, fits and is faster as it is."""

@@ -168,7 +168,7 @@ class _Placement:
         """
         i, backward = self.sequence[p], p >= self.first
         chain = self._chain(p)
-        start = self._start(p, at, chain) if i in self.program.splits else at
+        start = self._start(p, at, chain) if p in self.hideable_us else at
         if moves:
             self.replaced[p] = ()
             self.room[at:p] -= self._bytes(p)
