@@ -210,8 +210,10 @@ class SplitCompiler:
         """The plan of a microbatch, with its stages; on rank 0."""
         if chosen is not None and alike is None:
             return chosen
-        alone = 1 if self.pipeline is not None else count  # stages plan their room themselves
-        decided = self.decide(graph, fixed, alike, microbatches=alone, samples=samples)
+        decided = self.decide(
+            graph, fixed, alike, microbatches=count, samples=samples,
+            staged=self.pipeline is not None,
+        )  # fmt: skip
         pipeline = decided.plan.pipeline if alike is None else alike.plan.pipeline
         return replace(decided, plan=replace(decided.plan, microbatches=count, pipeline=pipeline))
 

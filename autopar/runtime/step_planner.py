@@ -64,6 +64,7 @@ class StepPlanner:
         forward: bool = False,
         microbatches: int = 1,
         samples: int = 0,
+        staged: bool = False,
     ) -> StepPlan:
         """The plan that was given, that of a step for other sizes, or a new one; on rank 0.
 
@@ -71,9 +72,11 @@ class StepPlanner:
             forward: of a step that trains nothing.
             microbatches: of the batch, if the graph is that of one of them.
             samples: of that batch.
+            staged: the plan is that of layouts for the stages of a pipeline, which find room for
+                their microbatches themselves.
         """
         options, cluster = self.options, self.options.step.cluster.of_a_stage()
-        if alike is not None and alike.memory is None:
+        if alike is not None and (staged or alike.memory is None):
             plan = replace(alike.plan, fingerprint=graph.fingerprint)
             if self._serves(graph, plan, fixed):
                 return StepPlan(plan)
@@ -100,6 +103,10 @@ class StepPlanner:
         }
         if not options.step.lowered:
             return StepPlan((planned := autoplan(self.model, **planning)).plan, planned=planned)
+        if staged:
+            planned = autoplan(self.model, budget_bytes=math.inf, **planning)
+            plan = replace(planned.plan, budget_bytes=cluster.budget_bytes)
+            return StepPlan(plan, planned=planned)
         if microbatches > 1:
             problem = build_problem(self.model, microbatches=microbatches, **planning)
             jointly = partial(plan_jointly, output_specs=fixed.outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar import auto_engine
 from autopar.comm.owned_shards import Owned
-from autopar.errors import AutoparError
+from autopar.errors import AutoparError, InfeasibleError
 from autopar.runtime.deferred_result import DeferredResult
 from tests.clusters import eager_to_shard
 from tests.models import OPTIMIZERS
@@ -248,6 +249,19 @@ def refusals() -> dict[str, str]:
         "local": _local_batches(),
         "differ": message("frozen", batch=batch),
     }
+
+
+def within_named_memory(name: str, mesh: str, microbatches: int, schedule: str) -> dict[str, Any]:
+    """Train within the memory that a refusal names: how many refusals, the largest difference."""
+    memory: float | str = "1kB"
+    for refusals in range(4):
+        try:
+            found = train(name, mesh, microbatches, schedule, {"memory": memory}, {"steps": 2})
+        except InfeasibleError as refused:
+            memory = refused.smallest_bytes
+        else:
+            return {"refusals": refusals, "difference": max(found["differences"].values())}
+    return {"refusals": 4, "difference": math.nan}
 
 
 def _local_batches() -> str:

@@ -116,6 +116,15 @@ def test_refusals_are_the_same_on_all_ranks_and_say_what_to_do(pool):
         assert all(other[name] == first[name] for other in others), name
 
 
+@pytest.mark.parametrize(
+    ("name", "schedule", "microbatches"), [("frozen", "1f1b", 3), ("thrice", "zbv", 3)]
+)
+def test_the_memory_that_a_refusal_names_is_enough(pool, name, schedule, microbatches):
+    """The planner's, or that of the stage which needs most; microbatches are of two sizes."""
+    for found in pool.run(tasks.within_named_memory, name, BOTH, microbatches, schedule):
+        assert found["refusals"] <= 2 and found["difference"] < EXACT
+
+
 def test_an_error_of_one_rank_is_one_of_all(pool):
     messages = pool.run(tasks.fails_on_one_rank)
     assert all("no way here" in message for message in messages), messages
