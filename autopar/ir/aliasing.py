@@ -102,6 +102,8 @@ def overwritable(node: fx.Node) -> list[fx.Node]:
     filling their storage."""
     values = [a.meta.get("val") if isinstance(a, fx.Node) else None for a in node.args]
     positions = overwritable_arguments(node.target, values, node.meta.get("val"))
+    if node.target in _WRITE_AT_INDEX:  # reads the rest of its arguments while it writes
+        positions = [k for k in positions if node.args.count(node.args[k]) == 1]
     return [node.args[k] for k in positions]  # type: ignore[misc]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.fx as fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar.ir.aliasing import storages
 from tests.lowering import lowered
@@ -65,3 +66,17 @@ def test_storages_are_those_of_a_run(name):
     real = {n: kept.values[n].untyped_storage()._cdata for n in made}
     assert len({said[n] for n in made}) == len(set(real.values())) > 10
     assert len({(said[n], real[n]) for n in made}) == len(set(real.values()))
+
+
+def test_what_is_scattered_into_itself_is_not_written_over() -> None:
+    """The sum is scattered into its other term, which is also the source."""
+
+    def function(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        return torch.zeros_like(y).scatter_add(1, index, y) + y
+
+    torch.manual_seed(0)
+    x, index = torch.randn(4, 6, requires_grad=True), torch.rand(4, 6).argsort(1)
+    gm = make_fx(lambda *given: (function(*given),))(x.detach(), index)
+    (found,) = lowered(gm, (x, index))(x, index)
+    assert torch.equal(found, function(x, index))
