@@ -188,8 +188,10 @@ class Refiner:
         if use == at:
             return None
         if s not in self.program.parameters:
-            spans = start < min(at, forward) and forward < use < len(ops)
-            return IdleInterval(start, at, use) if spans else None
+            # a concatenation has memory before it runs, for the parts that are copied into it
+            made = next(p for p in range(start, end + 1) if s in ops[p].makes)
+            spans = made < min(at, forward) and forward < use < len(ops)
+            return IdleInterval(made, at, use) if spans else None
         written = start or BEFORE
         if written != BEFORE and not any(s in op.reads for op in ops[written + 1 : at]):
             return None  # it was reloaded for this use

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar import ClusterInfo
 from autopar.cluster.link import Link
@@ -88,3 +89,27 @@ def test_offloading_needs_less_than_recomputing():
     program = program_of("gpt2")
     smallest = ScheduleFront(replace(program, transfers={})).smallest().peak_bytes
     assert ScheduleFront(program).smallest().peak_bytes <= smallest
+
+
+def test_a_concatenation_is_offloaded_after_it_runs() -> None:
+    """It has memory from its first part on, which is copied into it before the other is made."""
+
+    def joined(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            y = torch.cat([(x @ w).sin(), (x @ w).cos() * 2], 1)
+            x = (y * y)[:, ::2]
+        return x.square().sum()
+
+    arguments = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((64, 32), (32, 32))]
+    gm = make_fx(lambda *given: (joined(*given),))(*(x.detach() for x in arguments))
+    cluster = replace(FAST, device=replace(FAST.device, overlaps=True))
+    program = in_order(lowering.program_of(gm, arguments, cluster=cluster))
+    front = ScheduleFront(program)
+    smallest = front.smallest().peak_bytes
+    budgets = [smallest + k / 8 * (front.eager_bytes - smallest) for k in range(8)]
+    moved = set()
+    for point in front.solve(budgets):
+        check(program, point.schedule)
+        moved |= point.schedule.offloaded(program)
+    fills = {s for op in program.ops if op.fills for s in op.makes}
+    assert moved & fills
