@@ -76,6 +76,9 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if not isinstance(result, torch.Tensor | list | tuple):  # asks for a device
             return result
+        shown = _shown(func, args, kwargs)
+        if shown is not None and isinstance(result, torch.Tensor):
+            result = torch.ops.aten.alias.default(shown)
         node = self._graph.call_function(func, self.nodes(args), self.nodes(kwargs))
         if isinstance(result, torch.Tensor):
             self._note(result, node)
@@ -83,6 +86,16 @@ class _Recorder(TorchDispatchMode):
             for k, part in enumerate(result):
                 self._note(part, self._graph.call_function(operator.getitem, (node, k)))
         return result
+
+
+def _shown(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The tensor whose memory a functional collective returns: the one that it waits for or writes
+    to. On the meta device each returns another one (torch 2.13)."""
+    if func.namespace != "_c10d_functional":
+        return None
+    if func is torch.ops._c10d_functional.wait_tensor.default:
+        return args[0]
+    return kwargs.get("out", args[0]) if func._schema.is_mutable else None
 
 
 def _shape_of(t: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ class JointPlan:
         planned: its time and memory are those of the schedule, if there is one.
         memory: the schedule; None where the plan fits without one.
         step: that is scheduled.
-        tried: all trials. The first is sharding first, unless a plan that is hardly slower fits.
+        tried: all trials; sharding first is the first of them.
         unscheduled_bytes: the least memory of a plan that keeps everything, as far as known.
     """
 
@@ -114,17 +114,13 @@ def plan_jointly(
     even = (1 + EVEN) * unlimited.step_us
     if needed <= problem.budget_bytes:
         trials.add(math.inf, unlimited)
-        if trials.best_us <= even:
+        if trials.best is not None and trials.best.trial.step_us <= even:
             return trials.fastest()
     limited = limited_plans(problem, needed, trials.errors)
     fitting = next(limited, None)
-    if fitting is not None and fitting[1].step_us <= even and _fits(problem, fitting[1]):
-        sure = estimate_memory(problem.space, fitting[1].choices).total_bytes
-        if not always and sure <= _SURE * problem.budget_bytes:
-            return JointPlan(problem.planned(fitting[1]))
-        trials.add(*fitting)
-        if trials.best_us <= even:
-            return trials.fastest()
+    known = None if fitting is None or always else fitting[1]
+    if known is not None and known.step_us <= even and _fits(problem, known, _SURE):
+        return JointPlan(problem.planned(known))
     trials.add(math.inf, unlimited)
     limited = itertools.chain([] if fitting is None else [fitting], limited)
     while trials.best is None or trials.best.trial.added_us > EVEN * unlimited.step_us:
@@ -139,8 +135,8 @@ def plan_jointly(
     if trials.best is None and not trials.out_of_reach:
         for limit, result in lower_plans(problem, trials.last_refusal):
             trials.add(limit, result)
-    if not always and fitting is not None and trials.is_beaten_by(fitting[1]):
-        return JointPlan(problem.planned(fitting[1]))
+    if known is not None and trials.is_beaten_by(known):
+        return JointPlan(problem.planned(known))
     return trials.fastest()
 
 
@@ -210,15 +206,10 @@ class _Trials:
         if self.best is None or trial.step_us < self.best.trial.step_us:
             self.best = _Scheduled(trial, replace(result, choices=choices), step, memory, split)
 
-    @property
-    def best_us(self) -> float:
-        """Of the fastest step so far; infinite without one."""
-        return math.inf if self.best is None else self.best.trial.step_us
-
     def is_beaten_by(self, result: SearchResult) -> bool:
         """Whether a plan that was not scheduled, for lack of time, fits and is faster as it is."""
         choices = without_reshard(self.problem.space, result.tied_within(_TIED).choices)
-        if choices in self.tried or not _fits(self.problem, result):
+        if choices in self.tried or not _fits(self.problem, result, _SURE):
             return False
         return self.best is None or result.step_us < self.best.trial.step_us
 
@@ -378,10 +369,10 @@ class _Trials:
         )  # fmt: skip
 
 
-def _fits(problem: PlanningProblem, result: SearchResult) -> bool:
-    """Without a schedule."""
+def _fits(problem: PlanningProblem, result: SearchResult, share: float = 1.0) -> bool:
+    """Whether a plan is estimated to fit a share of the budget without a schedule."""
     needed = estimate_memory(problem.space, result.choices).total_bytes
-    return needed <= problem.budget_bytes
+    return needed <= share * problem.budget_bytes
 
 
 def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:

@@ -125,7 +125,7 @@ def test_what_is_computed_again_changes_nothing(pool, name, dropout, share, over
         assert any("gather" in name for name in ahead) == overlaps
     if overlaps:  # buffers count, under way and inside of what runs whole
         peaks = [rank["peak"] for rank in ranks]
-        assert [rank["measured"] for rank in ranks] == pytest.approx(peaks, rel=1e-3)
+        assert [rank["measured"] for rank in ranks] == pytest.approx(peaks, abs=64)
 
 
 def test_microbatches_within_a_budget(pool):
@@ -141,7 +141,7 @@ def test_microbatches_within_a_budget(pool):
 def test_parameters_on_the_host(pool, overlaps):
     ranks = pool.run(memory_tasks.parameters_on_host, "2x2", overlaps)
     peaks = [rank["peak"] for rank in ranks]
-    assert [rank["measured"] for rank in ranks] == pytest.approx(peaks, rel=1e-3)
+    assert [rank["measured"] for rank in ranks] == pytest.approx(peaks, abs=64)
     for rank in ranks:
         assert rank["error"] < 1e-12
         assert rank["over"] == 0
