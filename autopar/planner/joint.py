@@ -135,7 +135,7 @@ def plan_jointly(
     if trials.best is None and not trials.out_of_reach:
         for limit, result in lower_plans(problem, trials.last_refusal):
             trials.add(limit, result)
-    if known is not None and trials.is_beaten_by(known):
+    if known is not None and problem.deadline.over and trials.is_beaten_by(known):
         return JointPlan(problem.planned(known))
     return trials.fastest()
 
@@ -209,7 +209,7 @@ class _Trials:
     def is_beaten_by(self, result: SearchResult) -> bool:
         """Whether a plan that was not scheduled, for lack of time, fits and is faster as it is."""
         choices = without_reshard(self.problem.space, result.tied_within(_TIED).choices)
-        if choices in self.tried or not _fits(self.problem, result, _SURE):
+        if choices in self.tried or not _fits(self.problem, result):
             return False
         return self.best is None or result.step_us < self.best.trial.step_us
 
