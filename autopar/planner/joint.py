@@ -49,7 +49,7 @@ _PATIENCE = 1.5  # times the budget: if checkpointing needs more, slices are loo
 _NEARLY = 1.25  # times the budget
 _TIED = 5e-3  # of a step: what untied blocks must save to be scheduled
 _FIRST_SHARE = 0.75  # of the time that is left: to schedule a plan before any is known to fit
-_SURE = 0.95  # of the budget: a plan that is estimated to need more is scheduled to see if it fits
+_SURE = 0.98  # of the budget: a plan that is estimated to need more is scheduled to see if it fits
 EVEN = 1e-2  # of a step: the cost of fitting the budget at which no other plans are tried
 
 
