@@ -152,11 +152,33 @@ class EdgeCostTable:
         split, kept = (
             np.array([_axes_of_dims(s) for s in each], dtype=np.int64) for each in (rows, specs)
         )
-        gathers = converts & (split[:, None] & ~kept != 0).any(axis=-1)
+        lost = np.where(converts[..., None], split[:, None] & ~kept, 0)
+        share = self._received_share(edge.shape, rows, lost)
         result = converts * made.astype(float)
-        working = gathers * made.astype(float)
-        dying = gathers * np.maximum(0.0, made.astype(float) - held[:, None])
+        working = share * made.astype(float)
+        dying = np.maximum(0.0, working - held[:, None])
         return CopyBytes(result[every], working[every], dying[every])
+
+    def _received_share(
+        self, shape: Sequence[int], rows: Sequence[ShardingSpec], lost: np.ndarray
+    ) -> np.ndarray:
+        """What a gather holds besides its result, as a share of it [source, target]. Rows join
+        along another dim than the first. Along the first they arrive in place, one axis after
+        the other, the outermost last.
+
+        Args:
+            lost: [source, target, dim], the axes of each dim that are gathered, as bits.
+        """
+        share = lost.any(axis=-1).astype(float)
+        if not shape:
+            return share
+        sizes = [[self._costs.mesh[axis] for axis in spec.dims[0]] for spec in rows]
+        even = np.array([shape[0] % prod(each) == 0 for each in sizes])
+        outermost = np.array([each[0] if each else 1 for each in sizes])
+        axes = lost[..., 0]
+        in_place = even[:, None] & (axes != 0) & (lost.sum(axis=-1) == axes)
+        several = (axes & (axes - 1)) != 0
+        return np.where(in_place, several / outermost[:, None], share)
 
 
 def _axes_of_dims(spec: ShardingSpec) -> list[int]:
