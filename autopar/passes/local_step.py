@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import torch
@@ -19,6 +19,7 @@ from autopar.passes.apply_sharding import LocalProgram, apply_sharding
 from autopar.passes.bucket import bucket_collectives
 from autopar.passes.lower import TracedStep, trace_step
 from autopar.passes.pipeline import LowerOptions
+from autopar.passes.split_regions import copy_of
 from autopar.plan import ShardingPlan
 from autopar.schedule.program import Program
 from autopar.schedule.transfers import large_parameters
@@ -34,11 +35,13 @@ class LocalStep:
         program: its operators.
         arguments: fake tensors that it is called with.
         copied_bytes: of the buffers that the step updates, which are copied for it.
+        source: the program that was traced, of all blocks or of a few; None after the search.
     """
 
     program: Program
     arguments: tuple[torch.Tensor, ...]
     copied_bytes: int
+    source: UntracedStep | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class UntracedStep:
         options: of its lowering.
         copied_bytes: as of `LocalStep`.
         gap: that the program has in a list of equal blocks.
+        known: the program as it is, traced, if that was done.
     """
 
     gm: fx.GraphModule
@@ -58,10 +62,21 @@ class UntracedStep:
     options: LowerOptions
     copied_bytes: int = 0
     gap: Gap | None = None
+    known: TracedStep | None = field(default=None, compare=False, repr=False)
 
     def traced(self, gm: fx.GraphModule) -> TracedStep:
         """The program, or one made from it, traced; it may be changed."""
         return trace_step(gm, self.arguments, self.options)
+
+    def with_known(self) -> UntracedStep:
+        """The same with its program traced."""
+        return replace(self, known=self.traced(copy_of(self.gm)))
+
+    def local(self) -> LocalStep:
+        """The same traced, of all blocks."""
+        step = self.with_known()
+        assert step.known is not None
+        return LocalStep(step.known.program, self.arguments, self.copied_bytes, step)
 
     def program_of(self, traced: TracedStep) -> Program | None:
         """The operators with all blocks; None if those around the gap differ."""
@@ -89,15 +104,16 @@ def local_step(
     short = None if choices is None else shortened(graph, choices)
     if short is not None:
         step = short_step(graph, short, plan, trainable=trainable, output_specs=output_specs)
-        program = step.program_of(step.traced(step.gm))
+        step = step.with_known()
+        assert step.known is not None
+        program = step.program_of(step.known)
         if program is not None:
             by_name = dict(zip(_tensor_names(short.graph), step.arguments, strict=False))
             names = (short.twins.get(name, name) for name in _tensor_names(graph))
             seed = step.arguments[len(by_name) :]
             arguments = (*(by_name[name] for name in names), *seed)
-            return LocalStep(program, arguments, step.copied_bytes)
-    step = untraced_step(graph, graph, plan, trainable, output_specs)
-    return LocalStep(step.traced(step.gm).program, step.arguments, step.copied_bytes)
+            return LocalStep(program, arguments, step.copied_bytes, step)
+    return untraced_step(graph, graph, plan, trainable, output_specs).local()
 
 
 def short_step(

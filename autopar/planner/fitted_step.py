@@ -16,11 +16,11 @@ from autopar.errors import InfeasibleError, PlanError
 from autopar.passes.local_step import UntracedStep
 from autopar.passes.lower import TracedStep
 from autopar.passes.pipeline import LowerOptions
-from autopar.passes.split_regions import copy_of
 from autopar.plan_records import TimeSplit
 from autopar.planner.time_splits import (
     SECONDS,
     Choice,
+    Score,
     choose_splits,
     forward_score,
     training_score,
@@ -77,7 +77,7 @@ def split_step(
     step: UntracedStep,
     budget: StepBudget,
     seconds: float = SECONDS,
-    short: UntracedStep | None = None,
+    all_blocks: Callable[[], UntracedStep] | None = None,
     whole: MemoryPlan | None = None,
     spent: float = 0.0,
     until: float = math.inf,
@@ -86,10 +86,10 @@ def split_step(
     much. None if no region lowers its peak, or if the states of training alone are too much.
 
     Args:
-        step: of a rank; is not changed.
+        step: of a rank, with all of its blocks or a few; is not changed.
         seconds: of processor time for the search; three times as many if nothing fits before, and
             few if what a forward holds alone is too much.
-        short: the same without most of its equal blocks, in which regions are looked for.
+        all_blocks: the same with all of them, if it lacks some.
         whole: its schedule without slices, if it fits.
         spent: seconds on that schedule; if there is one, the search takes about as long at most.
         until: the processor time at which all ends, the schedule after the search included.
@@ -109,13 +109,13 @@ def split_step(
         seconds = min(seconds, max(_FASTER_S, _FASTER * spent))
         share, longest = _ROOMY, min(seconds, most)
     deadline, last = now + min(seconds, most), now + longest
-    best = _split_to(step, budget, share, last, short, until)
+    best = _split_to(step, budget, share, last, all_blocks, until)
     if best is None or whole is not None or recomputes_little(best.memory):
         return best
     if time.process_time() > deadline:
         return best
     try:
-        split = _split_to(step, budget, _ROOMY, deadline, short, until)
+        split = _split_to(step, budget, _ROOMY, deadline, all_blocks, until)
     except InfeasibleError:
         return best
     better = split is not None and split.memory.timeline.us < best.memory.timeline.us
@@ -178,25 +178,29 @@ def recomputes_little(memory: MemoryPlan) -> bool:
 
 def _split_to(
     step: UntracedStep, budget: StepBudget, share: float, deadline: float,
-    short: UntracedStep | None, until: float,
+    all_blocks: Callable[[], UntracedStep] | None, until: float,
 ) -> FittedStep | None:  # fmt: skip
     """The same with its least peak at a share of the budget; what is left keeps more values."""
-    searched, target = step if short is None else short, share * budget.step_bytes
+    target = share * budget.step_bytes
     try:
-        choice = _choice(searched, target, deadline)
+        choice = _choice(step, target, deadline)
     except PlanError:
-        searched, choice = step, _choice(step, target, deadline)
+        if all_blocks is None:
+            raise
+        step, all_blocks = all_blocks(), None
+        choice = _choice(step, target, deadline)
     if choice is None:
         return None
     traced, program = choice.after.traced, choice.after.program
     assert program is not None, "it was scored"
     memory = budget.choose(program, until=_with_least(until))
-    if searched is step:
+    if all_blocks is None:
         gm, splits = choice.program, choice.splits
     else:
-        gm, splits = with_candidates(step, choice.candidates)
+        gm, splits = with_candidates(all_blocks(), choice.candidates)
+        traced = None
     results = _whole_results(gm, memory.peak_bytes)
-    return FittedStep(gm, program, traced if searched is step else None, memory, splits, results)
+    return FittedStep(gm, program, traced, memory, splits, results)
 
 
 def _trains(step: UntracedStep) -> bool:
@@ -205,9 +209,18 @@ def _trains(step: UntracedStep) -> bool:
 
 def _choice(step: UntracedStep, budget_bytes: float, deadline: float) -> Choice | None:
     training = _trains(step)
-    score = training_score(step, budget_bytes, deadline) if training else forward_score(step)
-    seconds = max(0.0, deadline - time.process_time())
-    return choose_splits(step, budget_bytes, score, training=training, seconds=seconds)
+
+    def scored(traced: TracedStep) -> Score:
+        if training:
+            return training_score(step, traced, budget_bytes, deadline)
+        return forward_score(step, traced)
+
+    known = step.known
+    return choose_splits(
+        step, budget_bytes, lambda gm: scored(step.traced(gm)), training=training,
+        seconds=max(0.0, deadline - time.process_time()),
+        known=None if known is None else lambda _: scored(known),
+    )  # fmt: skip
 
 
 def _whole_results(gm: fx.GraphModule, peak_bytes: float) -> tuple[str, ...]:
@@ -262,8 +275,9 @@ def _fit(
     until: float,
 ) -> FittedStep:
     """The same, with the states where the budget has them."""
-    step = UntracedStep(gm, tuple(arguments), options)
-    traced = step.traced(copy_of(gm))
+    step = UntracedStep(gm, tuple(arguments), options).with_known()
+    traced = step.known
+    assert traced is not None
 
     def in_slices(whole: MemoryPlan | None, spent: float) -> FittedStep | None:
         return split_step(step, budget, whole=whole, spent=spent, until=until)

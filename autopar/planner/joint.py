@@ -16,19 +16,13 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch.fx as fx
 
 from autopar.errors import InfeasibleError, PlanError
-from autopar.ir.shorten import ShortGraph, shortened
 from autopar.ir.spec import ShardingSpec
-from autopar.passes.local_step import (
-    LocalStep,
-    UntracedStep,
-    local_step,
-    short_step,
-    untraced_step,
-)
+from autopar.passes.local_step import LocalStep, UntracedStep, local_step, untraced_step
 from autopar.passes.split_regions import split_regions
 from autopar.plan import ShardingPlan
 from autopar.planner.estimate import estimate_memory, estimate_time
@@ -263,25 +257,28 @@ class _Trials:
             choices=chosen,
         )  # fmt: skip
         budget = replace(_step_budget(self.problem, step), states_on=states_on)
-        short = shortened(space.graph, chosen)
+        source = step.source
+        assert source is not None
         now, left = time.process_time(), self.problem.deadline.left
         until = now + (left if self.best is not None else _FIRST_SHARE * left)
 
         def in_slices(whole: MemoryPlan | None, spent: float) -> FittedStep | None:
             if whole is not None and self.problem.deadline.over:
                 return None
-            return self._in_slices(plan, budget, short, whole, spent, until)
+            return self._in_slices(plan, budget, source, whole, spent, until)
 
         memory, split = fit_program(step.program, budget, in_slices, _PATIENCE, until)
-        return step if split is None else replace(step, program=split.program), memory, split
+        program = step.program if split is None else split.program
+        return replace(step, program=program, source=None), memory, split
 
     def _in_slices(
-        self, plan: ShardingPlan, budget: StepBudget, short: ShortGraph | None,
+        self, plan: ShardingPlan, budget: StepBudget, source: UntracedStep,
         whole: MemoryPlan | None, spent: float, until: float,
     ) -> FittedStep | None:  # fmt: skip
         """The step with regions in slices; None if no region helps.
 
         Args:
+            source: that was traced.
             whole: its schedule without slices, if it fits.
             spent: seconds on it.
             until: as of `split_step`.
@@ -290,14 +287,16 @@ class _Trials:
             InfeasibleError: slices do not make it fit.
         """
         space, trainable = self.problem.space, self.problem.space.workload.trainable
-        step = untraced_step(space.graph, space.graph, plan, trainable, self.output_specs)
-        few = None
-        if short is not None:
-            few = short_step(
-                space.graph, short, plan, trainable=trainable, output_specs=self.output_specs
-            )
+
+        @cache
+        def all_blocks() -> UntracedStep:
+            if source.gap is None:
+                return source
+            return untraced_step(space.graph, space.graph, plan, trainable, self.output_specs)
+
+        lacks_some = None if source.gap is None else all_blocks
         try:
-            fitted = split_step(step, budget, SECONDS, few, whole, spent, until)
+            fitted = split_step(source, budget, SECONDS, lacks_some, whole, spent, until)
         except PlanError as error:  # a region of the few blocks that all of them do not have
             log.info("no slices: %s", error)
             return None
@@ -307,7 +306,7 @@ class _Trials:
             space.graph, space.graph, plan, trainable, self.output_specs,
             coords=[size - 1 for size in plan.mesh],
         )  # fmt: skip
-        if [t.shape for t in last.arguments] != [t.shape for t in step.arguments]:
+        if [t.shape for t in last.arguments] != [t.shape for t in all_blocks().arguments]:
             try:  # its shards are the smallest
                 split_regions(last.gm, last.arguments, fitted.splits)
             except PlanError as error:

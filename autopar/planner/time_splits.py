@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 SECONDS = 60.0  # of the search
 _ROUNDS = 12
+_SCORING = 0.5  # of the time that tracing and scoring a program takes
 _MOST_NESTED = 600  # operators of a program whose slices are looked into
 _GAIN_OF_MORE_SLICES = 0.05  # of the peak, for twice as many
 
@@ -112,11 +113,17 @@ class _Clock:
         """Whether a program may be scored in time."""
         return self.has(self.per_node * len(gm.graph.nodes) if math.isfinite(self.per_node) else 0)
 
-    def timed(self, score: Callable[[fx.GraphModule], Score], gm: fx.GraphModule) -> Score:
-        """Score a program, and note how long that takes."""
+    def timed(
+        self, score: Callable[[fx.GraphModule], Score], gm: fx.GraphModule, share: float = 1.0
+    ) -> Score:
+        """Score a program, and note how long that takes.
+
+        Args:
+            share: of the work that other programs take, as this one may be traced already.
+        """
         start, count = time.process_time(), len(gm.graph.nodes)
         result = score(gm)
-        self.per_node = min(self.per_node, (time.process_time() - start) / count)
+        self.per_node = min(self.per_node, (time.process_time() - start) / (share * count))
         return result
 
 
@@ -146,6 +153,7 @@ def choose_splits(
     *,
     training: bool,
     seconds: float = SECONDS,
+    known: Callable[[fx.GraphModule], Score] | None = None,
 ) -> Choice | None:
     """Regions to run in slices, one at least, so that a program's peak comes within a budget, or as
     near as it gets; None if no region lowers it.
@@ -155,13 +163,17 @@ def choose_splits(
         score: simulates a program; may change it.
         training: a backward follows.
         seconds: after which the search ends with what it has.
+        known: simulates the program without slices, which was traced before.
 
     Raises:
         PlanError: the program is short of equal blocks, and cannot stand for the whole.
     """
     clock = _Clock(time.process_time() + seconds)
     program = splittable(step.gm, step.arguments)
-    first = now = clock.timed(score, copy_of(program))
+    if known is None:
+        first = now = clock.timed(score, copy_of(program))
+    else:
+        first = now = clock.timed(known, program, _SCORING)
     if math.isinf(first.peak_bytes):
         raise PlanError("blocks that stand for others do not equal them")
     lowered: list[_Lowered] = []
@@ -255,46 +267,36 @@ def _in_slices(gm: fx.GraphModule, name: str) -> bool:
 _UNKNOWN = Score(math.inf, math.inf, "")  # of programs whose blocks became unequal
 
 
-def forward_score(step: UntracedStep) -> Callable[[fx.GraphModule], Score]:
-    """Scores programs without a backward."""
-
-    def score(gm: fx.GraphModule) -> Score:
-        traced = step.traced(gm)
-        program = step.program_of(traced)
-        if program is None:
-            return _UNKNOWN
-        simulated = timeline(program, eager_schedule(program))
-        at = simulated.peak_at if simulated.events else 0
-        origin = _origin(traced, program, program.forward[at:])
-        return Score(simulated.peak_bytes, simulated.us, origin, traced, program)
-
-    return score
+def forward_score(step: UntracedStep, traced: TracedStep) -> Score:
+    """Scores a program without a backward."""
+    program = step.program_of(traced)
+    if program is None:
+        return _UNKNOWN
+    simulated = timeline(program, eager_schedule(program))
+    at = simulated.peak_at if simulated.events else 0
+    origin = _origin(traced, program, program.forward[at:])
+    return Score(simulated.peak_bytes, simulated.us, origin, traced, program)
 
 
 def training_score(
-    step: UntracedStep, budget_bytes: float = 0.0, until: float = math.inf
-) -> Callable[[fx.GraphModule], Score]:
-    """Scores training steps, by a schedule with a low peak that is found quickly; of those that
-    fit, by one that does.
+    step: UntracedStep, traced: TracedStep, budget_bytes: float = 0.0, until: float = math.inf
+) -> Score:
+    """Scores a training step, by a schedule with a low peak that is found quickly; if it fits, by
+    one that does.
 
     Args:
-        until: the processor time after which peaks are those of checkpointing.
+        until: the processor time after which the peak is that of checkpointing.
     """
-
-    def score(gm: fx.GraphModule) -> Score:
-        traced = step.traced(gm)
-        program = step.program_of(traced)
-        if program is None:
-            return _UNKNOWN
-        ordered = in_order(program)
-        least = ScheduleFront(ordered).low(budget_bytes, until)
-        sequence = least.schedule.forward + least.schedule.backward
-        peak = int(live_bytes(ordered, least.schedule).argmax())
-        us = sum(program.ops[i].us for i in sequence)
-        origin = _origin(traced, program, sequence[peak:])
-        return Score(least.peak_bytes, us, origin, traced, program)
-
-    return score
+    program = step.program_of(traced)
+    if program is None:
+        return _UNKNOWN
+    ordered = in_order(program)
+    least = ScheduleFront(ordered).low(budget_bytes, until)
+    sequence = least.schedule.forward + least.schedule.backward
+    peak = int(live_bytes(ordered, least.schedule).argmax())
+    us = sum(program.ops[i].us for i in sequence)
+    origin = _origin(traced, program, sequence[peak:])
+    return Score(least.peak_bytes, us, origin, traced, program)
 
 
 def _origin(traced: TracedStep, program: Program, sequence: Sequence[int]) -> str:

@@ -69,7 +69,7 @@ def problem_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], mesh: str
 def traced(graph, whole, plan, trainable, disable=APART) -> steps.LocalStep:
     """The step of a graph as it is."""
     step = steps.untraced_step(graph, whole, plan, trainable, None, disable=disable)
-    return steps.LocalStep(step.traced(step.gm).program, step.arguments, step.copied_bytes)
+    return step.local()
 
 
 def step_of(problem: PlanningProblem, *, short: bool) -> steps.LocalStep:
