@@ -209,7 +209,9 @@ def _whole_or_split(
         samples = batch.samples
         planner = BatchPlanner(batch.model, batch.exact(), samples, cluster, None, options)
         least = refused.smallest_bytes if whole is None else whole.unscheduled_bytes
-        planned = planner.plan_within(_fewest_microbatches(least, problem.budget_bytes))
+        known_us = math.inf if whole is None else whole.planned.plan.time.step_us
+        fewest = _fewest_microbatches(least, problem.budget_bytes)
+        planned = planner.plan_within(fewest, known_us)
     except (InfeasibleError, PlanError, ConstraintError) as error:  # a microbatch has fewer rows
         if whole is not None:
             return whole

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from autopar.errors import ConflictError, InfeasibleError
 from autopar.plan import ShardingPlan
 from autopar.plan_records import TimeEstimate
 from autopar.planner.batch_bytes import BatchBytes
-from autopar.planner.estimate import optimizer_us
+from autopar.planner.estimate import estimate_time, optimizer_us
 from autopar.planner.joint import JointPlan
 from autopar.planner.planner import Planned, PlanningProblem
+from autopar.planner.space import SearchSpace
 from autopar.units import budget_text, bytes_text
 
 STATES_STAY = (
@@ -87,11 +88,21 @@ def _refusal(
     return InfeasibleError(message, budget_bytes=problem.budget_bytes, smallest_bytes=smallest)
 
 
+def once_per_step_us(space: SearchSpace, choices: Sequence[int]) -> float:
+    """The time of what a step does once, however many microbatches it has."""
+    return optimizer_us(space, choices) + _waiting_us(estimate_time(space, choices))
+
+
+def _waiting_us(time: TimeEstimate) -> float:
+    """For what moves weights."""
+    return time.weights_us - time.overlapped_us
+
+
 def _of_all(plan: ShardingPlan, planned: Planned, samples: int, count: int) -> ShardingPlan:
     """The plan of one microbatch, with the work and the time of so many."""
     step_us = optimizer_us(planned.space, planned.choices)
     time = plan.time
-    waiting = time.weights_us - time.overlapped_us  # of what moves weights
+    waiting = _waiting_us(time)
     times = TimeEstimate(
         (time.compute_us - step_us) * count + step_us,
         (time.exposed_us - waiting) * count + waiting,

@@ -23,7 +23,7 @@ from autopar.passes.microbatches import Microbatches
 from autopar.plan import ShardingPlan
 from autopar.planner.baselines import baseline_plans
 from autopar.planner.joint import JointPlan, plan_jointly
-from autopar.planner.microbatch_step import plan_microbatch
+from autopar.planner.microbatch_step import once_per_step_us, plan_microbatch
 from autopar.planner.pipeline_blocks import OperatorChain, operator_chain
 from autopar.planner.planner import (
     Planned,
@@ -32,6 +32,7 @@ from autopar.planner.planner import (
     choices_of,
     make_plan,
 )
+from autopar.planner.search import SearchResult
 from autopar.planner.space import SearchSpace
 from autopar.planner.stages import PipelineOptions, plan_stages
 from autopar.progress import TIME_LIMIT, Deadline
@@ -46,6 +47,9 @@ _SOLVED = "solver"
 
 # Of a step: what microbatches must be able to gain, for them to be planned.
 _LEAST_GAIN = 0.03
+
+# By how much they are slower at the bound with all blocks tied, to be so with any plan.
+_SURELY_SLOWER = 0.01
 
 
 @dataclass(frozen=True)
@@ -169,19 +173,30 @@ class BatchPlanner:
         problem = self._problem(microbatches)
         return plan_microbatch(problem, self.samples, decide).planned
 
-    def plan_within(self, count: int) -> Planned:
+    def plan_within(self, count: int, faster_than_us: float = math.inf) -> Planned:
         """The plan of the fewest microbatches that fit without recomputation: fewer are faster.
 
         Args:
             count: of microbatches, the fewest that are tried.
+            faster_than_us: the time of a step that is known; of those that will not be faster, the
+                best plan is not looked for.
 
         Raises:
             InfeasibleError: not even single samples fit, or none was seen to fit in time.
         """
         count = min(count, self.samples)
+
+        def keeping_everything(problem: PlanningProblem) -> JointPlan:
+            def is_slower(tied: SearchResult) -> bool:
+                once_us = once_per_step_us(problem.space, tied.choices)
+                total_us = count * tied.bound_us - (count - 1) * once_us
+                return total_us > (1 + _SURELY_SLOWER) * faster_than_us
+
+            return JointPlan(problem.planned(problem.decide(is_enough=is_slower)))
+
         while True:
             try:
-                return self._at(count, _keeping_everything)
+                return self._at(count, keeping_everything)
             except InfeasibleError:
                 if count >= self.samples or self.deadline.over:
                     raise
@@ -224,10 +239,6 @@ class BatchPlanner:
             except PlanError as error:  # its dims do not split so
                 log.info("no costs for microbatches of %d samples: %s", size, error)
         return chains
-
-
-def _keeping_everything(problem: PlanningProblem) -> JointPlan:
-    return JointPlan(problem.planned(problem.decide()))
 
 
 def worth_splitting(plan: ShardingPlan) -> bool:

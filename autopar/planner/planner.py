@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -87,16 +87,23 @@ class PlanningProblem:
     progress: Progress
     weighs_memory: bool = False
 
-    def decide(self, budget_bytes: float | None = None) -> SearchResult:
+    def decide(
+        self,
+        budget_bytes: float | None = None,
+        is_enough: Callable[[SearchResult], bool] = lambda tied: False,
+    ) -> SearchResult:
         """The fastest plan within the budget, or within another one; or the fastest baseline, if
         the search ran out of time.
+
+        Args:
+            is_enough: as of `search`.
 
         Raises:
             InfeasibleError: nothing fits; a `ConflictError` if constraints are the reason.
         """
         budget = self.budget_bytes if budget_bytes is None else budget_bytes
         with existing_objects_frozen(), self.progress.stage("solve") as stage:
-            result = self.search(budget)
+            result = self.search(budget, is_enough)
             if self.weighs_memory and not self.deadline.over:
                 result = self._with_less_memory(result, budget)
             stage.done = f"solved: {result.describe()}{self.cut_short(result)}"
@@ -122,12 +129,14 @@ class PlanningProblem:
             trade=f"{fewer / held:.0%} less memory and {longer:.0%} longer than the fastest",
         )  # fmt: skip
 
-    def search(self, budget: float) -> SearchResult:
+    def search(
+        self, budget: float, is_enough: Callable[[SearchResult], bool] = lambda tied: False
+    ) -> SearchResult:
         """The same, as a part of a stage."""
         try:
             return search(
                 self.space, budget_bytes=budget, time_limit=self.deadline.left,
-                progress=self.progress.detail, mask=self.mask,
+                progress=self.progress.detail, mask=self.mask, is_enough=is_enough,
             )  # fmt: skip
         except InfeasibleError as error:
             if self.deadline.over:

@@ -117,6 +117,7 @@ def search(
     mask: Allowed | None = None,
     disable: frozenset[str] = frozenset(),
     us_per_byte: float = 0.0,
+    is_enough: Callable[[SearchResult], bool] = lambda tied: False,
 ) -> SearchResult:
     """The fastest plan within the budget at every program point of the step.
 
@@ -127,6 +128,7 @@ def search(
         disable: names of `solver.LAYERS` to switch off, to measure what they earn.
         us_per_byte: price of the bytes that are held (`SearchSpace.held_bytes`), which the times of
             the result then have in them.
+        is_enough: of the plan with all blocks tied, whether no better one is looked for.
 
     Raises:
         InfeasibleError: naming the smallest feasible budget.
@@ -139,6 +141,7 @@ def search(
         time_limit,
         progress or (lambda line: None),
         disable,
+        is_enough,
     ).run()
 
 
@@ -153,6 +156,7 @@ class _Search:
     time_limit: float
     say: Callable[[str], None]
     disable: frozenset[str]
+    is_enough: Callable[[SearchResult], bool]
     start: float = field(default_factory=time.process_time)
     best: SearchResult = field(init=False)
     steps: dict[str, float] = field(default_factory=dict)
@@ -166,7 +170,7 @@ class _Search:
         repeated = ends != classes
         tied = self.ties.tied()
         solution = self._all_tied(tied, repeated)
-        if repeated:
+        if repeated and not self.is_enough(self.best):
             parts = self._interleaved(ends, tied, solution)
             if solution.gap > TARGET_GAP:
                 solution = self._branched(tied, solution)

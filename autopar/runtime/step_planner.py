@@ -163,7 +163,7 @@ class StepPlanner:
             )
             fixed = FixedLayouts(parameters=parameters)
             planner = self.of_batch(batch.exact(), batch.samples, fixed)
-            plan = planner.plan_within(2).plan
+            plan = planner.plan_within(2, whole_us).plan
         except (
             InfeasibleError,
             PlanError,
