@@ -21,10 +21,11 @@ from autopar.files import read_yaml
 from autopar.units import mesh_text
 
 # Inside a node: of the H100, not tested by published rows, of the A100, fitted to half of vTrain,
-# and of Blackwell, with the share of the data sheet that the H100 has.
-NVLINK = Link(alpha=6e-6, beta=1 / 300e9)
+# and of Blackwell, with the share of the data sheet that the H100 has. Switches of the H100 add up
+# 275 GB/s where its rings carry 370 (NVIDIA/nccl-tests, issue 212), here by the same share.
+NVLINK = Link(alpha=6e-6, beta=1 / 300e9, switch_beta=1 / 223e9)
 NVLINK_3 = Link(alpha=2.5e-6, beta=1 / 230e9)
-NVLINK_5 = Link(alpha=6e-6, beta=1 / 650e9)
+NVLINK_5 = Link(alpha=6e-6, beta=1 / 650e9, switch_beta=1 / 483e9)
 PCIE = Link(alpha=12e-6, beta=1 / 20e9)
 # Gloo on one machine.
 LOOPBACK = Link(alpha=150e-6, beta=1 / 0.8e9)
@@ -40,6 +41,10 @@ NETWORKS = {
     "8x400G RoCE": INFINIBAND,
     "8x400G RDMA": INFINIBAND,
     "8x800G InfiniBand": Link(alpha=15e-6, beta=1 / 80e9),
+    # Ethernet with RDMA, and by the operating system's TCP
+    "4x100G Ethernet": Link(alpha=25e-6, beta=1 / 5e9),
+    "1x100G Ethernet, TCP": Link(alpha=60e-6, beta=1 / 1.25e9),
+    "1x25G Ethernet, TCP": Link(alpha=60e-6, beta=1 / 0.31e9),
 }
 
 NODE_SIZE = 8
@@ -178,6 +183,9 @@ class ClusterInfo:
             check_number(f"ClusterInfo: {name}.alpha", link.alpha, zero=True)
             check_number(f"ClusterInfo: {name}.beta", link.beta)
             check_number(f"ClusterInfo: {name}.ports", link.ports)
+            check_number(f"ClusterInfo: {name}.node_ranks", link.node_ranks)
+            if link.switch_beta is not None:
+                check_number(f"ClusterInfo: {name}.switch_beta", link.switch_beta)
         for name in ("host_memory_bytes", "memory_bytes"):
             if getattr(self, name) is not None:
                 check_number(f"ClusterInfo: {name}", getattr(self, name))
@@ -279,10 +287,8 @@ class ClusterInfo:
                 links.append(LOOPBACK)
             elif span > node_size:
                 ports = max(1.0, min(float(together), outside.beta / inside.beta))
-                # a ring leaves a node once for all its ranks there
-                hop = (outside.alpha + (together - 1) * inside.alpha) / together
-                ring_alpha = hop if together > 1 else None
-                links.append(replace(outside, ports=ports, ring_alpha=ring_alpha))
+                within = inside if together > 1 else None
+                links.append(replace(outside, ports=ports, node_ranks=together, inside=within))
             else:
                 links.append(inside)
         return ClusterInfo(shape, dev, tuple(reversed(links)), axis_names=names, software=software)

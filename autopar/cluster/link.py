@@ -21,12 +21,23 @@ class Link:
     """The network link of one mesh axis.
 
     A collective over k ranks on a buffer of n bytes (on the unsplit side) takes, unless it was
-    measured,
+    measured, the time of the fastest algorithm that NCCL has for it:
 
-        ring, per pass    (k - 1) alpha + n (k - 1) / k beta / ports
-        tree, all-reduce  2 ceil(log2 k) alpha + 2 n beta, if that is less
-        all-to-all        (k - 1) alpha + n (k - 1) / k beta
-        exchange          alpha + n beta: most of it goes to one other rank
+        ring, per pass      hops of all ranks + n (k - 1) / k beta / ports
+        tree, all-reduce    2 ceil(log2 k) alpha + 2 n beta
+        switch, all-reduce  2 alpha + n switch_beta
+        all-to-all          (k - 1) alpha + n (k - 1) / k beta
+        exchange            alpha + n beta: most of it goes to one other rank
+
+    Where m ranks of the axis share a node, a ring leaves a node once for all of them. A tree is of
+    nodes, with a chain or the switches within each. An all-to-all sends what is for ranks of the
+    node within it:
+
+        ring        hops: (k - k / m) inside.alpha + k / m alpha, per pass less one on average
+        tree        2 (m - 1) inside.alpha + 2 ceil(log2 (k / m)) alpha, and the longer of
+                    2 n beta / m (n beta / m between two nodes) and 2 n inside.beta (n switch_beta)
+        all-to-all  (m - 1) inside.alpha + (k - m) alpha, and the longer of
+                    n (k - m) / k beta and n (m - 1) / k inside.beta
 
     A rank runs its collectives one after another. All groups of an axis communicate at the same
     time; beta includes that they share ports.
@@ -37,21 +48,30 @@ class Link:
         ports: number of ports through which a ring leaves a node. A ring visits all its ranks in
             the node, each with a port of its own. An all-to-all sends a rank's bytes through that
             rank's port alone.
-        ring_alpha: seconds per hop of a ring, on average, where most of its hops are within nodes;
-            alpha if None.
+        switch_beta: seconds per byte of an all-reduce within a node whose switches add up and send
+            the sum to all (NVLink SHARP); None if they do not.
+        node_ranks: ranks of the axis in a node, if it spans several nodes.
+        inside: the link between these; None for one rank.
         curves: measured bytes/s by bytes of the buffer, per collective.
     """
 
     alpha: float
     beta: float
     ports: float = 1.0
-    ring_alpha: float | None = None
+    switch_beta: float | None = None
+    node_ranks: int = 1
+    inside: Link | None = None
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not set(self.curves) <= set(PASSES):
             raise ValueError(
                 f"a link's curves are of {', '.join(PASSES)}, not {sorted(self.curves)}"
+            )
+        if (self.node_ranks > 1) != (self.inside is not None):
+            raise ValueError(
+                f"a link with node_ranks={self.node_ranks} needs inside, the link between the "
+                "ranks of a node, if it has several there, and else none"
             )
 
     def bucketed_us(
@@ -80,16 +100,43 @@ class Link:
         curve = self.curves.get(kind)
         if curve is not None:
             return curve.us(np.maximum(size, curve.sizes[0]))
-        beta = self.beta if kind == "all_to_all" else self.beta / self.ports
-        share = size * (ranks - 1) / ranks
-        alpha = self.alpha
-        if kind != "all_to_all" and self.ring_alpha is not None:
-            alpha = self.ring_alpha
-        ring = PASSES[kind] * ((ranks - 1) * alpha + share * beta)
-        if kind == "all_reduce":
-            tree = 2 * (math.ceil(math.log2(ranks)) * self.alpha + size * beta)
-            ring = np.minimum(ring, tree)
-        return 1e6 * ring
+        if kind == "all_to_all":
+            return 1e6 * self._all_to_all_s(ranks, size)
+        ring = PASSES[kind] * (
+            (ranks - 1) * self._hop_s + size * (ranks - 1) / ranks * self.beta / self.ports
+        )
+        if kind != "all_reduce":
+            return 1e6 * ring
+        fastest = np.minimum(ring, self._tree_s(ranks, size))
+        if self.switch_beta is not None and ranks > 1:
+            fastest = np.minimum(fastest, 2 * self.alpha + size * self.switch_beta)
+        return 1e6 * fastest
+
+    @property
+    def _hop_s(self) -> float:
+        """Of a ring, on average."""
+        if self.inside is None:
+            return self.alpha
+        return (self.alpha + (self.node_ranks - 1) * self.inside.alpha) / self.node_ranks
+
+    def _tree_s(self, ranks: int, size: np.ndarray) -> np.ndarray:
+        """An all-reduce: up a tree, and down again."""
+        if self.inside is None:
+            return 2 * (math.ceil(math.log2(ranks)) * self.alpha + size * self.beta)
+        nodes, inside = math.ceil(ranks / self.node_ranks), self.inside
+        hops = (self.node_ranks - 1) * inside.alpha + math.ceil(math.log2(nodes)) * self.alpha
+        passes = 1 if nodes == 2 else 2  # either of two nodes sends its sum to the other
+        between = passes * self.beta / self.node_ranks
+        within = 2 * inside.beta if inside.switch_beta is None else inside.switch_beta
+        return 2 * hops + size * max(between, within)
+
+    def _all_to_all_s(self, ranks: int, size: np.ndarray) -> np.ndarray:
+        if self.inside is None:
+            return (ranks - 1) * self.alpha + size * (ranks - 1) / ranks * self.beta
+        near = min(self.node_ranks, ranks) - 1
+        far = ranks - 1 - near
+        longer = max(far * self.beta, near * self.inside.beta)
+        return near * self.inside.alpha + far * self.alpha + size / ranks * longer
 
     @staticmethod
     def from_dict(key: str, data: Any) -> Link:
@@ -101,8 +148,11 @@ class Link:
         known = {f.name for f in fields(Link)}
         if not isinstance(data, Mapping) or not {"alpha", "beta"} <= set(data) <= known:
             raise ValueError(
-                f"ClusterInfo: {key} must have alpha and beta (and may have ports and curves), "
-                f"got {data!r}"
+                f"ClusterInfo: {key} must have alpha and beta (and may have "
+                f"{', '.join(sorted(known - {'alpha', 'beta'}))}), got {data!r}"
             )
         curves = curves_from(f"ClusterInfo: {key}.curves", data.get("curves", {}))
-        return Link(**{**data, "curves": curves})
+        inside = data.get("inside")
+        if inside is not None:
+            inside = Link.from_dict(f"{key}.inside", inside)
+        return Link(**{**data, "curves": curves, "inside": inside})

@@ -98,7 +98,7 @@ def test_mesh_sizes_are_numbers_of_devices():
 def slow_search(monkeypatch):
     """A search that has found nothing when its time is up, as a search in a large space."""
 
-    def search(space, *, budget_bytes, time_limit, progress=None, mask=None):
+    def search(space, *, budget_bytes, time_limit, **options):
         end = time.process_time() + time_limit  # limits are of processor time
         while time.process_time() <= end:
             pass

@@ -88,7 +88,7 @@ def test_nodes_decide_the_links():
     assert ClusterInfo.of("4x4", "H100", node_size=16).links == (NVLINK, NVLINK)
     # two ranks of the outer axis share a node: rings along it leave by two ports
     assert ClusterInfo.of("4x4", "H100").links == (
-        replace(INFINIBAND, ring_alpha=(15e-6 + 6e-6) / 2, ports=2.0), NVLINK
+        replace(INFINIBAND, ports=2.0, node_ranks=2, inside=NVLINK), NVLINK
     )  # fmt: skip
 
 
