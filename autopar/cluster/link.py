@@ -35,7 +35,7 @@ class Link:
 
         ring        hops: (k - k / m) inside.alpha + k / m alpha, per pass less one on average
         tree        2 (m - 1) inside.alpha + 2 ceil(log2 (k / m)) alpha, and the longer of
-                    2 n beta / m (n beta / m between two nodes) and 2 n inside.beta (n switch_beta)
+                    2 n beta / m and 2 n inside.beta (n switch_beta)
         all-to-all  (m - 1) inside.alpha + (k - m) alpha, and the longer of
                     n (k - m) / k beta and n (m - 1) / k inside.beta
 
@@ -125,10 +125,8 @@ class Link:
             return 2 * (math.ceil(math.log2(ranks)) * self.alpha + size * self.beta)
         nodes, inside = math.ceil(ranks / self.node_ranks), self.inside
         hops = (self.node_ranks - 1) * inside.alpha + math.ceil(math.log2(nodes)) * self.alpha
-        passes = 1 if nodes == 2 else 2  # either of two nodes sends its sum to the other
-        between = passes * self.beta / self.node_ranks
         within = 2 * inside.beta if inside.switch_beta is None else inside.switch_beta
-        return 2 * hops + size * max(between, within)
+        return 2 * hops + size * max(2 * self.beta / self.node_ranks, within)
 
     def _all_to_all_s(self, ranks: int, size: np.ndarray) -> np.ndarray:
         if self.inside is None:

@@ -10,8 +10,8 @@ import enum
 from collections import defaultdict
 from collections.abc import Mapping
 
+from autopar.schedule.live_ranges import live_ranges
 from autopar.schedule.program import Program, Schedule
-from autopar.schedule.simulate import live_ranges
 from autopar.schedule.streams import run_times
 
 _FETCH, _STORE = "autopar.fetch", "autopar.store"
@@ -56,8 +56,7 @@ def chunk_states(program: Program, schedule: Schedule) -> Mapping[str, Changes]:
     at_position: dict[str, list[set[ChunkState]]] = {
         module: [set() for _ in sequence] for module in fetched.values()
     }
-    ranges = live_ranges(program, schedule)
-    for s, start, end in zip(ranges.storage, ranges.start, ranges.end, strict=True):
+    for s, start, end in live_ranges(program, schedule).each():
         if s in gradients and gradients[s] in at_position:
             for at in range(start, end + 1):
                 at_position[gradients[s]][at].add(ChunkState.HOLD_AFTER_BWD)

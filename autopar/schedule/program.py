@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -121,6 +122,53 @@ class Split(NamedTuple):
     finish: int
 
 
+class Rows(NamedTuple):
+    """Storages by operator, as flat arrays.
+
+    Args:
+        counts: of each operator's storages.
+        starts: where they begin in `storages`.
+    """
+
+    counts: np.ndarray
+    starts: np.ndarray
+    storages: np.ndarray
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]]) -> Rows:
+        counts = np.fromiter(map(len, rows), dtype=np.intp, count=len(rows))
+        storages = np.fromiter(chain.from_iterable(rows), dtype=np.intp)
+        return Rows(counts, counts.cumsum() - counts, storages)
+
+    def in_sequence(self, ops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in a sequence of operators, which rise, and the storages there."""
+        counts = self.counts[ops]
+        position = np.repeat(np.arange(len(ops)), counts)
+        within = np.arange(len(position)) - (counts.cumsum() - counts)[position]
+        return position, self.storages[self.starts[ops][position] + within]
+
+
+class Tables(NamedTuple):
+    """A program as arrays.
+
+    Args:
+        reads, makes, fills, overwrites: of `Op`.
+        takes_over: of `Op`.
+        buffers: [op, 2], of `Buffers`.
+        kept: whether a storage is returned.
+        may_be_written: whether the memory of a storage may become another one's.
+    """
+
+    reads: Rows
+    makes: Rows
+    fills: Rows
+    overwrites: Rows
+    takes_over: np.ndarray
+    buffers: np.ndarray
+    kept: np.ndarray
+    may_be_written: np.ndarray
+
+
 @dataclass(frozen=True)
 class Program:
     """A training step.
@@ -160,14 +208,19 @@ class Program:
     weights: frozenset[int] = frozenset()
 
     @cached_property
-    def accesses(
-        self,
-    ) -> tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Buffers | None], ...]:
-        """What each operator reads, makes, may overwrite and holds, for the simulation's inner
-        loop."""
-        return tuple(
-            (op.reads, op.makes, op.overwrites, op.buffers if any(op.buffers) else None)
-            for op in self.ops
+    def tables(self) -> Tables:
+        """What operators read, make, fill and may overwrite, as arrays."""
+        kept = np.zeros(len(self.nbytes), dtype=bool)
+        kept[[*self.results, *self.gradients]] = True
+        return Tables(
+            Rows.of([op.reads for op in self.ops]),
+            Rows.of([op.makes for op in self.ops]),
+            Rows.of([op.fills for op in self.ops]),
+            Rows.of([op.overwrites for op in self.ops]),
+            np.array([op.takes_over for op in self.ops], dtype=bool),
+            np.array([op.buffers for op in self.ops], dtype=np.int64).reshape(-1, 2),
+            kept,
+            ~kept & (np.array(self.nbytes) > 0),
         )
 
     @cached_property

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from autopar.schedule.live_ranges import LiveRanges, live_ranges
 from autopar.schedule.offload import (
     BEFORE,
     IdleInterval,
@@ -24,7 +25,7 @@ from autopar.schedule.offload import (
     without_offload,
 )
 from autopar.schedule.program import INPUT, Op, Program, Schedule
-from autopar.schedule.simulate import LiveRanges, live_ranges, occupancy
+from autopar.schedule.simulate import occupancy
 from autopar.schedule.streams import host_wait_us, run_times
 
 _MOST_OPS = 64  # a value that takes more operators to recompute is not tried
@@ -40,15 +41,11 @@ class _Simulated:
     ranges: LiveRanges
     live: np.ndarray
 
-    def each(self) -> Iterator[tuple[int, int, int]]:
-        """Storage, start and end of every live range."""
-        return zip(*self.ranges[:3], strict=True)
-
     @cached_property
     def spans(self) -> Mapping[int, list[tuple[int, int]]]:
         """Start and end of every live range, by storage."""
         spans: dict[int, list[tuple[int, int]]] = {}
-        for s, start, end in self.each():
+        for s, start, end in self.ranges.each():
             spans.setdefault(s, []).append((start, end))
         return spans
 
@@ -57,7 +54,7 @@ class _Simulated:
         """Positions that read a storage, in order."""
         uses: dict[int, list[int]] = {}
         for at, i in enumerate(self.schedule.forward + self.schedule.backward):
-            for s in self.program.accesses[i][0]:
+            for s in self.program.ops[i].reads:
                 uses.setdefault(s, []).append(at)
         return uses
 
@@ -126,9 +123,8 @@ class Refiner:
         program, schedule = self.program, now.schedule
         forward, sequence = len(schedule.forward), schedule.forward + schedule.backward
         ranked = []
-        starts, ends = np.array(now.ranges.start), np.array(now.ranges.end)
-        for k in np.flatnonzero((starts < at) & (at < ends)).tolist():
-            s = now.ranges.storage[k]
+        alive = (now.ranges.start < at) & (at < now.ranges.end)
+        for s in now.ranges.storage[alive].tolist():
             if not program.nbytes[s] or s in program.results:
                 continue
             maker = program.maker[s]
@@ -157,7 +153,7 @@ class Refiner:
         offloaded = schedule.offloaded(program)
         room = program.host_bytes - host_bytes(program, schedule)
         ranked = []
-        for s, start, end in now.each():
+        for s, start, end in now.ranges.each():
             if s not in program.transfers or not start <= at <= end:
                 continue
             if program.sizes[s] <= room if s not in offloaded else s in program.parameters:
@@ -262,7 +258,7 @@ class Refiner:
         forward = len(schedule.forward)
         previous: dict[int, int] = {}  # the end of the live range before, by storage
         idle: dict[int, list[tuple[int, int]]] = {}  # by start: end of the range before, bytes
-        for s, start, end in now.each():
+        for s, start, end in now.ranges.each():
             if s in previous and end > start:
                 idle.setdefault(start, []).append((previous[s], program.nbytes[s]))
             previous[s] = end

@@ -9,94 +9,12 @@ negatively meanwhile. Collectives have buffers while they run.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from autopar.schedule.program import INPUT, Buffers, Program, Schedule
+from autopar.schedule.live_ranges import LiveRanges, live_ranges
+from autopar.schedule.program import INPUT, Program, Schedule
 from autopar.schedule.streams import run_times
 from autopar.schedule.timeline import Timeline, TimelineEvent
-
-
-class LiveRanges(NamedTuple):
-    """From every making of a storage to its last use; parallel lists. Parameters with a transfer
-    come first; they are alive from the first position until they are evicted, and from their reload
-    to the last position.
-
-    Args:
-        storage: of the program.
-        start, end: positions in the sequence: forward, then backward.
-        over: the live range that it overwrites; -1 if it has memory of its own.
-        buffers: by position, of operators that hold any while they run; not parallel.
-    """
-
-    storage: list[int]
-    start: list[int]
-    end: list[int]
-    over: list[int]
-    buffers: dict[int, int]
-
-
-def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
-    """The live ranges of a schedule."""
-    accesses, nbytes = program.accesses, program.nbytes
-    forward, sequence = len(schedule.forward), schedule.forward + schedule.backward
-    storage: list[int] = list(program.parameters)
-    current: dict[int, int] = {s: k for k, s in enumerate(storage)}
-    start: list[int] = [0] * len(storage)
-    end: list[int] = [0] * len(storage)
-    # live range, its start, and the ranges that it may be written over
-    writers: list[tuple[int, int, tuple[int, ...]]] = []
-    # position, its buffers, and the ranges of its operands, None where they exist before the step
-    holders: list[tuple[int, Buffers, list[int | None]]] = []
-    # position, live range, and the ranges that it may be filled from
-    filled: list[tuple[int, int, tuple[int, ...]]] = []
-    read_before: dict[int, int] = {}  # by range, the reader before the last
-    for at, i in enumerate(sequence):
-        reads, makes, overwrites, held = accesses[i]
-        for s in reads:
-            if s in current:
-                k = current[s]
-                read_before[k], end[k] = end[k], at
-        if fills := program.ops[i].fills:
-            filled.append((at, len(storage), tuple([current[s] for s in fills if s in current])))
-        if held is not None:
-            holders.append((at, held, [current.get(s) for s in reads]))
-        if overwrites:
-            operands = tuple([current[s] for s in overwrites if s in current])
-            writers.append((len(storage), at, operands))
-        for s in makes:
-            current[s] = len(storage)
-            storage.append(s)
-            start.append(at)
-            end.append(at)
-        if at == forward - 1:
-            for s in program.results & current.keys():
-                end[current[s]] = at
-    returned = program.results | program.gradients
-    for s in (program.gradient_bytes.keys() | program.parameters.keys()) & current.keys():
-        end[current[s]] = forward + len(schedule.backward) - 1
-    made = list(start) if filled else start
-    for at, k, parts in filled:
-        for part in parts:
-            same_part = (made[part] >= forward) == (at >= forward)
-            if end[part] == at and same_part and storage[part] not in returned:
-                end[part] = read_before[part]
-                start[k] = min(start[k], made[part])
-    over = [-1] * len(storage)
-    for k, at, operands in writers:
-        for operand in operands:
-            s = storage[operand]
-            same_part = (start[operand] >= forward) == (at >= forward)
-            own = same_part or program.ops[sequence[at]].takes_over
-            if end[operand] == at and own and nbytes[s] and s not in returned:
-                over[k] = operand
-                break
-    buffers = {
-        at: held.after if all(k is not None and end[k] == at for k in operands) else held.beside
-        for at, held, operands in holders
-    }
-    return LiveRanges(storage, start, end, over, buffers)
 
 
 def occupancy(program: Program, schedule: Schedule, ranges: LiveRanges) -> np.ndarray:
@@ -124,10 +42,9 @@ def _before(program: Program) -> int:
 def _alive(schedule: Schedule, ranges: LiveRanges, nbytes: np.ndarray) -> np.ndarray:
     """The sum over the live ranges at every position."""
     count = len(schedule.forward) + len(schedule.backward)
-    start, end = np.array(ranges.start), np.array(ranges.end)
     # what is written over an operand counts once that is freed
-    start = start + (np.array(ranges.over) >= 0)
-    change = np.bincount(start, nbytes, count + 2) - np.bincount(end + 1, nbytes, count + 2)
+    start = ranges.start + (ranges.over >= 0)
+    change = np.bincount(start, nbytes, count + 2) - np.bincount(ranges.end + 1, nbytes, count + 2)
     return np.cumsum(change[:count])
 
 
@@ -145,7 +62,7 @@ def timeline(program: Program, schedule: Schedule) -> Timeline:
     """Simulate a schedule."""
     ranges = live_ranges(program, schedule)
     first = len(schedule.forward)
-    start, end = np.array(ranges.start), np.array(ranges.end)
+    start, end = ranges.start, ranges.end
     nbytes = program.sizes[ranges.storage]
     parameter = np.isin(ranges.storage, list(program.parameters))
     kept = (start < first) & (end >= first) & ~parameter

@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from autopar.schedule.build import schedule_of
+from autopar.schedule.live_ranges import live_ranges
 from autopar.schedule.pareto import ScheduleFront, undominated
 from autopar.schedule.program import Program, eager_schedule
-from autopar.schedule.simulate import live_ranges, peak_bytes
+from autopar.schedule.simulate import peak_bytes
 from tests.memory import Step, step_of, without_overwriting
 from tests.models import CASES
 
@@ -154,7 +155,7 @@ def _gradients(program: Program) -> tuple[list[int], list[int]]:
     first = len(schedule.forward)
     count = len(schedule.backward)
     before, during = [0] * count, [0] * count
-    for s, start, end, _ in zip(*live_ranges(program, schedule)[:4], strict=True):
+    for s, start, end in live_ranges(program, schedule).each():
         if start >= first:
             for t in range(start - first, end - first + 1):
                 during[t] += program.nbytes[s]

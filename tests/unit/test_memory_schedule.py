@@ -7,10 +7,11 @@ import torch
 from autopar.errors import InfeasibleError
 from autopar.schedule.budget import plan_memory
 from autopar.schedule.build import schedule_of
+from autopar.schedule.live_ranges import live_ranges
 from autopar.schedule.order import in_order
 from autopar.schedule.pareto import ScheduleFront
 from autopar.schedule.program import Op, Program, Schedule, eager_schedule
-from autopar.schedule.simulate import check, live_ranges, peak_bytes, timeline
+from autopar.schedule.simulate import check, peak_bytes, timeline
 from autopar.schedule.stages import linearize
 from tests.memory import chain, step_of, without_overwriting
 

@@ -22,10 +22,11 @@ from autopar.planner.planner import build_problem
 from autopar.report.content import step_table
 from autopar.schedule.budget import MemoryPlan, StepBudget, describe, plan_memory
 from autopar.schedule.build import schedule_of
+from autopar.schedule.live_ranges import live_ranges
 from autopar.schedule.offload import host_bytes, with_offload
 from autopar.schedule.program import Program, Schedule, eager_schedule
 from autopar.schedule.refine import Refiner
-from autopar.schedule.simulate import check, live_bytes, live_ranges
+from autopar.schedule.simulate import check, live_bytes
 from autopar.schedule.streams import run_times
 from autopar.testing.live_memory import LiveMemory
 from tests.models import Classifier, words
@@ -171,7 +172,7 @@ def wandering(program: Program, seed: int) -> Iterator[Schedule]:
     schedule = schedule_of(program, set()) if seed % 2 else eager_schedule(program)
     for _ in range(20):
         sequence = schedule.forward + schedule.backward
-        own = zip(*live_ranges(program, schedule)[:3], strict=True)
+        own = live_ranges(program, schedule).each()
         s, start, end = draw.choice([x for x in own if x[0] in program.parameters])
         at, ops = draw.randint(start, end), [program.ops[i] for i in sequence]
         interval = refiner.idle_interval(ops, len(schedule.forward), s, start, end, at)
