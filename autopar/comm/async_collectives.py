@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from autopar.comm.functional import (
+    gathered_rows,
     join_parts,
     own_numel,
     own_parts,
@@ -50,15 +51,10 @@ def finish_all_reduce(x: torch.Tensor) -> torch.Tensor:
     return wait(x).clone()
 
 
-def _rows(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
-    return x.new_empty((size, *x.shape[1:]))
-
-
-@operator(_rows, inline=True)
+@operator(lambda x, dim, size, group: gathered_rows(x, size, group), inline=True)
 def start_gather_rows(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
-    """`all_gather` of equal parts along the first dim; finished by `wait_in_place`."""
-    rows = start_gathering([x.reshape(-1)], find_group(group))
-    return rows.view(size, *x.shape[1:])
+    """`all_gather` along the first dim, where padding comes last; finished by `wait_in_place`."""
+    return start_all_gather(x, dim, size, group).flatten(0, 1)[:size]
 
 
 def _padded_parts(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:

@@ -29,6 +29,7 @@ from autopar.comm.async_collectives import (
     start_reduce_scatter_many,
 )
 from autopar.comm.functional import (
+    gathered_rows,
     gathered_shape,
     gathers_rows,
     own_numel,
@@ -58,10 +59,18 @@ def all_reduce(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
     return wait(start_all_reduce(x, op, group))
 
 
-@operator(lambda x, dim, size, group: x.new_empty(gathered_shape(x, dim, size)), inline=True)
+def _gathered(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
+    return (
+        gathered_rows(x, size, group)
+        if gathers_rows(dim)
+        else x.new_empty(gathered_shape(x, dim, size))
+    )
+
+
+@operator(_gathered, inline=True)
 def all_gather(x: torch.Tensor, dim: int, size: int, group: str) -> torch.Tensor:
     """Concatenate the shards of `dim`, whose global size is `size`."""
-    if gathers_rows(dim, size, group):
+    if gathers_rows(dim):
         return wait(start_gather_rows(x, dim, size, group))
     return finish_all_gather(start_all_gather(x, dim, size, group), dim, size)
 

@@ -184,6 +184,13 @@ def scattered_shape(x: torch.Tensor, dim: int, group: str) -> list[int]:
     return gathered_shape(x, dim, chunk(x.shape[dim], g.size, g.index)[1])
 
 
-def gathers_rows(dim: int, size: int, group: str) -> bool:
-    """Whether gathered shards are the result as they arrive."""
-    return dim == 0 and size % find_group(group).size == 0
+def gathers_rows(dim: int) -> bool:
+    """Whether gathered shards are the result as they arrive: padding comes last. It depends on no
+    size, as the ranks of another group may gather another size, by the same operators."""
+    return dim == 0
+
+
+def gathered_rows(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    """An empty result of a gather along the first dim, in front of its padding."""
+    ranks = find_group(group).size
+    return x.new_empty((ranks * -(-size // ranks), *x.shape[1:]))[:size]

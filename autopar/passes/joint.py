@@ -88,7 +88,7 @@ def _traced(
         # a device's thread has not the modes of this one
         with set_multithreading_enabled(False), torch.fx.traceback.preserve_node_meta():
             given = torch.autograd.grad(differentiated, inputs, tangents, allow_unused=True)
-        gradients = iter(given)
+        gradients = iter(_laid_out_as(p, g) for p, g in zip(inputs, given, strict=True))
         return *results, *(next(gradients) if p.requires_grad else None for p in primals)
 
     def forward(primals: Sequence[torch.Tensor]) -> Any:
@@ -106,6 +106,14 @@ def _traced(
     gm.graph.eliminate_dead_code()
     _name_modules_of_backward(gm.graph)
     return gm
+
+
+def _laid_out_as(x: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient with the strides of its tensor, as autograd would hand it out: copied here, where
+    schedules see it, and not after the step, when all gradients are alive."""
+    if gradient is None or gradient.stride() == x.stride() or not x.is_contiguous():
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _name_modules_of_backward(graph: fx.Graph) -> None:

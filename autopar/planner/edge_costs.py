@@ -173,10 +173,9 @@ class EdgeCostTable:
         if not shape:
             return share
         sizes = [[self._costs.mesh[axis] for axis in spec.dims[0]] for spec in rows]
-        even = np.array([shape[0] % prod(each) == 0 for each in sizes])
         outermost = np.array([each[0] if each else 1 for each in sizes])
         axes = lost[..., 0]
-        in_place = even[:, None] & (axes != 0) & (lost.sum(axis=-1) == axes)
+        in_place = (axes != 0) & (lost.sum(axis=-1) == axes)
         several = (axes & (axes - 1)) != 0
         return np.where(in_place, several / outermost[:, None], share)
 

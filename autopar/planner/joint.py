@@ -101,7 +101,7 @@ def plan_jointly(
     """
     unlimited = problem.decide(math.inf)
     needed = estimate_memory(problem.space, unlimited.choices).total_bytes
-    if needed <= _SURE * problem.budget_bytes and not always:
+    if not always and _surely_fits(problem, unlimited):
         return JointPlan(problem.planned(unlimited))
     trials = _Trials(problem, output_specs, needed)
     # no plan is faster than the one without a limit
@@ -113,7 +113,7 @@ def plan_jointly(
     limited = limited_plans(problem, needed, trials.errors)
     fitting = next(limited, None)
     known = None if fitting is None or always else fitting[1]
-    if known is not None and known.step_us <= even and _fits(problem, known, _SURE):
+    if known is not None and known.step_us <= even and _surely_fits(problem, known):
         return JointPlan(problem.planned(known))
     trials.add(math.inf, unlimited)
     limited = itertools.chain([] if fitting is None else [fitting], limited)
@@ -368,10 +368,34 @@ class _Trials:
         )  # fmt: skip
 
 
-def _fits(problem: PlanningProblem, result: SearchResult, share: float = 1.0) -> bool:
-    """Whether a plan is estimated to fit a share of the budget without a schedule."""
+def _fits(problem: PlanningProblem, result: SearchResult) -> bool:
+    """Whether a plan is estimated to fit the budget without a schedule."""
     needed = estimate_memory(problem.space, result.choices).total_bytes
-    return needed <= share * problem.budget_bytes
+    return needed <= problem.budget_bytes
+
+
+def _surely_fits(problem: PlanningProblem, result: SearchResult) -> bool:
+    """Whether a plan fits the budget without a schedule, with room for what estimates leave out."""
+    needed = estimate_memory(problem.space, result.choices).total_bytes
+    if needed > _SURE * problem.budget_bytes:
+        return False
+    return needed + _converting_bytes(problem.space, result.choices) <= problem.budget_bytes
+
+
+def _converting_bytes(space: SearchSpace, choices: Sequence[int]) -> float:
+    """The most that a conversion of a value or its gradient may hold beside both: what it packs or
+    receives. Estimates of training steps leave it out."""
+    most = 0.0
+    for edge in space.edges:
+        source, target = (
+            space.decisions[i].candidates[choices[i]] for i in (edge.source, edge.target)
+        )
+        before, after = source.outputs[edge.result], target.inputs[edge.operand]
+        if after is None or (before.dims == after.dims and before.partial == after.partial):
+            continue
+        sizes = (space.local_bytes(edge.shape, edge.itemsize, s) for s in (before, after))
+        most = max(most, float(sum(sizes)))
+    return most
 
 
 def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:

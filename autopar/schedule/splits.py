@@ -29,8 +29,8 @@ def _shape(node: fx.Node) -> Sequence[int]:
 
 
 def _all_gather(node: fx.Node) -> tuple[Any, _Finish]:
-    _, dim, size, group = node.args
-    if gathers_rows(dim, size, str(group)):  # type: ignore[arg-type]
+    _, dim, size, _ = node.args
+    if gathers_rows(dim):  # type: ignore[arg-type]
         return _OPS.start_gather_rows.default, None
     return _OPS.start_all_gather.default, (_OPS.finish_all_gather.default, (dim, size))
 

@@ -1,5 +1,6 @@
 """Sharding and scheduling as one decision."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -13,6 +14,7 @@ from autopar import ClusterInfo, ShardingPlan, autoplan
 from autopar.cluster.link import Link
 from autopar.compile import compile_first_rank, plan_step
 from autopar.errors import InfeasibleError
+from autopar.passes.local_step import untraced_step
 from autopar.planner import joint
 from autopar.planner.estimate import estimate_memory
 from autopar.planner.explain import explain
@@ -23,6 +25,7 @@ from autopar.report.html import render_html
 from autopar.report.text import render
 from autopar.schedule.program import Program
 from autopar.schedule.simulate import peak_bytes
+from tests.clusters import eager_to_shard
 from tests.models import CASES
 
 
@@ -172,3 +175,55 @@ def test_a_plan_that_fits_is_not_lost_when_time_ends(problem, monkeypatch):
     plan = plan_jointly(limited).planned.plan
     assert plan.time.step_us == pytest.approx(fitting.step_us)
     assert plan.memory.total_bytes <= limited.budget_bytes
+
+
+class Experts(nn.Module):
+    """A mixture whose experts are slices of two weights, written with einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(4, 30, 50))
+        self.second = nn.Parameter(torch.randn(4, 50, 30))
+        self.gate, self.head = nn.Linear(30, 4), nn.Linear(30, 10)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        scores = self.gate(x).softmax(-1)
+        top = scores.topk(2, -1)
+        gates = torch.zeros_like(scores).scatter(-1, top.indices, top.values)
+        inside = torch.einsum("bd,edh->ebh", x, self.first).relu()
+        outputs = torch.einsum("ebh,ehd->ebd", inside, self.second)
+        logits = self.head(x + torch.einsum("be,ebd->bd", gates, outputs))
+        return F.cross_entropy(logits, y)
+
+
+@pytest.mark.parametrize("budget", [125_000, 140_000, 157_124, 170_000, 185_000])
+def test_a_plan_that_is_taken_without_a_schedule_has_one(budget):
+    """Conversions hold more than estimates know: such plans are scheduled first."""
+    with torch.device("meta"):
+        model, x = Experts().double(), torch.zeros(12, 30, dtype=torch.float64)
+        y = torch.zeros(12, dtype=torch.long)
+    cluster = eager_to_shard("2x2", overlaps=True)
+    joint = plan_step(model, (x, y), cluster=cluster, memory=budget)
+    compiled = compile_first_rank(joint)
+    assert compiled.plan.memory.total_bytes <= budget
+
+
+@pytest.mark.parametrize("budget", [160_000, 180_000])
+def test_ranks_gather_parts_of_uneven_dims_by_the_same_operators(budget):
+    """101 rows are 51 and 50 on the outer axis, of which 50 are even on the inner one."""
+    with torch.device("meta"):
+        model = nn.Sequential(
+            nn.Linear(101, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 101)
+        )
+        x = torch.zeros(64, 101)
+    cluster = eager_to_shard("2x2", overlaps=True)
+    planned = plan_step(model, (x,), cluster=cluster, memory=budget).planned
+    trainable = planned.space.workload.trainable
+    signatures = set()
+    for coords in itertools.product(range(2), range(2)):
+        step = untraced_step(
+            planned.graph, planned.graph, planned.plan, trainable, None, coords=coords
+        )
+        signatures.add(step.local().program.signature)
+    assert "S01" in "".join(planned.plan.parameters.values())
+    assert len(signatures) == 1

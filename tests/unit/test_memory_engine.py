@@ -51,6 +51,38 @@ def test_microbatches_take_what_is_planned(share: float) -> None:
     assert held + live.peak + x.nbytes == pytest.approx(engine.plan.memory.total_bytes, rel=0.02)
 
 
+@pytest.mark.parametrize("spelled", ["einsum", "bmm"])
+def test_gradients_take_what_is_planned_whatever_their_strides(spelled: str) -> None:
+    """Those of `einsum` are transposed: they are copied before the next one is computed."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(4, 30, 50, dtype=torch.float64))
+            self.second = nn.Parameter(torch.randn(4, 50, 30, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if spelled == "bmm":
+                inside = torch.bmm(x.expand(4, *x.shape), self.first).relu()
+                return torch.bmm(inside, self.second).square().mean()
+            inside = torch.einsum("bd,edh->ebh", x, self.first).relu()
+            return torch.einsum("ebh,ehd->ebd", inside, self.second).square().mean()
+
+    torch.manual_seed(0)
+    plain, x = Experts(), torch.randn(12, 30, dtype=torch.float64)
+    expected = torch.autograd.grad(plain(x), list(plain.parameters()))
+    engine, _ = auto_engine(plain, None, "1", memory=2**30)
+    engine(x).backward()
+    for p in engine.parameters():
+        p.grad = None
+    with LiveMemory() as live:
+        engine(x).backward()
+    assert live.peak == pytest.approx(engine.memory_plan.peak_bytes, abs=64)
+    for p, gradient in zip(engine.parameters(), expected, strict=True):
+        assert p.grad.to_local().is_contiguous()
+        torch.testing.assert_close(p.grad.to_local(), gradient, rtol=0, atol=1e-12)
+
+
 def train(
     name: str, memory: float, dropout: float = 0.0, cluster: ClusterInfo | str = "1"
 ) -> tuple[list, dict, int, bool]:
