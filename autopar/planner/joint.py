@@ -375,17 +375,15 @@ def _fits(problem: PlanningProblem, result: SearchResult) -> bool:
 
 
 def _surely_fits(problem: PlanningProblem, result: SearchResult) -> bool:
-    """Whether a plan fits the budget without a schedule, with room for what estimates leave out."""
-    needed = estimate_memory(problem.space, result.choices).total_bytes
-    if needed > _SURE * problem.budget_bytes:
+    """Whether a plan fits the budget without a schedule, with room for what a conversion of a value
+    and of its gradient packs or receives beside both: estimates of training steps leave it out."""
+    space, choices, budget = problem.space, result.choices, problem.budget_bytes
+    liveness = Liveness(space, math.inf)
+    live = liveness.memory.values(choices)
+    if live.max() > _SURE * budget:
         return False
-    return needed + _converting_bytes(problem.space, result.choices) <= problem.budget_bytes
-
-
-def _converting_bytes(space: SearchSpace, choices: Sequence[int]) -> float:
-    """The most that a conversion of a value or its gradient may hold beside both: what it packs or
-    receives. Estimates of training steps leave it out."""
-    most = 0.0
+    if space.workload.forward:  # they are in the estimate
+        return True
     for edge in space.edges:
         source, target = (
             space.decisions[i].candidates[choices[i]] for i in (edge.source, edge.target)
@@ -394,8 +392,13 @@ def _converting_bytes(space: SearchSpace, choices: Sequence[int]) -> float:
         if after is None or (before.dims == after.dims and before.partial == after.partial):
             continue
         sizes = (space.local_bytes(edge.shape, edge.itemsize, s) for s in (before, after))
-        most = max(most, float(sum(sizes)))
-    return most
+        # the gradients of all users of a weight are reduced together
+        if (
+            live[liveness.first_use(edge.source if edge.weight else edge.target)] + sum(sizes)
+            > budget
+        ):
+            return False
+    return True
 
 
 def without_reshard(space: SearchSpace, choices: Sequence[int]) -> tuple[int, ...]:

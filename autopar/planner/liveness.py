@@ -118,6 +118,11 @@ class Liveness:
             items.append(self._edge_item(at, results, e, copies, "memory", "activations"))
         return items
 
+    def first_use(self, decision: int) -> int:
+        """The program point of an operator, or of the first one that reads a value: the last in
+        the backward."""
+        return self._position.get(decision, min(self._users[decision], default=0))
+
     def _produced(self, decision: int) -> int:
         """The program point of the operator that makes a decision's value."""
         while self.space.decisions[decision].kind == "shared":
