@@ -278,7 +278,8 @@ def _parities(graph: ModelGraph, calls: Mapping[fx.Node, _Call]) -> dict[fx.Node
     parity = {graph.placeholders[name]: 0 for name in graph.inputs if name is not None}
     for node in graph.nodes:
         if node in calls:
-            parity[node] = 1 - parity[calls[node].activations]
+            # what no input is in, such as a table of positions or trained queries, is even
+            parity[node] = 1 - parity.setdefault(calls[node].activations, 0)
         elif node.op == "call_function":
             sources = [v for v in node.all_input_nodes if v in parity]
             if sources:

@@ -257,6 +257,9 @@ class _Pointwise(TorchFunctionMode):
             allowed = tensors and len(indices) == args[0].ndim
         else:
             allowed = name in _CASTS | _ATTRIBUTES | _UNTAGGED or _is_pointwise(name)
+            others = (*args[1:], *(kwargs or {}).values())
+            if name in ("max", "min") and not any(isinstance(x, torch.Tensor) for x in others):
+                allowed = False  # of all elements or along a dim, not of two tensors
         result = func(*args, **(kwargs or {})) if allowed or name in _FACTORIES else None
         if not allowed and not (isinstance(result, torch.Tensor) and result.ndim == 0):
             raise CaptureError(

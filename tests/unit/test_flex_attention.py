@@ -124,6 +124,8 @@ def of_part(score, b, h, q, k):
     ("options", "words"),
     [
         ({"mask": of_a_row}, "of_a_row of flex_attention uses 'cumsum'"),
+        ({"score": lambda z, b, h, q, k: z / z.abs().max()}, "uses 'max'"),
+        ({"score": lambda z, b, h, q, k: z - z.min(-1)[0]}, "uses 'min'"),
         ({"score": of_part}, "of_part of flex_attention uses 'getitem'.*all of their dims at once"),
     ],
 )

@@ -83,6 +83,37 @@ def test_gradients_take_what_is_planned_whatever_their_strides(spelled: str) -> 
         torch.testing.assert_close(p.grad.to_local(), gradient, rtol=0, atol=1e-12)
 
 
+class MaskedAttention(nn.Module):
+    """Attention with dropout and a mask, after one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).movedim(-3, 0).transpose(2, 3)
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.3)
+
+
+@pytest.mark.parametrize("masked", ["bool", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_queries_that_see_no_key_are_zero_with_dropout(dtype: torch.dtype, masked: str) -> None:
+    """As torch has it; a float32 mask may be beside queries of fewer bits."""
+    torch.manual_seed(0)
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    seen[4:] = False
+    kind = torch.float64 if dtype is torch.float64 else torch.float32
+    mask = (
+        seen if masked == "bool" else torch.zeros(6, 6, dtype=kind).masked_fill(~seen, -torch.inf)
+    )
+    x = torch.randn(2, 6, 8, dtype=dtype)
+    engine, _ = auto_engine(MaskedAttention().to(dtype), None, "1")
+    result = engine(x, mask)
+    result.float().square().mean().backward()
+    assert result.dtype is dtype and not result[:, :, 4:].any() and result[:, :, :4].any()
+    assert engine.qkv.weight.grad.to_local().isfinite().all()
+
+
 def train(
     name: str, memory: float, dropout: float = 0.0, cluster: ClusterInfo | str = "1"
 ) -> tuple[list, dict, int, bool]:

@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 from typer.testing import CliRunner
 
-from autopar import autoplan
+from autopar import ClusterInfo, autoplan
 from autopar.cli.app import app
 from autopar.errors import ConstraintError
 from autopar.planner.tensor_schemes import SCHEMES
@@ -261,3 +261,22 @@ def test_the_command_writes_constraints_that_it_reads(tmp_path):
     both = runner.invoke(app, [*base, "--constraints", str(saved), "--preset", "tp2d"])
     assert both.exit_code != 0
     assert "give it alone" in " ".join(both.output.split())
+
+
+class WithTable(nn.Module):
+    """A product of a table of positions that the forward computes, as in Transformer-XL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.last = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = torch.arange(8.0)[:, None] * torch.arange(16.0) / 9
+        return self.last(torch.relu(self.tokens(x) + self.positions(table.sin())))
+
+
+@pytest.mark.parametrize(("preset", "mesh"), [("tp1d", "4"), ("tp2d", "2x2"), ("tp3d", "2x2x2")])
+def test_a_product_that_no_input_is_in_is_laid_out(preset, mesh):
+    x = torch.zeros(4, 8, 16)
+    plan = autoplan(WithTable(), (x,), cluster=ClusterInfo.of(mesh), constraints=preset).plan
+    assert "positions.weight" in plan.constraints

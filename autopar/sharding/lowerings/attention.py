@@ -318,4 +318,8 @@ def attention_with_dropout(
     elif attn_mask is not None:
         scores = scores + attn_mask
     keep = keep_mask(scores, list(scores.shape), dropout_p, seed, stream[0], stream[1])
-    return (scores.softmax(-1) * keep * (1 / (1 - dropout_p))) @ value
+    # as torch does: a query that sees no key has a result of zeros
+    softmax = torch.softmax if attn_mask is None else torch.ops.aten._safe_softmax
+    # a mask may be float32 beside queries of fewer bits
+    weights = softmax(scores, -1).to(value.dtype)
+    return (weights * keep * (1 / (1 - dropout_p))) @ value
