@@ -227,3 +227,24 @@ def test_ranks_gather_parts_of_uneven_dims_by_the_same_operators(budget):
         signatures.add(step.local().program.signature)
     assert "S01" in "".join(planned.plan.parameters.values())
     assert len(signatures) == 1
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_ranks_fetch_halos_by_the_same_operators(padding):
+    """Those at a border have fewer neighbours, and rows of padding."""
+    with torch.device("meta"):
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=padding), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+            nn.Conv2d(8, 4, 3, padding=padding),
+        )  # fmt: skip
+        x = torch.zeros(2, 3, 34, 34)
+    split = {"0": "RRS0R", "3": "RRS0R"}
+    planned = autoplan(model, (x,), cluster=ClusterInfo.of("4"), constraints=split)
+    trainable = planned.space.workload.trainable
+    signatures = set()
+    for rank in range(4):
+        step = untraced_step(
+            planned.graph, planned.graph, planned.plan, trainable, None, coords=[rank]
+        )
+        signatures.add(step.local().program.signature)
+    assert len(signatures) == 1

@@ -3,7 +3,8 @@
 A rank that computes the results [first, first + count) reads the inputs from first * stride -
 padding on. An all-gather of the shards' edges brings the rows of other ranks. If a shard is
 narrower than what its neighbors read of it, entire shards are gathered instead. Every rank computes
-what every rank reads, so all make the same choice.
+what every rank reads, so all make the same choice, and run the same operators: ranks at a border
+have empty parts, and the others borders of no rows. One schedule then fits all of them.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ def _fetch(
     length = min(high, size) - max(low, 0)
     # a window may lie in the border altogether
     x = x.narrow(dim, max(low, 0) - start, length) if length > 0 else x.narrow(dim, 0, 0)
+    if all(low >= 0 and high <= size for low, high in halo.reads):
+        return x
     return _border(x, dim, max(0, min(0, high) - low), max(0, high - max(size, low)), fill)
 
 
@@ -137,18 +140,18 @@ def _with_edges(
     length, start, width = x.shape[dim], halo.held[me][0], halo.before + halo.after
     first, last = x.narrow(dim, 0, halo.after), x.narrow(dim, length - halo.before, halo.before)
     edges = _gathered(torch.cat([first, last], dim), dim, extents, groups)
+    before = halo.before if me > 0 else 0
+    after = halo.after if me < len(halo.held) - 1 else 0
     parts = [x]
-    if me > 0:
-        parts.insert(0, edges.narrow(dim, (me - 1) * width + halo.after, halo.before))
-        start -= halo.before
-    if me < len(halo.held) - 1:
-        parts.append(edges.narrow(dim, (me + 1) * width, halo.after))
-    return torch.cat(parts, dim), start
+    if halo.before:
+        at = (me - 1) * width + halo.after if before else 0
+        parts.insert(0, edges.narrow(dim, at, before))
+    if halo.after:
+        parts.append(edges.narrow(dim, (me + 1) * width if after else 0, after))
+    return torch.cat(parts, dim), start - before
 
 
 def _border(x: torch.Tensor, dim: int, low: int, high: int, fill: float) -> torch.Tensor:
-    if not low and not high:
-        return x
     return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [low, high], value=fill)
 
 
