@@ -177,15 +177,15 @@ class ClusterInfo:
                 f"{len(self.mesh)} axes, got {', '.join(names)}"
             )
         links = {f"links[{i}]": link for i, link in enumerate(self.links)}
+        links |= {f"{k}.inside": link.inside for k, link in links.items() if link.inside}
         if self.host_link is not None:
             links["host_link"] = self.host_link
         for name, link in links.items():
             check_number(f"ClusterInfo: {name}.alpha", link.alpha, zero=True)
-            check_number(f"ClusterInfo: {name}.beta", link.beta)
-            check_number(f"ClusterInfo: {name}.ports", link.ports)
-            check_number(f"ClusterInfo: {name}.node_ranks", link.node_ranks)
-            if link.switch_beta is not None:
-                check_number(f"ClusterInfo: {name}.switch_beta", link.switch_beta)
+            keys = ["beta", "ports", "node_ranks"]
+            keys += [] if link.switch_beta is None else ["switch_beta"]
+            for key in keys:
+                check_number(f"ClusterInfo: {name}.{key}", getattr(link, key))
         for name in ("host_memory_bytes", "memory_bytes"):
             if getattr(self, name) is not None:
                 check_number(f"ClusterInfo: {name}", getattr(self, name))

@@ -23,17 +23,16 @@ class Link:
     A collective over k ranks on a buffer of n bytes (on the unsplit side) takes, unless it was
     measured, the time of the fastest algorithm that NCCL has for it:
 
-        ring, per pass      hops of all ranks + n (k - 1) / k beta / ports
+        ring, per pass      (k - 1) alpha + n (k - 1) / k beta / ports
         tree, all-reduce    2 ceil(log2 k) alpha + 2 n beta
         switch, all-reduce  2 alpha + n switch_beta
         all-to-all          (k - 1) alpha + n (k - 1) / k beta
         exchange            alpha + n beta: most of it goes to one other rank
 
-    Where m ranks of the axis share a node, a ring leaves a node once for all of them. A tree is of
-    nodes, with a chain or the switches within each. An all-to-all sends what is for ranks of the
-    node within it:
+    Where m ranks of the axis share a node, one hop of a ring in m leaves the node; the others take
+    inside.alpha. A tree is of nodes, with a chain or the switches within each. An all-to-all sends
+    what is for ranks of the node within it:
 
-        ring        hops: (k - k / m) inside.alpha + k / m alpha, per pass less one on average
         tree        2 (m - 1) inside.alpha + 2 ceil(log2 (k / m)) alpha, and the longer of
                     2 n beta / m and 2 n inside.beta (n switch_beta)
         all-to-all  (m - 1) inside.alpha + (k - m) alpha, and the longer of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import zip_longest
 
 import torch
@@ -54,7 +55,6 @@ class UntracedStep:
         options: of its lowering.
         copied_bytes: as of `LocalStep`.
         gap: that the program has in a list of equal blocks.
-        known: the program as it is, traced, if that was done.
     """
 
     gm: fx.GraphModule
@@ -62,21 +62,19 @@ class UntracedStep:
     options: LowerOptions
     copied_bytes: int = 0
     gap: Gap | None = None
-    known: TracedStep | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def as_is(self) -> TracedStep:
+        """The program traced as it is, once."""
+        return self.traced(copy_of(self.gm))
 
     def traced(self, gm: fx.GraphModule) -> TracedStep:
         """The program, or one made from it, traced; it may be changed."""
         return trace_step(gm, self.arguments, self.options)
 
-    def with_known(self) -> UntracedStep:
-        """The same with its program traced."""
-        return replace(self, known=self.traced(copy_of(self.gm)))
-
     def local(self) -> LocalStep:
         """The same traced, of all blocks."""
-        step = self.with_known()
-        assert step.known is not None
-        return LocalStep(step.known.program, self.arguments, self.copied_bytes, step)
+        return LocalStep(self.as_is.program, self.arguments, self.copied_bytes, self)
 
     def program_of(self, traced: TracedStep) -> Program | None:
         """The operators with all blocks; None if those around the gap differ."""
@@ -104,9 +102,7 @@ def local_step(
     short = None if choices is None else shortened(graph, choices)
     if short is not None:
         step = short_step(graph, short, plan, trainable=trainable, output_specs=output_specs)
-        step = step.with_known()
-        assert step.known is not None
-        program = step.program_of(step.known)
+        program = step.program_of(step.as_is)
         if program is not None:
             by_name = dict(zip(_tensor_names(short.graph), step.arguments, strict=False))
             names = (short.twins.get(name, name) for name in _tensor_names(graph))

@@ -215,12 +215,8 @@ def _choice(step: UntracedStep, budget_bytes: float, deadline: float) -> Choice 
             return training_score(step, traced, budget_bytes, deadline)
         return forward_score(step, traced)
 
-    known = step.known
-    return choose_splits(
-        step, budget_bytes, lambda gm: scored(step.traced(gm)), training=training,
-        seconds=max(0.0, deadline - time.process_time()),
-        known=None if known is None else lambda _: scored(known),
-    )  # fmt: skip
+    seconds = max(0.0, deadline - time.process_time())
+    return choose_splits(step, budget_bytes, scored, training=training, seconds=seconds)
 
 
 def _whole_results(gm: fx.GraphModule, peak_bytes: float) -> tuple[str, ...]:
@@ -275,12 +271,10 @@ def _fit(
     until: float,
 ) -> FittedStep:
     """The same, with the states where the budget has them."""
-    step = UntracedStep(gm, tuple(arguments), options).with_known()
-    traced = step.known
-    assert traced is not None
+    step = UntracedStep(gm, tuple(arguments), options)
 
     def in_slices(whole: MemoryPlan | None, spent: float) -> FittedStep | None:
         return split_step(step, budget, whole=whole, spent=spent, until=until)
 
-    memory, split = fit_program(traced.program, budget, in_slices, until=until)
-    return split or FittedStep(gm, traced.program, traced, memory)
+    memory, split = fit_program(step.as_is.program, budget, in_slices, until=until)
+    return split or FittedStep(gm, step.as_is.program, step.as_is, memory)

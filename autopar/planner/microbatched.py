@@ -192,7 +192,7 @@ class BatchPlanner:
                 total_us = count * tied.bound_us - (count - 1) * once_us
                 return total_us > (1 + _SURELY_SLOWER) * faster_than_us
 
-            return JointPlan(problem.planned(problem.decide(is_enough=is_slower)))
+            return JointPlan(problem.planned(replace(problem, is_enough=is_slower).decide()))
 
         while True:
             try:

@@ -75,6 +75,7 @@ class PlanningProblem:
         progress: is told the stages.
         weighs_memory: a plan that holds some percent less than the fastest is better where its step
             takes fewer percent longer.
+        is_enough: as of `search`.
     """
 
     model: str
@@ -86,24 +87,18 @@ class PlanningProblem:
     seconds: Mapping[str, float]
     progress: Progress
     weighs_memory: bool = False
+    is_enough: Callable[[SearchResult], bool] | None = None
 
-    def decide(
-        self,
-        budget_bytes: float | None = None,
-        is_enough: Callable[[SearchResult], bool] = lambda tied: False,
-    ) -> SearchResult:
+    def decide(self, budget_bytes: float | None = None) -> SearchResult:
         """The fastest plan within the budget, or within another one; or the fastest baseline, if
         the search ran out of time.
-
-        Args:
-            is_enough: as of `search`.
 
         Raises:
             InfeasibleError: nothing fits; a `ConflictError` if constraints are the reason.
         """
         budget = self.budget_bytes if budget_bytes is None else budget_bytes
         with existing_objects_frozen(), self.progress.stage("solve") as stage:
-            result = self.search(budget, is_enough)
+            result = self.search(budget)
             if self.weighs_memory and not self.deadline.over:
                 result = self._with_less_memory(result, budget)
             stage.done = f"solved: {result.describe()}{self.cut_short(result)}"
@@ -129,14 +124,12 @@ class PlanningProblem:
             trade=f"{fewer / held:.0%} less memory and {longer:.0%} longer than the fastest",
         )  # fmt: skip
 
-    def search(
-        self, budget: float, is_enough: Callable[[SearchResult], bool] = lambda tied: False
-    ) -> SearchResult:
+    def search(self, budget: float) -> SearchResult:
         """The same, as a part of a stage."""
         try:
             return search(
                 self.space, budget_bytes=budget, time_limit=self.deadline.left,
-                progress=self.progress.detail, mask=self.mask, is_enough=is_enough,
+                progress=self.progress.detail, mask=self.mask, is_enough=self.is_enough,
             )  # fmt: skip
         except InfeasibleError as error:
             if self.deadline.over:

@@ -117,7 +117,7 @@ def search(
     mask: Allowed | None = None,
     disable: frozenset[str] = frozenset(),
     us_per_byte: float = 0.0,
-    is_enough: Callable[[SearchResult], bool] = lambda tied: False,
+    is_enough: Callable[[SearchResult], bool] | None = None,
 ) -> SearchResult:
     """The fastest plan within the budget at every program point of the step.
 
@@ -156,7 +156,7 @@ class _Search:
     time_limit: float
     say: Callable[[str], None]
     disable: frozenset[str]
-    is_enough: Callable[[SearchResult], bool]
+    is_enough: Callable[[SearchResult], bool] | None
     start: float = field(default_factory=time.process_time)
     best: SearchResult = field(init=False)
     steps: dict[str, float] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class _Search:
         repeated = ends != classes
         tied = self.ties.tied()
         solution = self._all_tied(tied, repeated)
-        if repeated and not self.is_enough(self.best):
+        if repeated and not (self.is_enough and self.is_enough(self.best)):
             parts = self._interleaved(ends, tied, solution)
             if solution.gap > TARGET_GAP:
                 solution = self._branched(tied, solution)

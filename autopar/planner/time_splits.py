@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 SECONDS = 60.0  # of the search
 _ROUNDS = 12
-_SCORING = 0.5  # of the time that tracing and scoring a program takes
+_SCORING = 0.5  # of tracing and scoring a program
 _MOST_NESTED = 600  # operators of a program whose slices are looked into
 _GAIN_OF_MORE_SLICES = 0.05  # of the peak, for twice as many
 
@@ -119,7 +119,7 @@ class _Clock:
         """Score a program, and note how long that takes.
 
         Args:
-            share: of the work that other programs take, as this one may be traced already.
+            share: of the work that other programs take.
         """
         start, count = time.process_time(), len(gm.graph.nodes)
         result = score(gm)
@@ -149,38 +149,37 @@ def with_candidates(
 def choose_splits(
     step: UntracedStep,
     budget_bytes: float,
-    score: Callable[[fx.GraphModule], Score],
+    score: Callable[[TracedStep], Score],
     *,
     training: bool,
     seconds: float = SECONDS,
-    known: Callable[[fx.GraphModule], Score] | None = None,
 ) -> Choice | None:
     """Regions to run in slices, one at least, so that a program's peak comes within a budget, or as
     near as it gets; None if no region lowers it.
 
     Args:
         step: of a rank; is not changed.
-        score: simulates a program; may change it.
+        score: simulates a program.
         training: a backward follows.
         seconds: after which the search ends with what it has.
-        known: simulates the program without slices, which was traced before.
 
     Raises:
         PlanError: the program is short of equal blocks, and cannot stand for the whole.
     """
     clock = _Clock(time.process_time() + seconds)
-    program = splittable(step.gm, step.arguments)
-    if known is None:
-        first = now = clock.timed(score, copy_of(program))
-    else:
-        first = now = clock.timed(known, program, _SCORING)
+    program, as_is = splittable(step.gm, step.arguments), step.as_is
+
+    def traced_score(gm: fx.GraphModule) -> Score:
+        return score(step.traced(gm))
+
+    first = now = clock.timed(lambda _: score(as_is), step.gm, _SCORING)
     if math.isinf(first.peak_bytes):
         raise PlanError("blocks that stand for others do not equal them")
     lowered: list[_Lowered] = []
     for _ in range(_ROUNDS):
         if lowered and (now.peak_bytes <= budget_bytes or clock.is_over):
             break
-        found = _lower(program, budget_bytes, now, score, training, clock)
+        found = _lower(program, budget_bytes, now, traced_score, training, clock)
         if found is None:
             break
         lowered.append(found)

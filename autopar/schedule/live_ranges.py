@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autopar.schedule.program import Program, Schedule
+from autopar.schedule.program import Program, Rows, Schedule
 
 
 class LiveRanges(NamedTuple):
@@ -38,106 +38,131 @@ class LiveRanges(NamedTuple):
         return zip(self.storage.tolist(), self.start.tolist(), self.end.tolist(), strict=True)
 
 
-class _Index:
-    """Finds the live range of a storage that exists at a position.
+class _Operands(NamedTuple):
+    """Operands of operators; parallel arrays.
 
     Args:
-        storage, first: of the ranges, and the first positions that may read them.
-        count: of positions.
+        at: position of the operator.
+        range: of the operand; -1 for what exists before the step.
+        made: the first range that the operator makes.
+        ends: whether the operand's range ends with the operator.
+        same_part: whether it was made in the operator's part of the step: forward or backward.
     """
 
-    def __init__(self, storage: np.ndarray, first: np.ndarray, count: int) -> None:
-        self._stride = count + 2
-        keys = storage * self._stride + first
-        self._order = np.argsort(keys, kind="stable")
-        self._keys, self._storage = keys[self._order], storage
+    at: np.ndarray
+    range: np.ndarray
+    made: np.ndarray
+    ends: np.ndarray
+    same_part: np.ndarray
 
-    def at(self, storage: np.ndarray, position: np.ndarray | int) -> np.ndarray:
-        """The latest range that a position may read; -1 if there is none."""
+
+class _Accesses:
+    """The ranges of a schedule, while their ends are sought.
+
+    Args:
+        program, schedule: that the ranges are of.
+
+    Attributes:
+        sequence: operators by position.
+        first: the backward's first position.
+        storage, start, end: of the ranges. At first, each ends with its last reader.
+        read_at, of_read: position and range of every read; -1 for what exists before the step.
+    """
+
+    def __init__(self, program: Program, schedule: Schedule) -> None:
+        self.program, self.first = program, len(schedule.forward)
+        self.sequence = np.array(schedule.forward + schedule.backward, dtype=np.intp)
+        made_at, made = program.tables.makes.in_sequence(self.sequence)
+        parameters = _array(program.parameters)
+        begin = np.zeros(len(parameters), dtype=np.intp)
+        self.storage = np.concatenate([parameters, made])
+        self.start = np.concatenate([begin, made_at])
+        # sorted by storage, then by the first position that may read the range
+        self._stride = len(self.sequence) + 2
+        keys = self.storage * self._stride + np.concatenate([begin, made_at + 1])
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+        counts = program.tables.makes.counts[self.sequence]
+        self._first_made = counts.cumsum() - counts + len(parameters)
+
+        self.read_at, read = program.tables.reads.in_sequence(self.sequence)
+        self.of_read = self.ranges(read, self.read_at)
+        known = self.of_read >= 0
+        self.end = self.start.copy()
+        self.end[self.of_read[known]] = self.read_at[known]  # positions rise: the last one stays
+
+    def ranges(self, storage: np.ndarray, position: np.ndarray | int) -> np.ndarray:
+        """Of each storage the latest range that a position may read; -1 if there is none."""
         if not len(self._keys):
             return np.full(len(storage), -1)
         place = np.searchsorted(self._keys, storage * self._stride + position, side="right") - 1
         k = self._order[place]
-        return np.where((place >= 0) & (self._storage[k] == storage), k, -1)
+        return np.where((place >= 0) & (self.storage[k] == storage), k, -1)
+
+    def last_until(self, storages: Iterable[int], position: int, last: int) -> None:
+        """The ranges that a position may read last until another one at least."""
+        k = self.ranges(_array(storages), position)
+        k = k[k >= 0]
+        self.end[k] = np.maximum(self.end[k], last)
+
+    def operands(self, rows: Rows) -> _Operands:
+        """Some operands of the operators of the sequence."""
+        at, storage = rows.in_sequence(self.sequence)
+        k = self.ranges(storage, at)
+        same_part = (self.start[k] >= self.first) == (at >= self.first)
+        return _Operands(at, k, self._first_made[at], (k >= 0) & (self.end[k] == at), same_part)
 
 
 def live_ranges(program: Program, schedule: Schedule) -> LiveRanges:
     """The live ranges of a schedule."""
-    tables, first = program.tables, len(schedule.forward)
-    sequence = np.array(schedule.forward + schedule.backward, dtype=np.intp)
-    count = len(sequence)
-    made_at, made = tables.makes.in_sequence(sequence)
-    parameters = _array(program.parameters)
-    storage = np.concatenate([parameters, made])
-    start = np.concatenate([np.zeros(len(parameters), dtype=np.intp), made_at])
-    ranges = _Index(storage, np.concatenate([start[: len(parameters)], made_at + 1]), count)
-
-    read_at, read = tables.reads.in_sequence(sequence)
-    of_read = ranges.at(read, read_at)
-    known = of_read >= 0
-    end = start.copy()
-    end[of_read[known]] = read_at[known]  # positions rise: the last one stays
-    if first:
-        returned = ranges.at(_array(program.results), first)
-        returned = returned[returned >= 0]
-        end[returned] = np.maximum(end[returned], first - 1)
-    lasting = ranges.at(_array({*program.gradient_bytes, *program.parameters}), count + 1)
-    end[lasting[lasting >= 0]] = count - 1
-
-    _fill(program, sequence, first, ranges, LiveRanges(storage, start, end, end, {}))
-    over = _overwritten(program, sequence, first, ranges, LiveRanges(storage, start, end, end, {}))
-    held = tables.buffers[sequence]
-    lasts = np.bincount(read_at[~known | (end[of_read] != read_at)], minlength=count) > 0
-    nbytes = np.where(lasts, held[:, 0], held[:, 1])  # some operand lives on, or all die
+    accesses, tables = _Accesses(program, schedule), program.tables
+    count = len(accesses.sequence)
+    if accesses.first:
+        accesses.last_until(program.results, accesses.first, accesses.first - 1)
+    accesses.last_until({*program.gradient_bytes, *program.parameters}, count + 1, count - 1)
+    _fill(accesses)
+    over = _overwritten(accesses)
+    held = tables.buffers[accesses.sequence]
+    k, end = accesses.of_read, accesses.end
+    outlives = (k < 0) | (end[k] != accesses.read_at)  # the operator that reads it
+    some = np.bincount(accesses.read_at[outlives], minlength=count) > 0
+    nbytes = np.where(some, held[:, 0], held[:, 1])
     holds = np.flatnonzero(held.any(axis=1))
     buffers = dict(zip(holds.tolist(), nbytes[holds].tolist(), strict=True))
-    return LiveRanges(storage, start, end, over, buffers)
+    return LiveRanges(accesses.storage, accesses.start, end, over, buffers)
 
 
 def _array(values: Iterable[int]) -> np.ndarray:
     return np.fromiter(values, dtype=np.intp)
 
 
-def _fill(
-    program: Program, sequence: np.ndarray, first: int, index: _Index, ranges: LiveRanges
-) -> None:
+def _fill(accesses: _Accesses) -> None:
     """Parts of a concatenation lie in it from when they are made, and end when it reads them."""
-    storage, start, end = ranges[:3]
-    at, part = program.tables.fills.in_sequence(sequence)
-    if not len(at):
-        return
-    counts = program.tables.makes.counts[sequence]
-    whole = (counts.cumsum() - counts + len(program.parameters))[at]
-    k = index.at(part, at)
-    same_part = (start[k] >= first) == (at >= first)
-    free = (k >= 0) & (end[k] == at) & same_part & ~program.tables.kept[storage[k]]
-    begins = start[k[free]]
-    for r, made, position in zip(k[free], begins, at[free], strict=True):
-        end[r] = _read_before(program, sequence, int(storage[r]), int(made), int(position))
-    np.minimum.at(start, whole[free], begins)
+    tables = accesses.program.tables
+    at, k, whole, ends, same_part = accesses.operands(tables.fills)
+    moves = ends & same_part & ~tables.kept[accesses.storage[k]]
+    begins = accesses.start[k[moves]]
+    for part, made, position in zip(k[moves], begins, at[moves], strict=True):
+        accesses.end[part] = _read_before(accesses, part, made, position)
+    np.minimum.at(accesses.start, whole[moves], begins)
 
 
-def _read_before(program: Program, sequence: np.ndarray, storage: int, made: int, at: int) -> int:
-    """The last position before another one that reads a storage; where it is made if none does."""
+def _read_before(accesses: _Accesses, part: int, made: int, at: int) -> int:
+    """The last position before another one that reads a range; where it is made if none does."""
+    storage = int(accesses.storage[part])
     for k in range(at - 1, made, -1):
-        if storage in program.ops[sequence[k]].reads:
+        if storage in accesses.program.ops[accesses.sequence[k]].reads:
             return k
     return made
 
 
-def _overwritten(
-    program: Program, sequence: np.ndarray, first: int, index: _Index, ranges: LiveRanges
-) -> np.ndarray:
+def _overwritten(accesses: _Accesses) -> np.ndarray:
     """The live range that each one is written over, or -1: the first of the operator's operands
     that die with it."""
-    storage, start, end = ranges[:3]
-    over = np.full(len(storage), -1, dtype=np.intp)
-    at, operand = program.tables.overwrites.in_sequence(sequence)
-    counts = program.tables.makes.counts[sequence]
-    writer = (counts.cumsum() - counts + len(program.parameters))[at]
-    k = index.at(operand, at)
-    same_part = (start[k] >= first) == (at >= first)
-    own = same_part | program.tables.takes_over[sequence[at]]
-    free = (k >= 0) & (end[k] == at) & own & program.tables.may_be_written[storage[k]]
+    tables = accesses.program.tables
+    over = np.full(len(accesses.storage), -1, dtype=np.intp)
+    at, k, writer, ends, same_part = accesses.operands(tables.overwrites)
+    may = same_part | tables.takes_over[accesses.sequence[at]]
+    free = ends & may & tables.may_be_written[accesses.storage[k]]
     over[writer[free][::-1]] = k[free][::-1]  # of several, the first stays
     return over

@@ -9,6 +9,7 @@ are cast where torch would cast them: before a product, and not where nothing is
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from autopar.errors import CaptureError
 
 
-class autocast_products(TorchFunctionMode):
+class AutocastProducts(TorchFunctionMode):
     """Casts the operands of einsums and tensor dots in its context.
 
     Raises:
@@ -31,12 +32,31 @@ class autocast_products(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not torch._C._is_any_autocast_enabled():
+            return func(*args, **kwargs)
         if func is torch.tensordot:
             args = (*_cast(args[:2]), *args[2:])
-        elif func is torch.einsum and args and isinstance(args[0], str):
-            operands = args[1] if isinstance(args[1], list | tuple) else args[1:]
-            args = (args[0], *_operands(args[0], operands))
+        elif func is torch.einsum:
+            equation, operands = _equation(args)
+            args = (equation, *_operands(equation, operands))
         return func(*args, **kwargs)
+
+
+def _equation(args: Sequence[Any]) -> tuple[str, Sequence[torch.Tensor]]:
+    """The equation and the operands, of any of the forms that einsum takes: an equation, operands
+    or a list of them; or each operand with a list of the numbers of its dims, and the result's."""
+    if isinstance(args[0], str):
+        return args[0], args[1] if isinstance(args[1], list | tuple) else args[1:]
+    count = len(args) // 2
+    inputs = ",".join(map(_letters, args[1 : 2 * count : 2]))
+    output = f"->{_letters(args[-1])}" if len(args) % 2 else ""
+    return inputs + output, args[: 2 * count : 2]
+
+
+def _letters(dims: Sequence[Any]) -> str:
+    """In the order of torch's, which decides that of a result whose dims are not given."""
+    letters = string.ascii_uppercase + string.ascii_lowercase
+    return "".join("..." if d is Ellipsis else letters[d] for d in dims)
 
 
 def _operands(equation: str, operands: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -44,7 +44,7 @@ from autopar.ir.randomness import keep_draws
 from autopar.tracer import fakes
 from autopar.tracer.arguments import Arguments, check_inputs, examples
 from autopar.tracer.attributes import AttributeRecorder
-from autopar.tracer.autocast_products import autocast_products
+from autopar.tracer.autocast_products import AutocastProducts
 from autopar.tracer.branches import BranchResolver
 from autopar.tracer.casts import keep_modules, with_casts
 from autopar.tracer.causal_bias import causal_biases, causal_biases_as_masks
@@ -211,7 +211,7 @@ class ColoTracer:
             torch.random.fork_rng(devices=[]),
             opaque_functions(),
             flex_attention_as_products(),
-            autocast_products(),
+            AutocastProducts(),
             causal_biases_as_masks(),
             regions_as_run(),
             module_hooks(model, clone),

@@ -21,7 +21,7 @@ from autopar.passes.verify import propagate_shapes
 from autopar.plan import ShardingPlan
 from autopar.plan_records import TimeSplit
 from autopar.planner import time_splits
-from autopar.planner.time_splits import Score, choose_splits, forward_score, training_score
+from autopar.planner.time_splits import choose_splits, forward_score, training_score
 from autopar.schedule.build import schedule_of
 from autopar.testing.live_memory import LiveMemory
 from benchmarks.time_split_models import Head, ViT
@@ -85,16 +85,12 @@ def test_a_region_that_the_program_lacks_is_refused():
         split_regions(case.gm, case.arguments, [replace(split, first="conv")])
 
 
-def score_of(step: UntracedStep, gm: torch.fx.GraphModule) -> Score:
-    return training_score(step, step.traced(gm))
-
-
 @pytest.mark.parametrize(("name", "share"), [("vit, many patches", 0.3), ("head, many words", 0.3)])
 def test_what_is_chosen_lowers_the_peak_of_training(name, share):
     case = case_of(name)
     step = UntracedStep(case.gm, tuple(case.arguments), OPTIONS)
-    score = partial(score_of, step)
-    before = score(copy.deepcopy(case.gm))
+    score = partial(training_score, step)
+    before = score(step.as_is)
     budget = share * before.peak_bytes
     choice = choose_splits(step, budget, score, training=True)
     assert choice is not None
@@ -108,18 +104,26 @@ def test_what_is_chosen_lowers_the_peak_of_training(name, share):
 def test_no_program_is_scored_that_takes_longer_than_the_search(monkeypatch):
     case = case_of("head")
     step = UntracedStep(case.gm, tuple(case.arguments), OPTIONS)
-    now, scored = [0.0], []
+    now, sizes = [0.0], {}
     monkeypatch.setattr(time_splits.time, "process_time", lambda: now[0])
+    trace = UntracedStep.traced
 
-    def slow(gm):
-        scored.append(len(gm.graph.nodes))
-        now[0] += scored[-1]  # a second for each node
-        return score_of(step, gm)
+    def traced(step, gm):
+        result, size = trace(step, gm), len(gm.graph.nodes)
+        now[0] += size  # a second for each node
+        sizes[id(result)] = result, size
+        return result
 
+    def slow(traced):
+        now[0] += sizes[id(traced)][1]  # and one more
+        return training_score(step, traced)
+
+    monkeypatch.setattr(UntracedStep, "traced", traced)
     assert choose_splits(step, 0.0, slow, training=True, seconds=0.0) is None
-    (alone,) = scored
+    alone = now[0]
+    assert len(sizes) == 1
     assert choose_splits(step, 0.0, slow, training=True, seconds=20.0 * alone) is not None
-    assert sum(scored[1:]) <= 20 * alone and len(scored) > 2
+    assert now[0] - alone <= 20 * alone and len(sizes) > 2
 
 
 def test_parts_of_concatenations_are_freed_as_they_come():
@@ -198,5 +202,5 @@ def test_inference_is_scored_by_its_forward():
     case = case_of("vit")
     frozen = [t.detach() for t in case.arguments]
     step = UntracedStep(case.gm, tuple(frozen), OPTIONS)
-    score = forward_score(step, step.traced(copy.deepcopy(case.gm)))
+    score = forward_score(step, step.as_is)
     assert score.at in {n.name for n in propagate_shapes(case.gm, frozen).graph.nodes}
